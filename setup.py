@@ -86,7 +86,7 @@ setup(
             "py.typed",
             "input_pipeline/clip_vocabulary.*",
             "inference/*.txt",
-            "pretrained/aviary-tiny/**",
+            "runtime/pretrained/aviary-tiny/**",
             "demo/*.css",
             "demo/*.js",
             "evaluate/classes/*.txt",

@@ -23,12 +23,11 @@ import numpy as np
 from etils import epath
 
 from benchmarks import harness
-from grain_jax import errors, inference
-from grain_jax.evaluate import retrieval, test_sets
-from grain_jax.files import annotations, images
+from grain_jax import inference
+from grain_jax.core import annotations, errors, images
+from grain_jax.evaluate import big_vision, retrieval, test_sets
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.integrations import big_vision
 
 PROMPTS = ("class_name_only", "clip_paper")  # big_vision's names for its sets of templates
 _IMAGE_TEXT = "proj.image_text"

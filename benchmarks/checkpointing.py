@@ -22,7 +22,7 @@ from etils import epath
 
 from benchmarks import harness
 from benchmarks.train_step import PACKED_ROWS, TrainStep, make_config
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 STEPS = 2  # before each save
 LOGGED = 200  # logged steps a turn

@@ -22,10 +22,9 @@ from etils import epath
 
 import grain_jax
 from benchmarks import harness
-from grain_jax import errors
-from grain_jax.evaluate import encode, test_sets, zeroshot
+from grain_jax.core import errors
+from grain_jax.evaluate import clip_benchmark, encode, test_sets, zeroshot
 from grain_jax.inference import prompts, scores
-from grain_jax.integrations import clip_benchmark
 
 # The data set name under which clip-benchmark reads any folder of class folders, with names and prompts from files.
 _DATASET = "imagenet_sketch"

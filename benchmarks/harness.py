@@ -211,7 +211,7 @@ def write(path: epath.PathLike | None, content: Any) -> None:
 
 KEYS = {"total_steps": 1000, "optim.warmup_steps": 10, "input.lanes": 1}
 CONFIG_FILE = """
-from grain_jax.recipe import base
+from grain_jax.config.recipe import base
 
 
 def get_config():
@@ -224,7 +224,7 @@ def get_config():
 def config(size: str, changes: Mapping[str, Any]) -> Any:
     """The recipe of that size as a Config, for 1,000 steps, with `changes` (flattened keys)."""
     from grain_jax import config as config_lib
-    from grain_jax import recipe
+    from grain_jax.config import recipe
 
     values = recipe.base(size)
     values.update_from_flattened_dict(KEYS | dict(changes))

@@ -16,7 +16,7 @@ from etils import epath
 
 from benchmarks import harness
 from grain_jax import config as config_lib
-from grain_jax import recipe
+from grain_jax.config import recipe
 from grain_jax.convert import huggingface
 from grain_jax.convert.reference.commands import to_torch
 from grain_jax.convert.reference.module import torch_versions

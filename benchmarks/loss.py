@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from grain_jax import losses, schema
+from grain_jax import losses
+from grain_jax.core import schema
 
 WIDTH = 512  # of the embeddings, D
 REGIONS = 5

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks import harness
-from grain_jax import schema
+from grain_jax.core import schema
 
 TOLERANCE = 1e-5  # of the outputs, max|a-b| / max|b|
 
@@ -41,7 +41,7 @@ def _variants(ways, make: Callable, size: int, batches: list[int]) -> dict[str, 
 
 
 def jax_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
-    """`grain_jax.load(...)`, and the model of `grain_jax.export` with its parameters on the device."""
+    """`grain_jax.load(...)`, and the model of `grain_jax.convert.export` with its parameters on the device."""
     import jax
     from jax import export
 
@@ -95,8 +95,8 @@ def prepare(size: str, folder: epath.Path) -> int:
     import transformers
 
     from benchmarks import interop
-    from grain_jax import export, inference
-    from grain_jax.convert import huggingface
+    from grain_jax import inference
+    from grain_jax.convert import export, huggingface
 
     model = interop.save(size, folder / "ours")
     huggingface.to_hf(folder / "ours", folder / "hf")

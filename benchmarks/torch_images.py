@@ -16,7 +16,7 @@ from etils import epath
 from torchvision.transforms import v2
 
 from benchmarks import made
-from grain_jax import schema
+from grain_jax.core import schema
 
 MAX_REGIONS = 5
 

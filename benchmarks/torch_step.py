@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.matching import by_scipy
-from grain_jax import schema
 from grain_jax.convert.hf_files import modeling_grain as modeling
+from grain_jax.core import schema
 
 _NO_DECAY = ("query_embed", "pos_embed", "positional_embedding", "token_embedding", "cls_token")
 

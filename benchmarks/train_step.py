@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 # Images a group -> rows that hold the texts of 99.9% of the groups (benchmarks.packing).
 PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}

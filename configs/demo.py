@@ -5,7 +5,7 @@ COMMAND   grain-jax train --config demo --workdir runs/demo
 HARDWARE  two CPU cores
 """
 
-from grain_jax.recipe import base, evaluator
+from grain_jax.config.recipe import base, evaluator
 
 
 def get_config():

@@ -10,7 +10,7 @@ DATA      nothing is downloaded: a missing set is skipped, and a line says how t
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grain_jax.recipe.suite import entries, probes
+from grain_jax.config.suite import entries, probes
 
 
 def get_config(also=""):

@@ -11,7 +11,7 @@ HARDWARE  one GPU; docs/own_images.md lists what fits where.
 
 import json
 
-from grain_jax.recipe import own_images, towers_of
+from grain_jax.config.recipe import own_images, towers_of
 
 _LARGE = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
 # Family -> size -> (width of the joint space, image tower, text tower), beyond the keys that `towers_of` sets.

@@ -6,7 +6,7 @@ HARDWARE  the paper: 16 H100 x 128 images. v5e-64, v5e-256, h100-8: see below (p
           mesh that 2048 images divide over. Not yet run by us.
 """
 
-from grain_jax.recipe import base, on_hardware
+from grain_jax.config.recipe import base, on_hardware
 
 # The overrides for 2048 images per step.
 HARDWARE = {

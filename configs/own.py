@@ -7,7 +7,7 @@ DATA      records of grain-jax build (docs/own_images.md). The paper trains on m
 HARDWARE  any batch size that the devices divide; docs/own_images.md lists what fits where.
 """
 
-from grain_jax.recipe import own_images
+from grain_jax.config.recipe import own_images
 
 # Size -> images per step, peak learning rate, dtype of activations. A CPU computes bfloat16 slowly.
 SIZES = {

@@ -9,7 +9,7 @@ HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 
 from grain_jax.configs import grain_vitb16_cc12m
 
-from grain_jax.recipe import reference_behaviour
+from grain_jax.config.recipe import reference_behaviour
 
 
 def get_config():

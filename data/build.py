@@ -18,8 +18,7 @@ from grain_jax.data import duplicates, example, parallel, splits, staging, surve
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
-from grain_jax import errors, printable, progress
-from grain_jax.files import regular_file
+from grain_jax.core import errors, printable, progress, regular_file
 
 SHARD_BYTES = (
     64 << 20

@@ -1,7 +1,7 @@
 """An annotation line, checked together with its image, and as an example of the record set.
 
 A line becomes an `Annotation` or a list of faults, never an exception; `data/build.py` decides how many faults end a
-build. `grain_jax/files/annotations.py` checks lines alone. Run by the build's worker processes.
+build. `grain_jax/core/annotations.py` checks lines alone. Run by the build's worker processes.
 """
 
 import io
@@ -13,7 +13,7 @@ from etils import epath
 from grain_jax.data import duplicates
 from grain_jax.data.arguments import Encoding
 
-from grain_jax.files import annotations, images, regular_file
+from grain_jax.core import annotations, images, regular_file
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 

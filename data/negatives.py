@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 
-from grain_jax.files import annotations
+from grain_jax.core import annotations
 
 VERSION = 1  # of the rules: other negatives of the same description are another version
 

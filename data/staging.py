@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 
 class BusyError(errors.UserError):

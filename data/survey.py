@@ -11,8 +11,7 @@ from typing import NamedTuple
 from etils import epath
 from grain_jax.data import example, parallel
 
-from grain_jax import errors, printable, progress
-from grain_jax.files import atomic
+from grain_jax.core import atomic, errors, printable, progress
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 

@@ -24,13 +24,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference, losses, progress
+from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
-from grain_jax.cli.train import Train
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
+from grain_jax.core import atomic, errors, progress
 from grain_jax.evaluate import encode, entries, grounding
-from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, placement
 from grain_jax.report import page, pictures
@@ -47,6 +46,7 @@ from grain_jax.runtime import (
     receipt,
 )
 from grain_jax.training import flops, memory_check, schedule, sharding, train_step
+from grain_jax.training.arguments import Train
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ import math
 import re
 from typing import NamedTuple
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.training.flops import peak_flops
 
 _GIB = 2**30

@@ -24,7 +24,7 @@ from etils import epath
 from grain_jax.launch import chips
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named, progress
+from grain_jax.core import errors, named, progress
 
 ROOT = epath.Path(errors.__file__).resolve().parent.parent  # the child finds grain_jax there
 

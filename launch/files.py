@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from grain_jax.launch.arguments import LaunchFiles
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 _SUFFIXES = (".sh", ".sbatch", ".yaml")
 

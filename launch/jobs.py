@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax import errors, progress
 from grain_jax.cli.process import USAGE_ERROR
+from grain_jax.core import errors, progress
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes

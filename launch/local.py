@@ -16,7 +16,7 @@ import time
 
 from grain_jax.launch.arguments import Local
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 INTERRUPTED = 130  # the same after Ctrl-C

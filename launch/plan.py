@@ -28,9 +28,8 @@ from grain_jax.launch.arguments import Plan
 from grain_jax.launch.arguments import PlanOptions as Options
 
 from grain_jax import config as config_lib
-from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
-from grain_jax.files import atomic
+from grain_jax.core import atomic, errors, progress
 from grain_jax.input_pipeline import derived
 from grain_jax.training import flops, memory_need
 

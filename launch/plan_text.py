@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from grain_jax import progress
+from grain_jax.core import progress
 
 WIDTH = 96
 SHORT_SECONDS = 1e-3  # a step has hundreds of operations, each of which takes microseconds to start

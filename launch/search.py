@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from grain_jax import config as config_lib
-from grain_jax import errors, losses
+from grain_jax import losses
+from grain_jax.core import errors
 from grain_jax.training import sharding
 
 MAX_COMPILES = 10

@@ -16,9 +16,8 @@ from grain_jax.launch.arguments import Sweep
 from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import config as config_lib
-from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
-from grain_jax.files import atomic
+from grain_jax.core import atomic, errors, progress
 
 
 def train_here(

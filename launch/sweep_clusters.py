@@ -12,7 +12,7 @@ from shutil import which
 from etils import epath
 from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 HERE = epath.Path(__file__).parent
 

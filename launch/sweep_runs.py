@@ -10,9 +10,8 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
 from grain_jax.cli import config_file
-from grain_jax.files import regular_file
+from grain_jax.core import errors, named, regular_file
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import metrics_file
 

@@ -12,9 +12,8 @@ from etils import epath
 from grain_jax.launch.sweep_runs import SweepRun
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax.core import atomic, errors
 from grain_jax.evaluate import tables
-from grain_jax.files import atomic
 from grain_jax.runtime import metrics_file
 
 SEED = "seed"

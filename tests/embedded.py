@@ -4,9 +4,8 @@ import tarfile
 
 import numpy as np
 import pyarrow.parquet
-from grain_jax.data.embed import output, parts, pipeline
 
-from grain_jax.files import embeddings
+from grain_jax.embed import embeddings, output, parts, pipeline
 
 
 def read(folder):

@@ -2,7 +2,7 @@
 
 from benchmarks.interop import perturbed as params
 from grain_jax import config as config_lib
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 __all__ = ["params", "tiny"]
 

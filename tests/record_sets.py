@@ -10,7 +10,7 @@ import PIL.Image
 from grain_jax.data import build
 
 from grain_jax import config as config_lib
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 
 def picture(number, size=(16, 12)):

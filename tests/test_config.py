@@ -11,10 +11,10 @@ import sys
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import errors, recipe
 from grain_jax.cli import config_file
-from grain_jax.cli.train import Train
-from grain_jax.config import evals, listing
+from grain_jax.config import evals, listing, recipe
+from grain_jax.core import errors
+from grain_jax.training.arguments import Train
 from tests import tiny
 from tests.paths import ROOT
 
@@ -232,7 +232,7 @@ OWN = {
     "gemeinsam.py": "BATCH = 24\n",
     "mine.py": """
 import gemeinsam
-from grain_jax.recipe import base
+from grain_jax.config.recipe import base
 
 def get_config(size="tiny"):
     c = base(size)
@@ -243,7 +243,7 @@ def get_config(size="tiny"):
 """,
     "sweep.py": """
 import gemeinsam
-from grain_jax.recipe.points import grid, seeds
+from grain_jax.config.points import grid, seeds
 
 def sweep():
     yield from seeds(2, grid({"batch_size": (gemeinsam.BATCH, 2 * gemeinsam.BATCH)}))

@@ -10,8 +10,8 @@ import tokenize
 
 import pytest
 
-from grain_jax import errors
 from grain_jax.cli import commands, config_file
+from grain_jax.core import errors
 from tests.paths import ROOT
 
 WIDTH = 120  # columns of a document's line, tables and lines with a URL apart

@@ -34,10 +34,10 @@ def _loaded(module):
     "module,forbidden",
     [
         ("grain_jax", set(HEAVY)),
-        ("grain_jax.schema", set(HEAVY)),
+        ("grain_jax.core.schema", set(HEAVY)),
         ("grain_jax.config", set(HEAVY)),
         ("grain_jax.cli.commands", set(HEAVY)),
-        ("grain_jax.recipe.points, grain_jax.recipe.suite", {*HEAVY} - {"ml_collections"}),
+        ("grain_jax.config.points, grain_jax.config.suite", {*HEAVY} - {"ml_collections"}),
         ("grain_jax.losses", {"flax", "tensorflow", "torch", "ml_collections"}),
         ("grain_jax.models.grain", {"tensorflow", "torch", "ml_collections"}),
         ("grain_jax.training.flops", {"tensorflow", "torch", "ml_collections"}),
@@ -70,7 +70,7 @@ def _calls_on_files(tree):
                     "dup2",
                     "stat",  # epath's asks for the owner's name, which a container may not know
                     "lstat",
-                    "open",  # files/atomic.py writes to pipes without waiting for a reader
+                    "open",  # core/atomic.py writes to pipes without waiting for a reader
                     "set_blocking",
                     "fdopen",
                     "sysconf",
@@ -108,21 +108,17 @@ def test_paths_go_through_epath():
 
 # From the bottom up: a module imports its own package or lower ones only (CONTRIBUTING.md has the table).
 LAYERS = (
-    ("printable", "progress", "schema"),
-    ("errors",),
-    ("named",),
-    ("config", "files", "pretrained"),
-    ("recipe", "cli"),
-    ("models", "losses", "input_pipeline", "runtime"),
-    ("training",),
-    ("inference",),
+    ("core",),
+    ("config",),
+    ("cli", "configs", "input_pipeline", "losses", "models", "runtime"),
+    ("data", "inference", "training"),
     ("convert", "evaluate"),
-    ("report", "integrations"),
-    ("demo", "train", "export"),
-    ("verify", "__main__"),
-    # At the top of the checkout; nothing above imports them.
-    ("configs", "data", "launch"),
+    ("embed", "report"),
+    ("demo", "train"),
+    ("launch", "verify", "__main__"),
 )
+# At the top of the checkout; in the wheel they lie in grain_jax/.
+BESIDE = ("configs", "data", "launch")
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 # The only names of higher modules, in strings. Built-in evaluators: `kind` of an entry names a class, and the entry is
 # parsed by the fields of that class. The reader of folders of `convert to-hf`, for every command that reads a model.
@@ -141,7 +137,7 @@ NAMED = re.compile(r"(grain_jax(?:\.\w+)+)(?::\w+)?")
 def _modules():
     """Dotted name -> path of every module; hf_files/ are data, they run where grain_jax is not installed."""
     found = {}
-    for folder in ("grain_jax", *LAYERS[-1]):
+    for folder in ("grain_jax", *BESIDE):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             parts = parts if folder == "grain_jax" else ("grain_jax", *parts)

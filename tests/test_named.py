@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from grain_jax import errors, named
+from grain_jax.core import errors, named
 
 TABLE = {"coco": 1, "folder": 2}
 
 
 @pytest.mark.parametrize(
     "name, found",
-    [("coco", 1), ("grain_jax.named:find", named.find), ("tests.test_named:TABLE", TABLE)],
+    [("coco", 1), ("grain_jax.core.named:find", named.find), ("tests.test_named:TABLE", TABLE)],
 )
 def test_what_is_found(name, found):
     assert named.find("data source", name, TABLE) == found
@@ -29,10 +29,13 @@ def test_what_is_found(name, found):
         ),
         (":Source", "'' cannot be imported (Empty module name); expected module:Name"),
         (
-            "grain_jax.named:Find",
-            "grain_jax.named has no 'Find', expected one of: importing, is_external, may_import, find",
+            "grain_jax.core.named:Find",
+            "grain_jax.core.named has no 'Find', expected one of: importing, is_external, may_import, find",
         ),
-        ("grain_jax.printable:x", "grain_jax.printable has no 'x', expected one of: plain"),
+        (
+            "grain_jax.core.printable:x",
+            "grain_jax.core.printable has no 'x', expected one of: plain",
+        ),
     ],
 )
 def test_what_is_not_found(name, message):
@@ -89,7 +92,7 @@ def test_an_error_of_the_module_is_a_line(monkeypatch, tmp_path, code, cause):
     [
         ("grain_jax.evaluate.retrieval", True),
         ("grain_jax.data.annotate.prompt", True),
-        ("grain_jax.schema", True),
+        ("grain_jax.core.schema", True),
         ("grain_jax.downloads.run.evil", False),
         ("grain_jax.setup", False),
         ("grain_jax.tests.tiny", False),

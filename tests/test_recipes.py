@@ -19,8 +19,9 @@ from grain_jax.configs import (
 
 from benchmarks.claim import design as claim_design
 from grain_jax import config as config_lib
-from grain_jax import errors, losses
+from grain_jax import losses
 from grain_jax.convert import initialise, tables
+from grain_jax.core import errors
 from grain_jax.evaluate import entries as evaluate
 from grain_jax.models import grain
 from grain_jax.report import regions

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax import config, errors, recipe, train
+from grain_jax import config, train
+from grain_jax.config import recipe
+from grain_jax.core import errors
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending, metrics_writer
 from grain_jax.training import schedule

@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import errors, train, verify
+from grain_jax import train, verify
+from grain_jax.core import errors
 from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import receipt
 from grain_jax.verify import command, replay

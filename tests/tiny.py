@@ -4,7 +4,8 @@ import jax
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import recipe, schema
+from grain_jax.config import recipe
+from grain_jax.core import schema
 from grain_jax.training import train_step
 
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.claim import data, design, report, results, runs
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 
 def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:

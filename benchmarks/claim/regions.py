@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.claim import data, design, report, results, runs
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 SEEDS = (0, 1, 2)
 STEPS = 500

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.claim import design
-from grain_jax import errors
+from grain_jax.core import errors
 
 Result = Mapping[str, Any]  # column -> value; without the columns that the arm does not measure
 

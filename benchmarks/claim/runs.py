@@ -14,7 +14,7 @@ from etils import epath
 from grain_jax.launch import jobs
 
 from benchmarks.claim.results import ClaimError
-from grain_jax import errors, progress
+from grain_jax.core import errors, progress
 
 
 class Trained(NamedTuple):

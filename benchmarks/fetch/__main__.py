@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.fetch import fashion, gcompris
-from grain_jax import errors
+from grain_jax.core import errors
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

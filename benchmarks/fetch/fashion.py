@@ -23,8 +23,7 @@ from grain_jax.data import parallel
 
 from benchmarks.fetch import package
 from benchmarks.fetch.looks import SIDE, Part, parts
-from grain_jax import progress
-from grain_jax.files import regular_file
+from grain_jax.core import progress, regular_file
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (  # in the order of the labels

@@ -23,7 +23,7 @@ import PIL.Image
 from etils import epath
 
 from benchmarks.fetch import licences, package, qt
-from grain_jax.files import images, regular_file
+from grain_jax.core import images, regular_file
 
 PACKAGE = "gcompris-qt-data"
 _RESOURCES = "usr/share/gcompris-qt/rcc"

@@ -7,8 +7,7 @@ import tempfile
 from collections.abc import Container, Iterator, Mapping
 from typing import IO
 
-from grain_jax import errors
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 
 _MINUTES = 10  # that a download may take
 _MOST = 2**28  # bytes of a package, and of its files; the larger of the two has 80 MB

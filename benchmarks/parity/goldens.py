@@ -10,10 +10,11 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import recipe, schema
+from grain_jax.config import recipe
 from grain_jax.convert.reference import names as torch_names
 from grain_jax.convert.reference.names import to_params
 from grain_jax.convert.reference.sizes import infer
+from grain_jax.core import schema
 from grain_jax.input_pipeline import packing
 from grain_jax.losses import boxes
 from grain_jax.models import grain

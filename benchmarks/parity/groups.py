@@ -24,8 +24,8 @@ from benchmarks.parity.goldens import (
     run,
 )
 from grain_jax import losses as losses_lib
-from grain_jax import schema
 from grain_jax.convert.reference import names as torch_names
+from grain_jax.core import schema
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import matching

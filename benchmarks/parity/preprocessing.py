@@ -10,7 +10,7 @@ import PIL
 import PIL.Image
 
 from benchmarks.parity.goldens import read_npz
-from grain_jax.files import images
+from grain_jax.core import images
 
 SIZE = 64  # of the outputs in the goldens
 

@@ -4,7 +4,7 @@ COMMAND   grain-jax sweep --config demo --sweep learning_rate --workdir runs/rat
 HARDWARE  two CPU cores: --parallel 2
 """
 
-from grain_jax.recipe.points import grid, seeds
+from grain_jax.config.points import grid, seeds
 
 
 def sweep():

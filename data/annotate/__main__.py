@@ -28,7 +28,7 @@ from grain_jax.data.annotate import (
 from grain_jax.data.annotate.passes import PASSES, Job
 from grain_jax.data.arguments import Build
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 # Requests that wait for each one that an endpoint answers at a time: none waits for a slow one.
 BATCHES_AHEAD = 4

@@ -8,7 +8,7 @@ from absl import logging
 from etils import epath
 from grain_jax.data.annotate import chat
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 OUT_OF_MEMORY, MODEL_ERROR = "out of memory", "model error"
 

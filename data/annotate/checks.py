@@ -7,7 +7,7 @@ import PIL.Image
 from grain_jax.data import sources
 from grain_jax.data.annotate.options import Limits
 
-from grain_jax.files import images
+from grain_jax.core import images
 
 CAUSES = (
     "empty file",

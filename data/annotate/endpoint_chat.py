@@ -24,7 +24,7 @@ import PIL.Image
 from grain_jax.data.annotate import chat
 from grain_jax.data.annotate.options import EndpointChat as Options
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 TIME_OUT, CONNECTION = "time-out", "no connection"
 SERVER_ERROR, RATE_LIMIT = "server error", "rate limit"

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import errors
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 
 
 class OutputError(errors.UserError):

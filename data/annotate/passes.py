@@ -28,9 +28,8 @@ from grain_jax.data.annotate import (
 )
 from grain_jax.data.annotate.chat import Answer, Chat, Failure
 
-from grain_jax import errors
-from grain_jax.files import annotations
-from grain_jax.files import images as images_lib
+from grain_jax.core import annotations, errors
+from grain_jax.core import images as images_lib
 
 # Of a batch: 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB.
 BATCH_PIXELS = 1 << 27

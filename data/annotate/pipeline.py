@@ -19,7 +19,7 @@ from apache_beam.utils import shared
 from grain_jax.data import sources
 from grain_jax.data.annotate import passes
 
-from grain_jax import errors, progress
+from grain_jax.core import errors, progress
 
 SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
 _MARK = "#user-error#"

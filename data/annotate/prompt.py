@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 FOLDER = epath.Path(__file__).parent / "prompts"
 CAPTION = FOLDER / "caption.txt"

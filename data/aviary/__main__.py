@@ -13,7 +13,7 @@ from grain_jax.data import example, staging
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

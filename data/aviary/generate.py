@@ -14,7 +14,7 @@ from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Aviary, Species, make_species
 
-from grain_jax import progress
+from grain_jax.core import progress
 
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 

@@ -26,8 +26,7 @@ from grain_jax.data.inspect import (
     statistics,
 )
 
-from grain_jax import errors, progress
-from grain_jax.files import atomic
+from grain_jax.core import atomic, errors, progress
 
 _BATCH = 256  # items that are counted together
 

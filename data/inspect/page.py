@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from grain_jax.data.inspect import panels, problems
 
-from grain_jax.report import html
+from grain_jax.core import html
 
 _FREQUENT = 12  # texts listed of each kind, if several images have them
 

@@ -12,9 +12,8 @@ from etils import epath
 from grain_jax.data import example, parallel
 from grain_jax.data.sources import tfds
 
-from grain_jax import errors
-from grain_jax.files import images as images_lib
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
+from grain_jax.core import images as images_lib
 
 SPLIT = "train"
 _RECORDS_AHEAD = 64  # parsed before they are looked at

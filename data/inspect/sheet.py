@@ -11,7 +11,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from grain_jax.data.inspect import panels
 
-from grain_jax import printable as shown_text
+from grain_jax.core import printable as shown_text
 
 COLUMNS = 4
 _MARGIN = 14

@@ -14,8 +14,8 @@ from typing import Any
 
 from grain_jax.data.sources.base import CAUSES, Fault, Image, Options, Shard, Source, SourceError
 
-from grain_jax import config, named
-from grain_jax.files import regular_file
+from grain_jax import config
+from grain_jax.core import named, regular_file
 
 __all__ = [
     "CAUSES",

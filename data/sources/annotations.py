@@ -7,7 +7,7 @@ from typing import ClassVar
 from etils import epath
 from grain_jax.data.sources import base, join
 
-from grain_jax.files import annotations, regular_file
+from grain_jax.core import annotations, regular_file
 
 
 class Annotations:

@@ -13,14 +13,13 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from grain_jax import errors
-from grain_jax.files import annotations
+from grain_jax.core import annotations, errors
 
 CAUSES = (
     "no such file",
     "empty file",
     "unreadable",  # as a file, or no image in it
-    "too large",  # beyond a bound of grain_jax/files/image_bounds.py
+    "too large",  # beyond a bound of grain_jax/core/image_bounds.py
     "another size",  # than the one that the boxes were drawn on
     "no picture",  # a sample of a tar without an image
     "damaged shard",  # a tar that ends early; what came before is kept
@@ -50,7 +49,7 @@ class Options(NamedTuple):
     split: str = ""  # of sources that have splits; "" is all of them (TFDS: train)
     scratch: str = ""  # folder for the lists of images that workers read
     shard_size: int = 1000  # images a shard, where the source has no shards of its own
-    # Of the images, as of grain_jax.files.images; sets of records are read as "file".
+    # Of the images, as of grain_jax.core.images; sets of records are read as "file".
     orientation: str = "exif"
 
 

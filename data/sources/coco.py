@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 from grain_jax.data.sources import base, json_files, staged
 
-from grain_jax.files import annotations
+from grain_jax.core import annotations
 
 
 class ImageItem(msgspec.Struct):

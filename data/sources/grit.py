@@ -10,7 +10,7 @@ import math
 import msgspec
 from grain_jax.data.sources import base, webdataset
 
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 _Span = tuple[float, float, float, float, float, float, float]
 

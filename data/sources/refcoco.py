@@ -16,7 +16,7 @@ import msgspec
 from etils import epath
 from grain_jax.data.sources import base, coco, json_files, staged
 
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 _EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 from etils import epath
 from grain_jax.data.sources import base, join
 
-from grain_jax.files import atomic
+from grain_jax.core import atomic
 
 
 class ListedSource(abc.ABC):

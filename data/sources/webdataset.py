@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from etils import epath
 from grain_jax.data.sources import base, join
 
-from grain_jax.files import image_bounds, regular_file
+from grain_jax.core import image_bounds, regular_file
 
 MAX_NAME = 255  # bytes of a part of a name: no file system takes more
 MAX_PATH = 1024  # bytes of a name

@@ -14,8 +14,8 @@ import functools
 import numpy as np
 
 from grain_jax.config import Config, TextTower
+from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources, text_lengths, tokenizer
-from grain_jax.schema import Batch
 
 _COLOURS = {
     "red": (220, 40, 40),

@@ -17,8 +17,8 @@ import dataclasses
 
 import numpy as np
 
-from grain_jax import errors
 from grain_jax.config.evals import STANDALONE
+from grain_jax.core import errors
 from grain_jax.evaluate import encode, evaluators, rates, test_sets
 from grain_jax.inference import scores
 

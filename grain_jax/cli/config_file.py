@@ -17,9 +17,9 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
 from grain_jax.cli import nearest
 from grain_jax.config.evals import same_place
+from grain_jax.core import errors, named
 
 _PACKAGE = "grain_jax.configs"
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
@@ -234,7 +234,9 @@ def _cause_in(path: str, error: Exception) -> str:
         if line is not None:
             advice = ""
             if isinstance(cause, ModuleNotFoundError) and str(cause.name).startswith("configs"):
-                advice = "; what configs share can be imported from anywhere as grain_jax.recipe"
+                advice = (
+                    "; what configs share can be imported from anywhere as grain_jax.config.recipe"
+                )
             return f"{path}:{line}: {type(cause).__name__}: {' '.join(str(cause).split())}{advice}"
         cause = cause.__cause__ or cause.__context__
     # ml_collections' message is the whole traceback: the cause is last.

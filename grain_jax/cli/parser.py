@@ -34,10 +34,10 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
-from grain_jax import errors
 from grain_jax.cli import help_text, nearest
 from grain_jax.cli.flags import flag, many, number
 from grain_jax.cli.help_text import Flag
+from grain_jax.core import errors
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _ENTRY = re.compile(r"^  (\S.*?)  +(.*(?:\n {4,}.*)*)", re.MULTILINE)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from grain_jax import errors, printable
+from grain_jax.core import errors, printable
 
 LEAST_MEMORY = 4 << 30  # bytes of address space; with less, JAX and TensorFlow abort without a word
 USAGE_ERROR = errors.UserError.status

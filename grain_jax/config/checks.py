@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grain_jax import named
 from grain_jax.config import fields, values
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Input, Model
+from grain_jax.core import named
 
 
 def divisors(number: int) -> list[int]:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from grain_jax import errors, named
+from grain_jax.core import errors, named
 
 # Of the package, each with its class: its options, its flags, its rows of the table and what it measures. A config
 # imports it, so it imports the libraries that compute only where it measures.
@@ -26,7 +26,7 @@ NAMED = {
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
 }
 
-# Which pixels of an image file count, where EXIF says how to turn it (files/images.py).
+# Which pixels of an image file count, where EXIF says how to turn it (core/images.py).
 ORIENTATIONS = ("exif", "file")
 
 
@@ -169,7 +169,7 @@ class Evaluator(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NotImported(Evaluator):
-    """An entry of a stored config whose class may not be imported (grain_jax/named.py): it can be read, not run."""
+    """An entry of a stored config whose class may not be imported (grain_jax/core/named.py): it can be read, not run."""
 
     entry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -1,6 +1,6 @@
 """Every key of a run: its type, default, bounds or choices, and its role, in one declaration each.
 
-`grain_jax.recipe` makes the ConfigDict of the defaults from these classes, `parse` makes the classes from a
+`grain_jax.config.recipe` makes the ConfigDict of the defaults from these classes, `parse` makes the classes from a
 dict, and `checks` finds values out of bounds and keys that contradict each other.
 """
 
@@ -8,8 +8,8 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from grain_jax import named
 from grain_jax.config.evals import Evaluator
+from grain_jax.core import named
 
 # What a run that resumes with another value of the key is:
 # - "order": the key decides which examples a step sees. The trainer refuses to resume.
@@ -57,7 +57,7 @@ def key(
       high: the largest value.
       choices: the values of a key that names one.
       role: see Role; None takes that of the group.
-      built_in: names that the package has; the key is one of them, or `module:Name` of a class (grain_jax/named.py).
+      built_in: names that the package has; the key is one of them, or `module:Name` of a class (grain_jax/core/named.py).
       options_of: the key beside this one that names a class: the group has the keys of its `Options`, a frozen
         dataclass. Without options, and of a built-in name, it is NoOptions.
     """

@@ -15,10 +15,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grain_jax import errors, named
 from grain_jax.config import checks, evals, fields
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Model, Suite
+from grain_jax.core import errors, named
 
 T = typing.TypeVar("T")
 
@@ -156,7 +156,7 @@ def _options_of(
 ) -> Any:
     """The options of the class that `group[owner]` names, in the field of that group.
 
-    Where the class may not be imported (grain_jax/named.py), they stay as they are.
+    Where the class may not be imported (grain_jax/core/named.py), they stay as they are.
     """
     at = lambda key: f"{path}.{key}" if path else key
     name, value = group.get(owner, ""), group.get(field.name)

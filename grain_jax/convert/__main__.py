@@ -7,16 +7,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from grain_jax import errors
-from grain_jax.cli.convert import Convert
 from grain_jax.convert import huggingface, parity, towers
+from grain_jax.convert.arguments import Convert
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.sizes import TOWERS
-from grain_jax.pretrained import hub
+from grain_jax.core import errors
 from grain_jax.runtime import ending
+from grain_jax.runtime.pretrained import hub
 
 
 def _settings(args: argparse.Namespace) -> towers.Settings:

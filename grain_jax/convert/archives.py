@@ -18,9 +18,8 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax import errors
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 
 # Limit of the arrays as float32, in lengths of the file: 4 for 8-bit numbers, 8 for two names of each array.
 MAX_GROWTH = 8

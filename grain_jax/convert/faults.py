@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 
 class ConvertError(errors.UserError):

@@ -16,15 +16,14 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import pretrained
 from grain_jax.convert import archives, hf_tokenizer, model_card, output, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.files import atomic, images, regular_file
+from grain_jax.core import atomic, images, regular_file
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.pretrained import hub
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, pretrained
+from grain_jax.runtime.pretrained import hub
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files

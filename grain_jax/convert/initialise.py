@@ -15,7 +15,6 @@ import scipy.ndimage
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import named
 from grain_jax.convert import tables, towers
 from grain_jax.convert.big_vision import checkpoint as big_vision
 from grain_jax.convert.big_vision import towers as big_vision_towers
@@ -24,6 +23,7 @@ from grain_jax.convert.open_clip import checkpoint as open_clip
 from grain_jax.convert.open_clip import towers as open_clip_towers
 from grain_jax.convert.tables import Row
 from grain_jax.convert.towers import Tower
+from grain_jax.core import named
 from grain_jax.models import grain
 from grain_jax.models import towers as built_in
 from grain_jax.runtime import checkpoint

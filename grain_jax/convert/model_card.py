@@ -7,7 +7,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import parity, towers
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 from grain_jax.runtime import checkpoint, metrics_file
 
 

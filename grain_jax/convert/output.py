@@ -7,9 +7,9 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
+from grain_jax.core import errors
 from grain_jax.runtime import checkpoint
 
 

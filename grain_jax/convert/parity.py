@@ -11,7 +11,8 @@ import numpy as np
 from jax import tree_util
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference
+from grain_jax import inference
+from grain_jax.core import errors
 
 TOLERANCE = 1e-5  # of max|b|, float32
 # Given boxes of every image, xyxy in [0, 1]: the image, a part of it, one over its edge, a point.

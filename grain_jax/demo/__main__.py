@@ -14,9 +14,9 @@ import PIL.Image
 import PIL.ImageDraw
 from etils import epath
 
-from grain_jax import errors
 from grain_jax.cli import process
-from grain_jax.cli.demo import Demo
+from grain_jax.core import errors
+from grain_jax.demo.arguments import Demo
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())

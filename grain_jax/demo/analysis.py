@@ -18,6 +18,7 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import inference
+from grain_jax.core import annotations, images
 from grain_jax.demo.class_lists import (
     ELSEWHERE,
     MANY_DESCRIPTIONS,
@@ -26,7 +27,6 @@ from grain_jax.demo.class_lists import (
     check_lengths,
 )
 from grain_jax.evaluate import given_boxes
-from grain_jax.files import annotations, images
 from grain_jax.inference import scores
 
 DIGITS = 4  # decimals of the numbers shown

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from grain_jax import errors
+from grain_jax.core import annotations, errors, regular_file
 from grain_jax.evaluate import class_names
-from grain_jax.files import annotations, regular_file
 from grain_jax.runtime import checkpoint
 
 # Upper bounds of the input:

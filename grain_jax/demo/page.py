@@ -18,9 +18,8 @@ from etils import epath
 from gradio import themes
 from starlette import middleware
 
-from grain_jax import errors
+from grain_jax.core import annotations, errors, regular_file
 from grain_jax.demo import analysis, class_lists, guard, views
-from grain_jax.files import annotations, regular_file
 
 _UPLOADS_KEPT = 3600  # seconds
 _WAITING = 100  # calls at most

@@ -12,9 +12,9 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
+from grain_jax.core import html as html_lib
 from grain_jax.demo import analysis
 from grain_jax.inference import scores as scores_lib
-from grain_jax.report import html as html_lib
 
 _EDGE = 900  # pixels of the longer edge that an image is sent with, at most
 _WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure

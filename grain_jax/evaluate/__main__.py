@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from grain_jax import config, errors, inference
-from grain_jax.cli.evaluate import Evaluate
+from grain_jax import config, inference
 from grain_jax.config import evals
 from grain_jax.config.evals import Context
+from grain_jax.core import annotations, atomic, errors
 from grain_jax.evaluate import encode, suite, tables
-from grain_jax.files import annotations, atomic
+from grain_jax.evaluate.arguments import Evaluate
 from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import compiled, distributed, processes, saved_model

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax import printable
+from grain_jax.core import annotations as annotations_lib
+from grain_jax.core import printable
 from grain_jax.evaluate import test_sets
-from grain_jax.files import annotations as annotations_lib
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax import errors
 from grain_jax.config.evals import STANDALONE, Context, Row, option
+from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedRegions, Faults, at_home
 
 with epy.lazy_imports():

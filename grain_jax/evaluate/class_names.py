@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax import errors
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 
 SHIPPED = epath.Path(__file__).parent / "classes"
 # A value of `classes`: the ImageNet class names of the package open_clip. Two names occur twice (missile, sunglasses).

@@ -24,8 +24,8 @@ with epy.lazy_imports():
     import numpy as np
     from etils import epath
 
+    from grain_jax.core import atomic, regular_file
     from grain_jax.evaluate import encode, grounding, rates
-    from grain_jax.files import atomic, regular_file
     from grain_jax.inference import scores
     from grain_jax.losses import boxes
     from grain_jax.runtime import processes

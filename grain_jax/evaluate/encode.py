@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from etils import epath
 
-from grain_jax import errors, progress, schema
+from grain_jax.core import errors, progress, schema
+from grain_jax.core import images as image_files
 from grain_jax.evaluate import test_sets
-from grain_jax.files import images as image_files
 from grain_jax.inference import stream
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes

@@ -4,8 +4,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from grain_jax import config, errors
+from grain_jax import config
 from grain_jax.config.evals import STANDALONE, Context
+from grain_jax.core import errors
 from grain_jax.evaluate import tables
 from grain_jax.runtime import processes
 

@@ -13,12 +13,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from etils import epy
 
-from grain_jax import config, errors
+from grain_jax import config
 from grain_jax.config.evals import ORIENTATIONS, Context, expanduser, option
+from grain_jax.core import errors
 
 with epy.lazy_imports():
+    from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import annotated, encode, test_sets
-    from grain_jax.files import annotations as annotations_lib
 
 T = TypeVar("T")
 

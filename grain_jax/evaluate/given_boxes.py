@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax.config.evals import Context
+from grain_jax.core import annotations as annotations_lib
 from grain_jax.evaluate import evaluators, grounding
-from grain_jax.files import annotations as annotations_lib
 from grain_jax.losses import boxes
 
 _AT_ONCE = 4096  # boxes; bounds the memory

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax import errors
 from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
     import jax.numpy as jnp
     import numpy as np
 
+    from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates
-    from grain_jax.files import annotations as annotations_lib
     from grain_jax.inference import scores
     from grain_jax.input_pipeline import tokenizer
     from grain_jax.losses import boxes, matching

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax import errors
 from grain_jax.config.evals import STANDALONE, Context, Row, option, same_place
+from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():

@@ -14,15 +14,15 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax import errors
 from grain_jax.config.evals import STANDALONE, Context, Row, option
+from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
     import numpy as np
 
+    from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, given_boxes, rates
-    from grain_jax.files import annotations as annotations_lib
     from grain_jax.inference import scores
 
 

@@ -18,8 +18,8 @@ from grain_jax.evaluate.evaluators import AnnotatedImages
 with epy.lazy_imports():
     import numpy as np
 
+    from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates
-    from grain_jax.files import annotations as annotations_lib
     from grain_jax.inference import scores
     from grain_jax.input_pipeline import tokenizer
 

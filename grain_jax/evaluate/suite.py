@@ -20,10 +20,9 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, progress
 from grain_jax.config.evals import Context
+from grain_jax.core import atomic, errors, progress, regular_file
 from grain_jax.evaluate import encode, tables, zeroshot
-from grain_jax.files import atomic, regular_file
 from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grain_jax import printable
 from grain_jax.config import evals
 from grain_jax.config.evals import Row
+from grain_jax.core import printable
 
 _OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
 _INTERVAL = "95% interval"

@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax import errors
 from grain_jax.config.evals import STANDALONE, Context, Row, exists, expanduser, option
+from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import Faults, LabelledImages, at_home
 
 with epy.lazy_imports():
     import numpy as np
     from etils import epath
 
+    from grain_jax.core import atomic, regular_file
     from grain_jax.evaluate import class_names, encode, rates, test_sets
-    from grain_jax.files import atomic, regular_file
     from grain_jax.inference import prompts, scores
     from grain_jax.runtime import processes
 

@@ -7,8 +7,8 @@ import numpy as np
 import PIL.Image
 
 from grain_jax import config as config_lib
-from grain_jax import errors
-from grain_jax.files import images as image_files
+from grain_jax.core import errors
+from grain_jax.core import images as image_files
 
 _FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 

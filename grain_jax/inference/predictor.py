@@ -19,8 +19,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax import errors, schema
-from grain_jax import progress as progress_lib
+from grain_jax.core import errors, schema
+from grain_jax.core import progress as progress_lib
 from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.input_pipeline import tokenizer

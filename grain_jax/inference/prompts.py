@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from grain_jax import errors
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 

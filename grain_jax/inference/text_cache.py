@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from grain_jax import __version__, errors, inference
-from grain_jax.files import atomic
+from grain_jax import __version__, inference
+from grain_jax.core import atomic, errors
 from grain_jax.input_pipeline import tokenizer
 
 

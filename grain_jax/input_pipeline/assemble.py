@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax.config import Config
+from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import packing, tokenizer
 from grain_jax.input_pipeline.text_cleaning import Texts
-from grain_jax.schema import Batch
 
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNORECASE)
 

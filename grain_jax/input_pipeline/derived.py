@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import errors
 from grain_jax.config import Config
+from grain_jax.core import errors
 from grain_jax.input_pipeline import packing, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
 

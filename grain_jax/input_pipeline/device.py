@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-from grain_jax.schema import Batch
+from grain_jax.core.schema import Batch
 
 _END = object()
 # Batches ahead: with 2 the demo's steps wait for 2% of their time, with 4 for 0.1%; reading comes in bursts.

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 from grain_jax.input_pipeline.text_cleaning import (
     Texts,
     TokenizerError,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 
 class OrderError(errors.UserError):

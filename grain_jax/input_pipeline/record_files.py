@@ -16,9 +16,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from grain_jax import errors
 from grain_jax.config import Config, Dataset
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 from grain_jax.input_pipeline import order, sources, text_lengths
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)

@@ -14,11 +14,11 @@ import tensorflow as tf
 from etils import epath
 
 from grain_jax.config import Config, TextTower
+from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, shard_digests, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 from grain_jax.input_pipeline.text_cleaning import Texts
-from grain_jax.schema import Batch
 
 _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
 _READ_BYTES = 8 << 20  # a read from a remote file

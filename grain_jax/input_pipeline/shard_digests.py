@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
-from grain_jax.files import atomic, regular_file
+from grain_jax.core import atomic, regular_file
 from grain_jax.input_pipeline import order
 
 _BUCKETS = 2**63 - 1

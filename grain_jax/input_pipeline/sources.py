@@ -16,10 +16,10 @@ from typing import Any, Protocol, TypedDict, cast
 import numpy as np
 from etils import epath
 
-from grain_jax import errors, named
 from grain_jax.config import Config
+from grain_jax.core import errors, named
+from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.schema import Batch
 
 # Name -> the module, or class in one, that is the source; imported when it is chosen (records need TensorFlow).
 BUILT_IN = {

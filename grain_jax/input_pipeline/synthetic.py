@@ -6,10 +6,10 @@ Text lengths are those of web captions and region descriptions.
 import numpy as np
 
 from grain_jax.config import Config
+from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources
 from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
-from grain_jax.schema import Batch
 
 NUM_EXAMPLES = 1 << 20  # per epoch
 CAPTION_TOKENS = (10, 20)  # lowest and highest number, start and end tokens included

@@ -10,7 +10,7 @@ import ftfy
 import numpy as np
 import regex
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 
 class TokenizerError(errors.UserError):

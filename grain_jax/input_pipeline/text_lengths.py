@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax.config import Dataset
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 FILE = "text_lengths.json"
 IMAGES = 4096  # in a sample, at most

@@ -5,7 +5,7 @@ import os
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 from grain_jax.input_pipeline.clip_tokenizer import PAD, VOCAB_SIZE, ClipTokenizer
 from grain_jax.input_pipeline.file_tokenizer import FileTokenizer
 from grain_jax.input_pipeline.text_cleaning import TokenizerError

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.losses import hops
 from grain_jax.losses.ring import Ring
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grain_jax import schema
 from grain_jax.config import Loss
+from grain_jax.core import schema
 from grain_jax.losses import matching, streaming
 from grain_jax.losses.layout import Layout
 from grain_jax.losses.ring import Ring

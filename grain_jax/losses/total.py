@@ -22,8 +22,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from grain_jax import config as config_lib
-from grain_jax import errors, schema
 from grain_jax.config import Loss
+from grain_jax.core import errors, schema
 from grain_jax.losses import box_loss, contrastive
 from grain_jax.losses.layout import Layout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Term, TermOutput, make_shard

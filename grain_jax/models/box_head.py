@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grain_jax import errors
 from grain_jax.config import BoxHead, ImageTower
+from grain_jax.core import errors
 from grain_jax.models import layers, placement
 
 _OCTAVES = 6  # of the box coordinates in `fourier`: waves of 1, 1/2 ... 1/32 of the image

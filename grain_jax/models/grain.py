@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import schema
+from grain_jax.core import schema
 from grain_jax.models import box_head, layers, region_decoder, text, towers
 
 xavier = nn.initializers.xavier_uniform()

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
+from grain_jax.core import errors, named
 
 IMAGE = {"vit": "grain_jax.models.vit:ImageTransformer"}
 TEXT = {"transformer": "grain_jax.models.text:TextTransformer"}

@@ -7,9 +7,9 @@ The model of each run runs on images of the evaluations in its config; the resul
 import sys
 from collections.abc import Sequence
 
-from grain_jax import errors
-from grain_jax.cli.report import Report
+from grain_jax.core import errors
 from grain_jax.report import page
+from grain_jax.report.arguments import Report
 
 _SMALLER = f"give a smaller --num-images, or --no-model; or {errors.MORE_MEMORY}"
 

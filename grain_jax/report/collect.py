@@ -14,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference
-from grain_jax.cli.report import NUM_IMAGES
+from grain_jax import inference
+from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import encode, rates, test_sets, zeroshot
-from grain_jax.files import atomic, regular_file
 from grain_jax.inference import prompts, scores
 from grain_jax.report import regions
+from grain_jax.report.arguments import NUM_IMAGES
 from grain_jax.report.thumbnails import Thumbnails
 from grain_jax.runtime import checkpoint, processes
 

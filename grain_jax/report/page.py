@@ -6,10 +6,10 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax.cli.report import NUM_IMAGES
+from grain_jax.core import atomic, html
 from grain_jax.evaluate import tables
-from grain_jax.files import atomic
-from grain_jax.report import charts, collect, html, run_files
+from grain_jax.report import charts, collect, run_files
+from grain_jax.report.arguments import NUM_IMAGES
 
 FILE = "report.html"
 _FILES = ("page.css", "page.js", "curves.js", "sections.js")

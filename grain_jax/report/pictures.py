@@ -16,10 +16,9 @@ from matplotlib import patches, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grain_jax import printable
+from grain_jax.core import annotations as annotations_lib
+from grain_jax.core import printable, regular_file
 from grain_jax.evaluate import annotated, tables, test_sets
-from grain_jax.files import annotations as annotations_lib
-from grain_jax.files import regular_file
 from grain_jax.report import charts, regions
 from grain_jax.runtime import metrics_file, processes
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
+from grain_jax.core import annotations as annotations_lib
+from grain_jax.core import errors, named
+from grain_jax.core import images as image_files
 from grain_jax.evaluate import encode, evaluators, grounding, test_sets
-from grain_jax.files import annotations as annotations_lib
-from grain_jax.files import images as image_files
 from grain_jax.inference import scores
 from grain_jax.report import attention
 from grain_jax.report.thumbnails import Thumbnails

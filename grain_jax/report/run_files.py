@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import errors
+from grain_jax.core import errors, regular_file
 from grain_jax.evaluate import tables
-from grain_jax.files import regular_file
 from grain_jax.runtime import metrics_file, receipt
 
 _POINTS = 800  # points of a curve that the page keeps, at most

@@ -2,9 +2,8 @@
 
 import PIL.Image
 
+from grain_jax.core import html, images
 from grain_jax.evaluate import test_sets
-from grain_jax.files import images
-from grain_jax.report import html
 
 
 class Thumbnails:

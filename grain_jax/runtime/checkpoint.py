@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.runtime import receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,

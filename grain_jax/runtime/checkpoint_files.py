@@ -13,8 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from grain_jax import errors
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 
 
 class CheckpointError(errors.UserError):

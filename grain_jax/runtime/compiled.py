@@ -17,7 +17,7 @@ from jax._src.compilation_cache_interface import CacheInterface
 from jaxlib import version
 
 from grain_jax import __version__
-from grain_jax.files import atomic, regular_file
+from grain_jax.core import atomic, regular_file
 
 MAX_BYTES = (
     2 << 30

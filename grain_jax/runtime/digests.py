@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grain_jax import schema
+from grain_jax.core import schema
 
 EXAMPLES, PIXELS = 0, 1  # rows of the chains
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.runtime import ending, native_log
 
 START_SECONDS = 300  # between the starts of the first and the last process: pods pull images

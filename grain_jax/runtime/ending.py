@@ -28,7 +28,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: launchers start the same command again
 STALLED = 124  # what timeout(1) ends with

@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 from etils import epath
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.runtime import ending
 
 FILE = "trainer.lock"

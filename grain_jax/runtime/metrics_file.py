@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 FILE = "metrics.jsonl"
 _LONGEST = 4 << 30  # bytes of a file

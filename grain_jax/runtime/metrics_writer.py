@@ -19,8 +19,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, progress
-from grain_jax.files import atomic
+from grain_jax.core import atomic, errors, progress
 from grain_jax.runtime import ending, metrics_file
 
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 T = TypeVar("T")
 

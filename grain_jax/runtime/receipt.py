@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from grain_jax import __version__
 from grain_jax import config as config_lib
-from grain_jax.files import atomic, regular_file
+from grain_jax.core import atomic, regular_file
 from grain_jax.runtime import digests
 
 FILE = "receipts.jsonl"

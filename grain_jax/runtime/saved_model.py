@@ -15,9 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import named, pretrained
-from grain_jax.files import regular_file
-from grain_jax.runtime import digests, distributed, receipt
+from grain_jax.core import named, regular_file
+from grain_jax.runtime import digests, distributed, pretrained, receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     absolute,

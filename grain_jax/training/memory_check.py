@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
+from grain_jax.core import errors, named
 from grain_jax.input_pipeline import derived
 from grain_jax.training import memory_need, sharding, train_step
 from grain_jax.training.memory_need import Need

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grain_jax import errors
 from grain_jax.config import Optim
+from grain_jax.core import errors
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from grain_jax import errors
 from grain_jax.config import Config
+from grain_jax.core import errors
 
 
 class Due(NamedTuple):

@@ -10,7 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax import errors, losses
+from grain_jax import losses
+from grain_jax.core import errors
 
 BATCH_AXES = ("data", "fsdp")  # the leading axis of a batch is cut over both
 

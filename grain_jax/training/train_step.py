@@ -19,8 +19,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import losses as losses_lib
-from grain_jax import schema
 from grain_jax.config import Config
+from grain_jax.core import schema
 from grain_jax.models import placement
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from grain_jax import errors
-from grain_jax.cli.verify import Verify
+from grain_jax.core import errors
 from grain_jax.runtime import compiled, receipt
 from grain_jax.verify import replay, workdir
+from grain_jax.verify.arguments import Verify
 
 STEPS = 5  # where no checkpoint says how far
 MOST_DEVICES = 512  # virtual ones; each has threads of its own, and a record may say any number

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from grain_jax import config as config_lib
-from grain_jax import errors, train
+from grain_jax import train
 from grain_jax.convert import initialise
+from grain_jax.core import errors
 from grain_jax.input_pipeline import device, sources
 from grain_jax.runtime import checkpoint, digests, receipt
 from grain_jax.training import sharding, train_step

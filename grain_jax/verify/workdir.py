@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
-from grain_jax.files import regular_file
+from grain_jax.core import errors, regular_file
 from grain_jax.input_pipeline import sources
 from grain_jax.runtime import checkpoint, metrics_file, receipt
 

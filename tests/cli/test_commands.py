@@ -147,7 +147,8 @@ def test_twenty_typing_errors_each_get_one_line(typed, right, capsys, monkeypatc
 
 
 def _load(words):
-    from grain_jax.cli import config_file, train
+    from grain_jax.cli import config_file
+    from grain_jax.training import arguments as train
 
     args = train.Train.parse(words)
     config_file.load(args.config, args.overrides)

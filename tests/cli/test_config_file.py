@@ -7,8 +7,8 @@ import sys
 import pytest
 from etils import epath
 
-from grain_jax import errors
 from grain_jax.cli import commands, config_file, config_keys
+from grain_jax.core import errors
 from tests.paths import ROOT
 
 

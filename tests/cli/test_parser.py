@@ -2,9 +2,9 @@
 
 import pytest
 
-from grain_jax import errors
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Command, Configured, Parser
+from grain_jax.core import errors
 
 
 class X(Command, name="x"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import recipe
+from grain_jax.config import recipe
 from grain_jax.convert import initialise, tables, towers
 from grain_jax.convert.big_vision import checkpoint as files
 from grain_jax.convert.big_vision.command import from_big_vision

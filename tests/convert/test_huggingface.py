@@ -20,7 +20,7 @@ import grain_jax
 from grain_jax.convert import huggingface, model_card, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
-from grain_jax.files import images
+from grain_jax.core import images
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint, digests, receipt

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import errors, recipe
+from grain_jax.config import recipe
 from grain_jax.convert import initialise, tables
 from grain_jax.convert.faults import ConvertError
+from grain_jax.core import errors
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, digests
 from grain_jax.training import optim, sharding, train_step

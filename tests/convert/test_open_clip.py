@@ -15,7 +15,7 @@ import open_clip.model as library  # noqa: E402
 import safetensors.torch  # noqa: E402
 
 from grain_jax import config as config_lib  # noqa: E402
-from grain_jax import recipe  # noqa: E402
+from grain_jax.config import recipe  # noqa: E402
 from grain_jax.convert import initialise, tables, towers  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402

@@ -20,7 +20,7 @@ from grain_jax.data.aviary.species import distance, make_species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, Trait
 from PIL import Image
 
-from grain_jax.files import annotations as files
+from grain_jax.core import annotations as files
 
 FEW = dict(genera=4, species_per_genus=3, held_out_genera=2, held_out_species_per_genus=2)
 SMALL = Settings(images=70, seen_per_species=1, unseen_per_species=1, test_images=10, **FEW)

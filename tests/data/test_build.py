@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from grain_jax.data import build, duplicates, example
 
-from grain_jax.files import images
+from grain_jax.core import images
 from tests import record_sets
 from tests.paths import ROOT
 

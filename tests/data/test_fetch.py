@@ -14,7 +14,7 @@ from benchmarks.claim import data as claim_data
 from benchmarks.fetch import fashion, gcompris, licences, package, qt
 from benchmarks.fetch.__main__ import main
 from benchmarks.fetch.looks import parts
-from grain_jax import errors
+from grain_jax.core import errors
 from tests.data import debian_packages
 
 DARK = 200

@@ -14,7 +14,7 @@ from etils import epath
 from grain_jax.data import build, sources
 from grain_jax.data.sources import staged
 
-from grain_jax import errors
+from grain_jax.core import errors
 from tests import record_sets
 from tests.paths import ROOT
 

@@ -16,7 +16,8 @@ import pytest
 from flax import linen as nn
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference
+from grain_jax import inference
+from grain_jax.core import errors
 from grain_jax.demo import __main__ as command
 from grain_jax.demo import analysis, class_lists, views
 from grain_jax.models import grain

@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 import PIL.Image
 
-from grain_jax import schema
 from grain_jax.config import evals
+from grain_jax.core import schema
 
 
 class StubPredictor:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from grain_jax.recipe import evaluator
+from grain_jax.config.recipe import evaluator
 
 
 def get_config(folder):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.evaluate import given_boxes, rates, tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.evaluate import diagnostics, tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 

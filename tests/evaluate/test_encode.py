@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.evaluate import encode
 from tests.evaluate.stub import StubPredictor, write_picture
 

@@ -8,8 +8,9 @@ import textwrap
 
 import pytest
 
-from grain_jax import config, errors, named, recipe
-from grain_jax.config import evals
+from grain_jax import config
+from grain_jax.config import evals, recipe
+from grain_jax.core import errors, named
 from grain_jax.evaluate import entries, grounding, zeroshot
 from grain_jax.runtime import receipt
 from tests.evaluate.stub import StubPredictor, write_picture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.evaluate import grounding
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 

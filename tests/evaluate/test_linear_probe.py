@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.config.recipe import evaluator
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import linear_probe, rates, tables
-from grain_jax.recipe import evaluator
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, measure, write_picture
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import maps, tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, number, region

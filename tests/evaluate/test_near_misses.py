@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.evaluate import tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 

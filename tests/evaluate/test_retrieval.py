@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
+from grain_jax.core.regular_file import FileError
 from grain_jax.evaluate import rates, retrieval
-from grain_jax.files.regular_file import FileError
 from tests.evaluate.stub import StubPredictor, annotate, measure
 
 

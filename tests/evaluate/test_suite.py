@@ -11,11 +11,12 @@ import pytest
 from grain_jax.configs import eval as eval_config
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference
+from grain_jax import inference
+from grain_jax.config.recipe import suite as benchmarks
+from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, test_sets
 from grain_jax.evaluate import suite as suite_module
-from grain_jax.recipe import suite as benchmarks
 from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, write_picture

@@ -4,7 +4,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.evaluate import linear_probe, rates, test_sets, zeroshot
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, measure, write_picture

@@ -7,7 +7,8 @@ import pytest
 
 from examples.evaluator import neighbours
 from grain_jax import config as config_lib
-from grain_jax import errors, inference, train
+from grain_jax import inference, train
+from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import entries
 from tests import tiny

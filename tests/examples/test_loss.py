@@ -8,8 +8,9 @@ import pytest
 from grain_jax.launch import sweep_runs
 
 from examples.loss.uniformity import uniformity
-from grain_jax import errors, losses, train
+from grain_jax import losses, train
 from grain_jax.cli import config_file
+from grain_jax.core import errors
 from grain_jax.input_pipeline import synthetic
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import sharding, train_step

@@ -10,8 +10,9 @@ import pytest
 
 from examples.tower import mixer
 from grain_jax import config as config_lib
-from grain_jax import errors, inference, train
+from grain_jax import inference, train
 from grain_jax.convert.reference import names
+from grain_jax.core import errors
 from grain_jax.models import grain, towers
 from grain_jax.training import flops, optim, sharding, train_step
 from tests import tiny

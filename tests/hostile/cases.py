@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from grain_jax import errors
+from grain_jax.core import errors
 
 SECONDS = 20.0  # within which a command must end; most take milliseconds
 

@@ -34,8 +34,7 @@ from grain_jax.data import sources
 
 from benchmarks.fetch import gcompris
 from grain_jax import config as config_lib
-from grain_jax import errors
-from grain_jax.files import images
+from grain_jax.core import errors, images
 from grain_jax.input_pipeline import file_tokenizer, records
 from grain_jax.report import run_files
 from grain_jax.runtime import checkpoint

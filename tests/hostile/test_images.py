@@ -11,7 +11,7 @@ import pytest
 from grain_jax.data.annotate import checks
 from grain_jax.data.sources import base, join
 
-from grain_jax.files import images
+from grain_jax.core import images
 from tests import record_sets
 from tests.hostile import cases, image_files
 

@@ -11,7 +11,9 @@ import pytest
 
 import grain_jax
 from grain_jax import config as config_lib
-from grain_jax import errors, export, train, verify
+from grain_jax import train, verify
+from grain_jax.convert import export
+from grain_jax.core import errors
 from grain_jax.runtime import checkpoint
 from tests import runs, tiny
 

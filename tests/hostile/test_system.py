@@ -16,11 +16,10 @@ from grain_jax.data.inspect import __main__ as inspect_command
 from grain_jax.data.inspect import reading
 
 from grain_jax import config as config_lib
-from grain_jax import errors
 from grain_jax.cli import commands, process
 from grain_jax.convert import model_card
+from grain_jax.core import annotations, errors
 from grain_jax.evaluate import class_names, diagnostics, suite, zeroshot
-from grain_jax.files import annotations
 from grain_jax.inference import prompts
 from grain_jax.input_pipeline import record_files
 from grain_jax.report import __main__ as report_command

@@ -11,7 +11,7 @@ import pytest
 from grain_jax.data import sources
 from grain_jax.data.annotate import __main__ as command
 
-from grain_jax.files import image_bounds
+from grain_jax.core import image_bounds
 
 SECONDS = 5.0
 

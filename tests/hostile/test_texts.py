@@ -12,10 +12,9 @@ from grain_jax.data import build
 from grain_jax.data.inspect import sheet
 from hypothesis import strategies as st
 
-from grain_jax import errors, printable
 from grain_jax.cli import process
+from grain_jax.core import errors, images, printable
 from grain_jax.evaluate import tables
-from grain_jax.files import images
 from grain_jax.report import pictures
 from tests import record_sets
 from tests.evaluate.stub import StubPredictor, write_picture

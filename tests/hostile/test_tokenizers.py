@@ -7,8 +7,7 @@ import pathlib
 
 import pytest
 
-from grain_jax import errors, printable
-from grain_jax.files import regular_file
+from grain_jax.core import errors, printable, regular_file
 from grain_jax.inference import text_cache
 from grain_jax.input_pipeline import file_tokenizer, tokenizer
 from tests import tiny

@@ -8,7 +8,8 @@ import socket
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import errors, train
+from grain_jax import train
+from grain_jax.core import errors
 from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import lock, metrics_writer
 from tests import record_sets, tiny

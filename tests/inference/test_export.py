@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
-from grain_jax import export, inference
-from grain_jax.convert import parity
+from grain_jax import inference
+from grain_jax.convert import export, parity
 from grain_jax.runtime import checkpoint
 from tests import perturbed
 

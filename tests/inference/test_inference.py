@@ -13,8 +13,8 @@ import tokenizers.pre_tokenizers
 
 import grain_jax
 from grain_jax import config as config_lib
-from grain_jax import inference, schema
-from grain_jax.files import images
+from grain_jax import inference
+from grain_jax.core import images, schema
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain

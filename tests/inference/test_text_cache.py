@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from grain_jax import errors, inference
+from grain_jax import inference
+from grain_jax.core import errors
 from grain_jax.inference import text_cache
 from grain_jax.models import grain
 from tests import tiny

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import recipe
+from grain_jax.config import recipe
 from grain_jax.input_pipeline import assemble, tokenizer
 from tests import record_sets
 

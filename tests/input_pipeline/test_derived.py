@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import errors, train
+from grain_jax import train
+from grain_jax.core import errors
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
 from grain_jax.runtime import ending

@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 from grain_jax import config as config_lib
-from grain_jax import errors, train, verify
+from grain_jax import train, verify
+from grain_jax.core import errors
 from grain_jax.input_pipeline import order, record_files, records
 from grain_jax.runtime import checkpoint
 from tests import record_sets, tiny

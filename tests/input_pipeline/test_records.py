@@ -7,8 +7,7 @@ import pytest
 import tensorflow as tf
 from etils import epath
 
-from grain_jax import errors
-from grain_jax.files import images
+from grain_jax.core import errors, images
 from grain_jax.input_pipeline import order, record_files, records, text_lengths, tokenizer
 from tests import record_sets
 from tests.record_sets import numbers, take

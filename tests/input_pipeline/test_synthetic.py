@@ -90,7 +90,7 @@ def test_no_tensorflow():
     code = (
         "import sys\n"
         "from grain_jax.input_pipeline import assemble, order, packing, sources, synthetic, tokenizer\n"
-        "from grain_jax.files import images\n"
+        "from grain_jax.core import images\n"
         "print([m for m in ('tensorflow', 'tensorflow_datasets', 'jax', 'torch') if m in sys.modules])"
     )
     out = subprocess.run(

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from benchmarks.parity import preprocessing
-from grain_jax.files import images
+from grain_jax.core import images
 from grain_jax.input_pipeline import assemble, order, transforms
 
 NAMES = preprocessing.names()

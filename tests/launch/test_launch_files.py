@@ -18,7 +18,7 @@ import pytest
 import yaml
 from grain_jax.launch import files
 
-from grain_jax import errors
+from grain_jax.core import errors
 from tests.paths import ROOT
 
 LAUNCH = ROOT / "launch"

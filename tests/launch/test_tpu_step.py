@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from grain_jax.launch import chips, compiler, hlo, hlo_collectives
 
-from grain_jax import progress
+from grain_jax.core import progress
 from grain_jax.models import layers
 from tests import paths, tiny
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import losses, schema
+from grain_jax import losses
+from grain_jax.core import schema
 from grain_jax.losses import hops, layout
 from grain_jax.models import grain
 from tests import tiny

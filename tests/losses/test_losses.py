@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from grain_jax import losses, schema
+from grain_jax import losses
+from grain_jax.core import schema
 from grain_jax.losses import matching
 from tests import tiny
 

@@ -13,7 +13,8 @@ import pytest
 from grain_jax.launch import chips, estimate, hlo
 from jax.sharding import PartitionSpec
 
-from grain_jax import errors, losses
+from grain_jax import losses
+from grain_jax.core import errors
 from grain_jax.losses import matching, streaming
 from grain_jax.losses.ring import Ring
 from grain_jax.training import sharding

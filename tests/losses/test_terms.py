@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grain_jax import config, errors, losses
+from grain_jax import config, losses
+from grain_jax.core import errors
 from grain_jax.training import sharding
 from tests import tiny
 from tests.losses.test_losses import _outputs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.models import grain, layers, towers
 from grain_jax.training import flops
 from tests import tiny

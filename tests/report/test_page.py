@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import inference, recipe
+from grain_jax import inference
+from grain_jax.config import recipe
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.report import __main__ as command
 from grain_jax.report import charts, collect, page, regions, run_files, thumbnails

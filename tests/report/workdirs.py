@@ -7,7 +7,8 @@ import PIL.Image
 from flax import traverse_util
 
 from grain_jax import config as config_lib
-from grain_jax import inference, recipe
+from grain_jax import inference
+from grain_jax.config import recipe
 from grain_jax.models import grain
 from grain_jax.runtime import receipt
 from tests import tiny

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.runtime import checkpoint, digests, ending
 from tests import tiny
 

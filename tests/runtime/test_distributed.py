@@ -14,9 +14,9 @@ import jax
 import pytest
 from jax._src import clusters
 
-from grain_jax import errors
-from grain_jax.cli import train
+from grain_jax.core import errors
 from grain_jax.runtime import distributed, native_log
+from grain_jax.training import arguments as train
 from tests.paths import ROOT
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.runtime import ending
 from tests.paths import ROOT
 

@@ -11,7 +11,7 @@ import types
 import pytest
 from etils import epath
 
-from grain_jax import errors, progress
+from grain_jax.core import errors, progress
 from grain_jax.runtime import metrics_writer
 from tests import tiny
 

@@ -11,7 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from grain_jax import errors, inference
+from grain_jax import inference
+from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import encode, tables, test_sets, zeroshot
 from grain_jax.models import grain

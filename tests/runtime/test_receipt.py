@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax import schema
+from grain_jax.core import schema
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import digests, receipt
 from grain_jax.training import sharding, train_step

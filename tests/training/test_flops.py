@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax import recipe as recipes
+from grain_jax.config import recipe as recipes
 from grain_jax.input_pipeline import derived
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import flops, optim, train_step

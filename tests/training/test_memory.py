@@ -11,8 +11,10 @@ import PIL.Image
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import errors, export, inference, train
+from grain_jax import inference, train
 from grain_jax.convert import __main__ as convert_command
+from grain_jax.convert import export
+from grain_jax.core import errors
 from grain_jax.evaluate import encode
 from grain_jax.report import __main__ as report_command
 from grain_jax.training import memory_check, memory_need, sharding, train_step

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.training import schedule
 from tests import tiny
 

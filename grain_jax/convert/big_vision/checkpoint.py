@@ -13,7 +13,7 @@ from etils import epath
 
 from grain_jax.convert import archives, tables
 from grain_jax.convert.faults import ConvertError, prefixed
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 SCALARS = {"logit_scale": "t", "logit_bias": "b"}  # ours -> theirs
 # Positions and the pooling head in older files; the second addend of positions.

@@ -9,7 +9,7 @@ from etils import epath
 
 from grain_jax.convert import archives, torchscript
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 SCALARS = {"logit_scale": "logit_scale", "logit_bias": "logit_bias"}  # ours -> theirs
 _WEIGHTS = (

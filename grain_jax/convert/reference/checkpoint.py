@@ -9,7 +9,7 @@ from etils import epath
 
 from grain_jax.convert import archives
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
-from grain_jax.files import atomic, regular_file
+from grain_jax.core import atomic, regular_file
 
 KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
 

@@ -13,7 +13,7 @@ from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
 from grain_jax.convert.reference.names import to_params, to_states
 from grain_jax.convert.reference.sizes import REFERENCE_HEADS, TOWERS, infer
-from grain_jax.files import atomic
+from grain_jax.core import atomic
 from grain_jax.runtime import checkpoint
 
 

@@ -3,7 +3,7 @@
 import pytest
 from grain_jax.data.annotate import answers, prompt
 
-from grain_jax.files import regular_file
+from grain_jax.core import regular_file
 
 LONG = "a very " + "very " * 14 + "long beak"
 

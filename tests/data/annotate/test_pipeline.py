@@ -15,7 +15,7 @@ from grain_jax.data.annotate import (
     prompt,
 )
 
-from grain_jax import errors
+from grain_jax.core import errors
 from tests import record_sets
 from tests.data.annotate import endpoint, models
 

@@ -1,1 +1,0 @@
-"""Answers texts and images over a folder of embeddings (docs/embed.md)."""

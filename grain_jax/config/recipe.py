@@ -1,0 +1,196 @@
+"""What config files share: the defaults of grain_jax/config/fields.py as a ConfigDict, and the sizes of the towers.
+
+A config file starts from `base` and changes what differs. It may lie anywhere: this package imports
+ml_collections alone, no JAX.
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from grain_jax.config import evals, fields, parse
+from grain_jax.core import named
+
+Keys = Any  # a ConfigDict, whose keys are attributes that type checkers do not know
+
+# Where a size differs from B/16. S/16, B/16 and L/14 are those of the reference (clip/custom_models.py): S/16 has
+# 12 heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512. H/14 and g/14 have the towers and the
+# joint space of OpenCLIP's ViT-H-14 and ViT-g-14 (open_clip/model_configs), with heads of 80 and 88.
+_LARGE_TEXT = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
+SIZES = {
+    "tiny": dict(
+        embed_dim=64,
+        image=dict(image_size=64, patch_size=8, width=96, depth=3, heads=4, mlp_dim=384, unroll=3),
+        text=dict(width=96, depth=2, heads=4, mlp_dim=384, unroll=2),
+        decoder=dict(width=96, depth=2, heads=4, mlp_dim=384, unroll=2),
+    ),
+    "S/16": dict(image=dict(width=384, mlp_dim=1536)),
+    "B/16": {},
+    "L/14": dict(image=dict(patch_size=14, width=1024, depth=24, heads=16, mlp_dim=4096)),
+    "H/14": dict(
+        embed_dim=1024,
+        image=dict(patch_size=14, width=1280, depth=32, heads=16, mlp_dim=5120),
+        text=_LARGE_TEXT,
+    ),
+    "g/14": dict(
+        embed_dim=1024,
+        image=dict(patch_size=14, width=1408, depth=40, heads=16, mlp_dim=6144),
+        text=_LARGE_TEXT,
+    ),
+}
+
+
+def defaults(cls: type) -> Keys:
+    """The keys of a dataclass with their defaults; those without one are left out.
+
+    A key whose default is None is a placeholder, so that the command line can set it.
+    """
+    c = ConfigDict()
+    for name, (field, kind) in parse.types_of(cls).items():
+        default = fields.default_of(field)
+        if default is None:
+            c[name] = placeholder(parse.inner_of(kind))
+        elif dataclasses.is_dataclass(default):
+            c[name] = defaults(type(default))
+        elif default == {}:
+            c[name] = ConfigDict()
+        elif default is not dataclasses.MISSING:
+            c[name] = default
+    return c
+
+
+def model(size: str = "B/16") -> Keys:
+    """The model of that size: one of tiny, S/16, B/16, L/14, H/14, g/14."""
+    if size not in SIZES:
+        raise ValueError(f"model size: got {size!r}, expected one of {', '.join(SIZES)}")
+    c = defaults(fields.Model)
+    c.update(SIZES[size])
+    return c
+
+
+def on_hardware(c: Keys, table: dict[str, dict], name: str | None) -> Keys:
+    """`c` with the overrides that `table` has for that hardware; None: unchanged."""
+    if name is not None:
+        if name not in table:
+            raise ValueError(f"hardware: got {name!r}, expected one of {', '.join(table)}")
+        c.update_from_flattened_dict(table[name])
+    return c
+
+
+def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
+    """An entry of `evals` with all options of its kind, so that the command line can set them (docs/evaluate.md).
+
+    Args:
+      kind: of config.evals.NAMED, or `module:Class`.
+      images: class folders, or the folder that the paths of the annotations start from.
+      **options: the other fields of that class; None leaves the default.
+
+    Raises:
+      errors.UserError: there is no such kind.
+    """
+    with named.importing():  # a config file is code of the user already
+        cls = evals.find(kind)
+    entry = dict(defaults(cls).items(preserve_field_references=True))
+    given = {name: value for name, value in options.items() if value is not None}
+    return entry | dict(kind=kind, images=images) | given
+
+
+def base(size: str = "B/16") -> Keys:
+    """The recipe of the paper (docs/method.md, Training recipe), without a data set and a length."""
+    c = defaults(fields.Config)
+    c.model = model(size)
+    return c
+
+
+def own_images(size: str = "B/16") -> Keys:
+    """What configs/own.py and configs/finetune.py share: a user's images on one machine."""
+    c = base(size)
+    c.log_every = 10
+    c.checkpoint_every = 0
+    c.checkpoint_every_minutes = 10.0
+    c.pictures = 12
+    c.input.flip_rate = 0.5
+    c.input.crop_min_area = 0.5
+    # As docs/claim.md measures: as many queries as an image has described regions (set both), and a box loss
+    # with a weight that leaves the captions room.
+    c.model.decoder.queries = 8
+    c.input.max_regions = 8
+    c.loss.box = 0.2
+    c.loss.deep_supervision = True
+    c.optim.clip_norm = 1.0
+    # Measured after the last step where their images are named.
+    for kind in ("zeroshot", "retrieval", "grounding"):
+        how = f"--config.evals.{kind}.images=FOLDER"
+        if kind != "zeroshot":
+            how += f" --config.evals.{kind}.annotations=A.jsonl"
+        c.evals[kind] = evaluator(kind, missing="skip", get=how)
+    return c
+
+
+# Third-party towers, where they differ from the defaults beyond their sizes: "clip" is OpenAI's (most open_clip
+# models differ from it in activation="gelu"); "siglip" is big_vision's, with the text tower of SigLIP B.
+FAMILIES = {
+    "clip": dict(
+        image=dict(
+            qk_norm=False,
+            norm_eps=1e-5,
+            patch_bias=False,
+            pre_norm=True,
+            activation="quick_gelu",
+            pixel_mean=(0.48145466, 0.4578275, 0.40821073),
+            pixel_std=(0.26862954, 0.26130258, 0.27577711),
+        ),
+        text={},
+    ),
+    "siglip": dict(
+        image=dict(
+            qk_norm=False,
+            class_token=False,
+            activation="gelu_tanh",
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+        ),
+        text=dict(
+            vocab_size=32000,
+            context_length=64,
+            width=768,
+            heads=12,
+            mlp_dim=3072,
+            norm_eps=1e-6,
+            causal=False,
+            activation="gelu_tanh",
+            pool="last",
+            projection="affine",
+            tokenizer="siglip.model",
+            cleaning="canonical",
+            pad_id=1,
+        ),
+    ),
+}
+
+
+def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text")) -> Keys:
+    """`c` with towers of another family ("clip" or "siglip"), which `init.image` and `init.text` may then load."""
+    if family not in FAMILIES:
+        raise ValueError(f"family of towers: got {family!r}, expected one of {', '.join(FAMILIES)}")
+    for tower in towers:
+        c.model[tower].update(FAMILIES[family][tower])
+    if "text" in towers and family == "siglip":
+        c.text.packing = False
+    return c
+
+
+def reference_behaviour(c: Keys) -> Keys:
+    """`c` with the behaviour of the PyTorch reference (docs/method.md, Where it differs), for comparisons."""
+    c.text.packing = False
+    c.loss.group_size = 128
+    c.loss.mask_duplicates = False
+    c.loss.shift_labels_after_empty_box = True
+    c.loss.box = 1.5
+    c.loss.iou_epsilon = 1e-4
+    c.optim.decay_groups = "reference"
+    c.optim.schedule = "reference"
+    c.model.image.block_init = "torch"
+    return c

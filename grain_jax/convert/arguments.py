@@ -1,0 +1,150 @@
+"""The flags of `grain-jax convert KIND` and `grain-jax export`."""
+
+from grain_jax.cli.flags import flag
+from grain_jax.cli.parser import Command
+from grain_jax.config import ACTIVATIONS, DTYPES
+
+
+class _OfCheckpoint(Command):
+    """Kinds that read a model of ours.
+
+    what is converted:
+      --checkpoint DIR  workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
+      --output PATH     file or folder to write; an older conversion is replaced
+    """
+
+    input: str = flag(name="checkpoint", also="input")
+    output: str
+
+
+class _OfFile(Command):
+    """Kinds that read what others wrote.
+
+    what is converted:
+      --input PATH   file or folder of theirs (.pth.tar, .safetensors, FILE.npz:sub-tree, hf://ORG/NAME)
+      --output PATH  folder to write; an older conversion is replaced
+    """
+
+    input: str = flag(also="checkpoint")
+    output: str
+
+
+class _Towers(_OfFile):
+    """Kinds whose files may not state all of the two towers.
+
+    where the checkpoint does not state it:
+      --image-heads N          attention heads of the image tower
+      --text-heads N           attention heads of the text tower
+      --image-activation NAME  of the image tower: gelu, gelu_tanh or quick_gelu
+      --text-activation NAME   of the text tower: gelu, gelu_tanh or quick_gelu
+    """
+
+    image_heads: int | None = None
+    text_heads: int | None = None
+    image_activation: str | None = flag(None, choices=ACTIVATIONS)
+    text_activation: str | None = flag(None, choices=ACTIVATIONS)
+
+
+class FromTorch(_OfFile, name="convert from-torch"):
+    """The PyTorch reference's .pth.tar -> a folder for grain_jax.load.
+
+    Example:
+      grain-jax convert from-torch --input checkpoint.pth.tar --output model
+
+    where the checkpoint does not state it:
+      --image-heads N    attention heads of the image tower
+      --text-heads N     attention heads of the text tower
+      --decoder-heads N  attention heads of the decoder
+    """
+
+    image_heads: int | None = None
+    text_heads: int | None = None
+    decoder_heads: int | None = None
+
+
+class ToTorch(_OfCheckpoint, name="convert to-torch"):
+    """A checkpoint -> the PyTorch reference's .pth.tar.
+
+    Example:
+      grain-jax convert to-torch --checkpoint runs/demo --output demo.pth.tar
+    """
+
+
+class ToHf(_OfCheckpoint, name="convert to-hf"):
+    """A checkpoint -> a folder for transformers' AutoModel.
+
+    Example:
+      grain-jax convert to-hf --checkpoint runs/demo --output demo_hf
+
+    the Hugging Face Hub:
+      --push ORG/NAME   upload the folder to this repository, which is made if it is not there
+      --[no-]private    a new repository is a private one
+    """
+
+    push: str | None = None
+    private: bool = False
+
+
+class FromHf(_OfFile, name="convert from-hf"):
+    """A folder of to-hf, or hf://ORG/NAME -> a folder for grain_jax.load.
+
+    Example:
+      grain-jax convert from-hf --input demo_hf --output model
+    """
+
+
+class FromOpenClip(_Towers, name="convert from-open-clip"):
+    """CLIP or SigLIP weights (OpenAI, open_clip, Hugging Face) -> a two-tower model for grain_jax.load.
+
+    Example:
+      grain-jax convert from-open-clip --input ViT-B-32.safetensors --output towers
+    """
+
+
+class FromBigVision(_Towers, name="convert from-big-vision"):
+    """A two_towers .npz of big_vision (FILE.npz:sub-tree) -> a two-tower model for grain_jax.load.
+
+    Example:
+      grain-jax convert from-big-vision --input lit.npz:params --output towers
+    """
+
+
+class Pack(_OfCheckpoint, name="convert pack"):
+    """A checkpoint -> a small folder for grain_jax.load, in bfloat16.
+
+    Example:
+      grain-jax convert pack --checkpoint runs/demo --output packed
+    """
+
+
+_KINDS = (FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, FromBigVision, Pack)
+
+
+class Convert(Command, name="convert", kinds={kind.command: kind for kind in _KINDS}):
+    """Converts checkpoints from and to PyTorch, Hugging Face, open_clip, big_vision.
+
+    Every kind ends with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
+
+    Example:
+      grain-jax convert to-hf --checkpoint runs/demo --output demo_hf
+    """
+
+
+class Export(Command, name="export"):
+    """Writes a model as StableHLO, which runs without grain_jax.
+
+    Every function takes any number of images or texts and runs on CPUs, CUDA and TPUs.
+    Exit status: 0; 1 where the functions give other outputs than the model; 2 for wrong input.
+
+    Example:
+      grain-jax export --checkpoint runs/demo --output exported
+
+    what is exported:
+      --checkpoint DIR  workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
+      --output DIR      folder to write
+      --dtype TYPE      of the activations: float32 or bfloat16
+    """
+
+    checkpoint: str
+    output: str
+    dtype: str = flag("float32", choices=DTYPES)

@@ -1,0 +1,232 @@
+"""A model as StableHLO (`jax.export`): functions and parameters that run without grain_jax.
+
+  grain-jax export --checkpoint DIR --output DIR [--dtype float32|bfloat16]
+
+Every function takes any number of images or texts and is lowered for CPUs, CUDA and TPUs at once. The
+parameters lie beside them in one file, since the functions share them (docs/library.md shows their use).
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax import export as jax_export
+
+from grain_jax import __version__, inference
+from grain_jax import config as config_lib
+from grain_jax.convert import parity, tables
+from grain_jax.convert.arguments import Export
+from grain_jax.core import errors
+from grain_jax.input_pipeline import tokenizer
+from grain_jax.models import grain
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
+TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
+_IMAGES = 3  # of the check; the Predictor pads them to another number
+
+
+class ExportError(errors.UserError):
+    """Nothing can be exported there; the message is one line."""
+
+
+def export_model(
+    predictor: inference.Predictor, output: epath.PathLike, platforms: Sequence[str] = PLATFORMS
+) -> list[parity.Comparison]:
+    """Writes `image.stablehlo`, `text.stablehlo`, `regions.stablehlo`, `boxes.stablehlo`, `params.npz`, `model.json`.
+
+    A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
+    no `boxes.stablehlo`.
+    What was written is read back and runs on this machine.
+
+    Args:
+      predictor: the model; its `dtype` is that of the functions' activations.
+      output: folder; an older export in it is replaced.
+      platforms: what the functions are lowered for, all in one file.
+
+    Returns:
+      for each output of each function how far it is from the predictor's (`TOLERANCE` of its dtype).
+
+    Raises:
+      ExportError: the folder cannot be written.
+    """
+    output, model = epath.Path(output), predictor.model
+    params: dict[str, Any] = {
+        name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
+    }
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
+    functions = {}
+    for name, (function, inputs) in _functions(model, predictor.dtype).items():
+        exported = jax_export.export(jax.jit(function), platforms=platforms)
+        functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in ("regions", "boxes"):
+            (output / f"{name}.stablehlo").unlink(missing_ok=True)
+        with (output / "params.npz").open("wb") as file:
+            np.savez(file, **params)
+        for name, (exported, _) in functions.items():
+            (output / f"{name}.stablehlo").write_bytes(exported.serialize())
+        description = _description(predictor, functions)
+        _copy_tokenizer(predictor, output)
+        (output / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        raise ExportError(f"{output}: {error.strerror or error}; expected a folder") from None
+    return _compare(predictor, output, functions)
+
+
+def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable, dict[str, Any]]]:
+    """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
+    encode_images, encode_texts = inference.programs(model, dtype)
+    nested = tables.nested
+
+    def image(params, image):
+        return {"image_embed": encode_images(nested(params), image)[0]}
+
+    def regions(params, image):
+        names = ("image_embed", "region_embed", "boxes_xyxy")
+        return dict(zip(names, encode_images(nested(params), image)))
+
+    def boxes(params, image, boxes_xyxy):
+        encode_boxes = inference.box_program(model, dtype)
+        return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
+
+    def text(params, tokens, end):
+        return {"text_embed": encode_texts(nested(params), tokens, end)}
+
+    size, context = model.image.image_size, model.text.context_length
+    (b,) = jax_export.symbolic_shape("b")
+    images = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
+    rows, length = b, context
+    if model.text.packable:  # another one sees its padding: rows as long as in training
+        rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
+    texts = {
+        "tokens": jax.ShapeDtypeStruct((rows, length), np.int32),
+        "end": jax.ShapeDtypeStruct((rows,), np.int32),
+    }
+    functions = {"image": (image, images), "text": (text, texts)}
+    if model.decoder is not None and model.decoder.queries:
+        functions["regions"] = (regions, images)
+    if model.boxes.kind != "none":
+        b, r = jax_export.symbolic_shape("b, r")
+        images = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
+        boxes_xyxy = jax.ShapeDtypeStruct((b, r, 4), np.float32)
+        functions["boxes"] = (boxes, images | {"boxes_xyxy": boxes_xyxy})
+    return functions
+
+
+def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model.json` says."""
+    model = predictor.model
+
+    def of(aval):  # sizes may be symbols
+        return f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
+
+    def signature(exported, inputs):
+        avals = exported.in_avals[-len(inputs) :]  # the parameters come first
+        outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+        return {
+            "inputs": {"params": "dict of all arrays in params.npz"}
+            | {name: of(aval) for name, aval in zip(inputs, avals)},
+            "outputs": {name: of(x) for name, x in outputs.items()},
+        }
+
+    any_function = functions["image"][0]
+    learnt = {"logit_scale": float(np.exp(predictor.params["logit_scale"]))}
+    if model.logit_bias_init is not None:
+        learnt["logit_bias"] = float(predictor.params["logit_bias"])
+    return {
+        "grain_jax": __version__,
+        "jax": jax.__version__,
+        "calling_convention_version": any_function.calling_convention_version,
+        "platforms": list(any_function.platforms),
+        "activations": predictor.dtype,
+        "functions": {name: signature(*made) for name, made in functions.items()},
+        "image": {
+            "size": model.image.image_size,
+            "prepare": "RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
+            "pixel_mean": list(model.image.pixel_mean),
+            "pixel_std": list(model.image.pixel_std),
+            "normalised_by": "the function: give it the uint8 values",
+        },
+        "text": {
+            "context_length": model.text.context_length,
+            "vocab_size": model.text.vocab_size,
+            "tokenizer": "CLIP's byte pairs"
+            if model.text.tokenizer == "clip"
+            else epath.Path(model.text.tokenizer).name,
+            "cleaning": model.text.cleaning,
+            "pad_id": model.text.pad_id,
+            "end": "position of each text's last token; for CLIP's ids tokens.argmax(1)"
+            if model.text.packable
+            else "not looked at: zeros will do",
+        },
+        **learnt,
+    }
+
+
+def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
+    """Copies the tokenizer's file from the model's folder; nothing that a config names elsewhere."""
+    tower = predictor.model.text
+    if tower.tokenizer == "clip":
+        return
+    path = tokenizer.file_of(tower, predictor.folder)
+    if path.exists() and tokenizer.is_inside(path, predictor.folder):
+        (output / path.name).write_bytes(tokenizer.content_of(path))
+    else:
+        print(
+            f"model.text.tokenizer: {tower.tokenizer} is no file in {predictor.folder}, so it was not copied;"
+            f" put the tokenizer's file into {output}",
+            file=sys.stderr,
+        )
+
+
+def _compare(
+    predictor: inference.Predictor, output: epath.Path, functions: Mapping[str, Any]
+) -> list[parity.Comparison]:
+    """The functions, as they were written, against the predictor, on random images and texts."""
+    image, text = predictor.model.image, predictor.model.text
+    sizes = image.image_size, text.vocab_size, text.context_length
+    with (output / "params.npz").open("rb") as file:
+        params = jax.device_put(dict(np.load(file)))
+    given = parity.inputs(*sizes, count=_IMAGES)
+    shape = given.images.shape
+    given = given._replace(images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    expected = parity.outputs_of(predictor, given)
+    inputs = {"image": given.images, "tokens": given.token_ids}
+    inputs["end"] = given.token_ids.argmax(1).astype(np.int32)
+    inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
+    found = []
+    for name, (_, names) in functions.items():
+        function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
+        got: Any = function.call(params, *(inputs[each] for each in names))
+        compared = parity.compare(
+            got, {key: expected[key] for key in got}, tolerance=TOLERANCE[predictor.dtype]
+        )
+        found += [c._replace(name=f"{name}: {c.name}") for c in compared]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports a checkpoint; returns 0, 1 where the functions give other outputs, 2 for wrong input."""
+    try:
+        args = Export.parse(arguments)
+        with errors.out_of_memory_in_a_line("export"):
+            compared = export_model(inference.load(args.checkpoint, args.dtype), args.output)
+    except errors.UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    written = sorted(epath.Path(args.output).iterdir(), key=lambda path: path.name)
+    print(*(f"{path.stat().length:12,} bytes  {path}" for path in written), sep="\n")
+    print(f"{'against grain_jax.load':22} {'max|a-b|/max|b|':>15} {'tolerance':>10}")
+    for c in compared:
+        print(f"{c.name:22} {c.error:15.2e} {c.tolerance:10.1e}{'' if c.ok else '  FAILED'}")
+    return 0 if all(c.ok for c in compared) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""Reads annotations (`A.jsonl`: per line an image, its captions and its described boxes) and names every fault.
+
+The only parser of that format, for evaluation and for the offline tools in `data/`; it needs neither
+TensorFlow nor JAX. Checks that need the image itself are in data/example.py.
+"""
+
+import json
+import math
+from typing import Any, NamedTuple, TypeGuard
+
+from etils import epath
+
+from grain_jax.core import errors, regular_file
+
+EXPECTED = "one JSON object a line"
+KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
+REGION_KEYS = ("box", "description", "score", "negatives")
+MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are skipped and counted
+MIN_INSIDE = 0.5  # of the area of a box; boxes of detectors overhang a little, wrong boxes a lot
+
+Box = tuple[float, float, float, float]
+
+
+class AnnotationError(errors.UserError):
+    """The annotations cannot be used; the message has one line a fault and then a summary."""
+
+
+class Region(NamedTuple):
+    """A described box."""
+
+    box_xyxy: Box  # pixels of the image file
+    description: str
+    score: float  # the detector's, in [0, 1]
+    negatives: tuple[str, ...] = ()  # texts that are nearly the description, and wrong
+
+
+class Annotation(NamedTuple):
+    """A line without a fault."""
+
+    image: str  # path below the images' folder
+    captions: tuple[str, ...]  # of the web or of annotators; may be empty
+    synthetic_caption: str  # "" where there is none
+    regions: tuple[Region, ...]
+    id: str | None
+    # For evaluation: each phrase (referring expression), as the indices in `regions` of all boxes that are right
+    # for it; its text is their description. A phrase may stand several times. None: each region is a phrase.
+    phrases: tuple[tuple[int, ...], ...] | None = None
+
+
+class Parsed(NamedTuple):
+    """The content of a line. With `image` and `boxes_xyxy` the image of a faulty line can be checked, too."""
+
+    annotation: Annotation | None  # None where there is a fault
+    faults: list[str]  # each `what: got, expected`
+    unknown_keys: list[str]  # those of regions as "regions.KEY"
+    image: str  # "" where it is faulty
+    boxes_xyxy: list[Box | None]  # of each region of the line; None where it is faulty
+
+
+class ClippedBox(NamedTuple):
+    """A box within an image."""
+
+    box_xyxy: Box | None  # pixels; None where less than MIN_INSIDE is kept
+    kept: float  # share of the box's area that lies in the image, in [0, 1]
+
+
+class Annotations(NamedTuple):
+    """The content of a file."""
+
+    records: list[Annotation]  # of the lines without a fault
+    faults: list[str]  # one line each
+    faulty_lines: int
+    unknown_keys: dict[str, int]  # key -> number of its occurrences
+
+
+def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annotations:
+    """The annotations in a file of JSON lines; blank lines are skipped, captions may be missing.
+
+    Args:
+      path: the file, local or remote.
+      max_faults: the largest share of faulty lines, in [0, 1], that is no error.
+
+    Raises:
+      AnnotationError: nothing in it, or too many faulty lines (all faults are in the message, each as
+        `FILE:LINE: what: got, expected`).
+      regular_file.FileError: no such file, no regular one, or a line too long.
+    """
+    records, faults, unknown, lines = [], [], {}, 0
+    for number, line in enumerate(regular_file.lines(path, EXPECTED), start=1):
+        if not line.strip():
+            continue
+        lines += 1
+        parsed = parse_line(line, caption_required=False)
+        faults += [f"{path}:{number}: {fault}" for fault in parsed.faults]
+        for key in parsed.unknown_keys:
+            unknown[key] = unknown.get(key, 0) + 1
+        if parsed.annotation is not None:
+            records.append(parsed.annotation)
+    if not lines:
+        raise AnnotationError(f"{path}: the file is empty, expected one JSON object a line")
+    faulty_lines = lines - len(records)
+    if faulty_lines > max_faults * lines:
+        limit = f"{100 * max_faults:g}%"
+        summary = f"{path}: {faulty_lines} of {lines} lines are faulty, more than {limit}"
+        raise AnnotationError("\n".join([*faults, summary]))
+    return Annotations(records, faults, faulty_lines, unknown)
+
+
+def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
+    """Checks a line without its image; boxes stay as they are in the file.
+
+    Args:
+      line: UTF-8 JSON; a byte order mark and white space at the ends do not matter.
+      caption_required: whether a line without caption, captions and synthetic_caption is faulty (for
+        training).
+    """
+    try:
+        item = json.loads(line.rstrip().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested or too long a number"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
+        elif isinstance(error, UnicodeDecodeError):
+            reason = f"not UTF-8 text (byte {error.start})"
+        return Parsed(None, [f"not JSON: {reason}, expected one JSON object"], [], "", [])
+    if not isinstance(item, dict):
+        return Parsed(None, [f"got {show(item)}, expected one JSON object"], [], "", [])
+    faults: list[str] = []
+    unknown = [key for key in item if key not in KEYS]
+    image = _image(item, faults)
+    faults_before = len(faults)
+    captions = _captions(item, faults)
+    synthetic = _text(item, "synthetic_caption", faults)
+    some = captions or synthetic or len(faults) > faults_before
+    if caption_required and not some:
+        faults.append(
+            "no caption: got neither caption, captions nor synthetic_caption, expected a text"
+        )
+    identity = item.get("id")
+    if identity is not None and (not _is_text(identity) or not identity):
+        faults.append(f"id: got {show(identity)}, expected a text")
+    regions, boxes_xyxy = _regions(item, faults, unknown)
+    annotation = None
+    if not faults:  # indices in `regions` are those of the line
+        phrases = _phrases(item, regions, faults)
+    if not faults:
+        annotation = Annotation(image, captions, synthetic, regions, identity, phrases)
+    return Parsed(annotation, faults, unknown, image, boxes_xyxy)
+
+
+def clip_box(box_xyxy: Box, width: int, height: int) -> ClippedBox:
+    """Clips a box with an area to an image of `width` x `height` pixels."""
+    x1, y1, x2, y2 = box_xyxy
+    left, top, right, bottom = max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)
+    inside = max(0.0, right - left) * max(0.0, bottom - top)
+    kept = inside / ((x2 - x1) * (y2 - y1))
+    box = (left, top, float(right), float(bottom)) if kept >= MIN_INSIDE else None
+    return ClippedBox(box, kept)
+
+
+def _image(item: dict[str, Any], faults: list[str]) -> str:
+    """The image's path, normalised; "" where it is faulty."""
+    name = item.get("image")
+    if not _is_text(name) or not name.strip() or "\0" in name:
+        got = _got(item, "image")
+        faults.append(f"image: got {got}, expected the path of an image")
+        return ""
+    path = regular_file.inside(name)
+    if not path:
+        faults.append(
+            f"image: got {show(name)}, expected a path that stays below the images' folder"
+        )
+        return ""
+    return path
+
+
+def _text(item: dict[str, Any], key: str, faults: list[str]) -> str:
+    """An optional text, stripped; "" where it is missing, null or blank."""
+    value = item.get(key)
+    if value is None:
+        return ""
+    if not _is_text(value):
+        faults.append(f"{key}: got {show(value)}, expected a text")
+        return ""
+    return value.strip()
+
+
+def _captions(item: dict[str, Any], faults: list[str]) -> tuple[str, ...]:
+    """The web captions: `caption`, then `captions`, without blank ones."""
+    caption, several = _text(item, "caption", faults), item.get("captions")
+    if several is not None and not (isinstance(several, list) and all(map(_is_text, several))):
+        faults.append(f"captions: got {show(several)}, expected a list of texts")
+        several = None
+    return tuple(text.strip() for text in (caption, *(several or ())) if text.strip())
+
+
+def _regions(
+    item: dict[str, Any], faults: list[str], unknown: list[str]
+) -> tuple[tuple[Region, ...], list[Box | None]]:
+    """The regions without a fault, and the boxes of all."""
+    entries = item.get("regions")
+    if entries is None:
+        return (), []
+    if not isinstance(entries, list):
+        faults.append(f"regions: got {show(entries)}, expected a list")
+        return (), []
+    regions, boxes_xyxy = [], []
+    for index, entry in enumerate(entries):
+        at = f"regions[{index}]"
+        if not isinstance(entry, dict):
+            faults.append(
+                f"{at}: got {show(entry)}, expected an object with {', '.join(REGION_KEYS)}"
+            )
+            boxes_xyxy.append(None)
+            continue
+        unknown += [f"regions.{key}" for key in entry if key not in REGION_KEYS]
+        faults_before = len(faults)
+        boxes_xyxy.append(_box(entry, at, faults))
+        description: Any = entry.get("description")
+        score: Any = entry.get("score")
+        if not _is_text(description) or not description.strip():
+            faults.append(f"{at}.description: got {_got(entry, 'description')}, expected a text")
+        if not _is_number(score) or not 0 <= score <= 1:
+            faults.append(f"{at}.score: got {_got(entry, 'score')}, expected a number from 0 to 1")
+        negatives = _negatives(entry, at, faults)
+        if len(faults) == faults_before:
+            regions.append(Region(boxes_xyxy[-1], description.strip(), float(score), negatives))
+    return tuple(regions), boxes_xyxy
+
+
+def _negatives(entry: dict[str, Any], at: str, faults: list[str]) -> tuple[str, ...]:
+    """The optional texts that are not true of a region, stripped; none equals the description or another one."""
+    texts = entry.get("negatives")
+    if texts is None:
+        return ()
+    if not isinstance(texts, list):
+        faults.append(f"{at}.negatives: got {show(texts)}, expected a list of texts")
+        return ()
+    description = entry.get("description")
+    said = plain(description) if _is_text(description) else ""
+    seen = {said}
+    for index, text in enumerate(texts):
+        fault = f"{at}.negatives[{index}]: got {show(text)}, expected"
+        if not _is_text(text) or not text.strip():
+            faults.append(f"{fault} a text")
+        elif plain(text) in seen:
+            other = "the description" if plain(text) == said else "an earlier one"
+            faults.append(f"{fault} another text than {other}")
+        else:
+            seen.add(plain(text))
+            continue
+        return ()
+    return tuple(text.strip() for text in texts)
+
+
+def plain(text: str) -> str:
+    """The text in lower case, with single spaces: what tells a negative from the description."""
+    return " ".join(text.lower().split())
+
+
+def _phrases(
+    item: dict[str, Any], regions: tuple[Region, ...], faults: list[str]
+) -> tuple[tuple[int, ...], ...] | None:
+    """The optional phrases of a line whose `regions` have no fault."""
+    entries = item.get("phrases")
+    if entries is None:
+        return None
+    if not isinstance(entries, list):
+        faults.append(f"phrases: got {show(entries)}, expected a list")
+        return None
+    known = range(len(regions))
+    for index, entry in enumerate(entries):
+        at = f"phrases[{index}]: got {show(entry)}"
+        positions = entry if isinstance(entry, list) else []
+        integers = all(isinstance(x, int) and not isinstance(x, bool) for x in positions)
+        if not positions or not integers or not all(x in known for x in positions):
+            faults.append(f"{at}, expected positions in regions, 0 to {len(regions) - 1}")
+        elif len(set(positions)) < len(positions):
+            faults.append(f"{at}, expected each position once")
+        elif len({regions[x].description for x in positions}) > 1:
+            faults.append(f"{at}, expected positions of regions with one description")
+    return None if faults else tuple(map(tuple, entries))
+
+
+def _box(entry: dict[str, Any], at: str, faults: list[str]) -> Box | None:
+    box = entry.get("box")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        got = _got(entry, "box")
+        faults.append(f"{at}.box: got {got}, expected four finite numbers [x1, y1, x2, y2]")
+        return None
+    x1, y1, x2, y2 = map(float, box)
+    reason = None
+    if x2 < x1 or y2 < y1:
+        reason = "inverted"
+    elif not (x2 - x1) * (y2 - y1) > 0:
+        reason = "no area"
+    if reason:
+        faults.append(f"{at}.box: got {show(box)}, {reason}, expected x1 < x2 and y1 < y2")
+        return None
+    return x1, y1, x2, y2
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    # JSON can spell half of a surrogate pair, which no file can hold and no tokenizer accepts.
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer larger than every float
+        return False
+
+
+def _got(item: dict[str, Any], key: str) -> str:
+    return show(item[key]) if key in item else "none"
+
+
+def show(value: Any) -> str:
+    """A value as the user typed it, at most 60 characters."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= 60 else text[:57] + "..."

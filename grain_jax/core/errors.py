@@ -1,0 +1,124 @@
+"""The base of every user-fixable error: commands print its message and exit with status 2."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+
+from grain_jax.core import printable
+
+
+class UserError(ValueError):
+    """Wrong usage or wrong input; the message has a line per fault: what, where, got, expected, what to do.
+
+    Attributes:
+      status: the exit status of the command.
+    """
+
+    status = 2
+
+    def __str__(self) -> str:
+        """The message, without control characters of file names and texts in it."""
+        return printable.plain(super().__str__(), keep="\n\t")
+
+
+class MissingData(UserError):
+    """A data set does not exist; the message is one line and names the command that makes it."""
+
+
+class OutOfMemory(UserError):
+    """There is not enough memory; one line: for what, and what to set."""
+
+
+class StorageFault(UserError):
+    """A file cannot be written; the command was right."""
+
+    status = 1
+
+
+MORE_MEMORY = "end what else uses the memory, or take a device or a machine with more"
+
+
+@contextlib.contextmanager
+def out_of_memory_in_a_line(
+    what: str, tell: Callable[[], str] = lambda: MORE_MEMORY
+) -> Iterator[None]:
+    """Inside, a failed allocation (of an allocator or a compiler) is raised as OutOfMemory.
+
+    Args:
+      what: the activity, such as "training".
+      tell: gives the advice what to set.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        said = re.sub(r"^(\w+: )?RESOURCE_EXHAUSTED: ", "", said).rstrip(".;: ")[:200]
+        said = f" ({said})" if said else ""
+        try:
+            advice = tell()
+        except Exception as second:  # there may be too little memory for the advice
+            if not is_out_of_memory(second):
+                raise
+            advice = MORE_MEMORY
+        raise OutOfMemory(f"out of memory in {what}{said}; {advice}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is a failed allocation of numpy, Python, XLA or TensorFlow."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    exhausted = "RESOURCE_EXHAUSTED" in text or type(error).__name__ == "ResourceExhaustedError"
+    # An exhausted quota of a storage has that status, too.
+    return exhausted and bool(re.search(r"memory|alloc|\bhbm\b", text, re.IGNORECASE))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its causes."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether the cause is a full disk or quota, or one without free inodes."""
+    return any(
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left on device" in str(cause)
+        for cause in causes(error)
+    )
+
+
+_STORAGE = {  # what to do where a file system refuses to write
+    errno.ENOSPC: "make room, or name another disk",
+    errno.EDQUOT: "make room in the quota, or name another disk",
+    errno.EFBIG: "raise the largest size of a file (ulimit -f)",
+    errno.EROFS: "name a folder that can be written",
+    errno.EIO: "the disk has a fault: name another one",
+}
+
+
+def of_system(error: BaseException | None) -> UserError | None:
+    """What the system refused, as one line: to read or write a file, to start a thread; None for any other error."""
+    for cause in causes(error):
+        text, path = str(cause), getattr(cause, "filename", None)
+        where = "" if path is None else f"{path}: "
+        for (
+            code,
+            advice,
+        ) in _STORAGE.items():  # TensorFlow and TensorStore raise errors of their own
+            said = os.strerror(code)
+            if getattr(cause, "errno", None) == code or said in text:
+                return StorageFault(f"{where}{said}; {advice}")
+        if isinstance(cause, OSError) and path is not None:
+            return UserError(f"{where}{cause.strerror or text}")
+        if isinstance(cause, RuntimeError) and text == "can't start new thread":
+            limits = "the limits of processes (ulimit -u) and of memory (ulimit -v)"
+            return UserError(f"the system starts no more threads: raise {limits}")
+    return None

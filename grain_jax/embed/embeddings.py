@@ -1,0 +1,360 @@
+"""A folder of embeddings, as `grain-jax embed` writes it and `grain-jax search` reads it.
+
+    DIR/settings.json                     what the embeddings are made of
+    DIR/data/part-00000-of-00012.parquet  a row an image; whole, or not there
+    DIR/faults.jsonl                      a line for each image that was left out
+    DIR/README.md                         the data card
+
+The columns are in docs/embed.md. pyarrow is imported where a file is read or written.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from etils import epath
+
+from grain_jax.core import errors, printable, regular_file
+
+SETTINGS, DATA, FAULTS, CARD = "settings.json", "data", "faults.jsonl", "README.md"
+STORED = ("float32", "float16")  # types of the embeddings in the files
+IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
+MAX_FOOTER = 8 << 20  # bytes; it holds the faults of a file; read, it takes thirty times as much
+_MAX_SETTINGS = 1 << 20
+_FOOTERS = 16  # read at a time
+_MAX_SIZE = 1 << 48  # bytes of a file
+# Of rows, a thousand each; and columns, which pyarrow nests as deep as they say.
+_MAX_GROUPS = 1 << 12
+_NOTE = b"grain_jax"  # key of a file's own metadata
+_AGAIN = "delete it or move it elsewhere, and give the command grain-jax embed again, which makes it anew"
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+_Orientation = Literal["exif", "file"]
+_Path = Annotated[str, msgspec.Meta(max_length=1 << 12, pattern=r"^[^\x00]*$")]
+
+
+class EmbeddingsError(errors.UserError):
+    """A folder of embeddings cannot be read or written; the message is one line."""
+
+
+class DamagedError(EmbeddingsError):
+    """A Parquet file is not what was written."""
+
+
+class Digests(msgspec.Struct, frozen=True):
+    """Of a model (`runtime.saved_model.model_digests`)."""
+
+    model: str
+    params: str
+
+
+class Source(msgspec.Struct, frozen=True):
+    """The images, as `parts.Listing`."""
+
+    kind: Literal["folder", "annotations", "tars", "records"]
+    path: _Path
+    images: _Path
+    split: str
+    digest: str
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the embeddings of a folder are made of."""
+
+    checkpoint: _Path  # may lie elsewhere later: the digests tell the model
+    model: Digests
+    embed_dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]  # D
+    regions: Literal["", "queries", "given"]  # "": none
+    image_size: _Count  # pixels of a side
+    dtype: Literal["float32", "bfloat16"]  # of the activations
+    store: Literal["float32", "float16"]  # one of STORED
+    shard_size: _Count  # images a file
+    source: Source
+    parts: Annotated[int, msgspec.Meta(ge=1, le=10**7)]  # number of files
+    orientation: _Orientation  # of the images, as `grain_jax.core.images` takes it
+
+    def difference(self, other: "Settings") -> str | None:
+        """The first key with another value in `other`, or None; `checkpoint` does not count."""
+        keys = (key for key in self.__struct_fields__ if key != "checkpoint")
+        return next((key for key in keys if getattr(self, key) != getattr(other, key)), None)
+
+
+class _Piece(msgspec.Struct, tag_field="reader"):
+    """A piece of the source, as `parts.images` takes it."""
+
+    name: _Path
+    size: _Count
+
+
+class _Lines(_Piece, tag="annotations"):
+    file: _Path
+    images: _Path
+    first_line: _Count
+    start: _Count
+    stop: _Count
+    lines: _Count
+    orientation: _Orientation = "file"
+
+
+class _Tar(_Piece, tag="webdataset"):
+    tar: _Path
+    prefix: _Path
+    orientation: _Orientation = "file"
+
+
+class _Records(_Piece, tag="tfds"):
+    directory: _Path
+    split: str
+    start: _Count
+    stop: _Count
+
+
+class _Fault(msgspec.Struct):
+    path: str
+    cause: str
+    detail: str
+
+
+class _Note(msgspec.Struct):
+    """The metadata of a Parquet file, as JSON."""
+
+    name: str  # of the file
+    settings: Settings  # of the folder
+    images: str  # `piece_digest` of `source`
+    most_regions: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    source: _Lines | _Tar | _Records
+    faults: list[_Fault]
+
+
+class Part(NamedTuple):
+    """What a Parquet file says of itself, without its rows."""
+
+    name: str  # of the file
+    rows: int
+    most_regions: int  # of one image
+    source: dict[str, Any]  # the piece of the source that it is made of, as plain values
+    faults: list[dict[str, str]]  # of images that were left out: path, cause, detail
+
+
+def pyarrow() -> Any:
+    """The package pyarrow, with `parquet`. Raises EmbeddingsError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise EmbeddingsError(
+            f"Parquet files need {error.name}, which is not installed; to get it: pip install 'grain_jax[embed]'"
+        ) from None
+    return pyarrow
+
+
+def file_name(index: int, count: int) -> str:
+    """The name of file number `index` of `count`."""
+    return f"part-{index:05d}-of-{count:05d}.parquet"
+
+
+def piece_digest(settings: Settings, piece: Mapping[str, Any]) -> str:
+    """The digest of the images of a piece of the source, wherever it lies: of its name, which for lines has a digest of
+    them, its size, and the digest of the whole source."""
+    said = [settings.source.digest, piece["reader"], piece["name"], piece["size"]]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def columns(settings: Settings) -> Any:
+    """The pyarrow schema of a file."""
+    pa = pyarrow()
+    kind = pa.list_(
+        pa.float16() if settings.store == "float16" else pa.float32(), settings.embed_dim
+    )
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field(IMAGE_EMBED, kind, nullable=False),
+    ]
+    if settings.regions:
+        boxes = pa.list_(pa.float32(), 4)
+        fields += [
+            pa.field(REGION_EMBED, pa.list_(kind), nullable=False),
+            pa.field(BOXES, pa.list_(boxes), nullable=False),
+        ]
+    return pa.schema(fields)
+
+
+def note(part: Part, settings: Settings) -> dict[bytes, bytes]:
+    """The metadata of a Parquet file; `read_part` reads them. Raises EmbeddingsError: too many faults for them."""
+    said = {key: value for key, value in part._asdict().items() if key != "rows"}
+    said |= {"settings": settings, "images": piece_digest(settings, part.source)}
+    encoded = msgspec.json.encode(said)
+    if len(encoded) > MAX_FOOTER // 2:
+        raise EmbeddingsError(
+            f"{part.name}: got {len(part.faults):,} faults, more than a file can name; take them out of the source"
+        )
+    return {_NOTE: encoded}
+
+
+@contextlib.contextmanager
+def open_file(path: epath.PathLike) -> Iterator[Any]:
+    """The `pyarrow.parquet.ParquetFile` at `path`, local or remote, as a context; what fails inside is damage, too.
+
+    Raises:
+      DamagedError: it is none, or cut off.
+      EmbeddingsError: no regular file, or it cannot be read.
+    """
+    pa, path = pyarrow(), epath.Path(path)
+    remote = "://" in str(path)
+    try:
+        length = regular_file.length(path)
+        if length is None:
+            raise EmbeddingsError(
+                f"{path}: got a folder, pipe or device, expected a Parquet file; move it elsewhere"
+            )
+        with contextlib.ExitStack() as stack:
+            if remote:
+                source = _Seekable(stack.enter_context(path.open("rb")), length)
+            else:
+                source = stack.enter_context(pa.OSFile(str(path)))
+            source.seek(max(0, length - 8))
+            footer = int.from_bytes(source.read(4), "little")
+            if footer > MAX_FOOTER:
+                raise pa.ArrowInvalid(f"a footer of {footer:,} bytes")
+            file = pa.parquet.ParquetFile(
+                source,
+                page_checksum_verification=True,
+                pre_buffer=remote,  # reads a whole file ahead
+                thrift_string_size_limit=MAX_FOOTER,
+                thrift_container_size_limit=_MAX_GROUPS,
+            )
+            yield stack.enter_context(file)
+    except (OSError, pa.ArrowException, UnicodeError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise EmbeddingsError(
+                f"{path}: {error.strerror}, expected a readable Parquet file"
+            ) from None
+        raise damaged(path, " ".join(str(error).split())) from None
+
+
+def damaged(path: epath.PathLike, reason: str) -> DamagedError:
+    """The error of a Parquet file whose content is not what was written."""
+    return DamagedError(f"{path}: damaged ({printable.plain(reason, 200)}); {_AGAIN}")
+
+
+class _Seekable(io.RawIOBase):
+    """A file of an object store as pyarrow needs it; that of TensorFlow has no `closed`, and its `seek` returns None."""
+
+    def __init__(self, file: Any, length: int):
+        self._file, self._length, self._at = file, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        )
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._at)
+        content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def read_part(path: epath.PathLike, settings: Settings) -> Part:
+    """What a file of a folder with those settings says of itself; reads its footer alone.
+
+    Raises:
+      DamagedError: it is no whole Parquet file.
+      errors.UserError: none of grain-jax embed, of another folder, model or source, or of other columns.
+    """
+    path = epath.Path(path)
+    number = re.fullmatch(r"part-(\d{5,8})-of-\d{5,8}\.parquet", path.name)
+    index = int(number[1]) if number else settings.parts
+    if index >= settings.parts or path.name != file_name(index, settings.parts):
+        raise EmbeddingsError(f"{path}: expected files of this job alone; move it elsewhere")
+    with open_file(path) as file:
+        rows, found = file.metadata.num_rows, (file.metadata.metadata or {}).get(_NOTE)
+        fault = _columns_fault(file, settings)
+    if found is None:
+        raise EmbeddingsError(f"{path}: expected a file of grain-jax embed; move it elsewhere")
+    note = regular_file.from_json(found, _Note, str(path), f"a note of grain-jax embed; {_AGAIN}")
+    source = msgspec.to_builtins(note.source)
+    if note.name != path.name:
+        fault = f"is {note.name!r} under another name"
+    elif note.settings.model != settings.model:
+        got, expected = note.settings.model.params, settings.model.params
+        fault = f"was made by another model: got parameters {got}, expected {expected}"
+    elif key := settings.difference(note.settings):
+        got, expected = (msgspec.to_builtins(getattr(x, key)) for x in (note.settings, settings))
+        fault = f"was made with {key} {json.dumps(got)}, expected {json.dumps(expected)}"
+    elif note.images != piece_digest(settings, source):
+        fault = f"was made of other images than those of {note.source.name!r}"
+    if fault:
+        raise EmbeddingsError(f"{path}: {printable.plain(fault, 400)}; {_AGAIN}")
+    return Part(path.name, rows, note.most_regions, source, msgspec.to_builtins(note.faults))
+
+
+def read_parts(
+    folder: epath.Path, settings: Settings
+) -> list[tuple[epath.Path, Part | DamagedError]]:
+    """Each Parquet file of a folder, by name, with what it says of itself, or its damage; else raises as `read_part`."""
+
+    def read(path: epath.Path) -> tuple[epath.Path, Part | DamagedError]:
+        try:
+            return path, read_part(path, settings)
+        except DamagedError as error:
+            return path, error
+
+    files = (folder / DATA).iterdir() if (folder / DATA).is_dir() else ()
+    with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
+        return list(pool.map(read, sorted(x for x in files if x.suffix == ".parquet")))
+
+
+def _columns_fault(file: Any, settings: Settings) -> str | None:
+    """What is wrong with the columns and the counts of rows in a footer, or None."""
+    expected, told = columns(settings), file.metadata
+    if not file.schema_arrow.equals(expected):
+        others = [str(field) for field in file.schema_arrow if field not in list(expected)]
+        return f"has other columns than {SETTINGS} says: got {(others or ['other ones'])[0]}"
+    at, rows, size = expected.get_field_index(IMAGE_EMBED), 0, 0  # a leaf each, up to that
+    for group in map(told.row_group, range(told.num_row_groups)):
+        if group.num_columns != told.num_columns:  # pyarrow ends the process where it has more
+            return (
+                f"has {group.num_columns} columns in a group of rows, expected {told.num_columns}"
+            )
+        if {group.column(i).compression for i in range(told.num_columns)} != {"UNCOMPRESSED"}:
+            return "is compressed, expected plain columns"
+        rows, size = rows + max(0, group.num_rows), size + group.column(at).total_uncompressed_size
+    least = told.num_rows * settings.embed_dim * expected.field(at).type.value_type.bit_width // 8
+    if rows != told.num_rows or least > min(size, _MAX_SIZE):
+        return f"has {told.num_rows:,} rows, in groups of {rows:,}, in {size:,} bytes"
+    return None
+
+
+def read_settings(folder: epath.PathLike) -> Settings:
+    """What the embeddings of a folder are made of.
+
+    Raises:
+      regular_file.FileError: the folder is none of grain-jax embed.
+    """
+    expected = "settings of a folder that grain-jax embed wrote, of this version"
+    return regular_file.read_json(epath.Path(folder) / SETTINGS, Settings, expected, _MAX_SETTINGS)

@@ -1,0 +1,201 @@
+"""The files of `grain-jax embed`: settings that may not change, a Parquet file a part, faults, the data card.
+
+A part is written to a file of another name and renamed when it is whole: a kill leaves it whole or not at all, and
+its presence marks it as done. What it left out stands in the file itself.
+"""
+
+import io
+import json
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from etils import epath
+
+from grain_jax.core import atomic, printable
+from grain_jax.embed import embeddings
+from grain_jax.embed.embeddings import EmbeddingsError
+
+_ROWS = 1024  # of a row group, which is held in memory
+_INCOMPLETE = "incomplete"
+
+
+class Row(NamedTuple):
+    """An image as it is written."""
+
+    id: str
+    path: str
+    width: int
+    height: int
+    image_embed: np.ndarray  # [D]
+    region_embed: np.ndarray | None  # [R, D]; None: the model finds no regions
+    boxes_xyxy: np.ndarray | None  # [R, 4] in [0, 1]
+
+
+class Output(NamedTuple):
+    """The folder of a job."""
+
+    folder: epath.Path
+    settings: embeddings.Settings
+    parts: list[dict[str, Any]]  # of the source
+
+    def name(self, index: int) -> str:
+        """The file of a part."""
+        return embeddings.file_name(index, len(self.parts))
+
+    def finished(self) -> dict[int, embeddings.Part]:
+        """The parts that are done. A damaged file is named on stderr and deleted, to be made again.
+
+        Raises:
+          errors.UserError: a file is of no part: of another model, of other images, or none of grain-jax embed.
+        """
+        names = {self.name(index): index for index in range(len(self.parts))}
+        (self.folder / embeddings.DATA).mkdir(parents=True, exist_ok=True)
+        done = {}
+        for path, part in embeddings.read_parts(self.folder, self.settings):
+            if isinstance(part, embeddings.DamagedError):
+                print(f"{part}; it is made again now", file=sys.stderr)
+                path.unlink()
+                continue
+            index = names[part.name]
+            got, expected = (
+                embeddings.piece_digest(self.settings, piece)
+                for piece in (part.source, self.parts[index])
+            )
+            if got != expected:
+                raise EmbeddingsError(
+                    f"{path}: was made of other images: got {part.source['name']!r}, expected"
+                    f" {self.parts[index]['name']!r}; delete it, and give the same command again"
+                )
+            done[index] = part
+        return done
+
+    def write_faults(self, parts: Sequence[embeddings.Part]) -> None:
+        """Replaces the file of faults by those of `parts`."""
+        lines = [{**fault, "file": part.name} for part in parts for fault in part.faults]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        atomic.write_text(self.folder / embeddings.FAULTS, text)
+
+    def clear(self) -> None:
+        """Deletes the unfinished files of killed writers."""
+        (self.folder / _INCOMPLETE).rmtree(missing_ok=True)
+
+
+def agree(folder: epath.Path, settings: embeddings.Settings) -> None:
+    """Notes what the embeddings are made of. Raises UserError where the folder was begun with something else."""
+    path = folder / embeddings.SETTINGS
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(path, msgspec.json.format(msgspec.json.encode(settings), indent=1))
+        return
+    old = embeddings.read_settings(folder)
+    if old.model != settings.model:
+        was, got = (f"{x.checkpoint} (parameters {x.model.params})" for x in (old, settings))
+        what = f"the model {was}, got {got}"
+    elif key := old.difference(settings):
+        was, got = (json.dumps(msgspec.to_builtins(getattr(x, key))) for x in (old, settings))
+        what = f"{key} {was}, got {got}"
+    else:
+        return
+    raise EmbeddingsError(
+        f"--output {folder}: was begun with {printable.plain(what)}; give another --output, or delete this one"
+    )
+
+
+class Writer:
+    """Writes the Parquet file of a part as its rows come; `close` puts it in place."""
+
+    def __init__(self, output: Output, index: int):
+        self._pa = embeddings.pyarrow()
+        self._output, self._index = output, index
+        self._schema = embeddings.columns(output.settings)
+        self._rows: list[Row] = []
+        self._written = self._most = 0
+        self.faults: list[dict[str, str]] = []
+        self._remote = "://" in str(output.folder)
+        folder = output.folder / _INCOMPLETE
+        # A name of its own, also beside another job that was started by mistake.
+        self._new = folder / f"{output.name(index)}.{uuid.uuid4().hex}"
+        if self._remote:  # object stores replace whole objects, and some cannot rename
+            self._file = io.BytesIO()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._new.open("wb")
+        self._parquet = self._pa.parquet.ParquetWriter(
+            self._file,
+            self._schema,
+            compression="none",  # floats of embeddings cannot be compressed
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+
+    def add(self, row: Row) -> None:
+        """Adds an image."""
+        self._rows.append(row)
+        if len(self._rows) == _ROWS:
+            self._flush()
+
+    def close(self) -> embeddings.Part:
+        """Ends the file and puts it in place."""
+        self._flush()
+        part = self.part()
+        self._parquet.add_key_value_metadata(embeddings.note(part, self._output.settings))
+        self._parquet.close()
+        target = self._output.folder / embeddings.DATA / part.name
+        if isinstance(self._file, io.BytesIO):
+            target.write_bytes(self._file.getvalue())
+        else:
+            self._file.close()
+            self._new.replace(target)
+        return part
+
+    def part(self) -> embeddings.Part:
+        """What the file says of itself, by what has been written."""
+        return embeddings.Part(
+            name=self._output.name(self._index),
+            rows=self._written,
+            most_regions=self._most,
+            source=dict(self._output.parts[self._index]),
+            faults=self.faults,
+        )
+
+    def abandon(self) -> None:
+        """Deletes what was written."""
+        self._parquet.close()
+        self._file.close()
+        if not self._remote:
+            self._new.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        pa, rows, schema = self._pa, self._rows, self._schema
+        columns = [
+            pa.array([getattr(row, name) for row in rows], schema.field(name).type)
+            for name in ("id", "path", "width", "height")
+        ]
+        image = np.stack([row.image_embed for row in rows])
+        columns.append(_vectors(pa, image, schema.field(embeddings.IMAGE_EMBED).type))
+        if embeddings.REGION_EMBED in schema.names:
+            counts = [0 if row.boxes_xyxy is None else len(row.boxes_xyxy) for row in rows]
+            offsets = pa.array(np.cumsum([0, *counts]).astype(np.int32))
+            for name in (embeddings.REGION_EMBED, embeddings.BOXES):
+                kind = schema.field(name).type
+                values = np.concatenate([getattr(row, name) for row in rows])
+                vectors = _vectors(pa, values, kind.value_type)
+                columns.append(pa.ListArray.from_arrays(offsets, vectors, type=kind))
+            self._most = max(self._most, *counts)
+        self._parquet.write_table(pa.Table.from_arrays(columns, schema=schema))
+        self._written += len(rows)
+        self._rows = []
+
+
+def _vectors(pa: Any, values: np.ndarray, kind: Any) -> Any:
+    """[N, D] as a pyarrow array of `kind`, a fixed-size list."""
+    stored = values.astype(kind.value_type.to_pandas_dtype(), copy=False)
+    flat = pa.array(np.ascontiguousarray(stored).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)

@@ -1,0 +1,183 @@
+"""Images to embeddings: threads read and decode while the device works, and rows are written as they come.
+
+Memory holds a few batches of images and a row group of embeddings, whatever the number of images. A batch may hold
+images of several parts, so that small tars leave the device no batch that is not full.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from grain_jax.core import errors, images, progress
+from grain_jax.data import sources
+from grain_jax.embed import embeddings, output, parts
+from grain_jax.inference import predictor as predictor_lib
+from grain_jax.inference import stream
+from grain_jax.runtime import processes
+
+# Batches on their way to a device: while one is computed, the next is sent.
+AT_DEVICE = 2
+_BATCHES_READ = 2  # beside those, in threads
+
+
+class EmbedError(errors.UserError):
+    """The embeddings cannot be made; the message is one line."""
+
+
+class Ready(NamedTuple):
+    """An image as the model takes it."""
+
+    id: str
+    path: str
+    width: int
+    height: int
+    boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
+    pixels: np.ndarray  # uint8 [S, S, 3]
+
+
+Encode = Callable[[list[Ready]], list[output.Row]]
+
+
+def encoder(predictor: Any, boxes: str = "queries") -> Encode:
+    """The function that embeds the images of a batch and their regions.
+
+    Args:
+      predictor: the model.
+      boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
+    """
+
+    def encode(batch: list[Ready]) -> list[output.Row]:
+        pixels = np.stack([ready.pixels for ready in batch])
+        embeds: Sequence[Any] = [None] * len(batch)  # of the regions of each image
+        corners: Sequence[Any] = embeds
+        if boxes == "given":
+            corners = [ready.boxes_xyxy for ready in batch]
+            image, embeds = predictor.encode_image_and_boxes(pixels, corners)
+        elif predictor.has_regions:
+            image, (corners, embeds) = predictor.encode_image_and_regions(pixels)
+        else:
+            image = predictor.encode_image(pixels)
+        stream.check_finite(image, *(each for each in embeds if each is not None))
+        return [
+            output.Row(*ready[:4], *rest) for ready, *rest in zip(batch, image, embeds, corners)
+        ]
+
+    return encode
+
+
+def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:
+    """Reads an image, decodes it and resizes it to `size` pixels."""
+    found = read()
+    if isinstance(found, sources.Fault):
+        return found
+    try:
+        image = images.decode_image(found.encoded, found.image, found.orientation)
+        pixels = images.resize(image, size)
+    except images.ImageError as error:
+        too_large = isinstance(error, images.TooLargeError)
+        return sources.Fault(found.image, "too large" if too_large else "unreadable", str(error))
+    boxes = np.array([region.box_xyxy for region in found.regions], np.float32).reshape(-1, 4)
+    boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
+    return Ready(found.id or found.image, found.image, *image.size, boxes, pixels)
+
+
+def run(
+    job: output.Output,
+    mine: Sequence[int],
+    encode: Encode,
+    *,
+    size: int,
+    threads: int,
+    label: str,
+    known: bool,
+    before: Sequence[embeddings.Part],
+    most_faults: float,
+) -> int:
+    """Embeds parts and writes their files, in order.
+
+    Args:
+      job: the output.
+      mine: numbers of the parts.
+      encode: the model.
+      size: S, pixels of a side.
+      threads: that read and decode.
+      label: of the line of progress.
+      known: whether the sizes of the parts are numbers of images; else they are bytes.
+      before: the parts that were done already.
+      most_faults: number of images that may have a fault, of all parts; one more is an error.
+
+    Returns: number of images, without those that were left out.
+
+    Raises:
+      EmbedError: too many images have a fault.
+      inference.InputError: the model gives numbers that are not finite.
+    """
+    batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
+    writer, count, closed, ended = None, 0, list(before), 0
+    faults_left = most_faults - sum(len(part.faults) for part in before)
+    total, (first, times) = sum(job.parts[i]["size"] for i in mine), processes.process_info()
+    of_all = times * total if known else None
+    counter = progress.Counter(label, of_all, "images", silent=first > 0, times=times)
+    readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(AT_DEVICE)
+    try:
+
+        def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
+            index, read = task
+            return index, read and prepare(read, size)
+
+        def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+            ready = [entry for _, entry in batch if isinstance(entry, Ready)]
+            rows = iter(encode(ready) if ready else ())
+            return [(i, next(rows) if isinstance(entry, Ready) else entry) for i, entry in batch]
+
+        entries = stream.ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
+        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], Ready))
+        # The first one alone: it compiles the program that the others use.
+        alone = map(encoded, itertools.islice(batches, 1))
+        others = stream.ahead(encoded, batches, device, AT_DEVICE)
+        for index, entry in itertools.chain.from_iterable(itertools.chain(alone, others)):
+            writer = writer or output.Writer(job, index)
+            if entry is None:  # the end of a part
+                closed.append(writer.close())
+                writer, ended = None, ended + job.parts[index]["size"]
+                continue
+            counter.add(share=None if known else ended / max(total, 1))
+            if isinstance(entry, output.Row):
+                writer.add(entry)
+                count += 1
+                continue
+            faults_left -= 1
+            fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}
+            writer.faults.append(fault)
+            if faults_left < 0:
+                job.write_faults([*closed, writer.part()])
+                raise EmbedError(
+                    f"{entry.image}: {entry.cause}: {entry.detail}; with it, more images have a fault"
+                    " than --max-faults allows;"
+                    f" {job.folder / embeddings.FAULTS} names those so far"
+                )
+    finally:
+        for pool in (readers, device):
+            pool.shutdown(wait=True, cancel_futures=True)
+        if writer is not None:
+            writer.abandon()
+        counter.close()
+    return count
+
+
+def _tasks(job: output.Output, mine: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(number of the part, function that reads an image), and a None at the end of each part."""
+    for index in mine:
+        for read in parts.images(job.parts[index]):
+            yield index, read
+        yield index, None
+
+
+def default_threads() -> int:
+    """One a core, at least two: one waits for the disk while the other decodes."""
+    return max(2, os.cpu_count() or 1)

@@ -1,0 +1,124 @@
+"""Adapter that lets the tasks of clip-benchmark use a GRAIN checkpoint (docs/library.md).
+
+  python -m grain_jax.evaluate.clip_benchmark eval --model_type grain_jax --model GRAIN --pretrained DIR ...
+
+is the command of clip-benchmark with one more model type. Written for clip-benchmark 1.6.2. Needs torch; the model
+itself runs in JAX.
+"""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+
+from grain_jax import inference
+from grain_jax.core import errors
+from grain_jax.core import images as image_files
+from grain_jax.input_pipeline import tokenizer
+
+NAME = "grain_jax"  # value of --model_type in clip-benchmark
+
+
+class ClipBenchmarkError(errors.UserError):
+    """clip-benchmark is missing, or the model does not fit it; the message is one line."""
+
+
+def register() -> None:
+    """Registers the model type with clip-benchmark, even if its command line is already imported.
+
+    Raises:
+      ClipBenchmarkError: clip-benchmark is not installed.
+    """
+    try:
+        models = importlib.import_module("clip_benchmark.models")
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "clip_benchmark":
+            raise
+        raise ClipBenchmarkError(
+            "clip-benchmark: not installed, expected it; pip install clip-benchmark requests, in an"
+            " environment of its own with numpy below 2.4"
+        ) from None
+    models.TYPE2FUNC[NAME] = load
+    if NAME not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append(NAME)
+
+
+class Model(torch.nn.Module):
+    """A Predictor behind the two methods that clip-benchmark calls.
+
+    Args:
+      predictor: the model; it holds the parameters, as JAX arrays, so this module has none of its own.
+    """
+
+    def __init__(self, predictor: inference.Predictor):
+        super().__init__()
+        self.predictor = predictor
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Images, uint8 [B, S, S, 3] from the transform -> float32 [B, D], unit length."""
+        embed = self.predictor.encode_image(images.cpu().numpy())
+        return torch.from_numpy(embed).to(images.device)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids, int32 [N, L] from the tokenizer -> float32 [N, D], unit length."""
+        embed = self.predictor.encode_text(tokens.cpu().numpy())
+        return torch.from_numpy(embed).to(tokens.device)
+
+
+def load(
+    model_name: str = "", pretrained: str = "", cache_dir: str | None = None, device: str = "cpu"
+) -> tuple[Model, Callable[[PIL.Image.Image], torch.Tensor], Callable[..., torch.Tensor]]:
+    """The loader that `load_clip` of clip-benchmark calls: (model, transform, tokenizer).
+
+    Args:
+      model_name: unused; clip-benchmark names its results with it.
+      pretrained: a training workdir, a checkpoint or a converted folder.
+      cache_dir, device: unused; nothing is downloaded, and JAX chooses the device.
+
+    Raises:
+      ClipBenchmarkError: the end of a text cannot be found from its token ids.
+      checkpoint.CheckpointError: there is no model.
+    """
+    predictor = inference.load(pretrained)
+    tower = predictor.model.text
+    if tower.pool == "end" and tower.tokenizer != "clip":
+        raise ClipBenchmarkError(
+            f"{pretrained}: got a text tower that is read at its end token, with {tower.tokenizer};"
+            " expected CLIP's tokenizer there, whose end token is its highest id"
+        )
+    ids = functools.partial(
+        _tokenize, tokenizer.of_tower(tower, predictor.folder), tower.context_length
+    )
+    return Model(predictor), functools.partial(_resize, predictor.model.image.image_size), ids
+
+
+def _resize(size: int, image: PIL.Image.Image) -> torch.Tensor:
+    """uint8 [S, S, 3], resized as in `grain_jax.evaluate`; the model normalises it."""
+    return torch.from_numpy(image_files.resize(image_files.upright(image), size).copy())
+
+
+def _tokenize(
+    library: tokenizer.Tokenizer, context_length: int, texts: str | Sequence[str]
+) -> torch.Tensor:
+    """int32 [N, context length], padded as in training."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    return torch.from_numpy(np.asarray(library(texts, context_length), np.int32))
+
+
+def main() -> int:
+    """Runs the command of clip-benchmark with this model type; exit status 2 after a UserError."""
+    try:
+        register()
+        importlib.import_module("clip_benchmark.cli").main()
+    except errors.UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

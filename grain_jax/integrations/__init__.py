@@ -1,1 +1,0 @@
-"""Adapters that let the evaluators of other projects use a checkpoint of this package."""

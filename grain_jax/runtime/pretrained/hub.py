@@ -1,0 +1,134 @@
+"""The Hugging Face Hub, by huggingface_hub: downloads what a model needs, and publishes a folder of `convert to-hf`."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from grain_jax.core import errors
+
+SCHEME = "hf://"
+_REFERENCE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(.+))?")
+# What a reader of a model opens. Code and pickles of a stranger are not even downloaded.
+_READ = (
+    "config.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
+    "params/*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "*.model",
+)
+
+
+class HubError(errors.UserError):
+    """The Hub cannot be asked, or refuses; the message is one line."""
+
+
+def is_reference(path: str) -> bool:
+    """Whether a path is a name on the Hub."""
+    return path.startswith(SCHEME)
+
+
+def download(reference: str) -> epath.Path:
+    """The folder of the cache of huggingface_hub that holds `hf://ORG/NAME[@REVISION]`; downloads what it lacks.
+
+    Raises:
+      HubError: wrong form, no such model or revision, no access, no network, no model in it, or huggingface_hub is not
+        installed.
+    """
+    found = _REFERENCE.fullmatch(reference)
+    if not found:
+        raise HubError(f"{reference}: expected hf://ORG/NAME or hf://ORG/NAME@REVISION")
+    with _asking(reference) as library:
+        folder = epath.Path(
+            library.snapshot_download(found[1], revision=found[2], allow_patterns=list(_READ))
+        )
+    if not any((folder / name).exists() for name in ("config.json", "open_clip_config.json")):
+        raise HubError(
+            f"{reference}: has no config.json, expected a folder of to-hf or another conversion"
+        )
+    return folder
+
+
+def check_push(repo: str) -> None:
+    """Raises HubError where `push` could not work: the form of the name, a missing package or token."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise HubError(f"--push {repo}: expected ORG/NAME")
+    with _asking(f"--push {repo}") as library:
+        token = library.get_token()
+    if not token:
+        raise HubError(f"--push {repo}: no token; run hf auth login, or set HF_TOKEN")
+
+
+def push(folder: epath.PathLike, repo: str, files: Sequence[str], private: bool) -> str:
+    """Makes the repository ORG/NAME if it is not there, and uploads files of a folder as one commit.
+
+    Args:
+      folder: local.
+      repo: ORG/NAME.
+      files: their names in the folder; nothing else is uploaded.
+      private: of a new repository; one that exists keeps its own.
+
+    Returns:
+      The address of the repository.
+
+    Raises:
+      HubError: it is refused, or the Hub cannot be reached.
+    """
+    with _asking(f"--push {repo}") as library:
+        # None: the default of the organisation.
+        address = library.create_repo(repo, private=private or None, exist_ok=True)
+        library.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=list(files),
+            commit_message="grain_jax.convert to-hf",
+        )
+    return str(address)
+
+
+@contextlib.contextmanager
+def _asking(what: str) -> Iterator[Any]:
+    """Gives huggingface_hub; whatever goes wrong inside is a HubError of one line that begins with `what`."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise HubError(
+            f"{what}: needs the package huggingface_hub; pip install 'grain_jax[hub]'"
+        ) from None
+    try:
+        yield huggingface_hub
+    except HubError:
+        raise
+    except Exception as error:  # of its own kinds, of its HTTP client, of the disk
+        raise HubError(f"{what}: {_reason(error, huggingface_hub.errors)}") from error
+
+
+def _reason(error: Exception, kinds: Any) -> str:
+    """What to tell of an error of huggingface_hub; `kinds` is its module of errors."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+    said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    login = "hf auth login, or HF_TOKEN"
+    if isinstance(error, kinds.GatedRepoError):
+        return (
+            f"access has to be asked for on its page, with the account that you log in to ({login})"
+        )
+    if isinstance(error, kinds.RepositoryNotFoundError):
+        return f"no such model on the Hub; a private one needs a token ({login})"
+    if isinstance(error, kinds.RevisionNotFoundError):
+        return "the model has no such revision; expected a branch, a tag or a commit"
+    if status in (401, 403):
+        return f"the Hub refuses it (status {status}); it needs a token with that right ({login})"
+    if status is not None:
+        return f"the Hub answers with status {status} ({said}); try again later"
+    if isinstance(error, kinds.HFValidationError):
+        return f"not a name of the Hub ({said})"
+    if isinstance(error, kinds.LocalEntryNotFoundError):
+        cause = type(error.__cause__ or error).__name__
+        return f"the Hub cannot be reached ({cause}) and the cache has no copy; check the network"
+    return f"failed ({said}); check the network and the disk, and try again"

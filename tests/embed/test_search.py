@@ -1,0 +1,175 @@
+"""grain-jax search: the table, the page, and what is said where images are gone."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from grain_jax.data.aviary.samples import birds
+
+import grain_jax
+from grain_jax import inference
+from grain_jax.embed import __main__ as embed
+from grain_jax.embed import parts
+from grain_jax.embed import search_command as command
+from tests import browser, embedded, perturbed, record_sets
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(images, embeddings) of drawn birds, and the birds."""
+    root = tmp_path_factory.mktemp("search")
+    drawn = birds(COUNT)
+    (root / "images").mkdir()
+    for number, bird in enumerate(drawn):
+        bird.image.save(root / "images" / f"{number:05d}.png")
+    words = [root / "images", "--checkpoint=aviary-tiny", f"--output={root / 'out'}"]
+    assert embed.main(list(map(str, words))) == 0
+    return root / "images", root / "out", drawn
+
+
+def run(*words):
+    return command.main(list(map(str, words)))
+
+
+def rows(text):
+    """(id, score, box or None) of each line of a table."""
+    pattern = r"^ +\d+ +(-?\d\.\d+)  (\S+) +(the whole image|[\d ]+)$"
+    found = re.findall(pattern, text, re.MULTILINE)
+    return [
+        (name, float(score), None if "w" in box else list(map(int, box.split())))
+        for score, name, box in found
+    ]
+
+
+def test_the_table_has_the_best_region_of_each_image(folders, capsys):
+    images, out, drawn = folders
+    text = drawn[2].descriptions[0]
+    assert run(out, "--text", text, "--top", "4") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{text}\nrank   score  id")
+    model = grain_jax.load("aviary-tiny")
+    regions = model.encode_regions([bird.image for bird in drawn])
+    scores = regions.embed @ model.encode_text([text])[0]  # [N, Q]
+    best = np.argsort(-scores.max(axis=1))[:4]
+    size = drawn[0].image.size
+    for (name, score, box), image in zip(rows(said), best, strict=True):
+        assert name == f"{image:05d}.png"
+        assert score == pytest.approx(scores[image].max(), abs=6e-4)
+        expected = regions.boxes_xyxy[image, scores[image].argmax()] * [*size, *size]
+        np.testing.assert_allclose(box, expected, atol=0.51)
+
+
+def test_an_image_finds_itself_and_so_does_a_region(folders, capsys):
+    images, out, drawn = folders
+    assert run(out, "--image", images / "00007.png", "--top=2") == 0
+    (first, score, box), _ = rows(capsys.readouterr().out)
+    assert (first, score, box) == ("00007.png", 1.0, None)
+    box_xyxy = np.array(next(iter(drawn[7].boxes_xyxy.values())))
+    words = ["--box", ",".join(map(str, box_xyxy * 64)), "--top=1", "--faiss"]
+    assert run(out, "--image", images / "00007.png", *words) == 0
+    ((first, score, found),) = rows(capsys.readouterr().out)
+    model = grain_jax.load("aviary-tiny")
+    ((embed,),) = model.encode_boxes([drawn[7].image], [[box_xyxy]])
+    cosines = model.encode_regions([bird.image for bird in drawn]).embed @ embed
+    assert first == f"{cosines.max(axis=1).argmax():05d}.png" and found is not None
+    assert score == pytest.approx(cosines.max(), abs=6e-4)
+
+
+def test_without_a_box_head_the_region_nearest_to_a_box_asks(capsys):
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1)
+    predictor = inference.Predictor(model, perturbed.params(model))
+    image = birds(1)[0].image
+    regions = predictor.encode_regions([image])
+    box_xyxy = regions.boxes_xyxy[0, 2]
+    found, embed = command._region(predictor, image, box_xyxy * image.width)
+    np.testing.assert_array_equal(found, box_xyxy)
+    np.testing.assert_array_equal(embed, regions.embed[0, 2])
+    assert capsys.readouterr().err == "--box: the nearest region has IoU 1.00 with it\n"
+
+
+def test_the_page_shows_them_and_names_what_is_gone(folders, tmp_path, capsys):
+    images, out, drawn = folders
+    moved = tmp_path / "moved"
+    shutil.copytree(images, moved)
+    (moved / "00003.png").unlink()
+    page = tmp_path / "x" / "found.html"
+    words = [out, "--text", "<b>a beak</b>", f"--image={images / '00001.png'}", "--top", COUNT]
+    assert run(*words, "--output", page, "--images", moved) == 0
+    err = capsys.readouterr().err
+    assert err.count("not shown") == 1 and "00003.png: no such file" in err
+    text = page.read_text()
+    assert text.count("<img ") == 2 * (COUNT - 1) + 1  # the question's own too
+    assert text.count('class="none">00003.png: no such file') == 2
+    assert "&lt;b&gt;a beak" in text and "<b>a beak" not in text
+    assert text.count('<g class="best">') == COUNT - 1
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
+
+
+@pytest.mark.parametrize("kind", ["tars", "records"])
+def test_images_of_tars_and_records_are_read_again(kind, tmp_path):
+    source = tmp_path / "images"
+    record_sets.write_annotations(source, 9)
+    (source / "sub").mkdir()
+    (source / "00008.png").rename(source / "sub" / "00008.png")
+    if kind == "tars":
+        embedded.write_tars(source, tmp_path / "set")
+    else:
+        (source / "sub" / "00008.png").rename(source / "00008.png")
+        record_sets.build_set(source, tmp_path / "records", "--num-shards=2")
+        (tmp_path / "records" / "tiny_set").rename(tmp_path / "set")
+    job = embedded.job_of(tmp_path / "set", tmp_path / "out")
+    embedded.go(job)
+    table = embedded.read(tmp_path / "out")
+    sources = [p.source for i, p in sorted(job.finished().items()) for _ in range(p.rows)]
+    wanted = [(source, row["path"]) for source, row in zip(sources, table)]
+    (tmp_path / "set").rename(tmp_path / "moved")
+    found = parts.read_again(wanted, str(tmp_path / "moved"))
+    originals = {path.read_bytes() for path in source.rglob("*.png")}
+    assert {image.encoded for image in found.values()} == originals and len(found) == 9
+    gone = parts.read_again(wanted)
+    assert {fault.cause for fault in gone.values()} == {"no such file"} and len(gone) == 9
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "expected --text TEXT or --image FILE"),
+        (["--text=a", "--box=1,2,3,4"], "--box: expected it with one --image"),
+        (["--image=a.png", "--box=3,2,1,4"], "--box: got '3,2,1,4', expected X1,Y1,X2,Y2 with"),
+        (["--image=none.png"], "none.png: No such file or directory, expected a readable image"),
+        (["--text=a", "--output=."], "is a folder, expected a file to write"),
+    ],
+)
+def test_wrong_usage_is_one_line(words, said, folders, capsys):
+    assert run(folders[1], *words) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_a_folder_without_embeddings_is_one_line(tmp_path, capsys):
+    assert run(tmp_path, "--text=a") == 2
+    assert (
+        "settings.json: no such file, expected settings of a folder that grain-jax embed wrote"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, dark", [(1280, False), (420, True)])
+def test_the_page_in_a_browser(folders, tmp_path, width, dark):
+    images, out, drawn = folders
+    page = tmp_path / "found.html"
+    words = ["--text", drawn[0].descriptions[0], "--image", images / "00001.png", "--top=6"]
+    assert run(out, *words, "--output", page) == 0
+    with browser.opened(page.as_uri(), width=width, dark=dark) as opened:
+        assert opened.page.locator(".cards .card").count() == 12
+        assert opened.broken_pictures() == [] and opened.complaints() == []
+        assert opened.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        image, box = (
+            opened.page.locator(f".cards .card >> nth=0 >> {part} >> nth=0").bounding_box()
+            for part in ("img", "g.best .line")
+        )
+        assert image["x"] - 1 <= box["x"] <= image["x"] + image["width"]
