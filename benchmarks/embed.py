@@ -66,7 +66,7 @@ def model_alone(model: str, dtype: str, turns: int) -> list[float]:
 
 
 def _child(words: list[str]) -> int:
-    from grain_jax.embed import __main__ as command
+    from grain_jax.data.embed import __main__ as command
 
     status = command.main(words)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # KB on Linux

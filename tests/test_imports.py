@@ -111,9 +111,9 @@ LAYERS = (
     ("core",),
     ("config",),
     ("cli", "configs", "input_pipeline", "losses", "models", "runtime"),
-    ("data", "inference", "training"),
-    ("convert", "evaluate"),
-    ("embed", "report"),
+    ("inference", "training"),
+    ("convert", "data", "evaluate"),
+    ("report",),
     ("demo", "train"),
     ("launch", "verify", "__main__"),
 )

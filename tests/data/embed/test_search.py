@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 from grain_jax.data.aviary.samples import birds
+from grain_jax.data.embed import __main__ as embed
+from grain_jax.data.embed import parts
+from grain_jax.data.embed import search_command as command
 
 import grain_jax
 from grain_jax import inference
-from grain_jax.embed import __main__ as embed
-from grain_jax.embed import parts
-from grain_jax.embed import search_command as command
 from tests import browser, embedded, perturbed, record_sets
 
 COUNT = 12
