@@ -28,7 +28,10 @@ def stand_in(batch):
     first = np.stack([ready.pixels[0, 0] for ready in batch]).astype(np.float32)
     regions = [np.tile(row, (2 + int(row[0]) % 2, 1)) for row in first]
     boxes = [np.full((len(r), 4), 0.5, np.float32) for r in regions]
-    return [output.Row(*ready[:4], *rest) for ready, *rest in zip(batch, first, regions, boxes)]
+    return [
+        output.EmbeddedImage(*ready[:4], *rest)
+        for ready, *rest in zip(batch, first, regions, boxes)
+    ]
 
 
 def settings(files=1, dim=3, regions="queries", digest="", **more):

@@ -65,7 +65,7 @@ def test_the_plan_follows_from_the_finished_runs():
 
 
 def test_the_validation_classes_choose_how_an_arm_is_asked():
-    made = result(design.Run("clip_descriptions", 1e-3, 0, 100))
+    made = result(design.ClaimRun("clip_descriptions", 1e-3, 0, 100))
     made["sentence_validation/alpha_1.0/top1"] = 0.7
     made["sentence_test/alpha_1.0/top1"] = 0.4
     made["unit_test/alpha_1.0/top1"] = 0.6
@@ -74,7 +74,7 @@ def test_the_validation_classes_choose_how_an_arm_is_asked():
 
 
 def test_an_arm_that_never_trained_is_named():
-    made = result(design.Run("clip", 1e-3, 0, 100))
+    made = result(design.ClaimRun("clip", 1e-3, 0, 100))
     assert report.faults(made) == []
     made["loss_image_caption"] = 0.95 * math.log(64)
     made["seen_test/alpha_1.0/top1"] = 0.05
@@ -82,7 +82,7 @@ def test_an_arm_that_never_trained_is_named():
         "L_ic is 0.95 of its chance value",
         "seen names are at 5.0%, less than 10 times chance",
     ]
-    few = result(design.Run("clip", 1e-3, 0, 100)) | {"seen_test/chance": 0.125}
+    few = result(design.ClaimRun("clip", 1e-3, 0, 100)) | {"seen_test/chance": 0.125}
     assert report.faults(few | {"seen_test/alpha_1.0/top1": 0.6}) == []
     assert report.faults(few | {"seen_test/alpha_1.0/top1": 0.5}) == [
         "seen names are at 50.0%, less than half way from chance to all"
@@ -105,7 +105,7 @@ def test_report_prints_every_study_and_draws(tmp_path, capsys):
 
 
 def test_results_of_other_settings_are_refused():
-    run = design.Run("grain", 1e-3, 0, 100)
+    run = design.ClaimRun("grain", 1e-3, 0, 100)
     claim.check_results({run.name: result(run)}, design.CONFIG)
     with pytest.raises(claim_results.ClaimError, match="its result has other settings"):
         claim.check_results({run.name: result(run, settings="x")}, design.CONFIG)
@@ -118,14 +118,14 @@ def test_the_table_keeps_every_finished_run(tmp_path):
     made = everything()
     for other in made.values():
         claim_results.append(table, other)
-    claim_results.append(table, result(design.Run("clip", 1e-3, 0, 550), design=1))
+    claim_results.append(table, result(design.ClaimRun("clip", 1e-3, 0, 550), design=1))
     assert claim_results.read(table) == made
 
     whole = table.read_text()
     with table.open("a") as file:
         file.write(whole.splitlines()[1][:40])
     assert claim_results.read(table) == made
-    last = design.Run("grain", 1e-3, 0, 7)
+    last = design.ClaimRun("grain", 1e-3, 0, 7)
     claim_results.append(table, result(last))
     assert claim_results.read(table) == made | {last.name: result(last)}
     assert table.read_text().startswith(whole)
@@ -140,7 +140,7 @@ def test_the_table_keeps_every_finished_run(tmp_path):
 )
 def test_another_table_is_refused(tmp_path, old, new, message):
     table = tmp_path / "results.tsv"
-    claim_results.append(table, result(design.Run("grain", 1e-3, 0, 100)))
+    claim_results.append(table, result(design.ClaimRun("grain", 1e-3, 0, 100)))
     table.write_text(table.read_text().replace(old, new))
     with pytest.raises(claim_results.ClaimError, match=message):
         claim_results.read(table)
@@ -171,7 +171,7 @@ def test_validation_and_test_share_no_class_and_no_image(tmp_path):
 
 @pytest.mark.parametrize("arm", design.ARMS)
 def test_every_arm_is_a_config(tmp_path, arm):
-    run = design.Run(arm, 1e-3, 1, 100)
+    run = design.ClaimRun(arm, 1e-3, 1, 100)
     c = claim.make_config(run, design.CONFIG, tmp_path / "main", tmp_path)
     config = config_lib.from_dict(c)
     assert (config.seed, config.total_steps, config.optim.learning_rate) == (1, 100, 1e-3)
@@ -195,7 +195,7 @@ def test_a_run_appends_its_row(tmp_path, monkeypatch):
     for key, value in {"text.pack_group": 8, **shallow}.items():  # 8 devices
         monkeypatch.setitem(design.SETTING, key, value)
     data.prepare("main", None, tmp_path)
-    run = design.Run("grain", 1e-3, 0, 2)
+    run = design.ClaimRun("grain", 1e-3, 0, 2)
     claim.train(run, args)
     made = claim_results.read(args.results)[run.name]
     assert made["steps"] == 2 and made["flops_per_step"] > 1e9 / 4

@@ -28,7 +28,7 @@ from benchmarks.claim import data, design, report, results, runs
 from grain_jax.config import recipe
 
 
-def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
+def make_config(run: design.ClaimRun, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
     """The config of a run: the file, the changes of the run, and the data set in `main`."""
     c = runpy.run_path(file)["get_config"]()
     changed = design.changes(run, file)
@@ -60,7 +60,7 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
     return c
 
 
-def train(run: design.Run, args: argparse.Namespace) -> None:
+def train(run: design.ClaimRun, args: argparse.Namespace) -> None:
     """Trains and evaluates one run in this process and appends its row to the table."""
     main = args.data or args.workdir / run.data
     config = make_config(run, args.config, main, args.workdir)
@@ -97,7 +97,7 @@ def train_named(args: argparse.Namespace) -> int:
 
 def make_plan(
     found: Mapping[str, results.Result], args: argparse.Namespace
-) -> dict[str, list[design.Run]]:
+) -> dict[str, list[design.ClaimRun]]:
     """The plan of these flags (`design.plan`)."""
     return design.plan(found, steps=args.steps, aviaries=args.data is None)
 

@@ -73,7 +73,7 @@ AVIARIES: dict[str, dict[str, Any]] = {
 }
 
 
-class Run(NamedTuple):
+class ClaimRun(NamedTuple):
     """One training."""
 
     arm: str
@@ -88,7 +88,7 @@ class Run(NamedTuple):
         return f"{self.data}-{self.arm}-lr{self.rate:g}-steps{self.steps}-seed{self.seed}"
 
 
-def changes(run: Run, config: str) -> dict[str, Any]:
+def changes(run: ClaimRun, config: str) -> dict[str, Any]:
     """The changes of the run to the config file `config`, without paths."""
     run_keys = {"seed": run.seed, "total_steps": run.steps, "optim.learning_rate": run.rate}
     if config != CONFIG:
@@ -114,7 +114,7 @@ def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) ->
     """The learning rate of an arm with the best validation score on the first seed; None before all have run."""
     scores = {}
     for rate in RATES:
-        result = results.get(Run(arm, rate, SEEDS[0], steps).name)
+        result = results.get(ClaimRun(arm, rate, SEEDS[0], steps).name)
         if result is None:
             return None
         scores[rate] = validation_score(result)
@@ -123,7 +123,7 @@ def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) ->
 
 def plan(
     results: Mapping[str, Mapping[str, Any]], *, steps: int, aviaries: bool
-) -> dict[str, list[Run]]:
+) -> dict[str, list[ClaimRun]]:
     """Study -> its runs; runs that depend on a learning rate are absent until it is chosen.
 
     Args:
@@ -132,25 +132,27 @@ def plan(
       aviaries: whether data sets other than the main one can be drawn.
     """
     first = SEEDS[0]
-    studies = {"grid": [Run(a, r, first, steps) for a in ARMS for r in RATES]}
+    studies = {"grid": [ClaimRun(a, r, first, steps) for a in ARMS for r in RATES]}
     best = {arm: best_rate(results, arm, steps) for arm in ARMS}
     known = [arm for arm in ARMS if best[arm] is not None]
-    studies["equal steps"] = [Run(a, best[a], seed, steps) for seed in SEEDS for a in known]
+    studies["equal steps"] = [ClaimRun(a, best[a], seed, steps) for seed in SEEDS for a in known]
     if best[OURS] is None:
         return studies
     if aviaries:
-        studies["poses"] = [Run(a, best[a], seed, steps, "poses") for seed in SEEDS for a in known]
-    flops = {a: results[Run(a, best[a], first, steps).name]["flops_per_step"] for a in known}
+        studies["poses"] = [
+            ClaimRun(a, best[a], seed, steps, "poses") for seed in SEEDS for a in known
+        ]
+    flops = {a: results[ClaimRun(a, best[a], first, steps).name]["flops_per_step"] for a in known}
     fair = {a: round(steps * flops[OURS] / flops[a]) for a in known if a in CLIP_ARMS}
     studies["equal FLOPs"] = [
-        Run(a, best[a], seed, fair[a] if abs(fair[a] / steps - 1) > 0.05 else steps)
+        ClaimRun(a, best[a], seed, fair[a] if abs(fair[a] / steps - 1) > 0.05 else steps)
         for seed in SEEDS
         for a in fair
     ]
     return studies
 
 
-def order(studies: Mapping[str, list[Run]]) -> list[Run]:
+def order(studies: Mapping[str, list[ClaimRun]]) -> list[ClaimRun]:
     """All runs, the most informative first, so that an interrupted plan has results of every study."""
     first = [run for s in ("grid", "equal steps") for run in studies[s] if run.arm in KEY_ARMS]
     poses = [run for run in studies.get("poses", []) if run.arm in KEY_ARMS]
@@ -158,7 +160,7 @@ def order(studies: Mapping[str, list[Run]]) -> list[Run]:
     return list(dict.fromkeys([*first, *studies["grid"], *poses, *rest]))
 
 
-def settings_of(run: Run, config: str) -> str:
+def settings_of(run: ClaimRun, config: str) -> str:
     """Fingerprint of all settings that a run depends on."""
     data = AVIARY, AVIARIES.get(run.data), None
     text = json.dumps([changes(run, config), data, config], sort_keys=True)

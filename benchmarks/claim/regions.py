@@ -48,8 +48,8 @@ MEASURES = {
     "region_r1": "grounding/region_to_description_r1",
     "box_region": "boxes/region/top1",
     "box_head": "boxes/box_head/top1",
-    "near_region": "near_misses/region/top1",
-    "near_head": "near_misses/box_head/top1",
+    "near_region": "hard_negatives/region/top1",
+    "near_head": "hard_negatives/box_head/top1",
     "pointing": "maps/pointing",
     "map_iou": "maps/map_iou",
 }
@@ -60,7 +60,7 @@ COLUMNS = results.columns_of(TABLE)
 def make_config(arm: str, seed: int, folder: pathlib.Path, steps: int) -> Any:
     """The config of a run, with its evaluations."""
     c = runpy.run_path(design.CONFIG)["get_config"]()
-    run = design.Run(design.OURS, RATE, seed, steps)
+    run = design.ClaimRun(design.OURS, RATE, seed, steps)
     c.update_from_flattened_dict({**design.changes(run, design.CONFIG), **ARMS[arm]})
     c.total_epochs = c.input.prepare = c.optim.warmup_epochs = None
     c.input.data_dir, c.input.name = str(folder / "records"), "regions"
@@ -75,7 +75,7 @@ def make_config(arm: str, seed: int, folder: pathlib.Path, steps: int) -> Any:
         "retrieval": ("retrieval", test),
         "grounding": ("grounding", test),
         "boxes": ("boxes", test | dict(templates=str(folder / "templates.txt"))),
-        "near_misses": ("near_misses", test | dict(negatives=NEGATIVES)),
+        "hard_negatives": ("hard_negatives", test | dict(negatives=NEGATIVES)),
         "maps": ("maps", test),
     }
     made = {name: recipe.evaluator(kind, **options) for name, (kind, options) in evals.items()}

@@ -108,7 +108,9 @@ def _rows(groups: Mapping[str, Sequence[Result]], columns: Mapping[str, tuple]) 
     ]
 
 
-def _grouped(runs: Sequence[design.Run], results: Mapping[str, Result]) -> dict[str, list[Result]]:
+def _grouped(
+    runs: Sequence[design.ClaimRun], results: Mapping[str, Result]
+) -> dict[str, list[Result]]:
     """Label -> results of its finished runs, in the order of the plan."""
     groups: dict[str, list[Result]] = {}
     order = list(design.ARMS)
@@ -119,7 +121,7 @@ def _grouped(runs: Sequence[design.Run], results: Mapping[str, Result]) -> dict[
 
 
 def report(
-    studies: Mapping[str, Sequence[design.Run]],
+    studies: Mapping[str, Sequence[design.ClaimRun]],
     results: Mapping[str, Result],
     charts: pathlib.Path | None,
 ) -> None:

@@ -37,9 +37,9 @@ MEASURED = [name for name in COLUMNS if "/" in name]
 TRAINED = [name for name in COLUMNS if name.startswith("loss_")] + ["matched_iou", "logit_scale"]
 
 
-def run_of(result: Result) -> design.Run:
+def run_of(result: Result) -> design.ClaimRun:
     """The run of this row."""
-    return design.Run(*(result[field] for field in design.Run._fields))
+    return design.ClaimRun(*(result[field] for field in design.ClaimRun._fields))
 
 
 def read(path: pathlib.Path) -> dict[str, Result]:

@@ -208,7 +208,7 @@ def _arguments_of_build(args: argparse.Namespace, source: sources.Source) -> arg
 
 
 def _lines_with_images(
-    output: outputs.Output, shards: Sequence[sources.Shard]
+    output: outputs.Output, shards: Sequence[sources.SourceShard]
 ) -> Iterator[example.Line]:
     """The lines of A.jsonl with the images that the source has. Raises SourceError where it has others."""
     number = 0
@@ -227,7 +227,9 @@ def _lines_with_images(
             )
 
 
-def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list[sources.Shard]:
+def _todo(
+    job: Job, shards: Sequence[sources.SourceShard], retry_failed: bool
+) -> list[sources.SourceShard]:
     """The shards that the passes have not done. Raises AnnotateError where an earlier pass is missing."""
     finished = job.output.finished(job.passes)
     todo = [

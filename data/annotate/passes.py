@@ -209,7 +209,7 @@ def _line(work: _Work) -> dict[str, Any] | None:
     return out if item.captions or synthetic or out["regions"] else None
 
 
-def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
+def _read(shard: sources.SourceShard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
     """The shard's images, decoded and with what earlier jobs found."""
     needs = PASSES[job.passes[0]].needs if job.passes else None
     for item in sources.read(shard):
@@ -285,7 +285,7 @@ def _run(name: str, batch: list[_Work], models: Models, tally: collections.Count
     tally["pictures"] += len(todo)
 
 
-def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, Any]:
+def annotate_shard(shard: sources.SourceShard, job: Job, models: Models) -> dict[str, Any]:
     """Runs the job's passes over a shard and writes its files; results of earlier jobs are kept.
 
     Returns: the counters of this run, as `tally` in `outputs` has them for all runs.

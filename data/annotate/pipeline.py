@@ -46,7 +46,7 @@ class AnnotateShards(beam.DoFn):
             self._models = self._shared.acquire(lambda: passes.build(self._job))
 
     def process(self, shard: tuple):
-        shard = sources.Shard(*shard)
+        shard = sources.SourceShard(*shard)
         # A runner gives a bundle again when one of its shards failed: the others are done.
         done = self._job.output.is_finished(shard.name, self._job.passes)
         if done and not self._retry_failed:
@@ -59,7 +59,7 @@ class AnnotateShards(beam.DoFn):
 
 def run(
     job: passes.Job,
-    shards: Sequence[sources.Shard],
+    shards: Sequence[sources.SourceShard],
     beam_arguments: Sequence[str],
     *,
     retry_failed: bool,

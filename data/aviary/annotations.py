@@ -11,7 +11,7 @@ import random
 from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.settings import Noise
 from grain_jax.data.aviary.species import Species
-from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, near_misses
+from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, hard_negatives
 
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
 _LEAST_AREA = 0.001  # share of the image; a smaller part counts as hidden
@@ -132,7 +132,7 @@ def regions(
 
 def negatives(species: Species, description: str, key: str, number: int) -> list[str]:
     """`number` texts (10 at most) that differ from a region's description in colour or shape; none is true of the bird."""
-    wrong = [text for text, trait in near_misses(description) if trait not in species.traits]
+    wrong = [text for text, trait in hard_negatives(description) if trait not in species.traits]
     random.Random(f"{key}/negatives/{description}").shuffle(wrong)
     return wrong[:number]
 

@@ -76,7 +76,7 @@ class Settings:
       --least-parts N         annotated parts of an image, at least
       --most-parts N          annotated parts of an image, at most
       --caption-parts N       parts that a synthetic caption tells
-      --negatives N           wrong descriptions of each region of a training image, near misses; test images have 10
+      --negatives N           hard negatives of each region of a training image; test images have 10
     """
 
     seed: int = flag(0, low=0, high=2**63)

@@ -165,7 +165,7 @@ def _wordings() -> dict[str, _Wording]:
     return {wording.text: wording for wording in found}
 
 
-def near_misses(description: str) -> list[tuple[str, Trait]]:
+def hard_negatives(description: str) -> list[tuple[str, Trait]]:
     """The description with another colour, or with another shape (or pattern) of the part, and what that says.
 
     Args:

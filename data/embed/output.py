@@ -23,7 +23,7 @@ _ROWS = 1024  # of a row group, which is held in memory
 _INCOMPLETE = "incomplete"
 
 
-class Row(NamedTuple):
+class EmbeddedImage(NamedTuple):
     """An image as it is written."""
 
     id: str
@@ -112,7 +112,7 @@ class Writer:
         self._pa = embeddings.pyarrow()
         self._output, self._index = output, index
         self._schema = embeddings.columns(output.settings)
-        self._rows: list[Row] = []
+        self._rows: list[EmbeddedImage] = []
         self._written = self._most = 0
         self.faults: list[dict[str, str]] = []
         self._remote = "://" in str(output.folder)
@@ -133,7 +133,7 @@ class Writer:
             write_page_checksum=True,
         )
 
-    def add(self, row: Row) -> None:
+    def add(self, row: EmbeddedImage) -> None:
         """Adds an image."""
         self._rows.append(row)
         if len(self._rows) == _ROWS:

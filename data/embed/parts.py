@@ -200,7 +200,7 @@ def _walk(folder: epath.Path, below: str) -> Iterator[str]:
 
 def images(part: dict[str, Any]) -> Iterator[Callable[[], sources.Image | sources.Fault]]:
     """A function for each image of a part, in order, that reads it; files are read by the thread that calls it."""
-    shard = sources.Shard(part["name"], part, part["reader"])
+    shard = sources.SourceShard(part["name"], part, part["reader"])
     if part["reader"] == "annotations":
         for line, where in annotations_source.lines(shard):
             read = (line, where, part["images"], part["orientation"])
@@ -258,7 +258,9 @@ def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> 
     if folder:
         tar = str(regular_file.below(folder, f"{part['prefix']}.tar", part["name"]))
     left = set(paths)
-    for found in sources.read(sources.Shard(part["name"], {**part, "tar": tar}, part["reader"])):
+    for found in sources.read(
+        sources.SourceShard(part["name"], {**part, "tar": tar}, part["reader"])
+    ):
         if found.image in left:
             left.remove(found.image)
             yield found.image, found
@@ -279,7 +281,7 @@ def _records_again(part: Mapping[str, Any], paths: set[str], folder: str | None)
             raise sources.SourceError(f"got number {number}, expected one of {part['name']}")
         arguments = {**part, "start": number, "stop": number + 1}
         arguments["directory"] = folder or part["directory"]
-        for found in sources.read(sources.Shard(part["name"], arguments, part["reader"])):
+        for found in sources.read(sources.SourceShard(part["name"], arguments, part["reader"])):
             yield path, found
 
 

@@ -40,7 +40,7 @@ class Ready(NamedTuple):
     pixels: np.ndarray  # uint8 [S, S, 3]
 
 
-Encode = Callable[[list[Ready]], list[output.Row]]
+Encode = Callable[[list[Ready]], list[output.EmbeddedImage]]
 
 
 def encoder(predictor: Any, boxes: str = "queries") -> Encode:
@@ -51,7 +51,7 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
       boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
     """
 
-    def encode(batch: list[Ready]) -> list[output.Row]:
+    def encode(batch: list[Ready]) -> list[output.EmbeddedImage]:
         pixels = np.stack([ready.pixels for ready in batch])
         embeds: Sequence[Any] = [None] * len(batch)  # of the regions of each image
         corners: Sequence[Any] = embeds
@@ -64,7 +64,8 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
             image = predictor.encode_image(pixels)
         stream.check_finite(image, *(each for each in embeds if each is not None))
         return [
-            output.Row(*ready[:4], *rest) for ready, *rest in zip(batch, image, embeds, corners)
+            output.EmbeddedImage(*ready[:4], *rest)
+            for ready, *rest in zip(batch, image, embeds, corners)
         ]
 
     return encode
@@ -147,7 +148,7 @@ def run(
                 writer, ended = None, ended + job.parts[index]["size"]
                 continue
             counter.add(share=None if known else ended / max(total, 1))
-            if isinstance(entry, output.Row):
+            if isinstance(entry, output.EmbeddedImage):
                 writer.add(entry)
                 count += 1
                 continue

@@ -12,7 +12,15 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grain_jax.data.sources.base import CAUSES, Fault, Image, Options, Shard, Source, SourceError
+from grain_jax.data.sources.base import (
+    CAUSES,
+    Fault,
+    Image,
+    Options,
+    Source,
+    SourceError,
+    SourceShard,
+)
 
 from grain_jax import config
 from grain_jax.core import named, regular_file
@@ -23,7 +31,7 @@ __all__ = [
     "Fault",
     "Image",
     "Options",
-    "Shard",
+    "SourceShard",
     "Source",
     "SourceError",
     "make",
@@ -94,7 +102,9 @@ def _typed(key: str, text: str, kind: Any) -> Any:
         raise SourceError(f"--option {key}: got {text!r}, expected {expected}") from None
 
 
-def shards(source: str, options: Options, own: Mapping[str, str] | None = None) -> list[Shard]:
+def shards(
+    source: str, options: Options, own: Mapping[str, str] | None = None
+) -> list[SourceShard]:
     """The source's shards, in order; the same again as long as the source is the same.
 
     Reads whole annotation files where the source has such, and writes lists of their images to
@@ -112,6 +122,6 @@ def shards(source: str, options: Options, own: Mapping[str, str] | None = None) 
     return [shard._replace(source=source, options=dict(own or {})) for shard in found]
 
 
-def read(shard: Shard) -> Iterator[Image | Fault]:
+def read(shard: SourceShard) -> Iterator[Image | Fault]:
     """The shard's images in order, each one as Image or as Fault; needs no other shard."""
     return make(shard.source, shard.options).read(shard)

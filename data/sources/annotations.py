@@ -15,7 +15,7 @@ class Annotations:
 
     images_are_files: ClassVar[bool] = True
 
-    def shards(self, options: base.Options) -> list[base.Shard]:
+    def shards(self, options: base.Options) -> list[base.SourceShard]:
         """Parts of `options.shard_size` lines of each file."""
         if not options.annotations:
             raise base.SourceError("got no --annotations, expected A.jsonl")
@@ -34,17 +34,17 @@ class Annotations:
                     "stop": stop,
                     "lines": sum(1 for line in lines if line.strip()),
                 }
-                out.append(base.Shard(base.shard_name(len(out), b"".join(lines)), arguments))
+                out.append(base.SourceShard(base.shard_name(len(out), b"".join(lines)), arguments))
                 first, start = first + len(lines), stop
         return out
 
-    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         for line, where in lines(shard):
             yield image(line, where, shard.arguments["images"], shard.arguments["orientation"])
 
 
-def lines(shard: base.Shard) -> Iterator[tuple[bytes, str]]:
+def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
     """The lines of a part that are not blank, and where each stands, FILE:LINE."""
     path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
     with path.open("rb") as file:

@@ -76,7 +76,7 @@ class Image(NamedTuple):
     orientation: str = "exif"  # in which `encoded` is to be decoded
 
 
-class Shard(NamedTuple):
+class SourceShard(NamedTuple):
     """Some images of a source: the unit of work, and of what a restarted job repeats."""
 
     name: str  # safe in a file name, unique; shards sort by it. Other content gets another name
@@ -94,7 +94,7 @@ class Source(Protocol):
 
     images_are_files: ClassVar[bool]  # below `Options.images`; False: they come out of larger files
 
-    def shards(self, options: Options) -> list[Shard]:
+    def shards(self, options: Options) -> list[SourceShard]:
         """The source in pieces, in order; the same again as long as its files are the same.
 
         Raises:
@@ -102,7 +102,7 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, shard: Shard) -> Iterator[Image | Fault]:
+    def read(self, shard: SourceShard) -> Iterator[Image | Fault]:
         """The images of a piece in order, and a fault for each one that cannot be used; needs no other piece."""
         ...
 

@@ -36,7 +36,7 @@ class ListedSource(abc.ABC):
           base.SourceError: the files are not as expected. A fault of one image is yielded instead.
         """
 
-    def shards(self, options: base.Options) -> list[base.Shard]:
+    def shards(self, options: base.Options) -> list[base.SourceShard]:
         """Writes the lists to `options.scratch`; one shard each, `options.shard_size` images long."""
         if not options.scratch:
             raise base.SourceError("got no scratch folder, expected one for the lists of images")
@@ -53,10 +53,10 @@ class ListedSource(abc.ABC):
             atomic.write_text(path, lines)
             arguments = {"list": str(path), "images": str(options.images)}
             arguments["orientation"] = options.orientation
-            shards.append(base.Shard(name, arguments))
+            shards.append(base.SourceShard(name, arguments))
         return shards
 
-    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The images of one list."""
         where = shard.arguments["images"], shard.arguments["orientation"]
         with epath.Path(shard.arguments["list"]).open("r") as file:

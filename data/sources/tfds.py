@@ -18,7 +18,7 @@ class Tfds:
     images_are_files: ClassVar[bool] = False
     orientation: ClassVar[str] = "file"  # training decodes stored images so
 
-    def shards(self, options: base.Options) -> list[base.Shard]:
+    def shards(self, options: base.Options) -> list[base.SourceShard]:
         """Ranges of `options.shard_size` examples of the split."""
         import tensorflow_datasets as tfds
 
@@ -39,10 +39,10 @@ class Tfds:
             stop = min(start + options.shard_size, total)
             arguments = {"directory": str(builder.data_dir), "split": split}
             arguments |= {"start": start, "stop": stop}
-            out.append(base.Shard(f"{split}-{start:09d}-{stop:09d}", arguments))
+            out.append(base.SourceShard(f"{split}-{start:09d}-{stop:09d}", arguments))
         return out
 
-    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The range's images, as they are stored. Raises SourceError where its features cannot be read."""
         import tensorflow_datasets as tfds
 

@@ -43,7 +43,7 @@ class WebDataset:
 
     images_are_files: ClassVar[bool] = False
 
-    def shards(self, options: base.Options) -> list[base.Shard]:
+    def shards(self, options: base.Options) -> list[base.SourceShard]:
         """One for each tar file in `options.images` or a folder of it, or that one tar."""
         root = epath.Path(options.images)
         if root.is_dir():
@@ -61,10 +61,10 @@ class WebDataset:
                 digest = hashlib.sha256(name.encode()).hexdigest()[:16]
                 name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
             arguments = {"tar": str(path), "prefix": prefix, "orientation": options.orientation}
-            out.append(base.Shard(name, arguments))
+            out.append(base.SourceShard(name, arguments))
         return sorted(out, key=lambda shard: shard.name)
 
-    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The tar's images as `entry` makes them of their name and the files beside them."""
         prefix, seen = shard.arguments["prefix"], set()
         samples = _samples(epath.Path(shard.arguments["tar"]))

@@ -21,7 +21,7 @@ NAMED = {
     "retrieval": "grain_jax.evaluate.retrieval:Retrieval",
     "grounding": "grain_jax.evaluate.grounding:Grounding",
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
-    "near_misses": "grain_jax.evaluate.near_misses:NearMisses",
+    "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
     "maps": "grain_jax.evaluate.maps:Maps",
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
 }
@@ -43,7 +43,7 @@ class Context(typing.NamedTuple):
 STANDALONE = Context()
 
 
-class Row(typing.NamedTuple):
+class TableRow(typing.NamedTuple):
     """How the tables show a number of a result."""
 
     key: str  # in the result; the interval is KEY_low, KEY_high
@@ -90,7 +90,7 @@ class Evaluator(abc.ABC):
         return cls(**given)
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         """The rows of the table for the numbers of a result; those whose key is not in `numbers` are left out.
 
         Of an evaluator of the package; the table of another one has a row for each number.

@@ -327,7 +327,7 @@ class Loss:
     image_description: float = key(0.0)
     # Weight of L_bd, annotated boxes and their descriptions; it needs model.boxes.
     box_description: float = key(0.0)
-    # Weight of L_hard, regions and descriptions against input.negatives_per_region near misses.
+    # Weight of L_hard, regions and descriptions against input.negatives_per_region hard negatives.
     hard_negative: float = key(0.0)
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))

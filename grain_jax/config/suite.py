@@ -33,14 +33,14 @@ ANNOTATED = {
     },
     "coco": ("boxes", "coco/val2017", "coco", "instances_val2017.json", ""),
     "lvis": ("boxes", "coco", "lvis", "lvis_v1_val.json", ""),
-    "fg_ovd_hard": ("near_misses", "coco", "fg_ovd", "1_attributes.json", ""),
-    "fg_ovd_medium": ("near_misses", "coco", "fg_ovd", "2_attributes.json", ""),
-    "fg_ovd_easy": ("near_misses", "coco", "fg_ovd", "3_attributes.json", ""),
-    "fg_ovd_trivial": ("near_misses", "coco", "fg_ovd", "shuffle_negatives.json", ""),
-    "fg_ovd_color": ("near_misses", "coco", "fg_ovd", "color.json", ""),
-    "fg_ovd_material": ("near_misses", "coco", "fg_ovd", "material.json", ""),
-    "fg_ovd_pattern": ("near_misses", "coco", "fg_ovd", "pattern.json", ""),
-    "fg_ovd_transparency": ("near_misses", "coco", "fg_ovd", "transparency.json", ""),
+    "fg_ovd_hard": ("hard_negatives", "coco", "fg_ovd", "1_attributes.json", ""),
+    "fg_ovd_medium": ("hard_negatives", "coco", "fg_ovd", "2_attributes.json", ""),
+    "fg_ovd_easy": ("hard_negatives", "coco", "fg_ovd", "3_attributes.json", ""),
+    "fg_ovd_trivial": ("hard_negatives", "coco", "fg_ovd", "shuffle_negatives.json", ""),
+    "fg_ovd_color": ("hard_negatives", "coco", "fg_ovd", "color.json", ""),
+    "fg_ovd_material": ("hard_negatives", "coco", "fg_ovd", "material.json", ""),
+    "fg_ovd_pattern": ("hard_negatives", "coco", "fg_ovd", "pattern.json", ""),
+    "fg_ovd_transparency": ("hard_negatives", "coco", "fg_ovd", "transparency.json", ""),
 }
 # Negatives of a box in FG-OVD's files, where they are fewer than 10.
 _FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}

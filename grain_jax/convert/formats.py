@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from grain_jax.convert import tables
-from grain_jax.convert.tables import Row
+from grain_jax.convert.tables import NamePair
 
 
 class LayerNames(NamedTuple):
@@ -40,36 +40,39 @@ _QKV = {
 }
 
 
-def linear(ours: str, theirs: str, layout: tables.Layout = tables.LINEAR) -> list[Row]:
+def linear(ours: str, theirs: str, layout: tables.ArrayLayout = tables.LINEAR) -> list[NamePair]:
     """The rows of a linear layer or, with PATCHES, of a convolution."""
     return [
-        Row(f"{ours}/kernel", f"{theirs}.weight", layout),
-        Row(f"{ours}/bias", f"{theirs}.bias"),
+        NamePair(f"{ours}/kernel", f"{theirs}.weight", layout),
+        NamePair(f"{ours}/bias", f"{theirs}.bias"),
     ]
 
 
-def norm(ours: str, theirs: str) -> list[Row]:
+def norm(ours: str, theirs: str) -> list[NamePair]:
     """The rows of a LayerNorm."""
-    return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
+    return [
+        NamePair(f"{ours}/scale", f"{theirs}.weight"),
+        NamePair(f"{ours}/bias", f"{theirs}.bias"),
+    ]
 
 
-def attention(ours: str, qkv: tuple[str, ...], out: str) -> list[Row]:
+def attention(ours: str, qkv: tuple[str, ...], out: str) -> list[NamePair]:
     """The rows of an attention; the entries `qkv` hold query, key and value together or apart."""
     return [
         *(
-            Row(f"{ours}/{name}/{leaf}", qkv[entry].replace("{kind}", kind), layout, part)
+            NamePair(f"{ours}/{name}/{leaf}", qkv[entry].replace("{kind}", kind), layout, part)
             for name, (entry, part) in zip(("query", "key", "value"), _QKV[len(qkv)])
             for leaf, kind, layout in (
                 ("kernel", "weight", tables.HEADS_IN),
                 ("bias", "bias", tables.HEADS_BIAS),
             )
         ),
-        Row(f"{ours}/out/kernel", f"{out}.weight", tables.HEADS_OUT),
-        Row(f"{ours}/out/bias", f"{out}.bias"),
+        NamePair(f"{ours}/out/kernel", f"{out}.weight", tables.HEADS_OUT),
+        NamePair(f"{ours}/out/bias", f"{out}.bias"),
     ]
 
 
-def _blocks(ours: str, layer: str, parts: LayerNames) -> list[Row]:
+def _blocks(ours: str, layer: str, parts: LayerNames) -> list[NamePair]:
     return [
         *norm(f"{ours}/norm_1", layer + parts.norms[0]),
         *attention(f"{ours}/attention", tuple(layer + x for x in parts.qkv), layer + parts.out),
@@ -84,9 +87,11 @@ def _blocks(ours: str, layer: str, parts: LayerNames) -> list[Row]:
     ]
 
 
-def _pool(theirs: str, probe: str, qkv: tuple[str, ...], out: str, norm_name: str) -> list[Row]:
+def _pool(
+    theirs: str, probe: str, qkv: tuple[str, ...], out: str, norm_name: str
+) -> list[NamePair]:
     return [
-        Row("image_pool/probe", theirs + probe, tables.TOKEN),
+        NamePair("image_pool/probe", theirs + probe, tables.TOKEN),
         *attention("image_pool/attention", tuple(theirs + x for x in qkv), theirs + out),
         *norm("image_pool/norm", theirs + norm_name),
         *linear("image_pool/mlp/in", theirs + "mlp.fc1"),
@@ -94,48 +99,48 @@ def _pool(theirs: str, probe: str, qkv: tuple[str, ...], out: str, norm_name: st
     ]
 
 
-def openai_image() -> list[Row]:
+def openai_image() -> list[NamePair]:
     """The image tower of OpenAI and open_clip."""
     return [
         *linear("image/patch_embed", "visual.conv1", tables.PATCHES),
-        Row("image/class_token", "visual.class_embedding"),
-        Row("image/position_embed", "visual.positional_embedding"),
+        NamePair("image/class_token", "visual.class_embedding"),
+        NamePair("image/position_embed", "visual.positional_embedding"),
         *norm("image/pre_norm", "visual.ln_pre"),
         *_blocks("image/blocks", "visual.transformer.resblocks.{}.", _OPENAI),
         *norm("image/norm", "visual.ln_post"),
-        Row("image_projection/kernel", "visual.proj"),
+        NamePair("image_projection/kernel", "visual.proj"),
     ]
 
 
-def openai_text(prefix: str = "", *, matrix: bool = True) -> list[Row]:
+def openai_text(prefix: str = "", *, matrix: bool = True) -> list[NamePair]:
     """The text tower of OpenAI, open_clip and the PyTorch reference; `matrix`: its projection is no linear layer."""
     projection = f"{prefix}text_projection"
     return [
-        Row("text/token_embed/embedding", f"{prefix}token_embedding.weight"),
-        Row("text/position_embed", f"{prefix}positional_embedding"),
+        NamePair("text/token_embed/embedding", f"{prefix}token_embedding.weight"),
+        NamePair("text/position_embed", f"{prefix}positional_embedding"),
         *_blocks("text/blocks", prefix + "transformer.resblocks.{}.", _OPENAI),
         *norm("text_norm", f"{prefix}ln_final"),
         *(
-            [Row("text_projection/kernel", projection)]
+            [NamePair("text_projection/kernel", projection)]
             if matrix
             else linear("text_projection", projection)
         ),
     ]
 
 
-def timm_image(prefix: str) -> list[Row]:
+def timm_image(prefix: str) -> list[NamePair]:
     """The vision transformer of timm, alone: without a pooling head or a projection."""
     return [
         *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
-        Row("image/class_token", f"{prefix}cls_token", tables.TOKEN),
-        Row("image/position_embed", f"{prefix}pos_embed", tables.BATCHED),
+        NamePair("image/class_token", f"{prefix}cls_token", tables.TOKEN),
+        NamePair("image/position_embed", f"{prefix}pos_embed", tables.BATCHED),
         *norm("image/pre_norm", f"{prefix}norm_pre"),
         *_blocks("image/blocks", prefix + "blocks.{}.", _TIMM),
         *norm("image/norm", f"{prefix}norm"),
     ]
 
 
-def timm_image_in_open_clip() -> list[Row]:
+def timm_image_in_open_clip() -> list[NamePair]:
     """The image tower of open_clip around a transformer of timm."""
     return [
         *timm_image("visual.trunk."),
@@ -144,15 +149,15 @@ def timm_image_in_open_clip() -> list[Row]:
     ]
 
 
-def hf_image(*, flat_patches: bool = False) -> list[Row]:
+def hf_image(*, flat_patches: bool = False) -> list[NamePair]:
     """The image tower of CLIP and SigLIP in transformers; `flat_patches`: of SigLIP 2."""
     patches = tables.LINEAR if flat_patches else tables.PATCHES
     at, head = "vision_model.embeddings.", "vision_model.head."
     qkv = ("attention.in_proj_{kind}",)
     return [
         *linear("image/patch_embed", at + "patch_embedding", patches),
-        Row("image/class_token", at + "class_embedding"),
-        Row("image/position_embed", at + "position_embedding.weight"),
+        NamePair("image/class_token", at + "class_embedding"),
+        NamePair("image/position_embed", at + "position_embedding.weight"),
         *norm("image/pre_norm", "vision_model.pre_layrnorm"),
         *_blocks("image/blocks", "vision_model.encoder.layers.{}.", _HF),
         *norm("image/norm", "vision_model.post_layernorm"),
@@ -161,12 +166,12 @@ def hf_image(*, flat_patches: bool = False) -> list[Row]:
     ]
 
 
-def hf_text(projection: str) -> list[Row]:
+def hf_text(projection: str) -> list[NamePair]:
     """The text tower of CLIP ("text_projection") and SigLIP ("text_model.head") in transformers."""
     at = "text_model.embeddings."
     return [
-        Row("text/token_embed/embedding", at + "token_embedding.weight"),
-        Row("text/position_embed", at + "position_embedding.weight"),
+        NamePair("text/token_embed/embedding", at + "token_embedding.weight"),
+        NamePair("text/position_embed", at + "position_embedding.weight"),
         *_blocks("text/blocks", "text_model.encoder.layers.{}.", _HF),
         *norm("text_norm", "text_model.final_layer_norm"),
         *linear("text_projection", projection),

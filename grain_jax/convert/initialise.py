@@ -21,7 +21,7 @@ from grain_jax.convert.big_vision import towers as big_vision_towers
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip import checkpoint as open_clip
 from grain_jax.convert.open_clip import towers as open_clip_towers
-from grain_jax.convert.tables import Row
+from grain_jax.convert.tables import NamePair
 from grain_jax.convert.towers import Tower
 from grain_jax.core import named
 from grain_jax.models import grain
@@ -164,7 +164,7 @@ def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.nd
         raise_any(towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED))
         unknown = sorted(rest(flat).keys() - shapes.keys())
         raise_any([f"{name} is not part of the model" for name in unknown])
-        return tables.read([Row(name, name) for name in flat], flat, rest(shapes))
+        return tables.read([NamePair(name, name) for name in flat], flat, rest(shapes))
 
 
 def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
@@ -259,7 +259,7 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
     folder = epath.Path(path)
     if folder.is_dir() and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
         ours, flat = _read_ours(path)
-        return Tower(getattr(ours, which), [Row(x, x) for x in flat], f"{which}/"), flat
+        return Tower(getattr(ours, which), [NamePair(x, x) for x in flat], f"{which}/"), flat
     if named.is_external(wanted.tower):
         raise ConvertError(
             f"model.{which}.tower: got {wanted.tower}, but only the built-in towers can start from {path}: the"

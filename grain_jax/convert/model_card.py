@@ -11,7 +11,7 @@ from grain_jax.core import regular_file
 from grain_jax.runtime import checkpoint, metrics_file
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """The known origin of a model; empty where there is none."""
 
     config: dict[str, Any]
@@ -21,7 +21,7 @@ class Run(NamedTuple):
     source: str  # the file that a converted model comes from
 
 
-def read_run(folder: epath.PathLike) -> Run:
+def read_run(folder: epath.PathLike) -> TrainedRun:
     """The run of a checkpoint in its workdir (WORKDIR/checkpoints/STEP), or the source of a converted model.
 
     The metrics are the newest that were measured at or before the step of the checkpoint.
@@ -30,20 +30,20 @@ def read_run(folder: epath.PathLike) -> Run:
     if not (folder / "state").is_dir():
         path = folder / "config.json"
         notes = regular_file.read_json(path, dict[str, Any], "a converted model's")
-        return Run({}, None, {}, None, str(notes.get("source", "")))
+        return TrainedRun({}, None, {}, None, str(notes.get("source", "")))
     workdir, step = folder.parent.parent, int(folder.name) if folder.name.isdigit() else None
     metrics, measured_at = {}, None
     for line in metrics_file.read(metrics_file.files(workdir))[0]:
         here = {key: value for key, value in metrics_file.numbers(line) if key.startswith("eval/")}
         if here and step is not None and line.step <= step:
             metrics, measured_at = here, line.step
-    return Run(checkpoint.read_json(folder, "config"), step, metrics, measured_at, "")
+    return TrainedRun(checkpoint.read_json(folder, "config"), step, metrics, measured_at, "")
 
 
 def write(
     model: config_lib.Model,
     losses: Mapping[str, Any],
-    run: Run,
+    run: TrainedRun,
     proof: parity.Report,
     has_tokenizer: bool,
     repo: str | None = None,
@@ -143,7 +143,7 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", rule, *(f"| {key} | {value} |" for key, value in rows)]
 
 
-def _training(run: Run, losses: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _training(run: TrainedRun, losses: Mapping[str, Any]) -> list[tuple[str, str]]:
     config = run.config
     decay, optim, steps = config["ema_decay"], config["optim"], config.get("total_steps")
     length = f"{steps} steps" if steps is not None else f"{config['total_epochs']:g} epochs"

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 Arrays = dict[str, np.ndarray]  # of a checkpoint, by its names; or ours, by "image/norm/scale"
 
 
-class Layout(NamedTuple):
+class ArrayLayout(NamedTuple):
     """How an entry holds a parameter: with its axes in another order, and ours maybe merged."""
 
     shape: Callable[[Shape], Shape]  # of the entry, from ours
@@ -32,23 +32,23 @@ def _side(shape: Shape) -> int:
 
 
 # Theirs <- ours.
-SAME = Layout(lambda s: s)
-BATCHED = Layout(lambda s: (1, *s))
-TOKEN = Layout(lambda s: (1, 1, *s))
-LINEAR = Layout(lambda s: s[::-1], (1, 0))
-HEADS_IN = Layout(lambda s: (s[1] * s[2], s[0]), (1, 0))  # [K h, E] <- [E, K, h]
-HEADS_BIAS = Layout(lambda s: (s[0] * s[1],))  # [K h] <- [K, h]
-HEADS_OUT = Layout(lambda s: (s[2], s[0] * s[1]), (1, 0))  # [E, K h] <- [K, h, E]
-PATCHES = Layout(lambda s: (s[1], 3, _side(s), _side(s)), (2, 3, 1, 0))  # [E, 3, p, p]
-PATCHES_LAST = Layout(lambda s: (_side(s), _side(s), 3, s[1]))  # [p, p, 3, E], of Flax
+SAME = ArrayLayout(lambda s: s)
+BATCHED = ArrayLayout(lambda s: (1, *s))
+TOKEN = ArrayLayout(lambda s: (1, 1, *s))
+LINEAR = ArrayLayout(lambda s: s[::-1], (1, 0))
+HEADS_IN = ArrayLayout(lambda s: (s[1] * s[2], s[0]), (1, 0))  # [K h, E] <- [E, K, h]
+HEADS_BIAS = ArrayLayout(lambda s: (s[0] * s[1],))  # [K h] <- [K, h]
+HEADS_OUT = ArrayLayout(lambda s: (s[2], s[0] * s[1]), (1, 0))  # [E, K h] <- [K, h, E]
+PATCHES = ArrayLayout(lambda s: (s[1], 3, _side(s), _side(s)), (2, 3, 1, 0))  # [E, 3, p, p]
+PATCHES_LAST = ArrayLayout(lambda s: (_side(s), _side(s), 3, s[1]))  # [p, p, 3, E], of Flax
 
 
-class Row(NamedTuple):
+class NamePair(NamedTuple):
     """A parameter of ours and the entry, or part of an entry, that holds it."""
 
     ours: str
     theirs: str  # "{}" is the layer; ours are stacked over layers on the first axis
-    layout: Layout = SAME
+    layout: ArrayLayout = SAME
     part: tuple[int, int] = (0, 1)  # (index, number of parts that the entry stacks on its axis 0)
 
     def entries(self, shape: Shape) -> list[str]:
@@ -61,7 +61,7 @@ class Row(NamedTuple):
         return "{}" in self.theirs
 
 
-def read(rows: Iterable[Row], state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Arrays:
+def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Arrays:
     """Our parameters, float32, of the rows whose parameter is in `shapes`.
 
     Args:
@@ -106,7 +106,7 @@ def read(rows: Iterable[Row], state: Mapping[str, Any], shapes: Mapping[str, Sha
     return out
 
 
-def write(rows: Iterable[Row], params: Mapping[str, Any]) -> Arrays:
+def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
     """The entries of those of our parameters (or their gradients) that have a row; the inverse of `read`."""
     out: dict[str, list[np.ndarray]] = {}
     for row in rows:
@@ -124,7 +124,7 @@ def write(rows: Iterable[Row], params: Mapping[str, Any]) -> Arrays:
     }
 
 
-def used(rows: Iterable[Row], shapes: Mapping[str, Shape]) -> set[str]:
+def used(rows: Iterable[NamePair], shapes: Mapping[str, Shape]) -> set[str]:
     """The names of the entries that `read` takes."""
     return {x for row in rows if row.ours in shapes for x in row.entries(shapes[row.ours])}
 
@@ -137,7 +137,7 @@ def nested(params: Mapping[str, Any]) -> dict:
 class Entries:
     """The entries of a checkpoint under our names, to read sizes off their shapes."""
 
-    def __init__(self, state: Mapping[str, np.ndarray], rows: Sequence[Row]):
+    def __init__(self, state: Mapping[str, np.ndarray], rows: Sequence[NamePair]):
         self._state, self._rows = state, {row.ours: row for row in rows}
 
     def name(self, ours: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.convert import tables
 from grain_jax.convert.faults import ConvertError, raise_any
-from grain_jax.convert.tables import Entries, Row
+from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.models import grain
 
 TOWERS = ("image", "text")
@@ -34,7 +34,7 @@ class Tower(NamedTuple, Generic[Config]):
     """A tower of a checkpoint."""
 
     config: Config
-    rows: Sequence[Row]  # its table, the pooling head and the projection included
+    rows: Sequence[NamePair]  # its table, the pooling head and the projection included
     prefix: str  # of the checkpoint's names; names with it belong to this tower
     assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
 
@@ -168,7 +168,7 @@ def text_sizes(there: Entries) -> dict[str, Any]:
 
 def image_tower(
     state: Mapping[str, np.ndarray],
-    rows: Sequence[Row],
+    rows: Sequence[NamePair],
     stated: Stated,
     settings: Settings,
     assumed: list[str],
@@ -206,7 +206,7 @@ def image_tower(
 
 def text_tower(
     state: Mapping[str, np.ndarray],
-    rows: Sequence[Row],
+    rows: Sequence[NamePair],
     stated: Stated,
     settings: Settings,
     assumed: list[str],
@@ -260,7 +260,7 @@ def two_tower_model(
     )
     model = config_lib.model_from_dict(dataclasses.asdict(model))
     shapes = grain.parameter_shapes(model)
-    rows = [*image.rows, *text.rows, *(Row(ours, name) for ours, name in scalars.items())]
+    rows = [*image.rows, *text.rows, *(NamePair(ours, name) for ours, name in scalars.items())]
     state = {**state, **{scalars[x]: np.array(value, np.float32) for x, value in numbers.items()}}
     params = tables.read(rows, with_class_position(state, image), shapes)
     unknown = sorted(state.keys() - tables.used(rows, shapes))

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row, option
+from grain_jax.config.evals import STANDALONE, Context, TableRow, option
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedRegions, Faults, at_home
 
@@ -40,22 +40,22 @@ class Boxes(AnnotatedRegions):
     templates: str | None = option(None, "FILE")
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         said = "class of a box by"
         return [
-            Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
-            Row("box_head/top1", f"{said} the box head, top-1", "chance", "boxes", "boxes"),
-            Row("region/top1", f"{said} its region, top-1", "chance", "boxes", "boxes"),
-            Row("region/top5", f"{said} its region, top-5", "chance_top5", "boxes", "boxes"),
-            Row(
+            TableRow("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
+            TableRow("box_head/top1", f"{said} the box head, top-1", "chance", "boxes", "boxes"),
+            TableRow("region/top1", f"{said} its region, top-1", "chance", "boxes", "boxes"),
+            TableRow("region/top5", f"{said} its region, top-5", "chance_top5", "boxes", "boxes"),
+            TableRow(
                 "found_boxes/region/top1",
                 "the same of those found",
                 "chance",
                 "found_boxes/boxes",
                 "boxes",
             ),
-            Row("image/top1", f"{said} its image, top-1", "chance", "boxes", "boxes"),
-            Row("image/top5", f"{said} its image, top-5", "chance_top5", "boxes", "boxes"),
+            TableRow("image/top1", f"{said} its image, top-1", "chance", "boxes", "boxes"),
+            TableRow("image/top5", f"{said} its image, top-5", "chance_top5", "boxes", "boxes"),
         ]
 
     @property

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
@@ -41,14 +41,14 @@ class Diagnostics(AnnotatedRegions):
     kind: str = "diagnostics"
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         same, even = "same query as before", "use of the queries, 1: even"
         of = "regions_matched", "boxes"
         return [
-            Row("matched_iou", "matched box IoU", None, *of, False),
-            Row("matched_iou50", "matched box Acc@0.5", None, *of),
-            Row("matching_stability", same, "chance_matching_stability", *of),
-            Row("query_usage_entropy", even, None, *of, False),
+            TableRow("matched_iou", "matched box IoU", None, *of, False),
+            TableRow("matched_iou50", "matched box Acc@0.5", None, *of),
+            TableRow("matching_stability", same, "chance_matching_stability", *of),
+            TableRow("query_usage_entropy", even, None, *of, False),
         ]
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
@@ -46,9 +46,9 @@ class Grounding(AnnotatedRegions):
     kind: str = "grounding"
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         return [
-            Row(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
+            TableRow(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
             for key, label, count, unit in (
                 ("box_iou", "matched box IoU", "regions_matched", "boxes"),
                 ("box_acc50", "matched box Acc@0.5", "regions_matched", "boxes"),

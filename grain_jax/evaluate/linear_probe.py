@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row, option, same_place
+from grain_jax.config.evals import STANDALONE, Context, TableRow, option, same_place
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import LabelledImages
 
@@ -68,7 +68,7 @@ class LinearProbe(LabelledImages):
     seeds: int = option(5, "N", low=1, high=1000)
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         found = []
         for key in numbers:
             at, _, rate = key.rpartition("/")
@@ -77,9 +77,11 @@ class LinearProbe(LabelledImages):
                 name = f"few shots, {number} a class" if number != "all" else "all training images"
                 pictures = "pictures", "pictures"
                 found += [
-                    Row(key, f"{name}, top-1", "chance", *pictures),
-                    Row(f"{at}/top5", f"{name}, top-5", "chance_top5", *pictures),
-                    Row(f"{at}/mean_per_class", f"{name}, mean per class", "chance", *pictures),
+                    TableRow(key, f"{name}, top-1", "chance", *pictures),
+                    TableRow(f"{at}/top5", f"{name}, top-5", "chance_top5", *pictures),
+                    TableRow(
+                        f"{at}/mean_per_class", f"{name}, mean per class", "chance", *pictures
+                    ),
                 ]
         return found
 

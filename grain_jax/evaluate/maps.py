@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
@@ -44,11 +44,11 @@ class Maps(AnnotatedImages):
     kind: str = "maps"
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         said = "highest place of a map in a box"
         return [
-            Row("pointing", said, "chance_pointing", "phrases", "phrases"),
-            Row(
+            TableRow("pointing", said, "chance_pointing", "phrases", "phrases"),
+            TableRow(
                 "map_iou",
                 "IoU of a map and the boxes",
                 "chance_map_iou",

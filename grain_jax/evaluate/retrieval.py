@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -35,9 +35,9 @@ class Retrieval(AnnotatedImages):
     kind: str = "retrieval"
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         return [
-            Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", unit, unit)
+            TableRow(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", unit, unit)
             for way, label, unit in (
                 ("image_to_text", "image to text", "pictures"),
                 ("text_to_image", "text to image", "captions"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grain_jax.config import evals
-from grain_jax.config.evals import Row
+from grain_jax.config.evals import TableRow
 from grain_jax.core import printable
 
 _OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
@@ -36,11 +36,11 @@ def describe(results: Mapping[str, Mapping[str, float]]) -> str:
     return table(HEADER, rows)
 
 
-def rows_of(numbers: Mapping[str, float]) -> list[Row]:
+def rows_of(numbers: Mapping[str, float]) -> list[TableRow]:
     """The rows of the numbers of an evaluation, of whichever evaluator of the package; else one row per number."""
     known = [row for kind in evals.NAMED for row in evals.find(kind).rows(numbers)]
     found = {row.key: row for row in known if row.key in numbers}
-    return list(found.values()) or [Row(key, key, None, "", "", False) for key in numbers]
+    return list(found.values()) or [TableRow(key, key, None, "", "", False) for key in numbers]
 
 
 def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -109,7 +109,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
 
 
-def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:
+def cells(name: str, numbers: Mapping[str, float], row: TableRow) -> tuple[str, ...]:
     """The cells of a row, in the order of HEADER."""
     show = (lambda x: f"{x:.1%}") if row.is_share else (lambda x: f"{x:.3f}")
     return (

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row, exists, expanduser, option
+from grain_jax.config.evals import STANDALONE, Context, TableRow, exists, expanduser, option
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import Faults, LabelledImages, at_home
 
@@ -76,15 +76,17 @@ class ZeroShot(LabelledImages):
         return entry
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         found = []
         for key in numbers:  # in the order of `alphas`
             at, _, rate = key.rpartition("/")
             if at.startswith("alpha_") and rate == "top1":
                 alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
                 found += [
-                    Row(key, f"top-1, {alpha}", "chance", "pictures", "pictures"),
-                    Row(f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"),
+                    TableRow(key, f"top-1, {alpha}", "chance", "pictures", "pictures"),
+                    TableRow(
+                        f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"
+                    ),
                 ]
         return found
 

@@ -522,7 +522,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
 def test_the_model_card_says_what_is_not_known(small):
     card = (small[1] / "README.md").read_text()
     assert "Not recorded" in card and "The run evaluated nothing" in card
-    run = model_card.Run({}, None, {}, None, "x.pth.tar")
+    run = model_card.TrainedRun({}, None, {}, None, "x.pth.tar")
     proof = parity.not_proven({}, "torch is not installed")
     card = model_card.write(perturbed.tiny(), {}, run, proof, True)
     assert "Converted from x.pth.tar, which does not record the training." in card

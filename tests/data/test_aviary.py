@@ -298,15 +298,15 @@ def test_one_kind_of_noise_leaves_the_others_alone(drawn):
 # Negatives
 
 
-def test_near_misses_differ_in_colour_or_shape():
+def test_hard_negatives_differ_in_colour_or_shape():
     for trait in itertools.chain(*TRAITS.values()):
         for said in (trait.phrase, trait.paraphrase(random.Random(trait.phrase))):
-            others = vocabulary.near_misses(said)
+            others = vocabulary.hard_negatives(said)
             assert len({text for text, _ in others} | {said}) == len(others) + 1 >= 12
             for _, other in others:
                 assert other.part == trait.part
                 assert (other.shape == trait.shape) + (other.colour == trait.colour) == 1
-    texts = [text for text, _ in vocabulary.near_misses("an azure curl on the head")]
+    texts = [text for text, _ in vocabulary.hard_negatives("an azure curl on the head")]
     assert "a scarlet curl on the head" in texts and "an azure plume on the head" not in texts
     assert "a high azure plume on the head" in texts
 
@@ -320,11 +320,11 @@ def test_negatives_are_never_true_of_the_bird(drawn, aviary):
             ten = annotations.negatives(species, said, key, 10)
             assert len(set(ten)) == 10 and not true & set(ten) and said not in ten
             assert annotations.negatives(species, said, key, 2) == ten[:2]
-            near = vocabulary.near_misses(said)
+            near = vocabulary.hard_negatives(said)
             wrong = {text for text, trait in near if trait in species.traits}
             assert not wrong & set(ten)
             taken += len(wrong)
-    assert taken  # a wrong description whose near miss is true of the bird
+    assert taken  # a wrong description whose hard negative is true of the bird
 
 
 def test_negatives_change_nothing_else(small, tmp_path):

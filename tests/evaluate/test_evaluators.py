@@ -40,7 +40,7 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
         text=True,
         check=True,
     )
-    names = "ZeroShot LinearProbe Retrieval Grounding Boxes NearMisses Maps Diagnostics"
+    names = "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Maps Diagnostics"
     assert done.stdout == f"{names}\n\n"
 
 
@@ -81,7 +81,7 @@ def test_faults_of_an_entry():
     (line,) = _faults({"kind": "zeroshott"})
     assert line == (
         "evaluator.kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics,"
-        " grounding, linear_probe, maps, near_misses, retrieval, zeroshot; or module:Name of your own"
+        " grounding, hard_negatives, linear_probe, maps, retrieval, zeroshot; or module:Name of your own"
     )
     assert "expected a group with kind: one of zeroshot, linear" in _faults({"images": "x"})[0]
     assert "expected a group with kind" in _faults("zeroshot")[0]

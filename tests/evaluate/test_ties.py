@@ -74,8 +74,8 @@ def _retrieval(folder, predictor, **given):
     return found
 
 
-def _near_misses(folder, predictor, **given):
-    found = measure("near_misses", predictor, negatives=8, **_annotated(folder), **given)
+def _hard_negatives(folder, predictor, **given):
+    found = measure("hard_negatives", predictor, negatives=8, **_annotated(folder), **given)
     for key in ("region", "image"):
         assert found[key]["top1"] == pytest.approx(1 / 9)
         assert found[key]["mean_rank"] == found[key]["median_rank"] == 9  # lost against all
@@ -115,7 +115,7 @@ def _annotated(folder):
 
 @pytest.mark.parametrize(
     "measure",
-    [_zeroshot, _retrieval, _near_misses, _boxes, _grounding, _maps, _linear_probe],
+    [_zeroshot, _retrieval, _hard_negatives, _boxes, _grounding, _maps, _linear_probe],
 )
 def test_equal_scores_are_ties_at_every_batch_size(measure, data):
     first, *others = [measure(*data, batch_size=size) for size in SIZES]

@@ -51,7 +51,9 @@ def write(folder: pathlib.Path) -> pathlib.Path:
             record_sets.picture(i, (8, 8)).save(folder / "images" / f"{i}.png")
             vectors = rng.standard_normal((3, D)).astype(np.float32)
             boxes = np.sort(rng.uniform(size=(2, 2, 2)), axis=1).reshape(2, 4).astype(np.float32)
-            writer.add(output.Row(f"id{i}", f"{i}.png", 8, 8, vectors[0], vectors[1:], boxes))
+            writer.add(
+                output.EmbeddedImage(f"id{i}", f"{i}.png", 8, 8, vectors[0], vectors[1:], boxes)
+            )
         writer.close()
     return folder
 

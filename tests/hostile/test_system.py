@@ -233,7 +233,7 @@ WHOLE = ["99999999999999999999", "9" * 5000, "-1", "1e3", "x"]
     "words",
     [
         ["evaluate", "linear-probe", "--checkpoint=x", "--images=x", "--output=x", "--seeds"],
-        ["evaluate", "near-misses", "--checkpoint=x", "--images=x", "--output=x", "--negatives"],
+        ["evaluate", "hard-negatives", "--checkpoint=x", "--images=x", "--output=x", "--negatives"],
         ["evaluate", "maps", "--checkpoint=x", "--images=x", "--output=x", "--batch-size"],
         ["build", "--annotations=x", "--images=x", "--output=x", "--workers"],
         ["verify", "x", "--from"],

@@ -39,7 +39,7 @@ def write(folder, model, stored="float32", regions=True):
     for part in range(3):
         writer = output.Writer(job, part)
         for i in range(30 * part, 30 * part + 30):
-            row = output.Row(
+            row = output.EmbeddedImage(
                 f"id{i}", f"{i}.png", 10, 20, image_embed[i], region_embed[i], boxes[i]
             )
             writer.add(row)

@@ -6,7 +6,7 @@ from grain_jax import config as config_lib
 from grain_jax.convert import tables, towers
 from grain_jax.convert.big_vision.checkpoint import Checkpoint
 from grain_jax.convert.faults import prefixed
-from grain_jax.convert.tables import Entries, Row
+from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.convert.towers import Settings, Stated, Tower
 
 
@@ -45,33 +45,33 @@ def import_text(checkpoint: Checkpoint, settings: Settings) -> Tower[config_lib.
     return Tower(config, rows, prefix, assumed)
 
 
-def image_rows() -> list[Row]:
+def image_rows() -> list[NamePair]:
     """The table of an image tower alone; in a two_towers checkpoint its entries begin with img/."""
     return [
-        Row("image/patch_embed/kernel", "embedding/kernel", tables.PATCHES_LAST),
-        Row("image/patch_embed/bias", "embedding/bias"),
-        Row("image/class_token", "cls", tables.TOKEN),
-        Row("image/position_embed", "pos_embedding", tables.BATCHED),
+        NamePair("image/patch_embed/kernel", "embedding/kernel", tables.PATCHES_LAST),
+        NamePair("image/patch_embed/bias", "embedding/bias"),
+        NamePair("image/class_token", "cls", tables.TOKEN),
+        NamePair("image/position_embed", "pos_embedding", tables.BATCHED),
         *_encoder("image/blocks", "Transformer", "image/norm"),
         *_head("image"),
     ]
 
 
-def text_rows() -> list[Row]:
+def text_rows() -> list[NamePair]:
     """The table of a text tower alone; in a two_towers checkpoint its entries begin with txt/."""
     return [
-        Row("text/token_embed/embedding", "Embed_0/embedding"),
-        Row("text/position_embed", "pos_embedding", tables.BATCHED),
+        NamePair("text/token_embed/embedding", "Embed_0/embedding"),
+        NamePair("text/position_embed", "pos_embedding", tables.BATCHED),
         *_encoder("text/blocks", "Encoder_0", "text_norm"),
         *_head("text"),
     ]
 
 
-def _same(ours: str, theirs: str, *leaves: str) -> list[Row]:
-    return [Row(f"{ours}/{leaf}", f"{theirs}/{leaf}") for leaf in leaves]
+def _same(ours: str, theirs: str, *leaves: str) -> list[NamePair]:
+    return [NamePair(f"{ours}/{leaf}", f"{theirs}/{leaf}") for leaf in leaves]
 
 
-def _attention_and_mlp(ours: str, theirs: str) -> list[Row]:
+def _attention_and_mlp(ours: str, theirs: str) -> list[NamePair]:
     parts = {f"attention/{x}": f"MultiHeadDotProductAttention_0/{x}" for x in _ATTENTION}
     parts |= {"mlp/in": "MlpBlock_0/Dense_0", "mlp/out": "MlpBlock_0/Dense_1"}
     return [
@@ -84,7 +84,7 @@ def _attention_and_mlp(ours: str, theirs: str) -> list[Row]:
 _ATTENTION = ("query", "key", "value", "out")
 
 
-def _encoder(ours: str, theirs: str, norm: str) -> list[Row]:
+def _encoder(ours: str, theirs: str, norm: str) -> list[NamePair]:
     layer = theirs + "/encoderblock_{}/"
     return [
         *_same(f"{ours}/norm_1", f"{layer}LayerNorm_0", "scale", "bias"),
@@ -94,16 +94,16 @@ def _encoder(ours: str, theirs: str, norm: str) -> list[Row]:
     ]
 
 
-def _head(tower: str) -> list[Row]:
+def _head(tower: str) -> list[NamePair]:
     return [
-        Row(f"{tower}_pool/probe", "MAPHead_0/probe", tables.TOKEN),
+        NamePair(f"{tower}_pool/probe", "MAPHead_0/probe", tables.TOKEN),
         *_same(f"{tower}_pool/norm", "MAPHead_0/LayerNorm_0", "scale", "bias"),
         *_attention_and_mlp(f"{tower}_pool", "MAPHead_0/"),
         *_same(f"{tower}_projection", "head", "kernel", "bias"),
     ]
 
 
-def _table(checkpoint: Checkpoint, prefix: str, rows: list[Row]) -> tuple[str, list[Row]]:
+def _table(checkpoint: Checkpoint, prefix: str, rows: list[NamePair]) -> tuple[str, list[NamePair]]:
     """The prefix of a tower's entries and its table with it; without it where the checkpoint is the tower alone."""
     if not any(name.startswith(prefix) for name in checkpoint.state):
         prefix = ""

@@ -13,28 +13,28 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.formats import linear, norm
-from grain_jax.convert.tables import Row
+from grain_jax.convert.tables import NamePair
 from grain_jax.models import grain
 
 StateDicts = Mapping[str, Mapping[str, np.ndarray]]  # {"backbone": ..., "decoder": ...}
 
 
-def _attention(ours: str, theirs: str) -> list[Row]:
+def _attention(ours: str, theirs: str) -> list[NamePair]:
     return formats.attention(ours, (f"{theirs}.in_proj_{{kind}}",), f"{theirs}.out_proj")
 
 
 _LAYER = "transformer.decoder.layers.{}."
-TABLES: dict[str, list[Row]] = {  # by state dict
+TABLES: dict[str, list[NamePair]] = {  # by state dict
     "backbone": [
         *formats.timm_image("visual."),
         *formats.openai_text(),
-        Row("logit_scale", "logit_scale"),
-        Row("logit_bias", "logit_bias"),
+        NamePair("logit_scale", "logit_scale"),
+        NamePair("logit_bias", "logit_bias"),
     ],
     "decoder": [
-        Row("decoder/memory_projection/kernel", "proj.weight", tables.LINEAR),
+        NamePair("decoder/memory_projection/kernel", "proj.weight", tables.LINEAR),
         *norm("decoder/memory_norm", "transformer.pre_norm"),
-        Row("decoder/query_embed", "query_embed.weight"),
+        NamePair("decoder/query_embed", "query_embed.weight"),
         *norm("decoder/blocks/norm_1", _LAYER + "norm1"),
         *_attention("decoder/blocks/self_attention", _LAYER + "self_attn"),
         *norm("decoder/blocks/norm_2", _LAYER + "norm2"),
@@ -44,8 +44,8 @@ TABLES: dict[str, list[Row]] = {  # by state dict
         *linear("decoder/blocks/mlp/out", _LAYER + "linear2"),
         *norm("decoder/norm", "transformer.decoder.norm"),
         *(x for i in range(3) for x in linear(f"box_mlp/layer_{i}", f"bbox_embed.layers.{i}")),
-        Row("image_projection/kernel", "img_proj"),
-        Row("region_projection/kernel", "obj_proj"),
+        NamePair("image_projection/kernel", "img_proj"),
+        NamePair("region_projection/kernel", "obj_proj"),
         *linear("box_head/place", "boxes.place"),
         *linear("box_head/memory_projection", "boxes.memory_proj"),
         *norm("box_head/memory_norm", "boxes.memory_norm"),
@@ -55,7 +55,7 @@ TABLES: dict[str, list[Row]] = {  # by state dict
         *linear("box_head/mlp/in", "boxes.mlp.fc1"),
         *linear("box_head/mlp/out", "boxes.mlp.fc2"),
         *norm("box_head/norm", "boxes.norm"),
-        Row("box_projection/kernel", "boxes.proj"),
+        NamePair("box_projection/kernel", "boxes.proj"),
     ],
 }
 # Entries of the reference that no output of GRAIN depends on.

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, Row, option
+from grain_jax.config.evals import STANDALONE, Context, TableRow, option
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
@@ -27,20 +27,22 @@ with epy.lazy_imports():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NearMisses(AnnotatedImages):
+class HardNegatives(AnnotatedImages):
     """The right description of given boxes among hard negatives."""
 
     left_out = "without_negatives"
-    kind: str = "near_misses"
+    kind: str = "hard_negatives"
     # negatives of a box, 10 as in FG-OVD; boxes with fewer are left out
     negatives: int = option(10, "N", low=1)
 
     @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         if "chance_mean_rank" not in numbers:  # of given boxes by their classes
             return []
         return [
-            Row(f"{key}/top1", f"right description, by the {words}", "chance", "boxes", "boxes")
+            TableRow(
+                f"{key}/top1", f"right description, by the {words}", "chance", "boxes", "boxes"
+            )
             for key, words in (("box_head", "box head"), ("region", "region"), ("image", "image"))
         ]
 

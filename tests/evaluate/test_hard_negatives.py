@@ -35,7 +35,7 @@ def data(tmp_path):
 
 def test_hand_computed(data):
     predictor, given = data
-    got = measure("near_misses", predictor, **given, negatives=2)
+    got = measure("hard_negatives", predictor, **given, negatives=2)
     assert (got["boxes"], got["boxes_with_fewer_negatives"], got["boxes_outside"]) == (3, 1, 1)
     assert (got["chance"], got["chance_mean_rank"], got["pictures"]) == (1 / 3, 2.0, 3)
     assert got["region"]["top1"] == pytest.approx(1 / 3)
@@ -51,7 +51,7 @@ def test_hand_computed(data):
 
 def test_fewer_negatives_take_the_first(data):
     predictor, given = data
-    got = measure("near_misses", predictor, **given, negatives=1)
+    got = measure("hard_negatives", predictor, **given, negatives=1)
     assert (got["boxes"], got["negatives"]) == (4, 1)
     assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
 
@@ -59,4 +59,4 @@ def test_fewer_negatives_take_the_first(data):
 def test_annotations_without_negatives(data):
     predictor, given = data
     with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
-        measure("near_misses", predictor, **given)
+        measure("hard_negatives", predictor, **given)
