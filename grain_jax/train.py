@@ -32,7 +32,7 @@ from grain_jax.core import atomic, errors, progress
 from grain_jax.evaluate import encode, entries, grounding
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, placement
-from grain_jax.report import page, pictures
+from grain_jax.report import figures, page
 from grain_jax.runtime import (
     checkpoint,
     compiled,
@@ -481,15 +481,15 @@ def evaluate_all(
 
 def report(config, workdir, predictor, results) -> None:
     """Prints the final table, draws the curves and the test images, and writes report.html."""
-    pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
+    figures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-        pictures.print_table(results)
+        figures.print_table(results)
     grounded = (e for e in config.evals.values() if isinstance(e, grounding.Grounding))
     if config.pictures and (entry := next(grounded, None)):
         images, annotations = entry.paths
         shown = (workdir / "regions.png", config.pictures, entry.orientation)
-        pictures.regions_grid(predictor, annotations, images, *shown)
+        figures.regions_grid(predictor, annotations, images, *shown)
     page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 

@@ -96,7 +96,7 @@ QUICK = (
     "tests/losses/test_matching.py::test_no_regions",
     "tests/models/test_layers.py",
     "tests/runtime/pretrained/test_names.py",
-    "tests/report/test_pictures.py",
+    "tests/report/test_figures.py",
     "tests/runtime/test_metrics_file.py",
     "tests/runtime/test_metrics_writer.py",
     "tests/training/test_optim.py",

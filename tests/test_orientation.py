@@ -23,7 +23,7 @@ from grain_jax.core import images
 from grain_jax.demo import analysis
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.input_pipeline import records
-from grain_jax.report import pictures as report_pictures
+from grain_jax.report import figures as report_figures
 from tests import embedded, record_sets, turned
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
@@ -294,7 +294,7 @@ def test_the_page_and_the_report(folder, model, tmp_path):
         np.testing.assert_array_equal(got, expected)
     for which in WHICH:
         given = folder / which / "A.jsonl", folder / which, tmp_path / f"{which}.png"
-        report_pictures.regions_grid(model, *given, count=6)
+        report_figures.regions_grid(model, *given, count=6)
     drawn = [np.asarray(PIL.Image.open(tmp_path / f"{which}.png")) for which in WHICH]
     np.testing.assert_array_equal(*drawn)
 

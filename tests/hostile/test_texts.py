@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grain_jax.cli import process
 from grain_jax.core import errors, images, printable
 from grain_jax.evaluate import tables
-from grain_jax.report import pictures
+from grain_jax.report import figures
 from tests import record_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.hostile import cases
@@ -104,14 +104,14 @@ def test_a_picture_of_a_run_with_such_descriptions(tmp_path):
             return np.eye(2, dtype=np.float32)[[int("$" in text) for text in texts]]
 
     predictor = Predictor({n: [1, 0] for n in numbers}, {}, {n: regions for n in numbers})
-    pictures.regions_grid(predictor, tmp_path / "A.jsonl", tmp_path, tmp_path / "x.png", count=11)
+    figures.regions_grid(predictor, tmp_path / "A.jsonl", tmp_path, tmp_path / "x.png", count=11)
     assert images.load_image(tmp_path / "x.png").width == 352 * 4
 
 
 def test_curves_of_evaluations_of_such_names(tmp_path):
     record = {"step": 1, "loss": 1.0} | {f"eval/{text[:300]}/top1": 0.5 for text in NASTY}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    pictures.curves(tmp_path / "metrics.jsonl", tmp_path / "x.png")
+    figures.curves(tmp_path / "metrics.jsonl", tmp_path / "x.png")
     assert images.load_image(tmp_path / "x.png").width == 1760
 
 

@@ -6,7 +6,7 @@ import pytest
 from grain_jax.launch import sweep_runs
 
 from grain_jax import verify
-from grain_jax.report import pictures, run_files
+from grain_jax.report import figures, run_files
 from grain_jax.runtime import metrics_file, metrics_writer
 from grain_jax.verify import workdir as workdir_files
 
@@ -47,7 +47,7 @@ def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys
     run = run_files.read(workdir)
     assert run.series == {"loss": ([1, 2], [2.0, 1.0])} and run.step == 2
     assert run.unmeasured[0].startswith(said)
-    pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
+    figures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     assert sweep_runs.last_step(workdir) == 2
     with pytest.raises(verify.Mismatch, match="line 2: got .* expected a JSON object"):
         workdir_files._metrics(workdir)

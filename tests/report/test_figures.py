@@ -8,7 +8,7 @@ import pytest
 
 from grain_jax import config, losses
 from grain_jax.evaluate import tables, test_sets
-from grain_jax.report import pictures
+from grain_jax.report import figures
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.losses import test_losses
@@ -31,7 +31,7 @@ RESULTS = {
 
 
 def test_table(capsys):
-    pictures.print_table(RESULTS)
+    figures.print_table(RESULTS)
     lines = capsys.readouterr().out.splitlines()
     words = [line.split() for line in lines]
     assert words[0] == ["measured", "value", "95%", "interval", "chance", "of"]
@@ -76,7 +76,7 @@ def test_curves(tmp_path, evaluations):
         lines.append(json.dumps(line))
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
     (tmp_path / "config.json").write_text('{"batch_size": 64}')
-    pictures.curves(tmp_path / "metrics.jsonl", tmp_path / "new" / "curves.png")
+    figures.curves(tmp_path / "metrics.jsonl", tmp_path / "new" / "curves.png")
     pixels = _picture(tmp_path / "new" / "curves.png")
     assert pixels.shape == (792, 1760, 3)  # six charts at most, and the bars
     assert _has_colour(pixels, "#333333") and _has_colour(pixels, pictures.COLOURS[4])
@@ -98,7 +98,7 @@ def test_the_caption_loss_at_chance(tmp_path):
 
 def test_curves_of_a_run_that_logged_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    pictures.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    figures.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert _picture(tmp_path / "curves.png").shape == (792, 1760, 3)
 
 
@@ -130,7 +130,7 @@ def _predictor():
 @pytest.mark.parametrize("pictures_in_file, rows, columns", [(1, 1, 1), (3, 1, 3), (9, 2, 4)])
 def test_regions_grid(tmp_path, pictures_in_file, rows, columns):
     path = _annotations(tmp_path, pictures_in_file)
-    pictures.regions_grid(_predictor(), path, tmp_path, tmp_path / "grid.png", count=6)
+    figures.regions_grid(_predictor(), path, tmp_path, tmp_path / "grid.png", count=6)
     pixels = _picture(tmp_path / "grid.png")
     assert pixels.shape[1] == 352 * columns
     assert pixels.shape[0] > rows * 352
@@ -152,4 +152,4 @@ def test_what_the_regions_say():
 def test_nothing_to_draw(tmp_path):
     (tmp_path / "A.jsonl").write_text('{"image": "a.png"}\n')
     with pytest.raises(test_sets.InputError, match="there is nothing to draw"):
-        pictures.regions_grid(_predictor(), tmp_path / "A.jsonl", tmp_path, tmp_path / "x.png")
+        figures.regions_grid(_predictor(), tmp_path / "A.jsonl", tmp_path, tmp_path / "x.png")
