@@ -79,21 +79,21 @@ def test_curves(tmp_path, evaluations):
     figures.curves(tmp_path / "metrics.jsonl", tmp_path / "new" / "curves.png")
     pixels = _picture(tmp_path / "new" / "curves.png")
     assert pixels.shape == (792, 1760, 3)  # six charts at most, and the bars
-    assert _has_colour(pixels, "#333333") and _has_colour(pixels, pictures.COLOURS[4])
+    assert _has_colour(pixels, "#333333") and _has_colour(pixels, figures.COLOURS[4])
     assert _has_colour(pixels[:, 1340:], "#333333", 2000) == bool(evaluations)  # the first bar
 
 
 def test_the_caption_loss_at_chance(tmp_path):
-    assert pictures._caption_loss_at_chance(tmp_path) is None
+    assert figures._caption_loss_at_chance(tmp_path) is None
     (tmp_path / "config.json").write_text('{"batch_size": 64}')
-    assert pictures._caption_loss_at_chance(tmp_path) == (math.log(64), "ln 64")
+    assert figures._caption_loss_at_chance(tmp_path) == (math.log(64), "ln 64")
     c = tiny.config(input__captions_per_image=3, loss__mask_duplicates=False)
     (tmp_path / "config.json").write_text(config.to_json(c))
     batch, outputs = tiny.batch(c), test_losses._outputs(c)
     batch.caption_mask[:] = True
     loss = losses.total_loss(outputs._replace(logit_scale=np.float32(0)), batch, c.loss)
     value = pytest.approx(float(loss.terms["image_caption"]))
-    assert pictures._caption_loss_at_chance(tmp_path) == (value, "ln √(16 x 46)")
+    assert figures._caption_loss_at_chance(tmp_path) == (value, "ln √(16 x 46)")
 
 
 def test_curves_of_a_run_that_logged_nothing(tmp_path):
@@ -134,18 +134,18 @@ def test_regions_grid(tmp_path, pictures_in_file, rows, columns):
     pixels = _picture(tmp_path / "grid.png")
     assert pixels.shape[1] == 352 * columns
     assert pixels.shape[0] > rows * 352
-    for colour in pictures.COLOURS[:2]:  # a box of each matched region, and its words
+    for colour in figures.COLOURS[:2]:  # a box of each matched region, and its words
         assert _has_colour(pixels, colour, at_least=400)
         assert _has_colour(pixels[-130:], colour, at_least=5)
-    assert not _has_colour(pixels, pictures.COLOURS[2])  # a query without a region is not drawn
+    assert not _has_colour(pixels, figures.COLOURS[2])  # a query without a region is not drawn
 
 
 def test_what_the_regions_say():
     texts = ["a beak", "a tail"]
-    lines = pictures._wrapped(texts, np.array([0, 0]), np.array([0, 1]))
+    lines = figures._wrapped(texts, np.array([0, 0]), np.array([0, 1]))
     assert lines == [
-        (pictures.COLOURS[0], "\u2713 a beak"),
-        (pictures.COLOURS[1], "\u2717 a beak (annotated: a tail)"),
+        (figures.COLOURS[0], "\u2713 a beak"),
+        (figures.COLOURS[1], "\u2717 a beak (annotated: a tail)"),
     ]
 
 
