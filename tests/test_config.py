@@ -252,7 +252,7 @@ def sweep():
     "fails.py": "def get_config(size=0):\n    return 1 / size\n",
 }
 PARSE = (
-    "from grain_jax.cli import config_file, process, train\n"
+    "from grain_jax.cli import config_file, process\nfrom grain_jax.training import arguments as train\n"
     "def main(arguments):\n"
     "    args = train.Train.parse(arguments)\n"
     "    c = config_file.load(args.config, args.overrides)\n"

@@ -20,7 +20,7 @@ from benchmarks.claim import design
 from benchmarks.claim import results as claim_results
 from grain_jax.cli import config_file
 from grain_jax.config import recipe
-from grain_jax.config.recipe import points
+from grain_jax.config import points
 from grain_jax.core import errors
 from grain_jax.training import arguments as train
 from tests import test_claim, tiny
@@ -520,7 +520,7 @@ def launch(*arguments):
 def test_a_sweep_from_the_command_line(tmp_path):
     """Two real runs; the second call starts nothing and prints the same table."""
     file = tmp_path / "seeds.py"
-    file.write_text("from grain_jax.config.recipe import points\nsweep = lambda: points.seeds(2)\n")
+    file.write_text("from grain_jax.config import points\nsweep = lambda: points.seeds(2)\n")
     usual = ["--config", "tests/run_config.py", "--sweep", str(file)]
     usual += ["--workdir", str(tmp_path / "w"), "--config.total_steps=3"]
     dry = launch(*usual, "--dry-run")
