@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from grain_jax.data import example
 
 from benchmarks import harness, made
 from grain_jax.core import images
+from grain_jax.data import example
 
 STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
 AHEAD = 6  # batches that a side may prefetch while others run

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from etils import epath
-from grain_jax.data import build, parallel
 
 from benchmarks import harness
 from grain_jax import config as config_lib
+from grain_jax.data import build, parallel
 
 SIZE = 224
 HEIGHT, WIDTH = 375, 500  # of the JPEGs

@@ -47,11 +47,11 @@ def pod(args: argparse.Namespace) -> Rows:
     """MB of temporaries a chip of value and gradient of both losses, on 256 chips of v5e."""
     os.environ.update(LIBTPU)
     import jax
-    from grain_jax.launch import hlo, hlo_collectives
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
     from benchmarks.loss import WIDTH, materialised
+    from grain_jax.launch import hlo, hlo_collectives
     from grain_jax.training import sharding
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices

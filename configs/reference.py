@@ -7,9 +7,8 @@ COMMAND   grain-jax train --config reference --workdir gs://BUCKET/reference \
 HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 """
 
-from grain_jax.configs import grain_vitb16_cc12m
-
 from grain_jax.config.recipe import reference_behaviour
+from grain_jax.configs import grain_vitb16_cc12m
 
 
 def get_config():

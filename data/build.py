@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator
 
 from etils import epath
+
+from grain_jax.core import errors, printable, progress, regular_file
 from grain_jax.data import duplicates, example, parallel, splits, staging, survey
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
-
-from grain_jax.core import errors, printable, progress, regular_file
 
 SHARD_BYTES = (
     64 << 20
@@ -167,7 +167,6 @@ def _write(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
-
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
     stored_anew: list[int] = []

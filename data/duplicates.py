@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 import PIL.Image
 from etils import epath
-from grain_jax.data import parallel, sources
-from grain_jax.data.sources import tfds
 
 from grain_jax.core import images, regular_file
+from grain_jax.data import parallel, sources
+from grain_jax.data.sources import tfds
 
 FILE = "fingerprints.npy"  # beside a set's records: a row an image
 _MOST_BYTES = 16 << 30  # of a billion images

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 from etils import epath
-from grain_jax.data import duplicates
-from grain_jax.data.arguments import Encoding
 
 from grain_jax.core import annotations, images, regular_file
+from grain_jax.data import duplicates
+from grain_jax.data.arguments import Encoding
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 

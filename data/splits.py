@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
 from grain_jax.data import duplicates
 from grain_jax.data.survey import BuildError, Survey
 

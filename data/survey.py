@@ -9,9 +9,9 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
 from etils import epath
-from grain_jax.data import example, parallel
 
 from grain_jax.core import atomic, errors, printable, progress
+from grain_jax.data import example, parallel
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from grain_jax.data import digest, example, staging
 from tensorflow_datasets.core.utils import shard_utils
 
+from grain_jax.data import digest, example, staging
 from grain_jax.input_pipeline import record_files, shard_digests
 
 

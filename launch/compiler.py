@@ -21,12 +21,12 @@ import time
 from typing import Any
 
 from etils import epath
-from grain_jax.launch import chips
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, named, progress
+from grain_jax.launch import chips
 
-ROOT = epath.Path(errors.__file__).resolve().parent.parent  # the child finds grain_jax there
+ROOT = epath.Path(errors.__file__).resolve().parents[2]  # the child finds grain_jax there
 
 # The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
 _ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from grain_jax.launch import chips, hlo_collectives
 from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
 from grain_jax import losses
+from grain_jax.launch import chips, hlo_collectives
 from grain_jax.training import memory_need, sharding, train_step
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from etils import epath
-from grain_jax.launch.arguments import LaunchFiles
 
 from grain_jax.core import errors
+from grain_jax.launch.arguments import LaunchFiles
 
 _SUFFIXES = (".sh", ".sbatch", ".yaml")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+
 from grain_jax.launch import hlo, hlo_work
 from grain_jax.launch.hlo import Computation, Instruction, Module
 

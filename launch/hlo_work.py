@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+
 from grain_jax.launch import hlo
 from grain_jax.launch.hlo import Computation, Instruction, Module, Shape
 

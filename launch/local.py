@@ -14,9 +14,8 @@ import sys
 import threading
 import time
 
-from grain_jax.launch.arguments import Local
-
 from grain_jax.core import errors
+from grain_jax.launch.arguments import Local
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 INTERRUPTED = 130  # the same after Ctrl-C

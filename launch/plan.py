@@ -13,6 +13,11 @@ from typing import Any
 
 import jax
 from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.cli import config_file, process
+from grain_jax.core import atomic, errors, progress
+from grain_jax.input_pipeline import derived
 from grain_jax.launch import (
     chips,
     compiler,
@@ -26,11 +31,6 @@ from grain_jax.launch import (
 )
 from grain_jax.launch.arguments import Plan
 from grain_jax.launch.arguments import PlanOptions as Options
-
-from grain_jax import config as config_lib
-from grain_jax.cli import config_file, process
-from grain_jax.core import atomic, errors, progress
-from grain_jax.input_pipeline import derived
 from grain_jax.training import flops, memory_need
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are

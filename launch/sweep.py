@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from etils import epath
-from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
-from grain_jax.launch.arguments import Sweep
-from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import config as config_lib
 from grain_jax.cli import config_file, process
 from grain_jax.core import atomic, errors, progress
+from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
+from grain_jax.launch.arguments import Sweep
+from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 
 def train_here(

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from shutil import which
 
 from etils import epath
-from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax.core import errors
+from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 HERE = epath.Path(__file__).parent
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from grain_jax.launch.sweep_runs import SweepRun
 
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors
 from grain_jax.evaluate import tables
+from grain_jax.launch.sweep_runs import SweepRun
 from grain_jax.runtime import metrics_file
 
 SEED = "seed"

@@ -4,6 +4,7 @@ import tarfile
 
 import numpy as np
 import pyarrow.parquet
+
 from grain_jax.data.embed import embeddings, output, parts, pipeline
 
 

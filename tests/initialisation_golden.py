@@ -13,9 +13,9 @@ import sys
 
 import jax
 import numpy as np
-from grain_jax.configs import grain_vitb16_cc12m
 
 from grain_jax import config as config_lib
+from grain_jax.configs import grain_vitb16_cc12m
 from grain_jax.convert.reference.names import to_params
 from grain_jax.models import grain
 from tests import paths

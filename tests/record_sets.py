@@ -7,10 +7,10 @@ import json
 import jax
 import numpy as np
 import PIL.Image
-from grain_jax.data import build
 
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
+from grain_jax.data import build
 
 
 def picture(number, size=(16, 12)):

@@ -3,10 +3,10 @@
 import importlib.util
 
 import pytest
-from grain_jax.configs import demo
 
 from grain_jax import config as config_lib
 from grain_jax import train
+from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate.__main__ import main as evaluate
 from grain_jax.input_pipeline import record_files, records

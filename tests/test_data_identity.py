@@ -6,10 +6,10 @@ import shutil
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from grain_jax.data import digest
 
 from grain_jax import train, verify
 from grain_jax.core import errors
+from grain_jax.data import digest
 from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint, receipt
 from tests import record_sets, tiny

@@ -11,15 +11,15 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import tensorflow_datasets as tfds
+
+import grain_jax
+from grain_jax.core import images
 from grain_jax.data import sources
 from grain_jax.data.annotate import __main__ as annotate
 from grain_jax.data.embed import __main__ as embed
 from grain_jax.data.embed import search_command as search
 from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.data.sources import base, join
-
-import grain_jax
-from grain_jax.core import images
 from grain_jax.demo import analysis
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.input_pipeline import records

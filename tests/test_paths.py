@@ -12,15 +12,15 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from grain_jax.data import build
-from grain_jax.data.annotate import __main__ as annotate
-from grain_jax.data.aviary import __main__ as aviary
-from grain_jax.data.inspect import __main__ as inspect
 
 from grain_jax import train
 from grain_jax.convert import __main__ as convert
 from grain_jax.convert import export
 from grain_jax.core import errors
+from grain_jax.data import build
+from grain_jax.data.annotate import __main__ as annotate
+from grain_jax.data.aviary import __main__ as aviary
+from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.demo import __main__ as demo
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.report import __main__ as report

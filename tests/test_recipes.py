@@ -6,6 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
+
+from benchmarks.claim import design as claim_design
+from grain_jax import config as config_lib
+from grain_jax import losses
 from grain_jax.configs import (
     claim,
     demo,
@@ -16,10 +20,6 @@ from grain_jax.configs import (
     grain_vitl14_cc12m,
     own,
 )
-
-from benchmarks.claim import design as claim_design
-from grain_jax import config as config_lib
-from grain_jax import losses
 from grain_jax.convert import initialise, tables
 from grain_jax.core import errors
 from grain_jax.evaluate import entries as evaluate

@@ -4,10 +4,9 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-from grain_jax.data import build, example
-
 from benchmarks.claim import design
 from benchmarks.claim.results import ClaimError
+from grain_jax.data import build, example
 
 PARTS = "A.jsonl seen unseen unseen.json test/A.jsonl test/seen.jsonl test/unseen.jsonl".split()
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
-from grain_jax.launch import jobs
 
 from benchmarks.claim.results import ClaimError
 from grain_jax.core import errors, progress
+from grain_jax.launch import jobs
 
 
 class Trained(NamedTuple):

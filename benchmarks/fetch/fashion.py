@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 from etils import epath
-from grain_jax.data import parallel
 
 from benchmarks.fetch import package
 from benchmarks.fetch.looks import SIDE, Part, parts
 from grain_jax.core import progress, regular_file
+from grain_jax.data import parallel
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (  # in the order of the labels

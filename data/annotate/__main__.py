@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
+
+from grain_jax.core import errors
 from grain_jax.data import build, example, negatives, sources
 from grain_jax.data.annotate import (
     arguments,
@@ -27,8 +29,6 @@ from grain_jax.data.annotate import (
 )
 from grain_jax.data.annotate.passes import PASSES, Job
 from grain_jax.data.arguments import Build
-
-from grain_jax.core import errors
 
 # Requests that wait for each one that an endpoint answers at a time: none waits for a slow one.
 BATCHES_AHEAD = 4

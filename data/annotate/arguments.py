@@ -2,11 +2,10 @@
 
 import argparse
 
-from grain_jax.data.annotate import options
-
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Command
 from grain_jax.config.evals import ORIENTATIONS
+from grain_jax.data.annotate import options
 
 _MOST = 1_000_000
 _LIMITS, _LOCAL, _FINDER = options.Limits(), options.LocalChat(), options.Detector()

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from absl import logging
 from etils import epath
-from grain_jax.data.annotate import chat
 
 from grain_jax.core import errors
+from grain_jax.data.annotate import chat
 
 OUT_OF_MEMORY, MODEL_ERROR = "out of memory", "model error"
 

@@ -4,10 +4,10 @@ Every fault has a cause of a fixed name, under which it is also counted.
 """
 
 import PIL.Image
-from grain_jax.data import sources
-from grain_jax.data.annotate.options import Limits
 
 from grain_jax.core import images
+from grain_jax.data import sources
+from grain_jax.data.annotate.options import Limits
 
 CAUSES = (
     "empty file",

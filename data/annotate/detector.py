@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
-from grain_jax.data.annotate import chat, checkpoint
-from grain_jax.data.annotate.options import Detector as Options
 
 from grain_jax.core import annotations
+from grain_jax.data.annotate import chat, checkpoint
+from grain_jax.data.annotate.options import Detector as Options
 
 # A larger image is shrunk first: OWLv2 pads to a square of floats before it resizes, 4.8 GB for a
 # panorama of 20,000 pixels. Twice the size that the models look at.

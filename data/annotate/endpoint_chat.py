@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
-from grain_jax.data.annotate import chat
-from grain_jax.data.annotate.options import EndpointChat as Options
 
 from grain_jax.core import errors
+from grain_jax.data.annotate import chat
+from grain_jax.data.annotate.options import EndpointChat as Options
 
 TIME_OUT, CONNECTION = "time-out", "no connection"
 SERVER_ERROR, RATE_LIMIT = "server error", "rate limit"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import PIL.Image
+
 from grain_jax.data.annotate import chat, checkpoint
 from grain_jax.data.annotate.options import LocalChat as Options
 

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import PIL.Image
+
+from grain_jax.core import annotations, errors
+from grain_jax.core import images as images_lib
 from grain_jax.data import negatives, sources
 from grain_jax.data.annotate import (
     answers,
@@ -27,9 +30,6 @@ from grain_jax.data.annotate import (
     prompt,
 )
 from grain_jax.data.annotate.chat import Answer, Chat, Failure
-
-from grain_jax.core import annotations, errors
-from grain_jax.core import images as images_lib
 
 # Of a batch: 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB.
 BATCH_PIXELS = 1 << 27

@@ -16,10 +16,10 @@ from apache_beam import metrics
 from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from apache_beam.utils import shared
-from grain_jax.data import sources
-from grain_jax.data.annotate import passes
 
 from grain_jax.core import errors, progress
+from grain_jax.data import sources
+from grain_jax.data.annotate import passes
 
 SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
 _MARK = "#user-error#"

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from etils import epath
+
+from grain_jax.core import errors
 from grain_jax.data import example, staging
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
-
-from grain_jax.core import errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

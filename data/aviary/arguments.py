@@ -2,10 +2,9 @@
 
 import os
 
-from grain_jax.data.aviary.settings import Settings
-
 from grain_jax.cli.flags import flag
 from grain_jax.cli.parser import Command
+from grain_jax.data.aviary.settings import Settings
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

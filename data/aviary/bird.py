@@ -8,6 +8,7 @@ with the body and the eye.
 # Coordinates read better in rows.
 # fmt: off
 import numpy as np
+
 from grain_jax.data.aviary.outlines import (
     bands,
     curve,

@@ -10,12 +10,13 @@ import functools
 import random
 
 import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+
 from grain_jax.data.aviary import bird, props, scenery
 from grain_jax.data.aviary.palette import BODY_COLOURS, COLOURS, tones, vary
 from grain_jax.data.aviary.settings import DEFAULT, Pose
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS
-from PIL import Image, ImageChops, ImageDraw
 
 
 @dataclasses.dataclass(frozen=True)

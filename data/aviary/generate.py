@@ -8,13 +8,13 @@ import random
 from collections.abc import Iterable, Iterator
 
 from etils import epath
+
+from grain_jax.core import progress
 from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing
 from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Aviary, Species, make_species
-
-from grain_jax.core import progress
 
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 

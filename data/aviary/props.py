@@ -3,6 +3,7 @@
 # Coordinates read better in rows.
 # fmt: off
 import numpy as np
+
 from grain_jax.data.aviary.outlines import curve, ellipse, grow, place, polygon, stroke
 from grain_jax.data.aviary.palette import COLOURS, mix, tones, vary
 

@@ -3,9 +3,10 @@
 import random
 from typing import NamedTuple
 
+from PIL import Image
+
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.generate import Settings
-from PIL import Image
 
 
 class Bird(NamedTuple):

@@ -5,9 +5,10 @@ import math
 import random
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
 from grain_jax.data.aviary import props
 from grain_jax.data.aviary.palette import COLOURS, mix, vary
-from PIL import Image, ImageDraw, ImageFilter
 
 _DETAIL = 80  # side of the background before it is blurred and resized
 

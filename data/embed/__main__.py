@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from grain_jax.data.embed import arguments, card, embeddings, output, parts, pipeline
 
 from grain_jax import inference
 from grain_jax.core import atomic, errors, printable
+from grain_jax.data.embed import arguments, card, embeddings, output, parts, pipeline
 from grain_jax.runtime import compiled, distributed, processes, saved_model
 from grain_jax.runtime.pretrained import NAMES
 

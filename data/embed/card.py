@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import jax
-from grain_jax.data.embed import embeddings
 
 from grain_jax import __version__
 from grain_jax.core import printable
+from grain_jax.data.embed import embeddings
 
 _REGIONS = """\
 | `region_embed` | list of `{stored}[{dim}]` | embeddings of its regions, unit length |

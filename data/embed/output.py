@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 from etils import epath
-from grain_jax.data.embed import embeddings
-from grain_jax.data.embed.embeddings import EmbeddingsError
 
 from grain_jax.core import atomic, printable
+from grain_jax.data.embed import embeddings
+from grain_jax.data.embed.embeddings import EmbeddingsError
 
 _ROWS = 1024  # of a row group, which is held in memory
 _INCOMPLETE = "incomplete"

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
+
+from grain_jax.core import regular_file
 from grain_jax.data import sources
 from grain_jax.data.embed import embeddings
 from grain_jax.data.sources import annotations as annotations_source
 from grain_jax.data.sources import base, join, tfds, webdataset
-
-from grain_jax.core import regular_file
 
 LIST = "images.jsonl"
 _BESIDE = (".txt", ".json")  # files that stand beside images

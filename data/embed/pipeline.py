@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from grain_jax.data import sources
-from grain_jax.data.embed import embeddings, output, parts
 
 from grain_jax.core import errors, images, progress
+from grain_jax.data import sources
+from grain_jax.data.embed import embeddings, output, parts
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.inference import stream
 from grain_jax.runtime import processes

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from etils import epath
-from grain_jax.data.embed import embeddings
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.core import errors, regular_file
+from grain_jax.data.embed import embeddings
 from grain_jax.inference import predictor
 from grain_jax.runtime import saved_model
 

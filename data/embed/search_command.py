@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 from etils import epath
-from grain_jax.data import sources
-from grain_jax.data.embed import arguments, parts, search
-from grain_jax.data.embed import search_page as page
 
 from grain_jax import inference
 from grain_jax.core import atomic, errors, printable
 from grain_jax.core import images as images_lib
+from grain_jax.data import sources
+from grain_jax.data.embed import arguments, parts, search
+from grain_jax.data.embed import search_page as page
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.runtime import compiled
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 from etils import epath
-from grain_jax.data.embed import search
 
 from grain_jax.core import html, printable
 from grain_jax.core import images as images_lib
+from grain_jax.data.embed import search
 
 _EDGE = 480  # pixels of the longer side of an image
 _OTHERS = html.REGION_COLOURS[1]

@@ -14,6 +14,8 @@ import sys
 import textwrap
 
 from etils import epath
+
+from grain_jax.core import atomic, errors, progress
 from grain_jax.data import example
 from grain_jax.data.inspect import (
     arguments,
@@ -25,8 +27,6 @@ from grain_jax.data.inspect import (
     sheet,
     statistics,
 )
-
-from grain_jax.core import atomic, errors, progress
 
 _BATCH = 256  # items that are counted together
 

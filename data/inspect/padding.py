@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
-from grain_jax.data.inspect import counting, flaws
 
+from grain_jax.data.inspect import counting, flaws
 from grain_jax.input_pipeline import derived, text_lengths
 
 GROUPS = (1, 8, 16, 32, 64, 128)

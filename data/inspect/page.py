@@ -5,9 +5,9 @@ from html import escape
 from typing import Any
 
 from etils import epath
-from grain_jax.data.inspect import panels, problems
 
 from grain_jax.core import html
+from grain_jax.data.inspect import panels, problems
 
 _FREQUENT = 12  # texts listed of each kind, if several images have them
 

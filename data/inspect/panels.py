@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-from grain_jax.data.inspect import reading
 
 from grain_jax.core import images
 from grain_jax.core.html import REGION_COLOURS
+from grain_jax.data.inspect import reading
 
 SIDE = 300  # pixels of a panel's longer side
 SHOWN = 10  # regions an image

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from grain_jax.data import example, parallel
-from grain_jax.data.sources import tfds
 
 from grain_jax.core import errors, regular_file
 from grain_jax.core import images as images_lib
+from grain_jax.data import example, parallel
+from grain_jax.data.sources import tfds
 
 SPLIT = "train"
 _RECORDS_AHEAD = 64  # parsed before they are looked at

@@ -9,9 +9,9 @@ import matplotlib
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-from grain_jax.data.inspect import panels
 
 from grain_jax.core import printable as shown_text
+from grain_jax.data.inspect import panels
 
 COLUMNS = 4
 _MARGIN = 14

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from grain_jax.data.inspect import counting, flaws, padding, reading
 
+from grain_jax.data.inspect import counting, flaws, padding, reading
 from grain_jax.input_pipeline import order, tokenizer
 
 LONGEST = 256  # tokens; longer texts count as this long

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from grain_jax import config
+from grain_jax.core import named, regular_file
 from grain_jax.data.sources.base import (
     CAUSES,
     Fault,
@@ -21,9 +23,6 @@ from grain_jax.data.sources.base import (
     SourceError,
     SourceShard,
 )
-
-from grain_jax import config
-from grain_jax.core import named, regular_file
 
 __all__ = [
     "CAUSES",

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from etils import epath
-from grain_jax.data.sources import base, join
 
 from grain_jax.core import annotations, regular_file
+from grain_jax.data.sources import base, join
 
 
 class Annotations:

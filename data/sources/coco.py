@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
-from grain_jax.data.sources import base, json_files, staged
 
 from grain_jax.core import annotations
+from grain_jax.data.sources import base, json_files, staged
 
 
 class ImageItem(msgspec.Struct):

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
-from grain_jax.data.sources import base, staged
 
 from grain_jax.core import regular_file
+from grain_jax.data.sources import base, staged
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/[^\s\[\]]+\s+([^\[\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
 _NOT_VISUAL = "0"

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 
 from etils import epath
-from grain_jax.data.sources import base, staged, webdataset
 
 from grain_jax.core import regular_file
+from grain_jax.data.sources import base, staged, webdataset
 
 
 class Folder(staged.ListedSource):

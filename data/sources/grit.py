@@ -8,9 +8,9 @@ img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
 import math
 
 import msgspec
-from grain_jax.data.sources import base, webdataset
 
 from grain_jax.core import regular_file
+from grain_jax.data.sources import base, webdataset
 
 _Span = tuple[float, float, float, float, float, float, float]
 

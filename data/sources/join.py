@@ -8,9 +8,9 @@ import math
 from typing import Any
 
 from etils import epath
-from grain_jax.data.sources.base import Entry, Fault, Image, text
 
 from grain_jax.core import annotations, images, regular_file
+from grain_jax.data.sources.base import Entry, Fault, Image, text
 
 
 def load(entry: Entry, folder: epath.PathLike, orientation: str = "exif") -> Image | Fault:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from etils import epath
-from grain_jax.data.sources.base import Fault, SourceError
 
 from grain_jax.core import regular_file
+from grain_jax.data.sources.base import Fault, SourceError
 
 _MAX_FILE = 4 << 30  # bytes that are read at once; LVIS has 1.1 GB
 _MAX_ITEM = 64 << 20  # characters of an item of a list

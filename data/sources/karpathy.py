@@ -7,6 +7,7 @@ Source: the files' keys, images[].filename, filepath (COCO: the folder), split, 
 from collections.abc import Iterator
 
 import msgspec
+
 from grain_jax.data.sources import base, json_files, staged
 
 

@@ -5,6 +5,7 @@ image has several of a category not all of them need have a box.
 """
 
 import msgspec
+
 from grain_jax.data.sources import base, coco
 
 

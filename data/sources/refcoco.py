@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 from etils import epath
-from grain_jax.data.sources import base, coco, json_files, staged
 
 from grain_jax.core import regular_file
+from grain_jax.data.sources import base, coco, json_files, staged
 
 _EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from etils import epath
-from grain_jax.data.sources import base, join
 
 from grain_jax.core import atomic
+from grain_jax.data.sources import base, join
 
 
 class ListedSource(abc.ABC):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from etils import epath
+
 from grain_jax.data.sources import base, join
 
 

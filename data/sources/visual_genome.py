@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 from etils import epath
+
 from grain_jax.data.sources import base, json_files, staged
 
 

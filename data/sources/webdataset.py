@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from etils import epath
-from grain_jax.data.sources import base, join
 
 from grain_jax.core import image_bounds, regular_file
+from grain_jax.data.sources import base, join
 
 MAX_NAME = 255  # bytes of a part of a name: no file system takes more
 MAX_PATH = 1024  # bytes of a name

@@ -83,11 +83,10 @@ def test_the_example_of_each_help_parses():
 
 
 def test_names_that_the_declarations_repeat():
-    from grain_jax.data import sources
-    from grain_jax.data.annotate import options, passes
-
     from grain_jax import config
     from grain_jax.convert import __main__ as convert
+    from grain_jax.data import sources
+    from grain_jax.data.annotate import options, passes
 
     said = {
         flag.name: flag.help

@@ -11,6 +11,9 @@ import statistics
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from grain_jax.core import annotations as files
 from grain_jax.data import build
 from grain_jax.data.aviary import annotations, drawing, generate, vocabulary
 from grain_jax.data.aviary.__main__ import main
@@ -18,9 +21,6 @@ from grain_jax.data.aviary.annotations import EXACT, Noise
 from grain_jax.data.aviary.generate import Settings
 from grain_jax.data.aviary.species import distance, make_species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, Trait
-from PIL import Image
-
-from grain_jax.core import annotations as files
 
 FEW = dict(genera=4, species_per_genus=3, held_out_genera=2, held_out_species_per_genus=2)
 SMALL = Settings(images=70, seen_per_species=1, unseen_per_species=1, test_images=10, **FEW)

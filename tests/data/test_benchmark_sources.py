@@ -5,6 +5,7 @@ import json
 
 import PIL.Image
 import pytest
+
 from grain_jax.data import sources
 
 

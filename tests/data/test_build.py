@@ -8,9 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
-from grain_jax.data import build, duplicates, example
 
 from grain_jax.core import images
+from grain_jax.data import build, duplicates, example
 from tests import record_sets
 from tests.paths import ROOT
 

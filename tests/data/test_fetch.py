@@ -8,13 +8,13 @@ import os
 import numpy as np
 import PIL.Image
 import pytest
-from grain_jax.data import example
 
 from benchmarks.claim import data as claim_data
 from benchmarks.fetch import fashion, gcompris, licences, package, qt
 from benchmarks.fetch.__main__ import main
 from benchmarks.fetch.looks import parts
 from grain_jax.core import errors
+from grain_jax.data import example
 from tests.data import debian_packages
 
 DARK = 200

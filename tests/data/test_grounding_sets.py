@@ -4,9 +4,9 @@ import json
 import pickle
 
 import pytest
-from grain_jax.data.annotate import __main__ as annotate
 
 from grain_jax import inference
+from grain_jax.data.annotate import __main__ as annotate
 from grain_jax.evaluate import __main__ as evaluate
 from tests.evaluate.stub import StubPredictor, write_picture
 

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+
 from grain_jax.data.inspect import __main__ as command
 from grain_jax.data.inspect import (
     counting,
@@ -18,7 +19,6 @@ from grain_jax.data.inspect import (
     sheet,
     statistics,
 )
-
 from tests import record_sets
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.

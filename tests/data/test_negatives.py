@@ -1,4 +1,5 @@
 import pytest
+
 from grain_jax.data import negatives
 
 

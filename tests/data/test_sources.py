@@ -11,10 +11,10 @@ import tarfile
 
 import pytest
 from etils import epath
-from grain_jax.data import build, sources
-from grain_jax.data.sources import staged
 
 from grain_jax.core import errors
+from grain_jax.data import build, sources
+from grain_jax.data.sources import staged
 from tests import record_sets
 from tests.paths import ROOT
 

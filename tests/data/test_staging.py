@@ -1,6 +1,7 @@
 """Sets are exchanged whole: what is in place is the old set or the new one, or a rerun puts it back."""
 
 import pytest
+
 from grain_jax.data import staging
 
 

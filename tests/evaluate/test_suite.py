@@ -8,11 +8,11 @@ import json
 
 import numpy as np
 import pytest
-from grain_jax.configs import eval as eval_config
 
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.config import suite as benchmarks
+from grain_jax.configs import eval as eval_config
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, test_sets

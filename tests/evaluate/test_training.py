@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from grain_jax.configs import demo
 
 from grain_jax import config as config_lib
 from grain_jax import train
 from grain_jax.cli import config_file
 from grain_jax.config.evals import Context
+from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate import diagnostics, entries
 from grain_jax.models import grain

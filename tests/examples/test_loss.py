@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from grain_jax.launch import sweep_runs
 
 from examples.loss.uniformity import uniformity
 from grain_jax import losses, train
 from grain_jax.cli import config_file
 from grain_jax.core import errors
 from grain_jax.input_pipeline import synthetic
+from grain_jax.launch import sweep_runs
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import sharding, train_step
 from tests import tiny

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from grain_jax.data.annotate import __main__ as command
 
+from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
 from tests.paths import ROOT
 

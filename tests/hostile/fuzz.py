@@ -30,11 +30,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
-from grain_jax.data import sources
 
 from benchmarks.fetch import gcompris
 from grain_jax import config as config_lib
 from grain_jax.core import errors, images
+from grain_jax.data import sources
 from grain_jax.input_pipeline import file_tokenizer, records
 from grain_jax.report import run_files
 from grain_jax.runtime import checkpoint

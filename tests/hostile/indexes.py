@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from grain_jax.data.embed import embeddings, output, parts
 from grain_jax.data.embed import search as search_lib
 from grain_jax.data.embed import search_page as page
-
 from tests import embedded, record_sets
 
 D, FILES, ROWS = 8, 3, 4

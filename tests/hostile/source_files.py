@@ -3,7 +3,6 @@
 import pathlib
 
 from grain_jax.data import sources
-
 from tests.data import test_sources
 
 COUNT = 2  # images of a sample

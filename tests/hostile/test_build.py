@@ -5,9 +5,9 @@ import PIL.Image
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from grain_jax.data import example
 
 from grain_jax.core import images
+from grain_jax.data import example
 from grain_jax.input_pipeline import records, transforms
 from tests import record_sets
 from tests.hostile import cases, image_files

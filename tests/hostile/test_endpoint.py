@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import PIL.Image
 import pytest
+
 from grain_jax.data.annotate import __main__ as command
 from grain_jax.data.annotate import answers, chat, endpoint_chat
-
 from tests.hostile import sockets
 
 PICTURE = PIL.Image.new("RGB", (20, 20), "teal")

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
-from grain_jax.data.annotate import checks
-from grain_jax.data.sources import base, join
 
 from grain_jax.core import images
+from grain_jax.data.annotate import checks
+from grain_jax.data.sources import base, join
 from tests import record_sets
 from tests.hostile import cases, image_files
 

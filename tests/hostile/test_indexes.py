@@ -6,11 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
+
+from grain_jax.core import errors
 from grain_jax.data.embed import embeddings, parts, search
 from grain_jax.data.embed import search_command as command
 from grain_jax.data.embed import search_page as page
-
-from grain_jax.core import errors
 from tests.hostile import indexes
 
 PART = "data/part-00001-of-00003.parquet"

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from grain_jax.data import staging
 
+from grain_jax.data import staging
 from grain_jax.input_pipeline import records
 from tests import record_sets
 from tests.hostile import cases

@@ -8,11 +8,11 @@ import re
 import time
 
 import pytest
+
+from grain_jax.core import errors
 from grain_jax.data import build, sources
 from grain_jax.data.inspect import __main__ as inspect_command
 from grain_jax.data.sources import json_files
-
-from grain_jax.core import errors
 from tests.data import test_sources
 from tests.hostile import cases, fuzz, source_files
 

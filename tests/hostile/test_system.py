@@ -10,15 +10,15 @@ import stat
 
 import pytest
 from etils import epath
-from grain_jax.data import duplicates
-from grain_jax.data.annotate import outputs, prompt
-from grain_jax.data.inspect import __main__ as inspect_command
-from grain_jax.data.inspect import reading
 
 from grain_jax import config as config_lib
 from grain_jax.cli import commands, process
 from grain_jax.convert import model_card
 from grain_jax.core import annotations, errors
+from grain_jax.data import duplicates
+from grain_jax.data.annotate import outputs, prompt
+from grain_jax.data.inspect import __main__ as inspect_command
+from grain_jax.data.inspect import reading
 from grain_jax.evaluate import class_names, diagnostics, suite, zeroshot
 from grain_jax.inference import prompts
 from grain_jax.input_pipeline import record_files

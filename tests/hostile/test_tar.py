@@ -8,10 +8,10 @@ import time
 
 import PIL.Image
 import pytest
-from grain_jax.data import sources
-from grain_jax.data.annotate import __main__ as command
 
 from grain_jax.core import image_bounds
+from grain_jax.data import sources
+from grain_jax.data.annotate import __main__ as command
 
 SECONDS = 5.0
 

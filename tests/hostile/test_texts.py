@@ -8,12 +8,12 @@ import hypothesis
 import numpy as np
 import PIL.Image
 import pytest
-from grain_jax.data import build
-from grain_jax.data.inspect import sheet
 from hypothesis import strategies as st
 
 from grain_jax.cli import process
 from grain_jax.core import errors, images, printable
+from grain_jax.data import build
+from grain_jax.data.inspect import sheet
 from grain_jax.evaluate import tables
 from grain_jax.report import figures
 from tests import record_sets

@@ -3,10 +3,10 @@
 import numpy as np
 import PIL.Image
 import pytest
-from grain_jax.data.embed import embeddings, output, search
 
 import grain_jax
 from grain_jax.core import regular_file
+from grain_jax.data.embed import embeddings, output, search
 from grain_jax.runtime import saved_model
 from tests import embedded
 

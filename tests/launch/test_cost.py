@@ -1,6 +1,7 @@
 """The roofline against sums done by hand, and the names of topologies."""
 
 import pytest
+
 from grain_jax.launch import chips, cost, hlo_work
 from grain_jax.launch.hlo_collectives import Collective
 

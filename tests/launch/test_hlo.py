@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grain_jax.launch import chips, hlo, hlo_collectives, hlo_work
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grain_jax.launch import chips, hlo, hlo_collectives, hlo_work
 from grain_jax.training import flops
 from tests import paths
 

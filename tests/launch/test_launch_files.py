@@ -16,9 +16,9 @@ import time
 
 import pytest
 import yaml
-from grain_jax.launch import files
 
 from grain_jax.core import errors
+from grain_jax.launch import files
 from tests.paths import ROOT
 
 LAUNCH = ROOT / "launch"

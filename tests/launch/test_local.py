@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from grain_jax.launch import local
 
+from grain_jax.launch import local
 from tests.paths import ROOT
 
 LOCAL = [sys.executable, "-m", "grain_jax.launch.local"]

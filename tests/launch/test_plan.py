@@ -10,11 +10,11 @@ import sys
 
 import jax
 import pytest
-from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
 
 from grain_jax import config as config_lib
 from grain_jax import losses, train
 from grain_jax.core import errors, progress
+from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
 from grain_jax.losses import hops
 from grain_jax.models import grain
 from grain_jax.training import flops, memory_need, train_step

@@ -13,15 +13,14 @@ import types
 import pytest
 import yaml
 from etils import epath
-from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 
 from benchmarks.claim import __main__ as claim
 from benchmarks.claim import design
 from benchmarks.claim import results as claim_results
 from grain_jax.cli import config_file
-from grain_jax.config import recipe
-from grain_jax.config import points
+from grain_jax.config import points, recipe
 from grain_jax.core import errors
+from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 from grain_jax.training import arguments as train
 from tests import test_claim, tiny
 from tests.paths import ROOT

@@ -11,9 +11,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from grain_jax.launch import chips, compiler, hlo, hlo_collectives
 
 from grain_jax.core import progress
+from grain_jax.launch import chips, compiler, hlo, hlo_collectives
 from grain_jax.models import layers
 from tests import paths, tiny
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grain_jax.launch import chips, estimate, hlo
 from jax.sharding import PartitionSpec
 
 from grain_jax import losses
 from grain_jax.core import errors
+from grain_jax.launch import chips, estimate, hlo
 from grain_jax.losses import matching, streaming
 from grain_jax.losses.ring import Ring
 from grain_jax.training import sharding

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from grain_jax.launch import sweep_runs
 
 from grain_jax import verify
+from grain_jax.launch import sweep_runs
 from grain_jax.report import figures, run_files
 from grain_jax.runtime import metrics_file, metrics_writer
 from grain_jax.verify import workdir as workdir_files

@@ -3,9 +3,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from grain_jax.configs.grain_vitb16_cc12m import get_config as b16
 
 from grain_jax import config as config_lib
+from grain_jax.configs.grain_vitb16_cc12m import get_config as b16
 from grain_jax.input_pipeline import derived
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import optim, sharding, train_step

@@ -12,8 +12,8 @@ from importlib import metadata
 import jax
 import pytest
 from etils import epath
-from grain_jax.launch import hlo, hlo_collectives, hlo_work
 
+from grain_jax.launch import hlo, hlo_collectives, hlo_work
 from grain_jax.training import flops, sharding, train_step
 from tests import paths, tiny
 

@@ -10,9 +10,9 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grain_jax.launch import hlo
 
 from grain_jax import losses
+from grain_jax.launch import hlo
 from grain_jax.models import grain
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import optim, sharding, train_step

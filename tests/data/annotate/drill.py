@@ -8,7 +8,6 @@ import sys
 import time
 
 from grain_jax.data.annotate import __main__ as command
-
 from tests.data.annotate import endpoint, faults, models
 from tests.paths import ROOT
 

@@ -1,9 +1,9 @@
 """Answers of chat models, as they come: what is kept of them, and the cause by which the rest is refused."""
 
 import pytest
-from grain_jax.data.annotate import answers, prompt
 
 from grain_jax.core import regular_file
+from grain_jax.data.annotate import answers, prompt
 
 LONG = "a very " + "very " * 14 + "long beak"
 

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
+
 from grain_jax.data import sources
 from grain_jax.data.annotate import checks
-
 from tests.data.annotate import faults
 
 

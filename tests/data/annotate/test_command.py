@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
-from grain_jax.data.annotate import __main__ as command
 
+from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
 from tests.data.annotate import drill, endpoint
 

@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from grain_jax.data.annotate import checkpoint, detector
 
+from grain_jax.data.annotate import checkpoint, detector
 from tests import storage_emulator
 from tests.data.annotate import models
 from tests.paths import ROOT

@@ -7,8 +7,8 @@ import time
 
 import PIL.Image
 import pytest
-from grain_jax.data.annotate import answers, chat, endpoint_chat
 
+from grain_jax.data.annotate import answers, chat, endpoint_chat
 from tests.data.annotate import endpoint
 
 PICTURE = PIL.Image.new("RGB", (60, 40), (200, 30, 30))

@@ -4,8 +4,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from grain_jax.data.annotate import answers, chat, checkpoint, local_chat
 
+from grain_jax.data.annotate import answers, chat, checkpoint, local_chat
 from tests.data.annotate import models
 
 CAPTION = models.SUBJECT + models.CAPTION

@@ -4,6 +4,8 @@ import json
 
 import PIL.Image
 import pytest
+
+from grain_jax.core import errors
 from grain_jax.data import sources
 from grain_jax.data.annotate import (
     checks,
@@ -14,8 +16,6 @@ from grain_jax.data.annotate import (
     pipeline,
     prompt,
 )
-
-from grain_jax.core import errors
 from tests import record_sets
 from tests.data.annotate import endpoint, models
 

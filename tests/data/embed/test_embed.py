@@ -13,11 +13,11 @@ import PIL.Image
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
-from grain_jax.data.embed import __main__ as command
-from grain_jax.data.embed import embeddings, pipeline, search
 
 import grain_jax
 from grain_jax.core import errors
+from grain_jax.data.embed import __main__ as command
+from grain_jax.data.embed import embeddings, pipeline, search
 from grain_jax.runtime import checkpoint, processes
 from tests import perturbed, record_sets
 from tests.embedded import go, job_of, read, settings, stand_in, write_tars

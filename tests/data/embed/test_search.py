@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+
+import grain_jax
+from grain_jax import inference
 from grain_jax.data.aviary.samples import birds
 from grain_jax.data.embed import __main__ as embed
 from grain_jax.data.embed import parts
 from grain_jax.data.embed import search_command as command
-
-import grain_jax
-from grain_jax import inference
 from tests import browser, embedded, perturbed, record_sets
 
 COUNT = 12

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from grain_jax.data.aviary import generate
-from grain_jax.data.aviary.samples import birds
 
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.core import errors
+from grain_jax.data.aviary import generate
+from grain_jax.data.aviary.samples import birds
 from grain_jax.runtime import checkpoint, pretrained
 from tests.paths import ROOT
 
