@@ -7,11 +7,12 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from grain_jax import train, verify
+from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.data import digest
 from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint, receipt
+from grain_jax.verify import command as verify_command
 from tests import record_sets, tiny
 
 
@@ -235,7 +236,7 @@ def test_verify_does_not_call_a_run_false_whose_data_is_another(run, pictures, t
     try:
         _build(edited, output)
         with pytest.raises(errors.UserError, match="trained on: content"):
-            verify.main([str(workdir)])
+            verify_command.main([str(workdir)])
     finally:
         shutil.rmtree(output)
         shutil.copytree(tmp_path / "kept", output)
@@ -246,7 +247,7 @@ def test_verify_finds_an_edited_record_of_the_data(run, tmp_path, capsys):
     shutil.copytree(run[0], workdir)
     stored = workdir / "checkpoints/2/data/metadata"
     stored.write_text(stored.read_text().replace("[4, 4, 4, 4]", "[2, 6, 4, 4]"))
-    assert verify.main([str(workdir)]) == 1
+    assert verify_command.main([str(workdir)]) == 1
     assert (
         "checkpoint 2: what it says of its data is not what was recorded" in capsys.readouterr().err
     )

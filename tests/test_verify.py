@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import train, verify
+from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import receipt
@@ -54,7 +54,7 @@ def _records(workdir):
 
 
 def _verify(capsys, workdir, *flags):
-    status = verify.main([str(workdir), *flags])
+    status = command.main([str(workdir), *flags])
     return status, *capsys.readouterr()
 
 
@@ -305,5 +305,5 @@ def test_the_command_takes_as_many_virtual_devices_as_the_run_had(finished):
 def test_wrong_usage_is_one_line(finished, arguments, message):
     arguments = [str(finished) if a == "RUN" else a for a in arguments]
     with pytest.raises(ValueError, match=".") as caught:
-        verify.main([*arguments])
+        command.main([*arguments])
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ TRAIN = {0: ("cat", 0), 1: ("cat", 10), 2: ("cat", 100), 3: ("dog", 90), 4: ("do
 TEST = {5: ("cat", 2), 6: ("cat", 97), 7: ("dog", 60), 8: ("dog", 30)}
 SUITE = """
 from ml_collections import ConfigDict
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 def get_config():
     c = ConfigDict()

@@ -11,10 +11,11 @@ import pytest
 
 import grain_jax
 from grain_jax import config as config_lib
-from grain_jax import train, verify
+from grain_jax import train
 from grain_jax.convert import export
 from grain_jax.core import errors
 from grain_jax.runtime import checkpoint
+from grain_jax.verify import command as verify_command
 from tests import runs, tiny
 
 
@@ -56,7 +57,7 @@ def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
     )
     runs.forge_config(copy, tiny.config(total_steps=2, checkpoint_every=1, **source))
     with pytest.raises(errors.MissingData, match="no record set 'birds' in .*missing") as error:
-        verify.verify(copy)
+        verify_command.verify(copy)
     assert error.value.status == 2
     grain_jax.load(copy).encode_text(np.ones((1, 4), np.int32))
     assert not marker.exists()

@@ -8,10 +8,11 @@ import pytest
 import tensorflow as tf
 
 from grain_jax import config as config_lib
-from grain_jax import train, verify
+from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.input_pipeline import order, record_files, records
 from grain_jax.runtime import checkpoint
+from grain_jax.verify import command as verify_command
 from tests import record_sets, tiny
 from tests.record_sets import numbers, take
 
@@ -280,7 +281,7 @@ def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     moved.symlink_to(folder)
     train.train(run(entries(moved), 8), workdir)
     capsys.readouterr()
-    status = verify.main([str(workdir), "--from", "4"])
+    status = verify_command.main([str(workdir), "--from", "4"])
     out, err = capsys.readouterr()
     assert status == 0 and "bit for bit" in out, out + err
 

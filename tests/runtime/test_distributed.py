@@ -151,7 +151,7 @@ _WORKER = """
 import sys, time
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.runtime import distributed
 port, me, heartbeat, fails = sys.argv[1], *map(int, sys.argv[2:])
 print(distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat), file=sys.stderr)

@@ -19,7 +19,7 @@ from tests.paths import ROOT
 
 _START = """
 import ctypes, os, subprocess, sys, threading, time
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.runtime import ending
 """
 

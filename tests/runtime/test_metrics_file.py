@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from grain_jax import verify
 from grain_jax.launch import sweep_runs
 from grain_jax.report import figures, run_files
 from grain_jax.runtime import metrics_file, metrics_writer
@@ -49,7 +48,7 @@ def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys
     assert run.unmeasured[0].startswith(said)
     figures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     assert sweep_runs.last_step(workdir) == 2
-    with pytest.raises(verify.Mismatch, match="line 2: got .* expected a JSON object"):
+    with pytest.raises(workdir_files.Mismatch, match="line 2: got .* expected a JSON object"):
         workdir_files._metrics(workdir)
 
     metrics_writer.MetricsWriter(workdir, 1, 10, 16).close()  # rewrites the file

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _LEFT_OUT = (".git", ".venv", "__pycache__", "build", "*.egg-info", "runs", "shared")
 
 CONFIG = """
-from grain_jax import recipe
+from grain_jax.config import recipe
 
 
 def get_config():

@@ -21,7 +21,7 @@ from tests.runtime.pretrained import stand_in
 CLIENT = """
 import json, sys
 import grain_jax
-from grain_jax import errors
+from grain_jax.core import errors
 from grain_jax.convert.__main__ import main
 from grain_jax.runtime.pretrained import hub
 for kind, *arguments in json.loads(sys.argv[1]):
