@@ -37,7 +37,8 @@ def class_set(folder: epath.PathLike, data_dir: epath.Path) -> list[str]:
     """Writes the class folders as the TFDS set `grain_classes`; returns the names of the classes."""
     import tensorflow_datasets as tfds
 
-    names, paths, labels = test_sets.class_folders(folder)
+    found = test_sets.ClassFolders(folder)
+    names, paths, labels = found.classes, found.paths, found.labels
     features = {"image": _lossless(tfds), "label": tfds.features.ClassLabel(names=names)}
     examples = [{"image": _pixels(path), "label": int(label)} for path, label in zip(paths, labels)]
     _write(tfds, "grain_classes", features, examples, data_dir)
@@ -132,7 +133,8 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
 def our_accuracy(checkpoint: str, folder: epath.PathLike, templates: list[str]) -> float:
     """Our top-1 with class means of unit length, as big_vision makes them."""
     predictor = inference.load(checkpoint, templates=templates)
-    names, paths, labels = test_sets.class_folders(folder)
+    found = test_sets.ClassFolders(folder)
+    names, paths, labels = found.classes, found.paths, found.labels
     classes = predictor.class_features(names)
     classes = classes._replace(features=scores.unit(classes.features))
     found = predictor.classify((images.load_image(path) for path in paths), classes)

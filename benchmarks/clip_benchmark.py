@@ -63,7 +63,7 @@ def theirs(
 
 def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
     """A row for each metric with one prompt, and with several: ours, theirs, and whether they are equal."""
-    names, *_ = test_sets.class_folders(folder)
+    names = test_sets.ClassFolders(folder).classes
     predictor, several = grain_jax.load(checkpoint), prompts.load_templates()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

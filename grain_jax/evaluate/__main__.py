@@ -5,14 +5,12 @@ processes (grain-jax local, SLURM, TPU slices) share the images; the first one p
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Sequence
 
-import jax
 from etils import epath
 
 from grain_jax import config, inference
@@ -24,13 +22,6 @@ from grain_jax.evaluate.arguments import Evaluate
 from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import compiled, distributed, processes, saved_model
-
-
-def _entry(args: argparse.Namespace) -> config.Evaluator:
-    """The entry of `config.evals` that the command is."""
-    cls = evals.find(args.command.replace("-", "_"))
-    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
-    return cls.of_flags(**{key: value for key, value in given.items() if value is not None})
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:
@@ -53,15 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = Evaluate.parse(arguments)
         if args.command == "suite":
-            args.suite = _config(args)
+            from grain_jax.cli import (
+                config_file,
+            )  # ml_collections, which the other kinds do without
+
+            args.suite = config_file.load(args.config, args.overrides, config.suite_from_dict)
         compiled.use(args.compilation_cache)
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )
-        together = contextlib.nullcontext()
-        if jax.distributed.is_initialized():
-            together = distributed.ending_together(args.heartbeat_seconds)
-        with together, errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
+        with (
+            distributed.ending_together(args.heartbeat_seconds),
+            errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER),
+        ):
             return _suite(args) if args.command == "suite" else _one(args)
     except errors.UserError as error:
         if processes.process_info()[0] == 0:
@@ -69,18 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return errors.UserError.status
 
 
-def _config(args: argparse.Namespace) -> config.Suite:
-    from grain_jax.cli import config_file  # ml_collections, which the other kinds do without
-
-    return config_file.load(args.config, args.overrides, config.suite_from_dict)
-
-
 def _say_faults(error: errors.UserError) -> None:
     faults = str(error).split("\n")
+    if len(faults) > 1 and not isinstance(error.__cause__, annotations.AnnotationError):
+        faults.append(
+            f"{len(faults)} faults; nothing was evaluated"
+        )  # that one has its own summary
     print(*faults, sep="\n", file=sys.stderr)
-    own_summary = isinstance(error.__cause__, annotations.AnnotationError)
-    if len(faults) > 1 and not own_summary:
-        print(f"{len(faults)} faults; nothing was evaluated", file=sys.stderr)
 
 
 def _load(args: argparse.Namespace):
@@ -103,10 +93,12 @@ def _suite(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace) -> int:
-    wanted, predictions = getattr(args, "predictions", None), None
-    if wanted:
-        predictions = processes.run_together(lambda: _output(wanted, "--predictions"))
-    output, entry = processes.run_together(lambda: (_output(args.output), _entry(args)))
+    cls = evals.find(args.command.replace("-", "_"))
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
+    entry_of = lambda: cls.of_flags(**{key: x for key, x in given.items() if x is not None})
+    if predictions := getattr(args, "predictions", None):
+        predictions = processes.run_together(lambda: _output(predictions, "--predictions"))
+    output, entry = processes.run_together(lambda: (_output(args.output), entry_of()))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
     processes.run_together(entry.check)  # before the checkpoint is read
     predictor = processes.run_together(lambda: _load(args))

@@ -7,7 +7,7 @@ the whole image, which shows what regions and boxes add.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epy
@@ -21,10 +21,7 @@ with epy.lazy_imports():
 
     from grain_jax.evaluate import class_names, encode, given_boxes, rates
     from grain_jax.inference import prompts, scores
-    from grain_jax.input_pipeline import tokenizer
     from grain_jax.losses import boxes
-
-_AT_ONCE = 4096  # boxes; bounds the memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +29,7 @@ class Boxes(AnnotatedRegions):
     """Classes of given boxes, by the box head and by the nearest region."""
 
     example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
+    none_usable = "no line has a region; expected boxes with class names as descriptions"
     kind: str = "boxes"
     # file of class names, or the name of one of the package (grain_jax/evaluate/classes); default: the distinct
     # descriptions
@@ -41,37 +39,29 @@ class Boxes(AnnotatedRegions):
 
     @classmethod
     def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        said = "class of a box by"
+        said, boxes, found = "class of a box by", ("boxes", "boxes"), "found_boxes/"
         return [
-            TableRow("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
-            TableRow("box_head/top1", f"{said} the box head, top-1", "chance", "boxes", "boxes"),
-            TableRow("region/top1", f"{said} its region, top-1", "chance", "boxes", "boxes"),
-            TableRow("region/top5", f"{said} its region, top-5", "chance_top5", "boxes", "boxes"),
+            TableRow("found", "found by a query, IoU >= 0.5", None, *boxes),
+            TableRow("box_head/top1", f"{said} the box head, top-1", "chance", *boxes),
+            TableRow("region/top1", f"{said} its region, top-1", "chance", *boxes),
+            TableRow("region/top5", f"{said} its region, top-5", "chance_top5", *boxes),
             TableRow(
-                "found_boxes/region/top1",
-                "the same of those found",
-                "chance",
-                "found_boxes/boxes",
-                "boxes",
+                f"{found}region/top1", "the same of those found", "chance", f"{found}boxes", "boxes"
             ),
-            TableRow("image/top1", f"{said} its image, top-1", "chance", "boxes", "boxes"),
-            TableRow("image/top5", f"{said} its image, top-5", "chance_top5", "boxes", "boxes"),
+            TableRow("image/top1", f"{said} its image, top-1", "chance", *boxes),
+            TableRow("image/top5", f"{said} its image, top-5", "chance_top5", *boxes),
         ]
 
     @property
     def files(self) -> tuple[str | None, ...]:
         return self.annotations, self.templates, self.classes
 
-    @property
-    def none_usable(self) -> str:
-        return "no line has a region; expected boxes with class names as descriptions"
-
-    def check(self) -> int:
-        attempt = Faults()
+    def check(self, attempt: Faults | None = None) -> int:
+        attempt = attempt or Faults()
         attempt(prompts.load_templates, at_home(self.templates))
         if self.classes is not None:
             attempt(class_names.read, self.classes)
-        return self.check_with(attempt)
+        return super().check(attempt)
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
@@ -103,7 +93,10 @@ class Boxes(AnnotatedRegions):
         target, found = target[use], seen.found
         texts = [prompts.class_texts(name, filled) for name in names]
         features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
-        hits = {key: _hits(embed[use], features, target) for key, embed in seen.embeds.items()}
+        hits = {
+            key: rates.nearest_hits(scores.unit(embed[use]), features, target)
+            for key, embed in seen.embeds.items()
+        }
         accuracies = lambda which: {
             "boxes": int(which.sum()),
             **{
@@ -111,6 +104,12 @@ class Boxes(AnnotatedRegions):
                 for key, (top1, top5) in hits.items()
             },
         }
+        of_queries: dict[str, Any] = {}
+        if found is not None:
+            iou = found.iou[use]
+            well = iou >= boxes.FOUND_IOU
+            of_queries = {"best_iou": float(iou.mean()), **rates.rate("found", well)}
+            of_queries |= {"found_boxes": accuracies(well)} if well.any() else {}
         group = np.array([line.group for line in listed])[target]
         parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
         return {
@@ -120,22 +119,12 @@ class Boxes(AnnotatedRegions):
             "classes": len(names),
             "classes_with_boxes": len(np.unique(target)),
             **rates.chance_of_classes(len(names)),
-            **({} if found is None else _of_queries(found.iou[use], accuracies)),
+            **of_queries,
             **accuracies(np.full(len(target), True)),
             "groups": {
                 name: accuracies(which) for name, which in parts.items() if name and which.any()
             },
         }
-
-
-def _of_queries(iou: np.ndarray, accuracies: Callable[[np.ndarray], dict]) -> dict[str, Any]:
-    """The part of the result about the queries that overlap the boxes most."""
-    well = iou >= boxes.FOUND_IOU
-    return {
-        "best_iou": float(iou.mean()),
-        **rates.rate("found", well),
-        **({"found_boxes": accuracies(well)} if well.any() else {}),
-    }
 
 
 def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.ndarray:
@@ -149,18 +138,4 @@ def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.nda
 
 
 def _key(text: str) -> str:
-    return tokenizer.clean(text).lower().replace("_", " ")
-
-
-def _hits(
-    embed: np.ndarray, features: np.ndarray, target: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Top-1 and top-5 hits [M] of embeddings [M, D] against class features [C, D]."""
-    parts = []
-    for first in range(0, len(embed), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        score = scores.global_scores(embed[part], features)  # [m, C]
-        right = target[part, None] == np.arange(len(features))
-        parts.append([rates.topk_hits(score, right, k) for k in (1, 5)])
-    top1, top5 = map(np.concatenate, zip(*parts))
-    return top1, top5
+    return encode.as_read(text).replace("_", " ")

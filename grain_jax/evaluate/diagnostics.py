@@ -91,8 +91,7 @@ class Diagnostics(AnnotatedRegions):
             "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
             "description_entropy": _entropy(np.bincount(text)),
         }
-        for k in (1, 5):
-            right = grounding.text_hits(embed, text_embed, text, k)
+        for k, right in zip((1, 5), rates.nearest_hits(embed, text_embed, text)):
             result |= rates.rate(f"region_to_description_r{k}", right)
             result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
         pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
@@ -135,7 +134,7 @@ def _entropy(counts: np.ndarray) -> float:
 
 def _digest(paths: list[str], described: grounding.Described, queries: int) -> str:
     """A digest of all that decides which regions are matched, and in which order."""
-    lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described]
+    lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described[:-1]]
     return hashlib.sha256(json.dumps([paths, lists, queries]).encode()).hexdigest()
 
 

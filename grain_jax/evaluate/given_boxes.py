@@ -7,9 +7,8 @@ import numpy as np
 from grain_jax.config.evals import Context
 from grain_jax.core import annotations as annotations_lib
 from grain_jax.evaluate import evaluators, grounding
+from grain_jax.inference import scores
 from grain_jax.losses import boxes
-
-_AT_ONCE = 4096  # boxes; bounds the memory
 
 
 class Found(NamedTuple):
@@ -60,12 +59,10 @@ def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
       pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.
       boxes_xyxy: [M, 4].
     """
-    query, iou = [], []
-    for first in range(0, len(boxes_xyxy), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        two = pred_boxes_xyxy[part], boxes_xyxy[part, None]
-        overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [M, Q]
-        best = overlap == overlap.max(axis=1, keepdims=True)
-        query.append(np.where(best, boxes.giou(*two), -np.inf).argmax(axis=1))
-        iou.append(overlap.max(axis=1))
-    return Found(np.concatenate(query), np.concatenate(iou))
+
+    def best(*two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [m, Q]
+        most = overlap == overlap.max(axis=1, keepdims=True)
+        return np.where(most, boxes.giou(*two), -np.inf).argmax(axis=1), overlap.max(axis=1)
+
+    return Found(*scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None]))

@@ -26,7 +26,7 @@ with epy.lazy_imports():
     import numpy as np
 
     from grain_jax.evaluate import encode, grounding, rates
-    from grain_jax.inference import scores
+    from grain_jax.inference import prompts, scores
     from grain_jax.runtime import processes
 
 _SIDE = 64  # pixels that maps are resized to, for the IoU
@@ -45,17 +45,11 @@ class Maps(AnnotatedImages):
 
     @classmethod
     def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        said = "highest place of a map in a box"
+        pointing, iou = "highest place of a map in a box", "IoU of a map and the boxes"
+        of = "phrases", "phrases"
         return [
-            TableRow("pointing", said, "chance_pointing", "phrases", "phrases"),
-            TableRow(
-                "map_iou",
-                "IoU of a map and the boxes",
-                "chance_map_iou",
-                "phrases",
-                "phrases",
-                False,
-            ),
+            TableRow("pointing", pointing, "chance_pointing", *of),
+            TableRow("map_iou", iou, "chance_map_iou", *of, False),
         ]
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
@@ -67,11 +61,10 @@ class Maps(AnnotatedImages):
           that of the whole image.
         """
         annotated = self.read()
-        place: dict[str, int] = {}
-        for record in annotated.records:
-            for region in record.regions:
-                place.setdefault(region.description, len(place))
-        text_embed = scores.unit(encode.encode_distinct(predictor, list(place)))  # [T, D]
+        regions = [region for record in annotated.records for region in record.regions]
+        texts, _ = prompts.distinct([region.description for region in regions])
+        text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [T, D]
+        place = {text: i for i, text in enumerate(texts)}
         unreadable: dict[str, str] = {}
         counts = {"pictures": 0, "outside": 0}
 
@@ -85,24 +78,21 @@ class Maps(AnnotatedImages):
                 batch_size=context.batch_size,
             ):
                 records = [annotated.records[i] for i in batch.index]
-                described, phrases = grounding.described_phrases(records, batch.sizes)
+                described = grounding.described_boxes(records, batch.sizes)
                 counts["pictures"] += len(records)
                 counts["outside"] += described.outside
-                _, first = np.unique(phrases.phrase, return_index=True)
-                of_phrase = np.split(phrases.box, first[1:]) if len(first) else []
                 own: list[list[tuple[int, np.ndarray]]] = [[] for _ in records]  # text and boxes
-                for boxes in of_phrase:
+                for boxes in described.phrases:
                     text = place[described.texts[described.text[boxes[0]]]]
                     own[described.image[boxes[0]]].append((text, described.boxes_xyxy[boxes]))
                 embeds = [text_embed[[text for text, _ in each]] for each in own]
                 maps = predictor.similarity_maps(batch.pixels, embeds)
-                yield _measured(
-                    [
-                        (one, boxes)
-                        for of_image, each in zip(maps, own)
-                        for one, (_, boxes) in zip(of_image, each)
-                    ]
-                )
+                pairs = [
+                    (one, boxes)
+                    for of_image, each in zip(maps, own)
+                    for one, (_, boxes) in zip(of_image, each)
+                ]
+                yield _measured(pairs)
 
         found = processes.allgather(measures())
         of_processes = processes.allgather_values(counts)

@@ -11,7 +11,7 @@ import pytest
 from grain_jax import config
 from grain_jax.config import evals, recipe
 from grain_jax.core import errors, named
-from grain_jax.evaluate import entries, grounding, zeroshot
+from grain_jax.evaluate import grounding, tables, zeroshot
 from grain_jax.runtime import receipt
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import ROOT
@@ -211,9 +211,9 @@ def test_an_entry_gives_numbers(tmp_path):
     )
     # Without descriptions there is no region score: only alpha 1 is reported.
     entry = zeroshot.ZeroShot(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
-    numbers = entries.numbers(entry, predictor)
+    numbers = tables.scalars(entry.evaluate(predictor))
     assert numbers["alpha_1.0/top1"] == 0.5 and numbers["chance"] == 0.5
     assert not any(key.startswith("alpha_0.5") for key in numbers)
     assert all(type(value) is float for value in numbers.values())
     with pytest.raises(errors.UserError, match="annotations: got nothing"):
-        entries.numbers(grounding.Grounding(images=str(tmp_path)), predictor)
+        grounding.Grounding(images=str(tmp_path)).evaluate(predictor)

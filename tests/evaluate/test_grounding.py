@@ -5,7 +5,8 @@ import pytest
 import scipy.optimize
 
 from grain_jax.core import errors
-from grain_jax.evaluate import grounding
+from grain_jax.evaluate import encode, grounding
+from grain_jax.inference import prompts
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 
@@ -129,7 +130,11 @@ def test_one_picture_has_a_chance_too(tmp_path):
 
 
 def test_distinct_keeps_the_first():
-    assert grounding.distinct(["b", "A  c", "a c", "B", "d"]) == ["b", "A  c", "d"]
+    assert prompts.distinct(["b", "A  c", "a c", "B", "d"], encode.as_read)[0] == [
+        "b",
+        "A  c",
+        "d",
+    ]
 
 
 def test_faults(tmp_path):

@@ -67,7 +67,7 @@ def test_is_scikit_learns_on_the_same_features(noisy):
     assert (result["chance"], result["chance_top5"]) == (1 / 3, 1.0)
     found = result["shots_all"]
     # The C by hand: all that the search could have tried, at an eighth of a decade.
-    held = linear_probe.hold_out(y_train, 0)
+    held = linear_probe.hold_out(y_train, linear_probe.VALIDATION_SHARE)
     assert np.bincount(y_train[held]).tolist() == [2, 2, 2]
     fit = lambda x, y, c: linear_model.LogisticRegression(C=c, max_iter=1000).fit(x, y)
     x_train, x_test = x_train.astype(np.float64), x_test.astype(np.float64)

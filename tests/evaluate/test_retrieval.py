@@ -3,7 +3,8 @@ import pytest
 
 from grain_jax.core import errors
 from grain_jax.core.regular_file import FileError
-from grain_jax.evaluate import rates, retrieval
+from grain_jax.evaluate import rates
+from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, annotate, measure
 
 
@@ -57,7 +58,7 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
     texts = {f"{i} {x}": random.normal(size=6) for i in range(23) for x in "ab"}
     predictor = StubPredictor({i: random.normal(size=6) for i in range(23)}, texts)
     whole = measure("retrieval", predictor, **given)
-    monkeypatch.setattr(retrieval, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(scores, "AT_ONCE", 5)
     assert measure("retrieval", predictor, **given, batch_size=4) == whole
     # Against the definition.
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)

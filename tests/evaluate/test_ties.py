@@ -11,6 +11,7 @@ from grain_jax.evaluate import (
     retrieval,
     zeroshot,
 )
+from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, measure, number, write_picture
 
 COUNT, DIM = 69, 97  # images; odd, so that BLAS sums the last columns in another order
@@ -65,7 +66,7 @@ def _zeroshot(folder, predictor, **given):
 
 
 def _retrieval(folder, predictor, **given):
-    with mock.patch.object(retrieval, "_ROWS_AT_ONCE", given["batch_size"]):
+    with mock.patch.object(scores, "AT_ONCE", given["batch_size"]):
         found = measure("retrieval", predictor, **_annotated(folder), **given)
     for way in ("image_to_text", "text_to_image"):
         found[way] = {key: value for key, value in found[way].items() if key[0] == "r"}

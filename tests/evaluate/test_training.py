@@ -18,7 +18,7 @@ from grain_jax.cli import config_file
 from grain_jax.config.evals import Context
 from grain_jax.configs import demo
 from grain_jax.core import errors
-from grain_jax.evaluate import diagnostics, entries
+from grain_jax.evaluate import diagnostics, suite
 from grain_jax.models import grain
 from tests import tiny
 from tests.evaluate import train_config
@@ -69,7 +69,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     module = grain.GRAIN(config.model, "float32")
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(config))["params"])
     state = types.SimpleNamespace(params=params, ema_params=None, step=np.int32(7))
-    results = train.evaluate_all(config, entries.present(config.evals), state, tmp_path)
+    results = train.evaluate_all(config, suite.present(config.evals), state, tmp_path)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
@@ -80,7 +80,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
 def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     config = config_lib.from_dict(demo.get_config())
     monkeypatch.chdir(tmp_path)  # where no aviary is
-    assert entries.present(config.evals) == {}
+    assert suite.present(config.evals) == {}
     lines = capfd.readouterr().err.splitlines()
     get = "not there; to get it: grain-jax aviary --output runs/aviary"
     assert len(lines) == 5
@@ -107,10 +107,10 @@ def test_what_the_command_line_asks_for_is_not_skipped(override, said, tmp_path,
     monkeypatch.chdir(tmp_path)
     config = config_file.load("demo", f"--config.evals.{override}".split(" "))
     if said is None:
-        assert entries.present(config.evals) == {}
+        assert suite.present(config.evals) == {}
         return
     with pytest.raises(errors.UserError) as found:
-        entries.present(config.evals)
+        suite.present(config.evals)
     assert str(found.value).startswith(said)
 
 

@@ -216,16 +216,16 @@ def test_faults(folder):
 def test_hidden_files_are_no_pictures(folder):
     for name in ("._0.png", ".DS_Store"):
         (folder / "classes" / "cat" / name).write_bytes(b"oops")
-    classes, paths, labels = test_sets.class_folders(folder / "classes")
-    assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
-    assert classes == ["cat", "dog", "red fox"] and labels.tolist() == [0, 0, 1, 2]
+    found = test_sets.ClassFolders(folder / "classes")
+    assert [path.name for path in found.paths] == ["0.png", "1.png", "2.png", "3.png"]
+    assert found.classes == ["cat", "dog", "red fox"] and found.labels.tolist() == [0, 0, 1, 2]
 
 
 def test_two_folders_of_one_class_are_an_error(folder):
     write_picture(folder / "classes" / "red fox" / "4.png", 4)
     (folder / "classes" / "eel").mkdir()
     with pytest.raises(errors.UserError) as found:
-        test_sets.class_folders(folder / "classes")
+        test_sets.ClassFolders(folder / "classes")
     names, empty = str(found.value).split("\n")
     assert "got the class folders 'red fox', 'red_fox', all of them the class 'red fox'" in names
     assert empty.endswith("no images in the class folders eel")
@@ -246,7 +246,7 @@ def test_names_of_folders_and_files_are_compared_composed(tmp_path):
             )
         )
     assert sets["NFD"].classes == sets["NFC"].classes == ["Mz", "M\u00e9sange bleue", "M\u00f6we"]
-    linear_probe.check(sets["NFC"], sets["NFD"], ())
+    linear_probe.LinearProbe(images=f"{tmp_path}/NFC", train=f"{tmp_path}/NFD").check()
     for form in sets:
         text = {unicodedata.normalize(form, name).upper(): [name] for name in names}
         path = _write_descriptions(tmp_path, text)

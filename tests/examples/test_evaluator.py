@@ -10,7 +10,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference, train
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import entries
+from grain_jax.evaluate import tables
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
 
@@ -52,7 +52,7 @@ def predictor():
     "k, cats, dogs", [(1, [1, 1], [1, 0]), (2, [1, 0.5], [1, 0]), (3, [1, 0], [1, 0])]
 )
 def test_accuracy_is_the_one_counted_by_hand(folder, predictor, k, cats, dogs):
-    numbers = entries.numbers(config_lib.evaluator_from_dict(entry(folder, k=k)), predictor)
+    numbers = tables.scalars(config_lib.evaluator_from_dict(entry(folder, k=k)).evaluate(predictor))
     assert numbers["top1"] == pytest.approx(np.mean(cats + dogs))
     assert numbers["mean_per_class"] == pytest.approx((np.mean(cats) + np.mean(dogs)) / 2)
     assert (numbers["pictures"], numbers["train_pictures"], numbers["chance"]) == (4, 5, 0.5)
