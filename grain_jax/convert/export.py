@@ -61,11 +61,11 @@ def export_model(
     }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
-    for name, (function, inputs) in _functions(model, predictor.dtype).items():
-        exported = jax_export.export(jax.jit(function), platforms=platforms)
-        functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for name, (function, inputs) in _functions(model, predictor.dtype).items():
+            exported = jax_export.export(jax.jit(function), platforms=platforms)
+            functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
         for name in ("regions", "boxes"):
             (output / f"{name}.stablehlo").unlink(missing_ok=True)
         with (output / "params.npz").open("wb") as file:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epy
 
 from grain_jax.config.evals import STANDALONE, Context, TableRow, option
 from grain_jax.core import errors
-from grain_jax.evaluate.evaluators import AnnotatedRegions, Faults, at_home
+from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, Faults
 
 with epy.lazy_imports():
     import numpy as np
 
-    from grain_jax.evaluate import class_names, encode, given_boxes, rates
+    from grain_jax.evaluate import class_names, encode, grounding, rates
     from grain_jax.inference import prompts, scores
     from grain_jax.losses import boxes
 
@@ -58,7 +58,7 @@ class Boxes(AnnotatedRegions):
 
     def check(self, attempt: Faults | None = None) -> int:
         attempt = attempt or Faults()
-        attempt(prompts.load_templates, at_home(self.templates))
+        attempt(prompts.load_templates, self.templates)
         if self.classes is not None:
             attempt(class_names.read, self.classes)
         return super().check(attempt)
@@ -76,9 +76,9 @@ class Boxes(AnnotatedRegions):
           `found`, the share of boxes where the IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes`
           for these boxes alone. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
         """
-        filled = prompts.load_templates(at_home(self.templates))
+        filled = prompts.load_templates(self.templates)
         listed = None if self.classes is None else class_names.read(self.classes)
-        seen = given_boxes.encode_boxes(self, predictor, context)
+        seen = encode_boxes(self, predictor, context)
         described = seen.described
         listed = listed or [class_names.Line(None, text) for text in described.texts]
         names = [line.name for line in listed]
@@ -139,3 +139,60 @@ def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.nda
 
 def _key(text: str) -> str:
     return encode.as_read(text).replace("_", " ")
+
+
+class Found(NamedTuple):
+    """For each annotated box the query that overlaps it most."""
+
+    query: np.ndarray  # int [M]
+    iou: np.ndarray  # float32 [M]
+
+
+class GivenBoxes(NamedTuple):
+    """The annotated boxes of all readable images."""
+
+    records: list[Any]  # core.annotations.Annotation, of the readable images
+    counts: dict[str, Any]  # for the result
+    described: grounding.Described  # M boxes
+    # float32 [M, D]: "box_head" and "region", as the model has them, and "image"
+    embeds: dict[str, np.ndarray]
+    found: Found | None  # None: a model without region queries
+
+
+def encode_boxes(entry: AnnotatedImages, predictor: Any, context: Context) -> GivenBoxes:
+    """The boxes of the annotations that lie in their images, embedded; arguments and errors as of `entry.gather`."""
+    model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
+    has_regions = model is None or bool(model.decoder and model.decoder.queries)
+    has_head = model is not None and model.boxes.kind != "none"
+
+    def boxes_of(record: Any, size: tuple[int, int]) -> np.ndarray:
+        return grounding.described_boxes([record], [size]).boxes_xyxy
+
+    records, seen, counts = entry.gather(
+        predictor, context, regions=has_regions, boxes_of=boxes_of if has_head else None
+    )
+    described = grounding.described_boxes(records, seen.sizes)
+    embeds, found = {}, None
+    if seen.box_embed is not None:
+        embeds["box_head"] = seen.box_embed
+    if seen.regions is not None:
+        found = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
+        embeds["region"] = seen.regions.embed[described.image, found.query]
+    embeds["image"] = seen.image_embed[described.image]
+    return GivenBoxes(records, counts, described, embeds, found)
+
+
+def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
+    """The query with the largest IoU; of equal ones (such as 0, without overlap) the one with the largest GIoU.
+
+    Args:
+      pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.
+      boxes_xyxy: [M, 4].
+    """
+
+    def best(*two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [m, Q]
+        most = overlap == overlap.max(axis=1, keepdims=True)
+        return np.where(most, boxes.giou(*two), -np.inf).argmax(axis=1), overlap.max(axis=1)
+
+    return Found(*scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None]))

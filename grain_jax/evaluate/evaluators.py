@@ -242,11 +242,6 @@ def _report_left_out(path: str, read: Any) -> None:
         print(printable.plain(line), file=sys.stderr)
 
 
-def at_home(path: str | None) -> str | None:
-    """The path with `~` expanded; None stays None."""
-    return path and expanduser(path)
-
-
 class Faults:
     """Calls functions and collects their faults, so that all of them are reported at once."""
 

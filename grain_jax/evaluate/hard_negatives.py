@@ -22,7 +22,7 @@ with epy.lazy_imports():
     import numpy as np
 
     from grain_jax.core import annotations as annotations_lib
-    from grain_jax.evaluate import encode, given_boxes, rates
+    from grain_jax.evaluate import box_classes, encode, rates
     from grain_jax.inference import prompts, scores
 
 
@@ -60,7 +60,7 @@ class HardNegatives(AnnotatedImages):
           `top1`, the share of boxes whose description is the nearest of the N + 1 texts, with a 95% interval (`_low`,
           `_high`; ties count as if broken at random), `mean_rank` and `median_rank` (1 is best; ties count as lost).
         """
-        seen = given_boxes.encode_boxes(self, predictor, context)
+        seen = box_classes.encode_boxes(self, predictor, context)
         pairs = zip(seen.described.image, seen.described.region)
         regions = [seen.records[image].regions[region] for image, region in pairs]
         use = np.array([len(region.negatives) >= self.negatives for region in regions], bool)

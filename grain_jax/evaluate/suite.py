@@ -21,7 +21,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config.evals import Context
-from grain_jax.core import atomic, errors, progress, regular_file
+from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import encode, tables
 from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
@@ -87,8 +87,6 @@ def run(
                 f"--output: {output}: holds the results of another checkpoint ({before['folder']}, now"
                 f" {results['folder']}); expected another file, or --again to start over"
             )
-    left = sum(task.images for name, task in tasks.items() if name not in results["ran"])
-    done, start = 0, time.monotonic()
     for number, (name, task) in enumerate(tasks.items(), 1):
         of = f"{name} ({number} of {len(tasks)})"
         if name in results["ran"]:
@@ -106,10 +104,7 @@ def run(
             about = {"entry": dataclasses.asdict(task.entry), "inputs": task.inputs}
             about |= {"seconds": seconds, "kind": task.entry.kind}
             results["ran"][name] = about | result
-            done, left = done + task.images, left - task.images
-            of_all = progress.duration((time.monotonic() - start) / max(done, 1) * left)
-            more = f"; about {of_all} left in all" if left else ""
-            _say(f"{of}: {task.images} images in {seconds:.0f} s{more}")
+            _say(f"{of}: {task.images} images in {seconds:.0f} s")
         _write(output, results, suite)
     saved = _write(output, results, suite)
     if processes.process_info()[0] == 0:

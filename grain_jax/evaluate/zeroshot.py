@@ -19,7 +19,7 @@ from etils import epy
 
 from grain_jax.config.evals import STANDALONE, Context, TableRow, exists, expanduser, option
 from grain_jax.core import errors
-from grain_jax.evaluate.evaluators import Faults, LabelledImages, at_home
+from grain_jax.evaluate.evaluators import Faults, LabelledImages
 
 with epy.lazy_imports():
     import numpy as np
@@ -70,9 +70,9 @@ class ZeroShot(LabelledImages):
 
     @classmethod
     def of_flags(cls, **given: Any) -> typing.Self:
-        entry = cls(**given)
-        if "alphas" in given:  # asked for, so they count without descriptions, too
-            check_alphas(entry.alphas, entry.descriptions, entry.names)
+        entry, least = cls(**given), min(given.get("alphas", (1,)))
+        if entry.descriptions is None and 0 <= least < 1:  # asked for, where a config has it anyway
+            raise entry.needs_descriptions(f"alpha {least:g}")
         return entry
 
     @classmethod
@@ -88,7 +88,7 @@ class ZeroShot(LabelledImages):
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers of the first alpha."""
-        alpha = self.shares[0]
+        alpha = self.checked_alphas()[0]
         found = {"alpha": alpha, **result[f"alpha_{alpha}"]}
         return found | {"descriptions_file": self.descriptions}
 
@@ -100,12 +100,21 @@ class ZeroShot(LabelledImages):
     def files(self) -> tuple[str | None, ...]:
         return self.descriptions, self.templates, self.classes
 
-    @property
-    def shares(self) -> Sequence[float]:
-        """The alphas to evaluate; without descriptions 1 alone, or the alphas outside [0, 1], which `check` rejects."""
+    def checked_alphas(self) -> list[float]:
+        """The alphas to evaluate; without descriptions 1 alone. Raises errors.UserError."""
+        alphas = [float(alpha) for alpha in self.alphas or (1, 0.5)]
+        for alpha in alphas:
+            if not 0 <= alpha <= 1:
+                raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if self.descriptions is not None:
-            return self.alphas
-        return [alpha for alpha in self.alphas if not 0 <= alpha <= 1] or (1.0,)
+            return alphas
+        if not self.names:
+            raise self.needs_descriptions("a test without class names")
+        return [1.0]
+
+    def needs_descriptions(self, what: str) -> errors.UserError:
+        """The error where `what` has no descriptions."""
+        return errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {what}")
 
     def available(self) -> tuple[typing.Self, str]:
         found, _ = super().available()
@@ -120,14 +129,14 @@ class ZeroShot(LabelledImages):
         return dataclasses.replace(self, descriptions=None), f"{line}; evaluated by names alone"
 
     def check(self) -> int:
-        attempt, described = Faults(), at_home(self.descriptions)
+        attempt = Faults()
         test_set = attempt(self.open)
-        if described is not None:
+        if self.descriptions is not None:
             known = (test_set.classes, test_set.stems) if test_set else ((), None)
-            attempt(read_descriptions, described, *known, self.names)
-        attempt(check_alphas, self.shares, described, self.names)
+            attempt(read_descriptions, self.descriptions, *known, self.names)
+        attempt(self.checked_alphas)
         if self.names:
-            attempt(prompts.load_templates, at_home(self.templates))
+            attempt(prompts.load_templates, self.templates)
         attempt.done()
         return len(test_set) if test_set else 0
 
@@ -184,18 +193,17 @@ class ZeroShot(LabelledImages):
     def scorer(self, predictor: Any, test_set: test_sets.TestSet) -> Scorer:
         """Embeds the classes of a test set; raises as `evaluate`."""
         classes = list(test_set.classes)
-        described, alphas = None, check_alphas(self.shares, self.descriptions, self.names)
+        described, alphas = None, self.checked_alphas()
         embeds: list[np.ndarray] = []  # of the descriptions of each class
         if self.descriptions is not None:
-            path = expanduser(self.descriptions)
-            described = read_descriptions(path, classes, test_set.stems, self.names)
+            described = read_descriptions(self.descriptions, classes, test_set.stems, self.names)
             texts = [found or [name] for name, found in zip(classes, described)]
             embeds = encode.encode_texts(predictor, texts)
 
         def features(described: Sequence[Sequence[str]] | None) -> np.ndarray:
             if not self.names:
                 return scores.class_features(embeds, self.unit_features)
-            filled = prompts.load_templates(at_home(self.templates))
+            filled = prompts.load_templates(self.templates)
             texts = [
                 prompts.class_texts(name, filled, described[i] or None if described else None)
                 for i, name in enumerate(classes)
@@ -262,21 +270,6 @@ def _write(path: epath.Path, test_set: test_sets.TestSet, found: Mapping[str, np
     atomic.write_text(path, "".join(lines))
 
 
-def check_alphas(
-    alphas: Sequence[float] | None, descriptions: epath.PathLike | None, names: bool
-) -> list[float]:
-    """The alphas to report (default 1, and 0.5 with descriptions). Raises errors.UserError."""
-    if not alphas:
-        alphas = (1.0,) if descriptions is None else (1.0, 0.5)
-    for alpha in alphas:
-        if not 0 <= alpha <= 1:
-            raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
-    if descriptions is None and (not names or min(alphas) < 1):
-        asked = f"alpha {min(alphas):g}" if names else "a test without class names"
-        raise errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
-    return [float(alpha) for alpha in alphas]
-
-
 def description_scores(
     region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
 ) -> np.ndarray:
@@ -316,7 +309,7 @@ def read_descriptions(
     Raises:
       errors.UserError: no such file, another format, one class under two names, or classes that have no description.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'
     value = regular_file.read_json(path, dict[str, Any], expected)
     for name, texts in value.items():

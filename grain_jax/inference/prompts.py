@@ -32,7 +32,7 @@ def load_templates(path: epath.PathLike | None = None) -> list[str]:
     Raises:
       PromptError: no such file, a line without exactly one `{}`, or no template at all.
     """
-    path = epath.Path(path) if path is not None else DEFAULT_TEMPLATES
+    path = DEFAULT_TEMPLATES if path is None else epath.Path(path).expanduser()
     try:
         text = regular_file.read_text(path, "templates, one a line")
     except regular_file.FileError as error:
