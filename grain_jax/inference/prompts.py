@@ -11,10 +11,7 @@ from grain_jax.core import errors, regular_file
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
 # Beginning of the clause -> first words of descriptions that take it; other words take "which has".
-_CLAUSE = {
-    "which is": ("a", "an", "used"),
-    "which": ("has", "often", "typically", "may", "can"),
-}
+_CLAUSE = {"which is": ("a", "an", "used"), "which": ("has", "often", "typically", "may", "can")}
 _BEGINNING = {word: clause for clause, words in _CLAUSE.items() for word in words}
 _PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between PARENT and CLASS
 

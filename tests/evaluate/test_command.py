@@ -40,7 +40,8 @@ def _run(folder, *arguments):
 
 
 def test_zeroshot(folder, capsys):
-    status, output = _run(folder, "zeroshot", "--templates", str(folder / "templates.txt"))
+    arguments = ["zeroshot", "--templates", str(folder / "templates.txt")]
+    status, output = _run(folder, *arguments)
     result = json.loads(output.read_text())
     assert status == 0
     assert result["kind"] == "zeroshot" and result["checkpoint"] == "RUN"
@@ -48,25 +49,23 @@ def test_zeroshot(folder, capsys):
     assert result["chance"] == 0.5 and result["top1_low"] == pytest.approx(0.342, abs=1e-3)
     table = capsys.readouterr().out
     assert "zeroshot: top-1, alpha 1" in table and "100.0%" in table and "2 pictures" in table
-
-
-def test_several_alphas(folder):
-    arguments = ["zeroshot", "--templates", str(folder / "templates.txt")]
+    # Several alphas.
     arguments += ["--descriptions", str(folder / "D.json"), "--alpha", "0.5,0", "--alpha", "0.5"]
-    status, output = _run(folder, *arguments)
+    assert _run(folder, *arguments)[0] == 0
     result = json.loads(output.read_text())
-    assert status == 0 and result["alpha"] == 0.5
+    assert result["alpha"] == 0.5
     assert [key for key in result if key.startswith("alpha_")] == ["alpha_0.5", "alpha_0.0"]
-    status, output = _run(folder, *arguments, "--no-names")
-    assert status == 0 and json.loads(output.read_text())["names"] is False
+    assert _run(folder, *arguments, "--no-names")[0] == 0
+    assert json.loads(output.read_text())["names"] is False
 
 
 def test_retrieval_and_grounding(folder, capsys):
-    status, output = _run(folder, "retrieval", "--annotations", str(folder / "A.jsonl"))
+    given = "--annotations", str(folder / "A.jsonl")
+    status, output = _run(folder, "retrieval", *given)
     assert status == 0 and json.loads(output.read_text())["text_to_image"]["r1"] == 1.0
-    status, output = _run(folder, "grounding", "--annotations", str(folder / "A.jsonl"))
+    assert _run(folder, "grounding", *given)[0] == 0
     result = json.loads(output.read_text())
-    assert status == 0 and result["box_iou"] == 1.0 and result["region_to_description_r1"] == 1.0
+    assert result["box_iou"] == 1.0 and result["region_to_description_r1"] == 1.0
     table = capsys.readouterr().out
     assert "retrieval: image to text R@1" in table and "grounding: matched box IoU" in table
 

@@ -1,6 +1,7 @@
 """The evaluators of the package as entries of a config: their options, and what is checked before there is a model."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from grain_jax.config import evals, recipe
 from grain_jax.core import errors, named
 from grain_jax.evaluate import grounding, tables, zeroshot
 from grain_jax.runtime import receipt
-from tests.evaluate.stub import StubPredictor, write_picture
+from tests.evaluate.stub import StubPredictor, annotate, measure, region, write_picture
 from tests.paths import ROOT
 
 STORED = ROOT / "tests" / "evaluate" / "stored_run"
@@ -25,6 +26,12 @@ def _faults(entry):
     return str(found.value).split("\n")
 
 
+def _check(good, **fields):
+    with pytest.raises(errors.UserError) as found:
+        dataclasses.replace(good, **fields).check()
+    return str(found.value).split("\n")
+
+
 def test_a_config_is_parsed_without_the_libraries_that_compute():
     code = f"""
         import sys
@@ -33,13 +40,8 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
         print(*(type(entry).__name__ for entry in entries))
         print(*{{"jax", "tensorflow", "numpy", "etils.epath", "PIL"}} & sys.modules.keys())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     names = "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Maps Diagnostics"
     assert done.stdout == f"{names}\n\n"
 
@@ -145,11 +147,7 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
     good = zeroshot.ZeroShot(images=str(tmp_path / "classes"), alphas=(1.0, 0.5))
     good.check()  # alpha 0.5 does not count without descriptions
 
-    def faults(**fields):
-        with pytest.raises(errors.UserError) as found:
-            dataclasses.replace(good, **fields).check()
-        return str(found.value).split("\n")
-
+    faults = functools.partial(_check, good)
     assert faults(images="no/such") == [
         "no/such: no such folder; expected one with a sub-folder a class"
     ]
@@ -170,8 +168,8 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
 @pytest.mark.parametrize("kind", ["retrieval", "grounding"])
 def test_check_of_annotations(tmp_path, capsys, kind):
     write_picture(tmp_path / "0.png", 0)
-    region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1, "mask": 0}
-    line = {"image": "0.png", "caption": "a", "regions": [region], "licence": "CC0"}
+    one = region([0, 0, 5, 5], "a beak", mask=0)
+    line = {"image": "0.png", "caption": "a", "regions": [one], "licence": "CC0"}
     path = tmp_path / "A.jsonl"
     path.write_text((json.dumps(line) + "\n") * 200 + "{}\n")
     good = evals.find(kind)(images=str(tmp_path), annotations=str(path))
@@ -181,25 +179,27 @@ def test_check_of_annotations(tmp_path, capsys, kind):
         f"{path}: faulty lines left out: 1",
         f"{path}: unknown keys kept out: licence (200), regions.mask (200)",
     ]
-
-    def faults(**fields):
-        with pytest.raises(errors.UserError) as found:
-            dataclasses.replace(good, **fields).check()
-        return str(found.value).split("\n")
-
     no_folder = "no: no such folder; expected the one that the annotations' paths start from"
-    assert faults(images="no") == [no_folder]
-    assert faults(images="no", annotations="no.jsonl") == [
-        no_folder,
-        "no.jsonl: no such file, expected one JSON object a line",
-    ]
+    no_file = "no.jsonl: no such file, expected one JSON object a line"
+    assert _check(good, images="no") == [no_folder]
+    assert _check(good, images="no", annotations="no.jsonl") == [no_folder, no_file]
     (tmp_path / "empty").mkdir()
-    assert "none of the 200 images of" in faults(images=str(tmp_path / "empty"))[0]
+    assert "none of the 200 images of" in _check(good, images=str(tmp_path / "empty"))[0]
     path.write_text('{"image": "0.png"}\n[]\n')
-    assert "2 lines are faulty, more than 1%" in faults()[-1]
+    assert "2 lines are faulty, more than 1%" in _check(good)[-1]
     path.write_text('{"image": "0.png"}\n')
-    assert "no line has a " in faults()[0]
-    assert "annotations: got nothing" in faults(annotations=None)[0]
+    assert "no line has a " in _check(good)[0]
+    assert "annotations: got nothing" in _check(good, annotations=None)[0]
+
+
+@pytest.mark.parametrize("kind", ["grounding", "maps", "diagnostics"])
+def test_boxes_that_lie_outside_are_no_boxes(tmp_path, kind):
+    given = annotate(tmp_path, [{"regions": [region([90, 0, 99, 9], "beak")]}])
+    predictor = StubPredictor({0: [1, 0]}, {"beak": [1, 0]}, {0: ([[0, 0, 1, 1]], [[1, 0]])})
+    with pytest.raises(errors.UserError, match="every box lies outside"):
+        measure(kind, predictor, **given)
+    with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
+        measure("hard_negatives", predictor, **given)
 
 
 def test_an_entry_gives_numbers(tmp_path):

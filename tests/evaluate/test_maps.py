@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import maps, tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, number, region
@@ -68,13 +67,6 @@ def test_the_iou_is_that_of_the_best_threshold():
 def test_a_map_without_differences_says_nothing():
     found = maps._measured([(np.ones((4, 4)), np.array([[0, 0, 0.25, 0.5]]))])
     assert found["hit"].tolist() == found["chance"].tolist() == [2 / 16]
-
-
-def test_no_box_in_its_image(data, tmp_path):
-    predictor, _ = data
-    given = annotate(tmp_path, [{"regions": [region([30, 0, 40, 9], "a cat")]}])
-    with pytest.raises(errors.UserError, match="every box lies outside its image"):
-        measure("maps", predictor, **given)
 
 
 def test_the_commands_read_annotations(data, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,6 @@
 import numpy as np
 import pytest
 
-from grain_jax.core import errors
-from grain_jax.core.regular_file import FileError
 from grain_jax.evaluate import rates
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, annotate, measure
@@ -72,13 +70,3 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
         assert whole["image_to_text"][f"r{k}"] == pytest.approx(np.mean(found))
         found = [j // 2 in np.argsort(-similarity[:, j])[:k] for j in range(46)]
         assert whole["text_to_image"][f"r{k}"] == pytest.approx(np.mean(found))
-
-
-def test_faults(tmp_path):
-    given = annotate(tmp_path, [{}])
-    with pytest.raises(errors.UserError, match="no line has a caption"):
-        measure("retrieval", StubPredictor(), **given)
-    with pytest.raises(errors.UserError, match="no such folder"):
-        measure("retrieval", StubPredictor(), **given | {"images": tmp_path / "no"})
-    with pytest.raises(FileError, match="no such file"):
-        measure("retrieval", StubPredictor(), **given | {"annotations": tmp_path / "no"})

@@ -18,7 +18,7 @@ from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate import diagnostics, suite
 from tests.evaluate import train_config
-from tests.evaluate.stub import StubPredictor, region, write_picture
+from tests.evaluate.stub import StubPredictor, region, write_lines, write_picture
 from tests.paths import ROOT
 
 
@@ -31,8 +31,8 @@ def data(tmp_path_factory):
         write_picture(folder / "classes" / name / f"{i}.png", i * 20, size=(7, 9))
         regions = [region([0, 0, 2 + i % 5, 9], f"{name} fur")]
         lines.append({"image": f"{name}/{i}.png", "caption": f"{name} {i}", "regions": regions})
-    (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "D.json").write_text(json.dumps({n: [f"{n} fur", "a tail"] for n in set(names)}))
+    write_lines(folder / "A.jsonl", lines)
+    write_lines(folder / "D.json", [{name: [f"{name} fur", "a tail"] for name in set(names)}])
     return folder
 
 
