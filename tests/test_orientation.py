@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import struct
 
@@ -22,7 +21,6 @@ from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.data.sources import base, join
 from grain_jax.demo import analysis
 from grain_jax.evaluate import __main__ as evaluate
-from grain_jax.input_pipeline import records
 from grain_jax.report import figures as report_figures
 from tests import embedded, record_sets, turned
 
@@ -133,15 +131,6 @@ def test_records_hold_upright_pixels(folder):
         np.testing.assert_allclose(box * [40, 24, 40, 24], [y1, x1, y2, x2], atol=1e-5)
 
 
-def test_training_gets_the_same_batches(folder):
-    configs = [
-        record_sets.config(folder / "sets", name=which, flip_rate=0.5, crop_min_area=0.5)
-        for which in WHICH
-    ]
-    for got, expected in itertools.islice(zip(*map(records.batches, configs)), 5):
-        record_sets.assert_batches_equal(got, expected)
-
-
 def test_another_encoding_stores_them_upright_too(folder, tmp_path):
     stored = []
     for which in WHICH:
@@ -171,10 +160,8 @@ def test_as_stored_where_it_is_asked_for(folder, tmp_path, capsys):
     found = [x for shard in sources.shards("tfds", options) for x in sources.read(shard)]
     assert len(found) == COUNT
     for item in found:
-        assert item.orientation == "file"
-        assert item.regions[0].box_xyxy[2:] == pytest.approx(
-            images.decode_image(item.encoded, orientation="file").size
-        )
+        size = images.decode_image(item.encoded, orientation="file").size
+        assert item.orientation == "file" and item.regions[0].box_xyxy[2:] == pytest.approx(size)
     assert sum(images.header(item.encoded).turned for item in found) == 21  # JPEG and PNG
     assert inspect.main([str(target), f"--output={tmp_path / 'seen'}"]) == 0
     assert "turned        21 images have an EXIF orientation that is not" in capsys.readouterr().out
@@ -261,7 +248,7 @@ def test_embed_and_search(folder, model, tmp_path, capsys):
         assert f" 1.000  {name}" in capsys.readouterr().out
 
 
-def test_the_library(folder, model):
+def test_the_library_the_page_and_the_report(folder, model, tmp_path):
     names = [line["image"] for line in lines_of(folder / "turned" / "A.jsonl")]
     got, expected = (
         model.encode_image_and_regions(PIL.Image.open(folder / which / name) for name in names)
@@ -269,15 +256,12 @@ def test_the_library(folder, model):
     )
     for a, b in zip((got[0], *got[1]), (expected[0], *expected[1])):
         np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def test_the_page_and_the_report(folder, model, tmp_path):
-    for line in lines_of(folder / "turned" / "A.jsonl"):
-        got, expected = (analysis.read_image(folder / which / line["image"]) for which in WHICH)
+    for name in names:
+        got, expected = (analysis.read_image(folder / which / name) for which in WHICH)
         np.testing.assert_array_equal(got, expected)
     for which in WHICH:
         given = folder / which / "A.jsonl", folder / which, tmp_path / f"{which}.png"
-        report_figures.regions_grid(model, *given, count=6)
+        report_figures.regions_grid(model, *given, count=2)
     drawn = [np.asarray(PIL.Image.open(tmp_path / f"{which}.png")) for which in WHICH]
     np.testing.assert_array_equal(*drawn)
 

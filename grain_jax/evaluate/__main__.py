@@ -9,7 +9,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -43,10 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         args = Evaluate.parse(arguments)
-        if args.command == "suite":
-            from grain_jax.cli import (
-                config_file,
-            )  # ml_collections, which the other kinds do without
+        if args.command == "suite":  # ml_collections, which the other kinds do without
+            from grain_jax.cli import config_file
 
             args.suite = config_file.load(args.config, args.overrides, config.suite_from_dict)
         compiled.use(args.compilation_cache)
@@ -57,39 +56,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             distributed.ending_together(args.heartbeat_seconds),
             errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER),
         ):
-            return _suite(args) if args.command == "suite" else _one(args)
+            if args.command != "suite":
+                return _one(args)
+            return suite.run(
+                args.suite,
+                _ready(args)[0],
+                checkpoint=args.checkpoint,
+                load=lambda: _load(args),
+                only=None if args.only is None else args.only.split(","),
+                again=args.again,
+                batch_size=args.batch_size,
+            )
     except errors.UserError as error:
         if processes.process_info()[0] == 0:
-            _say_faults(error)
+            faults = str(error).split("\n")
+            # Annotations have a summary of their own.
+            if len(faults) > 1 and not isinstance(error.__cause__, annotations.AnnotationError):
+                faults.append(f"{len(faults)} faults; nothing was evaluated")
+            print(*faults, sep="\n", file=sys.stderr)
         return errors.UserError.status
 
 
-def _say_faults(error: errors.UserError) -> None:
-    faults = str(error).split("\n")
-    if len(faults) > 1 and not isinstance(error.__cause__, annotations.AnnotationError):
-        faults.append(
-            f"{len(faults)} faults; nothing was evaluated"
-        )  # that one has its own summary
-    print(*faults, sep="\n", file=sys.stderr)
+def _ready(args: argparse.Namespace, entry_of: Callable[[], Any] = lambda: None) -> Any:
+    """The file to write and the entry, once the checkpoint is known to be there."""
+    found = processes.run_together(lambda: (_output(args.output), entry_of()))
+    processes.run_together(lambda: saved_model.find(args.checkpoint))
+    return found
 
 
 def _load(args: argparse.Namespace):
     predictor = inference.load(args.checkpoint)
     return text_cache.CachedTexts(predictor, args.cache) if args.cache else predictor
-
-
-def _suite(args: argparse.Namespace) -> int:
-    output = processes.run_together(lambda: _output(args.output))
-    processes.run_together(lambda: saved_model.find(args.checkpoint))
-    return suite.run(
-        args.suite,
-        output,
-        checkpoint=args.checkpoint,
-        load=lambda: _load(args),
-        only=None if args.only is None else args.only.split(","),
-        again=args.again,
-        batch_size=args.batch_size,
-    )
 
 
 def _one(args: argparse.Namespace) -> int:
@@ -98,8 +95,7 @@ def _one(args: argparse.Namespace) -> int:
     entry_of = lambda: cls.of_flags(**{key: x for key, x in given.items() if x is not None})
     if predictions := getattr(args, "predictions", None):
         predictions = processes.run_together(lambda: _output(predictions, "--predictions"))
-    output, entry = processes.run_together(lambda: (_output(args.output), entry_of()))
-    processes.run_together(lambda: saved_model.find(args.checkpoint))
+    output, entry = _ready(args, entry_of)
     processes.run_together(entry.check)  # before the checkpoint is read
     predictor = processes.run_together(lambda: _load(args))
     began = time.monotonic()

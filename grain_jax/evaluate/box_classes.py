@@ -7,7 +7,7 @@ the whole image, which shows what regions and boxes add.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
@@ -23,6 +23,8 @@ with epy.lazy_imports():
     from grain_jax.inference import prompts, scores
     from grain_jax.losses import boxes
 
+_BOXES, _FOUND = ("boxes", "boxes"), ("found_boxes/boxes", "boxes")  # of the rows of the table
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boxes(AnnotatedRegions):
@@ -30,27 +32,21 @@ class Boxes(AnnotatedRegions):
 
     example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
     none_usable = "no line has a region; expected boxes with class names as descriptions"
+    table = (
+        TableRow("found", "found by a query, IoU >= 0.5", None, *_BOXES),
+        TableRow("box_head/top1", "class of a box by the box head, top-1", "chance", *_BOXES),
+        TableRow("region/top1", "class of a box by its region, top-1", "chance", *_BOXES),
+        TableRow("region/top5", "class of a box by its region, top-5", "chance_top5", *_BOXES),
+        TableRow("found_boxes/region/top1", "the same of those found", "chance", *_FOUND),
+        TableRow("image/top1", "class of a box by its image, top-1", "chance", *_BOXES),
+        TableRow("image/top5", "class of a box by its image, top-5", "chance_top5", *_BOXES),
+    )
     kind: str = "boxes"
     # file of class names, or the name of one of the package (grain_jax/evaluate/classes); default: the distinct
     # descriptions
     classes: str | None = option(None, "FILE")
     # prompts, one a line, with {} for the name; default: inference/templates.txt
     templates: str | None = option(None, "FILE")
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        said, boxes, found = "class of a box by", ("boxes", "boxes"), "found_boxes/"
-        return [
-            TableRow("found", "found by a query, IoU >= 0.5", None, *boxes),
-            TableRow("box_head/top1", f"{said} the box head, top-1", "chance", *boxes),
-            TableRow("region/top1", f"{said} its region, top-1", "chance", *boxes),
-            TableRow("region/top5", f"{said} its region, top-5", "chance_top5", *boxes),
-            TableRow(
-                f"{found}region/top1", "the same of those found", "chance", f"{found}boxes", "boxes"
-            ),
-            TableRow("image/top1", f"{said} its image, top-1", "chance", *boxes),
-            TableRow("image/top5", f"{said} its image, top-5", "chance_top5", *boxes),
-        ]
 
     @property
     def files(self) -> tuple[str | None, ...]:

@@ -15,7 +15,7 @@ one of the boxes, "merged boxes" the IoU with the smallest box around all of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
@@ -41,24 +41,24 @@ _SEED = 0  # of the random boxes that give the chance level
 class Grounding(AnnotatedRegions):
     """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
+    table = tuple(
+        TableRow(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
+        for (count, unit), said in {
+            ("regions_matched", "boxes"): {
+                "box_iou": "matched box IoU",
+                "box_acc50": "matched box Acc@0.5",
+                "region_to_description_r1": "region to description R@1",
+            },
+            ("phrases", "phrases"): {
+                "phrase_iou": "phrase to box IoU",
+                "phrase_acc50": "phrase to box Acc@0.5",
+                "phrase_acc50_any_box": "phrase to box Acc@0.5, any box",
+                "phrase_acc50_merged_box": "phrase to box Acc@0.5, merged boxes",
+            },
+        }.items()
+        for key, label in said.items()
+    )
     kind: str = "grounding"
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        boxes, phrases = ("regions_matched", "boxes"), ("phrases", "phrases")
-        said = {
-            "box_iou": ("matched box IoU", boxes),
-            "box_acc50": ("matched box Acc@0.5", boxes),
-            "region_to_description_r1": ("region to description R@1", boxes),
-            "phrase_iou": ("phrase to box IoU", phrases),
-            "phrase_acc50": ("phrase to box Acc@0.5", phrases),
-            "phrase_acc50_any_box": ("phrase to box Acc@0.5, any box", phrases),
-            "phrase_acc50_merged_box": ("phrase to box Acc@0.5, merged boxes", phrases),
-        }
-        return [
-            TableRow(key, label, f"chance_{key}", *of, not key.endswith("iou"))
-            for key, (label, of) in said.items()
-        ]
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.

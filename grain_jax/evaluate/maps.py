@@ -13,7 +13,7 @@ As in `grounding`, every entry of `phrases` in A.jsonl is one phrase with its bo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epy
@@ -37,20 +37,18 @@ def thresholds() -> np.ndarray:
     return np.arange(0.05, 1, 0.05)
 
 
+_PHRASES = "phrases", "phrases"  # of the rows of the table
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps(AnnotatedImages):
     """Where similarity maps of phrases are high, against their boxes."""
 
+    table = (
+        TableRow("pointing", "highest place of a map in a box", "chance_pointing", *_PHRASES),
+        TableRow("map_iou", "IoU of a map and the boxes", "chance_map_iou", *_PHRASES, False),
+    )
     kind: str = "maps"
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        pointing, iou = "highest place of a map in a box", "IoU of a map and the boxes"
-        of = "phrases", "phrases"
-        return [
-            TableRow("pointing", pointing, "chance_pointing", *of),
-            TableRow("map_iou", iou, "chance_map_iou", *of, False),
-        ]
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares the similarity map of each phrase with its boxes.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
 
 from grain_jax.inference import scores as scores_lib
 from grain_jax.losses.contrastive import TIE
@@ -60,11 +61,8 @@ def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
 
 def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """The chance that `draws` draws without replacement include a right one (hypergeometric); arguments int [N]."""
-    miss = np.ones(len(right))
-    for draw in range(max(0, draws.max(initial=0))):
-        left = np.maximum(right + wrong - draw, 1)
-        miss = np.where(draw < draws, miss * np.maximum(wrong - draw, 0) / left, miss)
-    return 1.0 - miss
+    draws = np.maximum(draws, 0)
+    return 1.0 - special.comb(wrong, draws) / special.comb(right + wrong, draws)
 
 
 def interval(successes: float, count: float) -> tuple[float, float]:

@@ -7,7 +7,6 @@ caption, each of them is a right answer to it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epy
@@ -31,18 +30,15 @@ class Retrieval(AnnotatedImages):
 
     left_out = "without_caption"
     none_usable = "no line has a caption; expected captions to retrieve"
+    table = tuple(
+        TableRow(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", unit, unit)
+        for way, label, unit in (
+            ("image_to_text", "image to text", "pictures"),
+            ("text_to_image", "text to image", "captions"),
+        )
+        for k in KS
+    )
     kind: str = "retrieval"
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        return [
-            TableRow(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", unit, unit)
-            for way, label, unit in (
-                ("image_to_text", "image to text", "pictures"),
-                ("text_to_image", "text to image", "captions"),
-            )
-            for k in KS
-        ]
 
     def usable(self, record: annotations_lib.Annotation) -> Any:
         return record.captions or record.synthetic_caption

@@ -184,33 +184,6 @@ def test_pictures_and_texts_from_a_generator(predictor, monkeypatch):
     close(predictor.classify((p for p in FEW), (name for name in CLASSES)), expected)
 
 
-def test_pil_pictures_of_every_mode(predictor):
-    ramp = np.linspace(0, 255, 30 * 20).reshape(30, 20).astype(np.uint8)
-    deep = (ramp.astype(np.uint16) << 8) | 77
-    grey = PIL.Image.fromarray(ramp)
-    rgb = PIL.Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp], axis=-1))
-    palette = rgb.quantize(16)
-    transparent, clear = palette.copy(), rgb.copy()
-    transparent.info["transparency"] = bytes([0, 128])
-    clear.putalpha(grey)
-    pairs = [
-        (grey, grey.convert("RGB")),
-        (grey.convert("1"), grey.convert("1").convert("RGB")),
-        (palette, palette.convert("RGB")),
-        (transparent, palette.convert("RGB")),
-        (clear, rgb),  # as in training, transparent pixels keep their colour
-        (grey.convert("LA"), grey.convert("RGB")),
-        (rgb.convert("CMYK"), rgb),
-        (rgb.convert("YCbCr"), rgb.convert("YCbCr").convert("RGB")),
-        (PIL.Image.fromarray(deep), grey.convert("RGB")),
-        (PIL.Image.fromarray(deep.astype(np.int32)), grey.convert("RGB")),
-        (PIL.Image.fromarray(ramp.astype(np.int32)), grey.convert("RGB")),
-    ]
-    assert {given.mode for given, _ in pairs} >= {"I;16", "I", "P", "CMYK", "RGBA", "LA", "1"}
-    (got,) = predictor._rows([given for given, _ in pairs])
-    np.testing.assert_array_equal(got, [images.resize(same, S) for _, same in pairs])
-
-
 def test_regions_are_the_models_last_layer(predictor):
     few = schema.rescale_pixels(FEW)
     image, region, boxes = applied(predictor, grain.GRAIN.encode_image, few)
