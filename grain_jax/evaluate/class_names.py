@@ -123,10 +123,7 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 
     A class with the label `apartment_building/outdoor` is found there by it, whatever its name in prompts is.
 
-    Args:
-      labels, classes: as in `for_labels`, which must have accepted them.
-
-    Returns: in the order of the classes; None where neither the data set nor the class file has labels.
+    Arguments as of `for_labels`, which has accepted them. Returns None where neither data set nor file has labels.
     """
     found = _texts(labels)
     if found is None and classes is not None:

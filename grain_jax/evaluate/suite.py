@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
@@ -31,14 +31,6 @@ _PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets
 FAILED, NOTHING = 1, 2  # exit statuses
 
 
-class _Task(NamedTuple):
-    """An entry whose data is there, ready to run."""
-
-    entry: config_lib.Evaluator  # as `Evaluator.available` returns it
-    images: int
-    inputs: dict[str, Any]  # the images and files that the result depends on
-
-
 def run(
     suite: config_lib.Suite,
     output: epath.Path,
@@ -49,23 +41,21 @@ def run(
     again: bool = False,
     batch_size: int = encode.BATCH_SIZE,
 ) -> int:
-    """Runs the entries of a suite and writes `output` (format: docs/evaluate.md). Every process has to call it.
+    """Runs the entries of a suite, or those that `only` names, and writes `output`. Every process has to call it.
 
-    Args:
-      suite: the entries.
-      output: JSON file. Results of the same checkpoint that it holds are kept, and not measured again.
-      checkpoint: name of the checkpoint in the results.
-      load: returns the predictor of the checkpoint.
-      only: names of entries; None for all.
-      again: measures also the entries whose results `output` holds.
-      batch_size: images at a time.
+    The format of the JSON is in docs/evaluate.md. Results of the same checkpoint that the file holds are kept, and
+    without `again` not measured again. `checkpoint` is its name in the results, and `load` returns its predictor.
 
     Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
 
     Raises:
       InputError: `only` has an unknown name, or `output` holds something else or the results of another checkpoint.
     """
-    entries = _chosen(suite, only)
+    for name in only or ():
+        if name not in suite.evals:
+            words = config_lib.unknown_key(name, list(suite.evals))
+            raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
+    entries = {n: entry for n, entry in suite.evals.items() if only is None or n in only}
     before = processes.run_together(lambda: _read(output, again))
     results: dict[str, Any] = {"ran": {}, "skipped": {}, "failed": {}, "notes": {}}
     tasks = _tasks(entries, results)
@@ -80,31 +70,31 @@ def run(
             results["ran"] = {
                 name: result
                 for name, result in before["ran"].items()
-                if name not in entries or (name in tasks and _same(result, tasks[name], again))
+                if name not in entries or (name in tasks and _same(result, *tasks[name], again))
             }
         elif not again:
             raise InputError(
                 f"--output: {output}: holds the results of another checkpoint ({before['folder']}, now"
                 f" {results['folder']}); expected another file, or --again to start over"
             )
-    for number, (name, task) in enumerate(tasks.items(), 1):
+    for number, (name, (entry, inputs)) in enumerate(tasks.items(), 1):
         of = f"{name} ({number} of {len(tasks)})"
         if name in results["ran"]:
             _say(f"{of}: is in {output} already")
             continue
         began = time.monotonic()
         try:
-            result = task.entry.evaluate(predictor, Context(batch_size))
+            result = entry.evaluate(predictor, Context(batch_size))
         except Exception as error:
             if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
                 raise  # another process may wait for this one in a collective operation
             _failed(name, error, results)
         else:
             seconds = round(time.monotonic() - began, 1)
-            about = {"entry": dataclasses.asdict(task.entry), "inputs": task.inputs}
-            about |= {"seconds": seconds, "kind": task.entry.kind}
+            about = {"entry": dataclasses.asdict(entry), "inputs": inputs}
+            about |= {"seconds": seconds, "kind": entry.kind}
             results["ran"][name] = about | result
-            _say(f"{of}: {task.images} images in {seconds:.0f} s")
+            _say(f"{of}: {inputs['pictures']} images in {seconds:.0f} s")
         _write(output, results, suite)
     saved = _write(output, results, suite)
     if processes.process_info()[0] == 0:
@@ -142,18 +132,13 @@ def _may_miss(entry: config_lib.Evaluator, error: Exception) -> bool:
     return isinstance(error, errors.MissingData) and entry.missing == "skip"
 
 
-def _chosen(suite: config_lib.Suite, only: Sequence[str] | None) -> dict[str, config_lib.Evaluator]:
-    for name in only or ():
-        if name not in suite.evals:
-            words = config_lib.unknown_key(name, list(suite.evals))
-            raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
-    return {name: entry for name, entry in suite.evals.items() if only is None or name in only}
-
-
 def _tasks(
     entries: Mapping[str, config_lib.Evaluator], results: dict[str, Any]
-) -> dict[str, _Task]:
-    """The entries that can be run; `results` gets a line for each of the others."""
+) -> dict[str, tuple[config_lib.Evaluator, dict[str, Any]]]:
+    """The entries that can be run, as far as their data is there, and the inputs that their results depend on.
+
+    `results` gets a line for each of the others.
+    """
     tasks = {}
     for name, entry in entries.items():
         try:
@@ -169,7 +154,7 @@ def _tasks(
             results["notes"][name] = note
             _say(f"{name}: {note}")
         inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
-        tasks[name] = _Task(entry, images, {"pictures": images, **inputs})
+        tasks[name] = entry, {"pictures": images, **inputs}
     return tasks
 
 
@@ -224,13 +209,14 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
     )
 
 
-def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
-    """Whether an earlier result has the options and the inputs of the task."""
-    inputs = json.loads(json.dumps(task.inputs))
-    if again or result.get("inputs") != inputs:
+def _same(
+    result: Mapping[str, Any], entry: config_lib.Evaluator, inputs: dict[str, Any], again: bool
+) -> bool:
+    """Whether an earlier result has the options and the inputs."""
+    if again or result.get("inputs") != json.loads(json.dumps(inputs)):
         return False
     try:  # an option that the stored entry lacks has its default
-        return config_lib.evaluator_from_dict(result.get("entry")) == task.entry
+        return config_lib.evaluator_from_dict(result.get("entry")) == entry
     except config_lib.ConfigError:
         return False
 

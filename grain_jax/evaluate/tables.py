@@ -25,11 +25,7 @@ def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def describe(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The table of several results, e.g. {"unseen": {"alpha_0.5/top1": 0.78, "chance": 0.025, ...}}.
-
-    Args:
-      results: name -> the numbers of an evaluation, as `scalars` returns them.
-    """
+    """The table of several results: name -> its numbers as of `scalars`, {"alpha_0.5/top1": 0.78, "chance": 0.025}."""
     rows: list[tuple[str, ...]] = []
     for name, numbers in results.items():
         rows += [cells(name.replace("_", " "), numbers, row) for row in rows_of(numbers)]

@@ -275,11 +275,7 @@ def description_scores(
 ) -> np.ndarray:
     """Region scores of the order "descriptions": the best query for each description, mean over descriptions.
 
-    Args:
-      region_embed: [B, Q, D].
-      description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
-
-    Returns: float32 [B, C]. docs/claim.md compares it with the order of the paper.
+    Shapes as of `scores.region_scores`. docs/claim.md compares it with the order of the paper.
     """
     counts = np.array([len(embeds) for embeds in description_embeds])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -300,11 +296,7 @@ def read_descriptions(
     without case ("Black-footed albatross" matches "black_footed Albatross"), first those of the name, then those of
     the stem. Published files have empty lists for a few classes, which are then described by their name alone.
 
-    Args:
-      path: the file.
-      classes: the class names.
-      stems: a second name of each class (see `test_sets.TestSet`), or None.
-      names: whether a class may have its name alone, with an empty list.
+    `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
 
     Raises:
       errors.UserError: no such file, another format, one class under two names, or classes that have no description.

@@ -12,7 +12,7 @@ import pytest
 from grain_jax import config
 from grain_jax.config import evals, recipe
 from grain_jax.core import errors, named
-from grain_jax.evaluate import grounding, tables, zeroshot
+from grain_jax.evaluate import zeroshot
 from grain_jax.runtime import receipt
 from tests.evaluate.stub import StubPredictor, annotate, measure, region, write_picture
 from tests.paths import ROOT
@@ -203,20 +203,3 @@ def test_boxes_that_lie_outside_are_no_boxes(tmp_path, kind):
         measure(kind, predictor, **given)
     with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
         measure("hard_negatives", predictor, **given)
-
-
-def test_an_entry_gives_numbers(tmp_path):
-    for i, name in enumerate(("cat", "red_fox")):
-        write_picture(tmp_path / name / "0.png", i)
-    (tmp_path / "templates.txt").write_text("a {}\n")
-    predictor = StubPredictor(
-        images={0: [1, 0], 1: [1, 0]}, texts={"a cat": [1, 0], "a red fox": [0, 1]}
-    )
-    # Without descriptions there is no region score: only alpha 1 is reported.
-    entry = zeroshot.ZeroShot(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
-    numbers = tables.scalars(entry.evaluate(predictor))
-    assert numbers["alpha_1.0/top1"] == 0.5 and numbers["chance"] == 0.5
-    assert not any(key.startswith("alpha_0.5") for key in numbers)
-    assert all(type(value) is float for value in numbers.values())
-    with pytest.raises(errors.UserError, match="annotations: got nothing"):
-        grounding.Grounding(images=str(tmp_path)).evaluate(predictor)

@@ -105,13 +105,10 @@ def test_faults_are_lines(folder):
 
     assert fault(k=0) == "evaluator.k: got 0, expected at least 1"
     assert fault(k="3") == "evaluator.k: got '3', expected int"
-    assert fault(neighbors=3).startswith(
-        "evaluator.neighbors: no such key; there are: evaluator.kind,"
-    )
+    assert fault(neighbors=3).startswith("evaluator.neighbors: no such key; there are: evaluator.")
     assert fault(k=6) == "k: got 6, expected at most the 5 training images"
     assert "no such folder" in fault(train="no/such")
-    assert "Neighbours', " not in fault(kind=KIND[:-1]) and "expected one of: Neighbours" in fault(
-        kind=KIND[:-1]
-    )
+    misspelt = fault(kind=KIND[:-1])
+    assert "Neighbours', " not in misspelt and "expected one of: Neighbours" in misspelt
     write_picture(folder / "train" / "eel" / "9.png", 9)
     assert "got the classes cat, dog, eel, expected those of" in fault()

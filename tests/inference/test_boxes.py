@@ -79,24 +79,21 @@ def test_one_image_and_the_classes_of_its_boxes(predictor):
     assert predictor.encode_patches(one).shape == (predictor.grid, predictor.grid, 28)
 
 
-@pytest.mark.parametrize(
-    "boxes,message",
-    [
-        ([BOXES[0]] * 2, "boxes_xyxy: got boxes of 2 images, expected of 3, as many as images"),
-        ([BOXES[0]] * 4, "boxes_xyxy: got boxes of 4 images, expected of 3, as many as images"),
-        ([BOXES[0], BOXES[0, 0], BOXES[0]], r"boxes_xyxy\[1\]: got \[4\], expected finite numbers"),
-        (
-            [BOXES[0]] * 2 + [[[0, 0, 20, 40]]],
-            r"boxes_xyxy\[2\]: got \[0.0, 0.0, 20.0, 40.0\], .* divide",
-        ),
-        ([BOXES[0]] * 2 + [[[0.5, 0, 0.2, 1]]], r"boxes_xyxy\[2\]: .* expected x1 <= x2"),
-        ([BOXES[0]] * 2 + [[[0.5, 0, np.nan, 1]]], r"boxes_xyxy\[2\]: .* expected finite numbers"),
-        ([BOXES[0], "a box", BOXES[0]], r"boxes_xyxy\[1\]: .* expected finite numbers"),
-    ],
-)
-def test_faults_of_boxes(predictor, boxes, message):
+FAULTS = {  # of the boxes of three images
+    "boxes_xyxy: got boxes of 2 images, expected of 3, as many as images": [BOXES[0]] * 2,
+    "boxes_xyxy: got boxes of 4 images, expected of 3, as many as images": [BOXES[0]] * 4,
+    r"boxes_xyxy\[1\]: got \[4\], expected finite numbers": [BOXES[0], BOXES[0, 0], BOXES[0]],
+    r"boxes_xyxy\[0\]: got \[0.0, 0.0, 20.0, 40.0\], .* divide": [[[0, 0, 20, 40]], [], []],
+    r"boxes_xyxy\[1\]: .* expected x1 <= x2": [[], [[0.5, 0, 0.2, 1]], []],
+    r"boxes_xyxy\[2\]: .* expected finite numbers": [[], [], [[0.5, 0, np.nan, 1]]],
+    r"boxes_xyxy\[0\]: .* expected finite numbers": ["a box", [], []],
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_faults_of_boxes(predictor, message):
     with pytest.raises(inference.InputError, match=message):
-        predictor.encode_boxes(PICTURES, boxes)
+        predictor.encode_boxes(PICTURES, FAULTS[message])
 
 
 def test_a_model_without_a_box_head_says_so():
