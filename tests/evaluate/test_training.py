@@ -46,11 +46,11 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
         f"evals.absent: skipped: {data}/absent: not there; to get it: ask" in capfd.readouterr().err
     )
     random = np.random.default_rng(0)
-    some = lambda *shape: collections.defaultdict(lambda: random.normal(size=shape))
-    regions = collections.defaultdict(lambda: ([[0, 0, 0.5, 1], [0, 0, 1, 1]], some(2, 6)[0]))
-    monkeypatch.setattr(
-        train, "make_predictor", lambda *_: StubPredictor(some(6), some(6), regions)
-    )
+    some = lambda make: collections.defaultdict(make, {None: 0})
+    vectors = some(lambda: random.normal(size=6))
+    regions = some(lambda: ([[0, 0, 0.5, 1], [0, 0, 1, 1]], random.normal(size=(2, 6))))
+    predictor = StubPredictor(vectors, vectors, regions)
+    monkeypatch.setattr(train, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
     results = train.evaluate_all(config, suite.present(config.evals), state, tmp_path)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
