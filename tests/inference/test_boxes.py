@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -36,6 +37,12 @@ def predictor():
     return _predictor(boxes__kind="roi_align")
 
 
+def applied(predictor, method, *given):
+    """What the module itself returns."""
+    apply = jax.jit(grain.GRAIN(predictor.model).apply, static_argnames="method")
+    return apply({"params": predictor.params}, *given, method=method)
+
+
 def close(got, expected):
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)
@@ -44,8 +51,7 @@ def close(got, expected):
 @pytest.mark.parametrize("kind", ["roi_align", "prompter"])
 def test_any_number_of_boxes_an_image(kind):
     predictor = _predictor(boxes__kind=kind)
-    module = grain.GRAIN(predictor.model)
-    expected = module.apply({"params": predictor.params}, PICTURES, BOXES, method="encode_boxes")
+    expected = applied(predictor, "encode_boxes", PICTURES, BOXES)
     got = predictor.encode_boxes(PICTURES, [BOXES[0], [], BOXES[2, :3]])
     assert [x.shape for x in got] == [(4, 28), (0, 28), (3, 28)]
     close([got[0], got[2]], [expected[0], expected[2, :3]])
@@ -141,14 +147,13 @@ def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
 def test_a_map_of_two_towers_pools_each_patch_alone(pool):
     predictor = _two_towers(pool)
     got = predictor.similarity_map(PICTURES[0], TEXTS)
-    module, params = grain.GRAIN(predictor.model), {"params": predictor.params}
-    tokens = module.apply(params, PICTURES[:1], method="image_tokens")
+    tokens = applied(predictor, "image_tokens", PICTURES[:1])
     patch = tokens[:, 1 + 7 : 1 + 8]  # row 1, column 2, after the class token
     if pool == "class":
         alone = patch
     else:  # an image of this patch alone, after a class token that "mean" leaves out
         alone = np.concatenate([patch, patch], axis=1)
-    (embed, *_) = module.apply(params, alone, method="embeddings")
+    (embed, *_) = applied(predictor, "embeddings", alone)
     expected = predictor.encode_text(TEXTS) @ np.asarray(embed[0])
     np.testing.assert_allclose(got[:, 1, 2], expected, atol=3e-6)
 

@@ -43,7 +43,7 @@ def close(a, b):
 
 @pytest.fixture(scope="module")
 def predictor():
-    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1)
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="prompter")
     return inference.Predictor(model, perturbed.params(model))
 
 
@@ -92,7 +92,7 @@ def test_a_batch_may_be_spread_over_devices(predictor, folder):
 
 
 def test_the_description(folder):
-    for name in ("image", "text", "regions"):  # one file serves every platform
+    for name in ("image", "text", "regions", "boxes"):  # one file serves every platform
         exported = jax_export.deserialize((folder / f"{name}.stablehlo").read_bytes())
         assert exported.platforms == ("cpu", "cuda", "tpu") and exported.nr_devices == 1
     said = json.loads((folder / "model.json").read_text())
@@ -103,22 +103,15 @@ def test_the_description(folder):
         "inputs": params | {"image": "uint8[b, 40, 40, 3]"},
         "outputs": regions | {"region_embed": "float32[b, 3, 28]"},
     }
+    boxes = said["functions"]["boxes"]
+    assert boxes["inputs"]["boxes_xyxy"] == "float32[b, r, 4]"
+    assert boxes["outputs"] == {"box_embed": "float32[b, r, 28]"}
     texts = params | {"tokens": "int32[b, l]", "end": "int32[b]"}
     assert said["functions"]["text"]["inputs"] == texts
     assert said["image"]["size"] == 40 and said["image"]["pixel_mean"] == [0.485, 0.456, 0.406]
     assert said["text"]["context_length"] == 32 and said["text"]["vocab_size"] == 300
     assert said["text"]["tokenizer"] == "CLIP's byte pairs"
     assert said["logit_scale"] == pytest.approx(np.exp(2.5))
-
-
-def test_a_box_head_takes_any_number_of_boxes(tmp_path):
-    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="prompter")
-    predictor = inference.Predictor(model, perturbed.params(model))
-    compared = export.export_model(predictor, tmp_path, platforms=("cpu",))
-    assert [c.name for c in compared if c.ok][-1] == "boxes: box_embed" and len(compared) == 6
-    said = json.loads((tmp_path / "model.json").read_text())["functions"]["boxes"]
-    assert said["inputs"]["boxes_xyxy"] == "float32[b, r, 4]"
-    assert said["outputs"] == {"box_embed": "float32[b, r, 28]"}
 
 
 def test_two_towers_that_see_their_padding(tmp_path):
@@ -147,11 +140,11 @@ def test_two_towers_that_see_their_padding(tmp_path):
 
 def test_the_command_compares_what_it_wrote(folder):
     lines = (folder.parent / "printed.txt").read_text().splitlines()
-    files = ["image.stablehlo", "model.json", "params.npz", "regions.stablehlo", "text.stablehlo"]
-    assert [line.split("/")[-1] for line in lines[:5]] == files
-    outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[6:]}
+    files = ["boxes.stablehlo", "image.stablehlo", "model.json", "params.npz", "regions.stablehlo"]
+    assert [line.split("/")[-1] for line in lines[:6]] == [*files, "text.stablehlo"]
+    outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[7:]}
     regions = {f"regions: {name}" for name in ("boxes_xyxy", "image_embed", "region_embed")}
-    assert set(outputs) == {"image: image_embed", "text: text_embed", *regions}
+    assert set(outputs) == {"image: image_embed", "text: text_embed", "boxes: box_embed", *regions}
     assert max(outputs.values()) < 2e-6 and "FAILED" not in str(lines)
 
 

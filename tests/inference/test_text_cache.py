@@ -1,6 +1,5 @@
 import dataclasses
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -8,17 +7,15 @@ import pytest
 from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.inference import text_cache
-from grain_jax.models import grain
-from tests import tiny
+from tests import perturbed
 
 TEXTS = ["a photo of a wren", "a long tail", "x"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    c = tiny.config()
-    module = grain.GRAIN(c.model, "float32")
-    return c.model, nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(c))["params"])
+    config = perturbed.tiny(image__depth=1, text__depth=1, text__vocab_size=49408)
+    return config, perturbed.params(config)
 
 
 class _Counting(inference.Predictor):
