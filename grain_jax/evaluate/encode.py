@@ -79,8 +79,8 @@ def gather_images(
     """All readable images, encoded, in order, the same on every process; arguments as of `encode_images`."""
     parts, of_boxes = [], []
     for batch in encode_images(predictor, images, **options):
-        arrays = {key: x for key, x in batch._asdict().items() if isinstance(x, np.ndarray)}
-        of_boxes.append({"box_embed": arrays.pop("box_embed", None)})
+        arrays = {key: getattr(batch, key) for key in ("index", "sizes", "labels", "image_embed")}
+        of_boxes.append({"box_embed": batch.box_embed})
         parts.append(arrays | (batch.regions._asdict() if batch.regions else {}))
     found = processes.allgather(parts)
     regions = {key: found.pop(key) for key in schema.Regions._fields if key in found}
