@@ -13,8 +13,8 @@ import statistics
 
 import jax
 
-from benchmarks import harness
-from benchmarks.train_step import TrainStep
+from benchmarks import harness, stopwatch
+from benchmarks.our_step import TrainStep
 from grain_jax import config as config_lib
 from grain_jax.cli import config_file
 from grain_jax.input_pipeline import derived
@@ -32,12 +32,6 @@ def read(given: str, keys: list[str]) -> config_lib.Config:
     return derived.planned(config, derived.Place())[0]
 
 
-def flops_of(config: config_lib.Config, step: TrainStep) -> tuple[float, float]:
-    """FLOPs of the model in a step, and of the step as written."""
-    written = flops.matmul_flops(step.program.step, step.program.state, step.program.batch)
-    return flops.per_image(config).train * config.batch_size, written
-
-
 def main() -> None:
     """Times the variants and prints medians, spread and ratios."""
     keys = (str, dict(nargs="+", metavar="KEY=VALUE"))
@@ -46,10 +40,14 @@ def main() -> None:
     machine, base = harness.machine("jax", about=about), "as it is"
     configs = {base: read(args.config, [])}
     configs |= {given: read(args.config, given.split(",")) for given in args.command}
+    count = lambda program: flops.matmul_flops(program.step, program.state, program.batch)
     steps = {name: TrainStep(config) for name, config in configs.items()}
-    counted = {name: flops_of(config, steps[name]) for name, config in configs.items()}
+    counted = {
+        name: (flops.per_image(config).train * config.batch_size, count(steps[name].program))
+        for name, config in configs.items()
+    }
     runs = {name: step.loss for name, step in steps.items()}
-    timings = harness.in_turns(runs, turns=args.turns)
+    timings = stopwatch.in_turns(runs, args.turns)
     columns = dict(variant="34", seconds=">24.3f", time=">7.3f", model_flops=">12.4f")
     table = harness.Table(columns | dict(flops=">11.4f"))
     for name, timing in timings.items():

@@ -114,7 +114,7 @@ def compile_step(
     is_tpu = topology.chip.is_tpu
     nodes = () if is_tpu or topology.slices == 1 else (topology.slices,)
     name = f"{topology.chip.name}:{'x'.join(map(str, (*topology.shape, *nodes)))}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", **environment(topology)}
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     request = dict(
@@ -127,7 +127,7 @@ def compile_step(
         cache=str(cache.resolve()),
     )
     what = f"compiling for {name}"
-    out, log, status = _run(json.dumps(request), environment, timeout, what, line)
+    out, log, status = _run(json.dumps(request), variables, timeout, what, line)
     try:
         answer = json.loads(out.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -154,8 +154,8 @@ def missing(chip: chips.Chip) -> str | None:
     return f'{what} is needed); pip install "grain_jax[{extra}]"'
 
 
-def _environment(topology: chips.Topology) -> dict[str, str]:
-    """The variables that the compiler reads."""
+def environment(topology: chips.Topology) -> dict[str, str]:
+    """The variables that the compiler reads, for these chips."""
     if not topology.chip.is_tpu:
         # The flags of the user come last, so that they win.
         return {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}

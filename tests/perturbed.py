@@ -1,6 +1,6 @@
 """Very small models for conversions; `params` gives them weights of which every one counts."""
 
-from benchmarks.interop import perturbed as params
+from benchmarks.random_weights import perturbed as params
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 

@@ -205,7 +205,6 @@ def _python(code, *arguments, **options):
 
 
 def test_configs_import_little():
-    """`benchmarks.start_up` has the time."""
     code = (
         "import sys; before = {*sys.modules}\n"
         "from grain_jax.configs import demo; demo.get_config()\n"

@@ -218,7 +218,7 @@ def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
     expected = parity.outputs(model, params, given)
     pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
     ids = torch.tensor(given.token_ids).long()
-    with torch.no_grad():  # captured whole, without a break; benchmarks.interop tries inductor
+    with torch.no_grad():  # captured whole, without a break
         out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
     singular = lambda name: name.replace("embeds", "embed")
     found = {singular(k): v.numpy() for k, v in out.items() if "logits" not in k}

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.parity import comparison
 from benchmarks.parity import goldens as goldens_parity
 from grain_jax import losses
 from grain_jax.convert import huggingface, parity
@@ -81,7 +82,7 @@ def test_the_torch_module_gives_the_references_outputs(golden, module):
         (boxes[0], "aux/0/pred_boxes"),
         (text, "text_embed"),
     ):
-        assert goldens_parity.relative(name, ours.numpy(), a[f"outputs/{name}"]).ok, name
+        assert comparison.relative(name, ours.numpy(), a[f"outputs/{name}"]).ok, name
 
 
 def golden_inputs(golden):
@@ -107,12 +108,12 @@ def test_the_torch_modules_loss_and_gradients_are_the_references(golden, module)
         ("total", out.loss),
     ):
         reference_loss = golden.arrays[f"losses/{name}"]
-        assert goldens_parity.relative(name, ours.detach().numpy(), reference_loss).ok, name
+        assert comparison.relative(name, ours.detach().numpy(), reference_loss).ok, name
     out.loss.backward()
     compared = 0
     for name, parameter in module.named_parameters():
         stored = golden.arrays["grads/" + name.replace(".", "/", 1)]
-        assert goldens_parity.gradient(name, parameter.grad.numpy(), stored).ok, name
+        assert comparison.gradient(name, parameter.grad.numpy(), stored).ok, name
         compared += 1
     assert compared == sum(key.startswith("grads/") for key in golden.arrays)
 

@@ -1,9 +1,6 @@
 """Packing: worked examples, and properties on random batches."""
 
 import collections
-import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grain_jax.input_pipeline import packing
-from tests.paths import ROOT
 
 END = 99
 Rows = collections.namedtuple("Rows", "tokens positions segments")
@@ -416,15 +412,3 @@ def test_fill_refuses_tokens_of_another_batch():
         packing.fill(
             layout, np.zeros(16, np.int32), (*lengths[:1], np.full((3, 1), 4), no_negatives)
         )
-
-
-def test_benchmark_writes_its_table(tmp_path):
-    path = tmp_path / "packing.json"
-    command = [sys.executable, "-m", "benchmarks.packing", "--json", str(path)]
-    command += ["--batch", "256", "--batches", "2"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    table = json.loads(path.read_text())["table"]
-    shares = {entry["pack_group"]: entry["padding_share"] for entry in table}
-    assert list(shares) == [1, 8, 16, 32, 64, 128]
-    assert shares[1] > 0.5 and shares[8] < 0.35 and shares[64] < 0.2
-    assert all(entry["misfit_share"] <= 0.001 for entry in table)
