@@ -1,4 +1,4 @@
-"""Our train step on one device and the synthetic source, for `benchmarks.train_step` and `benchmarks.variants`."""
+"""Our train step on one device and the synthetic source, for `benchmarks.train_step`."""
 
 import functools
 from typing import Any
@@ -26,60 +26,34 @@ def make_config(size: str, batch: int, *, packed: bool = True, **changes: Any) -
     return harness.config(size, keys | rows | {"text.packing": packed, "dtype": dtype} | changes)
 
 
-class TrainStep:
-    """The compiled step of the trainer on the first device, with a synthetic batch; a call does a step.
-
-    Args:
-      config: for one device.
-      held: a list with the state, which steps of one model may share; empty for a fresh one.
-    """
-
-    def __init__(self, config: Any, held: list | None = None):
-        chip = jax.devices()[0]
-        if chip.platform == "cpu":
-            train.keep_freed_memory()
-        mesh = sharding.make_mesh(config.mesh, [chip])
-        self.program = train_step.build(config, mesh, total_steps=1000, steps_per_epoch=100.0)
-        self._step = self.program.step.lower(self.program.state, self.program.batch).compile()
-        batch = next(synthetic.batches(config))
-        self.batch = device.shard_batch(batch, self.program.batch_sharding)
-        self.held = [] if held is None else held
-        if not self.held:
-            self.held.append(self.program.init())
-
-    def __call__(self) -> dict[str, Any]:
-        """Returns the metrics, still on the device."""
-        self.held[0], metrics = self._step(self.held[0], self.batch)
-        return metrics
-
-    def loss(self) -> float:
-        """Does a step and waits for its loss."""
-        return float(self()["loss"])
-
-
 def side(size: str, batch: int, attention: str, steps: int) -> dict[str, Any]:
     """{variant: callable that does `steps` steps}, and "dropout off": the loss without a step."""
-    held: list = []
-    chip = jax.devices()[0]
-    ways = ("packed", "padded") if chip.platform == "cpu" else ("packed",)
-    make = functools.partial(make_config, size, batch, **{"model.attention": attention})
-    made = {name: TrainStep(make(packed=name == "packed"), held) for name in ways}
-    config = make()
+    chip, made = jax.devices()[0], {}
+    if chip.platform == "cpu":
+        train.keep_freed_memory()
+    for name in ("packed", "padded") if chip.platform == "cpu" else ("packed",):
+        keys = {"model.attention": attention}
+        config = make_config(size, batch, packed=name == "packed", **keys)
+        mesh = sharding.make_mesh(config.mesh, [chip])
+        program = train_step.build(config, mesh, total_steps=1000, steps_per_epoch=100.0)
+        given = device.shard_batch(next(synthetic.batches(config)), program.batch_sharding)
+        made[name] = program.step.lower(program.state, program.batch).compile(), given
+    held = [program.init()]  # the state, which the variants share
     model = GRAIN(config.model, config.dtype, config.remat)
 
     def loss(params, batch):
         outputs = model.apply({"params": params}, batch, None)
         return losses.total_loss(outputs, batch, config.loss).total
 
-    def turn(step: TrainStep) -> dict[str, Any]:
+    def turn(step, given) -> dict[str, Any]:
         for _ in range(steps):
-            metrics = step()
+            held[0], metrics = step(held[0], given)
         jax.block_until_ready((metrics, held))
         peak = (chip.memory_stats() or {}).get("peak_bytes_in_use")
         return dict(loss=float(metrics["loss"]), peak_bytes=peak)
 
-    before = dict(loss=float(jax.jit(loss)(held[0].params, made["packed"].batch)))
-    turns = {name: functools.partial(turn, step) for name, step in made.items()}
+    before = dict(loss=float(jax.jit(loss)(held[0].params, made["packed"][1])))
+    turns = {name: functools.partial(turn, *step) for name, step in made.items()}
     return {"dropout off": lambda: before} | turns
 
 

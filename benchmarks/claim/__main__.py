@@ -31,24 +31,11 @@ def train(run: design.ClaimRun, args: argparse.Namespace) -> int:
     with (locks / f"data-{run.data}").open("w") as data_lock:
         fcntl.flock(data_lock, fcntl.LOCK_EX)
         main = data.prepare(run.data, args.data, args.workdir)
-    done = runs.train(
-        design.make_config(run, args.config, main, args.workdir), args.workdir / "runs" / run.name
-    )
-    result = {
-        "design": design.DESIGN,
-        **run._asdict(),
-        "settings": design.settings_of(run, args.config),
-        "batch_size": done.config.batch_size,
-        "seconds": round(done.seconds, 1),
-        **done.row,
-    }
-    last = done.lines[-5:]
-    for key in (key for key in results.TRAINED if key in last[-1]):
-        result[key] = round(sum(line[key] for line in last) / len(last), 6)
-    for key in results.MEASURED:
-        if f"eval/{key}" in done.evaluated:
-            result[key] = round(done.evaluated[f"eval/{key}"], 6)
-    results.append(args.results, result)
+    config = design.make_config(run, args.config, main, args.workdir)
+    about = {"design": design.DESIGN, "settings": design.settings_of(run, args.config)}
+    measures = {name: name for name in results.MEASURED}
+    row = runs.train(config, args.workdir / "runs" / run.name, measures)
+    results.append(args.results, {**about, **run._asdict(), **row})
     return 0
 
 

@@ -87,11 +87,8 @@ def train(args: argparse.Namespace) -> int:
     """Trains and evaluates the run ARM-SEED and appends its row."""
     arm, _, seed = args.run.rpartition("-")
     config = make_config(arm, int(seed), args.workdir, args.steps)
-    done = runs.train(config, args.workdir / "runs" / args.run)
-    row = {"arm": arm, "seed": seed, "steps": args.steps, **done.row}
-    for column, key in MEASURES.items():
-        if f"eval/{key}" in done.evaluated:
-            row[column] = round(done.evaluated[f"eval/{key}"], 6)
+    row = runs.train(config, args.workdir / "runs" / args.run, MEASURES)
+    row |= {"arm": arm, "seed": seed, "steps": args.steps}
     results.append(args.results, row, COLUMNS)
     return 0
 

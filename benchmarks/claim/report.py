@@ -3,8 +3,8 @@
 import itertools
 import math
 import pathlib
-import statistics
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import scipy.stats
 
@@ -20,13 +20,6 @@ from benchmarks.claim.measures import (
     spread,
 )
 from benchmarks.claim.results import Result
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean (Student's t over seeds)."""
-    mean, n = statistics.mean(values), len(values)
-    half = scipy.stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
-    return mean - half, mean + half
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -138,8 +131,11 @@ def _print_differences(groups) -> None:
         values = {r["seed"]: headline(r) for r in results}
         both = sorted(set(values) & set(ours))
         lead = [100 * (ours[seed] - values[seed]) for seed in both]
-        low, high = _interval(lead) if len(lead) > 1 else (math.nan, math.nan)
-        is_ours = label == LABELS[design.OURS]
+        is_ours, low, high = label == LABELS[design.OURS], math.nan, math.nan
+        if len(lead) > 1 and not is_ours:
+            low, high = scipy.stats.t.interval(
+                0.95, len(lead) - 1, fmean(lead), scipy.stats.sem(lead)
+            )
         rows.append(
             [
                 label,

@@ -5,8 +5,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -19,7 +17,6 @@ from grain_jax.losses import hops
 from grain_jax.models import grain
 from grain_jax.training import flops, memory_need, train_step
 from tests import tiny
-from tests.paths import ROOT
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no TPU compiler for this platform"
@@ -57,16 +54,6 @@ def page(plan, topology="v5e:2x4", **changes):
     return plan_text.page({"topology": topology, "overrides": [], **plan, **changes})
 
 
-def command(*arguments, cache):
-    return subprocess.run(
-        [sys.executable, "-m", "grain_jax.launch.plan", *arguments],
-        cwd=ROOT,
-        env={**compiler.os.environ, "GRAIN_JAX_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-
-
 class _Built(Exception):
     """Ends a training run once its program is built."""
 
@@ -90,22 +77,17 @@ def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
 
 
 @needs_libtpu
-def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
+def test_plan_of_a_compiled_step(compiled, cached, tmp_path, capsys):
     out = tmp_path / "plan.json"
-    done = command(
-        "--config=tests/run_config.py",
-        "--topology=v5e:2x4",
-        f"--output={out}",
-        "--price=2",
-        *(f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()),
-        cache=cache,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "from the cache" in done.stderr  # the fixture's compile
+    words = ["--config=tests/run_config.py", "--topology=v5e:2x4", f"--output={out}", "--price=2"]
+    words += [f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()]
+    assert plan.main(words) == 0
+    printed, said = capsys.readouterr()
+    assert "from the cache" in said  # the fixture's compile
     found = json.loads(out.read_text())
     config = tiny.config()
     memory = found["memory"]
-    assert found["fits"] and "FITS" in done.stdout
+    assert found["fits"] and "FITS" in printed
 
     # By hand: the parameters are replicated, the batch is cut in 8, Adam has two moments and a count.
     params = jax.tree.leaves(_params(config))
@@ -115,9 +97,8 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
     batch = train_step.abstract_batch(config)
     assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // 8
-    counts = (
-        2 * 4 + 2 * 4 + 16 + 8
-    )  # Adam's and the schedule's; step, texts_dropped, receipt, text_counts
+    # Adam's and the schedule's; step, texts_dropped, receipt, text_counts.
+    counts = 2 * 4 + 2 * 4 + 16 + 8
     assert found["checkpoint"]["bytes"] == 3 * size + counts
     assert memory["limit_bytes"] == 15.75 * 2**30
     parts = ("arguments", "output", "temporaries", "code")
@@ -135,7 +116,7 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     told = page(
         {k: v for k, v in found.items() if k not in ("topology", "overrides")}, unknown_loops=2
     )
-    assert "2 loop(s) of unknown length" in told and "unknown length" not in done.stdout
+    assert "2 loop(s) of unknown length" in told and "unknown length" not in printed
     hours = 8 * 160 / found["images_per_second"] / 3600
     assert found["bill"]["chip_hours"] == pytest.approx(hours)
     assert found["bill"]["cost"] == pytest.approx(2 * hours)
@@ -154,10 +135,10 @@ def _params(config):
         (["--topology=h100:3"], "batch_size"),  # 16 images do not divide over 3
     ],
 )
-def test_wrong_usage_is_one_line(arguments, told, cache):
-    done = command("--config=tests/run_config.py", *arguments, cache=cache)
-    assert done.returncode == 2
-    assert told in done.stderr and "Traceback" not in done.stderr
+def test_wrong_usage_is_one_line(arguments, told, cached):
+    with pytest.raises(errors.UserError) as caught:
+        plan.main(["--config=tests/run_config.py", *arguments])
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, cached):
@@ -377,7 +358,8 @@ def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch, capsys):
         answer = ask(config)
         memory = {"total_bytes": answer.total_bytes, "limit_bytes": answer.limit_bytes}
         rate = answer.images_per_second
-        return {"fits": answer.fits, "memory": memory, "images_per_second": rate}
+        mesh = {"data": 8, "fsdp": 1}
+        return {"fits": answer.fits, "memory": memory, "images_per_second": rate, "mesh": mesh}
 
     monkeypatch.setattr(plan, "make", make)
     # "dots" is tried again by the search, and must not be compiled again.
