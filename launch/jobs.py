@@ -112,7 +112,6 @@ class Runner:
       slots: as many jobs run at a time, each on one of these.
       screen: gets a line whenever a job starts or ends, and the progress.
       ready: whether a job may start beside the running ones of these names, here or elsewhere.
-      share_done: how much of a running job is done, 0 to 1.
       retries: how often a job that fails is started again; wrong usage (status 2) never is.
       environment: of the jobs.
     """
@@ -122,7 +121,6 @@ class Runner:
     slots: Sequence[Slot]
     screen: progress.Line
     ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
-    share_done: Callable[[Job], float] = lambda job: 0.0
     retries: int = 1
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
 
@@ -269,8 +267,7 @@ class Runner:
             state.process.send_signal(number)
 
     def _show(self) -> None:
-        running = [state.job for state in self._running()]
-        at = ", ".join(f"{job.name} ({self.share_done(job):.0%})" for job in running)
+        at = ", ".join(state.job.name for state in self._running())
         finished = f"{len(self._done())} of {len(self._states)} runs finished"
         self.screen.show(f"{finished}{at and f'; running: {at}'}")
 

@@ -48,7 +48,6 @@ def train_here(
         slots=jobs.slots(parallel),
         screen=progress.Line("sweep: "),
         ready=ready,
-        share_done=lambda job: sweep_runs.share_done(by_name[job.name]),
         retries=retries,
         # Runs that differ in their seed alone share a compiled program.
         environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},

@@ -204,13 +204,6 @@ def finished(run: SweepRun) -> bool:
     return step in checkpoint.finished_steps(run.folder) and run.config.total_steps in (None, step)
 
 
-def share_done(run: SweepRun) -> float:
-    """The share of the steps that are done, 0 to 1; 0 where the length is not known."""
-    if run.config.total_steps is None:
-        return 0.0
-    return last_step(run.folder) / run.config.total_steps
-
-
 def local_folder(workdir: epath.Path) -> epath.Path:
     """The folder of the logs and job files of a sweep: its workdir, or a local folder where that is remote."""
     if "://" not in str(workdir):

@@ -124,7 +124,6 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
     pretend(c, 8)
     pretend(d, 10, reported=())  # killed between its last save and its report
     assert [run.name for run in (a, b, c, d, e) if sweep_runs.finished(run)] == [a.name]
-    assert [sweep_runs.share_done(run) for run in (a, c, e)] == [1.0, 0.8, 0.0]
     by_epochs, killed = make(tmp_path, [{"total_epochs": 1.0}, {"total_epochs": 2.0}])
     pretend(by_epochs, 10)
     pretend(killed, 20, reported=())
