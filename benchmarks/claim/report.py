@@ -4,7 +4,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 import scipy.stats
 
@@ -131,18 +131,16 @@ def _print_differences(groups) -> None:
         values = {r["seed"]: headline(r) for r in results}
         both = sorted(set(values) & set(ours))
         lead = [100 * (ours[seed] - values[seed]) for seed in both]
-        is_ours, low, high = label == LABELS[design.OURS], math.nan, math.nan
-        if len(lead) > 1 and not is_ours:
-            low, high = scipy.stats.t.interval(
-                0.95, len(lead) - 1, fmean(lead), scipy.stats.sem(lead)
-            )
+        is_ours, half = label == LABELS[design.OURS], math.nan
+        if len(lead) > 1:  # Student's t over seeds
+            half = scipy.stats.t.ppf(0.975, len(lead) - 1) * stdev(lead) / math.sqrt(len(lead))
         rows.append(
             [
                 label,
                 ", ".join(f"{100 * values[seed]:.1f}" for seed in sorted(values)),
                 spread(list(values.values())),
                 "" if is_ours else ", ".join(f"{x:+.1f}" for x in lead),
-                "" if is_ours else f"{low:+.1f} to {high:+.1f}",
+                "" if is_ours else f"{fmean(lead) - half:+.1f} to {fmean(lead) + half:+.1f}",
             ]
         )
     header = ["unseen by description, alpha 1", "by seed", "mean"]

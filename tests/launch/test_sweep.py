@@ -16,7 +16,7 @@ from etils import epath
 from benchmarks.claim import __main__ as claim
 from benchmarks.claim import design
 from benchmarks.claim import results as claim_results
-from grain_jax.config import points, recipe
+from grain_jax.config import points
 from grain_jax.core import errors
 from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 from tests import test_claim
@@ -73,7 +73,7 @@ def test_faults_of_a_sweep_file_are_one_line(tmp_path, text, message):
 def test_every_point_is_checked_as_the_trainer_reads_it(tmp_path):
     faults = {
         "optim.learning_rte": (1.0, "no such key; did you mean optim.learning_rate?"),
-        "optim": ({"learning_rate": 1.0}, "expected a number, a string, a bool or a tuple"),
+        "optim": ({"learning_rate": 1.0}, "optim: got {'learning_rate': 1.0}, expected a number"),
         "batch_size": (16.5, "--config.batch_size"),
         "input.lanes": (3, "input.lanes: got 3, must divide batch_size 16"),
         "total_steps": (None, "total_steps: got None, expected a number"),
@@ -96,12 +96,13 @@ def test_a_point_unsets_the_other_length(tmp_path):
     assert run.config.input.name == "two words"
 
 
-def make(tmp_path, points, overrides=(), **base):
-    """Runs of the tiny config with changes, which a config file has."""
+def make(tmp_path, points, overrides=(), evaluator="", **base):
+    """Runs of the tiny config with changes and perhaps an evaluator, of arguments in code, which a config file has."""
     tmp_path.mkdir(exist_ok=True)
     file = tmp_path / f"config{len(list(tmp_path.glob('config*.py')))}.py"
-    text = f"from tests import tiny\n\ndef get_config():\n    return tiny.dictionary(**{base!r})\n"
-    file.write_text(text)
+    evals = f", evals={{'birds': recipe.evaluator({evaluator})}}" if evaluator else ""
+    head = "from grain_jax.config import recipe\nfrom tests import tiny\n\ndef get_config():\n"
+    file.write_text(f"{head}    return tiny.dictionary(**{base!r}{evals})\n")
     return sweep_runs.make_runs(str(file), overrides, points, epath.Path(tmp_path))
 
 
@@ -128,8 +129,8 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
     pretend(by_epochs, 10)
     pretend(killed, 20, reported=())
     assert sweep_runs.finished(by_epochs) and not sweep_runs.finished(killed)
-    birds = recipe.evaluator("grounding", "birds", annotations="birds.jsonl").to_dict()
-    (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evals={"birds": birds}, pictures=8)
+    birds = "'grounding', 'birds', annotations='birds.jsonl'"
+    (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evaluator=birds, pictures=8)
     drawn = ("curves.png", "results.json", "regions.png")
     for count in range(4):
         pretend(evaluated, 10, saved=count == 0, reported=drawn[:count])
@@ -137,13 +138,12 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
-    entry = lambda missing: recipe.evaluator("zeroshot", "birds", missing=missing).to_dict()
-    birds = [entry(missing) for missing in ("skip", "error")]
-    (run,) = make(tmp_path, [{"seed": 0}], evals={"birds": birds[0]})
+    skip, error = (f"'zeroshot', 'birds', missing={missing!r}" for missing in ("skip", "error"))
+    (run,) = make(tmp_path, [{"seed": 0}], evaluator=skip)
     pretend(run, 10)
-    same = dict(evals={"birds": birds[1]}, log_every=5, checkpoint_every=2)
+    same = dict(evaluator=error, log_every=5, checkpoint_every=2)
     sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], **same))
-    other = make(tmp_path, [{"seed": 0}], evals={"birds": birds[0]}, batch_size=32)
+    other = make(tmp_path, [{"seed": 0}], evaluator=skip, batch_size=32)
     with pytest.raises(errors.UserError, match=r"was trained with batch_size = 16, now it is 32"):
         sweep_runs.check_folders(other)
     stored = run.folder / "config.json"
