@@ -113,3 +113,12 @@ def pytest_collection_modifyitems(items):
         chosen = name.startswith(tuple(entry + ("" if "::" in entry else "::") for entry in QUICK))
         if chosen and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """Runs of the trainer without what they have in common or nobody looks at (tests/programs.py)."""
+    from tests import programs
+
+    with programs.quick_runs():
+        yield

@@ -5,7 +5,9 @@ the data set, so that at most `MISFITS` of them are dropped or cut. config.json 
 the numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFlow.
 """
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -303,6 +305,7 @@ def smallest_rows(
       The rows, and the share of the texts of all draws that does not fit.
     """
 
+    @functools.cache
     def shares(rows: int) -> list[float]:
         out = []
         for texts in draws:
@@ -312,28 +315,24 @@ def smallest_rows(
             out.append((layout.texts_dropped + layout.captions_cut) / number)
         return out
 
-    tokens = [
-        t["caption_lengths"].sum(axis=1)
-        + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
-        + (t["negative_lengths"].sum(axis=(1, 2)) if "negative_lengths" in t else 0)
-        for t in draws
-    ]
-    most = max(int(of.reshape(-1, group).sum(axis=1).max()) for of in tokens)
+    tokens = np.concatenate(
+        [
+            t["caption_lengths"].sum(axis=1)
+            + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
+            + (t["negative_lengths"].sum(axis=(1, 2)) if "negative_lengths" in t else 0)
+            for t in draws
+        ]
+    )
+    most = int(tokens.reshape(-1, group).sum(axis=1).max())
     captions = group * draws[0]["caption_lengths"].shape[1]
     # For two tokens of each caption.
     least = -(-captions // (row_length // packing.MIN_TEXT_LENGTH))
     # Bounds: after first fit no two rows could be one, so they are more than half full on average; and the mean
     # number of tokens needs `low` rows.
-    rows, found = max(least, 2 * most // row_length + 1), [0.0]
-    low = max(least, int(np.mean(np.concatenate(tokens)) * group / row_length))
-    while low < rows:
-        middle = (low + rows) // 2
-        tried = shares(middle)
-        if max(tried) <= misfits:
-            rows, found = middle, tried
-        else:
-            low = middle + 1
-    return rows, float(np.mean(found))
+    low = max(least, int(np.mean(tokens) * group / row_length))
+    high = max(least, 2 * most // row_length + 1)
+    rows = bisect.bisect_left(range(high), True, low, key=lambda n: max(shares(n)) <= misfits)
+    return rows, float(np.mean(shares(rows)))
 
 
 def _names(lengths: Sequence[TextLengths]) -> str:

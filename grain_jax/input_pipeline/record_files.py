@@ -1,11 +1,8 @@
 """The files of record sets: where they are, whether they are whole, and what tells them from others."""
 
-import concurrent.futures
-import hashlib
-import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
@@ -27,7 +24,6 @@ _REBUILD = "rebuild the set with grain-jax build, or copy it anew"
 _LEAST_BYTES = 16  # of a record: its length and the checksums of both
 # Written by grain-jax build: split -> digest of its records; lengths, sizes and digests of its shards.
 DIGEST_FILE = "digest.json"
-_LOOKED_INTO = 64  # shards of a set without DIGEST_FILE, whose size and first record are digested
 
 
 class DataError(errors.UserError):
@@ -41,7 +37,13 @@ class RecordSet(NamedTuple):
     directory: epath.Path  # of its newest version
     shards: tuple[order.ShardFile, ...]
     has_negatives: bool
-    shard_digests: dict[str, str]  # shard's path -> digest that stands beside them; {}: none does
+    written: dict[str, Any]  # its entry in DIGEST_FILE; {}: it has none
+
+    @property
+    def shard_digests(self) -> dict[str, str]:
+        """Shard's path -> digest that stands beside them; {}: none does."""
+        paths = (shard.path for shard in self.shards)
+        return dict(zip(paths, self.written.get("shard_digests", [])))
 
 
 def find(config: Config) -> list[RecordSet]:
@@ -74,11 +76,10 @@ def _find(source: Dataset) -> RecordSet:
     of_region = getattr(features["regions"], "feature", None)
     has_negatives = isinstance(of_region, tfds.features.FeaturesDict) and "negatives" in of_region
     split_shards = shards(directory, split)
-    written, digests = _of_split(directory, source.split), {}
-    if written.get("shard_lengths") == [shard.num_records for shard in split_shards]:
-        # Sets of others have none.
-        digests = dict(zip((s.path for s in split_shards), written.get("shard_digests", [])))
-    return RecordSet(source, directory, split_shards, has_negatives, digests)
+    written = _of_split(directory, source.split)
+    if written.get("shard_lengths") != [shard.num_records for shard in split_shards]:
+        written = {}  # of other shards
+    return RecordSet(source, directory, split_shards, has_negatives, written)
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
@@ -182,47 +183,14 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
 
 
 def identity(one: RecordSet) -> sources.Identity:
-    """What tells a set from others, wherever it lies.
+    """What tells a set from others, wherever it lies: the digest of all records that grain-jax build wrote, if it did.
 
-    The order of the data depends on `shard_lengths`. `digest` is one of all `records` where grain-jax build wrote it
-    beside them (one small file is read), else one of the `files`: the names of all shards, and the size and the
-    first record of at most 64 shards, evenly spread. That takes 64 listings and 64 reads, 16 at a time; a change
-    of other records that keeps all sizes is not found.
-
-    Raises:
-      DataError: DIGEST_FILE is damaged, or a first record cannot be read.
+    The order of the data depends on `shard_lengths`.
     """
-    lengths = [shard.num_records for shard in one.shards]
-    written = _of_split(one.directory, one.source.split)
-    if written.get("shard_lengths") == lengths:  # else DIGEST_FILE is of other shards
-        kind, digest = "records", written.get("digest")
-    else:
-        kind, digest = "files", _digest_of_files([epath.Path(s.path) for s in one.shards])
     return {
         "name": one.source.name,
         "split": one.source.split,
-        "shard_lengths": lengths,
-        "digest": digest,
-        "digest_of": kind,
+        "shard_lengths": [shard.num_records for shard in one.shards],
+        "digest": one.written.get("digest"),
+        "digest_of": "records" if one.written else "nothing",
     }
-
-
-def _digest_of_files(shards: Sequence[epath.Path]) -> str:
-    chosen = [shards[i * len(shards) // _LOOKED_INTO] for i in range(_LOOKED_INTO)]
-    chosen = list(dict.fromkeys(chosen))  # each once
-
-    def look(path: epath.Path) -> list[Any]:
-        try:
-            first = next(tf.data.TFRecordDataset(str(path)).as_numpy_iterator(), b"")
-            features = tf.train.Example.FromString(first).features.feature
-            size = path.stat().length
-        except (*DAMAGE, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise DataError(f"{path}, record 0: {reason}; rebuild the set") from None
-        # Sorted: a protobuf map has no order.
-        parts = [name.encode() + features[name].SerializeToString() for name in sorted(features)]
-        return [size, hashlib.sha256(b"".join(parts)).hexdigest()]
-
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        looked = list(pool.map(look, chosen))
-    return hashlib.sha256(json.dumps([[p.name for p in shards], looked]).encode()).hexdigest()

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 
+import jax
 import pytest
 
 from grain_jax import config as config_lib
@@ -12,7 +13,7 @@ from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import lock, metrics_writer
-from tests import record_sets, tiny
+from tests import programs, record_sets, tiny
 from tests.hostile import cases
 
 FLAGS = [  # arguments, the line
@@ -116,13 +117,16 @@ def test_hostile_metrics_are_left_out_and_a_workdir_that_is_removed_is_a_line(
     write = metrics_writer.MetricsWriter.write
 
     def remove(self, step, metrics):
-        if step == 3:
+        if step == 2:
             shutil.rmtree(workdir)
         write(self, step, metrics)
 
     monkeypatch.setattr(metrics_writer.MetricsWriter, "write", remove)
     monkeypatch.setattr(cases, "SECONDS", 300)  # it compiles
-    outcome = cases.run(lambda _: train.train(tiny.config(checkpoint_every=0), workdir), [])
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: device)
+    config = programs.config(total_steps=2, checkpoint_every=0)
+    outcome = cases.run(lambda _: train.train(config, workdir), [])
     cases.check(outcome, "run: the folder was removed", errors.StorageFault.status)
     cases.check(outcome, r"metrics.jsonl, line 1: got .* 3 of 3 lines do not count", 1)
     assert not workdir.exists()

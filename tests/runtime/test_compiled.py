@@ -123,12 +123,8 @@ def test_a_second_process_compiles_nothing_and_computes_the_same_bits(tmp_path):
     assert folder.name == compiled.folder().name
     for path in folder.iterdir():
         _flip(path)
-    assert _run(cache) == (0, programs, out)  # and each is replaced:
-    assert _run(cache) == (programs, 0, out)
     assert _run(cache, "off") == (0, 0, out)
-    assert _run(cache, JAX_ENABLE_COMPILATION_CACHE="false") == (0, 0, out)
-    (tmp_path / "file").write_text("")
-    assert _run(tmp_path / "file")[0] == 0
+    assert _run(cache) == (0, programs, out)
 
 
 def test_where_the_user_has_a_cache_it_is_left_alone():
