@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 def is_open(config: Config) -> bool:
     """Whether the config has a number left to derive."""
-    return None in (config.input.lanes, config.text.pack_group, config.text.pack_rows)
+    return None in _numbers(config).values()
 
 
 def resolve(
@@ -81,43 +81,39 @@ def resolve(
     """
     if not is_open(config):
         return config, ""
-    lanes, group, rows = config.input.lanes, config.text.pack_group, config.text.pack_rows
-    if stored and stored.batch_size != config.batch_size:
-        stored = None  # another run, which `checkpoint.check_same_run` refuses
-    derived, taken = [], []  # "key=value" each
-
-    def take(name: str, value: int | None, otherwise: Callable[[], int]) -> int:
-        """The value of the checkpoint, else the one that is derived."""
-        found = otherwise() if value is None else value
-        (derived if value is None else taken).append(f"{name}={found}")
-        return found
-
-    if lanes is None:
-        before = stored.input.lanes if stored else None
-        lanes = take(KEYS[0], before, lambda: _lanes(config, place))
+    before = dict.fromkeys(KEYS)  # those of the checkpoint
+    if (
+        stored and stored.batch_size == config.batch_size
+    ):  # else `checkpoint.check_same_run` refuses
+        before = _numbers(stored)
+    found, derived, taken = _numbers(config), [], []
     if not config.text.packing:
-        group, rows = 1, config.input.texts_per_image
-    if group is None:
-        before = stored.text.pack_group if stored else None
-        group = take(KEYS[1], before, lambda: _group(config, place, lanes))
+        found |= {KEYS[1]: 1, KEYS[2]: config.input.texts_per_image}
+    for key, way in zip(KEYS, (_lanes, _group)):
+        if found[key] is None:
+            found[key] = before[key] or way(config, place, found[KEYS[0]])
+            (taken if before[key] else derived).append(f"{key}={found[key]}")
+    lanes, group, rows = found.values()
     source = ""
-    if rows is None and stored and stored.text.pack_group == group:
-        rows = stored.text.pack_rows
-        if rows is not None:
-            taken.append(f"{KEYS[2]}={rows}")
+    if rows is None and before[KEYS[1]] == group and (rows := before[KEYS[2]]):
+        taken.append(f"{KEYS[2]}={rows}")
     if rows is None:
-        found = lengths()
-        answer = rows_of(config, group, found)
-        rows = answer.rows
+        of = lengths()
+        rows, misfits, too_long = rows_of(config, group, of)
         derived = [word for word in derived if not word.startswith(KEYS[1])]
         derived.append(f"{KEYS[2]}={rows} for groups of {group}")
-        source = f": from {_names(found)}; {_percent(answer.misfits)} of their texts do not fit"
-        if answer.too_long:
-            source += f", {_percent(answer.too_long)} of their captions are cut to a row's length"
+        names = ", ".join(f"{len(one.synthetic)} images of {one.name}" for one in of)
+        source = f": from {names}; {_percent(misfits)} of their texts do not fit"
+        if too_long:
+            source += f", {_percent(too_long)} of their captions are cut to a row's length"
     line = ", ".join(derived) + source
     if taken:
         line = "; ".join(filter(None, (f"{', '.join(taken)}: as in {where}", line)))
     return with_numbers(config, lanes, group, rows), line
+
+
+def _numbers(config: Config) -> dict[str, Any]:
+    return dict(zip(KEYS, (config.input.lanes, config.text.pack_group, config.text.pack_rows)))
 
 
 def with_numbers(config: Config, lanes: int | None, group: int | None, rows: int | None) -> Config:
@@ -146,7 +142,7 @@ def planned(config: Config, place: Place) -> tuple[Config, str]:
     return resolve(config, place, lambda: found)
 
 
-def _lanes(config: Config, place: Place) -> int:
+def _lanes(config: Config, place: Place, _: None) -> int:
     """A number near `LANES`, with `LANE_IMAGES` images each, that suits 1, 2, 4, ... processes where possible."""
     batch = config.batch_size
     fewest = min(place.shards.values(), default=batch)
@@ -333,10 +329,6 @@ def smallest_rows(
     high = max(least, 2 * most // row_length + 1)
     rows = bisect.bisect_left(range(high), True, low, key=lambda n: max(shares(n)) <= misfits)
     return rows, float(np.mean(shares(rows)))
-
-
-def _names(lengths: Sequence[TextLengths]) -> str:
-    return ", ".join(f"{len(one.synthetic)} images of {one.name}" for one in lengths)
 
 
 def _percent(share: float) -> str:

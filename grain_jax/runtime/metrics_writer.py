@@ -269,16 +269,13 @@ class MetricsWriter:
             for part in metrics_file.files(self.workdir)[1:]:
                 part.unlink()
 
-    def rates(
-        self, step: int, wait_seconds: float, wait_steps: int | None = None
-    ) -> dict[str, float]:
+    def rates(self, step: int, wait_seconds: float, wait_steps: int = 0) -> dict[str, float]:
         """What was done a second, and the shares of time and steps that input held up, since the last call.
 
         Args:
           step: steps done.
           wait_seconds: seconds waited for input since the start.
-          wait_steps: steps that waited for input (`device.Prefetch`); None: not known, then there is no
-            `input_wait_steps`.
+          wait_steps: steps that waited for input since the start (`device.Prefetch`).
 
         Returns:
           `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`,
@@ -286,18 +283,18 @@ class MetricsWriter:
         """
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
-        images_per_second = (step - self._step) * self.batch_size / elapsed
+        steps = step - self._step
+        images_per_second = steps * self.batch_size / elapsed
         out = {
             "images_per_second": images_per_second,
             "model_flops_per_second": images_per_second * self.flops_per_image,
             "input_wait_fraction": (wait_seconds - self._wait) / elapsed,
+            "input_wait_steps": (wait_steps - self._wait_steps) / max(steps, 1),
         }
-        if wait_steps is not None:
-            out["input_wait_steps"] = (wait_steps - self._wait_steps) / max(step - self._step, 1)
-            self._wait_steps = wait_steps
         if self.peak_flops:
             out["mfu"] = out["model_flops_per_second"] / self.peak_flops
-        self._time, self._step, self._wait = now, step, wait_seconds
+        self._time, self._step = now, step
+        self._wait, self._wait_steps = wait_seconds, wait_steps
         return out
 
     @contextlib.contextmanager
