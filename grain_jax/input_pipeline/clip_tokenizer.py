@@ -148,8 +148,13 @@ def byte_pairs() -> "tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    merges = _merges()
-    characters = _byte_characters()
+    # Their source is told in clip_vocabulary.LICENSE.txt.
+    _, *lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()
+    merges = [(left, right) for left, right in map(str.split, lines)]
+    # The 256 bytes as printable characters, in the order of the first 256 ids of CLIP (and GPT-2).
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = range(256, 512 - len(printable))
+    characters = [chr(code) for code in (*printable, *others)]
     tokens = [*characters, *(c + "</w>" for c in characters), *("".join(m) for m in merges)]
     library = tokenizers.Tokenizer(
         models.BPE(
@@ -166,16 +171,3 @@ def byte_pairs() -> "tokenizers.Tokenizer":
         ]
     )
     return library
-
-
-def _byte_characters() -> list[str]:
-    """The 256 bytes as printable characters, in the order of the first 256 ids of CLIP (and GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = len(set(range(256)) - set(printable))
-    return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]
-
-
-def _merges() -> list[tuple[str, str]]:
-    """CLIP's merges, in order; their source is told in clip_vocabulary.LICENSE.txt."""
-    _, *lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()
-    return [(left, right) for left, right in map(str.split, lines)]
