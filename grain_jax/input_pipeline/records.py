@@ -15,7 +15,7 @@ from etils import epath
 
 from grain_jax.config import Config, TextTower
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import assemble, order, shard_digests, sources, tokenizer, transforms
+from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 from grain_jax.input_pipeline.text_cleaning import Texts
@@ -134,7 +134,7 @@ def batches(
       MissingData, DataError: as `record_files.find`.
       order.OrderError: a set has fewer shards than `input.lanes`.
     A damaged record raises DataError with its shard and its place there, at the batch that it is in; a shard that is
-    not what it was (shard_digests.Comparison) does before the first batch with one of its records.
+    not what it was (record_files.Comparison) does before the first batch with one of its records.
     """
     sets = record_files.find(config)
     lanes_of_sets = [
@@ -161,7 +161,7 @@ def batches(
                 one.source.name,
             )
     comparisons = {
-        (lane.index, i): shard_digests.Comparison(
+        (lane.index, i): record_files.Comparison(
             one.shard_digests, notes and notes / f"set{i}_lane{lane.index}.json", start_step > 0
         )
         for lane in served
@@ -170,7 +170,7 @@ def batches(
     return _batches(config, served, start_step, comparisons)
 
 
-Comparisons = Mapping[tuple[int, int], shard_digests.Comparison]  # of a lane's stream of a set
+Comparisons = Mapping[tuple[int, int], record_files.Comparison]  # of a lane's stream of a set
 
 
 def _batches(
@@ -272,7 +272,7 @@ def _lane_stream(
         draws.set_shape([None, transforms.NUM_DRAWS])
         files = tf.data.TFRecordDataset(paths, buffer_size=_READ_BYTES)
         records = files.batch(length).get_single_element()
-        hashes = shard_digests.hashes(records)
+        hashes = record_files.hashes(records)
         with tf.control_dependencies([tf.numpy_function(compare, [ordinal, hashes], tf.int64)]):
             return tf.gather(records, chosen), draws
 
