@@ -322,10 +322,17 @@ def test_a_missing_set_names_the_command(tmp_path):
         records.num_examples(config)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    record_sets.write_annotations(folder / "in", 12, size=(16, 16))
+    assert record_sets.build_set(folder / "in", folder, "--num-shards=2") == 0
+    return folder / "tiny_set"
+
+
 @pytest.fixture
-def damaged(tmp_path):
-    record_sets.write_annotations(tmp_path / "in", 12, size=(16, 16))
-    assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=2") == 0
+def damaged(small, tmp_path):
+    shutil.copytree(small, tmp_path / "tiny_set")
     config = record_sets.config(tmp_path, batch_size=4, lanes=2)
     (one,) = record_files.find(config)
     (one.directory / record_files.DIGEST_FILE).unlink()  # which finds out first
