@@ -82,9 +82,8 @@ def resolve(
     if not is_open(config):
         return config, ""
     before = dict.fromkeys(KEYS)  # those of the checkpoint
-    if (
-        stored and stored.batch_size == config.batch_size
-    ):  # else `checkpoint.check_same_run` refuses
+    # One of another batch size is another run, which `checkpoint.check_same_run` refuses.
+    if stored and stored.batch_size == config.batch_size:
         before = _numbers(stored)
     found, derived, taken = _numbers(config), [], []
     if not config.text.packing:

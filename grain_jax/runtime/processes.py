@@ -151,7 +151,7 @@ def _of_all(content: bytes) -> list[bytes]:
     from jax.experimental import multihost_utils
 
     wait_for_all(f"evaluation {next(_meetings)}")
-    lengths = multihost_utils.process_allgather(np.array([len(content)])).reshape(-1)
+    lengths = multihost_utils.process_allgather(np.array([len(content)], np.uint32)).reshape(-1)
     padded = np.frombuffer(content.ljust(lengths.max(), b"\0"), np.uint8)
     everything = np.asarray(multihost_utils.process_allgather(padded))
     return [part[:length].tobytes() for part, length in zip(everything, lengths)]
