@@ -21,6 +21,7 @@ from grain_jax import config as config_lib
 from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
 from grain_jax.core import errors
+from grain_jax.inference import jitted
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 
@@ -60,11 +61,11 @@ def export_model(
     }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
-    for name, (function, inputs) in _functions(model, predictor.dtype).items():
-        exported = jax_export.export(jax.jit(function), platforms=platforms)
-        functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for name, (function, inputs) in _functions(model, predictor.dtype).items():
+            exported = jax_export.export(jax.jit(function), platforms=platforms)
+            functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
         for name in ("regions", "boxes"):
             (output / f"{name}.stablehlo").unlink(missing_ok=True)
         with (output / "params.npz").open("wb") as file:
@@ -81,7 +82,8 @@ def export_model(
 
 def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable, dict[str, Any]]]:
     """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
-    encode_images, encode_texts = inference.programs(model, dtype)
+    encode_images = jitted.image_program(model, dtype)
+    encode_texts = jitted.text_program(model, dtype)
     nested = tables.nested
 
     def image(params, image):
@@ -92,7 +94,7 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
         return dict(zip(names, encode_images(nested(params), image)))
 
     def boxes(params, image, boxes_xyxy):
-        encode_boxes = inference.box_program(model, dtype)
+        encode_boxes = jitted.program(model, dtype, "encode_boxes")
         return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
 
     def text(params, tokens, end):

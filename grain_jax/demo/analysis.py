@@ -26,7 +26,7 @@ from grain_jax.demo.class_lists import (
     DemoError,
     check_lengths,
 )
-from grain_jax.evaluate import given_boxes
+from grain_jax.evaluate import box_classes
 from grain_jax.inference import scores
 
 DIGITS = 4  # decimals of the numbers shown
@@ -212,7 +212,7 @@ class Analyst:
             (embed,) = self.predictor.encode_boxes(self._encode_tokens(image), [box_xyxy[None]])
         elif self.queries:
             _, boxes, regions = self._encode(image)
-            found = given_boxes.best_query(boxes, box_xyxy[None])
+            found = box_classes.best_query(boxes, box_xyxy[None])
             region, iou = int(found.query[0]), float(found.iou[0])
             embed = regions[:, region]
         else:

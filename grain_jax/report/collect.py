@@ -17,7 +17,6 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import encode, rates, test_sets, zeroshot
-from grain_jax.inference import prompts, scores
 from grain_jax.report import regions
 from grain_jax.report.arguments import NUM_IMAGES
 from grain_jax.report.thumbnails import Thumbnails
@@ -105,11 +104,7 @@ def _zeroshot(
     entry, _ = entry.available()
     test_set = entry.open()
     classes = list(test_set.classes)
-    described = None
-    if entry.descriptions:
-        described = zeroshot.read_descriptions(entry.descriptions, classes, test_set.stems)
-    alphas = zeroshot.check_alphas(entry.shares, entry.descriptions, entry.names)
-    with_regions = min(alphas) < 1
+    scorer = entry.scorer(predictor, test_set)
     wanted = set(regions.spread(len(test_set), limit).tolist())
     chosen: list[test_sets.Image] = []
     first: dict[int, int] = {}  # class -> position of its first image
@@ -122,31 +117,16 @@ def _zeroshot(
             "the test set has images without a label, expected another split"
         )
     found = encode.gather_images(
-        predictor, chosen, label="report", unreadable={}, regions=with_regions
+        predictor, chosen, label="report", unreadable={}, regions=scorer.with_regions
     )
     seen, own = [chosen[i] for i in found.index], found.labels
 
-    embeds = encode.encode_texts(predictor, described) if described else []
-    of_classes = embeds
-    if entry.names:
-        filled = prompts.load_templates(entry.templates)
-        texts = [
-            prompts.class_texts(name, filled, described[i] if described else None)
-            for i, name in enumerate(classes)
-        ]
-        of_classes = encode.encode_texts(predictor, texts)
-    features = scores.class_features(of_classes, entry.unit_features)
-    global_scores = scores.global_scores(found.image_embed, features)
-    region_scores = None
-    if with_regions:
-        by_query = entry.region_order == "queries"
-        score = scores.region_scores if by_query else zeroshot.description_scores
-        region_scores = score(found.with_regions.embed, embeds)
-
     out = {"pictures": len(seen), "of": len(test_set), "classes": len(classes), "alphas": {}}
-    for alpha in alphas:
-        combined = scores.combine(global_scores, region_scores, alpha)  # [n, C]
-        hits = rates.topk_hits(combined, own[:, None] == np.arange(len(classes)), 1)
+    for way, combined in scorer.of_batch(found).items():  # [n, C]
+        if way.startswith(zeroshot.BY_NAME):
+            continue
+        alpha = float(way.removeprefix("alpha_"))
+        hits = rates.topk_hits(combined, own, 1)
         out["alphas"][f"{alpha:g}"] = {
             "per_class": {
                 name: [float(hits[own == c].sum()), int((own == c).sum())]

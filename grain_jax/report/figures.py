@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from grain_jax.core import annotations as annotations_lib
 from grain_jax.core import printable, regular_file
-from grain_jax.evaluate import annotated, tables, test_sets
+from grain_jax.evaluate import evaluators, tables, test_sets
 from grain_jax.report import charts, regions
 from grain_jax.runtime import metrics_file, processes
 
@@ -104,7 +104,7 @@ def regions_grid(
     records = [r for r in annotations_lib.read(annotations).records if r.regions]
     if not records:
         raise test_sets.InputError(f"{annotations}: no line has a region; there is nothing to draw")
-    folder = annotated.image_folder(images_dir)
+    folder = evaluators.image_folder(images_dir)
     files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in records]
     seen = regions.look(predictor, records, files, count)
     described, matched, texts = seen.described, seen.matched, seen.texts

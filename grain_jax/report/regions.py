@@ -14,7 +14,7 @@ from grain_jax.core import annotations as annotations_lib
 from grain_jax.core import errors, named
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import encode, evaluators, grounding, test_sets
-from grain_jax.inference import scores
+from grain_jax.inference import prompts, scores
 from grain_jax.report import attention
 from grain_jax.report.thumbnails import Thumbnails
 
@@ -91,7 +91,7 @@ def look(
     described = grounding.described_boxes(mine, found.sizes)
     matched, own_text = grounding.match(found.with_regions.boxes_xyxy, described)
     others = [region.description for record in records for region in record.regions]
-    texts = grounding.distinct(described.texts + others)
+    texts = prompts.distinct(described.texts + others, encode.as_read)[0]
     texts = texts[: max(most_texts or len(texts), len(described.texts))]
     text_embed = scores.unit(predictor.encode_text(texts))
     similarity = scores.unit(found.with_regions.embed) @ text_embed.T

@@ -161,7 +161,7 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
     Args:
       heartbeat_seconds: as given to `initialize`.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         yield
         return
     try:

@@ -228,7 +228,7 @@ def test_where_a_text_lies(kind, picture, monkeypatch, request):
             np.testing.assert_array_equal(lying.region.box_xyxy, answer.box_xyxy)
             np.testing.assert_allclose(lying.region.score, answer.score, atol=1e-6)
     # Another text needs no image, the same ones need no model.
-    monkeypatch.setattr(predictor, "_parts", None)
+    monkeypatch.setattr(predictor, "_rows", None)
     assert np.ptp(analyst.find(picture.copy(), ["a long beak"])[0].cosines) > 1e-3
     monkeypatch.setattr(predictor, "encode_text", None)
     np.testing.assert_array_equal(analyst.find(picture, texts)[1].cosines, found[1].cosines)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import packing as benchmark
 from grain_jax.input_pipeline import packing
 
 END = 99
