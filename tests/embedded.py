@@ -59,7 +59,7 @@ def piece(name, size):
 def job_of(source, folder, shard_size=4):
     folder = parts.absolute(folder)
     found = parts.find(str(source), images=None, split="", shard_size=shard_size, scratch=folder)
-    made_of = settings(len(found.parts), digest=found.digest)
+    made_of = settings(len(found.parts), digest=found.source.digest)
     output.agree(folder, made_of)
     return output.Output(folder, made_of, found.parts)
 

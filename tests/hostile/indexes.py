@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from grain_jax.data.embed import embeddings, output, parts
 from grain_jax.data.embed import search as search_lib
-from grain_jax.data.embed import search_page as page
+from grain_jax.data.embed import search_command as page
 from tests import embedded, record_sets
 
 D, FILES, ROWS = 8, 3, 4

@@ -10,7 +10,6 @@ import pytest
 from grain_jax.core import errors
 from grain_jax.data.embed import embeddings, parts, search
 from grain_jax.data.embed import search_command as command
-from grain_jax.data.embed import search_page as page
 from tests.hostile import indexes
 
 PART = "data/part-00001-of-00003.parquet"
@@ -75,7 +74,7 @@ WIDE = [indexes.element(b"s", 10**5), *[indexes.element(b"a")] * 10**5]
 ONE = [indexes.element(b"s", 1), indexes.element(b"a")]
 # (name, change, what opening and searching says; and what going on says, None: it makes the part anew)
 ROWS = [
-    ("another model", of_another(model={"model": "", "params": "other"}), "made by another model: got parameters other", "same"),
+    ("another model", of_another(model={"model": "", "params": "other"}), r"made with model stand-in \(parameters other\), expected stand-in", "same"),
     ("another source", of_another(source={"kind": "tars", "path": "", "images": "", "split": "", "digest": "x"}), "made with source", "same"),
     ("another type of activations", of_another(dtype="bfloat16"), 'made with dtype "bfloat16", expected "float32"', "same"),
     ("copied over another", copied, "is 'part-00000-of-00003.parquet' under another name", "same"),
@@ -199,7 +198,7 @@ def test_names_are_escaped_in_messages_and_pages(folder, monkeypatch, tmp_path, 
     assert "\\x1b[2J&lt;b&gt;\\u202e.png" in text
     for shown in (*said, text):
         assert "\x1b" not in shown and "\u202e" not in shown
-    assert page.escape("a" * 10**6) == "a" * 397 + "..."
+    assert command.escape("a" * 10**6) == "a" * 397 + "..."
 
 
 def test_a_list_of_images_that_is_a_pipe_or_a_link(tmp_path):
