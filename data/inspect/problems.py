@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from grain_jax.data.inspect import flaws, padding, statistics
+from grain_jax.data.inspect import padding, statistics
 
 LARGE_SHARE = 0.1  # of the images; a text that more share is a problem
 MANY = 20  # least images for which shares are checked
@@ -37,10 +37,10 @@ _ISSUES = {
     "refusal in description": ("refusals among descriptions", "regions", _AGAIN),
     "markup in synthetic caption": ("synthetic captions with list marks or a preamble", "synthetic", "strip them"),
     "markup in description": ("descriptions with list marks or a preamble", "regions", "strip them"),
-    "cut web caption": (f"web captions over {flaws.ROW_LENGTH} tokens", "web", "shorten them if many: training cuts them"),
-    "cut synthetic caption": (f"synthetic captions over {flaws.ROW_LENGTH} tokens", "synthetic", "ask the model for shorter ones: training cuts them"),
-    "cut description": (f"descriptions over {flaws.ROW_LENGTH} tokens", "regions", "look for run-on answers: training cuts them"),
-    "long description": (f"descriptions over {flaws.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),
+    "cut web caption": (f"web captions over {statistics.ROW_LENGTH} tokens", "web", "shorten them if many: training cuts them"),
+    "cut synthetic caption": (f"synthetic captions over {statistics.ROW_LENGTH} tokens", "synthetic", "ask the model for shorter ones: training cuts them"),
+    "cut description": (f"descriptions over {statistics.ROW_LENGTH} tokens", "regions", "look for run-on answers: training cuts them"),
+    "long description": (f"descriptions over {statistics.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),
     "repeated description": ("descriptions that their image has already", "regions", "merge the boxes, or keep the best one"),
     "box without area": ("boxes without an area", "regions", "leave the regions out: they teach nothing"),
     "box outside": ("boxes that leave their image", "regions", "clip them; if many, check their unit (shares, not pixels)"),
