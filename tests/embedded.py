@@ -38,15 +38,9 @@ def stand_in(batch):
 def settings(files=1, dim=3, regions="queries", digest="", **more):
     """Settings of a folder of so many files."""
     source = embeddings.Source("folder", "", "", "", digest)
-    values = {"checkpoint": "stand-in", "model": embeddings.Digests("", ""), "embed_dim": dim}
-    values |= {
-        "regions": regions,
-        "image_size": 8,
-        "dtype": "float32",
-        "store": "float32",
-        "orientation": "file",
-    }
-    values |= {"shard_size": 4, "source": source, "parts": files}
+    values = dict(checkpoint="stand-in", model=embeddings.Digests("", ""), embed_dim=dim)
+    values |= dict(regions=regions, image_size=8, dtype="float32", store="float32", shard_size=4)
+    values |= dict(orientation="file", source=source, parts=files)
     return embeddings.Settings(**values | more)
 
 

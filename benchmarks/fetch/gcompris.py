@@ -12,7 +12,7 @@ Names are the file names of the package, in words; a table corrects those that n
 """
 
 import io
-import json
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -24,35 +24,31 @@ from etils import epath
 
 from benchmarks.fetch import licences, package, qt
 from grain_jax.core import images, regular_file
+from grain_jax.data.aviary.generate import write_lines
 
 PACKAGE = "gcompris-qt-data"
 _RESOURCES = "usr/share/gcompris-qt/rcc"
 _COPYRIGHT = f"usr/share/doc/{PACKAGE}/copyright"
 _MOST = 2**28  # bytes of the pictures
 _MOST_COPYRIGHT = 2**20
-_CATEGORIES = "categorization/resource/images"
 # Set -> folders below src/activities; the first word names the resource.
 FOLDERS = {
-    "animals": (
-        "erase/resource",
-        "explore_farm_animals/resource/animals",
-        "explore_world_animals/resource/animals",
-    ),
-    "things": tuple(f"{_CATEGORIES}/{one}" for one in ("fishes", "others", "renewable", "tools")),
-    "monuments": (
-        f"{_CATEGORIES}/monuments",
-        *(
-            f"explore_monuments/resource/{country}"
-            for country in ("egypt", "france", "germany", "india", "usa", "wonders")
-        ),
-    ),
-    "drawings": ("lang/resource/words_sample",),
+    group: tuple(folders.split())
+    for group, folders in dict(
+        animals="erase/resource explore_farm_animals/resource/animals"
+        " explore_world_animals/resource/animals",
+        things="categorization/resource/images/fishes categorization/resource/images/others"
+        " categorization/resource/images/renewable categorization/resource/images/tools",
+        monuments="categorization/resource/images/monuments explore_monuments/resource/egypt"
+        " explore_monuments/resource/france explore_monuments/resource/germany"
+        " explore_monuments/resource/india explore_monuments/resource/usa"
+        " explore_monuments/resource/wonders",
+        drawings="lang/resource/words_sample",
+    ).items()
 }
 _WORDS = "lang/resource/words_sample.json"
-_LESSONS = (
-    "animal",
-    "fruit",
-)  # of the drawings; the others are colours, numbers, people and parts of the body
+# Of the drawings; the other lessons are colours, numbers, people and parts of the body.
+_LESSONS = ("animal", "fruit")
 # Stem of a file name -> the name; none: no single thing is to be seen, or another name fits as well.
 _TABLE = pathlib.Path(__file__).with_name("names.tsv").read_text()
 _NAMES = dict(line.split("\t") for line in _TABLE.splitlines())
@@ -134,8 +130,8 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
         captions.setdefault(f"a {kind} of {picture.name}", target)
         row = [target, picture.name, *_listed(licences.of(picture.path, known))]
         table.append("\t".join(" ".join(column.split()) for column in row))
-    lines = [json.dumps({"image": path, "caption": said}) for said, path in captions.items()]
-    (output / "A.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    lines = [{"image": path, "caption": said} for said, path in captions.items()]
+    write_lines(output / "A.jsonl", lines)
     (output / "licences.tsv").write_text("\n".join(table) + "\n")
     (output / "copyright").write_text(copyright_text)
     (output / "README.md").write_text(_readme(counts, len(captions)))
@@ -178,12 +174,10 @@ def _pictures(found, paths) -> Iterator[Picture]:
     drawn = _drawn(files)
     for group, folders in FOLDERS.items():
         some = False
-        for folder in folders:
-            for path in sorted(files):
-                above, _, file = path.removeprefix("src/activities/").rpartition("/")
-                stem, _, ending = file.rpartition(".")
-                if above != folder or ending not in ("webp", "png", "jpg"):
-                    continue
+        for folder, path in itertools.product(folders, sorted(files)):
+            above, _, file = path.removeprefix("src/activities/").rpartition("/")
+            stem, _, ending = file.rpartition(".")
+            if above == folder and ending in ("webp", "png", "jpg"):
                 name = drawn.get(file, "") if group == "drawings" else name_of(stem)
                 if name:
                     some = True

@@ -76,19 +76,20 @@ def find(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
 def _of_shards(shards: dict[str, Any]) -> list[Problem]:
     if not shards["count"]:
         return []
-    found, lanes = [], shards["lanes"]
+    found, lanes, count = [], shards["lanes"], shards["count"]
     advice = f"rebuild with grain-jax build --num-shards, a multiple of {lanes}, or set input.lanes"
     if shards["empty"]:
-        found.append(Problem("empty shards", shards["empty"], shards["count"], "", advice))
+        found.append(Problem("empty shards", shards["empty"], count, "", advice))
     if shards["records_per_lane"] is None:
-        what = f"fewer filled shards than the {lanes} lanes: training stops"
-        count = shards["count"] - shards["empty"]
-        return [*found, Problem(what, count, lanes, f"{count} shards", advice)]
+        what, filled = (
+            f"fewer filled shards than the {lanes} lanes: training stops",
+            count - shards["empty"],
+        )
+        return [*found, Problem(what, filled, lanes, f"{filled} shards", advice)]
     low, high = shards["records_per_lane"]
     if high > _UNEVEN * low:
-        example = f"lanes have {low} to {high} records"
         what = f"uneven lanes (input.lanes={lanes}): some records are seen more often"
-        found.append(Problem(what, lanes, 0, example, advice))
+        found.append(Problem(what, lanes, 0, f"lanes have {low} to {high} records", advice))
     return found
 
 
@@ -98,34 +99,31 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
     if bare.count > _FEW_REGIONS * images:
         advice = "nothing, if you know it: these images train the caption loss alone"
         found.append(Problem("images without regions", bare.count, images, bare.example, advice))
-    kinds = (
-        ("one description", result["descriptions"], "see whether the model copies its prompt"),
-        ("one synthetic caption", result["captions"]["synthetic"], "see whether the model fails"),
-        ("one web caption", result["captions"]["web"], "drop it if it is a placeholder"),
-    )
-    for what, texts, advice in kinds:
+    for kind, texts, advice in (
+        ("description", result["descriptions"], "see whether the model copies its prompt"),
+        ("synthetic caption", result["captions"]["synthetic"], "see whether the model fails"),
+        ("web caption", result["captions"]["web"], "drop it if it is a placeholder"),
+    ):
         common = [(text, n) for text, n in texts["most_frequent"] if n > LARGE_SHARE * images]
         if common and images >= MANY:
             (text, count), others = common[0], len(common) - 1
             example = f"{text!r}" + (f", and {others} more such" if others else "")
-            what = f"images that share {what} (over {LARGE_SHARE:.0%} of all)"
+            what = f"images that share one {kind} (over {LARGE_SHARE:.0%} of all)"
             found.append(Problem(what, count, images, example, advice))
     scores = result["scores"]
-    if scores["count"] > 1 and scores["min"] == scores["max"]:
-        count, example = scores["count"], f"{scores['min']:g}"
+    count, low = scores["count"], scores["min"]
+    if count > 1 and low == scores["max"]:
         advice = f"nothing, if exact: training then keeps the first {padding.MAX_REGIONS} regions"
-        found.append(Problem("scores that are all equal", count, count, example, advice))
+        found.append(Problem("scores that are all equal", count, count, f"{low:g}", advice))
     return found
 
 
 def _of_duplicates(result: dict[str, Any]) -> list[Problem]:
-    found = []
-    copies = result["duplicate_pictures"]
+    found, copies = [], result["duplicate_pictures"]
     if copies["copies"]:
-        first, again = copies["examples"][0]
+        example = "{1} is {0}".format(*copies["examples"][0])
         what = "images that are copies, byte by byte, of earlier ones"
         advice = "drop them, or merge their texts into one line"
-        example = f"{again} is {first}"
         found.append(Problem(what, copies["copies"], copies["total"], example, advice))
     for kind in ("web", "synthetic"):
         texts = result["captions"][kind]["distinct"]

@@ -155,9 +155,8 @@ class Statistics:
         kinds = [kind for kind in ("web", "synthetic") if tokens[kind]]
         caption = tokens[kinds[self.images % len(kinds)]][0] if kinds else 2
         best = np.argsort(-item.scores, kind="stable")[: padding.MAX_REGIONS]
-        limit = ROW_LENGTH
-        described = [min(tokens["description"][i], limit) for i in best]
-        self.padding.add(min(caption, limit), described)
+        described = [min(tokens["description"][i], ROW_LENGTH) for i in best]
+        self.padding.add(min(caption, ROW_LENGTH), described)
 
     def _add_boxes(self, items: Sequence[reading.Item]) -> None:
         boxes = np.concatenate([item.boxes_xyxy for item in items])

@@ -124,9 +124,8 @@ def test_each_fault_is_one_line(change, said, going_on, folder):
         indexes.search(folder)
     assert re.search(said, str(error.value)) and "\n" not in str(error.value)
     if isinstance(going_on, str):
-        with pytest.raises(
-            errors.UserError, match=said if going_on == "same" else going_on
-        ) as error:
+        again = said if going_on == "same" else going_on
+        with pytest.raises(errors.UserError, match=again) as error:
             indexes.resume(folder)
         assert "\n" not in str(error.value)
     else:
@@ -134,11 +133,8 @@ def test_each_fault_is_one_line(change, said, going_on, folder):
     assert (folder / PART).is_file() == (going_on is not None) or change in _MOVED
 
 
-_MOVED = [
-    row[1]
-    for row in ROWS
-    if row[0] in ("a FIFO", "a device", "a folder", "of another number of files")
-]
+_GONE = ("a FIFO", "a device", "a folder", "of another number of files")
+_MOVED = [row[1] for row in ROWS if row[0] in _GONE]
 
 
 @pytest.mark.parametrize(
@@ -208,13 +204,8 @@ def test_a_list_of_images_that_is_a_pipe_or_a_link(tmp_path):
     out.mkdir()
     (tmp_path / "other").write_text("mine")
     (out / "images.jsonl.new").symlink_to(tmp_path / "other")
-    find = lambda: parts.find(
-        str(tmp_path / "images"),
-        images=None,
-        split="",
-        shard_size=4,
-        scratch=embeddings.epath.Path(out),
-    )
+    given = dict(images=None, split="", shard_size=4, scratch=embeddings.epath.Path(out))
+    find = lambda: parts.find(str(tmp_path / "images"), **given)
     assert find().total == 1 and (tmp_path / "other").read_text() == "mine"
     assert json.loads((out / "images.jsonl").read_text()) == {"image": "a.png"}
     indexes.replaced(out, "images.jsonl", "fifo")
