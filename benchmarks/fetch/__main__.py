@@ -64,10 +64,8 @@ class Fetch(Command, name="fetch", kinds={"fashion": Fashion, "gcompris": Gcompr
     """Makes a data set of the real pictures in a Debian package."""
 
 
-for declared in (Fetch, Fashion, Gcompris):
-    declared.prog = declared.prog.replace("grain-jax", "python -m benchmarks.").replace(
-        ". fetch", ".fetch"
-    )
+for declared in (Fetch, Fashion, Gcompris):  # the command is no part of the package
+    declared.prog = "python -m " + declared.prog.replace("grain-jax ", "benchmarks.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

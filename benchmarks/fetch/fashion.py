@@ -150,7 +150,7 @@ def write(
     deb: str | None = None,
     processes: int = 1,
 ) -> str:
-    """Writes the data set to the folder `output`; `python -m benchmarks.fetch --help` lists its files.
+    """Writes the data set to the folder `output`; its README.md describes the files.
 
     Args:
       deb: file of the package; None: apt-get downloads it.
