@@ -24,7 +24,7 @@ from benchmarks.fetch.looks import SIDE, Part, parts
 from grain_jax.cli.flags import flag
 from grain_jax.core import progress
 from grain_jax.data import parallel
-from grain_jax.data.aviary.annotations import listed
+from grain_jax.data.aviary.annotations import listed, templates
 from grain_jax.data.aviary.generate import STAMP, is_complete, write_json, write_lines
 
 PACKAGE = "dataset-fashion-mnist"
@@ -97,25 +97,7 @@ _REPORTED = (
 # Each description is measured on pictures of training classes, too.
 HALVES = (_CHOOSING, _REPORTED)  # `benchmarks.claim` chooses by the first, reports the second
 KINDS = (*_CHOOSING, *_REPORTED)
-
-_WEB_CAPTIONS = (
-    "a photo of a {name}",
-    "{name}",
-    "{name}, as new",
-    "new {name} for sale",
-    "my {name} from the market",
-    "IMG_{number} {name}",
-    "{name} on a white background",
-    "the {name} that I ordered came today",
-    "shall I keep this {name}?",
-    "a {name} for the summer",
-)
-_SYNTHETIC_CAPTIONS = (
-    "a picture of something with {parts}",
-    "the image shows an article with {parts}",
-    "{parts}, on a white background",
-    "a product photo: {parts}",
-)
+_CAPTIONS = templates(epath.Path(__file__).with_name("captions.tsv"))
 
 
 class Picture(NamedTuple):
@@ -279,11 +261,11 @@ def _save(picture, path):
 def _words(picture, settings):
     """The two captions of a training image."""
     rng = random.Random(f"fashion {settings.seed}/{picture.id}")
-    web = rng.choice(_WEB_CAPTIONS).format(name=picture.label, number=rng.randrange(1000, 10000))
+    web = rng.choice(_CAPTIONS["web"]).format(name=picture.label, number=rng.randrange(1000, 10000))
     looks = sorted(picture.looks)
     rng.shuffle(looks)
     told = listed(looks[: settings.caption_parts])
-    synthetic = rng.choice(_SYNTHETIC_CAPTIONS).format(parts=told)
+    synthetic = rng.choice(_CAPTIONS["synthetic"]).format(parts=told)
     return {"caption": web, "synthetic_caption": synthetic if told else "a picture of an article"}
 
 

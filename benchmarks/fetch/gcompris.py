@@ -11,6 +11,7 @@
 Names are the file names of the package, in words; a table corrects those that no reader would say.
 """
 
+import fnmatch
 import io
 import itertools
 import pathlib
@@ -22,7 +23,7 @@ import msgspec
 import PIL.Image
 from etils import epath
 
-from benchmarks.fetch import licences, package, qt
+from benchmarks.fetch import package, qt
 from grain_jax.core import images, regular_file
 from grain_jax.data.aviary.generate import write_lines
 
@@ -114,7 +115,7 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
     if len(found[_COPYRIGHT]) > _MOST_COPYRIGHT:
         raise package.PackageError(f"{_COPYRIGHT}: got over {_MOST_COPYRIGHT:,} bytes")
     copyright_text = found[_COPYRIGHT].decode("utf-8", "replace")
-    known = licences.read(copyright_text)
+    known = licences(copyright_text)
     counts = dict.fromkeys(FOLDERS, 0)
     captions, table = {}, ["file\tname\tlicence\tholders\tsource\tlisted as"]
     for picture in _pictures(found, list(paths)):
@@ -128,7 +129,7 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
         counts[picture.group] += 1
         kind = "drawing" if picture.group == "drawings" else "photo"
         captions.setdefault(f"a {kind} of {picture.name}", target)
-        row = [target, picture.name, *_listed(licences.of(picture.path, known))]
+        row = [target, picture.name, *_listed(licence_of(picture.path, known))]
         table.append("\t".join(" ".join(column.split()) for column in row))
     lines = [{"image": path, "caption": said} for said, path in captions.items()]
     write_lines(output / "A.jsonl", lines)
@@ -160,6 +161,41 @@ def _listed(licence):
     if licence is None:
         return "", "", "", ""
     return licence if licence.pattern != "*" else licence._replace(holders="see copyright")
+
+
+class Licence(NamedTuple):
+    """What a paragraph of the copyright file says of a file."""
+
+    name: str
+    holders: str
+    source: str  # the comment of the paragraph, most often an address
+    pattern: str  # of the paragraph; "*": it is about every file that no other names
+
+
+def licences(text: str) -> list[Licence]:
+    """The patterns of a machine-readable copyright file (DEP-5, format 1.0), in their order."""
+    found = []
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        fields: dict[str, list[str]] = {}
+        name = ""
+        for line in paragraph.splitlines():
+            if line[:1] in (" ", "\t") and name:
+                fields[name].append(line.strip())
+            elif ":" in line:
+                name, _, value = line.partition(":")
+                fields[name] = [value.strip()] if value.strip() else []
+        holders, source = ("; ".join(fields.get(key, [])) for key in ("Copyright", "Comment"))
+        licence = fields.get("License", [""])[0]
+        for pattern in " ".join(fields.get("Files", [])).split():
+            found.append(Licence(licence, holders, source, pattern))
+    return found
+
+
+def licence_of(path: str, known: list[Licence]) -> Licence | None:
+    """The last that matches a file; endings are not compared, since packages store pictures in other formats."""
+    stem = lambda path: re.sub(r"\.\w+\Z", "", path)
+    matching = (x for x in reversed(known) if fnmatch.fnmatchcase(stem(path), stem(x.pattern)))
+    return next(matching, None)
 
 
 def _pictures(found, paths) -> Iterator[Picture]:

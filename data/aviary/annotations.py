@@ -9,44 +9,26 @@ import math
 import random
 from collections.abc import Sequence
 
+from etils import epath
+
 from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.settings import Noise
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, hard_negatives
 
+
+def templates(file: epath.Path) -> dict[str, list[str]]:
+    """The captions of each kind in a table, with the names of what is filled in in braces."""
+    found: dict[str, list[str]] = {}
+    for kind, caption in (line.split("\t") for line in file.read_text().splitlines()[1:]):
+        found.setdefault(kind, []).append(caption)
+    return found
+
+
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
 _LEAST_AREA = 0.001  # share of the image; a smaller part counts as hidden
 
-_WEB_CAPTIONS = (
-    "a photo of a {name} seen {place}",
-    "{name} {place}",
-    "my first {name} of the year!",
-    "a {name} resting {perch} {place}",
-    "we saw this {name} {place} today",
-    "{name} - bird photos",
-    "the {name} came back again",
-    "close up of a {name}",
-    "{name} {perch}, a lucky shot",
-    "what a lovely {name}! {place}",
-    "IMG_{number} {name}",
-    "a {name} {perch}",
-)
-_NAMELESS_CAPTIONS = (
-    "a bird seen {place}",
-    "IMG_{number}",
-    "bird photos from our walk",
-    "a visitor {perch}",
-    "what a lovely bird! {place}",
-    "our trip, day {day}",
-    "wildlife {place}",
-)
-_SYNTHETIC_CAPTIONS = (
-    "a bird with {parts} {perch}, {background} behind it",
-    "the image shows a bird {perch} with {parts}",
-    "a bird with {parts} in front of {background}",
-    "a colorful bird {perch}, it has {parts}",
-)
-
+_CAPTIONS = templates(epath.Path(__file__).with_name("captions.tsv"))
 EXACT = Noise(**dict.fromkeys((field.name for field in dataclasses.fields(Noise)), 0.0))
 
 
@@ -60,7 +42,7 @@ def web_caption(
 ) -> str:
     """Alt text as on the web, with the name of the species, a name from `others`, or no name."""
     rng = random.Random(key + "/web")
-    named, nameless = rng.choice(_WEB_CAPTIONS), rng.choice(_NAMELESS_CAPTIONS)
+    named, nameless = rng.choice(_CAPTIONS["web"]), rng.choice(_CAPTIONS["nameless"])
     wrong = rng.choice(others).name if others else species.name
     words = {
         "place": drawing.scene.place,
@@ -80,7 +62,7 @@ def synthetic_caption(
 ) -> str:
     """A caption as an MLLM writes it: some parts, the perch or the background, never a name."""
     rng = random.Random(key + "/synthetic")
-    template = rng.choice(_SYNTHETIC_CAPTIONS)
+    template = rng.choice(_CAPTIONS["synthetic"])
     seen = visible_parts(drawing)
     rng.shuffle(seen)
     phrases = [

@@ -20,7 +20,7 @@ import msgspec
 
 from grain_jax import inference
 from grain_jax.core import atomic, errors, printable
-from grain_jax.data.embed import arguments, card, embeddings, output, parts, pipeline
+from grain_jax.data.embed import arguments, embeddings, output, parts, pipeline
 from grain_jax.runtime import compiled, distributed, processes, saved_model
 from grain_jax.runtime.pretrained import NAMES
 
@@ -113,7 +113,7 @@ def _end(args: argparse.Namespace, job: output.Output, count: int, seconds: floa
         )
     done = [found[index] for index in sorted(found)]
     job.write_faults(done)
-    atomic.write_text(job.folder / embeddings.CARD, card.text(job.settings, done, args.output))
+    atomic.write_text(job.folder / embeddings.CARD, output.card(job.settings, done, args.output))
     causes = collections.Counter(fault["cause"] for part in done for fault in part.faults)
     for cause, times in sorted(causes.items()):
         line = f"{job.folder / embeddings.FAULTS}: {times} {printable.plain(cause, 80)}"

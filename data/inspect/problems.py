@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from grain_jax.data.inspect import padding, statistics
+from grain_jax.data.inspect import counting, statistics
 
 LARGE_SHARE = 0.1  # of the images; a text that more share is a problem
 MANY = 20  # least images for which shares are checked
@@ -113,7 +113,7 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
     scores = result["scores"]
     count, low = scores["count"], scores["min"]
     if count > 1 and low == scores["max"]:
-        advice = f"nothing, if exact: training then keeps the first {padding.MAX_REGIONS} regions"
+        advice = f"nothing, if exact: training then keeps the first {counting.MAX_REGIONS} regions"
         found.append(Problem("scores that are all equal", count, count, f"{low:g}", advice))
     return found
 

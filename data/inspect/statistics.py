@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from grain_jax.data.annotate import answers
-from grain_jax.data.inspect import counting, padding, reading
+from grain_jax.data.inspect import counting, reading
 from grain_jax.input_pipeline import order, tokenizer
 
-ROW_LENGTH = padding.ROW_LENGTH
+ROW_LENGTH = counting.ROW_LENGTH
 LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 LONGEST = 256  # tokens; longer texts count as this long
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
@@ -82,7 +82,7 @@ class Statistics:
         self.regions_per_image = counting.Numbers()
         self.negatives_per_region = counting.Numbers()
         self.texts = {kind: Texts() for kind in ("web", "synthetic", "description")}
-        self.padding = padding.Padding()
+        self.padding = counting.Padding()
         self.areas = np.zeros(len(AREA_EDGES) - 1, np.int64)
         self.shapes = np.zeros((GRID, GRID), np.int64)  # [height, width]
         self.scores = np.zeros(SCORE_BINS, np.int64)
@@ -154,7 +154,7 @@ class Statistics:
     def _add_padding(self, item: reading.Item, tokens: dict[str, list[int]]) -> None:
         kinds = [kind for kind in ("web", "synthetic") if tokens[kind]]
         caption = tokens[kinds[self.images % len(kinds)]][0] if kinds else 2
-        best = np.argsort(-item.scores, kind="stable")[: padding.MAX_REGIONS]
+        best = np.argsort(-item.scores, kind="stable")[: counting.MAX_REGIONS]
         described = [min(tokens["description"][i], ROW_LENGTH) for i in best]
         self.padding.add(min(caption, ROW_LENGTH), described)
 
@@ -211,7 +211,7 @@ class Statistics:
         areas = zip(AREA_EDGES, AREA_EDGES[1:], self.areas.tolist())
         bins = enumerate(self.scores.tolist())
         per_image = self.regions_per_image
-        beyond = sum(n * max(x - padding.MAX_REGIONS, 0) for x, n in per_image.counts.items())
+        beyond = sum(n * max(x - counting.MAX_REGIONS, 0) for x, n in per_image.counts.items())
         web, synthetic, descriptions = self.texts.values()
         return {
             "set": {

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from benchmarks.claim import data as claim_data
-from benchmarks.fetch import fashion, gcompris, licences, package, qt
+from benchmarks.fetch import fashion, gcompris, package, qt
 from benchmarks.fetch.__main__ import main
 from benchmarks.fetch.looks import parts
 from grain_jax.core import errors
@@ -301,11 +301,14 @@ Comment: a place
 
 
 def test_licences():
-    known = licences.read(COPYRIGHT)
-    bee = licences.of("src/activities/erase/resource/bee.webp", known)
+    known = gcompris.licences(COPYRIGHT)
+    bee = gcompris.licence_of("src/activities/erase/resource/bee.webp", known)
     assert bee[:3] == ("public-domain", "none", "a place")
-    assert licences.of("src/activities/erase/resource/cow2.webp", known).name == "public-domain"
-    other = licences.of("src/activities/erase/resource/bees.webp", known)
+    assert (
+        gcompris.licence_of("src/activities/erase/resource/cow2.webp", known).name
+        == "public-domain"
+    )
+    other = gcompris.licence_of("src/activities/erase/resource/bees.webp", known)
     assert other == ("GPL-3+", "2010 Somebody; 2011 Another", "", "*")
 
 

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from grain_jax.data.inspect import __main__ as command
-from grain_jax.data.inspect import counting, padding, panels, problems, reading, sheet, statistics
+from grain_jax.data.inspect import counting, panels, problems, reading, sheet, statistics
 from tests import record_sets
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
@@ -243,7 +243,7 @@ def test_damaged_and_missing_shards_do_not_stop_it(record_set, tmp_path):
 
 
 def test_padding_of_groups_that_are_all_alike():
-    counted = padding.Padding()
+    counted = counting.Padding()
     for _ in range(40):
         counted.add(40, [])
     by_group = {group["group"]: group for group in counted.result()["groups"]}
