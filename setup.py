@@ -84,6 +84,8 @@ setup(
     package_data={
         "grain_jax": [
             "py.typed",
+            "core/*.css",
+            "core/*.js",
             "input_pipeline/clip_vocabulary.*",
             "inference/*.txt",
             "runtime/pretrained/aviary-tiny/**",
@@ -96,9 +98,10 @@ setup(
         "grain_jax.data": [
             "SCHEMA.md",
             "annotate/prompts/*.txt",
+            "aviary/*.tsv",
+            "embed/*.css",
             "inspect/*.css",
             "inspect/*.js",
-            "search/*.css",
         ],
         "grain_jax.launch": ["Dockerfile", "*.sh", "*.sbatch", "*.yaml"],
     },
