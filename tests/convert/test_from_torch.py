@@ -6,10 +6,8 @@ import pytest
 import torch
 
 import grain_jax
-from grain_jax.convert import towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
-from grain_jax.convert.reference.sizes import REFERENCE_HEADS, infer
 from tests import foreign, perturbed
 
 # Not the goldens' sizes, and no two alike.
@@ -182,19 +180,6 @@ def test_another_size_gives_the_outputs_of_an_independent_forward(tmp_path, caps
     )
 
 
-def test_names_in_both_directions():
-    states = made_up()
-    model = infer(states, HEADS | {"image": None}).model
-    params = names.to_params(states["backbone"], states["decoder"], model)
-    back = names.state_dicts(params)
-    for module, state in states.items():
-        used = state.keys() - set(names.UNUSED[module])
-        assert back[module].keys() == used
-        for name in used:
-            np.testing.assert_array_equal(back[module][name], state[name])
-            assert back[module][name].shape == state[name].shape
-
-
 def test_heads_that_are_not_given(tmp_path, capsys):
     states = made_up()
     path = save(tmp_path / "x.pth.tar", states, prefix="")
@@ -210,15 +195,6 @@ def test_heads_that_are_not_given(tmp_path, capsys):
     assert "image heads: got 4, but the checkpoint says 3" in err
     assert "text heads: got 7, expected a divisor of the width 40" in err
     assert not (tmp_path / "out").exists()
-
-
-def test_assumed_heads_are_the_references():
-    assert REFERENCE_HEADS["image", 384] == REFERENCE_HEADS["image", 768] == 12
-    assert (REFERENCE_HEADS["image", 1024], REFERENCE_HEADS["text", 512]) == (16, 8)
-    assumed = []
-    none = towers.Settings()
-    assert towers.settle_heads("text", 640, None, none, assumed, usual=10) == 10
-    assert assumed == ["10 heads; --text-heads says otherwise"]
 
 
 def test_every_wrong_entry_is_a_line(tmp_path, capsys):

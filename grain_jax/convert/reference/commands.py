@@ -7,12 +7,10 @@ import numpy as np
 from etils import epath
 
 from grain_jax.convert import output, parity, towers
-from grain_jax.convert.faults import ConvertError, prefixed
+from grain_jax.convert.faults import ConvertError, needing, prefixed
 from grain_jax.convert.reference import checkpoint as files
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
-from grain_jax.convert.reference.names import to_params, to_states
-from grain_jax.convert.reference.sizes import REFERENCE_HEADS, TOWERS, infer
 from grain_jax.core import atomic
 from grain_jax.runtime import checkpoint
 
@@ -33,13 +31,13 @@ def from_torch(
     folder = output.check_free(folder)
     states = files.read(source)
     with prefixed(f"{source}: "):
-        inferred = infer(states, heads)
-        params = to_params(states["backbone"], states["decoder"], inferred.model)
-    proof = prove(inferred.model, params, states)
-    output.save(folder, inferred.model, params, source, proof)
+        model, assumed = names.infer(states, heads)
+        params = names.to_params(states["backbone"], states["decoder"], model)
+    proof = prove(model, params, states)
+    output.save(folder, model, params, source, proof)
     return proof.after(
         f"from-torch: {source} -> {folder}",
-        *towers.describe(inferred.model, inferred.assumed),
+        *towers.describe(model, assumed),
         "",
         *parity.table(params),
         "",
@@ -64,20 +62,15 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
             f"{path}: is a folder, pipe or device; expected a file name such as grain.pth.tar"
         )
     model, params, read_from = checkpoint.load_model(source)
-    states = to_states(model, params)
-    try:
-        with output.writing(path):
-            files.write(path, states)
-    except ImportError as error:
-        raise ConvertError(
-            f"{path}: PyTorch is needed to write it; pip install 'grain_jax[torch]'"
-        ) from error
+    states = names.to_states(model, params)
+    with output.writing(path), needing("torch", path):
+        files.write(path, states)
     proof = prove(model, params, files.read(path))
     lines = [f"to-torch: {read_from} -> {path}"]
     for module, key in files.KEYS.items():
         size = sum(array.size for array in states[module].values())
         lines.append(f"{key}: {len(states[module])} entries, {size:,} values, names with module.")
-    lines += [_heads_line(tower, getattr(model, tower)) for tower in TOWERS]
+    lines += [_heads_line(tower, getattr(model, tower)) for tower in names.TOWERS]
     zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
     lines.append(f"zeros, for the entries that the reference never uses: {zeros}")
     return proof.after(*lines)
@@ -86,7 +79,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
 def _heads_line(tower: str, config: Any) -> str:
     """The heads, which the file does not hold: the reference's code fixes them by the width."""
     line = f"{tower}: width {config.width}, depth {config.depth}, {config.heads} heads"
-    theirs = REFERENCE_HEADS.get((tower, config.width), config.heads)
+    theirs = names.REFERENCE_HEADS.get((tower, config.width), config.heads)
     if theirs != config.heads:
         line += f"; ATTENTION: the reference's code has {theirs} and would give other outputs"
     return line
