@@ -6,6 +6,7 @@ import sys
 import warnings
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import onnxruntime
 import PIL.Image
@@ -195,8 +196,44 @@ def test_the_golden_strings_have_our_ids(converted):
     assert not wrong
 
 
-def exported(module, folder):
-    """Runs a file of `export_onnx` in ONNX Runtime."""
+def test_compiled_it_gives_the_same(small):
+    ours, hf = small
+    module = transformers.AutoModel.from_pretrained(hf, **REMOTE).eval()
+    given = parity.inputs(40, 300, 32)
+    pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
+    ids = torch.tensor(given.token_ids).long()
+    with torch.no_grad():  # captured whole, without a break; benchmarks.interop tries inductor
+        out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
+    found = {k.replace("embeds", "embed"): v.numpy() for k, v in out.items() if "logits" not in k}
+    model, params, _ = checkpoint.load_model(ours)
+    report = parity.report(parity.compare(parity.outputs(model, params, given), found), "compiled")
+    assert report.ok, report.text
+
+
+@pytest.mark.parametrize("kind, bias", [("roi_align", None), ("prompter", -10.0)])
+def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path, monkeypatch):
+    depths = {f"{tower}__depth": 1 for tower in ("image", "text", "decoder")}
+    model = perturbed.tiny(boxes__kind=kind, boxes__bins=2, logit_bias_init=bias, **depths)
+    params = perturbed.params(model)
+    checkpoint.save_model(tmp_path / "ours", model, params)
+    report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
+    assert report.verdict == "PROVEN" and "\nbox_embed " in report.text, report.text
+    assert ("\nlogit_bias " in report.text) == (bias is not None)
+    contrast = json.loads((tmp_path / "hf" / "config.json").read_text())["losses"]["contrast"]
+    assert contrast == ("softmax" if bias is None else "sigmoid")
+    again, back = huggingface.read(epath.Path(tmp_path / "hf"))
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+    module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **REMOTE).eval()
+    given, predictor = parity.inputs(40, 300, 32), grain_jax.load(tmp_path / "ours")
+    pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
+    ids, texts = torch.tensor(given.token_ids).long(), predictor.encode_text(given.token_ids)
+    with torch.no_grad():
+        maps = module.similarity_maps(pixels, ids)
+    expected = predictor.similarity_map(given.images[1], given.token_ids)
+    np.testing.assert_allclose(maps[1], expected, atol=1e-5)
+
     export, both = (
         torch.onnx.export,
         kind == "prompter",
