@@ -1,4 +1,4 @@
-"""Inputs, perturbed weights and comparisons for the models of other projects."""
+"""Perturbed weights and comparisons for the models of other projects."""
 
 import numpy as np
 
@@ -16,16 +16,6 @@ def perturb(module, seed: int = 0):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (spread if spread > 0 else 0.1))
     return module.eval()
-
-
-def inputs(size: int, vocab: int, length: int, *, seed: int = 0):
-    """Images float32 [4, S, S, 3] and token ids int64 [4, L]; each text ends at the highest id."""
-    rng = np.random.default_rng(seed)
-    images = rng.standard_normal((4, size, size, 3)).astype(np.float32)
-    ids = rng.integers(2, vocab - 2, (4, length))
-    for row, end in zip(ids, (2, 5, length - 1, 7)):
-        row[0], row[end], row[end + 1 :] = vocab - 2, vocab - 1, 0
-    return images, ids
 
 
 def torch_images(images):

@@ -17,7 +17,7 @@ import safetensors.torch  # noqa: E402
 
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
-from grain_jax.convert import initialise, towers  # noqa: E402
+from grain_jax.convert import initialise, parity, towers  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
@@ -62,14 +62,14 @@ def _hf_outputs(module, kind, images, ids):
             spatial_shapes=torch.tensor([[grid, grid]] * len(x)),
         )
     with torch.no_grad():
-        out = module(input_ids=torch.from_numpy(ids), **inputs)
+        out = module(input_ids=torch.from_numpy(ids).long(), **inputs)
     return out.image_embeds.numpy(), out.text_embeds.numpy()
 
 
 def _check(folder, outputs_of):
     """Compares with what `outputs_of` the images and ids gives; the converted model."""
     model, params, _ = checkpoint.load_model(folder)
-    images, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    images, ids = parity.inputs(SIZE, VOCAB, LENGTH, seed=1)
     foreign.close_to_ours(model, params, images, ids, outputs_of(images, ids))
     return model, params
 
@@ -101,7 +101,7 @@ def _open_clip_outputs(module, images, ids):
     with torch.no_grad():
         return (
             module.encode_image(foreign.torch_images(images), normalize=True).numpy(),
-            module.encode_text(torch.from_numpy(ids), normalize=True).numpy(),
+            module.encode_text(torch.from_numpy(ids).long(), normalize=True).numpy(),
         )
 
 

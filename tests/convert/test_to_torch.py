@@ -118,8 +118,7 @@ def test_the_torch_modules_loss_and_gradients_are_the_references(golden, module)
 @pytest.mark.parametrize(
     "switches",
     [
-        dict(mask_duplicates=True, iou_epsilon=0.0),
-        dict(deep_supervision=True, match_description=3.0),
+        dict(mask_duplicates=True, iou_epsilon=0.0, deep_supervision=True, match_description=3.0),
         dict(contrast="sigmoid", mask_duplicates=True),
     ],
 )
