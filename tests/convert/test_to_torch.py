@@ -7,7 +7,7 @@ from benchmarks.parity import goldens as goldens_parity
 from grain_jax import losses
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main
-from grain_jax.convert.reference import checkpoint as files
+from grain_jax.convert.reference import commands as files
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.runtime import checkpoint

@@ -362,7 +362,7 @@ def test_boxes_lie_where_the_model_sees_them(analyst, predictor, picture):
         assert f"left:{lying.region.box_xyxy[0] * 100:.2f}cqw" in figure
     assert figure.count('<div class="map"') == 2
     alone = views.places(picture, [lying._replace(region=None) for lying in found])
-    assert "cqw" not in alone and alone.count("<section>") == 2
+    assert "cqw;" not in alone and alone.count("<section>") == 2
 
 
 def test_a_similarity_map_is_one_colour_over_grey(picture):

@@ -476,11 +476,6 @@ def test_a_program_that_asks_for_one_storage_many_times(tmp_path):
         open_clip.read(tmp_path / "m.pt")
 
 
-def test_a_tensor_is_read_by_its_strides():
-    found = torchscript._tensor(np.arange(12, dtype=np.float32), 2, (2, 3), (1, 2))
-    np.testing.assert_array_equal(found, [[2, 4, 6], [3, 5, 7]])
-
-
 BEYOND = [  # offset, size, stride; the last would ask for more memory than there is
     (0, (13,), (1,)),
     (3, (10,), (1,)),
