@@ -12,8 +12,7 @@ from benchmarks.parity.comparison import read_npz
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.convert.reference import names as torch_names
-from grain_jax.convert.reference.names import to_params
-from grain_jax.convert.reference.sizes import infer
+from grain_jax.convert.reference.names import infer, to_params
 from grain_jax.core import schema
 from grain_jax.input_pipeline import packing
 from grain_jax.losses import boxes
@@ -42,7 +41,7 @@ def goldens() -> Goldens:
     """Reads and converts grain_public.npz."""
     arrays = read_npz("grain_public.npz")
     states = {module: below(arrays, f"params/{module}/") for module in ("backbone", "decoder")}
-    model = infer(states, HEADS).model
+    model, _ = infer(states, HEADS)
     params = to_params(states["backbone"], states["decoder"], model)
     meta = json.loads(str(arrays["meta_json"]))
     return Goldens(arrays, meta, model, jax.tree.map(jnp.asarray, params))
