@@ -8,9 +8,14 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from etils import epath
+from etils import epath, epy
 
 from grain_jax.data.sources import base, join
+
+with epy.lazy_imports():  # slow to start
+    import tensorflow_datasets as tfds
+
+    from grain_jax.input_pipeline import record_files
 
 
 class Tfds:
@@ -21,10 +26,6 @@ class Tfds:
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
         """Ranges of `options.shard_size` examples of the split."""
-        import tensorflow_datasets as tfds
-
-        from grain_jax.input_pipeline import record_files
-
         builder = _builder(options.images)
         split = options.split or "train"
         base.check_split(options.images, split, builder.info.splits)
@@ -38,17 +39,17 @@ class Tfds:
         out = []
         for start in range(0, total, options.shard_size):
             stop = min(start + options.shard_size, total)
-            arguments = {"directory": str(builder.data_dir), "split": split}
-            arguments |= {"start": start, "stop": stop}
-            out.append(base.SourceShard(f"{split}-{start:09d}-{stop:09d}", arguments))
+            part = {
+                "directory": str(builder.data_dir),
+                "split": split,
+                "start": start,
+                "stop": stop,
+            }
+            out.append(base.SourceShard(f"{split}-{start:09d}-{stop:09d}", part))
         return out
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The range's images, as they are stored. Raises SourceError where its features cannot be read."""
-        import tensorflow_datasets as tfds
-
-        from grain_jax.input_pipeline import record_files
-
         split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
         try:
             examples = _builder(shard.arguments["directory"]).as_dataset(
@@ -106,10 +107,6 @@ def all_images(folder: epath.PathLike) -> Iterator[base.Image | base.Fault]:
 
 
 def _builder(folder: epath.PathLike) -> Any:
-    import tensorflow_datasets as tfds  # slow to start, so only where it is needed
-
-    from grain_jax.input_pipeline import record_files
-
     record_files.read_info(directory(folder))  # damage in a line
     return tfds.builder_from_directory(directory(folder))
 

@@ -40,14 +40,8 @@ def read(name, options):
 def places(value, path=()):
     """The path of every part of a JSON value; of a list the first part stands for the others."""
     yield path
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value[:1])
-        if isinstance(value, list)
-        else ()
-    )
-    for key, part in items:
+    first = dict(enumerate(value[:1])) if isinstance(value, list) else {}
+    for key, part in (value if isinstance(value, dict) else first).items():
         yield from places(part, (*path, key))
 
 
@@ -128,7 +122,7 @@ ITEMS = [
 
 @pytest.mark.parametrize("name,change,line", ITEMS)
 def test_a_faulty_item_is_named_and_the_others_stay(tmp_path, name, change, line):
-    options = source_files.write(tmp_path)[name]
+    options = source_files.write(tmp_path, name)[name]
     path = pathlib.Path(options.annotations[-1])
     content = json.loads(path.read_text())
     first = content["annotations"][0]
@@ -161,7 +155,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("how", WHOLE)
 def test_a_faulty_file_is_one_line(tmp_path, how):
-    found = source_files.write(tmp_path)
+    found = source_files.write(tmp_path, *JSON_SOURCES)
     change, line = WHOLE[how]
     for name in JSON_SOURCES:
         path = pathlib.Path(found[name].annotations[-1])
@@ -239,7 +233,7 @@ def test_entities_of_a_stranger(tmp_path):
 @pytest.mark.parametrize(
     "content,line",
     [
-        (b"\x80\x02]r\x00\x00\x00\x7f.", "got no images"),  # the place of 2 billion objects
+        (b"\x80\x02]r\x00\x00\x00\x7f.", "expected refs"),  # the place of 2 billion objects
         (b"(" * 200_000 + b"l" * 200_000 + b".", "Expected `object`, got `array`|nested too deep"),
         (b"cos\nsystem\n(S'true'\ntR.", "no pickle of plain values .it wants os.system"),
         (b"]" * 9, "no pickle of plain values"),
@@ -272,7 +266,7 @@ def test_many_descriptions_of_a_few_boxes_are_ordered_in_time(tmp_path):
 
 
 def test_notes_beside_records(tmp_path):
-    folder = pathlib.Path(source_files.write(tmp_path)["tfds"].images) / "1.0.0"
+    folder = pathlib.Path(source_files.write(tmp_path, "tfds")["tfds"].images) / "1.0.0"
     lines = tmp_path / "tfds/A.jsonl"
     flags = [f"--annotations={lines}", f"--images={tmp_path}/tfds/images", f"--output={tmp_path}"]
     flags += ["--name=x", f"--exclude-duplicates-of={folder}"]
@@ -313,7 +307,7 @@ def _first_shard(change):
     ],
 )  # fmt: skip
 def test_a_damaged_record_set(tmp_path, change, line):
-    options = source_files.write(tmp_path)["tfds"]
+    options = source_files.write(tmp_path, "tfds")["tfds"]
     change(pathlib.Path(options.images) / "1.0.0")
     if line is None:
         (fault,) = read("tfds", options)
