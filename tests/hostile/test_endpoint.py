@@ -275,36 +275,46 @@ def test_a_description_is_bounded_in_characters():
     assert kept == ["a long beak"] and dropped.cause == answers.RUN_ON
 
 
-JOBS = [
-    ("infinite tokens", body(sockets.answer(usage='{"prompt_tokens": Infinity}')), 0, NO),
-    ("deep JSON", body(DEEP), 0, NO),
-    ("a false length", sent(head(f"Content-Length: {10**30}") + ANSWER), 0, NO),
-    ("an endless body", dripping(head(), b"x" * 65536, 0), 0, NO),
-    ("404", sent(head(status="404 Not Found") + b"no model"), 2, "no such address or model"),
-    ("a redirect", sent(head("Location: http://x/", status="302 Found")), 2, "redirects to http://x/"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name,behave,status,expected", JOBS, ids=[job[0] for job in JOBS])
-def test_a_job_ends_with_its_dead_letters_or_one_line(
-    tmp_path, capfd, monkeypatch, name, behave, status, expected
-):
-    (tmp_path / "images").mkdir()
-    PICTURE.save(tmp_path / "images" / "a.png")
-    (tmp_path / "images" / "a.txt").write_text("A wren.")
-    output = tmp_path / "out"
+def _job(folder, images, behave):
+    """The exit status of a job of the pass caption, and its output."""
+    (folder / "images").mkdir()
+    for name in range(images):
+        PICTURE.save(folder / f"images/{name}.png")
+        (folder / f"images/{name}.txt").write_text("A wren.")
     with sockets.serve(behave) as server:
-        given = [f"--images={tmp_path / 'images'}", f"--output={output}", "--chat=tiny"]
+        given = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--chat=tiny"]
         given += [f"--endpoint={server.url}", "--passes=caption", "--tries=1", "--max-faults=1"]
-        assert command.main([*given, "--request-seconds=2"]) == status
-    said = capfd.readouterr().err.splitlines()
-    if status == 0:
-        letters = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
-        assert [(x["stage"], x["cause"], x["kept"]) for x in letters] == [
-            ("caption", expected, True)
-        ]
-    else:
-        assert len(said) == 1 and expected in said[0]
+        return command.main([*given, "--request-seconds=2"]), folder / "out"
+
+
+DEAD = [
+    body(sockets.answer(usage='{"prompt_tokens": Infinity}')),
+    body(DEEP),
+    sent(head(f"Content-Length: {10**30}") + ANSWER),
+    dripping(head(), b"x" * 65536, 0),  # an endless body
+]
+
+
+def test_a_job_ends_with_its_dead_letters(tmp_path):
+    left = list(DEAD)
+    behave = lambda connection, stop: left.pop()(connection, stop)
+    status, output = _job(tmp_path, len(DEAD), behave)
+    letters = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
+    assert status == 0 and not left and len(letters) == len(DEAD)
+    assert {(x["stage"], x["cause"], x["kept"]) for x in letters} == {("caption", NO, True)}
+
+
+@pytest.mark.parametrize(
+    "answer,expected",
+    [
+        (head(status="404 Not Found") + b"no model", "no such address or model"),
+        (head("Location: http://x/", status="302 Found"), "redirects to http://x/"),
+    ],
+)
+def test_a_job_ends_with_one_line(tmp_path, capfd, answer, expected):
+    assert _job(tmp_path, 1, sent(answer))[0] == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert expected in said
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e300", "x"])

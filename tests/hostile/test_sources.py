@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import time
 
 import pytest
@@ -27,6 +28,14 @@ JSON_SOURCES = ("coco", "finehard", "fg_ovd", "karpathy", "lvis", "refcoco", "vi
 def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
     return folder, source_files.write(folder)
+
+
+@pytest.fixture
+def record_set(samples, tmp_path):
+    """A copy of the record set among them, to be damaged."""
+    folder = tmp_path / "small" / "1.0.0"
+    shutil.copytree(pathlib.Path(samples[1]["tfds"].images) / "1.0.0", folder)
+    return folder
 
 
 def read(name, options):
@@ -265,15 +274,15 @@ def test_many_descriptions_of_a_few_boxes_are_ordered_in_time(tmp_path):
     assert time.monotonic() - start < 2 * SECONDS
 
 
-def test_notes_beside_records(tmp_path):
-    folder = pathlib.Path(source_files.write(tmp_path, "tfds")["tfds"].images) / "1.0.0"
-    lines = tmp_path / "tfds/A.jsonl"
-    flags = [f"--annotations={lines}", f"--images={tmp_path}/tfds/images", f"--output={tmp_path}"]
-    flags += ["--name=x", f"--exclude-duplicates-of={folder}"]
+def test_notes_beside_records(samples, record_set, tmp_path):
+    given = samples[0] / "tfds"
+    flags = [f"--annotations={given}/A.jsonl", f"--images={given}/images", f"--output={tmp_path}"]
+    flags += ["--name=x", f"--exclude-duplicates-of={record_set}"]
     for content in (b"", DEEP, b"PK\3\4", b"\x93NUMPY\1\0\x10\0" + b"(" * 16):
-        (folder / "metadata.json").write_bytes(content)
-        cases.check(cases.run(inspect_command.main, [folder]), "metadata.json: .*notes of a build")
-        (folder / "fingerprints.npy").write_bytes(content)
+        (record_set / "metadata.json").write_bytes(content)
+        outcome = cases.run(inspect_command.main, [record_set])
+        cases.check(outcome, "metadata.json: .*notes of a build")
+        (record_set / "fingerprints.npy").write_bytes(content)
         cases.check(cases.run(build.main, flags), "fingerprints.npy: .*expected fingerprints")
 
 
@@ -306,9 +315,9 @@ def _first_shard(change):
         (_first_shard(lambda path: path.unlink()), "the shard is gone"),
     ],
 )  # fmt: skip
-def test_a_damaged_record_set(tmp_path, change, line):
-    options = source_files.write(tmp_path, "tfds")["tfds"]
-    change(pathlib.Path(options.images) / "1.0.0")
+def test_a_damaged_record_set(record_set, change, line):
+    options = sources.Options(str(record_set))
+    change(record_set)
     if line is None:
         (fault,) = read("tfds", options)
         assert fault[:2] == ("train/000000000", "damaged shard") and "is lost" in fault.detail
