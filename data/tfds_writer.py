@@ -42,50 +42,44 @@ def features(encoding_format: str | None, negatives: bool) -> tfds.features.Feat
     )
 
 
-class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Images with captions and described regions, from given examples.
+def _builder(
+    target: epath.Path,
+    folder: epath.PathLike,
+    splits: Mapping[str, Iterable[dict[str, Any]]],
+    *,
+    encoding_format: str | None,
+    negatives: bool,
+    metadata: dict[str, Any],
+) -> tfds.core.DatasetBuilder:
+    """TFDS's builder of the examples of each split, which writes in `folder`."""
 
-    `name` is the set's; `splits` are their examples, dicts as `data.build.examples` yields them,
-    ids unique.
-    """
+    class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = target.parent.name
+        VERSION = tfds.core.Version(example.VERSION)
 
-    VERSION = tfds.core.Version(example.VERSION)
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Pictures with captions and described regions, written by data.build.",
+                features=features(encoding_format, negatives),
+                metadata=tfds.core.MetadataDict(metadata),
+            )
 
-    def __init__(
-        self,
-        name: str,
-        data_dir: epath.PathLike,
-        splits: Mapping[str, Iterable[dict[str, Any]]],
-        *,
-        encoding_format: str | None,
-        negatives: bool,
-        metadata: dict[str, Any],
-    ):
-        self.name, self._splits, self._negatives = name, splits, negatives
-        self._features, self._metadata = features(encoding_format, negatives), metadata
-        super().__init__(data_dir=data_dir)
+        def _split_generators(self, dl_manager):
+            del dl_manager  # nothing is downloaded
+            return {split: self._generate_examples(items) for split, items in splits.items()}
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Pictures with captions and described regions, written by data.build.",
-            features=self._features,
-            metadata=tfds.core.MetadataDict(self._metadata),
-        )
+        def _generate_examples(self, items: Iterable[dict[str, Any]]):
+            for item in items:
+                regions = []
+                for region in item["regions"]:
+                    region = region | {"bbox": tfds.features.BBox(*region["bbox"])}
+                    texts = region.pop("negatives", [])
+                    regions.append(region | {"negatives": texts} if negatives else region)
+                image = io.BytesIO(item["image"])
+                yield item["id"], item | {"image": image, "regions": regions}
 
-    def _split_generators(self, dl_manager):
-        del dl_manager  # nothing is downloaded
-        return {name: self._generate_examples(items) for name, items in self._splits.items()}
-
-    def _generate_examples(self, items: Iterable[dict[str, Any]]):
-        for item in items:
-            regions = []
-            for region in item["regions"]:
-                region = region | {"bbox": tfds.features.BBox(*region["bbox"])}
-                texts = region.pop("negatives", [])
-                regions.append(region | {"negatives": texts} if self._negatives else region)
-            image = io.BytesIO(item["image"])
-            yield item["id"], item | {"image": image, "regions": regions}
+    return AnnotatedImages(data_dir=folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +105,10 @@ def write(
 
     Args:
       target: the set's folder; its last part is `data.example.VERSION`.
-      splits: the examples of each, as `AnnotatedImages` takes them (and `encoding_format` and `metadata`), and how
-        many files they are spread over; one with 0 files is left out.
+      splits: the examples of each, dicts as `data.build.examples` yields them, ids unique, and how many files they are
+        spread over; one with 0 files is left out.
+      encoding_format: of the images, as TFDS's feature takes it.
+      metadata: what the set says of itself.
       negatives: whether a region has negatives.
       files: gives name -> content of what is to stand beside the records; called when these are written.
     """
@@ -122,8 +118,8 @@ def write(
     config.get_shard_config = lambda: of_splits
     digests = {split: digest.Digest() for split in splits}
     with staging.replacing(target) as folder:
-        builder = AnnotatedImages(
-            target.parent.name,
+        builder = _builder(
+            target,
             folder,
             {split: digests[split].counting(items) for split, (items, _) in splits.items()},
             encoding_format=encoding_format,

@@ -84,18 +84,14 @@ class Tfds:
 def directory(folder: epath.PathLike) -> epath.Path:
     """The set's own folder: `folder`, or the newest version in it. Raises SourceError."""
     root = epath.Path(folder)
-    found = [root] if (root / "dataset_info.json").exists() else []
-    if not found and root.is_dir():
-        found = [
-            path
-            for path in root.iterdir()
-            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
-        ]
-    if not found:
-        raise base.SourceError(
-            f"{folder}: got no dataset_info.json there, expected a TFDS set: NAME or NAME/1.0.0"
-        )
-    return max(found, key=lambda path: [int(x) for x in path.name.split(".") if x.isdecimal()])
+    inside = root.iterdir() if root.is_dir() else ()
+    versions = [path for path in inside if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    versions.sort(key=lambda path: [int(x) for x in path.name.split(".")], reverse=True)
+    for path in (root, *versions):
+        if (path / "dataset_info.json").exists():
+            return path
+    expected = "expected a TFDS set: NAME or NAME/1.0.0"
+    raise base.SourceError(f"{folder}: got no dataset_info.json there, {expected}")
 
 
 def all_images(folder: epath.PathLike) -> Iterator[base.Image | base.Fault]:

@@ -1,7 +1,5 @@
 """The passes and their files: what is done again and what is not, workers in processes, models that break down."""
 
-import json
-
 import PIL.Image
 import pytest
 
@@ -159,11 +157,3 @@ def test_batches_of_large_pictures_are_smaller(monkeypatch):
     found = list(passes._batches(works, 4))
     assert [len(batch) for batch in found] == [4, 1, 3, 2]
     assert [work for batch in found for work in batch] == works
-
-
-def test_sums_of_counters():
-    a = {"n": 1, "passes": {"caption": {"s": 0.5}}}
-    b = {"n": 2, "m": 3, "passes": {"caption": {"s": 1.0}, "ground": {"s": 2.0}}}
-    expected = {"n": 3, "m": 3, "passes": {"caption": {"s": 1.5}, "ground": {"s": 2.0}}}
-    assert outputs.add(a, b) == expected
-    assert outputs.add({}, json.loads(json.dumps(a))) == a
