@@ -67,7 +67,6 @@ QUICK = (
     "tests/cli/test_parser.py",
     "tests/convert/test_parity.py",
     "tests/data/test_aviary.py",
-    "tests/data/test_benchmark_sources.py",
     "tests/data/test_staging.py",
     "tests/demo/test_demo.py::test_classes_as_they_are_typed",
     "tests/demo/test_demo.py::test_faulty_classes_are_one_line",
