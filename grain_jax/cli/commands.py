@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from grain_jax import __version__
-from grain_jax.cli import nearest, process
+from grain_jax.cli import process
 from grain_jax.cli.parser import Command, Parser
+from grain_jax.core import nearest
 
 # Name -> (the class that declares it, its main function: (arguments) -> exit status, or None for 0).
 COMMANDS = {

@@ -17,9 +17,8 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
-from grain_jax.cli import nearest
 from grain_jax.config.evals import same_place
-from grain_jax.core import errors, named
+from grain_jax.core import errors, named, nearest
 
 _PACKAGE = "grain_jax.configs"
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
