@@ -3,7 +3,7 @@
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from benchmarks.interop import perturbed as params
+from benchmarks.random_weights import perturbed as params
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.runtime import checkpoint

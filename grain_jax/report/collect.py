@@ -146,30 +146,18 @@ def _confusions(
     first: Mapping[int, int],
     thumbs: Thumbnails,
 ) -> list[dict[str, Any]]:
-    """The most frequent confusions: pairs (true class, predicted class), with example images.
+    """The most frequent pairs (true class, predicted class) by scores [n, C] and true classes int [n], with examples.
 
-    Args:
-      found: scores [n, C].
-      own: int [n], the true classes.
-      seen: the n images.
-      test_set: the test set of the images.
-      first: class -> position of its first image in the set; a class may have none.
-      thumbs: the thumbnails of the page; the example images are added to it.
+    `first`: class -> position of its first image in the set; a class may have none.
     """
-    predicted = found.argmax(axis=1)
-    wrong = np.flatnonzero(found.max(axis=1) > found[np.arange(len(own)), own] + rates.TIE)
-    counts = collections.Counter((int(own[i]), int(predicted[i])) for i in wrong)
+    predicted, rows = found.argmax(axis=1), np.arange(len(own))
+    lead = found[rows, predicted] - found[rows, own]  # of the wrong score over the true one
+    pairs: dict[tuple[int, int], list[int]] = {}  # the images of each, the largest lead first
+    for i in sorted(np.flatnonzero(lead > rates.TIE), key=lambda i: -lead[i]):
+        pairs.setdefault((int(own[i]), int(predicted[i])), []).append(int(i))
     totals = collections.Counter(own.tolist())
-    # Equally frequent pairs are ordered by the largest lead of the wrong score over the true one.
-    lead = found[np.arange(len(found)), predicted] - found[np.arange(len(found)), own]
-    sureness = collections.defaultdict(float)
-    for i in wrong:
-        pair = int(own[i]), int(predicted[i])
-        sureness[pair] = max(sureness[pair], float(lead[i]))
     out = []
-    for pair in sorted(counts, key=lambda p: (-counts[p], -sureness[p]))[:_PAIRS]:
-        mistaken = [i for i in wrong if (own[i], predicted[i]) == pair]
-        mistaken.sort(key=lambda i: -lead[i])
+    for pair, mistaken in sorted(pairs.items(), key=lambda x: -len(x[1]))[:_PAIRS]:
         right = np.flatnonzero((own == pair[1]) & (predicted == pair[1])).tolist()
         example = None
         if right:
@@ -181,9 +169,9 @@ def _confusions(
             {
                 "true": test_set.classes[pair[0]],
                 "predicted": test_set.classes[pair[1]],
-                "count": counts[pair],
+                "count": len(mistaken),
                 "of": totals[pair[0]],
-                "pictures": [thumbs.add(seen[int(i)], _SMALL) for i in mistaken[:_EXAMPLES]],
+                "pictures": [thumbs.add(seen[i], _SMALL) for i in mistaken[:_EXAMPLES]],
                 "example": example and thumbs.add(example, _SMALL),
             }
         )

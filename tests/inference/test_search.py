@@ -66,10 +66,10 @@ def opened(tmp_path_factory, model):
 
 @pytest.mark.parametrize("faiss", [False, True])
 @pytest.mark.parametrize("by", ["regions", "images"])
-@pytest.mark.parametrize("block_rows, top", [(16, 7), (24, 200), (1000, 1)])
+@pytest.mark.parametrize("block_rows, top", [(7, 7), (24, 200), (1000, 1)])
 def test_it_finds_what_brute_force_finds(opened, by, block_rows, top, faiss, monkeypatch):
     index, (image_embed, region_embed, boxes) = opened
-    monkeypatch.setattr(search, "BLOCK_BYTES", block_rows * 4 * D)
+    monkeypatch.setattr(search, "_ROWS", block_rows)
     queries = unit(np.random.default_rng(1).standard_normal((3, D)))
     of_image = region_embed if by == "regions" else image_embed[:, None]
     found = search.search(index, queries, top=top, by=by, faiss=faiss)
