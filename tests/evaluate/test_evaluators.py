@@ -199,6 +199,7 @@ def test_check_of_annotations(tmp_path, capsys, kind):
 def test_boxes_that_lie_outside_are_no_boxes(tmp_path, kind):
     given = annotate(tmp_path, [{"regions": [region([90, 0, 99, 9], "beak")]}])
     predictor = StubPredictor({0: [1, 0]}, {"beak": [1, 0]}, {0: ([[0, 0, 1, 1]], [[1, 0]])})
+    predictor.similarity_maps = lambda images, embeds: [[] for _ in images]
     with pytest.raises(errors.UserError, match="every box lies outside"):
         measure(kind, predictor, **given)
     with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):

@@ -70,31 +70,21 @@ def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     assert lines[-1] == f"evals.unseen: skipped: runs/aviary/unseen: {get}"
 
 
-@pytest.mark.parametrize(
-    "override, said",
-    [
-        (
-            "seen.images=/nope",
-            "evals.seen: /nope: no such folder; expected one with a sub-folder a",
-        ),
-        ("grounding.annotations=/n.jsonl", "evals.grounding: runs/aviary/test: no such folder;"),
-        (
-            "seen.images=",
-            "evals.seen: images: got nothing, expected class folders; to get it: grain",
-        ),
-        ("seen.alphas=(1.0,)", "evals.seen: runs/aviary/seen: no such folder"),
-        ("seen.missing=skip --config.evals.seen.images=/nope", None),
-    ],
-)
-def test_what_the_command_line_asks_for_is_not_skipped(override, said, tmp_path, monkeypatch):
+def test_what_the_command_line_asks_for_is_not_skipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_file.load("demo", f"--config.evals.{override}".split(" "))
-    if said is None:
-        assert suite.present(config.evals) == {}
-        return
-    with pytest.raises(errors.UserError) as found:
-        suite.present(config.evals)
-    assert str(found.value).startswith(said)
+    present = lambda *overrides: suite.present(
+        config_file.load("demo", [f"--config.evals.{one}" for one in overrides]).evals
+    )
+    for override, said in {
+        "seen.images=/nope": "/nope: no such folder; expected one with a sub-folder a",
+        "seen.images=": "images: got nothing, expected class folders; to get it: grain",
+        "seen.alphas=(1.0,)": "runs/aviary/seen: no such folder",
+        "grounding.annotations=/n.jsonl": "runs/aviary/test: no such folder;",
+    }.items():
+        with pytest.raises(errors.UserError) as found:
+            present(override)
+        assert str(found.value).startswith(f"evals.{override.partition('.')[0]}: {said}")
+    assert present("seen.missing=skip", "seen.images=/nope") == {}
 
 
 def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
