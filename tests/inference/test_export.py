@@ -38,7 +38,7 @@ np.savez(sys.argv[3], **out)
 
 
 def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(a, b, rtol=0, atol=3e-6)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_the_command_compares_what_it_wrote(folder):
     outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[7:]}
     regions = {f"regions: {name}" for name in ("boxes_xyxy", "image_embed", "region_embed")}
     assert set(outputs) == {"image: image_embed", "text: text_embed", "boxes: box_embed", *regions}
-    assert max(outputs.values()) < 2e-6 and "FAILED" not in str(lines)
+    assert max(outputs.values()) < 1e-5 and "FAILED" not in str(lines)
 
 
 @pytest.mark.parametrize(
