@@ -93,8 +93,9 @@ def _one(args: argparse.Namespace) -> int:
     cls = evals.find(args.command.replace("-", "_"))
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
     entry_of = lambda: cls.of_flags(**{key: x for key, x in given.items() if x is not None})
-    if predictions := getattr(args, "predictions", None):
-        predictions = processes.run_together(lambda: _output(predictions, "--predictions"))
+    wanted, predictions = getattr(args, "predictions", None), None
+    if wanted:
+        predictions = processes.run_together(lambda: _output(wanted, "--predictions"))
     output, entry = _ready(args, entry_of)
     processes.run_together(entry.check)  # before the checkpoint is read
     predictor = processes.run_together(lambda: _load(args))

@@ -34,18 +34,23 @@ class Predictor(Protocol):
 
     def encode_image(self, images: Any, /) -> np.ndarray:
         """Images -> float32 [B, D]."""
+        ...
 
     def encode_image_and_regions(self, images: Any, /) -> tuple[np.ndarray, schema.Regions]:
         """Images -> float32 [B, D] and regions."""
+        ...
 
     def encode_boxes(self, images: Any, boxes_xyxy: Any, /) -> list[np.ndarray]:
         """Images and boxes [n, 4] of each, in [0, 1] -> float32 [n, D] of each; of models with a box head."""
+        ...
 
     def similarity_maps(self, images: Any, text_embeds: Any, /) -> list[np.ndarray]:
         """Images and embeddings [n, D] of the texts of each -> float32 [n, h, w] of each."""
+        ...
 
     def encode_text(self, texts: Any, /) -> np.ndarray:
         """Strings -> float32 [N, D]."""
+        ...
 
 
 # (position of an image in the whole set, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1].
@@ -84,11 +89,9 @@ def gather_images(
         parts.append(arrays | (batch.regions._asdict() if batch.regions else {}))
     found = processes.allgather(parts)
     regions = {key: found.pop(key) for key in schema.Regions._fields if key in found}
-    return Encoded(
-        **found,
-        regions=schema.Regions(**regions) if regions else None,
-        box_embed=processes.allgather(of_boxes)["box_embed"] if options.get("boxes_of") else None,
-    )
+    boxes = processes.allgather(of_boxes)["box_embed"] if options.get("boxes_of") else None
+    of_images = (found[key] for key in ("index", "sizes", "labels", "image_embed"))
+    return Encoded(*of_images, schema.Regions(**regions) if regions else None, boxes)
 
 
 def encode_images(

@@ -62,7 +62,7 @@ def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
 def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """The chance that `draws` draws without replacement include a right one (hypergeometric); arguments int [N]."""
     draws = np.clip(draws, 0, right + wrong)
-    return 1.0 - special.comb(wrong, draws) / special.comb(right + wrong, draws)
+    return 1.0 - np.asarray(special.comb(wrong, draws)) / special.comb(right + wrong, draws)
 
 
 def interval(successes: float, count: float) -> tuple[float, float]:

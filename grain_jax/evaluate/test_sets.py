@@ -41,9 +41,11 @@ class TestSet(Protocol):
 
     def name(self, position: int) -> str:
         """The path of an image, or its position in the TFDS set."""
+        ...
 
     def images(self, positions: range) -> Iterable[Image]:
         """The images at consecutive positions, in order. Raises InputError if they cannot be read."""
+        ...
 
 
 class ClassFolders:
