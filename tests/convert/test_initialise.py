@@ -74,7 +74,7 @@ def _siglip(path, **overrides):
     c.model.image.update(image_size=48, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.text.update(vocab_size=300, context_length=24, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.text.projection = "affine"
-    c.model.embed_dim, c.model.decoder.depth = 32, 1
+    c.model.embed_dim = 32
     c.update_from_flattened_dict({"init.image": f"{path}:img", "init.text": str(path), **overrides})
     return c
 
