@@ -13,7 +13,6 @@ openai/CLIP. The tables of the CLIP paper use the features before the projection
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import math
@@ -48,7 +47,7 @@ _ONE_THREAD = 10**9  # multiplications per iteration; fewer are faster by one th
 def _parse_shots(text: str) -> tuple[int, ...]:
     parts = ["0" if part == "all" else part for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
         )
     return tuple(map(int, parts))

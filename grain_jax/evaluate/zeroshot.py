@@ -7,7 +7,6 @@ for class names that mean nothing to the model, or descriptions that are whole s
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -43,7 +42,7 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"got {text!r}, expected a number from 0 to 1, or several with commas between"
         ) from None
 

@@ -241,7 +241,7 @@ def test_the_image_has_what_it_copies_and_installs():
     text = (LAUNCH / "Dockerfile").read_text()
     for line in re.findall(r"^COPY (.*) \S+$", text, re.M):
         assert all((ROOT / source).exists() for source in line.split())
-    setup = (ROOT / "setup.py").read_text()
+    settings = (ROOT / "pyproject.toml").read_text()
     assert '"/source[data,gcs,${BACKEND}]"' in text
-    assert all(f'"{extra}":' in setup for extra in ("data", "gcs", "tpu", "cuda", "cuda13"))
+    assert all(f"\n{extra} = [" in settings for extra in ("data", "gcs", "tpu", "cuda", "cuda13"))
     assert text.rstrip().endswith('ENTRYPOINT ["python", "-m", "grain_jax.train"]')
