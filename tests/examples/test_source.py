@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
+
+# TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
 
 HEADER = "image;caption;x1;y1;x2;y2;phrase\n"
 ROWS = """\
@@ -36,8 +40,6 @@ def folder(tmp_path):
 
 
 def test_the_command_converts_the_file_and_builds_records(folder, capsys):
-    import tensorflow_datasets as tfds
-
     given = arguments(folder, "--option=delimiter=;", "--option=unit=share", "--name=street")
     assert command.main(given) == 0
     assert "2 of 2 images, 2 regions" in capsys.readouterr().out
