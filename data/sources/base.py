@@ -5,7 +5,8 @@ a class of your own, in any module that Python finds (examples/source/csv_boxes.
 the class, a dataclass; `--option KEY=VALUE` sets one.
 
 Where the images are files and the annotations one file or a few, subclass `data.sources.staged.ListedSource` and
-write `entries` alone.
+write `entries` alone. Where images come out of larger files, `read` gives each one's Entry and bytes to
+`data.sources.join.join`.
 """
 
 import hashlib
