@@ -19,7 +19,7 @@ from etils import epath
 from tensorflow_datasets.core.utils import shard_utils
 
 from grain_jax.data import digest, example, staging
-from grain_jax.input_pipeline import record_files, shard_digests
+from grain_jax.input_pipeline import record_files
 
 
 def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
@@ -143,7 +143,7 @@ def write(
                 "digest": of.hex(),
                 "shard_lengths": info.shard_lengths,
                 "shard_bytes": [path.stat().length for path in paths],
-                "shard_digests": list(map(shard_digests.of_file, paths)),
+                "shard_digests": list(map(record_files.digest_of_shard, paths)),
             }
         beside = {**files(), record_files.DIGEST_FILE: json.dumps(of_splits).encode()}
         for file_name, content in beside.items():

@@ -60,8 +60,7 @@ def test_the_command_converts_the_file_and_builds_records(folder, capsys):
 @pytest.mark.parametrize(
     "options, line",
     [
-        (["unti=share"], "--option unti of data source"),
-        (["unti=share"], "no such key; did you mean unit?"),
+        (["unti=share"], "csv_boxes:CsvBoxes': no such key; did you mean unit?"),
         (["unit=inch"], "unit: got 'inch', expected one of pixel, share"),
         (["delimiter=,"], "boxes.csv: has no column caption, image, phrase, x1, x2, y1, y2"),
     ],
