@@ -98,8 +98,11 @@ FAULTS = [
         "region_order: got 'x', expected one of queries, descriptions",
     ),
     (
-        {"kind": "linear_probe", "seeds": 0, "shots": (-1,), "tfds": "a", "images": "b"},
+        {"kind": "linear_probe", "seeds": 0},
         "seeds: got 0, expected 1 to 1000",
+    ),
+    (
+        {"kind": "linear_probe", "shots": (-1,), "tfds": "a", "images": "b"},
         "tfds: got 'a' with images='b', expected one of the two",
         "shots: got (-1,), expected at least 1 each, or 0 for all",
     ),
