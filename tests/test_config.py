@@ -178,7 +178,6 @@ def test_the_part_of_a_config_by_roles():
 
 
 def test_configs_import_little():
-    """`benchmarks.start_up` has the time."""
     code = (
         "import sys; before = {*sys.modules}\n"
         "from grain_jax.configs import demo; demo.get_config()\n"

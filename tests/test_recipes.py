@@ -22,7 +22,7 @@ from grain_jax.configs import (
 )
 from grain_jax.convert import initialise, tables
 from grain_jax.core import errors
-from grain_jax.evaluate import entries as evaluate
+from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
 from grain_jax.report import regions
 from grain_jax.runtime import checkpoint

@@ -77,6 +77,7 @@ class Evaluator(abc.ABC):
 
     example: ClassVar[str] = ""  # flags of the command, to copy
     writes_predictions: ClassVar[bool] = False  # whether `evaluate` takes `Context.predictions`
+    table: ClassVar[Sequence[TableRow]] = ()  # rows of the table, of an evaluator of the package
 
     # Which evaluator this is: a name of the package, or module:Class.
     kind: str = ""
@@ -95,7 +96,7 @@ class Evaluator(abc.ABC):
 
         Of an evaluator of the package; the table of another one has a row for each number.
         """
-        return ()
+        return cls.table
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """What the file of the command has beside the result, on top."""

@@ -84,7 +84,7 @@ def test_names_that_the_declarations_repeat():
     from grain_jax import config
     from grain_jax.convert import __main__ as convert
     from grain_jax.data import sources
-    from grain_jax.data.annotate import options, passes
+    from grain_jax.data.annotate import arguments, local_chat, passes
 
     said = {
         flag.name: flag.help
@@ -94,14 +94,14 @@ def test_names_that_the_declarations_repeat():
     }
     assert said["--source"].startswith(", ".join(sources.SOURCES) + ", or")
     assert said["--passes"].startswith(
-        f"some of {','.join(passes.PASSES)}; all (default) is {','.join(options.ALL)};"
+        f"some of {','.join(arguments.PASSES)}; all (default) is {','.join(arguments.ALL)};"
     )
-    assert options.LocalChat().model in said["--chat"]
+    assert local_chat.MODEL in said["--chat"]
     assert said["--image-activation"].endswith(
         " or ".join([", ".join(config.ACTIVATIONS[:-1]), config.ACTIVATIONS[-1]])
     )
-    assert sources.Options("").shard_size == options.SHARD_SIZE
-    assert tuple(passes.PASSES) == options.PASSES
+    assert sources.Options("").shard_size == arguments.Annotate(images="", output="").shard_size
+    assert all(hasattr(passes.Passes, f"_{name}") for name in arguments.PASSES)
     assert set(convert.COMMANDS) == set(commands.parsers()["convert"].kinds)
 
 
