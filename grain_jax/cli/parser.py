@@ -399,7 +399,7 @@ def _value(shown: Flag, text: str) -> Any:
         )
     value = parse(text)
     if shown.choices and value not in shown.choices:
-        raise ValueError(nearest.choice(value, shown.choices))
+        raise ValueError(nearest.choice(str(value), shown.choices))
     return value
 
 
