@@ -9,7 +9,7 @@ from grain_jax import train
 from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate.__main__ import main as evaluate
-from grain_jax.input_pipeline import record_files, records
+from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import checkpoint
 from tests import record_sets, tiny
 
@@ -72,28 +72,21 @@ def test_what_the_data_lacks_is_said_before_anything_is_compiled(
 ):
     monkeypatch.setattr(train.train_step, "build", _too_late)
     folder, output = built
-    records_of = dict(source="records", data_dir=str(output), name="tiny_set")
-    c = tiny.dictionary(**{f"input__{key}": value for key, value in records_of.items()})
+    keys = dict(input__source="records", input__data_dir=str(output), input__name="tiny_set")
+    c = tiny.dictionary(**keys)
     if entry == "a shard":
         (one,) = record_files.find(config_lib.from_dict(c))
-        monkeypatch.setattr(records.record_files.os, "stat", _gone(one.shards[2].path))
+        lost, stat = one.shards[2].path, record_files.os.stat
+        there = lambda path, *more, **names: stat(
+            path if str(path) != lost else "/nope", *more, **names
+        )
+        monkeypatch.setattr(record_files.os, "stat", there)
     else:
         c.evals = {
             "one": {k: v.format(folder=folder) for k, v in entry.items()} | {"missing": "error"}
         }
     with pytest.raises(errors.UserError, match=message):
         train.train(config_lib.from_dict(c), tmp_path / "workdir")
-
-
-def _gone(lost):
-    stat = record_files.os.stat
-
-    def without(path, *arguments, **names):
-        if str(path) == lost:
-            raise FileNotFoundError(lost)
-        return stat(path, *arguments, **names)
-
-    return without
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,7 @@ def documents() -> list[str]:
     return [name for name in tracked() if name.endswith(".md")]
 
 
+@functools.cache
 def prose(name: str) -> list[tuple[int, str]]:
     """(line, text) of what a file says to readers: of a test its comments and docstrings, of others all."""
     if not (name.startswith("tests/") and name.endswith(".py")):

@@ -211,7 +211,7 @@ class Parser:
                 loose += rest
                 break
             if not re.match(r"--?[A-Za-z]", word):
-                loose.append(word)
+                (given[self._unknown] if self._unknown else loose).append(word)
             elif self._overrides and key.startswith("--config."):
                 if "=" not in key and rest and not rest[0].startswith("--"):
                     key += f"={rest.pop(0)}"
@@ -303,9 +303,8 @@ class Parser:
                 taken = len(words) if shown.many else 1
                 self._set(shown, words[:taken], given)
                 words = words[taken:]
-        if words and not self._unknown:
+        if words:
             self._error(f"{words[0]}: expected a flag; {self.prog} --help lists them")
-        given[self._unknown] += words
 
     def _listed(self) -> list[Flag]:
         return [flag for flags in self.groups.values() for flag in flags if flag.field]
@@ -400,7 +399,7 @@ def _value(shown: Flag, text: str) -> Any:
         )
     value = parse(text)
     if shown.choices and value not in shown.choices:
-        raise ValueError(nearest.choice(value, shown.choices))
+        raise ValueError(nearest.choice(str(value), shown.choices))
     return value
 
 

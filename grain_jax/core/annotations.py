@@ -218,7 +218,7 @@ def _regions(
             if not _is_number(score) or not 0 <= score <= 1:
                 faults.append(_wrong(f"{at}.score", score, "a number from 0 to 1"))
             negatives = _negatives(entry, at, faults)
-            if len(faults) == before:
+            if box is not None and len(faults) == before:
                 regions.append(Region(box, description.strip(), float(score), negatives))
         else:
             faults.append(_wrong(at, entry, f"an object with {', '.join(REGION_KEYS)}"))

@@ -1,6 +1,6 @@
 """Finds an extension: by its name in a table of the package's own, or as `module:Name` in any module that Python finds.
 
-Loss terms, evaluators, towers and data sources are chosen this way. Imports nothing but `errors`.
+Loss terms, evaluators, towers and data sources are chosen this way. Imports nothing heavy.
 
 A stored config (of a checkpoint, a workdir) may come from anyone, so a name in it imports no code: its module must
 be the user's own and imported already, or be listed in the environment variable GRAIN_JAX_IMPORT, separated by commas.
@@ -10,7 +10,6 @@ that a user passes to a command, the command switches imports on (`importing`).
 
 import contextlib
 import contextvars
-import difflib
 import importlib
 import os
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grain_jax.core import errors
+from grain_jax.core import errors, nearest
 
 VARIABLE = "GRAIN_JAX_IMPORT"
 _importing = contextvars.ContextVar("importing", default=False)
@@ -84,8 +83,8 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
         return table[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        near = difflib.get_close_matches(name, table, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        near = nearest.of(name, table)
+        meant = f"did you mean {near}? " if near else ""
         known = ", ".join(sorted(table))
         raise errors.UserError(
             f"{kind} {name!r}: {meant}expected one of: {known}; or module:Name of your own"

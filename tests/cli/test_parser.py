@@ -93,8 +93,8 @@ def test_wrong_usage_is_a_fault_of_the_user_in_one_line(words, message):
 
 
 def test_flags_that_go_to_another_program():
-    found = Passing.parse(["--output=y", "--runner=Direct", "--num_workers=2"])
-    assert (found.output, found.others) == ("y", ["--runner=Direct", "--num_workers=2"])
+    found = Passing.parse(["--output=y", "--runner", "Direct", "--num_workers=2"])
+    assert (found.output, found.others) == ("y", ["--runner", "Direct", "--num_workers=2"])
     with pytest.raises(errors.UserError, match="--batchsize: no such flag; did you mean --batch-s"):
         Passing.parse(["--output=y", "--batchsize=2"])
 

@@ -66,6 +66,17 @@ NASTY: tuple[Any, ...] = (
 )
 
 
+PICTURES = [
+    image_files.encode(x, size) for x in image_files.FORMATS for size in ((24, 16), (61, 47))
+]
+PICTURES += [image_files.encode("TIFF", compression=f"tiff_{x}") for x in ("lzw", "deflate")]
+PICTURES += [image_files.encode("TIFF", compression="jpeg"), image_files.webp_animated(2)]
+PICTURES += [
+    image_files.encode("JPEG", progressive=True),
+    image_files.encode("WEBP", lossless=True),
+]
+
+
 class Hang(Exception):
     """A case took longer than SECONDS."""
 
@@ -196,7 +207,7 @@ class Fuzzer:
 
     def case_images(self, rng: random.Random) -> str:
         """A damaged image file; no digest protects it, so that it may be read as another one."""
-        encoded = image_files.encode(rng.choice(image_files.FORMATS))
+        encoded = rng.choice(PICTURES)
         picture = images.decode_image(image_files.mutate(encoded, rng.randrange(1 << 30)), "a")
         images.to_rgb(picture)
         return "read"

@@ -17,6 +17,11 @@ def test_damaged_input_of_every_kind_is_read_or_refused_in_plain_lines(fuzzer):
     assert sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > 10
 
 
+def test_damaged_images_are_read_or_refused(fuzzer):
+    outcomes, failures = fuzz.fuzz(fuzzer, ("images",), seed=0, cases=600)
+    assert not failures and 60 < outcomes["images", "read"] < 540
+
+
 @pytest.mark.parametrize(
     "kind,seed,outcome",
     [

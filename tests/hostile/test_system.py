@@ -194,11 +194,10 @@ def test_a_runs_files_are_lines_of_the_report(tmp_path):
     assert not lines and "metrics.jsonl: got a folder, pipe or device" in faults[0]
 
 
-@pytest.mark.parametrize(
-    "line",
-    ['{"step": "x"}', "[]", "[" * 10**5, '{"step": NaN}', "{", '{"step": 1}'],
-    ids=lambda x: x[:9],
-)
+RECORDS = ['{"step": "x"}', "[]", "[" * 10**5, '{"step": NaN}', "{", '{"step": 1}']
+
+
+@pytest.mark.parametrize("line", RECORDS, ids=lambda x: x[:9])
 def test_a_record_is_of_the_declared_form(tmp_path, line):
     with pytest.raises(
         errors.UserError, match=r"^r:1: got .*, expected a record of a run$"
