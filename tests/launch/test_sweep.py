@@ -278,7 +278,7 @@ def test_a_signal_while_the_jobs_are_listed_reaches_those_that_run(tmp_path):
     scripts = Scripts(tmp_path, a=program, b=wait + DONE)
 
     def known():
-        if scripts.finished(scripts.all[1]):
+        if any(line.startswith("b: finished") for line in scripts.said):
             signal.raise_signal(signal.SIGTERM)
         yield from scripts.all
 
