@@ -3,6 +3,10 @@
 Without a decoder it is a two-tower model, such as CLIP: no regions, and the image embedding is pooled.
 """
 
+import functools
+import types
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -236,7 +240,8 @@ def flat(params) -> dict:
     }
 
 
-def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(config: config_lib.Model) -> Mapping[str, tuple[int, ...]]:
     """The name and shape of every parameter of the model; nothing is computed."""
     size, length = config.image.image_size, config.text.context_length
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
@@ -254,4 +259,4 @@ def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
         texts_dropped=None,
     )
     params = jax.eval_shape(GRAIN(config).init, jax.random.key(0), batch)["params"]
-    return {name: x.shape for name, x in flat(params).items()}
+    return types.MappingProxyType({name: x.shape for name, x in flat(params).items()})
