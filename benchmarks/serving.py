@@ -68,7 +68,15 @@ def torch_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Calla
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     module = transformers.AutoModel.from_pretrained(f"{folder}/hf", trust_remote_code=True).eval()
-    half = sys.modules[type(module).__module__].ImageHalf(module).eval()
+    code, visual, decoder = (
+        sys.modules[type(module).__module__],
+        module.backbone.visual,
+        module.decoder,
+    )
+
+    def half(pixels):
+        image, regions, boxes = decoder(visual(pixels))
+        return code._unit(image), code._unit(regions), code._corners(boxes[-1]).clamp(0, 1)
 
     def run(function, given):
         with torch.inference_mode():
