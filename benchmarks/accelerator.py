@@ -4,15 +4,13 @@
 
 On one GPU or TPU: the parity of the attention programs with float32 (`benchmarks.attention`); images/s, MFU and memory
 of the packed bfloat16 step by each attention that the device runs, and of the same step in PyTorch on the same card
-(`benchmarks.train_step`); the ten operations that take longest (`benchmarks.profile`); the plan; the wait for input of
-a short training. Parts run one after the other, each in processes that have the memory of the device to themselves; half
+(`benchmarks.train_step`); the plan. Parts run one after the other, each in processes that have the memory of the device to themselves; half
 the batch where memory runs out. They are ordered by worth: what does not fit into the time is left out and named. On a
 CPU everything runs at size tiny, in float32.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from benchmarks import harness
+from grain_jax.launch import chips
 
 ROOT = epath.Path(__file__).absolute().parent.parent
 # The attention programs that are timed; on a CPU the kernel runs in an interpreter, which says nothing of its speed.
@@ -41,18 +40,12 @@ class Part(NamedTuple):
 
 def parts(platform: str, kind: str, sizes: list[str], batch: int, folder: epath.Path) -> list[Part]:
     """The parts for a device, those first that are worth most."""
-    from grain_jax.launch import chips
-
-    first = TIMED[platform][0]
-    step, operations, plans = [], [], []
-    known = [chip for chip in chips.CHIPS.values() if chip.device_kind == kind]
+    steps, plans = [], []
+    chip = next((chip for chip in chips.CHIPS.values() if chip.device_kind == kind), None)
     for size in sizes:
-        given = ["--size", size, "--batch", str(batch)]
-        timed = ["benchmarks.train_step", *given, "--attention", *TIMED[platform]]
-        step.append(Part(f"step of {size}", timed, 120.0))
-        profile = ["benchmarks.profile", *given, "--attention", first]
-        operations.append(Part(f"operations of {size}", profile, 45.0))
-        for chip in known[:1]:
+        timed = ["benchmarks.train_step", "--size", size, "--batch", str(batch)]
+        steps.append(Part(f"step of {size}", [*timed, "--attention", *TIMED[platform]], 120.0))
+        if chip is not None:
             topology = f"{chip.name}:{'x'.join('1' * (chip.axes or 1))}"
             keys = {"batch_size": batch, "input.source": "synthetic", "mesh.data": 1}
             below = folder / size.replace("/", "_")
@@ -60,9 +53,8 @@ def parts(platform: str, kind: str, sizes: list[str], batch: int, folder: epath.
             file = harness.config_file(below, size, keys | {"dtype": "bfloat16"})
             plan = ["grain_jax", "plan", f"--config={file}", f"--topology={topology}"]
             plans.append(Part(f"plan of {size}", plan, 15.0))
-    wait = ["benchmarks.accelerator", "--wait", "--sizes", sizes[0], "--batch", str(batch)]
-    rest = [*plans[:1], *step[1:], Part("wait for input", wait, 60.0), *operations[1:], *plans[1:]]
-    return [Part("parity", ["benchmarks.attention"], 20.0), step[0], operations[0], *rest]
+    first = [Part("parity", ["benchmarks.attention"], 20.0), steps[0], *plans[:1]]
+    return [*first, *steps[1:], *plans[1:]]
 
 
 def run(part: Part, left: Callable[[], float], file: epath.Path) -> dict[str, Any]:
@@ -92,33 +84,6 @@ def run(part: Part, left: Callable[[], float], file: epath.Path) -> dict[str, An
     return dict(left_out=f"needs {part.seconds:.0f} s of {max(left(), 0):.0f} left")
 
 
-def input_wait(size: str, batch: int, quick: bool) -> dict[str, Any]:
-    """The share of the time that a short training waits for its input: JPEGs of 224 pixels, made for it."""
-    from benchmarks import made
-
-    images, steps, every = (64, 12, 4) if quick else (3 * batch, 80, 10)
-    keys = {"total_steps": steps, "optim.warmup_steps": 1, "log_every": every, "mesh.data": -1}
-    keys |= {"batch_size": batch, "dtype": "float32" if quick else "bfloat16"}
-    keys |= {"checkpoint_every": 0, "input.lanes": None, "input.name": "jpeg_224"}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = epath.Path(temporary)
-        made.make(folder / "data", images, ("jpeg_224",))
-        keys |= {"input.data_dir": str(folder / "data" / "records")}
-        file = harness.config_file(folder, size, keys)
-        command = [sys.executable, "-m", "grain_jax.train", f"--config={file}"]
-        subprocess.run([*command, f"--workdir={folder / 'run'}"], check=True)
-        lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-        rows = [line for line in lines if "input_wait_fraction" in line]
-    settled = rows[1:] or rows  # the first line has the start
-    waits = [row["input_wait_fraction"] for row in settled]
-    rate = statistics.median(row["images_per_second"] for row in settled)
-    print(
-        f"waiting for input: {statistics.mean(waits):.1%} of the time, at most {max(waits):.1%} in {every}"
-        f" steps; {size}, batch {batch}, {rate:,.0f} images/s"
-    )
-    return dict(steps_a_line=every, wait_fractions=waits, images_per_second=rate)
-
-
 def main() -> None:
     """Measures what there is time for, prints the tables, and writes the results after each part."""
     args = harness.arguments(
@@ -126,16 +91,12 @@ def main() -> None:
         sizes=(str, dict(nargs="+", help="without it B/16 and S/16, on a CPU tiny")),
         batch=(int, dict(choices=BATCHES, help="images (default: 256, on a CPU 16)")),
         minutes=(9.0, dict(help="that the whole may take")),
-        wait=(False, dict(help="the last part alone")),
     )
     end = time.monotonic() + 60 * args.minutes
     platform, kind = harness.device()
     quick = platform == "cpu"
     sizes, batch = args.sizes or (["tiny"] if quick else ["B/16", "S/16"]), args.batch
     batch = batch or (16 if quick else 256)
-    if args.wait:
-        harness.write(args.json, input_wait(sizes[0], batch, quick))
-        return
     results: dict[str, Any] = dict(machine=harness.machine("jax", "jaxlib", "flax"), device=kind)
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)

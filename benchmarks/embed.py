@@ -8,7 +8,7 @@ The model alone encodes images, decoded and resized before, in batches of the sa
 reading and writing cost.
 """
 
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import harness, interop, made
+from benchmarks import harness, made, random_weights, stopwatch
 
 DIFFERENT = 500  # images
 ALONE = 1024  # images that the model alone encodes
@@ -45,10 +45,13 @@ def make_images(folder: Path, count: int, pixels: int | None) -> Path:
 def embed(model: str, source: Path, output: Path, flags: list[str]) -> tuple[float, float]:
     """Seconds and peak memory in MB of the command."""
     words = [source, "--checkpoint", model, "--output", output, *flags]
-    words = [sys.executable, "-m", "benchmarks.embed", "--child", *map(str, words)]
     began = time.monotonic()
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return time.monotonic() - began, float(done.stdout.split()[-1])
+    with subprocess.Popen([sys.executable, "-m", "grain_jax", "embed", *map(str, words)]) as child:
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"grain-jax embed ended with {child.returncode}")
+    return time.monotonic() - began, used.ru_maxrss / 1024  # KB on Linux
 
 
 def model_alone(model: str, dtype: str, turns: int) -> list[float]:
@@ -61,22 +64,12 @@ def model_alone(model: str, dtype: str, turns: int) -> list[float]:
     encode = predictor.encode_image
     if predictor.has_regions:
         encode = predictor.encode_image_and_regions
-    timing = harness.in_turns({"model": lambda: encode(given)}, turns=turns)["model"]
+    timing = stopwatch.in_turns({"model": lambda: encode(given)}, turns)["model"]
     return [ALONE / seconds for seconds in timing.seconds]
 
 
-def _child(words: list[str]) -> int:
-    from grain_jax.data.embed import __main__ as command
-
-    status = command.main(words)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # KB on Linux
-    return status
-
-
-def main() -> int:
+def main() -> None:
     """Prints the figures."""
-    if sys.argv[1:2] == ["--child"]:
-        return _child(sys.argv[2:])
     args = harness.arguments(
         __doc__,
         images=([2000, 20_000], dict(nargs=2)),
@@ -94,7 +87,7 @@ def main() -> int:
         folder, model = Path(scratch), args.checkpoint
         if model is None:
             model = str(folder / "model")
-            interop.save(args.size, model)
+            random_weights.save(args.size, model)
         sources = {n: make_images(folder / f"images{n}", n, args.pixels) for n in args.images}
         for turn in range(args.turns):
             for count, source in sources.items():
@@ -112,8 +105,7 @@ def main() -> int:
         table.add(what=f"embed, {count} images", megabytes=max(peaks), seconds=seconds[count])
     print(f"ratio of images a second: {ratio:.2f}")
     harness.write(args.json, result | dict(arguments=vars(args), rows=table.rows, ratio=ratio))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

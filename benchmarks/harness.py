@@ -1,26 +1,18 @@
-"""What the benchmarks share: flags, sides timed in turns, agreement of their values, the machine, tables, JSON."""
+"""What the benchmarks share: flags, the machine, tables, JSON, and a recipe to run (`stopwatch` has the timing)."""
 
 import argparse
-import contextlib
-import functools
 import json
-import multiprocessing
 import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from etils import epath
-
-Side = Callable[..., Mapping[str, Callable[[], Any]]]
 
 
 def arguments(doc: str, **flags: Any) -> argparse.Namespace:
@@ -31,98 +23,21 @@ def arguments(doc: str, **flags: Any) -> argparse.Namespace:
       **flags: name -> default, whose type the values have: a list takes several, False is a switch, a type has no
         default. A pair (default, keywords) adds keywords of `add_argument`. `command` is positional.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (flags | dict(json=str)).items():
-        default, more = default if isinstance(default, tuple) else (default, {})
-        several, typed = isinstance(default, list), isinstance(default, type)
-        options: dict[str, Any] = dict(default=None if typed else default)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    for name, given in (flags | dict(json=str)).items():
+        default, more = given if isinstance(given, tuple) else (given, {})
         if default is False:
-            options["action"] = "store_true"
+            options = dict(action="store_true")
+        elif isinstance(default, type):
+            options = dict(type=default)
+        elif isinstance(default, list):
+            options = dict(default=default, type=type(default[0]), nargs="+")
         else:
-            options["type"] = default if typed else type(default[0] if several else default)
-        if several:
-            options["nargs"] = "+"
+            options = dict(default=default, type=type(default))
         flag = name if name == "command" else f"--{name.replace('_', '-')}"
         parser.add_argument(flag, **(options | more))
     return parser.parse_args()
-
-
-class Timing(NamedTuple):
-    """The turns of a variant, without the warm-up."""
-
-    seconds: list[float]
-    value: Any  # return value of the last turn
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
-
-
-def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    value = function()
-    return time.perf_counter() - began, value
-
-
-def _rounds(
-    functions: Mapping[str, Callable[[], tuple[float, Any]]], turns: int, warm_up: int
-) -> dict[str, Timing]:
-    out = {name: Timing([], None) for name in functions}
-    for turn in range(warm_up + turns):
-        for name, function in functions.items():
-            seconds, value = function()
-            out[name] = Timing(out[name].seconds + [seconds] * (turn >= warm_up), value)
-    return out
-
-
-def in_turns(
-    functions: Mapping[str, Callable[[], Any]], *, turns: int, warm_up: int = 1
-) -> dict[str, Timing]:
-    """Runs every function `warm_up` + `turns` times, in turns, in this process; name -> `Timing`."""
-    timed = {name: functools.partial(_timed, f) for name, f in functions.items()}
-    return _rounds(timed, turns, warm_up)
-
-
-_variants: dict[str, Callable[[], Any]] = {}  # of the side that this process runs
-
-
-def _start(side: Side, given: Mapping[str, Any]) -> list[str]:
-    _variants.update(side(**given))
-    return list(_variants)
-
-
-def _turn(name: str) -> tuple[float, Any]:
-    return _timed(_variants[name])
-
-
-def measure(
-    sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, turns: int, warm_up: int = 1
-) -> dict[str, Timing]:
-    """Runs every variant of every side in turns, each side in a process of its own, which waits while others run.
-
-    In one process, sides of different frameworks would share its memory allocator and compete for its threads.
-
-    Args:
-      sides: name -> (function, its keyword arguments); both must be picklable. The function does its own
-        imports and returns its variants, {name: callable}.
-      turns: timed runs of a variant.
-      warm_up: runs before them, not timed.
-
-    Returns: "SIDE VARIANT" -> `Timing`, with what the variant returned (a loss, a count).
-    """
-    spawn, functions = multiprocessing.get_context("spawn"), {}
-    with contextlib.ExitStack() as stack:
-        for name, side in sides.items():
-            pool = ProcessPoolExecutor(1, spawn)
-            stack.enter_context(pool)
-            stack.callback(pool.submit, os._exit, 0)  # without waiting for threads of a framework
-            for variant in pool.submit(_start, *side).result():  # one starts at a time
-                run = lambda pool=pool, variant=variant: pool.submit(_turn, variant).result()
-                functions[f"{name} {variant}"] = run
-        return _rounds(functions, turns, warm_up)
 
 
 def device() -> tuple[str, str]:
@@ -131,18 +46,6 @@ def device() -> tuple[str, str]:
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True)
     platform, _, kind = done.stdout.splitlines()[-1].partition(" ")
     return platform, kind
-
-
-def agree(values: Mapping[str, Any], tolerance: float, what: str) -> float:
-    """The worst max|a-b| / max|b| of arrays to the first, b; ends the program with status 1 above the tolerance."""
-    reference, *others = (np.asarray(value, np.float64) for value in values.values())
-    errors = [np.abs(other - reference).max() / np.abs(reference).max() for other in others]
-    worst = float(max(errors, default=0.0))
-    if not worst <= tolerance:
-        sys.exit(
-            f"{what} differ by {worst:.1e}: " + ", ".join(f"{n} {v}" for n, v in values.items())
-        )
-    return worst
 
 
 def machine(*packages: str, about: str = "") -> dict[str, Any]:

@@ -11,7 +11,6 @@ its clock starts.
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from benchmarks import harness, made
+from benchmarks import harness, made, stopwatch
 from grain_jax.core import images
 from grain_jax.data import example
 
@@ -67,50 +66,44 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(20 * np.log10(255) - 10 * np.log10(error)) if error else float("inf")
 
 
-def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
-    """Compares images as training reads them with PIL's resize of the file.
-
-    Returns: worst and mean difference (in levels) of full-size images and of PNGs, mean and least PSNR of JPEGs, and
-      the number of images.
-    """
+def quality(paths: Sequence[epath.Path], name: str) -> dict[str, float]:
+    """Compares images as training reads them with PIL's resize of the file; prints the distances and returns them."""
     from grain_jax.input_pipeline import transforms
 
-    differences, ratios = {"original": [], "png": []}, []
+    ways = {"original": (0, 0), "png": (made.SIZE, 0), "jpeg": (made.SIZE, 95)}
+    distances, ratios = {kind: [] for kind in ways}, []
     for path in paths:
         encoded = path.read_bytes()
         image = images.decode_image(encoded, str(path))
         expected = images.resize(image, made.SIZE)
-        for kind, size, setting in (
-            ("original", 0, 0),
-            ("png", made.SIZE, 0),
-            ("jpeg", made.SIZE, 95),
-        ):
+        for kind, (size, setting) in ways.items():
             stored, _ = example.encode_image(image, encoded, example.Encoding(kind, setting, size))
             seen = transforms.resize(transforms.decode(stored), made.SIZE).numpy()
-            if kind == "jpeg":
-                ratios.append(psnr(seen, expected))
-            else:
-                differences[kind].append(np.abs(seen.astype(int) - expected))
-    return dict(
-        pictures=len(paths),
-        full_size_worst=max(int(d.max()) for d in differences["original"]),
-        full_size_mean=float(np.mean([d.mean() for d in differences["original"]])),
-        png_worst=max(int(d.max()) for d in differences["png"]),
+            distances[kind].append(np.abs(seen.astype(int) - expected))
+        ratios.append(psnr(seen, expected))  # of the JPEG
+    found = dict(
+        full_size_worst=max(int(d.max()) for d in distances["original"]),
+        full_size_mean=float(np.mean([d.mean() for d in distances["original"]])),
+        png_worst=max(int(d.max()) for d in distances["png"]),
         jpeg_psnr_mean=statistics.mean(ratios),
         jpeg_psnr_least=min(ratios),
     )
+    figures = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+    print(f"{len(paths)} {name} images against PIL's resize, levels of 255 and dB: {figures}")
+    return found
 
 
-def throughput(folder: str, batches: int, turns: int) -> dict[str, Any]:
-    """Times all sides, prints their table and returns it."""
+def throughput(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
+    """Times all sides, prints their table and returns its rows."""
+    kinds = ("PIL", "torchvision")
+    given = dict(folder=folder, count=batches)
     sides: dict[str, Any] = {
-        f"DataLoader {kind}": (torch_side, dict(folder=folder, kind=kind, count=batches))
-        for kind in ("PIL", "torchvision")
+        f"DataLoader {kind}": (torch_side, given | dict(kind=kind)) for kind in kinds
     }
     for name in made.SETS:
-        count = batches * (1 if name == "full_size" else STORED_TURNS)
-        sides[f"ours {name}"] = (our_side, dict(folder=folder, name=name, count=count))
-    timings = harness.measure(sides, turns=turns).values()
+        more = dict(name=name, count=batches * (1 if name == "full_size" else STORED_TURNS))
+        sides[f"ours {name}"] = (our_side, given | more)
+    timings = stopwatch.measure(sides, turns).values()
     rates = {  # the first turn is warm-up
         side: [given["count"] * made.BATCH / seconds for seconds in timing.value[1:]]
         for (side, (_, given)), timing in zip(sides.items(), timings, strict=True)
@@ -119,10 +112,9 @@ def throughput(folder: str, batches: int, turns: int) -> dict[str, Any]:
     columns = dict(pipeline="24", images_per_second=">24.0f", of_PIL=">8.2f")
     table = harness.Table(columns | dict(of_torchvision=">15.2f"))
     for side, values in rates.items():
-        kinds = ("PIL", "torchvision")
         ratios = {f"of_{kind}": medians[side] / medians[f"DataLoader {kind}"] for kind in kinds}
         table.add(pipeline=side, images_per_second=values, **ratios)
-    return {row.pop("pipeline"): row for row in table.rows}
+    return table.rows
 
 
 def main() -> None:
@@ -133,39 +125,25 @@ def main() -> None:
         batches=(20, dict(help=f"of {made.BATCH} images, a turn")),
         turns=5,
         pictures=(epath.Path, dict(help="folder of real images, for the comparison with PIL")),
-        data=(epath.Path, dict(help="folder to keep the data in, or with that of an earlier run")),
     )
     # As in records.py; the processes of the sides inherit it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    result: dict[str, Any] = dict(machine=harness.machine(*PACKAGES))
+    result: dict[str, Any] = dict(machine=harness.machine(*PACKAGES), batch=made.BATCH)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.data or epath.Path(temporary)
-        if not (folder / "A.jsonl").exists():
-            made.make(folder, args.count)
+        folder = epath.Path(temporary)
+        made.make(folder, args.count)
         paths = sorted((folder / "images").glob("*.jpg"))
-        size = round(statistics.mean(path.stat().length for path in paths))
-        shape = dict(height=made.HEIGHT, width=made.WIDTH)
-        result |= dict(pictures=dict(count=len(paths), **shape, bytes=size))
-        print(
-            f"{len(paths)} JPEGs of {made.WIDTH} x {made.HEIGHT}, {size / 1000:.0f} kB each; batch {made.BATCH}"
-        )
-        result |= dict(batch=made.BATCH, size=made.SIZE)
+        result["bytes"] = round(statistics.mean(path.stat().length for path in paths))
+        print(f"{len(paths)} JPEGs of {made.WIDTH} x {made.HEIGHT}, {result['bytes']:,} B each")
         result["throughput"] = throughput(str(folder), args.batches, args.turns)
-        qualities = result["quality"] = {"made": quality(paths[:100])}
+        result["quality"] = {"made": quality(paths[:100], "made")}
         if args.pictures:
             suffixes = (".jpg", ".jpeg", ".png")
             real = [p for p in args.pictures.iterdir() if p.suffix.lower() in suffixes]
-            qualities["real"] = quality(sorted(real))
-        for name, q in qualities.items():
-            print(
-                f"{q['pictures']} {name} images against PIL's resize: from full size mean"
-                f" {q['full_size_mean']:.3f} and worst {q['full_size_worst']} levels of 255 off; PNG worst"
-                f" {q['png_worst']}; JPEG q95 PSNR mean {q['jpeg_psnr_mean']:.1f}, least"
-                f" {q['jpeg_psnr_least']:.1f} dB"
-            )
+            result["quality"]["real"] = quality(sorted(real), "real")
     harness.write(args.json, result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,8 +65,8 @@ def _save_image(number: int, folder: str) -> None:
         image(number).save(file, "JPEG", quality=QUALITY)
 
 
-def make(folder: epath.Path, count: int, sets: Sequence[str] = tuple(SETS)) -> None:
-    """Makes the images, `A.jsonl` and records of the `sets` in `folder`."""
+def make(folder: epath.Path, count: int) -> None:
+    """Makes the images, `A.jsonl` and the records of all sets in `folder`."""
     images, annotations = folder / "images", folder / "A.jsonl"
     images.mkdir(parents=True)
     save = functools.partial(_save_image, folder=str(images))
@@ -76,8 +75,8 @@ def make(folder: epath.Path, count: int, sets: Sequence[str] = tuple(SETS)) -> N
     annotations.write_text("".join(json.dumps(annotation(n)) + "\n" for n in range(count)))
     flags = [f"--annotations={annotations}", f"--images={images}", "--num-shards=16"]
     flags += [f"--output={folder / 'records'}"]
-    for name in sets:
-        if status := build.main([*flags, f"--name={name}", *SETS[name]]):
+    for name, more in SETS.items():
+        if status := build.main([*flags, f"--name={name}", *more]):
             raise RuntimeError(f"data.build {name} ended with {status}")
 
 

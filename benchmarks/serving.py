@@ -2,24 +2,22 @@
 
     python -m benchmarks.serving [--sizes S/16 B/16] [--batches 1 8] [--turns 7] [--json OUT.json]
 
-Image embedding, regions and boxes of the same images with the same random weights (`interop.perturbed`), float32.
+Image embedding, regions and boxes of the same images with the same random weights (`random_weights.perturbed`), float32.
 Ours take uint8 and normalise it; the others get normalised images, and the normalisation is not timed. Each side
 runs in its own process, in turns. Outputs must agree to 1e-5.
 """
 
 import functools
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from benchmarks import harness
+from benchmarks import harness, stopwatch
 from grain_jax.core import schema
 
 TOLERANCE = 1e-5  # of the outputs, max|a-b| / max|b|
@@ -94,18 +92,15 @@ def prepare(size: str, folder: epath.Path) -> int:
     """Writes the model in every format below `folder`; returns the image size."""
     import transformers
 
-    from benchmarks import interop
+    from benchmarks import random_weights
     from grain_jax import inference
     from grain_jax.convert import export, huggingface
 
-    model = interop.save(size, folder / "ours")
+    model = random_weights.save(size, folder / "ours")
     huggingface.to_hf(folder / "ours", folder / "hf")
     module = transformers.AutoModel.from_pretrained(str(folder / "hf"), trust_remote_code=True)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # each expression that it does not fold
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of the exporter itself
-        module.eval().export_onnx(str(folder / "hf"))
-    predictor = inference.Predictor(model, interop.perturbed(model))
+    module.eval().export_onnx(str(folder / "hf"))
+    predictor = inference.Predictor(model, random_weights.perturbed(model))
     export.export_model(predictor, folder / "exported", ("cpu",))
     return model.image.image_size
 
@@ -122,7 +117,7 @@ def main() -> int:
             given["size"] = prepare(size, epath.Path(scratch))
             sides = {"JAX": jax_side, "torch": torch_side, "onnx": onnx_side}
             sides = {name: (side, given) for name, side in sides.items()}
-            timings = harness.measure(sides, turns=args.turns)
+            timings = stopwatch.measure(sides, args.turns)
         for name, timing in timings.items():
             way, _, count = name.partition(" ")[2].partition("|")
             ours = timings[f"JAX grain_jax.load|{count}"].value

@@ -9,10 +9,11 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 
-from benchmarks.matching import by_scipy
+from benchmarks import our_step
 from grain_jax.convert.hf_files import modeling_grain as modeling
 from grain_jax.core import schema
 
@@ -43,66 +44,51 @@ class TorchStep:
     def __init__(self, module: Any, *, compiled: bool = False, autocast: torch.dtype | None = None):
         self.module, self.autocast = module, autocast
         self.device = next(module.parameters()).device
-        self._mean, self._std = (
-            torch.tensor(x, dtype=torch.float32, device=self.device)
-            for x in (schema.IMAGE_MEAN, schema.IMAGE_STD)
-        )
-        wrap = (
-            (lambda part: torch.compile(part, dynamic=False)) if compiled else (lambda part: part)
-        )
+        pixels = (schema.IMAGE_MEAN, schema.IMAGE_STD)
+        self._mean, self._std = (torch.tensor(x, device=self.device).float() for x in pixels)
+        wrap = lambda part: torch.compile(part, dynamic=False) if compiled else part
         self._visual, self._decoder = wrap(module.backbone.visual), wrap(module.decoder)
         self._padded_texts = wrap(module.backbone.encode_text)
         self._packed_texts = wrap(self._packed)
-        groups = {0.1: [], 0.0: []}  # weight decay -> parameters
-        for name, p in module.named_parameters():
-            decays = p.ndim > 1 and not any(n in name for n in _NO_DECAY)
-            groups[0.1 if decays else 0.0].append(p)
-        self.optimizer = torch.optim.AdamW(
-            [dict(params=params, weight_decay=decay) for decay, params in groups.items()],
-            lr=1e-3,
-            betas=(0.9, 0.98),
-            eps=1e-8,
-            fused=True,
-        )
+        decays = lambda name, p: p.ndim > 1 and not any(n in name for n in _NO_DECAY)
+        named = list(module.named_parameters())
+        groups = [
+            dict(params=[p for n, p in named if decays(n, p) == decayed], weight_decay=decay)
+            for decayed, decay in ((True, 0.1), (False, 0.0))
+        ]
+        adam = dict(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, **adam)
 
     def place(self, batch: schema.Batch, *, packed: bool) -> Placed:
         """A numpy batch on the device, its texts packed or padded."""
         to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)
-        ends = to(_text_places(batch))
+        texts = (to(our_step.padded_tokens(batch)).long(),)
         if packed:
             rows = (batch.text_tokens, batch.text_positions, batch.text_segments)
-            texts = (*(to(x).long().flatten(0, 1) for x in rows), ends)
-        else:
-            texts = (to(_padded_tokens(batch)).long(),)
-        # Descriptions and pairs are both in the order of the mask.
+            texts = (*(to(x).long().flatten(0, 1) for x in rows), to(our_step.text_places(batch)))
         return Placed(
             to(batch.image),
             texts,
             to(batch.caption_id[:, 0]),
-            to(batch.description_id[batch.region_mask]),
+            to(batch.description_id[batch.region_mask]),  # in the order of the pairs
             to(batch.region_boxes_cxcywh),
             torch.as_tensor(batch.region_mask),
         )
 
     def step(self, batch: Placed) -> float:
-        """One step of training; returns the loss."""
+        """One step of training, waiting for the device; returns the loss."""
         self.module.train()
         loss = self.loss(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.clip_logit_scale()
-        return float(loss.detach())
-
-    def timed(self, batch: Placed) -> float:
-        """A step that waits for the device; returns the loss."""
-        loss = self.step(batch)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return loss
+        return float(loss.detach())
 
     def loss(self, batch: Placed) -> torch.Tensor:
-        """L_ic + L_box + L_rd (docs/method.md, Losses), without equal texts among the negatives."""
+        """L_ic + L_box + L_rd (docs/method.md, Losses)."""
         backbone = self.module.backbone
         pixels = (batch.image.float() / 255 - self._mean) / self._std
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
@@ -112,25 +98,18 @@ class TorchStep:
         image, regions, texts = (F.normalize(x.float(), dim=-1) for x in (image, regions, texts))
         captions, descriptions = texts[: len(image)], texts[len(image) :]
         scale = backbone.logit_scale.exp()
-
-        same = batch.caption_id[:, None] == batch.caption_id
-        same = same & ~torch.eye(len(image), dtype=torch.bool, device=self.device)
-        logits = (scale * image @ captions.T).masked_fill(same, -math.inf)
+        logits = _logits(scale * image, captions, batch.caption_id)
         own = torch.arange(len(image), device=self.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        if not len(descriptions):
-            return loss
 
         target = batch.region_boxes_cxcywh
         found = _match(boxes[-1], target, batch.region_mask)
         matched, region, query = (x.to(self.device) for x in found)
         pred, real = boxes[-1][matched, query].float(), target[matched, region]
         box = (pred - real).abs().sum() + (1 - modeling._giou(pred, real, 0.0)).sum()
-        ids = batch.description_id
-        label = torch.arange(len(ids), device=self.device)
-        same = (ids[:, None] == ids) & (label[:, None] != label)
-        logits = (scale * regions[matched, query] @ descriptions.T).masked_fill(same, -math.inf)
-        return loss + box / len(ids) + F.cross_entropy(logits, label)
+        logits = _logits(scale * regions[matched, query], descriptions, batch.description_id)
+        own = torch.arange(len(descriptions), device=self.device)
+        return loss + box / len(descriptions) + F.cross_entropy(logits, own)
 
     def _packed(self, tokens, positions, segments, ends):
         """Packed rows [rows, L] and the positions of end tokens in them [N] -> [N, D]."""
@@ -141,36 +120,19 @@ class TorchStep:
         mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
         for block in backbone.transformer.resblocks:
             attention = block.attn
-            q, k, v = F.linear(
-                block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias
-            ).chunk(3, dim=-1)
-            q, k, v = (y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (q, k, v))
+            given = attention.in_proj_weight, attention.in_proj_bias
+            qkv = F.linear(block.ln_1(x), *given).chunk(3, dim=-1)
+            q, k, v = (y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in qkv)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = x + attention.out_proj(out.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
         return backbone.ln_final(x.flatten(0, 1)[ends]) @ backbone.text_projection
 
 
-def _text_places(batch: schema.Batch) -> np.ndarray:
-    """Positions of the end tokens in the concatenated rows of the batch, int64 [N]: captions, then real descriptions."""
-    groups, rows, length = batch.text_tokens.shape
-    group = np.arange(len(batch.image)) // (len(batch.image) // groups)
-    place = lambda group, at: (group * rows + at[..., 0]) * length + at[..., 1]
-    captions = place(group, batch.caption_at[:, 0])
-    descriptions = place(group[:, None], batch.description_at)[batch.region_mask]
-    return np.concatenate([captions, descriptions]).astype(np.int64)
-
-
-def _padded_tokens(batch: schema.Batch) -> np.ndarray:
-    """The same texts, one a row, int32 [N, L], zeros after the end."""
-    length = batch.text_tokens.shape[-1]
-    flat_tokens, flat_positions = batch.text_tokens.reshape(-1), batch.text_positions.reshape(-1)
-    ends = _text_places(batch)
-    out = np.zeros((len(ends), length), np.int32)
-    for row, end in zip(out, ends):
-        count = flat_positions[end] + 1
-        row[:count] = flat_tokens[end + 1 - count : end + 1]
-    return out
+def _logits(rows, columns, ids) -> torch.Tensor:
+    """Products of rows and columns [N, N], without equal texts among the negatives."""
+    same = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    return (rows @ columns.T).masked_fill(same, -math.inf)
 
 
 def _match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,5 +140,8 @@ def _match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     with torch.no_grad():
         pred, real = boxes[:, :, None].float(), target[:, None]
         cost = 5 * (pred - real).abs().sum(-1) - 2 * modeling._giou(pred, real, 0.0)
-    query = by_scipy(cost.cpu().numpy(), mask.numpy())[mask.numpy()]
-    return *mask.nonzero(as_tuple=True), torch.from_numpy(query.astype(np.int64))
+    queries = []
+    for matrix, real in zip(cost.cpu().numpy(), mask.numpy()):
+        query, region = scipy.optimize.linear_sum_assignment(matrix[:, real])
+        queries.append(query[region.argsort()])
+    return *mask.nonzero(as_tuple=True), torch.from_numpy(np.concatenate(queries))

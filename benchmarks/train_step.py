@@ -17,150 +17,62 @@ import statistics
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, our_step, stopwatch
+from grain_jax import train
 from grain_jax.config import recipe
+from grain_jax.input_pipeline import synthetic
+from grain_jax.models.grain import GRAIN
+from grain_jax.training import flops, optim, sharding
+from grain_jax.training.train_step import init_state
 
-# Images a group -> rows that hold the texts of 99.9% of the groups (benchmarks.packing).
-PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the losses
 
 
-def make_config(size: str, batch: int, *, packed: bool = True, **changes: Any) -> Any:
-    """The recipe at that size, on one device and the synthetic source, its texts packed or padded."""
-    import jax
-
-    group = min(batch, 128)
-    rows = {"text.pack_group": group, "text.pack_rows": PACKED_ROWS[group]} if packed else {}
-    keys = {"batch_size": batch, "input.source": "synthetic", "mesh.data": 1}
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return harness.config(size, keys | rows | {"text.packing": packed, "dtype": dtype} | changes)
-
-
-class TrainStep:
-    """The compiled step of the trainer on the first device, with a synthetic batch; a call does a step.
-
-    Args:
-      config: for one device.
-      held: a list with the state, which steps of one model may share; empty for a fresh one.
-    """
-
-    def __init__(self, config: Any, held: list | None = None):
-        import jax
-
-        from grain_jax import train
-        from grain_jax.input_pipeline import device, synthetic
-        from grain_jax.training import sharding, train_step
-
-        chip = jax.devices()[0]
-        if chip.platform == "cpu":
-            train.keep_freed_memory()
-        mesh = sharding.make_mesh(config.mesh, [chip])
-        self.program = train_step.build(config, mesh, total_steps=1000, steps_per_epoch=100.0)
-        self.compiled = self.program.step.lower(self.program.state, self.program.batch).compile()
-        batch = next(synthetic.batches(config))
-        self.batch = device.shard_batch(batch, self.program.batch_sharding)
-        self.held = [] if held is None else held
-        if not self.held:
-            self.held.append(self.program.init())
-
-    def __call__(self) -> dict[str, Any]:
-        """Returns the metrics, still on the device."""
-        self.held[0], metrics = self.compiled(self.held[0], self.batch)
-        return metrics
-
-    def loss(self) -> float:
-        """Does a step and waits for its loss."""
-        return float(self()["loss"])
-
-
-def jax_side(size: str, batch: int, attention: str, steps: int) -> dict[str, Any]:
-    """Our step: {variant: callable that does `steps` steps}, and "dropout off": the loss without a step."""
-    import jax
-
-    from grain_jax import losses
-    from grain_jax.models.grain import GRAIN
-
-    held: list = []
-    chip = jax.devices()[0]
-    ways = ("packed", "padded") if chip.platform == "cpu" else ("packed",)
-    make = functools.partial(make_config, size, batch, **{"model.attention": attention})
-    made = {name: TrainStep(make(packed=name == "packed"), held) for name in ways}
-    config = make()
-    model = GRAIN(config.model, config.dtype, config.remat)
-
-    def loss(params, batch):
-        outputs = model.apply({"params": params}, batch, None)
-        return losses.total_loss(outputs, batch, config.loss).total
-
-    def turn(step: TrainStep) -> dict[str, Any]:
-        for _ in range(steps):
-            metrics = step()
-        jax.block_until_ready((metrics, held))
-        peak = (chip.memory_stats() or {}).get("peak_bytes_in_use")
-        return dict(loss=float(metrics["loss"]), peak_bytes=peak)
-
-    before = dict(loss=float(jax.jit(loss)(held[0].params, made["packed"].batch)))
-    turns = {name: functools.partial(turn, step) for name, step in made.items()}
-    return {"dropout off": lambda: before} | turns
-
-
-def torch_model(size: str, device: str, *, compiled: bool) -> Any:
-    """The `TorchStep` with our initial weights on "cpu" or "cuda", there in bfloat16 autocast."""
-    import jax
+def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, Any]:
+    """The PyTorch step with our initial weights and batch, in bfloat16 autocast on a GPU; as `our_step.side`."""
     import torch
 
     from benchmarks import torch_step
     from grain_jax.convert.reference import module as torch_module
     from grain_jax.convert.reference.names import to_states
-    from grain_jax.models.grain import GRAIN
-    from grain_jax.training import optim, sharding, train_step
-
-    config = make_config(size, 8)
-    model, tx = GRAIN(config.model), optim.optimizer(config.optim, lambda step: 0.0)
-    with jax.default_device(jax.devices("cpu")[0]):
-        params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, config, tx)).params)()
-    module = torch_module.make_module(config.model, None)
-    torch_module.load_states(module, to_states(config.model, jax.tree.map(np.asarray, params)))
-    autocast = torch.bfloat16 if device == "cuda" else None
-    return torch_step.TorchStep(module.to(device), compiled=compiled, autocast=autocast)
-
-
-def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, Any]:
-    """The PyTorch step with our initial weights and batch; returns what `jax_side` returns."""
-    import torch
-
-    from grain_jax import train
-    from grain_jax.input_pipeline import synthetic
 
     train.keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
-    cuda = torch.cuda.is_available()
-    step = torch_model(size, "cuda" if cuda else "cpu", compiled=compiled)
-    data = next(synthetic.batches(make_config(size, batch)))
+    cuda, config = torch.cuda.is_available(), our_step.make_config(size, batch)
+    model, tx = GRAIN(config.model), optim.optimizer(config.optim, lambda step: 0.0)
+    with jax.default_device(jax.devices("cpu")[0]):
+        params = jax.jit(lambda: sharding.unbox(init_state(model, config, tx)).params)()
+    module = torch_module.make_module(config.model, None)
+    torch_module.load_states(module, to_states(config.model, jax.tree.map(np.asarray, params)))
+    autocast = torch.bfloat16 if cuda else None
+    module = module.to("cuda" if cuda else "cpu")
+    step = torch_step.TorchStep(module, compiled=compiled, autocast=autocast)
+    data = next(synthetic.batches(config))
     placed = {name: step.place(data, packed=name == "packed") for name in ("packed", "padded")}
     with torch.no_grad():
-        step.module.eval()
+        module.eval()
         before = {f"dropout off {n}": dict(loss=float(step.loss(b))) for n, b in placed.items()}
 
     def turn(batch: Any) -> dict[str, Any]:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(steps):
-            loss = step.timed(batch)
+            loss = step.step(batch)
         return dict(loss=loss, peak_bytes=torch.cuda.max_memory_allocated() if cuda else None)
 
     out: dict[str, Any] = {name: lambda value=value: value for name, value in before.items()}
     return out | {name: functools.partial(turn, batch) for name, batch in placed.items()}
 
 
-def measure(args: Any, platform: str, steps: int) -> dict[str, harness.Timing]:
+def measure(args: Any, platform: str, steps: int) -> dict[str, stopwatch.Timing]:
     """The timings of all sides: in turns on a CPU, one after the other on a device that each fills."""
     given = dict(size=args.size, batch=args.batch, steps=steps)
     sides: dict[str, Any] = {
-        f"JAX {name}": (jax_side, given | dict(attention=name)) for name in args.attention
+        f"JAX {name}": (our_step.side, given | dict(attention=name)) for name in args.attention
     }
     if platform == "tpu" or importlib.util.find_spec("torch") is None:
         print("PyTorch: left out, not installed or not of this device", flush=True)
@@ -170,9 +82,9 @@ def measure(args: Any, platform: str, steps: int) -> dict[str, harness.Timing]:
         if not args.no_compile:
             sides["torch.compile"] = (torch_side, given | dict(compiled=True))
     groups = [sides] if platform == "cpu" else [{name: side} for name, side in sides.items()]
-    timings: dict[str, harness.Timing] = {}
+    timings: dict[str, stopwatch.Timing] = {}
     for group in groups:
-        timings |= harness.measure(group, turns=args.turns)
+        timings |= stopwatch.measure(group, args.turns)
     return timings
 
 
@@ -181,7 +93,7 @@ def main() -> None:
     args = harness.arguments(
         __doc__,
         size=("B/16", dict(choices=recipe.SIZES)),
-        batch=(8, dict(choices=[*PACKED_ROWS, 256])),
+        batch=(8, dict(choices=[*our_step.PACKED_ROWS, 256])),
         turns=5,
         attention=(["auto"], dict(help="programs of `model.attention`, a side each")),
         no_compile=(False, dict(help="without torch.compile")),
@@ -192,16 +104,14 @@ def main() -> None:
     machine = harness.machine("jax", about=f"{args.size}, batch {args.batch}, {dtype}, {kind}")
     timings = measure(args, platform, steps)
     checked = {n: timings.pop(n).value["loss"] for n in list(timings) if "dropout off" in n}
-    worst = harness.agree(checked, TOLERANCE[dtype], "losses before training, dropout off,")
+    worst = stopwatch.agree(checked, TOLERANCE[dtype], "losses before training, dropout off,")
     ours = next(iter(checked.values()))
     print(f"losses before training, dropout off: {ours:.6f}, worst difference {worst:.1e}")
     wrong = {n: t.value["loss"] for n, t in timings.items() if not math.isfinite(t.value["loss"])}
     if wrong:
         sys.exit(f"losses: {wrong}")
-    from grain_jax.training import flops  # needs no device
-
     peak = flops.peak_flops(kind, dtype)
-    each = flops.per_image(make_config(args.size, args.batch, dtype=dtype)).train
+    each = flops.per_image(our_step.make_config(args.size, args.batch, dtype=dtype)).train
     columns = dict(step="22", seconds=">26.4f", images_per_second=">18.2f", mfu=">7.1%")
     table = harness.Table(columns | dict(peak_gb=">8.2f"))
     for name, timing in timings.items():

@@ -25,7 +25,8 @@ class Encoding:
         return f"jpeg:{self.quality}" if self.kind == "jpeg" else self.kind
 
 
-def _encoding(text: str) -> Encoding:
+def encoding(text: str) -> Encoding:
+    """The value of --encoding, without a size."""
     kind, _, quality = text.partition(":")
     if text in ("original", "png"):
         return Encoding(kind)
@@ -34,7 +35,8 @@ def _encoding(text: str) -> Encoding:
     raise ValueError(f"got {text!r}, expected original, png or jpeg:Q, Q in 1..100")
 
 
-def _name(text: str) -> str:
+def set_name(text: str) -> str:
+    """The name of a set, if it is one. Raises ValueError."""
     if re.fullmatch(r"[a-z][a-z0-9_]*", text):
         return text
     raise ValueError(
@@ -42,7 +44,22 @@ def _name(text: str) -> str:
     )
 
 
-class Build(Command, name="build"):
+class Stored(Command):
+    """Base of the commands that build a set.
+
+    how images are stored:
+      --store-size S           resize images to S x S pixels once, here (default: as they are)
+      --encoding original|png|jpeg:Q  original keeps files that need no change; Q is JPEG's quality, 1 to 100
+      --num-shards N           files of the set (default: 64 MB each, a multiple of 16)
+    """
+
+    last = True
+    store_size: int | None = None
+    encoding: Encoding = flag(Encoding(), parse=encoding)
+    num_shards: int | None = None
+
+
+class Build(Stored, name="build"):
     """Makes TFRecords to train on, of images and annotations.
 
     First every line is checked and every image decoded: all faults are named, by file and line, before anything
@@ -60,11 +77,6 @@ class Build(Command, name="build"):
       --name NAME              name of the set, for input.name and TFDS
       --[no-]overwrite         replace an existing set of that name
 
-    how images are stored:
-      --store-size S           resize images to S x S pixels once, here (default: as they are)
-      --encoding original|png|jpeg:Q  original keeps files that need no change; Q is JPEG's quality, 1 to 100
-      --num-shards N           files of the set (default: 64 MB each, a multiple of 16)
-
     what is left out:
       --max-faults SHARE       of the lines that may be faulty, 0 to 1; they are left out
       --holdout SHARE          of the images, 0 to 1, chosen by their hash: split validation beside train
@@ -79,11 +91,8 @@ class Build(Command, name="build"):
     images: str
     orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     output: str
-    name: str = flag(parse=_name)
+    name: str = flag(parse=set_name)
     overwrite: bool = False
-    store_size: int | None = None
-    encoding: Encoding = flag(Encoding(), parse=_encoding)
-    num_shards: int | None = None
     max_faults: float = share(0.01)
     holdout: float = share(0.0)
     exclude_duplicates_of: list[str] = many()

@@ -6,17 +6,19 @@ First every line is checked and every image decoded: all faults are named, by fi
 anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
-import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
+from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
-from grain_jax.data import duplicates, example, parallel, splits, staging, survey
+from grain_jax.data import duplicates, example, parallel, staging, survey
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
@@ -42,9 +44,9 @@ def examples(
     for (number, identity), item in zip(ids.items(), good, strict=True):
         if isinstance(item, list):
             raise BuildError(f"{lines.path}:{number}: {item[0]} (it was right when checked)")
-        if item.stored_anew:
-            stored_anew.append(number)
-        yield item.features | {"id": identity}
+        features, anew = item
+        stored_anew += [number] * anew
+        yield features | {"id": identity}
 
 
 def default_num_shards(num_examples: int, num_bytes: int) -> int:
@@ -53,15 +55,14 @@ def default_num_shards(num_examples: int, num_bytes: int) -> int:
     return min(wanted, num_examples)
 
 
-def _stored_bytes(found: survey.Survey, encoding: Encoding) -> int:
-    """An estimate of the size of the set: that of the files, or what photographs of that size take."""
-    if not encoding.size:
-        return found.image_bytes
+def _default_shards(found: survey.Survey, ids: dict[int, str], encoding: Encoding) -> int:
+    """By the size of the files, or by what photographs of the stored size take."""
     bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
-    return int(len(found.ids) * encoding.size**2 * bytes_per_pixel)
+    bytes_each = encoding.size**2 * bytes_per_pixel or found.image_bytes / len(found.ids)
+    return default_num_shards(len(ids), int(len(ids) * bytes_each))
 
 
-def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_lines) -> str:
+def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str:
     """Builds the set; returns a line about it.
 
     Args:
@@ -93,7 +94,12 @@ def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_
         lines = survey.Lines(annotations, folder, args.orientation, workers, read_lines)
         found = survey.take(lines, total)
         _check_faults(found, args, target)
-        divided = _divide(found, args, workers)
+        divided = survey.divide(
+            found,
+            holdout=args.holdout,
+            exclude_duplicates_of=args.exclude_duplicates_of,
+            workers=workers,
+        )
         num_shards = _write(args, lines, found, divided, target)
         found.write_faults(_faults_file(target))  # after the records: the list is of the set there
     sizes = f"{len(divided.train)} images"
@@ -109,7 +115,7 @@ def _faults_file(target: epath.Path) -> epath.Path:
     return target.parent / "faults.jsonl"
 
 
-def _check_faults(found: survey.Survey, args: argparse.Namespace, target: epath.Path) -> None:
+def _check_faults(found: survey.Survey, args: Build, target: epath.Path) -> None:
     """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
     if found.turned:
         turned = f"{found.turned} of {found.lines} images {example.TURNED[args.orientation]}"
@@ -125,40 +131,16 @@ def _check_faults(found: survey.Survey, args: argparse.Namespace, target: epath.
     )
 
 
-def _divide(found: survey.Survey, args: argparse.Namespace, workers: int) -> splits.Splits:
-    """The splits; prints a line about each that is not empty. Raises BuildError, SourceError."""
-    divided = splits.divide(
-        found,
-        holdout=args.holdout,
-        exclude_duplicates_of=args.exclude_duplicates_of,
-        workers=workers,
-    )
-    for what, count in (
-        ("are of other sets and left out", divided.left_out),
-        ("are the file of an earlier line", len(divided.duplicates) - divided.left_out),
-        ("go to validation", len(divided.validation)),
-    ):
-        if count:
-            total = len(found.ids)
-            print(f"{args.annotations}: {count} of {total} images {what}", file=sys.stderr)
-    return divided
-
-
 def _write(
-    args: argparse.Namespace,
+    args: Build,
     lines: survey.Lines,
     found: survey.Survey,
-    divided: splits.Splits,
+    divided: survey.Splits,
     target: epath.Path,
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises BuildError."""
-    encoding = Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
-    bytes_each = _stored_bytes(found, encoding) / len(found.ids)
-
-    def default_shards(ids: dict[int, str]) -> int:
-        return default_num_shards(len(ids), int(len(ids) * bytes_each))
-
-    num_shards = args.num_shards or default_shards(divided.train)
+    encoding = dataclasses.replace(args.encoding, size=args.store_size or 0)
+    num_shards = args.num_shards or _default_shards(found, divided.train, encoding)
     if num_shards > len(divided.train):
         raise BuildError(
             f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
@@ -173,7 +155,16 @@ def _write(
     lengths = text_lengths.Sample(negatives=found.negatives > 0)
     tfds_writer.write(
         target,
-        examples=lengths.watch(examples(lines, divided.train, encoding, stored_anew)),
+        splits={
+            "train": (
+                lengths.watch(examples(lines, divided.train, encoding, stored_anew)),
+                num_shards,
+            ),
+            "validation": (
+                examples(lines, divided.validation, encoding, stored_anew),
+                _default_shards(found, divided.validation, encoding),
+            ),
+        },
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
@@ -183,10 +174,7 @@ def _write(
             "boxes_clipped": found.boxes_clipped,
             "duplicates_left_out": divided.left_out,
         },
-        num_shards=num_shards,
         negatives=found.negatives > 0,
-        held_out=examples(lines, divided.validation, encoding, stored_anew),
-        held_out_shards=default_shards(divided.validation),
         files=lambda: {
             duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(
@@ -210,18 +198,23 @@ def of_system(error: OSError, output: epath.PathLike) -> str:
     return f"{reason}; no set was changed; make room, or give another --output"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+def console(declared: type[Command], run: Callable[[Any], str], argv: list[str] | None) -> int:
+    """Runs a command that writes to its --output; returns its exit status."""
     try:
-        args = Build.parse(argv)
+        args = declared.parse(argv)
         try:
-            print(build(args))
+            print(run(args))
         except OSError as error:
             raise errors.UserError(of_system(error, args.output)) from None
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    return console(Build, build, argv)
 
 
 if __name__ == "__main__":

@@ -76,12 +76,10 @@ def check_line(
             faults.append(str(error))
     if faults:
         return Checked(None, None, header, b"", faults, 0, parsed.unknown_keys)
-    found = parsed.annotation
-    regions = tuple(
-        region._replace(box_xyxy=box_xyxy) for region, box_xyxy in zip(found.regions, boxes_xyxy)
-    )
-    changed = sum(old.box_xyxy != new.box_xyxy for old, new in zip(found.regions, regions))
-    found = found._replace(regions=regions)
+    given = parsed.annotation.regions
+    regions = tuple(old._replace(box_xyxy=new) for old, new in zip(given, boxes_xyxy, strict=True))
+    changed = sum(old.box_xyxy != new.box_xyxy for old, new in zip(given, regions))
+    found = parsed.annotation._replace(regions=regions)
     return Checked(found, image, header, encoded, [], changed, parsed.unknown_keys)
 
 
@@ -91,11 +89,8 @@ def _clipped(
     """Each box clipped to the image; None, and a fault, for a box with too little area inside."""
     out = []
     for index, box_xyxy in enumerate(boxes_xyxy):
-        if box_xyxy is None:  # its own fault is reported already
-            out.append(None)
-            continue
-        clipped = annotations.clip_box(box_xyxy, *image.size)
-        if clipped.box_xyxy is None:
+        clipped = box_xyxy and annotations.clip_box(box_xyxy, *image.size)  # None has its own fault
+        if clipped and clipped.box_xyxy is None:
             typed = [int(x) if x.is_integer() else x for x in box_xyxy]
             kept = math.floor(100 * clipped.kept)  # 49.9% is not said to be 50%
             faults.append(
@@ -103,20 +98,17 @@ def _clipped(
                 f" in the image of {image.width} x {image.height},"
                 f" expected at least {annotations.MIN_INSIDE:.0%}"
             )
-        out.append(clipped.box_xyxy)
+        out.append(clipped and clipped.box_xyxy)
     return out
 
 
 class Verdict(NamedTuple):
-    """The result of checking a line; small, since one is sent between processes for every line."""
+    """The result of checking a line, without its image: one is sent between processes for every line."""
 
     number: int
+    annotation: annotations.Annotation | None  # None where there is a fault
     faults: list[str]
-    id: str | None
-    image: str
     image_bytes: int
-    regions: int
-    negatives: int  # of all regions
     boxes_clipped: int
     turned: bool  # the image has an EXIF orientation other than upright
     unknown_keys: list[str]
@@ -125,34 +117,24 @@ class Verdict(NamedTuple):
 
 def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
     """Checks a line and decodes its image, with `orientation` as of `decode_image`."""
-    checked = check_line(line.text, folder, line.encoded_image, orientation)
-    found = checked.annotation
+    found = check_line(line.text, folder, line.encoded_image, orientation)
+    good = found.annotation is not None
     return Verdict(
         number=line.number,
-        faults=checked.faults,
-        id=found.id if found else None,
-        image=found.image if found else "",
-        image_bytes=len(checked.encoded),
-        regions=len(found.regions) if found else 0,
-        negatives=sum(len(region.negatives) for region in found.regions) if found else 0,
-        boxes_clipped=checked.boxes_clipped,
-        turned=checked.header is not None and checked.header.turned,
-        unknown_keys=checked.unknown_keys,
-        fingerprint=(duplicates.fingerprint(checked.encoded, checked.image) if found else None),
+        annotation=found.annotation,
+        faults=found.faults,
+        image_bytes=len(found.encoded),
+        boxes_clipped=found.boxes_clipped,
+        turned=found.header is not None and found.header.turned,
+        unknown_keys=found.unknown_keys,
+        fingerprint=duplicates.fingerprint(found.encoded, found.image) if good else None,
     )
-
-
-class Encoded(NamedTuple):
-    """A line, ready to be written."""
-
-    features: dict[str, Any]  # see data/SCHEMA.md; `id` may be None
-    stored_anew: bool  # its file is stored anew, since training cannot read it
 
 
 def encode(
     line: Line, *, folder: str, encoding: Encoding, orientation: str = "exif"
-) -> Encoded | list[str]:
-    """The line as features, or its faults."""
+) -> tuple[dict[str, Any], bool] | list[str]:
+    """The line as features of data/SCHEMA.md (`id` may be None), and whether its image is stored anew; or its faults."""
     checked = check_line(line.text, folder, line.encoded_image, orientation)
     found, image = checked.annotation, checked.image
     if found is None:
@@ -175,7 +157,7 @@ def encode(
             for x1, y1, x2, y2 in [region.box_xyxy]
         ],
     }
-    return Encoded(features, stored_anew)
+    return features, stored_anew
 
 
 def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> tuple[bytes, bool]:

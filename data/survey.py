@@ -1,17 +1,21 @@
-"""The first pass of grain-jax build: every line is checked and every image decoded, before anything is written."""
+"""The first pass of grain-jax build: every line is checked and every image decoded, before anything is written.
+
+Then the images are divided into train and validation, and duplicates of other sets are left out.
+"""
 
 import array
 import collections
 import functools
 import json
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 
 from grain_jax.core import atomic, errors, printable, progress
-from grain_jax.data import example, parallel
+from grain_jax.data import duplicates, example, parallel
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
@@ -61,18 +65,18 @@ class Survey:
         self.lines += 1
         self.turned += verdict.turned
         self.unknown_keys.update(verdict.unknown_keys)
-        faults = list(verdict.faults)
-        if not faults:
-            identity = verdict.id
+        faults, found = list(verdict.faults), verdict.annotation
+        if found is not None:
+            identity = found.id
             if identity is None:  # its image's path, unless another line has that image too
-                identity = verdict.image
+                identity = found.image
                 if identity in self._line_of_id:
-                    identity = f"{verdict.image}#{verdict.number}"
+                    identity = f"{found.image}#{verdict.number}"
             if identity in self._line_of_id:
-                faults = [
-                    f"id: got {json.dumps(identity)}, which line {self._line_of_id[identity]} has"
-                    " already, expected one of its own"
-                ]
+                other = (
+                    f"which line {self._line_of_id[identity]} has already, expected one of its own"
+                )
+                faults = [f"id: got {json.dumps(identity)}, {other}"]
         for fault in faults:
             self.faults.append((verdict.number, fault))
             line = printable.plain(f"{self.file_name}:{verdict.number}: {fault}")
@@ -83,8 +87,8 @@ class Survey:
         self.fingerprints.extend(verdict.fingerprint)
         self._line_of_id[identity] = verdict.number
         self.image_bytes += verdict.image_bytes
-        self.regions.append(verdict.regions)
-        self.negatives += verdict.negatives
+        self.regions.append(len(found.regions))
+        self.negatives += sum(len(region.negatives) for region in found.regions)
         self.boxes_clipped += verdict.boxes_clipped
 
     def summary(self) -> str:
@@ -104,13 +108,8 @@ class Survey:
     def write_faults(self, path: epath.Path) -> None:
         """One JSON object a fault: file, line, fault."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(
-            path,
-            "".join(
-                json.dumps({"file": self.file_name, "line": line, "fault": fault}) + "\n"
-                for line, fault in self.faults
-            ),
-        )
+        faults = ({"file": self.file_name, "line": line, "fault": x} for line, x in self.faults)
+        atomic.write_text(path, "".join(json.dumps(fault) + "\n" for fault in faults))
 
 
 def take(lines: Lines, total: int) -> Survey:
@@ -119,3 +118,75 @@ def take(lines: Lines, total: int) -> Survey:
     for verdict in progress.over(lines.map(example.check), total=total, what="checking"):
         found.add(verdict)
     return found
+
+
+class Splits(NamedTuple):
+    """The good lines of each split."""
+
+    train: dict[int, str]  # line -> id
+    validation: dict[int, str]
+    fingerprints: np.ndarray  # uint64 [N, 2] of both
+    regions: int  # of both
+    duplicates: list[dict]  # a line of duplicates.jsonl each
+    left_out: int
+
+
+def divide(
+    found: Survey, *, holdout: float, exclude_duplicates_of: Sequence[str], workers: int
+) -> Splits:
+    """Leaves out images that other sets have, and holds out a share of the rest; prints how many.
+
+    The split of an image depends on its file only, so it is the same in each run and in each set; but a near copy of
+    a held-out image is held out too.
+
+    Args:
+      found: the first pass.
+      holdout: share of the images for validation.
+      exclude_duplicates_of: folders of TFDS sets.
+      workers: processes.
+
+    Raises:
+      BuildError: nothing is left for one of the splits.
+      data.sources.SourceError: one of the other sets is not there.
+    """
+    lines, ids = list(found.ids), list(found.ids.values())
+    prints = duplicates.table(found.fingerprints)
+    kept, listed = np.ones(len(lines), bool), []
+
+    def note(index: int, kind: str, of: str, left_out: bool) -> None:
+        line = {"file": found.file_name, "line": lines[index], "id": ids[index]}
+        listed.append(line | {"kind": kind, "of": of, "left_out": left_out})
+
+    for other in exclude_duplicates_of:
+        known = duplicates.of_set(other, workers=workers)
+        exact, near = duplicates.matches(prints, known)
+        for index in np.nonzero(near & kept)[0]:
+            note(index, "exact" if exact[index] else "near", str(other), True)
+        kept &= ~near
+    twins = duplicates.earlier_twins(prints)
+    for index in np.nonzero((twins >= 0) & kept)[0]:
+        note(index, "exact", f"line {lines[twins[index]]}", False)
+
+    aside = kept & (prints[:, 0] < holdout * 2.0**64)
+    while (more := duplicates.matches(prints, prints[aside])[1] & kept & ~aside).any():
+        aside |= more
+    splits = [
+        {lines[index]: ids[index] for index in np.nonzero(chosen)[0]}
+        for chosen in (kept & ~aside, aside)
+    ]
+    if not splits[0] or (holdout and not splits[1]):
+        raise BuildError(
+            f"--holdout {holdout:g}, {len(exclude_duplicates_of)} sets excluded: of"
+            f" {len(lines)} images {len(splits[0])} are left for train and {len(splits[1])} for"
+            " validation, expected at least one; no records were written"
+        )
+    left_out = int((~kept).sum())
+    for what, count in (
+        ("are of other sets and left out", left_out),
+        ("are the file of an earlier line", len(listed) - left_out),
+        ("go to validation", len(splits[1])),
+    ):
+        if count:
+            print(f"{found.file_name}: {count} of {len(lines)} images {what}", file=sys.stderr)
+    regions = int(np.asarray(found.regions)[kept].sum())
+    return Splits(*splits, prints[kept], regions, listed, left_out)

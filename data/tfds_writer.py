@@ -19,7 +19,7 @@ from etils import epath
 from tensorflow_datasets.core.utils import shard_utils
 
 from grain_jax.data import digest, example, staging
-from grain_jax.input_pipeline import record_files, shard_digests
+from grain_jax.input_pipeline import record_files
 
 
 def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
@@ -42,53 +42,44 @@ def features(encoding_format: str | None, negatives: bool) -> tfds.features.Feat
     )
 
 
-class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Images with captions and described regions, from given examples.
+def _builder(
+    target: epath.Path,
+    folder: epath.PathLike,
+    splits: Mapping[str, Iterable[dict[str, Any]]],
+    *,
+    encoding_format: str | None,
+    negatives: bool,
+    metadata: dict[str, Any],
+) -> tfds.core.DatasetBuilder:
+    """TFDS's builder of the examples of each split, which writes in `folder`."""
 
-    `name` is the set's; `splits` are their examples, dicts as `data.build.examples` yields them,
-    ids unique.
-    """
+    class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = target.parent.name
+        VERSION = tfds.core.Version(example.VERSION)
 
-    VERSION = tfds.core.Version(example.VERSION)
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Pictures with captions and described regions, written by data.build.",
+                features=features(encoding_format, negatives),
+                metadata=tfds.core.MetadataDict(metadata),
+            )
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        data_dir: epath.PathLike,
-        splits: Mapping[str, Iterable[dict[str, Any]]],
-        encoding_format: str | None,
-        negatives: bool,
-        metadata: dict[str, Any],
-    ):
-        self.name = name
-        self._splits = splits
-        self._encoding_format = encoding_format
-        self._negatives = negatives
-        self._metadata = metadata
-        super().__init__(data_dir=data_dir)
+        def _split_generators(self, dl_manager):
+            del dl_manager  # nothing is downloaded
+            return {split: self._generate_examples(items) for split, items in splits.items()}
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Pictures with captions and described regions, written by data.build.",
-            features=features(self._encoding_format, self._negatives),
-            metadata=tfds.core.MetadataDict(self._metadata),
-        )
+        def _generate_examples(self, items: Iterable[dict[str, Any]]):
+            for item in items:
+                regions = []
+                for region in item["regions"]:
+                    region = region | {"bbox": tfds.features.BBox(*region["bbox"])}
+                    texts = region.pop("negatives", [])
+                    regions.append(region | {"negatives": texts} if negatives else region)
+                image = io.BytesIO(item["image"])
+                yield item["id"], item | {"image": image, "regions": regions}
 
-    def _split_generators(self, dl_manager):
-        del dl_manager  # nothing is downloaded
-        return {name: self._generate_examples(items) for name, items in self._splits.items()}
-
-    def _generate_examples(self, items: Iterable[dict[str, Any]]):
-        for item in items:
-            regions = []
-            for region in item["regions"]:
-                region = region | {"bbox": tfds.features.BBox(*region["bbox"])}
-                texts = region.pop("negatives", [])
-                regions.append(region | {"negatives": texts} if self._negatives else region)
-            image = io.BytesIO(item["image"])
-            yield item["id"], item | {"image": image, "regions": regions}
+    return AnnotatedImages(data_dir=folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,50 +92,36 @@ class _Shards(shard_utils.ShardConfig):
         return next(self.of_splits)
 
 
-@dataclasses.dataclass
-class _Preparing(tfds.download.DownloadConfig):
-    """The settings of `download_and_prepare`."""
-
-    of_splits: tuple[int, ...] = ()
-
-    def get_shard_config(self) -> shard_utils.ShardConfig:
-        return _Shards(of_splits=iter(self.of_splits))
-
-
 def write(
     target: epath.Path,
     *,
-    examples: Iterable[dict[str, Any]],
+    splits: Mapping[str, tuple[Iterable[dict[str, Any]], int]],
     encoding_format: str | None,
     metadata: dict[str, Any],
-    num_shards: int,
-    negatives: bool = False,
-    held_out: Iterable[dict[str, Any]] = (),
-    held_out_shards: int = 0,
-    files: Callable[[], Mapping[str, bytes]] = dict,
+    negatives: bool,
+    files: Callable[[], Mapping[str, bytes]],
 ) -> None:
     """Writes the set OUTPUT/NAME/VERSION (`target`); one that is there already is replaced at the end.
 
     Args:
       target: the set's folder; its last part is `data.example.VERSION`.
-      examples: of the split "train", as `AnnotatedImages` takes them; so are `encoding_format` and
-        `metadata`.
-      num_shards: files to spread them over.
+      splits: the examples of each, dicts as `data.build.examples` yields them, ids unique, and how many files they are
+        spread over; one with 0 files is left out.
+      encoding_format: of the images, as TFDS's feature takes it.
+      metadata: what the set says of itself.
       negatives: whether a region has negatives.
-      held_out: of the split "validation".
-      held_out_shards: its files; 0 if there is no such split.
       files: gives name -> content of what is to stand beside the records; called when these are written.
     """
-    name = target.parent.name
-    splits, shards = {"train": examples}, (num_shards,)
-    if held_out_shards:
-        splits, shards = splits | {"validation": held_out}, (num_shards, held_out_shards)
+    splits = {split: given for split, given in splits.items() if given[1]}
+    config = tfds.download.DownloadConfig()
+    of_splits = _Shards(of_splits=iter([count for _, count in splits.values()]))
+    config.get_shard_config = lambda: of_splits
     digests = {split: digest.Digest() for split in splits}
     with staging.replacing(target) as folder:
-        builder = AnnotatedImages(
-            name=name,
-            data_dir=folder,
-            splits={name: digests[name].counting(items) for name, items in splits.items()},
+        builder = _builder(
+            target,
+            folder,
+            {split: digests[split].counting(items) for split, (items, _) in splits.items()},
             encoding_format=encoding_format,
             negatives=negatives,
             metadata=metadata,
@@ -153,9 +130,7 @@ def write(
         # TFDS announces on stdout, and wants a folder for downloads that are not.
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
             try:
-                builder.download_and_prepare(
-                    download_dir=downloads, download_config=_Preparing(of_splits=shards)
-                )
+                builder.download_and_prepare(download_dir=downloads, download_config=config)
             except RuntimeError as error:  # TFDS makes one of TensorFlow's errors
                 if "No space left on device" not in str(error):
                     raise
@@ -168,7 +143,7 @@ def write(
                 "digest": of.hex(),
                 "shard_lengths": info.shard_lengths,
                 "shard_bytes": [path.stat().length for path in paths],
-                "shard_digests": list(map(shard_digests.of_file, paths)),
+                "shard_digests": list(map(record_files.digest_of_shard, paths)),
             }
         beside = {**files(), record_files.DIGEST_FILE: json.dumps(of_splits).encode()}
         for file_name, content in beside.items():

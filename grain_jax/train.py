@@ -29,7 +29,7 @@ from grain_jax.cli import config_file, process
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
 from grain_jax.core import atomic, errors, progress
-from grain_jax.evaluate import encode, entries, grounding
+from grain_jax.evaluate import encode, grounding, suite, tables
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, placement
 from grain_jax.report import figures, page
@@ -279,7 +279,7 @@ def set_up(
     )
     steps = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(functools.partial(source.identities, config))
-    evals = entries.present(config.evals)  # here, not after the last step
+    evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
 
@@ -470,7 +470,7 @@ def evaluate_all(
         for name, entry in evals.items():
             state_path = workdir / "diagnostics" / f"{name}.json"
             context = Context(encode.BATCH_SIZE, state_path, step)
-            numbers = entries.numbers(entry, predictor, context)
+            numbers = tables.scalars(entry.evaluate(predictor, context))
             results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
     return results
 

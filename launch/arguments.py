@@ -1,6 +1,5 @@
 """The flags of `grain-jax plan`, `sweep`, `local` and `launch-files`, and the assumptions of a plan."""
 
-import argparse
 import dataclasses
 from typing import Literal
 
@@ -109,14 +108,7 @@ class Local(Command, name="local"):
     processes: int
     devices_per_process: int = 1
     grace: float = flag(30.0, low=0)
-    words: list[str] = flag(name="command", nargs=argparse.REMAINDER)
-
-    def __post_init__(self):
-        """Raises ValueError where there is no command."""
-        if self.words[:1] == ["--"]:
-            self.words = self.words[1:]
-        if not self.words:
-            raise ValueError("expected -- COMMAND, such as -- grain-jax train --config demo")
+    words: list[str] = flag(name="command")
 
 
 class LaunchFiles(Command, name="launch-files"):

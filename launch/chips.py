@@ -20,7 +20,6 @@ from typing import NamedTuple
 from grain_jax.core import errors
 from grain_jax.training.flops import peak_flops
 
-_GIB = 2**30
 _JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memory_allocation.html
 
 
@@ -68,32 +67,25 @@ class Chip:
     Attributes:
       name: as in a topology, "v5e".
       device_kind: as `jax.Device.device_kind` has it.
-      hbm_bytes: memory that a program may use.
-      bf16_flops: peak of matrix products in bfloat16, dense, FLOP a second.
+      memory: GiB; of a TPU what a program may use, of a GPU what is printed.
       hbm_bytes_per_second: of its own memory.
-      ici_bytes_per_second: what a chip sends in a ring. TPU: two links, since a ring over one axis of the torus
-        runs both ways round (an axis that does not close on itself, see `wrap`, gives about half). GPU: NVLink.
       link_bytes_per_second: what a chip sends to one neighbour: one link of the torus; on a GPU all of NVLink.
       dcn_bytes_per_second: its share of the machine's network between slices, or between GPU nodes.
-      chips_per_host: chips of one machine (TPU: of one VM of a slice of many machines).
       host_cores: vCPUs of that machine.
-      wrap: an axis of a slice closes to a ring where its length is a multiple of this (GPU: 0, no torus).
       axes: axes of its torus: 2 or 3; of GPUs 0.
+      libtpu: its name in TPU_ACCELERATOR_TYPE, and what that counts of a chip (2 TensorCores, or itself).
       gpu: what XLA must know of a GPU; None of TPUs.
     """
 
     name: str
     device_kind: str
-    hbm_bytes: float
-    bf16_flops: float
+    memory: float
     hbm_bytes_per_second: float
-    ici_bytes_per_second: float
     link_bytes_per_second: float
     dcn_bytes_per_second: float
-    chips_per_host: int
     host_cores: int
-    wrap: int
-    axes: int
+    axes: int = 0
+    libtpu: tuple[str, int] = ("", 0)
     gpu: Gpu | None = None
 
     @property
@@ -101,17 +93,28 @@ class Chip:
         """Whether it is a TPU, for which libtpu compiles; for GPUs the CUDA plugin of JAX does."""
         return self.gpu is None
 
+    @property
+    def hbm_bytes(self) -> float:
+        """Memory that a program may use."""
+        return (1 if self.is_tpu else _JAX_TAKES) * self.memory * 2**30
 
-def _tpu(name, kind, hbm_gib, hbm_rate, link, dcn, cores, wrap, axes) -> Chip:
-    flops = peak_flops(kind, "bfloat16")
-    hbm = hbm_gib * _GIB
-    return Chip(name, kind, hbm, flops, hbm_rate, 2 * link, link, dcn, 4, cores, wrap, axes)
+    @property
+    def bf16_flops(self) -> float:
+        """Peak of matrix products in bfloat16, dense, FLOP a second."""
+        return peak_flops(self.device_kind, "bfloat16")
 
+    @property
+    def ici_bytes_per_second(self) -> float:
+        """What a chip sends in a ring. TPU: two links, since a ring over one axis of the torus runs both ways round.
 
-def _gpu(name, kind, hbm_gib, hbm_rate, nvlink, dcn, cores, gpu) -> Chip:
-    flops = peak_flops(kind, "bfloat16")
-    hbm = _JAX_TAKES * hbm_gib * _GIB
-    return Chip(name, kind, hbm, flops, hbm_rate, nvlink, nvlink, dcn, 8, cores, 0, 0, gpu)
+        An axis that does not close on itself gives about half.
+        """
+        return (2 if self.is_tpu else 1) * self.link_bytes_per_second
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips of one machine (TPU: of one VM of a slice of many machines)."""
+        return 4 if self.is_tpu else 8
 
 
 _A100_40 = Gpu((8, 0), 108, 1.41, 164 * 1024, 40, 40_370, 1555e9)
@@ -119,20 +122,18 @@ _A100_80 = _A100_40._replace(memory=81_157, memory_rate=2039e9)
 _H100 = Gpu((9, 0), 132, 1.98, 228 * 1024, 50, 81_008, 3352e9)
 _H200 = _H100._replace(memory=144_384, memory_rate=4800e9)
 _B200 = Gpu((10, 0), 148, 1.965, 228 * 1024, 126, 182_642, 8000e9)
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        _tpu("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 240, 4, 3),
-        _tpu("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 112, 16, 2),
-        _tpu("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 208, 4, 3),
-        _tpu("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 180, 16, 2),
-        _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, 96, _A100_40),
-        _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96, _A100_80),
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208, _H100),
-        _gpu("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224, _H200),
-        _gpu("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, 224, _B200),
-    )
-}
+_ALL = (
+    Chip("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 240, 3, ("v4", 2)),
+    Chip("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 112, 2, ("v5litepod", 1)),
+    Chip("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 208, 3, ("v5p", 2)),
+    Chip("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 180, 2, ("v6e", 1)),
+    Chip("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, 96, gpu=_A100_40),
+    Chip("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96, gpu=_A100_80),
+    Chip("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208, gpu=_H100),
+    Chip("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224, gpu=_H200),
+    Chip("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, 224, gpu=_B200),
+)
+CHIPS = {chip.name: chip for chip in _ALL}
 
 
 class Topology(NamedTuple):

@@ -1,7 +1,8 @@
 """Compiles the train step for chips that this machine does not have, in a child process, and caches the result.
 
 For TPUs libtpu compiles, for GPUs the CUDA plugin of JAX. Only the child loads them, so that their crash is one
-line here. Results are cached by the text of the program, so that the same plan compiles once.
+line here. Results are cached in $GRAIN_JAX_CACHE
+(~/.cache/grain_jax/plan) by the text of the program, so that the same plan compiles once.
 """
 
 import contextlib
@@ -28,8 +29,6 @@ from grain_jax.launch import chips
 
 ROOT = epath.Path(errors.__file__).resolve().parents[2]  # the child finds grain_jax there
 
-# The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
-_ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of the cuBLAS and Triton versions of a product, the one that is faster is found on a GPU: without one, cuBLAS is
 # what compiles. The scheduler is the one that slurm.sbatch and the Dockerfile ask for.
@@ -81,12 +80,6 @@ class Compiled:
     cached: bool = False
 
 
-def cache_folder() -> epath.Path:
-    """$GRAIN_JAX_CACHE, else ~/.cache/grain_jax/plan."""
-    chosen = os.environ.get("GRAIN_JAX_CACHE")
-    return epath.Path(chosen or "~/.cache/grain_jax/plan").expanduser()
-
-
 def compile_step(
     config: config_lib.Config,
     topology: chips.Topology,
@@ -114,8 +107,8 @@ def compile_step(
     is_tpu = topology.chip.is_tpu
     nodes = () if is_tpu or topology.slices == 1 else (topology.slices,)
     name = f"{topology.chip.name}:{'x'.join(map(str, (*topology.shape, *nodes)))}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
-    cache = cache_folder()
+    chosen = os.environ.get("GRAIN_JAX_CACHE")
+    cache = epath.Path(chosen or "~/.cache/grain_jax/plan").expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     request = dict(
         config=json.loads(config_lib.to_json(config)),
@@ -126,8 +119,8 @@ def compile_step(
         steps_per_epoch=steps_per_epoch,
         cache=str(cache.resolve()),
     )
-    what = f"compiling for {name}"
-    out, log, status = _run(json.dumps(request), environment, timeout, what, line)
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
+    out, log, status = _run(json.dumps(request), variables, timeout, f"compiling for {name}", line)
     try:
         answer = json.loads(out.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -138,7 +131,8 @@ def compile_step(
         raise CompilerFailed(
             f"{'libtpu' if is_tpu else 'XLA'} cannot compile this program for {name}: {answer['failed']}"
         )
-    return _load(epath.Path(answer["path"]), cached=answer["cached"])
+    facts = json.loads(gzip.decompress(epath.Path(answer["path"]).read_bytes()))
+    return Compiled(**facts | {"cached": answer["cached"]})
 
 
 def missing(chip: chips.Chip) -> str | None:
@@ -159,7 +153,7 @@ def _environment(topology: chips.Topology) -> dict[str, str]:
     if not topology.chip.is_tpu:
         # The flags of the user come last, so that they win.
         return {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}
-    prefix, cores = _ACCELERATOR[topology.chip.name]
+    prefix, cores = topology.chip.libtpu
     return {
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
         "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(topology.shape) * cores}",
@@ -191,32 +185,23 @@ def _run(
 ) -> tuple[str, str, int]:
     """(stdout, stderr, status) of the child; prints progress."""
     began = time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, "-m", "grain_jax.launch.compiler"],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as child:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "grain_jax.launch.compiler"]
+    options = dict(cwd=ROOT, env=environment, text=True, errors="replace", **pipes)
+    with subprocess.Popen(command, **options) as child:
         given: str | None = request
         try:
-            while True:
-                left = timeout - (time.monotonic() - began)
-                if left <= 0:
-                    raise TookTooLong(
-                        f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for"
-                        " fewer chips"
-                    )
+            while (spent := time.monotonic() - began) < timeout:
+                line.show(f"{what} ... {progress.duration(spent)}")
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    out, log = child.communicate(given, timeout=min(1.0, left))
+                    out, log = child.communicate(given, timeout=min(1.0, timeout - spent))
                     return out, log, child.returncode
                 given = None  # the child has it
-                line.show(f"{what} ... {progress.duration(time.monotonic() - began)}")
         finally:
             child.kill()
+    raise TookTooLong(
+        f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for fewer chips"
+    )
 
 
 def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: chips.Chip) -> str:
@@ -235,22 +220,14 @@ def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: ch
     )
 
 
-def _load(path: epath.Path, *, cached: bool) -> Compiled:
-    facts = json.loads(gzip.decompress(path.read_bytes()))
-    return Compiled(**facts | {"cached": cached})
-
-
-def size(text: str) -> int:
-    """Bytes of a size as the compiler prints it, such as 18.29G."""
+def _bytes(text: str) -> int:
+    """Of a size as the compiler prints it, such as 18.29G."""
     number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)i?B?", text.strip()).groups()
     return round(float(number) * _UNITS[unit])
 
 
 def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, str]]]:
-    """Reads the message of RESOURCE_EXHAUSTED.
-
-    libtpu has two forms: an early one, with the sum of arguments and temporaries alone, and one from buffer
-    assignment, with the largest allocations.
+    """Reads the message of RESOURCE_EXHAUSTED: an early one of libtpu, or one of its buffer assignment.
 
     Returns:
       (bytes needed, bytes there are, [(bytes, shape, operation) of the largest allocations, if it names any]).
@@ -268,8 +245,8 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
         name = re.search(r'op_name="([^"]*)"', entry)
         named = (part[1] if part else "?" for part in (shape, name))
-        largest.append((size(entry.split()[0]), *named))
-    return size(found[1]), size(found[2]), largest
+        largest.append((_bytes(entry.split()[0]), *named))
+    return _bytes(found[1]), _bytes(found[2]), largest
 
 
 # What follows runs in the child.

@@ -172,7 +172,7 @@ def collectives(
         if mesh:
             first, *rest = mesh
             mesh = {first: mesh[first] // slices, **{axis: mesh[axis] for axis in rest}}
-    sums = defaultdict(lambda: [0, 0.0, hlo_work.Work(0.0, 0.0)])
+    sums: dict[Collective, np.ndarray] = defaultdict(lambda: np.zeros(4))
     for computation in module.computations.values():
         times = module.times.get(computation.name, 0)
         if not times or computation.name in module.fused:
@@ -181,23 +181,16 @@ def collectives(
         ways = _ways(module, computation) if in_loop else 1
         transfers = []
         for instruction in computation.instructions.values():
-            if (
-                instruction.find(r'(_xla_megascale_transfer_type)="')
-                and instruction.opcode == "send"
-            ):
+            if instruction.opcode == "send" and "_xla_megascale_transfer_type=" in instruction.rest:
                 found = _across(module, computation, instruction, in_loop, slices)
             else:
                 found = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
             transfers += [found] if found else []
-        for transfer, work in zip(transfers, _shares(module, computation, transfers)):
-            sort, payload, _ = transfer
-            total = sums[sort]
-            total[0] += times
-            total[1] += times * payload
-            total[2] = hlo_work.Work(*(a + times * b for a, b in zip(total[2], work)))
+        for (sort, payload, _), work in zip(transfers, _shares(module, computation, transfers)):
+            sums[sort] += times * np.array([1.0, payload, *work])
     rows = [
-        sort._replace(count=count, bytes=payload, work=work)
-        for sort, (count, payload, work) in sums.items()
+        sort._replace(count=int(count), bytes=payload, work=hlo_work.Work(*work))
+        for sort, (count, payload, *work) in ((sort, x.tolist()) for sort, x in sums.items())
     ]
     return sorted(rows, key=lambda row: (-row.bytes, row))
 
@@ -244,15 +237,13 @@ def _shares(module, computation, transfers) -> list[hlo_work.Work]:
     for _, payload, between in transfers:
         for instruction in between:
             under_way[instruction.name] += payload
-    work = {
-        name: hlo_work.work_of(module, computation, [computation.instructions[name]])
-        for name in under_way
+    of = {
+        n: hlo_work.work_of(module, computation, [computation.instructions[n]]) for n in under_way
     }
     shares = []
     for _, payload, between in transfers:
-        parts = [(work[i.name], payload / max(under_way[i.name], 1)) for i in between]
-        flops, traffic = (sum(part * of[n] for of, part in parts) for n in range(2))
-        shares.append(hlo_work.Work(flops, traffic))
+        parts = [(of[i.name], payload / max(under_way[i.name], 1)) for i in between]
+        shares.append(hlo_work.Work(*(sum(part * w[n] for w, part in parts) for n in range(2))))
     return shares
 
 

@@ -90,11 +90,9 @@ def make(
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
-    config, derived_from = derived.planned(
-        config, derived.Place(mesh["data"] * mesh["fsdp"], lanes)
-    )
+    place = derived.Place(mesh["data"] * mesh["fsdp"], lanes)
+    config, derived_from = derived.planned(config, place)
     total_steps, per_epoch, examples, made_up = length(config, options.examples)
-    per_image = flops.per_image(config)
     not_compiled = None if topology.chip.is_tpu else compiler.missing(topology.chip)
     plan: dict[str, Any] = {
         "chips": topology.count,
@@ -107,31 +105,24 @@ def make(
         "batch_size": config.batch_size,
         "levers": levers(config),
         "derived": derived_from,
-        "model_flops": round(per_image.train * config.batch_size),
+        "model_flops": round(flops.per_image(config).train * config.batch_size),
     }
     if not_compiled is None:
-        compiled = compiler.compile_step(
-            config,
-            topology,
-            total_steps=total_steps,
-            steps_per_epoch=per_epoch,
-            timeout=options.timeout,
-            line=line,
+        lengths = dict(total_steps=total_steps, steps_per_epoch=per_epoch)
+        found = compiler.compile_step(
+            config, topology, **lengths, timeout=options.timeout, line=line
         )
-        cached = ", from the cache" if compiled.cached else ""
-        line.show(f"compiled in {compiled.seconds:.0f} s{cached}", now=True)
-        plan |= _of_compiled(compiled, config, topology)
-        plan["versions"] = compiled.versions
-        checkpoint_bytes = compiled.checkpoint_bytes
+        cached = ", from the cache" if found.cached else ""
+        line.show(f"compiled in {found.seconds:.0f} s{cached}", now=True)
+        plan |= _of_compiled(found, config, topology) | {"versions": found.versions}
     else:
         line.show(f"estimating: {not_compiled}", now=True)
-        guess = estimate.of_gpus(config, topology)
-        plan |= _of_estimate(guess, plan["model_flops"], config, topology)
-        checkpoint_bytes = guess.checkpoint_bytes
+        found = estimate.of_gpus(config, topology)
+        plan |= _of_estimate(found, plan["model_flops"], config, topology)
     plan["checkpoint"] = {
-        "bytes": checkpoint_bytes,
+        "bytes": found.checkpoint_bytes,
         # Every host writes its share.
-        "seconds": checkpoint_bytes / (options.storage_rate * topology.hosts),
+        "seconds": found.checkpoint_bytes / (options.storage_rate * topology.hosts),
     }
     plan["run"] = {
         "total_steps": total_steps,
@@ -139,8 +130,7 @@ def make(
         "per_million": made_up,
         "images": total_steps * config.batch_size,
     }
-    _add_time(plan, config, topology, options)
-    return plan
+    return plan | _times(plan, topology, options)
 
 
 def levers(config: config_lib.Config) -> dict[str, Any]:
@@ -165,41 +155,35 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
             "collectives": {},
             "roofline": None,
         }
-    memory = out["memory"] = _memory(kinds, limit, **compiled.memory)
-    out["fits"] = memory["total_bytes"] <= limit
     module = hlo.parse(compiled.hlo)
     sums = hlo_collectives.collectives(module, mesh=compiled.mesh, slices=topology.slices)
     work = hlo_work.dot_flops(module, passes=True)
-    roofline = cost.roofline(work, hlo_work.bytes_accessed(module), sums, topology.chip)
-    if not out["fits"]:
-        out["largest"] = _largest(_kept(config, compiled.mesh))
-    return out | {
-        "flops": round(hlo_work.dot_flops(module) * topology.count),
-        "unknown_loops": len(module.unknown_loops),
-        "collectives": by_kind(sums),
-        "roofline": roofline._asdict(),
-    }
+    out["memory"] = _memory(kinds, limit, **compiled.memory)
+    out["flops"] = round(hlo_work.dot_flops(module) * topology.count)
+    out["unknown_loops"] = len(module.unknown_loops)
+    return out | _costs(out, config, topology, work, hlo_work.bytes_accessed(module), sums)
 
 
 def _of_estimate(guess: estimate.Estimate, model_flops, config, topology) -> dict[str, Any]:
     """The same for GPUs, by arithmetic: FLOPs of the model, without memory traffic."""
     limit = round(topology.chip.hbm_bytes)
     arguments, temporaries = sum(guess.state_bytes.values()), sum(guess.temporaries.values())
-    memory = _memory(guess.state_bytes, limit, arguments, temporaries)
-    memory["temporaries"] = guess.temporaries
     again = {"none": 3, "full": 4}.get(config.remat, 3.5) / 3  # passes, against three without
     done = round(model_flops * (again + (1 / 3 if config.microbatches > 1 else 0)))
-    roofline = cost.roofline(done / topology.count, 0.0, guess.collectives, topology.chip)
-    fits = memory["total_bytes"] <= limit
+    memory = _memory(guess.state_bytes, limit, arguments, temporaries)
+    memory["temporaries"] = guess.temporaries
+    out = {"mesh": guess.mesh, "memory": memory, "flops": done, "traced_flops": None}
+    return out | _costs(out, config, topology, done / topology.count, 0.0, guess.collectives)
+
+
+def _costs(out: dict[str, Any], config, topology, work, traffic, sums) -> dict[str, Any]:
+    """Whether it fits, and with what; what a step sends, and its roofline."""
+    fits = out["memory"]["total_bytes"] <= out["memory"]["limit_bytes"]
     return {
-        "mesh": guess.mesh,
-        "memory": memory,
         "fits": fits,
-        "flops": done,
-        "traced_flops": None,
-        "collectives": by_kind(guess.collectives),
-        "roofline": roofline._asdict(),
-    } | ({} if fits else {"largest": _largest(_kept(config, guess.mesh))})
+        "collectives": by_kind(sums),
+        "roofline": cost.roofline(work, traffic, sums, topology.chip)._asdict(),
+    } | ({} if fits else {"largest": _largest(_kept(config, out["mesh"]))})
 
 
 def _kept(config: config_lib.Config, mesh: dict[str, int]) -> list[memory_need.Kept]:
@@ -250,47 +234,48 @@ def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:
     return out
 
 
-def _add_time(plan, config, topology, options: Options) -> None:
+def _times(plan, topology, options: Options) -> dict[str, Any]:
     """Speed, days, input rate and price; None where the program does not compile."""
     roof = plan["roofline"]
-    plan["images_per_second"] = plan["images_per_second_at_most"] = None
-    plan["input"] = plan["bill"] = None
     if roof is None:
-        return
+        keys = ("images_per_second", "images_per_second_at_most", "input", "bill")
+        return dict.fromkeys(keys)
     work = max(roof["compute_s"], roof["hbm_s"]) / options.efficiency + roof["exposed_s"]
     step = max(work, roof["interconnect_s"], roof["dcn_s"])
-    plan["efficiency"] = options.efficiency
-    plan["step_seconds"] = step
-    plan["images_per_second_at_most"] = config.batch_size / roof["step_s"]
-    rate = plan["images_per_second"] = config.batch_size / step
+    rate = plan["batch_size"] / step
     seconds = plan["run"]["images"] / rate
-    plan["run"]["days"] = seconds / 86400
     a_host = rate / topology.hosts
     makes = topology.chip.host_cores * options.input_rate
-    plan["input"] = {
-        "cores_per_host": topology.chip.host_cores,
-        "images_per_second_per_core": options.input_rate,
-        "host_makes_images_per_second": makes,
-        "host_needs_images_per_second": a_host,
-        "cores_needed": a_host / options.input_rate,
-        "image_bytes": options.image_bytes,
-        "storage_bytes_per_second": rate * options.image_bytes,
-        "storage_bytes_per_second_per_host": a_host * options.image_bytes,
-        "cores_are_enough": makes >= a_host,
-        "storage_is_enough": a_host * options.image_bytes <= options.storage_rate,
-    }
     hours = topology.count * seconds / 3600
-    plan["bill"] = {
-        "chip_hours": hours,
-        "price_per_chip_hour": options.price,
-        "cost": None if options.price is None else hours * options.price,
+    return {
+        "efficiency": options.efficiency,
+        "step_seconds": step,
+        "images_per_second_at_most": plan["batch_size"] / roof["step_s"],
+        "images_per_second": rate,
+        "run": plan["run"] | {"days": seconds / 86400},
+        "input": {
+            "cores_per_host": topology.chip.host_cores,
+            "images_per_second_per_core": options.input_rate,
+            "host_makes_images_per_second": makes,
+            "host_needs_images_per_second": a_host,
+            "cores_needed": a_host / options.input_rate,
+            "image_bytes": options.image_bytes,
+            "storage_bytes_per_second": rate * options.image_bytes,
+            "storage_bytes_per_second_per_host": a_host * options.image_bytes,
+            "cores_are_enough": makes >= a_host,
+            "storage_is_enough": a_host * options.image_bytes <= options.storage_rate,
+        },
+        "bill": {
+            "chip_hours": hours,
+            "price_per_chip_hour": options.price,
+            "cost": None if options.price is None else hours * options.price,
+        },
     }
 
 
 def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict[str, Any]:
     """The points of `--search` and its two answers; `base` is the plan of the config itself."""
-    mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
-    shards = mesh["data"] * mesh["fsdp"]
+    shards = base["mesh"]["data"] * base["mesh"]["fsdp"]
 
     def ask(candidate: config_lib.Config) -> search.Answer | None:
         tried = levers(candidate) | {"batch_size": candidate.batch_size}
@@ -298,27 +283,24 @@ def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict
         line.show(f"trying {' '.join(f'{key}={tried[key]}' for key in keys)}", now=True)
         try:
             plan = base if candidate == config else make(candidate, topology, options, line)
-        except (compiler.TookTooLong, compiler.CompilerFailed) as error:
+        except compiler.TookTooLong as error:
             line.say(str(error))
-            if isinstance(error, compiler.TookTooLong):
-                return None
-            # Of one point; others may serve.
+            return None
+        except compiler.CompilerFailed as error:  # of one point; others may serve
+            line.say(str(error))
             return search.Answer(False, 0, base["memory"]["limit_bytes"], None, failed=True)
         sizes = (plan["memory"][key] for key in ("total_bytes", "limit_bytes"))
         return search.Answer(plan["fits"], *sizes, plan["images_per_second"])
 
     # One compile is spent: that of the plan.
-    found = search.search(
-        config, shards, ask, slices=topology.slices, max_compiles=search.MAX_COMPILES - 1
-    )
+    compiles = search.MAX_COMPILES - 1
+    found = search.search(config, shards, ask, slices=topology.slices, max_compiles=compiles)
 
     def entry(point: search.Point | None) -> dict[str, Any] | None:
         if point is None:
             return None
-        sizes = {
-            "images_per_chip": point.images_per_chip,
-            "batch_size": point.images_per_chip * shards,
-        }
+        images = point.images_per_chip
+        sizes = {"images_per_chip": images, "batch_size": images * shards}
         return point.levers._asdict() | sizes | point.answer._asdict()
 
     return {

@@ -7,39 +7,33 @@ from grain_jax.core import progress
 
 WIDTH = 96
 SHORT_SECONDS = 1e-3  # a step has hundreds of operations, each of which takes microseconds to start
-# (config key, values and effect) to try when memory runs out; the first cost the least time.
-REMEDIES = (
-    ("remat", "qkv or full: computes activations again in the backward pass"),
-    ("microbatches", "2, 4, ...: fewer images at a time, the same loss"),
-    ("mesh.fsdp", "2, 4, ...: cuts parameters and moments over chips"),
-    ("optim.moment_dtype", "bfloat16: halves the first moment"),
-    ("loss.tile", "512: smaller tiles of similarities"),
-)
-# Of the parts of memory: what they are.
-_ARGUMENTS = {
+# Config key -> values and effect, to try when memory runs out; the first cost the least time.
+REMEDIES = {
+    "remat": "qkv or full: computes activations again in the backward pass",
+    "microbatches": "2, 4, ...: fewer images at a time, the same loss",
+    "mesh.fsdp": "2, 4, ...: cuts parameters and moments over chips",
+    "optim.moment_dtype": "bfloat16: halves the first moment",
+    "loss.tile": "512: smaller tiles of similarities",
+}
+_PARTS = {  # of memory
     "parameters": "float32",
     "moments": "Adam's two",
     "ema": "average of the parameters",
     "batch": "images, texts, boxes",
     "padding": "to the chip's tiles",
-}
-_TEMPORARIES = {
     "gradients": "float32",
     "activations": "kept for the backward pass",
     "layer": "one layer at work",
     "losses": "tiles of similarities, columns on the ring",
 }
-_PREFIXES = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
 
 
 def amount(number: float, unit: str = "") -> str:
     """A number with three digits and an SI prefix: 1.52 G, 703 M."""
-    for factor, prefix in _PREFIXES.items():
-        if abs(number) >= factor:
-            value = number / factor
-            digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-            return f"{value:.{digits}f} {prefix}{unit}"
-    return f"{number:.0f} {unit}".rstrip()
+    power = max(0, min((len(f"{abs(number):.0f}") - 1) // 3, 6))
+    value, prefix = number / 1000**power, " kMGTPE"[power].strip()
+    digits = 0 if not power else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{digits}f} {prefix}{unit}".rstrip()
 
 
 def gigabytes(size: float) -> str:
@@ -82,16 +76,15 @@ def _rows(*rows: str) -> list[str]:
 
 
 def _heading(plan) -> list[str]:
-    memory, levers = plan["memory"], plan["levers"]
+    memory, mesh = plan["memory"], plan["mesh"]
     total, limit = memory["total_bytes"], memory["limit_bytes"]
-    verdict = (
-        f"FITS: {gigabytes(total)} of {gigabytes(limit)} a chip, {gigabytes(limit - total)} free"
-        if plan["fits"]
-        else f"DOES NOT FIT: {gigabytes(total)} a chip, {gigabytes(total - limit)} more than the"
-        f" {gigabytes(limit)} there are"
-    )
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    a_chip = plan["batch_size"] // (plan["mesh"]["data"] * plan["mesh"]["fsdp"])
+    free = gigabytes(abs(limit - total))
+    if plan["fits"]:
+        verdict = f"FITS: {gigabytes(total)} of {gigabytes(limit)} a chip, {free} free"
+    else:
+        there = f"{free} more than the {gigabytes(limit)} there are"
+        verdict = f"DOES NOT FIT: {gigabytes(total)} a chip, {there}"
+    a_chip = plan["batch_size"] // (mesh["data"] * mesh["fsdp"])
     slices = f" in {plan['slices']} slices or nodes" if plan["slices"] > 1 else ""
     if plan["estimate"]:
         how = ["ESTIMATE by arithmetic: nothing was compiled; within a fifth of what was"]
@@ -104,18 +97,19 @@ def _heading(plan) -> list[str]:
         how.append("derived: " + plan["derived"])
     if plan["overrides"]:
         how.append("given: " + " ".join(plan["overrides"]))
+    levers = " ".join(f"{key}={value}" for key, value in plan["levers"].items())
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     lines = [
         f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} host(s){slices}",
-        f"mesh {mesh}; {plan['batch_size']} images a step, {a_chip} a chip",
-        *textwrap.wrap(" ".join(f"{k}={v}" for k, v in levers.items()), WIDTH),
-        *(line for text in how for line in textwrap.wrap(text, WIDTH)),
+        f"mesh {axes}; {plan['batch_size']} images a step, {a_chip} a chip",
+        *(line for text in (levers, *how) for line in textwrap.wrap(text, WIDTH)),
         "",
         verdict,
     ]
     if not plan["fits"] and memory.get("peak_bytes", total) <= limit:
+        peak = gigabytes(memory["peak_bytes"])
         lines.append(
-            f"(the compiler accepts it, with a peak of {gigabytes(memory['peak_bytes'])}; the sum is the safe"
-            " side: try it on one host)"
+            f"(the compiler accepts it, with a peak of {peak}; the sum is the safe side: try it on one host)"
         )
     return lines
 
@@ -124,13 +118,13 @@ def _memory(plan) -> list[str]:
     memory, size = plan["memory"], lambda key: gigabytes(memory[f"{key}_bytes"])
     rows = [f"arguments|{size('arguments')}|held from step to step"]
     rows += [
-        f"  {kind}|{gigabytes(count)}|{_ARGUMENTS[kind]}"
+        f"  {kind}|{gigabytes(count)}|{_PARTS[kind]}"
         for kind, count in memory["arguments"].items()
         if count or kind in ("parameters", "moments")
     ]
     rows.append(f"temporaries|{size('temporaries')}|gradients, activations")
     parts = memory.get("temporaries", {})
-    rows += [f"  {kind}|{gigabytes(n)}|{_TEMPORARIES[kind]}" for kind, n in parts.items()]
+    rows += [f"  {kind}|{gigabytes(n)}|{_PARTS[kind]}" for kind, n in parts.items()]
     if memory["output_bytes"]:
         output = gigabytes(memory["output_bytes"] - memory["aliased_bytes"])
         rows.append(f"output|{output}|{size('aliased')} more is written over the arguments")
@@ -148,14 +142,13 @@ def _out_of_memory(plan) -> list[str]:
     rows = []
     for entry in plan["largest"]:
         times = f"{entry['count']} x " if entry["count"] > 1 else ""
-        where = entry["where"]
-        where = where if len(where) <= 44 else "..." + where[-41:]
+        where = entry["where"] if len(entry["where"]) <= 44 else "..." + entry["where"][-41:]
         size = gigabytes(entry["count"] * entry["bytes"])
         rows.append((f"{times}{entry['shape']}", size, where))
     wide = max((len(row[0]) for row in rows), default=0)
     lines = [f"  {shape:<{wide}}  {size:>8}  {where}" for shape, size, where in rows]
     levers = plan["levers"]
-    change = [f"  --config.{key:<20} (is {levers[key]}) {what}" for key, what in REMEDIES]
+    change = [f"  --config.{key:<20} (is {levers[key]}) {what}" for key, what in REMEDIES.items()]
     return [_section("The largest arrays, and what to change"), *lines, "", *change]
 
 
@@ -272,25 +265,21 @@ def _bill(plan) -> list[str]:
 
 def _search(plan) -> list[str]:
     found = plan["search"]
-    lines = [
-        f"  {'remat':<6}{'attention':<10}{'fsdp':>5}{'gather':>7}{'images/chip':>12}{'batch':>8}"
-        f"{'GB/chip':>9}{'images/s':>11}"
-    ]
+    form = "  {:<6}{:<10}{:>5}{:>7}{:>12}{:>8}{:>9}{:>11}{}"
+    head = "remat attention fsdp gather images/chip batch GB/chip images/s".split()
+    lines = [form.format(*head, "")]
     for point in found["tried"]:
         rate, size = point["images_per_second"], f"{point['total_bytes'] / 1e9:.2f}"
         why = "" if point["fits"] else "   does not fit"
         if point["failed"]:
             size, why = "-", "   the compiler failed"
-        lines.append(
-            f"  {point['remat']:<6}{point['attention']:<10}{point['fsdp']:>5}{point['gather']:>7}"
-            f"{point['images_per_chip']:>12}{point['batch_size']:>8}{size:>9}"
-            f"{f'{rate:,.0f}' if rate else '-':>11}{why}"
-        )
+        keys = ("remat", "attention", "fsdp", "gather", "images_per_chip", "batch_size")
+        cells = (point[key] for key in keys)
+        lines.append(form.format(*cells, size, f"{rate:,.0f}" if rate else "-", why))
     best, largest = found["at_batch"], found["largest"]
+    answers = ["  At this batch nothing fits: see microbatches and mesh.fsdp"]
     if best:
         answers = [f"  At this batch: {_flags(best)}"]
-    else:
-        answers = ["  At this batch nothing fits: see microbatches and mesh.fsdp"]
     if largest:
         answers.append("  Largest batch that was seen to fit:")
         answers.append(f"    --config.batch_size={largest['batch_size']} {_flags(largest)}")
@@ -299,7 +288,5 @@ def _search(plan) -> list[str]:
 
 def _flags(point) -> str:
     """The levers of a point of the search as flags of the command line."""
-    return (
-        f"--config.remat={point['remat']} --config.model.attention={point['attention']}"
-        f" --config.mesh.fsdp={point['fsdp']} --config.loss.gather={point['gather']}"
-    )
+    keys = dict(remat="remat", attention="model.attention", fsdp="mesh.fsdp", gather="loss.gather")
+    return " ".join(f"--config.{key}={point[name]}" for name, key in keys.items())

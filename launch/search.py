@@ -20,7 +20,7 @@ GOAL = 0.97  # of the limit: what a prediction aims at
 GATHER = 4  # chips that share columns before the ring: what is tried against none
 FSDP = 4  # chips that share parameters: what is tried against none
 DERIVED_GROUP = (
-    8  # images of a packing group, at least, in batches that are tried where it is derived
+    8  # images of a packing group, at least, of batches that are tried where it is derived
 )
 GROWTH = 4  # times the last batch, at most: a line does not reach further
 
@@ -117,7 +117,7 @@ def search(
             if own.gather == 1 and _can_gather(config, shards):
                 yield _best(tried, start).levers._replace(gather=GATHER), start
         # The policy that needs least memory carries the largest batch, and the fewest columns at a time.
-        best = _best(tried, start) if _fits(tried, start) else tried[-1]
+        best = _best(tried, start) or tried[-1]
         levers = best.levers._replace(remat=config_lib.REMAT_POLICIES[-1], gather=own.gather)
         while True:
             mine = [p for p in tried if p.levers == levers]
@@ -138,11 +138,8 @@ def search(
             break
         tried.append(Point(levers, images, answer))
     fits = [p for p in tried if p.answer.fits]
-    return Found(
-        tried,
-        _best(tried, start) if _fits(tried, start) else None,
-        max(fits, key=lambda p: p.images_per_chip, default=None),
-    )
+    largest = max(fits, key=lambda p: p.images_per_chip, default=None)
+    return Found(tried, _best(tried, start), largest)
 
 
 def _changed(config: config_lib.Config, levers: Levers, batch_size: int) -> config_lib.Config:
@@ -157,16 +154,11 @@ def _changed(config: config_lib.Config, levers: Levers, batch_size: int) -> conf
     )
 
 
-def _fits(tried: list[Point], images: int) -> list[Point]:
-    """The points with so many images a chip that fit."""
-    return [p for p in tried if p.answer.fits and p.images_per_chip == images]
-
-
-def _best(tried: list[Point], images: int) -> Point:
+def _best(tried: list[Point], images: int) -> Point | None:
     """Of the points with so many images a chip that fit, the fastest of those with the first remat policy."""
-    fits = _fits(tried, images)
+    fits = [p for p in tried if p.answer.fits and p.images_per_chip == images]
     fits = [p for p in fits if p.levers.remat == fits[0].levers.remat]
-    return max(fits, key=lambda p: p.answer.images_per_second or 0)
+    return max(fits, key=lambda p: p.answer.images_per_second or 0, default=None)
 
 
 def _other_fsdp(config: config_lib.Config, chips: int) -> int:

@@ -21,7 +21,7 @@ from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 
 def train_here(
-    runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None, parallel: int, retries: int
+    runs: Sequence[SweepRun], workdir: epath.Path, parallel: int, retries: int
 ) -> jobs.Outcome:
     """Trains the runs on this machine, `parallel` at a time."""
     here = local_folder(workdir)
@@ -48,8 +48,6 @@ def train_here(
         slots=jobs.slots(parallel),
         screen=progress.Line("sweep: "),
         ready=ready,
-        share_done=lambda job: sweep_runs.share_done(by_name[job.name]),
-        result=lambda job: sweep_table.summary(by_name[job.name], metric),
         retries=retries,
         # Runs that differ in their seed alone share a compiled program.
         environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},
@@ -96,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workdir = epath.Path(args.workdir)
     metric, parallel = args.metric, args.parallel
     check_metric(metric, base)
-    given = (f"--config={args.config}", *args.overrides)
-    runs = sweep_runs.make_runs(base, given, sweep_runs.load_points(args.sweep), workdir)
+    points = sweep_runs.load_points(args.sweep)
+    runs = sweep_runs.make_runs(args.config, args.overrides, points, workdir)
     sweep_runs.check_folders(runs)
     if args.dry_run:
         show_plan(runs)
@@ -112,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
     failed = ()
     if args.launcher == "local" and not args.table:
-        outcome = train_here(runs, workdir, metric, parallel or 1, args.retries)
+        outcome = train_here(runs, workdir, parallel or 1, args.retries)
         if outcome.stopped_by:
             print(
                 f"sweep: stopped; {len(outcome.done)} of {len(runs)} runs are finished, the same"

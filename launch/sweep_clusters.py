@@ -98,9 +98,8 @@ def render_gke(run: SweepRun, template: str) -> str:
     page = string.Template(template)
     missing = [name for name in page.get_identifiers() if name not in values]
     if missing:
-        raise errors.UserError(
-            f"launch/gke.yaml: set {', '.join(missing)} in the environment; its head says what they are"
-        )
+        what = f"set {', '.join(missing)} in the environment; its head says what they are"
+        raise errors.UserError(f"launch/gke.yaml: {what}")
     return page.substitute(values)
 
 
@@ -115,12 +114,10 @@ def apply_gke(runs: Sequence[SweepRun], workdir: epath.Path) -> str:
         path.write_text(page)
     if not which("kubectl"):
         return f"rendered {len(left)} JobSets into {folder}; no kubectl here to apply them"
+    state = ("--ignore-not-found", "-o=jsonpath={.status.terminalState}")
     for path, run, _ in pages:
         name = ("jobset", jobset_name(run))
-        state = ("--ignore-not-found", "-o=jsonpath={.status.terminalState}")
-        if (
-            _output("kubectl", "get", *name, *state) == "Failed"
-        ):  # such a one is never started again
+        if _output("kubectl", "get", *name, *state) == "Failed":  # it is never started again
             _output("kubectl", "delete", *name)
         _output("kubectl", "apply", "-f", str(path))
     return f"applied {len(left)} JobSets of {folder}; --table shows how far they are"

@@ -11,7 +11,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.cli import config_file
-from grain_jax.core import errors, named, regular_file
+from grain_jax.core import errors, regular_file
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import metrics_file
 
@@ -24,8 +24,7 @@ class SweepRun:
     """One point of a sweep."""
 
     name: str
-    overrides: Mapping[str, Any]  # config key -> value
-    swept: Mapping[str, Any]  # the same for the keys that differ between points
+    swept: Mapping[str, Any]  # config key -> value, of the keys that differ between points
     config: config_lib.Config
     arguments: tuple[str, ...]  # of grain_jax.train
     folder: epath.Path
@@ -57,50 +56,6 @@ def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
                 " {'optim.learning_rate': 1e-3}"
             )
     return [dict(point) for point in points]
-
-
-def resolve(
-    base: config_lib.Config, overrides: Mapping[str, Any], given: Sequence[str] = ()
-) -> config_lib.Config:
-    """`base` with the overrides of a point, as the command line of the trainer resolves them.
-
-    Args:
-      base: the config with the overrides of this command line.
-      overrides: flat; of `total_steps` and `total_epochs`, and of the warm-up's two lengths, one that is
-        set here unsets the other.
-      given: the keys that this command line sets.
-
-    Raises:
-      UserError: a key that does not exist, a value of the wrong kind or out of bounds; a line each.
-    """
-    tree = dataclasses.asdict(base)
-    known = config_lib.flatten(tree)
-    faults = []
-    for key, value in overrides.items():
-        inside = [k for k in known if k.startswith(f"{key}.")]
-        if inside:
-            faults.append(f"{key}: is a group of keys; set them one by one, such as {inside[0]}")
-        elif key not in known:
-            faults.append(f"{key}: {config_lib.unknown_key(str(key), list(known))}")
-        elif key in given:
-            faults.append(f"{key}: the sweep and the command line both set it; leave one out")
-        elif value is None or not isinstance(value, (bool, int, float, str, tuple)):
-            faults.append(f"{key}: got {value!r}, expected a number, a string, a bool or a tuple")
-    if faults:
-        raise errors.UserError("\n".join(faults))
-    changed = dict(overrides)
-    for pair in config_lib.EITHER_OR:
-        for key, other in (pair, pair[::-1]):
-            if key in overrides and other not in (*overrides, *given):
-                changed[other] = None
-    for key, value in changed.items():
-        *groups, leaf = key.split(".")
-        part = tree
-        for group in groups:
-            part = part[group]
-        part[leaf] = value
-    with named.importing():  # the user's own sweep
-        return config_lib.from_dict(tree)
 
 
 def _short(value: Any) -> str:
@@ -144,46 +99,52 @@ def name_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def make_runs(
-    base: config_lib.Config,
-    base_arguments: Sequence[str],
+    file: str,
+    overrides: Sequence[str],
     points: Sequence[Mapping[str, Any]],
     workdir: epath.Path,
 ) -> list[SweepRun]:
-    """The runs of a sweep, each with its checked config.
+    """The runs of a sweep, each with its config, which is checked as the trainer will read it.
 
     Args:
-      base: the config with the overrides of this command line.
-      base_arguments: `--config=FILE` and those overrides.
+      file: as `--config` takes it.
+      overrides: `--config.KEY=VALUE` of this command line.
       points: as `load_points` gives them.
       workdir: of the sweep; holds the folders of the runs.
 
     Raises:
       UserError: a line for every fault of the points.
     """
-    given = [a.partition("=")[0].removeprefix("--config.") for a in base_arguments]
+    given = [word.partition("=")[0].removeprefix("--config.") for word in overrides]
     differ = _differing(points)
     runs: list[SweepRun] = []
     faults: dict[str, list[str]] = {}  # fault -> the points that have it
     for name, point in zip(name_points(points), points):
+        words = (*overrides, *(f"--config.{key}={value}" for key, value in point.items()))
+        found = []
+        for key, value in point.items():
+            if key in given:
+                found.append(f"{key}: the sweep and the command line both set it; leave one out")
+            if not isinstance(value, (bool, int, float, str, tuple)):
+                found.append(
+                    f"{key}: got {value!r}, expected a number, a string, a bool or a tuple"
+                )
         try:
-            config = resolve(base, point, given)
+            if found:
+                raise errors.UserError("\n".join(found))
+            config = config_file.load(file, words)
         except errors.UserError as error:
             for line in str(error).splitlines():
                 faults.setdefault(line, []).append(name)
             continue
-        folder = workdir / name
-        overrides = [f"--config.{key}={value}" for key, value in point.items()]
         values = config_lib.flatten(dataclasses.asdict(config))
         swept = {key: values[key] for key in differ if key in values}
-        arguments = (*base_arguments, *overrides, f"--workdir={folder}")
-        runs.append(SweepRun(name, point, swept, config, arguments, folder))
+        arguments = (f"--config={file}", *words, f"--workdir={workdir / name}")
+        runs.append(SweepRun(name, swept, config, arguments, workdir / name))
     if faults:
-        raise errors.UserError(
-            "\n".join(
-                f"{line} (in {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
-                for line, names in faults.items()
-            )
-        )
+        others = lambda names: f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines = (f"{line} (in {names[0]}{others(names)})" for line, names in faults.items())
+        raise errors.UserError("\n".join(lines))
     return runs
 
 
@@ -241,13 +202,6 @@ def finished(run: SweepRun) -> bool:
     step = last_step(run.folder)
     # Only the data set can turn a length in epochs into steps.
     return step in checkpoint.finished_steps(run.folder) and run.config.total_steps in (None, step)
-
-
-def share_done(run: SweepRun) -> float:
-    """The share of the steps that are done, 0 to 1; 0 where the length is not known."""
-    if run.config.total_steps is None:
-        return 0.0
-    return last_step(run.folder) / run.config.total_steps
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:

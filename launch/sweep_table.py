@@ -3,9 +3,10 @@
 import csv
 import dataclasses
 import io
-import statistics
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from etils import epath
@@ -38,17 +39,12 @@ def _values(lines: Sequence[metrics_file.Line]) -> dict[str, float]:
     values = {key: of_steps[-1] for key, (_, of_steps) in metrics_file.series(lines).items()}
     for key, (_, of_steps) in metrics_file.series(lines[-_LAST:]).items():
         if not key.startswith("eval/"):
-            values[key] = statistics.fmean(of_steps)
+            values[key] = fmean(of_steps)
     return values  # the last value of a metric that the recent lines lack
 
 
 def read(runs: Sequence[SweepRun], finished: Sequence[bool]) -> list[SweepRow]:
-    """The runs' rows, in their order.
-
-    Args:
-      runs: of one sweep.
-      finished: whether each is.
-    """
+    """The rows of the runs of a sweep, in their order; `finished`: whether each is."""
     rows = []
     for run, is_finished in zip(runs, finished, strict=True):
         lines, faults = metrics_file.read(metrics_file.files(run.folder))
@@ -82,12 +78,8 @@ def check(rows: Sequence[SweepRow], metric: str) -> None:
 def ranked(rows: Sequence[SweepRow], metric: str) -> list[SweepRow]:
     """Best first; runs that are not finished after those that are."""
     sign = 1 if smaller_is_better(metric) else -1
-
-    def place(row: SweepRow) -> tuple[bool, bool, float]:
-        missing = metric not in row.values
-        return row.state != "finished", missing, 0 if missing else sign * row.values[metric]
-
-    return sorted(rows, key=place)
+    value = lambda row: sign * row.values.get(metric, sign * math.inf)
+    return sorted(rows, key=lambda row: (row.state != "finished", value(row)))
 
 
 def _axes(rows: Sequence[SweepRow]) -> list[str]:
@@ -104,14 +96,20 @@ def _cell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _over_seeds(rows: Sequence[SweepRow], metric: str) -> dict[tuple[Any, ...], list[float]]:
-    """Values of the other axes -> the metric of every seed that has finished, in the rows' order."""
-    others = [axis for axis in _axes(rows) if axis != SEED]
+def _counts(row: SweepRow, metric: str) -> bool:
+    return row.state == "finished" and metric in row.values
+
+
+def _title(axes: Sequence[str], values: Sequence[Any]) -> str:
+    return ", ".join(f"{label}={_cell(value)}" for label, value in zip(_labels(axes), values))
+
+
+def _over_seeds(rows: Sequence[SweepRow], metric: str, axes: Sequence[str]):
+    """Values of these axes -> the metric of every seed, in the rows' order."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        if row.state == "finished" and metric in row.values:
-            key = tuple(row.swept.get(axis) for axis in others)
-            groups.setdefault(key, []).append(row.values[metric])
+        key = tuple(row.swept.get(axis) for axis in axes)
+        groups.setdefault(key, []).append(row.values[metric])
     return groups
 
 
@@ -130,21 +128,14 @@ def text(rows: Sequence[SweepRow], metric: str) -> str:
     ]
     page = tables.table(["run", *_labels(axes), *shown, "state"], cells)
     others = [axis for axis in axes if axis != SEED]
-    groups = _over_seeds(rows, metric)
+    groups = _over_seeds([row for row in rows if _counts(row, metric)], metric, others)
     if SEED in axes and others and groups:
-        means = [
-            [
-                ", ".join(f"{label}={_cell(v)}" for label, v in zip(_labels(others), key)),
-                *(f"{of(values):.4f}" for of in (statistics.fmean, min, max)),
-                str(len(values)),
-            ]
-            for key, values in sorted(
-                groups.items(),
-                key=lambda group: statistics.fmean(group[1]),
-                reverse=not smaller_is_better(metric),
-            )
-        ]
         header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]
+        means = [
+            [_title(others, key), *(f"{of(x):.4f}" for of in (fmean, min, max)), str(len(x))]
+            for key, x in groups.items()
+        ]
+        means.sort(key=lambda row: float(row[1]), reverse=not smaller_is_better(metric))
         page += "\n\n" + tables.table(header, means)
     return page
 
@@ -172,7 +163,7 @@ def draw(rows: Sequence[SweepRow], metric: str, path: epath.Path) -> bool:
     import matplotlib  # half a second to import
     from matplotlib.figure import Figure
 
-    done = [row for row in rows if row.state == "finished" and metric in row.values]
+    done = [row for row in rows if _counts(row, metric)]
     if not done:
         return False
     axes = [axis for axis in _axes(rows) if axis != SEED] or [SEED]
@@ -194,43 +185,31 @@ def draw(rows: Sequence[SweepRow], metric: str, path: epath.Path) -> bool:
 
 
 def _panel(panel, rows: Sequence[SweepRow], metric: str, axis: str, others: Sequence[str]) -> None:
-    values = list(dict.fromkeys(row.swept[axis] for row in rows if axis in row.swept))
+    rows = [row for row in rows if axis in row.swept]
+    values = list(dict.fromkeys(row.swept[axis] for row in rows))
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     if numbers:
         values.sort()
     at = {value: value if numbers else i for i, value in enumerate(values)}
     lines: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
-    for row in rows:
-        if axis in row.swept:
-            line = lines.setdefault(tuple(row.swept.get(other) for other in others), {})
-            line.setdefault(row.swept[axis], []).append(row.values[metric])
+    for (value, *key), seeds in _over_seeds(rows, metric, [axis, *others]).items():
+        lines.setdefault(tuple(key), {})[value] = seeds
     for number, (key, points) in enumerate(lines.items()):
         colour = f"C{number % 10}"
-        label = ", ".join(f"{name}={_cell(v)}" for name, v in zip(_labels(others), key))
         where = [value for value in values if value in points]
-        mean = [statistics.fmean(points[v]) for v in where]
+        mean = [fmean(points[v]) for v in where]
         below = [m - min(points[v]) for m, v in zip(mean, where)]
         above = [max(points[v]) - m for m, v in zip(mean, where)]
-        style = dict(color=colour, capsize=4, marker="_", label=label)
+        style = dict(color=colour, capsize=4, marker="_", label=_title(others, key))
         panel.errorbar([at[v] for v in where], mean, [below, above], **style)
         dots = [(at[v], y) for v in where for y in points[v]]
         panel.scatter(*zip(*dots), color=colour, s=26, edgecolors="white", zorder=3)
-    if not numbers:
-        panel.set_xticks(range(len(values)), [_cell(v) for v in values])
-    elif min(values) > 0 and max(values) >= 4 * min(values):
+    if numbers and min(values) > 0 and max(values) >= 4 * min(values):
         panel.set_xscale("log")
-    if numbers and len(values) <= 8:
-        panel.set_xticks(values, [_cell(v) for v in values])
+    if not numbers or len(values) <= 8:
+        panel.set_xticks([at[v] for v in values], [_cell(v) for v in values])
         panel.minorticks_off()
     panel.set_xlabel(axis)
     panel.grid(alpha=0.3)
     if others and len(lines) <= _MOST_LINES:
         panel.legend(fontsize=8, framealpha=0.6)
-
-
-def summary(run: SweepRun, metric: str | None) -> str:
-    """A finished run's metric, in a few words; nothing where it was not measured."""
-    lines, _ = metrics_file.read(metrics_file.files(run.folder))
-    row = SweepRow(run.name, {}, "finished", 0, _values(lines))
-    metric = metric or default_metric([row])
-    return f"{metric} {row.values[metric]:.4f}" if metric in row.values else ""

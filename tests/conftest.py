@@ -39,10 +39,8 @@ LONG = (
     "tests/test_data_identity.py",
     "tests/training/test_flops.py",
     "tests/input_pipeline/test_mixture.py",
-    "tests/input_pipeline/test_derived.py",
     "tests/test_paths.py",
     "tests/models/test_attention.py",
-    "tests/examples/test_data_source.py",
     "tests/examples/test_loss.py",
     "tests/losses/test_matching.py",
     "tests/losses/test_losses.py",
@@ -68,7 +66,6 @@ QUICK = (
     "tests/cli/test_parser.py",
     "tests/convert/test_parity.py",
     "tests/data/test_aviary.py",
-    "tests/data/test_benchmark_sources.py",
     "tests/data/test_staging.py",
     "tests/demo/test_demo.py::test_classes_as_they_are_typed",
     "tests/demo/test_demo.py::test_faulty_classes_are_one_line",
@@ -120,3 +117,12 @@ def pytest_collection_modifyitems(items):
         chosen = name.startswith(tuple(entry + ("" if "::" in entry else "::") for entry in QUICK))
         if chosen and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """Runs of the trainer without what they have in common or nobody looks at (tests/programs.py)."""
+    from tests import programs
+
+    with programs.quick_runs():
+        yield

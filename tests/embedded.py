@@ -38,15 +38,9 @@ def stand_in(batch):
 def settings(files=1, dim=3, regions="queries", digest="", **more):
     """Settings of a folder of so many files."""
     source = embeddings.Source("folder", "", "", "", digest)
-    values = {"checkpoint": "stand-in", "model": embeddings.Digests("", ""), "embed_dim": dim}
-    values |= {
-        "regions": regions,
-        "image_size": 8,
-        "dtype": "float32",
-        "store": "float32",
-        "orientation": "file",
-    }
-    values |= {"shard_size": 4, "source": source, "parts": files}
+    values = dict(checkpoint="stand-in", model=embeddings.Digests("", ""), embed_dim=dim)
+    values |= dict(regions=regions, image_size=8, dtype="float32", store="float32", shard_size=4)
+    values |= dict(orientation="file", source=source, parts=files)
     return embeddings.Settings(**values | more)
 
 
@@ -59,7 +53,7 @@ def piece(name, size):
 def job_of(source, folder, shard_size=4):
     folder = parts.absolute(folder)
     found = parts.find(str(source), images=None, split="", shard_size=shard_size, scratch=folder)
-    made_of = settings(len(found.parts), digest=found.digest)
+    made_of = settings(len(found.parts), digest=found.source.digest)
     output.agree(folder, made_of)
     return output.Output(folder, made_of, found.parts)
 

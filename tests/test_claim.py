@@ -7,7 +7,7 @@ import math
 import pytest
 
 from benchmarks.claim import __main__ as claim
-from benchmarks.claim import data, design, report
+from benchmarks.claim import data, design, measures, report, schedule
 from benchmarks.claim import results as claim_results
 from grain_jax import config as config_lib
 from tests import paths, record_sets
@@ -41,7 +41,7 @@ def everything(steps=100):
     """Results of the whole plan: OURS 0.8, others 0.3; 1e-3 is the better rate of GRAIN's arms, 5e-4 of others."""
     results = {}
     for _ in range(3):  # each round adds the runs that depend on the last
-        for runs in design.plan(results, steps=steps, aviaries=True).values():
+        for runs in schedule.plan(results, steps=steps, aviaries=True).values():
             for run in runs:
                 score = 0.8 if run.arm == design.OURS else 0.3
                 worse = (run.rate == 5e-4) == run.arm.startswith("grain")
@@ -50,17 +50,17 @@ def everything(steps=100):
 
 
 def test_the_plan_follows_from_the_finished_runs():
-    first = design.plan({}, steps=100, aviaries=True)
+    first = schedule.plan({}, steps=100, aviaries=True)
     assert len(first["grid"]) == len(design.ARMS) * len(design.RATES)
     assert first["equal steps"] == []
-    studies = design.plan(everything(), steps=100, aviaries=True)
+    studies = schedule.plan(everything(), steps=100, aviaries=True)
     for main in studies["equal steps"], studies["poses"]:
         assert len(main) == len(design.ARMS) * len(design.SEEDS)
         assert {run.rate for run in main if run.arm in design.CLIP_ARMS} == {5e-4}
         assert {run.rate for run in main if run.arm not in design.CLIP_ARMS} == {1e-3}
     steps = {run.arm: run.steps for run in studies["equal FLOPs"]}
     assert steps == dict.fromkeys(design.CLIP_ARMS, 125)  # 10 / 8 of 100
-    own = design.plan(everything(), steps=100, aviaries=False)
+    own = schedule.plan(everything(), steps=100, aviaries=False)
     assert "poses" not in own
 
 
@@ -69,35 +69,35 @@ def test_the_validation_classes_choose_how_an_arm_is_asked():
     made["sentence_validation/alpha_1.0/top1"] = 0.7
     made["sentence_test/alpha_1.0/top1"] = 0.4
     made["unit_test/alpha_1.0/top1"] = 0.6
-    assert design.validation_score(made) == 0.7
-    assert report.headline(made) == 0.4
+    assert schedule.validation_score(made) == 0.7
+    assert measures.headline(made) == 0.4
 
 
 def test_an_arm_that_never_trained_is_named():
     made = result(design.ClaimRun("clip", 1e-3, 0, 100))
-    assert report.faults(made) == []
+    assert measures.faults(made) == []
     made["loss_image_caption"] = 0.95 * math.log(64)
     made["seen_test/alpha_1.0/top1"] = 0.05
-    assert report.faults(made) == [
+    assert measures.faults(made) == [
         "L_ic is 0.95 of its chance value",
         "seen names are at 5.0%, less than 10 times chance",
     ]
     few = result(design.ClaimRun("clip", 1e-3, 0, 100)) | {"seen_test/chance": 0.125}
-    assert report.faults(few | {"seen_test/alpha_1.0/top1": 0.6}) == []
-    assert report.faults(few | {"seen_test/alpha_1.0/top1": 0.5}) == [
+    assert measures.faults(few | {"seen_test/alpha_1.0/top1": 0.6}) == []
+    assert measures.faults(few | {"seen_test/alpha_1.0/top1": 0.5}) == [
         "seen names are at 50.0%, less than half way from chance to all"
     ]
 
 
 def test_report_prints_every_study_and_draws(tmp_path, capsys):
     results = everything()
-    studies = design.plan(results, steps=100, aviaries=True)
+    studies = schedule.plan(results, steps=100, aviaries=True)
     report.report(studies, results, tmp_path)
     text = capsys.readouterr().out
     # Seeds give 0.80, 0.81, 0.82 and 0.30, 0.31, 0.32.
-    assert f"| {report.LABELS[design.OURS]} | 80.0, 81.0, 82.0 | 81.0 ± 1.0 |" in text
+    assert f"| {measures.LABELS[design.OURS]} | 80.0, 81.0, 82.0 | 81.0 ± 1.0 |" in text
     lead = "30.0, 31.0, 32.0 | 31.0 ± 1.0 | +50.0, +50.0, +50.0 | +50.0 to +50.0 |"
-    assert f"| {report.LABELS['clip_descriptions']} | {lead}" in text
+    assert f"| {measures.LABELS['clip_descriptions']} | {lead}" in text
     for title in ("Learning rates", "Equal steps", "Equal FLOPs", "Harder poses"):
         assert f"## {title}" in text
     for name in ("claim_arms.png", "claim_poses.png"):
@@ -172,7 +172,7 @@ def test_validation_and_test_share_no_class_and_no_image(tmp_path):
 @pytest.mark.parametrize("arm", design.ARMS)
 def test_every_arm_is_a_config(tmp_path, arm):
     run = design.ClaimRun(arm, 1e-3, 1, 100)
-    c = claim.make_config(run, design.CONFIG, tmp_path / "main", tmp_path)
+    c = design.make_config(run, design.CONFIG, tmp_path / "main", tmp_path)
     config = config_lib.from_dict(c)
     assert (config.seed, config.total_steps, config.optim.learning_rate) == (1, 100, 1e-3)
     assert (config.input.max_regions == 0) == (
@@ -200,7 +200,7 @@ def test_a_run_appends_its_row(tmp_path, monkeypatch):
     made = claim_results.read(args.results)[run.name]
     assert made["steps"] == 2 and made["flops_per_step"] > 1e9 / 4
     assert 0 <= made["unseen_test/alpha_0.5/top1"] <= 1
-    assert 0.8 < report.health(made) < 1.5  # nothing is learnt in 2 steps
+    assert 0.8 < measures.health(made) < 1.5  # nothing is learnt in 2 steps
 
 
 def test_figures_of_the_page_are_those_of_the_stored_results():
@@ -213,12 +213,12 @@ def test_figures_of_the_page_are_those_of_the_stored_results():
         for row in claim_results.read(paths.ROOT / f"benchmarks/claim/tables/{name}.tsv").values():
             groups.setdefault((row["data"], row["arm"], row["rate"], row["steps"]), []).append(row)
         for rows in groups.values():
-            mean = lambda key: report._cell(rows, key).split(" ±")[0]
-            scores = [report.headline(row) for row in rows]
+            mean = lambda key: measures.cell(rows, key).split(" ±")[0]
+            scores = [measures.headline(row) for row in rows]
             known[", ".join(f"{100 * score:.1f}" for score in scores)] = {
-                report.spread(scores).split(" ±")[0],
+                measures.spread(scores).split(" ±")[0],
                 f"{mean('retrieval/image_to_text/r1')} / {mean('retrieval/text_to_image/r1')}",
-                *(report._cell(rows, key) for key in spread),
+                *(measures.cell(rows, key) for key in spread),
             }
     checked = 0
     for line in (paths.ROOT / "docs/claim.md").read_text().splitlines():

@@ -1,8 +1,10 @@
 """A run knows its record sets: a resume over another one is an error, wherever the same one lies."""
 
 import json
+import pathlib
 import shutil
 
+import jax
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -13,7 +15,9 @@ from grain_jax.data import digest
 from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint, receipt
 from grain_jax.verify import command as verify_command
-from tests import record_sets, tiny
+from tests import programs, record_sets, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def _build(folder, output, *, shards=4):
@@ -28,10 +32,24 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: device)
+        yield
+
+
+@pytest.fixture(scope="module")
+def built_there(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built") / "data"
+    _build(pictures, folder)
+    return folder
+
+
 @pytest.fixture
-def built(pictures, tmp_path):
-    _build(pictures, tmp_path / "data")
-    return tmp_path / "data"
+def built(built_there, tmp_path):
+    return pathlib.Path(shutil.copytree(built_there, tmp_path / "data"))
 
 
 def _edit(pictures, tmp_path, **changes):
@@ -78,22 +96,16 @@ def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
     assert _identity(built)["digest"] == of_stored.hex()
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path, beside):
-    def identity(output):
-        if not beside:  # a set that data.build has not written
-            (output / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink(missing_ok=True)
-        return _identity(output)
-
-    here = identity(built)
-    assert here["digest_of"] == ("records" if beside else "files")
+def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path):
+    here = _identity(built)
+    assert here["digest_of"] == "records"
     shutil.copytree(built, tmp_path / "moved é ü")
-    assert identity(tmp_path / "moved é ü") == here
+    assert _identity(tmp_path / "moved é ü") == here
     _build(pictures, built)  # other bytes, the same records
-    assert identity(built) == here
+    assert _identity(built) == here
     longer = _edit(pictures, tmp_path, synthetic_caption="another text, of another length")
     _build(longer, tmp_path / "other")
-    other = identity(tmp_path / "other")
+    other = _identity(tmp_path / "other")
     assert other["digest"] != here["digest"]
     assert other | {"digest": ""} == here | {"digest": ""}
 
@@ -103,32 +115,20 @@ def test_a_digest_of_other_shards_is_not_taken(pictures, built):
     old = path.read_text()
     _build(pictures, built, shards=2)
     path.write_text(old)
-    assert _identity(built)["digest_of"] == "files"
-
-
-def test_of_many_files_a_fixed_number_is_looked_into(built, monkeypatch):
-    shards = sorted((built / "tiny_set/1.0.0").glob("*tfrecord*"))
-    looked = []
-    monkeypatch.setattr(record_files, "_LOOKED_INTO", 2)
-    real = records.tf.data.TFRecordDataset
-    monkeypatch.setattr(
-        records.tf.data, "TFRecordDataset", lambda path: looked.append(path) or real(path)
-    )
-    record_files._digest_of_files([record_files.epath.Path(path) for path in shards])
-    assert sorted(looked) == [str(shards[0]), str(shards[2])]
+    assert _identity(built)["digest_of"] == "nothing"
 
 
 def _config(output, **overrides):
     source = dict(input__source="records", input__data_dir=str(output), input__name="tiny_set")
-    steps = dict(total_steps=2, checkpoint_every=1, checkpoint_keep=2)
-    return tiny.config(**source, **(steps | overrides))
+    source |= dict(total_steps=2, checkpoint_every=1)
+    return tiny.config(**programs.SHALLOW, **source, **overrides)
 
 
 @pytest.fixture(scope="module")
-def run(pictures, tmp_path_factory):
+def run(built_there, tmp_path_factory):
     """(workdir of 2 steps, its data)."""
     place = tmp_path_factory.mktemp("run")
-    _build(pictures, place / "data")
+    shutil.copytree(built_there, place / "data")
     train.train(_config(place / "data"), place / "workdir")
     return place / "workdir", place / "data"
 
@@ -164,7 +164,7 @@ def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):
     record_sets.write_annotations(fewer, 14)
     _build(fewer, tmp_path / "data")
     with pytest.raises(checkpoint.CheckpointError, match="records 16 -> 14, content. Put"):
-        train.train(_config(tmp_path / "data"), workdir)
+        _restore(workdir, _config(tmp_path / "data"))
     edited = _edit(pictures, tmp_path, caption="edited")
     _build(edited, tmp_path / "data")
     with pytest.raises(checkpoint.CheckpointError, match="trained on: content. Put that one back"):
@@ -180,26 +180,28 @@ def _change_texts(output):
                 writer.write(record)
 
 
-@pytest.mark.parametrize("beside", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_resume_over_shards_that_were_changed_in_place_ends(pictures, tmp_path, beside):
-    output, workdir = tmp_path / "data", tmp_path / "workdir"
-    _build(pictures, output)
-    if not beside:
-        (output / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink()
-    train.train(_config(output), workdir)
-    noted = sorted(workdir.glob("shards/*"))
-    assert len(noted) == (0 if beside else 4)
-    shutil.copytree(output, tmp_path / "moved é")
-    _change_texts(output)
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_resume_over_shards_that_were_changed_in_place_ends(run, built, tmp_path, beside):
+    workdir = tmp_path / "workdir"
+    if beside:
+        shutil.copytree(run[0], workdir)
+    else:
+        (built / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink()
+        train.train(_config(built), workdir)
+    assert len(sorted(workdir.glob("shards/*"))) == (0 if beside else 4)
+    shutil.rmtree(workdir / "checkpoints/2")
+    shutil.copytree(built, tmp_path / "moved é")
+    _change_texts(built)
     with pytest.raises(errors.UserError) as caught:
-        train.train(_config(output, total_steps=3), workdir)
+        train.train(_config(built), workdir)
     line = str(caught.value)
-    assert line.startswith(f"{output}/tiny_set/1.0.0/tiny_set-train.tfrecord-0000")
+    assert line.startswith(f"{built}/tiny_set/1.0.0/tiny_set-train.tfrecord-0000")
     what = "grain-jax build wrote (digest.json)" if beside else "this run read there before"
     assert f"-of-00004: not the records that {what}: put the shard back" in line
-    assert "\n" not in line and checkpoint.finished_steps(workdir) == [1, 2]
-    train.train(_config(tmp_path / "moved é", total_steps=3), workdir)
-    assert checkpoint.finished_steps(workdir) == [2, 3]
+    assert "\n" not in line and checkpoint.finished_steps(workdir) == [1]
+    if not beside:
+        train.train(_config(tmp_path / "moved é"), workdir)
+        assert checkpoint.finished_steps(workdir) == [1, 2]
 
 
 def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, monkeypatch):
@@ -207,18 +209,11 @@ def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, mon
     shutil.copytree(workdir / "checkpoints/2", tmp_path / "2")
     monkeypatch.setattr(checkpoint, "restore", lambda *_: "the state")
     read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)
-    state, _, data, fault = read()
-    assert (state, fault) == ("the state", None) and data[0]["name"] == "tiny_set"
+    state, _, data = read()
+    assert state == "the state" and data[0]["name"] == "tiny_set"
     (tmp_path / "2/data/metadata").write_text('{"sets": [')
-    assert read()[3].startswith("JSONDecodeError")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"test": {}}', '{"train": 3}'])
-def test_a_digest_that_data_build_has_not_written_is_one_line(built, content):
-    (built / "tiny_set/1.0.0" / record_files.DIGEST_FILE).write_text(content)
-    with pytest.raises(record_files.DataError, match="not what grain-jax build writes") as caught:
-        _identity(built)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(json.JSONDecodeError):
+        read()
 
 
 def test_another_kind_of_digest_is_not_compared_and_says_so(run, tmp_path):
@@ -226,20 +221,15 @@ def test_another_kind_of_digest_is_not_compared_and_says_so(run, tmp_path):
     shutil.copytree(output, tmp_path / "bare")
     (tmp_path / "bare/tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink()
     (line,), _ = _restore(workdir, _config(tmp_path / "bare"))
-    assert line.endswith("the content cannot be compared, a digest of records with one of files")
+    assert line.endswith("the content cannot be compared, a digest of records with one of nothing")
 
 
-def test_verify_does_not_call_a_run_false_whose_data_is_another(run, pictures, tmp_path):
+def test_verify_does_not_call_a_run_false_whose_data_is_another(run, monkeypatch):
     workdir, output = run
-    shutil.copytree(output, tmp_path / "kept")
-    edited = _edit(pictures, tmp_path, caption="edited")
-    try:
-        _build(edited, output)
-        with pytest.raises(errors.UserError, match="trained on: content"):
-            verify_command.main([str(workdir)])
-    finally:
-        shutil.rmtree(output)
-        shutil.copytree(tmp_path / "kept", output)
+    other = [one | {"digest": "another"} for one in records.identities(_config(output))]
+    monkeypatch.setattr(records, "identities", lambda _: other)
+    with pytest.raises(errors.UserError, match="trained on: content"):
+        verify_command.main([str(workdir)])
 
 
 def test_verify_finds_an_edited_record_of_the_data(run, tmp_path, capsys):

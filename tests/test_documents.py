@@ -148,62 +148,45 @@ def names_in(path: str) -> set[str]:
     return found
 
 
-def test_cited_files_exist():
-    known = set(tracked())
-    ends = {tuple(name.split("/")[-n:]) for name in known for n in range(1, name.count("/") + 2)}
-    others = {tuple(name.split("/")[-n:]) for name in ELSEWHERE for n in (1, 2, 3, 4)}
-    others |= {tuple(name.split("/")) for name in PLACEHOLDERS}
-    missing = []
-    for place, match in cited(PATH):
-        parts = tuple(p for p in match[1].split("/") if p not in (".", ".."))
-        if parts not in ends | others:
-            missing.append(f"{place}: {match[1]}")
-    for place, match in cited(FOLDER):
-        if match[1] not in PLACEHOLDERS and not (ROOT / match[1]).exists():
-            missing.append(f"{place}: {match[1]}")
-    assert not missing, "\n".join(missing)
+@functools.cache
+def ends() -> set[tuple[str, ...]]:
+    """The last parts of each path that may be cited."""
+    found = {tuple(x.split("/")[-n:]) for x in tracked() for n in range(1, x.count("/") + 2)}
+    found |= {tuple(name.split("/")[-n:]) for name in ELSEWHERE for n in (1, 2, 3, 4)}
+    return found | {tuple(name.split("/")) for name in PLACEHOLDERS}
 
 
-def test_cited_functions_exist():
-    missing = [
-        f"{place}: {match[0]}"
-        for place, match in cited(FUNCTION)
-        if match[1] not in tracked() or match[2] not in names_in(match[1])
-    ]
-    assert not missing, "\n".join(missing)
+def module_exists(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
-def test_cited_modules_exist():
-    missing = []
-    for place, match in cited(MODULE):
-        path = ROOT / match[1].replace(".", "/")
-        if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
-            missing.append(f"{place}: {match[0]}")
-    assert not missing, "\n".join(missing)
-
-
-def test_cited_sections_exist():
+def section_exists(file: str, words: str) -> bool:
     """`docs/method.md, Losses`: a heading of that document begins so, or the words go on after one."""
-    missing = []
-    for place, match in cited(SECTION):
-        if match[1] in tracked():
-            words = match[2].strip('" ')
-            if not any(words.startswith(h) for h in headings(match[1])):
-                missing.append(f"{place}: {match[0]}")
+    words = words.strip('" ')
+    return file not in tracked() or any(words.startswith(heading) for heading in headings(file))
+
+
+CITED = {
+    "file": (PATH, lambda x: tuple(p for p in x[1].split("/") if p not in (".", "..")) in ends()),
+    "folder": (FOLDER, lambda x: x[1] in PLACEHOLDERS or (ROOT / x[1]).exists()),
+    "function": (FUNCTION, lambda x: x[1] in tracked() and x[2] in names_in(x[1])),
+    "module": (MODULE, lambda x: module_exists(x[1])),
+    "section": (SECTION, lambda x: section_exists(x[1], x[2])),
+    "quirk": (QUIRKS, lambda x: all(1 <= int(n) <= 22 for n in re.findall(r"\d+", x[1]))),
+}
+
+
+@pytest.mark.parametrize("kind", CITED)
+def test_what_is_cited_exists(kind):
+    pattern, exists = CITED[kind]
+    missing = [f"{place}: {match[0]}" for place, match in cited(pattern) if not exists(match)]
     assert not missing, "\n".join(missing)
 
 
-def test_cited_quirks_exist():
-    known = {
-        int(n) for h in headings("docs/reference_quirks.md") for n in re.findall(r"Quirk (\d+)", h)
-    }
-    assert known == set(range(1, 23))
-    missing = [
-        f"{place}: {match[0]}"
-        for place, match in cited(QUIRKS)
-        if not known >= {int(n) for n in re.findall(r"\d+", match[1])}
-    ]
-    assert not missing, "\n".join(missing)
+def test_the_quirks_are_numbered():
+    found = re.findall(r"Quirk (\d+)", " ".join(headings("docs/reference_quirks.md")))
+    assert {*map(int, found)} == set(range(1, 23))
 
 
 @pytest.mark.parametrize("name", documents())
@@ -224,17 +207,18 @@ def test_links_lead_somewhere(name):
     assert not dead, dead
 
 
-@pytest.mark.parametrize("name", documents())
-def test_lines_of_documents_are_short(name):
+def test_lines_of_documents_are_short():
     long = [
         f"{name}:{i}: {len(line)} columns"
+        for name in documents()
         for i, line in enumerate(text_of(name).splitlines(), 1)
         if len(line) > WIDTH and not line.startswith("|") and "://" not in line
     ]
     assert not long, "\n".join(long)
 
 
-def test_an_index_has_every_document():
+def test_an_index_has_every_document_and_the_readme_is_a_front_page():
+    assert len(text_of("README.md").splitlines()) <= 100
     linked = set()
     for index in ("docs/README.md", "docs/howto/README.md", "docs/api/README.md"):
         folder = pathlib.PurePosixPath(index).parent
@@ -242,10 +226,6 @@ def test_an_index_has_every_document():
             (folder / link.partition("#")[0]).as_posix() for link in LINK.findall(text_of(index))
         }
     assert {name for name in documents() if name.startswith("docs/")} - linked == {"docs/README.md"}
-
-
-def test_readme_is_a_front_page():
-    assert len(text_of("README.md").splitlines()) <= 100
 
 
 # Blocks of shell, where each line is a command; `grain-jax ...` in backticks is one too.
@@ -340,6 +320,6 @@ def test_a_wrong_command_is_found():
     assert [words[0] for words in nested] == ["local", "export"]
 
 
-@pytest.mark.parametrize("name", [name for name in documents() if name != "CHANGELOG.md"])
-def test_documents_write_the_one_command(name):
-    assert OF_THE_COMMAND.findall(text_of(name)) == []
+def test_documents_write_the_one_command():
+    names = [name for name in documents() if name != "CHANGELOG.md"]
+    assert [name for name in names if OF_THE_COMMAND.search(text_of(name))] == []

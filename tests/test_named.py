@@ -23,19 +23,9 @@ def test_what_is_found(name, found):
     [
         ("imagenet", "'imagenet': expected one of: coco, folder; or module:Name of your own"),
         ("foldr", "'foldr': did you mean folder? expected one of: coco, folder; or module:Name"),
-        (
-            "no_such:Source",
-            "'no_such' cannot be imported (No module named 'no_such'); expected module",
-        ),
+        ("no_such:Source", "'no_such' cannot be imported (No module named 'no_such'); expected"),
         (":Source", "'' cannot be imported (Empty module name); expected module:Name"),
-        (
-            "grain_jax.core.named:Find",
-            "grain_jax.core.named has no 'Find', expected one of: importing, is_external, may_import, find",
-        ),
-        (
-            "grain_jax.core.printable:x",
-            "grain_jax.core.printable has no 'x', expected one of: plain",
-        ),
+        ("grain_jax.core.printable:x", "printable has no 'x', expected one of: plain"),
     ],
 )
 def test_what_is_not_found(name, message):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import struct
 
@@ -22,7 +21,6 @@ from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.data.sources import base, join
 from grain_jax.demo import analysis
 from grain_jax.evaluate import __main__ as evaluate
-from grain_jax.input_pipeline import records
 from grain_jax.report import figures as report_figures
 from tests import embedded, record_sets, turned
 
@@ -38,12 +36,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("orientation")
     turned.write(root)
     for which in WHICH:
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            assert (
-                record_sets.build_set(root / which, root / "sets", "--num-shards=8", name=which)
-                == 0
-            )
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            words = ("--num-shards=8",)
+            assert record_sets.build_set(root / which, root / "sets", *words, name=which) == 0
         (root / f"{which}.txt").write_text(said.getvalue())
     return root
 
@@ -57,9 +52,12 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", turned.files())
+FILES = turned.files()
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_becomes_what_a_viewer_shows(name):
-    encoded, shown = turned.files()[name]
+    encoded, shown = FILES[name]
     image = images.decode_image(encoded)
     np.testing.assert_array_equal(image, shown)
     np.testing.assert_array_equal(PIL.ImageOps.exif_transpose(image), shown)  # turned once
@@ -82,23 +80,18 @@ def entry(tag=274, kind=3, values=1, value=6):
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
 
 
+HEAD = b"MM\0*\0\0\0\x08\0\1"
+DAMAGED = [
+    *(b"", b"MM", b"MM\0*\0\0\0\x08", b"no Exif at all"),
+    b"MM\0*\xff\xff\xff\xff\0\1" + entry(),
+    b"II*\0\x08\0\0\0\xff\xff" + b"\0" * 40,
+    HEAD + entry()[:-4],
+    *(HEAD + entry(**given) for given in ({"value": 9}, {"value": 0}, {"kind": 2}, {"values": 3})),
+]
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "PNG behind", "WEBP"])
-@pytest.mark.parametrize(
-    "block",
-    [
-        b"",
-        b"MM",
-        b"MM\0*\0\0\0\x08",
-        b"MM\0*\xff\xff\xff\xff\0\1" + entry(),
-        b"II*\0\x08\0\0\0\xff\xff" + b"\0" * 40,
-        b"MM\0*\0\0\0\x08\0\1" + entry()[:-4],
-        b"MM\0*\0\0\0\x08\0\1" + entry(value=9),
-        b"MM\0*\0\0\0\x08\0\1" + entry(value=0),
-        b"MM\0*\0\0\0\x08\0\1" + entry(kind=2),
-        b"MM\0*\0\0\0\x08\0\1" + entry(values=3),
-        b"no Exif at all",
-    ],
-)
+@pytest.mark.parametrize("block", DAMAGED)
 def test_a_damaged_exif_means_upright(kind, block):
     pixels = np.arange(8 * 4 * 3, dtype=np.uint8).reshape(8, 4, 3)
     encoded = turned.encode(pixels, kind, 1, block)
@@ -121,9 +114,7 @@ def test_xmp_turns_nothing(kind, options):
 def test_records_hold_upright_pixels(folder):
     lines = {line["image"]: line for line in lines_of(folder / "upright" / "A.jsonl")}
     said = (folder / "turned.txt").read_text()
-    assert (
-        f"A.jsonl: {TURNED} of {COUNT} images are turned upright by their EXIF orientation" in said
-    )
+    assert f"A.jsonl: {TURNED} of {COUNT} images are turned upright by their EXIF" in said
     assert f"A.jsonl: 0 of {COUNT} lines faulty (0 faults)\n" in said
     assert "EXIF" not in (folder / "upright.txt").read_text()
     card = json.loads((folder / "sets/turned/1.0.0/metadata.json").read_text())
@@ -140,20 +131,10 @@ def test_records_hold_upright_pixels(folder):
         np.testing.assert_allclose(box * [40, 24, 40, 24], [y1, x1, y2, x2], atol=1e-5)
 
 
-def test_training_gets_the_same_batches(folder):
-    configs = [
-        record_sets.config(folder / "sets", name=which, flip_rate=0.5, crop_min_area=0.5)
-        for which in WHICH
-    ]
-    for got, expected in itertools.islice(zip(*map(records.batches, configs)), 5):
-        record_sets.assert_batches_equal(got, expected)
-
-
-@pytest.mark.parametrize("encoding", ["original", "png", "jpeg:95"])
-def test_every_encoding_stores_them_upright(folder, tmp_path, encoding):
+def test_another_encoding_stores_them_upright_too(folder, tmp_path):
     stored = []
     for which in WHICH:
-        words = [f"--encoding={encoding}", "--store-size=16", "--num-shards=1"]
+        words = ["--encoding=jpeg:95", "--store-size=16", "--num-shards=1"]
         assert record_sets.build_set(folder / which, tmp_path, *words, name=which) == 0
         read = tfds.as_numpy(tfds.builder(which, data_dir=tmp_path).as_dataset(split="train"))
         stored.append({example["id"]: example["image"] for example in read})
@@ -171,20 +152,16 @@ def test_as_stored_where_it_is_asked_for(folder, tmp_path, capsys):
     for name in {line["image"] for line in lines}:
         (tmp_path / name).write_bytes((folder / "turned" / name).read_bytes())
     assert record_sets.build_set(tmp_path, tmp_path / "out", FILE, "--num-shards=2") == 0
-    assert (
-        f"{TURNED} of {COUNT} images have an EXIF orientation that is not"
-        in capsys.readouterr().err
-    )
+    said = f"{TURNED} of {COUNT} images have an EXIF orientation that is not"
+    assert said in capsys.readouterr().err
     target = tmp_path / "out/tiny_set/1.0.0"
     assert json.loads((target / "metadata.json").read_text())["orientation"] == "file"
     options = sources.Options(str(target))
     found = [x for shard in sources.shards("tfds", options) for x in sources.read(shard)]
     assert len(found) == COUNT
     for item in found:
-        assert item.orientation == "file"
-        assert item.regions[0].box_xyxy[2:] == pytest.approx(
-            images.decode_image(item.encoded, orientation="file").size
-        )
+        size = images.decode_image(item.encoded, orientation="file").size
+        assert item.orientation == "file" and item.regions[0].box_xyxy[2:] == pytest.approx(size)
     assert sum(images.header(item.encoded).turned for item in found) == 21  # JPEG and PNG
     assert inspect.main([str(target), f"--output={tmp_path / 'seen'}"]) == 0
     assert "turned        21 images have an EXIF orientation that is not" in capsys.readouterr().out
@@ -196,23 +173,20 @@ def test_as_stored_where_it_is_asked_for(folder, tmp_path, capsys):
         assert line["regions"][0]["box"] == pytest.approx([0, 0, *size])
 
 
-def test_a_job_that_was_begun_as_stored_is_not_mixed(folder, tmp_path, capsys):
-    words = ["--passes=none", f"--images={folder / 'turned'}", f"--output={tmp_path}"]
-    words += ["--source=annotations", f"--annotations={folder / 'turned/A.jsonl'}", "--min-side=1"]
+def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path, capsys):
+    words = ["--passes=none", f"--images={folder / 'turned'}", "--min-side=1"]
+    words += ["--source=annotations", f"--annotations={folder / 'turned' / 'A.jsonl'}"]
+    made = [f"--output={tmp_path / 'made'}", "--name=made", "--store-size=16"]
+    assert annotate.main([*words, *made]) == 0
+    assert [line["regions"] for line in lines_of(tmp_path / "made" / "A.jsonl")] == [
+        line["regions"] for line in lines_of(folder / "upright" / "A.jsonl")
+    ]
+    # A job that was begun as stored is not mixed.
+    words.append(f"--output={tmp_path / 'file'}")
     assert annotate.main([*words, FILE, "--max-faults=1"]) == 0
     capsys.readouterr()
     assert annotate.main(words) == 2
     assert 'begun with source orientation "file", got "exif"' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("which", WHICH)
-def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path, which):
-    words = ["--passes=none", f"--images={folder / which}", f"--output={tmp_path}", "--min-side=1"]
-    words += ["--source=annotations", f"--annotations={folder / which / 'A.jsonl'}"]
-    assert annotate.main([*words, "--name=made", "--store-size=16"]) == 0
-    assert [line["regions"] for line in lines_of(tmp_path / "A.jsonl")] == [
-        line["regions"] for line in lines_of(folder / "upright" / "A.jsonl")
-    ]
 
 
 @pytest.mark.parametrize(
@@ -253,32 +227,28 @@ def test_inspect_counts_them(folder, tmp_path, capsys):
 
 def test_embed_and_search(folder, model, tmp_path, capsys):
     out = {}
-    for which in WHICH:
-        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={tmp_path / which}"]
+    for which, *words in (("turned",), ("upright",), ("turned", FILE)):
+        index = f"{which}{len(words)}"
+        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={tmp_path / index}", *words]
         assert embed.main(list(map(str, words))) == 0
-        out[which] = embedded.read(tmp_path / which)
-    for got, expected in zip(out["turned"], out["upright"], strict=True):
+        out[index] = embedded.read(tmp_path / index)
+    for got, expected in zip(out["turned0"], out["upright0"], strict=True):
         assert (got["width"], got["height"]) == turned.SIZE
         for key in ("image_embed", "region_embed", "boxes_xyxy"):
             np.testing.assert_allclose(got[key], expected[key], atol=1e-6)
-    as_stored = [
-        str(folder / "turned"),
-        "--checkpoint=aviary-tiny",
-        f"--output={tmp_path / 'file'}",
-    ]
-    assert embed.main([*as_stored[:2], f"--output={tmp_path / 'turned'}", FILE]) == 2
+    words = [str(folder / "turned"), "--checkpoint=aviary-tiny", f"--output={tmp_path / 'turned0'}"]
+    assert embed.main([*words, FILE]) == 2
     assert 'begun with orientation "exif", got "file"' in capsys.readouterr().err
-    assert embed.main([*as_stored, FILE]) == 0
     # An image is compared, and shown, in the orientation of the index.
-    name = next(r["path"] for r in out["turned"] if r["path"].endswith("05.jpeg"))
-    for index in ("turned", "file"):
+    name = next(r["path"] for r in out["turned0"] if r["path"].endswith("05.jpeg"))
+    for index in ("turned0", "turned1"):
         page = tmp_path / f"{index}.html"
         words = ["--image", str(folder / "turned" / name), "--top=1", f"--output={page}"]
         assert search.main([str(tmp_path / index), *words]) == 0
         assert f" 1.000  {name}" in capsys.readouterr().out
 
 
-def test_the_library(folder, model):
+def test_the_library_the_page_and_the_report(folder, model, tmp_path):
     names = [line["image"] for line in lines_of(folder / "turned" / "A.jsonl")]
     got, expected = (
         model.encode_image_and_regions(PIL.Image.open(folder / which / name) for name in names)
@@ -286,20 +256,17 @@ def test_the_library(folder, model):
     )
     for a, b in zip((got[0], *got[1]), (expected[0], *expected[1])):
         np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def test_the_page_and_the_report(folder, model, tmp_path):
-    for line in lines_of(folder / "turned" / "A.jsonl"):
-        got, expected = (analysis.read_image(folder / which / line["image"]) for which in WHICH)
+    for name in names:
+        got, expected = (analysis.read_image(folder / which / name) for which in WHICH)
         np.testing.assert_array_equal(got, expected)
     for which in WHICH:
         given = folder / which / "A.jsonl", folder / which, tmp_path / f"{which}.png"
-        report_figures.regions_grid(model, *given, count=6)
+        report_figures.regions_grid(model, *given, count=2)
     drawn = [np.asarray(PIL.Image.open(tmp_path / f"{which}.png")) for which in WHICH]
     np.testing.assert_array_equal(*drawn)
 
 
-@pytest.mark.parametrize("kind", ["grounding", "retrieval", "maps", "zeroshot"])
+@pytest.mark.parametrize("kind", ["grounding", "zeroshot"])  # the two bases of all evaluators
 def test_evaluations(folder, tmp_path, kind):
     results = {}
     for which, *words in (("turned",), ("upright",), ("turned", FILE)):

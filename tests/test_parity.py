@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.parity import __main__ as parity
-from benchmarks.parity import goldens, groups
+from benchmarks.parity import comparison, goldens, groups
 from grain_jax.convert.reference import names as torch_names
 
 
@@ -39,11 +39,11 @@ def test_gradients_cover_every_parameter_of_the_reference():
 
 def test_comparisons_fail_when_they_should():
     reference = np.array([1.0, -4.0, 0.5])
-    assert goldens.relative("", reference + [0, 0, 3e-5], reference).ok
-    assert not goldens.relative("", reference + [0, 0, 5e-5], reference).ok
-    assert not goldens.relative("", reference * np.nan, reference).ok
-    assert goldens.gradient("", reference + 7e-5, reference).ok
-    assert not goldens.gradient("", reference + 9e-5, reference).ok
-    assert not goldens.gradient("", np.full(3, 2e-7), np.zeros(3)).ok
+    assert comparison.relative("", reference + [0, 0, 3e-5], reference).ok
+    assert not comparison.relative("", reference + [0, 0, 5e-5], reference).ok
+    assert not comparison.relative("", reference * np.nan, reference).ok
+    assert comparison.gradient("", reference + 7e-5, reference).ok
+    assert not comparison.gradient("", reference + 9e-5, reference).ok
+    assert not comparison.gradient("", np.full(3, 2e-7), np.zeros(3)).ok
     with pytest.raises(ValueError, match="shape"):
-        goldens.relative("", reference[:, None], reference)
+        comparison.relative("", reference[:, None], reference)

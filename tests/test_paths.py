@@ -29,6 +29,9 @@ from tests import record_sets, tiny
 from tests.paths import ROOT
 
 PICTURES, DATA, RUN = "schöne Bilder", "Sätze, gebaut", "mein Lauf 1"
+ANNOTATED = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
+CHECKPOINT = ["--checkpoint", RUN]
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,29 +44,14 @@ def place(tmp_path_factory):
         for name in ("linke Hälfte", "right_half"):
             (folder / "Klassen ä" / name).mkdir(parents=True)
             shutil.copy(f"{PICTURES}/00003.png", folder / "Klassen ä" / name)
-        arguments = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
-        arguments += ["--output", DATA, "--name", "tiny_set", "--num-shards", "4"]
-        assert build.main(arguments) == 0
-        train.train(_config(), epath.Path(RUN))
+        words = ["--output", DATA, "--name", "tiny_set", "--num-shards", "4"]
+        assert build.main([*ANNOTATED, *words]) == 0
+        train.train(tiny.config(**KEYS), epath.Path(RUN))
         yield folder
 
 
-def _config():
-    source = dict(input__source="records", input__data_dir=DATA, input__name="tiny_set")
-    return tiny.config(**source, total_steps=2, checkpoint_every=1)
-
-
-def _config_file():
-    """A config file of the run in this folder."""
-    text = f"""
-from tests import tiny
-
-def get_config():
-    return tiny.dictionary(input__source="records", input__data_dir={DATA!r}, input__name="tiny_set",
-                           total_steps=2, checkpoint_every=1)
-"""
-    epath.Path("Rezept ü.py").write_text(text)
-    return "Rezept ü.py"
+KEYS = dict(input__source="records", input__data_dir=DATA, input__name="tiny_set")
+KEYS |= dict(total_steps=2, checkpoint_every=1)
 
 
 def test_the_run_is_where_it_was_asked_for():
@@ -72,56 +60,30 @@ def test_the_run_is_where_it_was_asked_for():
     assert (epath.Path(RUN) / "report.html").exists()
 
 
-ANNOTATED = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
-CHECKPOINT = ["--checkpoint", RUN]
-slow = pytest.mark.slow
+ROWS = [  # main; arguments; what it writes
+    (inspect.main, [f"{DATA}/tiny_set/1.0.0", "--output", "Blatt ö"], "Blatt ö/inspect.html"),
+    (report.main, [RUN, "--output", "Seite ö.html"], "Seite ö.html"),
+    (
+        evaluate.main,
+        ["zeroshot", *CHECKPOINT, "--images", "Klassen ä", "--output", "neu ö/z.json"],
+        "neu ö/z.json",
+    ),
+    (convert.main, ["to-torch", "--input", RUN, "--output", "torch ö/m.pt"], "torch ö/m.pt"),
+    (
+        annotate.main,
+        [*ANNOTATED, "--output", "Zeilen ö", "--source=annotations", "--passes=none"],
+        "Zeilen ö/A.jsonl",
+    ),
+    pytest.param(
+        export.main, [*CHECKPOINT, "--output", "Export ö"], "Export ö/params.npz", marks=slow
+    ),
+    pytest.param(
+        aviary.main, ["--output", "Vögel 1", "--images", "8"], "Vögel 1/A.jsonl", marks=slow
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "main,arguments,written",
-    [
-        (inspect.main, [f"{DATA}/tiny_set/1.0.0", "--output", "Blatt ö"], "Blatt ö/inspect.html"),
-        (report.main, [RUN, "--output", "Seite ö.html"], "Seite ö.html"),
-        (
-            evaluate.main,
-            ["zeroshot", *CHECKPOINT, "--images", "Klassen ä", "--output", "neu ö/z.json"],
-            "neu ö/z.json",
-        ),
-        (
-            evaluate.main,
-            ["retrieval", *CHECKPOINT, *ANNOTATED, "--output", "r ö.json"],
-            "r ö.json",
-        ),
-        (
-            evaluate.main,
-            ["grounding", *CHECKPOINT, *ANNOTATED, "--output", "g ö.json"],
-            "g ö.json",
-        ),
-        (
-            convert.main,
-            ["to-torch", "--input", RUN, "--output", "torch ö/m.pt"],
-            "torch ö/m.pt",
-        ),
-        (
-            annotate.main,
-            ["--images", PICTURES, "--output", "Zeilen ö", "--source=annotations", "--passes=none"]
-            + ["--annotations", f"{PICTURES}/A.jsonl"],
-            "Zeilen ö/A.jsonl",
-        ),
-        pytest.param(
-            convert.main,
-            ["to-hf", "--input", RUN, "--output", "hf ö"],
-            "hf ö/model.safetensors",
-            marks=slow,
-        ),
-        pytest.param(
-            export.main, [*CHECKPOINT, "--output", "Export ö"], "Export ö/params.npz", marks=slow
-        ),
-        pytest.param(
-            aviary.main, ["--output", "Vögel 1", "--images", "8"], "Vögel 1/A.jsonl", marks=slow
-        ),
-    ],
-)
+@pytest.mark.parametrize("main,arguments,written", ROWS)
 def test_a_command_reads_and_writes_there(main, arguments, written):
     assert main(arguments) == 0
     assert epath.Path(written).stat().length > 0
@@ -157,7 +119,9 @@ def recipe(monkeypatch):
     """The flag that names a config file of this folder."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    return ["--config", _config_file()]
+    text = f"from tests import tiny\n\ndef get_config():\n    return tiny.dictionary(**{KEYS!r})\n"
+    epath.Path("Rezept ü.py").write_text(text)
+    return ["--config", "Rezept ü.py"]
 
 
 @slow

@@ -22,7 +22,7 @@ from grain_jax.configs import (
 )
 from grain_jax.convert import initialise, tables
 from grain_jax.core import errors
-from grain_jax.evaluate import entries as evaluate
+from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
 from grain_jax.report import regions
 from grain_jax.runtime import checkpoint
@@ -113,30 +113,20 @@ def _small(source):
     return c
 
 
-def _trains(c):
-    """A step from the towers that the config names: the loss is finite, and what is loaded moves little."""
+def _begins(c):
+    """(config, program, state of step 0, what was loaded) of a run from the towers that the config names."""
     config = config_lib.from_dict(c)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
     loaded = initialise.load(config)
     state = initialise.state_of_step_0(config, program, lambda line: None)
-    before = grain.flat(jax.tree.map(np.asarray, state.params))
+    params = grain.flat(jax.tree.map(np.asarray, state.params))
     for name, array in loaded.params.items():
-        np.testing.assert_array_equal(before[name], array)
-    batch = jax.device_put(tiny.batch(config), program.batch_sharding)
-    state, metrics = program.step(state, batch)
-    assert np.isfinite(metrics["loss"])
-    moved = {
-        name: np.abs(np.asarray(x) - before[name]).max()
-        for name, x in grain.flat(state.params).items()
-    }
-    rate = config.optim.warmup_init  # of step 0; Adam's first step is one rate long
-    low, high = moved["image/patch_embed/kernel"], moved["decoder/blocks/mlp/in/kernel"]
-    assert low == pytest.approx(rate * 0.75**3, rel=0.15) and high == pytest.approx(rate, rel=0.15)
-    return loaded
+        np.testing.assert_array_equal(params[name], array)
+    return config, program, state, loaded
 
 
-def test_it_trains_from_a_random_open_clip(tmp_path):
+def test_it_begins_with_a_random_open_clip(tmp_path):
     torch = pytest.importorskip("torch")
     library = pytest.importorskip("open_clip.model")
     vision = dict(
@@ -148,13 +138,11 @@ def test_it_trains_from_a_random_open_clip(tmp_path):
     c = _small("open_clip")
     c.model.embed_dim = 20
     c.init.image = c.init.text = str(tmp_path / "m.pt")
-    loaded = _trains(c)
-    np.testing.assert_array_equal(
-        loaded.params["text/token_embed/embedding"], module.token_embedding.weight.detach()
-    )
+    loaded = _begins(c)[-1].params["text/token_embed/embedding"]
+    np.testing.assert_array_equal(loaded, module.token_embedding.weight.detach())
 
 
-@pytest.mark.slow  # as from open_clip
+@pytest.mark.slow  # the layers' learning rates are those of tests/training/test_optim.py
 def test_it_trains_from_a_random_siglip(tmp_path):
     transformers = pytest.importorskip("transformers")
     text = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
@@ -167,7 +155,17 @@ def test_it_trains_from_a_random_siglip(tmp_path):
     c = _small("siglip")
     c.model.embed_dim = 64
     c.init.image = c.init.text = str(tmp_path)
-    assert len(_trains(c).report) >= 2
+    config, program, state, loaded = _begins(c)
+    assert len(loaded.report) >= 2
+    before = grain.flat(jax.tree.map(np.asarray, state.params))
+    batch = jax.device_put(tiny.batch(config), program.batch_sharding)
+    state, metrics = program.step(state, batch)
+    assert np.isfinite(metrics["loss"])
+    after = grain.flat(jax.tree.map(np.asarray, state.params))
+    moved = {name: np.abs(x - before[name]).max() for name, x in after.items()}
+    rate = config.optim.warmup_init  # of step 0; Adam's first step is one rate long
+    low, high = moved["image/patch_embed/kernel"], moved["decoder/blocks/mlp/in/kernel"]
+    assert low == pytest.approx(rate * 0.75**3, rel=0.15) and high == pytest.approx(rate, rel=0.15)
     with pytest.raises(ValueError, match="expected a run of yours"):
         finetune.get_config(str(tmp_path))
 

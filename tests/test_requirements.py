@@ -1,12 +1,12 @@
-"""setup.py declares what grain_jax imports: with the package itself, or with the extras that bring it."""
+"""pyproject.toml declares what grain_jax imports, with the package or an extra, and the files beside its modules."""
 
 import ast
+import fnmatch
 import re
-import runpy
 import sys
+import tomllib
 
 import pytest
-import setuptools
 
 from tests.paths import ROOT
 
@@ -14,6 +14,7 @@ from tests.paths import ROOT
 DISTRIBUTION = {
     "PIL": "pillow",
     "absl": "absl-py",
+    "apache_beam": "apache-beam",
     "faiss": "faiss-cpu",
     "instant_clip_tokenizer": "instant-clip-tokenizer",
     "jaxlib": "jax",  # requires it
@@ -29,8 +30,10 @@ DISTRIBUTION = {
 }
 # What the base installation has not -> the extras that bring it.
 EXTRAS = {
+    "apache-beam": {"annotate"},
     "faiss-cpu": {"faiss"},
     "gradio": {"demo"},
+    "httpx": {"annotate"},
     "huggingface_hub": {"hub"},
     "instant-clip-tokenizer": {"fast-tokenizer"},
     "open_clip_torch": {"interop"},
@@ -48,26 +51,27 @@ EXTRAS = {
 HOSTS = {"big_vision", "clip_benchmark"}
 
 
-def _setup(monkeypatch):
-    """What setup.py hands to setuptools."""
-    found = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **given: found.update(given))
-    runpy.run_path(str(ROOT / "setup.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+BASE: list = PROJECT["project"]["dependencies"]
+EXTRA: dict = PROJECT["project"]["optional-dependencies"]
+
+
+def _names(lines):
+    """Distributions of requirements; of an extra of our own, those that it brings."""
+    found = set()
+    for line in lines:
+        if own := re.fullmatch(r"grain_jax\[(.*)\]", line):
+            found |= _names([line for extra in own[1].split(",") for line in EXTRA[extra]])
+        else:
+            found.add(re.match(r"[\w.-]+", line)[0])
     return found
-
-
-def _declared(monkeypatch):
-    """(base requirements, extra -> requirements), names alone."""
-    found = _setup(monkeypatch)
-    names = lambda lines: {re.match(r"[\w.-]+", line)[0] for line in lines}
-    extras = {extra: names(lines) for extra, lines in found["extras_require"].items()}
-    return names(found["install_requires"]), extras
 
 
 def _imported():
     """Distribution -> a file that imports something of it, anywhere in its code."""
     found = {}
-    for path in sorted((ROOT / "grain_jax").rglob("*.py")):
+    folders = (ROOT / name for name in ("grain_jax", "data", "launch"))
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):
@@ -81,21 +85,27 @@ def _imported():
     return found
 
 
-def test_imports_are_declared(monkeypatch):
-    base, extras = _declared(monkeypatch)
-    imported = _imported()
+def test_imports_are_declared():
+    base, imported = _names(BASE), _imported()
     assert {"jax", "flax", "pillow", "tensorflow-cpu"} <= imported.keys()
     missing = {name: file for name, file in imported.items() if name not in base}
     assert missing.keys() == EXTRAS.keys(), missing
     for name, expected in EXTRAS.items():
-        assert {extra for extra, has in extras.items() if name in has} - {"dev"} == expected, name
-        assert name in extras["dev"]
-
-
-def test_what_others_import_for_us_is_declared(monkeypatch):
-    """`serialize` and `deserialize` of jax.export import flatbuffers, on which JAX does not depend."""
-    base, _ = _declared(monkeypatch)
+        brings = {extra for extra, lines in EXTRA.items() if name in _names(lines)}
+        assert brings == {*expected, "dev"}, name
+    # `serialize` and `deserialize` of jax.export import it, and JAX does not depend on it.
     assert "flatbuffers" in base
+
+
+def test_the_files_beside_the_modules_are_in_the_wheel():
+    tools = PROJECT["tool"]["setuptools"]
+    folders = {"grain_jax": "grain_jax"} | tools["package-dir"]
+    given = [f"{folders[x]}/{one}" for x, files in tools["package-data"].items() for one in files]
+    for folder in folders.values():
+        for path in (ROOT / folder).rglob("*"):
+            name = path.relative_to(ROOT).as_posix()
+            if path.is_file() and path.suffix not in (".py", ".pyc"):
+                assert any(fnmatch.fnmatch(name, pattern) for pattern in given), name
 
 
 def _pins(name):
@@ -105,29 +115,26 @@ def _pins(name):
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
-def test_constraints_pin_what_is_declared(monkeypatch, name):
-    base, extras = _declared(monkeypatch)
-    needed = (base | extras["dev"]) - {"tensorflow"}  # macOS's, beside tensorflow-cpu
+def test_constraints_pin_what_is_declared(name):
+    needed = _names([*BASE, *EXTRA["dev"]]) - {"tensorflow"}  # macOS's, beside tensorflow-cpu
     assert not needed - _pins(name).keys(), needed - _pins(name).keys()
 
 
-def test_the_lower_bounds_are_the_floors_that_are_run(monkeypatch):
-    found = _setup(monkeypatch)
+def test_the_lower_bounds_are_the_floors_that_are_run():
     floors = _pins("constraints-floors.txt")
     short = lambda version: re.sub(r"(\.0)+$", "", version)
-    for line in found["install_requires"] + found["extras_require"]["data"]:
+    for line in BASE + EXTRA["data"]:
         name, bound = re.match(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)", line).groups()
         if name != "tensorflow":
             assert short(floors[name]) == short(bound), line
 
 
-def test_hints_name_the_package_and_an_extra_that_it_has(monkeypatch):
+def test_hints_name_the_package_and_an_extra_that_it_has():
     """`pip install 'grain_jax[X]'` is right for a wheel and for a checkout; `-e .` for a checkout alone."""
-    _, extras = _declared(monkeypatch)
     found = []
     for folder in ("grain_jax", "data", "launch"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text()
             assert not re.search(r"pip install [^\n]*-e ", text), path
             found += re.findall(r"grain_jax\[([\w,-]+)\]", text)
-    assert len(found) > 15 and set(",".join(found).split(",")) <= extras.keys()
+    assert len(found) > 15 and set(",".join(found).split(",")) <= EXTRA.keys()

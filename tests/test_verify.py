@@ -1,10 +1,7 @@
 """`grain_jax.verify` on runs that were resumed, also elsewhere, and on workdirs that were tampered with."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -16,30 +13,41 @@ from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import receipt
 from grain_jax.verify import command, replay
 from grain_jax.verify import workdir as workdir_files
-from tests import record_sets, runs, tiny
-from tests.paths import ROOT
+from tests import programs, record_sets, runs, tiny
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 ALL = jax.devices  # the function: tests replace it
+
+
+def _config(**overrides):
+    return programs.config(checkpoint_keep=3, **overrides)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_devices():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: ALL()[:2])
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """10 steps on 8 devices; checkpoints 4, 8 and 10 are kept."""
+    """10 steps on 2 devices; checkpoints 4, 8 and 10 are kept."""
     workdir = tmp_path_factory.mktemp("runs") / "a run, größer"
-    train.train(tiny.config(checkpoint_keep=3), workdir)
+    train.train(_config(), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def elastic(finished, tmp_path_factory):
-    """The same run, killed after step 4 on 8 devices and resumed on 2."""
+    """The same run, killed after step 4 on 2 devices and resumed on 1."""
     workdir = tmp_path_factory.mktemp("elastic") / "run"
     shutil.copytree(finished, workdir)
     for step in ("8", "10"):
         shutil.rmtree(workdir / "checkpoints" / step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: ALL()[:2])
-        train.train(tiny.config(checkpoint_keep=3), workdir)
+        patch.setattr(jax, "devices", lambda: ALL()[:1])
+        train.train(_config(), workdir)
     return workdir
 
 
@@ -71,7 +79,7 @@ def test_a_run_is_proved_bit_for_bit_where_it_was_made(finished, capsys, monkeyp
     status, out, err = _verify(capsys, finished.name)  # relative, with spaces and other letters
     assert status == 0, out + err
     assert "3, one chain, steps 4 to 10" in out and "10 lines, as recorded" in out
-    assert "steps 5-8 again         on mesh 8 x 1 x 1" in out
+    assert "steps 5-8 again         on mesh 2 x 1 x 1" in out
     assert "equal bit for bit at step 8" in out and "4 lines, equal" in out
     assert out.strip().endswith("Steps 5-8: the same batches, and the same parameters bit for bit.")
 
@@ -89,31 +97,25 @@ def test_no_step_is_claimed_that_the_run_has_not_made():
 def test_a_resumed_run_elsewhere_has_the_same_batches_and_is_proved(finished, elastic, capsys):
     whole, parts = _records(finished), _records(elastic)
     assert [r["step"] for r in parts] == [4, 8, 10]
-    assert [r["mesh"]["data"] for r in parts] == [8, 2, 2]
+    assert [r["mesh"]["data"] for r in parts] == [2, 1, 1]
     for key in ("batch_chain", "pixel_chain", "config"):
         assert [r[key] for r in parts] == [r[key] for r in whole], key
     assert parts[0] == whole[0] and parts[1]["previous"] == receipt.sha256(whole[0])
     status, out, err = _verify(capsys, elastic, "--from", "0", "--steps", "10")
     assert status == 0, out + err
-    assert "steps 1-4 again         on mesh 8 x 1 x 1" in out
-    assert "steps 5-8 again         on mesh 2 x 1 x 1" in out
+    assert "steps 1-4 again         on mesh 2 x 1 x 1" in out
+    assert "steps 5-8 again         on mesh 1 x 1 x 1" in out
     assert "equal bit for bit at step 4, 8, 10" in out and "10 lines, equal" in out
 
 
-@pytest.mark.slow
-def test_with_fewer_devices_losses_are_compared(finished, capsys, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: ALL()[:2])
-    status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
-    assert status == 0, out + err
-    assert "on mesh 2 x 1 x 1" in out and "differ by at most" in out
-    assert "the same batches, and the same losses to" in out
-    assert "bit for bit" not in out
-
-
-def test_what_rounding_has_become_far_from_a_checkpoint_is_shown_and_not_judged(
+def test_with_fewer_devices_losses_are_compared_and_far_from_a_checkpoint_not_judged(
     finished, capsys, monkeypatch
 ):
-    monkeypatch.setattr(jax, "devices", lambda: ALL()[:2])
+    monkeypatch.setattr(jax, "devices", lambda: ALL()[:1])
+    status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
+    assert status == 0, out + err
+    assert "on mesh 1 x 1 x 1" in out and "differ by at most" in out
+    assert "the same batches, and the same losses to" in out and "bit for bit" not in out
     monkeypatch.setitem(replay.TOLERANCE, "float32", 0.0)
     monkeypatch.setattr(replay, "HORIZON", 0)
     status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
@@ -130,7 +132,7 @@ def test_a_save_that_was_cut_off_is_no_contradiction(copy, capsys):
 def test_a_copied_checkpoint_is_enough_to_go_on_from(finished, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
-    train.train(tiny.config(checkpoint_keep=3), tmp_path)
+    train.train(_config(), tmp_path)
     run = workdir_files.read(tmp_path)
     workdir_files.check_metrics(run)
     mine, theirs = run.records[-1], _records(finished)[-1]
@@ -160,7 +162,7 @@ def _lost_checkpoints(workdir):
 
 
 def _another_seed(workdir):
-    (workdir / "config.json").write_text(config_lib.to_json(tiny.config(seed=1)))
+    (workdir / "config.json").write_text(config_lib.to_json(_config(seed=1)))
 
 
 def _another_seed_in_the_checkpoint(workdir):
@@ -171,30 +173,21 @@ def _another_seed_in_the_checkpoint(workdir):
 _first_on_four = lambda lines: [lines[0].replace('"processes": 1', '"processes": 4'), *lines[1:]]
 
 
-@pytest.mark.parametrize(
-    "tamper,cause",
-    [
-        (
-            _edited(receipt.FILE, _first_on_four),
-            "receipts.jsonl:2: the chain is broken: the record of step 8",
-        ),
-        (
-            _edited(receipt.FILE, lambda x: x[::2]),
-            "jsonl:2: the chain is broken: the record of step 10",
-        ),
-        (_edited(receipt.FILE, lambda _: ["hello"]), "jsonl:1: got 'hello': JSON is malformed"),
-        (
-            lambda w: _edit_metrics(w, 6, loss=0.5),
-            "metrics.jsonl: the lines of steps 5-8 are not those",
-        ),
-        (_edited("metrics.jsonl", lambda x: x[:5] + x[6:]), "the lines of steps 5-8 are not those"),
-        (_swapped_checkpoint, "checkpoint 10: the record in it is another one"),
-        (_lost_checkpoints, "goes on to step 10, but the newest checkpoint is 4"),
-        (_another_seed, "config.json: seed: got 1; checkpoint 10 was made with 0"),
-        (_another_seed_in_the_checkpoint, "checkpoint 8: its config is not the recorded one"),
-    ],
-    ids=range(9),
-)
+_LOST = "metrics.jsonl: the lines of steps 5-8 are not those"
+TAMPERED = [
+    (_edited(receipt.FILE, _first_on_four), "jsonl:2: the chain is broken: the record of step 8"),
+    (_edited(receipt.FILE, lambda x: x[::2]), "2: the chain is broken: the record of step 10"),
+    (_edited(receipt.FILE, lambda _: ["hello"]), "jsonl:1: got 'hello': JSON is malformed"),
+    (lambda workdir: _edit_metrics(workdir, 6, loss=0.5), _LOST),
+    (_edited("metrics.jsonl", lambda x: x[:5] + x[6:]), _LOST),
+    (_swapped_checkpoint, "checkpoint 10: the record in it is another one"),
+    (_lost_checkpoints, "goes on to step 10, but the newest checkpoint is 4"),
+    (_another_seed, "config.json: seed: got 1; checkpoint 10 was made with 0"),
+    (_another_seed_in_the_checkpoint, "checkpoint 8: its config is not the recorded one"),
+]
+
+
+@pytest.mark.parametrize("tamper,cause", TAMPERED, ids=range(9))
 def test_tampering_is_found_without_training(copy, capsys, tamper, cause):
     tamper(copy)
     status, out, err = _verify(capsys, copy)
@@ -203,7 +196,7 @@ def test_tampering_is_found_without_training(copy, capsys, tamper, cause):
 
 
 def test_a_checkpoint_with_another_state_is_found(copy, elastic, capsys):
-    """Of the same run, the same step and the same batches, but rounded as on 2 devices."""
+    """Of the same run, the same step and the same batches, but rounded as on 1 device."""
     shutil.rmtree(copy / "checkpoints" / "8" / "state")
     shutil.copytree(elastic / "checkpoints" / "8" / "state", copy / "checkpoints" / "8" / "state")
     status, _, err = _verify(capsys, copy)
@@ -226,82 +219,69 @@ def test_metrics_with_records_to_match_are_found_by_training_again(copy, capsys)
 
 @pytest.mark.slow
 def test_another_seed_with_records_to_match_is_found_by_training_again(copy, capsys):
-    runs.forge_config(copy, tiny.config(seed=1, checkpoint_keep=3))
+    runs.forge_config(copy, _config(seed=1))
     status, _, err = _verify(capsys, copy)
     assert status == 1 and "step 5: the run has seen other batches by then: another seed" in err
 
 
-def test_edited_records_of_the_data_set_are_found(tmp_path, capsys):
+def test_edited_records_of_the_data_set_are_found(tmp_path, capsys, monkeypatch):
     folder, data, workdir = (tmp_path / name for name in ("pictures", "data", "run"))
     lines = record_sets.write_annotations(folder, 16)
+    digests = data / "tiny_set/1.0.0" / record_files.DIGEST_FILE
 
     def build():
         shutil.rmtree(data, ignore_errors=True)
-        arguments = ("--num-shards", "4", "--encoding", "png")
-        assert record_sets.build_set(folder, data, *arguments) == 0
-        capsys.readouterr()
+        assert record_sets.build_set(folder, data, "--num-shards=4", "--encoding=png") == 0
 
-    def build_unnoticed():  # with the digests of the shards, the digest of the set is forged
+    def verify_rebuilt():
+        """With the digests of the new shards, the digest of the set is forged."""
         build()
-        path = data / "tiny_set/1.0.0" / record_files.DIGEST_FILE
-        shards = {split: x["shard_digests"] for split, x in json.loads(path.read_text()).items()}
+        shards = {split: x["shard_digests"] for split, x in json.loads(digests.read_text()).items()}
         forged = {split: {**x, "shard_digests": shards[split]} for split, x in written.items()}
-        path.write_text(json.dumps(forged))
+        digests.write_text(json.dumps(forged))
+        capsys.readouterr()
+        return _verify(capsys, workdir, "--from", "1")
 
+    monkeypatch.setattr(jax, "devices", lambda: ALL()[:1])
     build()
-    written = json.loads((data / "tiny_set/1.0.0" / record_files.DIGEST_FILE).read_text())
+    written = json.loads(digests.read_text())
     source = dict(input__source="records", input__data_dir=str(data), input__name="tiny_set")
-    train.train(tiny.config(**source), workdir)
-    build()  # other bytes, the same records
-    status, out, err = _verify(capsys, workdir, "--from", "8")
+    steps = dict(total_steps=2, checkpoint_every=1)  # as in test_data_identity.py
+    train.train(tiny.config(**programs.SHALLOW, **source, **steps), workdir)
+    status, out, err = verify_rebuilt()  # other bytes, the same records
     assert status == 0 and "bit for bit" in out, out + err
 
     picture = (folder / lines[5]["image"]).read_bytes()
     record_sets.picture(200).save(folder / lines[5]["image"])
-    build_unnoticed()
-    status, _, err = _verify(capsys, workdir, "--from", "8")
-    assert status == 1 and "step 9: the run has seen other images by then" in err
+    status, _, err = verify_rebuilt()
+    assert status == 1 and "step 2: the run has seen other images by then" in err
 
     (folder / lines[5]["image"]).write_bytes(picture)
     lines[5] |= {"caption": "another text", "captions": [], "synthetic_caption": "and another"}
     (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    build_unnoticed()
-    status, _, err = _verify(capsys, workdir, "--from", "8")
-    assert status == 1 and "step 9: the run has seen other batches by then" in err
+    status, _, err = verify_rebuilt()
+    assert status == 1 and "step 2: the run has seen other batches by then" in err
 
 
-def test_the_command_takes_as_many_virtual_devices_as_the_run_had(finished):
-    flags = os.environ["XLA_FLAGS"].split()
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "grain_jax.verify", str(finished), "--steps", "1"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 5 again            on mesh 8 x 1 x 1" in done.stdout
+def test_the_command_takes_as_many_virtual_devices_as_the_run_had(finished, monkeypatch):
+    told = {}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(command.jax.config, "update", told.__setitem__)
+    monkeypatch.setattr(command, "verify", lambda *_, **__: None)
+    assert command.main([str(finished)]) == 0 and told["jax_num_cpu_devices"] == 2
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["nothing_here"], "nothing_here: no such folder; expected the --workdir of a run"),
-        (["."], ".: no receipts.jsonl; expected the workdir of a run that has saved"),
-        (
-            ["RUN", "--from", "5"],
-            "--from: got 5, expected 0 or one of the kept checkpoints, 4, 8, 10",
-        ),
-        (["RUN", "--from", "10"], "steps 11-15: nothing is recorded of them"),
-        (["RUN", "--steps", "0"], "--steps: got '0', expected a whole number in 1.."),
-        (["RUN", "--steps", "-1"], "--steps"),
-        ([], "WORKDIR: missing"),
-    ],
-)
+USAGE = [
+    (["nothing_here"], "nothing_here: no such folder; expected the --workdir of a run"),
+    (["."], ".: no receipts.jsonl; expected the workdir of a run that has saved"),
+    (["RUN", "--from=5"], "--from: got 5, expected 0 or one of the kept checkpoints, 4, 8, 10"),
+    (["RUN", "--from=10"], "steps 11-15: nothing is recorded of them"),
+    (["RUN", "--steps=0"], "--steps: got '0', expected a whole number in 1.."),
+    ([], "WORKDIR: missing"),
+]
+
+
+@pytest.mark.parametrize("arguments,message", USAGE)
 def test_wrong_usage_is_one_line(finished, arguments, message):
     arguments = [str(finished) if a == "RUN" else a for a in arguments]
     with pytest.raises(ValueError, match=".") as caught:

@@ -4,9 +4,8 @@
                                        any time and started again
     python -m benchmarks.claim report  prints the tables (Markdown) and draws the charts
 
-Every arm has the same towers, images, batch, schedule and grid of learning rates; arms differ in the few keys
-of `design.ARMS`. Half of the held-out classes choose the learning rate, the other half is reported.
-docs/claim.md lists what was fixed before the first run, and the results.
+Arms differ in the few keys of `design.ARMS`. Half of the held-out classes choose the learning rate, the other half is
+reported. docs/claim.md lists what was fixed before the first run, and the results.
 
 With your own data: --data DIR, a folder with
     A.jsonl                           training annotations (data/SCHEMA.md), images below DIR
@@ -19,87 +18,38 @@ and --config FILE for a larger model (default: configs/demo.py).
 import argparse
 import fcntl
 import pathlib
-import runpy
 import sys
 from collections.abc import Mapping
-from typing import Any
 
-from benchmarks.claim import data, design, report, results, runs
-from grain_jax.config import recipe
+from benchmarks.claim import data, design, report, results, runs, schedule
 
 
-def make_config(run: design.ClaimRun, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
-    """The config of a run: the file, the changes of the run, and the data set in `main`."""
-    c = runpy.run_path(file)["get_config"]()
-    changed = design.changes(run, file)
-    c.update_from_flattened_dict(changed)
-    c.total_epochs = c.input.prepare = None
-    if "optim.warmup_steps" in changed:
-        c.optim.warmup_epochs = None
-    c.input.data_dir, c.input.name = str(work / "records"), run.data
-    views = work / "views" / run.data
-    test = str(main / "test")
-    regions = run.arm not in design.CLIP_ARMS
-    described = dict(names=False, descriptions=str(main / "unseen.json"))
-    ways = {
-        "unseen": described | dict(alphas=design.ALPHAS if regions else (1.0,)),
-        "unit": described | dict(unit_features=True, alphas=(1.0,)),
-        "sentence": described | dict(descriptions=str(views / "sentences.json"), alphas=(1.0,)),
-    }
-    evals = {}
-    for split in ("validation", "test"):
-        seen, unseen = (str(views / f"{group}_{split}") for group in ("seen", "unseen"))
-        evals[f"seen_{split}"] = recipe.evaluator("zeroshot", seen, alphas=(1.0,))
-        for way in design.WAYS:
-            evals[f"{way}_{split}"] = recipe.evaluator("zeroshot", unseen, **ways[way])
-    evals["retrieval"] = recipe.evaluator("retrieval", test, annotations=f"{test}/A.jsonl")
-    for group in ("seen", "unseen") if regions else ():
-        annotations = f"{test}/{group}.jsonl"
-        evals[f"grounding_{group}"] = recipe.evaluator("grounding", test, annotations=annotations)
-    c.evals = recipe.ConfigDict(evals)
-    return c
-
-
-def train(run: design.ClaimRun, args: argparse.Namespace) -> None:
-    """Trains and evaluates one run in this process and appends its row to the table."""
-    main = args.data or args.workdir / run.data
-    config = make_config(run, args.config, main, args.workdir)
-    done = runs.train(config, args.workdir / "runs" / run.name)
-    result = {
-        "design": design.DESIGN,
-        **run._asdict(),
-        "settings": design.settings_of(run, args.config),
-        "batch_size": done.config.batch_size,
-        "seconds": round(done.seconds, 1),
-        **done.row,
-    }
-    last = done.lines[-5:]
-    for key in (key for key in results.TRAINED if key in last[-1]):
-        result[key] = round(sum(line[key] for line in last) / len(last), 6)
-    for key in results.MEASURED:
-        if f"eval/{key}" in done.evaluated:
-            result[key] = round(done.evaluated[f"eval/{key}"], 6)
-    results.append(args.results, result)
-
-
-def train_named(args: argparse.Namespace) -> int:
-    """Trains the run `args.run` of the plan; makes its data first where that is missing."""
-    studies = make_plan(results.read(args.results), args)
-    run = next(run for run in design.order(studies) if run.name == args.run)
+def train(run: design.ClaimRun, args: argparse.Namespace) -> int:
+    """Trains and evaluates one run in this process and appends its row to the table; makes its data where missing."""
     locks = args.workdir / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / f"data-{run.data}").open("w") as data_lock:
         fcntl.flock(data_lock, fcntl.LOCK_EX)
-        data.prepare(run.data, args.data, args.workdir)
-    train(run, args)
+        main = data.prepare(run.data, args.data, args.workdir)
+    config = design.make_config(run, args.config, main, args.workdir)
+    about = {"design": design.DESIGN, "settings": design.settings_of(run, args.config)}
+    measures = {name: name for name in results.MEASURED}
+    row = runs.train(config, args.workdir / "runs" / run.name, measures)
+    results.append(args.results, {**about, **run._asdict(), **row})
     return 0
+
+
+def train_named(args: argparse.Namespace) -> int:
+    """Trains the run `args.run` of the plan."""
+    planned = schedule.order(make_plan(results.read(args.results), args))
+    return train(next(run for run in planned if run.name == args.run), args)
 
 
 def make_plan(
     found: Mapping[str, results.Result], args: argparse.Namespace
 ) -> dict[str, list[design.ClaimRun]]:
-    """The plan of these flags (`design.plan`)."""
-    return design.plan(found, steps=args.steps, aviaries=args.data is None)
+    """The plan of these flags (`schedule.plan`)."""
+    return schedule.plan(found, steps=args.steps, aviaries=args.data is None)
 
 
 def check_results(found: Mapping[str, results.Result], config: str) -> None:
@@ -116,10 +66,11 @@ def run_all(args: argparse.Namespace) -> int:
     """Trains every run that has no result yet, as many at a time as there are jobs."""
     check_results(results.read(args.results), args.config)
     data.prepare("main", args.data, args.workdir)  # on all cores
+    planned = lambda: schedule.order(make_plan(results.read(args.results), args))
     return runs.run_all(
         "claim",
         args,
-        lambda: [run.name for run in design.order(make_plan(results.read(args.results), args))],
+        lambda: [run.name for run in planned()],
         lambda name: name in results.read(args.results),
         ("workdir", "results", "config", "steps", "data"),
     )
@@ -133,7 +84,7 @@ def print_report(args: argparse.Namespace) -> int:
     if args.all:
         print("# Clothes (Fashion-MNIST)\n")
         found = results.read(results.TABLES / "fashion.tsv")
-        report.report(design.plan(found, steps=design.STEPS, aviaries=False), found, None)
+        report.report(schedule.plan(found, steps=design.STEPS, aviaries=False), found, None)
         report.print_recorded((results.TABLES / "recorded.tsv").read_text())
     return 0
 

@@ -1,12 +1,15 @@
-"""The third design of `benchmarks.claim`: settings (fixed before the first run), arms, and the plan of runs.
+"""The third design of `benchmarks.claim`: settings (fixed before the first run), and arms.
 
 docs/claim.md tells what the first two designs asked and found; their rows stay in the table of results.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import pathlib
+import runpy
 from typing import Any, NamedTuple
+
+from grain_jax.config import recipe
 
 DESIGN = 3  # number of the settings below; only docs/claim.md uses the rows of the others
 CONFIG = "configs/demo.py"
@@ -97,71 +100,40 @@ def changes(run: ClaimRun, config: str) -> dict[str, Any]:
     return {**run_keys, **short, **SETTING, **ARMS[run.arm]}
 
 
-def by_description(result: Mapping[str, Any], split: str) -> float:
-    """Top-1 of unseen classes by their descriptions, alpha 1, asked in the way that is best for the validation classes."""
-    way = max(WAYS, key=lambda way: result[f"{way}_validation/alpha_1.0/top1"])
-    return result[f"{way}_{split}/alpha_1.0/top1"]
-
-
-def validation_score(result: Mapping[str, Any]) -> float:
-    """The score that chooses the learning rate of an arm: unseen classes by description; seen names for "clip"."""
-    if result["arm"] == "clip":
-        return result["seen_validation/alpha_1.0/top1"]
-    return by_description(result, "validation")
-
-
-def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) -> float | None:
-    """The learning rate of an arm with the best validation score on the first seed; None before all have run."""
-    scores = {}
-    for rate in RATES:
-        result = results.get(ClaimRun(arm, rate, SEEDS[0], steps).name)
-        if result is None:
-            return None
-        scores[rate] = validation_score(result)
-    return max(scores, key=scores.get)
-
-
-def plan(
-    results: Mapping[str, Mapping[str, Any]], *, steps: int, aviaries: bool
-) -> dict[str, list[ClaimRun]]:
-    """Study -> its runs; runs that depend on a learning rate are absent until it is chosen.
-
-    Args:
-      results: name of a finished run -> its row.
-      steps: training steps of the main comparison.
-      aviaries: whether data sets other than the main one can be drawn.
-    """
-    first = SEEDS[0]
-    studies = {"grid": [ClaimRun(a, r, first, steps) for a in ARMS for r in RATES]}
-    best = {arm: best_rate(results, arm, steps) for arm in ARMS}
-    known = [arm for arm in ARMS if best[arm] is not None]
-    studies["equal steps"] = [ClaimRun(a, best[a], seed, steps) for seed in SEEDS for a in known]
-    if best[OURS] is None:
-        return studies
-    if aviaries:
-        studies["poses"] = [
-            ClaimRun(a, best[a], seed, steps, "poses") for seed in SEEDS for a in known
-        ]
-    flops = {a: results[ClaimRun(a, best[a], first, steps).name]["flops_per_step"] for a in known}
-    fair = {a: round(steps * flops[OURS] / flops[a]) for a in known if a in CLIP_ARMS}
-    studies["equal FLOPs"] = [
-        ClaimRun(a, best[a], seed, fair[a] if abs(fair[a] / steps - 1) > 0.05 else steps)
-        for seed in SEEDS
-        for a in fair
-    ]
-    return studies
-
-
-def order(studies: Mapping[str, list[ClaimRun]]) -> list[ClaimRun]:
-    """All runs, the most informative first, so that an interrupted plan has results of every study."""
-    first = [run for s in ("grid", "equal steps") for run in studies[s] if run.arm in KEY_ARMS]
-    poses = [run for run in studies.get("poses", []) if run.arm in KEY_ARMS]
-    rest = [run for runs in studies.values() for run in runs]
-    return list(dict.fromkeys([*first, *studies["grid"], *poses, *rest]))
-
-
 def settings_of(run: ClaimRun, config: str) -> str:
     """Fingerprint of all settings that a run depends on."""
     data = AVIARY, AVIARIES.get(run.data), None
     text = json.dumps([changes(run, config), data, config], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_config(run: ClaimRun, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
+    """The config of a run: the file, the changes of the run, its evaluations, and the data set in `main`."""
+    c = runpy.run_path(file)["get_config"]()
+    changed = changes(run, file)
+    c.update_from_flattened_dict(changed)
+    c.total_epochs = c.input.prepare = None
+    if "optim.warmup_steps" in changed:
+        c.optim.warmup_epochs = None
+    c.input.data_dir, c.input.name = str(work / "records"), run.data
+    views = work / "views" / run.data
+    test = str(main / "test")
+    regions = run.arm not in CLIP_ARMS
+    described = dict(names=False, descriptions=str(main / "unseen.json"))
+    ways = {
+        "unseen": described | dict(alphas=ALPHAS if regions else (1.0,)),
+        "unit": described | dict(unit_features=True, alphas=(1.0,)),
+        "sentence": described | dict(descriptions=str(views / "sentences.json"), alphas=(1.0,)),
+    }
+    evals = {}
+    for split in ("validation", "test"):
+        seen, unseen = (str(views / f"{group}_{split}") for group in ("seen", "unseen"))
+        evals[f"seen_{split}"] = recipe.evaluator("zeroshot", seen, alphas=(1.0,))
+        for way in WAYS:
+            evals[f"{way}_{split}"] = recipe.evaluator("zeroshot", unseen, **ways[way])
+    evals["retrieval"] = recipe.evaluator("retrieval", test, annotations=f"{test}/A.jsonl")
+    for group in ("seen", "unseen") if regions else ():
+        annotations = f"{test}/{group}.jsonl"
+        evals[f"grounding_{group}"] = recipe.evaluator("grounding", test, annotations=annotations)
+    c.evals = recipe.ConfigDict(evals)
+    return c

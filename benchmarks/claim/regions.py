@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.claim import data, design, report, results, runs
+from benchmarks.claim import data, design, measures, report, results, runs
 from grain_jax.config import recipe
 
 SEEDS = (0, 1, 2)
@@ -87,11 +87,8 @@ def train(args: argparse.Namespace) -> int:
     """Trains and evaluates the run ARM-SEED and appends its row."""
     arm, _, seed = args.run.rpartition("-")
     config = make_config(arm, int(seed), args.workdir, args.steps)
-    done = runs.train(config, args.workdir / "runs" / args.run)
-    row = {"arm": arm, "seed": seed, "steps": args.steps, **done.row}
-    for column, key in MEASURES.items():
-        if f"eval/{key}" in done.evaluated:
-            row[column] = round(done.evaluated[f"eval/{key}"], 6)
+    row = runs.train(config, args.workdir / "runs" / args.run, MEASURES)
+    row |= {"arm": arm, "seed": seed, "steps": args.steps}
     results.append(args.results, row, COLUMNS)
     return 0
 
@@ -128,7 +125,7 @@ def _cell(found: Mapping[str, results.Result], arm: str, column: str) -> str:
     if column == "flops_per_step":
         return f"{values[0] / 1e9:.1f} GF" if values else ""
     scale, digits = (1, 3) if column in ("iou", "map_iou") else (100, 1)
-    mean = report.spread(values, scale, digits) if values else "-"
+    mean = measures.spread(values, scale, digits) if values else "-"
     each = ", ".join(f"{scale * x:.{digits}f}" for x in values)
     return f"{mean} ({each})" if len(values) > 1 else mean
 

@@ -73,7 +73,7 @@ def rows(path: pathlib.Path, columns: Mapping[str, type]) -> list[Result]:
 
 
 def append(path: pathlib.Path, result: Result, columns: Iterable[str] = COLUMNS) -> None:
-    """Appends a row atomically; several processes may append at the same time.
+    """Appends those of the row's `columns` atomically; several processes may append at the same time.
 
     Raises:
       ClaimError: the table has other columns.
@@ -87,7 +87,8 @@ def append(path: pathlib.Path, result: Result, columns: Iterable[str] = COLUMNS)
         file.truncate(len(text[:whole].encode()))  # an incomplete line of a killed run
         _check_header(path, text[:whole].splitlines()[:1], columns)
         out = io.StringIO()
-        writer = csv.DictWriter(out, columns, delimiter="\t", lineterminator="\n")
+        form = dict(delimiter="\t", lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(out, columns, **form)
         if not whole:
             writer.writeheader()
         writer.writerow(result)

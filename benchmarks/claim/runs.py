@@ -8,35 +8,27 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
-from benchmarks.claim.results import ClaimError
+from benchmarks.claim.results import TRAINED, ClaimError
 from grain_jax.core import errors, progress
 from grain_jax.launch import jobs
 
 
-class Trained(NamedTuple):
-    """A run that has ended.
+def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> dict[str, Any]:
+    """Trains and evaluates a config (a ConfigDict) in this process.
 
-    Attributes:
-      config: with the numbers that the given one left open.
-      lines: values of each line of metrics.jsonl.
-      evaluated: name in results.json -> value, of the last evaluation.
-      row: the columns that every study has: device, jax, images_per_second, flops_per_step.
-      seconds: of training and evaluation.
+    Args:
+      config: of the run.
+      workdir: of the run.
+      measures: column -> name in results.json.
+
+    Returns:
+      The row of the run: of `measures` those that it has, the means of the last five lines of metrics.jsonl, device,
+      versions, speed, FLOPs and time.
     """
-
-    config: Any
-    lines: list[dict[str, float]]
-    evaluated: dict[str, float]
-    row: dict[str, Any]
-    seconds: float
-
-
-def train(config: Any, workdir: pathlib.Path) -> Trained:
-    """Trains and evaluates a config (a ConfigDict) in this process."""
     import jax
 
     from grain_jax import config as config_lib
@@ -55,20 +47,24 @@ def train(config: Any, workdir: pathlib.Path) -> Trained:
     model = GRAIN(resolved.model, resolved.dtype, resolved.remat)
     tx = optim.optimizer(resolved.optim, lambda step: 0.0)
     state = jax.eval_shape(lambda: sharding.unbox(train_step.init_state(model, resolved, tx)))
+    rate = statistics.median_high(line["images_per_second"] for line in lines)
     row = {
+        "batch_size": resolved.batch_size,
+        "seconds": round(seconds, 1),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "images_per_second": round(
-            statistics.median_high(line["images_per_second"] for line in lines), 1
-        ),
+        "images_per_second": round(rate, 1),
         "flops_per_step": flops.matmul_flops(
             lambda p, b: train_step.loss_and_grads(model, resolved, None, p, b, None),
             state.params,
             train_step.abstract_batch(resolved),
         ),
     }
+    for key in (key for key in TRAINED if key in lines[-1]):
+        row[key] = round(statistics.mean(line[key] for line in lines[-5:]), 6)
     evaluated = json.loads((workdir / "results.json").read_text())
-    return Trained(resolved, lines, evaluated, row, seconds)
+    found = {column: evaluated.get(f"eval/{key}") for column, key in measures.items()}
+    return row | {key: round(value, 6) for key, value in found.items() if value is not None}
 
 
 def run_all(

@@ -15,66 +15,66 @@ gcompris-qt-data) writes class folders for `grain-jax evaluate zeroshot`; `gcomp
 unpacked by dpkg-deb. docs/howto/real_pictures.md says what the sets can show and what not.
 """
 
-import argparse
-import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from benchmarks.fetch import fashion, gcompris
+from grain_jax.cli.flags import flag
+from grain_jax.cli.parser import Command
 from grain_jax.core import errors
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"got {text}, expected {low} to {high}")
-        return int(text)
+class Gcompris(Command, name="fetch gcompris"):
+    """Photographs and drawings of nameable things, to test on.
 
-    return number
+    the files:
+      --output DIR  folder to write
+      --deb FILE    the package gcompris-qt-data; without it, apt-get downloads it
+    """
+
+    output: str
+    deb: str | None = None
+
+    def write(self) -> str:
+        """Writes the files; returns what was done."""
+        return gcompris.write(self.output, deb=self.deb)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of both commands."""
-    out = argparse.ArgumentParser(
-        "python -m benchmarks.fetch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    kinds = out.add_subparsers(dest="command", metavar="fashion|gcompris", required=True)
-    about = {
-        "fashion": (fashion.PACKAGE, "photographs of clothes, with boxes and words of their parts"),
-        "gcompris": (gcompris.PACKAGE, "photographs and drawings of nameable things, to test on"),
-    }
-    for name, (package, said) in about.items():
-        kind = kinds.add_parser(name, help=f"{said} ({package})")
-        kind.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-        found = f"the package {package}; without it, apt-get downloads it"
-        kind.add_argument("--deb", metavar="FILE", help=found)
-    add = kinds.choices["fashion"].add_argument
-    said = "that measure (default: one a core)"
-    add("--processes", type=_whole(1, 1024), metavar="P", default=os.cpu_count(), help=said)
-    for field in dataclasses.fields(fashion.Settings):
-        add(
-            "--" + field.name.replace("_", "-"),
-            type=_whole(*field.metadata["bounds"]),
-            metavar="N",
-            default=field.default,
-            help=f"{field.metadata['help']} (default: {field.default})",
-        )
-    return out
+class Fashion(Command, name="fetch fashion"):
+    """Photographs of clothes, with boxes and words of their parts.
+
+    the files:
+      --output DIR   folder to write
+      --deb FILE     the package dataset-fashion-mnist; without it, apt-get downloads it
+      --processes P  that measure (default: one a core)
+    """
+
+    output: str
+    deb: str | None = None
+    processes: int = flag(os.cpu_count() or 1, high=1024)
+    settings: fashion.Settings = fashion.Settings()
+
+    def write(self) -> str:
+        """Writes the files; returns what was done."""
+        return fashion.write(self.output, self.settings, deb=self.deb, processes=self.processes)
+
+
+class Fetch(Command, name="fetch", kinds={"fashion": Fashion, "gcompris": Gcompris}):
+    """Makes a data set of the real pictures in a Debian package."""
+
+
+for declared in (Fetch, Fashion, Gcompris):  # the command is no part of the package
+    declared.prog = "python -m " + declared.prog.replace("grain-jax ", "benchmarks.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    given = vars(parser().parse_args(argv))
-    command, output = given.pop("command"), given.pop("output")
+    output = ""
     try:
-        if command == "gcompris":
-            done = gcompris.write(output, **given)
-        else:
-            files = {name: given.pop(name) for name in ("deb", "processes")}
-            done = fashion.write(output, fashion.Settings(**given), **files)
+        given = Fetch.parse(argv)
+        output = given.output
+        print(f"{output}: {given.write()}", file=sys.stderr)
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
@@ -82,7 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"{error.filename or output}: {error.strerror or error}"
         print(f"{reason}; make room, or give another --output", file=sys.stderr)
         return 2
-    print(f"{output}: {done}", file=sys.stderr)
     return 0
 
 

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import random
 import zlib
 from collections.abc import Iterable
@@ -22,8 +21,11 @@ from etils import epath
 
 from benchmarks.fetch import package
 from benchmarks.fetch.looks import SIDE, Part, parts
-from grain_jax.core import progress, regular_file
+from grain_jax.cli.flags import flag
+from grain_jax.core import progress
 from grain_jax.data import parallel
+from grain_jax.data.aviary.annotations import listed, templates
+from grain_jax.data.aviary.generate import STAMP, is_complete, write_json, write_lines
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (  # in the order of the labels
@@ -43,20 +45,25 @@ SHA256 = {
 }
 
 
-def _setting(default: int, said: str, bounds: tuple[int, int] = (0, 10**6)) -> int:
-    return dataclasses.field(default=default, metadata=dict(help=said, bounds=bounds))
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the files of `python -m benchmarks.fetch fashion` depend on; its --help explains each."""
+    """What the files depend on.
 
-    seed: int = _setting(0, "which images are taken, and the words of captions", (0, 2**63))
-    images: int = _setting(16000, "training images, the classes in turn; fewer where it has fewer")
-    seen_per_class: int = _setting(100, "evaluation images of each training class")
-    unseen_per_kind: int = _setting(150, "evaluation images of each held-out kind")
-    test_images: int = _setting(400, "test images, half of training classes, no two of equal parts")
-    caption_parts: int = _setting(2, "parts that a synthetic caption tells, at most", (1, 8))
+    what is written:
+      --seed N             which images are taken, and the words of captions
+      --images N           training images, the classes in turn; fewer where it has fewer
+      --seen-per-class N   evaluation images of each training class
+      --unseen-per-kind N  evaluation images of each held-out kind
+      --test-images N      test images, half of training classes, no two of equal parts
+      --caption-parts N    parts that a synthetic caption tells, at most
+    """
+
+    seed: int = flag(0, low=0, high=2**63)
+    images: int = flag(16000, low=0, high=10**6)
+    seen_per_class: int = flag(100, low=0, high=10**6)
+    unseen_per_kind: int = flag(150, low=0, high=10**6)
+    test_images: int = flag(400, low=0, high=10**6)
+    caption_parts: int = flag(2, high=8)
 
 
 class Kind(NamedTuple):
@@ -90,25 +97,7 @@ _REPORTED = (
 # Each description is measured on pictures of training classes, too.
 HALVES = (_CHOOSING, _REPORTED)  # `benchmarks.claim` chooses by the first, reports the second
 KINDS = (*_CHOOSING, *_REPORTED)
-
-_WEB_CAPTIONS = (
-    "a photo of a {name}",
-    "{name}",
-    "{name}, as new",
-    "new {name} for sale",
-    "my {name} from the market",
-    "IMG_{number} {name}",
-    "{name} on a white background",
-    "the {name} that I ordered came today",
-    "shall I keep this {name}?",
-    "a {name} for the summer",
-)
-_SYNTHETIC_CAPTIONS = (
-    "a picture of something with {parts}",
-    "the image shows an article with {parts}",
-    "{parts}, on a white background",
-    "a product photo: {parts}",
-)
+_CAPTIONS = templates(epath.Path(__file__).with_name("captions.tsv"))
 
 
 class Picture(NamedTuple):
@@ -143,7 +132,7 @@ def write(
     deb: str | None = None,
     processes: int = 1,
 ) -> str:
-    """Writes the data set to the folder `output`; `python -m benchmarks.fetch --help` lists its files.
+    """Writes the data set to the folder `output`; its README.md describes the files.
 
     Args:
       deb: file of the package; None: apt-get downloads it.
@@ -152,44 +141,34 @@ def write(
     Returns: what was done, in words.
 
     Raises:
-      package.PackageError: no package, or another one; `output` holds something else.
+      errors.UserError: no package, or another one; `output` holds something else.
     """
     output = epath.Path(output)
-    described = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
-    stamp = output / "settings.json"
-    if regular_file.is_one(stamp) and stamp.read_bytes() == described.encode():
+    if is_complete(output, dataclasses.asdict(settings)):
         return "already complete"
-    if stamp.exists() or (output / "A.jsonl").exists():
-        raise package.PackageError(
-            f"{output}: holds another data set, expected an empty folder or one made with the same settings;"
-            " remove it or choose another --output"
-        )
     wanted = {f"{_FOLDER}/{name}.gz": "pictures or labels" for name in SHA256}
     found = package.read(PACKAGE, deb, {**wanted, _LICENCE: "licence"})
     every = list(_measured(found, processes))
     random.Random(f"fashion {settings.seed}").shuffle(every)
     training, seen, unseen, tests = _divided(every, settings)
 
-    for one in seen:
-        _save(one, output / "seen" / one.label.lower() / f"{one.id}.png")
-    for one in unseen:
-        _save(one, output / "unseen" / one.kind.name / f"{one.id}.png")
-    for one in training:
-        _save(one, output / "images" / f"{one.id}.png")
+    places = [(f"seen/{one.label.lower()}", one) for one in seen]
+    places += [(f"unseen/{one.kind.name}", one) for one in unseen]
+    places += [("images", one) for one in training]
+    places += [("test/images", one) for one in itertools.chain(*tests.values())]
+    for folder, one in places:
+        _save(one, output / folder / f"{one.id}.png")
     lines = {}
     for name, pictures in tests.items():
-        for one in pictures:
-            _save(one, output / "test" / "images" / f"{one.id}.png")
-        said = [{"caption": f"something with {_and(sorted(one.looks))}"} for one in pictures]
+        said = [{"caption": f"something with {listed(sorted(one.looks))}"} for one in pictures]
         lines[name] = list(map(_line, pictures, said))
-        _write_lines(output / "test" / f"{name}.jsonl", lines[name])
-    _write_lines(output / "test" / "A.jsonl", [*lines["seen"], *lines["unseen"]])
-    descriptions = {kind.name: kind.descriptions for kind in KINDS}
-    (output / "unseen.json").write_text(json.dumps(descriptions, indent=1) + "\n")
+        write_lines(output / "test" / f"{name}.jsonl", lines[name])
+    write_lines(output / "test" / "A.jsonl", [*lines["seen"], *lines["unseen"]])
+    write_json(output / "unseen.json", {kind.name: kind.descriptions for kind in KINDS})
     (output / "LICENSE").write_bytes(found[_LICENCE])
     (output / "README.md").write_text(_readme(settings, training, seen, unseen, tests))
-    _write_lines(output / "A.jsonl", [_line(one, _words(one, settings)) for one in training])
-    stamp.write_text(described)
+    write_lines(output / "A.jsonl", [_line(one, _words(one, settings)) for one in training])
+    write_json(output / STAMP, dataclasses.asdict(settings))
     return f"{len(training)} training images, {len(seen)} seen, {len(unseen)} of held-out kinds"
 
 
@@ -216,19 +195,18 @@ def _measured(found, processes) -> Iterable[Picture]:
     items = []
     for split in ("train", "t10k"):
         ink, labels = (
-            _array(found, f"{split}-{what}") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
+            _array(found, f"{split}-{what}-ubyte") for what in ("images-idx3", "labels-idx1")
         )
         if len(ink) != len(labels):
             raise package.PackageError(f"{split}: got {len(ink)} pictures and {len(labels)} labels")
-        names = [CLASSES[label] for label in labels]
-        items += [(f"{split}-{i}", *item) for i, item in enumerate(zip(ink, names, strict=True))]
+        items += [(f"{split}-{i}", *item) for i, item in enumerate(zip(ink, labels))]
     done = parallel.ordered_map(_measure, items, workers=processes if processes > 1 else 0)
     return progress.over(done, total=len(items), what="fashion")
 
 
 def _measure(item):
     identity, ink, label = item
-    return Picture(identity, ink, label, parts(ink, label))
+    return Picture(identity, ink, CLASSES[label], parts(ink, CLASSES[label]))
 
 
 def _array(found, name):
@@ -239,12 +217,10 @@ def _array(found, name):
     except (OSError, EOFError, zlib.error) as error:
         raise package.PackageError(f"{name}: {error}; expected the package {PACKAGE}") from None
     if hashlib.sha256(content).hexdigest() != SHA256[name]:
-        raise package.PackageError(
-            f"{name}: its SHA-256 is not that of Fashion-MNIST; expected the package {PACKAGE} as Debian ships it"
-        )
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">u4", dimensions, 4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        expected = f"expected the package {PACKAGE} as Debian ships it"
+        raise package.PackageError(f"{name}: its SHA-256 is not that of Fashion-MNIST; {expected}")
+    shape = np.frombuffer(content, ">u4", content[3], 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def _training(pictures):
@@ -285,16 +261,12 @@ def _save(picture, path):
 def _words(picture, settings):
     """The two captions of a training image."""
     rng = random.Random(f"fashion {settings.seed}/{picture.id}")
-    web = rng.choice(_WEB_CAPTIONS).format(name=picture.label, number=rng.randrange(1000, 10000))
+    web = rng.choice(_CAPTIONS["web"]).format(name=picture.label, number=rng.randrange(1000, 10000))
     looks = sorted(picture.looks)
     rng.shuffle(looks)
-    told = _and(looks[: settings.caption_parts])
-    synthetic = rng.choice(_SYNTHETIC_CAPTIONS).format(parts=told)
+    told = listed(looks[: settings.caption_parts])
+    synthetic = rng.choice(_CAPTIONS["synthetic"]).format(parts=told)
     return {"caption": web, "synthetic_caption": synthetic if told else "a picture of an article"}
-
-
-def _and(phrases):
-    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
 
 
 def _line(picture, words):
@@ -312,11 +284,6 @@ def _line(picture, words):
         "phrases": list(positions.values()),
         "id": picture.id,
     }
-
-
-def _write_lines(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _readme(settings, training, seen, unseen, tests):

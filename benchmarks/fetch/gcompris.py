@@ -11,8 +11,9 @@
 Names are the file names of the package, in words; a table corrects those that no reader would say.
 """
 
+import fnmatch
 import io
-import json
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -22,37 +23,33 @@ import msgspec
 import PIL.Image
 from etils import epath
 
-from benchmarks.fetch import licences, package, qt
+from benchmarks.fetch import package, qt
 from grain_jax.core import images, regular_file
+from grain_jax.data.aviary.generate import write_lines
 
 PACKAGE = "gcompris-qt-data"
 _RESOURCES = "usr/share/gcompris-qt/rcc"
 _COPYRIGHT = f"usr/share/doc/{PACKAGE}/copyright"
 _MOST = 2**28  # bytes of the pictures
 _MOST_COPYRIGHT = 2**20
-_CATEGORIES = "categorization/resource/images"
 # Set -> folders below src/activities; the first word names the resource.
 FOLDERS = {
-    "animals": (
-        "erase/resource",
-        "explore_farm_animals/resource/animals",
-        "explore_world_animals/resource/animals",
-    ),
-    "things": tuple(f"{_CATEGORIES}/{one}" for one in ("fishes", "others", "renewable", "tools")),
-    "monuments": (
-        f"{_CATEGORIES}/monuments",
-        *(
-            f"explore_monuments/resource/{country}"
-            for country in ("egypt", "france", "germany", "india", "usa", "wonders")
-        ),
-    ),
-    "drawings": ("lang/resource/words_sample",),
+    group: tuple(folders.split())
+    for group, folders in dict(
+        animals="erase/resource explore_farm_animals/resource/animals"
+        " explore_world_animals/resource/animals",
+        things="categorization/resource/images/fishes categorization/resource/images/others"
+        " categorization/resource/images/renewable categorization/resource/images/tools",
+        monuments="categorization/resource/images/monuments explore_monuments/resource/egypt"
+        " explore_monuments/resource/france explore_monuments/resource/germany"
+        " explore_monuments/resource/india explore_monuments/resource/usa"
+        " explore_monuments/resource/wonders",
+        drawings="lang/resource/words_sample",
+    ).items()
 }
 _WORDS = "lang/resource/words_sample.json"
-_LESSONS = (
-    "animal",
-    "fruit",
-)  # of the drawings; the others are colours, numbers, people and parts of the body
+# Of the drawings; the other lessons are colours, numbers, people and parts of the body.
+_LESSONS = ("animal", "fruit")
 # Stem of a file name -> the name; none: no single thing is to be seen, or another name fits as well.
 _TABLE = pathlib.Path(__file__).with_name("names.tsv").read_text()
 _NAMES = dict(line.split("\t") for line in _TABLE.splitlines())
@@ -118,7 +115,7 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
     if len(found[_COPYRIGHT]) > _MOST_COPYRIGHT:
         raise package.PackageError(f"{_COPYRIGHT}: got over {_MOST_COPYRIGHT:,} bytes")
     copyright_text = found[_COPYRIGHT].decode("utf-8", "replace")
-    known = licences.read(copyright_text)
+    known = licences(copyright_text)
     counts = dict.fromkeys(FOLDERS, 0)
     captions, table = {}, ["file\tname\tlicence\tholders\tsource\tlisted as"]
     for picture in _pictures(found, list(paths)):
@@ -132,10 +129,10 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
         counts[picture.group] += 1
         kind = "drawing" if picture.group == "drawings" else "photo"
         captions.setdefault(f"a {kind} of {picture.name}", target)
-        row = [target, picture.name, *_listed(licences.of(picture.path, known))]
+        row = [target, picture.name, *_listed(licence_of(picture.path, known))]
         table.append("\t".join(" ".join(column.split()) for column in row))
-    lines = [json.dumps({"image": path, "caption": said}) for said, path in captions.items()]
-    (output / "A.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    lines = [{"image": path, "caption": said} for said, path in captions.items()]
+    write_lines(output / "A.jsonl", lines)
     (output / "licences.tsv").write_text("\n".join(table) + "\n")
     (output / "copyright").write_text(copyright_text)
     (output / "README.md").write_text(_readme(counts, len(captions)))
@@ -166,6 +163,41 @@ def _listed(licence):
     return licence if licence.pattern != "*" else licence._replace(holders="see copyright")
 
 
+class Licence(NamedTuple):
+    """What a paragraph of the copyright file says of a file."""
+
+    name: str
+    holders: str
+    source: str  # the comment of the paragraph, most often an address
+    pattern: str  # of the paragraph; "*": it is about every file that no other names
+
+
+def licences(text: str) -> list[Licence]:
+    """The patterns of a machine-readable copyright file (DEP-5, format 1.0), in their order."""
+    found = []
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        fields: dict[str, list[str]] = {}
+        name = ""
+        for line in paragraph.splitlines():
+            if line[:1] in (" ", "\t") and name:
+                fields[name].append(line.strip())
+            elif ":" in line:
+                name, _, value = line.partition(":")
+                fields[name] = [value.strip()] if value.strip() else []
+        holders, source = ("; ".join(fields.get(key, [])) for key in ("Copyright", "Comment"))
+        licence = fields.get("License", [""])[0]
+        for pattern in " ".join(fields.get("Files", [])).split():
+            found.append(Licence(licence, holders, source, pattern))
+    return found
+
+
+def licence_of(path: str, known: list[Licence]) -> Licence | None:
+    """The last that matches a file; endings are not compared, since packages store pictures in other formats."""
+    stem = lambda path: re.sub(r"\.\w+\Z", "", path)
+    matching = (x for x in reversed(known) if fnmatch.fnmatchcase(stem(path), stem(x.pattern)))
+    return next(matching, None)
+
+
 def _pictures(found, paths) -> Iterator[Picture]:
     files, left = {}, _MOST
     for path in paths:
@@ -178,12 +210,10 @@ def _pictures(found, paths) -> Iterator[Picture]:
     drawn = _drawn(files)
     for group, folders in FOLDERS.items():
         some = False
-        for folder in folders:
-            for path in sorted(files):
-                above, _, file = path.removeprefix("src/activities/").rpartition("/")
-                stem, _, ending = file.rpartition(".")
-                if above != folder or ending not in ("webp", "png", "jpg"):
-                    continue
+        for folder, path in itertools.product(folders, sorted(files)):
+            above, _, file = path.removeprefix("src/activities/").rpartition("/")
+            stem, _, ending = file.rpartition(".")
+            if above == folder and ending in ("webp", "png", "jpg"):
                 name = drawn.get(file, "") if group == "drawings" else name_of(stem)
                 if name:
                     some = True

@@ -71,18 +71,17 @@ def read(name: str, given: str | None, wanted: Mapping[str, str]) -> dict[str, b
 
 def _downloaded(name: str, folder: pathlib.Path, advice: str) -> pathlib.Path:
     """The newest version that apt knows."""
-    command = ["apt-get", "download", name]
     piped = dict(cwd=folder, capture_output=True, text=True, timeout=60 * _MINUTES)
     try:
-        done = subprocess.run(command, **piped)
+        done = subprocess.run(["apt-get", "download", name], **piped)
     except FileNotFoundError:
         raise PackageError(f"{name}: this machine has no apt-get; {advice}") from None
     except subprocess.TimeoutExpired:
         raise PackageError(f"{name}: apt-get took over {_MINUTES} minutes; {advice}") from None
     made = list(folder.glob("*.deb"))
     if done.returncode or len(made) != 1:
-        said = [line for line in done.stderr.splitlines() if line.startswith("E:")]
-        said = said[0] if said else f"status {done.returncode}"
+        lines = [line for line in done.stderr.splitlines() if line.startswith("E:")]
+        said = (lines or [f"status {done.returncode}"])[0]
         failed = f"apt-get download failed ({said}); `apt-get update` first, or {advice}"
         raise PackageError(f"{name}: {failed}")
     return made[0]

@@ -7,41 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
+from benchmarks.parity.comparison import read_npz
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.convert.reference import names as torch_names
-from grain_jax.convert.reference.names import to_params
-from grain_jax.convert.reference.sizes import infer
+from grain_jax.convert.reference.names import infer, to_params
 from grain_jax.core import schema
 from grain_jax.input_pipeline import packing
 from grain_jax.losses import boxes
 from grain_jax.models import grain
 from grain_jax.training import train_step
 
-GOLDENS = epath.Path(__file__).absolute().parent.parent.parent / "tests" / "goldens"
-RELATIVE = 1e-5  # of max |reference|
 HEADS = {"image": 4, "text": 4, "decoder": 4}  # of grain_public.npz
-
-
-def read_npz(name: str) -> dict[str, np.ndarray]:
-    """The arrays of a file of tests/goldens."""
-    with (GOLDENS / name).open("rb") as file, np.load(file) as stored:
-        return dict(stored)
-
-
-class Comparison(NamedTuple):
-    """The comparison of one of our arrays with that of the reference."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
-        return bool(self.error <= self.tolerance)
 
 
 class Goldens(NamedTuple):
@@ -51,26 +29,6 @@ class Goldens(NamedTuple):
     meta: dict[str, Any]
     model: config_lib.Model
     params: Any
-
-
-def relative(name: str, ours, reference) -> Comparison:
-    """max |a - b| / max |b|."""
-    worst, largest = _worst(name, ours, reference)
-    return Comparison(name, worst / largest, RELATIVE)
-
-
-def gradient(name: str, ours, reference) -> Comparison:
-    """max |a - b| against the float32 accuracy of a gradient."""
-    worst, largest = _worst(name, ours, reference)
-    return Comparison(name, worst, max(1e-7, 2e-5 * largest))
-
-
-def _worst(name: str, ours, reference) -> tuple[float, float]:
-    """max |a - b| and max |b|, in float64."""
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    if ours.shape != reference.shape:
-        raise ValueError(f"{name}: shape {ours.shape}, expected {reference.shape}")
-    return np.abs(ours - reference).max(), np.abs(reference).max()
 
 
 def below(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -83,7 +41,7 @@ def goldens() -> Goldens:
     """Reads and converts grain_public.npz."""
     arrays = read_npz("grain_public.npz")
     states = {module: below(arrays, f"params/{module}/") for module in ("backbone", "decoder")}
-    model = infer(states, HEADS).model
+    model, _ = infer(states, HEADS)
     params = to_params(states["backbone"], states["decoder"], model)
     meta = json.loads(str(arrays["meta_json"]))
     return Goldens(arrays, meta, model, jax.tree.map(jnp.asarray, params))

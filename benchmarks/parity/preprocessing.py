@@ -4,12 +4,13 @@ Used by the parity table and tests/input_pipeline/test_transforms.py; only `tf_d
 """
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import PIL
 import PIL.Image
 
-from benchmarks.parity.goldens import read_npz
+from benchmarks.parity.comparison import Comparison, read_npz
 from grain_jax.core import images
 
 SIZE = 64  # of the outputs in the goldens
@@ -76,3 +77,22 @@ def tf_distance(name: str) -> np.ndarray:
     if ours.dtype != np.uint8:
         raise ValueError(f"{name}: dtype {ours.dtype}, expected uint8")
     return np.abs(ours.astype(int) - images.resize(rgb, SIZE))
+
+
+def preprocessing_pil() -> Iterator[Comparison]:
+    """The PIL path (evaluation, `grain_jax.load`): the worst pixel of each image, in levels of 255."""
+    for name in names():
+        yield Comparison(name, float(pil_distance(name).max()), 0.0)
+
+
+def preprocessing_tf() -> Iterator[Comparison]:
+    """tf.data's path (training) against PIL's: worst and mean in levels; nothing without TensorFlow."""
+    try:
+        for name in names():
+            distance = tf_distance(name)
+            worst, mean = TF_DISTANCE.get(name, (0, 0))
+            yield Comparison(f"{name} worst", float(distance.max()), float(worst))
+            yield Comparison(f"{name} mean", float(distance.mean()), float(mean))
+    except ImportError as error:
+        if not (error.name or "").startswith("tensorflow"):
+            raise

@@ -5,7 +5,6 @@
 The same command again resumes an interrupted job. Further arguments, from --runner on, go to Beam.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -18,27 +17,17 @@ from etils import epath
 
 from grain_jax.core import errors
 from grain_jax.data import build, example, negatives, sources
-from grain_jax.data.annotate import (
-    arguments,
-    checks,
-    detector,
-    endpoint_chat,
-    local_chat,
-    outputs,
-    prompt,
-)
-from grain_jax.data.annotate.passes import PASSES, Job
+from grain_jax.data.annotate import local_chat, outputs, prompt
+from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.annotate.passes import NEEDS, Job
 from grain_jax.data.arguments import Build
-
-# Requests that wait for each one that an endpoint answers at a time: none waits for a slow one.
-BATCHES_AHEAD = 4
 
 
 class AnnotateError(errors.UserError):
     """The job cannot run, or its faults are too many; the message is one line."""
 
 
-def annotate(args: argparse.Namespace) -> str:
+def annotate(args: Annotate) -> str:
     """Runs the job; returns a line about its results. Raises UserError."""
     # Beam complains where Google's packages are missing, which only its Google runners need.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
@@ -50,13 +39,18 @@ def annotate(args: argparse.Namespace) -> str:
         ) from None
     start = time.monotonic()
     pipeline.check(args.beam)
-    output = outputs.Output(args.output)
-    name, own = arguments.source_name(args), dict(args.option)
-    source = sources.make(name, own)
+    output, own = outputs.Output(args.output), dict(args.option)
+    args.source = args.source or _source_of(epath.Path(args.images))
+    source = sources.make(args.source, own)
     args.orientation = getattr(source, "orientation", args.orientation)
-    job = _job(args, output, source)
-    records = _arguments_of_build(args, source) if args.name else None
-    settings = _settings(args, job)
+    args.keep_images &= not (source.images_are_files or args.name)
+    folder = epath.Path(args.prompts) if args.prompts else prompt.FOLDER
+    prompts = {
+        name: prompt.read_prompt(folder / f"{name}.txt", with_subject=name == "describe")
+        for name in ("caption", "describe")
+    }
+    job = Job(args, prompts)
+    settings = _settings(job)
     output.agree(settings)
     options = sources.Options(
         images=args.images,
@@ -66,19 +60,18 @@ def annotate(args: argparse.Namespace) -> str:
         shard_size=args.shard_size,
         orientation=args.orientation,
     )
-    shards = sources.shards(name, options, own)
-    todo = _todo(job, shards, args.retry_failed)
-    counters = {}
+    shards = sources.shards(args.source, options, own)
+    todo = _todo(args, output, shards)
     if todo:
-        counters = pipeline.run(job, todo, args.beam, retry_failed=args.retry_failed)
-        missing = {shard.name for shard in todo} - output.finished(job.passes)
+        pipeline.run(job, todo)
+        missing = {shard.name for shard in todo} - output.finished(args.passes)
         if missing:  # runners return from a job that somebody cancelled
             raise AnnotateError(
                 f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards not"
                 " done; give the same command again"
             )
-    seconds, images = time.monotonic() - start, counters.get("pictures", 0)
-    names = [shard.name for shard in shards]
+    seconds, names = time.monotonic() - start, [shard.name for shard in shards]
+    images = output.summary(shard.name for shard in todo).get("pictures", 0)
     output.join(names)
     total = output.summary(names)
     summary = {
@@ -99,16 +92,34 @@ def annotate(args: argparse.Namespace) -> str:
     output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     output.clear()
     _check_faults(total, output, args.max_faults)
-    if records:
+    if args.name:
         read_lines = example.read_lines
         if not source.images_are_files:
             read_lines = lambda annotations: _lines_with_images(output, shards)
-        print(build.build(records, read_lines))
+        given = Build(
+            annotations=str(output.path("A.jsonl")),
+            images=args.images if source.images_are_files else args.output,
+            orientation=args.orientation,
+            output=str(output.path("records")),
+            name=args.name,
+            overwrite=True,
+            max_faults=args.max_faults,
+            store_size=args.store_size,
+            encoding=args.encoding,
+            num_shards=args.num_shards,
+        )
+        print(build.build(given, read_lines))
     return (
         f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
         f" {images} images in {seconds:.1f} s"
     )
+
+
+def _source_of(images: epath.Path) -> str:
+    """`webdataset` for tar files and `folder` for images."""
+    tars = images.suffix == ".tar" or (images.is_dir() and any(images.glob("*.tar")))
+    return "webdataset" if tars else "folder"
 
 
 def _check_faults(total: dict[str, Any], output: outputs.Output, max_faults: float) -> None:
@@ -125,86 +136,30 @@ def _check_faults(total: dict[str, Any], output: outputs.Output, max_faults: flo
         )
 
 
-def _job(args: argparse.Namespace, output: outputs.Output, source: sources.Source) -> Job:
-    chat = local_chat.Options(
-        model=args.chat or local_chat.Options().model, batch_size=args.batch_size
-    )
-    batch_size = args.batch_size
-    if args.endpoint:
-        if not args.chat:
-            raise AnnotateError(
-                "--endpoint: got no --chat, expected the model's name at the endpoint"
-            )
-        chat = endpoint_chat.Options(
-            url=args.endpoint,
-            model=args.chat,
-            concurrency=args.concurrency,
-            requests_per_second=args.requests_per_second,
-            seconds=args.request_seconds,
-            tries=args.tries,
-        )
-        batch_size = max(batch_size, BATCHES_AHEAD * args.concurrency)
-    prompts = epath.Path(args.prompts) if args.prompts else prompt.FOLDER
-    return Job(
-        output=output,
-        passes=args.passes,
-        limits=checks.Limits(args.min_side, args.max_side),
-        batch_size=batch_size,
-        keep_images=args.keep_images and not (source.images_are_files or args.name),
-        chat=chat,
-        detector=detector.Options(
-            model=args.detector, threshold=args.threshold, batch_size=args.batch_size
-        ),
-        prompts={
-            name: prompt.read_prompt(prompts / f"{name}.txt", with_subject=name == "describe")
-            for name in ("caption", "describe")
-        },
-        negatives=args.negatives,
-    )
-
-
-def _settings(args: argparse.Namespace, job: Job) -> dict[str, dict[str, Any]]:
+def _settings(job: Job) -> dict[str, dict[str, Any]]:
     """The settings that results depend on: those of the source, and of each pass."""
+    args = job.given
     out: dict[str, dict[str, Any]] = {
         "source": {
-            "name": arguments.source_name(args),
+            "name": args.source,
             "options": dict(args.option),
             "images": args.images,
             "annotations": args.annotations,
             "split": args.split,
             "shard size": args.shard_size,
-            "limits": list(job.limits),
+            "limits": [args.min_side, args.max_side],
             "orientation": args.orientation,
+        },
+        "ground": {"model": args.detector, "threshold": args.threshold},
+        "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},
+    }
+    for name, asked in job.prompts.items():
+        out[name] = {
+            "model": args.chat or local_chat.MODEL,
+            "prompt version": asked.version,
+            "prompt sha256": hashlib.sha256(asked.text.encode()).hexdigest()[:16],
         }
-    }
-    for name in job.passes:
-        if name == "ground":
-            out[name] = {"model": job.detector.model, "threshold": job.detector.threshold}
-        elif name == "negatives":
-            out[name] = {"rules": negatives.VERSION, "negatives": job.negatives}
-        else:
-            asked = job.prompts[name]
-            digest = hashlib.sha256(asked.text.encode()).hexdigest()
-            out[name] = {
-                "model": job.chat.model,
-                "prompt version": asked.version,
-                "prompt sha256": digest[:16],
-            }
-    return out
-
-
-def _arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argparse.Namespace:
-    """The arguments of grain-jax build; wrong ones end the command before any work."""
-    given = {
-        "annotations": str(epath.Path(args.output) / "A.jsonl"),
-        "images": args.images if source.images_are_files else args.output,
-        "output": str(epath.Path(args.output) / "records"),
-        "name": args.name,
-    }
-    for name in ("orientation", "store_size", "encoding", "num_shards", "max_faults"):
-        given[name.replace("_", "-")] = getattr(args, name)
-    pairs = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    return Build.parse([*pairs, "--overwrite"])
+    return {name: out[name] for name in ("source", *args.passes)}
 
 
 def _lines_with_images(
@@ -228,21 +183,20 @@ def _lines_with_images(
 
 
 def _todo(
-    job: Job, shards: Sequence[sources.SourceShard], retry_failed: bool
+    args: Annotate, output: outputs.Output, shards: Sequence[sources.SourceShard]
 ) -> list[sources.SourceShard]:
     """The shards that the passes have not done. Raises AnnotateError where an earlier pass is missing."""
-    finished = job.output.finished(job.passes)
+    finished = output.finished(args.passes)
     todo = [
         shard
         for shard in shards
-        if shard.name not in finished or (retry_failed and _has_gaps(job.output.tally(shard.name)))
+        if shard.name not in finished or (args.retry_failed and _has_gaps(output.tally(shard.name)))
     ]
-    needs = PASSES[job.passes[0]].needs if job.passes else None
-    if needs:
-        missing = {shard.name for shard in todo} - job.output.finished([needs])
+    if needs := NEEDS.get(args.passes[0]) if args.passes else None:
+        missing = {shard.name for shard in todo} - output.finished([needs])
         if missing:
             raise AnnotateError(
-                f"--passes {','.join(job.passes)}: {len(missing)} of {len(shards)} shards have no"
+                f"--passes {','.join(args.passes)}: {len(missing)} of {len(shards)} shards have no"
                 f" results of the pass {needs} yet; run --passes {needs} first"
             )
     return todo
@@ -255,16 +209,7 @@ def _has_gaps(tally: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    try:
-        args = arguments.Annotate.parse(argv)
-        try:
-            print(annotate(args))
-        except OSError as error:
-            raise AnnotateError(build.of_system(error, args.output)) from None
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    return 0
+    return build.console(Annotate, annotate, argv)
 
 
 if __name__ == "__main__":

@@ -43,29 +43,16 @@ class Refused(NamedTuple):
     detail: str  # what was got, cut to what fits on a line
 
 
-class Captioned(NamedTuple):
-    """The answer to the first prompt."""
-
-    subject: str
-    caption: str
-
-
-class Described(NamedTuple):
-    """The answer to the second prompt."""
-
-    descriptions: tuple[str, ...]  # at least one, no two the same but for case
-    dropped: tuple[Refused, ...]  # lines that were left out
-
-
-def parse_caption(text: str, *, cut_off: bool = False) -> Captioned | Refused:
+def parse_caption(text: str, *, cut_off: bool = False) -> dict[str, str] | Refused:
     """Parses an answer of two lines, `Subject: ...` and `Caption: ...`.
 
     Args:
       text: the model's answer.
       cut_off: whether the limit of tokens ended it.
+
+    Returns: the texts of "subject" and "caption".
     """
-    refused = _whole(text, cut_off)
-    if refused:
+    if refused := _whole(text, cut_off):
         return refused
     found: dict[str, str] = {}
     for line in text.splitlines():
@@ -89,27 +76,25 @@ def parse_caption(text: str, *, cut_off: bool = False) -> Captioned | Refused:
             got = f"{name} of {len(value.split())} words and {len(value)} characters"
             most = f"at most {limit} and {limit * MAX_WORD_LENGTH}"
             return Refused(RUN_ON, f"{got}, {most}: {_show(value)}")
-    return Captioned(found["subject"], found["caption"])
+    return found
 
 
 def parse_descriptions(
-    text: str, *, limit: int = MAX_DESCRIPTIONS, cut_off: bool = False
-) -> Described | Refused:
+    text: str, *, cut_off: bool = False
+) -> tuple[list[str], list[Refused]] | Refused:
     """Parses an answer with one description per line.
 
     Args:
-      text: the model's answer.
-      limit: the most that are kept; further ones are dropped without a word, for the prompt asks for
-        the most striking first.
+      text: the model's answer; of more than MAX_DESCRIPTIONS the first are kept, for the prompt asks for the most
+        striking first.
       cut_off: whether the limit of tokens ended it; the last line is then left out.
 
     Returns:
-      The descriptions and the lines that were dropped; refused as a whole if the model declined, or if
-      no line is left (with the cause of the first dropped one).
+      The descriptions, no two the same but for case, and the lines that were dropped; refused as a whole if the model
+      declined, or if no line is left (with the cause of the first dropped one).
     """
     lines = text.splitlines()
-    refused = _whole(text, cut_off and len(lines) < 2)
-    if refused:
+    if refused := _whole(text, cut_off and len(lines) < 2):
         return refused
     dropped = [Refused(CUT_OFF, _show(lines.pop()))] if cut_off else []
     kept: dict[str, str] = {}
@@ -123,10 +108,10 @@ def parse_descriptions(
             dropped.append(Refused(RUN_ON, _show(line)))
         elif description.lower() in kept:
             dropped.append(Refused(REPEATED, _show(line)))
-        elif len(kept) < limit:
+        elif len(kept) < MAX_DESCRIPTIONS:
             kept[description.lower()] = description
     if kept:
-        return Described(tuple(kept.values()), tuple(dropped))
+        return list(kept.values()), dropped
     return dropped[0] if dropped else Refused(EMPTY, _show(text))
 
 
@@ -149,8 +134,9 @@ def _whole(text: str, cut_off: bool) -> Refused | None:
         return Refused(EMPTY, _show(text))
     if cut_off:
         return Refused(CUT_OFF, _show(text))
-    if any(is_refusal(_KEY.sub("", _clean(line))) for line in text.splitlines()):
-        return Refused(REFUSAL, _show(text))
+    for line in text.splitlines():
+        if is_refusal(_KEY.sub("", _clean(line))):
+            return Refused(REFUSAL, _show(text))
     return None
 
 

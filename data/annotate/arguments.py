@@ -1,15 +1,12 @@
 """The flags of `grain-jax annotate`; further ones go to Beam."""
 
-import argparse
-
 from grain_jax.cli.flags import flag, many, share
-from grain_jax.cli.parser import Command
 from grain_jax.config.evals import ORIENTATIONS
-from grain_jax.data.annotate import options
+from grain_jax.data.arguments import Stored, set_name
 
+PASSES = ("caption", "describe", "ground", "negatives")  # in their order
+ALL = ("caption", "describe", "ground")  # of --passes all
 _MOST = 1_000_000
-_LIMITS, _LOCAL, _FINDER = options.Limits(), options.LocalChat(), options.Detector()
-_REMOTE = options.EndpointChat("", "")
 
 
 def _passes(text: str) -> tuple[str, ...]:
@@ -17,10 +14,10 @@ def _passes(text: str) -> tuple[str, ...]:
         return ()
     given = text.split(",")
     if "all" in given:
-        given = [*options.ALL, *(name for name in given if name != "all")]
-    if not set(given) <= set(options.PASSES):
-        raise ValueError(f"got {text!r}, expected all, none, or some of {','.join(options.PASSES)}")
-    return tuple(name for name in options.PASSES if name in given)
+        given = [*ALL, *(name for name in given if name != "all")]
+    if not set(given) <= set(PASSES):
+        raise ValueError(f"got {text!r}, expected all, none, or some of {','.join(PASSES)}")
+    return tuple(name for name in PASSES if name in given)
 
 
 def _option(text: str) -> tuple[str, str]:
@@ -30,7 +27,7 @@ def _option(text: str) -> tuple[str, str]:
     raise ValueError(f"got {text!r}, expected KEY=VALUE")
 
 
-class Annotate(Command, name="annotate"):
+class Annotate(Stored, name="annotate"):
     """Writes captions, descriptions and boxes of images, by models, on Apache Beam.
 
     The same command again resumes an interrupted job. Further flags, such as --runner, go to Beam.
@@ -78,9 +75,6 @@ class Annotate(Command, name="annotate"):
 
     TFRecords:
       --name NAME              also build OUTPUT/records/NAME/1.0.0, as grain-jax build does
-      --store-size S           as of grain-jax build
-      --encoding original|png|jpeg:Q  as of grain-jax build
-      --num-shards N           as of grain-jax build
     """
 
     images: str
@@ -90,37 +84,27 @@ class Annotate(Command, name="annotate"):
     option: list[tuple[str, str]] = many(parse=_option)
     annotations: list[str] = many()
     split: str = ""
-    shard_size: int = options.SHARD_SIZE
-    min_side: int = _LIMITS.min_side
-    max_side: int = _LIMITS.max_side
+    shard_size: int = 1000
+    min_side: int = 16
+    max_side: int = 10_000  # also keeps decompression bombs from being decoded
     max_faults: float = share(0.01)
     keep_images: bool = True
     retry_failed: bool = False
-    passes: tuple[str, ...] = flag(options.ALL, parse=_passes)
-    negatives: int = options.NEGATIVES
+    passes: tuple[str, ...] = flag(ALL, parse=_passes)
+    negatives: int = 10
     chat: str | None = None
     endpoint: str | None = None
-    concurrency: int = _REMOTE.concurrency
-    requests_per_second: float = flag(_REMOTE.requests_per_second, low=0.001, high=_MOST)
-    request_seconds: float = flag(_REMOTE.seconds, low=0.001, high=_MOST)
-    tries: int = _REMOTE.tries
+    concurrency: int = 16
+    requests_per_second: float = flag(0.0, low=0.001, high=_MOST)
+    request_seconds: float = flag(120.0, low=0.001, high=_MOST)
+    tries: int = 6
     prompts: str | None = None
-    detector: str = _FINDER.model
-    threshold: float = share(_FINDER.threshold)
-    batch_size: int = _LOCAL.batch_size
-    name: str | None = None
-    store_size: str | None = None
-    encoding: str | None = None
-    num_shards: str | None = None
+    detector: str = "google/owlv2-base-patch16-ensemble"
+    threshold: float = share(0.3)  # the paper's
+    batch_size: int = 8
+    name: str | None = flag(None, parse=set_name)
     beam: list[str] = many()  # flags of none of the above
 
-
-def source_name(args: argparse.Namespace) -> str:
-    """The source given by --source; otherwise `webdataset` for tar files and `folder` for images."""
-    if args.source:
-        return args.source
-    from etils import epath  # slow to import, and not needed for --help
-
-    images = epath.Path(args.images)
-    tars = images.suffix == ".tar" or (images.is_dir() and any(images.glob("*.tar")))
-    return "webdataset" if tars else "folder"
+    def __post_init__(self):
+        if self.endpoint and not self.chat:
+            raise ValueError("--endpoint: got no --chat, expected the model's name at the endpoint")

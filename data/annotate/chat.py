@@ -1,12 +1,10 @@
-"""The interface of a multimodal chat model: an image and a prompt in, an answer out.
+"""What `local_chat` and `endpoint_chat`, the two kinds of multimodal chat models, say of an image and a prompt."""
 
-`local_chat` runs one on this machine, `endpoint_chat` asks a server; both only import here what they need.
-"""
+from typing import NamedTuple
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from grain_jax.core import printable
 
-import PIL.Image
+MAX_TOKENS = 256  # of an answer
 
 
 class Failure(NamedTuple):
@@ -25,24 +23,7 @@ class Answer(NamedTuple):
     cut_off: bool  # the limit of tokens was reached, so that the last line may be unfinished
 
 
-class Chat(Protocol):
-    """A model, loaded or connected to."""
-
-    def answer(
-        self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
-    ) -> list[Answer | Failure]:
-        """One answer for each image with its prompt, in their order.
-
-        Args:
-          images: any number, of any size and mode; it is split into what fits.
-          prompts: as many.
-        """
-        ...
-
-
 def one_line(value: object, limit: int = 200) -> str:
-    """A text or an exception on one line, cut to `limit` characters; control characters become U+FFFD."""
+    """A text or an exception on one line, cut to `limit` characters; invisible ones become escapes."""
     text = str(value)[: 100 * limit]  # white space may be most of it
-    text = " ".join(text.split()) or type(value).__name__
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+    return printable.plain(" ".join(text.split()) or type(value).__name__, limit)

@@ -2,13 +2,17 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from absl import logging
-from etils import epath
+from etils import epath, epy
 
 from grain_jax.core import errors
 from grain_jax.data.annotate import chat
+
+with epy.lazy_imports():  # slow to start, and not needed with an endpoint
+    import torch
+    import transformers
 
 OUT_OF_MEMORY, MODEL_ERROR = "out of memory", "model error"
 
@@ -20,34 +24,23 @@ class CheckpointError(errors.UserError):
     """A model cannot be loaded."""
 
 
-class Loaded(NamedTuple):
-    """A model that is ready to run."""
-
-    model: Any
-    processor: Any
-    device: str
-
-
-def load(name: str, auto_class: str, *, device: str, half: bool) -> Loaded:
-    """Loads a model for inference.
+def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
+    """Loads a model for inference, on the accelerator if there is one, else on the CPU.
 
     Args:
       name: a folder as `save_pretrained` writes it, or a name on the Hub.
       auto_class: the class of `transformers` that chooses the model's.
-      device: as torch names it; "" takes the accelerator if there is one, else the CPU.
       half: bfloat16 on an accelerator; on the CPU it is always float32.
+
+    Returns: the model, its processor, its device.
 
     Raises:
       CheckpointError: there is no such model, or the class does not know it.
     """
-    import torch
-    import transformers
-
-    if not device:
-        # Without this question a torch that was built for CUDA names it on machines that have none.
-        some = torch.accelerator.is_available()
-        device = torch.accelerator.current_accelerator().type if some else "cpu"
-    dtype = torch.bfloat16 if half and not device.startswith("cpu") else torch.float32
+    # Without this question a torch that was built for CUDA names it on machines that have none.
+    some = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator().type if some else "cpu"
+    dtype = torch.bfloat16 if half and some else torch.float32
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         folder = name
@@ -67,7 +60,7 @@ def load(name: str, auto_class: str, *, device: str, half: bool) -> Loaded:
             raise CheckpointError(
                 f"{name}: cannot be loaded by transformers' {auto_class}: {chat.one_line(error)}"
             ) from error
-    return Loaded(model.to(device).eval(), processor, device)
+    return model.to(device).eval(), processor, device
 
 
 class Batches:
@@ -94,8 +87,6 @@ class Batches:
         return results
 
     def _attempt(self, model, batch):
-        import torch
-
         try:
             return model(batch)
         except errors.UserError:

@@ -1,30 +1,22 @@
-"""Checks an image before a model sees it: one complete still image per file, with sides within limits.
-
-Every fault has a cause of a fixed name, under which it is also counted.
-"""
+"""Checks an image before a model sees it: one complete still image per file, with sides within limits."""
 
 import PIL.Image
 
 from grain_jax.core import images
 from grain_jax.data import sources
-from grain_jax.data.annotate.options import Limits
-
-CAUSES = (
-    "empty file",
-    "unreadable",  # none of images.FORMATS
-    "damaged",  # an image that begins well: truncated, or broken inside
-    "animated",  # several frames
-    "too small",
-    "too large",
-)
+from grain_jax.data.annotate.arguments import Annotate
 
 
-def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Fault:
-    """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault."""
+def check(item: sources.Image, given: Annotate) -> PIL.Image.Image | sources.Fault:
+    """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault.
+
+    Causes: "empty file"; "unreadable", none of images.FORMATS; "damaged", truncated or broken inside; "animated",
+    several frames; "too small" and "too large", sides beyond those of the command.
+    """
     if not item.encoded:
         return sources.Fault(item.image, "empty file", "got 0 bytes, expected an image")
     try:
-        cause, detail = _header_fault(images.open_image(item.encoded), limits)
+        cause, detail = _header_fault(images.open_image(item.encoded), given)
         if not cause:  # pixels are decoded now
             return images.to_rgb(images.decode_image(item.encoded, orientation=item.orientation))
     except images.TooLargeError as error:
@@ -36,14 +28,14 @@ def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Faul
     return sources.Fault(item.image, cause, detail)
 
 
-def _header_fault(header: PIL.Image.Image, limits: Limits) -> tuple[str, str]:
+def _header_fault(header: PIL.Image.Image, given: Annotate) -> tuple[str, str]:
     """The cause and detail of what the header shows; empty texts for nothing."""
     width, height = header.size
     got = f"got {width} x {height} pixels, expected at"
-    if max(width, height) > limits.max_side:
-        return "too large", f"{got} most {limits.max_side} a side"
-    if min(width, height) < limits.min_side:
-        return "too small", f"{got} least {limits.min_side} a side"
+    if max(width, height) > given.max_side:
+        return "too large", f"{got} most {given.max_side} a side"
+    if min(width, height) < given.min_side:
+        return "too small", f"{got} least {given.min_side} a side"
     # Phones put a second image behind a JPEG (MPO): the first is the photograph.
     if header.format != "MPO" and getattr(header, "is_animated", False):
         return "animated", f"got several frames of {header.format}, expected one still image"

@@ -9,15 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+from etils import epy
 
 from grain_jax.core import annotations
 from grain_jax.data.annotate import chat, checkpoint
-from grain_jax.data.annotate.options import Detector as Options
+from grain_jax.data.annotate.arguments import Annotate
+
+with epy.lazy_imports():
+    import torch
 
 # A larger image is shrunk first: OWLv2 pads to a square of floats before it resizes, 4.8 GB for a
 # panorama of 20,000 pixels. Twice the size that the models look at.
 MAX_SIDE = 2048
 MIN_SIDE = 1.0  # of a box, in pixels of the image
+MERGE_IOU = 0.5  # of two boxes of a description that overlap more, the better one stays
 
 
 class Detector:
@@ -27,21 +32,20 @@ class Detector:
       CheckpointError: the model cannot be loaded, or is of no kind that this module knows.
     """
 
-    def __init__(self, options: Options):
+    def __init__(self, given: Annotate):
         self._model, self._processor, self._device = checkpoint.load(
-            options.model,
+            given.detector,
             "AutoModelForZeroShotObjectDetection",
-            device=options.device,
             half=False,  # a box needs more than bfloat16's 8 bits
         )
         kind = self._model.config.model_type
         if kind not in _KINDS:
             raise checkpoint.CheckpointError(
-                f"{options.model}: a detector of the kind {kind!r}, expected one of {', '.join(_KINDS)}"
+                f"{given.detector}: a detector of the kind {kind!r}, expected one of {', '.join(_KINDS)}"
             )
         self._inputs, self._scores = _KINDS[kind]
-        self._options = options
-        self._batches = checkpoint.Batches(options.batch_size)
+        self._threshold = given.threshold
+        self._batches = checkpoint.Batches(given.batch_size)
 
     def detect(
         self, images: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
@@ -69,8 +73,6 @@ class Detector:
     def _ground(
         self, batch: Sequence[tuple[PIL.Image.Image, tuple[str, ...]]]
     ) -> list[list[annotations.Region]]:
-        import torch
-
         shown = [_plain(image) for image, _ in batch]
         texts = [descriptions for _, descriptions in batch]
         inputs = self._inputs(self._processor, self._model.config, shown, texts, self._device)
@@ -85,14 +87,14 @@ class Detector:
                 types.SimpleNamespace(
                     logits=logits, pred_boxes=outputs.pred_boxes[index : index + 1]
                 ),
-                threshold=self._options.threshold,
+                threshold=self._threshold,
                 target_sizes=[(shown[index].height, shown[index].width)],
             )[0]
             scale = np.array([p / s for p, s in zip(image.size, shown[index].size)] * 2)
             boxes_xyxy = found["boxes"].cpu().numpy() * scale
             labels = [descriptions[label] for label in found["labels"].tolist()]
             scored = zip(found["scores"].tolist(), boxes_xyxy.tolist(), labels)
-            regions.append(_regions(scored, image.size, self._options.merge_iou))
+            regions.append(_regions(scored, image.size))
         return regions
 
 
@@ -103,7 +105,7 @@ def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
     return plain
 
 
-def _regions(scored, size: tuple[int, int], merge_iou: float) -> list[annotations.Region]:
+def _regions(scored, size: tuple[int, int]) -> list[annotations.Region]:
     """Clips boxes to an image of (width, height) pixels; of each description's, overlapping ones merge."""
     regions: list[annotations.Region] = []
     for score, box, description in sorted(scored, key=lambda entry: -entry[0]):
@@ -115,7 +117,7 @@ def _regions(scored, size: tuple[int, int], merge_iou: float) -> list[annotation
             continue
         region = annotations.Region(clipped, description, score)
         if not any(
-            better.description == description and _iou(better.box_xyxy, region.box_xyxy) > merge_iou
+            better.description == description and _iou(better.box_xyxy, region.box_xyxy) > MERGE_IOU
             for better in regions
         ):
             regions.append(region)
@@ -175,8 +177,6 @@ def _dino_inputs(processor, config, images, texts, device):
 def _dino_scores(processor, inputs, logits, index: int, descriptions: int):
     # Logits are of tokens. A description's is its best token's, so that a box's score is what the model's
     # own post-processing gives; that one, though, decodes phrases, which need not be any description.
-    import torch
-
     tokens = inputs["input_ids"][index]
     stop = processor.tokenizer.convert_tokens_to_ids(".")
     special = torch.tensor([stop, *processor.tokenizer.all_special_ids], device=tokens.device)

@@ -21,15 +21,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
+from etils import epy
 
 from grain_jax.core import errors
 from grain_jax.data.annotate import chat
-from grain_jax.data.annotate.options import EndpointChat as Options
+from grain_jax.data.annotate.arguments import Annotate
+
+with epy.lazy_imports():  # it need not be installed
+    import httpx
 
 TIME_OUT, CONNECTION = "time-out", "no connection"
 SERVER_ERROR, RATE_LIMIT = "server error", "rate limit"
 REJECTED, NO_ANSWER = "request rejected", "no answer in the response"
 
+KEY = "OPENAI_API_KEY"  # of the environment; holds the key, where one is needed
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
 LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is not waited for any longer
 MAX_SIDE = 1344  # pixels of the image that is sent; LLaVA-NeXT looks at no more than 1008
@@ -47,52 +52,48 @@ class EndpointError(errors.UserError):
 
 
 class EndpointChat:
-    """A `chat.Chat`. It may be used by several threads; the limits hold for all of them together.
+    """A client. It may be used by several threads; the limits hold for all of them together.
 
     Raises:
       EndpointError: the address, the key or a proxy is not valid; nothing is asked yet.
     """
 
-    def __init__(self, options: Options):
-        import httpx
-
+    def __init__(self, given: Annotate):
         try:
-            address = httpx.URL(options.url)
+            address = httpx.URL(given.endpoint)
             port = 80 if address.port is None else address.port
             known = address.scheme in ("http", "https") and address.host and 0 < port < 1 << 16
         except httpx.InvalidURL:
             known = False
-        if not known or not re.fullmatch("[!-~]+", options.url):
+        if not known or not re.fullmatch("[!-~]+", given.endpoint):
             raise EndpointError(
-                f"{chat.one_line(options.url)}: no address, expected one like http://host:8000/v1"
+                f"{chat.one_line(given.endpoint)}: no address, expected one like http://host:8000/v1"
             )
         if address.userinfo:
             raise EndpointError(
-                f"{address.host}: got a user in the address, expected the key in {options.key_variable}"
+                f"{address.host}: got a user in the address, expected the key in {KEY}"
             )
-        self._options = options
-        self._url = options.url.rstrip("/") + "/chat/completions"
+        self._given = given
+        self._url = given.endpoint.rstrip("/") + "/chat/completions"
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        key = os.environ.get(options.key_variable, "").strip()  # files of keys end with a new line
+        key = os.environ.get(KEY, "").strip()  # files of keys end with a new line
         if key:
             if not re.fullmatch("[!-~]+", key):
-                raise EndpointError(
-                    f"{options.key_variable}: holds white space or other than ASCII, expected a key"
-                )
+                raise EndpointError(f"{KEY}: holds white space or other than ASCII, expected a key")
             self._headers["Authorization"] = f"Bearer {key}"
         self._tls = ssl.create_default_context()
         try:
             httpx.Client(verify=self._tls).close()
         except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a package
             raise EndpointError(f"the environment's proxy: {chat.one_line(error)}") from None
-        self._pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
+        self._pool = concurrent.futures.ThreadPoolExecutor(given.concurrency)
         self._lock = threading.Lock()
         self._next_start = 0.0  # of a request, on the monotonic clock
 
     def answer(
         self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
     ) -> list[chat.Answer | chat.Failure]:
-        """See `chat.Chat.answer`.
+        """One answer for each image (of any size and mode) with its prompt, in their order.
 
         Failures: "time-out", "no connection", "server error" and "rate limit" after the last try;
         "request rejected" (this image or prompt) and "no answer in the response".
@@ -105,18 +106,18 @@ class EndpointChat:
     def _ask(self, image: PIL.Image.Image, prompt: str) -> chat.Answer | chat.Failure:
         body = json.dumps(
             {
-                "model": self._options.model,
+                "model": self._given.chat,
                 "messages": [{"role": "user", "content": _content(image, prompt)}],
-                "max_tokens": self._options.max_tokens,
+                "max_tokens": chat.MAX_TOKENS,
                 "temperature": 0,
             }
         ).encode()
-        for count in range(self._options.tries):
+        for count in range(self._given.tries):
             self._wait_for_turn()
             result, retry_after = self._try(body)
             if isinstance(result, chat.Answer) or retry_after is None:
                 return result
-            if retry_after > LONGEST_RETRY_AFTER or count + 1 == self._options.tries:
+            if retry_after > LONGEST_RETRY_AFTER or count + 1 == self._given.tries:
                 break
             if retry_after:  # all requests wait: the server has said when it has room
                 with self._lock:
@@ -127,7 +128,7 @@ class EndpointChat:
         return result
 
     def _wait_for_turn(self) -> None:
-        rate = self._options.requests_per_second
+        rate = self._given.requests_per_second
         with self._lock:
             start = max(time.monotonic(), self._next_start)
             self._next_start = start + (1 / rate if rate else 0)
@@ -135,12 +136,10 @@ class EndpointChat:
 
     def _try(self, body: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
         """Sends one request; returns its result and the seconds to wait before a retry (0: unknown; None: no retry)."""
-        import httpx
-
         try:
             response, content = asyncio.run(self._post(body))
         except (TimeoutError, httpx.TimeoutException):
-            return chat.Failure(TIME_OUT, f"timed out after {self._options.seconds:g} s"), 0.0
+            return chat.Failure(TIME_OUT, f"timed out after {self._given.request_seconds:g} s"), 0.0
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             cause = NO_ANSWER  # not HTTP, or too much of it
             if isinstance(error, (httpx.NetworkError, httpx.ProxyError, OSError)):
@@ -160,10 +159,8 @@ class EndpointChat:
         Raises:
           TimeoutError: the time is up; ValueError: more than MAX_BYTES; httpx.HTTPError.
         """
-        import httpx
-
         response, content = None, bytearray()
-        seconds = self._options.seconds
+        seconds = self._given.request_seconds
         # Shorter, since httpcore does not close the socket where a handshake is cancelled.
         wait = httpx.Timeout(None, connect=0.9 * seconds)
         try:
@@ -193,8 +190,7 @@ class EndpointChat:
             )
         if status in _FATAL:
             raise EndpointError(
-                f"{self._url}: {_FATAL[status]} (model {self._options.model!r}, key from"
-                f" {self._options.key_variable}): {detail}"
+                f"{self._url}: {_FATAL[status]} (model {self._given.chat!r}, key from {KEY}): {detail}"
             )
         cause = SERVER_ERROR if status >= 500 else _RETRIED.get(status)
         if cause is None:

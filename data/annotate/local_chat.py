@@ -3,42 +3,46 @@
 from collections.abc import Sequence
 
 import PIL.Image
+from etils import epy
 
 from grain_jax.data.annotate import chat, checkpoint
-from grain_jax.data.annotate.options import LocalChat as Options
+from grain_jax.data.annotate.arguments import Annotate
+
+with epy.lazy_imports():
+    import torch
+
+MODEL = "llava-hf/llava-v1.6-mistral-7b-hf"
 
 
 class LocalChat:
-    """A `chat.Chat`; answers are the most probable ones (no sampling), so that a second run repeats them.
+    """A model that is loaded; answers are the most probable ones (no sampling), so that a second run repeats them.
 
     Raises:
       CheckpointError: the model cannot be loaded, or has no template for a chat.
     """
 
-    def __init__(self, options: Options):
+    def __init__(self, given: Annotate):
+        name = given.chat or MODEL
         self._model, self._processor, self._device = checkpoint.load(
-            options.model, "AutoModelForImageTextToText", device=options.device, half=True
+            name, "AutoModelForImageTextToText", half=True
         )
         if not getattr(self._processor, "chat_template", None):
             raise checkpoint.CheckpointError(
-                f"{options.model}: its processor has no chat template, expected a model made for chats"
+                f"{name}: its processor has no chat template, expected a model made for chats"
             )
         # Answers start where the prompt ends, so prompts of a batch must end at the same place.
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        self._max_tokens = options.max_tokens
-        self._batches = checkpoint.Batches(options.batch_size)
+        self._batches = checkpoint.Batches(given.batch_size)
 
     def answer(
         self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
     ) -> list[chat.Answer | chat.Failure]:
-        """See `chat.Chat.answer`; failures: "out of memory", "model error"."""
+        """One answer for each image (of any size and mode) with its prompt; failures: "out of memory", "model error"."""
         return self._batches.run(self._generate, list(zip(images, prompts, strict=True)))
 
     def _generate(self, batch: Sequence[tuple[PIL.Image.Image, str]]) -> list[chat.Answer]:
-        import torch
-
         inputs = self._processor(
             images=[image.convert("RGB") for image, _ in batch],
             text=[self._conversation(prompt) for _, prompt in batch],
@@ -49,7 +53,7 @@ class LocalChat:
             tokens = self._model.generate(
                 **inputs,
                 do_sample=False,
-                max_new_tokens=self._max_tokens,
+                max_new_tokens=chat.MAX_TOKENS,
                 pad_token_id=self._processor.tokenizer.pad_token_id,
             )
         prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()

@@ -78,12 +78,11 @@ class Output(NamedTuple):
 
     def finished(self, passes: Sequence[str]) -> set[str]:
         """Names of the shards that all of `passes` have done; without passes, that have annotations."""
-        return set.intersection(*map(self._shards, _kinds(passes)))
-
-    def _shards(self, kind: str) -> set[str]:
-        folder = self.path(kind)
-        found = folder.iterdir() if folder.exists() else ()
-        return {path.name.removesuffix(".jsonl") for path in found if path.suffix == ".jsonl"}
+        found = []
+        for folder in map(self.path, _kinds(passes)):
+            paths = folder.iterdir() if folder.exists() else ()
+            found.append({path.stem for path in paths if path.suffix == ".jsonl"})
+        return set.intersection(*found)
 
     def is_finished(self, shard: str, passes: Sequence[str]) -> bool:
         """Whether `finished` has the shard."""
@@ -91,11 +90,9 @@ class Output(NamedTuple):
 
     def agree(self, settings: dict[str, dict[str, Any]]) -> None:
         """Notes the settings of the source and of each pass. Raises OutputError if others are there."""
-        path = self.path("settings.json")
-        known: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            form = dict[str, dict[str, Any]]
-            known = regular_file.read_json(path, form, "the settings of grain-jax annotate")
+        path, form = self.path("settings.json"), dict[str, dict[str, Any]]
+        expected = "the settings of grain-jax annotate"
+        known = regular_file.read_json(path, form, expected) if path.exists() else {}
         for part, values in settings.items():
             for key, value in values.items():
                 old = known.get(part, {}).get(key, value)

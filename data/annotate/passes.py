@@ -19,23 +19,20 @@ import PIL.Image
 from grain_jax.core import annotations, errors
 from grain_jax.core import images as images_lib
 from grain_jax.data import negatives, sources
-from grain_jax.data.annotate import (
-    answers,
-    checks,
-    detector,
-    endpoint_chat,
-    local_chat,
-    options,
-    outputs,
-    prompt,
-)
-from grain_jax.data.annotate.chat import Answer, Chat, Failure
+from grain_jax.data.annotate import answers, checks, detector, endpoint_chat, local_chat, outputs
+from grain_jax.data.annotate.arguments import PASSES, Annotate
+from grain_jax.data.annotate.chat import Answer, Failure
+from grain_jax.data.annotate.prompt import Prompt
 
 # Of a batch: 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB.
 BATCH_PIXELS = 1 << 27
+# Requests that wait for each one that an endpoint answers at a time: none waits for a slow one.
+BATCHES_AHEAD = 4
 # What the name of an image can be the reason of: a part of it is too long, or another image's file.
 _NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
+# A pass -> the one whose results it takes. Negatives are of regions of the source, too, and come after the others.
+NEEDS = {"describe": "caption", "ground": "describe"}
 
 
 class ModelDown(errors.UserError):
@@ -45,32 +42,13 @@ class ModelDown(errors.UserError):
 class Job(NamedTuple):
     """All that a worker needs to know; plain values that can be pickled."""
 
-    output: outputs.Output
-    passes: tuple[str, ...]
-    limits: checks.Limits
-    batch_size: int  # images that a model is given at once
-    keep_images: bool  # write the images of annotated lines below OUTPUT/images
-    chat: local_chat.Options | endpoint_chat.Options
-    detector: detector.Options
-    prompts: dict[str, prompt.Prompt]  # by pass
-    negatives: int = options.NEGATIVES  # of a description, at most
+    given: Annotate  # the arguments of the command
+    prompts: dict[str, Prompt]  # by pass
 
-
-@dataclasses.dataclass
-class Models:
-    """What the passes run, loaded once per worker process.
-
-    Attributes:
-      job: whose prompts are asked, and whose number of negatives is made (by rules, without a model).
-      chat, detector: None where no pass needs it.
-      turn: held while a local model runs: a worker may have several threads, and a GPU one memory.
-    """
-
-    job: Job
-    chat: Chat | None
-    detector: detector.Detector | None
-    turn: contextlib.AbstractContextManager
-    failures: int = 0  # in a row, up to now
+    @property
+    def output(self) -> outputs.Output:
+        """The files of the job."""
+        return outputs.Output(self.given.output)
 
 
 @dataclasses.dataclass
@@ -88,90 +66,157 @@ class _Work:
         )
 
 
-def build(job: Job) -> Models:
-    """Loads the models that the job's passes need. Raises UserError."""
-    chat = finder = None
-    local = False
-    if {"caption", "describe"} & set(job.passes):
-        local = isinstance(job.chat, local_chat.Options)
-        chat = (local_chat.LocalChat if local else endpoint_chat.EndpointChat)(job.chat)
-    if "ground" in job.passes:
-        finder = detector.Detector(job.detector)
-    return Models(
-        job, chat, finder, threading.Lock() if local or finder else contextlib.nullcontext()
-    )
+class Passes:
+    """The passes of a job with their models, which are loaded once per worker process.
 
+    Attributes:
+      job: whose prompts are asked, and whose number of negatives is made (by rules, without a model).
+      chat, detector: None where no pass needs it.
 
-def _ask(
-    models: Models,
-    works: list[_Work],
-    texts: list[str],
-    parse: Callable[..., Any],
-    tally: collections.Counter,
-) -> Iterator:
-    """The parsed answers about the images; a Failure or Refused where there is none."""
-    for answer in models.chat.answer([work.image for work in works], texts):
-        if isinstance(answer, Answer):
-            tally["prompt tokens"] += answer.prompt_tokens
-            tally["answer tokens"] += answer.answer_tokens
-            answer = parse(answer.text, cut_off=answer.cut_off)
-        yield answer
+    Raises:
+      UserError: a model cannot be loaded, or an endpoint not be used.
+    """
 
+    def __init__(self, job: Job):
+        given, self.job, self.chat, self.detector = job.given, job, None, None
+        self._batch_size, self._failures = given.batch_size, 0  # the failures in a row, up to now
+        if {"caption", "describe"} & set(given.passes):
+            self.chat = (endpoint_chat.EndpointChat if given.endpoint else local_chat.LocalChat)(
+                given
+            )
+            if given.endpoint:
+                self._batch_size = max(given.batch_size, BATCHES_AHEAD * given.concurrency)
+        if "ground" in given.passes:
+            self.detector = detector.Detector(given)
+        # A worker may have several threads, and a GPU one memory.
+        local = isinstance(self.chat, local_chat.LocalChat) or self.detector
+        self._turn = threading.Lock() if local else contextlib.nullcontext()
 
-def _caption(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
-    texts = [models.job.prompts["caption"].text] * len(works)
-    for found in _ask(models, works, texts, answers.parse_caption, tally):
-        if isinstance(found, answers.Captioned):
-            found = {"subject": found.subject, "synthetic_caption": found.caption}
-        yield found
-
-
-def _describe(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
-    ask = models.job.prompts["describe"]
-    texts = [ask.about(work.results["caption"]["subject"]) for work in works]
-    for found in _ask(models, works, texts, answers.parse_descriptions, tally):
-        if isinstance(found, answers.Described):
-            tally["descriptions"] += len(found.descriptions)
-            tally.update(f"line left out: {dropped.cause}" for dropped in found.dropped)
-            found = {"descriptions": list(found.descriptions)}
-        yield found
-
-
-def _ground(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
-    texts = [work.results["describe"]["descriptions"] for work in works]
-    for found in models.detector.detect([work.image for work in works], texts):
-        if not isinstance(found, Failure):
-            tally["regions"] += len(found)
-            found = {"regions": list(map(_region, found))}
-        yield found
-
-
-def _negatives(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
-    for work in works:
-        descriptions = dict.fromkeys(region["description"] for region in _regions(work))
-        made = {
-            text: negatives.make(text, models.job.negatives, others=descriptions)
-            for text in descriptions
+    def annotate(self, shard: sources.SourceShard) -> None:
+        """Runs the passes over a shard and writes its files; results of earlier jobs are kept."""
+        output, passes = self.job.output, self.job.given.passes
+        known = {
+            name: {line["image"]: line for line in output.read(f"passes/{name}", shard.name)}
+            for name in PASSES
         }
-        tally["negatives"] += sum(map(len, made.values()))
-        tally["descriptions without a word of the rules"] += sum(not x for x in made.values())
-        yield {"negatives": made}
+        old_letters = collections.defaultdict(list)
+        for letter in output.read("failed", shard.name):
+            del letter["kept"]
+            old_letters[letter["image"]].append(letter)
+        tallies = {name: collections.Counter() for name in passes}
+        lines, letters, faulty, works = [], [], 0, 0
+        found = {name: [] for name in passes}
+        for batch in _batches(_read(shard, self.job, known, old_letters), self._batch_size):
+            for name in passes:
+                self._run(name, batch, tallies[name])
+            for work in batch:
+                line = _finish(work, self.job)
+                lines += [] if line is None else [line]
+                letters += [letter | {"kept": line is not None} for letter in work.letters]
+                faulty += any(letter["stage"] != "region" for letter in work.letters)
+                for name in found.keys() & work.results.keys():
+                    found[name].append(work.results[name])
+            works += len(batch)
+        before = output.tally(shard.name)
+        tally = {
+            "shards": 1,
+            "pictures": works,
+            "annotated": len(lines),
+            "faulty": faulty,
+            "regions": sum(len(line["regions"]) for line in lines),
+            "failures": collections.Counter(f"{x['stage']}: {x['cause']}" for x in letters),
+            "results": before.get("results", {}) | {name: len(found[name]) for name in found},
+            "passes": outputs.add(before.get("passes", {}), tallies),
+        }
+        # The order matters: the passes' files say that the shard is done.
+        output.write("failed", shard.name, letters)
+        output.put_tally(shard.name, tally)
+        output.write("annotations", shard.name, lines)
+        for name in passes:
+            output.write(f"passes/{name}", shard.name, found[name])
 
+    def _run(self, name: str, batch: list[_Work], tally: collections.Counter) -> None:
+        """Runs a pass over the images of a batch that have its inputs and lack its results.
 
-class Pass(NamedTuple):
-    """A pass over images: `run` yields what it found, or a Failure or Refused, for each of them."""
+        The method of its name yields a dict, or a Failure or Refused, for each of them.
+        """
+        needs = NEEDS.get(name)
+        todo = [
+            work
+            for work in batch
+            if work.image is not None
+            and name not in work.results
+            and (needs is None or needs in work.results)
+        ]
+        if not todo:
+            return
+        with self._turn:
+            start = time.monotonic()
+            for work, found in zip(todo, getattr(self, f"_{name}")(todo, tally), strict=True):
+                if isinstance(found, dict):
+                    work.results[name] = {"image": work.item.image} | found
+                else:
+                    work.fail(name, found.cause, found.detail)
+                self._failures = self._failures + 1 if isinstance(found, Failure) else 0
+                if self._failures >= FAILURES_IN_A_ROW:
+                    raise ModelDown(
+                        f"pass {name}: {self._failures} images in a row failed, the last by"
+                        f" {found.cause} ({found.detail}); fix it, then give the same command again"
+                    )
+            tally["seconds"] += time.monotonic() - start
+        tally["pictures"] += len(todo)
 
-    needs: str | None  # the pass whose results it takes
-    run: Callable[[Models, list[_Work], collections.Counter], Iterator]
+    def _ask(
+        self,
+        works: list[_Work],
+        texts: list[str],
+        parse: Callable[..., Any],
+        tally: collections.Counter,
+    ) -> Iterator:
+        """The parsed answers about the images; a Failure or Refused where there is none."""
+        for answer in self.chat.answer([work.image for work in works], texts):
+            if isinstance(answer, Answer):
+                tally["prompt tokens"] += answer.prompt_tokens
+                tally["answer tokens"] += answer.answer_tokens
+                answer = parse(answer.text, cut_off=answer.cut_off)
+            yield answer
 
+    def _caption(self, works: list[_Work], tally: collections.Counter) -> Iterator:
+        texts = [self.job.prompts["caption"].text] * len(works)
+        for found in self._ask(works, texts, answers.parse_caption, tally):
+            if isinstance(found, dict):
+                found["synthetic_caption"] = found.pop("caption")
+            yield found
 
-PASSES = {
-    "caption": Pass(None, _caption),
-    "describe": Pass("caption", _describe),
-    "ground": Pass("describe", _ground),
-    # Of regions of the source, too: so it needs no pass, but comes after the others.
-    "negatives": Pass(None, _negatives),
-}
+    def _describe(self, works: list[_Work], tally: collections.Counter) -> Iterator:
+        ask = self.job.prompts["describe"]
+        texts = [ask.about(work.results["caption"]["subject"]) for work in works]
+        for found in self._ask(works, texts, answers.parse_descriptions, tally):
+            if not isinstance(found, Failure | answers.Refused):
+                descriptions, dropped = found
+                tally["descriptions"] += len(descriptions)
+                tally.update(f"line left out: {line.cause}" for line in dropped)
+                found = {"descriptions": descriptions}
+            yield found
+
+    def _ground(self, works: list[_Work], tally: collections.Counter) -> Iterator:
+        texts = [work.results["describe"]["descriptions"] for work in works]
+        for found in self.detector.detect([work.image for work in works], texts):
+            if not isinstance(found, Failure):
+                tally["regions"] += len(found)
+                found = {"regions": list(map(_region, found))}
+            yield found
+
+    def _negatives(self, works: list[_Work], tally: collections.Counter) -> Iterator:
+        for work in works:
+            descriptions = dict.fromkeys(region["description"] for region in _regions(work))
+            made = {
+                text: negatives.make(text, self.job.given.negatives, others=descriptions)
+                for text in descriptions
+            }
+            tally["negatives"] += sum(map(len, made.values()))
+            tally["descriptions without a word of the rules"] += sum(not x for x in made.values())
+            yield {"negatives": made}
 
 
 def _region(region: annotations.Region) -> dict[str, Any]:
@@ -211,23 +256,21 @@ def _line(work: _Work) -> dict[str, Any] | None:
 
 def _read(shard: sources.SourceShard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
     """The shard's images, decoded and with what earlier jobs found."""
-    needs = PASSES[job.passes[0]].needs if job.passes else None
+    passes = job.given.passes
+    needs = NEEDS.get(passes[0]) if passes else None
     for item in sources.read(shard):
         results = {name: known[name][item.image] for name in known if item.image in known[name]}
         work = _Work(item, results=results, letters=letters.get(item.image, []))
         if needs and needs not in results:  # an earlier job has dealt with it
             yield work
             continue
-        work.letters = [
-            letter
-            for letter in work.letters
-            if letter["stage"] in PASSES and letter["stage"] not in job.passes
-        ]
+        earlier = set(PASSES) - set(passes)
+        work.letters = [letter for letter in work.letters if letter["stage"] in earlier]
         found = item
         if isinstance(item, sources.Image):
             for region_fault in item.left_out:
                 work.fail("region", region_fault.cause, region_fault.detail)
-            found = checks.check(item, job.limits)
+            found = checks.check(item, job.given)
         if isinstance(found, sources.Fault):
             work.fail("picture", found.cause, found.detail)
         else:
@@ -256,83 +299,6 @@ def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
             yield batch
 
 
-def _run(name: str, batch: list[_Work], models: Models, tally: collections.Counter) -> None:
-    """Runs a pass over the images of a batch that have its inputs and lack its results."""
-    needs, run = PASSES[name]
-    todo = [
-        work
-        for work in batch
-        if work.image is not None
-        and name not in work.results
-        and (needs is None or needs in work.results)
-    ]
-    if not todo:
-        return
-    with models.turn:
-        start = time.monotonic()
-        for work, found in zip(todo, run(models, todo, tally), strict=True):
-            if isinstance(found, dict):
-                work.results[name] = {"image": work.item.image} | found
-            else:
-                work.fail(name, found.cause, found.detail)
-            models.failures = models.failures + 1 if isinstance(found, Failure) else 0
-            if models.failures >= FAILURES_IN_A_ROW:
-                raise ModelDown(
-                    f"pass {name}: {models.failures} images in a row failed, the last by"
-                    f" {found.cause} ({found.detail}); fix it, then give the same command again"
-                )
-        tally["seconds"] += time.monotonic() - start
-    tally["pictures"] += len(todo)
-
-
-def annotate_shard(shard: sources.SourceShard, job: Job, models: Models) -> dict[str, Any]:
-    """Runs the job's passes over a shard and writes its files; results of earlier jobs are kept.
-
-    Returns: the counters of this run, as `tally` in `outputs` has them for all runs.
-    """
-    output, start = job.output, time.monotonic()
-    known = {
-        name: {line["image"]: line for line in output.read(f"passes/{name}", shard.name)}
-        for name in PASSES
-    }
-    old_letters = collections.defaultdict(list)
-    for letter in output.read("failed", shard.name):
-        del letter["kept"]
-        old_letters[letter["image"]].append(letter)
-    tallies = {name: collections.Counter() for name in job.passes}
-    lines, letters, faulty, works = [], [], 0, 0
-    found = {name: [] for name in job.passes}
-    for batch in _batches(_read(shard, job, known, old_letters), job.batch_size):
-        for name in job.passes:
-            _run(name, batch, models, tallies[name])
-        for work in batch:
-            line = _finish(work, job)
-            lines += [] if line is None else [line]
-            letters += [letter | {"kept": line is not None} for letter in work.letters]
-            faulty += any(letter["stage"] != "region" for letter in work.letters)
-            for name in found.keys() & work.results.keys():
-                found[name].append(work.results[name])
-        works += len(batch)
-    before = output.tally(shard.name)
-    tally = {
-        "shards": 1,
-        "pictures": works,
-        "annotated": len(lines),
-        "faulty": faulty,
-        "regions": sum(len(line["regions"]) for line in lines),
-        "failures": collections.Counter(f"{x['stage']}: {x['cause']}" for x in letters),
-        "results": before.get("results", {}) | {name: len(found[name]) for name in found},
-    }
-    # The order matters: the passes' files say that the shard is done.
-    output.write("failed", shard.name, letters)
-    sums = outputs.add(before.get("passes", {}), tallies)
-    output.put_tally(shard.name, tally | {"passes": sums})
-    output.write("annotations", shard.name, lines)
-    for name in job.passes:
-        output.write(f"passes/{name}", shard.name, found[name])
-    return tally | {"passes": tallies, "seconds": time.monotonic() - start}
-
-
 def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
     """The line of the image, or None; also writes the file of the image where the source has none."""
     if any(letter["stage"] == "picture" for letter in work.letters):
@@ -340,7 +306,7 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
     line = _line(work)
     if line is None and not work.letters:
         work.fail("picture", "no caption", "got neither caption nor regions, expected one of them")
-    if line is not None and job.keep_images:
+    if line is not None and job.given.keep_images:
         path = job.output.path("images", work.item.image)
         try:
             if path.is_dir() or not path.exists():

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
-from apache_beam import metrics
 from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from apache_beam.utils import shared
@@ -37,45 +36,29 @@ class PipelineError(errors.UserError):
 class AnnotateShards(beam.DoFn):
     """Annotates shards with models that are loaded once per worker process, however many threads it has."""
 
-    def __init__(self, job: passes.Job, retry_failed: bool):
-        self._job, self._retry_failed = job, retry_failed
-        self._shared = shared.Shared()
+    def __init__(self, job: passes.Job):
+        self._job, self._shared = job, shared.Shared()
 
     def setup(self):
         with _told():
-            self._models = self._shared.acquire(lambda: passes.build(self._job))
+            self._passes = self._shared.acquire(lambda: passes.Passes(self._job))
 
     def process(self, shard: tuple):
         shard = sources.SourceShard(*shard)
         # A runner gives a bundle again when one of its shards failed: the others are done.
-        done = self._job.output.is_finished(shard.name, self._job.passes)
-        if done and not self._retry_failed:
-            return
-        with _told():
-            tally = passes.annotate_shard(shard, self._job, self._models)
-        for name, value in _flat(tally):
-            metrics.Metrics.counter("annotate", name).inc(value)
+        given = self._job.given
+        if given.retry_failed or not self._job.output.is_finished(shard.name, given.passes):
+            with _told():
+                self._passes.annotate(shard)
 
 
-def run(
-    job: passes.Job,
-    shards: Sequence[sources.SourceShard],
-    beam_arguments: Sequence[str],
-    *,
-    retry_failed: bool,
-) -> dict[str, int]:
-    """Runs the job's passes over the shards that are to be done; returns this run's counters.
-
-    Args:
-      job: what is to be done.
-      shards: those that are not done yet.
-      beam_arguments: --runner and whatever options it has.
-      retry_failed: shards that are done come again, for what failed in them.
+def run(job: passes.Job, shards: Sequence[sources.SourceShard]) -> None:
+    """Runs the job's passes over the shards that are to be done.
 
     Raises:
       PipelineError: a worker met wrong usage or wrong input.
     """
-    options = pipeline_options.PipelineOptions(list(beam_arguments))
+    options = pipeline_options.PipelineOptions(job.given.beam)
     # Beam logs the traceback of every error; user errors are printed as one line.
     logging.getLogger(beam.runners.common.__name__).addFilter(
         lambda record: _MARK not in record.getMessage()
@@ -85,21 +68,15 @@ def run(
     pipeline = beam.Pipeline(runner=runner, options=options)
     # As plain tuples: Beam would make a table's row of a NamedTuple.
     created = pipeline | "Shards" >> beam.Create([tuple(shard) for shard in shards])
-    created | "Annotate" >> beam.ParDo(AnnotateShards(job, retry_failed))
+    created | "Annotate" >> beam.ParDo(AnnotateShards(job))
     with _shown(job, {shard.name for shard in shards}):
         try:
-            result = pipeline.run()
-            result.wait_until_finish()
+            pipeline.run().wait_until_finish()
         except Exception as error:
             told = re.search(f"{_MARK}(.*?){_MARK}", str(error), re.DOTALL)
             if told:
                 raise PipelineError(told.group(1)) from None
             raise
-    return {
-        found.key.metric.name: found.committed or found.attempted
-        for found in result.metrics().query()["counters"]
-        if found.key.metric.namespace == "annotate"
-    }
 
 
 def check(beam_arguments: Sequence[str]) -> None:
@@ -139,18 +116,14 @@ def _told() -> Iterator[None]:
 @contextlib.contextmanager
 def _shown(job: passes.Job, names: set[str]) -> Iterator[None]:
     """Reports progress by the files of the output folder, which work with every runner."""
-    ended = threading.Event()
-
-    def newly_finished():
-        seen = job.output.finished(job.passes) & names  # a job that retries
-        while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            new = job.output.finished(job.passes) & names - seen
-            seen |= new
-            yield from new
+    ended, counter = threading.Event(), progress.Counter("shards", len(names))
+    before = job.output.finished(job.given.passes)  # a job that retries
 
     def show():
-        for _ in progress.over(newly_finished(), total=len(names), what="shards"):
-            pass
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            done = job.output.finished(job.given.passes) & names - before
+            counter.add(len(done) - int(counter.done))
+        counter.close()
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -159,12 +132,3 @@ def _shown(job: passes.Job, names: set[str]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _flat(tally: dict, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """A nested dict of numbers as counters: {"a": {"b": 1}} is ("a/b", 1)."""
-    for key, value in tally.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, round(value)

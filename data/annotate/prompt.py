@@ -37,16 +37,9 @@ def read_prompt(path: epath.PathLike, *, with_subject: bool) -> Prompt:
     """
     content = regular_file.read_text(path, f"a prompt; make one like {CAPTION}")
     first, _, text = content.partition("\n")
-    text = text.strip()
     version = re.fullmatch(r"version: *(\d+)\s*", first)
-    fault = ""
-    if version is None:
-        fault = f"the first line is {first[:40]!r}, expected `version: N`, N a number"
-    elif not text:
-        fault = "no text after the first line, expected the prompt"
-    elif (SUBJECT in text) != with_subject:
-        got, expected = ("no", "one") if with_subject else ("a", "none")
-        fault = f"got {got} {SUBJECT} in the text, expected {expected}"
-    if fault:
-        raise regular_file.FileError(f"{path}: {fault}")
-    return Prompt(int(version.group(1)), text)
+    if version is None or not text.strip() or (SUBJECT in text) != with_subject:
+        got = f"got {first[:40]!r} and {len(text)} characters {'with' if SUBJECT in text else 'without'} {SUBJECT}"
+        expected = f"`version: N`, then a text {'with' if with_subject else 'without'} {SUBJECT}"
+        raise regular_file.FileError(f"{path}: {got}, expected {expected}")
+    return Prompt(int(version[1]), text.strip())

@@ -7,46 +7,28 @@ a higher rate keeps the errors of a lower one, adds more, and changes no other k
 import dataclasses
 import math
 import random
+from collections.abc import Sequence
+
+from etils import epath
 
 from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.settings import Noise
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, hard_negatives
 
+
+def templates(file: epath.Path) -> dict[str, list[str]]:
+    """The captions of each kind in a table, with the names of what is filled in in braces."""
+    found: dict[str, list[str]] = {}
+    for kind, caption in (line.split("\t") for line in file.read_text().splitlines()[1:]):
+        found.setdefault(kind, []).append(caption)
+    return found
+
+
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
 _LEAST_AREA = 0.001  # share of the image; a smaller part counts as hidden
 
-_WEB_CAPTIONS = (
-    "a photo of a {name} seen {place}",
-    "{name} {place}",
-    "my first {name} of the year!",
-    "a {name} resting {perch} {place}",
-    "we saw this {name} {place} today",
-    "{name} - bird photos",
-    "the {name} came back again",
-    "close up of a {name}",
-    "{name} {perch}, a lucky shot",
-    "what a lovely {name}! {place}",
-    "IMG_{number} {name}",
-    "a {name} {perch}",
-)
-_NAMELESS_CAPTIONS = (
-    "a bird seen {place}",
-    "IMG_{number}",
-    "bird photos from our walk",
-    "a visitor {perch}",
-    "what a lovely bird! {place}",
-    "our trip, day {day}",
-    "wildlife {place}",
-)
-_SYNTHETIC_CAPTIONS = (
-    "a bird with {parts} {perch}, {background} behind it",
-    "the image shows a bird {perch} with {parts}",
-    "a bird with {parts} in front of {background}",
-    "a colorful bird {perch}, it has {parts}",
-)
-
-
+_CAPTIONS = templates(epath.Path(__file__).with_name("captions.tsv"))
 EXACT = Noise(**dict.fromkeys((field.name for field in dataclasses.fields(Noise)), 0.0))
 
 
@@ -60,7 +42,7 @@ def web_caption(
 ) -> str:
     """Alt text as on the web, with the name of the species, a name from `others`, or no name."""
     rng = random.Random(key + "/web")
-    named, nameless = rng.choice(_WEB_CAPTIONS), rng.choice(_NAMELESS_CAPTIONS)
+    named, nameless = rng.choice(_CAPTIONS["web"]), rng.choice(_CAPTIONS["nameless"])
     wrong = rng.choice(others).name if others else species.name
     words = {
         "place": drawing.scene.place,
@@ -80,17 +62,18 @@ def synthetic_caption(
 ) -> str:
     """A caption as an MLLM writes it: some parts, the perch or the background, never a name."""
     rng = random.Random(key + "/synthetic")
-    template = rng.choice(_SYNTHETIC_CAPTIONS)
+    template = rng.choice(_CAPTIONS["synthetic"])
     seen = visible_parts(drawing)
     rng.shuffle(seen)
     phrases = [
         _describe(species, part, rng, noise.caption_errors, noise.synthetic_paraphrased)[0]
         for part in seen[:parts]
     ]
+    scene = drawing.scene
     caption = template.format(
-        parts=_join(phrases), perch=drawing.scene.perch_phrase, background=drawing.scene.background
+        parts=listed(phrases), perch=scene.perch_phrase, background=scene.background
     )
-    things = drawing.scene.thing_phrases
+    things = scene.thing_phrases
     if things and rng.random() < 0.4:
         caption += f", next to {things[0]}"
     return caption
@@ -111,22 +94,19 @@ def regions(
     chosen = chosen[: rng.randint(least, most)]
     made = []
     for part in chosen:
-        own = {
-            kind: random.Random(f"{key}/{part}/{kind}")
-            for kind in ("miss", "box", "words", "score")
-        }
-        if own["miss"].random() < noise.misses:
+        miss, box_rng, words, error = (
+            random.Random(f"{key}/{part}/{kind}") for kind in ("miss", "box", "words", "score")
+        )
+        if miss.random() < noise.misses:
             continue
         true_box = drawing.boxes_xyxy[part]
-        box = _jittered(true_box, drawing.image.size, own["box"], noise.jitter)
+        box = _jittered(true_box, drawing.image.size, box_rng, noise.jitter)
         description, wrong = _describe(
-            species, part, own["words"], noise.wrong_descriptions, noise.paraphrased
+            species, part, words, noise.wrong_descriptions, noise.paraphrased
         )
         score = 0.88 - 0.6 * (1 - box_iou(box, true_box)) - 0.22 * wrong
-        score += noise.score_noise * own["score"].gauss(0, 1)
-        made.append(
-            {"box": box, "description": description, "score": round(min(0.99, max(0.3, score)), 3)}
-        )
+        score = round(min(0.99, max(0.3, score + noise.score_noise * error.gauss(0, 1))), 3)
+        made.append({"box": box, "description": description, "score": score})
     return made
 
 
@@ -164,12 +144,9 @@ def _jittered(box, size, rng, jitter):
         low = min(max(0.0, low), size[axis] - 1.0)
         edges.append((low, min(max(high, low + 1.0), float(size[axis]))))
     (x1, x2), (y1, y2) = edges
-    return [_round(value) for value in (x1, y1, x2, y2)]
+    return [math.floor(value * 100 + 0.5) / 100 for value in (x1, y1, x2, y2)]
 
 
-def _round(value):
-    return math.floor(value * 100 + 0.5) / 100
-
-
-def _join(phrases):
+def listed(phrases: Sequence[str]) -> str:
+    """Phrases as "a, b and c"."""
     return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))

@@ -5,17 +5,19 @@ import functools
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
-from grain_jax.core import progress
+from grain_jax.core import errors, progress, regular_file
 from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing
 from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
-from grain_jax.data.aviary.species import Aviary, Species, make_species
+from grain_jax.data.aviary.species import Species, species_of
 
+STAMP = "settings.json"  # written last: where it stands, the data set is complete
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 
 
@@ -31,19 +33,6 @@ class Task:
     image: str
 
 
-@functools.lru_cache(maxsize=4)
-def species_of(settings: Settings) -> Aviary:
-    """The species of these settings. Raises ValueError as `make_species`."""
-    return make_species(
-        settings.seed,
-        genera=settings.genera,
-        species_per_genus=settings.species_per_genus,
-        held_out_genera=settings.held_out_genera,
-        held_out_species_per_genus=settings.held_out_species_per_genus,
-        parts_changed=settings.parts_changed,
-    )
-
-
 def drawing_of(settings: Settings, split: str, index: int, species: Species) -> drawing.Drawing:
     """Image `index` of `split` ("training", "seen", "unseen" or "test")."""
     rng = random.Random(f"aviary {settings.seed}/{split}/{index}")
@@ -53,27 +42,23 @@ def drawing_of(settings: Settings, split: str, index: int, species: Species) -> 
 def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | None:
     """The annotation of a training image (noisy) or a test image (exact), None for others."""
     key = f"aviary {settings.seed}/{task.split}/{task.index}"
-    parts = {"least": settings.least_parts, "most": settings.most_parts}
-    if task.split == "training":
-        others = tuple(one for one in species_of(settings).training if one != task.species)
-        noise = settings.noise
-        words = {
-            "caption": annotations.web_caption(task.species, others, drawn, key, noise),
-            "synthetic_caption": annotations.synthetic_caption(
-                task.species, drawn, key, noise, parts=settings.caption_parts
-            ),
-        }
-    elif task.split == "test":
-        noise = EXACT
-        words = {"caption": annotations.synthetic_caption(task.species, drawn, key, noise, parts=4)}
-    else:
+    if task.split not in ("training", "test"):
         return None
+    exact = task.split == "test"
+    noise, told = (EXACT, 4) if exact else (settings.noise, settings.caption_parts)
+    synthetic = annotations.synthetic_caption(task.species, drawn, key, noise, parts=told)
+    words = {"caption": synthetic}
+    if not exact:
+        others = tuple(one for one in species_of(settings).training if one != task.species)
+        web = annotations.web_caption(task.species, others, drawn, key, noise)
+        words = {"caption": web, "synthetic_caption": synthetic}
+    parts = {"least": settings.least_parts, "most": settings.most_parts}
     regions = annotations.regions(task.species, drawn, key, noise, **parts)
-    if noise is EXACT:
-        regions = [{**region, "score": 1.0} for region in regions]
-    number = TEST_NEGATIVES if noise is EXACT else settings.negatives
-    if number:
-        for region in regions:
+    number = TEST_NEGATIVES if exact else settings.negatives
+    for region in regions:
+        if exact:
+            region["score"] = 1.0
+        if number:
             said = region["description"]
             region["negatives"] = annotations.negatives(task.species, said, key, number)
     return {"image": task.image, **words, "regions": regions, "id": f"{task.split}-{task.index}"}
@@ -95,42 +80,28 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     values = dataclasses.asdict(settings)
     if not settings.negatives:  # a data set of before this setting is that of its default
         del values["negatives"]
-    described = json.dumps(values, indent=1) + "\n"
-    stamp = output / "settings.json"  # written last: where it exists, the data set is complete
-    if stamp.exists() and stamp.read_text() == described:
+    if is_complete(output, values):
         return False
-    if stamp.exists() or (output / "A.jsonl").exists():
-        raise ValueError(
-            f"{output}: holds another data set, expected an empty folder or one made "
-            "with the same settings; remove it or choose another --output"
-        )
-
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
     make = functools.partial(_make, str(output), settings)
     records = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
+    records = progress.over(records, total=len(tasks), what="aviary")
     lines: dict[str, list[dict]] = {"training": [], "seen": [], "unseen": []}
     held_out = set(aviary.held_out)
-    for task, record in zip(
-        tasks, progress.over(records, total=len(tasks), what="aviary"), strict=True
-    ):
+    for task, record in zip(tasks, records, strict=True):
         if record is not None:
             group = "unseen" if task.species in held_out else "seen"
             lines["training" if task.split == "training" else group].append(record)
-
-    _write_lines(
-        output / "test" / "A.jsonl",
-        sorted(lines["seen"] + lines["unseen"], key=lambda line: line["image"]),
-    )
+    both = sorted(lines["seen"] + lines["unseen"], key=lambda line: line["image"])
+    write_lines(output / "test" / "A.jsonl", both)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
-        _write_lines(output / "test" / f"{name}.jsonl", lines[name])
-        (output / f"{name}.json").write_text(
-            json.dumps({one.name: one.descriptions for one in group}, indent=1) + "\n"
-        )
+        write_lines(output / "test" / f"{name}.jsonl", lines[name])
+        write_json(output / f"{name}.json", {one.name: one.descriptions for one in group})
     (output / "README.md").write_text(_readme(settings, aviary))
-    _write_lines(output / "A.jsonl", lines["training"])
-    stamp.write_text(described)
+    write_lines(output / "A.jsonl", lines["training"])
+    write_json(output / STAMP, values)
     return True
 
 
@@ -145,25 +116,19 @@ def tasks_of(settings: Settings) -> Iterator[Task]:
     ):
         groups = tuple(filter(None, groups))
         for index in range(count):
-            which, turn = index % len(groups), index // len(groups)
+            turn, which = divmod(index, len(groups))
             group = groups[which]
             order = _order(f"{settings.seed}/{split}/{which}/{turn // len(group)}", len(group))
-            yield Task(
-                split,
-                index,
-                group[order[turn % len(group)]],
-                folder,
-                f"images/{index:06d}.{suffix}",
-            )
+            one = group[order[turn % len(group)]]
+            yield Task(split, index, one, folder, f"images/{index:06d}.{suffix}")
     for split, group, each in (
         ("seen", aviary.training, settings.seen_per_species),
         ("unseen", aviary.held_out, settings.unseen_per_species),
     ):
         for number, one in enumerate(group):
             for turn in range(each):
-                yield Task(
-                    split, turn * len(group) + number, one, split, f"{one.name}/{turn:04d}.{suffix}"
-                )
+                image = f"{one.name}/{turn:04d}.{suffix}"
+                yield Task(split, turn * len(group) + number, one, split, image)
 
 
 @functools.lru_cache(maxsize=4)
@@ -183,7 +148,31 @@ def _make(output, settings, task):
     return record_of(settings, task, drawn)
 
 
-def _write_lines(path, records: Iterable[dict]):
+def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the whole data set of these settings, which are written last.
+
+    Raises:
+      errors.UserError: it holds something else.
+    """
+    stamp = output / STAMP
+    described = json.dumps(settings, indent=1) + "\n"
+    if regular_file.is_one(stamp) and stamp.read_bytes() == described.encode():
+        return True
+    if stamp.exists() or (output / "A.jsonl").exists():
+        raise errors.UserError(
+            f"{output}: holds another data set, expected an empty folder or one made with the same settings;"
+            " remove it or choose another --output"
+        )
+    return False
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a value as JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a record a line, and the folders above them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 

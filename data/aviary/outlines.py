@@ -8,13 +8,7 @@ def curve(*points, steps: int = 6) -> np.ndarray:
     p1 = np.asarray(points, float)[:, None]  # [points, 1, 2]
     p0, p2, p3 = np.roll(p1, 1, 0), np.roll(p1, -1, 0), np.roll(p1, -2, 0)
     t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
-    out = 0.5 * (
-        2 * p1
-        + (p2 - p0) * t
-        + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2
-        + (3 * p1 - p0 - 3 * p2 + p3) * t**3
-    )
-    return out.reshape(-1, 2)
+    return _between(p0, p1, p2, p3, t).reshape(-1, 2)
 
 
 def polygon(*points) -> np.ndarray:
@@ -80,9 +74,8 @@ def spots(points: np.ndarray, spacing: float, radius: float, angle: float = 0) -
     inner = grow(place(points, angle=-angle), -radius - 0.4)
     low, high = inner.min(0), inner.max(0)
     made = []
-    rows = np.arange(
-        (low[1] + high[1]) / 2 % spacing + low[1] // spacing * spacing, high[1], spacing * 0.87
-    )
+    first = (low[1] + high[1]) / 2 % spacing + low[1] // spacing * spacing
+    rows = np.arange(first, high[1], spacing * 0.87)
     for row, y in enumerate(rows):
         for x in np.arange(low[0] + (row % 2) * spacing / 2, high[0], spacing):
             if _inside(inner, x, y):
@@ -95,17 +88,17 @@ def _unit(vectors):
 
 
 def _spline(values, t):
-    """Values of the open Catmull-Rom curve at the times `t` in [0, len(values) - 1]."""
+    """The open Catmull-Rom curve through `values` at the times `t` in [0, len(values) - 1]."""
     padded = np.concatenate([[2 * values[0] - values[1]], values, [2 * values[-1] - values[-2]]])
     at = np.minimum(t.astype(int), len(values) - 2)
     f = t - at
-    p0, p1, p2, p3 = (padded[at + k] for k in range(4))
-    return 0.5 * (
-        2 * p1
-        + (p2 - p0) * f
-        + (2 * p0 - 5 * p1 + 4 * p2 - p3) * f**2
-        + (3 * p1 - p0 - 3 * p2 + p3) * f**3
-    )
+    return _between(*(padded[at + k] for k in range(4)), f)
+
+
+def _between(p0, p1, p2, p3, t):
+    """The Catmull-Rom curve from `p1` to `p2`, at `t` in [0, 1]."""
+    third = (3 * p1 - p0 - 3 * p2 + p3) * t**3
+    return 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + third)
 
 
 def _crossings(points, y):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from grain_jax.data.aviary import generate
-from grain_jax.data.aviary.generate import Settings
+from grain_jax.data.aviary.settings import Settings
+from grain_jax.data.aviary.species import species_of
 
 
 class Bird(NamedTuple):
@@ -15,9 +16,8 @@ class Bird(NamedTuple):
     image: Image.Image  # RGB
     name: str  # of the species
     descriptions: list[str]  # of the species: a phrase for each of its 8 parts
-    boxes_xyxy: dict[
-        str, tuple[float, float, float, float]
-    ]  # description -> box in [0, 1], of parts in sight
+    # Description -> box in [0, 1], of parts in sight.
+    boxes_xyxy: dict[str, tuple[float, float, float, float]]
 
 
 def birds(count: int = 4, *, seen: bool = False, seed: int = 0, size: int = 64) -> list[Bird]:
@@ -32,7 +32,7 @@ def birds(count: int = 4, *, seen: bool = False, seed: int = 0, size: int = 64) 
       size: side of the images in pixels.
     """
     settings = Settings(size=size)
-    aviary = generate.species_of(settings)
+    aviary = species_of(settings)
     species = list(aviary.training if seen else aviary.held_out)
     random.Random(f"aviary sample {seed}").shuffle(species)
     made = []

@@ -6,10 +6,12 @@ species has: their names and combinations are new, their parts and words are not
 """
 
 import dataclasses
+import functools
+import itertools
 import random
 
-from grain_jax.data.aviary import vocabulary
-from grain_jax.data.aviary.vocabulary import PARTS, Trait
+from grain_jax.data.aviary.settings import Settings
+from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, Trait
 
 _ONSETS = "b d f g j k l m n p r t v w z".split()
 _MIDDLES = "mb nz lv rv zd lk mz gl vr rz lm lf mf vl zm bl".split()
@@ -55,46 +57,26 @@ def distance(first: Species, second: Species) -> int:
     return sum(a != b for a, b in zip(first.traits, second.traits, strict=True))
 
 
-def make_species(
-    seed: int = 0,
-    *,
-    genera: int = 24,
-    species_per_genus: int = 5,
-    held_out_genera: int = 10,
-    held_out_species_per_genus: int = 4,
-    parts_changed: int = 3,
-) -> Aviary:
+@functools.lru_cache(maxsize=4)
+def species_of(settings: Settings) -> Aviary:
     """Draws the species of a data set.
 
-    Any two species differ in at least min(3, parts_changed) parts; `parts_changed` = 8 makes the
-    parts of a species independent of its genus.
+    Any two differ in at least min(3, parts_changed) parts; `parts_changed` = 8 makes the parts of a species
+    independent of its genus.
 
     Raises:
-        ValueError: a number is out of range, or so many different species cannot be made.
+      ValueError: so many different species cannot be made.
     """
-    for name, value, least in (
-        ("genera", genera, 1),
-        ("species_per_genus", species_per_genus, 1),
-        ("held_out_genera", held_out_genera, 0),
-        ("held_out_species_per_genus", held_out_species_per_genus, 0),
-        ("parts_changed", parts_changed, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
-    if parts_changed > len(PARTS):
-        raise ValueError(f"parts_changed: got {parts_changed}, expected at most {len(PARTS)}")
-
-    rng = random.Random(f"aviary species {seed}")
-    count = genera * species_per_genus
-    names = invent_names(count + held_out_genera * held_out_species_per_genus, rng)
+    rng = random.Random(f"aviary species {settings.seed}")
+    count = settings.genera * settings.species_per_genus
+    others = settings.held_out_genera * settings.held_out_species_per_genus
+    names = invent_names(count + others, rng)
     made: list[Species] = []
-    _add(made, names[:count], vocabulary.TRAITS, genera, parts_changed, rng)
-    known = {
-        part: sorted({one[part] for one in made}, key=vocabulary.TRAITS[part].index)
-        for part in PARTS
-    }
-    if held_out_genera * held_out_species_per_genus:
-        _add(made, names[count:], known, held_out_genera, parts_changed, rng)
+    _add(made, names[:count], TRAITS, settings.genera, settings.parts_changed, rng)
+    if others:
+        seen = {trait for one in made for trait in one.traits}
+        known = {part: [trait for trait in TRAITS[part] if trait in seen] for part in PARTS}
+        _add(made, names[count:], known, settings.held_out_genera, settings.parts_changed, rng)
     return Aviary(training=tuple(made[:count]), held_out=tuple(made[count:]))
 
 
@@ -118,9 +100,8 @@ def _add(made, names, traits, genera, parts_changed, rng):
                     break
             else:
                 raise ValueError(
-                    f"species: found no further one after {len(made)} that differs from each in "
-                    f"{least} parts; use more training species, fewer a genus, or more "
-                    "parts_changed"
+                    f"species: found no further one after {len(made)} that differs from each in {least} parts;"
+                    " use more training species, fewer a genus, or more parts_changed"
                 )
 
 
@@ -129,13 +110,7 @@ def invent_names(count: int, rng: random.Random) -> list[str]:
 
     The first 750 or so differ from each other in two letters or more.
     """
-    possible = [
-        onset + vowel + middle + ending
-        for onset in _ONSETS
-        for vowel in "aeiou"
-        for middle in _MIDDLES
-        for ending in _ENDINGS
-    ]
+    possible = list(map("".join, itertools.product(_ONSETS, "aeiou", _MIDDLES, _ENDINGS)))
     rng.shuffle(possible)
     chosen, alike, taken = [], [], set(_WORDS)
     for name in possible:

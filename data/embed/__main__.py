@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import msgspec
 
 from grain_jax import inference
 from grain_jax.core import atomic, errors, printable
-from grain_jax.data.embed import arguments, card, embeddings, output, parts, pipeline
+from grain_jax.data.embed import arguments, embeddings, output, parts, pipeline
 from grain_jax.runtime import compiled, distributed, processes, saved_model
 from grain_jax.runtime.pretrained import NAMES
 
@@ -30,7 +31,8 @@ def embed(args: argparse.Namespace) -> str:
     embeddings.pyarrow()  # where it is missing, before the model is read
     folder = parts.absolute(args.output)
     processes.run_together(lambda: saved_model.find(args.checkpoint))
-    found = parts.Listing(*processes.of_first(lambda: _list(args, folder)))
+    listed = processes.of_first(lambda: msgspec.to_builtins(_list(args, folder)))
+    found = msgspec.convert(listed, parts.Listing)
     predictor = processes.run_together(lambda: _load(args))
     settings = _settings(args, found, predictor)
     processes.of_first(lambda: output.agree(folder, settings))
@@ -40,13 +42,14 @@ def embed(args: argparse.Namespace) -> str:
     todo = [index for index in range(len(found.parts)) if index not in before]
     mine = [todo[i] for i in processes.share(len(todo))]
     most_faults = float("inf") if found.total is None else args.max_faults * found.total
-    with errors.out_of_memory_in_a_line("grain-jax embed", lambda: _SMALLER):
+    smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
+    with errors.out_of_memory_in_a_line("grain-jax embed", lambda: smaller):
         count = pipeline.run(
             job,
             mine,
             pipeline.encoder(predictor, args.boxes),
             size=predictor.model.image.image_size,
-            threads=args.threads or pipeline.default_threads(),
+            threads=args.threads or max(2, os.cpu_count() or 1),
             label=args.source,
             known=found.total is not None,
             before=list(before.values()),
@@ -54,9 +57,6 @@ def embed(args: argparse.Namespace) -> str:
         )
     count = sum(processes.agree(None, count))
     return processes.of_first(lambda: _end(args, job, count, time.monotonic() - began))
-
-
-_SMALLER = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
 
 
 def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
@@ -96,9 +96,9 @@ def _settings(
         dtype=args.dtype,
         store=args.store,
         shard_size=args.shard_size,
-        source=embeddings.Source(found.kind, found.path, found.images, found.split, found.digest),
+        source=found.source,
         parts=len(found.parts),
-        orientation="file" if found.kind == "records" else args.orientation,
+        orientation="file" if found.source.kind == "records" else args.orientation,
     )
 
 
@@ -113,8 +113,7 @@ def _end(args: argparse.Namespace, job: output.Output, count: int, seconds: floa
         )
     done = [found[index] for index in sorted(found)]
     job.write_faults(done)
-    atomic.write_text(job.folder / embeddings.CARD, card.text(job.settings, done, args.output))
-    job.clear()
+    atomic.write_text(job.folder / embeddings.CARD, output.card(job.settings, done, args.output))
     causes = collections.Counter(fault["cause"] for part in done for fault in part.faults)
     for cause, times in sorted(causes.items()):
         line = f"{job.folder / embeddings.FAULTS}: {times} {printable.plain(cause, 80)}"

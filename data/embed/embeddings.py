@@ -24,14 +24,14 @@ from etils import epath
 from grain_jax.core import errors, printable, regular_file
 
 SETTINGS, DATA, FAULTS, CARD = "settings.json", "data", "faults.jsonl", "README.md"
-STORED = ("float32", "float16")  # types of the embeddings in the files
 IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
 MAX_FOOTER = 8 << 20  # bytes; it holds the faults of a file; read, it takes thirty times as much
 _MAX_SETTINGS = 1 << 20
 _FOOTERS = 16  # read at a time
 _MAX_SIZE = 1 << 48  # bytes of a file
-# Of rows, a thousand each; and columns, which pyarrow nests as deep as they say.
-_MAX_GROUPS = 1 << 12
+_MAX_GROUPS = (
+    1 << 12
+)  # of rows, a thousand each; and columns, which pyarrow nests as deep as they say
 _NOTE = b"grain_jax"  # key of a file's own metadata
 _AGAIN = "delete it or move it elsewhere, and give the command grain-jax embed again, which makes it anew"
 
@@ -56,13 +56,13 @@ class Digests(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """The images, as `parts.Listing`."""
+    """The images; `parts.find` makes it."""
 
     kind: Literal["folder", "annotations", "tars", "records"]
     path: _Path
-    images: _Path
-    split: str
-    digest: str
+    images: _Path  # folder that the paths of a folder or an A.jsonl start from; else ""
+    split: str  # of a record set; else ""
+    digest: str  # of the names and the order of its images, of the lines of an A.jsonl, of the tars and their sizes
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -74,16 +74,23 @@ class Settings(msgspec.Struct, frozen=True):
     regions: Literal["", "queries", "given"]  # "": none
     image_size: _Count  # pixels of a side
     dtype: Literal["float32", "bfloat16"]  # of the activations
-    store: Literal["float32", "float16"]  # one of STORED
+    store: Literal["float32", "float16"]  # type of the embeddings in the files
     shard_size: _Count  # images a file
     source: Source
     parts: Annotated[int, msgspec.Meta(ge=1, le=10**7)]  # number of files
     orientation: _Orientation  # of the images, as `grain_jax.core.images` takes it
 
-    def difference(self, other: "Settings") -> str | None:
-        """The first key with another value in `other`, or None; `checkpoint` does not count."""
-        keys = (key for key in self.__struct_fields__ if key != "checkpoint")
-        return next((key for key in keys if getattr(self, key) != getattr(other, key)), None)
+    def difference(self, other: "Settings") -> tuple[str, str, str] | None:
+        """The first key with another value in `other`, and the two values in words; a model is told by its digests."""
+        for key in self.__struct_fields__[1:]:
+            if getattr(self, key) != getattr(other, key):
+                return key, self._in_words(key), other._in_words(key)
+        return None
+
+    def _in_words(self, key: str) -> str:
+        if key == "model":
+            return printable.plain(f"{self.checkpoint} (parameters {self.model.params})")
+        return json.dumps(msgspec.to_builtins(getattr(self, key)))
 
 
 class _Piece(msgspec.Struct, tag_field="reader"):
@@ -161,8 +168,7 @@ def file_name(index: int, count: int) -> str:
 
 
 def piece_digest(settings: Settings, piece: Mapping[str, Any]) -> str:
-    """The digest of the images of a piece of the source, wherever it lies: of its name, which for lines has a digest of
-    them, its size, and the digest of the whole source."""
+    """Of the images of a piece, wherever it lies: of its name (for lines with a digest of them), its size, and the source's."""
     said = [settings.source.digest, piece["reader"], piece["name"], piece["size"]]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
@@ -171,23 +177,12 @@ def piece_digest(settings: Settings, piece: Mapping[str, Any]) -> str:
 def columns(settings: Settings) -> Any:
     """The pyarrow schema of a file."""
     pa = pyarrow()
-    kind = pa.list_(
-        pa.float16() if settings.store == "float16" else pa.float32(), settings.embed_dim
-    )
-    fields = [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field(IMAGE_EMBED, kind, nullable=False),
-    ]
+    embed = pa.list_(getattr(pa, settings.store)(), settings.embed_dim)
+    kinds = dict(id=pa.string(), path=pa.string(), width=pa.int32(), height=pa.int32())
+    kinds |= {IMAGE_EMBED: embed}
     if settings.regions:
-        boxes = pa.list_(pa.float32(), 4)
-        fields += [
-            pa.field(REGION_EMBED, pa.list_(kind), nullable=False),
-            pa.field(BOXES, pa.list_(boxes), nullable=False),
-        ]
-    return pa.schema(fields)
+        kinds |= {REGION_EMBED: pa.list_(embed), BOXES: pa.list_(pa.list_(pa.float32(), 4))}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
 def note(part: Part, settings: Settings) -> dict[bytes, bytes]:
@@ -262,13 +257,8 @@ class _Seekable(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        )
+        self._at = offset + (0, self._at, self._length)[whence]
         return self._at
 
     def readinto(self, buffer: Any) -> int:
@@ -300,12 +290,8 @@ def read_part(path: epath.PathLike, settings: Settings) -> Part:
     source = msgspec.to_builtins(note.source)
     if note.name != path.name:
         fault = f"is {note.name!r} under another name"
-    elif note.settings.model != settings.model:
-        got, expected = note.settings.model.params, settings.model.params
-        fault = f"was made by another model: got parameters {got}, expected {expected}"
-    elif key := settings.difference(note.settings):
-        got, expected = (msgspec.to_builtins(getattr(x, key)) for x in (note.settings, settings))
-        fault = f"was made with {key} {json.dumps(got)}, expected {json.dumps(expected)}"
+    elif difference := note.settings.difference(settings):
+        fault = "was made with {} {}, expected {}".format(*difference)
     elif note.images != piece_digest(settings, source):
         fault = f"was made of other images than those of {note.source.name!r}"
     if fault:

@@ -1,26 +1,25 @@
 """The files of `grain-jax embed`: settings that may not change, a Parquet file a part, faults, the data card.
 
-A part is written to a file of another name and renamed when it is whole: a kill leaves it whole or not at all, and
-its presence marks it as done. What it left out stands in the file itself.
+A part is written when it is whole, so that its presence marks it as done. What it left out stands in the file itself.
 """
 
 import io
 import json
 import sys
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import msgspec
 import numpy as np
 from etils import epath
 
+from grain_jax import __version__
 from grain_jax.core import atomic, printable
 from grain_jax.data.embed import embeddings
 from grain_jax.data.embed.embeddings import EmbeddingsError
 
 _ROWS = 1024  # of a row group, which is held in memory
-_INCOMPLETE = "incomplete"
 
 
 class EmbeddedImage(NamedTuple):
@@ -61,14 +60,11 @@ class Output(NamedTuple):
                 path.unlink()
                 continue
             index = names[part.name]
-            got, expected = (
-                embeddings.piece_digest(self.settings, piece)
-                for piece in (part.source, self.parts[index])
-            )
-            if got != expected:
+            expected = self.parts[index]
+            if any(part.source[key] != expected[key] for key in ("reader", "name", "size")):
                 raise EmbeddingsError(
                     f"{path}: was made of other images: got {part.source['name']!r}, expected"
-                    f" {self.parts[index]['name']!r}; delete it, and give the same command again"
+                    f" {expected['name']!r}; delete it, and give the same command again"
                 )
             done[index] = part
         return done
@@ -79,10 +75,6 @@ class Output(NamedTuple):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         atomic.write_text(self.folder / embeddings.FAULTS, text)
 
-    def clear(self) -> None:
-        """Deletes the unfinished files of killed writers."""
-        (self.folder / _INCOMPLETE).rmtree(missing_ok=True)
-
 
 def agree(folder: epath.Path, settings: embeddings.Settings) -> None:
     """Notes what the embeddings are made of. Raises UserError where the folder was begun with something else."""
@@ -91,22 +83,15 @@ def agree(folder: epath.Path, settings: embeddings.Settings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(path, msgspec.json.format(msgspec.json.encode(settings), indent=1))
         return
-    old = embeddings.read_settings(folder)
-    if old.model != settings.model:
-        was, got = (f"{x.checkpoint} (parameters {x.model.params})" for x in (old, settings))
-        what = f"the model {was}, got {got}"
-    elif key := old.difference(settings):
-        was, got = (json.dumps(msgspec.to_builtins(getattr(x, key))) for x in (old, settings))
-        what = f"{key} {was}, got {got}"
-    else:
-        return
-    raise EmbeddingsError(
-        f"--output {folder}: was begun with {printable.plain(what)}; give another --output, or delete this one"
-    )
+    if difference := embeddings.read_settings(folder).difference(settings):
+        what = "{} {}, got {}".format(*difference)
+        raise EmbeddingsError(
+            f"--output {folder}: was begun with {what}; give another --output, or delete this one"
+        )
 
 
 class Writer:
-    """Writes the Parquet file of a part as its rows come; `close` puts it in place."""
+    """The Parquet file of a part, in memory, as its rows come; `close` puts it in place."""
 
     def __init__(self, output: Output, index: int):
         self._pa = embeddings.pyarrow()
@@ -115,15 +100,7 @@ class Writer:
         self._rows: list[EmbeddedImage] = []
         self._written = self._most = 0
         self.faults: list[dict[str, str]] = []
-        self._remote = "://" in str(output.folder)
-        folder = output.folder / _INCOMPLETE
-        # A name of its own, also beside another job that was started by mistake.
-        self._new = folder / f"{output.name(index)}.{uuid.uuid4().hex}"
-        if self._remote:  # object stores replace whole objects, and some cannot rename
-            self._file = io.BytesIO()
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._new.open("wb")
+        self._file = io.BytesIO()
         self._parquet = self._pa.parquet.ParquetWriter(
             self._file,
             self._schema,
@@ -145,12 +122,8 @@ class Writer:
         part = self.part()
         self._parquet.add_key_value_metadata(embeddings.note(part, self._output.settings))
         self._parquet.close()
-        target = self._output.folder / embeddings.DATA / part.name
-        if isinstance(self._file, io.BytesIO):
-            target.write_bytes(self._file.getvalue())
-        else:
-            self._file.close()
-            self._new.replace(target)
+        path = self._output.folder / embeddings.DATA / part.name
+        atomic.write_bytes(path, self._file.getvalue())
         return part
 
     def part(self) -> embeddings.Part:
@@ -163,25 +136,16 @@ class Writer:
             faults=self.faults,
         )
 
-    def abandon(self) -> None:
-        """Deletes what was written."""
-        self._parquet.close()
-        self._file.close()
-        if not self._remote:
-            self._new.unlink(missing_ok=True)
-
     def _flush(self) -> None:
         if not self._rows:
             return
         pa, rows, schema = self._pa, self._rows, self._schema
-        columns = [
-            pa.array([getattr(row, name) for row in rows], schema.field(name).type)
-            for name in ("id", "path", "width", "height")
-        ]
+        plain = list(zip(*rows))[:4]  # id, path, width, height
+        columns = [pa.array(values, field.type) for values, field in zip(plain, schema)]
         image = np.stack([row.image_embed for row in rows])
         columns.append(_vectors(pa, image, schema.field(embeddings.IMAGE_EMBED).type))
         if embeddings.REGION_EMBED in schema.names:
-            counts = [0 if row.boxes_xyxy is None else len(row.boxes_xyxy) for row in rows]
+            counts = [len(row.boxes_xyxy) for row in rows]
             offsets = pa.array(np.cumsum([0, *counts]).astype(np.int32))
             for name in (embeddings.REGION_EMBED, embeddings.BOXES):
                 kind = schema.field(name).type
@@ -199,3 +163,61 @@ def _vectors(pa: Any, values: np.ndarray, kind: Any) -> Any:
     stored = values.astype(kind.value_type.to_pandas_dtype(), copy=False)
     flat = pa.array(np.ascontiguousarray(stored).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+
+
+_REGIONS = """\
+| `region_embed` | list of `{stored}[{dim}]` | embeddings of its regions, unit length |
+| `boxes_xyxy` | list of `float[4]` | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
+"""
+
+
+def card(settings: embeddings.Settings, parts: Sequence[embeddings.Part], folder: str) -> str:
+    """The card, in Markdown.
+
+    Args:
+      settings: what they are made of.
+      parts: all of them.
+      folder: as it was given.
+    """
+    rows, faults = sum(p.rows for p in parts), sum(len(p.faults) for p in parts)
+    stored, dim = settings.store, settings.embed_dim
+    regions = _REGIONS.format(stored=stored, dim=dim) if settings.regions else ""
+    source = settings.source
+    plain = lambda value: printable.plain(str(value), 300)
+    split = f", split {plain(source.split)}" if source.split else ""
+    return f"""---
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+# Embeddings of {rows:,} images
+
+Written by `grain-jax embed` (grain_jax {__version__}, jax {jax.__version__}). {len(parts):,} Parquet files
+in `data/`; {faults:,} images were left out, and `faults.jsonl` names each with its cause.
+
+| | |
+|---|---|
+| source | `{plain(source.path)}` ({source.kind}{split}), digest {source.digest} |
+| model | `{plain(settings.checkpoint)}`, digest of its parameters {settings.model.params} |
+| image size | {settings.image_size} pixels a side, resized without keeping the aspect ratio |
+| orientation | {settings.orientation} (exif: as a viewer shows the image; file: as its pixels are stored) |
+| activations | {settings.dtype} |
+
+| column | type | what |
+|---|---|---|
+| `id` | string | the id of the annotations or the record; else the path |
+| `path` | string | of the image below the source; of a tar `TAR/MEMBER`, of a record set its split and number |
+| `width`, `height` | int32 | pixels of the image |
+| `image_embed` | `{stored}[{dim}]` | embedding of the whole image, unit length |
+{regions}
+```python
+import numpy as np
+import pyarrow.dataset
+
+for batch in pyarrow.dataset.dataset("data").to_batches(columns=["id", "image_embed"]):
+    image_embed = batch["image_embed"].flatten().to_numpy(zero_copy_only=False).reshape(-1, {dim})
+```
+
+A dot product with the embedding of a text by the same model is their cosine:
+`grain-jax search {plain(folder)} --text "a long orange beak"`.
+"""

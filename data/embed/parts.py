@@ -10,11 +10,12 @@ import json
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from etils import epath
 
-from grain_jax.core import regular_file
+from grain_jax.core import atomic, regular_file
 from grain_jax.data import sources
 from grain_jax.data.embed import embeddings
 from grain_jax.data.sources import annotations as annotations_source
@@ -23,16 +24,15 @@ from grain_jax.data.sources import base, join, tfds, webdataset
 LIST = "images.jsonl"
 _BESIDE = (".txt", ".json")  # files that stand beside images
 _KINDS = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
+_READERS = dict(folder="annotations", annotations="annotations", tars="webdataset", records="tfds")
+
+Found = sources.Image | sources.Fault
 
 
-class Listing(NamedTuple):
+class Listing(msgspec.Struct):
     """A source in parts."""
 
-    kind: str  # "folder", "annotations", "tars" or "records"
-    path: str
-    images: str  # folder that the paths of a folder or an A.jsonl start from; else ""
-    split: str  # of a record set; else ""
-    digest: str  # of the names and the order of its images, of the lines of an A.jsonl, of the tars and their sizes
+    source: embeddings.Source
     total: int | None  # number of images; None where it is not known, of tars
     parts: list[dict[str, Any]]  # arguments of `images`, and `size`: images, or bytes of a tar
 
@@ -62,49 +62,35 @@ def find(
       sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
     """
     path = absolute(source)
-    is_file = regular_file.is_one(path)
-    if not is_file and not path.is_dir():
+    kind = _kind(path, scratch / LIST)
+    if not kind:
         raise sources.SourceError(f"{source}: no such file or folder, expected {_KINDS}")
-    if is_file and path.suffix != ".tar":
-        kind = "annotations"
-    elif is_file or any(path.glob("*.tar")):
-        kind = "tars"
-    elif _is_record_set(path):
-        kind = "records"
-    else:
-        kind = "folder" if _write_list(path, scratch / LIST) else "tars"
-    for flag, value, suits in (("--images", images, "annotations"), ("--split", split, "records")):
-        if value and kind != suits:
-            what = "an A.jsonl" if suits == "annotations" else "a record set"
-            raise sources.SourceError(f"{flag} {value}: got {source}, expected it with {what}")
-    if boxes and kind not in ("annotations", "records"):
-        raise sources.SourceError(
-            f"--boxes given: got {source}, expected it with an A.jsonl or a record set"
-        )
+    for flag, wanted, suits, what in (
+        (f"--images {images}", images, ("annotations",), "an A.jsonl"),
+        (f"--split {split}", split, ("records",), "a record set"),
+        ("--boxes given", boxes, ("annotations", "records"), "an A.jsonl or a record set"),
+    ):
+        if wanted and kind not in suits:
+            raise sources.SourceError(f"{flag}: got {source}, expected it with {what}")
     folder, known = "", b""
+    options = sources.Options(str(path), shard_size=shard_size, orientation=orientation)
     if kind == "tars":
-        if not is_file and not any(any(path.glob(tars)) for tars in ("*.tar", "*/*.tar")):
+        if not (path.suffix == ".tar" or any(any(path.glob(x)) for x in ("*.tar", "*/*.tar"))):
             raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}")
-        options = sources.Options(str(path), orientation=orientation)
         shards = webdataset.WebDataset().shards(options)
         sizes = [regular_file.length(shard.arguments["tar"]) or 0 for shard in shards]
     elif kind == "records":
         split = split or "train"
         known = (tfds.directory(path) / "dataset_info.json").read_bytes()
-        options = sources.Options(str(path), split=split, shard_size=shard_size)
-        shards = tfds.Tfds().shards(options)
+        shards = tfds.Tfds().shards(options._replace(split=split))
         sizes = [shard.arguments["stop"] - shard.arguments["start"] for shard in shards]
     else:
-        folder, file = str(path), path
-        if kind == "folder":
-            file = scratch / LIST
-        else:
-            folder = str(absolute(images) if images else path.parent)
+        folder, file = str(path), scratch / LIST
+        if kind == "annotations":
+            folder, file = str(absolute(images) if images else path.parent), path
             if not epath.Path(folder).is_dir():
                 raise sources.SourceError(f"--images {images}: no such folder, expected images")
-        options = sources.Options(
-            folder, annotations=(str(file),), shard_size=shard_size, orientation=orientation
-        )
+        options = options._replace(images=folder, annotations=(str(file),))
         shards = annotations_source.Annotations().shards(options)
         sizes = [shard.arguments["lines"] for shard in shards]
     if not sum(sizes):
@@ -116,15 +102,7 @@ def find(
         for shard, size in zip(shards, sizes)
     ]
     total = None if kind == "tars" else sum(sizes)
-    return Listing(kind, str(path), folder, split, digest, total, parts)
-
-
-_READERS = {
-    "folder": "annotations",
-    "annotations": "annotations",
-    "tars": "webdataset",
-    "records": "tfds",
-}
+    return Listing(embeddings.Source(kind, str(path), folder, split, digest), total, parts)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -133,12 +111,19 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
 
 
-def _is_record_set(path: epath.Path) -> bool:
+def _kind(path: epath.Path, listed: epath.Path) -> Any:
+    """What lies at a path, as `embeddings.Source.kind`, or None; the images of a folder are listed."""
+    if regular_file.is_one(path):
+        return "tars" if path.suffix == ".tar" else "annotations"
+    if not path.is_dir():
+        return None
+    if any(path.glob("*.tar")):
+        return "tars"
     try:
         tfds.directory(path)
     except sources.SourceError:
-        return False
-    return True
+        return "folder" if _write_list(path, listed) else "tars"
+    return "records"
 
 
 def _write_list(folder: epath.Path, file: epath.Path) -> int:
@@ -148,43 +133,18 @@ def _write_list(folder: epath.Path, file: epath.Path) -> int:
     Raises: sources.SourceError: embeddings were begun with another list, which stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    for path in (file, new := file.with_name(f"{file.name}.new")):
-        if path.exists() and not regular_file.is_one(path):
-            raise sources.SourceError(f"{path}: got a folder, pipe or device; move it elsewhere")
-    new.unlink(missing_ok=True)  # it may be a link
-    count = 0
-    try:
-        with new.open("w") as out:
-            for image in _walk(folder, ""):
-                out.write(json.dumps({"image": image}) + "\n")
-                count += 1
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    if (
-        file.exists()
-        and _sha256(file) != _sha256(new)
-        and (file.parent / embeddings.SETTINGS).exists()
-    ):
-        new.unlink()
-        raise sources.SourceError(
-            f"{folder}: its images are not those that {file} lists, which {file.parent} was begun with;"
-            " give another --output, or delete this one"
-        )
-    if "://" in str(file):  # some object stores cannot rename
-        file.write_bytes(new.read_bytes())
-        new.unlink()
-    else:
-        new.replace(file)
-    return count
-
-
-def _sha256(file: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    lines = [json.dumps({"image": image}) + "\n" for image in _walk(folder, "")]
+    if file.exists():
+        if not regular_file.is_one(file):
+            raise sources.SourceError(f"{file}: got a folder, pipe or device; move it elsewhere")
+        begun = (file.parent / embeddings.SETTINGS).exists()
+        if begun and file.read_bytes() != "".join(lines).encode():
+            raise sources.SourceError(
+                f"{folder}: its images are not those that {file} lists, which {file.parent} was begun with;"
+                " give another --output, or delete this one"
+            )
+    atomic.write_text(file, "".join(lines))
+    return len(lines)
 
 
 def _walk(folder: epath.Path, below: str) -> Iterator[str]:
@@ -198,25 +158,24 @@ def _walk(folder: epath.Path, below: str) -> Iterator[str]:
             yield from _walk(folder / name, f"{below}{name}/")
 
 
-def images(part: dict[str, Any]) -> Iterator[Callable[[], sources.Image | sources.Fault]]:
+def images(part: Mapping[str, Any]) -> Iterator[Callable[[], Found]]:
     """A function for each image of a part, in order, that reads it; files are read by the thread that calls it."""
-    shard = sources.SourceShard(part["name"], part, part["reader"])
     if part["reader"] == "annotations":
-        for line, where in annotations_source.lines(shard):
+        for line, where in annotations_source.lines(_shard(part)):
             read = (line, where, part["images"], part["orientation"])
             yield functools.partial(annotations_source.image, *read)
     else:
-        for found in sources.read(shard):
-            yield functools.partial(_as_it_is, found)
+        for found in sources.read(_shard(part)):
+            yield lambda found=found: found
 
 
-def _as_it_is(found: sources.Image | sources.Fault) -> sources.Image | sources.Fault:
-    return found
+def _shard(part: Mapping[str, Any], **changes: Any) -> sources.SourceShard:
+    return sources.SourceShard(part["name"], {**part, **changes}, part["reader"])
 
 
 def read_again(
     wanted: Iterable[tuple[Mapping[str, Any], str]], folder: str | None = None
-) -> dict[tuple[str, str], sources.Image | sources.Fault]:
+) -> dict[tuple[str, str], Found]:
     """Reads single images of parts.
 
     Args:
@@ -225,7 +184,7 @@ def read_again(
 
     Returns: (name of the part, path) -> the image, or why there is none.
     """
-    found: dict[tuple[str, str], sources.Image | sources.Fault] = {}
+    found: dict[tuple[str, str], Found] = {}
     of_part: dict[str, tuple[Mapping[str, Any], set[str]]] = {}
     for part, path in wanted:
         of_part.setdefault(part["name"], (part, set()))[1].add(path)
@@ -245,7 +204,7 @@ def read_again(
     return found
 
 
-_Read = Iterator[tuple[str, sources.Image | sources.Fault]]
+_Read = Iterator[tuple[str, Found]]
 
 
 def _files_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
@@ -257,21 +216,14 @@ def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> 
     tar = part["tar"]
     if folder:
         tar = str(regular_file.below(folder, f"{part['prefix']}.tar", part["name"]))
-    left = set(paths)
-    for found in sources.read(
-        sources.SourceShard(part["name"], {**part, "tar": tar}, part["reader"])
-    ):
-        if found.image in left:
-            left.remove(found.image)
+    there = f"there is {'none in' if regular_file.is_one(tar) else 'no'} {tar}"
+    missing = {path: sources.Fault(path, "no such file", there) for path in paths}
+    for found in sources.read(_shard(part, tar=tar)):
+        if missing.pop(found.image, None):
             yield found.image, found
-        if not left:
+        if not missing:
             return
-    for path in left:
-        there = regular_file.is_one(tar)
-        yield (
-            path,
-            sources.Fault(path, "no such file", f"there is {'none in' if there else 'no'} {tar}"),
-        )
+    yield from missing.items()
 
 
 def _records_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
@@ -279,10 +231,8 @@ def _records_again(part: Mapping[str, Any], paths: set[str], folder: str | None)
         number = int(path.rpartition("/")[2].partition(".")[0])
         if not part["start"] <= number < part["stop"]:
             raise sources.SourceError(f"got number {number}, expected one of {part['name']}")
-        arguments = {**part, "start": number, "stop": number + 1}
-        arguments["directory"] = folder or part["directory"]
-        for found in sources.read(sources.SourceShard(part["name"], arguments, part["reader"])):
-            yield path, found
+        one = dict(start=number, stop=number + 1, directory=folder or part["directory"])
+        yield from ((path, found) for found in sources.read(_shard(part, **one)))
 
 
 # Of each reader: the function, and the key of the place where the images lie.

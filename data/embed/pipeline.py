@@ -1,11 +1,10 @@
 """Images to embeddings: threads read and decode while the device works, and rows are written as they come.
 
-Memory holds a few batches of images and a row group of embeddings, whatever the number of images. A batch may hold
+Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may hold
 images of several parts, so that small tars leave the device no batch that is not full.
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ from grain_jax.inference import predictor as predictor_lib
 from grain_jax.inference import stream
 from grain_jax.runtime import processes
 
-# Batches on their way to a device: while one is computed, the next is sent.
-AT_DEVICE = 2
+_AT_DEVICE = 2  # batches on their way to a device: while one is computed, the next is sent
 _BATCHES_READ = 2  # beside those, in threads
 
 
@@ -120,11 +118,11 @@ def run(
     """
     batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
     writer, count, closed, ended = None, 0, list(before), 0
-    faults_left = most_faults - sum(len(part.faults) for part in before)
+    faults = sum(len(part.faults) for part in before)
     total, (first, times) = sum(job.parts[i]["size"] for i in mine), processes.process_info()
     of_all = times * total if known else None
     counter = progress.Counter(label, of_all, "images", silent=first > 0, times=times)
-    readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(AT_DEVICE)
+    readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(_AT_DEVICE)
     try:
 
         def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
@@ -140,7 +138,7 @@ def run(
         batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], Ready))
         # The first one alone: it compiles the program that the others use.
         alone = map(encoded, itertools.islice(batches, 1))
-        others = stream.ahead(encoded, batches, device, AT_DEVICE)
+        others = stream.ahead(encoded, batches, device, _AT_DEVICE)
         for index, entry in itertools.chain.from_iterable(itertools.chain(alone, others)):
             writer = writer or output.Writer(job, index)
             if entry is None:  # the end of a part
@@ -152,21 +150,18 @@ def run(
                 writer.add(entry)
                 count += 1
                 continue
-            faults_left -= 1
             fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}
             writer.faults.append(fault)
-            if faults_left < 0:
+            faults += 1
+            if faults > most_faults:
                 job.write_faults([*closed, writer.part()])
                 raise EmbedError(
-                    f"{entry.image}: {entry.cause}: {entry.detail}; with it, more images have a fault"
-                    " than --max-faults allows;"
-                    f" {job.folder / embeddings.FAULTS} names those so far"
+                    f"{entry.image}: {entry.cause}: {entry.detail}; with it, more images have a fault than"
+                    f" --max-faults allows; {job.folder / embeddings.FAULTS} names those so far"
                 )
     finally:
         for pool in (readers, device):
             pool.shutdown(wait=True, cancel_futures=True)
-        if writer is not None:
-            writer.abandon()
         counter.close()
     return count
 
@@ -177,8 +172,3 @@ def _tasks(job: output.Output, mine: Sequence[int]) -> Iterator[tuple[int, Any]]
         for read in parts.images(job.parts[index]):
             yield index, read
         yield index, None
-
-
-def default_threads() -> int:
-    """One a core, at least two: one waits for the disk while the other decodes."""
-    return max(2, os.cpu_count() or 1)

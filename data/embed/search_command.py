@@ -5,64 +5,85 @@ grain-jax search DIR --text "a long orange beak" [--output found.html]
 
 import argparse
 import functools
+import html as html_lib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 from etils import epath
 
 from grain_jax import inference
-from grain_jax.core import atomic, errors, printable
+from grain_jax.core import atomic, errors, html, printable
 from grain_jax.core import images as images_lib
 from grain_jax.data import sources
 from grain_jax.data.embed import arguments, parts, search
-from grain_jax.data.embed import search_page as page
+from grain_jax.data.embed.search import Hit, SearchError
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.runtime import compiled
 
+_EDGE = 480  # pixels of the longer side of an image on the page
+_MOST = 400  # characters of a name that are shown
 
-class UsageError(errors.UserError):
-    """The question cannot be answered; the message is one line."""
+
+class Question(NamedTuple):
+    """What was asked."""
+
+    text: str  # as it was typed, or the name of the image
+    image: PIL.Image.Image | None = None
+    box_xyxy: np.ndarray | None = None  # in [0, 1]: the region of `image` that was asked for
 
 
 def run(args: argparse.Namespace) -> str:
     """Searches, and writes the page; returns the tables. Raises UserError."""
     if not args.text and not args.image:
-        raise UsageError("grain-jax search: expected --text TEXT or --image FILE")
+        raise SearchError("grain-jax search: expected --text TEXT or --image FILE")
     if args.box and (args.text or len(args.image) != 1):
-        raise UsageError("--box: expected it with one --image, and no --text")
-    output = _output(args.output) if args.output else None
+        raise SearchError("--box: expected it with one --image, and no --text")
+    output = epath.Path(args.output or "").expanduser()
+    if args.output:
+        if output.is_dir():
+            raise SearchError(f"--output: {output} is a folder, expected a file to write")
+        output.parent.mkdir(parents=True, exist_ok=True)
     index = search.Index(args.folder)
     if index.missing:
-        print(
-            f"{args.folder}: {index.missing} of {index.missing + len(index.parts)} files are not there yet",
-            file=sys.stderr,
-        )
+        files = f"{index.missing} of {index.missing + len(index.parts)} files"
+        print(f"{args.folder}: {files} are not there yet", file=sys.stderr)
     if args.checkpoint:
         model = inference.load(args.checkpoint, index.settings.dtype)
         index.check(model)
     else:
         model = index.model
-    questions = [page.Question(text) for text in args.text]
     answers = functools.partial(
         search.search, index, top=args.top, by=args.by, model=model, faiss=args.faiss
     )
+    questions = [Question(text) for text in args.text]
     found = answers(args.text) if args.text else []
     if args.image:
-        orientation = index.settings.orientation
-        asked = [
-            page.Question(path, images_lib.load_image(path, orientation)) for path in args.image
-        ]
+        load = functools.partial(images_lib.load_image, orientation=index.settings.orientation)
+        asked = [Question(path, load(path)) for path in args.image]
         queries: search.Queries = [question.image for question in asked]
         if args.box:
             box_xyxy, vector = _region(model, asked[0].image, args.box)
             asked, queries = [asked[0]._replace(box_xyxy=box_xyxy)], vector[None]
         questions += asked
         found += answers(queries)
-    if output is not None:
-        _write_page(output, args, index, questions, found)
+    if args.output:
+        loaded = parts.read_again([(h.source, h.path) for hits in found for h in hits], args.images)
+        told = set()
+
+        def show(hit: Hit) -> PIL.Image.Image | str:
+            image = _decoded(hit.path, loaded[hit.source["name"], hit.path])
+            if isinstance(image, str) and image not in told:
+                print(f"not shown: {printable.plain(image, 400)}", file=sys.stderr)
+                told.add(image)
+            return image
+
+        about = f"{len(index):,} images, model {index.settings.checkpoint}"
+        atomic.write_text(output, render(args.folder, questions, found, show, about))
+        print(f"{output}: {sum(map(len, found))} images", file=sys.stderr)
     return "\n\n".join(_table(question, hits) for question, hits in zip(questions, found))
 
 
@@ -83,38 +104,17 @@ def _region(
     return regions.boxes_xyxy[0, best], regions.embed[0, best]
 
 
-def _write_page(
-    output: epath.Path,
-    args: argparse.Namespace,
-    index: search.Index,
-    questions: Sequence[page.Question],
-    found: Sequence[Sequence[search.Hit]],
-) -> None:
-    wanted = [(hit.source, hit.path) for hits in found for hit in hits]
-    loaded = parts.read_again(wanted, args.images)
-    told = set()
-
-    def load(hit: search.Hit) -> PIL.Image.Image | str:
-        got = loaded[hit.source["name"], hit.path]
-        if isinstance(got, sources.Image):
-            try:
-                return images_lib.decode_image(got.encoded, hit.path, got.orientation)
-            except images_lib.ImageError as error:
-                why = str(error)
-        else:
-            why = f"{hit.path}: {got.cause}: {got.detail}"
-        if why not in told:
-            print(f"not shown: {printable.plain(why, 400)}", file=sys.stderr)
-        told.add(why)
-        return why
-
-    about = f"{len(index):,} images, model {index.settings.checkpoint}"
-    text = page.render(args.folder, questions, found, load, about)
-    atomic.write_text(output, text)
-    print(f"{output}: {sum(map(len, found))} images", file=sys.stderr)
+def _decoded(path: str, found: parts.Found) -> PIL.Image.Image | str:
+    """The image, or why there is none."""
+    if isinstance(found, sources.Fault):
+        return f"{path}: {found.cause}: {found.detail}"
+    try:
+        return images_lib.decode_image(found.encoded, path, found.orientation)
+    except images_lib.ImageError as error:
+        return str(error)
 
 
-def _table(question: page.Question, hits: Sequence[search.Hit]) -> str:
+def _table(question: Question, hits: Sequence[Hit]) -> str:
     names = [printable.plain(hit.id, 80) for hit in hits]
     width = max(map(len, ["id", *names]))
     lines = [
@@ -130,12 +130,83 @@ def _table(question: page.Question, hits: Sequence[search.Hit]) -> str:
     return "\n".join(lines)
 
 
-def _output(path: str) -> epath.Path:
-    output = epath.Path(path).expanduser()
-    if output.is_dir():
-        raise UsageError(f"--output: {output} is a folder, expected a file to write")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output
+def render(
+    folder: str,
+    questions: Sequence[Question],
+    found: Sequence[Sequence[Hit]],
+    load: Callable[[Hit], PIL.Image.Image | str],
+    about: str,
+) -> str:
+    """The HTML of the page.
+
+    Args:
+      folder: of the embeddings.
+      questions: in order.
+      found: the hits of each.
+      load: gives the image of a hit, or why there is none.
+      about: a sentence for the head.
+    """
+    sections = []
+    for number, (question, hits) in enumerate(zip(questions, found), 1):
+        asked = ""
+        if question.image is not None:
+            boxes = [] if question.box_xyxy is None else [question.box_xyxy]
+            image = _image(question.image, boxes, 0, "the question")
+            asked = f'<figure class="card asked">{image}</figure>'
+        cards = "".join(_card(rank, hit, load(hit)) for rank, hit in enumerate(hits, 1))
+        content = f'{asked}<div class="cards">{cards}</div>'
+        sections.append(html.Section(f"question-{number}", escape(question.text), content))
+    said = f"<code>{escape(folder)}</code>: {escape(about)}"
+    return html.document(
+        title=f"{folder}: grain-jax search",
+        header=f'<div><h1>Found images</h1><p class="soft">{said}</p></div>',
+        sections=sections,
+        files=[epath.Path(__file__).parent / "search_page.css"],
+    )
+
+
+def escape(text: str) -> str:
+    """HTML that shows a text of anybody's: markup and control characters as characters, cut to _MOST."""
+    return html_lib.escape(printable.plain(text, _MOST))
+
+
+def _card(rank: int, hit: Hit, image: PIL.Image.Image | str) -> str:
+    if isinstance(image, str):
+        shown = f'<p class="none">{escape(image)}</p>'
+    else:
+        shown = _image(image, hit.boxes_xyxy, hit.region, hit.path)
+    named = escape(hit.path) if hit.id == hit.path else f"{escape(hit.id)}<br>{escape(hit.path)}"
+    return (
+        f'<figure class="card">{shown}<figcaption><b>{rank}</b>{hit.score:.3f} · '
+        f"{hit.width} x {hit.height}<br>{named}</figcaption></figure>"
+    )
+
+
+def _image(
+    image: PIL.Image.Image,
+    boxes_xyxy: Sequence[np.ndarray] | np.ndarray,
+    best: int | None,
+    what: str,
+) -> str:
+    """An image with its boxes over it, in shares of its sides; the one at `best` is drawn last, and stronger."""
+    small = images_lib.to_rgb(image)
+    small.thumbnail((_EDGE, _EDGE), PIL.Image.Resampling.LANCZOS)
+    order = sorted(range(len(boxes_xyxy)), key=lambda i: i == best)
+    boxes = "".join(_box(boxes_xyxy[i], strong=i == best) for i in order)
+    return (
+        f'<div class="image"><img src="{html.data_uri(small)}" width="{small.width}" height="{small.height}"'
+        f' alt="{escape(what)}"><svg class="boxes" viewBox="0 0 1 1" preserveAspectRatio="none"'
+        f' aria-hidden="true">{boxes}</svg></div>'
+    )
+
+
+def _box(box_xyxy: np.ndarray, *, strong: bool) -> str:
+    x1, y1, x2, y2 = (round(float(x), 4) for x in box_xyxy)
+    place = f'x="{x1}" y="{y1}" width="{x2 - x1:.4f}" height="{y2 - y1:.4f}"'
+    colour = html.REGION_COLOURS[0] if strong else html.REGION_COLOURS[1]
+    halo = f'<rect class="halo" {place}/>' if strong else ""
+    line = f'<rect class="line" {place} stroke="{colour}"/>'
+    return f'<g class="{"best" if strong else "other"}">{halo}{line}</g>'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,12 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(run(args))
         except OSError as error:
             reason = f"{error.filename or args.folder}: {error.strerror or error}"
-            raise UsageError(reason) from None
+            raise SearchError(reason) from None
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,4 @@
-"""Inspects a data set: statistics, problems and a contact sheet, as HTML, PNG and JSON.
-
-  grain-jax inspect DIR [--output OUT] [--num-images N]               a record set
-  grain-jax inspect A.jsonl [--images FOLDER] [--output OUT] ...      annotations
-
-The set is read once. Memory does not grow with it: beyond 250,000 different texts or images, copies
-are estimated from a share of them.
-"""
+"""Inspects a data set: statistics, problems and a contact sheet, as HTML, PNG and JSON (`grain-jax inspect`)."""
 
 import argparse
 import itertools
@@ -35,9 +28,7 @@ def inspect(args: argparse.Namespace) -> str:
     """Reads the set and writes the three files; returns the summary. Raises `errors.UserError`."""
     source = reading.open_set(args.set, args.images, args.orientation)
     output = epath.Path(args.output) if args.output else source.path.parent / "inspect"
-    output.mkdir(
-        parents=True, exist_ok=True
-    )  # first, so that a folder without permission fails early
+    output.mkdir(parents=True, exist_ok=True)  # first: without permission it fails early
     stats, sample = statistics.Statistics(), counting.Sample(args.num_images)
     coming = progress.over(source.items, total=source.total, what="inspecting")
     for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):
@@ -53,15 +44,13 @@ def inspect(args: argparse.Namespace) -> str:
     shown = [panel for panel in made if panel is not None]
     result["contact_sheet"] = {"shown": len(shown), "damaged": len(made) - len(shown)}
     result["problems"] = [problem._asdict() for problem in found]
-    written = {
-        "inspect.html": page.render(result, found, shown).encode(),
-        "statistics.json": (json.dumps(result, indent=1) + "\n").encode(),
-    }
+    written = {"inspect.html": page.render(result, found, shown).encode()}
+    written["statistics.json"] = (json.dumps(result, indent=1) + "\n").encode()
     if shown:
         title = (
-            f"{source.path}: {len(shown)} of {stats.images:,} images."
-            " Boxes are numbered by score, which stands behind each description."
+            f"{source.path}: {len(shown)} of {stats.images:,} images. Boxes are numbered by score,"
         )
+        title += " which stands behind each description."
         written["contact_sheet.png"] = sheet.draw(shown, title)
     for name, content in written.items():
         atomic.write_bytes(output / name, content)
@@ -82,24 +71,19 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     if images["turned"]:
         what = example.TURNED[images["orientation"]]
         lines.append(f"turned        {images['turned']:,} images {what}")
+    web, synthetic = (captions[f"pictures_with_{kind}"] for kind in ("web", "synthetic"))
+    an_image = f"{regions['count'] / count:.2f} regions an image"
     for name, texts, some in (
-        ("web", captions["web"], f"{captions['pictures_with_web']:,} images have one or more"),
-        ("synthetic", captions["synthetic"], f"{captions['pictures_with_synthetic']:,} images"),
-        (
-            "descriptions",
-            result["descriptions"],
-            f"{regions['count'] / count:.2f} regions an image",
-        ),
+        ("web", captions["web"], f"{web:,} images have one or more"),
+        ("synthetic", captions["synthetic"], f"{synthetic:,} images"),
+        ("descriptions", result["descriptions"], an_image),
     ):
-        total = texts["words"]["count"]
-        lengths = ""
-        if total:
-            words, tokens = texts["words"], texts["tokens"]
-            lengths = (
-                f"; {words['mean']:.1f} words, {tokens['mean']:.1f} tokens"
-                f" (99% up to {tokens['p99']}); {texts['distinct']['distinct']:,} different"
-            )
-        lines.append(f"{name:13} {total:,}; {some}{lengths}")
+        words, tokens, lengths = texts["words"], texts["tokens"], ""
+        if words["count"]:
+            different = f"{texts['distinct']['distinct']:,} different"
+            lengths = f"; {words['mean']:.1f} words, {tokens['mean']:.1f} tokens"
+            lengths += f" (99% up to {tokens['p99']}); {different}"
+        lines.append(f"{name:13} {words['count']:,}; {some}{lengths}")
     if regions["with_negatives"]:
         per_region = regions["negatives_per_region"]
         total = round(per_region["mean"] * per_region["count"])

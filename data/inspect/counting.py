@@ -1,4 +1,4 @@
-"""Counters of bounded memory over a stream: numbers, distinct items, frequent items, a sample.
+"""Counters of bounded memory over a stream: numbers, distinct items, frequent items, a sample, padding of rows.
 
 `Distinct` and `Frequent` are exact up to a limit; beyond it, their counts are estimates with a stated error. `Distinct`
 and `Sample` select by the hashes of items, not at random.
@@ -12,9 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from grain_jax.input_pipeline import derived, text_lengths
+
 DISTINCT_LIMIT = 250_000  # distinct items held in memory, about 50 MB
 FREQUENT_LIMIT = 50_000
+GROUPS = (1, 8, 16, 32, 64, 128)
+MAX_REGIONS = 5  # input.max_regions
+ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
 MANY_BARS = 60  # bars that a histogram has at most
+_EXAMPLES = 5  # of copies
 
 
 def digest(content: bytes) -> int:
@@ -40,16 +46,13 @@ class Numbers:
         """count, mean, min, median, p95, p99, max; and `histogram`, [[from, to, count], ...]."""
         if not self.counts:
             return {"count": 0, "histogram": []}
-        values = np.array(sorted(self.counts))
-        counts = np.array([self.counts[v] for v in values.tolist()])
+        values, counts = np.array(sorted(self.counts.items())).T
+        shares = dict(median=0.5, p95=0.95, p99=0.99)
         ends, total = np.cumsum(counts), int(counts.sum())
-
-        def quantile(share: float) -> int:
-            return int(values[np.searchsorted(ends, share * total)])
-
+        quantiles = {k: int(values[np.searchsorted(ends, x * total)]) for k, x in shares.items()}
         # A few very large values would leave all others in one bar, so they share the last bar.
         low, most = int(values[0]), int(values[-1])
-        high = min(most, 2 * quantile(0.99))
+        high = min(most, 2 * quantiles["p99"])
         width = -(-(high - low + 1) // MANY_BARS)
         place = (values - low) // width
         usual = place <= (high - low) // width
@@ -57,16 +60,9 @@ class Numbers:
         histogram = [[low + i * width, low + (i + 1) * width - 1, n] for i, n in enumerate(bars)]
         if not usual.all():
             histogram.append([histogram[-1][1] + 1, most, int(counts[~usual].sum())])
-        return {
-            "count": total,
-            "mean": float((values * counts).sum() / total),
-            "min": low,
-            "median": quantile(0.5),
-            "p95": quantile(0.95),
-            "p99": quantile(0.99),
-            "max": most,
-            "histogram": histogram,
-        }
+        mean = float((values * counts).sum() / total)
+        extremes = {"count": total, "mean": mean, "min": low, **quantiles, "max": most}
+        return {**extremes, "histogram": histogram}
 
 
 class Distinct:
@@ -77,12 +73,10 @@ class Distinct:
     Flajolet, "On adaptive sampling", 1990).
     """
 
-    def __init__(self, limit: int = DISTINCT_LIMIT, examples: int = 5):
-        self.limit, self.zero_bits = limit, 0
-        self.total = 0
+    def __init__(self, limit: int = DISTINCT_LIMIT):
+        self.limit, self.zero_bits, self.total = limit, 0, 0
         self.examples: list[list[str]] = []  # places of an item and of its copy
-        self._held: dict[int, list] = {}  # hash -> [count, place of the first]
-        self._num_examples = examples
+        self.held: dict[int, list] = {}  # hash -> [count, place of the first]
 
     def add(self, content: bytes, where: str) -> None:
         """Counts an item; `where` is its place or name."""
@@ -90,26 +84,21 @@ class Distinct:
         key = digest(content)
         if key & (2**self.zero_bits - 1):
             return
-        held = self._held.setdefault(key, [0, where])
+        held = self.held.setdefault(key, [0, where])
         held[0] += 1
-        if held[0] == 2 and len(self.examples) < self._num_examples:
+        if held[0] == 2 and len(self.examples) < _EXAMPLES:
             self.examples.append([held[1], where])
-        while len(self._held) > self.limit:
+        while len(self.held) > self.limit:
             self.zero_bits += 1
             mask = 2**self.zero_bits - 1
-            self._held = {key: held for key, held in self._held.items() if not key & mask}
+            self.held = {key: held for key, held in self.held.items() if not key & mask}
 
     def result(self) -> dict[str, Any]:
-        """The results: total, distinct, copies (of earlier items), exact, and examples of copies."""
+        """total, distinct, copies (of earlier items), exact, and examples of copies."""
         scale = 2**self.zero_bits
-        copies = scale * sum(times - 1 for times, _ in self._held.values())
-        return {
-            "total": self.total,
-            "distinct": scale * len(self._held),
-            "copies": min(copies, self.total),
-            "exact": self.zero_bits == 0,
-            "examples": self.examples,
-        }
+        copies = min(self.total, scale * sum(times - 1 for times, _ in self.held.values()))
+        out = {"total": self.total, "distinct": scale * len(self.held), "copies": copies}
+        return {**out, "exact": self.zero_bits == 0, "examples": self.examples}
 
 
 class Frequent:
@@ -128,34 +117,73 @@ class Frequent:
         if len(self.counts) > 2 * self.limit:
             less = sorted(self.counts.values(), reverse=True)[self.limit]
             self.too_low_by += less
-            self.counts = collections.Counter(
-                {thing: n - less for thing, n in self.counts.items() if n > less}
-            )
+            kept = {thing: n - less for thing, n in self.counts.items() if n > less}
+            self.counts = collections.Counter(kept)
 
     def top(self, number: int) -> list[list]:
         """The `number` most frequent items as [item, count]; equal counts are in the order of the names."""
         best = heapq.nsmallest(number, self.counts.items(), key=lambda kv: (-kv[1], str(kv[0])))
-        return [list(pair) for pair in best]
+        return list(map(list, best))
 
 
 class Sample:
     """A sample of `size` items, chosen by the hash of their names, which does not depend on their order."""
 
     def __init__(self, size: int):
-        self.size = size
-        # (-hash, ...): the item of the largest hash is dropped first.
-        self._heap: list[tuple[int, int, Any]] = []
-        self._added = 0
+        self.size, self._added = size, 0
+        self._heap: list[
+            tuple[int, int, Any]
+        ] = []  # (-hash, -number, item): the largest hash is first
 
     def add(self, name: str, thing: Any) -> None:
         """Offers an item to the sample."""
         self._added += 1
-        entry = (-digest(name.encode()), -self._added, thing)
-        if len(self._heap) < self.size:
-            heapq.heappush(self._heap, entry)
-        elif self._heap and entry > self._heap[0]:
-            heapq.heapreplace(self._heap, entry)
+        heapq.heappush(self._heap, (-digest(name.encode()), -self._added, thing))
+        if len(self._heap) > self.size:
+            heapq.heappop(self._heap)
 
     def things(self) -> list[Any]:
         """The items of the sample, in the order in which they were added."""
         return [thing for _, _, thing in sorted(self._heap, key=lambda entry: -entry[1])]
+
+
+class Padding:
+    """Packs the caption and best regions of the images of a sample in groups of images, in shuffled order."""
+
+    def __init__(self):
+        self.images = 0
+        self._sample = Sample(text_lengths.IMAGES)
+
+    def add(self, caption_tokens: int, description_tokens: list[int]) -> None:
+        """Adds the lengths of the texts of an image that training uses, 2..ROW_LENGTH tokens each."""
+        self.images += 1
+        lengths = np.zeros(1 + MAX_REGIONS, np.int32)
+        lengths[: 1 + len(description_tokens)] = caption_tokens, *description_tokens
+        self._sample.add(str(self.images), lengths)
+
+    def result(self) -> dict[str, Any]:
+        """`unpacked` (padding of one text a row), and for each group size: groups tried, rows, padding, overflowing.
+
+        `unpacked` and `padding` are shares of the places for tokens; `overflowing` is that of the texts that do not
+        fit into the rows, at most `derived.MISFITS`.
+        """
+        found, length = self._sample.things(), ROW_LENGTH
+        if not found:
+            return {"row_length": length, "unpacked": None, "groups": []}
+        lengths = np.stack(found)[np.random.default_rng(0).permutation(len(found))]
+        groups = []
+        for group in (group for group in GROUPS if group <= len(found)):
+            whole = lengths[: len(found) // group * group]
+            texts = dict(
+                caption_lengths=whole[:, :1],
+                description_lengths=whole[:, 1:],
+                region_mask=whole[:, 1:] > 0,
+                region_scores=np.zeros((len(whole), MAX_REGIONS), np.float32),
+            )
+            rows, misfits = derived.smallest_rows([texts], group, length, derived.MISFITS)
+            tried = len(whole) // group
+            padding = float(1 - whole.sum() / (tried * rows * length))
+            told = dict(group=group, groups=tried, rows=rows, padding=padding)
+            groups.append({**told, "overflowing": misfits})
+        unpacked = float(1 - lengths.sum(axis=1).mean() / ((1 + MAX_REGIONS) * length))
+        return {"row_length": length, "unpacked": unpacked, "groups": groups}

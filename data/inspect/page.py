@@ -62,17 +62,18 @@ def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
         size += f"; {images['left_out']:,} left out"
     if images["turned"]:
         size += f"; {images['turned']:,} with an EXIF orientation"
-    tiles = [
-        (f"{images['count']:,}", "images", size),
-        (f"{captions['web']['words']['count']:,}", "web captions", f"{captions['pictures_with_web'] / count:.1%} of the images"),
-        (f"{captions['synthetic']['words']['count']:,}", "synthetic captions", f"{captions['pictures_with_synthetic'] / count:.1%} of the images"),
-        (f"{regions['count']:,}", "regions", f"{regions['count'] / count:.2f} an image"),
-        (f"{result['descriptions']['distinct']['distinct']:,}", "different descriptions", _exact(result["descriptions"]["distinct"])),
-        (f"{len(found)}", "kinds of problems", "see below" if found else "none found"),
-    ]  # fmt: skip
-    return '<div class="tiles">' + "".join(
-        f"<div><b>{number}</b>{label}<span>{detail}</span></div>" for number, label, detail in tiles
-    ) + "</div>"  # fmt: skip
+    tiles = [(images["count"], "images", size)]
+    for kind in ("web", "synthetic"):
+        share = f"{captions[f'pictures_with_{kind}'] / count:.1%} of the images"
+        tiles.append((captions[kind]["words"]["count"], f"{kind} captions", share))
+    different = result["descriptions"]["distinct"]
+    tiles += [
+        (regions["count"], "regions", f"{regions['count'] / count:.2f} an image"),
+        (different["distinct"], "different descriptions", _exact(different)),
+        (len(found), "kinds of problems", "see below" if found else "none found"),
+    ]
+    cells = (f"<div><b>{n:,}</b>{label}<span>{more}</span></div>" for n, label, more in tiles)
+    return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def _exact(distinct: dict[str, Any]) -> str:
@@ -96,7 +97,7 @@ def _problems(found: Sequence[problems.Problem]) -> str:
     return html.table(("what", "count", "share", "first example", "what to do"), rows, classes)
 
 
-def _histogram(title: str, numbers: dict[str, Any], unit: str) -> str:
+def _histogram(title: str, numbers: dict[str, Any], unit: str, more: str = "") -> str:
     if not numbers["count"]:
         return f'<figure><h3>{title}</h3><p class="soft">none</p></figure>'
     values = []
@@ -108,19 +109,21 @@ def _histogram(title: str, numbers: dict[str, Any], unit: str) -> str:
         f"mean {numbers['mean']:.1f}, median {numbers['median']:,}, 95% up to {numbers['p95']:,},"
         f" 99% up to {numbers['p99']:,}, longest {numbers['max']:,} {unit}"
     )
-    return html.figure(title, html.histogram(values, f"{title}: {spread}"), spread)
+    return html.figure(title, html.histogram(values, f"{title}: {spread}"), spread + more)
+
+
+def _kinds(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    of_captions = {
+        f"{kind.title()} captions": result["captions"][kind] for kind in ("web", "synthetic")
+    }
+    return {**of_captions, "Descriptions": result["descriptions"]}
 
 
 def _texts(result: dict[str, Any]) -> str:
-    kinds = {
-        "Web captions": result["captions"]["web"],
-        "Synthetic captions": result["captions"]["synthetic"],
-        "Descriptions": result["descriptions"],
-    }
     figures = [
         _histogram(f"{name} in {unit}", numbers[unit], unit)
         for unit in ("words", "tokens")
-        for name, numbers in kinds.items()
+        for name, numbers in _kinds(result).items()
         if numbers["words"]["count"]
     ]
     return (
@@ -171,25 +174,22 @@ def _regions(result: dict[str, Any]) -> str:
     if scores["count"]:
         spread = f"mean {scores['mean']:.2f}, {scores['min']:.2f} to {scores['max']:.2f}"
     binned = [(f"{low:.2f}", f"{low:.2f} to {high:.2f}", n) for low, high, n in scores["histogram"]]
-    most = max(map(max, boxes["places"]))
-    beyond = regions["beyond_max_regions"]
+    most, beyond = max(map(max, boxes["places"])), regions["beyond_max_regions"]
     note = f"; {beyond:,} regions are beyond the 5 that training keeps" if beyond else ""
-    per_image = _histogram("Regions an image", regions["per_picture"], "regions")
-    negatives = ""
+    figures = [_histogram("Regions an image", regions["per_picture"], "regions", note)]
     if regions["with_negatives"]:
-        share = f"; {regions['with_negatives'] / regions['count']:.1%} of the regions have some"
-        negatives = _histogram("Negatives a region", regions["negatives_per_region"], "negatives")
-        negatives = negatives.replace("</figcaption>", f"{share}</figcaption>")
-    return '<div class="charts">' + "".join(
-        [
-            per_image.replace("</figcaption>", f"{note}</figcaption>"),
-            negatives,
-            html.figure("Box area, share of the image", html.histogram(areas, "box areas"), "bars are not of equal width: each covers about half a decade"),
-            html.figure("Scores", html.histogram(binned, f"scores: {spread}"), spread),
-            html.figure("Where boxes are", html.heat_map(boxes["places"], "where boxes are"), f"share of the boxes that cover a place, 0 to {most:.0%}"),
-            html.figure("Width and height of boxes", html.heat_map(boxes["shapes"], "box shapes", from_below=True), "width from left to right, height from the bottom up, 0 to the whole image"),
-        ]
-    ) + "</div>"  # fmt: skip
+        note = f"; {regions['with_negatives'] / regions['count']:.1%} of the regions have some"
+        numbers = regions["negatives_per_region"]
+        figures.append(_histogram("Negatives a region", numbers, "negatives", note))
+    shapes = html.heat_map(boxes["shapes"], "box shapes", from_below=True)
+    for title, chart, caption in (
+        ("Box area, share of the image", html.histogram(areas, "box areas"), "bars are not of equal width: each covers about half a decade"),
+        ("Scores", html.histogram(binned, f"scores: {spread}"), spread),
+        ("Where boxes are", html.heat_map(boxes["places"], "where boxes are"), f"share of the boxes that cover a place, 0 to {most:.0%}"),
+        ("Width and height of boxes", shapes, "width from left to right, height from the bottom up, 0 to the whole image"),
+    ):  # fmt: skip
+        figures.append(html.figure(title, chart, caption))
+    return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def _images(result: dict[str, Any]) -> str:
@@ -209,29 +209,20 @@ def _images(result: dict[str, Any]) -> str:
 
 
 def _frequent(result: dict[str, Any]) -> str:
-    count = max(result["pictures"]["count"], 1)
-    parts = []
-    for name, texts in (
-        ("Descriptions", result["descriptions"]),
-        ("Web captions", result["captions"]["web"]),
-        ("Synthetic captions", result["captions"]["synthetic"]),
-    ):
+    count, parts = max(result["pictures"]["count"], 1), []
+    for name, texts in _kinds(result).items():
         distinct = texts["distinct"]
         if not distinct["total"]:
             continue
-        rows = [
-            (escape(text), f"{n:,}", f"{n / count:.1%}")
-            for text, n in texts["most_frequent"][:_FREQUENT]
-            if n > 1
-        ]
+        frequent = [(text, n) for text, n in texts["most_frequent"][:_FREQUENT] if n > 1]
+        rows = [(escape(text), f"{n:,}", f"{n / count:.1%}") for text, n in frequent]
         note = (
             f"{distinct['distinct']:,} different ones of {distinct['total']:,} ({_exact(distinct)})"
         )
         if texts["most_frequent_too_low_by"]:
             note += f"; counts are too low by at most {texts['most_frequent_too_low_by']:,}"
-        table = ""
-        if rows:
-            table = html.table(("text", "images", "share"), rows, ("", "number", "number"))
+        columns = ("text", "images", "share"), rows, ("", "number", "number")
+        table = html.table(*columns) if rows else ""
         parts.append(f'<div><h3>{name}</h3><p class="soft">{note}</p>{table}</div>')
     return f'<div class="columns">{"".join(parts)}</div>'
 
@@ -276,17 +267,12 @@ def _panel(panel: panels.Panel) -> str:
 def _box(mark: panels.Mark) -> str:
     x1, y1, x2, y2 = mark.box_xyxy
     box = f'x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"'
-    return (
-        f'<g data-region="{mark.number}"><rect class="halo" {box}/>'
-        f'<rect class="line" {box} stroke="{mark.colour}"/></g>'
-    )
+    rects = f'<rect class="halo" {box}/><rect class="line" {box} stroke="{mark.colour}"/>'
+    return f'<g data-region="{mark.number}">{rects}</g>'
 
 
 def _badge(mark: panels.Mark) -> str:
-    x, y = mark.badge_xy
-    width, height = mark.badge_width, panels.BADGE[1]
-    return (
-        f'<g data-region="{mark.number}"><rect x="{x:.1f}" y="{y:.1f}" width="{width}"'
-        f' height="{height}" fill="{mark.colour}"/>'
-        f'<text x="{x + width / 2:.1f}" y="{y + height / 2:.1f}">{mark.number}</text></g>'
-    )
+    (x, y), (width, height) = mark.badge_xy, (mark.badge_width, panels.BADGE[1])
+    size = f'width="{width}" height="{height}" fill="{mark.colour}"'
+    text = f'<text x="{x + width / 2:.1f}" y="{y + height / 2:.1f}">{mark.number}</text>'
+    return f'<g data-region="{mark.number}"><rect x="{x:.1f}" y="{y:.1f}" {size}/>{text}</g>'

@@ -9,6 +9,7 @@ import PIL.Image
 from grain_jax.core import images
 from grain_jax.core.html import REGION_COLOURS
 from grain_jax.data.inspect import reading
+from grain_jax.data.inspect.statistics import texts_of
 
 SIDE = 300  # pixels of a panel's longer side
 SHOWN = 10  # regions an image
@@ -68,8 +69,7 @@ def make(item: reading.Item) -> Panel | None:
         )
         for place, i in enumerate(best)
     )
-    synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
-    captions = (*(("web", text) for text in item.captions), *synthetic)
+    captions = tuple(text for text in texts_of(item) if text[0] != "description")
     more = len(item.descriptions) - len(best)
     return Panel(item.name, image, item.size, captions, marks, more)
 
@@ -93,11 +93,8 @@ def place_badges(
     placed: list[tuple[float, float, int]] = []  # x, y, width
     height = BADGE[1]
     for (x1, y1, x2, y2), width in zip(boxes_xyxy, widths):
-        right, bottom = x2 - width, y2 - height
-        wanted = [
-            *((x1, y1), (right, y1), (x1, bottom), (right, bottom)),
-            *((x1, y1 - height), (right, y1 - height), (x1, y2), (right, y2)),
-        ]
+        across, down = (x1, x2 - width), (y1, y2 - height, y1 - height, y2)
+        wanted = [(x, y) for y in down for x in across]
         # Then any place, the nearest to the corner of the box first.
         anywhere = [(x, y) for y in range(0, size[1], height) for x in range(0, size[0], width)]
         anywhere.sort(key=lambda at: (at[0] - x1) ** 2 + (at[1] - y1) ** 2)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from grain_jax.data.inspect import flaws, padding, statistics
+from grain_jax.data.inspect import counting, statistics
 
 LARGE_SHARE = 0.1  # of the images; a text that more share is a problem
 MANY = 20  # least images for which shares are checked
@@ -37,10 +37,10 @@ _ISSUES = {
     "refusal in description": ("refusals among descriptions", "regions", _AGAIN),
     "markup in synthetic caption": ("synthetic captions with list marks or a preamble", "synthetic", "strip them"),
     "markup in description": ("descriptions with list marks or a preamble", "regions", "strip them"),
-    "cut web caption": (f"web captions over {flaws.ROW_LENGTH} tokens", "web", "shorten them if many: training cuts them"),
-    "cut synthetic caption": (f"synthetic captions over {flaws.ROW_LENGTH} tokens", "synthetic", "ask the model for shorter ones: training cuts them"),
-    "cut description": (f"descriptions over {flaws.ROW_LENGTH} tokens", "regions", "look for run-on answers: training cuts them"),
-    "long description": (f"descriptions over {flaws.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),
+    "cut web caption": (f"web captions over {statistics.ROW_LENGTH} tokens", "web", "shorten them if many: training cuts them"),
+    "cut synthetic caption": (f"synthetic captions over {statistics.ROW_LENGTH} tokens", "synthetic", "ask the model for shorter ones: training cuts them"),
+    "cut description": (f"descriptions over {statistics.ROW_LENGTH} tokens", "regions", "look for run-on answers: training cuts them"),
+    "long description": (f"descriptions over {statistics.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),
     "repeated description": ("descriptions that their image has already", "regions", "merge the boxes, or keep the best one"),
     "box without area": ("boxes without an area", "regions", "leave the regions out: they teach nothing"),
     "box outside": ("boxes that leave their image", "regions", "clip them; if many, check their unit (shares, not pixels)"),
@@ -76,19 +76,20 @@ def find(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
 def _of_shards(shards: dict[str, Any]) -> list[Problem]:
     if not shards["count"]:
         return []
-    found, lanes = [], shards["lanes"]
+    found, lanes, count = [], shards["lanes"], shards["count"]
     advice = f"rebuild with grain-jax build --num-shards, a multiple of {lanes}, or set input.lanes"
     if shards["empty"]:
-        found.append(Problem("empty shards", shards["empty"], shards["count"], "", advice))
+        found.append(Problem("empty shards", shards["empty"], count, "", advice))
     if shards["records_per_lane"] is None:
-        what = f"fewer filled shards than the {lanes} lanes: training stops"
-        count = shards["count"] - shards["empty"]
-        return [*found, Problem(what, count, lanes, f"{count} shards", advice)]
+        what, filled = (
+            f"fewer filled shards than the {lanes} lanes: training stops",
+            count - shards["empty"],
+        )
+        return [*found, Problem(what, filled, lanes, f"{filled} shards", advice)]
     low, high = shards["records_per_lane"]
     if high > _UNEVEN * low:
-        example = f"lanes have {low} to {high} records"
         what = f"uneven lanes (input.lanes={lanes}): some records are seen more often"
-        found.append(Problem(what, lanes, 0, example, advice))
+        found.append(Problem(what, lanes, 0, f"lanes have {low} to {high} records", advice))
     return found
 
 
@@ -98,34 +99,31 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
     if bare.count > _FEW_REGIONS * images:
         advice = "nothing, if you know it: these images train the caption loss alone"
         found.append(Problem("images without regions", bare.count, images, bare.example, advice))
-    kinds = (
-        ("one description", result["descriptions"], "see whether the model copies its prompt"),
-        ("one synthetic caption", result["captions"]["synthetic"], "see whether the model fails"),
-        ("one web caption", result["captions"]["web"], "drop it if it is a placeholder"),
-    )
-    for what, texts, advice in kinds:
+    for kind, texts, advice in (
+        ("description", result["descriptions"], "see whether the model copies its prompt"),
+        ("synthetic caption", result["captions"]["synthetic"], "see whether the model fails"),
+        ("web caption", result["captions"]["web"], "drop it if it is a placeholder"),
+    ):
         common = [(text, n) for text, n in texts["most_frequent"] if n > LARGE_SHARE * images]
         if common and images >= MANY:
             (text, count), others = common[0], len(common) - 1
             example = f"{text!r}" + (f", and {others} more such" if others else "")
-            what = f"images that share {what} (over {LARGE_SHARE:.0%} of all)"
+            what = f"images that share one {kind} (over {LARGE_SHARE:.0%} of all)"
             found.append(Problem(what, count, images, example, advice))
     scores = result["scores"]
-    if scores["count"] > 1 and scores["min"] == scores["max"]:
-        count, example = scores["count"], f"{scores['min']:g}"
-        advice = f"nothing, if exact: training then keeps the first {padding.MAX_REGIONS} regions"
-        found.append(Problem("scores that are all equal", count, count, example, advice))
+    count, low = scores["count"], scores["min"]
+    if count > 1 and low == scores["max"]:
+        advice = f"nothing, if exact: training then keeps the first {counting.MAX_REGIONS} regions"
+        found.append(Problem("scores that are all equal", count, count, f"{low:g}", advice))
     return found
 
 
 def _of_duplicates(result: dict[str, Any]) -> list[Problem]:
-    found = []
-    copies = result["duplicate_pictures"]
+    found, copies = [], result["duplicate_pictures"]
     if copies["copies"]:
-        first, again = copies["examples"][0]
+        example = "{1} is {0}".format(*copies["examples"][0])
         what = "images that are copies, byte by byte, of earlier ones"
         advice = "drop them, or merge their texts into one line"
-        example = f"{again} is {first}"
         found.append(Problem(what, copies["copies"], copies["total"], example, advice))
     for kind in ("web", "synthetic"):
         texts = result["captions"][kind]["distinct"]

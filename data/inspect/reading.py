@@ -92,9 +92,8 @@ def open_set(
     total = sum(1 for _ in example.read_lines(path))
     if not total:
         raise InspectError(f"{path}: the file is empty, expected one JSON object a line")
-    read = functools.partial(
-        _read_line, file=path.name, folder=str(folder), orientation=orientation
-    )
+    given = dict(file=path.name, folder=str(folder), orientation=orientation)
+    read = functools.partial(_read_line, **given)
     workers = parallel.default_workers(total)
     found = parallel.ordered_map(read, example.read_lines(path), workers=workers)
     items = itertools.chain.from_iterable(found)
@@ -111,6 +110,7 @@ def _read_line(
     if found is None:
         return [Fault(where, _cause(fault), fault) for fault in checked.faults]
     boxes = np.array([r.box_xyxy for r in found.regions], np.float32).reshape(-1, 4)
+    scores = np.array([region.score for region in found.regions], np.float32)
     return [
         Item(
             name=found.id or found.image,
@@ -122,7 +122,7 @@ def _read_line(
             synthetic_caption=found.synthetic_caption,
             descriptions=tuple(region.description for region in found.regions),
             boxes_xyxy=boxes / np.array([*image.size, *image.size], np.float32),
-            scores=np.array([region.score for region in found.regions], np.float32),
+            scores=scores,
             negatives=tuple(region.negatives for region in found.regions),
             turned=checked.header.turned,
             orientation=orientation,
@@ -200,8 +200,8 @@ def _to_item(where: str, fields: dict[str, Any]) -> Item | Fault:
     counts = fields["regions/negatives/ragged_row_lengths_0"].tolist() or [0] * len(descriptions)
     if not len(numbers) / 4 == len(descriptions) == len(scores) == len(counts):
         got = f"got {len(numbers) / 4:g} boxes, {len(descriptions)} descriptions, {len(scores)} scores"
-        expected = f"{len(counts)} counts of negatives, expected as many of each"
-        return Fault(where, "regions", f"{got}, {expected}")
+        got += f", {len(counts)} counts of negatives"
+        return Fault(where, "regions", f"{got}, expected as many of each")
     if sum(counts) != len(negatives) or min(counts, default=0) < 0:
         got = f"got {len(negatives)} negatives, {sum(counts)} by their counts"
         return Fault(where, "regions", f"{got}, expected the same number")

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,8 +34,8 @@ class _Line(NamedTuple):
 
 @functools.cache
 def _font(size: int, bold: bool = False) -> PIL.ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and has more characters than the font of PIL."""
-    name = "DejaVuSans-Bold" if bold else "DejaVuSans"
+    """DejaVu Sans Mono, which comes with matplotlib and has more characters than the font of PIL."""
+    name = "DejaVuSansMono-Bold" if bold else "DejaVuSansMono"
     return PIL.ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", size)
 
 
@@ -43,28 +44,26 @@ def draw(shown: Sequence[panels.Panel], title: str) -> bytes:
     columns = min(COLUMNS, len(shown))
     width = _MARGIN + columns * (panels.SIDE + _MARGIN)
     head = wrap(title, width - 2 * _MARGIN, 6)
-    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     top = _MARGIN + _LINE * len(head) + _MARGIN
-    tall = [max(p.image.height for p in row) for row in rows]
-    texts = [[_lines(panel) for panel in row] for row in rows]
-    heights = [
-        image_height + 6 + _LINE * max(map(len, lines)) + 2 * _MARGIN
-        for image_height, lines in zip(tall, texts)
-    ]
-    canvas = PIL.Image.new("RGB", (width, top + sum(heights)), _PAPER)
+    rows = []  # (its top, height of its images, (panel, its lines) of each)
+    for i in range(0, len(shown), columns):
+        row = [(panel, _lines(panel)) for panel in shown[i : i + columns]]
+        tall = max(panel.image.height for panel, _ in row)
+        rows.append((top, tall, row))
+        top += tall + 6 + _LINE * max(len(lines) for _, lines in row) + 2 * _MARGIN
+    canvas = PIL.Image.new("RGB", (width, top), _PAPER)
     pen = PIL.ImageDraw.Draw(canvas)
     for i, line in enumerate(head):
-        pen.text((_MARGIN, _MARGIN + i * _LINE), line, fill=_INK, font=_font(13))
-    for row, image_height, lines, height in zip(rows, tall, texts, heights):
-        for column, (panel, below) in enumerate(zip(row, lines)):
+        pen.text((_MARGIN, _MARGIN + i * _LINE), line, fill=_INK, font=_font(12))
+    for top, tall, row in rows:
+        for column, (panel, lines) in enumerate(row):
             left = _MARGIN + column * (panels.SIDE + _MARGIN)
             canvas.paste(draw_boxes(panel), (left, top))
-            for i, line in enumerate(below):
-                y = top + image_height + 6 + i * _LINE
+            for i, line in enumerate(lines):
+                y = top + tall + 6 + i * _LINE
                 if line.mark is not None:
                     _badge(pen, line.mark, (left, y))
                 pen.text((left + line.indent, y), line.text, fill=line.colour, font=_font(12))
-        top += height
     out = io.BytesIO()
     canvas.save(out, "PNG")
     return out.getvalue()
@@ -87,49 +86,29 @@ def draw_boxes(panel: panels.Panel) -> PIL.Image.Image:
 def wrap(text: str, width: int, limit: int) -> list[str]:
     """Lines of at most `width` pixels, at most `limit` of them; " ..." replaces the rest."""
     text = shown_text.plain(" ".join(text[: 10 * width].split()), width * limit // 2)
-    measure, lines, line = _font(12).getlength, [], ""
-    for word in text.split():
-        while word:
-            candidate = f"{line} {word}".strip()
-            if measure(candidate) <= width:
-                line, word = candidate, ""
-            elif line:
-                lines.append(line)
-                line = ""
-            else:  # a word wider than the line
-                fits = next(
-                    n for n in range(len(word), 0, -1) if n == 1 or measure(word[:n]) <= width
-                )
-                lines.append(word[:fits])
-                word = word[fits:]
-    lines += [line] if line else []
-    if len(lines) > limit:
-        lines = lines[:limit]
-        while lines[-1] and measure(lines[-1] + " ...") > width:
-            lines[-1] = lines[-1][:-1]
-        lines[-1] += " ..."
-    return lines
+    characters = int(width / _font(12).getlength("m"))
+    return textwrap.wrap(text, characters, max_lines=limit, placeholder=" ...")
 
 
 def _lines(panel: panels.Panel) -> list[_Line]:
     """The lines of text below an image."""
-    width, height = panel.size
-    head = wrap(f"{panel.name}, {width} x {height}", panels.SIDE, 1)
-    lines = [_Line(text, _SOFT, 0) for text in head]
+    lines: list[_Line] = []
+
+    def say(text: str, colour: str = _SOFT, most: int = 1, indent: int = 0, mark=None) -> None:
+        for i, line in enumerate(wrap(text, panels.SIDE - indent, most)):
+            lines.append(_Line(line, colour, indent, None if i else mark))
+
+    say(f"{panel.name}, {panel.size[0]} x {panel.size[1]}")
     for kind in ("web", "synthetic"):
         for text in [text for k, text in panel.captions if k == kind][:_CAPTIONS]:
-            wrapped = wrap(f"{kind}: {text}", panels.SIDE, _CAPTION_LINES)
-            lines += [_Line(text, _SOFT, 0) for text in wrapped]
+            say(f"{kind}: {text}", most=_CAPTION_LINES)
     for mark in panel.marks:
-        wrapped = wrap(
-            f"{mark.description} ({mark.score:.2f})", panels.SIDE - _INDENT, _DESCRIPTION_LINES
-        )
-        lines += [_Line(text, _INK, _INDENT, None if i else mark) for i, text in enumerate(wrapped)]
+        said = f"{mark.description} ({mark.score:.2f})"
+        say(said, _INK, _DESCRIPTION_LINES, _INDENT, mark)
         if mark.negatives:
-            wrapped = wrap(f"not: {mark.negatives}", panels.SIDE - _INDENT, _DESCRIPTION_LINES)
-            lines += [_Line(text, _SOFT, _INDENT) for text in wrapped]
+            say(f"not: {mark.negatives}", most=_DESCRIPTION_LINES, indent=_INDENT)
     if panel.more:
-        lines.append(_Line(f"and {panel.more} more regions", _SOFT, 0))
+        say(f"and {panel.more} more regions")
     return lines
 
 

@@ -3,14 +3,18 @@
 import collections
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from grain_jax.data.inspect import counting, flaws, padding, reading
+from grain_jax.data.annotate import answers
+from grain_jax.data.inspect import counting, reading
 from grain_jax.input_pipeline import order, tokenizer
 
+ROW_LENGTH = counting.ROW_LENGTH
+LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 LONGEST = 256  # tokens; longer texts count as this long
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
 WHOLE = 0.95  # share of the image
@@ -19,6 +23,10 @@ GRID = 24  # cells a side of the heat maps
 AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the image
 SCORE_BINS = 20
 TOP = 20  # most frequent texts and sizes
+_LEFTOVER = re.compile(
+    r"[-*\u2022\u00b7#>]\s|\(?\d{1,2}[.):]\s|\*\*|(?:sure|certainly|of course)[,!]|here (?:are|is) "
+    r"|(?:caption|description|subject|answer)s?\s*:"
+)
 
 
 class Issue:
@@ -74,7 +82,7 @@ class Statistics:
         self.regions_per_image = counting.Numbers()
         self.negatives_per_region = counting.Numbers()
         self.texts = {kind: Texts() for kind in ("web", "synthetic", "description")}
-        self.padding = padding.Padding()
+        self.padding = counting.Padding()
         self.areas = np.zeros(len(AREA_EDGES) - 1, np.int64)
         self.shapes = np.zeros((GRID, GRID), np.int64)  # [height, width]
         self.scores = np.zeros(SCORE_BINS, np.int64)
@@ -91,7 +99,7 @@ class Statistics:
         """Counts items; fastest with a few hundred at a time."""
         if not items:
             return
-        texts = [_texts(item) for item in items]
+        texts = [texts_of(item) for item in items]
         flat = [text for of_item in texts for _, text in of_item]
         lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist())
         for item, of_item in zip(items, texts, strict=True):
@@ -134,7 +142,7 @@ class Statistics:
             seen[kind][plain] = None
             self.texts[kind].words.add([len(plain.split())])
             self.texts[kind].tokens.add([tokens])
-            for issue in flaws.of_text(kind, plain, tokens):
+            for issue in flaws(kind, plain, tokens):
                 self.issues[f"{issue} {name}"].see(f"{item.where}: {_cut(text)!r}")
         for kind, different in seen.items():
             self.texts[kind].add(different.keys())
@@ -146,10 +154,9 @@ class Statistics:
     def _add_padding(self, item: reading.Item, tokens: dict[str, list[int]]) -> None:
         kinds = [kind for kind in ("web", "synthetic") if tokens[kind]]
         caption = tokens[kinds[self.images % len(kinds)]][0] if kinds else 2
-        best = np.argsort(-item.scores, kind="stable")[: padding.MAX_REGIONS]
-        limit = flaws.ROW_LENGTH
-        described = [min(tokens["description"][i], limit) for i in best]
-        self.padding.add(min(caption, limit), described)
+        best = np.argsort(-item.scores, kind="stable")[: counting.MAX_REGIONS]
+        described = [min(tokens["description"][i], ROW_LENGTH) for i in best]
+        self.padding.add(min(caption, ROW_LENGTH), described)
 
     def _add_boxes(self, items: Sequence[reading.Item]) -> None:
         boxes = np.concatenate([item.boxes_xyxy for item in items])
@@ -181,13 +188,8 @@ class Statistics:
         np.add.at(self.shapes, (rows, columns), 1)
         low = np.minimum(np.floor(clipped[good, :2] * GRID), GRID - 1).astype(int)  # x, y
         high = np.maximum(np.ceil(clipped[good, 2:] * GRID).astype(int), low + 1)
-        for x, y, sign in (
-            (low[:, 0], low[:, 1], 1),
-            (high[:, 0], high[:, 1], 1),
-            (low[:, 0], high[:, 1], -1),
-            (high[:, 0], low[:, 1], -1),
-        ):
-            np.add.at(self._cover, (y, x), sign)
+        for x, y, sign in ((low, low, 1), (high, high, 1), (low, high, -1), (high, low, -1)):
+            np.add.at(self._cover, (y[:, 1], x[:, 0]), sign)
         usual = scores[~odd_scores]
         if len(usual):
             self.scores += np.histogram(usual, SCORE_BINS, (0, 1))[0]
@@ -203,7 +205,14 @@ class Statistics:
           lanes: `input.lanes` of the training, for which the shards are compared.
         """
         scored, boxed = int(self.scores.sum()), int(self.areas.sum())
+        low, high = self.score_range if scored else (None, None)
+        mean = self.score_sum / scored if scored else None
         cover = self._cover.cumsum(axis=0).cumsum(axis=1)[:GRID, :GRID]
+        areas = zip(AREA_EDGES, AREA_EDGES[1:], self.areas.tolist())
+        bins = enumerate(self.scores.tolist())
+        per_image = self.regions_per_image
+        beyond = sum(n * max(x - counting.MAX_REGIONS, 0) for x, n in per_image.counts.items())
+        web, synthetic, descriptions = self.texts.values()
         return {
             "set": {
                 "path": str(source.path),
@@ -223,46 +232,59 @@ class Statistics:
                 "sizes": self.sizes.top(TOP),
             },
             "captions": {
-                "pictures_with_web": self.texts["web"].images,
-                "pictures_with_synthetic": self.texts["synthetic"].images,
+                "pictures_with_web": web.images,
+                "pictures_with_synthetic": synthetic.images,
                 "pictures_with_none": self.without_caption,
-                "web": self.texts["web"].result(),
-                "synthetic": self.texts["synthetic"].result(),
+                "web": web.result(),
+                "synthetic": synthetic.result(),
             },
-            "descriptions": self.texts["description"].result(),
+            "descriptions": descriptions.result(),
             "regions": {
                 "count": self.regions,
-                "per_picture": self.regions_per_image.result(),
-                "beyond_max_regions": sum(
-                    n * max(value - padding.MAX_REGIONS, 0)
-                    for value, n in self.regions_per_image.counts.items()
-                ),
+                "per_picture": per_image.result(),
+                "beyond_max_regions": beyond,
                 "with_negatives": self.negatives_per_region.above(0),
                 "negatives_per_region": self.negatives_per_region.result(),
             },
             "boxes": {
-                "area_histogram": list(
-                    map(list, zip(AREA_EDGES, AREA_EDGES[1:], self.areas.tolist()))
-                ),
+                "area_histogram": list(map(list, areas)),
                 "places": (cover / max(boxed, 1)).round(4).tolist(),
                 "shapes": (self.shapes / max(boxed, 1)).round(4).tolist(),
             },
             "scores": {
                 "count": scored,
-                "mean": self.score_sum / scored if scored else None,
-                "min": self.score_range[0] if scored else None,
-                "max": self.score_range[1] if scored else None,
-                "histogram": [
-                    [i / SCORE_BINS, (i + 1) / SCORE_BINS, n]
-                    for i, n in enumerate(self.scores.tolist())
-                ],
+                "mean": mean,
+                "min": low,
+                "max": high,
+                "histogram": [[i / SCORE_BINS, (i + 1) / SCORE_BINS, n] for i, n in bins],
             },
             "padding": self.padding.result(),
             "duplicate_pictures": self.copies.result(),
         }
 
 
-def _texts(item: reading.Item) -> list[tuple[str, str]]:
+def flaws(kind: str, plain: str, tokens: int) -> list[str]:
+    """Flaws of a caption or description: "refusal in" or "markup in", "cut" or "long".
+
+    Args:
+      kind: "web", "synthetic" or "description"; web texts are not checked for refusals and markup of a model.
+      plain: the text, cleaned and in lower case.
+      tokens: its length with start and end token.
+    """
+    found = []
+    if kind != "web":
+        if answers.is_refusal(plain):
+            found.append("refusal in")
+        elif _LEFTOVER.match(plain):
+            found.append("markup in")
+    if tokens > ROW_LENGTH:
+        found.append("cut")
+    elif kind == "description" and tokens > LONG_DESCRIPTION:
+        found.append("long")
+    return found
+
+
+def texts_of(item: reading.Item) -> list[tuple[str, str]]:
     """(kind, text) of all texts; an empty synthetic caption means that there is none."""
     synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
     return [
@@ -277,18 +299,13 @@ def _shards(lengths: Sequence[int], lanes: int) -> dict[str, Any]:
     if not lengths:
         return {"count": 0}
     filled = [order.ShardFile(str(i), n) for i, n in enumerate(lengths) if n]
-    per_lane = []
+    of_lanes = None
     if len(filled) >= lanes:
         made = order.make_lanes(filled, name="this set", lanes=lanes, shards_per_block=1, seed=0)
-        per_lane = [lane.num_records for lane in made]
-    return {
-        "count": len(lengths),
-        "empty": len(lengths) - len(filled),
-        "smallest": min(lengths),
-        "largest": max(lengths),
-        "lanes": lanes,
-        "records_per_lane": [min(per_lane), max(per_lane)] if per_lane else None,
-    }
+        of_lanes = [f(lane.num_records for lane in made) for f in (min, max)]
+    sizes = {"count": len(lengths), "empty": len(lengths) - len(filled)}
+    sizes |= {"smallest": min(lengths), "largest": max(lengths)}
+    return {**sizes, "lanes": lanes, "records_per_lane": of_lanes}
 
 
 def _cut(text: str, characters: int = 90) -> str:

@@ -10,7 +10,8 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+
+import msgspec
 
 from grain_jax import config
 from grain_jax.core import named, regular_file
@@ -54,7 +55,6 @@ SOURCES = {
     "visual_genome": "VisualGenome",
     "webdataset": "WebDataset",
 }
-_BOOLS = {"true": True, "false": False}
 
 
 def make(source: str, own: Mapping[str, str] | None = None) -> Source:
@@ -74,31 +74,27 @@ def make(source: str, own: Mapping[str, str] | None = None) -> Source:
     if source in SOURCES:
         cls = getattr(importlib.import_module(f"{__name__}.{source}"), cls)
     missing = [x for x in ("images_are_files", "shards", "read") if not hasattr(cls, x)]
-    if missing or not isinstance(cls, type):
-        what = f"a class without {', '.join(missing)}" if isinstance(cls, type) else "no class"
-        raise SourceError(
-            f"data source {source!r}: got {what}, expected one as data/sources/base.py: Source describes"
-        )
-    kinds = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-    known = [field.name for field in dataclasses.fields(cls)] if kinds else []
+    if missing:
+        got, expected = ", ".join(missing), "a class as data/sources/base.py: Source describes"
+        raise SourceError(f"data source {source!r}: has no {got}, expected {expected}")
+    kinds = typing.get_type_hints(cls)
+    known = (
+        [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    )
     values = {}
     for key, text in (own or {}).items():
         if key not in known:
             said = config.unknown_key(key, known) if known else "the source has no options"
             raise SourceError(f"--option {key} of data source {source!r}: {said}")
-        values[key] = _typed(key, text, kinds[key])
+        try:
+            values[key] = msgspec.convert(text, kinds[key], strict=False)
+        except msgspec.ValidationError:
+            expected = kinds[key].__name__
+            raise SourceError(f"--option {key}: got {text!r}, expected {expected}") from None
     try:
         return cls(**values)
     except ValueError as error:
         raise SourceError(f"--option of data source {source!r}: {error}") from None
-
-
-def _typed(key: str, text: str, kind: Any) -> Any:
-    try:
-        return _BOOLS[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind)
-        raise SourceError(f"--option {key}: got {text!r}, expected {expected}") from None
 
 
 def shards(

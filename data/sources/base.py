@@ -116,7 +116,9 @@ class Entry(NamedTuple):
     # (xyxy box, description, score) and, where the source has them, the negatives; unchecked.
     regions: Sequence[tuple[Any, ...]] = ()
     shares: bool = False  # boxes are shares of width and height, not pixels
-    size: tuple[int, int] | None = None  # width, height that the boxes were drawn on, where known
+    size: Sequence[float | None] | None = (
+        None  # width, height that the boxes were drawn on, where known
+    )
     id: str | None = None
     left_out: Sequence[tuple[str, str]] = ()  # (cause, detail) of regions
     phrases: Sequence[Sequence[int]] | None = None  # as annotations.Annotation.phrases

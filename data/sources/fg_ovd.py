@@ -12,10 +12,11 @@ class _Object(coco.Object):
     neg_category_ids: list[base.Id] = []
 
 
-class FgOvd(coco.Objects):
+class FgOvd(coco.Coco):
     """The images of the files."""
 
     needs = "a benchmark of FG-OVD"
+    file = coco.ObjectFile[coco.ImageItem]
     item = _Object
 
     def add(self, entry: base.Entry, found: _Object, names: dict[base.Id, str]) -> None:

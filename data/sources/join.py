@@ -44,10 +44,11 @@ def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fau
             size = images.header(encoded, orientation=orientation).size
         except images.ImageError as error:
             return _unreadable(entry.image, error)
-        if entry.size not in (None, size):
-            expected = f"expected {entry.size[0]} x {entry.size[1]}, which its boxes were drawn on"
+        drawn_on = tuple(entry.size or (None,))
+        if None not in drawn_on and drawn_on != size:
+            expected = f"expected {drawn_on[0]} x {drawn_on[1]}, which its boxes were drawn on"
             other = "file" if orientation == "exif" else "exif"
-            if images.header(encoded, orientation=other).size == entry.size:
+            if images.header(encoded, orientation=other).size == drawn_on:
                 expected += f"; that is its size by --orientation {other}"
             return Fault(entry.image, "another size", f"got {size[0]} x {size[1]}, {expected}")
         for position, found in enumerate(entry.regions):

@@ -10,16 +10,11 @@ from etils import epath
 from grain_jax.core import regular_file
 from grain_jax.data.sources.base import Fault, SourceError
 
-_MAX_FILE = 4 << 30  # bytes that are read at once; LVIS has 1.1 GB
+MAX_FILE = 4 << 30  # bytes of one that is read at once; LVIS has 1.1 GB
 _MAX_ITEM = 64 << 20  # characters of an item of a list
 _CHUNK = 1 << 20  # characters of a list that are read at once
 _BETWEEN = re.compile(r"[\s,]*")  # items of a list
 T = TypeVar("T")
-
-
-def read(path: epath.PathLike, kind: type[T], expected: str) -> T:
-    """The JSON value in a file, of the declared form. Raises regular_file.FileError."""
-    return regular_file.read_json(path, kind, expected, _MAX_FILE)
 
 
 def read_list(path: epath.PathLike, kind: type[T], expected: str) -> Iterator[T | Fault]:
@@ -39,19 +34,16 @@ def read_list(path: epath.PathLike, kind: type[T], expected: str) -> Iterator[T 
                 return
             try:
                 end = ends.raw_decode(buffer, at)[1]
-            except json.JSONDecodeError as error:  # it ends in what is not read yet, or is broken
+            except (json.JSONDecodeError, RecursionError) as error:
                 buffer, at = buffer[at:], 0
-                more = file.read(max(_CHUNK, len(buffer)))  # so that long items are not read often
+                reason, more = getattr(error, "msg", "nested too deep"), ""
+                if isinstance(error, json.JSONDecodeError):  # broken, or its end is not read yet
+                    more = file.read(max(_CHUNK, len(buffer)))  # long items are not read often
                 if not more or len(buffer) > _MAX_ITEM:
-                    reason = (
-                        f"[{number}]: not a JSON list ({error.msg}), expected a list: {expected}"
-                    )
-                    raise SourceError(f"{path}{reason}") from None
+                    where = f"{path}[{number}]: not a JSON list ({reason})"
+                    raise SourceError(f"{where}, expected a list: {expected}") from None
                 buffer += more
                 continue
-            except RecursionError:
-                reason = f"[{number}]: nested too deep, expected a list: {expected}"
-                raise SourceError(f"{path}{reason}") from None
             yield item(buffer[at:end].encode(), kind, f"{path}[{number}]", expected)
             number, at = number + 1, end
 

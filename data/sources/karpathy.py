@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from grain_jax.core import regular_file
 from grain_jax.data.sources import base, json_files, staged
 
 
@@ -35,7 +36,7 @@ class Karpathy(staged.ListedSource):
         if len(options.annotations) != 1:
             raise base.SourceError(f"expected one file as --annotations, {self.needs}")
         path = options.annotations[0]
-        images = json_files.read(path, _File, self.needs).images
+        images = regular_file.read_json(path, _File, self.needs, json_files.MAX_FILE).images
         base.check_split(path, options.split, {image.split for image in images})
         for image in images:
             if options.split in ("", image.split):

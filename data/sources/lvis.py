@@ -16,20 +16,16 @@ class _ImageItem(msgspec.Struct):
     height: int | float
 
     @property
-    def name(self) -> str:
+    def file_name(self) -> str:
         # Its address ends in the split and the file: .../val2017/000000397133.jpg
         return "/".join(self.coco_url.split("/")[-2:])
 
-    @property
-    def size(self) -> tuple[float, float]:
-        return self.width, self.height
 
-
-class Lvis(coco.Objects):
+class Lvis(coco.Coco):
     """The files' images, also those without an object."""
 
     needs = "lvis_v1_train.json or lvis_v1_val.json"
-    image_item = _ImageItem
+    file = coco.ObjectFile[_ImageItem]
 
     def add(self, entry: base.Entry, found: coco.Object, names: dict[base.Id, str]) -> None:
         name = names.get(found.category_id)

@@ -15,10 +15,8 @@ from typing import Any
 import msgspec
 from etils import epath
 
-from grain_jax.core import regular_file
+from grain_jax.core import annotations, regular_file
 from grain_jax.data.sources import base, coco, json_files, staged
-
-_EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
 
 
 class _Sentence(msgspec.Struct):
@@ -40,15 +38,12 @@ class _Object(msgspec.Struct):
     image_id: base.Id
     id: base.Id | None = None
     bbox: list[float] | None = None
-    caption: str | None = None
+    caption: str | None = None  # in COCO's files of captions
 
 
 class _File(msgspec.Struct):
     images: list[_ImageItem]
     annotations: list[_Object]
-
-
-_Expression = tuple[_ImageItem, tuple[float, ...], str]  # its image, xyxy box, the words
 
 
 # The C reader gives memory to whatever number of an object a pickle names.
@@ -62,92 +57,76 @@ class _Plain(pickle._Unpickler):
 class RefCoco(staged.ListedSource):
     """Images that have expressions."""
 
-    needs = _EXPECTED
+    needs = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        refs, instances, mdetr, captions = [], [], [], {}
+        refs: list[tuple[str, _Ref]] = []  # where it stands, and what it is
+        boxes: dict[base.Id | None, tuple[_ImageItem, list[float]]] = {}  # of instances.json
+        captions: dict[str, list[str]] = collections.defaultdict(list)  # of each image's file
+        said: list[tuple[_ImageItem, list[float], str]] = []  # each sentence with its box
         for path in map(epath.Path, options.annotations):
-            content = _load(path)
+            content = _load(path, self.needs)
             if isinstance(content, list):
-                refs.append((path, content))
-            elif any(image.caption is not None for image in content.images):
-                mdetr.append((path, content))
-            elif any(item.caption is not None for item in content.annotations):
-                names = {image.id: image.file_name for image in content.images}
-                for item in content.annotations:
-                    captions.setdefault(names.get(item.image_id), []).append(item.caption)
-            else:
-                instances.append(content)
-        if not mdetr and not (refs and instances):
-            got = ", ".join(options.annotations)
-            raise base.SourceError(f"got --annotations {got}, expected {_EXPECTED}")
-
-        # file -> (box, expression) of each sentence
-        sentences_of: dict[str, list[tuple[Any, str]]] = collections.defaultdict(list)
-        sizes: dict[str, tuple[float, float] | None] = {}
-        for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
-            if isinstance(found, base.Fault):
-                yield found
+                refs += ((f"{path}[{number}]", ref) for number, ref in enumerate(content))
                 continue
-            image, box, expression = found
-            sizes[image.file_name] = image.size
-            sentences_of[image.file_name].append((box, expression))
-        for image, sentences in sentences_of.items():
+            images = {image.id: image for image in content.images}
+            for number, item in enumerate(content.annotations):
+                image = images.get(item.image_id)
+                if image is None or (item.bbox is None and item.caption is None):
+                    got = f"got image_id {annotations.show(item.image_id)}, expected one of the file's"
+                    where, detail = (
+                        f"{path}:annotations[{number}]",
+                        f"{got}, and a bbox or a caption",
+                    )
+                    yield base.Fault(where, "bad annotation", detail)
+                elif item.caption is not None:
+                    captions[image.file_name].append(item.caption)
+                elif image.caption is not None:
+                    said.append((image, item.bbox, image.caption))
+                else:
+                    boxes[item.id] = (image, item.bbox)
+        if not said and not (refs and boxes):
+            got = ", ".join(options.annotations)
+            raise base.SourceError(f"got --annotations {got}, expected {self.needs}")
+        if refs:
+            base.check_split(refs[0][0], options.split, {ref.split for _, ref in refs})
+        for where, ref in refs:
+            if options.split not in ("", ref.split):
+                continue
+            image, box = boxes.get(ref.ann_id, (None, None))
+            if image is None or image.id != ref.image_id:
+                got = f"got image_id {ref.image_id}, ann_id {ref.ann_id}"
+                yield base.Fault(where, "bad annotation", f"{got}, expected both in instances.json")
+                continue
+            said += ((image, box, sentence.sent) for sentence in ref.sentences)
+
+        sizes: dict[str, tuple[float | None, float | None]] = {}
+        sentences_of: dict[str, list[tuple[Any, str]]] = collections.defaultdict(list)
+        for image, box, sentence in said:
+            sizes[image.file_name] = (image.width, image.height)
+            sentences_of[image.file_name].append((tuple(base.xywh(box)), sentence))
+        for name, sentences in sentences_of.items():
             of_box = collections.defaultdict(list)
-            for box, text in dict.fromkeys(sentences):
-                of_box[box].append((box, text))
+            for box, sentence in dict.fromkeys(sentences):
+                of_box[box].append((box, sentence))
             place = {region: at for at, region in enumerate(base.taking_turns(of_box.values()))}
             yield base.Entry(
-                image,
-                captions.get(image, ()),
+                name,
+                captions.get(name, ()),
                 regions=[(*region, base.WHOLE) for region in place],
-                size=sizes[image],
+                size=sizes[name],
                 phrases=[[place[sentence]] for sentence in sentences],
             )
 
 
-def _load(path: epath.Path) -> list[_Ref] | _File:
+def _load(path: epath.Path, expected: str) -> list[_Ref] | _File:
     if path.suffix == ".json":
-        return json_files.read(path, list[_Ref] | _File, _EXPECTED)
-    with regular_file.opened(path, _EXPECTED) as (file, _):
+        return regular_file.read_json(path, list[_Ref] | _File, expected, json_files.MAX_FILE)
+    with regular_file.opened(path, expected) as (file, _):
         try:
             # Python 2 wrote it: its byte strings are texts.
             content = _Plain(file, encoding="utf-8", errors="replace").load()
         except Exception as error:  # a broken pickle raises nearly anything
             reason = f"no pickle of plain values ({error})"
-            raise base.SourceError(f"{path}: {reason}, expected {_EXPECTED}") from None
-    return regular_file.checked(content, list[_Ref] | _File, str(path), _EXPECTED)
-
-
-def _of_refs(
-    refs: list[tuple[epath.Path, list[_Ref]]], instances: list[_File], split: str
-) -> Iterator[_Expression | base.Fault]:
-    images = {image.id: image for content in instances for image in content.images}
-    boxes = {item.id: item.bbox for content in instances for item in content.annotations}
-    if refs:
-        known = {ref.split for _, content in refs for ref in content}
-        base.check_split(refs[0][0], split, known)
-    for path, content in refs:
-        for number, ref in enumerate(content):
-            if split and ref.split != split:
-                continue
-            image, box = images.get(ref.image_id), boxes.get(ref.ann_id)
-            if image is None or box is None:
-                got = f"image_id {ref.image_id}, ann_id {ref.ann_id}"
-                expected = "expected both in instances.json"
-                yield base.Fault(f"{path}[{number}]", "bad annotation", f"got {got}, {expected}")
-                continue
-            for sentence in ref.sentences:
-                yield image, tuple(base.xywh(box)), sentence.sent
-
-
-def _of_mdetr(files: list[tuple[epath.Path, _File]]) -> Iterator[_Expression | base.Fault]:
-    for path, content in files:
-        images = {image.id: image for image in content.images}
-        for number, item in enumerate(content.annotations):
-            image = images.get(item.image_id)
-            if image is None or image.caption is None or item.bbox is None:
-                got = f"got image_id {item.image_id}, expected one of the file's, with a caption, and a bbox"
-                yield base.Fault(f"{path}:annotations[{number}]", "bad annotation", got)
-                continue
-            yield image, tuple(base.xywh(item.bbox)), image.caption
+            raise base.SourceError(f"{path}: {reason}, expected {expected}") from None
+    return regular_file.checked(content, list[_Ref] | _File, str(path), expected)

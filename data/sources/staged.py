@@ -51,20 +51,14 @@ class ListedSource(abc.ABC):
             name = base.shard_name(len(shards), lines.encode())
             path = folder / f"{name}.jsonl"
             atomic.write_text(path, lines)
-            arguments = {"list": str(path), "images": str(options.images)}
-            arguments["orientation"] = options.orientation
-            shards.append(base.SourceShard(name, arguments))
+            images = {"images": str(options.images), "orientation": options.orientation}
+            shards.append(base.SourceShard(name, {"list": str(path), **images}))
         return shards
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The images of one list."""
         where = shard.arguments["images"], shard.arguments["orientation"]
         with epath.Path(shard.arguments["list"]).open("r") as file:
-            for line in file:
-                kind, values = json.loads(line)
-                if kind == "Fault":
-                    yield base.Fault(*values)
-                    continue
-                entry = base.Entry(*values)
-                size = tuple(entry.size) if entry.size else None
-                yield join.load(entry._replace(size=size), *where)
+            for kind, values in map(json.loads, file):
+                fault = kind == "Fault"
+                yield base.Fault(*values) if fault else join.load(base.Entry(*values), *where)

@@ -8,9 +8,14 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from etils import epath
+from etils import epath, epy
 
 from grain_jax.data.sources import base, join
+
+with epy.lazy_imports():  # slow to start
+    import tensorflow_datasets as tfds
+
+    from grain_jax.input_pipeline import record_files
 
 
 class Tfds:
@@ -21,10 +26,6 @@ class Tfds:
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
         """Ranges of `options.shard_size` examples of the split."""
-        import tensorflow_datasets as tfds
-
-        from grain_jax.input_pipeline import record_files
-
         builder = _builder(options.images)
         split = options.split or "train"
         base.check_split(options.images, split, builder.info.splits)
@@ -38,17 +39,17 @@ class Tfds:
         out = []
         for start in range(0, total, options.shard_size):
             stop = min(start + options.shard_size, total)
-            arguments = {"directory": str(builder.data_dir), "split": split}
-            arguments |= {"start": start, "stop": stop}
-            out.append(base.SourceShard(f"{split}-{start:09d}-{stop:09d}", arguments))
+            part = {
+                "directory": str(builder.data_dir),
+                "split": split,
+                "start": start,
+                "stop": stop,
+            }
+            out.append(base.SourceShard(f"{split}-{start:09d}-{stop:09d}", part))
         return out
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The range's images, as they are stored. Raises SourceError where its features cannot be read."""
-        import tensorflow_datasets as tfds
-
-        from grain_jax.input_pipeline import record_files
-
         split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
         try:
             examples = _builder(shard.arguments["directory"]).as_dataset(
@@ -83,18 +84,14 @@ class Tfds:
 def directory(folder: epath.PathLike) -> epath.Path:
     """The set's own folder: `folder`, or the newest version in it. Raises SourceError."""
     root = epath.Path(folder)
-    found = [root] if (root / "dataset_info.json").exists() else []
-    if not found and root.is_dir():
-        found = [
-            path
-            for path in root.iterdir()
-            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
-        ]
-    if not found:
-        raise base.SourceError(
-            f"{folder}: got no dataset_info.json there, expected a TFDS set: NAME or NAME/1.0.0"
-        )
-    return max(found, key=lambda path: [int(x) for x in path.name.split(".") if x.isdecimal()])
+    inside = root.iterdir() if root.is_dir() else ()
+    versions = [path for path in inside if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    versions.sort(key=lambda path: [int(x) for x in path.name.split(".")], reverse=True)
+    for path in (root, *versions):
+        if (path / "dataset_info.json").exists():
+            return path
+    expected = "expected a TFDS set: NAME or NAME/1.0.0"
+    raise base.SourceError(f"{folder}: got no dataset_info.json there, {expected}")
 
 
 def all_images(folder: epath.PathLike) -> Iterator[base.Image | base.Fault]:
@@ -106,10 +103,6 @@ def all_images(folder: epath.PathLike) -> Iterator[base.Image | base.Fault]:
 
 
 def _builder(folder: epath.PathLike) -> Any:
-    import tensorflow_datasets as tfds  # slow to start, so only where it is needed
-
-    from grain_jax.input_pipeline import record_files
-
     record_files.read_info(directory(folder))  # damage in a line
     return tfds.builder_from_directory(directory(folder))
 

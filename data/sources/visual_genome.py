@@ -35,28 +35,13 @@ class VisualGenome(staged.ListedSource):
     needs = "Visual Genome's region_descriptions.json or image_data.json"
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        sizes: dict[base.Id, tuple[float, float]] = {}
-        described = []
+        sizes: dict[base.Id | None, tuple[float | None, float | None]] = {}
         for path in options.annotations:
-            faults = []
             for found in json_files.read_list(path, _Item, self.needs):
-                if isinstance(found, base.Fault):
-                    faults.append(found)
-                elif found.regions is not None:
-                    described.append(path)
-                    break
-                elif None not in (found.image_id, found.width, found.height):
+                if not isinstance(found, base.Fault):
+                    if found.regions is not None:
+                        break
                     sizes[found.image_id] = (found.width, found.height)
-                else:
-                    got = "an item has neither regions nor an image_id with width and height"
-                    faults.append(
-                        base.Fault(path, "bad annotation", f"{got}, expected {self.needs}")
-                    )
-            else:
-                yield from faults
-        if not described:
-            given = ", ".join(options.annotations)
-            raise base.SourceError(f"{given}: expected region_descriptions.json among them")
         root = epath.Path(options.images)
         files = {
             path.stem: path.relative_to(root).as_posix()
@@ -65,21 +50,20 @@ class VisualGenome(staged.ListedSource):
             for path in folder.iterdir()
             if path.suffix.lower() in base.IMAGE_ENDINGS
         }
-        for path in described:
+        for path in options.annotations:
             for number, found in enumerate(json_files.read_list(path, _Item, self.needs)):
                 if isinstance(found, base.Fault):
                     yield found
                     continue
                 identity = found.image_id if found.id is None else found.id
-                if identity is None or found.regions is None:
-                    got = "expected id and regions"
-                    yield base.Fault(f"{path}[{number}]", "bad annotation", got)
-                    continue
-                yield base.Entry(
-                    files.get(str(identity), f"{identity}.jpg"),
-                    regions=[
-                        (base.xywh([x.x, x.y, x.width, x.height]), x.phrase, base.WHOLE)
-                        for x in found.regions
-                    ],
-                    size=sizes.get(identity),
-                )
+                if identity is not None and found.regions is not None:
+                    regions = [([x.x, x.y, x.width, x.height], x.phrase) for x in found.regions]
+                    yield base.Entry(
+                        files.get(str(identity), f"{identity}.jpg"),
+                        regions=[(base.xywh(box), said, base.WHOLE) for box, said in regions],
+                        size=sizes.get(identity),
+                    )
+                elif None in (found.image_id, found.width, found.height):
+                    got = "has neither regions nor an image_id with width and height"
+                    fault = f"{got}, expected {self.needs}"
+                    yield base.Fault(f"{path}[{number}]", "bad annotation", fault)

@@ -67,22 +67,11 @@ class WebDataset:
     def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The tar's images as `entry` makes them of their name and the files beside them."""
         prefix, seen = shard.arguments["prefix"], set()
-        samples = _samples(epath.Path(shard.arguments["tar"]))
-        while True:
-            try:
-                key, files = next(samples, ("", None))
-            except FileNotFoundError:
-                detail = f"there is no {shard.arguments['tar']}"
-                yield base.Fault(f"{prefix}.tar", "no such file", detail)
-                return
-            except Exception as error:  # tarfile also raises ValueError, IndexError, RecursionError
-                lost = "the sample before it and all behind it are lost"
-                detail = f"{error or type(error).__name__}; {lost}"
-                yield base.Fault(f"{prefix}.tar", "damaged shard", detail)
-                return
-            if files is None:
-                return
-            yield self._sample(f"{prefix}/{key}", files, seen, shard.arguments["orientation"])
+        for found in _samples(epath.Path(shard.arguments["tar"]), prefix):
+            if isinstance(found, base.Fault):
+                yield found
+            else:
+                yield self._sample(*found, seen, shard.arguments["orientation"])
 
     def _sample(
         self, image: str, files: dict[str, bytes | None], seen: set[str], orientation: str
@@ -162,32 +151,44 @@ class _Member(tarfile.TarInfo):
         return found
 
 
-def _samples(path: epath.Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """(key, ending -> bytes) of each sample, the tar read once from front to end.
+def _samples(
+    path: epath.Path, prefix: str
+) -> Iterator[tuple[str, dict[str, bytes | None]] | base.Fault]:
+    """(PREFIX/KEY, ending -> bytes) of each sample, the tar read once from front to end; at last what is wrong with it.
 
     Only a sample's texts and its first image are read; the bytes are None where they are too many, or the
     files. Links, devices and sparse files are no part of a sample.
     """
-    length = regular_file.length(path)
-    if length is None:
-        raise tarfile.ReadError("not a regular file")
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
-        found = _within(tar, length)
-        members = (member for member in found if member.isfile() and not member.issparse())
-        for key, group in itertools.groupby(members, key=lambda member: _key(member.name)[0]):
-            files: dict[str, bytes | None] = {}
-            for member in group:
-                ending = _key(member.name)[1]
-                most = MAX_TEXT if ending in _TEXTS else 0
-                if _is_image(ending) and not any(map(_is_image, files)):
-                    most = image_bounds.MAX_BYTES
-                if len(files) == MAX_FILES:
-                    ending, most = max(files), -1  # one of them says that there are too many
-                files[ending] = b""
-                if most:
-                    fits = 0 <= member.size <= most
-                    files[ending] = tar.extractfile(member).read() if fits else None
-            yield key, files
+    try:
+        length = regular_file.length(path)
+        if length is None:
+            raise tarfile.ReadError("not a regular file")
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
+            members = filter(_is_content, _within(tar, length))
+            for key, group in itertools.groupby(members, key=lambda member: _key(member.name)[0]):
+                files: dict[str, bytes | None] = {}
+                for member in group:
+                    ending = _key(member.name)[1]
+                    most = MAX_TEXT if ending in _TEXTS else 0
+                    if _is_image(ending) and not any(map(_is_image, files)):
+                        most = image_bounds.MAX_BYTES
+                    if len(files) == MAX_FILES:
+                        ending, most = max(files), -1  # one of them says that there are too many
+                    files[ending] = b""
+                    if most:
+                        fits = 0 <= member.size <= most
+                        files[ending] = tar.extractfile(member).read() if fits else None
+                yield f"{prefix}/{key}", files
+    except FileNotFoundError:
+        yield base.Fault(f"{prefix}.tar", "no such file", f"there is no {path}")
+    except Exception as error:  # tarfile also raises ValueError, IndexError, RecursionError
+        lost = "the sample before it and all behind it are lost"
+        detail = f"{error or type(error).__name__}; {lost}"
+        yield base.Fault(f"{prefix}.tar", "damaged shard", detail)
+
+
+def _is_content(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not member.issparse()
 
 
 def _within(tar: tarfile.TarFile, length: int) -> Iterator[tarfile.TarInfo]:

@@ -4,6 +4,7 @@
 command's arguments are parsed before its module is imported: help and wrong usage need nothing heavy.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import sys
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from grain_jax import __version__
-from grain_jax.cli import nearest, process
+from grain_jax.cli import process
 from grain_jax.cli.parser import Command, Parser
+from grain_jax.core import nearest
 
 # Name -> (the class that declares it, its main function: (arguments) -> exit status, or None for 0).
 COMMANDS = {
@@ -83,39 +85,28 @@ def _main(words: Sequence[str]) -> int | None:
 
 def help_text() -> str:
     """What `grain-jax --help` prints."""
-    lines = [f"  {name:14}{declared(name).about()}" for name in COMMANDS]
-    return "\n".join(
-        [
-            "usage: grain-jax COMMAND [--flags]",
-            "",
-            "GRAIN: vision-language pretraining that grounds descriptions in images, in JAX.",
-            "",
-            *lines,
-            "",
-            "  grain-jax COMMAND --help   the command's flags, with an example",
-            "  grain-jax --version        this package, Python, JAX and what else runs",
-            "",
-            "Example:",
-            "  grain-jax train --config demo --workdir runs/demo",
-        ]
-    )
+    lines = "\n".join(f"  {name:14}{declared(name).about()}" for name in COMMANDS)
+    return f"""usage: grain-jax COMMAND [--flags]
+
+GRAIN: vision-language pretraining that grounds descriptions in images, in JAX.
+
+{lines}
+
+  grain-jax COMMAND --help   the command's flags, with an example
+  grain-jax --version        this package, Python, JAX and what else runs
+
+Example:
+  grain-jax train --config demo --workdir runs/demo"""
 
 
 def version() -> str:
     """This package, Python, and the installed packages that results depend on; a line each."""
     lines = [f"grain_jax {__version__}", f"Python {sys.version.split()[0]}"]
-    for name, *distributions in (
-        ("JAX", "jax"),
-        ("Flax", "flax"),
-        ("numpy", "numpy"),
-        ("TensorFlow", "tensorflow", "tensorflow-cpu"),
-    ):
-        for distribution in distributions:
-            try:
-                lines.append(f"{name} {importlib.metadata.version(distribution)}")
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
+    shown = [("JAX", "jax"), ("Flax", "flax"), ("numpy", "numpy")]
+    shown += [("TensorFlow", "tensorflow"), ("TensorFlow", "tensorflow-cpu")]
+    for name, distribution in shown:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"{name} {importlib.metadata.version(distribution)}")
     return "\n".join(lines)
 
 

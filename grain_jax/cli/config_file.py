@@ -9,7 +9,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -17,9 +17,8 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
-from grain_jax.cli import nearest
 from grain_jax.config.evals import same_place
-from grain_jax.core import errors, named
+from grain_jax.core import errors, named, nearest
 
 _PACKAGE = "grain_jax.configs"
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
@@ -51,6 +50,9 @@ def load(
         raise errors.UserError("--config: missing; e.g. --config demo, or a file of your own")
     path, argument = find(given, "config")
     words = ["grain-jax", f"--config={path}{argument}"]
+    pairs = [word.removeprefix("--config.").partition("=") for word in overrides]
+    texts = {key: text for key, _, text in pairs}
+    whole = {key for key in texts if re.fullmatch(r"evals(\.[^.]*)?", key)}
     try:
         with running_file(path, "config"):
             # The file alone first, to know its keys.
@@ -58,39 +60,38 @@ def load(
             if not hasattr(file, "copy_and_resolve_references"):
                 raise TypeError(f"get_config() returned {file!r}, expected a ConfigDict")
             known = _keys(file)
-        keys = _keys_of(overrides)
-        for key in keys:
+        for key in texts:
             if key not in known and not _OPEN.fullmatch(key):
                 raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, known)}")
-        new = [a for a, key in zip(overrides, keys) if key not in known]
-        unset = _unset(overrides)
-        plain = [a for a in overrides if a not in new and a not in unset]
+        _check_unset({key: texts[key] for key in whole})
+        plain = [w for w, pair in zip(overrides, pairs) if pair[0] in {*known} - whole]
         config = _parse([*words, *plain]).value.copy_and_resolve_references().unlock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, errors.UserError):
             raise
         raise errors.UserError(" ".join(str(error).split())) from None
-    _set_new(config, new)
-    for key in keys:  # what the command line asks for may not be skipped
-        group, _, rest = key.partition(".")
-        name, _, option = rest.partition(".")
+    for key in (key for key in texts if key not in known):
+        *groups, option = key.split(".")
+        part = config
+        for group in groups:
+            if part.get(group) is None:
+                part[group] = ConfigDict()
+            part = part[group]
+        part[option] = _literal(texts[key])
+    for key in texts:  # what the command line asks for may not be skipped
+        group, name, option = (*key.split(".", 2), "", "")[:3]
         asked = group == "evals" and option not in ("", "missing")
-        if asked and f"evals.{name}.missing" not in keys and "missing" in config.evals[name]:
+        if asked and f"evals.{name}.missing" not in texts and "missing" in config.evals[name]:
             config.evals[name].missing = "error"
     for pair in config_lib.EITHER_OR:
         for key, other in (pair, pair[::-1]):
-            if key in keys and other not in keys:
+            if key in texts and other not in texts:
                 config.update_from_flattened_dict({other: None})
     for entry in list(config.get("evals", ())):
-        if {"evals", f"evals.{entry}"} & set(unset.values()):
+        if {"evals", f"evals.{entry}"} & whole:
             del config.evals[entry]
     with named.importing():  # the classes that the config of the user names
         return resolve(config)
-
-
-def _keys_of(words: Sequence[str]) -> list[str]:
-    """The keys that overrides set, such as `optim.learning_rate`."""
-    return [word.partition("=")[0].removeprefix("--config.") for word in words]
 
 
 def _parse(words: list[str]) -> flags.FlagHolder:
@@ -99,18 +100,6 @@ def _parse(words: list[str]) -> flags.FlagHolder:
     holder = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=words)
     values(words)
     return holder
-
-
-def _set_new(config: Any, overrides: Sequence[str]) -> None:
-    """Sets keys that the file has not got."""
-    for word, key in zip(overrides, _keys_of(overrides)):
-        *groups, option = key.split(".")
-        part = config
-        for group in groups:
-            if part.get(group) is None:
-                part[group] = ConfigDict()
-            part = part[group]
-        part[option] = _literal(word.partition("=")[2])
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:
@@ -122,25 +111,15 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
     return out
 
 
-def _unset(overrides: Sequence[str]) -> dict[str, str]:
-    """Those of `overrides` that are about a whole evaluator (`evals.NAME`) or all (`evals`): word -> key.
-
-    Raises:
-      UserError: one has another value than None, which is all that a whole evaluator can be set to.
-    """
-    found = {}
-    for word in overrides:
-        key, _, value = word.removeprefix("--config.").partition("=")
-        if key == "evals" or (key.startswith("evals.") and key.count(".") == 1):
-            if value not in _UNSET:
-                what = "the evaluators" if key == "evals" else "the evaluator"
-                example = "evals.NAME.images" if key == "evals" else f"{key}.images"
-                raise errors.UserError(
-                    f"--config.{key}: got {value!r}, expected None, which takes {what} out, or a key of"
-                    f" one, such as --config.{example}=FOLDER"
-                )
-            found[word] = key
-    return found
+def _check_unset(whole: Mapping[str, str]) -> None:
+    """Raises UserError where a whole evaluator (`evals.NAME`), or all (`evals`), are set to another value than None."""
+    for key, value in whole.items():
+        if value not in _UNSET:
+            of_one = f"{key}.NAME" if key == "evals" else key
+            raise errors.UserError(
+                f"--config.{key}: got {value!r}, expected None, which takes the"
+                f" evaluator{'s' * (key == 'evals')} out, or a key of one, such as --config.{of_one}.images=FOLDER"
+            )
 
 
 def _literal(text: str) -> Any:

@@ -5,9 +5,8 @@ import textwrap
 from collections.abc import Sequence
 
 from grain_jax import config as config_lib
-from grain_jax.cli import nearest
 from grain_jax.config import listing
-from grain_jax.core import errors
+from grain_jax.core import errors, nearest
 
 _WIDEST = 110  # columns
 

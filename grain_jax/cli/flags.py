@@ -16,7 +16,8 @@ def flag(default: Any = dataclasses.MISSING, **options: Any) -> Any:
       options: any of
         low, high: least and largest number; a whole number is at least 1 where nothing else is said.
         parse: text -> value; raises ValueError with what was got and expected.
-        choices, nargs, action: as of argparse.
+        choices: the values that it may have.
+        union: the values, which are tuples, of a flag that is given several times are joined, each once.
         name: of the flag, where it is not the field's.
         also: another name of the flag, which no help shows.
         unless: a switch; without it the flag must be given.

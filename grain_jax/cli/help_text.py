@@ -7,19 +7,21 @@ from typing import Any, NamedTuple
 
 WIDEST = 110  # columns
 _FLAGS = 30  # columns before the explanations
+_WHOLE_WORDS: Any = dict(break_on_hyphens=False, break_long_words=False)
 
 
 class Flag(NamedTuple):
     """A flag or a positional argument of a command, as help and documentation list it."""
 
-    name: (
-        str  # "--batch-size", "--[no-]overwrite" for a switch, "WORKDIR" for a positional argument
-    )
+    # "--batch-size", "--[no-]overwrite" for a switch, "WORKDIR" for a positional argument
+    name: str
     metavar: str  # what its value is called, "" of a switch
     help: str  # with the unit, without the default
     default: Any = None  # None: there is none
     required: bool = False
     choices: tuple[str, ...] = ()
+    field: Any = None  # that declares it; None of those for help and of keys of a config
+    many: bool = False  # takes words up to the next flag
 
 
 def of(
@@ -34,8 +36,10 @@ def of(
     width = min(shutil.get_terminal_size().columns, WIDEST) - 2
     needed = [_invocation(f) for flags in groups.values() for f in flags if f.required]
     words = [*(["KIND"] if kinds else []), *needed, "[--flags]"]
-    words = [prog, *sorted(words, key=lambda word: word.startswith("-- "))]
-    lines = _wrapped(words, "usage: ", "       ", width)
+    words = ["usage:", prog, *sorted(words, key=lambda word: word.startswith("-- "))]
+    whole = " ".join(word.replace(" ", "\0") for word in words)  # no break within one
+    usage = textwrap.fill(whole, width, subsequent_indent=" " * 7, **_WHOLE_WORDS)
+    lines = [usage.replace("\0", " ")]
     paragraphs = [f"{about}."]
     if kinds:
         longest = max(map(len, kinds)) + 2
@@ -58,8 +62,7 @@ def _entry(flag: Flag, width: int) -> Iterator[str]:
     right = textwrap.wrap(
         flag.help + _note(flag),
         max(width - _FLAGS, 20),
-        break_on_hyphens=False,
-        break_long_words=False,
+        **_WHOLE_WORDS,
     )
     if len(left) <= _FLAGS - 2:
         left = f"{left:{_FLAGS}}{right.pop(0)}"
@@ -81,15 +84,3 @@ def _note(flag: Flag) -> str:
         return ""
     shown = f"{default:g}" if isinstance(default, float) else default
     return f" (default: {'on' if default is True else shown})"
-
-
-def _wrapped(words: list[str], first: str, then: str, width: int) -> list[str]:
-    """Lines of whole words, each of which may have spaces."""
-    lines, line = [], first + words[0]
-    for word in words[1:]:
-        if len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = then + word
-        else:
-            line += f" {word}"
-    return [*lines, line]

@@ -31,13 +31,13 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
-from grain_jax.cli import help_text, nearest
+from grain_jax.cli import help_text
 from grain_jax.cli.flags import flag, many, number
 from grain_jax.cli.help_text import Flag
-from grain_jax.core import errors
+from grain_jax.core import errors, nearest
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _ENTRY = re.compile(r"^  (\S.*?)  +(.*(?:\n {4,}.*)*)", re.MULTILINE)
@@ -108,15 +108,7 @@ class Processes(Command):
     heartbeat_seconds: int = 100  # JAX's default
 
 
-_HELP = Flag("-h, --help", "", "show this text")
-_HELP_CONFIG = Flag(
-    "--help-config",
-    "[PREFIX]",
-    "list the keys of a config, all or those below PREFIX, with defaults, or with the values of --config",
-)
-
-
-class Parser(argparse.ArgumentParser):
+class Parser:
     """The parser of a declared command.
 
     Flags are spelled with hyphens; underscores are accepted, and one hyphen before a word. `--flag VALUE` and
@@ -131,17 +123,16 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, declared: type[Command]):
-        super().__init__(
-            declared.prog, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS
-        )
         text, sections = _sections(declared)
-        self.about, self.more = declared.about(), text.partition("\n\n")[2]
+        self.prog, self.about = declared.prog, declared.about()
+        self.more = text.partition("\n\n")[2]
         self.example = inspect.cleandoc("\n" + sections.pop("Example", ""))
         self._declared = declared
-        self._also: dict[str, str] = {}
-        self._needed: dict[str, str] = {}  # field -> the switch with which it need not be given
-        self._overrides = self._unknown = ""  # the field for keys of a config, and for what is left
-        self._lists_keys = False
+        # By each spelling that the help shows; None for those that ask for help.
+        self._flags: dict[str, Flag | None] = {"--help": None}
+        self._also = {"--h": "--help"}
+        # The fields for keys of a config, for flags of none of the others, and for the command behind "--".
+        self._overrides = self._unknown = self._command = ""
         fields = {_name_of(field): field for field in _fields(declared)}
         self.groups: dict[str, list[Flag]] = {}
         for title, entries in sections.items():
@@ -151,11 +142,10 @@ class Parser(argparse.ArgumentParser):
                 self.groups.setdefault(title, []).append(shown)
         if fields:  # the one that the docstring has no line of
             (self._unknown,) = (field.name for field in fields.values())
-        self.add_argument("-h", "--help", action="help")
-        self.groups["help"] = [_HELP]
-        if self._lists_keys:
-            self.add_argument("--help-config", nargs="?", const="", dest="help_config")
-            self.groups["help"].append(_HELP_CONFIG)
+        self.groups["help"] = [Flag("-h, --help", "", "show this text")]
+        if "--help-config" in self._flags:
+            about = "list the keys of a config, all or those below PREFIX, with defaults, or with the values of --config"
+            self.groups["help"].append(Flag("--help-config", "[PREFIX]", about))
 
     @functools.cached_property
     def kinds(self) -> dict[str, "Parser"]:
@@ -167,43 +157,35 @@ class Parser(argparse.ArgumentParser):
         return Parser(kind if isinstance(kind, type) else kind())
 
     def _add(self, field: dataclasses.Field, entry: str, about: str) -> Flag:
-        """Declares a field to argparse; returns what its line in the docstring says."""
+        """Takes in a field with its line of the docstring."""
         name, _, metavar = entry.partition(" ")
         about = " ".join(about.split())
         if name == "--config.KEY":
-            self._overrides, self._lists_keys = field.name, "--help-config" in about
+            self._overrides = field.name
+            self._flags |= {"--help-config": None} if "--help-config" in about else {}
             return Flag(name, metavar, about)
-        options = dict(field.metadata)
+        options, kind = field.metadata, _kind_of(field)
         if "also" in options:
             self._also[f"--{options['also']}"] = name
-        kind, parse = _kind_of(field), _parse_of(field)
-        literal = typing.get_origin(kind) is typing.Literal
-        choices = options.get("choices") or (typing.get_args(kind) if literal else ())
-        given: dict[str, Any] = {"choices": choices or None, "metavar": metavar}
-        given |= {key: options[key] for key in ("nargs", "action") if key in options}
-        if typing.get_origin(field.type) is list and not given.keys() & {"nargs", "action"}:
-            given |= {"nargs": "+"} if "..." in entry else {"action": "append"}
+        literal = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        choices = tuple(map(str, options.get("choices") or literal))
         no_default = field.default is field.default_factory is dataclasses.MISSING
-        needed = bool(no_default or "unless" in options)
-        given |= {"type": parse} if parse else {}
-        if needed:
-            self._needed[field.name] = options.get("unless", "")
-        if field.type is bool:
-            flag = name.replace("[no-]", "")
-            self.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction)
-        elif name.startswith("--") and name != "--":
-            self.add_argument(name, dest=field.name, required=needed, **given)
-        else:
-            name, metavar, needed = entry, "", True
-            given["metavar"] = entry
-            self.add_argument(field.name, **given)
+        is_flag = name.startswith("--") and name != "--"
+        if not is_flag:
+            name, metavar = entry, ""
         default = None if field.default in (dataclasses.MISSING, "", ()) else field.default
-        return Flag(name, metavar, about, default, needed, tuple(map(str, choices)))
+        needed = no_default or not is_flag or "unless" in options
+        shown = Flag(name, metavar, about, default, needed, choices, field, "..." in entry)
+        if entry.startswith("-- "):
+            self._command = field.name
+        elif is_flag:
+            spellings = ("", "no-") if field.type is bool else ("",)
+            self._flags |= {name.replace("[no-]", no): shown for no in spellings}
+        return shown
 
     def flags(self) -> list[str]:
         """Every spelling that the help shows, such as "--overwrite" and "--no-overwrite"."""
-        known = [*self._option_string_actions, *(["--config.KEY"] if self._overrides else [])]
-        return [flag for flag in known if flag != "-h"]
+        return [*self._flags, *(["--config.KEY"] if self._overrides else [])]
 
     def format_help(self) -> str:
         """Everything about the command."""
@@ -212,38 +194,42 @@ class Parser(argparse.ArgumentParser):
 
     # Parsing.
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, words: Sequence[str] | None = None) -> Any:
         """The arguments, as the declared dataclass; of a command with kinds that of the kind. Raises UserError."""
-        words = list(sys.argv[1:] if args is None else map(str, args))
+        rest = list(sys.argv[1:] if words is None else map(str, words))
         if self._declared.kinds:
-            return self._parse_kind(words)
-        words, overrides = self._spelled(words)
-        lists_keys = self._lists_keys and any(
-            word.split("=")[0] == "--help-config" for word in words
-        )
-        for action in self._actions:
-            if action.option_strings and action.dest in self._needed:
-                unless = self._needed[action.dest]
-                action.required = not lists_keys and not (unless and unless in words)
-        found, rest = super().parse_known_args(words)
-        if lists_keys:
+            return self._parse_kind(rest)
+        given: dict[str, Any] = {self._overrides: [], self._unknown: []}
+        loose: list[str] = []
+        while rest:
+            word = rest.pop(0)
+            key = re.sub(r"^--noconfig(\..*)", r"--config\1=false", f"--{word.lstrip('-')}")
+            if self._command and (word == "--" or not word.startswith("-")):
+                given[self._command] = rest[:] if word == "--" else [word, *rest]
+                break
+            if word == "--":
+                loose += rest
+                break
+            if not re.match(r"--?[A-Za-z]", word):
+                loose.append(word)
+            elif self._overrides and key.startswith("--config."):
+                if "=" not in key and rest and not rest[0].startswith("--"):
+                    key += f"={rest.pop(0)}"
+                given[self._overrides].append(key)
+            else:
+                self._take(word, rest, given)
+        if "help_config" in given:
             from grain_jax.cli import config_keys  # reads source code: not for every command
 
-            config = getattr(found, "config", None)
-            print(config_keys.show(found.help_config, config, overrides), end="")
-            self.exit(0)
-        for action in self._actions:
-            if action.required and action.option_strings and getattr(found, action.dest) == "":
-                self.error(
-                    f"{action.option_strings[0]}: got an empty text, expected {action.metavar}"
-                )
-        if rest and not self._unknown:
-            self.error(f"{rest[0]}: expected a flag; {self.prog} --help lists them")
+            keys = given["help_config"], given.get("config"), given[self._overrides]
+            print(config_keys.show(*keys), end="")
+            sys.exit(0)
+        self._take_loose(loose, given)
+        self._check_needed(given)
         try:
-            given = vars(found) | {self._overrides: overrides, self._unknown: rest}
             return _filled(self._declared, given)
         except ValueError as error:
-            self.error(str(error))
+            self._error(str(error))
 
     def _parse_kind(self, words: list[str]) -> Any:
         kinds = self._declared.kinds
@@ -252,70 +238,106 @@ class Parser(argparse.ArgumentParser):
             place = 0
         if place is None:
             if {"-h", "--help"} & set(words):
-                return super().parse_args(["--help"])
-            self.error(f"expected a kind first: {', '.join(kinds)}")
+                self._help()
+            self._error(f"expected a kind first: {', '.join(kinds)}")
         name = words.pop(place)
         if name not in kinds:
-            self.error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
+            self._error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
         return self._kind(name).parse_args(words)
 
-    def _spelled(self, words: list[str]) -> tuple[list[str], list[str]]:
-        """The words with every flag as it is declared, and `--flag=VALUE` in one word; and `--config.KEY=VALUE`."""
-        out, overrides, rest = [], [], list(words)
-        takes_all = any(action.nargs == argparse.REMAINDER for action in self._actions)
-        while rest:
-            word = rest.pop(0)
-            if word == "--" or (takes_all and not word.startswith("-")):
-                return [*out, word, *rest], overrides
-            key = re.sub(r"^--noconfig(\..*)", r"--config\1=false", f"--{word.lstrip('-')}")
-            if not re.match(r"--?[A-Za-z]", word) or word == "-h":
-                out.append(word)
-            elif self._overrides and key.startswith("--config."):
-                if "=" not in key and rest and not rest[0].startswith("--"):
-                    key += f"={rest.pop(0)}"
-                overrides.append(key)
-            else:
-                out += self._spelled_flag(word, rest)
-        return out, overrides
+    def _help(self) -> NoReturn:
+        print(self.format_help(), end="")
+        sys.exit(0)
 
-    def _spelled_flag(self, word: str, rest: list[str]) -> list[str]:
-        """The word of a flag, with its value, which is taken from `rest`."""
-        given, equals, value = word.partition("=")
-        flag = self._declared_as(given)
-        action = self._option_string_actions.get(flag)
-        if action is None:
+    def _take(self, word: str, rest: list[str], given: dict[str, Any]) -> None:
+        """Takes a flag with its values, which stand in the word or in `rest`, into the fields that are `given`."""
+        spelled, equals, value = word.partition("=")
+        flag = self._declared_as(spelled)
+        if flag == "--help":
+            self._help()
+        if flag not in self._flags:
             near = self._near(flag)
             if self._unknown and (near is None or nearest.likeness(flag, near) < 0.8):
-                return [word]
+                given[self._unknown].append(word)
+                return
             hint = f"did you mean {near}?" if near else f"{self.prog} --help lists them"
-            self.error(f"{given}: no such flag; {hint}")
-        if isinstance(action, argparse.BooleanOptionalAction) and equals:
-            truth = _TRUTH.get(value.lower())
+            self._error(f"{spelled}: no such flag; {hint}")
+        shown = self._flags[flag]
+        if shown is not None and shown.field.type is bool:
+            truth = _TRUTH.get(value.lower()) if equals else True
             if truth is None:
-                self.error(f"{flag}: got {value!r}, expected true or false, or {flag} alone")
-            yes, no = action.option_strings
-            return [yes if truth == (flag == yes) else no]
-        if equals or action.nargs is not None:
-            return [flag + equals + value]
-        if not rest or rest[0] == "--" or self._is_flag(rest[0]):
+                self._error(f"{flag}: got {value!r}, expected true or false, or {flag} alone")
+            given[shown.field.name] = truth != flag.startswith("--no-")
+            return
+        values = [value] if equals else []
+        several = shown is not None and shown.many
+        while rest and not equals and (several or not values) and not self._is_flag(rest[0]):
+            values.append(rest.pop(0))
+        if shown is None:
+            given["help_config"] = "".join(values)
+            return
+        if not values:
             after = f", but the flag --{rest[0].lstrip('-')} after it" if rest else ""
-            expected = f"{flag} {action.metavar}, or {flag}=VALUE where that begins with --"
-            self.error(f"{flag}: has no value{after}; expected {expected}")
-        return [f"{flag}={rest.pop(0)}"]
+            expected = f"{flag} {shown.metavar}, or {flag}=VALUE where that begins with --"
+            self._error(f"{flag}: has no value{after}; expected {expected}")
+        self._set(shown, values, given)
+
+    def _set(self, shown: Flag, texts: Sequence[str], given: dict[str, Any]) -> None:
+        field = shown.field
+        try:
+            values = [_value(shown, text) for text in texts]
+        except ValueError as error:
+            self._error(f"{shown.name}: {error}")
+        before = given.get(field.name, ())
+        if typing.get_origin(field.type) is list:
+            given[field.name] = [*before, *values]
+        elif field.metadata.get("union"):
+            given[field.name] = tuple(dict.fromkeys((*before, *values[0])))
+        else:
+            (given[field.name],) = values
+
+    def _take_loose(self, words: list[str], given: dict[str, Any]) -> None:
+        """Takes the words of positional arguments."""
+        for shown in self._listed():
+            if not shown.name.startswith("--") and words:
+                taken = len(words) if shown.many else 1
+                self._set(shown, words[:taken], given)
+                words = words[taken:]
+        if words and not self._unknown:
+            self._error(f"{words[0]}: expected a flag; {self.prog} --help lists them")
+        given[self._unknown] += words
+
+    def _listed(self) -> list[Flag]:
+        return [flag for flags in self.groups.values() for flag in flags if flag.field]
+
+    def _check_needed(self, given: Mapping[str, Any]) -> None:
+        missing = []
+        for shown in self._listed():
+            unless = self._flags.get(shown.field.metadata.get("unless", ""))
+            if not shown.required or (unless and given.get(unless.field.name)):
+                continue
+            if given.get(shown.field.name, []) == []:
+                missing.append(shown)
+            elif given[shown.field.name] == "" and shown.metavar:
+                self._error(f"{shown.name}: got an empty text, expected {shown.metavar}")
+        if missing:
+            names = ", ".join(f"{one.name} {one.metavar}".strip() for one in missing)
+            all_of = f"{self.prog} --help says what they are"
+            self._error(f"{names}: missing; {missing[0].help if len(missing) == 1 else all_of}")
 
     def _declared_as(self, given: str) -> str:
         """The flag as it is declared; one that is not, with hyphens."""
         flag = "--" + given.lstrip("-").replace("_", "-")
         flag = self._also.get(flag, flag)
         without = "--no-" + flag.removeprefix("--no")
-        known = self._option_string_actions
-        return without if flag not in known and without in known else flag
+        return without if flag not in self._flags and without in self._flags else flag
 
     def _is_flag(self, word: str) -> bool:
+        """Whether a word is a flag, or the end of them."""
         if word.startswith("--") or (self._overrides and word.startswith("-config.")):
             return True
         declared = self._declared_as(word.split("=")[0])
-        return word.startswith("-") and len(word) > 2 and declared in self._option_string_actions
+        return word.startswith("-") and len(word) > 2 and declared in self._flags
 
     def _near(self, flag: str) -> str | None:
         head, dot, key = flag.partition(".")
@@ -323,22 +345,7 @@ class Parser(argparse.ArgumentParser):
             return f"--config.{key}"
         return nearest.of(flag, self.flags())
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Called by argparse for arguments with choices."""
-        if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, nearest.choice(str(value), action.choices))
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse where the arguments are wrong."""
-        message = re.sub(r"^argument (-h/)?(\S+?)(/--no-\S+)?: ", r"\2: ", message)
-        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
-        if missing:
-            names = missing[1].split(", ")
-            shown = [f for flags in self.groups.values() for f in flags if f.name in names]
-            what = shown[0].help if len(shown) == 1 else f"{self.prog} --help says what they are"
-            message = (
-                f"{', '.join(f'{f.name} {f.metavar}'.strip() for f in shown)}: missing; {what}"
-            )
+    def _error(self, message: str) -> NoReturn:
         raise errors.UserError(f"{self.prog}: {message}")
 
 
@@ -383,24 +390,18 @@ def _kind_of(field: dataclasses.Field) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
 
 
-def _parse_of(field: dataclasses.Field) -> Callable[[str], Any] | None:
-    """The function that makes a value of a text; None: the text is the value."""
-    kind, options = _kind_of(field), field.metadata
-    if "parse" in options:
-        return functools.partial(_parsed, options["parse"])
-    if kind not in (int, float):
-        return None
-    return functools.partial(
-        _parsed,
-        number(kind, options.get("low", 1 if kind is int else -math.inf), options.get("high")),
-    )
-
-
-def _parsed(parse: Callable[[str], Any], text: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _value(shown: Flag, text: str) -> Any:
+    """What a text means, of that flag. Raises ValueError: got, expected."""
+    kind, options = _kind_of(shown.field), shown.field.metadata
+    parse = options.get("parse", str)
+    if kind in (int, float) and "parse" not in options:
+        parse = number(
+            kind, options.get("low", 1 if kind is int else -math.inf), options.get("high")
+        )
+    value = parse(text)
+    if shown.choices and value not in shown.choices:
+        raise ValueError(nearest.choice(value, shown.choices))
+    return value
 
 
 def _filled(declared: type, values: Mapping[str, Any]) -> Any:

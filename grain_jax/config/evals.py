@@ -62,7 +62,7 @@ def option(default: Any, metavar: str = "", **declared: Any) -> Any:
       metavar: what the value of the flag is called; "" for true or false.
       **declared: `low`, `high` and `choices`, which are checked; `name`, that of the flag, where it is another than the
         field's; `required`, of the flag; and `parse`, which makes the value of a text, and raises
-        argparse.ArgumentTypeError.
+        ValueError.
     """
     return dataclasses.field(default=default, metadata={"metavar": metavar, **declared})
 
@@ -77,6 +77,7 @@ class Evaluator(abc.ABC):
 
     example: ClassVar[str] = ""  # flags of the command, to copy
     writes_predictions: ClassVar[bool] = False  # whether `evaluate` takes `Context.predictions`
+    table: ClassVar[Sequence[TableRow]] = ()  # rows of the table, of an evaluator of the package
 
     # Which evaluator this is: a name of the package, or module:Class.
     kind: str = ""
@@ -95,7 +96,7 @@ class Evaluator(abc.ABC):
 
         Of an evaluator of the package; the table of another one has a row for each number.
         """
-        return ()
+        return cls.table
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """What the file of the command has beside the result, on top."""
@@ -203,20 +204,20 @@ def how_to_get(get: str | None) -> str:
 
 def expanduser(path: str) -> str:
     """The path with the user's home for `~`."""
-    from etils import epath  # slower to import than a config may take
-
-    return str(epath.Path(path).expanduser())
+    return str(_path(path).expanduser())
 
 
 def exists(path: str) -> bool:
     """Whether there is a file or folder, local or remote."""
-    from etils import epath
-
-    return epath.Path(path).exists()
+    return _path(path).exists()
 
 
 def same_place(a: str, b: str) -> bool:
     """Whether two paths are the same file or folder."""
-    from etils import epath
+    return _path(a).expanduser().resolve() == _path(b).expanduser().resolve()
 
-    return epath.Path(a).expanduser().resolve() == epath.Path(b).expanduser().resolve()
+
+def _path(path: str) -> Any:
+    from etils import epath  # slower to import than a config may take
+
+    return epath.Path(path)

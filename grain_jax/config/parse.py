@@ -5,7 +5,6 @@ default.
 """
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -18,7 +17,7 @@ from typing import Any
 from grain_jax.config import checks, evals, fields
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Model, Suite
-from grain_jax.core import errors, named
+from grain_jax.core import errors, named, nearest
 
 T = typing.TypeVar("T")
 
@@ -29,57 +28,50 @@ class ConfigError(errors.UserError):
 
 def from_dict(value: Mapping[str, Any]) -> Config:
     """A plain dict, or ml_collections' ConfigDict, as a checked Config. Raises ConfigError, a line a fault."""
+    config = _checked(Config, value, "")
     faults: list[str] = []
-    config = build(Config, _plain(value), "", faults)
-    return _checked(config, faults, checks.check_config, _check_terms)
-
-
-def model_from_dict(value: Mapping[str, Any]) -> Model:
-    """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
-    faults: list[str] = []
-    return _checked(build(Model, value, "model", faults), faults, checks.check_model)
-
-
-def suite_from_dict(value: Mapping[str, Any]) -> Suite:
-    """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-
-    def check(suite: Suite, faults: list[str]) -> None:
-        checks.check_values(suite, "", faults)
-        for name, entry in suite.evals.items():
-            checks.check_evaluator(f"evals.{name}", entry, faults)
-
-    faults: list[str] = []
-    return _checked(build(Suite, _plain(value), "", faults), faults, check)
-
-
-def evaluator_from_dict(value: Any) -> Evaluator:
-    """An entry of `evals`, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-
-    def check(entry: Evaluator, faults: list[str]) -> None:
-        checks.check_values(entry, "evaluator", faults)
-        checks.check_evaluator("evaluator", entry, faults)
-
-    faults: list[str] = []
-    return _checked(_evaluator(_plain(value), "evaluator", faults), faults, check)
-
-
-def _checked(built: T | None, faults: list[str], *check: Callable[[T, list[str]], None]) -> T:
-    """What was built, if none of the checks, one after the other, finds a fault. Raises ConfigError."""
-    for one in check:
-        if built is not None and not faults:
-            one(built, faults)
-    if built is None or faults:
-        raise ConfigError("\n".join(faults))
-    return built
-
-
-def _check_terms(config: Config, faults: list[str]) -> None:
     for name, entry in config.loss.terms.items():
         if named.is_external(entry["term"]) and named.may_import(entry["term"]):
             try:
                 loss_term(f"loss.terms.{name}", entry, {})
             except errors.UserError as error:
                 faults.append(str(error))
+    _end(faults)
+    return config
+
+
+def model_from_dict(value: Mapping[str, Any]) -> Model:
+    """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
+    return _checked(Model, value, "model")
+
+
+def suite_from_dict(value: Mapping[str, Any]) -> Suite:
+    """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
+    return _checked(Suite, value, "")
+
+
+def evaluator_from_dict(value: Any) -> Evaluator:
+    """An entry of `evals`, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
+    return _checked(Evaluator, value, "evaluator")
+
+
+def _checked(kind: Any, value: Any, path: str) -> Any:
+    """The value as an instance of that class, without a fault. Raises ConfigError."""
+    built = _built(kind, value.to_dict() if hasattr(value, "to_dict") else value, path)
+    _end(checks.faults_of(built, path))
+    return built
+
+
+def _built(kind: Any, value: Any, path: str) -> Any:
+    faults: list[str] = []
+    built = _convert(kind, value, path, faults)
+    _end(faults)
+    return built
+
+
+def _end(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
@@ -102,10 +94,6 @@ def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
     return build(cls, value, path, faults)
 
 
-def _plain(value: Any) -> Mapping[str, Any]:
-    return value.to_dict() if hasattr(value, "to_dict") else value
-
-
 def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
     """An instance of a dataclass whose fields are declared with `fields.key`.
 
@@ -122,33 +110,27 @@ def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
         faults.append(f"{path}: got {value!r}, expected a group of keys")
         return None
     known = types_of(cls)
-
-    def at(key: Any) -> str:
-        return f"{path}.{key}" if path else str(key)
-
-    for key in value:
-        if key not in known:
-            faults.append(f"{at(key)}: {unknown_key(at(key), [at(name) for name in known])}")
-    missing = [
-        name
-        for name, (field, _) in known.items()
-        if name not in value and fields.default_of(field) is dataclasses.MISSING
-    ]
-    faults.extend(f"{at(key)}: missing; it has no default" for key in missing)
-    if missing:
-        return None
-    given = {
-        key: _options_of(field.metadata["options_of"], field, value, path, faults)
-        if field.metadata.get("options_of")
-        else _convert(kind, value[key], at(key), faults)
-        for key, (field, kind) in known.items()
-        if key in value or field.metadata.get("options_of")
-    }
+    places = {key: _at(path, key) for key in known}
+    for place in (_at(path, key) for key in value if key not in known):
+        faults.append(f"{place}: {unknown_key(place, list(places.values()))}")
+    given, missing = {}, False
+    for key, (field, kind) in known.items():
+        if field.metadata.get("options_of"):
+            given[key] = _options_of(field.metadata["options_of"], field, value, path, faults)
+        elif key in value:
+            given[key] = _convert(kind, value[key], places[key], faults)
+        elif fields.default_of(field) is dataclasses.MISSING:
+            faults.append(f"{places[key]}: missing; it has no default")
+            missing = True
     try:
-        return cls(**given)
+        return None if missing else cls(**given)
     except ValueError as error:  # of a class's own check of its options
         faults.append(f"{path}: {error}")
         return None
+
+
+def _at(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _options_of(
@@ -158,22 +140,23 @@ def _options_of(
 
     Where the class may not be imported (grain_jax/core/named.py), they stay as they are.
     """
-    at = lambda key: f"{path}.{key}" if path else key
     name, value = group.get(owner, ""), group.get(field.name)
     cls = fields.NoOptions
     if isinstance(name, str) and named.is_external(name):
         if not named.may_import(name):
             return value or {}
         try:
-            cls = getattr(named.find(at(owner), name, {}), "Options", None) or cls
+            cls = getattr(named.find(_at(path, owner), name, {}), "Options", None) or cls
         except errors.UserError as error:
             faults.append(str(error))
             return value
     if cls is not fields.NoOptions:
-        return build(cls, value or {}, at(field.name), faults)
+        return build(cls, value or {}, _at(path, field.name), faults)
     if value:
         given = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
-        faults.append(f"{at(field.name)}: got {given}, but {at(owner)}={name} has no options")
+        faults.append(
+            f"{_at(path, field.name)}: got {given}, but {_at(path, owner)}={name} has no options"
+        )
     return cls()
 
 
@@ -192,13 +175,13 @@ def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> 
     target = named.find(f"{path}.term: loss term", entry["term"], table)
     options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
     if dataclasses.is_dataclass(target):
-        return _with_options(typing.cast(type, target), options, path)
+        return _built(target, options, path)
     if isinstance(target, type) or not callable(target):
         raise errors.UserError(
             f"{path}.term: {entry['term']!r} is {target!r}, expected a function of a losses.Shard, or a frozen"
             " dataclass with __call__(self, shard)"
         )
-    options = vars(_with_options(_parameters_of(target, path), options, path))
+    options = vars(_built(_parameters_of(target, path), options, path))
     return functools.partial(target, **options) if options else target
 
 
@@ -214,15 +197,6 @@ def _parameters_of(function: Callable, path: str) -> type:
         default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
         found.append((parameter.name, hints[parameter.name], dataclasses.field(default=default)))
     return dataclasses.make_dataclass("Options", found, frozen=True, kw_only=True)
-
-
-def _with_options(cls: type, options: Mapping[str, Any], path: str) -> Any:
-    """`cls(**options)`, with the types that it declares. Raises UserError, a line for each fault."""
-    faults: list[str] = []
-    built = build(cls, options, path, faults)
-    if faults:
-        raise errors.UserError("\n".join(faults))
-    return built
 
 
 @functools.cache
@@ -251,7 +225,13 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
             return None
         return _convert(inner_of(kind), value, path, faults)
     if origin is tuple:
-        return _convert_tuple(args, value, path, faults)
+        inner = args[:1] * len(value) if args[-1] is Ellipsis and _is_list(value) else args
+        if not _is_list(value) or len(inner) != len(value):
+            faults.append(f"{path}: got {value!r}, expected a list")
+            return ()
+        numbered = dataclasses.is_dataclass(args[0])
+        paths = [f"{path}[{i}]" if numbered else path for i in range(len(value))]
+        return tuple(_convert(*part, faults) for part in zip(inner, value, paths))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1e300 else math.inf
     if kind is float and isinstance(value, float) and not math.isfinite(value):
@@ -261,17 +241,8 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     return value
 
 
-def _convert_tuple(
-    args: tuple[Any, ...], value: Any, path: str, faults: list[str]
-) -> tuple[Any, ...]:
-    if isinstance(value, (list, tuple)):
-        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(inner) == len(value):
-            numbered = len(inner) and dataclasses.is_dataclass(inner[0])
-            paths = [f"{path}[{i}]" if numbered else path for i in range(len(inner))]
-            return tuple(_convert(*part, faults) for part in zip(inner, value, paths))
-    faults.append(f"{path}: got {value!r}, expected a list")
-    return ()
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def inner_of(kind: Any) -> Any:
@@ -283,17 +254,7 @@ def inner_of(kind: Any) -> Any:
 
 def unknown_key(path: str, known: list[str]) -> str:
     """The words for a key that does not exist, with the nearest one of `known`, or those of its group."""
-    group, _, leaf = path.rpartition(".")
-
-    def likeness(key: str) -> tuple[float, bool]:
-        owner, _, name = key.rpartition(".")
-        return difflib.SequenceMatcher(None, leaf, name).ratio(), owner == group
-
-    near = max(known, key=likeness)
-    if likeness(near)[0] > 0.6:
-        return f"no such key; did you mean {near}?"
-    beside = [key for key in known if key.rpartition(".")[0] == group]
-    return f"no such key; there are: {', '.join(beside or known)}"
+    return f"no such key; {nearest.did_you_mean(path, known)}"
 
 
 def to_json(config: Any) -> str:

@@ -13,7 +13,7 @@ from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
-from grain_jax.convert.reference.sizes import TOWERS
+from grain_jax.convert.reference.names import TOWERS
 from grain_jax.core import errors
 from grain_jax.runtime import ending
 from grain_jax.runtime.pretrained import hub

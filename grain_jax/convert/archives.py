@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax.convert.faults import ConvertError, prefixed, raise_any
+from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.core import errors, regular_file
 
 # Limit of the arrays as float32, in lengths of the file: 4 for 8-bit numbers, 8 for two names of each array.
@@ -147,12 +147,8 @@ def load_torch(path: epath.Path) -> Any:
       ConvertError: torch is missing, or the directory of the zip declares more bytes than the budget.
       Exception: of many kinds, where the file is damaged or asks to run code.
     """
-    try:
+    with needing("torch", "to read it"):
         import torch
-    except ImportError:
-        raise ConvertError(
-            "PyTorch is needed to read it; pip install 'grain_jax[torch]', or give a .safetensors"
-        ) from None
     with path.open("rb") as file:
         budget = Budget(file)
         if file.read(2) == b"PK":
@@ -210,13 +206,9 @@ def read_safetensors(
       ConvertError: the package is missing, not a whole file, or numbers of another type; a line each.
     """
     kinds = _FLOATS | dict(integers or {})
+    with needing("safetensors", path):
+        import safetensors
     with reading(path):
-        try:
-            import safetensors
-        except ImportError:
-            raise ConvertError(
-                "the package safetensors is missing; pip install 'grain_jax[interop]'"
-            ) from None
         try:
             stored = safetensors.deserialize(path.read_bytes())
         except safetensors.SafetensorError as error:

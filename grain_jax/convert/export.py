@@ -21,6 +21,7 @@ from grain_jax import config as config_lib
 from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
 from grain_jax.core import errors
+from grain_jax.inference import jitted
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 
@@ -60,11 +61,11 @@ def export_model(
     }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
-    for name, (function, inputs) in _functions(model, predictor.dtype).items():
-        exported = jax_export.export(jax.jit(function), platforms=platforms)
-        functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for name, (function, inputs) in _functions(model, predictor.dtype).items():
+            exported = jax_export.export(jax.jit(function), platforms=platforms)
+            functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
         for name in ("regions", "boxes"):
             (output / f"{name}.stablehlo").unlink(missing_ok=True)
         with (output / "params.npz").open("wb") as file:
@@ -81,41 +82,37 @@ def export_model(
 
 def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable, dict[str, Any]]]:
     """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
-    encode_images, encode_texts = inference.programs(model, dtype)
+    encode_images = jitted.image_program(model, dtype)
+    encode_texts = jitted.text_program(model, dtype)
     nested = tables.nested
-
-    def image(params, image):
-        return {"image_embed": encode_images(nested(params), image)[0]}
 
     def regions(params, image):
         names = ("image_embed", "region_embed", "boxes_xyxy")
         return dict(zip(names, encode_images(nested(params), image)))
 
+    def image(params, image):
+        return {"image_embed": regions(params, image)["image_embed"]}
+
     def boxes(params, image, boxes_xyxy):
-        encode_boxes = inference.box_program(model, dtype)
+        encode_boxes = jitted.program(model, dtype, "encode_boxes")
         return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
 
     def text(params, tokens, end):
         return {"text_embed": encode_texts(nested(params), tokens, end)}
 
     size, context = model.image.image_size, model.text.context_length
-    (b,) = jax_export.symbolic_shape("b")
-    images = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
+    b, r = jax_export.symbolic_shape("b, r")
     rows, length = b, context
     if model.text.packable:  # another one sees its padding: rows as long as in training
         rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
-    texts = {
-        "tokens": jax.ShapeDtypeStruct((rows, length), np.int32),
-        "end": jax.ShapeDtypeStruct((rows,), np.int32),
-    }
+    spec = jax.ShapeDtypeStruct
+    images = {"image": spec((b, size, size, 3), np.uint8)}
+    texts = {"tokens": spec((rows, length), np.int32), "end": spec((rows,), np.int32)}
     functions = {"image": (image, images), "text": (text, texts)}
     if model.decoder is not None and model.decoder.queries:
         functions["regions"] = (regions, images)
     if model.boxes.kind != "none":
-        b, r = jax_export.symbolic_shape("b, r")
-        images = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
-        boxes_xyxy = jax.ShapeDtypeStruct((b, r, 4), np.float32)
-        functions["boxes"] = (boxes, images | {"boxes_xyxy": boxes_xyxy})
+        functions["boxes"] = (boxes, images | {"boxes_xyxy": spec((b, r, 4), np.float32)})
     return functions
 
 

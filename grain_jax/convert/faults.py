@@ -24,3 +24,13 @@ def raise_any(faults: Sequence[str]) -> None:
     """Raises ConvertError with a line for each fault; does nothing where there are none."""
     if faults:
         raise ConvertError("\n".join(faults))
+
+
+@contextlib.contextmanager
+def needing(package: str, where: object) -> Iterator[None]:
+    """Inside, an ImportError is a ConvertError of one line: `where` needs the package."""
+    try:
+        yield
+    except ImportError:
+        line = f"{where}: the package {package} is missing; pip install 'grain_jax[interop]'"
+        raise ConvertError(line) from None

@@ -112,7 +112,7 @@ def openai_image() -> list[NamePair]:
     ]
 
 
-def openai_text(prefix: str = "", *, matrix: bool = True) -> list[NamePair]:
+def openai_text(prefix: str = "", matrix: bool = True) -> list[NamePair]:
     """The text tower of OpenAI, open_clip and the PyTorch reference; `matrix`: its projection is no linear layer."""
     projection = f"{prefix}text_projection"
     return [

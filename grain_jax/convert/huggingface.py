@@ -17,7 +17,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import archives, hf_tokenizer, model_card, output, parity
-from grain_jax.convert.faults import ConvertError, prefixed, raise_any
+from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.core import atomic, images, regular_file
@@ -80,11 +80,14 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
         for module, state in names.state_dicts(params).items()
         for name, array in state.items()
     }
-    with output.writing(folder):
+    with output.writing(folder), needing("safetensors", folder / WEIGHTS):
+        import safetensors.numpy
+
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             atomic.write_text(folder / name, text)
-        _write_weights(folder / WEIGHTS, weights)
+        content = safetensors.numpy.save(weights, metadata={"format": "pt"})
+        atomic.write_bytes(folder / WEIGHTS, content)
     proof = _prove_folder(folder, model, params, has_tokenizer)
     with output.writing(folder):
         card = model_card.write(model, losses, run, proof, has_tokenizer, repo)
@@ -113,20 +116,15 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
     source, folder = pretrained.folder_of(source), output.check_free(folder)
-    model, params, states = _read(source)
+    model, params = read(source)
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
-    proof = torch_module.prove(model, params, states)
+    proof = torch_module.prove(model, params, names.state_dicts(params))
     output.save(folder, model, params, source, proof)
     return proof.after(f"from-hf: {source} -> {folder}")
 
 
 def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
-    """The model in a folder of to-hf, and its parameters; raises as `from_hf`."""
-    return _read(folder)[:2]
-
-
-def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
-    """(model, our parameters, the same under the names of the reference); runs no code of the folder."""
+    """The model in a folder of to-hf, and its parameters; runs no code of the folder. Raises as `from_hf`."""
     model = _read_config(folder / "config.json")
     weights, index = folder / WEIGHTS, folder / _INDEX
     files = [weights]
@@ -145,7 +143,7 @@ def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str
                 faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
     raise_any(faults)
     with prefixed(f"{weights}: "):
-        return model, names.to_params(states["backbone"], states["decoder"], model), states
+        return model, names.to_params(states["backbone"], states["decoder"], model)
 
 
 @contextlib.contextmanager
@@ -193,16 +191,6 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
             "auto_map": {"AutoProcessor": processors["AutoProcessor"]},
         },
     }
-
-
-def _write_weights(path: epath.Path, weights: dict[str, np.ndarray]) -> None:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ConvertError(
-            f"{path}: the package safetensors is missing; pip install 'grain_jax[interop]'"
-        ) from error
-    atomic.write_bytes(path, safetensors.numpy.save(weights, metadata={"format": "pt"}))
 
 
 def _read_config(path: epath.Path) -> config_lib.Model:

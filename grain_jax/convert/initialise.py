@@ -36,7 +36,6 @@ _PREFIXES = {
     "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
 }
 _TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
-_NOT_COMPARED = {"dropout", "qkv_init_gain", "unroll"}  # training, initialisation, speed
 _BOX_HEAD = ("box_head/", "box_projection/")
 
 
@@ -135,25 +134,20 @@ def load(config: config_lib.Config) -> Loaded:
         line each.
     """
     shapes = grain.parameter_shapes(config.model)
-    params: dict[str, np.ndarray] = {}
-    report: list[str] = []
-    for which in towers.TOWERS:
-        path = getattr(config.init, which)
-        if path is None:
-            continue
-        with prefixed(f"init.{which}: "):
-            loaded = _load_tower(config, which, path, shapes)
-        params |= loaded.params
-        report += loaded.report
-    if config.init.decoder is not None:
-        with prefixed("init.decoder: "):
-            found = _load_decoder(config.model, config.init.decoder, shapes)
-        params |= found
-        report.append(f"init.decoder: {len(found)} arrays from {config.init.decoder}")
-    return Loaded(params, report)
+    whole = Loaded({}, [])
+    for part in (*towers.TOWERS, "decoder"):
+        path = getattr(config.init, part)
+        if path is not None:
+            with prefixed(f"init.{part}: "):
+                if part == "decoder":
+                    loaded = _load_decoder(config.model, path, shapes)
+                else:
+                    loaded = _load_tower(config, part, path, shapes)
+            whole = Loaded(whole.params | loaded.params, whole.report + loaded.report)
+    return whole
 
 
-def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.ndarray]:
+def _load_decoder(model: config_lib.Model, path: str, shapes) -> Loaded:
     """The parameters of a GRAIN checkpoint that are not of its towers; those of a box head where both have the same."""
     ours, flat = _read_ours(path)
     if ours.decoder is None:
@@ -161,10 +155,11 @@ def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.nd
     other = _TOWERS if ours.boxes == model.boxes else (*_TOWERS, *_BOX_HEAD)
     rest = lambda named: {name: x for name, x in named.items() if not name.startswith(other)}
     with prefixed(f"{path}: "):
-        raise_any(towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED))
+        raise_any(towers.differences("decoder", ours.decoder, model.decoder))
         unknown = sorted(rest(flat).keys() - shapes.keys())
         raise_any([f"{name} is not part of the model" for name in unknown])
-        return tables.read([NamePair(name, name) for name in flat], flat, rest(shapes))
+        found = tables.read([NamePair(name, name) for name in flat], flat, rest(shapes))
+    return Loaded(found, [f"init.decoder: {len(found)} arrays from {path}"])
 
 
 def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
@@ -177,14 +172,14 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     model = config.model
     tower, state = _read(model, which, path)
     wanted = getattr(model, which)
-    ignored = {"pool", "projection"} if which == "image" and model.decoder is not None else set()
+    ignored = ("pool", "projection") if which == "image" and model.decoder is not None else ()
     # The checkpoint's tower alone, with its pooling head and projection.
     alone = dataclasses.replace(
         model, decoder=None, boxes=config_lib.BoxHead(), **{which: tower.config}
     )
     of_tower = _own(which, alone, grain.parameter_shapes(alone))
     with prefixed(f"{path}: "):
-        raise_any(towers.differences(which, tower.config, wanted, ignored))
+        raise_any(towers.differences(which, tower.config, wanted, *ignored))
         # An unused entry of the tower itself would change its outputs.
         unknown = sorted(state.keys() - tables.used(tower.rows, of_tower))
         raise_any([f"{x}: unknown key" for x in unknown if x.startswith(tower.prefix)])
@@ -265,12 +260,11 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
             f"model.{which}.tower: got {wanted.tower}, but only the built-in towers can start from {path}: the"
             f" image tower {', '.join(built_in.IMAGE)}, the text tower {', '.join(built_in.TEXT)}"
         )
-    package: Any = (open_clip, open_clip_towers)
+    files, importers = open_clip, open_clip_towers
     if big_vision.is_path(path):
-        package = (big_vision, big_vision_towers)
-    files, importers = package
-    stored = files.read(path)
-    return getattr(importers, f"import_{which}")(stored, settings), stored.state
+        files, importers = big_vision, big_vision_towers
+    stored: Any = files.read(path)
+    return importers.import_tower(which, stored, settings), stored.state
 
 
 def _replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:

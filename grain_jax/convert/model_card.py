@@ -130,7 +130,7 @@ with torch.no_grad():
     regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds
 ```
 
-Needs torch, transformers 5 and Pillow. With ftfy installed, texts with broken encodings are repaired as in training."""
+Needs torch, transformers 5 and Pillow, for the loss SciPy. With ftfy installed, texts with broken encodings are repaired as in training."""
 _LICENCE = """## Licence
 
 The code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the

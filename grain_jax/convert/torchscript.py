@@ -98,18 +98,15 @@ def read(file: IO[bytes]) -> dict[str, np.ndarray]:
         )
         top = _Unpickler(archive, root, budget).load()
     out: dict[str, np.ndarray] = {}
-    entered = 0
-
-    def walk(prefix: str, module: _Module, depth: int) -> None:
-        nonlocal entered
+    waiting, entered = [("", top)], 0
+    while waiting:
+        prefix, module = waiting.pop()
         entered += 1
-        if depth > _MAX_DEPTH or entered > _MAX_MODULES:
+        if prefix.count(".") > _MAX_DEPTH or entered > _MAX_MODULES:
             raise ConvertError("its modules hold each other without end, expected a tree")
         for name, value in module.attributes.items():
             if isinstance(value, _Module):
-                walk(f"{prefix}{name}.", value, depth + 1)
+                waiting.append((f"{prefix}{name}.", value))
             elif isinstance(value, np.ndarray):
                 out[f"{prefix}{name}"] = value
-
-    walk("", top, 0)
     return out

@@ -7,7 +7,7 @@ become a model, `initialise` takes one. Every array of the checkpoint is account
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.models import grain
 
 TOWERS = ("image", "text")
-Config = TypeVar("Config", config_lib.ImageTower, config_lib.TextTower)
 T = TypeVar("T")
-# Config fields that may differ from the checkpoint's: initialisation, speed, sizes that are resized, tokenizer.
+# Config fields that may differ from the checkpoint's: initialisation, training, speed, sizes that are resized,
+# tokenizer.
 _NOT_COMPARED = {
-    *("position_init", "position_period", "block_init", "unroll"),
+    *("position_init", "position_period", "block_init", "qkv_init_gain", "dropout", "unroll"),
     *("image_size", "context_length", "tokenizer", "cleaning", "pad_id"),
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -30,10 +30,10 @@ SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _HEAD_SIZES = {1152: 72, 1536: 96}  # of SigLIP's So400m and g-opt; all others have heads of 64
 
 
-class Tower(NamedTuple, Generic[Config]):
+class Tower(NamedTuple):
     """A tower of a checkpoint."""
 
-    config: Config
+    config: Any  # config.ImageTower or config.TextTower
     rows: Sequence[NamePair]  # its table, the pooling head and the projection included
     prefix: str  # of the checkpoint's names; names with it belong to this tower
     assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
@@ -54,6 +54,8 @@ class Stated(NamedTuple):
     activation: str | None = None
     heads: int | None = None
     pool: str = "none"  # without a pooling head
+    fields: Mapping[str, Any] = {}  # others of its config: of an image tower the pixels' mean and
+    # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id
 
 
 def settled(what: str, given: T | None, stated: T | None) -> T | None:
@@ -148,6 +150,7 @@ def image_sizes(there: Entries) -> dict[str, Any]:
         projection=_projection(there, "image_projection"),
         position_init="normal",
         position_period=1e4,
+        block_init="trunc_normal",
         unroll=1,
     )
 
@@ -166,67 +169,44 @@ def text_sizes(there: Entries) -> dict[str, Any]:
     )
 
 
-def image_tower(
+def settle(
+    which: str,
     state: Mapping[str, np.ndarray],
     rows: Sequence[NamePair],
+    prefix: str,
     stated: Stated,
     settings: Settings,
     assumed: list[str],
-    pixels: Any,
-) -> config_lib.ImageTower:
-    """The image tower of a checkpoint; adds lines to `assumed`.
+) -> Tower:
+    """A tower of a checkpoint.
 
     Args:
+      which: "image" or "text".
       state: the arrays.
       rows: the table of the tower.
+      prefix: of its names.
       stated: what its package says.
       settings: what the command line says.
-      assumed: assumptions, for the report.
-      pixels: mean and standard deviation; None: as CLIP, or as SigLIP where there is its pooling head.
+      assumed: assumptions so far, for the report.
 
     Raises:
       ConvertError: entries that are missing, or contradict what is stated or given.
     """
     there = Entries(state, rows)
-    sizes = image_sizes(there)
-    has_pool = "image_pool/probe" in there
-    if pixels is None:
-        pixels = SIGLIP_PIXELS if has_pool else CLIP_PIXELS
-        family = "SigLIP" if has_pool else "CLIP"
-        assumed.append(f"pixels normalised as {family} does, mean {pixels[0]}")
-    return config_lib.ImageTower(
-        **sizes,
-        **_settle("image", sizes["width"], stated, settings, assumed),
-        block_init="trunc_normal",
-        pool="map" if has_pool else stated.pool,
-        pixel_mean=tuple(pixels[0]),
-        pixel_std=tuple(pixels[1]),
-    )
-
-
-def text_tower(
-    state: Mapping[str, np.ndarray],
-    rows: Sequence[NamePair],
-    stated: Stated,
-    settings: Settings,
-    assumed: list[str],
-    **reading: Any,
-) -> config_lib.TextTower:
-    """The text tower of a checkpoint; `reading`: causal, tokenizer, cleaning, pad_id. The rest as `image_tower`."""
-    there = Entries(state, rows)
-    sizes = text_sizes(there)
-    return config_lib.TextTower(
-        **sizes,
-        **_settle("text", sizes["width"], stated, settings, assumed),
-        pool="map" if "text_pool/probe" in there else stated.pool,
-        **reading,
-    )
+    if which == "image":
+        kind, sizes = config_lib.ImageTower, image_sizes(there)
+    else:
+        kind, sizes = config_lib.TextTower, text_sizes(there)
+    settled_fields = _settle(which, sizes["width"], stated, settings, assumed)
+    pool = "map" if f"{which}_pool/probe" in there else stated.pool
+    config = kind(**sizes, **settled_fields, pool=pool, **stated.fields)
+    return Tower(config, rows, prefix, assumed)
 
 
 def two_tower_model(
     state: Mapping[str, np.ndarray],
-    image: Tower[config_lib.ImageTower],
-    text: Tower[config_lib.TextTower],
+    image: Tower,
+    text: Tower,
     scalars: Mapping[str, str],
 ) -> tuple[config_lib.Model, dict]:
     """The model of the two towers of a checkpoint, and its parameters as a nested dict.
@@ -268,9 +248,7 @@ def two_tower_model(
     return model, tables.nested(params)
 
 
-def with_class_position(
-    state: Mapping[str, np.ndarray], tower: Tower[config_lib.ImageTower]
-) -> Mapping[str, np.ndarray]:
+def with_class_position(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.ndarray]:
     """`state` with a position of zeros for a class token that has none, as in big_vision and some models of timm."""
     name = Entries(state, tower.rows).name("image/position_embed")
     if not tower.config.class_token or name not in state:
@@ -296,14 +274,14 @@ def _numbers(state: Mapping[str, np.ndarray], scalars: Mapping[str, str]) -> dic
     return out
 
 
-def differences(part: str, got: Any, wanted: Any, ignored: set[str]) -> list[str]:
+def differences(part: str, got: Any, wanted: Any, *ignored: str) -> list[str]:
     """A line for each field in which a checkpoint's tower or decoder differs from the config."""
     noun = "tower" if part in TOWERS else part
     return [
         f"model.{part}.{field.name}: got {getattr(wanted, field.name)!r}, but the checkpoint's {noun} has"
         f" {getattr(got, field.name)!r}"
         for field in dataclasses.fields(got)
-        if field.name not in _NOT_COMPARED | ignored
+        if field.name not in {*_NOT_COMPARED, *ignored}
         and getattr(got, field.name) != getattr(wanted, field.name)
     ]
 

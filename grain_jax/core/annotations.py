@@ -137,8 +137,8 @@ def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
             "no caption: got neither caption, captions nor synthetic_caption, expected a text"
         )
     identity = item.get("id")
-    if identity is not None and (not _is_text(identity) or not identity):
-        faults.append(f"id: got {show(identity)}, expected a text")
+    if identity is not None and not (_is_text(identity) and identity):
+        faults.append(_wrong("id", identity, "a text"))
     regions, boxes_xyxy = _regions(item, faults, unknown)
     annotation = None
     if not faults:  # indices in `regions` are those of the line
@@ -158,40 +158,41 @@ def clip_box(box_xyxy: Box, width: int, height: int) -> ClippedBox:
     return ClippedBox(box, kept)
 
 
+_NOTHING: Any = object()  # in the place of a key that is not there
+
+
+def _wrong(where: str, value: Any, expected: str) -> str:
+    got = "none" if value is _NOTHING else show(value)
+    return f"{where}: got {got}, expected {expected}"
+
+
 def _image(item: dict[str, Any], faults: list[str]) -> str:
     """The image's path, normalised; "" where it is faulty."""
-    name = item.get("image")
+    name, expected = item.get("image", _NOTHING), "a path that stays below the images' folder"
     if not _is_text(name) or not name.strip() or "\0" in name:
-        got = _got(item, "image")
-        faults.append(f"image: got {got}, expected the path of an image")
-        return ""
-    path = regular_file.inside(name)
-    if not path:
-        faults.append(
-            f"image: got {show(name)}, expected a path that stays below the images' folder"
-        )
-        return ""
-    return path
+        expected = "the path of an image"
+    elif path := regular_file.inside(name):
+        return path
+    faults.append(_wrong("image", name, expected))
+    return ""
 
 
 def _text(item: dict[str, Any], key: str, faults: list[str]) -> str:
     """An optional text, stripped; "" where it is missing, null or blank."""
     value = item.get(key)
-    if value is None:
-        return ""
-    if not _is_text(value):
-        faults.append(f"{key}: got {show(value)}, expected a text")
-        return ""
-    return value.strip()
+    if value is None or _is_text(value):
+        return (value or "").strip()
+    faults.append(_wrong(key, value, "a text"))
+    return ""
 
 
 def _captions(item: dict[str, Any], faults: list[str]) -> tuple[str, ...]:
     """The web captions: `caption`, then `captions`, without blank ones."""
-    caption, several = _text(item, "caption", faults), item.get("captions")
-    if several is not None and not (isinstance(several, list) and all(map(_is_text, several))):
-        faults.append(f"captions: got {show(several)}, expected a list of texts")
-        several = None
-    return tuple(text.strip() for text in (caption, *(several or ())) if text.strip())
+    caption, several = _text(item, "caption", faults), item.get("captions") or []
+    if not (isinstance(several, list) and all(map(_is_text, several))):
+        faults.append(_wrong("captions", several, "a list of texts"))
+        several = []
+    return tuple(text.strip() for text in (caption, *several) if text.strip())
 
 
 def _regions(
@@ -202,54 +203,48 @@ def _regions(
     if entries is None:
         return (), []
     if not isinstance(entries, list):
-        faults.append(f"regions: got {show(entries)}, expected a list")
+        faults.append(_wrong("regions", entries, "a list"))
         return (), []
     regions, boxes_xyxy = [], []
     for index, entry in enumerate(entries):
-        at = f"regions[{index}]"
-        if not isinstance(entry, dict):
-            faults.append(
-                f"{at}: got {show(entry)}, expected an object with {', '.join(REGION_KEYS)}"
-            )
-            boxes_xyxy.append(None)
-            continue
-        unknown += [f"regions.{key}" for key in entry if key not in REGION_KEYS]
-        faults_before = len(faults)
-        boxes_xyxy.append(_box(entry, at, faults))
-        description: Any = entry.get("description")
-        score: Any = entry.get("score")
-        if not _is_text(description) or not description.strip():
-            faults.append(f"{at}.description: got {_got(entry, 'description')}, expected a text")
-        if not _is_number(score) or not 0 <= score <= 1:
-            faults.append(f"{at}.score: got {_got(entry, 'score')}, expected a number from 0 to 1")
-        negatives = _negatives(entry, at, faults)
-        if len(faults) == faults_before:
-            regions.append(Region(boxes_xyxy[-1], description.strip(), float(score), negatives))
+        at, before, box = f"regions[{index}]", len(faults), None
+        if isinstance(entry, dict):
+            unknown += [f"regions.{key}" for key in entry if key not in REGION_KEYS]
+            box = _box(entry, at, faults)
+            description: Any = entry.get("description", _NOTHING)
+            score: Any = entry.get("score", _NOTHING)
+            if not _is_text(description) or not description.strip():
+                faults.append(_wrong(f"{at}.description", description, "a text"))
+            if not _is_number(score) or not 0 <= score <= 1:
+                faults.append(_wrong(f"{at}.score", score, "a number from 0 to 1"))
+            negatives = _negatives(entry, at, faults)
+            if len(faults) == before:
+                regions.append(Region(box, description.strip(), float(score), negatives))
+        else:
+            faults.append(_wrong(at, entry, f"an object with {', '.join(REGION_KEYS)}"))
+        boxes_xyxy.append(box)
     return tuple(regions), boxes_xyxy
 
 
 def _negatives(entry: dict[str, Any], at: str, faults: list[str]) -> tuple[str, ...]:
     """The optional texts that are not true of a region, stripped; none equals the description or another one."""
-    texts = entry.get("negatives")
+    texts, description = entry.get("negatives"), entry.get("description")
     if texts is None:
         return ()
     if not isinstance(texts, list):
-        faults.append(f"{at}.negatives: got {show(texts)}, expected a list of texts")
+        faults.append(_wrong(f"{at}.negatives", texts, "a list of texts"))
         return ()
-    description = entry.get("description")
     said = plain(description) if _is_text(description) else ""
     seen = {said}
     for index, text in enumerate(texts):
-        fault = f"{at}.negatives[{index}]: got {show(text)}, expected"
-        if not _is_text(text) or not text.strip():
-            faults.append(f"{fault} a text")
-        elif plain(text) in seen:
+        expected = "a text"
+        if _is_text(text) and text.strip():
             other = "the description" if plain(text) == said else "an earlier one"
-            faults.append(f"{fault} another text than {other}")
-        else:
+            expected = f"another text than {other}" if plain(text) in seen else ""
             seen.add(plain(text))
-            continue
-        return ()
+        if expected:
+            faults.append(_wrong(f"{at}.negatives[{index}]", text, expected))
+            return ()
     return tuple(text.strip() for text in texts)
 
 
@@ -266,38 +261,34 @@ def _phrases(
     if entries is None:
         return None
     if not isinstance(entries, list):
-        faults.append(f"phrases: got {show(entries)}, expected a list")
+        faults.append(_wrong("phrases", entries, "a list"))
         return None
-    known = range(len(regions))
     for index, entry in enumerate(entries):
-        at = f"phrases[{index}]: got {show(entry)}"
-        positions = entry if isinstance(entry, list) else []
-        integers = all(isinstance(x, int) and not isinstance(x, bool) for x in positions)
-        if not positions or not integers or not all(x in known for x in positions):
-            faults.append(f"{at}, expected positions in regions, 0 to {len(regions) - 1}")
-        elif len(set(positions)) < len(positions):
-            faults.append(f"{at}, expected each position once")
-        elif len({regions[x].description for x in positions}) > 1:
-            faults.append(f"{at}, expected positions of regions with one description")
+        expected = ""
+        if not (isinstance(entry, list) and entry and all(type(x) is int for x in entry)) or not (
+            0 <= min(entry) <= max(entry) < len(regions)
+        ):
+            expected = f"positions in regions, 0 to {len(regions) - 1}"
+        elif len(set(entry)) < len(entry):
+            expected = "each position once"
+        elif len({regions[x].description for x in entry}) > 1:
+            expected = "positions of regions with one description"
+        if expected:
+            faults.append(_wrong(f"phrases[{index}]", entry, expected))
     return None if faults else tuple(map(tuple, entries))
 
 
 def _box(entry: dict[str, Any], at: str, faults: list[str]) -> Box | None:
-    box = entry.get("box")
+    box = entry.get("box", _NOTHING)
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        got = _got(entry, "box")
-        faults.append(f"{at}.box: got {got}, expected four finite numbers [x1, y1, x2, y2]")
+        faults.append(_wrong(f"{at}.box", box, "four finite numbers [x1, y1, x2, y2]"))
         return None
     x1, y1, x2, y2 = map(float, box)
-    reason = None
-    if x2 < x1 or y2 < y1:
-        reason = "inverted"
-    elif not (x2 - x1) * (y2 - y1) > 0:
-        reason = "no area"
-    if reason:
-        faults.append(f"{at}.box: got {show(box)}, {reason}, expected x1 < x2 and y1 < y2")
-        return None
-    return x1, y1, x2, y2
+    if x1 < x2 and y1 < y2 and (x2 - x1) * (y2 - y1) > 0:
+        return x1, y1, x2, y2
+    reason = "inverted" if x2 < x1 or y2 < y1 else "no area"
+    faults.append(f"{at}.box: got {show(box)}, {reason}, expected x1 < x2 and y1 < y2")
+    return None
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
@@ -312,10 +303,6 @@ def _is_number(value: Any) -> TypeGuard[float]:
         return math.isfinite(value)
     except OverflowError:  # an integer larger than every float
         return False
-
-
-def _got(item: dict[str, Any], key: str) -> str:
-    return show(item[key]) if key in item else "none"
 
 
 def show(value: Any) -> str:

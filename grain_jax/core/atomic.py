@@ -32,6 +32,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             return
         new = path.with_name(f"{path.name}.new")
         try:
+            new.unlink(missing_ok=True)  # it may be a link
             new.write_bytes(content)
             new.replace(path)
         except BaseException:

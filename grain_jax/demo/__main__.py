@@ -3,15 +3,15 @@
 grain-jax demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
 """
 
+import dataclasses
 import importlib.util
 import os
 import signal
 import socket
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
-import PIL.Image
-import PIL.ImageDraw
 from etils import epath
 
 from grain_jax.cli import process
@@ -19,12 +19,9 @@ from grain_jax.core import errors
 from grain_jax.demo.arguments import Demo
 
 _EXAMPLES = 12
+_EDGE = 240  # pixels of those that are drawn
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
-_CLASSES = {  # of the example images that are drawn by default, where the run has none of its own
-    "house": ("a red triangular roof", "a brown door", "a square wall"),
-    "boat": ("a white sail", "a brown hull", "blue water"),
-    "tree": ("a round green top", "a brown trunk", "green grass"),
-}
+_DRAWN = 3  # species of the embedded data set: the examples and the classes of who gives none
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -55,7 +52,8 @@ def _serve(arguments: Demo, uploads: epath.Path, folder: epath.Path) -> None:
     classes = class_lists.read(arguments.classes) if arguments.classes else None
     examples = _examples(arguments.examples, folder)
     predictor = inference.load(arguments.checkpoint)
-    classes = classes or class_lists.of_run(predictor.folder or "") or _CLASSES
+    classes = classes or class_lists.of_run(predictor.folder or "")
+    classes = classes or {one.name: tuple(one.descriptions) for one in _species()}
     analyst = analysis.Analyst(predictor)
     about = f"`{arguments.checkpoint}`: images of {predictor.model.image.image_size} pixels,"
     about += f" {analyst.queries or 'no'} regions."
@@ -102,25 +100,20 @@ def _examples(source: str | None, folder: epath.Path) -> list[str]:
 
 
 def _draw(folder: epath.Path) -> list[epath.Path]:
-    """Draws a house, a boat and a tree."""
-    paths = []
-    for name in _CLASSES:
-        image = PIL.Image.new("RGB", (320, 240), "#bfe3f5")
-        pen = PIL.ImageDraw.Draw(image)
-        pen.rectangle((0, 180, 320, 240), fill="#2f7fc1" if name == "boat" else "#6aa84f")
-        if name == "house":
-            pen.rectangle((90, 100, 230, 210), fill="#f3e1b5")
-            pen.polygon([(75, 100), (245, 100), (160, 35)], fill="#c0392b")
-            pen.rectangle((142, 150, 178, 210), fill="#7a4b2a")
-        elif name == "boat":
-            pen.polygon([(160, 30), (160, 155), (250, 155)], fill="white")
-            pen.polygon([(70, 160), (260, 160), (225, 205), (105, 205)], fill="#7a4b2a")
-        else:
-            pen.rectangle((147, 130, 173, 210), fill="#7a4b2a")
-            pen.ellipse((95, 30, 225, 150), fill="#2e7d32")
-        paths.append(folder / f"{name}.png")
-        image.save(str(paths[-1]))
+    """Draws a bird of each of `_species`."""
+    from grain_jax.data.aviary import generate, settings
+
+    larger, paths = dataclasses.replace(settings.DEFAULT, size=_EDGE), []
+    for i, species in enumerate(_species()):
+        paths.append(folder / f"{species.name}.png")
+        generate.drawing_of(larger, "seen", i, species).image.save(str(paths[-1]))
     return paths
+
+
+def _species() -> Sequence[Any]:
+    from grain_jax.data.aviary import generate, settings
+
+    return generate.species_of(settings.DEFAULT).training[:_DRAWN]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from grain_jax.demo.class_lists import (
     DemoError,
     check_lengths,
 )
-from grain_jax.evaluate import given_boxes
+from grain_jax.evaluate import box_classes
 from grain_jax.inference import scores
 
 DIGITS = 4  # decimals of the numbers shown
@@ -74,22 +74,14 @@ class Part(NamedTuple):
     units: int  # contribution to the score, in 10 ** -DIGITS; the units of all parts sum to the score shown
 
 
-class Seen(NamedTuple):
-    """A region and a description that belong together."""
-
-    region: int
-    text: str  # "" if no class has descriptions
-    name: str  # the first class that has this description
-    cosine: float
-    box_xyxy: np.ndarray
-
-
 class Ranked(NamedTuple):
-    """A class or a description, and its cosine with a box."""
+    """A class or a description, and its cosine with a box or a region."""
 
-    text: str
+    text: str  # "" if no class has descriptions
     name: str  # the class; of a description the first one that has it
     cosine: float
+    region: Any = None  # int, of a region; and
+    box_xyxy: Any = None  # its box, float32 [4]
 
 
 class Boxed(NamedTuple):
@@ -183,17 +175,10 @@ class Analyst:
             regions = scores.region_scores(region_embed, descriptions)
             unit = scores.unit(region_embed[0])
             cosines = tuple(unit @ scores.unit(embeds).T for embeds in descriptions)
-        return Result(
-            classes=classes,
-            alpha=alpha,
-            whole=whole[0],
-            regions=None if regions is None else regions[0],
-            combined=scores.combine(whole, regions, alpha)[0],
-            logit_scale=self.logit_scale,
-            boxes_xyxy=boxes[0],
-            cosines=cosines,
-            note=note,
-        )
+        combined = scores.combine(whole, regions, alpha)[0]
+        of_regions = None if regions is None else regions[0]
+        of_image = (alpha, whole[0], of_regions, combined, self.logit_scale)
+        return Result(classes, *of_image, boxes[0], cosines, note)
 
     def inside(self, image: PIL.Image.Image, classes: Classes, box_xyxy: np.ndarray) -> Boxed:
         """What is in a box, by the box head; without one by the region whose box overlaps it most.
@@ -212,7 +197,7 @@ class Analyst:
             (embed,) = self.predictor.encode_boxes(self._encode_tokens(image), [box_xyxy[None]])
         elif self.queries:
             _, boxes, regions = self._encode(image)
-            found = given_boxes.best_query(boxes, box_xyxy[None])
+            found = box_classes.best_query(boxes, box_xyxy[None])
             region, iou = int(found.query[0]), float(found.iou[0])
             embed = regions[:, region]
         else:
@@ -223,7 +208,8 @@ class Analyst:
         for (name, texts), embeds in zip(classes.items(), features.descriptions or ()):
             for text, x in zip(texts, scores.global_scores(embed, embeds)[0]):
                 described.setdefault(text, Ranked(text, name, float(x)))
-        return Boxed(box_xyxy, region, iou, _best_first(ranked), _best_first(described.values()))
+        best_first = lambda found: sorted(found, key=lambda each: -each.cosine)
+        return Boxed(box_xyxy, region, iou, best_first(ranked), best_first(described.values()))
 
     def find(self, image: PIL.Image.Image, phrases: Sequence[str]) -> list[Lying]:
         """Each phrase with the region that fits it best and its similarity map, as the model has them.
@@ -292,12 +278,9 @@ class Analyst:
 
     def _encode_patches(self, image: PIL.Image.Image) -> np.ndarray:
         """Embeddings of the patches, [h, w, D]."""
-
-        def encode():
-            images = self._encode_tokens(image) if self.box_head else [image]
-            return self.predictor.encode_patches(images)[0]
-
-        return self._remembered("patches", _key(image), encode)
+        given = lambda: self._encode_tokens(image) if self.box_head else [image]
+        make = lambda: self.predictor.encode_patches(given())[0]
+        return self._remembered("patches", _key(image), make)
 
     def _encode_tokens(self, image: PIL.Image.Image) -> inference.Tokens:
         make = lambda: self.predictor.encode_tokens([image])
@@ -316,10 +299,6 @@ class Analyst:
 
 def _key(image: PIL.Image.Image) -> Hashable:
     return image.size, hashlib.sha256(image.tobytes()).digest()
-
-
-def _best_first(found: Iterable[Ranked]) -> list[Ranked]:
-    return sorted(found, key=lambda ranked: -ranked.cosine)
 
 
 def parts(result: Result, c: int) -> list[Part]:
@@ -348,30 +327,29 @@ def shown_units(value: float) -> int:
     return round(float(f"{float(value):.{DIGITS}f}") * 10**DIGITS)
 
 
-def found(result: Result, c: int) -> list[Seen]:
+def found(result: Result, c: int) -> list[Ranked]:
     """For each description of class c, the region with the highest cosine to it."""
     if result.regions is None:
         return []
     name, cosines = result.names[c], result.cosines[c]
     texts = result.classes[name]
     return [
-        Seen(int(q), text, name, float(cosines[q, i]), result.boxes_xyxy[q])
+        Ranked(text, name, float(cosines[q, i]), int(q), result.boxes_xyxy[q])
         for i, (text, q) in enumerate(zip(texts, cosines.argmax(axis=0)))
     ]
 
 
-def seen(result: Result) -> list[Seen]:
+def seen(result: Result) -> list[Ranked]:
     """For each region, the description with the highest cosine of all classes; the highest cosine comes first."""
     if result.regions is None:
-        return [Seen(q, "", "", 0.0, box) for q, box in enumerate(result.boxes_xyxy)]
+        return [Ranked("", "", 0.0, q, box) for q, box in enumerate(result.boxes_xyxy)]
     labels = [(text, name) for name, texts in result.classes.items() for text in texts]
     cosines = np.concatenate(result.cosines, axis=1)  # [Q, sum of n_c]
     best = cosines.argmax(axis=1)
-    found = []
-    for q in np.argsort(-cosines.max(axis=1), kind="stable").tolist():
-        text, name = labels[best[q]]
-        found.append(Seen(q, text, name, float(cosines[q, best[q]]), result.boxes_xyxy[q]))
-    return found
+    order = np.argsort(-cosines.max(axis=1), kind="stable").tolist()
+    return [
+        Ranked(*labels[best[q]], float(cosines[q, best[q]]), q, result.boxes_xyxy[q]) for q in order
+    ]
 
 
 def explained(result: Result, chosen: str) -> list[int]:

@@ -103,25 +103,16 @@ def check_lengths(texts: Sequence[str]) -> None:
 
 def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
     try:
-        value = json.loads(
-            text, object_pairs_hook=list
-        )  # pairs, so that a name given twice is seen
+        # Pairs, so that a name given twice is seen.
+        value = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
         raise DemoError(f"not JSON: {' '.join(str(error).split())}; expected {_JSON}") from None
     named: list[tuple[str, Sequence[str]]] = []
     for item in value:
-        if isinstance(item, str):
-            item = (item, [])
-        if not (
-            isinstance(item, (list, tuple))
-            and len(item) == 2
-            and isinstance(item[0], str)
-            and isinstance(item[1], list)
-            and all(isinstance(text, str) for text in item[1])
-        ):
-            shown = annotations.show(item if not isinstance(item, tuple) else item[0])
-            raise DemoError(f"at {shown}: expected {_JSON}")
-        named.append((item[0], item[1]))
+        name, texts = item if isinstance(item, tuple) else (item, [])
+        if not (isinstance(texts, list) and all(isinstance(text, str) for text in [name, *texts])):
+            raise DemoError(f"at {annotations.show(name)}: expected {_JSON}")
+        named.append((name, texts))
     return named
 
 
@@ -142,7 +133,6 @@ def format(classes: Mapping[str, Sequence[str]]) -> str:
 
 def read(path: epath.PathLike) -> Classes:
     """Reads the classes in a file, JSON or lines as in `parse`. Raises DemoError, which names the file."""
-    path = epath.Path(path)
     expected = f"{_JSON} or a class a line; {ELSEWHERE}"
     try:
         text = regular_file.read_text(path, expected, LARGE)
@@ -151,4 +141,4 @@ def read(path: epath.PathLike) -> Classes:
     try:
         return parse(text)
     except DemoError as error:
-        raise DemoError(f"{path.name}: {error}") from None
+        raise DemoError(f"{epath.Path(path).name}: {error}") from None

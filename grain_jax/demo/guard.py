@@ -20,9 +20,7 @@ MAX_FILE = 32 << 20  # bytes of an upload
 MAX_FILES = 8  # of an upload; the page sends one
 MAX_CALL = 1 << 20  # bytes of any other call
 MAX_STORED = 1 << 30  # bytes of all uploads that are not deleted yet
-_LEAST = (
-    64 << 10
-)  # bytes that a file counts for, so that small ones do not fill the disk's tables either
+_LEAST = 64 << 10  # bytes that a file counts for: small ones fill the disk's tables
 _FORM = re.compile(rb"multipart/form-data; *boundary=([!-~]{1,70})")
 _ENVELOPE = 64 << 10  # bytes around the file in an upload
 _API = "/gradio_api"
@@ -80,14 +78,20 @@ class Guard:
 
         try:
             await self._app(scope, await self._checked(scope, heard), answer)
+            return
         except Refused as error:
-            if error.status == 413 and not ended:
-                await _read_on(heard)
-            await _refuse(answer, error.status, str(error), begun)
+            status, reason, left = error.status, str(error), _READ_ON
+            while status == 413 and not ended and left > 0:
+                left -= len((await heard()).get("body", b""))
         except Exception as error:  # Gradio raises many types for malformed requests
-            reason = _line(f"{type(error).__name__}: {error}")
-            print(_line(f"{scope['method']} {scope['path']}: {reason}"), file=sys.stderr)
-            await _refuse(answer, 400, f"this cannot be served: {reason}", begun)
+            said = _line(f"{type(error).__name__}: {error}")
+            print(_line(f"{scope['method']} {scope['path']}: {said}"), file=sys.stderr)
+            status, reason = 400, f"this cannot be served: {said}"
+        body = b"" if begun else json.dumps({"detail": reason}).encode()
+        if not begun:
+            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     async def _checked(self, scope: dict[str, Any], receive: Callable) -> Callable:
         """Checks a request; returns a `receive` for its body that enforces a limit of size. Raises Refused."""
@@ -109,7 +113,7 @@ class Guard:
             form = _FORM.fullmatch(headers.get(b"content-type", b""))
             if form is None:
                 raise Refused(400, "expected a form with a file")
-            return _few(_bounded(receive, most, limit), b"--" + form[1])
+            return _bounded(receive, most, limit, b"--" + form[1])
         receive = _bounded(receive, MAX_CALL, f"{MAX_CALL >> 20} MiB")
         body, more = b"", True
         while more:
@@ -124,61 +128,37 @@ class Guard:
                 self._check(call.get("fn_index"), call.get("data"))
         except (ValueError, RecursionError) as error:
             raise Refused(400, _line(str(error))) from None
-        return _repeated(body, receive)
+        waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def repeated():
+            return waiting.pop() if waiting else await receive()
+
+        return repeated
 
 
 def _not_json(constant: str) -> None:
     raise ValueError(f"got {constant}, expected JSON")
 
 
-def _bounded(receive: Callable, most: int, limit: str) -> Callable:
-    left = most
+def _bounded(receive: Callable, most: int, limit: str, mark: bytes = b"") -> Callable:
+    """A `receive` that enforces a limit of size and MAX_FILES; `mark` stands before each file and at the end."""
+    left, marks, tail = most, 0, b""
 
     async def bounded():
-        nonlocal left
+        nonlocal left, marks, tail
         message = await receive()
-        left -= len(message.get("body", b""))
+        body = message.get("body", b"")
+        left -= len(body)
         if left < 0:
             raise Refused(413, f"expected at most {limit}")
-        return message
-
-    return bounded
-
-
-def _few(receive: Callable, mark: bytes) -> Callable:
-    """A `receive` that enforces MAX_FILES; `mark` stands before each file and at the end."""
-    marks, tail = 0, b""
-
-    async def few():
-        nonlocal marks, tail
-        message = await receive()
-        body = tail + message.get("body", b"")
-        marks += body.count(mark)
-        tail = body[1 - len(mark) :]
+        if mark:
+            marks += (tail + body).count(mark)
+            tail = (tail + body)[1 - len(mark) :]
         if marks > MAX_FILES + 1:
             raise Refused(413, f"expected at most {MAX_FILES} files")
         return message
 
-    return few
-
-
-def _repeated(body: bytes, receive: Callable) -> Callable:
-    """A `receive` that returns `body`, which has been read already."""
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def repeated():
-        return waiting.pop() if waiting else await receive()
-
-    return repeated
-
-
-async def _read_on(receive: Callable) -> None:
-    """Reads and discards the rest of a request."""
-    left, more = _READ_ON, True
-    while more and left > 0:
-        message = await receive()
-        left -= len(message.get("body", b""))
-        more = message.get("more_body", False)
+    return bounded
 
 
 def _stored(folder: str) -> int:
@@ -196,17 +176,6 @@ def _stored(folder: str) -> int:
                 else:
                     total += max(found.st_size, _LEAST)
     return total
-
-
-async def _refuse(send: Callable, status: int, reason: str, begun: bool) -> None:
-    """Sends the line as the response; if a response has begun, ends it."""
-    if begun:
-        await send({"type": "http.response.body", "body": b""})
-        return
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    body = json.dumps({"detail": reason}).encode()
-    await send({"type": "http.response.body", "body": body})
 
 
 def _line(text: str) -> str:

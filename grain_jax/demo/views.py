@@ -51,23 +51,20 @@ def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
     values = np.concatenate([column for _, column in columns])
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     bold = analysis.explained(result, chosen)[0]
-    probabilities = result.probabilities()
     head = "<th>class</th>" + "".join(f"<th>{html.escape(name)}</th>" for name, _ in columns)
+    after = [""] * len(result.combined)  # the last cell of each class
+    scale = ""
     if softmax:
         head += '<th class="n">softmax</th>'
+        after = [f'<td class="n">{share:.1%}</td>' for share in result.probabilities()]
+        scale = f"<p class=quiet>Softmax of {result.logit_scale:.4g} (logit scale) x score.</p>"
     rows = []
     for c in result.ranked():
         cells = f"<td>{html.escape(result.names[c])}</td>"
-        for i, (_, column) in enumerate(columns):
-            kind = ' class="main"' if i == 0 else ""
+        for kind, (_, column) in zip((' class="main"', "", ""), columns):
             cells += f"<td{kind}>{_number(column[c])}{_bar(float(column[c]), low, high)}</td>"
-        if softmax:
-            cells += f'<td class="n">{probabilities[c]:.1%}</td>'
-        rows.append(f"<tr{' class=chosen' if c == bold else ''}>{cells}</tr>")
+        rows.append(f"<tr{' class=chosen' if c == bold else ''}>{cells}{after[c]}</tr>")
     note = f"<p class=quiet>{html.escape(result.note)}</p>" if result.note else ""
-    scale = ""
-    if softmax:
-        scale = f"<p class=quiet>Softmax of {result.logit_scale:.4g} (logit scale) x score.</p>"
     return f'<div class="gj scores">{note}{_folded(head, rows, _ROWS)}{scale}</div>'
 
 
@@ -100,9 +97,8 @@ def _card(result: analysis.Result, c: int) -> str:
     parts = analysis.parts(result, c)
     rows = []
     for part in parts:
-        if part.region is None:
-            label = "whole image, mean over prompts"
-        else:
+        label = "whole image, mean over prompts"
+        if part.region is not None:
             label = f"{_tag(part.region)} {html.escape(part.text)}"
         rows.append(
             f"<tr><td>{label}</td><td class=n>{_number(part.value)}</td>"
@@ -157,13 +153,8 @@ def regions(
         boxes = [(s.region, s.box_xyxy, "", None) for s in all_seen[:most]]
         below = "With descriptions of the classes, each region shows the one that it fits best."
     else:
-        boxes = [
-            (s.region, s.box_xyxy, f"{s.text} <span class=quiet>({s.name})</span>", s.cosine)
-            for s in (
-                s._replace(text=html.escape(s.text), name=html.escape(s.name)) for s in all_seen
-            )
-            if s.cosine >= threshold
-        ][:most]
+        fits = [s for s in all_seen if s.cosine >= threshold][:most]
+        boxes = [(s.region, s.box_xyxy, _named(s), s.cosine) for s in fits]
         below = f"{len(boxes)} of {len(all_seen)} regions." if len(boxes) < len(all_seen) else ""
     return _figure(image, boxes, name, below)
 

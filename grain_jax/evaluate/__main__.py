@@ -5,14 +5,13 @@ processes (grain-jax local, SLURM, TPU slices) share the images; the first one p
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
 from etils import epath
 
 from grain_jax import config, inference
@@ -24,13 +23,6 @@ from grain_jax.evaluate.arguments import Evaluate
 from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import compiled, distributed, processes, saved_model
-
-
-def _entry(args: argparse.Namespace) -> config.Evaluator:
-    """The entry of `config.evals` that the command is."""
-    cls = evals.find(args.command.replace("-", "_"))
-    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
-    return cls.of_flags(**{key: value for key, value in given.items() if value is not None})
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:
@@ -52,35 +44,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         args = Evaluate.parse(arguments)
-        if args.command == "suite":
-            args.suite = _config(args)
+        if args.command == "suite":  # ml_collections, which the other kinds do without
+            from grain_jax.cli import config_file
+
+            args.suite = config_file.load(args.config, args.overrides, config.suite_from_dict)
         compiled.use(args.compilation_cache)
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )
-        together = contextlib.nullcontext()
-        if jax.distributed.is_initialized():
-            together = distributed.ending_together(args.heartbeat_seconds)
-        with together, errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
-            return _suite(args) if args.command == "suite" else _one(args)
+        with (
+            distributed.ending_together(args.heartbeat_seconds),
+            errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER),
+        ):
+            if args.command != "suite":
+                return _one(args)
+            return suite.run(
+                args.suite,
+                _ready(args)[0],
+                checkpoint=args.checkpoint,
+                load=lambda: _load(args),
+                only=None if args.only is None else args.only.split(","),
+                again=args.again,
+                batch_size=args.batch_size,
+            )
     except errors.UserError as error:
         if processes.process_info()[0] == 0:
-            _say_faults(error)
+            faults = str(error).split("\n")
+            # Annotations have a summary of their own.
+            if len(faults) > 1 and not isinstance(error.__cause__, annotations.AnnotationError):
+                faults.append(f"{len(faults)} faults; nothing was evaluated")
+            print(*faults, sep="\n", file=sys.stderr)
         return errors.UserError.status
 
 
-def _config(args: argparse.Namespace) -> config.Suite:
-    from grain_jax.cli import config_file  # ml_collections, which the other kinds do without
-
-    return config_file.load(args.config, args.overrides, config.suite_from_dict)
-
-
-def _say_faults(error: errors.UserError) -> None:
-    faults = str(error).split("\n")
-    print(*faults, sep="\n", file=sys.stderr)
-    own_summary = isinstance(error.__cause__, annotations.AnnotationError)
-    if len(faults) > 1 and not own_summary:
-        print(f"{len(faults)} faults; nothing was evaluated", file=sys.stderr)
+def _ready(args: argparse.Namespace, entry_of: Callable[[], Any] = lambda: None) -> Any:
+    """The file to write and the entry, once the checkpoint is known to be there."""
+    found = processes.run_together(lambda: (_output(args.output), entry_of()))
+    processes.run_together(lambda: saved_model.find(args.checkpoint))
+    return found
 
 
 def _load(args: argparse.Namespace):
@@ -88,26 +89,13 @@ def _load(args: argparse.Namespace):
     return text_cache.CachedTexts(predictor, args.cache) if args.cache else predictor
 
 
-def _suite(args: argparse.Namespace) -> int:
-    output = processes.run_together(lambda: _output(args.output))
-    processes.run_together(lambda: saved_model.find(args.checkpoint))
-    return suite.run(
-        args.suite,
-        output,
-        checkpoint=args.checkpoint,
-        load=lambda: _load(args),
-        only=None if args.only is None else args.only.split(","),
-        again=args.again,
-        batch_size=args.batch_size,
-    )
-
-
 def _one(args: argparse.Namespace) -> int:
-    wanted, predictions = getattr(args, "predictions", None), None
-    if wanted:
-        predictions = processes.run_together(lambda: _output(wanted, "--predictions"))
-    output, entry = processes.run_together(lambda: (_output(args.output), _entry(args)))
-    processes.run_together(lambda: saved_model.find(args.checkpoint))
+    cls = evals.find(args.command.replace("-", "_"))
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
+    entry_of = lambda: cls.of_flags(**{key: x for key, x in given.items() if x is not None})
+    if predictions := getattr(args, "predictions", None):
+        predictions = processes.run_together(lambda: _output(predictions, "--predictions"))
+    output, entry = _ready(args, entry_of)
     processes.run_together(entry.check)  # before the checkpoint is read
     predictor = processes.run_together(lambda: _load(args))
     began = time.monotonic()

@@ -1,6 +1,5 @@
 """The flags of `grain-jax evaluate KIND`; those of an evaluator are the options that its class declares."""
 
-import argparse
 import dataclasses
 import functools
 import typing
@@ -50,14 +49,6 @@ class Suite(_Kind, name="evaluate suite"):
     again: bool = False
 
 
-class _Several(argparse.Action):
-    """Collects the values of a flag that may be given several times, each once."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest, ())
-        setattr(namespace, self.dest, tuple(dict.fromkeys((*before, *values))))  # type: ignore[misc]
-
-
 def _of_evaluator(name: str) -> type[Command]:
     """The declaration of a kind, of the options of its evaluator and their comments."""
     cls, command = evals.find(name), name.replace("_", "-")
@@ -74,7 +65,7 @@ def _of_evaluator(name: str) -> type[Command]:
         lines.append(f"--[no-]{shown}" if is_switch else f"--{shown} {metavar}")
         lines[-1] += f"  {said[field.name]}"
         annotations[field.name] = kinds[field.name]
-        options |= {"name": shown} | ({"action": _Several} if "parse" in options else {})
+        options |= {"name": shown} | ({"union": True} if "parse" in options else {})
         default = None if "parse" in options else field.default
         declared[field.name] = flag(
             dataclasses.MISSING if options.get("required") else default, **options

@@ -166,8 +166,6 @@ def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]],
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
     """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
-    import tensorflow as tf
-
     size = _sizes(checkpoint)[0].image.image_size
 
     def resize(image):
@@ -175,17 +173,11 @@ def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
             image = image_files.decode_image(image, orientation="file")  # as big_vision does
         return image_files.resize(image, size)
 
-    def op(data):
-        image = tf.numpy_function(resize, [data[key]], tf.uint8)
-        return {**data, key: tf.ensure_shape(image, (size, size, 3))}
-
-    return op
+    return _op(resize, key, key, "uint8", (size, size, 3))
 
 
 def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
     """Preprocessing op: a string -> int32 [context length] by the tokenizer of the text tower, padded with -1."""
-    import tensorflow as tf
-
     model, folder = _sizes(checkpoint)
     library, context = tokenizer.of_tower(model.text, folder), model.text.context_length
 
@@ -193,9 +185,16 @@ def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") ->
         ids = library.encode([text], context).ids
         return np.pad(ids, (0, context - len(ids)), constant_values=_PADDING)
 
+    return _op(tokenize, inkey, outkey, "int32", (context,))
+
+
+def _op(function: Callable, inkey: str, outkey: str, dtype: str, shape: tuple) -> Callable:
+    """The preprocessing op that puts `function` of the value of `inkey` at `outkey`."""
+    import tensorflow as tf
+
     def op(data):
-        tokens = tf.numpy_function(tokenize, [data[inkey]], tf.int32)
-        return {**data, outkey: tf.ensure_shape(tokens, (context,))}
+        value = tf.numpy_function(function, [data[inkey]], tf.as_dtype(dtype))
+        return {**data, outkey: tf.ensure_shape(value, shape)}
 
     return op
 

@@ -54,8 +54,7 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     lines = read(classes)
     if lines[0].label is not None and labels is not None:
         names = {line.label: line.name for line in lines}
-        missing = [label for label in labels if label not in names]
-        if missing:
+        if missing := [label for label in labels if label not in names]:
             raise ClassNameError(
                 f"classes {classes}: got no name for {len(missing)} of the data set's {count} labels,"
                 f" the first: {missing[0]!r}; expected a file of this data set"
@@ -65,8 +64,13 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
         raise ClassNameError(
             f"classes {classes}: got {len(lines)} classes, expected the data set's {count}"
         )
-    if labels is not None:
-        _check_order(classes, [line.name for line in lines], labels)
+    place = {readable(label).lower(): i for i, label in enumerate(labels or ())}
+    for i, line in enumerate(lines):
+        if labels is not None and place.get(readable(line.name).lower(), i) != i:
+            raise ClassNameError(
+                f"classes {classes}: got {line.name!r} as class {i}, where the data set has {labels[i]!r};"
+                " expected the data set's order, or label<TAB>name"
+            )
     return [line.name for line in lines]
 
 
@@ -80,7 +84,7 @@ def read(classes: str) -> list[Line]:
         return _open_clip()
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
-        path = epath.Path(classes)
+        path = epath.Path(classes).expanduser()
     try:
         text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
     except regular_file.FileError as error:
@@ -98,10 +102,8 @@ def read(classes: str) -> list[Line]:
             " label<TAB>name<TAB>group"
         )
     lines = [Line(None, *row) if len(row) == 1 else Line(*row) for row in rows]
-    labels = [line.label for line in lines]
-    twice = [label for label in dict.fromkeys(labels) if label and labels.count(label) > 1]
-    if twice:
-        raise ClassNameError(f"classes {path}: got the label {twice[0]!r} twice, expected it once")
+    if twice := _twice([line.label for line in lines if line.label]):
+        raise ClassNameError(f"classes {path}: got the label {twice!r} twice, expected it once")
     return lines
 
 
@@ -121,16 +123,12 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 
     A class with the label `apartment_building/outdoor` is found there by it, whatever its name in prompts is.
 
-    Args:
-      labels, classes: as in `for_labels`, which must have accepted them.
-
-    Returns: in the order of the classes; None where neither the data set nor the class file has labels.
+    Arguments as of `for_labels`, which has accepted them. Returns None where neither data set nor file has labels.
     """
-    found: Sequence[str | None] | None = _texts(labels)
+    found = _texts(labels)
     if found is None and classes is not None:
-        found = [line.label for line in read(classes)]
-    known = [label for label in found or () if label is not None]
-    return None if found is None or len(known) < len(found) else [_stem(label) for label in known]
+        found = [line.label for line in read(classes) if line.label is not None]
+    return [_stem(label) for label in found] if found else None
 
 
 def readable(label: str) -> str:
@@ -139,8 +137,7 @@ def readable(label: str) -> str:
     The parts of a label between `/` are put in reverse order; in a label with spaces, `/` becomes `-` instead. No
     name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS.
     """
-    stem = _stem(label)
-    if " " in stem:
+    if " " in (stem := _stem(label)):
         return stem.replace("/", "-")
     return " ".join(" ".join(reversed(stem.split("/"))).replace("_", " ").split())
 
@@ -164,23 +161,16 @@ def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
             f"classes: got {got}, expected a file of class names: a path, or one of {shipped()}"
         )
     names = [readable(label) for label in labels]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
+    if twice := _twice(names):
         raise ClassNameError(
-            f"classes: got two labels that read {twice[0]!r}, expected a file of label<TAB>name"
+            f"classes: got two labels that read {twice!r}, expected a file of label<TAB>name"
         )
     return names
 
 
-def _check_order(classes: str, names: Sequence[str], labels: Sequence[str]) -> None:
-    """Raises ClassNameError if a name equals the label of a class at another position."""
-    place = {readable(label).lower(): i for i, label in enumerate(labels)}
-    for i, name in enumerate(names):
-        if place.get(readable(name).lower(), i) != i:
-            raise ClassNameError(
-                f"classes {classes}: got {name!r} as class {i}, where the data set has {labels[i]!r};"
-                " expected the data set's order, or label<TAB>name"
-            )
+def _twice(names: Sequence[str]) -> str:
+    """The first name that is there twice; "": none."""
+    return next((name for name in names if names.count(name) > 1), "")
 
 
 def _open_clip() -> list[Line]:

@@ -6,7 +6,6 @@ is the command of clip-benchmark with one more model type. Written for clip-benc
 itself runs in JAX.
 """
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -90,23 +89,17 @@ def load(
             f"{pretrained}: got a text tower that is read at its end token, with {tower.tokenizer};"
             " expected CLIP's tokenizer there, whose end token is its highest id"
         )
-    ids = functools.partial(
-        _tokenize, tokenizer.of_tower(tower, predictor.folder), tower.context_length
-    )
-    return Model(predictor), functools.partial(_resize, predictor.model.image.image_size), ids
+    library = tokenizer.of_tower(tower, predictor.folder)
 
+    def ids(texts: str | Sequence[str]) -> torch.Tensor:  # padded as in training
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return torch.from_numpy(np.asarray(library(texts, tower.context_length), np.int32))
 
-def _resize(size: int, image: PIL.Image.Image) -> torch.Tensor:
-    """uint8 [S, S, 3], resized as in `grain_jax.evaluate`; the model normalises it."""
-    return torch.from_numpy(image_files.resize(image_files.upright(image), size).copy())
+    def resize(image: PIL.Image.Image) -> torch.Tensor:  # as `grain_jax.evaluate`; uint8 [S, S, 3]
+        size = predictor.model.image.image_size
+        return torch.from_numpy(image_files.resize(image_files.upright(image), size).copy())
 
-
-def _tokenize(
-    library: tokenizer.Tokenizer, context_length: int, texts: str | Sequence[str]
-) -> torch.Tensor:
-    """int32 [N, context length], padded as in training."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    return torch.from_numpy(np.asarray(library(texts, context_length), np.int32))
+    return Model(predictor), resize, ids
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from etils import epy
@@ -33,23 +32,20 @@ with epy.lazy_imports():
 KEPT = 16  # evaluations whose matching the file keeps, for a run that resumes from an earlier step
 TOP = 5  # most frequent descriptions that are listed per query
 
+_OF = "regions_matched", "boxes"  # of the rows of the table
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnostics(AnnotatedRegions):
     """What each region query predicts, and what it is matched to (docs/diagnostics.md)."""
 
+    table = (
+        TableRow("matched_iou", "matched box IoU", None, *_OF, False),
+        TableRow("matched_iou50", "matched box Acc@0.5", None, *_OF),
+        TableRow("matching_stability", "same query as before", "chance_matching_stability", *_OF),
+        TableRow("query_usage_entropy", "use of the queries, 1: even", None, *_OF, False),
+    )
     kind: str = "diagnostics"
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        same, even = "same query as before", "use of the queries, 1: even"
-        of = "regions_matched", "boxes"
-        return [
-            TableRow("matched_iou", "matched box IoU", None, *of, False),
-            TableRow("matched_iou50", "matched box Acc@0.5", None, *of),
-            TableRow("matching_stability", same, "chance_matching_stability", *of),
-            TableRow("query_usage_entropy", even, None, *of, False),
-        ]
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Matches queries to the described boxes of a fixed set of images, and summarises the matches of each query.
@@ -91,16 +87,22 @@ class Diagnostics(AnnotatedRegions):
             "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
             "description_entropy": _entropy(np.bincount(text)),
         }
-        for k in (1, 5):
-            right = grounding.text_hits(embed, text_embed, text, k)
+        for k, right in zip((1, 5), rates.nearest_hits(embed, text_embed, text)):
             result |= rates.rate(f"region_to_description_r{k}", right)
             result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
         pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
         path, step = context.state_path and epath.Path(context.state_path), context.step or 0
-        regions = _digest([record.image for record in kept], described, queries)
+        # All that decides which regions are matched, and in which order.
+        lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described[:-1]]
+        said = json.dumps([[record.image for record in kept], lists, queries])
+        regions = hashlib.sha256(said.encode()).hexdigest()
         before = _evaluations(path, regions, step) if path else []
         if before:
-            result |= _stability(matched.query, before[-1], queries)
+            then = np.array(before[-1]["query"])
+            shares = [np.bincount(x, minlength=queries) / len(x) for x in (matched.query, then)]
+            result |= rates.rate("matching_stability", matched.query == then)
+            result["chance_matching_stability"] = float(shares[0] @ shares[1])
+            result["stability_since_step"] = before[-1]["step"]
         result["query"] = {
             str(q): _of_query(matched.query == q, pred_boxes_cxcywh, text, described.texts)
             for q in range(queries)
@@ -133,12 +135,6 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _digest(paths: list[str], described: grounding.Described, queries: int) -> str:
-    """A digest of all that decides which regions are matched, and in which order."""
-    lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described]
-    return hashlib.sha256(json.dumps([paths, lists, queries]).encode()).hexdigest()
-
-
 class _Evaluation(TypedDict):
     step: int
     query: list[int]
@@ -160,14 +156,3 @@ def _evaluations(path: epath.Path, regions: str, step: int) -> list[_Evaluation]
     if not stored or stored["regions"] != regions:
         return []
     return [each for each in stored["evaluations"] if each["step"] < step]
-
-
-def _stability(query: np.ndarray, evaluation: _Evaluation, queries: int) -> dict[str, float]:
-    """The share of regions that kept their query since an evaluation."""
-    before = np.array(evaluation["query"])
-    now, then = (np.bincount(x, minlength=queries) / len(x) for x in (query, before))
-    return {
-        **rates.rate("matching_stability", query == before),
-        "chance_matching_stability": float(now @ then),
-        "stability_since_step": evaluation["step"],
-    }

@@ -3,7 +3,7 @@
 A predictor is an `inference.Predictor`, or any object with the methods of `Predictor` below.
 """
 
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -14,8 +14,9 @@ from etils import epath
 from grain_jax.core import errors, progress, schema
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import test_sets
-from grain_jax.inference import stream
+from grain_jax.inference import prompts, stream
 from grain_jax.inference.inputs import InputError
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import processes
 
 BATCH_SIZE = 64
@@ -33,23 +34,18 @@ class Predictor(Protocol):
 
     def encode_image(self, images: Any, /) -> np.ndarray:
         """Images -> float32 [B, D]."""
-        ...
 
     def encode_image_and_regions(self, images: Any, /) -> tuple[np.ndarray, schema.Regions]:
         """Images -> float32 [B, D] and regions."""
-        ...
 
     def encode_boxes(self, images: Any, boxes_xyxy: Any, /) -> list[np.ndarray]:
         """Images and boxes [n, 4] of each, in [0, 1] -> float32 [n, D] of each; of models with a box head."""
-        ...
 
     def similarity_maps(self, images: Any, text_embeds: Any, /) -> list[np.ndarray]:
         """Images and embeddings [n, D] of the texts of each -> float32 [n, h, w] of each."""
-        ...
 
     def encode_text(self, texts: Any, /) -> np.ndarray:
         """Strings -> float32 [N, D]."""
-        ...
 
 
 # (position of an image in the whole set, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1].
@@ -64,9 +60,7 @@ class Encoded(NamedTuple):
     labels: np.ndarray  # int [B], positions in the classes of a test set; -1: no label
     image_embed: np.ndarray  # float32 [B, D]
     regions: schema.Regions | None  # None: called with regions=False
-    box_embed: np.ndarray | None = (
-        None  # float32 [M, D], image by image; None: called without boxes
-    )
+    box_embed: np.ndarray | None  # float32 [M, D], image by image; None: called without boxes
     pixels: Sequence[Any] = ()  # of a batch: what the model gets
 
     @property
@@ -80,37 +74,21 @@ class Encoded(NamedTuple):
 def gather_images(
     predictor: Predictor,
     images: test_sets.TestSet | Sequence[test_sets.Image | epath.PathLike],
-    *,
-    label: str,
-    unreadable: dict[str, str],
-    regions: bool = True,
-    boxes_of: BoxesOf | None = None,
-    batch_size: int = BATCH_SIZE,
+    **options: Any,
 ) -> Encoded:
     """All readable images, encoded, in order, the same on every process; arguments as of `encode_images`."""
-    of_boxes: list[dict[str, np.ndarray]] = []
-
-    def of_images() -> Iterator[dict[str, np.ndarray]]:
-        for batch in encode_images(
-            predictor,
-            images,
-            label=label,
-            unreadable=unreadable,
-            regions=regions,
-            boxes_of=boxes_of,
-            batch_size=batch_size,
-        ):
-            arrays = batch._asdict()
-            del arrays["regions"], arrays["pixels"]
-            if (box_embed := arrays.pop("box_embed")) is not None:
-                of_boxes.append({"box_embed": box_embed})
-            yield arrays | (batch.with_regions._asdict() if regions else {})
-
-    found = processes.allgather(of_images())
-    parts = {key: found.pop(key) for key in schema.Regions._fields if key in found}
-    box_embed = processes.allgather(of_boxes)["box_embed"] if boxes_of is not None else None
-    regions_found = schema.Regions(**parts) if parts else None
-    return Encoded(**found, regions=regions_found, box_embed=box_embed, pixels=())
+    parts, of_boxes = [], []
+    for batch in encode_images(predictor, images, **options):
+        arrays = {key: x for key, x in batch._asdict().items() if isinstance(x, np.ndarray)}
+        of_boxes.append({"box_embed": arrays.pop("box_embed", None)})
+        parts.append(arrays | (batch.regions._asdict() if batch.regions else {}))
+    found = processes.allgather(parts)
+    regions = {key: found.pop(key) for key in schema.Regions._fields if key in found}
+    return Encoded(
+        **found,
+        regions=schema.Regions(**regions) if regions else None,
+        box_embed=processes.allgather(of_boxes)["box_embed"] if options.get("boxes_of") else None,
+    )
 
 
 def encode_images(
@@ -148,7 +126,7 @@ def encode_images(
     if isinstance(images, Sequence):
         stretch = (
             each if isinstance(each, test_sets.Image) else test_sets.of_path(each)
-            for each in itertools.islice(images, mine.start, mine.stop)
+            for each in images[mine.start : mine.stop]
         )
     else:
         stretch = images.images(mine)
@@ -159,15 +137,15 @@ def encode_images(
     left_out: dict[str, str] = {}
     seen, failure = 0, None
 
-    def read(numbered: tuple[int, test_sets.Image]) -> "_Read":
+    def read(numbered: tuple[int, test_sets.Image]) -> _Read:
         position, image = numbered
         try:
             loaded = image.load()
         except image_files.ImageError as error:
-            return _Read(image, position, None, (0, 0), str(error))
+            return _Read(position, image, fault=str(error))
         # Resizing here keeps a batch small in memory, and the threads share the work.
         pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
-        return _Read(image, position, pixels, loaded.size)
+        return _Read(position, image, loaded.size, pixels)
 
     try:
         with (
@@ -178,7 +156,7 @@ def encode_images(
             for group in stream.groups(found, batch_size, lambda each: not each.fault):
                 left_out |= {each.image.name: each.fault for each in group if each.fault}
                 if batch := [each for each in group if not each.fault]:
-                    yield _encode(predictor, batch, regions, boxes_of, embed)
+                    yield _encode(predictor, batch, regions and embed, boxes_of, embed)
                     seen += len(batch)
                 counter.add(len(group))
             counter.close()
@@ -200,49 +178,40 @@ def encode_images(
 
 
 class _Read(NamedTuple):
-    image: test_sets.Image
     position: int
-    pixels: Any
-    size: tuple[int, int]
+    image: test_sets.Image
+    size: tuple[int, int] = (0, 0)
+    pixels: Any = None
     fault: str = ""  # why it cannot be read
 
 
 def _encode(
-    predictor: Predictor,
-    batch: list[_Read],
-    regions: bool,
-    boxes_of: BoxesOf | None,
-    embed: bool,
+    predictor: Predictor, batch: list[_Read], regions: bool, boxes_of: BoxesOf | None, embed: bool
 ) -> Encoded:
     pixels = [each.pixels for each in batch]
     image_embed, found, box_embed = np.zeros((len(batch), 0)), None, None
-    if embed:
-        if regions:
-            image_embed, found = predictor.encode_image_and_regions(pixels)
-        else:
-            image_embed = predictor.encode_image(pixels)
-        if boxes_of is not None:
-            boxes = [boxes_of(each.position, each.size) for each in batch]
-            box_embed = np.concatenate(predictor.encode_boxes(pixels, boxes))
-        stream.check_finite(
-            image_embed, *(found or ()), *([] if box_embed is None else [box_embed])
-        )
-    return Encoded(
-        np.array([each.position for each in batch]),
-        np.array([each.size for each in batch]),
-        np.array([each.image.label for each in batch]),
-        image_embed,
-        found,
-        box_embed,
-        pixels,
+    if regions:
+        image_embed, found = predictor.encode_image_and_regions(pixels)
+    elif embed:
+        image_embed = predictor.encode_image(pixels)
+    if boxes_of is not None:
+        boxes = [boxes_of(each.position, each.size) for each in batch]
+        box_embed = np.concatenate(predictor.encode_boxes(pixels, boxes))
+    stream.check_finite(image_embed, *(found or ()), *(() if box_embed is None else (box_embed,)))
+    at, sizes, labels = (
+        np.array(x) for x in zip(*((each.position, each.size, each.image.label) for each in batch))
     )
+    return Encoded(at, sizes, labels, image_embed, found, box_embed, pixels)
 
 
 def encode_texts(predictor: Predictor, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
     """For each list of texts the embeddings, float32 [n, D]; a text in several lists is encoded once."""
-    place = {text: i for i, text in enumerate(dict.fromkeys(t for group in texts for t in group))}
-    embed = encode_distinct(predictor, list(place))
-    return [embed[[place[text] for text in group]] for group in texts]
+    return prompts.encode_lists(functools.partial(encode_distinct, predictor), texts)
+
+
+def as_read(text: str) -> str:
+    """A text after the tokenizer's cleaning and lower-casing, by which texts are compared."""
+    return tokenizer.clean(text).lower()
 
 
 def encode_distinct(predictor: Predictor, texts: Sequence[str]) -> np.ndarray:
@@ -254,7 +223,5 @@ def encode_distinct(predictor: Predictor, texts: Sequence[str]) -> np.ndarray:
 
 def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
     """The part of a result that counts the images that were left out, and names the first ones."""
-    out: dict[str, Any] = {"unreadable": len(unreadable)}
-    if unreadable:
-        out["unreadable_pictures"] = list(unreadable.values())[:_NAMED_IMAGES]
-    return out
+    named = list(unreadable.values())[:_NAMED_IMAGES]
+    return {"unreadable": len(unreadable)} | ({"unreadable_pictures": named} if named else {})

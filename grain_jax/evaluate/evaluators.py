@@ -8,6 +8,7 @@ number N.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -18,8 +19,12 @@ from grain_jax.config.evals import ORIENTATIONS, Context, expanduser, option
 from grain_jax.core import errors
 
 with epy.lazy_imports():
+    from etils import epath
+
     from grain_jax.core import annotations as annotations_lib
-    from grain_jax.evaluate import annotated, encode, test_sets
+    from grain_jax.core import printable
+    from grain_jax.evaluate import encode, test_sets
+    from grain_jax.runtime import processes
 
 T = TypeVar("T")
 
@@ -75,10 +80,19 @@ class LabelledImages(config.Evaluator):
         return len(self.open())
 
 
+class Annotated(NamedTuple):
+    """The annotations of a file, and those of them that an evaluation can use."""
+
+    read: Any  # core.annotations.Annotations
+    records: list[Any]  # core.annotations.Annotation
+    paths: list[epath.Path]  # of the images of `records`
+    images: list[test_sets.Image]
+
+
 class Gathered(NamedTuple):
     """The images of an evaluation."""
 
-    records: list[Any]  # files.annotations.Annotation, of the readable images
+    records: list[Any]  # core.annotations.Annotation, of the readable images
     seen: encode.Encoded
     counts: dict[str, Any]  # for the result
 
@@ -93,6 +107,9 @@ class AnnotatedImages(config.Evaluator):
     example: ClassVar[str] = (
         "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     )
+    left_out: ClassVar[str] = "without_regions"  # key of the number of annotations of no use
+    # The end of the message where no annotation is usable; {option} stands for its value.
+    none_usable: ClassVar[str] = "no line has a region; expected described boxes"
     # folder that the annotations' paths start from
     images: str = option("", "DIR", required=True)
     # exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as they are stored
@@ -118,30 +135,23 @@ class AnnotatedImages(config.Evaluator):
         return expanduser(self.images), expanduser(self.annotations)
 
     def usable(self, record: Any) -> Any:
-        """Whether the evaluation can use an annotation (files.annotations.Annotation); here those with a region."""
+        """Whether the evaluation can use an annotation (core.annotations.Annotation); here those with a region."""
         return record.regions
 
-    left_out: ClassVar[str] = (
-        "without_regions"  # key of the number of annotations that are not usable
-    )
-
-    @property
-    def none_usable(self) -> str:
-        """The end of the message where no annotation is usable."""
-        return "no line has a region; expected described boxes"
-
-    def read(self) -> annotated.Annotated:
+    def read(self) -> Annotated:
         """The annotations that are usable.
 
         Raises:
           errors.UserError: no such folder, the file cannot be used, or none is usable.
         """
         images, path = self.paths
-        found, folder = annotations_lib.read(path), annotated.image_folder(images)
+        found, folder = annotations_lib.read(path), image_folder(images)
         records = [record for record in found.records if self.usable(record)]
         if not records:
-            raise errors.UserError(f"{path}: {self.none_usable}")
-        return annotated.Annotated(found, records, folder, self.orientation)
+            raise errors.UserError(f"{path}: {self.none_usable.format_map(vars(self))}")
+        places = [folder / record.image for record in records]
+        loaded = [test_sets.of_path(place, orientation=self.orientation) for place in places]
+        return Annotated(found, records, places, loaded)
 
     def gather(
         self,
@@ -172,9 +182,7 @@ class AnnotatedImages(config.Evaluator):
         counts = self.counts(found, len(seen.index), unreadable)
         return Gathered([found.records[i] for i in seen.index], seen, counts)
 
-    def counts(
-        self, found: annotated.Annotated, pictures: int, unreadable: dict[str, str]
-    ) -> dict[str, Any]:
+    def counts(self, found: Annotated, pictures: int, unreadable: dict[str, str]) -> dict[str, Any]:
         """What every result says of its images, so many of which were read."""
         return {
             "kind": self.kind,
@@ -184,17 +192,19 @@ class AnnotatedImages(config.Evaluator):
             **encode.report_unreadable(unreadable),
         }
 
-    def check(self) -> int:
-        return self.check_with(Faults())
-
-    def check_with(self, attempt: Faults) -> int:
-        """`check`, which also reports the faults that `attempt` holds already."""
-        folder, path = self.paths
-        attempt(annotated.image_folder, folder)
-        found = attempt(self.read)
-        if found:
-            annotated.report_left_out(path, found.read)
-            attempt(annotated.check_some_image, path, found)
+    def check(self, attempt: Faults | None = None) -> int:
+        """As `Evaluator.check`; also reports the faults that `attempt` holds already."""
+        attempt, (folder, path) = attempt or Faults(), self.paths
+        attempt(image_folder, folder)
+        if found := attempt(self.read):
+            _report_left_out(path, found.read)
+            if not any(place.exists() for place in found.paths):  # usually the first exists
+                attempt.found.append(
+                    errors.UserError(
+                        f"{folder}: none of the {len(found.paths)} images of {path} is there; the first:"
+                        f" {found.paths[0]}; expected the folder that the annotations' paths start from"
+                    )
+                )
         attempt.done()
         return len(found.records) if found else 0
 
@@ -208,9 +218,28 @@ class AnnotatedRegions(AnnotatedImages):
         return True
 
 
-def at_home(path: str | None) -> str | None:
-    """The path with `~` expanded; None stays None."""
-    return path and expanduser(path)
+def image_folder(path: epath.PathLike) -> epath.Path:
+    """The folder that the paths of annotations start from. Raises errors.UserError if there is none."""
+    path = epath.Path(path)
+    if not path.is_dir():
+        raise errors.UserError(
+            f"{path}: no such folder; expected the one that the annotations' paths start from"
+        )
+    return path
+
+
+def _report_left_out(path: str, read: Any) -> None:
+    """Prints on stderr, on the first process, the faulty lines and the unknown keys of a file of annotations."""
+    if processes.process_info()[0]:
+        return
+    lines = list(read.faults)
+    if read.faults:  # too many of them are an AnnotationError
+        lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
+    if read.unknown_keys:
+        named = (f"{printable.plain(key, 60)} ({n})" for key, n in read.unknown_keys.items())
+        lines.append(f"{path}: unknown keys kept out: {', '.join(named)}")
+    for line in lines:
+        print(printable.plain(line), file=sys.stderr)
 
 
 class Faults:

@@ -15,7 +15,7 @@ one of the boxes, "merged boxes" the IoU with the smallest box around all of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
@@ -30,45 +30,35 @@ with epy.lazy_imports():
 
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates
-    from grain_jax.inference import scores
-    from grain_jax.input_pipeline import tokenizer
+    from grain_jax.inference import prompts, scores
     from grain_jax.losses import boxes, matching
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)
 _SEED = 0  # of the random boxes that give the chance level
-_AT_ONCE = 1024  # images or regions; bounds memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grounding(AnnotatedRegions):
     """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
+    table = tuple(
+        TableRow(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
+        for (count, unit), said in {
+            ("regions_matched", "boxes"): {
+                "box_iou": "matched box IoU",
+                "box_acc50": "matched box Acc@0.5",
+                "region_to_description_r1": "region to description R@1",
+            },
+            ("phrases", "phrases"): {
+                "phrase_iou": "phrase to box IoU",
+                "phrase_acc50": "phrase to box Acc@0.5",
+                "phrase_acc50_any_box": "phrase to box Acc@0.5, any box",
+                "phrase_acc50_merged_box": "phrase to box Acc@0.5, merged boxes",
+            },
+        }.items()
+        for key, label in said.items()
+    )
     kind: str = "grounding"
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        return [
-            TableRow(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
-            for key, label, count, unit in (
-                ("box_iou", "matched box IoU", "regions_matched", "boxes"),
-                ("box_acc50", "matched box Acc@0.5", "regions_matched", "boxes"),
-                (
-                    "region_to_description_r1",
-                    "region to description R@1",
-                    "regions_matched",
-                    "boxes",
-                ),
-                ("phrase_iou", "phrase to box IoU", "phrases", "phrases"),
-                ("phrase_acc50", "phrase to box Acc@0.5", "phrases", "phrases"),
-                ("phrase_acc50_any_box", "phrase to box Acc@0.5, any box", "phrases", "phrases"),
-                (
-                    "phrase_acc50_merged_box",
-                    "phrase to box Acc@0.5, merged boxes",
-                    "phrases",
-                    "phrases",
-                ),
-            )
-        ]
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.
@@ -88,13 +78,14 @@ class Grounding(AnnotatedRegions):
         """
         kept, seen, counts = self.gather(predictor, context)
         pred_boxes_xyxy, region_embed = seen.with_regions
-        described, phrases = described_phrases(kept, seen.sizes)
+        described = described_boxes(kept, seen.sizes)
         check_some_box(self.annotations, described)
         text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
         matched, text = match(pred_boxes_xyxy, described)
         by_chance, _ = match(_boxes_of_others(described, pred_boxes_xyxy.shape), described)
         embed = scores.unit(region_embed[matched.image, matched.query])  # [n, D]
+        (nearest,) = rates.nearest_hits(embed, text_embed, text, (1,))
         return {
             **counts,
             "regions": len(described.image),
@@ -105,9 +96,9 @@ class Grounding(AnnotatedRegions):
             "chance_box_iou": float(by_chance.iou.mean()),
             **rates.rate("box_acc50", matched.iou >= boxes.FOUND_IOU),
             "chance_box_acc50": float((by_chance.iou >= boxes.FOUND_IOU).mean()),
-            **rates.rate("region_to_description_r1", text_hits(embed, text_embed, text, 1)),
+            **rates.rate("region_to_description_r1", nearest),
             "chance_region_to_description_r1": 1 / len(described.texts),
-            **_phrase_rates(phrases, described, pred_boxes_xyxy, region_embed, text_embed),
+            **_phrase_rates(described, pred_boxes_xyxy, region_embed, text_embed),
         }
 
 
@@ -129,13 +120,8 @@ class Described(NamedTuple):
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
     outside: int  # number of boxes left out: less than half of the box lies in the image
-
-
-class Phrases(NamedTuple):
-    """Pairs of a phrase and a right box: `box[k]` is right for `phrase[k]`, which may have several."""
-
-    phrase: np.ndarray  # int [K], 0 .. P-1, in order
-    box: np.ndarray  # int [K], position among the described boxes
+    # Of each phrase, but those whose boxes are all left out, its boxes: positions among the M.
+    phrases: Sequence[Sequence[int]] = ()
 
 
 def check_some_box(path: str | None, described: Described) -> None:
@@ -144,35 +130,18 @@ def check_some_box(path: str | None, described: Described) -> None:
         raise errors.UserError(f"{path}: every box lies outside its image")
 
 
-def text_hits(embed: np.ndarray, text_embed: np.ndarray, text: np.ndarray, k: int) -> np.ndarray:
-    """Whether the own text of each region is among the k nearest, float64 [n], as `rates.topk_hits`.
-
-    Args:
-      embed: [n, D], of unit length.
-      text_embed: [T, D], of unit length, of the distinct texts.
-      text: int [n], the position of each region's own text.
-      k: 1 or more.
-    """
-    parts = [np.zeros(0)]
-    for first in range(0, len(embed), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        right = text[part, None] == np.arange(len(text_embed))
-        parts.append(rates.topk_hits(embed[part] @ text_embed.T, right, k))
-    return np.concatenate(parts)
-
-
 def _phrase_rates(
-    phrases: Phrases,
     described: Described,
     pred_boxes_xyxy: np.ndarray,
     region_embed: np.ndarray,
     text_embed: np.ndarray,
 ) -> dict[str, Any]:
     """The part of the result about phrases; pred_boxes_xyxy [N, Q, 4], region_embed [N, Q, D], text_embed [T, D]."""
-    number, first, boxes_of = np.unique(phrases.phrase, return_index=True, return_counts=True)
-    if not len(number):
+    if not described.phrases:
         return {"phrases": 0}
-    image, text = (x[phrases.box[first]] for x in (described.image, described.text))  # [P]
+    boxes_of = np.array(list(map(len, described.phrases)))  # [P]
+    box, first = np.concatenate(described.phrases), np.cumsum(boxes_of) - boxes_of  # [K], [P]
+    image, text = described.image[box[first]], described.text[box[first]]  # [P]
     pairs, pair_of = np.unique(np.stack([image, text], axis=1), axis=0, return_inverse=True)
     similarity = np.einsum(
         "pqd,pd->pq", scores.unit(region_embed)[pairs[:, 0]], text_embed[pairs[:, 1]]
@@ -180,10 +149,10 @@ def _phrase_rates(
     best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
     share = best / best.sum(axis=1, keepdims=True)  # ties broken at random
 
-    true_boxes_xyxy = described.boxes_xyxy[phrases.box]  # [K, 4]
-    each = _iou(pred_boxes_xyxy[image[phrases.phrase]], true_boxes_xyxy[:, None])  # [K, Q]
+    true_boxes_xyxy = described.boxes_xyxy[box]  # [K, 4]
+    each = _iou(pred_boxes_xyxy[described.image[box]], true_boxes_xyxy[:, None])  # [K, Q]
     any_box = np.maximum.reduceat(each, first, axis=0)  # [P, Q]
-    out = {"phrases": len(number)} | _of_protocol("", any_box, share)
+    out = {"phrases": len(boxes_of)} | _of_protocol("", any_box, share)
     if boxes_of.max() > 1:
         low = np.minimum.reduceat(true_boxes_xyxy[:, :2], first, axis=0)
         high = np.maximum.reduceat(true_boxes_xyxy[:, 2:], first, axis=0)
@@ -215,16 +184,13 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
     use = described.rank < queries
     at = described.image[use], described.rank[use]
     true_boxes_xyxy[at], text[at], mask[at] = described.boxes_xyxy[use], described.text[use], True
-    query = np.zeros((count, queries), int)
-    for first in range(0, count, _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        cost = matching.cost_matrix(
-            boxes.xyxy_to_cxcywh(jnp.asarray(pred_boxes_xyxy[part])),
-            boxes.xyxy_to_cxcywh(jnp.asarray(true_boxes_xyxy[part])),
-            l1=MATCH_L1,
-            giou=MATCH_GIOU,
-        )
-        query[part] = matching.match(cost, jnp.asarray(mask[part])).query_index
+
+    def matches(predicted: np.ndarray, true: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
+        two = (boxes.xyxy_to_cxcywh(jnp.asarray(x)) for x in (predicted, true))
+        cost = matching.cost_matrix(*two, l1=MATCH_L1, giou=MATCH_GIOU)
+        return (np.asarray(matching.match(cost, jnp.asarray(mask)).query_index),)
+
+    (query,) = scores.in_parts(matches, pred_boxes_xyxy, true_boxes_xyxy, mask)
     image, rank = np.nonzero(mask)
     query = query[image, rank]
     iou = _iou(pred_boxes_xyxy[image, query], true_boxes_xyxy[image, rank])
@@ -235,32 +201,11 @@ def _iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
     return np.asarray(boxes.iou_and_union(a_xyxy, b_xyxy)[0])
 
 
-def distinct(texts: Sequence[str]) -> list[str]:
-    """The first of each set of texts that the tokenizer's cleaning and lower-casing makes equal."""
-    first: dict[str, str] = {}
-    for text in texts:
-        first.setdefault(_key(text), text)
-    return list(first.values())
-
-
-def _key(text: str) -> str:
-    return tokenizer.clean(text).lower()
-
-
 def described_boxes(
     records: Sequence[annotations_lib.Annotation], sizes: np.ndarray | Sequence[tuple[int, int]]
 ) -> Described:
-    """The described boxes of N images; `sizes` int [N, 2], their widths and heights in pixels."""
-    return described_phrases(records, sizes)[0]
-
-
-def described_phrases(
-    records: Sequence[annotations_lib.Annotation], sizes: np.ndarray | Sequence[tuple[int, int]]
-) -> tuple[Described, Phrases]:
-    """As `described_boxes`, and the phrases of the records, without those whose boxes are all left out."""
-    image, rank, regions, boxes_xyxy, text, texts, outside = [], [], [], [], [], [], 0
-    place: dict[str, int] = {}
-    phrase_of: list[list[int]] = []  # the boxes of each phrase
+    """The described boxes and the phrases of N images; `sizes` int [N, 2], their widths and heights in pixels."""
+    rows, phrases, outside = [], [], 0
     for i, (record, size) in enumerate(zip(records, np.asarray(sizes).tolist())):
         box_of: dict[int, int] = {}  # position of a region in the record -> position of its box
         ranked = sorted(enumerate(record.regions), key=lambda found: -found[1].score)
@@ -269,32 +214,18 @@ def described_phrases(
             if box_xyxy is None:
                 outside += 1
                 continue
-            key = _key(region.description)
-            if key not in place:
-                place[key] = len(texts)
-                texts.append(region.description)
-            rank.append(len(box_of))
-            box_of[position] = len(image)
-            image.append(i)
-            regions.append(position)
-            boxes_xyxy.append([x / edge for x, edge in zip(box_xyxy, (*size, *size))])
-            text.append(place[key])
-        phrases = [(x,) for x in range(len(record.regions))]
-        for phrase in phrases if record.phrases is None else record.phrases:
-            kept = [box_of[x] for x in phrase if x in box_of]
-            if kept:
-                phrase_of.append(kept)
-    described = Described(
-        np.array(image, int),
-        np.array(rank, int),
-        np.array(boxes_xyxy, np.float32).reshape(-1, 4),
-        np.array(regions, int),
-        np.array(text, int),
-        texts,
-        outside,
-    )
-    pairs = [(phrase, box) for phrase, kept in enumerate(phrase_of) for box in kept]
-    return described, Phrases(*np.array(pairs, int).reshape(-1, 2).T)
+            scaled = [x / edge for x, edge in zip(box_xyxy, (*size, *size))]
+            rows.append((i, len(box_of), scaled, position, region.description))
+            box_of[position] = len(rows) - 1
+        own = [(x,) for x in range(len(record.regions))]
+        for phrase in own if record.phrases is None else record.phrases:
+            if kept := [box_of[x] for x in phrase if x in box_of]:
+                phrases.append(kept)
+    image, rank, boxes_xyxy, region, said = zip(*rows) if rows else [()] * 5
+    texts, text = prompts.distinct(said, encode.as_read)
+    image, rank, region = (np.array(x, int) for x in (image, rank, region))
+    boxes_xyxy = np.array(boxes_xyxy, np.float32).reshape(-1, 4)
+    return Described(image, rank, boxes_xyxy, region, text, texts, outside, phrases)
 
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:

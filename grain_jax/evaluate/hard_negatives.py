@@ -22,8 +22,8 @@ with epy.lazy_imports():
     import numpy as np
 
     from grain_jax.core import annotations as annotations_lib
-    from grain_jax.evaluate import encode, given_boxes, rates
-    from grain_jax.inference import scores
+    from grain_jax.evaluate import box_classes, encode, rates
+    from grain_jax.inference import prompts, scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,10 @@ class HardNegatives(AnnotatedImages):
     """The right description of given boxes among hard negatives."""
 
     left_out = "without_negatives"
+    none_usable = (
+        "no region has {negatives} negatives or more; expected regions with `negatives`, which grain-jax"
+        " annotate --passes negatives makes; or ask for fewer"
+    )
     kind: str = "hard_negatives"
     # negatives of a box, 10 as in FG-OVD; boxes with fewer are left out
     negatives: int = option(10, "N", low=1)
@@ -39,22 +43,14 @@ class HardNegatives(AnnotatedImages):
     def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         if "chance_mean_rank" not in numbers:  # of given boxes by their classes
             return []
+        words = {"box_head": "box head", "region": "region", "image": "image"}
         return [
-            TableRow(
-                f"{key}/top1", f"right description, by the {words}", "chance", "boxes", "boxes"
-            )
-            for key, words in (("box_head", "box head"), ("region", "region"), ("image", "image"))
+            TableRow(f"{key}/top1", f"right description, by the {by}", "chance", "boxes", "boxes")
+            for key, by in words.items()
         ]
 
     def usable(self, record: annotations_lib.Annotation) -> bool:
         return any(len(region.negatives) >= self.negatives for region in record.regions)
-
-    @property
-    def none_usable(self) -> str:
-        return (
-            f"no region has {self.negatives} negatives or more; expected regions with `negatives`, which grain-jax"
-            " annotate --passes negatives makes; or ask for fewer"
-        )
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares every annotated box with its description and its negatives.
@@ -64,7 +60,7 @@ class HardNegatives(AnnotatedImages):
           `top1`, the share of boxes whose description is the nearest of the N + 1 texts, with a 95% interval (`_low`,
           `_high`; ties count as if broken at random), `mean_rank` and `median_rank` (1 is best; ties count as lost).
         """
-        seen = given_boxes.encode_boxes(self, predictor, context)
+        seen = box_classes.encode_boxes(self, predictor, context)
         pairs = zip(seen.described.image, seen.described.region)
         regions = [seen.records[image].regions[region] for image, region in pairs]
         use = np.array([len(region.negatives) >= self.negatives for region in regions], bool)
@@ -77,10 +73,10 @@ class HardNegatives(AnnotatedImages):
             raise errors.UserError(
                 f"{self.annotations}: no box with {self.negatives} negatives or more lies in its image"
             )
-        place = {text: i for i, text in enumerate(dict.fromkeys(sum(lists, [])))}
-        embed = scores.unit(encode.encode_distinct(predictor, list(place)))  # [T, D]
-        texts = np.array([[place[text] for text in each] for each in lists])  # [M, 1 + N]
-        right = np.arange(1 + self.negatives) == np.zeros((len(lists), 1), int)
+        distinct, at = prompts.distinct([text for each in lists for text in each])
+        embed = scores.unit(encode.encode_distinct(predictor, distinct))  # [T, D]
+        texts = at.reshape(len(lists), -1)  # [M, 1 + N]
+        right = np.zeros(len(lists), int)
 
         def measured(box_embed: np.ndarray) -> dict[str, float]:
             boxes = scores.unit(box_embed)

@@ -13,7 +13,6 @@ openai/CLIP. The tables of the CLIP paper use the features before the projection
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import math
@@ -48,7 +47,7 @@ _ONE_THREAD = 10**9  # multiplications per iteration; fewer are faster by one th
 def _parse_shots(text: str) -> tuple[int, ...]:
     parts = ["0" if part == "all" else part for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
         )
     return tuple(map(int, parts))
@@ -75,13 +74,13 @@ class LinearProbe(LabelledImages):
             if at.startswith("shots_") and rate == "top1":
                 number = at.removeprefix("shots_")
                 name = f"few shots, {number} a class" if number != "all" else "all training images"
-                pictures = "pictures", "pictures"
                 found += [
-                    TableRow(key, f"{name}, top-1", "chance", *pictures),
-                    TableRow(f"{at}/top5", f"{name}, top-5", "chance_top5", *pictures),
-                    TableRow(
-                        f"{at}/mean_per_class", f"{name}, mean per class", "chance", *pictures
-                    ),
+                    TableRow(f"{at}/{rate}", f"{name}, {words}", chance, "pictures", "pictures")
+                    for rate, words, chance in (
+                        ("top1", "top-1", "chance"),
+                        ("top5", "top-5", "chance_top5"),
+                        ("mean_per_class", "mean per class", "chance"),
+                    )
                 ]
         return found
 
@@ -113,10 +112,42 @@ class LinearProbe(LabelledImages):
         return self.open_other(self.train, self.split)
 
     def check(self) -> int:
-        check_scikit_learn()
+        if importlib.util.find_spec("sklearn") is None:
+            words = "needs scikit-learn: pip install 'grain_jax[probe]'"
+            raise errors.UserError(f"linear_probe: {words}")
         test, train = self.open(), self.open_train()
-        check(test, train, self.shots)
+        if train is not None and list(train.classes) != list(test.classes):
+            a, b = set(train.classes), set(test.classes)
+            only, others = (test_sets.listed(sorted(x)) or "none" for x in (a - b, b - a))
+            raise errors.UserError(
+                "train: got other classes than the test's, expected the same; only in train:"
+                f" {only}; only in the test: {others}"
+            )
+        # A TFDS set knows the sizes of its classes only once it is read.
+        if (labels := getattr(train or test, "labels", None)) is not None:
+            counts = np.bincount(labels, minlength=len(test.classes))
+            counts = counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts])
+            self.check_shots(counts, test.classes)
         return len(test) + (len(train) if train else 0)
+
+    def check_shots(self, counts: np.ndarray, classes: Sequence[str]) -> None:
+        """Raises errors.UserError if the training images, `counts` [C] per class, are too few for `shots`.
+
+        A few-shot probe needs one further image of each class, for validation. The probe on all images needs two
+        classes with images, one of them with two.
+        """
+        for number in self.shots or (0,):
+            few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
+            if number and few:
+                raise errors.UserError(
+                    f"shots: got {number}, expected fewer than each class has training images, so that one is"
+                    f" left for validation; too few are of {test_sets.listed(few)}"
+                )
+            if not number and ((counts > 0).sum() < 2 or counts.max() < 2):
+                raise errors.UserError(
+                    "train: got too few images, expected at least two classes with images, one of them with two"
+                    " or more"
+                )
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
@@ -130,29 +161,38 @@ class LinearProbe(LabelledImages):
           intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
           interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
         """
-        check_scikit_learn()
         unreadable: dict[str, str] = {}
         test, train = self.open(), self.open_train()
-        tested = _encode(predictor, test, unreadable, context.batch_size)
-        if train is None:
-            learnt, tested = _split(tested, test.classes)
-        else:
-            learnt = _encode(predictor, train, unreadable, context.batch_size)
-        classes = test.classes
+
+        def encoded(images: test_sets.TestSet) -> Data:
+            seen = encode.gather_images(
+                predictor,
+                images,
+                label="linear probe",
+                unreadable=unreadable,
+                regions=False,
+                batch_size=context.batch_size,
+            )
+            if seen.labels.min() < 0:
+                raise errors.UserError("the set has images without a label, expected another split")
+            return Data(seen.image_embed.astype(np.float64), seen.labels)
+
+        classes, tested = list(test.classes), encoded(test)
+        learnt = None if train is None else encoded(train)
+        if learnt is None:
+            learnt, tested = _split(tested, classes)
+        self.check_shots(np.bincount(learnt.label, minlength=len(classes)), classes)
         result = {
             "kind": "linear_probe",
-            **rates.counts_of_classes(tested.label, list(classes)),
+            **rates.counts_of_classes(tested.label, classes),
             "train_pictures": len(learnt.label),
             **encode.report_unreadable(unreadable),
         }
-        numbers = list(dict.fromkeys(self.shots or (0,)))
-        for number in numbers:
-            check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
         # Only the first process fits; the others wait for its result.
         return result | processes.of_first(
             lambda: {
                 f"shots_{number or 'all'}": _probe(learnt, tested, number, self.seeds, classes)
-                for number in numbers
+                for number in dict.fromkeys(self.shots or (0,))
             }
         )
 
@@ -163,73 +203,26 @@ class Data(NamedTuple):
     embed: np.ndarray  # float64 [N, D]
     label: np.ndarray  # int [N]
 
-
-class Fitted(NamedTuple):
-    """A regression, and the strength of its penalty."""
-
-    model: Any  # scikit-learn's LogisticRegression
-    c: float  # 1 / strength of the L2 penalty
-    validation_top1: float  # with the same C, of the fit without the validation part
-    converged: bool
+    def of(self, which: np.ndarray) -> Data:
+        """Those at some positions, or where it is True."""
+        return Data(self.embed[which], self.label[which])
 
 
-def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Sequence[int]) -> None:
-    """Raises errors.UserError where scikit-learn is missing, the classes differ, or a class has too few images."""
-    check_scikit_learn()
-    if train is not None and list(train.classes) != list(test.classes):
-        only = [
-            sorted(set(a) - set(b))
-            for a, b in ((train.classes, test.classes), (test.classes, train.classes))
-        ]
-        raise errors.UserError(
-            f"train: got other classes than the test's, expected the same; only in train:"
-            f" {test_sets.listed(only[0]) or 'none'}; only in the test: {test_sets.listed(only[1]) or 'none'}"
-        )
-    # A TFDS set knows the sizes of its classes only once it is read.
-    counts = getattr(train or test, "class_counts", None)
-    if counts is not None:
-        counts = counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts])
-        for number in shots or (0,):
-            check_shots(number, counts, test.classes)
+def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
+    """scikit-learn's regression on `final`, with the C whose regression on `learnt` is best on `validation`.
 
-
-def check_scikit_learn() -> None:
-    """Raises errors.UserError if scikit-learn is not installed."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise errors.UserError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
-
-
-def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Raises errors.UserError if the training images, `counts` [C] per class, are too few for `number` shots per class.
-
-    A few-shot probe needs one further image of each class, for validation. The probe on all images (`number` 0)
-    needs two classes with images, one of them with two.
+    The best C has the highest accuracy, which is returned too; ties go to the lowest log loss, then to the smallest C.
     """
-    if number:
-        few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
-        if few:
-            raise errors.UserError(
-                f"shots: got {number}, expected fewer than each class has training images, so that one is left"
-                f" for validation; too few are of {test_sets.listed(few)}"
-            )
-    elif (counts > 0).sum() < 2 or counts.max() < 2:
-        raise errors.UserError(
-            "train: got too few images, expected at least two classes with images, one of them with two or more"
-        )
+    from scipy import special  # slow to import
 
-
-def fit(learnt: Data, validation: Data, final: Data) -> Fitted:
-    """Fits a regression on `final`, with the C whose regression on `learnt` is best on `validation`.
-
-    The best C has the highest accuracy; ties go to the lowest log loss, then to the smallest C.
-    """
     tried: dict[float, tuple[float, float, float]] = {}
 
     def rank(exponent: float) -> tuple[float, float, float]:
         if exponent not in tried:
-            model, _ = _regression(learnt, 10.0**exponent)
+            model = _regression(learnt, 10.0**exponent)
             scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
-            loss = float(_log_loss(scores, validation.label))
+            own = scores[np.arange(len(scores)), validation.label]  # -inf: no training images
+            loss = float((special.logsumexp(scores, axis=1) - own).mean())
             hits = _hits(scores, validation.label, 1)
             tried[exponent] = (float(hits.mean()), -loss, -exponent)
         return tried[exponent]
@@ -239,15 +232,14 @@ def fit(learnt: Data, validation: Data, final: Data) -> Fitted:
         step /= 2
         around = [x for x in (best - step, best, best + step) if EXPONENTS[0] <= x <= EXPONENTS[-1]]
         best = max(around, key=rank)
-    model, converged = _regression(final, 10.0**best)
-    return Fitted(model, 10.0**best, tried[best][0], converged)
+    return _regression(final, 10.0**best), tried[best][0]
 
 
-def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
-    """Which training images are for validation, bool [N]: VALIDATION_SHARE of each class, never a whole class."""
+def hold_out(label: np.ndarray, share: float) -> np.ndarray:
+    """A share of the images of each class, one at least and never all of them; bool [N]."""
     held = np.zeros(len(label), bool)
-    for own in _of_each_class(label, seed):
-        held[own[: _part(len(own), VALIDATION_SHARE)]] = True
+    for own in _of_each_class(label, _SEED):
+        held[own[: _part(len(own), share)]] = True
     return held
 
 
@@ -281,93 +273,66 @@ def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
             "train: got none, so that the images are split, expected two or more of each class that can be read;"
             f" too few are of {test_sets.listed(single)}"
         )
-    train = np.zeros(len(data.label), bool)
-    for own in _of_each_class(data.label, _SEED):
-        train[own[: _part(len(own), TRAIN_SHARE)]] = True
-    return _take(data, train), _take(data, ~train)
+    train = hold_out(data.label, TRAIN_SHARE)
+    return data.of(train), data.of(~train)
 
 
-def _take(data: Data, which: np.ndarray) -> Data:
-    return Data(data.embed[which], data.label[which])
-
-
-def _encode(
-    predictor: encode.Predictor,
-    images: test_sets.TestSet,
-    unreadable: dict[str, str],
-    batch_size: int,
-) -> Data:
-    """The embeddings of the readable images of a set, on every process."""
-    seen = encode.gather_images(
-        predictor,
-        images,
-        label="linear probe",
-        unreadable=unreadable,
-        regions=False,
-        batch_size=batch_size,
-    )
-    if seen.labels.min() < 0:
-        raise errors.UserError("the set has images without a label, expected another split")
-    return Data(seen.image_embed.astype(np.float64), seen.labels)
-
-
-def _probe(learnt: Data, tested: Data, shots: int, seeds: int, classes: Sequence[str]) -> dict:
+def _probe(learnt: Data, tested: Data, shots: int, seeds: int, classes: list[str]) -> dict:
     """The part of the result about one number of shots; 0: all training images."""
+    stopped = lambda model: bool(model.n_iter_.max() >= MAX_ITERATIONS)
     if not shots:
-        held = hold_out(learnt.label, _SEED)
-        fitted = fit(_take(learnt, ~held), _take(learnt, held), learnt)
+        held = hold_out(learnt.label, VALIDATION_SHARE)
+        model, validation_top1 = fit(learnt.of(~held), learnt.of(held), learnt)
         return {
-            **_rates(fitted.model, tested, classes),
-            "C": fitted.c,
-            "validation_top1": fitted.validation_top1,
-            "unconverged": int(not fitted.converged),
+            **_rates(model, tested, classes),
+            "C": model.C,
+            "validation_top1": validation_top1,
+            "unconverged": int(stopped(model)),
         }
-    fits, found = [], []
+    models = []
     for seed in range(seeds):
-        chosen, validation = (_take(learnt, x) for x in draw(learnt.label, shots, seed))
-        fits.append(fit(chosen, validation, chosen))
-        found.append(_rates(fits[-1].model, tested, classes))
+        chosen, validation = (learnt.of(x) for x in draw(learnt.label, shots, seed))
+        models.append(fit(chosen, validation, chosen)[0])
+    found = [_rates(model, tested, classes) for model in models]
     out: dict[str, Any] = {"draws": seeds}
     for key in ("top1", "top5", "mean_per_class"):
-        values = np.array([rate[key] for rate in found])
-        low, high = found[0][f"{key}_low"], found[0][f"{key}_high"]
-        if seeds > 1:
-            low, high = student_interval(values)
-        out |= {key: float(values.mean()), f"{key}_low": low, f"{key}_high": high}
-    out["per_class"] = {
-        name: float(np.mean([rate["per_class"][name] for rate in found]))
-        for name in found[0]["per_class"]
+        out |= _mean(key, found)
+    mean = lambda name: float(np.mean([rate["per_class"][name] for rate in found]))
+    return out | {
+        "per_class": {name: mean(name) for name in found[0]["per_class"]},
+        "top1_of_draws": [rate["top1"] for rate in found],
+        "C": [model.C for model in models],
+        "unconverged": sum(map(stopped, models)),
     }
-    out["top1_of_draws"] = [rate["top1"] for rate in found]
-    out["C"] = [fitted.c for fitted in fits]
-    out["unconverged"] = sum(not fitted.converged for fitted in fits)
-    return out
 
 
-def student_interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's 95% interval of the mean of two or more shares, within [0, 1]."""
+def _mean(key: str, found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of a rate over the draws, with Student's 95% interval within [0, 1]; of one draw the rate's own."""
     from scipy import stats  # slow to import
 
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
+    values = np.array([rate[key] for rate in found])
+    mean, low, high = float(values.mean()), found[0][f"{key}_low"], found[0][f"{key}_high"]
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+        low, high = max(0.0, float(mean - half)), min(1.0, float(mean + half))
+    return {key: mean, f"{key}_low": low, f"{key}_high": high}
 
 
-def _rates(model: Any, tested: Data, classes: Sequence[str]) -> dict[str, Any]:
+def _rates(model: Any, tested: Data, classes: list[str]) -> dict[str, Any]:
     """The rates of a regression on the test images, over all and for each class that has some."""
     scores = _scores(model, tested.embed, len(classes))
     top1, top5 = (_hits(scores, tested.label, k) for k in (1, 5))
-    return rates.of_classes(top1, top5, tested.label, list(classes))
+    return rates.of_classes(top1, top5, tested.label, classes)
 
 
 def _hits(scores: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
     """`rates.topk_hits` of logits [N, C], which are float64 and of any size: they tie relative to an image's largest."""
     largest = np.abs(scores, where=np.isfinite(scores), out=np.zeros_like(scores)).max(axis=1)
-    right = label[:, None] == np.arange(scores.shape[1])
-    return rates.topk_hits(scores, right, k, tie=_TIE * largest[:, None])
+    return rates.topk_hits(scores, label, k, tie=_TIE * largest[:, None])
 
 
-def _regression(data: Data, c: float) -> tuple[Any, bool]:
-    """scikit-learn's regression at that C, and whether it has converged."""
+def _regression(data: Data, c: float) -> Any:
+    """scikit-learn's regression at that C."""
     import threadpoolctl  # comes with scikit-learn
     from sklearn import exceptions, linear_model
 
@@ -376,8 +341,7 @@ def _regression(data: Data, c: float) -> tuple[Any, bool]:
     with threadpoolctl.threadpool_limits(1 if small else None), warnings.catch_warnings():
         # The result counts such fits.
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-        model.fit(*data)
-    return model, bool(model.n_iter_.max() < MAX_ITERATIONS)
+        return model.fit(*data)
 
 
 def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
@@ -388,10 +352,3 @@ def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
     scores = np.full((len(embed), max(classes, int(model.classes_.max()) + 1)), -np.inf)
     scores[:, model.classes_] = found
     return scores
-
-
-def _log_loss(scores: np.ndarray, label: np.ndarray) -> float:
-    """Mean log loss of the images; infinite if a class of `label` had no training images."""
-    top = scores.max(axis=1)
-    total = np.log(np.exp(scores - top[:, None]).sum(axis=1)) + top
-    return float((total - scores[np.arange(len(label)), label]).mean())

@@ -13,7 +13,7 @@ As in `grounding`, every entry of `phrases` in A.jsonl is one phrase with its bo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epy
@@ -26,7 +26,7 @@ with epy.lazy_imports():
     import numpy as np
 
     from grain_jax.evaluate import encode, grounding, rates
-    from grain_jax.inference import scores
+    from grain_jax.inference import prompts, scores
     from grain_jax.runtime import processes
 
 _SIDE = 64  # pixels that maps are resized to, for the IoU
@@ -37,26 +37,18 @@ def thresholds() -> np.ndarray:
     return np.arange(0.05, 1, 0.05)
 
 
+_PHRASES = "phrases", "phrases"  # of the rows of the table
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps(AnnotatedImages):
     """Where similarity maps of phrases are high, against their boxes."""
 
+    table = (
+        TableRow("pointing", "highest place of a map in a box", "chance_pointing", *_PHRASES),
+        TableRow("map_iou", "IoU of a map and the boxes", "chance_map_iou", *_PHRASES, False),
+    )
     kind: str = "maps"
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        said = "highest place of a map in a box"
-        return [
-            TableRow("pointing", said, "chance_pointing", "phrases", "phrases"),
-            TableRow(
-                "map_iou",
-                "IoU of a map and the boxes",
-                "chance_map_iou",
-                "phrases",
-                "phrases",
-                False,
-            ),
-        ]
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares the similarity map of each phrase with its boxes.
@@ -67,11 +59,10 @@ class Maps(AnnotatedImages):
           that of the whole image.
         """
         annotated = self.read()
-        place: dict[str, int] = {}
-        for record in annotated.records:
-            for region in record.regions:
-                place.setdefault(region.description, len(place))
-        text_embed = scores.unit(encode.encode_distinct(predictor, list(place)))  # [T, D]
+        regions = [region for record in annotated.records for region in record.regions]
+        texts, _ = prompts.distinct([region.description for region in regions])
+        text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [T, D]
+        place = {text: i for i, text in enumerate(texts)}
         unreadable: dict[str, str] = {}
         counts = {"pictures": 0, "outside": 0}
 
@@ -85,24 +76,21 @@ class Maps(AnnotatedImages):
                 batch_size=context.batch_size,
             ):
                 records = [annotated.records[i] for i in batch.index]
-                described, phrases = grounding.described_phrases(records, batch.sizes)
+                described = grounding.described_boxes(records, batch.sizes)
                 counts["pictures"] += len(records)
                 counts["outside"] += described.outside
-                _, first = np.unique(phrases.phrase, return_index=True)
-                of_phrase = np.split(phrases.box, first[1:]) if len(first) else []
                 own: list[list[tuple[int, np.ndarray]]] = [[] for _ in records]  # text and boxes
-                for boxes in of_phrase:
+                for boxes in described.phrases:
                     text = place[described.texts[described.text[boxes[0]]]]
                     own[described.image[boxes[0]]].append((text, described.boxes_xyxy[boxes]))
                 embeds = [text_embed[[text for text, _ in each]] for each in own]
                 maps = predictor.similarity_maps(batch.pixels, embeds)
-                yield _measured(
-                    [
-                        (one, boxes)
-                        for of_image, each in zip(maps, own)
-                        for one, (_, boxes) in zip(of_image, each)
-                    ]
-                )
+                pairs = [
+                    (one, boxes)
+                    for of_image, each in zip(maps, own)
+                    for one, (_, boxes) in zip(of_image, each)
+                ]
+                yield _measured(pairs)
 
         found = processes.allgather(measures())
         of_processes = processes.allgather_values(counts)

@@ -1,9 +1,12 @@
 """Shares of right answers: ties, chance, and 95% intervals."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
 
+from grain_jax.inference import scores as scores_lib
 from grain_jax.losses.contrastive import TIE
 
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution, for two-sided 95% intervals
@@ -23,17 +26,31 @@ def topk_hits(
 
     Args:
       scores: [N, C].
-      right: bool [N, C], at least one True per row.
+      right: bool [N, C], at least one True per row; or int [N], the right candidate of each row.
       k: 1 or more.
       tie: scores nearer to the best right one are equal to it; [N, 1], or one number for all rows.
 
     Returns: float64 [N] in [0, 1]; 0 or 1 where no tie matters.
     """
+    if right.ndim == 1:
+        right = right[:, None] == np.arange(scores.shape[1])
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
     above = (~right & (scores > best + tie)).sum(axis=1)
     tied = (scores >= best - tie) & (scores <= best + tie)
     tied_wrong, tied_right = (~right & tied).sum(axis=1), (right & tied).sum(axis=1)
     return _drawn(tied_right, tied_wrong, np.minimum(k, scores.shape[1]) - above)
+
+
+def nearest_hits(
+    embed: np.ndarray, candidates: np.ndarray, right: np.ndarray, ks: Sequence[int] = (1, 5)
+) -> list[np.ndarray]:
+    """For each k `topk_hits` by the dot products of `embed` [N, D] and `candidates` [C, D]; `right` as there."""
+
+    def hits(part: np.ndarray, right: np.ndarray) -> list[np.ndarray]:
+        similarity = part @ candidates.T
+        return [topk_hits(similarity, right, k) for k in ks]
+
+    return scores_lib.in_parts(hits, embed, right)
 
 
 def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
@@ -44,11 +61,8 @@ def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
 
 def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """The chance that `draws` draws without replacement include a right one (hypergeometric); arguments int [N]."""
-    miss = np.ones(len(right))
-    for draw in range(max(0, draws.max(initial=0))):
-        left = np.maximum(right + wrong - draw, 1)
-        miss = np.where(draw < draws, miss * np.maximum(wrong - draw, 0) / left, miss)
-    return 1.0 - miss
+    draws = np.clip(draws, 0, right + wrong)
+    return 1.0 - special.comb(wrong, draws) / special.comb(right + wrong, draws)
 
 
 def interval(successes: float, count: float) -> tuple[float, float]:

@@ -1,9 +1,10 @@
-"""Runs a suite of evaluations on one checkpoint. One that fails stops no other.
+"""The evaluators of a run that have their data (`present`), and a suite of them on one checkpoint (`run`).
 
-Results are written after every entry. The same command, run again, measures only the entries without a result.
+In a suite, one that fails stops no other. Results are written after every entry. The same command, run again, measures only the entries without a result.
 An entry whose data is missing is skipped where its `missing` is "skip", else it fails.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -13,30 +14,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config.evals import Context
-from grain_jax.core import atomic, errors, progress, regular_file
-from grain_jax.evaluate import encode, tables, zeroshot
+from grain_jax.core import atomic, errors, regular_file
+from grain_jax.evaluate import encode, tables
 from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
 _PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets")
 FAILED, NOTHING = 1, 2  # exit statuses
-
-
-class _Task(NamedTuple):
-    """An entry whose data is there, ready to run."""
-
-    entry: config_lib.Evaluator  # as `Evaluator.available` returns it
-    images: int
-    inputs: dict[str, Any]  # the images and files that the result depends on
 
 
 def run(
@@ -49,23 +41,21 @@ def run(
     again: bool = False,
     batch_size: int = encode.BATCH_SIZE,
 ) -> int:
-    """Runs the entries of a suite and writes `output` (format: docs/evaluate.md). Every process has to call it.
+    """Runs the entries of a suite, or those that `only` names, and writes `output`. Every process has to call it.
 
-    Args:
-      suite: the entries.
-      output: JSON file. Results of the same checkpoint that it holds are kept, and not measured again.
-      checkpoint: name of the checkpoint in the results.
-      load: returns the predictor of the checkpoint.
-      only: names of entries; None for all.
-      again: measures also the entries whose results `output` holds.
-      batch_size: images at a time.
+    The format of the JSON is in docs/evaluate.md. Results of the same checkpoint that the file holds are kept, and
+    without `again` not measured again. `checkpoint` is its name in the results, and `load` returns its predictor.
 
     Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
 
     Raises:
       InputError: `only` has an unknown name, or `output` holds something else or the results of another checkpoint.
     """
-    entries = _chosen(suite, only)
+    for name in only or ():
+        if name not in suite.evals:
+            words = config_lib.unknown_key(name, list(suite.evals))
+            raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
+    entries = {n: entry for n, entry in suite.evals.items() if only is None or n in only}
     before = processes.run_together(lambda: _read(output, again))
     results: dict[str, Any] = {"ran": {}, "skipped": {}, "failed": {}, "notes": {}}
     tasks = _tasks(entries, results)
@@ -76,40 +66,35 @@ def run(
     predictor = processes.run_together(load)
     results = _identity(checkpoint, predictor) | results
     if before:
-        _check_same(before, results, output, again)
         if before["digest"] == results["digest"]:
             results["ran"] = {
                 name: result
                 for name, result in before["ran"].items()
-                if name not in entries or (name in tasks and _same(result, tasks[name], again))
+                if name not in entries or (name in tasks and _same(result, *tasks[name], again))
             }
-    left = sum(task.images for name, task in tasks.items() if name not in results["ran"])
-    done, start = 0, time.monotonic()
-    for number, (name, task) in enumerate(tasks.items(), 1):
+        elif not again:
+            raise InputError(
+                f"--output: {output}: holds the results of another checkpoint ({before['folder']}, now"
+                f" {results['folder']}); expected another file, or --again to start over"
+            )
+    for number, (name, (entry, inputs)) in enumerate(tasks.items(), 1):
         of = f"{name} ({number} of {len(tasks)})"
         if name in results["ran"]:
             _say(f"{of}: is in {output} already")
             continue
         began = time.monotonic()
         try:
-            result = task.entry.evaluate(predictor, Context(batch_size))
+            result = entry.evaluate(predictor, Context(batch_size))
         except Exception as error:
             if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
                 raise  # another process may wait for this one in a collective operation
             _failed(name, error, results)
         else:
             seconds = round(time.monotonic() - began, 1)
-            results["ran"][name] = {
-                "entry": dataclasses.asdict(task.entry),
-                "inputs": task.inputs,
-                "seconds": seconds,
-                "kind": task.entry.kind,
-                **result,
-            }
-            done, left = done + task.images, left - task.images
-            of_all = progress.duration((time.monotonic() - start) / max(done, 1) * left)
-            more = f"; about {of_all} left in all" if left else ""
-            _say(f"{of}: {task.images} images in {seconds:.0f} s{more}")
+            about = {"entry": dataclasses.asdict(entry), "inputs": inputs}
+            about |= {"seconds": seconds, "kind": entry.kind}
+            results["ran"][name] = about | result
+            _say(f"{of}: {inputs['pictures']} images in {seconds:.0f} s")
         _write(output, results, suite)
     saved = _write(output, results, suite)
     if processes.process_info()[0] == 0:
@@ -117,25 +102,49 @@ def run(
     return FAILED if results["failed"] or not saved else 0
 
 
-def _chosen(suite: config_lib.Suite, only: Sequence[str] | None) -> dict[str, config_lib.Evaluator]:
-    for name in only or ():
-        if name not in suite.evals:
-            words = config_lib.unknown_key(name, list(suite.evals))
-            raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
-    return {name: entry for name, entry in suite.evals.items() if only is None or name in only}
+def present(entries: Mapping[str, config_lib.Evaluator]) -> dict[str, config_lib.Evaluator]:
+    """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
+
+    Raises:
+      errors.UserError: an entry cannot be used, or its data is not there and may not be missing; each line names it.
+    """
+    out = {}
+    for name, entry in entries.items():
+        try:
+            out[name], line, _ = _ready(entry)
+        except errors.UserError as error:
+            if not _may_miss(entry, error):
+                lines = str(error).split("\n")
+                raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
+            line = f"skipped: {error}"
+        if line:
+            _say(f"evals.{name}: {line}")
+    return out
+
+
+def _ready(entry: config_lib.Evaluator) -> tuple[config_lib.Evaluator, str, int]:
+    """The entry as far as its data is there, checked; what it does without; and its number of images."""
+    found, note = processes.run_together(entry.available)
+    return found, note, processes.run_together(found.check)
+
+
+def _may_miss(entry: config_lib.Evaluator, error: Exception) -> bool:
+    return isinstance(error, errors.MissingData) and entry.missing == "skip"
 
 
 def _tasks(
     entries: Mapping[str, config_lib.Evaluator], results: dict[str, Any]
-) -> dict[str, _Task]:
-    """The entries that can be run; `results` gets a line for each of the others."""
+) -> dict[str, tuple[config_lib.Evaluator, dict[str, Any]]]:
+    """The entries that can be run, as far as their data is there, and the inputs that their results depend on.
+
+    `results` gets a line for each of the others.
+    """
     tasks = {}
     for name, entry in entries.items():
         try:
-            entry, note = processes.run_together(entry.available)
-            images = processes.run_together(entry.check)
+            entry, note, images = _ready(entry)
         except Exception as error:
-            if isinstance(error, errors.MissingData) and entry.missing == "skip":
+            if _may_miss(entry, error):
                 results["skipped"][name] = _words(error)
                 _say(f"{name}: skipped: {_words(error)}")
             else:
@@ -145,7 +154,7 @@ def _tasks(
             results["notes"][name] = note
             _say(f"{name}: {note}")
         inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
-        tasks[name] = _Task(entry, images, {"pictures": images, **inputs})
+        tasks[name] = entry, {"pictures": images, **inputs}
     return tasks
 
 
@@ -169,10 +178,8 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
     params = getattr(predictor, "params", None)  # test doubles have none
     versions = {}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return {
         "checkpoint": path,
         "folder": folder,
@@ -202,21 +209,14 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
     )
 
 
-def _check_same(before, results, output: epath.Path, again: bool) -> None:
-    if not again and before["digest"] != results["digest"]:
-        raise InputError(
-            f"--output: {output}: holds the results of another checkpoint ({before['folder']}, now"
-            f" {results['folder']}); expected another file, or --again to start over"
-        )
-
-
-def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
-    """Whether an earlier result has the options and the inputs of the task."""
-    inputs = json.loads(json.dumps(task.inputs))
-    if again or result.get("inputs") != inputs:
+def _same(
+    result: Mapping[str, Any], entry: config_lib.Evaluator, inputs: dict[str, Any], again: bool
+) -> bool:
+    """Whether an earlier result has the options and the inputs."""
+    if again or result.get("inputs") != json.loads(json.dumps(inputs)):
         return False
     try:  # an option that the stored entry lacks has its default
-        return config_lib.evaluator_from_dict(result.get("entry")) == task.entry
+        return config_lib.evaluator_from_dict(result.get("entry")) == entry
     except config_lib.ConfigError:
         return False
 
@@ -229,7 +229,7 @@ def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite)
     order = [name for name in suite.evals if name in results["ran"]]
     results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
     seconds = sum(result["seconds"] for result in results["ran"].values())
-    results |= {"seconds": round(seconds, 1), "averages": averages(results["ran"])}
+    results |= {"seconds": round(seconds, 1), "averages": tables.averages(results["ran"])}
     try:
         text = json.dumps(results, indent=1, ensure_ascii=False)
         atomic.write_text(output, text + "\n")
@@ -239,51 +239,11 @@ def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite)
     return True
 
 
-def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean rates of the zero-shot sets that ran; a way to classify is averaged over the sets that have it.
-
-    Returns: `names` and, for each alpha, `described alpha_A`, each with `sets`, `top1`, `top5` and
-      `mean_per_class`.
-    """
-    of_way: dict[str, list[Mapping[str, float]]] = {}
-    for result in ran.values():
-        if result["kind"] == "zeroshot":
-            for way, rates in ways(result).items():
-                of_way.setdefault(way, []).append(rates)
-    return {
-        way: {"sets": len(rates)}
-        | {
-            key: float(np.mean([r[key] for r in rates]))
-            for key in ("top1", "top5", "mean_per_class")
-        }
-        for way, rates in of_way.items()
-    }
-
-
-def ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The paper's protocols in a zero-shot result: `names`, and `described alpha_A` for each alpha."""
-    out = {}
-    if result["names"]:
-        out["names"] = result.get(zeroshot.BY_NAME, result)["alpha_1.0"]
-    if result["descriptions"]:
-        out |= {f"described {k}": r for k, r in result.items() if k.startswith("alpha_")}
-    return out
-
-
 def _show(results: Mapping[str, Any]) -> None:
     """Prints the tables, then the notes and the failed and skipped entries."""
-    classified = {
-        name: {"ways": ways(result), "chance": result["chance"], "pictures": result["pictures"]}
-        for name, result in results["ran"].items()
-        if result["kind"] == "zeroshot"
-    }
-    others = {
-        name: tables.scalars(result)
-        for name, result in results["ran"].items()
-        if result["kind"] != "zeroshot"
-    }
-    if classified:
-        print(tables.suite(classified, results["averages"]))
+    others = {n: tables.scalars(r) for n, r in results["ran"].items() if r["kind"] != "zeroshot"}
+    if len(others) < len(results["ran"]):
+        print(tables.suite(results["ran"], results["averages"]))
     if others:
         print(tables.describe(others))
     for kind in ("notes", "failed"):

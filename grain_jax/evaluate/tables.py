@@ -25,11 +25,7 @@ def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def describe(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The table of several results, e.g. {"unseen": {"alpha_0.5/top1": 0.78, "chance": 0.025, ...}}.
-
-    Args:
-      results: name -> the numbers of an evaluation, as `scalars` returns them.
-    """
+    """The table of several results: name -> its numbers as of `scalars`, {"alpha_0.5/top1": 0.78, "chance": 0.025}."""
     rows: list[tuple[str, ...]] = []
     for name, numbers in results.items():
         rows += [cells(name.replace("_", " "), numbers, row) for row in rows_of(numbers)]
@@ -43,14 +39,36 @@ def rows_of(numbers: Mapping[str, float]) -> list[TableRow]:
     return list(found.values()) or [TableRow(key, key, None, "", "", False) for key in numbers]
 
 
-def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of a suite's zero-shot sets: one row per set, then the averages.
+def _ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The paper's protocols in a zero-shot result: `names`, and `described alpha_A` for each alpha."""
+    out = {}
+    if result["names"]:
+        out["names"] = result.get("by_name", result)["alpha_1.0"]
+    if result["descriptions"]:
+        out |= {f"described {k}": r for k, r in result.items() if k.startswith("alpha_")}
+    return out
 
-    Args:
-      sets: name -> `ways` (way of classifying -> its rates, as `evaluate.suite.ways` gives them), `chance`
-        and `pictures`.
-      averages: way -> the mean rates over the sets that have it, and `sets`, how many these are.
+
+def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean rates of the zero-shot sets that ran; a way to classify is averaged over the sets that have it.
+
+    Returns: `names` and, for each alpha, `described alpha_A`, each with `sets`, `top1`, `top5` and
+      `mean_per_class`.
     """
+    of_way: dict[str, list[Mapping[str, float]]] = {}
+    for result in ran.values():
+        for way, rates in _ways(result).items() if result["kind"] == "zeroshot" else ():
+            of_way.setdefault(way, []).append(rates)
+    mean = lambda rates, key: float(sum(each[key] for each in rates) / len(rates))
+    return {
+        way: {"sets": len(rates)}
+        | {key: mean(rates, key) for key in ("top1", "top5", "mean_per_class")}
+        for way, rates in of_way.items()
+    }
+
+
+def suite(ran: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of the zero-shot sets of a suite that `ran`: one row per set, then the averages."""
     described = [way for way in averages if way != "names"]
     about = "Shares of images whose class is the best one; by class names"
     header = ["set", "by name", _INTERVAL, "top-5", "mean per class", _INTERVAL]
@@ -58,11 +76,11 @@ def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[
         about += ", and by names with descriptions at each alpha"
         header += [*map(_alpha, described), "best alpha", _INTERVAL]
     rows = [
-        _suite_row(name, one["ways"], described)
-        + [f"{one['chance']:.1%}", f"{one['pictures']:.0f}"]
-        for name, one in sets.items()
+        [*_suite_row(name, _ways(one), described), f"{one['chance']:.1%}", str(one["pictures"])]
+        for name, one in ran.items()
+        if one["kind"] == "zeroshot"
     ]
-    if len(sets) > 1:
+    if len(rows) > 1:
         counts = sorted({average["sets"] for average in averages.values()})
         row = _suite_row("average", averages, described)
         rows.append([*row, "", f"{' or '.join(map(str, counts))} sets"])
@@ -71,20 +89,18 @@ def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[
 
 def _suite_row(
     name: str, ways: Mapping[str, Mapping[str, float]], described: Sequence[str]
-) -> list:
-    def cells(way: str, *keys: str) -> list[str]:
-        rates = ways.get(way, {})
-        return [f"{rates[key]:.1%}" if key in rates else "" for key in keys]
-
-    row = [name, *cells("names", "top1"), _interval(ways.get("names", {}), "top1")]
-    row += [*cells("names", "top5", "mean_per_class")]
-    row.append(_interval(ways.get("names", {}), "mean_per_class"))
+) -> list[str]:
+    share = lambda way, key: f"{ways[way][key]:.1%}" if way in ways else ""
+    interval = lambda way, key: _interval(ways.get(way, {}), key)
+    row = [name, share("names", "top1"), interval("names", "top1"), share("names", "top5")]
+    row += [share("names", "mean_per_class"), interval("names", "mean_per_class")]
     if described:
-        row += [cell for way in described for cell in cells(way, "top1")]
         there = [way for way in described if way in ways]
         best = max(there, key=lambda way: ways[way]["top1"], default=None)
-        row.append("" if best is None else f"{_alpha(best)}: {ways[best]['top1']:.1%}")
-        row.append("" if best is None else _interval(ways[best], "top1"))
+        row += [share(way, "top1") for way in described]
+        row += (
+            [f"{_alpha(best)}: {share(best, 'top1')}", interval(best, "top1")] if best else ["", ""]
+        )
     return row
 
 

@@ -21,14 +21,13 @@ from grain_jax.evaluate import class_names
 from grain_jax.inference.inputs import InputError
 
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class Image(NamedTuple):
     """An image of a test set."""
 
     name: str
-    load: Callable[[], PIL.Image.Image]  # raises files.images.ImageError
+    load: Callable[[], PIL.Image.Image]  # raises core.images.ImageError
     label: int  # position in the classes of the set; -1: no label
 
 
@@ -42,24 +41,29 @@ class TestSet(Protocol):
 
     def name(self, position: int) -> str:
         """The path of an image, or its position in the TFDS set."""
-        ...
 
     def images(self, positions: range) -> Iterable[Image]:
         """The images at consecutive positions, in order. Raises InputError if they cannot be read."""
-        ...
 
 
 class ClassFolders:
-    """A folder with one sub-folder per class.
+    """A folder with one sub-folder per class; hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
 
     Args:
       folder: holds the class folders, each named after its class (`_` = space).
       classes: class file with the folder names as labels (see class_names); None: the folder names are the names.
       get: how to get the data, for errors.MissingData.
-      orientation: of the images, as of `files.images`.
+      orientation: of the images, as of `core.images`.
+
+    Attributes:
+      classes, stems: as of TestSet, in the order of the folders' names.
+      paths: of the images.
+      labels: their classes, int [N].
 
     Raises:
-      errors.MissingData, InputError: see `class_folders`.
+      errors.MissingData: no such folder.
+      InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
+        without images.
       class_names.ClassNameError: `classes` does not fit the folders.
     """
 
@@ -71,26 +75,53 @@ class ClassFolders:
         orientation: str = "exif",
     ):
         self._orientation = orientation
-        self.classes, self._paths, labels = class_folders(folder, get)
-        folders = list(dict.fromkeys(path.parent.name for path in self._paths))
+        if not str(folder):
+            raise errors.MissingData(
+                f"images: got nothing, expected class folders{how_to_get(get)}"
+            )
+        folder = epath.Path(folder).expanduser()
+        if not folder.is_dir():
+            raise errors.MissingData(
+                f"{folder}: no such folder; expected one with a sub-folder a class{how_to_get(get)}"
+            )
+        seen = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        names = sorted((p.name for p in seen), key=class_names.composed)
+        if len(names) < 2:
+            raise InputError(
+                f"{folder}: got {len(names)} sub-folders, expected at least 2, one a class"
+            )
+        self.classes, faults = [of_folder(name) for name in names], []
+        for one in dict.fromkeys(self.classes):
+            same = [ascii(name) for name in names if of_folder(name) == one]
+            if len(same) > 1:
+                faults.append(
+                    f"{folder}: got the class folders {listed(same)}, all of them the class {one!r}"
+                    " (_ = space, Unicode NFC), expected one folder a class"
+                )
+        self.paths: list[epath.Path] = []
+        counts = []
+        for name in names:
+            files = (p for p in (folder / name).iterdir() if p.suffix.lower() in _SUFFIXES)
+            found = sorted(p for p in files if not p.name.startswith("."))
+            self.paths += found
+            counts.append(len(found))
+        if empty := [name for name, count in zip(names, counts) if not count]:
+            faults.append(f"{folder}: no images in the class folders {listed(empty)}")
+        if faults:
+            raise InputError("\n".join(faults))
+        self.labels = np.repeat(np.arange(len(names)), counts)
+        self.stems = class_names.stems(names, classes)
         if classes is not None:
-            self.classes = class_names.for_labels(folders, len(folders), classes)
-        self.stems = class_names.stems(folders, classes)
-        self._labels = labels.tolist()
+            self.classes = class_names.for_labels(names, len(names), classes)
 
     def __len__(self) -> int:
-        return len(self._paths)
-
-    @property
-    def class_counts(self) -> np.ndarray:
-        """How many images each class has, int [C]."""
-        return np.bincount(self._labels, minlength=len(self.classes))
+        return len(self.paths)
 
     def name(self, position: int) -> str:
-        return str(self._paths[position])
+        return str(self.paths[position])
 
     def images(self, positions: range) -> Iterable[Image]:
-        return (of_path(self._paths[i], self._labels[i], self._orientation) for i in positions)
+        return (of_path(self.paths[i], int(self.labels[i]), self._orientation) for i in positions)
 
 
 class TfdsSet:
@@ -180,7 +211,7 @@ class TfdsSet:
 
 
 def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") -> Image:
-    """The image in the file `path`, with `orientation` as of `files.images`."""
+    """The image in the file `path`, with `orientation` as of `core.images`."""
     return Image(str(path), functools.partial(image_files.load_image, path, orientation), label)
 
 
@@ -201,28 +232,26 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
     configs = [base / path]
     if "/" not in path and configs[0].is_dir():
         configs += sorted(sub for sub in configs[0].iterdir() if sub.is_dir())
-    found = [(config, _newest(config, version)) for config in configs]
-    found = [(config, folder) for config, folder in found if folder is not None]
+    found = {config.name: _newest(config, version) for config in configs}
+    found = {config: folder for config, folder in found.items() if folder is not None}
     if not found:
         raise errors.MissingData(
             f"no TFDS set {name} (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
             f" to get it: {get}"
         )
     if len(found) > 1:
-        names = ", ".join(f"{path}/{config.name}" for config, _ in found)
+        names = ", ".join(f"{path}/{config}" for config in found)
         raise InputError(f"{name}: has several configs, expected one of {names}")
-    return found[0][1]
+    return next(iter(found.values()))
 
 
 def _newest(folder: epath.Path, version: str) -> epath.Path | None:
     """The folder of `version`, or if that is "" of the newest prepared version; None if there is none."""
-    if not folder.is_dir():
-        return None
+    wanted = re.compile(re.escape(version) if version else r"\d+\.\d+\.\d+")
     versions = [
         sub
-        for sub in folder.iterdir()
-        if (sub.name == version if version else _VERSION.fullmatch(sub.name))
-        and (sub / "dataset_info.json").exists()
+        for sub in (folder.iterdir() if folder.is_dir() else ())
+        if wanted.fullmatch(sub.name) and (sub / "dataset_info.json").exists()
     ]
     return max(versions, key=lambda sub: tuple(map(int, sub.name.split("."))), default=None)
 
@@ -238,62 +267,6 @@ def _tensorflow_datasets(name: str) -> Any:
             f"TFDS set {name}: needs {error.name}, which is not installed; to get it: pip install 'grain_jax[data]'"
         ) from None
     return tfds
-
-
-def class_folders(
-    images: epath.PathLike, get: str | None = None
-) -> tuple[list[str], list[epath.Path], np.ndarray]:
-    """The class names (the sorted folder names, `_` = space), the paths of the images, and their labels, int [N].
-
-    Hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
-
-    Args:
-      images: folder that holds the class folders.
-      get: how to get the data, for errors.MissingData.
-
-    Raises:
-      errors.MissingData: no such folder.
-      InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
-        without images.
-    """
-    if not str(images):
-        raise errors.MissingData(f"images: got nothing, expected class folders{how_to_get(get)}")
-    folder = epath.Path(images).expanduser()
-    if not folder.is_dir():
-        raise errors.MissingData(
-            f"{folder}: no such folder; expected one with a sub-folder a class{how_to_get(get)}"
-        )
-    folders = sorted(
-        (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")),
-        key=lambda p: class_names.composed(p.name),
-    )
-    if len(folders) < 2:
-        raise InputError(
-            f"{folder}: got {len(folders)} sub-folders, expected at least 2, one a class"
-        )
-    of_name: dict[str, list[str]] = {}
-    for sub in folders:
-        of_name.setdefault(of_folder(sub.name), []).append(sub.name)
-    faults = [
-        f"{folder}: got the class folders {listed([ascii(s) for s in same])}, all of them the class"
-        f" {name!r} (_ = space, Unicode NFC), expected one folder a class"
-        for name, same in of_name.items()
-        if len(same) > 1
-    ]
-    paths, labels, empty = [], [], []
-    for label, sub in enumerate(folders):
-        found = sorted(
-            p for p in sub.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
-        )
-        if not found:
-            empty.append(sub.name)
-        paths += found
-        labels += [label] * len(found)
-    if empty:
-        faults.append(f"{folder}: no images in the class folders {listed(empty)}")
-    if faults:
-        raise InputError("\n".join(faults))
-    return [of_folder(p.name) for p in folders], paths, np.array(labels)
 
 
 def of_folder(name: str) -> str:

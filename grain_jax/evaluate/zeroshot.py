@@ -7,19 +7,18 @@ for class names that mean nothing to the model, or descriptions that are whole s
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
 
 from grain_jax.config.evals import STANDALONE, Context, TableRow, exists, expanduser, option
 from grain_jax.core import errors
-from grain_jax.evaluate.evaluators import Faults, LabelledImages, at_home
+from grain_jax.evaluate.evaluators import Faults, LabelledImages
 
 with epy.lazy_imports():
     import numpy as np
@@ -43,7 +42,7 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"got {text!r}, expected a number from 0 to 1, or several with commas between"
         ) from None
 
@@ -70,9 +69,9 @@ class ZeroShot(LabelledImages):
 
     @classmethod
     def of_flags(cls, **given: Any) -> typing.Self:
-        entry = cls(**given)
-        if "alphas" in given:  # asked for, so they count without descriptions, too
-            check_alphas(entry.alphas, entry.descriptions, entry.names)
+        entry, least = cls(**given), min(given.get("alphas", (1,)))
+        if entry.descriptions is None and 0 <= least < 1:  # asked for, where a config has it anyway
+            raise entry.needs_descriptions(f"alpha {least:g}")
         return entry
 
     @classmethod
@@ -81,18 +80,14 @@ class ZeroShot(LabelledImages):
         for key in numbers:  # in the order of `alphas`
             at, _, rate = key.rpartition("/")
             if at.startswith("alpha_") and rate == "top1":
-                alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
-                found += [
-                    TableRow(key, f"top-1, {alpha}", "chance", "pictures", "pictures"),
-                    TableRow(
-                        f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"
-                    ),
-                ]
+                alpha, of = f"alpha {float(at.removeprefix('alpha_')):g}", ("pictures", "pictures")
+                found.append(TableRow(key, f"top-1, {alpha}", "chance", *of))
+                found.append(TableRow(f"{at}/top5", f"top-5, {alpha}", "chance_top5", *of))
         return found
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers of the first alpha."""
-        alpha = self.shares[0]
+        alpha = self.checked_alphas()[0]
         found = {"alpha": alpha, **result[f"alpha_{alpha}"]}
         return found | {"descriptions_file": self.descriptions}
 
@@ -104,12 +99,21 @@ class ZeroShot(LabelledImages):
     def files(self) -> tuple[str | None, ...]:
         return self.descriptions, self.templates, self.classes
 
-    @property
-    def shares(self) -> Sequence[float]:
-        """The alphas to evaluate; without descriptions 1 alone, or the alphas outside [0, 1], which `check` rejects."""
+    def checked_alphas(self) -> list[float]:
+        """The alphas to evaluate; without descriptions 1 alone. Raises errors.UserError."""
+        alphas = [float(alpha) for alpha in self.alphas or (1, 0.5)]
+        for alpha in alphas:
+            if not 0 <= alpha <= 1:
+                raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if self.descriptions is not None:
-            return self.alphas
-        return [alpha for alpha in self.alphas if not 0 <= alpha <= 1] or (1.0,)
+            return alphas
+        if not self.names:
+            raise self.needs_descriptions("a test without class names")
+        return [1.0]
+
+    def needs_descriptions(self, what: str) -> errors.UserError:
+        """The error where `what` has no descriptions."""
+        return errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {what}")
 
     def available(self) -> tuple[typing.Self, str]:
         found, _ = super().available()
@@ -124,14 +128,14 @@ class ZeroShot(LabelledImages):
         return dataclasses.replace(self, descriptions=None), f"{line}; evaluated by names alone"
 
     def check(self) -> int:
-        attempt, described = Faults(), at_home(self.descriptions)
+        attempt = Faults()
         test_set = attempt(self.open)
-        if described is not None:
+        if self.descriptions is not None:
             known = (test_set.classes, test_set.stems) if test_set else ((), None)
-            attempt(read_descriptions, described, *known, self.names)
-        attempt(check_alphas, self.shares, described, self.names)
+            attempt(read_descriptions, self.descriptions, *known, self.names)
+        attempt(self.checked_alphas)
         if self.names:
-            attempt(prompts.load_templates, at_home(self.templates))
+            attempt(prompts.load_templates, self.templates)
         attempt.done()
         return len(test_set) if test_set else 0
 
@@ -146,144 +150,123 @@ class ZeroShot(LabelledImages):
           descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
           score, at alpha 1 and at each other alpha. Ties count as if broken at random.
         """
-        found = self.predict(predictor, context.batch_size)
-        if context.predictions is not None and processes.process_info()[0] == 0:
-            _write(epath.Path(context.predictions), found)
-        classes = found.test_set.classes
-        result = {
-            "kind": "zeroshot",
-            **rates.counts_of_classes(found.target, classes),
-            **encode.report_unreadable(found.unreadable),
-            "names": self.names,
-            "descriptions": found.descriptions,
-            "region_order": self.region_order,
-            "unit_features": self.unit_features,
-        }
-        for key, scored in found.scored.items():
-            way, _, alpha = key.rpartition("/")
-            part = result.setdefault(way, {}) if way else result
-            part[alpha] = rates.of_classes(scored.top1, scored.top5, found.target, classes)
-        return result
-
-    def predict(self, predictor: Any, batch_size: int = STANDALONE.batch_size) -> Predictions:
-        """The best classes of each image, and whether they are right; `evaluate` averages them, and says what it raises."""
-        test_set = self.open()
-        classes = list(test_set.classes)
-        described, alphas = None, check_alphas(self.shares, self.descriptions, self.names)
-        if self.descriptions is not None:
-            path = expanduser(self.descriptions)
-            described = read_descriptions(path, classes, test_set.stems, self.names)
-        templates = at_home(self.templates)
-        texts, embeds = _class_embeddings(predictor, classes, described, self.names, templates)
-        features = scores.class_features(texts, self.unit_features)
-        ways = {f"alpha_{alpha}": (features, alpha) for alpha in alphas}
-        if described is not None and self.names:
-            texts, _ = _class_embeddings(predictor, classes, None, True, templates)
-            alone = scores.class_features(texts, self.unit_features)
-            for alpha in dict.fromkeys([1.0, *alphas]):
-                ways[f"{BY_NAME}/alpha_{alpha}"] = alone, alpha
-
-        with_regions = min(alphas) < 1
-        unreadable: dict[str, str] = {}
+        test_set, unreadable = self.open(), {}
+        scorer = self.scorer(predictor, test_set)
         parts = []
         for batch in encode.encode_images(
             predictor,
             test_set,
             label="zero-shot",
             unreadable=unreadable,
-            regions=with_regions,
-            batch_size=batch_size,
+            regions=scorer.with_regions,
+            batch_size=context.batch_size,
         ):
-            region_scores = None
-            if with_regions and embeds is not None:
-                region_scores = self.region_scores(batch.with_regions.embed, embeds)
             part = {"index": batch.index, "target": batch.labels}
-            for key, (of_classes, alpha) in ways.items():
-                global_scores = scores.global_scores(batch.image_embed, of_classes)
-                combined = scores.combine(global_scores, region_scores, alpha)
-                scored = _score(combined, batch.labels)
-                part |= {f"{key} {name}": value for name, value in scored._asdict().items()}
+            for way, scored in scorer.of_batch(batch).items():
+                part |= {f"{way} {key}": x for key, x in _answers(scored, batch.labels).items()}
             parts.append(part)
         found = processes.allgather(parts)
-        if found["target"].min() < 0:
+        classes, target = list(test_set.classes), found["target"]
+        if target.min() < 0:
             raise errors.UserError(
                 "the test set has images without a label, expected another split"
             )
-        scored = {
-            key: Scored(*(found[f"{key} {field}"] for field in Scored._fields)) for key in ways
+        if context.predictions is not None and processes.process_info()[0] == 0:
+            _write(epath.Path(context.predictions), test_set, found)
+        result = {
+            "kind": "zeroshot",
+            **rates.counts_of_classes(target, classes),
+            **encode.report_unreadable(unreadable),
+            "names": self.names,
+            "descriptions": scorer.descriptions,
+            "region_order": self.region_order,
+            "unit_features": self.unit_features,
         }
-        count = sum(map(len, described)) if described else 0
-        return Predictions(test_set, found["index"], found["target"], scored, unreadable, count)
+        for way in [key.removesuffix(" top1") for key in found if key.endswith(" top1")]:
+            at, _, alpha = way.rpartition("/")
+            part = result.setdefault(at, {}) if at else result
+            hits = found[f"{way} top1"], found[f"{way} top5"]
+            part[alpha] = rates.of_classes(*hits, target, classes)
+        return result
 
-    def region_scores(
-        self, region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
-    ) -> np.ndarray:
-        """The region score of each class in the order `region_order`; arguments as of `description_scores`."""
-        score = {"queries": scores.region_scores, "descriptions": description_scores}
-        return score[self.region_order](region_embed, description_embeds)
+    def scorer(self, predictor: Any, test_set: test_sets.TestSet) -> Scorer:
+        """Embeds the classes of a test set; raises as `evaluate`."""
+        classes = list(test_set.classes)
+        described, alphas = None, self.checked_alphas()
+        embeds: list[np.ndarray] = []  # of the descriptions of each class
+        if self.descriptions is not None:
+            described = read_descriptions(self.descriptions, classes, test_set.stems, self.names)
+            texts = [found or [name] for name, found in zip(classes, described)]
+            embeds = encode.encode_texts(predictor, texts)
+
+        def features(described: Sequence[Sequence[str]] | None) -> np.ndarray:
+            if not self.names:
+                return scores.class_features(embeds, self.unit_features)
+            filled = prompts.load_templates(self.templates)
+            texts = [
+                prompts.class_texts(name, filled, described[i] or None if described else None)
+                for i, name in enumerate(classes)
+            ]
+            return scores.class_features(encode.encode_texts(predictor, texts), self.unit_features)
+
+        ways = dict.fromkeys((f"alpha_{alpha}" for alpha in alphas), features(described))
+        if described is not None and self.names:
+            alone = features(None)
+            for alpha in dict.fromkeys([1.0, *alphas]):
+                ways[f"{BY_NAME}/alpha_{alpha}"] = alone
+        order = {"queries": scores.region_scores, "descriptions": description_scores}
+
+        def of_batch(seen: encode.Encoded) -> dict[str, np.ndarray]:
+            regions = None
+            if min(alphas) < 1:
+                regions = order[self.region_order](seen.with_regions.embed, embeds)
+            return {
+                way: scores.combine(
+                    scores.global_scores(seen.image_embed, of_classes),
+                    regions,
+                    float(way.rpartition("_")[2]),
+                )
+                for way, of_classes in ways.items()
+            }
+
+        return Scorer(of_batch, min(alphas) < 1, sum(map(len, described or ())))
 
 
-class Scored(NamedTuple):
-    """The results of one way of scoring, for each image."""
+class Scorer(NamedTuple):
+    """Scores of the classes of a test set."""
 
-    top1: np.ndarray  # float64 [N], hits as `rates.topk_hits` returns them
-    top5: np.ndarray  # float64 [N], the same among the five best
-    best: np.ndarray  # int32 [N, at most BEST], the best classes, best first
-    best_scores: np.ndarray  # float32 [N, at most BEST]
-
-
-class Predictions(NamedTuple):
-    """The right and the predicted classes of every readable image, in the order of the test set."""
-
-    test_set: test_sets.TestSet
-    index: np.ndarray  # int [N], positions in the test set
-    target: np.ndarray  # int [N], the right classes
-    scored: dict[str, Scored]  # keys: "alpha_0.5", "by_name/alpha_1.0"
-    unreadable: dict[str, str]  # name of an image -> why it is left out
+    # Encoded images -> the scores [B, C] of each way: "alpha_0.5", "by_name/alpha_1.0".
+    of_batch: Callable[[encode.Encoded], dict[str, np.ndarray]]
+    with_regions: bool  # whether it needs the regions of the images
     descriptions: int  # how many all classes have together
 
 
-def _score(combined: np.ndarray, target: np.ndarray) -> Scored:
-    """The results of scores [B, C] for the right classes [B]."""
-    right = target[:, None] == np.arange(combined.shape[1])
-    right[target < 0, 0] = True  # no label: any class will do, since `predict` raises UserError
-    best = np.argpartition(-combined, min(BEST, combined.shape[1]) - 1, axis=1)[:, :BEST]
-    order = np.argsort(-np.take_along_axis(combined, best, axis=1), axis=1, kind="stable")
+def _answers(scored: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+    """Of scores [B, C] and the right classes [B] the hits, and the best classes with their scores, best first."""
+    best = np.argpartition(-scored, min(BEST, scored.shape[1]) - 1, axis=1)[:, :BEST]
+    order = np.argsort(-np.take_along_axis(scored, best, axis=1), axis=1, kind="stable")
     best = np.take_along_axis(best, order, axis=1)
-    return Scored(
-        rates.topk_hits(combined, right, 1),
-        rates.topk_hits(combined, right, 5),
-        best.astype(np.int32),
-        np.take_along_axis(combined, best, axis=1),
-    )
+    right = np.maximum(target, 0)  # no label: any class will do, since `evaluate` raises UserError
+    return {
+        "top1": rates.topk_hits(scored, right, 1),
+        "top5": rates.topk_hits(scored, right, 5),
+        "best": best.astype(np.int32),
+        "best_scores": np.take_along_axis(scored, best, axis=1),
+    }
 
 
-def _write(path: epath.Path, found: Predictions) -> None:
+def _write(path: epath.Path, test_set: test_sets.TestSet, found: Mapping[str, np.ndarray]) -> None:
     """Writes one line per image: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
-    classes = found.test_set.classes
+    classes = test_set.classes
     lines = []
-    for row, (index, target) in enumerate(zip(found.index, found.target)):
-        line = {"picture": found.test_set.name(index), "class": classes[target]}
-        for key, scored in found.scored.items():
-            pairs = zip(scored.best[row].tolist(), scored.best_scores[row].tolist())
-            line[key] = [[classes[i], score] for i, score in pairs]
+    for row, (index, target) in enumerate(zip(found["index"], found["target"])):
+        line = {"picture": test_set.name(index), "class": classes[target]}
+        for key in found:
+            if key.endswith(" best"):
+                pairs = zip(found[key][row].tolist(), found[f"{key}_scores"][row].tolist())
+                line[key.removesuffix(" best")] = [[classes[i], score] for i, score in pairs]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     atomic.write_text(path, "".join(lines))
-
-
-def check_alphas(
-    alphas: Sequence[float] | None, descriptions: epath.PathLike | None, names: bool
-) -> list[float]:
-    """The alphas to report (default 1, and 0.5 with descriptions). Raises errors.UserError."""
-    if not alphas:
-        alphas = (1.0,) if descriptions is None else (1.0, 0.5)
-    for alpha in alphas:
-        if not 0 <= alpha <= 1:
-            raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
-    if descriptions is None and (not names or min(alphas) < 1):
-        asked = f"alpha {min(alphas):g}" if names else "a test without class names"
-        raise errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
-    return [float(alpha) for alpha in alphas]
 
 
 def description_scores(
@@ -291,11 +274,7 @@ def description_scores(
 ) -> np.ndarray:
     """Region scores of the order "descriptions": the best query for each description, mean over descriptions.
 
-    Args:
-      region_embed: [B, Q, D].
-      description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
-
-    Returns: float32 [B, C]. docs/claim.md compares it with the order of the paper.
+    Shapes as of `scores.region_scores`. docs/claim.md compares it with the order of the paper.
     """
     counts = np.array([len(embeds) for embeds in description_embeds])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -316,16 +295,12 @@ def read_descriptions(
     without case ("Black-footed albatross" matches "black_footed Albatross"), first those of the name, then those of
     the stem. Published files have empty lists for a few classes, which are then described by their name alone.
 
-    Args:
-      path: the file.
-      classes: the class names.
-      stems: a second name of each class (see `test_sets.TestSet`), or None.
-      names: whether a class may have its name alone, with an empty list.
+    `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
 
     Raises:
       errors.UserError: no such file, another format, one class under two names, or classes that have no description.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'
     value = regular_file.read_json(path, dict[str, Any], expected)
     for name, texts in value.items():
@@ -353,25 +328,3 @@ def read_descriptions(
 def _letters(name: str) -> tuple[str, ...]:
     """The letters and digits of a name, without case; a tuple, so that it equals no name as the key of a dict."""
     return tuple(re.findall(r"[^\W_]+", class_names.composed(name.casefold())))
-
-
-def _class_embeddings(
-    predictor: encode.Predictor,
-    classes: Sequence[str],
-    described: Sequence[Sequence[str]] | None,
-    names: bool,
-    templates: epath.PathLike | None,
-) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    """For each class the embeddings of its texts, and of its descriptions (None without descriptions)."""
-    embeds = None
-    if described is not None:
-        texts = [found or [name] for name, found in zip(classes, described)]
-        embeds = encode.encode_texts(predictor, texts)
-    if not names and embeds is not None:
-        return embeds, embeds
-    filled = prompts.load_templates(templates)
-    texts = [
-        prompts.class_texts(name, filled, described[i] or None if described else None)
-        for i, name in enumerate(classes)
-    ]
-    return encode.encode_texts(predictor, texts), embeds

@@ -85,11 +85,10 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
                 f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
             ) from None
     elif getattr(image, "dtype", None) != np.uint8:
-        got = type(image).__name__
-        if hasattr(image, "dtype"):
-            if image.dtype == np.float32 and image.shape == (size, size, 3):
-                return np.asarray(image)
-            got = f"{image.dtype} {list(image.shape)}"
+        dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
+        if dtype == np.float32 and shape == (size, size, 3):
+            return np.asarray(image)
+        got = f"{dtype} {list(shape)}" if dtype else type(image).__name__
         raise InputError(
             f"images[{index}]: got {got}, expected a PIL image, uint8 [H, W, 3], or float32 [{size}, {size}, 3]"
             " already normalised"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from grain_jax import config as config_lib
+from grain_jax.losses import boxes as boxes_lib
 from grain_jax.models import grain
 
 
@@ -25,11 +26,6 @@ def _applied(model: config_lib.Model, dtype: str, method: Callable[..., Any]) ->
     return apply
 
 
-def programs(model: config_lib.Model, dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`image_program` and `text_program` of a model."""
-    return image_program(model, dtype), text_program(model, dtype)
-
-
 @functools.lru_cache(maxsize=8)
 def image_program(
     model: config_lib.Model, dtype: str, of_tokens: bool = False
@@ -43,9 +39,7 @@ def image_program(
 
     def encode_images(params, image):
         image_embed, region_embed, boxes = apply(params, image)
-        center, size = boxes[-1, ..., :2], boxes[-1, ..., 2:]
-        corners = jnp.concatenate([center - size / 2, center + size / 2], axis=-1)
-        return image_embed, region_embed, jnp.clip(corners, 0.0, 1.0)
+        return image_embed, region_embed, jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[-1]), 0.0, 1.0)
 
     return jax.jit(encode_images)
 
@@ -74,8 +68,3 @@ def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
 def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., Any]:
     """The jitted (params, *arguments) -> what that method of `models.grain.GRAIN` returns."""
     return jax.jit(_applied(model, dtype, getattr(grain.GRAIN, method)))
-
-
-def box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> [B, R, D] of a model with a box head."""
-    return program(model, dtype, "encode_boxes")

@@ -115,20 +115,19 @@ class Predictor:
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
         self.templates = list(templates) if templates is not None else prompts.load_templates()
-        self._encode_images, self._encode_texts = jitted.programs(model, dtype)
+        self._encode_images = jitted.image_program(model, dtype)
+        self._encode_texts = jitted.text_program(model, dtype)
 
     def __repr__(self) -> str:
         image, text, decoder = self.model.image, self.model.text, self.model.decoder
         size, count = image.image_size, sum(x.size for x in jax.tree.leaves(self.params))
-        parts = [
-            f"image {size} x {size} ({image.tower}, depth {image.depth}, width {image.width})",
-            f"text of {text.context_length} tokens ({text.tower}, depth {text.depth}, width {text.width})",
-            f"{decoder.queries if decoder else 0} regions",
-            f"box head {self.model.boxes.kind}",
-            f"embeddings of {self.model.embed_dim}",
-            f"{count:,} parameters, {self.dtype}",
-        ]
-        return f"<Predictor of {self.folder or 'given parameters'}: {'; '.join(parts)}>"
+        return (
+            f"<Predictor of {self.folder or 'given parameters'}:"
+            f" image {size} x {size} ({image.tower}, depth {image.depth}, width {image.width});"
+            f" text of {text.context_length} tokens ({text.tower}, depth {text.depth}, width {text.width});"
+            f" {decoder.queries if decoder else 0} regions; box head {self.model.boxes.kind};"
+            f" embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -226,9 +225,7 @@ class Predictor:
           InputError: as `encode_image`; the model has no box head.
         """
         self._need_box_head()
-        program = jitted.program(self.model, self.dtype, "image_tokens")
-        tokens = [self._run(program, pixels) for pixels in self._rows(images)]
-        return Tokens(np.concatenate(tokens) if tokens else np.zeros((0, 0, 0), np.float32))
+        return Tokens(self._all(jitted.program(self.model, self.dtype, "image_tokens"), images))
 
     def _need_box_head(self) -> None:
         if self.model.boxes.kind == "none":
@@ -328,19 +325,17 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.encode_patches(inputs.one_image(images))[0]
         grid = self.grid
-        if isinstance(images, Tokens) or self.model.boxes.kind != "none":
+        if self.model.boxes.kind != "none":
             tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
             boxes = [box_head.token_boxes(grid * grid, 0)] * len(tokens.values)
-            patches = self.encode_boxes(tokens, boxes)
+            patches = np.array(self.encode_boxes(tokens, boxes))
         elif self.model.decoder is not None:
             raise InputError(
                 "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
             )
         else:
-            program = jitted.program(self.model, self.dtype, "encode_patches")
-            patches = [x for part in self._rows(images) for x in self._run(program, part)]
-        shape = (len(patches), grid, grid, self.model.embed_dim)
-        return np.asarray(patches, np.float32).reshape(shape)
+            patches = self._all(jitted.program(self.model, self.dtype, "encode_patches"), images)
+        return patches.astype(np.float32).reshape(-1, grid, grid, self.model.embed_dim)
 
     def similarity_map(
         self, image: PIL.Image.Image | np.ndarray, texts: str | Iterable[str] | np.ndarray
@@ -408,40 +403,38 @@ class Predictor:
 
     def _encode(self, images: OneOrMany | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
-        program, counted = self._encode_images, images
+        program = self._encode_images
         if isinstance(images, Tokens):
             program = jitted.image_program(self.model, self.dtype, of_tokens=True)
-            counted = images.values
-        q = 0 if self.model.decoder is None else self.model.decoder.queries
-        d = self.model.embed_dim
-        parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
-        total = len(counted) if isinstance(counted, Sized) else None
-        counter = progress_lib.Counter("images", total, silent=not self.progress)
-        for part in self._rows(images):
-            parts.append(self._run(program, part))
-            counter.add(len(part))
-        counter.close(stays=True)
-        image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
-        return image, region, boxes
+        return jax.tree.map(lambda x: x.astype(np.float32), self._all(program, images))
+
+    def _all(self, program: Callable[..., Any], images: OneOrMany | Tokens) -> Any:
+        """The results of `program` on all images, as numpy."""
+        parts = [self._run(program, part) for part in self._rows(images)]
+        if not parts:  # of no image, the shapes
+            size = self.model.image.image_size
+            one = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+            shapes = jax.eval_shape(program, self.params, one)
+            parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def _rows(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
         """Images, checked, or tokens, in arrays of at most MAX_BATCH rows per device. Raises InputError."""
-        if isinstance(images, Tokens):
-            return _slices(images.values, MAX_BATCH * len(self._devices))
-        return self._parts(inputs.checked_images(images, self.model.image.image_size))
-
-    def _parts(self, images: Images) -> Iterator[np.ndarray]:
-        """Images, resized unless an array has the size, in arrays [at most MAX_BATCH per device, S, S, 3]."""
         tower, most = self.model.image, MAX_BATCH * len(self._devices)
-        size = tower.image_size
-        if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
-            yield from _slices(images, most)
+        if isinstance(images, Tokens):
+            for first in range(0, len(images.values), most):
+                yield images.values[first : first + most]
             return
-        numbered = enumerate(images)
-        while part := [inputs.resize(i, p, size) for i, p in itertools.islice(numbered, most)]:
+        images = inputs.checked_images(images, tower.image_size)
+        total = len(images) if isinstance(images, Sized) else None
+        counter = progress_lib.Counter("images", total, silent=not self.progress)
+        resized = (inputs.resize(i, x, tower.image_size) for i, x in enumerate(images))
+        while part := list(itertools.islice(resized, most)):
             if len({x.dtype for x in part}) > 1:
                 part = [inputs.normalised(x, tower) for x in part]
             yield np.stack(part)
+            counter.add(len(part))
+        counter.close(stays=True)
 
     def _run(self, program: Callable[..., Any], *rows: np.ndarray) -> Any:
         """The results of `program` on `rows` (arrays of equal length), as numpy.
@@ -515,12 +508,11 @@ class Predictor:
             if own is not None and not len(own):
                 raise InputError(f"classes: {name!r} has no description")
         texts = [prompts.class_texts(name, self.templates, own) for name, own in pairs]
-        features = scores.class_features(self._encode_lists(texts))
         described = [list(own) for _, own in pairs if own is not None]
         return ClassFeatures(
             tuple(name for name, _ in pairs),
-            features,
-            self._encode_lists(described) if described else None,
+            scores.class_features(prompts.encode_lists(self.encode_text, texts)),
+            tuple(prompts.encode_lists(self.encode_text, described)) if described else None,
         )
 
     def classify(
@@ -545,16 +537,16 @@ class Predictor:
             raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1.0:
             self._need_regions(f"alpha {alpha}")
-            if not isinstance(classes, (Mapping, ClassFeatures)):
-                raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         if alpha < 1.0 and classes.descriptions is None:
-            raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
+            raise InputError(
+                f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}"
+            )
         image_embed, region_embed, _ = self._encode(images)
         region = None
-        if alpha < 1.0 and classes.descriptions is not None:
-            region = scores.region_scores(region_embed, classes.descriptions)
+        if alpha < 1.0:
+            region = scores.region_scores(region_embed, classes.descriptions or ())
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     def ground(
@@ -579,12 +571,6 @@ class Predictor:
         return [
             Grounding(regions.boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)
         ]
-
-    def _encode_lists(self, texts: list[list[str]]) -> tuple[np.ndarray, ...]:
-        """For each list the embeddings of its texts; equal texts are encoded once."""
-        distinct = {text: i for i, text in enumerate(dict.fromkeys(sum(texts, [])))}
-        embeds = self.encode_text(list(distinct))
-        return tuple(embeds[[distinct[text] for text in part]] for part in texts)
 
     def _tokens(self, texts) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [N, L] and the positions [N] at which the texts end."""
@@ -617,17 +603,9 @@ class Predictor:
         return tokens, ends
 
 
-_NEEDS_DESCRIPTIONS = "alpha {} needs descriptions of the classes: {{name: [description, ...]}}"
-
-
 @functools.lru_cache(maxsize=8)
 def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tokenizer.Tokenizer:
     return tokenizer.of_tower(tower, folder)
-
-
-def _slices(x: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """`x` in arrays of at most so many rows."""
-    return (x[first : first + most] for first in range(0, len(x), most))
 
 
 def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:

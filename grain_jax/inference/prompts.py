@@ -1,8 +1,9 @@
 """Prompts: class names and descriptions as the sentences that the text tower reads (docs/method.md, Zero-shot evaluation)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from etils import epath
 
 from grain_jax.core import errors, regular_file
@@ -10,10 +11,7 @@ from grain_jax.core import errors, regular_file
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
 # Beginning of the clause -> first words of descriptions that take it; other words take "which has".
-_CLAUSE = {
-    "which is": ("a", "an", "used"),
-    "which": ("has", "often", "typically", "may", "can"),
-}
+_CLAUSE = {"which is": ("a", "an", "used"), "which": ("has", "often", "typically", "may", "can")}
 _BEGINNING = {word: clause for clause, words in _CLAUSE.items() for word in words}
 _PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between PARENT and CLASS
 
@@ -31,7 +29,7 @@ def load_templates(path: epath.PathLike | None = None) -> list[str]:
     Raises:
       PromptError: no such file, a line without exactly one `{}`, or no template at all.
     """
-    path = epath.Path(path) if path is not None else DEFAULT_TEMPLATES
+    path = DEFAULT_TEMPLATES if path is None else epath.Path(path).expanduser()
     try:
         text = regular_file.read_text(path, "templates, one a line")
     except regular_file.FileError as error:
@@ -90,3 +88,19 @@ def class_texts(
         for description in descriptions
         for text in filled
     ]
+
+
+def distinct(texts: Sequence[str], key: Callable[[str], str] = str) -> tuple[list[str], np.ndarray]:
+    """The first of each set of texts whose `key` is equal, and for each text the position of its set, int [N]."""
+    first: dict[str, tuple[int, str]] = {}
+    at = [first.setdefault(key(text), (len(first), text))[0] for text in texts]
+    return [text for _, text in first.values()], np.array(at, int)
+
+
+def encode_lists(
+    encode: Callable[[list[str]], np.ndarray], lists: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """For each list of texts the embeddings [n, D], by `encode`: texts -> [N, D]; a text in several goes there once."""
+    texts, at = distinct([text for each in lists for text in each])
+    ends = np.cumsum([len(each) for each in lists])
+    return np.split(encode(texts)[at], ends[:-1])

@@ -4,17 +4,26 @@ Letters in shapes are those of `schema`, with C classes and n_c texts of class c
 function normalises them, and scores are cosines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-_IMAGES_AT_ONCE = 256  # bounds the memory of the similarities [B, Q, descriptions]
+AT_ONCE = 256  # rows of `in_parts`
 
 
 def unit(x: np.ndarray) -> np.ndarray:
     """`x` [..., D] as float32, normalised to unit length over the last axis; zeros stay zeros."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def in_parts(
+    function: Callable[..., Sequence[np.ndarray]], *arrays: np.ndarray
+) -> list[np.ndarray]:
+    """Calls `function` on AT_ONCE rows of the arrays at a time, which bounds its memory, and joins what it returns."""
+    starts = range(0, max(len(arrays[0]), 1), AT_ONCE)
+    parts = [function(*(x[first : first + AT_ONCE] for x in arrays)) for first in starts]
+    return [np.concatenate(each) for each in zip(*parts)]
 
 
 def class_features(text_embeds: Sequence[np.ndarray], unit_length: bool = False) -> np.ndarray:
@@ -55,12 +64,12 @@ def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndar
         raise ValueError(f"class {counts.index(0)}: has no description to compare regions with")
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     descriptions = unit(np.concatenate(list(description_embeds)))  # [sum of n_c, D]
-    out = np.empty((len(region_embed), len(counts)), np.float32)
-    for first in range(0, len(region_embed), _IMAGES_AT_ONCE):
-        part = slice(first, first + _IMAGES_AT_ONCE)
-        similarity = unit(region_embed[part]) @ descriptions.T  # [B, Q, sum of n_c]
-        out[part] = np.maximum.reduceat(similarity, starts, axis=-1).mean(axis=1)
-    return out
+
+    def scores_of(part: np.ndarray) -> tuple[np.ndarray]:
+        similarity = unit(part) @ descriptions.T  # [b, Q, sum of n_c]
+        return (np.maximum.reduceat(similarity, starts, axis=-1).mean(axis=1),)
+
+    return in_parts(scores_of, region_embed)[0]
 
 
 def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.ndarray:

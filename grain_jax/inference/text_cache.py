@@ -62,9 +62,8 @@ class CachedTexts:
     def _tower(self) -> bytes:
         """A digest of the text tower, its tokenizer, the dtype and backend, and the version of this package."""
         model, folder = self.model, self._predictor.folder
-        digest = hashlib.sha256()
-        for word in (__version__, jax.default_backend(), self.dtype, model.embed_dim):
-            digest.update(f"{word};".encode())
+        words = __version__, jax.default_backend(), self.dtype, model.embed_dim
+        digest = hashlib.sha256("".join(f"{word};" for word in words).encode())
         digest.update(repr(model.text).encode())
         if model.text.tokenizer != "clip":
             digest.update(tokenizer.content_of(tokenizer.file_of(model.text, folder)))

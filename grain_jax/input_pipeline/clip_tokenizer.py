@@ -13,6 +13,7 @@ import regex
 from etils import epath
 
 from grain_jax.input_pipeline.text_cleaning import (
+    BaseTokenizer,
     Texts,
     TokenizerError,
     clean_all,
@@ -37,7 +38,7 @@ _WORD_OR_SPECIAL = regex.compile(
 )
 
 
-class ClipTokenizer:
+class ClipTokenizer(BaseTokenizer):
     """CLIP's tokenizer, 49,408 ids.
 
     Args:
@@ -66,27 +67,11 @@ class ClipTokenizer:
           texts: N strings (or UTF-8 bytes), cleaned and lowered here.
           context_length: most tokens a text, specials included; 3 or more.
         """
-        cleaned = clean_all(texts)
-        padded, lengths, too_long = self._padded(cleaned, context_length)
-        real = np.arange(padded.shape[1]) < lengths[:, None]
-        return Texts(padded[real].astype(np.int32), lengths, too_long, text_ids(cleaned))
-
-    def __call__(self, texts: Sequence[str | bytes], context_length: int = 77) -> np.ndarray:
-        """Returns i32[N, context_length], padded with 0. As `encode`; 2-D even for one text."""
-        return self._padded(clean_all(texts), context_length)[0].astype(np.int32)
-
-    def text_id(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        """Returns i32[N], equal where texts are equal after cleaning and lowering. See `text_ids`."""
-        return text_ids(clean_all(texts))
-
-    def _padded(
-        self, cleaned: list[str], context_length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids [N, context_length], lengths [N], and whether each text was cut [N]."""
         if context_length < 3:
             raise TokenizerError(
                 f"context_length {context_length}: expected 3 or more (start, a token, end)"
             )
+        cleaned = clean_all(texts)
         # Texts with the name of a special token: word by word, with the pattern of the reference.
         special = [
             i for i, t in enumerate(cleaned) if "<" in t and any(n in t for n in _SPECIAL_NAMES)
@@ -104,7 +89,9 @@ class ClipTokenizer:
             lengths[i] = len(ids)
         too_long = lengths > context_length
         padded[too_long, context_length - 1] = END_OF_TEXT
-        return padded[:, :context_length], np.minimum(lengths, context_length), too_long
+        lengths = np.minimum(lengths, context_length)
+        real = np.arange(padded.shape[1]) < lengths[:, None]
+        return Texts(padded[real].astype(np.int32), lengths, too_long, text_ids(cleaned))
 
     def _spell(self, text: str, most: int) -> list[int]:
         ids = [START_OF_TEXT]
@@ -161,8 +148,13 @@ def byte_pairs() -> "tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    merges = _merges()
-    characters = _byte_characters()
+    # Their source is told in clip_vocabulary.LICENSE.txt.
+    _, *lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()
+    merges = [(left, right) for left, right in map(str.split, lines)]
+    # The 256 bytes as printable characters, in the order of the first 256 ids of CLIP (and GPT-2).
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = range(256, 512 - len(printable))
+    characters = [chr(code) for code in (*printable, *others)]
     tokens = [*characters, *(c + "</w>" for c in characters), *("".join(m) for m in merges)]
     library = tokenizers.Tokenizer(
         models.BPE(
@@ -179,16 +171,3 @@ def byte_pairs() -> "tokenizers.Tokenizer":
         ]
     )
     return library
-
-
-def _byte_characters() -> list[str]:
-    """The 256 bytes as printable characters, in the order of the first 256 ids of CLIP (and GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = len(set(range(256)) - set(printable))
-    return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]
-
-
-def _merges() -> list[tuple[str, str]]:
-    """CLIP's merges, in order; their source is told in clip_vocabulary.LICENSE.txt."""
-    _, *lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()
-    return [(left, right) for left, right in map(str.split, lines)]

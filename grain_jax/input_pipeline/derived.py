@@ -5,10 +5,12 @@ the data set, so that at most `MISFITS` of them are dropped or cut. config.json 
 the numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFlow.
 """
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +57,7 @@ class Rows(NamedTuple):
 
 def is_open(config: Config) -> bool:
     """Whether the config has a number left to derive."""
-    return None in (config.input.lanes, config.text.pack_group, config.text.pack_rows)
+    return None in _numbers(config).values()
 
 
 def resolve(
@@ -79,43 +81,38 @@ def resolve(
     """
     if not is_open(config):
         return config, ""
-    lanes, group, rows = config.input.lanes, config.text.pack_group, config.text.pack_rows
-    if stored and stored.batch_size != config.batch_size:
-        stored = None  # another run, which `checkpoint.check_same_run` refuses
-    derived, taken = [], []  # "key=value" each
-
-    def take(name: str, value: int | None, otherwise: Callable[[], int]) -> int:
-        """The value of the checkpoint, else the one that is derived."""
-        found = otherwise() if value is None else value
-        (derived if value is None else taken).append(f"{name}={found}")
-        return found
-
-    if lanes is None:
-        before = stored.input.lanes if stored else None
-        lanes = take(KEYS[0], before, lambda: _lanes(config, place))
+    before = dict.fromkeys(KEYS)  # those of the checkpoint
+    # One of another batch size is another run, which `checkpoint.check_same_run` refuses.
+    if stored and stored.batch_size == config.batch_size:
+        before = _numbers(stored)
+    found, derived, taken = _numbers(config), [], []
     if not config.text.packing:
-        group, rows = 1, config.input.texts_per_image
-    if group is None:
-        before = stored.text.pack_group if stored else None
-        group = take(KEYS[1], before, lambda: _group(config, place, lanes))
+        found |= {KEYS[1]: 1, KEYS[2]: config.input.texts_per_image}
+    for key, way in zip(KEYS, (_lanes, _group)):
+        if found[key] is None:
+            found[key] = before[key] or way(config, place, found[KEYS[0]])
+            (taken if before[key] else derived).append(f"{key}={found[key]}")
+    lanes, group, rows = found.values()
     source = ""
-    if rows is None and stored and stored.text.pack_group == group:
-        rows = stored.text.pack_rows
-        if rows is not None:
-            taken.append(f"{KEYS[2]}={rows}")
+    if rows is None and before[KEYS[1]] == group and (rows := before[KEYS[2]]):
+        taken.append(f"{KEYS[2]}={rows}")
     if rows is None:
-        found = lengths()
-        answer = rows_of(config, group, found)
-        rows = answer.rows
+        of = lengths()
+        rows, misfits, too_long = rows_of(config, group, of)
         derived = [word for word in derived if not word.startswith(KEYS[1])]
         derived.append(f"{KEYS[2]}={rows} for groups of {group}")
-        source = f": from {_names(found)}; {_percent(answer.misfits)} of their texts do not fit"
-        if answer.too_long:
-            source += f", {_percent(answer.too_long)} of their captions are cut to a row's length"
+        names = ", ".join(f"{len(one.synthetic)} images of {one.name}" for one in of)
+        source = f": from {names}; {_percent(misfits)} of their texts do not fit"
+        if too_long:
+            source += f", {_percent(too_long)} of their captions are cut to a row's length"
     line = ", ".join(derived) + source
     if taken:
         line = "; ".join(filter(None, (f"{', '.join(taken)}: as in {where}", line)))
     return with_numbers(config, lanes, group, rows), line
+
+
+def _numbers(config: Config) -> dict[str, Any]:
+    return dict(zip(KEYS, (config.input.lanes, config.text.pack_group, config.text.pack_rows)))
 
 
 def with_numbers(config: Config, lanes: int | None, group: int | None, rows: int | None) -> Config:
@@ -144,7 +141,7 @@ def planned(config: Config, place: Place) -> tuple[Config, str]:
     return resolve(config, place, lambda: found)
 
 
-def _lanes(config: Config, place: Place) -> int:
+def _lanes(config: Config, place: Place, _: None) -> int:
     """A number near `LANES`, with `LANE_IMAGES` images each, that suits 1, 2, 4, ... processes where possible."""
     batch = config.batch_size
     fewest = min(place.shards.values(), default=batch)
@@ -303,6 +300,7 @@ def smallest_rows(
       The rows, and the share of the texts of all draws that does not fit.
     """
 
+    @functools.cache
     def shares(rows: int) -> list[float]:
         out = []
         for texts in draws:
@@ -312,32 +310,24 @@ def smallest_rows(
             out.append((layout.texts_dropped + layout.captions_cut) / number)
         return out
 
-    tokens = [
-        t["caption_lengths"].sum(axis=1)
-        + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
-        + (t["negative_lengths"].sum(axis=(1, 2)) if "negative_lengths" in t else 0)
-        for t in draws
-    ]
-    most = max(int(of.reshape(-1, group).sum(axis=1).max()) for of in tokens)
+    tokens = np.concatenate(
+        [
+            t["caption_lengths"].sum(axis=1)
+            + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
+            + (t["negative_lengths"].sum(axis=(1, 2)) if "negative_lengths" in t else 0)
+            for t in draws
+        ]
+    )
+    most = int(tokens.reshape(-1, group).sum(axis=1).max())
     captions = group * draws[0]["caption_lengths"].shape[1]
     # For two tokens of each caption.
     least = -(-captions // (row_length // packing.MIN_TEXT_LENGTH))
     # Bounds: after first fit no two rows could be one, so they are more than half full on average; and the mean
     # number of tokens needs `low` rows.
-    rows, found = max(least, 2 * most // row_length + 1), [0.0]
-    low = max(least, int(np.mean(np.concatenate(tokens)) * group / row_length))
-    while low < rows:
-        middle = (low + rows) // 2
-        tried = shares(middle)
-        if max(tried) <= misfits:
-            rows, found = middle, tried
-        else:
-            low = middle + 1
-    return rows, float(np.mean(found))
-
-
-def _names(lengths: Sequence[TextLengths]) -> str:
-    return ", ".join(f"{len(one.synthetic)} images of {one.name}" for one in lengths)
+    low = max(least, int(np.mean(tokens) * group / row_length))
+    high = max(least, 2 * most // row_length + 1)
+    rows = bisect.bisect_left(range(high), True, low, key=lambda n: max(shares(n)) <= misfits)
+    return rows, float(np.mean(shares(rows)))
 
 
 def _percent(share: float) -> str:

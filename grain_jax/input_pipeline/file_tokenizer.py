@@ -12,6 +12,7 @@ from etils import epath
 
 from grain_jax.core import regular_file
 from grain_jax.input_pipeline.text_cleaning import (
+    BaseTokenizer,
     Texts,
     TokenizerError,
     clean_all,
@@ -43,7 +44,7 @@ class _Json(msgspec.Struct):
     normalizer: _Normalizer | None = None
 
 
-class FileTokenizer:
+class FileTokenizer(BaseTokenizer):
     """The tokenizer in a file: Hugging Face's tokenizer.json, or a SentencePiece .model.
 
     A tokenizer.json adds its own special tokens; after the pieces of a .model comes its end token, as with
@@ -72,7 +73,7 @@ class FileTokenizer:
                 f"{error}; put the text tower's tokenizer there, or set model.text.tokenizer"
             ) from None
         self._path = path
-        self._cleaning, self._pad_id = cleaning, pad_id
+        self.cleaning, self.pad_id = cleaning, pad_id
 
     def encode(self, texts: Sequence[str | bytes], context_length: int) -> Texts:
         """As `ClipTokenizer.encode`; a text of fewer than two tokens is padded to two.
@@ -80,7 +81,7 @@ class FileTokenizer:
         Raises:
           TokenizerError: not texts, or the file's own rules fail on them, or give ids or lengths that it cannot have.
         """
-        cleaned = clean_all(texts, self._cleaning)
+        cleaned = clean_all(texts, self.cleaning)
         rows = self._ids(cleaned, context_length + 1)
         too_long = [i for i, ids in enumerate(rows) if len(ids) > context_length]
         for i, ids in zip(too_long, self._ids([cleaned[i] for i in too_long], context_length)):
@@ -96,24 +97,13 @@ class FileTokenizer:
             raise TokenizerError(
                 f"{self._path}: got the id {largest}, expected one below {self.vocab_size}, the number of its ids"
             )
-        rows = [[*ids, *[self._pad_id] * (2 - len(ids))] for ids in rows]
+        rows = [[*ids, *[self.pad_id] * (2 - len(ids))] for ids in rows]
         return Texts(
             ids=np.array([i for row in rows for i in row], np.int32),
             lengths=np.array([len(row) for row in rows], np.int32),
             too_long=np.isin(np.arange(len(rows)), too_long),
             text_ids=text_ids(cleaned),
         )
-
-    def __call__(self, texts: Sequence[str | bytes], context_length: int) -> np.ndarray:
-        """Returns i32[N, context_length], padded with `pad_id`."""
-        tokens = self.encode(texts, context_length)
-        padded = np.full((len(tokens.lengths), context_length), self._pad_id, np.int32)
-        padded[np.arange(context_length) < tokens.lengths[:, None]] = tokens.ids
-        return padded
-
-    def text_id(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        """Returns i32[N], equal where texts are equal after the cleaning. See `text_ids`."""
-        return text_ids(clean_all(texts, self._cleaning))
 
 
 # (texts, most tokens a text) -> the ids of each text; and the highest id + 1.

@@ -1,33 +1,39 @@
-"""The files of record sets: where they are, whether they are whole, and what tells them from others."""
+"""The files of record sets: where they are, whether they are whole, and what tells them from others.
 
-import concurrent.futures
+Digests of shards are taken of the records as they are read, in C++: SHA-256 over FarmHash Fingerprint64 of each record.
+They find accidents, not forgeries.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
 from grain_jax.config import Config, Dataset
-from grain_jax.core import errors, regular_file
+from grain_jax.core import atomic, errors, regular_file
 from grain_jax.input_pipeline import order, sources, text_lengths
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 _FEATURES = ("image", "captions", "synthetic_caption", "regions")
 _DESCRIPTIONS = ("dataset_info.json", "features.json")
 _REBUILD = "rebuild the set with grain-jax build, or copy it anew"
+_BUCKETS = 2**63 - 1
+_AT_ONCE = 256  # records
 _LEAST_BYTES = 16  # of a record: its length and the checksums of both
 # Written by grain-jax build: split -> digest of its records; lengths, sizes and digests of its shards.
 DIGEST_FILE = "digest.json"
-_LOOKED_INTO = 64  # shards of a set without DIGEST_FILE, whose size and first record are digested
 
 
 class DataError(errors.UserError):
@@ -41,7 +47,13 @@ class RecordSet(NamedTuple):
     directory: epath.Path  # of its newest version
     shards: tuple[order.ShardFile, ...]
     has_negatives: bool
-    shard_digests: dict[str, str]  # shard's path -> digest that stands beside them; {}: none does
+    written: dict[str, Any]  # its entry in DIGEST_FILE; {}: it has none
+
+    @property
+    def shard_digests(self) -> dict[str, str]:
+        """Shard's path -> digest that stands beside them; {}: none does."""
+        paths = (shard.path for shard in self.shards)
+        return dict(zip(paths, self.written.get("shard_digests", [])))
 
 
 def find(config: Config) -> list[RecordSet]:
@@ -74,11 +86,10 @@ def _find(source: Dataset) -> RecordSet:
     of_region = getattr(features["regions"], "feature", None)
     has_negatives = isinstance(of_region, tfds.features.FeaturesDict) and "negatives" in of_region
     split_shards = shards(directory, split)
-    written, digests = _of_split(directory, source.split), {}
-    if written.get("shard_lengths") == [shard.num_records for shard in split_shards]:
-        # Sets of others have none.
-        digests = dict(zip((s.path for s in split_shards), written.get("shard_digests", [])))
-    return RecordSet(source, directory, split_shards, has_negatives, digests)
+    written = _of_split(directory, source.split)
+    if written.get("shard_lengths") != [shard.num_records for shard in split_shards]:
+        written = {}  # of other shards
+    return RecordSet(source, directory, split_shards, has_negatives, written)
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
@@ -182,47 +193,82 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
 
 
 def identity(one: RecordSet) -> sources.Identity:
-    """What tells a set from others, wherever it lies.
+    """What tells a set from others, wherever it lies: the digest of all records that grain-jax build wrote, if it did.
 
-    The order of the data depends on `shard_lengths`. `digest` is one of all `records` where grain-jax build wrote it
-    beside them (one small file is read), else one of the `files`: the names of all shards, and the size and the
-    first record of at most 64 shards, evenly spread. That takes 64 listings and 64 reads, 16 at a time; a change
-    of other records that keeps all sizes is not found.
-
-    Raises:
-      DataError: DIGEST_FILE is damaged, or a first record cannot be read.
+    The order of the data depends on `shard_lengths`.
     """
-    lengths = [shard.num_records for shard in one.shards]
-    written = _of_split(one.directory, one.source.split)
-    if written.get("shard_lengths") == lengths:  # else DIGEST_FILE is of other shards
-        kind, digest = "records", written.get("digest")
-    else:
-        kind, digest = "files", _digest_of_files([epath.Path(s.path) for s in one.shards])
     return {
         "name": one.source.name,
         "split": one.source.split,
-        "shard_lengths": lengths,
-        "digest": digest,
-        "digest_of": kind,
+        "shard_lengths": [shard.num_records for shard in one.shards],
+        "digest": one.written.get("digest"),
+        "digest_of": "records" if one.written else "nothing",
     }
 
 
-def _digest_of_files(shards: Sequence[epath.Path]) -> str:
-    chosen = [shards[i * len(shards) // _LOOKED_INTO] for i in range(_LOOKED_INTO)]
-    chosen = list(dict.fromkeys(chosen))  # each once
+def hashes(records: tf.Tensor) -> Any:
+    """int64 [n], of serialized records [n]; the same on every machine."""
+    return tf.strings.to_hash_bucket_fast(records, _BUCKETS)
 
-    def look(path: epath.Path) -> list[Any]:
-        try:
-            first = next(tf.data.TFRecordDataset(str(path)).as_numpy_iterator(), b"")
-            features = tf.train.Example.FromString(first).features.feature
-            size = path.stat().length
-        except (*DAMAGE, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise DataError(f"{path}, record 0: {reason}; rebuild the set") from None
-        # Sorted: a protobuf map has no order.
-        parts = [name.encode() + features[name].SerializeToString() for name in sorted(features)]
-        return [size, hashlib.sha256(b"".join(parts)).hexdigest()]
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        looked = list(pool.map(look, chosen))
-    return hashlib.sha256(json.dumps([[p.name for p in shards], looked]).encode()).hexdigest()
+def digest_of(of_records: np.ndarray) -> str:
+    """64 hexadecimal digits, of the `hashes` of a shard's records in their order."""
+    return hashlib.sha256(of_records.astype("<i8").tobytes()).hexdigest()
+
+
+def digest_of_shard(path: epath.PathLike) -> str:
+    """The digest of a shard, which is read for it."""
+    parts = tf.data.TFRecordDataset(str(path)).batch(_AT_ONCE).map(hashes).as_numpy_iterator()
+    return digest_of(np.concatenate([np.zeros(0, np.int64), *parts]))
+
+
+class Comparison:
+    """Compares each shard that a lane reads of a set, as often as it is read.
+
+    Args:
+      written: shard's path -> digest, those that stand beside the records. {}: there are none; the shards are compared
+        with what the run saw when it read them first.
+      notes: the file that keeps it; None: it is kept until the process ends.
+      resumed: whether `notes` is of this run. A fresh start begins it anew.
+
+    Attributes:
+      fault: a line about a shard that is not what it was, or "".
+
+    Raises:
+      FileError: `notes` is no JSON of names and digests.
+    """
+
+    def __init__(self, written: Mapping[str, str], notes: epath.Path | None, resumed: bool):
+        self.fault = ""
+        self._written, self._notes = written, notes
+        self._seen: dict[str, str] = {}  # by the shard's name: a set that was moved is the same
+        if notes is not None and resumed and not written and notes.exists():
+            self._seen = regular_file.read_json(notes, dict[str, str], "digests of shards")
+
+    def take(self, shards: Sequence[order.ShardFile], of_records: np.ndarray) -> None:
+        """Compares the shards of a block with the `hashes` of its records, int64 [n], shard after shard."""
+        ends = np.cumsum([shard.num_records for shard in shards])[:-1]
+        for shard, part in zip(shards, np.split(of_records, ends), strict=True):
+            self._compare(shard.path, digest_of(part))
+
+    def _compare(self, path: str, found: str) -> None:
+        name = epath.Path(path).name
+        if self._written:
+            if found != self._written[path]:
+                self.fault = (
+                    f"{path}: not the records that grain-jax build wrote (digest.json): put the shard back, or build"
+                    " the set again; if the change is meant, delete digest.json and take another --workdir"
+                )
+        elif name not in self._seen:
+            self._seen[name] = found
+            if self._notes is not None:
+                # A full disk: the next save says so.
+                with contextlib.suppress(OSError):
+                    self._notes.parent.mkdir(parents=True, exist_ok=True)
+                    atomic.write_text(self._notes, json.dumps(self._seen))
+        elif found != self._seen[name]:
+            made_anew = f"; if the content is the same, made anew, delete {self._notes}"
+            self.fault = (
+                f"{path}: not the records that this run read there before: put the shard back, or take another"
+                f" --workdir{made_anew if self._notes else ''}"
+            )

@@ -15,7 +15,7 @@ from etils import epath
 
 from grain_jax.config import Config, TextTower
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import assemble, order, shard_digests, sources, tokenizer, transforms
+from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 from grain_jax.input_pipeline.text_cleaning import Texts
@@ -24,6 +24,7 @@ _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warnin
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
 _SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
+_ADVICE = "rebuild the set with grain-jax build"
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
 
 
@@ -96,15 +97,8 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
         try:
             for record in tf.data.TFRecordDataset(shard.path, buffer_size=_READ_BYTES).take(each):
                 fields = tf.io.parse_single_example(record, features)
-                web, synthetic, descriptions, scores = (
-                    fields[name].numpy()
-                    for name in (
-                        "captions",
-                        "synthetic_caption",
-                        "regions/description",
-                        "regions/score",
-                    )
-                )
+                names = ("captions", "synthetic_caption", "regions/description", "regions/score")
+                web, synthetic, descriptions, scores = (fields[name].numpy() for name in names)
                 best = text_lengths_lib.best_first(descriptions, scores)
                 texts = ([text for text in web if text], synthetic, best)
                 if one.has_negatives:
@@ -114,9 +108,7 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
                 images.append(texts)
         except DAMAGE as error:
             reason = str(error.message).splitlines()[0][:200]
-            raise DataError(
-                f"{shard.path}: {reason}; rebuild the set with grain-jax build"
-            ) from None
+            raise DataError(f"{shard.path}: {reason}; {_ADVICE}") from None
     return text_lengths_lib.of_texts(
         images,
         tokenizer.of_tower(tower),
@@ -142,7 +134,7 @@ def batches(
       MissingData, DataError: as `record_files.find`.
       order.OrderError: a set has fewer shards than `input.lanes`.
     A damaged record raises DataError with its shard and its place there, at the batch that it is in; a shard that is
-    not what it was (shard_digests.Comparison) does before the first batch with one of its records.
+    not what it was (record_files.Comparison) does before the first batch with one of its records.
     """
     sets = record_files.find(config)
     lanes_of_sets = [
@@ -169,7 +161,7 @@ def batches(
                 one.source.name,
             )
     comparisons = {
-        (lane.index, i): shard_digests.Comparison(
+        (lane.index, i): record_files.Comparison(
             one.shard_digests, notes and notes / f"set{i}_lane{lane.index}.json", start_step > 0
         )
         for lane in served
@@ -178,7 +170,7 @@ def batches(
     return _batches(config, served, start_step, comparisons)
 
 
-Comparisons = Mapping[tuple[int, int], shard_digests.Comparison]  # of a lane's stream of a set
+Comparisons = Mapping[tuple[int, int], record_files.Comparison]  # of a lane's stream of a set
 
 
 def _batches(
@@ -280,7 +272,7 @@ def _lane_stream(
         draws.set_shape([None, transforms.NUM_DRAWS])
         files = tf.data.TFRecordDataset(paths, buffer_size=_READ_BYTES)
         records = files.batch(length).get_single_element()
-        hashes = shard_digests.hashes(records)
+        hashes = record_files.hashes(records)
         with tf.control_dependencies([tf.numpy_function(compare, [ordinal, hashes], tf.int64)]):
             return tf.gather(records, chosen), draws
 
@@ -315,7 +307,6 @@ def _damage(
     error: tf.errors.OpError,
 ) -> DataError:
     """The error that names the record of the step that cannot be read; reads each again, one by one."""
-    advice = "rebuild the set with grain-jax build"
     begin, end = step * per_lane, (step + 1) * per_lane
     stretches = [
         (stream, range(first, last))
@@ -330,12 +321,12 @@ def _damage(
                     for _ in tf.data.TFRecordDataset(shard.path):
                         count += 1
                 except tf.errors.NotFoundError:
-                    return DataError(f"{shard.path}: the shard is gone; {advice}")
+                    return DataError(f"{shard.path}: the shard is gone; {_ADVICE}")
                 except tf.errors.DataLossError:
-                    return DataError(f"{shard.path}, record {count}: damaged (checksum); {advice}")
+                    return DataError(f"{shard.path}, record {count}: damaged (checksum); {_ADVICE}")
                 if count != shard.num_records:
                     return DataError(
-                        f"{shard.path}: got {count} records, expected {shard.num_records}; {advice}"
+                        f"{shard.path}: got {count} records, expected {shard.num_records}; {_ADVICE}"
                     )
         stream = _lane_stream(lane, positions.start)
         for position, (record, draws) in zip(positions, stream):
@@ -344,5 +335,5 @@ def _damage(
             except tf.errors.InvalidArgumentError as fault:
                 path, index = lane.locate(position)
                 reason = str(fault.message).splitlines()[0][:200]
-                return DataError(f"{path}, record {index}: {reason}; {advice}")
+                return DataError(f"{path}, record {index}: {reason}; {_ADVICE}")
     return DataError(f"step {step}: {str(error.message).splitlines()[0][:300]}")

@@ -10,7 +10,8 @@ follows `DataSource`; `LaneSource` is the short way to write one. examples/data_
 import abc
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
@@ -56,7 +57,6 @@ class DataSource(Protocol):
           MissingData: the data is not there; `input.prepare`, where it is set, is run then.
           UserError: the data cannot be used.
         """
-        ...
 
     def num_examples(self, config: Config) -> int:
         """Examples that count as one epoch."""
@@ -64,15 +64,22 @@ class DataSource(Protocol):
 
     def identities(self, config: Config) -> list[Identity]:
         """That of each data set. []: the data is a function of the config."""
-        ...
+        return []
 
     def num_shards(self, config: Config) -> Mapping[str, int]:
         """Data set -> shards, which `input.lanes` cannot exceed. {}: any number of lanes will do."""
-        ...
+        return {}
 
     def text_lengths(self, config: Config) -> list[TextLengths]:
-        """Lengths of a sample of the texts, of each data set; `text.pack_rows` is derived from them."""
-        ...
+        """Lengths of a sample of the texts, of each data set; `text.pack_rows` is derived from them.
+
+        Raises:
+          UserError: no rows can be derived.
+        """
+        raise errors.UserError(
+            f"text.pack_rows: got None, but input.source={config.input.source} does not tell the lengths of"
+            " its texts; set text.pack_group and text.pack_rows, or text.packing=False"
+        )
 
     def batches(
         self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
@@ -90,15 +97,11 @@ class DataSource(Protocol):
         ...
 
 
-class LaneSource(abc.ABC):
+class LaneSource(DataSource):
     """A DataSource that makes the part of a batch of one lane at a time: implement `num_examples` and `lane_batch`.
 
-    Its data is a function of the config, unless `identities` says otherwise.
+    Its data is a function of the config, of any number of lanes, unless its other methods say otherwise.
     """
-
-    def check(self, config: Config) -> None:
-        """Nothing to check."""
-        del config
 
     @abc.abstractmethod
     def num_examples(self, config: Config) -> int:
@@ -112,43 +115,15 @@ class LaneSource(abc.ABC):
         `assemble.of_examples` lays out images, texts and boxes as a Batch.
         """
 
-    def identities(self, config: Config) -> list[Identity]:
-        """[]: the data is a function of the config."""
-        del config
-        return []
-
-    def num_shards(self, config: Config) -> Mapping[str, int]:
-        """{}: any number of lanes will do."""
-        del config
-        return {}
-
-    def text_lengths(self, config: Config) -> list[TextLengths]:
-        """Raises UserError: no rows can be derived."""
-        raise errors.UserError(
-            f"text.pack_rows: got None, but input.source={config.input.source} does not tell the lengths of"
-            " its texts; set text.pack_group and text.pack_rows, or text.packing=False"
-        )
-
     def batches(
         self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
     ) -> Iterator[Batch]:
-        """As DataSource.batches."""
-        return lane_by_lane(self.lane_batch, config, lanes, start_step)
-
-
-def lane_by_lane(
-    lane_batch: Callable[[Config, int, int], Batch],
-    config: Config,
-    lanes: Sequence[int] | None,
-    step: int,
-) -> Iterator[Batch]:
-    """The batches from `step` on, each put together of `lane_batch(config, lane, step)` of the lanes (None: all)."""
-    served = range(num_lanes(config)) if lanes is None else lanes
-    while True:
-        parts = [lane_batch(config, lane, step) for lane in served]
-        fields = zip(*parts, strict=True)  # None in each part, or in none
-        yield Batch(*(None if field[0] is None else np.concatenate(field) for field in fields))
-        step += 1
+        """As DataSource.batches, each put together of the lanes' parts."""
+        served = range(num_lanes(config)) if lanes is None else lanes
+        for step in itertools.count(start_step):
+            parts = [self.lane_batch(config, lane, step) for lane in served]
+            fields = zip(*parts, strict=True)  # None in each part, or in none
+            yield Batch(*(None if field[0] is None else np.concatenate(field) for field in fields))
 
 
 def batches_of_run(

@@ -31,7 +31,37 @@ class Synthetic(sources.LaneSource):
 
     def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
         """As LaneSource.lane_batch."""
-        return _lane_batch(config, lane, step)
+        key = int(order.hash_key(config.seed, lane, step)[0])
+        rng = np.random.Generator(np.random.Philox(key=key))
+        size, images = config.model.image.image_size, config.batch_size // sources.num_lanes(config)
+        regions = config.input.max_regions
+        count = rng.integers(0, min(MAX_REGIONS, regions), size=images, endpoint=True)
+        mask = np.arange(regions) < count[:, None]
+        wide = rng.uniform(0.1, 0.6, (images, regions, 2))
+        centre = rng.uniform(wide / 2, 1 - wide / 2)
+        image = np.frombuffer(rng.bytes(images * size * size * 3), np.uint8)
+        caption_lengths = _caption_lengths(rng, mask, config)
+        captions = _texts(rng, caption_lengths[caption_lengths > 0], config)
+        lengths = rng.integers(*DESCRIPTION_TOKENS, size=int(mask.sum()), endpoint=True)
+        descriptions = _texts(rng, lengths, config)
+        scores = rng.uniform(0.3, 1.0, mask.shape).astype(np.float32)
+        negatives = negative_mask = None
+        of_negatives = _negative_lengths(rng, mask, config)
+        if of_negatives is not None:
+            negative_mask = of_negatives > 0
+            negatives = _texts(rng, of_negatives[negative_mask], config)
+        return assemble.assemble(
+            image=image.reshape(images, size, size, 3),
+            captions=captions,
+            caption_mask=caption_lengths > 0,
+            descriptions=descriptions,
+            region_boxes_cxcywh=np.concatenate([centre, wide], axis=-1).astype(np.float32),
+            region_mask=mask,
+            region_scores=scores,
+            negatives=negatives,
+            negative_mask=negative_mask,
+            config=config,
+        )
 
 
 batches = Synthetic().batches
@@ -59,40 +89,6 @@ def text_lengths(config: Config) -> TextLengths:
         synthetic=synthetic,
         descriptions=np.where(real, of_regions, 0).astype(np.int32),
         negatives=_negative_lengths(rng, real, config),
-    )
-
-
-def _lane_batch(config: Config, lane: int, step: int) -> Batch:
-    key = int(order.hash_key(config.seed, lane, step)[0])
-    rng = np.random.Generator(np.random.Philox(key=key))
-    size, images = config.model.image.image_size, config.batch_size // sources.num_lanes(config)
-    regions = config.input.max_regions
-    count = rng.integers(0, min(MAX_REGIONS, regions), size=images, endpoint=True)
-    mask = np.arange(regions) < count[:, None]
-    wide = rng.uniform(0.1, 0.6, (images, regions, 2))
-    centre = rng.uniform(wide / 2, 1 - wide / 2)
-    image = np.frombuffer(rng.bytes(images * size * size * 3), np.uint8)
-    caption_lengths = _caption_lengths(rng, mask, config)
-    captions = _texts(rng, caption_lengths[caption_lengths > 0], config)
-    lengths = rng.integers(*DESCRIPTION_TOKENS, size=int(mask.sum()), endpoint=True)
-    descriptions = _texts(rng, lengths, config)
-    scores = rng.uniform(0.3, 1.0, mask.shape).astype(np.float32)
-    negatives = negative_mask = None
-    of_negatives = _negative_lengths(rng, mask, config)
-    if of_negatives is not None:
-        negative_mask = of_negatives > 0
-        negatives = _texts(rng, of_negatives[negative_mask], config)
-    return assemble.assemble(
-        image=image.reshape(images, size, size, 3),
-        captions=captions,
-        caption_mask=caption_lengths > 0,
-        descriptions=descriptions,
-        region_boxes_cxcywh=np.concatenate([centre, wide], axis=-1).astype(np.float32),
-        region_mask=mask,
-        region_scores=scores,
-        negatives=negatives,
-        negative_mask=negative_mask,
-        config=config,
     )
 
 

@@ -1,5 +1,6 @@
 """Texts before the tokenizer: repair, the cleaning of each tower, and ids that are equal where texts are equal."""
 
+import abc
 import hashlib
 import html
 import string
@@ -24,6 +25,37 @@ class Texts(NamedTuple):
     lengths: np.ndarray  # int32 [N], each 2 or more
     too_long: np.ndarray  # bool [N], the texts that were cut
     text_ids: np.ndarray  # int32 [N], equal where the cleaned texts are equal
+
+
+class BaseTokenizer(abc.ABC):
+    """What the tokenizers share.
+
+    Attributes:
+      cleaning: of the texts, a key of CLEANINGS.
+      pad_id: the id of the padding.
+    """
+
+    cleaning = "lower"
+    pad_id = 0
+
+    @abc.abstractmethod
+    def encode(self, texts: Sequence[str | bytes], context_length: int) -> Texts:
+        """The tokens of N strings (or UTF-8 bytes), cleaned here and cut to `context_length` tokens.
+
+        Raises:
+          TokenizerError: not texts, or they cannot be tokenised.
+        """
+
+    def __call__(self, texts: Sequence[str | bytes], context_length: int = 77) -> np.ndarray:
+        """Returns i32[N, context_length], padded with `pad_id`. As `encode`; 2-D even for one text."""
+        tokens = self.encode(texts, context_length)
+        padded = np.full((len(tokens.lengths), context_length), self.pad_id, np.int32)
+        padded[np.arange(context_length) < tokens.lengths[:, None]] = tokens.ids
+        return padded
+
+    def text_id(self, texts: Sequence[str | bytes]) -> np.ndarray:
+        """Returns i32[N], equal where texts are equal after the cleaning. See `text_ids`."""
+        return text_ids(clean_all(texts, self.cleaning))
 
 
 def clean(text: str | bytes) -> str:
@@ -59,7 +91,6 @@ def text_ids(texts: Sequence[str]) -> np.ndarray:
 
 
 def _text(text: str | bytes) -> str:
-    """The text of `clean`'s argument. Raises TokenizerError."""
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")

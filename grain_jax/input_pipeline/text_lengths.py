@@ -65,7 +65,6 @@ def of_texts(
       tokenizer: `model.text.tokenizer`.
       records: images of the set.
     """
-
     rows = _measured(images, text_tokenizer)
     return _table(rows, name=name, tokenizer=tokenizer, records=records)
 
@@ -73,23 +72,17 @@ def of_texts(
 def _measured(images: Sequence[tuple], text_tokenizer: Any) -> list[list]:
     """Numbers of tokens in place of the texts, which stand in lists in lists; 0 for ""."""
 
-    def texts_in(part: Any) -> Iterator[str | bytes]:
-        if isinstance(part, str | bytes):
-            yield part
-        else:
-            for inner in part:
-                yield from texts_in(inner)
+    def each(part: Any) -> Any:
+        is_text = isinstance(part, str | bytes)
+        return lengths.setdefault(part, 0) if is_text else list(map(each, part))
 
-    def measured(part: Any) -> Any:
-        return lengths[part] if isinstance(part, str | bytes) else list(map(measured, part))
-
-    flat = list(dict.fromkeys(texts_in(images)))
     lengths: dict[str | bytes, int] = {}
+    each(images)  # notes the texts
+    flat = [text for text in lengths if text]
     for first in range(0, len(flat), _CHUNK):
         part = flat[first : first + _CHUNK]
         lengths |= zip(part, text_tokenizer.encode(part, LONGEST).lengths.tolist(), strict=True)
-    lengths |= {"": 0, b"": 0}
-    return measured(images)
+    return each(images)
 
 
 def _table(rows: Sequence[Sequence], **about: Any) -> TextLengths:
@@ -147,8 +140,9 @@ class Sample:
                 texts = (item["captions"], item["synthetic_caption"], of)
                 if self._negatives:
                     texts += ([region["negatives"] for region in regions],)
-                push = heapq.heappush if len(self._heap) < IMAGES else heapq.heapreplace
-                push(self._heap, (key, item["id"], texts))
+                heapq.heappush(self._heap, (key, item["id"], texts))
+                if len(self._heap) > IMAGES:
+                    heapq.heappop(self._heap)
             yield item
 
     def encode(self, text_tokenizer: Any) -> bytes:

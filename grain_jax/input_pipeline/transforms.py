@@ -82,27 +82,23 @@ class Transform:
 
         Of more than H in the record, H that follow each other from a drawn one on, the first after the last.
         """
-        shape = [self.input.max_regions, self.input.negatives_per_region]
+        shape = regions, most = self.input.max_regions, self.input.negatives_per_region
         if 0 in shape:
             return tf.zeros(shape, tf.string), tf.zeros(shape, tf.bool)
         texts, counts = (fields[name] for name in NEGATIVES)
         # A record without negatives has no counts either.
         missing = tf.size(fields["regions/score"]) - tf.size(counts)
         counts = tf.pad(tf.cast(counts, tf.int32), [[0, missing]])
-        chosen = best_regions(fields["regions/score"], kept, self.input.max_regions)
+        chosen = best_regions(fields["regions/score"], kept, regions)
         first = tf.gather(tf.cumsum(counts, exclusive=True), chosen)[:, None]
         count = tf.gather(counts, chosen)[:, None]  # [regions, 1]
-        column = tf.range(self.input.negatives_per_region)[None]
+        column = tf.range(most)[None]
         mask = column < count
         start = tf.cast(draws[_NEGATIVE] * tf.cast(count, tf.float32), tf.int32)
         place = first + tf.math.floormod(start + column, tf.maximum(count, 1))
         none = tf.size(texts)  # the place of a text behind the last
         found = tf.gather(tf.concat([texts, [""]], 0), tf.where(mask, place, none))
-        padding = [[0, self.input.max_regions - tf.size(chosen)], [0, 0]]
-        return (
-            tf.ensure_shape(tf.pad(found, padding), shape),
-            tf.ensure_shape(tf.pad(mask, padding), shape),
-        )
+        return _padded(found, regions), _padded(mask, regions)
 
     def _captions(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
         """The captions, string [C], and which of them the record has, bool [C]; `kept` [M]: regions in the crop."""
@@ -157,14 +153,16 @@ def top_regions(
     chosen = best_regions(scores, kept, number)
     boxes = tf.gather(boxes_xyxy, chosen)
     low, high = boxes[:, :2], boxes[:, 2:]
-    padding = [[0, number - tf.size(chosen)]]
     centre_and_size = tf.concat([(low + high) / 2, high - low], 1)
-    return (
-        tf.ensure_shape(tf.pad(tf.gather(descriptions, chosen), padding), [number]),
-        tf.ensure_shape(tf.pad(centre_and_size, [*padding, [0, 0]]), [number, 4]),
-        tf.ensure_shape(tf.pad(tf.ones_like(chosen, tf.bool), padding), [number]),
-        tf.ensure_shape(tf.pad(tf.gather(scores, chosen), padding), [number]),
-    )
+    mask = tf.ones_like(chosen, tf.bool)
+    columns = tf.gather(descriptions, chosen), centre_and_size, mask, tf.gather(scores, chosen)
+    return tuple(_padded(column, number) for column in columns)
+
+
+def _padded(rows: tf.Tensor, number: int) -> tf.Tensor:
+    """[n, ...] -> [number, ...], with zeros behind the rows."""
+    padding = [[0, number - tf.shape(rows)[0]], *[[0, 0]] * (rows.shape.rank - 1)]
+    return tf.ensure_shape(tf.pad(rows, padding), [number, *rows.shape[1:]])
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:

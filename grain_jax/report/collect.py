@@ -17,7 +17,6 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import encode, rates, test_sets, zeroshot
-from grain_jax.inference import prompts, scores
 from grain_jax.report import regions
 from grain_jax.report.arguments import NUM_IMAGES
 from grain_jax.report.thumbnails import Thumbnails
@@ -105,11 +104,7 @@ def _zeroshot(
     entry, _ = entry.available()
     test_set = entry.open()
     classes = list(test_set.classes)
-    described = None
-    if entry.descriptions:
-        described = zeroshot.read_descriptions(entry.descriptions, classes, test_set.stems)
-    alphas = zeroshot.check_alphas(entry.shares, entry.descriptions, entry.names)
-    with_regions = min(alphas) < 1
+    scorer = entry.scorer(predictor, test_set)
     wanted = set(regions.spread(len(test_set), limit).tolist())
     chosen: list[test_sets.Image] = []
     first: dict[int, int] = {}  # class -> position of its first image
@@ -122,31 +117,16 @@ def _zeroshot(
             "the test set has images without a label, expected another split"
         )
     found = encode.gather_images(
-        predictor, chosen, label="report", unreadable={}, regions=with_regions
+        predictor, chosen, label="report", unreadable={}, regions=scorer.with_regions
     )
     seen, own = [chosen[i] for i in found.index], found.labels
 
-    embeds = encode.encode_texts(predictor, described) if described else []
-    of_classes = embeds
-    if entry.names:
-        filled = prompts.load_templates(entry.templates)
-        texts = [
-            prompts.class_texts(name, filled, described[i] if described else None)
-            for i, name in enumerate(classes)
-        ]
-        of_classes = encode.encode_texts(predictor, texts)
-    features = scores.class_features(of_classes, entry.unit_features)
-    global_scores = scores.global_scores(found.image_embed, features)
-    region_scores = None
-    if with_regions:
-        by_query = entry.region_order == "queries"
-        score = scores.region_scores if by_query else zeroshot.description_scores
-        region_scores = score(found.with_regions.embed, embeds)
-
     out = {"pictures": len(seen), "of": len(test_set), "classes": len(classes), "alphas": {}}
-    for alpha in alphas:
-        combined = scores.combine(global_scores, region_scores, alpha)  # [n, C]
-        hits = rates.topk_hits(combined, own[:, None] == np.arange(len(classes)), 1)
+    for way, combined in scorer.of_batch(found).items():  # [n, C]
+        if way.startswith(zeroshot.BY_NAME):
+            continue
+        alpha = float(way.removeprefix("alpha_"))
+        hits = rates.topk_hits(combined, own, 1)
         out["alphas"][f"{alpha:g}"] = {
             "per_class": {
                 name: [float(hits[own == c].sum()), int((own == c).sum())]
@@ -166,30 +146,18 @@ def _confusions(
     first: Mapping[int, int],
     thumbs: Thumbnails,
 ) -> list[dict[str, Any]]:
-    """The most frequent confusions: pairs (true class, predicted class), with example images.
+    """The most frequent pairs (true class, predicted class) by scores [n, C] and true classes int [n], with examples.
 
-    Args:
-      found: scores [n, C].
-      own: int [n], the true classes.
-      seen: the n images.
-      test_set: the test set of the images.
-      first: class -> position of its first image in the set; a class may have none.
-      thumbs: the thumbnails of the page; the example images are added to it.
+    `first`: class -> position of its first image in the set; a class may have none.
     """
-    predicted = found.argmax(axis=1)
-    wrong = np.flatnonzero(found.max(axis=1) > found[np.arange(len(own)), own] + rates.TIE)
-    counts = collections.Counter((int(own[i]), int(predicted[i])) for i in wrong)
+    predicted, rows = found.argmax(axis=1), np.arange(len(own))
+    lead = found[rows, predicted] - found[rows, own]  # of the wrong score over the true one
+    pairs: dict[tuple[int, int], list[int]] = {}  # the images of each, the largest lead first
+    for i in sorted(np.flatnonzero(lead > rates.TIE), key=lambda i: -lead[i]):
+        pairs.setdefault((int(own[i]), int(predicted[i])), []).append(int(i))
     totals = collections.Counter(own.tolist())
-    # Equally frequent pairs are ordered by the largest lead of the wrong score over the true one.
-    lead = found[np.arange(len(found)), predicted] - found[np.arange(len(found)), own]
-    sureness = collections.defaultdict(float)
-    for i in wrong:
-        pair = int(own[i]), int(predicted[i])
-        sureness[pair] = max(sureness[pair], float(lead[i]))
     out = []
-    for pair in sorted(counts, key=lambda p: (-counts[p], -sureness[p]))[:_PAIRS]:
-        mistaken = [i for i in wrong if (own[i], predicted[i]) == pair]
-        mistaken.sort(key=lambda i: -lead[i])
+    for pair, mistaken in sorted(pairs.items(), key=lambda x: -len(x[1]))[:_PAIRS]:
         right = np.flatnonzero((own == pair[1]) & (predicted == pair[1])).tolist()
         example = None
         if right:
@@ -201,9 +169,9 @@ def _confusions(
             {
                 "true": test_set.classes[pair[0]],
                 "predicted": test_set.classes[pair[1]],
-                "count": counts[pair],
+                "count": len(mistaken),
                 "of": totals[pair[0]],
-                "pictures": [thumbs.add(seen[int(i)], _SMALL) for i in mistaken[:_EXAMPLES]],
+                "pictures": [thumbs.add(seen[i], _SMALL) for i in mistaken[:_EXAMPLES]],
                 "example": example and thumbs.add(example, _SMALL),
             }
         )

@@ -1,6 +1,7 @@
 """The PNG figures of a run (curves; test images with boxes and descriptions) and the printed table of results."""
 
 import io
+import itertools
 import json
 import math
 import textwrap
@@ -18,8 +19,8 @@ from matplotlib.figure import Figure
 
 from grain_jax.core import annotations as annotations_lib
 from grain_jax.core import printable, regular_file
-from grain_jax.evaluate import annotated, tables, test_sets
-from grain_jax.report import charts, regions
+from grain_jax.evaluate import evaluators, tables, test_sets
+from grain_jax.report import charts, regions, run_files
 from grain_jax.runtime import metrics_file, processes
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
@@ -43,11 +44,7 @@ def print_table(results: Mapping[str, float]) -> None:
     Args:
       results: `eval/NAME/KEY`, as in metrics.jsonl -> value.
     """
-    groups: dict[str, dict[str, float]] = {}
-    for key, value in results.items():
-        name, _, rest = key.removeprefix("eval/").partition("/")
-        groups.setdefault(name, {})[rest] = value
-    print(tables.describe(groups))
+    print(tables.describe(run_files.by_evaluation(results)))
 
 
 @_texts_as_they_are
@@ -104,7 +101,7 @@ def regions_grid(
     records = [r for r in annotations_lib.read(annotations).records if r.regions]
     if not records:
         raise test_sets.InputError(f"{annotations}: no line has a region; there is nothing to draw")
-    folder = annotated.image_folder(images_dir)
+    folder = evaluators.image_folder(images_dir)
     files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in records]
     seen = regions.look(predictor, records, files, count)
     described, matched, texts = seen.described, seen.matched, seen.texts
@@ -122,12 +119,11 @@ def regions_grid(
     for i, (file, (above, below)) in enumerate(zip(seen.files, axes)):
         image = file.load().convert("RGB")
         _draw_image(above, image)
-        pred_boxes_xyxy = seen.boxes_xyxy[i, matched.query[matched.image == i]]
-        true_boxes_xyxy = described.boxes_xyxy[described.image == i]  # ordered as the matches are
-        for j, pred_box_xyxy in enumerate(pred_boxes_xyxy):
-            colour = COLOURS[j % len(COLOURS)]
-            _draw_box(above, true_boxes_xyxy[j], image.size, colour, dashed=True)
-            _draw_box(above, pred_box_xyxy, image.size, colour, dashed=False)
+        predicted_xyxy = seen.boxes_xyxy[i, matched.query[matched.image == i]]
+        true_xyxy = described.boxes_xyxy[described.image == i]  # ordered as the matches are
+        for boxes in zip(true_xyxy, predicted_xyxy, itertools.cycle(COLOURS)):
+            _draw_box(above, boxes[0], image.size, boxes[2], dashed=True)
+            _draw_box(above, boxes[1], image.size, boxes[2], dashed=False)
         below.set_axis_off()
         height = below.get_position().height * figure.get_figheight()
         for j, (colour, line) in enumerate(captions[i]):
@@ -137,20 +133,15 @@ def regions_grid(
 
 
 def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> list[tuple[str, str]]:
-    """The nearest description of each region of an image as (colour, line) pairs, wrapped.
+    """The nearest description of each region, (colour, line) pairs; and the annotated one where it is another.
 
-    Args:
-      texts: the distinct descriptions.
-      nearest: int [n], position in `texts` of the nearest description of each region.
-      truth: int [n], position of the annotated description; it is added where the two differ.
+    Both are positions in `texts`, int [n].
     """
     lines = []
-    for j, (said, own) in enumerate(zip(nearest, truth)):
-        said_text = printable.plain(texts[int(said)], _LONGEST)
-        own_text = printable.plain(texts[int(own)], _LONGEST)
-        text = f"\N{CHECK MARK} {said_text}"
-        if said != own:
-            text = f"\N{BALLOT X} {said_text} (annotated: {own_text})"
+    for j, positions in enumerate(zip(nearest, truth)):
+        said, own = (printable.plain(texts[int(i)], _LONGEST) for i in positions)
+        right = positions[0] == positions[1]
+        text = f"\N{CHECK MARK} {said}" if right else f"\N{BALLOT X} {said} (annotated: {own})"
         colour = COLOURS[j % len(COLOURS)]
         lines += [(colour, part) for part in textwrap.wrap(text, _LINE, subsequent_indent="    ")]
     return lines
@@ -159,27 +150,20 @@ def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> li
 def _grid(captions: Sequence[Sequence[Any]], title: str) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """A figure, and (axes of the image, axes of its text) for each image; a row is as high as its longest text."""
     columns = min(_COLUMNS, len(captions))
-    rows = [captions[i : i + columns] for i in range(0, len(captions), columns)]
     heights = []  # inches: image, lines, image, lines ...
-    for row in rows:
-        heights += [_CELL - 0.1, 0.3 + _LINE_HEIGHT * max(map(len, row))]
+    for i in range(0, len(captions), columns):
+        longest = max(map(len, captions[i : i + columns]))
+        heights += [_CELL - 0.1, 0.3 + _LINE_HEIGHT * longest]
     title = textwrap.fill(title, _LINE * columns)
     top = 0.25 + 0.2 * len(title.splitlines())
-    height = sum(heights) + top
+    height, side = sum(heights) + top, 0.05 / columns
     figure = Figure(figsize=(_CELL * columns, height), dpi=110)
+    place = dict(left=side, right=1 - side, bottom=0.0, top=1 - top / height)
     grid = figure.add_gridspec(
-        len(heights),
-        columns,
-        height_ratios=heights,
-        left=0.05 / columns,
-        right=1 - 0.05 / columns,
-        bottom=0.0,
-        top=1 - top / height,
-        wspace=0.03,
-        hspace=0.0,
+        len(heights), columns, height_ratios=heights, wspace=0.03, hspace=0.0, **place
     )
     figure.suptitle(title, fontsize=10, y=1 - 0.12 / height, va="top")
-    cells = [divmod(i, columns) for i in range(len(captions))]
+    cells = (divmod(i, columns) for i in range(len(captions)))
     return figure, [
         (figure.add_subplot(grid[2 * r, c]), figure.add_subplot(grid[2 * r + 1, c]))
         for r, c in cells
@@ -188,31 +172,22 @@ def _grid(captions: Sequence[Sequence[Any]], title: str) -> tuple[Figure, list[t
 
 def _draw_image(axis: Axes, image: PIL.Image.Image) -> None:
     scale = max(1.0, _PIXELS / max(image.size))
-    size = [round(edge * scale) for edge in image.size]
-    axis.imshow(
-        image.resize(size, PIL.Image.Resampling.LANCZOS),
-        extent=(0, image.width, image.height, 0),
+    larger = image.resize(
+        [round(edge * scale) for edge in image.size], PIL.Image.Resampling.LANCZOS
     )
+    axis.imshow(larger, extent=(0, image.width, image.height, 0))
     axis.set_axis_off()
 
 
 def _draw_box(axis: Axes, box_xyxy, size: tuple[int, int], colour: str, *, dashed: bool) -> None:
     x1, y1, x2, y2 = np.asarray(box_xyxy) * (*size, *size)
-    width = 1.5 if dashed else 2.1
-    halo = [patheffects.withStroke(linewidth=width + 1.4, foreground="white", alpha=0.75)]
-    axis.add_patch(
-        patches.Rectangle(
-            (x1, y1),
-            x2 - x1,
-            y2 - y1,
-            fill=False,
-            edgecolor=colour,
-            linewidth=width,
-            linestyle=(0, (4, 2.5)) if dashed else "solid",
-            path_effects=None if dashed else halo,
-            clip_on=False,
-        )
-    )
+    look: dict[str, Any] = dict(linewidth=1.5, linestyle=(0, (4, 2.5)))
+    if not dashed:
+        halo = patheffects.withStroke(linewidth=3.5, foreground="white", alpha=0.75)
+        look = dict(linewidth=2.1, path_effects=[halo])
+    box = patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, **look)
+    box.set_clip_on(False)
+    axis.add_patch(box)
 
 
 def _framed(axis: Axes, title: str) -> Axes:

@@ -1,11 +1,13 @@
 """report.html: one self-contained file that shows the results of a run, or of several side by side."""
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from etils import epath
 
+from grain_jax import config as config_lib
 from grain_jax.core import atomic, html
 from grain_jax.evaluate import tables
 from grain_jax.report import charts, collect, run_files
@@ -66,17 +68,16 @@ def write(
     runs, found = [], []
     for i, folder in enumerate(workdirs):
         run = run_files.read(folder, results if i == 0 else ())
-        looked: dict[str, Any]
-        if not model:
-            looked = {"lines": {"model": "no model was loaded (--no-model)"}}
-        elif run.config is None:
-            line = f"{folder}: config.json is missing, so no model was loaded"
-            looked = {"lines": {"model": line}}
-        else:
+        runs.append(run)
+        if model and run.config is not None:
             own = predictor if i == 0 else None
             looked = collect.collect(folder, run.config, own, step=run.step, num_images=num_images)
-        runs.append(run)
-        found.append(looked)
+            found.append(looked)
+            continue
+        line = "no model was loaded (--no-model)"
+        if model:
+            line = f"{folder}: config.json is missing, so no model was loaded"
+        found.append({"lines": {"model": line}})
     path = epath.Path(output) if output else workdirs[0] / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, render(runs, found))
@@ -156,10 +157,8 @@ def _per_class(run: run_files.RunFiles, looked: Mapping[str, Any]) -> dict[str, 
                 alpha: {c: [share, result.counts.get(c)] for c, share in shares.items()}
                 for alpha, shares in result.per_class.items()
             }
-            out[f"{result.name} ({result.source})"] = {
-                "note": "all of its images",
-                "alphas": alphas,
-            }
+            shown = {"note": "all of its images", "alphas": alphas}
+            out[f"{result.name} ({result.source})"] = shown
     for name, entry in looked.get("zeroshot", {}).items():
         alphas = {
             alpha: {c: [hits / n, n] for c, (hits, n) in part["per_class"].items()}
@@ -183,20 +182,14 @@ def _results(runs, names) -> str:
     if not groups:
         return '<p class="none">Nothing has been evaluated.</p>'
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    body = "".join(
-        f'<tbody class="group"><tr><th scope="colgroup" colspan="{len(runs) + 1}">{escape(source)}</th></tr></tbody>'
-        "<tbody>"
-        + "".join(
-            f'<tr><th scope="row">{escape(what)}</th>'
-            + "".join(
-                f'<td class="value">{column or "<small>none</small>"}</td>' for column in columns
-            )
-            + "</tr>"
-            for what, columns in rows.values()
-        )
-        + "</tbody>"
-        for source, rows in groups.items()
-    )
+    body = ""
+    for source, rows in groups.items():
+        group = f'<th scope="colgroup" colspan="{len(runs) + 1}">{escape(source)}</th>'
+        body += f'<tbody class="group"><tr>{group}</tr></tbody><tbody>'
+        for what, columns in rows.values():
+            cells = (f'<td class="value">{x or "<small>none</small>"}</td>' for x in columns)
+            body += f'<tr><th scope="row">{escape(what)}</th>{"".join(cells)}</tr>'
+        body += "</tbody>"
     return f'<div class="scroll"><table><thead><tr><th scope="col">measured</th>{head}</tr></thead>{body}</table></div>'
 
 
@@ -210,20 +203,20 @@ def _cell(numbers, row, value: str, between: str, chance: str, of: str) -> str:
     bar = f'<i class="value" style="width:{100 * number:.2f}%"></i>'
     low, high = numbers.get(f"{row.key}_low"), numbers.get(f"{row.key}_high")
     if low is not None and high is not None:
-        bar += (
-            f'<i class="between" style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
-        )
+        place = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
+        bar += f'<i class="between" style="{place}"></i>'
     if row.chance in numbers:
         bar += f'<i class="chance" style="left:{100 * numbers[row.chance]:.2f}%"></i>'
     return f'{text}<span class="scale" aria-hidden="true">{bar}</span>'
 
 
 def _config(runs, names) -> str:
-    flats = [run_files.flat(run.config) if run.config else {} for run in runs]
+    flats = [config_lib.flatten(run.config or {}) for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
     if not keys:
         return '<p class="none">config.json is missing.</p>'
-    rows = [(key, [flat.get(key, "") for flat in flats]) for key in keys]
+    shown = lambda value: json.dumps(value, ensure_ascii=False)
+    rows = [(key, [shown(flat[key]) if key in flat else "" for flat in flats]) for key in keys]
     return f'<div id="config-tools"></div>{_table("config-table", "key", names, rows)}'
 
 
@@ -235,16 +228,17 @@ def _environment(runs, names) -> str:
 
 def _table(name: str, what: str, names, rows, *, code: bool = True) -> str:
     """A table with a column for each run; rows in which the runs differ are marked."""
-    tag = "code" if code else "span"
-    head = "".join(f'<th scope="col">{escape(n)}</th>' for n in names)
-    body = "".join(
-        f'<tr{" class=differs" if len(set(texts)) > 1 else ""}><th scope="row"><{tag}>{escape(key)}</{tag}></th>'
-        + "".join(f'<td class="long"><{tag}>{escape(text)}</{tag}></td>' for text in texts)
-        + "</tr>"
-        for key, texts in rows
-    )
+    tag, kind = ("code", "tall") if code else ("span", "scroll")
+    head = "".join(f'<th scope="col">{escape(n)}</th>' for n in [what, *names])
+    body = ""
+    for key, texts in rows:
+        cells = (f'<td class="long"><{tag}>{escape(text)}</{tag}></td>' for text in texts)
+        differs = " class=differs" if len(set(texts)) > 1 else ""
+        body += (
+            f'<tr{differs}><th scope="row"><{tag}>{escape(key)}</{tag}></th>{"".join(cells)}</tr>'
+        )
     return (
-        f'<div class="{"tall" if code else "scroll"}"><table id="{name}"><thead><tr><th scope="col">{what}</th>{head}</tr></thead>'
+        f'<div class="{kind}"><table id="{name}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -255,11 +249,9 @@ def _unmeasured(runs, found, names) -> str:
         own = run.unmeasured + [f"{part}: {line}" for part, line in looked["lines"].items()]
         for entry, part in looked.get("zeroshot", {}).items():
             if part["pictures"] < part["of"]:
-                own.append(
-                    f"{entry}: confusions and classes are of {part['pictures']} of {part['of']} images"
-                )
+                of = f"{part['pictures']} of {part['of']} images"
+                own.append(f"{entry}: confusions and classes are of {of}")
         lines += [f"{name}: {line}" if len(runs) > 1 else line for line in own]
     shown = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return "<h3>Not measured</h3>" + (
-        f"<ul>{shown}</ul>" if lines else "<p>Nothing is missing.</p>"
-    )
+    shown = f"<ul>{shown}</ul>" if lines else "<p>Nothing is missing.</p>"
+    return f"<h3>Not measured</h3>{shown}"

@@ -14,7 +14,7 @@ from grain_jax.core import annotations as annotations_lib
 from grain_jax.core import errors, named
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import encode, evaluators, grounding, test_sets
-from grain_jax.inference import scores
+from grain_jax.inference import prompts, scores
 from grain_jax.report import attention
 from grain_jax.report.thumbnails import Thumbnails
 
@@ -91,14 +91,13 @@ def look(
     described = grounding.described_boxes(mine, found.sizes)
     matched, own_text = grounding.match(found.with_regions.boxes_xyxy, described)
     others = [region.description for record in records for region in record.regions]
-    texts = grounding.distinct(described.texts + others)
+    texts = prompts.distinct(described.texts + others, encode.as_read)[0]
     texts = texts[: max(most_texts or len(texts), len(described.texts))]
     text_embed = scores.unit(predictor.encode_text(texts))
     similarity = scores.unit(found.with_regions.embed) @ text_embed.T
     files = [files[i] for i in found.index]
-    boxes_xyxy = found.with_regions.boxes_xyxy
-    at = (mine, files, found.sizes, boxes_xyxy, described, matched, own_text)
-    return Looked(*at, texts, text_embed, similarity)
+    of_images = (mine, files, found.sizes, found.with_regions.boxes_xyxy)
+    return Looked(*of_images, described, matched, own_text, texts, text_embed, similarity)
 
 
 def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
@@ -138,7 +137,7 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
         "regions": {
             "entry": name,
             "pictures": cards,
-            "texts": _used_texts(cards, seen.texts),
+            "texts": seen.texts,
             "chosen_from": len(seen.texts),
             "of": len(annotated.records),
         },
@@ -148,27 +147,15 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
 
 
 def _predicted(boxes_xyxy, similarity, matched, own_text, image: int) -> list[dict[str, Any]]:
-    """The predicted regions of an image, with their nearest descriptions and the matched annotation.
-
-    Args:
-      boxes_xyxy: [Q, 4].
-      similarity: cosines of regions and texts, [Q, T].
-      matched: the matches of all images, as `grounding.match` returns them.
-      own_text: int [n], the annotated text of each match.
-      image: position of the image.
-    """
-    out = []
-    for q, box in enumerate(boxes_xyxy):
-        region = {
-            "box": _rounded(box),
-            "best": _best(similarity[q]),
-            "own": None,  # the text of the matched annotated box
-        }
-        for at in np.flatnonzero((matched.image == image) & (matched.query == q)):
-            region["own"] = int(own_text[at])
-            region["own_score"] = round(float(similarity[q, own_text[at]]), 3)
-            region["iou"] = round(float(matched.iou[at]), 3)
-        out.append(region)
+    """The regions of an image by boxes [Q, 4] and cosines [Q, T], and in `own` the text of the box that each matches."""
+    out: list[dict[str, Any]] = [
+        {"box": _rounded(box), "best": _best(row), "own": None}
+        for box, row in zip(boxes_xyxy, similarity)
+    ]
+    for at in np.flatnonzero(matched.image == image):
+        query, text = matched.query[at], int(own_text[at])
+        score, iou = float(similarity[query, text]), float(matched.iou[at])
+        out[query] |= {"own": text, "own_score": round(score, 3), "iou": round(iou, 3)}
     return out
 
 
@@ -204,33 +191,14 @@ def _resized(model: config_lib.Model, files: Sequence[test_sets.Image]) -> np.nd
     return np.stack([image_files.resize(file.load(), model.image.image_size) for file in files])
 
 
-def _used_texts(cards: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:
-    """The texts that `cards` refer to; changes the positions in `cards` to positions in the returned list."""
-    place: dict[int, int] = {}
-    at = lambda text: None if text is None else place.setdefault(text, len(place))
-    for card in cards:
-        for box in card["true"]:
-            box["text"] = at(box["text"])
-        for region in card["predicted"]:
-            region["own"] = at(region["own"])
-        for said in (*card["true"], *card["predicted"]):
-            if "best" in said:
-                said["best"] = [[at(text), cosine] for text, cosine in said["best"]]
-    return [texts[text] for text in place]
-
-
 def _rounded(box: np.ndarray) -> list[float]:
     return [round(float(x), 4) for x in box]
 
 
 def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
-    """For each query: the map of its boxes, how often it is matched, and its most frequent nearest descriptions.
+    """For each query the map of its boxes [n, Q, 4], how often it is matched, and its most frequent descriptions.
 
-    Args:
-      boxes_xyxy: [n, Q, 4].
-      said: int [n, Q], position in `texts` of the description nearest to each region.
-      texts: the descriptions.
-      matched: the matches, as `grounding.match` returns them.
+    `said`, int [n, Q], has the position in `texts` of the description nearest to each region.
     """
     count, queries = said.shape
     at = (np.arange(_CELLS) + 0.5) / _CELLS
@@ -240,23 +208,19 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
     cover = np.einsum("nqy,nqx->qyx", inside_y.astype(float), inside_x.astype(float)) / count
     out = []
     for q in range(queries):
-        own = matched.query == q
-        box = boxes_xyxy[:, q]
-        area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-        words = collections.Counter(said[:, q].tolist()).most_common(_SAID)
+        own, x1, y1, x2, y2 = matched.query == q, *boxes_xyxy[:, q].T
+        centres = np.stack([(x1 + x2) / 2, (y1 + y2) / 2], axis=1)
+        words = collections.Counter(said[:, q].tolist())
         out.append(
             {
                 "map": cover[q].round(3).tolist(),
-                "centres": [
-                    [round(float(b[0] + b[2]) / 2, 3), round(float(b[1] + b[3]) / 2, 3)]
-                    for b in box
-                ],
-                "mean_box": _rounded(box.mean(axis=0)),
-                "mean_area": round(float(area.mean()), 4),
+                "centres": centres.astype(float).round(3).tolist(),
+                "mean_box": _rounded(boxes_xyxy[:, q].mean(axis=0)),
+                "mean_area": round(float(((x2 - x1) * (y2 - y1)).mean()), 4),
                 "matched": int(own.sum()),
                 "iou": round(float(matched.iou[own].mean()), 4) if own.any() else None,
-                "says": [[texts[t], n] for t, n in words],
-                "different": len(set(said[:, q].tolist())),
+                "says": [[texts[t], n] for t, n in words.most_common(_SAID)],
+                "different": len(words),
             }
         )
     return {"pictures": count, "queries": out}
@@ -279,6 +243,7 @@ def _attention(predictor, files: Sequence[test_sets.Image]) -> dict[str, Any] | 
     got = attention.cross_attention(model, predictor.params, resized).weights
     weights = got.transpose(1, 0, 2, 3, 4)  # [B, T, K, Q+1, N]
     most = weights.max(axis=-1, keepdims=True)
+    shares = (weights / most * 255).round().astype(np.uint8)
     return {
         "layers": decoder.depth,
         "heads": decoder.heads,
@@ -286,9 +251,6 @@ def _attention(predictor, files: Sequence[test_sets.Image]) -> dict[str, Any] | 
         "first": first,
         "side": side,
         "pictures": chosen.tolist(),
-        "weights": [
-            base64.b64encode((w / m * 255).round().astype(np.uint8).tobytes()).decode()
-            for w, m in zip(weights, most)
-        ],
+        "weights": [base64.b64encode(x.tobytes()).decode() for x in shares],
         "most": [[float(f"{x:.4g}") for x in m.ravel()] for m in most],
     }

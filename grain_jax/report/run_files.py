@@ -101,14 +101,14 @@ def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
     return [f"{'/'.join(p)} ({i})" for i, p in enumerate(parts, 1)]
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, str]:
-    """A config as {"a.b": JSON text}; lists of plain values stay in one piece."""
-    if isinstance(config, Mapping) and config:
-        out = {}
-        for key, value in config.items():
-            out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return out
-    return {prefix: json.dumps(config, ensure_ascii=False)}
+def by_evaluation(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers of `eval/NAME/KEY` as {NAME: {KEY: number}}; other values are left out."""
+    groups: dict[str, dict[str, float]] = {}
+    for key, value in results.items():
+        name, _, rest = key.removeprefix("eval/").partition("/")
+        if isinstance(value, (int, float)):
+            groups.setdefault(name, {})[rest] = value
+    return groups
 
 
 def _json(path: epath.Path) -> dict[str, Any] | None:
@@ -132,12 +132,8 @@ def _training_results(workdir: epath.Path, series: Mapping[str, Any]) -> list[Re
     if stored is None:
         source = "metrics.jsonl"
         stored = {key: s[1][-1] for key, s in series.items() if key.startswith("eval/")}
-    groups: dict[str, dict[str, float]] = {}
-    for key, value in stored.items():
-        name, _, rest = key.removeprefix("eval/").partition("/")
-        if isinstance(value, (int, float)):
-            groups.setdefault(name, {})[rest] = value
-    return [r for name, numbers in groups.items() for r in _results(name, source, numbers)]
+    groups = by_evaluation(stored).items()
+    return [r for name, numbers in groups for r in _results(name, source, numbers)]
 
 
 def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
@@ -211,12 +207,12 @@ def _environment(workdir: epath.Path) -> dict[str, str]:
         return out | {"receipt": "none yet"}
     last = records[-1]
     whole = all(b["previous"] == receipt.sha256(a) for a, b in zip(records, records[1:]))
+    chain = "an unbroken chain" if whole else "A BROKEN CHAIN: see grain_jax.verify"
     out |= {key: str(value) for key, value in last["environment"].items() if value}
-    out |= {
+    return out | {
         "mesh": ", ".join(f"{axis} {size}" for axis, size in last["mesh"].items()),
         "processes": str(last["processes"]),
-        "receipt": f"{len(records)} record{'s' if len(records) > 1 else ''}, "
-        + ("an unbroken chain" if whole else "A BROKEN CHAIN: see grain_jax.verify"),
+        "receipt": f"{len(records)} record{'s' * (len(records) > 1)}, {chain}",
         "receipt, step": str(last["step"]),
         "receipt, batches": last["batch_chain"],
         "receipt, pixels": last["pixel_chain"],
@@ -224,4 +220,3 @@ def _environment(workdir: epath.Path) -> dict[str, str]:
         "receipt, config": last["config"],
         "receipt, metrics": last["metrics"],
     }
-    return out

@@ -5,6 +5,7 @@ config), `receipt` (its record) and `data` (the identities of its record sets).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from grain_jax.runtime import receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     absolute,
-    fault_of,
+    attempt,
     finished_steps,
     metadata_of,
     open_reader,
@@ -166,9 +167,9 @@ def restore_newest(
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         folder = checkpoints.directory / str(step)
-        state, record, stored, fault = _read_saved(folder, config, abstract_state)
-        if fault and "://" in str(folder):  # a network may have been down for a moment
-            state, record, stored, fault = _read_saved(folder, config, abstract_state)
+        read = functools.partial(_read_saved, folder, config, abstract_state)
+        found, fault = attempt(read, folder, errors.UserError)
+        state, record, stored = found or (None, {}, [])
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
         if fault is None and (wrong := receipt.contradictions(record, state)):
@@ -189,16 +190,10 @@ def restore_newest(
 
 def _read_saved(
     folder: epath.Path, config: config_lib.Config, abstract_state: Any
-) -> tuple[Any, dict[str, Any], list[dict[str, Any]], str | None]:
-    """(state, record, identities of its data, fault) of a checkpoint; the fault is None where it was read."""
-    try:
-        check_same_run(folder, config)
-        state = restore(folder, abstract_state)
-        return state, read_json(folder, "receipt"), read_data(folder), None
-    except errors.UserError:
-        raise
-    except Exception as error:
-        return None, {}, [], fault_of(error)
+) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+    """(state, record, identities of its data) of a checkpoint."""
+    check_same_run(folder, config)
+    return restore(folder, abstract_state), read_json(folder, "receipt"), read_data(folder)
 
 
 def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
@@ -312,30 +307,18 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
 
 
 def _differences(stored: Any, expected: Any) -> list[str]:
-    """A line for each array that differs; a part of the tree that only one side has is one line."""
+    """A line for each array that differs; those of parameters first, as what the optimiser keeps for one repeats them."""
 
-    def nested(tree):
-        root: dict = {}
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            *parents, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            node = root
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}"
-        return root
+    def flat(tree: Any) -> dict[str, str]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.shape} {np.dtype(x.dtype)}"
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
 
-    def words(node):
-        if not isinstance(node, dict):
-            return node
-        return f"{len(jax.tree.leaves(node))} arrays" if node else "nothing"
-
-    def walk(old, new, path):
-        if isinstance(old, dict) and isinstance(new, dict) and bool(old) == bool(new):
-            for key in sorted(old | new):
-                yield from walk(old.get(key, {}), new.get(key, {}), [*path, key])
-        elif old != new:
-            yield f"  {'/'.join(path)}: stored {words(old)}, expected {words(new)}"
-
-    lines = walk(nested(stored), nested(expected), [])
-    # What the optimiser keeps for a parameter only repeats the parameter's own line.
+    old, new = flat(stored), flat(expected)
+    lines = [
+        f"  {name}: stored {old.get(name, 'nothing')}, expected {new.get(name, 'nothing')}"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name)
+    ]
     return sorted(lines, key=lambda line: not line.startswith("  params"))

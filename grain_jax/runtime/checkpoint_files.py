@@ -98,6 +98,21 @@ def read_arrays(folder: epath.Path, only: str | None = None) -> Any:
         )
 
 
+def attempt(
+    read: Callable[[], Any], folder: epath.Path, passes: type[BaseException]
+) -> tuple[Any, str | None]:
+    """(what `read` finds in the folder, None), or (None, the fault). Raises errors of the type `passes`."""
+    fault = None
+    for _ in range(2 if "://" in str(folder) else 1):  # a network may have been down for a moment
+        try:
+            return read(), None
+        except passes:
+            raise
+        except Exception as error:  # damaged bytes make a reader fail in any way
+            fault = fault_of(error)
+    return None, fault
+
+
 def fault_of(error: BaseException) -> str:
     """In a line, what makes a checkpoint unreadable: whatever a reader makes of bytes that nobody wrote."""
     _silence_half_read()

@@ -97,8 +97,13 @@ def of_state(state: Any) -> dict[str, str]:
     sums = {}
     for part in ("params", "opt_state", "ema_params"):
         leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
-        shards = [_of_shards(leaf, jax.tree_util.keystr(path)) for path, leaf in leaves]
-        if shards:
+        shards = [
+            _of_block(np.asarray(shard.data), jax.tree_util.keystr(path), leaf.shape, shard.index)
+            for path, leaf in leaves
+            for shard in leaf.addressable_shards
+            if not shard.replica_id  # each is counted on one process only
+        ]
+        if leaves:
             sums[part] = sum(shards) % 2**64
     words = np.array([divmod(value, 2**32) for value in sums.values()], np.uint32)
     if jax.process_count() > 1:
@@ -122,15 +127,6 @@ def of_arrays(tree: Any) -> str:
         everything = (slice(None),) * leaf.ndim
         total += _of_block(np.asarray(leaf), jax.tree_util.keystr(path), leaf.shape, everything)
     return text(divmod(total % 2**64, 2**32))
-
-
-def _of_shards(x: jax.Array, name: str) -> int:
-    """The sum of the shards of `x` on this process; each shard is counted on one process only."""
-    return sum(
-        _of_block(np.asarray(shard.data), name, x.shape, shard.index)
-        for shard in x.addressable_shards
-        if not shard.replica_id
-    )
 
 
 def _of_block(

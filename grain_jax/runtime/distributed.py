@@ -43,10 +43,6 @@ def initialize(
     Raises:
       UserError: flags that do not fit together, or a package that the cluster needs is missing.
     """
-    if heartbeat_seconds < 1:
-        raise errors.UserError(
-            f"--heartbeat-seconds: got {heartbeat_seconds}, expected at least 1, such as 100"
-        )
     found = find(coordinator, processes, process_id, os.environ)
     if found is None:
         answer_libtpu()
@@ -165,7 +161,7 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
     Args:
       heartbeat_seconds: as given to `initialize`.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         yield
         return
     try:
@@ -174,13 +170,11 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
         status, text = ending.end_by(error)
         if isinstance(error, SystemExit) and status in ending.AGREED:
             raise
-        if "Gloo" in str(error) and not isinstance(
-            error, errors.UserError
-        ):  # another process is gone; JAX finds out which, and ends this one
+        # Another process is gone; JAX finds out which, and ends this one.
+        if "Gloo" in str(error) and not isinstance(error, errors.UserError):
+            said = f"a collective failed, so another process may be gone: {error}"
             with contextlib.suppress(OSError):  # nobody reads it any more
-                print(
-                    f"a collective failed, so another process may be gone: {error}", file=sys.stderr
-                )
+                print(said, file=sys.stderr)
             time.sleep(heartbeat_seconds + 5)
             text = ""
         ending.leave(status, text)

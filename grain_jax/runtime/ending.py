@@ -338,22 +338,10 @@ def _of_storage(workdir: epath.Path, error: Exception) -> str | None:
             f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
             " make room, and the same command goes on from the newest"
         )
-    removed = "removed while the run was writing to it"
     if "://" not in str(workdir) and not workdir.exists():
-        return f"{workdir}: the folder was {removed}"
+        return f"{workdir}: the folder was removed while the run was writing to it"
     fault = errors.of_system(error)
-    for cause in errors.causes(error):
-        if isinstance(cause, OSError) and str(cause.filename or "").startswith(str(workdir)):
-            what = removed if isinstance(cause, FileNotFoundError) else cause.strerror
-            fault = f"{cause.filename}: {what}"
-            break
     return f"{fault}; the same command goes on from the newest checkpoint" if fault else None
-
-
-def _follows(error: BaseException | None) -> bool:
-    """Whether it follows from a failed save, whose event loop closes before all writes end."""
-    refused = isinstance(errors.of_system(error), errors.StorageFault)
-    return refused or str(error) == "Event loop is closed"
 
 
 def quiet_threads() -> None:
@@ -365,7 +353,10 @@ def quiet_threads() -> None:
 
     def quiet(hook: Callable, error_of: Callable[..., BaseException | None]) -> Callable:
         def heard(*args):
-            if not _follows(error_of(*args)):
+            error = error_of(*args)
+            refused = isinstance(errors.of_system(error), errors.StorageFault)
+            # After a failed save the event loop closes before all writes end.
+            if not refused and str(error) != "Event loop is closed":
                 hook(*args)
 
         return heard

@@ -23,7 +23,7 @@ from grain_jax.core import atomic, errors, progress
 from grain_jax.runtime import ending, metrics_file
 
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
-SMALL_BYTES = 256 << 10  # up to this size, an upload of the whole file is as good as one of its end
+UPLOAD_SHARE = 0.01  # of the time, at most, that uploads between checkpoints take
 EVENT_FILE_BYTES = 1 << 20  # TensorBoard reads many files as one; so no upload is much larger
 
 
@@ -194,47 +194,21 @@ class _Events:
 
 
 class _Upload:
-    """Brings files that grow in a folder of this machine to a workdir in an object store.
-
-    `metrics.jsonl` is uploaded whole while it is small. Later only its new lines are, as `metrics.parts/STEP.jsonl`,
-    and the whole again when these have become an eighth of it: so no line is uploaded more than about nine times. A
-    restart reads the parts of a run that was killed; a run that ends leaves one file.
-    """
+    """Brings files that grow in a folder of this machine to a workdir in an object store, whole."""
 
     def __init__(self, workdir: epath.Path):
         self.folder = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
         ending.at_end(functools.partial(self.folder.rmtree, missing_ok=True))
-        self.workdir = workdir
-        self._whole = -1  # bytes of the store's metrics.jsonl; -1: not known
-        self._uploaded = 0  # and of its parts together with it
-        self._event_bytes: dict[str, int] = {}
+        self._workdir = workdir
+        self._bytes: dict[str, int] = {}  # of the files that are there
 
-    def metrics(self, step: int) -> None:
-        """Uploads what is new in metrics.jsonl: its lines up to `step`, or all of it where that is due."""
-        data = (self.folder / "metrics.jsonl").read_bytes()
-        if len(data) <= SMALL_BYTES or len(data) - self._whole > len(data) / 8:
-            self.whole_metrics()
-        elif len(data) > self._uploaded:
-            part = self.workdir / "metrics.parts" / f"{step:012d}.jsonl"
-            part.write_bytes(data[self._uploaded :])
-            self._uploaded = len(data)
-
-    def whole_metrics(self) -> None:
-        """Uploads all of metrics.jsonl where the store has not got it in one file, and removes the parts."""
-        data = (self.folder / "metrics.jsonl").read_bytes()
-        if len(data) != self._whole:
-            (self.workdir / "metrics.jsonl").write_bytes(data)
-            for file in metrics_file.files(self.workdir)[1:]:
-                file.unlink()
-            self._whole = self._uploaded = len(data)
-
-    def events(self) -> None:
-        """Uploads TensorBoard's files that have grown."""
-        for file in (self.folder / "tensorboard").iterdir():
+    def upload(self) -> None:
+        """Uploads metrics.jsonl and TensorBoard's files, those that have grown."""
+        for file in (self.folder / metrics_file.FILE, *(self.folder / "tensorboard").glob("*")):
             data = file.read_bytes()
-            if self._event_bytes.get(file.name) != len(data):
-                (self.workdir / "tensorboard" / file.name).write_bytes(data)
-                self._event_bytes[file.name] = len(data)
+            if self._bytes.get(file.name) != len(data):
+                (self._workdir / file.relative_to(self.folder)).write_bytes(data)
+                self._bytes[file.name] = len(data)
 
 
 class MetricsWriter:
@@ -272,15 +246,15 @@ class MetricsWriter:
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
         self._upload = _Upload(self.workdir) if is_object_store(workdir) else None
         self._folder = self._upload.folder if self._upload else self.workdir
-        self._path = self._folder / "metrics.jsonl"
+        self._path = self._folder / metrics_file.FILE
         self._keep_until(start_step)
-        self._written = start_step
         self._events = _Events(self._folder / "tensorboard", purge_step=start_step + 1)
         self._wandb = None
         if config is not None and config.wandb.mode != "off":
             self._wandb = _open_wandb(self.workdir, config)
         self._start_step = self._step = start_step
-        self._time = self._started = self._uploaded_at = time.monotonic()
+        self._time = self._started = time.monotonic()
+        self._upload_due = self._started + UPLOAD_EVERY
         self._wait, self._wait_steps, self._shown = 0.0, 0, False
 
     def _keep_until(self, step: int) -> None:
@@ -291,18 +265,17 @@ class MetricsWriter:
         kept = "".join(f"{by_step[step]}\n" for step in sorted(by_step))
         atomic.write_text(self._path, kept)
         if self._upload:
-            self._upload.whole_metrics()
+            self._upload.upload()
+            for part in metrics_file.files(self.workdir)[1:]:
+                part.unlink()
 
-    def rates(
-        self, step: int, wait_seconds: float, wait_steps: int | None = None
-    ) -> dict[str, float]:
+    def rates(self, step: int, wait_seconds: float, wait_steps: int = 0) -> dict[str, float]:
         """What was done a second, and the shares of time and steps that input held up, since the last call.
 
         Args:
           step: steps done.
           wait_seconds: seconds waited for input since the start.
-          wait_steps: steps that waited for input (`device.Prefetch`); None: not known, then there is no
-            `input_wait_steps`.
+          wait_steps: steps that waited for input since the start (`device.Prefetch`).
 
         Returns:
           `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`,
@@ -310,18 +283,18 @@ class MetricsWriter:
         """
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
-        images_per_second = (step - self._step) * self.batch_size / elapsed
+        steps = step - self._step
+        images_per_second = steps * self.batch_size / elapsed
         out = {
             "images_per_second": images_per_second,
             "model_flops_per_second": images_per_second * self.flops_per_image,
             "input_wait_fraction": (wait_seconds - self._wait) / elapsed,
+            "input_wait_steps": (wait_steps - self._wait_steps) / max(steps, 1),
         }
-        if wait_steps is not None:
-            out["input_wait_steps"] = (wait_steps - self._wait_steps) / max(step - self._step, 1)
-            self._wait_steps = wait_steps
         if self.peak_flops:
             out["mfu"] = out["model_flops_per_second"] / self.peak_flops
-        self._time, self._step, self._wait = now, step, wait_seconds
+        self._time, self._step = now, step
+        self._wait, self._wait_steps = wait_seconds, wait_steps
         return out
 
     @contextlib.contextmanager
@@ -337,7 +310,6 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Adds a line to `metrics.jsonl` and its numbers to TensorBoard and Weights & Biases."""
-        self._written = step
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}
@@ -345,7 +317,7 @@ class MetricsWriter:
         # After a restart some steps come again, with the same values: the service keeps the first.
         if self._wandb and step >= self._wandb.step:
             self._wandb.log(numbers, step=step)
-        if time.monotonic() - self._uploaded_at > UPLOAD_EVERY:
+        if time.monotonic() > self._upload_due:
             self.flush()
 
     def lines(self) -> list[str]:
@@ -354,10 +326,11 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Brings an object store up to date; before a checkpoint, so that it has its lines."""
-        if self._upload and self._written > self._start_step:
-            self._upload.metrics(self._written)
-            self._upload.events()
-            self._uploaded_at = time.monotonic()
+        if self._upload:
+            began = time.monotonic()
+            self._upload.upload()
+            now = time.monotonic()
+            self._upload_due = now + max(UPLOAD_EVERY, (now - began) / UPLOAD_SHARE)
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Rewrites the progress line of a terminal, or prints one now and then elsewhere."""
@@ -387,8 +360,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Ends TensorBoard's file and the run at Weights & Biases; an object store gets the rest."""
         self._events.close()
-        if self._upload and self._written > self._start_step:
-            self._upload.whole_metrics()
-            self._upload.events()
+        if self._upload:
+            self._upload.upload()
         if self._wandb is not None:
             self._wandb.finish()

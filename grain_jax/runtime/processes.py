@@ -5,9 +5,9 @@ collective: every process calls them, in the same order.
 """
 
 import contextlib
+import io
 import itertools
 import json
-import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -67,32 +67,22 @@ def allgather(
       Name -> [sum of N, ...], the same on all processes.
     """
     batches: list[Any] = [parts] if isinstance(parts, Mapping) else list(parts)
-    here = {
-        name: np.concatenate([batch[name] for batch in batches]) for name in (batches or [{}])[0]
-    }
+    names = batches[0] if batches else {}
+    here = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
     if process_info()[1] == 1:
         return here
-    kinds = [[name, value.dtype.str, value.shape[1:]] for name, value in here.items()]
-    kinds = next(filter(None, allgather_values(kinds)))
-    here = here or {name: np.zeros((0, *row), dtype) for name, dtype, row in kinds}
-    rows = len(here[kinds[0][0]])
-    packed = [np.ascontiguousarray(here[name]).reshape(-1).view(np.uint8) for name, _, _ in kinds]
-    widths = [np.dtype(dtype).itemsize * math.prod(row) for _, dtype, row in kinds]
-    packed = [part.reshape(rows, width) for part, width in zip(packed, widths)]
-    everything = np.concatenate(_of_all(np.concatenate(packed, axis=1)))
-    columns = np.split(everything, np.cumsum(widths)[:-1], axis=1)
-    return {
-        name: np.ascontiguousarray(part).reshape(-1).view(dtype).reshape(-1, *row)
-        for part, (name, dtype, row) in zip(columns, kinds)
-    }
+    file = io.BytesIO()
+    np.savez(file, **here)
+    everywhere = [np.load(io.BytesIO(content)) for content in _of_all(file.getvalue())]
+    everywhere = [one for one in everywhere if one.files]
+    return {name: np.concatenate([one[name] for one in everywhere]) for name in everywhere[0].files}
 
 
 def allgather_values(value: Any) -> list[Any]:
     """Each process's JSON-ready value, in the order of the processes."""
     if process_info()[1] == 1:
         return [value]
-    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)[:, None]
-    return [json.loads(part.tobytes()) for part in _of_all(encoded)]
+    return [json.loads(content) for content in _of_all(json.dumps(value).encode())]
 
 
 def run_together(function: Callable[[], T]) -> T:
@@ -132,7 +122,10 @@ def agree(failure: Exception | None, value: Any = None) -> list[Any]:
     """
     if failure is not None and process_info()[1] == 1:
         raise failure
-    ends = allgather_values([_words(failure), value])
+    words = None if failure is None else f"{type(failure).__name__}: {failure}"
+    if isinstance(failure, errors.UserError):
+        words = str(failure)
+    ends = allgather_values([words, value])
     if isinstance(failure, errors.UserError):
         raise failure
     if failure is not None:
@@ -141,12 +134,6 @@ def agree(failure: Exception | None, value: Any = None) -> list[Any]:
         if message is not None:
             raise Failed(f"process {index}: {message}") from None
     return [value for _, value in ends]
-
-
-def _words(failure: Exception | None) -> str | None:
-    if failure is None or isinstance(failure, errors.UserError):
-        return None if failure is None else str(failure)
-    return f"{type(failure).__name__}: {failure}"
 
 
 def wait_for_all(key: str) -> None:
@@ -159,13 +146,12 @@ def wait_for_all(key: str) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_PATIENCE_MS)
 
 
-def _of_all(rows: np.ndarray) -> list[np.ndarray]:
-    """Each process's `rows`, uint8 [N, W], of which N may differ."""
+def _of_all(content: bytes) -> list[bytes]:
+    """The `content` of each process."""
     from jax.experimental import multihost_utils
 
     wait_for_all(f"evaluation {next(_meetings)}")
-    lengths = multihost_utils.process_allgather(np.array([len(rows)], np.int32)).reshape(-1)
-    padded = np.zeros((lengths.max(), rows.shape[1]), np.uint8)
-    padded[: len(rows)] = rows
+    lengths = multihost_utils.process_allgather(np.array([len(content)], np.uint32)).reshape(-1)
+    padded = np.frombuffer(content.ljust(lengths.max(), b"\0"), np.uint8)
     everything = np.asarray(multihost_utils.process_allgather(padded))
-    return [part[:length] for part, length in zip(everything, lengths)]
+    return [part[:length].tobytes() for part, length in zip(everything, lengths)]

@@ -6,7 +6,6 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
 from typing import Any, NotRequired, TypedDict
 
 import jax
@@ -16,16 +15,9 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.core import named, regular_file
+from grain_jax.runtime import checkpoint_files as files
 from grain_jax.runtime import digests, distributed, pretrained, receipt
-from grain_jax.runtime.checkpoint_files import (
-    CheckpointError,
-    absolute,
-    fault_of,
-    finished_steps,
-    metadata_of,
-    read_arrays,
-    read_json,
-)
+from grain_jax.runtime.checkpoint_files import CheckpointError
 
 # Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
 _TRANSFORMERS = "grain_jax.convert.huggingface:read"
@@ -40,7 +32,7 @@ class _Converted(TypedDict):
 
 def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
     """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests."""
-    folder = absolute(folder)
+    folder = files.absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     params = jax.tree.map(np.asarray, params)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -63,7 +55,7 @@ def find(path: epath.PathLike) -> epath.Path:
       CheckpointError: there is none.
       errors.UserError: it cannot be downloaded.
     """
-    folder = absolute(pretrained.folder_of(path))
+    folder = files.absolute(pretrained.folder_of(path))
     if not folder.is_dir():
         raise CheckpointError(pretrained.no_such(path))
     return folder
@@ -88,15 +80,16 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
     distributed.answer_libtpu()
     path = find(path)
     if (path / "config.json").exists() and (path / "params").is_dir():
-        model, params, fault = _try_to_read(_read_converted, path)
+        found, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
         if fault:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
-        return model, params, str(path)
-    if _is_of_transformers(path):
+        return *found, str(path)
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if (path / "config.json").exists() and any((path / x).exists() for x in weights):
         return *named.find("reader", _TRANSFORMERS, {})(path), str(path)
     folders = [path]
     if (path / "checkpoints").is_dir():
-        steps = finished_steps(path)
+        steps = files.finished_steps(path)
         if not steps:
             raise CheckpointError(f"{path}: holds no finished checkpoint yet")
         folders = [path / "checkpoints" / str(step) for step in reversed(steps)]
@@ -108,41 +101,20 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
             " (params/ and config.json), nor a folder of to-hf (model.safetensors and config.json)"
         )
     for folder in folders:
-        model, params, fault = _try_to_read(_read_checkpoint, folder)
+        found, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
         if not fault:
-            return model, params, str(folder)
+            return *found, str(folder)
         if folder != folders[-1]:
             logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
     others = "" if len(folders) == 1 else ", and those before it are damaged too"
     raise CheckpointError(f"{folder}: damaged: {fault}{others}; put back a copy")
 
 
-def _is_of_transformers(folder: epath.Path) -> bool:
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / "config.json").exists() and any((folder / x).exists() for x in weights)
-
-
-def _try_to_read(
-    read: Callable[[epath.Path], tuple[config_lib.Model, Any]], folder: epath.Path
-) -> tuple[Any, Any, str | None]:
-    """(model, params, None), or (None, None, fault)."""
-    attempts = 2 if "://" in str(folder) else 1  # a network may have been down for a moment
-    fault = None
-    for _ in range(attempts):
-        try:
-            return *read(folder), None
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged bytes make a reader fail in any way
-            fault = fault_of(error)
-    return None, None, fault
-
-
 def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
     """The model of `save_model`."""
     content = regular_file.read_json(folder / "config.json", _Converted, "a converted model's")
     model = config_lib.model_from_dict(content["model"])
-    params = read_arrays(folder / "params")
+    params = files.read_arrays(folder / "params")
     if "digests" in content:
         for part, digest in model_digests(model, params).items():
             if content["digests"].get(part) != digest:
@@ -152,12 +124,12 @@ def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
 
 def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any]:
     """The model of a checkpoint, compared with its record."""
-    record = read_json(folder, "receipt")
-    config = config_lib.from_dict(read_json(folder, "config"))
+    record = files.read_json(folder, "receipt")
+    config = config_lib.from_dict(files.read_json(folder, "config"))
     if receipt.config_sha256(config) != record["config"]:
         raise CheckpointError("config: not what the receipt has the hash of")
-    which = "ema_params" if metadata_of(folder / "state").get("ema_params") else "params"
-    params = read_arrays(folder / "state", only=which)[which]
+    which = "ema_params" if files.metadata_of(folder / "state").get("ema_params") else "params"
+    params = files.read_arrays(folder / "state", only=which)[which]
     if digests.of_arrays(params) != record["state"][which]:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
     return config.model, params

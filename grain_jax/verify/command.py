@@ -1,10 +1,4 @@
-"""grain-jax verify WORKDIR [--from STEP] [--steps K]: is this run what its receipt says?
-
-Checks that the records of the saves form one unbroken chain, and that checkpoints, metrics and config are
-the recorded ones. Then trains K steps again, from a checkpoint (or from the seed: --from 0), on the data of the
-run: batches must be equal on any number of devices, parameters bit for bit where mesh and versions are the
-recorded ones, and losses within a tolerance elsewhere. Status 0: proved; 1: it is not; 2: it cannot be checked.
-"""
+"""The command `grain-jax verify` (arguments.py): is this run what its receipt says?"""
 
 import math
 import os
@@ -64,20 +58,20 @@ def _first_step(run: workdir.Told, start: int | None) -> int:
 
 
 def _last_step(run: workdir.Told, first: int, steps: int | None) -> int:
-    after = sorted(step for step in run.kept if step > first)
+    after = [step for step in run.kept if step > first]
     there = [*run.metrics, *(record["step"] for record in run.records)]
     newest = max(there)
-    if steps is not None:
+    if steps is None and after and first:
+        last = min(after)
+    elif steps is None:
+        last = min(first + STEPS, newest) if newest > first else first + STEPS
+    else:
         last = first + steps
         if last > newest > first:
             raise errors.UserError(
                 f"--steps: got {steps}, expected at most {newest - first}: nothing is recorded of the steps"
                 f" after {newest}"
             )
-    elif after and first:
-        last = after[0]
-    else:
-        last = min(first + STEPS, newest) if newest > first else first + STEPS
     if not any(first < step <= last for step in there):
         raise errors.UserError(
             f"{workdir.steps_in_words(first + 1, last)}: nothing is recorded of them; take --from 0, or another --steps"
@@ -90,7 +84,7 @@ def _recorded_devices(folder: epath.Path) -> int:
     try:
         records = [receipt.record_of(line, receipt.FILE) for line in receipt.read(folder)]
         on_cpu = [r["mesh"] for r in records if r["environment"]["platform"] == "cpu"]
-        count = max((int(math.prod(mesh.values())) for mesh in on_cpu), default=0)
+        count = max((math.prod(mesh.values()) for mesh in on_cpu), default=0)
     except (KeyError, ValueError, OSError):
         return 0
     return count if 0 < count <= MOST_DEVICES else 0

@@ -28,13 +28,11 @@ def check_checkpoints(run: Told, place: "Place") -> None:
     for step, kept in sorted(run.kept.items()):
         program = place.program(kept.config, kept.record)
         state = _restore(kept, program)
-        wrong = receipt.contradictions(kept.record, state)
-        if wrong:
+        if wrong := receipt.contradictions(kept.record, state):
             what = f"holds another state than was saved ({', '.join(wrong)})"
             raise Mismatch(f"checkpoint {step}: {what}")
-        params = kept.record["state"]["params"]
-        where = _where(kept.record)
-        say(f"checkpoint {step}", f"the state that was saved (params {params}) on {where}")
+        saved = f"the state that was saved (params {kept.record['state']['params']})"
+        say(f"checkpoint {step}", f"{saved} on {_where(kept.record)}")
 
 
 def _restore(kept: Kept, program: train_step.Program) -> train_step.TrainState:
@@ -52,7 +50,7 @@ class Place:
         self._programs: dict[tuple[str, str], train_step.Program] = {}
 
     def program(self, config: config_lib.Config, record: Mapping[str, Any]) -> train_step.Program:
-        """The program of the run on `mesh`."""
+        """That of the run on `mesh`."""
         mesh = self.mesh(config, record)
         key = (receipt.config_sha256(config), str(mesh.shape))
         if key not in self._programs:
@@ -151,9 +149,11 @@ class _Replay:
         here = receipt.environment(config)
         now = {"mesh": receipt.axes(self._place.mesh(config, record)), "processes": 1}
         then = record | record["environment"]
-        for key, value in (now | here).items():
-            if value != then.get(key):
-                self._reasons.append(f"{key}: {value}, then {then.get(key)}")
+        self._reasons += [
+            f"{key}: {value}, then {then.get(key)}"
+            for key, value in (now | here).items()
+            if value != then.get(key)
+        ]
         self._exact = self._exact and not self._reasons
         say(f"{steps_in_words(self.step + 1, end)} again", f"on {_where(now)}")
 
@@ -225,23 +225,22 @@ class _Replay:
         """Prints the comparisons and returns the verdict in words."""
         beyond = {s: e for s, e in self._errors.items() if not self._judged(s)}
         worst = max((e for s, e in self._errors.items() if s not in beyond), default=None)
-        rows = [("  batches", "equal")]
+        say("  batches", "equal")
         if self._equal_at:
-            rows.append(("  states", f"equal bit for bit at step {_list(self._equal_at)}"))
+            say("  states", f"equal bit for bit at step {_list(self._equal_at)}")
         if self._rounded_at:
-            at = _list(self._rounded_at)
-            rows.append(("  states", f"not equal bit for bit at step {at}, as expected:"))
-            reasons = self._reasons or ["sums on a GPU are in no fixed order"]
-            rows += [("", f"  {reason}") for reason in dict.fromkeys(reasons)]
+            say(
+                "  states",
+                f"not equal bit for bit at step {_list(self._rounded_at)}, as expected:",
+            )
+            for reason in dict.fromkeys(self._reasons or ["sums on a GPU are in no fixed order"]):
+                say("", f"  {reason}")
         if worst is not None:
             how = "equal" if worst == 0 else f"differ by at most {worst:.1e} of the loss"
-            rows.append(("  losses", f"{len(self._errors) - len(beyond)} lines, {how}"))
+            say("  losses", f"{len(self._errors) - len(beyond)} lines, {how}")
         if beyond:
-            drift = max(beyond.values())
-            what = f"up to {drift:.1e}, not judged: after {HORIZON} steps, rounding has grown"
-            rows.append(("", f"  {steps_in_words(min(beyond), max(beyond))}: {what}"))
-        for row in rows:
-            say(*row)
+            what = f"up to {max(beyond.values()):.1e}, not judged: after {HORIZON} steps, rounding has grown"
+            say("", f"  {steps_in_words(min(beyond), max(beyond))}: {what}")
         if self._equal_at and not self._rounded_at:
             return "the same batches, and the same parameters bit for bit"
         if worst is not None:

@@ -1,6 +1,5 @@
 """What a workdir says of its run, and whether its files agree: records, checkpoints, metrics, config."""
 
-import json
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -29,13 +28,28 @@ class Told(NamedTuple):
 
     records: list[dict[str, Any]]  # in the order of the steps
     kept: dict[int, Kept]  # by step
-    metrics: dict[int, dict[str, Any]]  # lines of metrics.jsonl by step
+    metrics: dict[int, dict[str, Any]]  # lines of metrics.jsonl by step, each with its `text`
     config: config_lib.Config  # of config.json
+
+    @property
+    def newest(self) -> int:
+        """The step of the newest checkpoint."""
+        return max(self.kept)
 
 
 def say(what: str, found: str) -> None:
     """Prints a row of the table."""
     print(f"{what:<22}  {found}", flush=True)
+
+
+def steps_in_words(first: int, last: int) -> str:
+    """The words "step 3" or "steps 3-5"."""
+    return f"step {first}" if first == last else f"steps {first}-{last}"
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise Mismatch("\n".join(faults))
 
 
 def read(workdir: epath.Path) -> Told:
@@ -51,54 +65,61 @@ def read(workdir: epath.Path) -> Told:
             " run that has saved"
         )
     by_step = {record["step"]: record for record in records}
-    for step in steps:
-        faults += [
-            f"checkpoint {step}: {fault}" for fault in _faults(kept[step], by_step.get(step))
-        ]
+    faults += [
+        f"checkpoint {step}: {fault}"
+        for step, one in kept.items()
+        if (fault := _fault(one, by_step.get(step)))
+    ]
     beyond = [step for step in by_step if step > steps[-1]]
     if len(beyond) > 1:  # one may be: of the save that was cut off
         newest = f"the newest checkpoint is {steps[-1]}"
         faults.append(f"{receipt.FILE}: goes on to step {beyond[-1]}, but {newest}")
-    if faults:
-        raise Mismatch("\n".join(faults))
+    _raise(faults)
     first, last = records[0]["step"], records[-1]["step"]
     say("records", f"{len(records)}, one chain, steps {first} to {last}")
     if records[0]["previous"]:
         say("", f"those before step {first} are not in this workdir")
     if beyond:
         say("", f"that of step {beyond[0]} is of a save that was cut off")
-    return Told(records, kept, _metrics(workdir), _config_json(workdir))
+    try:
+        path, form = workdir / "config.json", dict[str, Any]
+        config = config_lib.from_dict(regular_file.read_json(path, form, "the config of a run"))
+    except regular_file.FileError as error:
+        raise Mismatch(f"config.json: cannot be read ({error})") from None
+    return Told(records, kept, _metrics(workdir), config)
 
 
-def _faults(kept: Kept, record: dict[str, Any] | None) -> list[str]:
-    """What of a checkpoint is not as its record says."""
+def _fault(kept: Kept, record: dict[str, Any] | None) -> str:
+    """What of a checkpoint is not as its record says, or ""."""
     if record is None:
-        return [f"{receipt.FILE} has no record of it"]
+        return f"{receipt.FILE} has no record of it"
     if kept.record != record:
         keys = [key for key in record if record[key] != kept.record.get(key)]
-        return [f"the record in it is another one than in {receipt.FILE} ({', '.join(keys)})"]
+        return f"the record in it is another one than in {receipt.FILE} ({', '.join(keys)})"
     if record["config"] != receipt.config_sha256(kept.config):
-        return ["its config is not the recorded one"]
+        return "its config is not the recorded one"
     if record["data"] != receipt.sha256(kept.data):
-        return ["what it says of its data is not what was recorded"]
-    return []
+        return "what it says of its data is not what was recorded"
+    return ""
 
 
 def _chain(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records up to the first that is none, and the faults of the chain."""
     records, faults = [], []
     for number, line in enumerate(receipt.read(workdir), 1):
+        where = f"{receipt.FILE}:{number}"
         try:
-            record = receipt.record_of(line, f"{receipt.FILE}:{number}")
+            record = receipt.record_of(line, where)
         except errors.UserError as error:
             return records, [*faults, str(error)]
-        step, previous = record["step"], record["previous"]
-        if records and previous != receipt.sha256(records[-1]):
+        before, step = records[-1] if records else None, record["step"]
+        if before and record["previous"] != receipt.sha256(before):
             faults.append(
-                f"{receipt.FILE}:{number}: the chain is broken: the record of step {step} does not follow"
-                f" from the one of step {records[-1]['step']}"
+                f"{where}: the chain is broken: the record of step {step} does not follow"
+                f" from the one of step {before['step']}"
             )
-        if records and step <= records[-1]["step"]:
-            faults.append(f"{receipt.FILE}:{number}: step {step} follows {records[-1]['step']}")
+        if before and step <= before["step"]:
+            faults.append(f"{where}: step {step} follows {before['step']}")
         records.append(record)
     return records, faults
 
@@ -112,27 +133,14 @@ def _kept(folder: epath.Path) -> Kept:
     return Kept(folder, config_lib.from_dict(config), record, data)
 
 
-def _config_json(workdir: epath.Path) -> config_lib.Config:
-    try:
-        text = regular_file.read_text(workdir / "config.json", "the config of a run")
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Mismatch(f"config.json: cannot be read ({error})") from None
-    return config_lib.from_dict(content)
-
-
 def _metrics(workdir: epath.Path) -> dict[int, dict[str, Any]]:
-    """The lines of metrics.jsonl by step, each with its text; but for the one that a kill cut off.
-
-    Raises Mismatch where it has others, or two of a step.
-    """
+    """`Told.metrics`, without the line that a kill cut off. Raises Mismatch for other faults, or two lines of a step."""
     lines: dict[int, dict[str, Any]] = {}
     read, faults = metrics_file.read(metrics_file.files(workdir))
-    if faults:
-        raise Mismatch("\n".join(faults))
     for step, values, text in read:
         if lines.setdefault(step, values | {"text": text})["text"] != text:
-            raise Mismatch(f"{metrics_file.FILE}: two lines of step {step}")
+            faults.append(f"{metrics_file.FILE}: two lines of step {step}")
+    _raise(faults)
     return lines
 
 
@@ -152,37 +160,27 @@ def check_metrics(run: Told) -> None:
             if step in run.metrics and run.metrics[step].get(key) != record[key]:
                 faults.append(f"metrics.jsonl: {key} of step {step} is not the recorded one")
         before, checked = step, checked + len(lines)
-    if faults:
-        raise Mismatch("\n".join(faults))
+    _raise(faults)
     say("metrics.jsonl", f"{checked} lines, as recorded")
 
 
 def check_config(run: Told) -> None:
     """Raises Mismatch where config.json has other numbers than the newest checkpoint was made with."""
-    newest = max(run.kept)
-    here, there = (
-        config_lib.select(c, {"order", "numbers"}) for c in (run.config, run.kept[newest].config)
+    configs = run.config, run.kept[run.newest].config
+    here, there = (config_lib.select(config, {"order", "numbers"}) for config in configs)
+    _raise(
+        [
+            f"config.json: {key}: got {here.get(key)!r}; checkpoint {run.newest} was made with {there.get(key)!r}"
+            for key in sorted(here | there)
+            if here.get(key) != there.get(key)
+        ]
     )
-    faults = [
-        f"config.json: {key}: got {here.get(key)!r}; checkpoint {newest} was made with {there.get(key)!r}"
-        for key in sorted(here | there)
-        if here.get(key) != there.get(key)
-    ]
-    if faults:
-        raise Mismatch("\n".join(faults))
-    say("config.json", f"as in checkpoint {newest}")
+    say("config.json", f"as in checkpoint {run.newest}")
 
 
 def check_data(run: Told) -> None:
     """Raises UserError where a record set is not the one that the run was trained on any more."""
-    newest = max(run.kept)
-    stored, config = run.kept[newest].data, run.kept[newest].config
-    unknown: list[str] = []
-    identities = sources.open_source(config).identities(config)
-    checkpoint.check_same_data(newest, stored, identities, unknown.append)
-    say("data", "; ".join(unknown) or f"as checkpoint {newest} was trained on")
-
-
-def steps_in_words(first: int, last: int) -> str:
-    """The words "step 3" or "steps 3-5"."""
-    return f"step {first}" if first == last else f"steps {first}-{last}"
+    newest, unknown = run.kept[run.newest], []
+    identities = sources.open_source(newest.config).identities(newest.config)
+    checkpoint.check_same_data(run.newest, newest.data, identities, unknown.append)
+    say("data", "; ".join(unknown) or f"as checkpoint {run.newest} was trained on")

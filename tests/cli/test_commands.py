@@ -17,30 +17,28 @@ from tests.paths import ROOT
 
 HEAVY = "jax flax tensorflow torch numpy matplotlib ml_collections absl PIL scipy apache_beam etils.epath"
 
-# Prints help of every command and kind, then what was imported and the CPU seconds of the slowest.
+# Prints help of every command and kind, and what heavy was imported for it, or for the list of keys of a config.
 _ALL_HELP = f"""
-import contextlib, io, json, sys, time
+import contextlib, io, json, sys
 from grain_jax.cli import commands
 out = {{}}
 for name in commands.parsers():
-    began, text = time.process_time(), io.StringIO()
+    text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         commands.main([*name.split(), "--help"])
     out[name] = text.getvalue()
-print(json.dumps([out, sorted(set({HEAVY!r}.split()) & set(sys.modules))]))
+heavy = sorted(set({HEAVY!r}.split()) & set(sys.modules))
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    commands.main(["train", "--config", "demo", "--help-config"])
+heavy += sorted({{"jax", "flax", "tensorflow", "torch"}} & set(sys.modules))
+print(json.dumps([out, heavy]))
 """
 
 
 @pytest.fixture(scope="module")
 def helps():
-    done = subprocess.run(
-        [sys.executable, "-c", _ALL_HELP],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "80"},
-    )
+    options = dict(cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+    done = subprocess.run([sys.executable, "-c", _ALL_HELP], check=True, **options)
     texts, heavy = json.loads(done.stdout)
     assert heavy == []
     return texts
@@ -86,7 +84,7 @@ def test_names_that_the_declarations_repeat():
     from grain_jax import config
     from grain_jax.convert import __main__ as convert
     from grain_jax.data import sources
-    from grain_jax.data.annotate import options, passes
+    from grain_jax.data.annotate import arguments, local_chat, passes
 
     said = {
         flag.name: flag.help
@@ -96,14 +94,14 @@ def test_names_that_the_declarations_repeat():
     }
     assert said["--source"].startswith(", ".join(sources.SOURCES) + ", or")
     assert said["--passes"].startswith(
-        f"some of {','.join(passes.PASSES)}; all (default) is {','.join(options.ALL)};"
+        f"some of {','.join(arguments.PASSES)}; all (default) is {','.join(arguments.ALL)};"
     )
-    assert options.LocalChat().model in said["--chat"]
+    assert local_chat.MODEL in said["--chat"]
     assert said["--image-activation"].endswith(
         " or ".join([", ".join(config.ACTIVATIONS[:-1]), config.ACTIVATIONS[-1]])
     )
-    assert sources.Options("").shard_size == options.SHARD_SIZE
-    assert tuple(passes.PASSES) == options.PASSES
+    assert sources.Options("").shard_size == arguments.Annotate(images="", output="").shard_size
+    assert all(hasattr(passes.Passes, f"_{name}") for name in arguments.PASSES)
     assert set(convert.COMMANDS) == set(commands.parsers()["convert"].kinds)
 
 
@@ -183,7 +181,7 @@ def test_other_spellings(name, words, expected):
             "grain-jax train: --config FILE|NAME[:ARG]: missing; a Python",
         ),
         (["plan", "--config", "demo"], "grain-jax plan: --topology CHIP:SHAPE: missing; v5e:16x16"),
-        (["local", "--processes", "2"], "grain-jax local: expected -- COMMAND"),
+        (["local", "--processes", "2"], "grain-jax local: -- COMMAND: missing; grain-jax train or"),
         (
             ["export", "--checkpoint", "x"],
             "grain-jax export: --output DIR: missing; folder to write",

@@ -1,9 +1,5 @@
 """Which file `--config` and `--sweep` mean, from any folder; and the list of keys."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from etils import epath
 
@@ -63,9 +59,8 @@ def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
         (
             "dmeo",
             "config",
-            "no such file dmeo, and no config of the package has that name; did you",
+            "no such file dmeo, and no config of the package has that name; did you mean demo?",
         ),
-        ("dmeo", "config", "did you mean demo?"),
         ("zzz", "config", "there are: claim, clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
         ("common", "config", "no config of the package has that name"),
         ("learning_rates", "sweep", "did you mean learning_rate?"),
@@ -111,16 +106,3 @@ def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
 def test_help_config_of_no_key():
     with pytest.raises(errors.UserError, match=r"--help-config optm: .* did you mean optim\?"):
         config_keys.show("optm", None, [])
-
-
-def test_help_config_needs_no_jax(folder):
-    code = (
-        "import contextlib, io, sys\n"
-        "from grain_jax.cli import commands\n"
-        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        "    commands.main(['train', '--config', 'demo', '--help-config'])\n"
-        "print(*{'jax', 'flax', 'tensorflow', 'torch'} & set(sys.modules))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("\n", "")

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import grain_jax
-from grain_jax.convert import towers
+from grain_jax.convert import parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
-from grain_jax.convert.reference.sizes import REFERENCE_HEADS, infer
 from tests import foreign, perturbed
 
 # Not the goldens' sizes, and no two alike.
@@ -18,13 +17,13 @@ HEADS = {"image": 3, "text": 5, "decoder": 6}
 FLAGS = ["--image-heads", "3", "--text-heads", "5", "--decoder-heads", "6"]
 
 
-def made_up(qk_norm=True):
+def made_up():
     """State dicts of random values; what the names mean is `Reference`'s, which does not know our table."""
     model = perturbed.tiny(
         **dict(image__width=36, image__heads=3, image__depth=3, image__mlp_dim=108),
         **dict(text__width=40, text__heads=5, text__depth=1, text__mlp_dim=120),
         **dict(decoder__width=48, decoder__heads=6, decoder__mlp_dim=144),
-        image__qk_norm=qk_norm,
+        image__qk_norm=True,
     )
     return names.to_states(model, perturbed.params(model))
 
@@ -95,9 +94,8 @@ class Reference:
             name = f"visual.blocks.{i}"
             y = self.linear(self.norm(x, f"{name}.norm1", 1e-6), f"{name}.attn.qkv")
             q, k, v = (self.heads(part, heads) for part in np.split(y, 3, axis=-1))
-            if f"{name}.attn.q_norm.weight" in p:
-                q = self.norm(q, f"{name}.attn.q_norm", 1e-6)
-                k = self.norm(k, f"{name}.attn.k_norm", 1e-6)
+            q = self.norm(q, f"{name}.attn.q_norm", 1e-6)
+            k = self.norm(k, f"{name}.attn.k_norm", 1e-6)
             x = x + self.linear(self.attend(q, k, v), f"{name}.attn.proj")
             y = self.linear(self.norm(x, f"{name}.norm2", 1e-6), f"{name}.mlp.fc1")
             y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
@@ -142,9 +140,8 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_another_size_gives_the_outputs_of_an_independent_forward(tmp_path, capsys, qk_norm):
-    states = made_up(qk_norm)
+def test_another_size_gives_the_outputs_of_an_independent_forward(tmp_path, capsys):
+    states = made_up()
     path = save(tmp_path / "x.pth.tar", states)
     assert main(["from-torch", "--input", path, "--output", str(tmp_path / "out"), *FLAGS]) == 0
     report = capsys.readouterr().out
@@ -155,15 +152,11 @@ def test_another_size_gives_the_outputs_of_an_independent_forward(tmp_path, caps
     assert f"values: {total:,} in the file" in report
 
     model = grain_jax.load(str(tmp_path / "out"))
-    assert model.model.image.image_size == IMAGE and model.model.image.qk_norm == qk_norm
+    assert model.model.image.image_size == IMAGE and model.model.image.qk_norm
     assert (model.model.text.vocab_size, model.model.text.context_length) == (300, 32)
     assert model.model.decoder.queries == 3 and model.model.embed_dim == EMBED
 
-    rng = np.random.default_rng(1)
-    images = rng.standard_normal((3, IMAGE, IMAGE, 3)).astype(np.float32)
-    ids = rng.integers(1, 298, (4, 32))
-    for row, length in enumerate((2, 9, 31, 32)):
-        ids[row, 0], ids[row, length - 1], ids[row, length:] = 298, 299, 0
+    images, ids = parity.inputs(IMAGE, 300, 32, seed=1)
     reference = Reference(states)
     expected = [
         reference.regions(reference.image_tokens(p.transpose(2, 0, 1).astype(np.float64)))
@@ -177,22 +170,7 @@ def test_another_size_gives_the_outputs_of_an_independent_forward(tmp_path, caps
         [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], axis=-1
     )
     foreign.close(regions.boxes_xyxy, corners.clip(0, 1))
-    foreign.close(
-        model.encode_text(ids.astype(np.int32)), unit(np.stack([reference.text(i) for i in ids]))
-    )
-
-
-def test_names_in_both_directions():
-    states = made_up()
-    model = infer(states, HEADS | {"image": None}).model
-    params = names.to_params(states["backbone"], states["decoder"], model)
-    back = names.state_dicts(params)
-    for module, state in states.items():
-        used = state.keys() - set(names.UNUSED[module])
-        assert back[module].keys() == used
-        for name in used:
-            np.testing.assert_array_equal(back[module][name], state[name])
-            assert back[module][name].shape == state[name].shape
+    foreign.close(model.encode_text(ids), unit(np.stack([reference.text(i) for i in ids])))
 
 
 def test_heads_that_are_not_given(tmp_path, capsys):
@@ -210,15 +188,6 @@ def test_heads_that_are_not_given(tmp_path, capsys):
     assert "image heads: got 4, but the checkpoint says 3" in err
     assert "text heads: got 7, expected a divisor of the width 40" in err
     assert not (tmp_path / "out").exists()
-
-
-def test_assumed_heads_are_the_references():
-    assert REFERENCE_HEADS["image", 384] == REFERENCE_HEADS["image", 768] == 12
-    assert (REFERENCE_HEADS["image", 1024], REFERENCE_HEADS["text", 512]) == (16, 8)
-    assumed = []
-    none = towers.Settings()
-    assert towers.settle_heads("text", 640, None, none, assumed, usual=10) == 10
-    assert assumed == ["10 heads; --text-heads says otherwise"]
 
 
 def test_every_wrong_entry_is_a_line(tmp_path, capsys):

@@ -161,21 +161,16 @@ def _load(c):
     return initialise.load(config_lib.from_dict(c))
 
 
+TOWER = "but the checkpoint's tower has"
 OTHERS = [  # keys of the config; what each line says
-    (
-        {"model.image.activation": "gelu"},
-        ["image activation: got gelu, but the checkpoint says gelu_tanh"],
-    ),
+    ({"model.image.activation": "gelu"}, ["image activation: got gelu, but the checkpoint says"]),
     (
         {"model.image.pre_norm": True, "model.image.depth": 3},
-        [
-            "model.image.depth: got 3, but the checkpoint's tower has 2",
-            "model.image.pre_norm: got True, but the checkpoint's tower has False",
-        ],
+        [f"image.depth: got 3, {TOWER} 2", f"image.pre_norm: got True, {TOWER} False"],
     ),
     (
         {"model.image.pixel_mean": (0.4, 0.4, 0.4)},
-        ["model.image.pixel_mean: got (0.4, 0.4, 0.4), but the checkpoint's tower has"],
+        [f"model.image.pixel_mean: got (0.4, 0.4, 0.4), {TOWER}"],
     ),
     (
         {"model.embed_dim": 16},
@@ -276,27 +271,23 @@ def test_two_towers_train_without_regions():
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1))
 
 
-@pytest.mark.parametrize(
-    "entry,fine",
-    [
+def test_evaluations_that_need_regions_are_refused_before_the_run():
+    described = functools.partial(recipe.evaluator, "zeroshot", "seen", descriptions="D.json")
+    for entry, fine in (
         (recipe.evaluator("grounding", "test", annotations="A.jsonl"), False),
-        (recipe.evaluator("zeroshot", "seen", descriptions="D.json"), False),
-        (recipe.evaluator("zeroshot", "seen", descriptions="D.json", alphas=(1.0,)), True),
+        (described(), False),
+        (described(alphas=(1.0,)), True),
         (recipe.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
         (recipe.evaluator("retrieval", "test", annotations="A.jsonl"), True),
-    ],
-)
-def test_evaluations_that_need_regions_are_refused_before_the_run(entry, fine):
-    c = _two_towers()
-    c.evals.x = entry
-    if fine:
-        assert config_lib.from_dict(c).evals["x"].kind == entry["kind"]
-        return
-    with pytest.raises(
-        config_lib.ConfigError, match="evals.x: got kind=.* has no regions"
-    ) as error:
-        config_lib.from_dict(c)
-    assert "\n" not in str(error.value)
+    ):
+        c = _two_towers()
+        c.evals.x = entry
+        if fine:
+            assert config_lib.from_dict(c).evals["x"].kind == entry["kind"]
+            continue
+        said = "evals.x: got kind=[^\n]* has no regions[^\n]*$"
+        with pytest.raises(config_lib.ConfigError, match=said):
+            config_lib.from_dict(c)
 
 
 @pytest.mark.parametrize(

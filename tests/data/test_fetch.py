@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from benchmarks.claim import data as claim_data
-from benchmarks.fetch import fashion, gcompris, licences, package, qt
+from benchmarks.fetch import fashion, gcompris, package, qt
 from benchmarks.fetch.__main__ import main
 from benchmarks.fetch.looks import parts
 from grain_jax.core import errors
@@ -88,7 +88,7 @@ def test_nothing_is_measured_in_an_empty_picture_and_every_box_lies_inside():
     with pytest.raises(ValueError, match="expected a class of Fashion-MNIST"):
         parts(TANK, "hat")
     noise = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(20):
         ink = noise.integers(0, 256, (28, 28)).astype(np.uint8)
         ink[noise.random((28, 28)) < noise.random()] = 0
         ink = ink[:: noise.choice([1, -1])] * (np.arange(28) < noise.integers(1, 29))
@@ -198,7 +198,7 @@ def test_another_file_is_refused(fashion_deb, tmp_path, monkeypatch, capsys):
 # Packages
 
 
-@pytest.mark.parametrize("compression", ["xz", "gz", "bz2"])
+@pytest.mark.parametrize("compression", ["xz", "gz"])
 def test_files_of_a_package(compression, tmp_path):
     path = tmp_path / "one.deb"
     files = {"usr/a": b"12", "usr/b/c": b"3", "usr/d": b""}
@@ -272,16 +272,17 @@ def test_a_damaged_resource_is_named():
 
 
 def test_names_in_words():
-    for stem, name in (
-        ("hammer7", "hammer"),
-        ("measuringTape12", "measuring tape"),
-        ("polar_bear", "polar bear"),
-        ("solar2", "solar cooker"),
-        ("solar4", "solar panel"),
-        ("monument2", ""),
-        ("IndiaGate", "india gate"),
-    ):
-        assert gcompris.name_of(stem) == name
+    stems = "hammer7 measuringTape12 polar_bear solar2 solar4 monument2 IndiaGate".split()
+    names = [
+        "hammer",
+        "measuring tape",
+        "polar bear",
+        "solar cooker",
+        "solar panel",
+        "",
+        "india gate",
+    ]
+    assert list(map(gcompris.name_of, stems)) == names
 
 
 COPYRIGHT = """Format: 1.0
@@ -300,11 +301,14 @@ Comment: a place
 
 
 def test_licences():
-    known = licences.read(COPYRIGHT)
-    bee = licences.of("src/activities/erase/resource/bee.webp", known)
+    known = gcompris.licences(COPYRIGHT)
+    bee = gcompris.licence_of("src/activities/erase/resource/bee.webp", known)
     assert bee[:3] == ("public-domain", "none", "a place")
-    assert licences.of("src/activities/erase/resource/cow2.webp", known).name == "public-domain"
-    other = licences.of("src/activities/erase/resource/bees.webp", known)
+    assert (
+        gcompris.licence_of("src/activities/erase/resource/cow2.webp", known).name
+        == "public-domain"
+    )
+    other = gcompris.licence_of("src/activities/erase/resource/bees.webp", known)
     assert other == ("GPL-3+", "2010 Somebody; 2011 Another", "", "*")
 
 

@@ -1,4 +1,3 @@
-import html.parser
 import io
 import json
 import re
@@ -9,16 +8,7 @@ import PIL.Image
 import pytest
 
 from grain_jax.data.inspect import __main__ as command
-from grain_jax.data.inspect import (
-    counting,
-    flaws,
-    padding,
-    panels,
-    problems,
-    reading,
-    sheet,
-    statistics,
-)
+from grain_jax.data.inspect import counting, panels, problems, reading, sheet, statistics
 from tests import record_sets
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
@@ -45,7 +35,7 @@ def found(result):
 
 
 def test_numbers_of_a_record_set(record_set, tmp_path, capsys):
-    result = inspect(record_set / "out" / "tiny_set", tmp_path, "--num-images=5", "--lanes=4")
+    result = inspect(record_set / "out" / "tiny_set", tmp_path, "--num-images=5", "--lanes=3")
     assert result["pictures"]["count"] == 40 and result["pictures"]["left_out"] == 0
     assert result["pictures"]["sizes"] == [["16 x 12", 40]]
     assert result["pictures"]["formats"] == {"PNG": 40}
@@ -73,25 +63,28 @@ def test_numbers_of_a_record_set(record_set, tmp_path, capsys):
     assert scores["mean"] == pytest.approx((30 * 0.5 + 20 * 0.6 + 10 * 0.7) / 60)
     shards = result["set"]["shards"]
     assert (shards["count"], shards["smallest"], shards["largest"]) == (8, 5, 5)
-    assert shards["records_per_lane"] == [10, 10]
+    assert shards["records_per_lane"] == [10, 15]
+    # No other problem is found in a good set; a quarter has no regions, on purpose.
+    uneven = "uneven lanes (input.lanes=3): some records are seen more often"
+    assert set(found(result)) == {"images without regions", uneven}
+    assert found(result)[uneven]["example"] == "lanes have 10 to 15 records"
     assert result["contact_sheet"] == {"shown": 5, "damaged": 0}
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].startswith("images        40; ")
     assert printed[-1].endswith("inspect.html, statistics.json, contact_sheet.png")
 
-
-def test_annotations_give_the_same_numbers(record_set, tmp_path):
-    numbers = []
-    for path in ("out/tiny_set/1.0.0", "in/A.jsonl"):
-        result = inspect(record_set / path, tmp_path / path)
-        for texts in (result["captions"]["web"], result["captions"]["synthetic"]):
-            del texts["distinct"]["examples"]  # the first ones, and TFDS shuffles
-        del result["descriptions"]["distinct"]["examples"]
-        scores = result["scores"]["histogram"]
-        numbers.append([result[k] for k in ("captions", "descriptions", "regions", "boxes")])
-        numbers[-1].append(scores)
-    assert numbers[0] == numbers[1]
-    assert result["set"]["kind"] == "annotations"
+    # The annotations give the same, but for examples, which are the first ones: TFDS shuffles.
+    again = inspect(record_set / "in" / "A.jsonl", tmp_path / "annotations")
+    assert again["set"]["kind"] == "annotations"
+    for one in (result, again):
+        for texts in (
+            *(one["captions"][kind] for kind in ("web", "synthetic")),
+            one["descriptions"],
+        ):
+            del texts["distinct"]["examples"]
+    for key in ("captions", "descriptions", "regions", "boxes"):
+        assert result[key] == again[key]
+    assert result["scores"]["histogram"] == again["scores"]["histogram"]
 
 
 def test_negatives_are_counted_and_shown(tmp_path, capsys):
@@ -178,11 +171,6 @@ def test_planted_problems_are_found(tmp_path):
     assert result["pictures"]["left_out"] == 3
 
 
-def test_no_problem_is_found_in_a_good_set(record_set, tmp_path):
-    result = inspect(record_set / "out" / "tiny_set", tmp_path, "--lanes=8")
-    assert set(found(result)) == {"images without regions"}  # a quarter, on purpose
-
-
 def item(**fields):
     encoded = io.BytesIO()
     record_sets.picture(1, (64, 32)).save(encoded, "PNG")
@@ -242,7 +230,7 @@ def test_damaged_and_missing_shards_do_not_stop_it(record_set, tmp_path):
     first = shards[6].read_bytes()
     length = int.from_bytes(first[:8], "little") + 16
     shards[6].write_bytes(first[length:])
-    result = inspect(tmp_path / "set", tmp_path / "out", "--lanes=8")
+    result = inspect(tmp_path / "set", tmp_path / "out")
     problem_of = found(result)
     damaged = problem_of["damaged shards, not read to their end"]
     assert damaged["count"] == 1 and shards[2].name in damaged["example"]
@@ -250,19 +238,12 @@ def test_damaged_and_missing_shards_do_not_stop_it(record_set, tmp_path):
     other = problem_of["shards of another length than dataset_info.json says"]
     assert "got 4 records, expected 5" in other["example"]
     assert 30 - 1 <= result["pictures"]["count"] <= 40 - 1 - 5 - 1
-
-
-def test_uneven_and_too_few_shards(record_set, tmp_path):
-    result = inspect(record_set / "out" / "tiny_set", tmp_path, "--lanes=3")
-    uneven = found(result)["uneven lanes (input.lanes=3): some records are seen more often"]
-    assert uneven["example"] == "lanes have 10 to 15 records"
-    result = inspect(record_set / "out" / "tiny_set", tmp_path)
-    few = found(result)["fewer filled shards than the 16 lanes: training stops"]
+    few = problem_of["fewer filled shards than the 16 lanes: training stops"]
     assert (few["count"], few["of"]) == (8, 16)
 
 
 def test_padding_of_groups_that_are_all_alike():
-    counted = padding.Padding()
+    counted = counting.Padding()
     for _ in range(40):
         counted.add(40, [])
     by_group = {group["group"]: group for group in counted.result()["groups"]}
@@ -296,7 +277,7 @@ def test_counts_beyond_their_limits():
         exact.add(name.encode(), name)
     assert exact.result()["distinct"] == 8_000 and exact.result()["copies"] == 12_000
     assert exact.result()["exact"] and not distinct.result()["exact"]
-    assert len(distinct._held) <= 500
+    assert len(distinct.held) <= 500
     assert distinct.result()["distinct"] == pytest.approx(8_000, rel=0.2)
     assert distinct.result()["copies"] == pytest.approx(12_000, rel=0.2)
 
@@ -334,7 +315,7 @@ def test_counts_beyond_their_limits():
     ],
 )
 def test_flaws_of_texts(kind, text, tokens, flaws_expected):
-    assert flaws.of_text(kind, text, tokens) == flaws_expected
+    assert statistics.flaws(kind, text, tokens) == flaws_expected
 
 
 def test_a_panel_has_its_boxes_in_place_by_score():
@@ -365,19 +346,6 @@ def test_numbers_of_many_boxes_do_not_cover_each_other():
             assert x + width <= other_x or other_x + other <= x or abs(y - other_y) >= 16
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.sources, self.ids, self.targets = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append(tag)
-        self.sources += [attrs[key] for key in ("src", "srcset", "data") if key in attrs]
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.targets += [attrs["href"]] if "href" in attrs else []
-
-
 def test_the_page_loads_nothing_and_trusts_no_text(record_set, tmp_path):
     lines = record_sets.write_annotations(tmp_path / "in", 8)
     evil = "<script>alert(1)</script> & \"quoted\" 'too'"
@@ -385,13 +353,10 @@ def test_the_page_loads_nothing_and_trusts_no_text(record_set, tmp_path):
     (tmp_path / "in" / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     inspect(tmp_path / "in" / "A.jsonl", tmp_path / "out", "--num-images=8")
     text = (tmp_path / "out" / "inspect.html").read_text()
-    page = Page()
-    page.feed(text)
-    assert page.tags.count("script") == 1 and "alert(1)</script>" not in text
-    assert page.tags.count("img") == 8 and page.tags.count("figure") >= 8
-    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
-    sections = {id for id in page.ids if not id.endswith("-title")}
-    assert page.targets and {target.removeprefix("#") for target in page.targets} == sections
+    assert text.count("<script") == 1 and "alert(1)</script>" not in text
+    assert len(re.findall(r'<img src="data:image/jpeg;base64,', text)) == text.count(" src=") == 8
+    sections = set(re.findall(r'<section id="([^"]+)"', text))
+    assert sections and set(re.findall(r'href="#([^"]+)"', text)) == sections
     assert not re.search(r"(?:https?:)?//[a-z]", text.replace("http://www.w3.org/2000/svg", ""))
     assert "color-scheme: light dark" in text
     with PIL.Image.open(tmp_path / "out" / "contact_sheet.png") as picture:
@@ -407,6 +372,8 @@ def test_the_page_loads_nothing_and_trusts_no_text(record_set, tmp_path):
         (["{}/in/A.jsonl", "--images={}/nothing"], "no such folder"),
         (["{}/out/tiny_set", "--images={}/in"], "which hold their images"),
         (["{}/in/A.jsonl", "--output={}/in/A.jsonl"], "A.jsonl"),
+        (["set", "--num-images=201"], "--num-images: got '201', expected a whole number in 0..200"),
+        (["set", "--lanes=0"], "--lanes"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(record_set, capsys, arguments, message):
@@ -414,12 +381,6 @@ def test_wrong_input_is_one_line_and_status_2(record_set, capsys, arguments, mes
     assert command.main([argument.format(record_set) for argument in arguments]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1 and message in printed[0]
-
-
-@pytest.mark.parametrize("argument", ["--num-images=201", "--num-images=-1", "--lanes=0", "--what"])
-def test_wrong_arguments_end_with_status_2(capsys, argument):
-    assert command.main(["set", argument]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_nothing_but_faults_is_still_reported(tmp_path):

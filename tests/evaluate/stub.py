@@ -57,9 +57,13 @@ def annotate(folder, lines, size=(20, 10)):
     """Writes A.jsonl, a dict a line, and image number i for line i; returns the options of an evaluator."""
     for i, _ in enumerate(lines):
         write_picture(folder / f"{i}.png", i, size)
-    text = (json.dumps({"image": f"{i}.png", **line}) + "\n" for i, line in enumerate(lines))
-    (folder / "A.jsonl").write_text("".join(text))
+    write_lines(folder / "A.jsonl", [{"image": f"{i}.png", **line} for i, line in enumerate(lines)])
     return dict(images=folder, annotations=folder / "A.jsonl")
+
+
+def write_lines(path, lines):
+    """Writes a line of JSON each."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def measure(kind, predictor, *, batch_size=64, state_path=None, step=None, **options):

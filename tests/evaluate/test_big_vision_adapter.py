@@ -5,14 +5,10 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-import tokenizers
-import tokenizers.models
-import tokenizers.pre_tokenizers
 
 from grain_jax import inference
 from grain_jax.core import images
 from grain_jax.evaluate import big_vision
-from grain_jax.runtime import checkpoint
 from tests import perturbed
 
 TEXTS = ["a wren", "a red kite with a long forked tail", "", "wren"]
@@ -22,22 +18,9 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
 
-def saved(folder, **changes):
-    """A model's folder, with a tokenizer.json of ten words whose end token is not the highest id."""
-    model = perturbed.tiny(image__depth=1, text__depth=1, **changes)
-    checkpoint.save_model(folder, model, perturbed.params(model), source="test")
-    words = "<unk> </s> a wren red kite with long forked tail".split()
-    library = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
-    )
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    library.save(str(folder / "tokenizer.json"))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("clip") / "model", text__vocab_size=49408)
+    return perturbed.saved(tmp_path_factory.mktemp("clip") / "model", text__vocab_size=49408)
 
 
 @pytest.fixture(scope="module", params=["packable", "sees its padding"])
@@ -46,7 +29,11 @@ def other(request, tmp_path_factory):
     if request.param == "sees its padding":
         changes |= dict(text__causal=False, text__pool="last", decoder=None, image__pool="mean")
         changes |= dict(logit_bias_init=-10.0)
-    return saved(tmp_path_factory.mktemp("other") / "model", **changes)
+    folder = tmp_path_factory.mktemp("other") / "model"
+    perturbed.saved(folder, **changes)
+    # The end token is not the highest id.
+    perturbed.write_words(folder, "<unk> </s> a wren red kite with long forked tail")
+    return str(folder)
 
 
 def made(folder):
@@ -68,25 +55,33 @@ def labels(folder):
 def test_pictures_and_texts_as_the_predictor_has_them(clip):
     predict, state = made(clip)
     predictor = inference.load(clip)
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
-    zimg, ztxt, out = predict(state, {"image": pictures})
-    assert ztxt is None and set(out) == {"img/normalized", "t", "t/parameter"}
-    close(zimg, predictor.encode_image(pictures))
-    close(out["t"], [np.exp(2.5)])
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3)).astype(np.uint8)
     ids = labels(clip)
     assert ids[0, :5].tolist() == [49406, 320, 31970, 49407, -1]
     assert (ids == -1).sum(axis=1).tolist()[::2] == [28, 30]
-    zimg, ztxt, out = predict(state, {"labels": ids})
-    assert zimg is None
+    text_of = lambda ids: predict(state, {"image": pictures, "labels": ids})[1]
+    zimg, ztxt, out = predict(state, {"image": pictures, "labels": ids})
+    close(zimg, predictor.encode_image(pictures))
     close(ztxt, predictor.encode_text(TEXTS))
+    close(out["img/normalized"], zimg)
+    close(out["txt/normalized"], ztxt)
+    close(out["t"], [np.exp(2.5)])
     assert np.abs(ztxt[0] - ztxt[3]).max() > 0.01
     # CLIP's ids of another op, padded with its end token or with 0.
     for padding in (0, 49407):
-        close(predict(state, {"labels": np.where(ids < 0, padding, ids)})[1], ztxt)
+        close(text_of(np.where(ids < 0, padding, ids)), ztxt)
     for outside in (49408, 10**6, -2):  # ids that the table has not got
-        wrong = np.where(np.arange(4)[:, None] == 1, outside, ids)
-        found = np.asarray(predict(state, {"labels": wrong})[1])
+        found = np.asarray(text_of(np.where(np.arange(4)[:, None] == 1, outside, ids)))
         assert np.isnan(found).all(axis=1).tolist() == [False, True, False, False]
+    # Either alone, and init as its trainers call it.
+    zimg, ztxt, out = jax.eval_shape(predict, state, {"image": pictures})
+    assert (zimg.shape, ztxt, set(out)) == ((4, 28), None, {"img/normalized", "t", "t/parameter"})
+    assert jax.eval_shape(predict, state, {"labels": ids})[0] is None
+    model = big_vision.Model(checkpoint=clip)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), np.zeros((1, 40, 40, 3)), np.zeros((1, 32), np.int32)
+    )
+    assert jax.tree.map(np.shape, shapes["params"]) == jax.tree.map(np.shape, state["params"])
 
 
 def test_texts_of_another_tokenizer(other):
@@ -102,20 +97,6 @@ def test_texts_of_another_tokenizer(other):
             :, :8
         ]  # as big_vision's own op gives: max_len, pad_value
         close(predict(state, {"labels": shorter})[1], ztxt)
-
-
-def test_both_at_once_and_init_as_its_trainers_call_it(clip):
-    model = big_vision.Model(checkpoint=clip)
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), np.zeros((1, 40, 40, 3)), np.zeros((1, 32), np.int32)
-    )
-    params = big_vision.load(None, clip, {"checkpoint": clip})
-    assert jax.tree.map(np.shape, shapes["params"]) == jax.tree.map(np.shape, params)
-    pictures = np.zeros((2, 40, 40, 3), np.uint8)
-    zimg, ztxt, out = jax.jit(model.apply)({"params": params}, pictures, labels(clip))
-    assert zimg.shape == (2, 28) and ztxt.shape == (4, 28)
-    close(out["img/normalized"], zimg)
-    close(out["txt/normalized"], ztxt)
 
 
 def test_pictures_are_resized_as_ours(clip):
@@ -159,28 +140,20 @@ def test_register_makes_the_names_known(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    "call, said",
-    [
-        (
-            lambda a, b: big_vision.Model(checkpoint=a).apply({}, None, None, train=True),
-            "^train: this adapter evaluates",
-        ),
-        (
-            lambda a, b: big_vision.load(None, {"img": a}, {"checkpoint": a}),
-            "^model_init: got {'img'",
-        ),
-        (
-            lambda a, b: big_vision.load(None, a, {"checkpoint": b}),
-            "^model_init: .* has another model than model.checkpoint, ",
-        ),
-        (
-            lambda a, b: big_vision.load(None, "none", {"checkpoint": a}),
-            "none: no such folder",
-        ),
-    ],
-)
-def test_errors_are_one_line(clip, other, call, said):
+ERRORS = {
+    "^train: this adapter evaluates": lambda a, b: big_vision.Model(checkpoint=a).apply(
+        {}, None, None, train=True
+    ),
+    "^model_init: got {'img'": lambda a, b: big_vision.load(None, {"img": a}, {"checkpoint": a}),
+    "^model_init: .* has another model than model.checkpoint, ": lambda a, b: big_vision.load(
+        None, a, {"checkpoint": b}
+    ),
+    "none: no such folder": lambda a, b: big_vision.load(None, "none", {"checkpoint": a}),
+}
+
+
+@pytest.mark.parametrize("said", ERRORS)
+def test_errors_are_one_line(clip, other, said):
     with pytest.raises(ValueError, match=said) as error:
-        call(clip, other)
+        ERRORS[said](clip, other)
     assert "\n" not in str(error.value)

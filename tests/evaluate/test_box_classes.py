@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.evaluate import given_boxes, rates, tables
+from grain_jax.evaluate import box_classes, rates, tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 TEXTS = {"a cat": [1, 0, 0], "a Dog": [0, 1, 0], "a cow": [0, 0, 1]}
@@ -82,6 +82,6 @@ def test_class_file(data, tmp_path):
 def test_best_query():
     boxes = np.array([LEFT, [0, 0.5, 0.1, 1]], np.float32)
     queries = np.array([[CORNER, RIGHT, LEFT], [CORNER, RIGHT, CORNER]], np.float32)
-    found = given_boxes.best_query(queries, boxes)
+    found = box_classes.best_query(queries, boxes)
     # Nothing overlaps the second box: the right half is nearer to it, as GIoU has it, than a corner.
     assert found.query.tolist() == [2, 1] and found.iou.tolist() == [1, 0]

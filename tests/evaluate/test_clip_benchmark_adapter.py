@@ -8,7 +8,6 @@ import torch
 
 from grain_jax import inference
 from grain_jax.evaluate import clip_benchmark
-from grain_jax.runtime import checkpoint
 from tests import perturbed
 
 TEXTS = ["a wren", "a red kite with a long forked tail", "", "wren"]
@@ -16,10 +15,8 @@ TEXTS = ["a wren", "a red kite with a long forked tail", "", "wren"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = perturbed.tiny(image__depth=1, text__depth=1, text__vocab_size=49408)
     path = tmp_path_factory.mktemp("clip") / "model"
-    checkpoint.save_model(path, model, perturbed.params(model), source="test")
-    return str(path)
+    return perturbed.saved(path, text__vocab_size=49408)
 
 
 @pytest.fixture
@@ -30,11 +27,8 @@ def package(monkeypatch):
     )
     models.TYPE2FUNC = {"open_clip": None}
     models.MODEL_TYPES = list(models.TYPE2FUNC)
-    root.models, root.cli, cli.main = (
-        models,
-        cli,
-        lambda: models.TYPE2FUNC["grain_jax"](pretrained="nowhere"),
-    )
+    root.models, root.cli = models, cli
+    cli.main = lambda: models.TYPE2FUNC["grain_jax"](pretrained="nowhere")
     for module in (root, models, cli):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return models
@@ -71,8 +65,7 @@ def test_gives_what_the_predictor_gives(folder):
 
 
 def test_texts_whose_end_is_not_known_are_refused(tmp_path):
-    model = perturbed.tiny(image__depth=1, text__depth=1, text__tokenizer="tokenizer.json")
-    checkpoint.save_model(tmp_path / "m", model, perturbed.params(model), source="test")
+    perturbed.saved(tmp_path / "m", text__tokenizer="tokenizer.json")
     with pytest.raises(clip_benchmark.ClipBenchmarkError, match="with tokenizer.json"):
         clip_benchmark.load(pretrained=str(tmp_path / "m"))
 

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from grain_jax.core import errors
 from grain_jax.evaluate import diagnostics, tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
@@ -112,9 +111,3 @@ def test_only_the_last_evaluations_are_kept(annotated, monkeypatch):
     for step in (1, 2, 3):
         _evaluate(annotated, state_path=path, step=step)
     assert [e["step"] for e in json.loads(path.read_text())["evaluations"]] == [2, 3]
-
-
-def test_faults(annotated):
-    annotate(annotated, [{"regions": [region([90, 0, 99, 9], "beak")]}])
-    with pytest.raises(errors.UserError, match="every box lies outside"):
-        _evaluate(annotated)

@@ -1,6 +1,7 @@
 """The evaluators of the package as entries of a config: their options, and what is checked before there is a model."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 from grain_jax import config
 from grain_jax.config import evals, recipe
 from grain_jax.core import errors, named
-from grain_jax.evaluate import entries, grounding, zeroshot
+from grain_jax.evaluate import zeroshot
 from grain_jax.runtime import receipt
-from tests.evaluate.stub import StubPredictor, write_picture
+from tests.evaluate.stub import StubPredictor, annotate, measure, region, write_picture
 from tests.paths import ROOT
 
 STORED = ROOT / "tests" / "evaluate" / "stored_run"
@@ -25,6 +26,12 @@ def _faults(entry):
     return str(found.value).split("\n")
 
 
+def _check(good, **fields):
+    with pytest.raises(errors.UserError) as found:
+        dataclasses.replace(good, **fields).check()
+    return str(found.value).split("\n")
+
+
 def test_a_config_is_parsed_without_the_libraries_that_compute():
     code = f"""
         import sys
@@ -33,13 +40,8 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
         print(*(type(entry).__name__ for entry in entries))
         print(*{{"jax", "tensorflow", "numpy", "etils.epath", "PIL"}} & sys.modules.keys())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     names = "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Maps Diagnostics"
     assert done.stdout == f"{names}\n\n"
 
@@ -59,11 +61,8 @@ def test_a_stored_config_loads_and_has_its_digest():
     )
     assert config.from_dict(json.loads(config.to_json(parsed))) == parsed
     assert "alphas" not in json.loads(config.to_json(parsed))["evals"]["retrieval"]
-    # A key of another kind whose value is not its old default is not dropped in silence.
-    stored["evals"]["retrieval"]["alphas"] = [0.25]
-    with pytest.raises(
-        config.ConfigError, match="^evals.retrieval.alphas: no such key; there are: "
-    ):
+    stored["evals"]["retrieval"]["alphas"] = [0.25]  # a key of another kind
+    with pytest.raises(config.ConfigError, match="^evals.retrieval.alphas: no such key; there are"):
         config.from_dict(stored)
 
 
@@ -77,32 +76,41 @@ def test_every_kind_has_its_options_from_the_recipe_to_the_class(kind):
     assert config.evaluator_from_dict({"kind": kind, "images": "FOLDER", "get": "how"}) == parsed
 
 
+FAULTS = [
+    (
+        {"kind": "zeroshott"},
+        "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics, grounding,"
+        " hard_negatives, linear_probe, maps, retrieval, zeroshot; or module:Name of your own",
+    ),
+    (
+        {"kind": "zeroshot", "descriptoins": "D.json"},
+        "descriptoins: no such key; did you mean evaluator.descriptions?",
+    ),
+    (
+        {"kind": "zeroshot", "names": "yes", "alphas": 1.0, "missing": None},
+        "missing: got None, expected str",
+        "alphas: got 1.0, expected a list",
+        "names: got 'yes', expected bool",
+    ),
+    (
+        {"kind": "zeroshot", "region_order": "x", "missing": "y"},
+        "missing: got 'y', expected one of error, skip",
+        "region_order: got 'x', expected one of queries, descriptions",
+    ),
+    (
+        {"kind": "linear_probe", "seeds": 0, "shots": (-1,), "tfds": "a", "images": "b"},
+        "seeds: got 0, expected 1 to 1000",
+        "tfds: got 'a' with images='b', expected one of the two",
+        "shots: got (-1,), expected at least 1 each, or 0 for all",
+    ),
+]
+
+
 def test_faults_of_an_entry():
-    (line,) = _faults({"kind": "zeroshott"})
-    assert line == (
-        "evaluator.kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics,"
-        " grounding, hard_negatives, linear_probe, maps, retrieval, zeroshot; or module:Name of your own"
-    )
+    for entry, *lines in FAULTS:
+        assert _faults(entry) == [f"evaluator.{line}" for line in lines]
     assert "expected a group with kind: one of zeroshot, linear" in _faults({"images": "x"})[0]
     assert "expected a group with kind" in _faults("zeroshot")[0]
-    assert _faults({"kind": "zeroshot", "descriptoins": "D.json"}) == [
-        "evaluator.descriptoins: no such key; did you mean evaluator.descriptions?"
-    ]
-    assert _faults({"kind": "zeroshot", "names": "yes", "alphas": 1.0, "missing": None}) == [
-        "evaluator.missing: got None, expected str",
-        "evaluator.alphas: got 1.0, expected a list",
-        "evaluator.names: got 'yes', expected bool",
-    ]
-    assert _faults({"kind": "zeroshot", "region_order": "x", "missing": "y"}) == [
-        "evaluator.missing: got 'y', expected one of error, skip",
-        "evaluator.region_order: got 'x', expected one of queries, descriptions",
-    ]
-    probe = {"kind": "linear_probe", "seeds": 0, "shots": (-1,), "tfds": "a", "images": "b"}
-    assert _faults(probe) == [
-        "evaluator.seeds: got 0, expected 1 to 1000",
-        "evaluator.tfds: got 'a' with images='b', expected one of the two",
-        "evaluator.shots: got (-1,), expected at least 1 each, or 0 for all",
-    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,14 +153,9 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
     good = zeroshot.ZeroShot(images=str(tmp_path / "classes"), alphas=(1.0, 0.5))
     good.check()  # alpha 0.5 does not count without descriptions
 
-    def faults(**fields):
-        with pytest.raises(errors.UserError) as found:
-            dataclasses.replace(good, **fields).check()
-        return str(found.value).split("\n")
-
-    assert faults(images="no/such") == [
-        "no/such: no such folder; expected one with a sub-folder a class"
-    ]
+    faults = functools.partial(_check, good)
+    no_folder = "no/such: no such folder; expected one with a sub-folder a class"
+    assert faults(images="no/such") == [no_folder]
     described = dict(descriptions=str(tmp_path / "D.json"))
     assert faults(**described, alphas=(0.5, 2.0)) == [
         f"{tmp_path}/D.json: no description of the classes dog",
@@ -161,17 +164,15 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
     assert "got -1.0" in faults(alphas=(1.0, -1.0))[0]
     assert "for a test without class names" in faults(names=False)[0]
     assert "no.json: no such file" in faults(descriptions="no.json")[0]
-    assert (
-        "broken.json: Input data was truncated"
-        in faults(descriptions=str(tmp_path / "broken.json"))[0]
-    )
+    broken = faults(descriptions=str(tmp_path / "broken.json"))[0]
+    assert "broken.json: Input data was truncated" in broken
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "grounding"])
 def test_check_of_annotations(tmp_path, capsys, kind):
     write_picture(tmp_path / "0.png", 0)
-    region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1, "mask": 0}
-    line = {"image": "0.png", "caption": "a", "regions": [region], "licence": "CC0"}
+    one = region([0, 0, 5, 5], "a beak", mask=0)
+    line = {"image": "0.png", "caption": "a", "regions": [one], "licence": "CC0"}
     path = tmp_path / "A.jsonl"
     path.write_text((json.dumps(line) + "\n") * 200 + "{}\n")
     good = evals.find(kind)(images=str(tmp_path), annotations=str(path))
@@ -181,39 +182,24 @@ def test_check_of_annotations(tmp_path, capsys, kind):
         f"{path}: faulty lines left out: 1",
         f"{path}: unknown keys kept out: licence (200), regions.mask (200)",
     ]
-
-    def faults(**fields):
-        with pytest.raises(errors.UserError) as found:
-            dataclasses.replace(good, **fields).check()
-        return str(found.value).split("\n")
-
     no_folder = "no: no such folder; expected the one that the annotations' paths start from"
-    assert faults(images="no") == [no_folder]
-    assert faults(images="no", annotations="no.jsonl") == [
-        no_folder,
-        "no.jsonl: no such file, expected one JSON object a line",
-    ]
+    no_file = "no.jsonl: no such file, expected one JSON object a line"
+    assert _check(good, images="no") == [no_folder]
+    assert _check(good, images="no", annotations="no.jsonl") == [no_folder, no_file]
     (tmp_path / "empty").mkdir()
-    assert "none of the 200 images of" in faults(images=str(tmp_path / "empty"))[0]
+    assert "none of the 200 images of" in _check(good, images=str(tmp_path / "empty"))[0]
     path.write_text('{"image": "0.png"}\n[]\n')
-    assert "2 lines are faulty, more than 1%" in faults()[-1]
+    assert "2 lines are faulty, more than 1%" in _check(good)[-1]
     path.write_text('{"image": "0.png"}\n')
-    assert "no line has a " in faults()[0]
-    assert "annotations: got nothing" in faults(annotations=None)[0]
+    assert "no line has a " in _check(good)[0]
+    assert "annotations: got nothing" in _check(good, annotations=None)[0]
 
 
-def test_an_entry_gives_numbers(tmp_path):
-    for i, name in enumerate(("cat", "red_fox")):
-        write_picture(tmp_path / name / "0.png", i)
-    (tmp_path / "templates.txt").write_text("a {}\n")
-    predictor = StubPredictor(
-        images={0: [1, 0], 1: [1, 0]}, texts={"a cat": [1, 0], "a red fox": [0, 1]}
-    )
-    # Without descriptions there is no region score: only alpha 1 is reported.
-    entry = zeroshot.ZeroShot(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
-    numbers = entries.numbers(entry, predictor)
-    assert numbers["alpha_1.0/top1"] == 0.5 and numbers["chance"] == 0.5
-    assert not any(key.startswith("alpha_0.5") for key in numbers)
-    assert all(type(value) is float for value in numbers.values())
-    with pytest.raises(errors.UserError, match="annotations: got nothing"):
-        entries.numbers(grounding.Grounding(images=str(tmp_path)), predictor)
+@pytest.mark.parametrize("kind", ["grounding", "maps", "diagnostics"])
+def test_boxes_that_lie_outside_are_no_boxes(tmp_path, kind):
+    given = annotate(tmp_path, [{"regions": [region([90, 0, 99, 9], "beak")]}])
+    predictor = StubPredictor({0: [1, 0]}, {"beak": [1, 0]}, {0: ([[0, 0, 1, 1]], [[1, 0]])})
+    with pytest.raises(errors.UserError, match="every box lies outside"):
+        measure(kind, predictor, **given)
+    with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
+        measure("hard_negatives", predictor, **given)

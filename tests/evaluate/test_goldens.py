@@ -59,10 +59,7 @@ def test_the_command_gives_the_references_accuracies_and_logits(golden, tmp_path
     number = [int(line["picture"].rpartition("/")[2].removesuffix(".png")) for line in lines]
     names = meta["class_names"]
     assert [line["class"] for line in lines] == [names[golden["inputs/targets"][n]] for n in number]
-    for tag, part, prefix in (
-        ("use_desc", result, ""),
-        ("no_desc", result["by_name"], "by_name/"),
-    ):
+    for tag, part, prefix in (("use_desc", result, ""), ("no_desc", result["by_name"], "by_name/")):
         for alpha in ALPHAS:
             rates = part[f"alpha_{alpha}"]
             expected = golden[f"outputs/{tag}/alpha_{alpha}/acc1_acc5"]

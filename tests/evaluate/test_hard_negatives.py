@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from grain_jax.core import errors
 from grain_jax.evaluate import tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
@@ -54,9 +53,3 @@ def test_fewer_negatives_take_the_first(data):
     got = measure("hard_negatives", predictor, **given, negatives=1)
     assert (got["boxes"], got["negatives"]) == (4, 1)
     assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
-
-
-def test_annotations_without_negatives(data):
-    predictor, given = data
-    with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
-        measure("hard_negatives", predictor, **given)

@@ -3,8 +3,6 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.core import errors
-from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import maps, tables
 from tests.evaluate.stub import StubPredictor, annotate, measure, number, region
 
@@ -68,20 +66,3 @@ def test_the_iou_is_that_of_the_best_threshold():
 def test_a_map_without_differences_says_nothing():
     found = maps._measured([(np.ones((4, 4)), np.array([[0, 0, 0.25, 0.5]]))])
     assert found["hit"].tolist() == found["chance"].tolist() == [2 / 16]
-
-
-def test_no_box_in_its_image(data, tmp_path):
-    predictor, _ = data
-    given = annotate(tmp_path, [{"regions": [region([30, 0, 40, 9], "a cat")]}])
-    with pytest.raises(errors.UserError, match="every box lies outside its image"):
-        measure("maps", predictor, **given)
-
-
-def test_the_commands_read_annotations(data, tmp_path, monkeypatch, capsys):
-    predictor, given = data
-    monkeypatch.setattr(command, "_load", lambda args: predictor)
-    paths = [f"--{key}={value}" for key, value in given.items()]
-    words = ["maps", "--checkpoint=aviary-tiny", *paths, f"--output={tmp_path}/out.json"]
-    assert command.main(words) == 0
-    assert "highest place of a map in a box" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["phrases"] == 3

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from grain_jax.core import errors
-from grain_jax.core.regular_file import FileError
-from grain_jax.evaluate import rates, retrieval
+from grain_jax.evaluate import rates
+from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, annotate, measure
 
 
@@ -57,7 +56,7 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
     texts = {f"{i} {x}": random.normal(size=6) for i in range(23) for x in "ab"}
     predictor = StubPredictor({i: random.normal(size=6) for i in range(23)}, texts)
     whole = measure("retrieval", predictor, **given)
-    monkeypatch.setattr(retrieval, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(scores, "AT_ONCE", 5)
     assert measure("retrieval", predictor, **given, batch_size=4) == whole
     # Against the definition.
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -71,13 +70,3 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
         assert whole["image_to_text"][f"r{k}"] == pytest.approx(np.mean(found))
         found = [j // 2 in np.argsort(-similarity[:, j])[:k] for j in range(46)]
         assert whole["text_to_image"][f"r{k}"] == pytest.approx(np.mean(found))
-
-
-def test_faults(tmp_path):
-    given = annotate(tmp_path, [{}])
-    with pytest.raises(errors.UserError, match="no line has a caption"):
-        measure("retrieval", StubPredictor(), **given)
-    with pytest.raises(errors.UserError, match="no such folder"):
-        measure("retrieval", StubPredictor(), **given | {"images": tmp_path / "no"})
-    with pytest.raises(FileError, match="no such file"):
-        measure("retrieval", StubPredictor(), **given | {"annotations": tmp_path / "no"})

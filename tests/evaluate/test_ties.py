@@ -1,21 +1,18 @@
 """docs/evaluate.md: ties count as if broken at random (of ranks: as lost), at every batch size, in every function."""
 
 import collections
-import json
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import (
-    retrieval,
-    zeroshot,
-)
-from tests.evaluate.stub import StubPredictor, measure, number, write_picture
+from grain_jax.evaluate import retrieval, zeroshot
+from grain_jax.inference import scores
+from tests.evaluate.stub import StubPredictor, measure, number, region, write_lines, write_picture
 
 COUNT, DIM = 69, 97  # images; odd, so that BLAS sums the last columns in another order
 CLASSES = "ant", "bee", "cat"
-SIZES = (1, 7, 64)
+SIZES = (1, 64)
 
 
 class _Predictor(StubPredictor):
@@ -30,22 +27,18 @@ def data(tmp_path_factory):
     folder, random = tmp_path_factory.mktemp("ties"), np.random.default_rng(0)
     lines = []
     for i in range(COUNT):
-        path = folder / "classes" / CLASSES[i % 3] / f"{i}.png"
-        write_picture(path, i)
-        regions = [
-            {"box": box, "description": f"{i} {name}", "score": 1, "negatives": list("negativs")}
-            for box, name in (([0, 0, 5, 10], "left"), ([5, 0, 10, 10], "right"))
-        ]
-        image = str(path.relative_to(folder))
-        lines.append(json.dumps({"image": image, "caption": f"caption {i}", "regions": regions}))
-    (folder / "A.jsonl").write_text("\n".join(lines))
-    (folder / "D.json").write_text(json.dumps({name: [f"{name} leg"] for name in CLASSES}))
+        image, negatives = f"classes/{CLASSES[i % 3]}/{i}.png", list("negativs")
+        write_picture(folder / image, i)
+        halves = {"left": [0, 0, 5, 10], "right": [5, 0, 10, 10]}
+        own = [region(box, f"{i} {name}", negatives=negatives) for name, box in halves.items()]
+        lines.append({"image": image, "caption": f"caption {i}", "regions": own})
+    write_lines(folder / "A.jsonl", lines)
+    write_lines(folder / "D.json", [{name: [f"{name} leg"] for name in CLASSES}])
     boxes = [[0, 0, 0.5, 1], [0.5, 0, 1, 1]]
     images = {i: random.normal(size=DIM) for i in range(COUNT)}
     regions = {i: (boxes, random.normal(size=(1, DIM)).repeat(2, 0)) for i in range(COUNT)}
     text = random.normal(size=DIM)  # every text has this embedding
-    alike = collections.defaultdict(lambda: text, {"": text})
-    return folder, _Predictor(images, alike, regions)
+    return folder, _Predictor(images, collections.defaultdict(lambda: text, {"": text}), regions)
 
 
 def _classified(found):
@@ -64,43 +57,6 @@ def _zeroshot(folder, predictor, **given):
     return found
 
 
-def _retrieval(folder, predictor, **given):
-    with mock.patch.object(retrieval, "_ROWS_AT_ONCE", given["batch_size"]):
-        found = measure("retrieval", predictor, **_annotated(folder), **given)
-    for way in ("image_to_text", "text_to_image"):
-        found[way] = {key: value for key, value in found[way].items() if key[0] == "r"}
-    for k in retrieval.KS:
-        assert found["image_to_text"][f"r{k}"] == pytest.approx(k / COUNT)
-    return found
-
-
-def _hard_negatives(folder, predictor, **given):
-    found = measure("hard_negatives", predictor, negatives=8, **_annotated(folder), **given)
-    for key in ("region", "image"):
-        assert found[key]["top1"] == pytest.approx(1 / 9)
-        assert found[key]["mean_rank"] == found[key]["median_rank"] == 9  # lost against all
-    return found
-
-
-def _boxes(folder, predictor, **given):
-    found = measure("boxes", predictor, **_annotated(folder), **given)
-    assert found["region"]["top1"] == found["image"]["top1"] == pytest.approx(1 / (2 * COUNT))
-    return found
-
-
-def _grounding(folder, predictor, **given):
-    found = measure("grounding", predictor, **_annotated(folder), **given)
-    assert found["region_to_description_r1"] == pytest.approx(1 / (2 * COUNT))
-    assert found["phrase_acc50"] == 0.5  # of two queries alike, one has the box
-    return found
-
-
-def _maps(folder, predictor, **given):
-    found = measure("maps", predictor, **_annotated(folder), **given)
-    assert found["pointing"] == found["chance_pointing"] == 0.5 and found["map_iou"] == 0
-    return found
-
-
 def _linear_probe(folder, predictor, **given):
     """Images alike: the intercepts, of classes of one size, are the same but for rounding."""
     same = StubPredictor(dict.fromkeys(range(COUNT), np.ones(DIM)))
@@ -109,14 +65,43 @@ def _linear_probe(folder, predictor, **given):
     return found
 
 
-def _annotated(folder):
-    return dict(images=folder, annotations=folder / "A.jsonl")
+def _annotated(kind, **options):
+    def measured(folder, predictor, **given):
+        given |= dict(images=folder, annotations=folder / "A.jsonl")
+        found = measure(kind, predictor, **given, **options)
+        expected = EXPECTED[kind]
+        numbers = {path: found for path in expected}
+        for path in expected:
+            for key in path.split("/"):
+                numbers[path] = numbers[path][key]
+        assert numbers == pytest.approx(expected)
+        for way in {"image_to_text", "text_to_image"} & found.keys():  # not the means of chances
+            found[way] = {key: value for key, value in found[way].items() if key[0] == "r"}
+        return found
+
+    return measured
 
 
-@pytest.mark.parametrize(
-    "measure",
-    [_zeroshot, _retrieval, _hard_negatives, _boxes, _grounding, _maps, _linear_probe],
-)
-def test_equal_scores_are_ties_at_every_batch_size(measure, data):
-    first, *others = [measure(*data, batch_size=size) for size in SIZES]
-    assert all(other == first for other in others)
+EXPECTED = {
+    "retrieval": {f"image_to_text/r{k}": k / COUNT for k in retrieval.KS},
+    "hard_negatives": {  # of ranks, lost against all
+        f"{key}/{of}": value
+        for key in ("region", "image")
+        for of, value in {"top1": 1 / 9, "mean_rank": 9, "median_rank": 9}.items()
+    },
+    "boxes": {"region/top1": 1 / (2 * COUNT), "image/top1": 1 / (2 * COUNT)},
+    # Of two queries alike, one has the box.
+    "grounding": {"region_to_description_r1": 1 / (2 * COUNT), "phrase_acc50": 0.5},
+    "maps": {"pointing": 0.5, "chance_pointing": 0.5, "map_iou": 0},
+}
+ALL = {kind: _annotated(kind) for kind in EXPECTED} | {"zeroshot": _zeroshot}
+ALL |= {"linear_probe": _linear_probe, "hard_negatives": _annotated("hard_negatives", negatives=8)}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_equal_scores_are_ties_at_every_batch_size(kind, data):
+    found = []
+    for size in SIZES:
+        with mock.patch.object(scores, "AT_ONCE", size if kind == "retrieval" else 256):
+            found.append(ALL[kind](*data, batch_size=size))
+    assert found[0] == found[1]

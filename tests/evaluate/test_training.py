@@ -1,15 +1,13 @@
 """Entries of a suite as evaluators of a run: what is missing is skipped, and several processes measure as one."""
 
+import collections
 import json
 import os
 import subprocess
 import sys
 import types
 
-import flax.linen as nn
-import jax
 import numpy as np
-import PIL.Image
 import pytest
 
 from grain_jax import config as config_lib
@@ -18,10 +16,9 @@ from grain_jax.cli import config_file
 from grain_jax.config.evals import Context
 from grain_jax.configs import demo
 from grain_jax.core import errors
-from grain_jax.evaluate import diagnostics, entries
-from grain_jax.models import grain
-from tests import tiny
+from grain_jax.evaluate import diagnostics, suite
 from tests.evaluate import train_config
+from tests.evaluate.stub import StubPredictor, region, write_lines, write_picture
 from tests.paths import ROOT
 
 
@@ -29,35 +26,17 @@ from tests.paths import ROOT
 def data(tmp_path_factory):
     """11 images of three classes, with descriptions and annotations."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    described = {}
-    with (folder / "A.jsonl").open("w") as file:
-        for name, count in (("cat", 5), ("dog", 3), ("fox", 3)):
-            (folder / "classes" / name).mkdir(parents=True)
-            described[name] = [f"{name} fur", "a tail"]
-            for i in range(count):
-                image = f"{name}/{i}.png"
-                pixels = rng.integers(0, 256, (9, 7, 3)).astype(np.uint8)
-                PIL.Image.fromarray(pixels).save(folder / "classes" / image)
-                region = {"box": [0, 0, 2 + i, 9], "description": f"{name} fur", "score": 1}
-                line = {"image": image, "caption": f"{name} {i}", "regions": [region]}
-                file.write(json.dumps(line) + "\n")
-    (folder / "D.json").write_text(json.dumps(described))
+    names, lines = ["cat"] * 5 + ["dog"] * 3 + ["fox"] * 3, []
+    for i, name in enumerate(names):
+        write_picture(folder / "classes" / name / f"{i}.png", i * 20, size=(7, 9))
+        regions = [region([0, 0, 2 + i % 5, 9], f"{name} fur")]
+        lines.append({"image": f"{name}/{i}.png", "caption": f"{name} {i}", "regions": regions})
+    write_lines(folder / "A.jsonl", lines)
+    write_lines(folder / "D.json", [{name: [f"{name} fur", "a tail"] for name in set(names)}])
     return folder
 
 
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    train.train(config_lib.from_dict(train_config.get_config(data)), workdir)
-    return workdir
-
-
-def _results(workdir):
-    return json.loads((workdir / "results.json").read_text())
-
-
-def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd):
+def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd, monkeypatch):
     wanted = train_config.get_config(data)
     wanted.checkpoint_best_metric = "eval/absent/alpha_1.0/top1"
     config = config_lib.from_dict(wanted)
@@ -66,10 +45,14 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     assert (
         f"evals.absent: skipped: {data}/absent: not there; to get it: ask" in capfd.readouterr().err
     )
-    module = grain.GRAIN(config.model, "float32")
-    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(config))["params"])
-    state = types.SimpleNamespace(params=params, ema_params=None, step=np.int32(7))
-    results = train.evaluate_all(config, entries.present(config.evals), state, tmp_path)
+    random = np.random.default_rng(0)
+    some = lambda make: collections.defaultdict(make, {None: 0})
+    vectors = some(lambda: random.normal(size=6))
+    regions = some(lambda: ([[0, 0, 0.5, 1], [0, 0, 1, 1]], random.normal(size=(2, 6))))
+    predictor = StubPredictor(vectors, vectors, regions)
+    monkeypatch.setattr(train, "make_predictor", lambda *_: predictor)
+    state = types.SimpleNamespace(step=np.int32(7))
+    results = train.evaluate_all(config, suite.present(config.evals), state, tmp_path)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
@@ -80,7 +63,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
 def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     config = config_lib.from_dict(demo.get_config())
     monkeypatch.chdir(tmp_path)  # where no aviary is
-    assert entries.present(config.evals) == {}
+    assert suite.present(config.evals) == {}
     lines = capfd.readouterr().err.splitlines()
     get = "not there; to get it: grain-jax aviary --output runs/aviary"
     assert len(lines) == 5
@@ -107,10 +90,10 @@ def test_what_the_command_line_asks_for_is_not_skipped(override, said, tmp_path,
     monkeypatch.chdir(tmp_path)
     config = config_file.load("demo", f"--config.evals.{override}".split(" "))
     if said is None:
-        assert entries.present(config.evals) == {}
+        assert suite.present(config.evals) == {}
         return
     with pytest.raises(errors.UserError) as found:
-        entries.present(config.evals)
+        suite.present(config.evals)
     assert str(found.value).startswith(said)
 
 
@@ -126,28 +109,18 @@ def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(finished, data, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "grain_jax.launch.local",
-            "--processes=2",
-            "--devices-per-process=4",
-            "--",
-        ]
-        + [sys.executable, "-m", "grain_jax.train", f"--workdir={tmp_path}"]
-        + [f"--config={ROOT}/tests/evaluate/train_config.py:{data}"],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
+def test_two_processes_measure_what_one_does(data, tmp_path):
+    train.train(config_lib.from_dict(train_config.get_config(data)), tmp_path / "1")
+    local = [sys.executable, "-m", "grain_jax.launch.local", "--processes=2"]
+    local += ["--devices-per-process=4", "--", sys.executable, "-m", "grain_jax.train"]
+    local += [f"--config={ROOT}/tests/evaluate/train_config.py:{data}", f"--workdir={tmp_path}/2"]
+    done = subprocess.run(local, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
+    one, two = tmp_path / "1", tmp_path / "2"
+    lines = [json.loads(x) for x in (one / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/classes/chance" in line] == [1, 2]
-    expected, found = _results(finished), _results(tmp_path)
+    expected, found = (json.loads((run / "results.json").read_text()) for run in (one, two))
     assert found == pytest.approx(expected, abs=1e-4)
-    kept = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (finished, tmp_path)]
+    kept = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (one, two)]
     assert kept[0] == kept[1]
     assert done.stderr.count("evals.absent: skipped") == 1

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,33 +13,23 @@ from examples.data_source import shapes
 from grain_jax import config as config_lib
 from grain_jax import inference, train
 from grain_jax.input_pipeline import sources, tokenizer
-from tests import record_sets, tiny
+from grain_jax.training import sharding
+from tests import programs, record_sets, runs, tiny
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 SOURCE = "examples.data_source.shapes:Shapes"
 
 
-def config(steps=4, **overrides):
-    values = dict(
-        total_steps=steps,
-        checkpoint_every=2,
-        input__source=SOURCE,
-        input__max_regions=3,
-        model__decoder__queries=3,
-        model__image__image_size=32,
-        text__pack_group=None,
-        text__pack_rows=None,
+def config(**overrides):
+    c = tiny.dictionary(
+        total_steps=2, checkpoint_every=1, input__source=SOURCE, **programs.SHALLOW, **overrides
     )
-    c = tiny.dictionary(**(values | overrides))
     c.input.options = dict(colours=("red", "blue"))
     return config_lib.from_dict(c)
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_batch_is_a_function_of_seed_lane_and_step():
-    c = config(text__pack_group=2, text__pack_rows=4)
+    c = config()
     source = sources.open_source(c)
     whole = list(itertools.islice(source.batches(c), 3))
     record_sets.assert_batches_equal(next(source.batches(c, start_step=2)), whole[2])
@@ -48,7 +39,7 @@ def test_a_batch_is_a_function_of_seed_lane_and_step():
 
 
 def test_the_boxes_are_those_of_the_rectangles():
-    c = config(text__pack_group=2, text__pack_rows=4)
+    c = config(model__image__image_size=32)
     batch = next(sources.open_source(c).batches(c))
     assert batch.region_mask[:, 0].all()
     for image, boxes, mask in zip(batch.image, batch.region_boxes_cxcywh, batch.region_mask):
@@ -58,20 +49,23 @@ def test_the_boxes_are_those_of_the_rectangles():
 
 
 def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch):
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: device)
+    given = config(text__pack_group=None, text__pack_rows=None)
+    mesh = sharding.make_mesh(given.mesh)
+    derived, _ = train.derive(given, mesh, sources.open_source(given), tmp_path)
+    assert derived.text.pack_group == 4 and 1 <= derived.text.pack_rows <= 16
+
     train.train(config(), tmp_path / "whole")
     stored = json.loads((tmp_path / "whole/config.json").read_text())
-    assert stored["text"]["pack_group"] == 2 and 1 <= stored["text"]["pack_rows"] <= 8
     assert stored["input"]["options"] == {"colours": ["red", "blue"], "examples": 4096}
-    whole = lines(tmp_path / "whole")
-    assert all(np.isfinite(line["loss"]) for line in whole)
-    # A run that is cut off after the checkpoint of step 2 goes on to the bit.
+    whole = runs.lines(tmp_path / "whole")
+    assert len(whole) == 2 and all(np.isfinite(line["loss"]) for line in whole)
+    # A run that is cut off after the checkpoint of step 1 goes on to the bit.
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut/checkpoints/4")
+    shutil.rmtree(tmp_path / "cut/checkpoints/2")
     train.train(config(), tmp_path / "cut")
-    again = lines(tmp_path / "cut")
-    assert [line["step"] for line in again] == [1, 2, 3, 4]
-    for a, b in zip(again, whole):
-        assert a["loss"] == b["loss"] and a["batch_chain"] == b["batch_chain"]
+    assert runs.lines(tmp_path / "cut") == whole
 
     # The model is there for those who do not have the source.
     monkeypatch.delitem(sys.modules, "examples.data_source.shapes")

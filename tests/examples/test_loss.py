@@ -10,7 +10,6 @@ from examples.loss.uniformity import uniformity
 from grain_jax import losses, train
 from grain_jax.cli import config_file
 from grain_jax.input_pipeline import synthetic
-from grain_jax.launch import sweep_runs
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import sharding, train_step
 from tests import tiny
@@ -113,5 +112,3 @@ def test_the_command_line_switches_it_on():
     config = parse(f"{key}.term={TERM}", f"{key}.weight=0.1", f"{key}.t=3")
     assert config.loss.terms == {"uniformity": {"term": TERM, "weight": 0.1, "t": 3}}
     assert losses.terms_of(config.loss)[-1][1] == 0.1
-    point = sweep_runs.resolve(config, {"loss.terms.uniformity.weight": 0.5})
-    assert point.loss.terms["uniformity"]["weight"] == 0.5

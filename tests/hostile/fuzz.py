@@ -382,22 +382,20 @@ def run_case(case: Callable[[random.Random], str], seed: int) -> tuple[str, str 
 
 
 def fuzz(
-    kinds: tuple[str, ...], seed: int, *, minutes: float = 0.0, cases: int = 0
+    fuzzer: Fuzzer, kinds: tuple[str, ...], seed: int, *, minutes: float = 0.0, cases: int = 0
 ) -> tuple[collections.Counter, list[str]]:
     """Runs cases of the kinds in turn until time or number is up; (outcomes by kind, failures)."""
     outcomes: collections.Counter = collections.Counter()
-    failures, end = [], time.monotonic() + 60 * minutes
+    failures, end, number = [], time.monotonic() + 60 * minutes, 0
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        fuzzer, number = Fuzzer(pathlib.Path(folder)), 0
-        while number < cases if cases else time.monotonic() < end:
-            kind = kinds[number % len(kinds)]
-            outcome, what = run_case(getattr(fuzzer, f"case_{kind}"), seed + number)
-            outcomes[kind, outcome] += 1
-            if what is not None:
-                failures.append(f"{kind}, seed {seed + number}: {outcome}: {what}")
-                print(failures[-1], file=sys.stderr, flush=True)
-            number += 1
+    while number < cases if cases else time.monotonic() < end:
+        kind = kinds[number % len(kinds)]
+        outcome, what = run_case(getattr(fuzzer, f"case_{kind}"), seed + number)
+        outcomes[kind, outcome] += 1
+        if what is not None:
+            failures.append(f"{kind}, seed {seed + number}: {outcome}: {what}")
+            print(failures[-1], file=sys.stderr, flush=True)
+        number += 1
     logging.disable(logging.NOTSET)
     return outcomes, failures
 
@@ -410,7 +408,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     args = parser.parse_args()
-    outcomes, failures = fuzz(tuple(args.kinds), args.seed, minutes=args.minutes, cases=args.cases)
+    how_long = dict(minutes=args.minutes, cases=args.cases)
+    with tempfile.TemporaryDirectory() as folder:
+        fuzzer = Fuzzer(pathlib.Path(folder))
+        outcomes, failures = fuzz(fuzzer, tuple(args.kinds), args.seed, **how_long)
     for (kind, outcome), count in sorted(outcomes.items()):
         print(f"{kind:12} {outcome:20} {count:8,}")
     names = ("traceback", "hang", "silent difference")

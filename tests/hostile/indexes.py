@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from grain_jax.data.embed import embeddings, output, parts
 from grain_jax.data.embed import search as search_lib
-from grain_jax.data.embed import search_page as page
+from grain_jax.data.embed import search_command as page
 from tests import embedded, record_sets
 
 D, FILES, ROWS = 8, 3, 4
@@ -51,9 +51,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
             record_sets.picture(i, (8, 8)).save(folder / "images" / f"{i}.png")
             vectors = rng.standard_normal((3, D)).astype(np.float32)
             boxes = np.sort(rng.uniform(size=(2, 2, 2)), axis=1).reshape(2, 4).astype(np.float32)
-            writer.add(
-                output.EmbeddedImage(f"id{i}", f"{i}.png", 8, 8, vectors[0], vectors[1:], boxes)
-            )
+            row = (f"id{i}", f"{i}.png", 8, 8, vectors[0], vectors[1:], boxes)
+            writer.add(output.EmbeddedImage(*row))
         writer.close()
     return folder
 
@@ -170,13 +169,8 @@ def replaced(folder: pathlib.Path, path: str, how: str) -> None:
 
 def footer(schema: list[bytes], rows: int = 0, groups: list[bytes] | None = None) -> bytes:
     """A Parquet file of a handmade footer (thrift's compact protocol) and nothing else."""
-    fields = [
-        (1, 5, _int(2)),
-        (2, 9, _list(schema)),
-        (3, 6, _int(rows)),
-        (4, 9, _list(groups or [])),
-    ]
-    content = _struct(fields)
+    lists = (2, 9, _list(schema)), (4, 9, _list(groups or []))
+    content = _struct([(1, 5, _int(2)), lists[0], (3, 6, _int(rows)), lists[1]])
     return b"PAR1" + content + struct.pack("<I", len(content)) + b"PAR1"
 
 
@@ -253,20 +247,15 @@ def change(folder: pathlib.Path, rng: random.Random, put: Callable[..., Any]) ->
         (folder / name(part)).write_bytes((folder / name(other)).read_bytes())
     elif how == 5:
         path = rng.choice(["settings.json", name(part)])
-        replaced(
-            folder, path, rng.choice(["fifo", "folder", "/dev/zero", "nowhere", "/etc/passwd"])
-        )
+        kinds = ["fifo", "folder", "/dev/zero", "nowhere", "/etc/passwd"]
+        replaced(folder, path, rng.choice(kinds))
     elif how == 6:
         options = [{"compression": "zstd"}, {"use_dictionary": True}, {"row_group_size": 1}]
         rewrite(folder, part, **rng.choice([*options, {"data_page_version": "2.0"}]))
     else:
         count = rng.choice([0, 1, 3, 4000])
-        group = _struct(
-            [
-                (1, 9, _list([_struct([(2, 6, _int(0))])] * rng.choice([0, count]))),
-                (3, 6, _int(count)),
-            ]
-        )
+        columns = [_struct([(2, 6, _int(0))])] * rng.choice([0, count])
+        group = _struct([(1, 9, _list(columns)), (3, 6, _int(count))])
         schema = [element(b"s", rng.choice([1, count])), *[element(b"g", 1)] * count, element(b"a")]
         rows = rng.choice([0, -1, 2**62])
         (folder / name(part)).write_bytes(footer(schema, rows, [group] * rng.choice([0, count])))

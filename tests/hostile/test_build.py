@@ -50,7 +50,7 @@ def test_training_reads_what_was_built(tmp_path, change):
 def test_no_mutated_image_is_accepted_that_training_refuses(kind):
     original, accepted, rescued = example.Encoding("original"), 0, 0
     seeds = [image_files.encode(kind), image_files.encode(kind, (61, 47))]
-    for number in range(600):
+    for number in range(200):
         encoded = image_files.mutate(seeds[number % 2], number)
         try:
             picture = images.decode_image(encoded)
@@ -61,5 +61,5 @@ def test_no_mutated_image_is_accepted_that_training_refuses(kind):
         assert decoded.shape == (picture.height, picture.width, 3)
         accepted, rescued = accepted + 1, rescued + anew
         assert (stored == encoded) != anew
-    assert accepted > 50
-    assert rescued > 30 or kind == "JPEG"
+    assert accepted > 20
+    assert rescued > 10 or kind == "JPEG"

@@ -43,7 +43,7 @@ def clip_state():
     rows = [
         *formats.openai_image(),
         *formats.openai_text(),
-        tables.Row("logit_scale", "logit_scale"),
+        tables.NamePair("logit_scale", "logit_scale"),
     ]
     return tables.write(rows, grain.flat(params))
 
@@ -208,6 +208,8 @@ OPEN_CLIP = [
     ("a scale that is infinite", with_state(logit_scale=np.array(np.inf, np.float32)), "logit_scale: got inf"),
     ("a scale of many", with_state(logit_scale=np.zeros(7, np.float32)), "logit_scale: got"),
     ("missing", with_state(ln_final__bias=None), "ln_final.bias: missing"),
+    ("no scale", with_state(logit_scale=None), "logit_scale: missing"),
+    ("as many numbers of another shape", with_state(transformer__resblocks__1__attn__out_proj__weight=np.zeros(256, np.float32)), "attn.out_proj.weight: got shape .256,., expected .16, 16."),
     ("unknown", with_state(evil=np.zeros(3, np.float32)), "evil: unknown key"),
     ("another shape", with_state(text_projection=np.zeros((3, 12), np.float32)), "text_projection: got"),
     ("one axis", with_state(token_embedding__weight=np.zeros(9, np.float32)), "token_embedding.weight: got shape"),
@@ -352,6 +354,9 @@ FROM_HF = [
     ("pixels of two", rewritten(image__pixel_mean=[0, 1]), "model.image.pixel_mean"),
     ("an epsilon of infinity", rewritten(image__norm_eps=float("inf")), "config.json: JSON is malformed"),
     ("an unknown key", rewritten(image__evil=3), "model.image.evil: no such key"),
+    ("a misspelt key", rewritten(image__witdh=48), "model.image.witdh: no such key; did you mean model.image.width"),
+    ("heads that do not divide", rewritten(text__heads=7), "model.text.heads: got 7, must divide width 40"),
+    ("heads that the qk-norms have not", rewritten(image__heads=6), "attn.q_norm.weight: got shape .12,., expected .8,."),
     ("no weights", without(F), f"{F}: no such file"),
     ("weights that are a folder", without(F, os.mkdir), f"{F}: no such file"),
     ("empty weights", with_files(**{F: b""}), "not a whole safetensors file"),
@@ -469,11 +474,6 @@ def test_a_program_that_asks_for_one_storage_many_times(tmp_path):
     (tmp_path / "m.pt").write_bytes(program(data, **{"0": bytes(1 << 20)}))
     with pytest.raises(ConvertError, match="its arrays take more than"):
         open_clip.read(tmp_path / "m.pt")
-
-
-def test_a_tensor_is_read_by_its_strides():
-    found = torchscript._tensor(np.arange(12, dtype=np.float32), 2, (2, 3), (1, 2))
-    np.testing.assert_array_equal(found, [[2, 4, 6], [3, 5, 7]])
 
 
 BEYOND = [  # offset, size, stride; the last would ask for more memory than there is

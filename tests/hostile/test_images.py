@@ -11,6 +11,7 @@ import pytest
 
 from grain_jax.core import images
 from grain_jax.data.annotate import checks
+from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.sources import base, join
 from tests import record_sets
 from tests.hostile import cases, image_files
@@ -160,9 +161,9 @@ def test_a_link_to_a_file_and_a_long_file(tmp_path, monkeypatch):
 
 
 def test_causes_of_annotating():
-    limits = checks.Limits()
+    given = Annotate(images="", output="")
     picture = lambda encoded: base.Image("a", encoded, (), "", (), None, ())
-    found = lambda encoded: checks.check(picture(encoded), limits).cause
+    found = lambda encoded: checks.check(picture(encoded), given).cause
     assert found(image_files.MARKER_EPS) == "unreadable"
     assert found(image_files.png(20_000, 10_000)) == "too large"
     assert found(image_files.encode("PNG")[:-40]) == "damaged"

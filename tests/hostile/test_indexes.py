@@ -10,7 +10,6 @@ import pytest
 from grain_jax.core import errors
 from grain_jax.data.embed import embeddings, parts, search
 from grain_jax.data.embed import search_command as command
-from grain_jax.data.embed import search_page as page
 from tests.hostile import indexes
 
 PART = "data/part-00001-of-00003.parquet"
@@ -75,7 +74,7 @@ WIDE = [indexes.element(b"s", 10**5), *[indexes.element(b"a")] * 10**5]
 ONE = [indexes.element(b"s", 1), indexes.element(b"a")]
 # (name, change, what opening and searching says; and what going on says, None: it makes the part anew)
 ROWS = [
-    ("another model", of_another(model={"model": "", "params": "other"}), "made by another model: got parameters other", "same"),
+    ("another model", of_another(model={"model": "", "params": "other"}), r"made with model stand-in \(parameters other\), expected stand-in", "same"),
     ("another source", of_another(source={"kind": "tars", "path": "", "images": "", "split": "", "digest": "x"}), "made with source", "same"),
     ("another type of activations", of_another(dtype="bfloat16"), 'made with dtype "bfloat16", expected "float32"', "same"),
     ("copied over another", copied, "is 'part-00000-of-00003.parquet' under another name", "same"),
@@ -125,9 +124,8 @@ def test_each_fault_is_one_line(change, said, going_on, folder):
         indexes.search(folder)
     assert re.search(said, str(error.value)) and "\n" not in str(error.value)
     if isinstance(going_on, str):
-        with pytest.raises(
-            errors.UserError, match=said if going_on == "same" else going_on
-        ) as error:
+        again = said if going_on == "same" else going_on
+        with pytest.raises(errors.UserError, match=again) as error:
             indexes.resume(folder)
         assert "\n" not in str(error.value)
     else:
@@ -135,11 +133,8 @@ def test_each_fault_is_one_line(change, said, going_on, folder):
     assert (folder / PART).is_file() == (going_on is not None) or change in _MOVED
 
 
-_MOVED = [
-    row[1]
-    for row in ROWS
-    if row[0] in ("a FIFO", "a device", "a folder", "of another number of files")
-]
+_GONE = ("a FIFO", "a device", "a folder", "of another number of files")
+_MOVED = [row[1] for row in ROWS if row[0] in _GONE]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +194,7 @@ def test_names_are_escaped_in_messages_and_pages(folder, monkeypatch, tmp_path, 
     assert "\\x1b[2J&lt;b&gt;\\u202e.png" in text
     for shown in (*said, text):
         assert "\x1b" not in shown and "\u202e" not in shown
-    assert page.escape("a" * 10**6) == "a" * 397 + "..."
+    assert command.escape("a" * 10**6) == "a" * 397 + "..."
 
 
 def test_a_list_of_images_that_is_a_pipe_or_a_link(tmp_path):
@@ -209,13 +204,8 @@ def test_a_list_of_images_that_is_a_pipe_or_a_link(tmp_path):
     out.mkdir()
     (tmp_path / "other").write_text("mine")
     (out / "images.jsonl.new").symlink_to(tmp_path / "other")
-    find = lambda: parts.find(
-        str(tmp_path / "images"),
-        images=None,
-        split="",
-        shard_size=4,
-        scratch=embeddings.epath.Path(out),
-    )
+    given = dict(images=None, split="", shard_size=4, scratch=embeddings.epath.Path(out))
+    find = lambda: parts.find(str(tmp_path / "images"), **given)
     assert find().total == 1 and (tmp_path / "other").read_text() == "mine"
     assert json.loads((out / "images.jsonl").read_text()) == {"image": "a.png"}
     indexes.replaced(out, "images.jsonl", "fifo")

@@ -337,30 +337,13 @@ def test_phrases_and_files_of_classes_are_bounded(tmp_path):
         class_lists.read(tmp_path / "pipe")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "1 2 3",
-        "1 2 3 4 5",
-        "3 2 1 4",
-        "1 4 3 4",
-        "-1 0 50 50",
-        "0 0 100 100.1",
-        "0 0 nan 50",
-        "0 0 50 inf",
-        "-inf -inf inf inf",
-        "1e999 0 2e999 1",
-        "0 0 5j 50",
-        "0x1 0 50 50",
-        "[1,2,3,4]",
-        "\0 \0 \0 \0",
-        "<script> a b c",
-        "9" * 10**6 + " 1 2 3",
-        "1 " * 10**5,
-        "\n" * 10**6,
-    ],
-    ids=lambda text: repr(text[:20]),
-)
+NO_BOXES = ["1 2 3", "1 2 3 4 5", "3 2 1 4", "1 4 3 4", "-1 0 50 50", "0 0 100 100.1", "0 0 nan 50"]
+NO_BOXES += ["0 0 50 inf", "-inf -inf inf inf", "1e999 0 2e999 1", "0 0 5j 50", "0x1 0 50 50"]
+NO_BOXES += ["[1,2,3,4]", "\0 \0 \0 \0", "<script> a b c", "9" * 10**6 + " 1 2 3"]
+NO_BOXES += ["1 " * 10**5, "\n" * 10**6]
+
+
+@pytest.mark.parametrize("text", NO_BOXES, ids=lambda text: repr(text[:20]))
 def test_a_box_is_four_numbers(text):
     start = time.monotonic()
     with pytest.raises(class_lists.DemoError, match="expected x1 y1 x2 y2 in percent") as told:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax import config as config_lib
 from grain_jax import train
 from grain_jax.convert import export
 from grain_jax.core import errors
 from grain_jax.runtime import checkpoint
 from grain_jax.verify import command as verify_command
-from tests import runs, tiny
+from tests import programs, runs
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         device = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: device)
-        train.train(tiny.config(total_steps=2, checkpoint_every=1), workdir)
+        train.train(programs.config(total_steps=2, checkpoint_every=1), workdir)
     return workdir
 
 
@@ -55,7 +56,7 @@ def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
         input__name="birds",
         input__prepare="hostile_module --output {data_dir}",
     )
-    runs.forge_config(copy, tiny.config(total_steps=2, checkpoint_every=1, **source))
+    runs.forge_config(copy, programs.config(total_steps=2, checkpoint_every=1, **source))
     with pytest.raises(errors.MissingData, match="no record set 'birds' in .*missing") as error:
         verify_command.verify(copy)
     assert error.value.status == 2
@@ -66,11 +67,9 @@ def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
 def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path, capsys):
     secret = tmp_path / "secret.json"
     secret.write_text("the user's own")
-    config = tiny.config(total_steps=2, checkpoint_every=1, model__text__tokenizer=str(secret))
+    config = programs.config(total_steps=2, checkpoint_every=1, model__text__tokenizer=str(secret))
     for name in (str(secret), "../../../secret.json", "link.json"):
-        runs.forge_config(
-            copy, config_lib.from_dict(tiny.dictionary(**{"model__text__tokenizer": name}))
-        )
+        runs.forge_config(copy, programs.config(model__text__tokenizer=name))
         link = copy / "checkpoints" / "2" / "link.json"
         if name == "link.json" and not link.exists():
             link.symlink_to(secret)
@@ -121,7 +120,7 @@ def flip_bits(folder, read, seed: int, count: int) -> dict[str, int]:
     return outcomes
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_a_checkpoint_is_loaded_unnoticed(copy, count, caplog):
     newest = copy / "checkpoints" / "2"
     with caplog.at_level(logging.ERROR):
@@ -131,7 +130,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_loaded_unnoticed(copy, count, caplog)
     assert outcomes["refused"] == 0
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_a_converted_model_is_loaded_unnoticed(converted, tmp_path, count):
     folder = tmp_path / "model"
     shutil.copytree(converted, folder)

@@ -1,5 +1,8 @@
 """Given boxes and similarity maps: `encode_boxes`, `classify_boxes`, `similarity_map`."""
 
+import functools
+
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,91 +19,87 @@ BOXES = np.concatenate([ENDS.min(0), ENDS.max(0)], axis=-1)  # [3, 4, 4]
 TEXTS = np.array([[298, 5, 6, 299], [298, 7, 299, 0]], np.int32)
 
 
+@functools.cache
 def _predictor(**changes):
-    model = perturbed.tiny(image__depth=1, text__depth=1, **changes)
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, **changes)
     return inference.Predictor(model, perturbed.params(model))
 
 
-@pytest.fixture(scope="module", params=["roi_align", "prompter"])
-def predictor(request):
-    return _predictor(decoder__depth=1, boxes__kind=request.param)
+@functools.cache
+def _two_towers(pool, **changes):
+    changes |= dict(image__depth=1, text__depth=1, decoder=None, image__pool=pool)
+    model = perturbed.tiny(**changes)
+    return inference.Predictor(model, perturbed.params(model))
 
 
-def test_any_number_of_boxes_an_image(predictor):
-    module = grain.GRAIN(predictor.model)
-    expected = module.apply({"params": predictor.params}, PICTURES, BOXES, method="encode_boxes")
+@pytest.fixture
+def predictor():
+    return _predictor(boxes__kind="roi_align")
+
+
+def applied(predictor, method, *given):
+    """What the module itself returns."""
+    apply = jax.jit(grain.GRAIN(predictor.model).apply, static_argnames="method")
+    return apply({"params": predictor.params}, *given, method=method)
+
+
+def close(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
+def test_any_number_of_boxes_an_image(kind):
+    predictor = _predictor(boxes__kind=kind)
+    expected = applied(predictor, "encode_boxes", PICTURES, BOXES)
     got = predictor.encode_boxes(PICTURES, [BOXES[0], [], BOXES[2, :3]])
     assert [x.shape for x in got] == [(4, 28), (0, 28), (3, 28)]
-    np.testing.assert_allclose(got[0], expected[0], atol=3e-6)
-    np.testing.assert_allclose(got[2], expected[2, :3], atol=3e-6)
+    close([got[0], got[2]], [expected[0], expected[2, :3]])
     assert np.abs(got[0][0] - got[0][1]).max() > 1e-3
-    # From a generator, more images than a batch, and PIL images.
-    many = predictor.encode_boxes(
-        (PIL.Image.fromarray(PICTURES[0]) for _ in range(70)), [BOXES[0]] * 70
-    )
-    np.testing.assert_allclose(many[69], got[0], atol=3e-6)
-    assert predictor.encode_boxes([], []) == []
-
-
-def test_tokens_stand_for_images(predictor):
+    # Their tokens stand for images; and both embeddings in one pass.
     tokens = predictor.encode_tokens(PICTURES)
     assert tokens.values.shape[0] == 3
-    expected = predictor.encode_boxes(PICTURES, BOXES)
-    for got, embed in zip(predictor.encode_boxes(tokens, BOXES), expected, strict=True):
-        np.testing.assert_allclose(got, embed, atol=3e-6)
-    texts = [np.eye(28, dtype=np.float32)[:2]] * 3
-    expected = predictor.similarity_maps(PICTURES, texts)
-    np.testing.assert_allclose(predictor.similarity_maps(tokens, texts), expected, atol=3e-6)
+    close(predictor.encode_boxes(tokens, BOXES), expected)
+    image_embed, embeds = predictor.encode_image_and_boxes(PICTURES, BOXES)
+    close([image_embed, *embeds], [predictor.encode_image(PICTURES), *expected])
+
+
+def test_boxes_from_a_generator_and_of_no_image(predictor):
+    (expected,) = predictor.encode_boxes(PICTURES[:1], BOXES[:1])
+    images = (PIL.Image.fromarray(PICTURES[0]) for _ in range(70))  # more than a batch
+    close(predictor.encode_boxes(images, [BOXES[0]] * 70)[69:], [expected])
+    assert predictor.encode_boxes([], []) == []
     assert predictor.encode_boxes(predictor.encode_tokens([]), []) == []
 
 
-def test_images_and_boxes_of_one_pass(predictor):
-    image_embed, embeds = predictor.encode_image_and_boxes(PICTURES, BOXES)
-    np.testing.assert_allclose(image_embed, predictor.encode_image(PICTURES), atol=3e-6)
-    for got, embed in zip(embeds, predictor.encode_boxes(PICTURES, BOXES), strict=True):
-        np.testing.assert_allclose(got, embed, atol=3e-6)
-
-
-def test_one_image_and_its_boxes(predictor):
+def test_one_image_and_the_classes_of_its_boxes(predictor):
     one, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
-    expected = predictor.encode_boxes(PICTURES[:1], [boxes])[0]
-    np.testing.assert_allclose(predictor.encode_boxes(one, boxes), expected, atol=3e-6)
+    (expected,) = predictor.encode_boxes(PICTURES[:1], [boxes])
     image, embeds = predictor.encode_image_and_boxes(one, boxes)
     assert image.shape == (28,)
-    np.testing.assert_allclose(embeds, expected, atol=3e-6)
-    features = inference.ClassFeatures(("a", "b"), np.eye(28, dtype=np.float32)[:2], None)
-    scored = predictor.classify_boxes(one, boxes, features)
-    np.testing.assert_allclose(scored, expected[:, :2], atol=3e-6)
+    close([predictor.encode_boxes(one, boxes), embeds], [expected] * 2)
+    features = predictor.encode_text(TEXTS)
+    classes = inference.ClassFeatures(("a", "b"), features, None)
+    close([predictor.classify_boxes(one, boxes, classes)], [expected @ features.T])
+    close(predictor.classify_boxes(PICTURES[:1], [boxes], classes), [expected @ features.T])
     assert predictor.encode_patches(one).shape == (predictor.grid, predictor.grid, 28)
 
 
-def test_classify_boxes(predictor):
-    features = predictor.encode_text(TEXTS)
-    classes = inference.ClassFeatures(("a", "b"), features, None)
-    got = predictor.classify_boxes(PICTURES, BOXES, classes)
-    embeds = predictor.encode_boxes(PICTURES, BOXES)
-    for score, embed in zip(got, embeds, strict=True):
-        np.testing.assert_allclose(score, embed @ features.T, atol=3e-6)
+FAULTS = {  # of the boxes of three images
+    "boxes_xyxy: got boxes of 2 images, expected of 3, as many as images": [BOXES[0]] * 2,
+    "boxes_xyxy: got boxes of 4 images, expected of 3, as many as images": [BOXES[0]] * 4,
+    r"boxes_xyxy\[1\]: got \[4\], expected finite numbers": [BOXES[0], BOXES[0, 0], BOXES[0]],
+    r"boxes_xyxy\[0\]: got \[0.0, 0.0, 20.0, 40.0\], .* divide": [[[0, 0, 20, 40]], [], []],
+    r"boxes_xyxy\[1\]: .* expected x1 <= x2": [[], [[0.5, 0, 0.2, 1]], []],
+    r"boxes_xyxy\[2\]: .* expected finite numbers": [[], [], [[0.5, 0, np.nan, 1]]],
+    r"boxes_xyxy\[0\]: .* expected finite numbers": ["a box", [], []],
+}
 
 
-@pytest.mark.parametrize(
-    "boxes,message",
-    [
-        ([BOXES[0]] * 2, "boxes_xyxy: got boxes of 2 images, expected of 3, as many as images"),
-        ([BOXES[0]] * 4, "boxes_xyxy: got boxes of 4 images, expected of 3, as many as images"),
-        ([BOXES[0], BOXES[0, 0], BOXES[0]], r"boxes_xyxy\[1\]: got \[4\], expected finite numbers"),
-        (
-            [BOXES[0]] * 2 + [[[0, 0, 20, 40]]],
-            r"boxes_xyxy\[2\]: got \[0.0, 0.0, 20.0, 40.0\], .* divide",
-        ),
-        ([BOXES[0]] * 2 + [[[0.5, 0, 0.2, 1]]], r"boxes_xyxy\[2\]: .* expected x1 <= x2"),
-        ([BOXES[0]] * 2 + [[[0.5, 0, np.nan, 1]]], r"boxes_xyxy\[2\]: .* expected finite numbers"),
-        ([BOXES[0], "a box", BOXES[0]], r"boxes_xyxy\[1\]: .* expected finite numbers"),
-    ],
-)
-def test_faults_of_boxes(predictor, boxes, message):
+@pytest.mark.parametrize("message", FAULTS)
+def test_faults_of_boxes(predictor, message):
     with pytest.raises(inference.InputError, match=message):
-        predictor.encode_boxes(PICTURES, boxes)
+        predictor.encode_boxes(PICTURES, FAULTS[message])
 
 
 def test_a_model_without_a_box_head_says_so():
@@ -114,6 +113,8 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
     got = predictor.similarity_map(PICTURES[0], TEXTS)
     assert got.shape == (2, 5, 5)
     text = predictor.encode_text(TEXTS)
+    tokens = predictor.encode_tokens(PICTURES[:1])
+    close(predictor.similarity_maps(tokens, [text]), [got])
     cell = np.array([[3, 1, 4, 2]]) / 5  # column 3, row 1
     (embed,) = predictor.encode_boxes(PICTURES[:1], [cell])
     np.testing.assert_allclose(predictor.encode_patches(PICTURES[:1])[0, 1, 3], embed[0], atol=3e-6)
@@ -124,7 +125,7 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
 
 
 def test_a_map_of_a_box_head_beside_two_towers_is_that_of_the_patches():
-    predictor = _predictor(decoder=None, image__pool="mean", boxes__kind="roi_align")
+    predictor = _two_towers("mean", boxes__kind="roi_align")
     patches = predictor.encode_patches(PICTURES[:1])[0]
     expected = np.einsum("nd,hwd->nhw", predictor.encode_text(TEXTS), patches)
     np.testing.assert_allclose(predictor.similarity_map(PICTURES[0], TEXTS), expected, atol=3e-6)
@@ -135,7 +136,7 @@ def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
     got = scores.region_map(np.array([[0.5, 0.9, -0.1]]), boxes, 2)
     # Cells of a half. Of the cell above on the left region 0 covers all, region 1 a quarter: -0.1 + 1.0 / 4 is less.
     np.testing.assert_allclose(got, [[[0.5, -0.1 + 1.0 / 2], [-0.1, -0.1]]], atol=3e-6)
-    predictor = _predictor(decoder__depth=1)
+    predictor = _predictor()
     regions = predictor.encode_regions(PICTURES[:1])
     cosines = predictor.encode_text(TEXTS) @ regions.embed[0].T
     expected = scores.region_map(cosines, regions.boxes_xyxy[0], 5)
@@ -144,16 +145,15 @@ def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
 
 @pytest.mark.parametrize("pool", ["class", "mean", "map"])
 def test_a_map_of_two_towers_pools_each_patch_alone(pool):
-    predictor = _predictor(decoder=None, image__pool=pool)
+    predictor = _two_towers(pool)
     got = predictor.similarity_map(PICTURES[0], TEXTS)
-    module, params = grain.GRAIN(predictor.model), {"params": predictor.params}
-    tokens = module.apply(params, PICTURES[:1], method="image_tokens")
+    tokens = applied(predictor, "image_tokens", PICTURES[:1])
     patch = tokens[:, 1 + 7 : 1 + 8]  # row 1, column 2, after the class token
     if pool == "class":
         alone = patch
     else:  # an image of this patch alone, after a class token that "mean" leaves out
         alone = np.concatenate([patch, patch], axis=1)
-    (embed, *_) = module.apply(params, alone, method="embeddings")
+    (embed, *_) = applied(predictor, "embeddings", alone)
     expected = predictor.encode_text(TEXTS) @ np.asarray(embed[0])
     np.testing.assert_allclose(got[:, 1, 2], expected, atol=3e-6)
 

@@ -43,24 +43,20 @@ def close(a, b):
 
 @pytest.fixture(scope="module")
 def predictor():
-    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1)
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="prompter")
     return inference.Predictor(model, perturbed.params(model))
 
 
 @pytest.fixture(scope="module")
-def command(predictor, tmp_path_factory):
-    """The folder that the command writes, and what it prints."""
+def folder(predictor, tmp_path_factory):
+    """The folder that the command writes."""
     folder = tmp_path_factory.mktemp("export")
     checkpoint.save_model(folder / "model", predictor.model, predictor.params, source="test")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert export.main(["--checkpoint", f"{folder}/model", "--output", f"{folder}/out"]) == 0
-    return folder / "out", printed.getvalue()
-
-
-@pytest.fixture
-def folder(command):
-    return command[0]
+    (folder / "printed.txt").write_text(printed.getvalue())
+    return folder / "out"
 
 
 def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_path):
@@ -70,10 +66,8 @@ def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_pat
     for row, end in zip(tokens, (7, 3, 5, 2, 4)):
         row[: end + 1] = [298, *rng.integers(1, 298, end - 1), 299]
     np.savez(tmp_path / "given.npz", pictures=pictures, tokens=tokens)
-    arguments = [folder, tmp_path / "given.npz", tmp_path / "got.npz"]
-    subprocess.run(
-        [sys.executable, "-c", ALONE, *map(str, arguments)], check=True, cwd=tmp_path, timeout=300
-    )
+    words = [sys.executable, "-c", ALONE, folder, tmp_path / "given.npz", tmp_path / "got.npz"]
+    subprocess.run(list(map(str, words)), check=True, cwd=tmp_path, timeout=300)
     got = np.load(tmp_path / "got.npz")
     image, regions = predictor.encode_image_and_regions(pictures)
     text = predictor.encode_text(tokens)
@@ -86,19 +80,10 @@ def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_pat
         close(got[f"{n}/text_embed"], text[:n])
 
 
-def test_one_file_serves_every_platform(folder):
-    for name in ("image", "text", "regions"):
-        exported = jax_export.deserialize((folder / f"{name}.stablehlo").read_bytes())
-        assert exported.platforms == ("cpu", "cuda", "tpu")
-        assert exported.nr_devices == 1
-
-
 def test_a_batch_may_be_spread_over_devices(predictor, folder):
     mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
-    by_batch, whole = (
-        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-        for axes in (("batch",), ())
-    )
+    spread = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    by_batch, whole = spread("batch"), spread()
     pictures = np.random.default_rng(1).integers(0, 256, (16, 40, 40, 3)).astype(np.uint8)
     params = jax.device_put(dict(np.load(folder / "params.npz")), whole)
     image = jax_export.deserialize((folder / "image.stablehlo").read_bytes())
@@ -107,53 +92,36 @@ def test_a_batch_may_be_spread_over_devices(predictor, folder):
 
 
 def test_the_description(folder):
+    for name in ("image", "text", "regions", "boxes"):  # one file serves every platform
+        exported = jax_export.deserialize((folder / f"{name}.stablehlo").read_bytes())
+        assert exported.platforms == ("cpu", "cuda", "tpu") and exported.nr_devices == 1
     said = json.loads((folder / "model.json").read_text())
     assert said["platforms"] == ["cpu", "cuda", "tpu"] and said["jax"] == jax.__version__
+    params = {"params": "dict of all arrays in params.npz"}
+    regions = {"boxes_xyxy": "float32[b, 3, 4]", "image_embed": "float32[b, 28]"}
     assert said["functions"]["regions"] == {
-        "inputs": {"params": "dict of all arrays in params.npz", "image": "uint8[b, 40, 40, 3]"},
-        "outputs": {
-            "boxes_xyxy": "float32[b, 3, 4]",
-            "image_embed": "float32[b, 28]",
-            "region_embed": "float32[b, 3, 28]",
-        },
+        "inputs": params | {"image": "uint8[b, 40, 40, 3]"},
+        "outputs": regions | {"region_embed": "float32[b, 3, 28]"},
     }
-    assert said["functions"]["text"]["inputs"] == {
-        "params": "dict of all arrays in params.npz",
-        "tokens": "int32[b, l]",
-        "end": "int32[b]",
-    }
+    boxes = said["functions"]["boxes"]
+    assert boxes["inputs"]["boxes_xyxy"] == "float32[b, r, 4]"
+    assert boxes["outputs"] == {"box_embed": "float32[b, r, 28]"}
+    texts = params | {"tokens": "int32[b, l]", "end": "int32[b]"}
+    assert said["functions"]["text"]["inputs"] == texts
     assert said["image"]["size"] == 40 and said["image"]["pixel_mean"] == [0.485, 0.456, 0.406]
     assert said["text"]["context_length"] == 32 and said["text"]["vocab_size"] == 300
     assert said["text"]["tokenizer"] == "CLIP's byte pairs"
     assert said["logit_scale"] == pytest.approx(np.exp(2.5))
 
 
-def test_a_box_head_takes_any_number_of_boxes(tmp_path):
-    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="prompter")
-    predictor = inference.Predictor(model, perturbed.params(model))
-    compared = export.export_model(predictor, tmp_path, platforms=("cpu",))
-    assert [c.name for c in compared if c.ok][-1] == "boxes: box_embed" and len(compared) == 6
-    said = json.loads((tmp_path / "model.json").read_text())["functions"]["boxes"]
-    assert said["inputs"]["boxes_xyxy"] == "float32[b, r, 4]"
-    assert said["outputs"] == {"box_embed": "float32[b, r, 28]"}
-
-
 def test_two_towers_that_see_their_padding(tmp_path):
     # Whole rows, no regions, the tokenizer beside; what an older export left is gone.
-    model = perturbed.tiny(
-        image__pool="mean",
-        image__depth=1,
-        text__depth=1,
-        text__causal=False,
-        text__pool="last",
-        text__pad_id=1,
-        text__tokenizer="tokenizer.json",
-        decoder=None,
-    )
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "regions.stablehlo").write_text("old")
+    text = dict(causal=False, pool="last", pad_id=1, tokenizer="tokenizer.json", depth=1)
+    changes = {f"text__{key}": value for key, value in text.items()}
+    model = perturbed.tiny(image__pool="mean", image__depth=1, decoder=None, **changes)
+    for name in ("model/tokenizer.json", "out/regions.stablehlo"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
     predictor = inference.Predictor(
         model, perturbed.params(model), folder=tmp_path / "model", dtype="bfloat16"
     )
@@ -162,37 +130,22 @@ def test_two_towers_that_see_their_padding(tmp_path):
         "image: image_embed": True,
         "text: text_embed": True,
     }
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "image.stablehlo",
-        "text.stablehlo",
-        "params.npz",
-        "model.json",
-        "tokenizer.json",
-    }
+    files = {"image.stablehlo", "text.stablehlo", "params.npz", "model.json", "tokenizer.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == files
     said = json.loads((tmp_path / "out" / "model.json").read_text())
     assert said["functions"]["text"]["inputs"]["tokens"] == "int32[b, 32]"
     assert said["text"]["end"] == "not looked at: zeros will do"
     assert said["text"]["tokenizer"] == "tokenizer.json" and said["activations"] == "bfloat16"
 
 
-def test_the_command_compares_what_it_wrote(command):
-    lines = command[1].splitlines()
-    assert [line.split("/")[-1] for line in lines[:5]] == [
-        "image.stablehlo",
-        "model.json",
-        "params.npz",
-        "regions.stablehlo",
-        "text.stablehlo",
-    ]
-    outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[6:]}
-    assert set(outputs) == {
-        "image: image_embed",
-        "text: text_embed",
-        "regions: boxes_xyxy",
-        "regions: image_embed",
-        "regions: region_embed",
-    }
-    assert max(outputs.values()) < 2e-6 and "FAILED" not in command[1]
+def test_the_command_compares_what_it_wrote(folder):
+    lines = (folder.parent / "printed.txt").read_text().splitlines()
+    files = ["boxes.stablehlo", "image.stablehlo", "model.json", "params.npz", "regions.stablehlo"]
+    assert [line.split("/")[-1] for line in lines[:6]] == [*files, "text.stablehlo"]
+    outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[7:]}
+    regions = {f"regions: {name}" for name in ("boxes_xyxy", "image_embed", "region_embed")}
+    assert set(outputs) == {"image: image_embed", "text: text_embed", "boxes: box_embed", *regions}
+    assert max(outputs.values()) < 2e-6 and "FAILED" not in str(lines)
 
 
 @pytest.mark.parametrize(
@@ -200,23 +153,20 @@ def test_the_command_compares_what_it_wrote(command):
     [
         ([], "--checkpoint DIR, --output DIR: missing"),
         (["--checkpoint", "none", "--output", "x"], "none: no such folder"),
-        (["--checkpoint", "model", "--output", "file"], "file: File exists; expected a folder"),
+        (["--checkpoint", "{}/model", "--output", "file"], "file: File exists; expected a folder"),
     ],
 )
-def test_wrong_usage_is_one_line(predictor, tmp_path, monkeypatch, capsys, arguments, said):
+def test_wrong_usage_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    if "model" in arguments:
-        checkpoint.save_model("model", predictor.model, predictor.params, source="test")
-    assert export.main(arguments) == 2
+    assert export.main([word.format(folder.parent) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
 
-def test_other_outputs_are_status_1(predictor, tmp_path, monkeypatch, capsys):
-    checkpoint.save_model(tmp_path / "model", predictor.model, predictor.params, source="test")
+def test_other_outputs_are_status_1(folder, tmp_path, monkeypatch, capsys):
     wrong = parity.Comparison("text: text_embed", error=2e-5, cosine=1.0, tolerance=1e-5)
     monkeypatch.setattr(export, "export_model", lambda predictor, output: [wrong])
-    arguments = ["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path)]
-    assert export.main(arguments) == 1
+    given = ["--checkpoint", str(folder.parent / "model"), "--output", str(tmp_path)]
+    assert export.main(given) == 1
     assert capsys.readouterr().out.endswith("2.00e-05    1.0e-05  FAILED\n")

@@ -32,30 +32,17 @@ def test_template_file_errors_name_the_lines(tmp_path):
     assert prompts.load_templates(str(path)) == ["a {} drawn"]
 
 
-@pytest.mark.parametrize(
-    "description, clause",
-    [
-        ("a long tail", "which is a long tail"),
-        ("an orange beak", "which is an orange beak"),
-        ("A long tail", "which is a long tail"),
-        ("antlers", "which has antlers"),
-        ("all-white plumage", "which has all-white plumage"),
-        ("has wings", "which has wings"),
-        (" Has  wings.", "which has wings"),
-        ("hasty movement", "which has hasty movement"),
-        ("often seen in flocks", "which often seen in flocks"),
-        ("may be striped", "which may be striped"),
-        ("mayonnaise colour", "which has mayonnaise colour"),
-        ("can swim", "which can swim"),
-        ("canine teeth", "which has canine teeth"),
-        ("used for cutting", "which is used for cutting"),
-        ("useful tool", "which has useful tool"),
-        ("four legs", "which has four legs"),
-        ("Red crest", "which has Red crest"),
-    ],
-)
-def test_descriptor_clause(description, clause):
-    assert prompts.descriptor_clause(description) == clause
+IS = ["a long tail", "an orange beak", "used for cutting"]
+HAS = ["antlers", "all-white plumage", "hasty movement", "mayonnaise colour", "canine teeth"]
+HAS += ["useful tool", "four legs", "Red crest"]
+AS_IT_IS = ["has wings", "often seen in flocks", "may be striped", "can swim"]
+CLAUSES = {text: f"which is {text}" for text in IS} | {text: f"which has {text}" for text in HAS}
+CLAUSES |= {text: f"which {text}" for text in AS_IT_IS}
+CLAUSES |= {"A long tail": "which is a long tail", " Has  wings.": "which has wings"}
+
+
+def test_descriptor_clause():
+    assert {text: prompts.descriptor_clause(text) for text in CLAUSES} == CLAUSES
 
 
 def test_class_texts_with_the_references_templates_are_the_references():

@@ -25,19 +25,6 @@ def test_region_score_is_the_best_description_averaged_over_queries():
     )
 
 
-def test_region_scores_of_many_images_equal_a_loop():
-    rng = np.random.default_rng(0)
-    regions = rng.standard_normal((600, 3, 8))
-    descriptions = [rng.standard_normal((n, 8)) for n in (1, 4, 2)]
-    expected = np.stack(
-        [(scores.unit(regions) @ scores.unit(d).T).max(axis=2).mean(axis=1) for d in descriptions],
-        axis=1,
-    )
-    np.testing.assert_allclose(
-        scores.region_scores(regions, descriptions), expected, rtol=1e-5, atol=1e-6
-    )
-
-
 def test_a_class_without_descriptions_is_an_error():
     with pytest.raises(ValueError, match="class 1: has no description"):
         scores.region_scores(np.ones((1, 1, 2)), [np.ones((1, 2)), np.ones((0, 2))])

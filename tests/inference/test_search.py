@@ -66,22 +66,18 @@ def opened(tmp_path_factory, model):
 
 @pytest.mark.parametrize("faiss", [False, True])
 @pytest.mark.parametrize("by", ["regions", "images"])
-@pytest.mark.parametrize("block_rows, top", [(16, 7), (24, 200), (1000, 1)])
+@pytest.mark.parametrize("block_rows, top", [(7, 7), (24, 200), (1000, 1)])
 def test_it_finds_what_brute_force_finds(opened, by, block_rows, top, faiss, monkeypatch):
     index, (image_embed, region_embed, boxes) = opened
-    monkeypatch.setattr(search, "BLOCK_BYTES", block_rows * 4 * D)
+    monkeypatch.setattr(search, "_ROWS", block_rows)
     queries = unit(np.random.default_rng(1).standard_normal((3, D)))
     of_image = region_embed if by == "regions" else image_embed[:, None]
     found = search.search(index, queries, top=top, by=by, faiss=faiss)
     for hits, expected in zip(found, brute_force(queries, of_image, top), strict=True):
         assert len(hits) == min(top, COUNT)
         for hit, (image, best, score) in zip(hits, expected, strict=True):
-            assert (hit.id, hit.path, hit.width, hit.height) == (
-                f"id{image}",
-                f"{image}.png",
-                10,
-                20,
-            )
+            found_at = hit.id, hit.path, hit.width, hit.height
+            assert found_at == (f"id{image}", f"{image}.png", 10, 20)
             assert hit.score == pytest.approx(score, abs=2e-6)
             np.testing.assert_array_equal(hit.boxes_xyxy, boxes[image])
             assert hit.source == embedded.piece(str(image // 30), 30)
@@ -101,17 +97,14 @@ def test_equal_scores_come_in_the_order_of_the_index(opened):
 def test_texts_and_images_are_those_of_the_model(opened, model):
     index, _ = opened
     texts = ["a long orange beak", "a spiky crest"]
+    paths = lambda found: [hit.path for hit in found]
     vectors = search.search(index, model.encode_text(texts), top=4)
-    assert (
-        search.search(index, texts, top=4)[1][0].path == vectors[1][0].path
-    )  # loads the model itself
-    assert [h.path for h in search.search(index, texts[0], model=model)[0][:4]] == [
-        h.path for h in vectors[0]
-    ]
+    assert paths(search.search(index, texts, top=4)[1]) == paths(vectors[1])  # loads the model
+    assert paths(search.search(index, texts[0], model=model)[0][:4]) == paths(vectors[0])
     image = PIL.Image.new("RGB", (30, 20), "teal")
     of_image = search.search(index, [image], top=3, model=model)
     expected = search.search(index, model.encode_image([image]), top=3, by="images")
-    assert [h.path for h in of_image[0]] == [h.path for h in expected[0]]
+    assert paths(of_image[0]) == paths(expected[0])
     assert of_image[0][0].region is None
     assert search.search(index, np.zeros((0, D))) == []
 
@@ -128,15 +121,17 @@ def test_float16_without_regions(tmp_path, model):
 
 def test_what_does_not_fit_is_one_line(opened, model, tmp_path):
     index, _ = opened
-    with pytest.raises(search.SearchError, match=r"got \[1, 3\], expected \[T, 64\]"):
+    fault = lambda said: pytest.raises(search.SearchError, match=said)
+    vector = np.zeros((1, D), np.float32)
+    with fault(r"got \[1, 3\], expected \[T, 64\]"):
         search.search(index, np.zeros((1, 3)))
-    with pytest.raises(search.SearchError, match="by: got 'rows'"):
-        search.search(index, np.zeros((1, D)), by="rows")
-    with pytest.raises(search.SearchError, match="top: got 0"):
-        search.search(index, np.zeros((1, D)), top=0)
+    with fault("by: got 'rows'"):
+        search.search(index, vector, by="rows")
+    with fault("top: got 0"):
+        search.search(index, vector, top=0)
     params = {**model.params, "logit_scale": model.params["logit_scale"] + 1}
     other = type(model)(model.model, params, folder=model.folder)
-    with pytest.raises(search.SearchError, match="made by another model: aviary-tiny"):
+    with fault("made by another model: aviary-tiny"):
         search.search(index, "a beak", model=other)
     with pytest.raises(regular_file.FileError, match="settings.json: no such file, expected sett"):
         search.Index(tmp_path)
@@ -145,11 +140,12 @@ def test_what_does_not_fit_is_one_line(opened, model, tmp_path):
     path.unlink()
     unfinished = search.Index(tmp_path / "x")
     assert (unfinished.missing, len(unfinished)) == (1, 60)
-    content = bytearray((path.parent / "part-00002-of-00003.parquet").read_bytes())
+    last = path.with_name("part-00002-of-00003.parquet")
+    content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 255  # in a page, whose checksum then differs
-    path.with_name("part-00002-of-00003.parquet").write_bytes(content)
+    last.write_bytes(content)
     with pytest.raises(embeddings.EmbeddingsError, match="part-00002-of-00003.parquet: damaged"):
-        search.search(search.Index(tmp_path / "x"), np.zeros((1, D), np.float32))
+        search.search(search.Index(tmp_path / "x"), vector)
     (tmp_path / "x" / "settings.json").write_text("{")
     with pytest.raises(regular_file.FileError, match="settings.json: "):
         search.Index(tmp_path / "x")

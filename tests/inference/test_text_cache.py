@@ -1,6 +1,5 @@
 import dataclasses
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -8,17 +7,15 @@ import pytest
 from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.inference import text_cache
-from grain_jax.models import grain
-from tests import tiny
+from tests import perturbed
 
 TEXTS = ["a photo of a wren", "a long tail", "x"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    c = tiny.config()
-    module = grain.GRAIN(c.model, "float32")
-    return c.model, nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(c))["params"])
+    config = perturbed.tiny(image__depth=1, text__depth=1, text__vocab_size=49408)
+    return config, perturbed.params(config)
 
 
 class _Counting(inference.Predictor):
@@ -55,23 +52,23 @@ def test_a_hit_is_the_miss_and_a_damaged_file_is_written_anew(model, tmp_path):
 
 def test_the_key_is_all_that_the_embeddings_depend_on(model, tmp_path):
     config, params = model
-    _cached(config, params, tmp_path).encode_text(TEXTS)
-    other_tower = jax.tree.map(lambda x: x, params)
-    other_tower["text_projection"] = jax.tree.map(lambda x: x + 1e-3, params["text_projection"])
+    cached = lambda config=config, params=params, **more: _cached(config, params, tmp_path, **more)
+    cached().encode_text(TEXTS)
+    projection = params["text_projection"]
+    other_tower = params | {"text_projection": jax.tree.map(lambda x: x + 1e-3, projection)}
     other_text = dataclasses.replace(config.text, activation="gelu")
     for predictor, texts in (
-        (_cached(config, params, tmp_path), [*TEXTS[:2], "y"]),
-        (_cached(config, params, tmp_path), TEXTS[::-1]),
-        (_cached(config, other_tower, tmp_path), TEXTS),
-        (_cached(config, params, tmp_path, dtype="bfloat16"), TEXTS),
-        (_cached(dataclasses.replace(config, text=other_text), params, tmp_path), TEXTS),
+        (cached(), [*TEXTS[:2], "y"]),
+        (cached(), TEXTS[::-1]),
+        (cached(params=other_tower), TEXTS),
+        (cached(dtype="bfloat16"), TEXTS),
+        (cached(dataclasses.replace(config, text=other_text)), TEXTS),
     ):
         predictor.encode_text(texts)
         assert predictor.calls == 1
     assert len(list(tmp_path.iterdir())) == 6
     # Of the image tower they do not depend.
-    other_image = params | {"image_projection": other_tower["text_projection"]}
-    same = _cached(config, other_image, tmp_path)
+    same = cached(params=params | {"image_projection": other_tower["text_projection"]})
     same.encode_text(TEXTS)
     assert same.calls == 0
 

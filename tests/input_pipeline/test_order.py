@@ -19,22 +19,6 @@ def test_hashes_never_change():
     assert [list(map(float.hex, row)) for row in draws.tolist()] == expected
 
 
-def test_uniforms_are_uniform_and_independent():
-    draws = order.uniforms(order.hash_key(3, 1), np.arange(40_000), 5)
-    assert draws.min() >= 0 and draws.max() < 1
-    for column in draws.T:
-        counts = np.histogram(column, bins=20, range=(0, 1))[0]
-        assert ((counts - 2000) ** 2 / 2000).sum() < 45  # chi-square, 19 degrees: p > 0.0007
-    correlation = np.corrcoef(np.concatenate([draws[:-1], draws[1:]], axis=1).T)
-    assert np.abs(correlation - np.eye(10)).max() < 0.025  # 5 standard deviations
-
-
-def test_permutations_are_fair():
-    first = [int(order.permutation(order.hash_key(0, e), 5)[0]) for e in range(5000)]
-    counts = np.bincount(first, minlength=5)
-    assert ((counts - 1000) ** 2 / 1000).sum() < 20
-
-
 def test_a_position_is_found_in_its_block():
     lane = order.Lane(2, shards(3, 5, 4, 1, 6), shards_per_block=2, seed=9)
     assert [len(b) for b in lane.blocks] == [2, 2, 1] and lane.num_records == 19

@@ -1,9 +1,6 @@
 """Packing: worked examples, and properties on random batches."""
 
 import collections
-import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grain_jax.input_pipeline import packing
-from tests.paths import ROOT
 
 END = 99
 Rows = collections.namedtuple("Rows", "tokens positions segments")
@@ -33,80 +29,56 @@ def make_batch(captions, descriptions, scores=None):
     )
 
 
-def token_ids(lengths, first):
-    """Ragged tokens that tell which text and place they are from: first + 100 text + place, END."""
-    texts = [first + 100 * i + np.arange(n) for i, n in enumerate(lengths)]
-    for text in texts:
-        text[-1] = END
-    return np.concatenate([*texts, np.zeros(0, np.int64)]).astype(np.int32), texts
-
-
 def negative_lengths(batch):
     """Lengths of the negatives, [B, R, 0] where the batch has none."""
     none = np.zeros((*batch["region_mask"].shape, 0), np.int32)
     return batch.get("negative_lengths", none)
 
 
-def fill(layout, batch):
-    of_captions = batch["caption_lengths"]
-    caption_ids, captions = token_ids(of_captions[of_captions > 0], 1_000_000)
-    lengths = batch["description_lengths"][batch["region_mask"]]
-    description_ids, descriptions = token_ids(lengths, 2_000_000)
-    of_negatives = negative_lengths(batch)
-    negative_mask = of_negatives > 0
-    negative_ids, negatives = token_ids(of_negatives[negative_mask], 3_000_000)
-    of_regions = np.where(batch["region_mask"], batch["description_lengths"], 0)
-    ids = np.concatenate([caption_ids, description_ids, negative_ids])
-    packed = Rows(*packing.fill(layout, ids, (of_captions, of_regions, of_negatives)))
-    return packed, captions, descriptions, negatives
+def lengths_of(batch):
+    """Of captions [B, C], descriptions [B, R] and negatives [B, R, H], 0 where there is none."""
+    descriptions = np.where(batch["region_mask"], batch["description_lengths"], 0)
+    return batch["caption_lengths"], descriptions, negative_lengths(batch)
 
 
-def kept_texts(layout, batch, captions, descriptions, negatives):
-    """Yields (group, row, end, tokens expected there) of every text that was kept."""
-    for tokens, (i, k) in zip(captions, np.argwhere(batch["caption_lengths"]), strict=True):
-        length = layout.caption_lengths[i, k]
-        yield i // layout.pack_group, *layout.caption_at[i, k], [*tokens[: length - 1], END]
-    for tokens, (i, r) in zip(descriptions, np.argwhere(batch["region_mask"]), strict=True):
-        if layout.region_mask[i, r]:
-            yield i // layout.pack_group, *layout.description_at[i, r], list(tokens)
-    places = np.argwhere(negative_lengths(batch))
-    for tokens, (i, r, h) in zip(negatives, places, strict=True):
-        if layout.negative_mask[i, r, h]:
-            yield i // layout.pack_group, *layout.negative_at[i, r, h], list(tokens)
+def tokens_of(number, length):
+    """Those of a text, which tell its number (from 1) and their place in it."""
+    return [*(1000 * number + np.arange(length - 1)), END]
 
 
 def assert_sound(layout, batch):
     """Every kept text stands once, whole, in bounds, apart from the others; the rest is padding."""
-    packed, *texts = fill(layout, batch)
-    groups = len(batch["caption_lengths"]) // layout.pack_group
-    assert packed.tokens.shape == (groups, layout.rows, layout.row_length)
-    assert all(array.dtype == np.int32 for array in packed)
-    owners = np.zeros(packed.tokens.shape, dtype=int)
-    starts = {}
-    for group, row, end, tokens in kept_texts(layout, batch, *texts):
-        begin = end - len(tokens) + 1
-        assert 0 <= row < layout.rows and 0 <= begin < end < layout.row_length
-        where = (group, row, slice(begin, end + 1))
-        assert packed.tokens[where].tolist() == tokens
-        assert packed.positions[where].tolist() == list(range(len(tokens)))
-        assert len(set(packed.segments[where].tolist())) == 1
-        owners[where] += 1
-        starts.setdefault((group, row), []).append((begin, packed.segments[group, row, begin]))
-    assert owners.max() == 1
-    for array in packed:
-        assert (array[owners == 0] == 0).all()
-    for row_starts in starts.values():
-        assert [s for _, s in sorted(row_starts)] == list(range(1, len(row_starts) + 1))
-    assert not layout.description_at[~layout.region_mask].any()
-    assert not layout.caption_at[batch["caption_lengths"] == 0].any()
-    assert not (layout.region_mask & ~batch["region_mask"]).any()
-    negatives = negative_lengths(batch) > 0
-    assert not layout.negative_at[~layout.negative_mask].any()
-    assert not (layout.negative_mask & ~negatives).any()
+    lengths = lengths_of(batch)
+    texts = enumerate(np.concatenate([of[of > 0] for of in lengths]), 1)
+    ids = np.array([i for number, n in texts for i in tokens_of(number, n)], np.int32)
+    packed = Rows(*packing.fill(layout, ids, lengths))
+    groups = len(lengths[0]) // layout.pack_group
+    expected = Rows(*np.zeros((3, groups, layout.rows, layout.row_length), np.int32))
+    taken, starts = np.zeros((2, *expected.tokens.shape), int)
+    left = layout.caption_lengths, layout.description_lengths, layout.negative_lengths
+    number = 0
+    for before, now, at in zip(
+        lengths, left, (layout.caption_at, layout.description_at, layout.negative_at)
+    ):
+        assert (now <= before).all() and not at[now == 0].any()
+        for slot in map(tuple, np.argwhere(before)):
+            number += 1
+            if length := now[slot]:
+                row, end = at[slot]
+                assert length - 1 <= end < layout.row_length
+                where = slot[0] // layout.pack_group, row, slice(end - length + 1, end + 1)
+                taken[where] += 1
+                starts[where][0] = 1
+                expected.tokens[where] = tokens_of(number, length)
+                expected.positions[where] = np.arange(length)
+    assert taken.max() == 1
+    expected.segments[:] = np.cumsum(starts, axis=-1) * taken
+    for got, wanted in zip(packed, expected):
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, wanted)
     assert not (layout.negative_mask & ~layout.region_mask[..., None]).any()
-    real = batch["region_mask"].sum() + negatives.sum()
-    kept = layout.region_mask.sum() + layout.negative_mask.sum()
-    assert layout.texts_dropped == real - kept
+    dropped = [(now < before).sum() for before, now in zip(lengths, left)]
+    assert layout.captions_cut == dropped[0] and layout.texts_dropped == sum(dropped[1:])
     return packed
 
 
@@ -155,10 +127,9 @@ def plain_pack(batch, pack_group, rows, row_length):
     result = []
     for g in range(0, len(batch["caption_lengths"]), pack_group):
         group = {name: array[g : g + pack_group] for name, array in batch.items()}
-        descriptions = np.where(group["region_mask"], group["description_lengths"], 0)
-        negatives = negative_lengths(group)
+        captions, descriptions, negatives = lengths_of(group)
         of_image = negatives.reshape(len(negatives), -1)
-        lengths = np.concatenate([group["caption_lengths"], descriptions, of_image], axis=1)
+        lengths = np.concatenate([captions, descriptions, of_image], axis=1)
         captions = group["caption_lengths"].shape[1]
         first = captions + descriptions.shape[1]
         scores = group["region_scores"]
@@ -201,7 +172,7 @@ def plain_pack(batch, pack_group, rows, row_length):
     return tuple(np.concatenate(parts) for parts in zip(*result, strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(drawn=batches())
 def test_any_batch_is_packed_soundly_and_by_the_rule(drawn):
     batch, sizes = drawn
@@ -220,22 +191,6 @@ def test_any_batch_is_packed_soundly_and_by_the_rule(drawn):
     assert layout.captions_cut == (lengths[:, :captions] < batch["caption_lengths"]).sum()
 
 
-@settings(max_examples=50, deadline=None)
-@given(drawn=batches())
-def test_a_group_does_not_depend_on_the_other_groups(drawn):
-    batch, sizes = drawn
-    whole = packing.pack(**batch, **sizes)
-    tokens = fill(whole, batch)[0].segments
-    for g in range(len(tokens)):
-        part = slice(g * sizes["pack_group"], (g + 1) * sizes["pack_group"])
-        alone_batch = {name: array[part] for name, array in batch.items()}
-        alone = packing.pack(**alone_batch, **sizes)
-        names = ("caption_at", "description_at", "region_mask", "caption_lengths", "negative_at")
-        for name in names:
-            np.testing.assert_array_equal(getattr(alone, name), getattr(whole, name)[part])
-        np.testing.assert_array_equal(fill(alone, alone_batch)[0].segments[0], tokens[g])
-
-
 def test_a_worked_example():
     batch = make_batch(captions=[5, 4], descriptions=[[3, None], [2, 4]])
     layout = packing.pack(**batch, pack_group=2, rows=2, row_length=9)
@@ -246,26 +201,6 @@ def test_a_worked_example():
     assert packed.segments.tolist() == [[[1] * 5 + [2] * 4, [1] * 4 + [2] * 3 + [3] * 2]]
     assert packed.positions[0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
     assert (packed.segments == 0).mean() == 0.0
-
-
-def test_overflow_drops_the_lowest_score_of_its_group_but_no_images_last_region():
-    batch = make_batch(
-        captions=[4, 4, 4, 4],
-        descriptions=[[4, 4], [4, 4], [4, 4], [4, None]],
-        scores=[[0.9, 0.2], [0.3, 0.8], [0.4, 0.1], [0.05, 0.0]],
-    )
-    layout = packing.pack(**batch, pack_group=2, rows=2, row_length=10)
-    # Each group has room for two texts a row: two captions and two descriptions.
-    # In the second, 0.05 is the lowest score, but the last one of its image.
-    assert layout.region_mask.tolist() == [
-        [True, False],
-        [False, True],
-        [True, False],
-        [True, False],
-    ]
-    assert layout.texts_dropped == 3 and layout.captions_cut == 0
-    assert layout.description_lengths.tolist() == [[4, 0], [0, 4], [4, 0], [4, 0]]
-    assert_sound(layout, batch)
 
 
 def test_equal_scores_are_spread_over_the_images():
@@ -295,7 +230,7 @@ def test_captions_that_alone_overflow_are_cut_to_the_largest_length_that_fits():
     assert layout.region_mask.ravel().tolist() == [False, False, False, False, True, False]
     assert layout.texts_dropped == 3
     packed = assert_sound(layout, batch)
-    assert packed.tokens[0, 0, :4].tolist() == [1_000_000, 1_000_001, 1_000_002, END]
+    assert packed.tokens[0, 0, :4].tolist() == [1000, 1001, 1002, END]
 
 
 def test_captions_that_an_image_lacks_take_no_room():
@@ -323,57 +258,11 @@ def test_one_text_per_row_is_the_padded_batch():
     assert layout.caption_at.tolist() == [[[0, 4]], [[0, 1]]]
     assert layout.description_at.tolist() == [[[1, 2], [0, 0]], [[0, 0], [2, 3]]]
     packed = assert_sound(layout, batch)
-    a, d = 1_000_000, 2_000_000
     assert packed.tokens.tolist() == [
-        [[a, a + 1, a + 2, a + 3, END, 0], [d, d + 1, END, 0, 0, 0], [0] * 6],
-        [[a + 100, END, 0, 0, 0, 0], [0] * 6, [d + 100, d + 101, d + 102, END, 0, 0]],
+        [[1000, 1001, 1002, 1003, END, 0], [3000, 3001, END, 0, 0, 0], [0] * 6],
+        [[2000, END, 0, 0, 0, 0], [0] * 6, [4000, 4001, 4002, END, 0, 0]],
     ]
     assert (packed.segments == 0).mean() == pytest.approx(1 - 14 / 36)
-
-
-def test_a_batch_without_regions_and_one_without_region_slots():
-    for descriptions in ([[None], [None]], [[], []]):
-        batch = make_batch(captions=[3, 5], descriptions=descriptions)
-        layout = packing.pack(**batch, pack_group=2, rows=1, row_length=8)
-        assert layout.caption_at.tolist() == [[[0, 7]], [[0, 4]]]
-        assert_sound(layout, batch)
-
-
-def test_negatives_go_before_regions_and_those_of_the_lowest_score_first():
-    batch = make_batch(
-        captions=[4, 4], descriptions=[[3, 3], [3, None]], scores=[[0.9, 0.2], [0.5, 0]]
-    )
-    batch["negative_lengths"] = np.array([[[2, 2], [2, 0]], [[2, 2], [0, 0]]], np.int32)
-    kept = {}
-    for rows in (9, 7, 6, 5, 3):
-        layout = packing.pack(**batch, pack_group=2, rows=rows, row_length=4)
-        kept[rows] = (
-            layout.negative_mask.astype(int).tolist(),
-            layout.region_mask.astype(int).tolist(),
-        )
-    whole = [[1, 1], [1, 0]]
-    # Second negatives: that of the score 0.5, then 0.9. First ones: 0.2, 0.5, 0.9. Then the region of the score 0.2.
-    assert kept[9] == ([[[1, 1], [1, 0]], [[1, 1], [0, 0]]], whole)
-    assert kept[7] == ([[[1, 1], [1, 0]], [[1, 0], [0, 0]]], whole)
-    assert kept[6] == ([[[1, 0], [0, 0]], [[1, 0], [0, 0]]], whole)
-    assert kept[5] == ([[[0, 0], [0, 0]], [[0, 0], [0, 0]]], whole)
-    assert kept[3] == ([[[0, 0], [0, 0]], [[0, 0], [0, 0]]], [[1, 0], [0, 0]])
-
-
-def test_arguments_are_not_changed_and_results_repeat():
-    rng = np.random.default_rng(3)
-    batch = make_batch(
-        captions=rng.integers(10, 21, 64), descriptions=rng.integers(4, 13, (64, 5)),
-        scores=rng.random((64, 5)),
-    )  # fmt: skip
-    before = {name: array.copy() for name, array in batch.items()}
-    sizes = dict(pack_group=16, rows=10, row_length=77)
-    first, second = packing.pack(**batch, **sizes), packing.pack(**batch, **sizes)
-    assert first.texts_dropped > 0
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
-    for name, array in batch.items():
-        np.testing.assert_array_equal(array, before[name])
 
 
 @pytest.mark.parametrize(
@@ -416,15 +305,3 @@ def test_fill_refuses_tokens_of_another_batch():
         packing.fill(
             layout, np.zeros(16, np.int32), (*lengths[:1], np.full((3, 1), 4), no_negatives)
         )
-
-
-def test_benchmark_writes_its_table(tmp_path):
-    path = tmp_path / "packing.json"
-    command = [sys.executable, "-m", "benchmarks.packing", "--json", str(path)]
-    command += ["--batch", "256", "--batches", "2"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    table = json.loads(path.read_text())["table"]
-    shares = {entry["pack_group"]: entry["padding_share"] for entry in table}
-    assert list(shares) == [1, 8, 16, 32, 64, 128]
-    assert shares[1] > 0.5 and shares[8] < 0.35 and shares[64] < 0.2
-    assert all(entry["misfit_share"] <= 0.001 for entry in table)

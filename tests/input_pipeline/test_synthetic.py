@@ -1,12 +1,9 @@
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 
 from grain_jax.input_pipeline import synthetic
 from tests import record_sets
-from tests.paths import ROOT
 
 
 def take(count, *, seed=0, captions=1, **arguments):
@@ -84,16 +81,3 @@ def test_several_captions_have_the_lengths_of_their_kinds():
     assert (tokens >= 3 * regions).all() and (tokens <= 11 * regions).all()
     assert tokens.max() > 30
     np.testing.assert_array_equal(one.image, take(1, captions=3)[0].image)
-
-
-def test_no_tensorflow():
-    code = (
-        "import sys\n"
-        "from grain_jax.input_pipeline import assemble, order, packing, sources, synthetic, tokenizer\n"
-        "from grain_jax.core import images\n"
-        "print([m for m in ('tensorflow', 'tensorflow_datasets', 'jax', 'torch') if m in sys.modules])"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert out.stdout.strip() == "[]"

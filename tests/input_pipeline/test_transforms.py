@@ -5,27 +5,8 @@ import PIL.Image
 import pytest
 import tensorflow as tf
 
-from benchmarks.parity import preprocessing
 from grain_jax.core import images
 from grain_jax.input_pipeline import assemble, order, transforms
-
-NAMES = preprocessing.names()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_pil_resize_equals_the_reference(name):
-    assert preprocessing.pil_distance(name).max() == 0
-    if not name.startswith(("rgba", "palette")):
-        got = images.resize(preprocessing.image(name), preprocessing.SIZE)
-        np.testing.assert_array_equal(got, preprocessing.expected(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_tf_resize_is_near_pils(name):
-    distance = preprocessing.tf_distance(name)
-    worst, mean = preprocessing.TF_DISTANCE.get(name, (0, 0))
-    assert distance.shape == (64, 64, 3)
-    assert distance.max() <= worst and distance.mean() <= mean
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 40), (1, 9), (64, 63), (30, 64), (64, 200)])
@@ -35,17 +16,6 @@ def test_resize_in_two_passes_is_tensorflows_resize_to_the_bit(shape):
     whole = tf.image.resize(pixels, (64, 64), "bicubic", antialias=True)
     expected = tf.saturate_cast(tf.round(whole), tf.uint8).numpy()
     np.testing.assert_array_equal(transforms.resize(tf.constant(pixels), 64).numpy(), expected)
-
-
-@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 4), (2, 2, 2, 3)])
-def test_resize_refuses_other_arrays(shape):
-    if shape == (2, 2):
-        assert (
-            images.resize(np.full(shape, 9, np.uint8), 4).tolist() == np.full((4, 4, 3), 9).tolist()
-        )
-        return
-    with pytest.raises(images.ImageError, match="expected uint8"):
-        images.resize(np.zeros(shape, np.uint8), 4)
 
 
 def smooth(width, height):

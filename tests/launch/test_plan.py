@@ -1,14 +1,16 @@
 """launch.plan: one real compile for TPUs, the search, the estimate by hand, and what the user is told."""
 
+import contextlib
 import dataclasses
+import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import re
-import subprocess
-import sys
 
 import jax
+import optax
 import pytest
 
 from grain_jax import config as config_lib
@@ -17,9 +19,8 @@ from grain_jax.core import errors, progress
 from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
 from grain_jax.losses import hops
 from grain_jax.models import grain
-from grain_jax.training import flops, memory_need, train_step
+from grain_jax.training import flops, memory_need, sharding, train_step
 from tests import tiny
-from tests.paths import ROOT
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no TPU compiler for this platform"
@@ -40,31 +41,31 @@ def cached(cache, monkeypatch):
     monkeypatch.setenv("GRAIN_JAX_CACHE", str(cache))
 
 
-def compile_for_tpus(timeout=500, **overrides):
+def compile_for(topology=TOPOLOGY, timeout=500, **overrides):
     lengths = dict(total_steps=10, steps_per_epoch=10.0)
     more = dict(timeout=timeout, line=progress.Line(silent=True))
-    return compiler.compile_step(tiny.config(**overrides), TOPOLOGY, **lengths, **more)
+    return compiler.compile_step(tiny.config(**overrides), topology, **lengths, **more)
 
 
 @pytest.fixture(scope="module")
-def compiled(cache):
-    with pytest.MonkeyPatch.context() as patch:
+def planned(cache):
+    """The plan of the command, compiled by libtpu: (what it printed, the JSON, the stored result of the compiler)."""
+    out, page = cache / "plan.json", io.StringIO()
+    words = ["--config=tests/run_config.py", "--topology=v5e:2x4", f"--output={out}", "--price=2"]
+    words += [f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(page):
         patch.setenv("GRAIN_JAX_CACHE", str(cache))
-        return compile_for_tpus(**AS_ON_CPUS)
+        assert plan.main(words) == 0
+    (stored,) = cache.glob("*.json.gz")
+    return (
+        page.getvalue(),
+        json.loads(out.read_text()),
+        json.loads(gzip.decompress(stored.read_bytes())),
+    )
 
 
 def page(plan, topology="v5e:2x4", **changes):
     return plan_text.page({"topology": topology, "overrides": [], **plan, **changes})
-
-
-def command(*arguments, cache):
-    return subprocess.run(
-        [sys.executable, "-m", "grain_jax.launch.plan", *arguments],
-        cwd=ROOT,
-        env={**compiler.os.environ, "GRAIN_JAX_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-    )
 
 
 class _Built(Exception):
@@ -72,7 +73,7 @@ class _Built(Exception):
 
 
 @needs_libtpu
-def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
+def test_plan_and_train_lower_the_same_program(planned, monkeypatch, tmp_path):
     """With the attention of every platform, and the ring along the links that the chips of v5e:2x4 have."""
     monkeypatch.setattr(hops, "along_links", lambda rings: ((0, 1, 3, 6, 4, 5, 7, 2),))
     real = train_step.build.__wrapped__  # not one whose ring has another path
@@ -86,26 +87,15 @@ def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
     program = caught.value.args[0]
     traced = program.step.trace(program.state, program.batch)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert compiled.program == hashlib.sha256(text.encode()).hexdigest()
+    assert planned[2]["program"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 @needs_libtpu
-def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
-    out = tmp_path / "plan.json"
-    done = command(
-        "--config=tests/run_config.py",
-        "--topology=v5e:2x4",
-        f"--output={out}",
-        "--price=2",
-        *(f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()),
-        cache=cache,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "from the cache" in done.stderr  # the fixture's compile
-    found = json.loads(out.read_text())
+def test_plan_of_a_compiled_step(planned):
+    printed, found, _ = planned
     config = tiny.config()
     memory = found["memory"]
-    assert found["fits"] and "FITS" in done.stdout
+    assert found["fits"] and "FITS" in printed
 
     # By hand: the parameters are replicated, the batch is cut in 8, Adam has two moments and a count.
     params = jax.tree.leaves(_params(config))
@@ -115,9 +105,8 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
     batch = train_step.abstract_batch(config)
     assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // 8
-    counts = (
-        2 * 4 + 2 * 4 + 16 + 8
-    )  # Adam's and the schedule's; step, texts_dropped, receipt, text_counts
+    # Adam's and the schedule's; step, texts_dropped, receipt, text_counts.
+    counts = 2 * 4 + 2 * 4 + 16 + 8
     assert found["checkpoint"]["bytes"] == 3 * size + counts
     assert memory["limit_bytes"] == 15.75 * 2**30
     parts = ("arguments", "output", "temporaries", "code")
@@ -135,7 +124,7 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     told = page(
         {k: v for k, v in found.items() if k not in ("topology", "overrides")}, unknown_loops=2
     )
-    assert "2 loop(s) of unknown length" in told and "unknown length" not in done.stdout
+    assert "2 loop(s) of unknown length" in told and "unknown length" not in printed
     hours = 8 * 160 / found["images_per_second"] / 3600
     assert found["bill"]["chip_hours"] == pytest.approx(hours)
     assert found["bill"]["cost"] == pytest.approx(2 * hours)
@@ -143,8 +132,14 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
 
 
 def _params(config):
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    return train_step.build(config, mesh, total_steps=1, steps_per_epoch=1).state.params
+    init = lambda: train_step.init_state(grain.GRAIN(config.model), config, optax.identity())
+    return sharding.unbox(jax.eval_shape(init)).params
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_same_plan_compiles_once(planned, cached):
+    assert compile_for(**AS_ON_CPUS).cached
 
 
 @pytest.mark.parametrize(
@@ -154,16 +149,16 @@ def _params(config):
         (["--topology=h100:3"], "batch_size"),  # 16 images do not divide over 3
     ],
 )
-def test_wrong_usage_is_one_line(arguments, told, cache):
-    done = command("--config=tests/run_config.py", *arguments, cache=cache)
-    assert done.returncode == 2
-    assert told in done.stderr and "Traceback" not in done.stderr
+def test_wrong_usage_is_one_line(arguments, told, cached):
+    with pytest.raises(errors.UserError) as caught:
+        plan.main(["--config=tests/run_config.py", *arguments])
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, cached):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=r'pip install "grain_jax\[tpu\]"'):
-        compile_for_tpus()
+        compile_for()
 
 
 def test_without_the_cuda_plugin_a_plan_for_gpus_is_an_estimate_that_says_so(monkeypatch, cached):
@@ -217,14 +212,14 @@ def child(monkeypatch, tmp_path, cached):
 def test_a_compiler_that_dies_is_one_line(script, error, told, child):
     child(f"cat >/dev/null\n{script}")
     with pytest.raises(error) as caught:
-        compile_for_tpus(timeout=1)
+        compile_for(timeout=1)
     assert told in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_a_compiler_for_gpus_is_asked_for_them_and_its_death_is_one_line(child):
     folder = child('cat >"${0%/*}/asked"; echo $XLA_FLAGS >>"${0%/*}/asked"; kill -SEGV $$')
     with pytest.raises(compiler.CompilerFailed, match="GPU compiler crashed with SIGSEGV on h100"):
-        plan.make(tiny.config(), chips.parse_topology("h100:4x2"), plan.Options())
+        compile_for(topology=chips.parse_topology("h100:4x2"))
     asked, given = (folder / "asked").read_text().rsplit("}", 1)
     asked = json.loads(asked + "}")
     assert (asked["platform"], asked["options"]["topology"]) == ("cuda", "1x2x4")
@@ -377,7 +372,8 @@ def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch, capsys):
         answer = ask(config)
         memory = {"total_bytes": answer.total_bytes, "limit_bytes": answer.limit_bytes}
         rate = answer.images_per_second
-        return {"fits": answer.fits, "memory": memory, "images_per_second": rate}
+        mesh = {"data": 8, "fsdp": 1}
+        return {"fits": answer.fits, "memory": memory, "images_per_second": rate, "mesh": mesh}
 
     monkeypatch.setattr(plan, "make", make)
     # "dots" is tried again by the search, and must not be compiled again.
@@ -425,8 +421,8 @@ def test_gpu_estimate_by_hand():
     assert (regions.count, regions.bytes, regions.slices) == (30, 30 * 2 * 5 * 16 * 4, 2)
 
     # What the other terms and a gather send: tests/losses/test_streaming.py, against the compiled program.
-    grouped = tiny.config(remat="full", batch_size=32, loss__group_size=4, microbatches=1)
-    _, _, regions = estimate.of_gpus(grouped, chips.parse_topology("h100:8x2")).collectives
+    grouped = tiny.config(batch_size=32, loss__group_size=4)
+    *_, regions = estimate.rings(grouped, chips.parse_topology("h100:8x2"), 16)
     assert (regions.count, regions.bytes, regions.slices) == (2, 2 * 2 * 5 * 16 * 4, 1)  # 2 chips
 
 
@@ -436,9 +432,8 @@ def test_gpu_estimate_of_frozen_towers():
     frozen = tiny.config(mesh__fsdp=2, optim__frozen=("image/.*", "text.*", "logit_scale"))
     everything, found = (estimate.of_gpus(c, gpus) for c in (config, frozen))
     size = {"all": everything.temporaries["gradients"], "decoder": found.temporaries["gradients"]}
-    whole = estimate.of_gpus(tiny.config(), gpus)
-    assert everything.state_bytes["parameters"] < 0.6 * whole.state_bytes["parameters"]
-    assert everything.checkpoint_bytes == whole.checkpoint_bytes
+    whole = sum(x.size * 4 for x in jax.tree.leaves(_params(config)))
+    assert everything.state_bytes["parameters"] < 0.6 * whole
     towers = sum(
         x.size * 4
         for name, x in grain.flat(_params(config)).items()

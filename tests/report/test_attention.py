@@ -10,7 +10,7 @@ from tests.report import workdirs
 
 @pytest.fixture(scope="module")
 def made():
-    c = tiny.config(model__decoder__depth=3, model__decoder__heads=2)
+    c = tiny.config(model__decoder__heads=2)
     return grain.GRAIN(c.model), workdirs.parameters(c.model), tiny.batch(c).image[:3]
 
 
@@ -18,7 +18,7 @@ def test_attention_is_the_models_own(made):
     module, params, images = made
     got = attention.cross_attention(module.config, params, images)
     queries, tokens = module.config.decoder.queries + 1, 1 + 2 * 2
-    assert got.weights.shape == (3, 3, 2, queries, tokens)
+    assert got.weights.shape == (2, 3, 2, queries, tokens)
     assert np.abs(got.weights.sum(-1) - 1).max() < 1e-5
     # The weights, applied to the values and projected, are what the attention layers returned.
     out = params["decoder"]["blocks"]["cross_attention"]["out"]

@@ -2,12 +2,13 @@ import io
 import json
 import math
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 
 from grain_jax import config, losses
-from grain_jax.evaluate import tables, test_sets
+from grain_jax.evaluate import test_sets
 from grain_jax.report import figures
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
@@ -52,10 +53,6 @@ def test_table(capsys):
     assert len({len(line.split("%")[0]) for line in lines[2:6]}) == 1  # the columns are aligned
 
 
-def test_table_of_nothing():
-    assert tables.describe({}).splitlines()[0].startswith("measured")
-
-
 def _picture(path):
     return np.asarray(PIL.Image.open(io.BytesIO(path.read_bytes())).convert("RGB")).astype(int)
 
@@ -65,7 +62,7 @@ def _has_colour(pixels, colour, at_least=20):
     return (np.abs(pixels - rgb).max(axis=2) <= 2).sum() >= at_least
 
 
-@pytest.mark.parametrize("evaluations", [0, 1, 3])
+@pytest.mark.parametrize("evaluations", [0, 3])
 def test_curves(tmp_path, evaluations):
     lines = []
     for step in range(1, 31):
@@ -91,7 +88,8 @@ def test_the_caption_loss_at_chance(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json(c))
     batch, outputs = tiny.batch(c), test_losses._outputs(c)
     batch.caption_mask[:] = True
-    loss = losses.total_loss(outputs._replace(logit_scale=np.float32(0)), batch, c.loss)
+    outputs = outputs._replace(logit_scale=np.float32(0))
+    loss = jax.jit(lambda *given: losses.total_loss(*given, c.loss))(outputs, batch)
     value = pytest.approx(float(loss.terms["image_caption"]))
     assert figures._caption_loss_at_chance(tmp_path) == (value, "ln √(16 x 46)")
 
@@ -127,7 +125,7 @@ def _predictor():
     return _Predictor({n: [1, 0] for n in numbers}, {}, {n: regions for n in numbers})
 
 
-@pytest.mark.parametrize("pictures_in_file, rows, columns", [(1, 1, 1), (3, 1, 3), (9, 2, 4)])
+@pytest.mark.parametrize("pictures_in_file, rows, columns", [(1, 1, 1), (9, 2, 4)])
 def test_regions_grid(tmp_path, pictures_in_file, rows, columns):
     path = _annotations(tmp_path, pictures_in_file)
     figures.regions_grid(_predictor(), path, tmp_path, tmp_path / "grid.png", count=6)

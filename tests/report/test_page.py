@@ -15,7 +15,6 @@ from grain_jax.inference import predictor as predictor_lib
 from grain_jax.report import __main__ as command
 from grain_jax.report import charts, collect, page, regions, run_files, thumbnails
 from tests import tiny
-from tests.evaluate import tfds_sets
 from tests.evaluate.stub import measure
 from tests.report import workdirs
 
@@ -225,17 +224,18 @@ def test_what_is_missing_is_a_line(runs, tmp_path):
     assert "birds" not in run["lines"] and run["zeroshot"]["birds"]["pictures"] == 5
 
 
-def test_a_set_of_tfds_with_other_names(runs, tmp_path):
+def test_a_set_with_other_names(runs, tmp_path):
     _, predictor = runs
-    numbers = [10, 60, 110, 160, 210, 250]
-    tfds_sets.write(
-        tmp_path, "dtd", "3.0.1", "test", tfds_sets.numbered(numbers), [0, 1] * 3, ["a", "b"]
-    )
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = random.integers(0, 256, (24, 24, 3)).astype(np.uint8)
+            PIL.Image.fromarray(pixels).save(tmp_path / "set" / name / f"{i}.png")
     (tmp_path / "names.txt").write_text("dotted\nwoven\n")
     c = tiny.dictionary()
-    c.evals.dtd = recipe.evaluator(
-        "zeroshot", tfds="dtd", data_dir=str(tmp_path), classes=str(tmp_path / "names.txt")
-    )
+    names = str(tmp_path / "names.txt")
+    c.evals.dtd = recipe.evaluator("zeroshot", str(tmp_path / "set"), classes=names)
     config = json.loads(config_lib.to_json(config_lib.from_dict(c)))
     found = collect.collect(tmp_path, config, predictor, step=1)
     assert found["lines"] == {

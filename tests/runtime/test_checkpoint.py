@@ -1,6 +1,7 @@
 """Checkpoints on disk: which are kept, what happens to damaged ones and on a full disk, what a mismatch says."""
 
 import json
+import shutil
 import subprocess
 from typing import Any, NamedTuple
 
@@ -78,10 +79,6 @@ def test_the_last_every_k_and_the_best_are_kept(tmp_path):
     assert kept(tmp_path / "last") == [4, 5]
 
 
-def test_there_is_none_yet(tmp_path):
-    assert restore(tmp_path, tiny.config()) == (None, [])
-
-
 def _largest(folder):
     """The file with the arrays."""
     files = [p for p in (folder / "state").rglob("*") if p.is_file()]
@@ -117,36 +114,48 @@ DAMAGE = {
 }
 
 
+MEASURED = tiny.config(checkpoint_keep=2, checkpoint_best_metric="loss")
+LOSS = lambda step: {"loss": float(step), "other": 1.0}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with the checkpoints 4 and 8."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save_steps(workdir, (4, 8), MEASURED, LOSS)
+    return workdir
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_and_written_again(tmp_path, damage):
-    config = tiny.config(checkpoint_keep=2, checkpoint_best_metric="loss")
-    save_steps(tmp_path, (4, 8), config, lambda step: {"loss": float(step)})
-    DAMAGE[damage](tmp_path / "checkpoints" / "8")
-    restored, said = restore(tmp_path, config)
-    if damage in ("step metadata", "metrics cut"):  # the state does not need it
-        step = 8
-    else:
-        step = 4
+def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    DAMAGE[damage](workdir / "checkpoints" / "8")
+    restored, said = restore(workdir, MEASURED)
+    step = 8 if damage in ("step metadata", "metrics cut") else 4  # the state does not need them
+    if step == 4:
         assert len(said) == 1 and said[0].startswith("checkpoint 8 is damaged"), said
         assert ("not what was saved: state" in said[0]) == (damage == "bit flipped"), said
-        assert kept(tmp_path) == [4] and (tmp_path / "damaged_checkpoints/8").is_dir()
-        save_steps(tmp_path, (8,), config, lambda step: {"loss": float(step)})
+        assert kept(workdir) == [4] and (workdir / "damaged_checkpoints/8").is_dir()
     assert int(restored.step) == step
     np.testing.assert_array_equal(
         restored.params["tower"]["weights"], state(step).params["tower"]["weights"]
     )
-    restored, said = restore(tmp_path, config)
-    assert int(restored.step) == 8 and not said
+    if damage == "truncated":  # written again
+        save_steps(workdir, (8,), MEASURED, LOSS)
+        restored, said = restore(workdir, MEASURED)
+        assert int(restored.step) == 8 and not said
 
 
-def test_all_damaged_is_one_line_and_moves_nothing(tmp_path):
-    save_steps(tmp_path, (4, 8), tiny.config())
+def test_all_damaged_is_one_line_and_moves_nothing(saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
     for step in ("4", "8"):
-        DAMAGE["truncated"](tmp_path / "checkpoints" / step)
+        DAMAGE["truncated"](workdir / "checkpoints" / step)
     with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints 8, 4 can") as e:
-        restore(tmp_path, tiny.config())
+        restore(workdir, MEASURED)
     assert len(str(e.value).splitlines()) == 1
-    assert kept(tmp_path) == [4, 8]
+    assert kept(workdir) == [4, 8]
 
 
 def test_what_a_cut_off_save_left_is_neither_read_nor_kept(tmp_path):
@@ -159,8 +168,7 @@ def test_what_a_cut_off_save_left_is_neither_read_nor_kept(tmp_path):
     assert kept(tmp_path) == [4, 8]
 
 
-def test_a_mismatch_is_a_tree_of_differences(tmp_path):
-    save_steps(tmp_path, (4,), tiny.config())
+def test_a_mismatch_names_each_array(saved):
     other = State(
         jnp.int32(0),
         {
@@ -169,13 +177,14 @@ def test_a_mismatch_is_a_tree_of_differences(tmp_path):
         },
     )
     with pytest.raises(checkpoint.CheckpointError) as e:
-        restore(tmp_path, tiny.config(), other)
+        restore(saved, MEASURED, other)
     assert str(e.value).splitlines()[1:] == [
-        "  params/head: stored nothing, expected 2 arrays",
+        "  params/head/bias: stored nothing, expected (2,) float32",
+        "  params/head/weights: stored nothing, expected (2,) float32",
         "  params/tower/weights: stored (64, 8) float32, expected (64, 8) bfloat16",
     ]
     with pytest.raises(checkpoint.CheckpointError, match=r"seed: the run .* has 0, got 1"):
-        restore(tmp_path, tiny.config(seed=1))
+        restore(saved, tiny.config(seed=1))
 
 
 def test_a_full_disk_for_real(tmp_path):
@@ -197,8 +206,6 @@ def test_a_full_disk_for_real(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_the_stored_metric(tmp_path):
-    config = tiny.config(checkpoint_best_metric="loss")
-    save_steps(tmp_path, (4,), config, lambda step: {"loss": 2.0, "other": 1.0})
-    stored = json.loads((tmp_path / "checkpoints/4/metrics/metrics").read_text())
-    assert stored == {"loss": 2.0}
+def test_the_stored_metric(saved):
+    stored = json.loads((saved / "checkpoints/4/metrics/metrics").read_text())
+    assert stored == {"loss": 4.0}

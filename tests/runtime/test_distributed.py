@@ -95,7 +95,6 @@ def test_flags_win_over_the_environment():
         (("10.0.0.1", 2, 0, 20), "--coordinator: got '10.0.0.1', expected HOST:PORT"),
         (("h:1", 2, 2, 20), "--process-id: got 2 with --processes=2"),
         (("h:1", 0, 0, 20), "--process-id: got 0 with --processes=0"),
-        (("h:1", 2, 0, 0), "--heartbeat-seconds: got 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(flags, fault):
@@ -110,27 +109,21 @@ _FATAL = (
 )
 
 
-@pytest.mark.parametrize(
-    "text,expected",
-    [
-        (
-            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\nThe tasks",
-            "process 1 has not answered for 20 s",
-        ),
-        (
-            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n7\n10\nThe",
-            "process 7 and process 10 have not answered for 20 s",
-        ),
-        (
-            "INTERNAL: Shutdown barrier has failed. UNAVAILABLE: Task 3 heartbeat timeout. This",
-            "process 3 has not answered for 20 s",
-        ),
-        ("UNAVAILABLE: Socket closed\nRPC: /PollForError", "process 0, through which all others"),
-        ("DEADLINE_EXCEEDED: Deadline Exceeded\nRPC: /RegisterTask", "came up within 300 s"),
-    ],
-)
+_UNHEALTHY = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):"
+VERDICTS = [  # what jaxlib 0.10.2 printed; what is said of it
+    (f"{_UNHEALTHY}\n1\nThe tasks", "process 1 has not answered for 20 s"),
+    (f"{_UNHEALTHY}\n7\n10\nThe", "process 7 and process 10 have not answered for 20 s"),
+    (
+        "INTERNAL: Shutdown barrier has failed. UNAVAILABLE: Task 3 heartbeat timeout. This",
+        "process 3 has not answered for 20 s",
+    ),
+    ("UNAVAILABLE: Socket closed\nRPC: /PollForError", "process 0, through which all others"),
+    ("DEADLINE_EXCEEDED: Deadline Exceeded\nRPC: /RegisterTask", "came up within 300 s"),
+]
+
+
+@pytest.mark.parametrize("text,expected", VERDICTS)
 def test_the_verdict_on_what_jax_prints(text, expected):
-    # Recorded from jaxlib 0.10.2.
     assert expected in native_log.verdict(_FATAL + text, "20", "300")
     assert "\n" not in native_log.verdict(_FATAL + text, "20", "300")
 
@@ -191,7 +184,6 @@ with distributed.ending_together(heartbeat):
     print("reached", calls, flush=True)
     sys.exit(handler.status)
 """
-_TALKER = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', file=sys.stderr)")
 
 
 def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10, processes=2):
@@ -210,51 +202,49 @@ def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10, processes=2):
     return pair
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_is_killed_the_other_ends_within_a_minute_and_names_it(victim):
-    pair = _pair()
-    pair[victim].send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    said = pair[1 - victim].communicate(timeout=60)[1]
-    assert time.monotonic() - began < 60
-    assert pair[1 - victim].returncode == -signal.SIGABRT
+def _ended_by(survivor, victim):
+    """The survivor has ended within a minute, as JAX ends it, with a last line that names the victim."""
+    said = survivor.communicate(timeout=60)[1]
+    assert survivor.returncode == -signal.SIGABRT
     lines = said.strip().splitlines()
     assert f"process {1 - victim} of 2, on {socket.gethostname()}" in lines[0]
     assert lines[-1].startswith(f"ending: process {victim}"), said
-    assert "The same command resumes the run." in lines[-1]
-    assert "stack trace" not in said
-    pair[victim].communicate()
+    assert "The same command resumes the run." in lines[-1] and "stack trace" not in said
 
 
-def test_one_that_fails_alone_does_not_wait_for_the_others():
+def test_one_that_fails_alone_does_not_wait_for_the_other_which_names_it():
     pair = _pair(flags=(0, 1))
     said = pair[1].communicate(timeout=20)[1]  # an ordinary exit would take five minutes
     assert pair[1].returncode == 2
     assert said.strip().splitlines()[-1] == "no such folder"
-    pair[0].kill()
+    _ended_by(pair[0], 1)
+
+
+def test_when_the_first_is_killed_the_other_names_it():
+    pair = _pair()
+    pair[0].send_signal(signal.SIGKILL)
+    _ended_by(pair[1], 0)
     pair[0].communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_in_training_a_signal_to_one_ends_both_at_the_same_step(number):
+def test_in_training_a_signal_to_one_ends_both_at_the_same_step():
     pair = _pair(_LISTENER, heartbeat=60)
-    pair[1].send_signal(number)
+    pair[1].send_signal(signal.SIGINT)
     said = [process.communicate(timeout=60) for process in pair]
     assert [process.returncode for process in pair] == [75, 75], said
     calls = [out.split("reached ")[1] for out, _ in said]
     assert calls[0] == calls[1]
-    assert f"{number.name}: saving after this step" in said[1][1]
+    assert "SIGINT: saving after this step" in said[1][1]
 
 
-@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says(number, status):
+def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says():
     pair = _pair(_LISTENER, flags=(1, 1), heartbeat=60)
     pair[1].stderr.close()
     for process in pair:
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
     said = pair[0].communicate(timeout=20)[1]  # with JAX's own handler in place: never
-    assert pair[1].wait(20) == pair[0].returncode == status
-    assert said.strip().splitlines()[-1] == f"{number.name}: there is nothing to save"
+    assert pair[1].wait(20) == pair[0].returncode == 75
+    assert said.strip().splitlines()[-1] == "SIGTERM: there is nothing to save"
     pair[1].stdout.close()
 
 
@@ -287,13 +277,14 @@ def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too()
     assert [process.returncode for process in pair] == [75, 75]
 
 
+@pytest.mark.slow
 def test_one_that_cannot_print_any_more_leaves_and_so_the_other_ends():
-    pair = _pair(_TALKER, flags=(1, 1))
+    talker = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', file=sys.stderr)")
+    pair = _pair(talker, flags=(1, 1))
     pair[0].stderr.close()  # as where its launcher was killed
     assert pair[0].wait(20) == 1
     said = pair[1].communicate(timeout=60)[1]
-    assert pair[1].returncode == -signal.SIGABRT
-    assert "ending: process 0" in said
+    assert pair[1].returncode == -signal.SIGABRT and "ending: process 0" in said
     pair[0].stdout.close()
 
 
@@ -316,13 +307,3 @@ def test_libtpu_is_answered_where_there_is_no_chip(given, platforms, expected, m
     monkeypatch.setattr(distributed.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
     distributed.answer_libtpu()
     assert tuple(os.environ.get(name) for name in names[1:]) == expected
-
-
-def test_a_start_with_libtpu_and_without_a_tpu_says_nothing():
-    code = "from grain_jax.runtime import distributed as d; d.initialize(None, 1, 0, 20)"
-    code += "; import jax; print(jax.devices())"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_PLAT"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr

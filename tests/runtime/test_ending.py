@@ -54,11 +54,10 @@ print(handler.child.pid, file=sys.stderr, flush=True)
 for _ in range(2):
     ctypes.CDLL(None).sleep(60)
 """
-_SIGNALS = pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 
 
-@_SIGNALS
-def test_a_second_signal_ends_at_once(number, status):
+def test_a_second_signal_ends_at_once():
+    number, status = signal.SIGINT, 130
     process = _process(_STANDS)
     assert "training" in process.stderr.readline()
     for _ in range(2):  # the second one within a second: the same Ctrl-C, by way of a launcher
@@ -74,12 +73,11 @@ def test_a_second_signal_ends_at_once(number, status):
     )
 
 
-@_SIGNALS
-def test_told_to_end_while_there_is_nothing_to_save_it_ends_with_its_child(number, status):
+def test_told_to_end_while_there_is_nothing_to_save_it_ends_with_its_child():
     process = _process(_COMPILES)
     child = int(process.stderr.readline())
-    process.send_signal(number)
-    assert _ends(process, status).strip() == f"{number.name}: there is nothing to save"
+    process.send_signal(signal.SIGTERM)
+    assert _ends(process, 75).strip() == "SIGTERM: there is nothing to save"
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
             os.kill(child, 0)
@@ -130,16 +128,15 @@ finally:
     pathlib.Path(lines[1].split()[-1]).unlink()
 
 
-@pytest.mark.parametrize("end,status", [("sys.exit(2)", 2), ("pass", 0)])
-def test_threads_that_never_end_do_not_keep_it(end, status):
-    process = _process(f"""
+def test_threads_that_never_end_do_not_keep_it():
+    process = _process("""
 def command():
     threading.Thread(target=threading.Event().wait).start()
     ending.at_end(lambda: print("mark removed", file=sys.stderr))
-    {end}
+    sys.exit(2)
 ending.run(command)
 """)
-    assert _ends(process, status) == "mark removed\n"
+    assert _ends(process, 2) == "mark removed\n"
 
 
 def _raised(error):

@@ -119,7 +119,7 @@ def test_a_mark_that_another_host_renews_refuses(tmp_path):
 
 @pytest.mark.parametrize("left", [None, _number_given_anew], ids=["free", "dead one's"])
 def test_of_many_at_once_one_gets_it(tmp_path, left):
-    for round_ in range(20):
+    for round_ in range(8):
         workdir = tmp_path / str(round_)
         workdir.mkdir()
         if left:
@@ -165,18 +165,6 @@ def test_a_mark_that_was_removed_comes_again_but_for_a_folder_that_was_removed(t
     with pytest.raises(lock.Lost, match="run: the folder was removed"):
         mark._renew()
     mark.release()
-
-
-def test_conditional_writes_of_tensorstore(tmp_path):
-    """Here on files: one of two writers of the same version wins."""
-    one, two = (lock._Store(f"file://{tmp_path}/bucket") for _ in range(2))
-    content, absent = one.read()
-    assert content is None
-    assert one.swap(absent, b"one") and not two.swap(absent, b"two")
-    content, version = two.read()
-    assert content == b"one"
-    assert two.swap(version, b"two") and not one.swap(version, None)
-    assert one.swap(one.read()[1], None) and two.read()[0] is None
 
 
 _HOSTS = """

@@ -46,7 +46,6 @@ def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys
     run = run_files.read(workdir)
     assert run.series == {"loss": ([1, 2], [2.0, 1.0])} and run.step == 2
     assert run.unmeasured[0].startswith(said)
-    figures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     assert sweep_runs.last_step(workdir) == 2
     with pytest.raises(workdir_files.Mismatch, match="line 2: got .* expected a JSON object"):
         workdir_files._metrics(workdir)
@@ -54,6 +53,13 @@ def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys
     metrics_writer.MetricsWriter(workdir, 1, 10, 16).close()  # rewrites the file
     assert said in capsys.readouterr().err
     assert (workdir / "metrics.jsonl").read_bytes() == _line(1, loss=2.0) + b"\n"
+
+
+def test_curves_leave_them_out(tmp_path):
+    lines = [_line(1, loss=2.0), *HOSTILE, _line(2, loss=1.0)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    figures.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_numbers_that_are_not_finite_are_in_no_series(tmp_path):

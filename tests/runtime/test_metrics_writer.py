@@ -11,7 +11,7 @@ import types
 import pytest
 from etils import epath
 
-from grain_jax.core import errors, progress
+from grain_jax.core import errors
 from grain_jax.runtime import metrics_writer
 from tests import tiny
 
@@ -78,10 +78,6 @@ def test_the_first_bad_term_is_named(term):
     with pytest.raises(metrics_writer.NotFinite, match=said):
         metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
     metrics_writer.check_finite(METRICS, 5, 9, TERMS)
-
-
-def test_durations():
-    assert [progress.duration(s) for s in (4.4, 65, 7800)] == ["4s", "1m05s", "2h10m"]
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
@@ -160,44 +156,27 @@ def _steps(file):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
-def test_an_object_store_has_the_lines_at_each_checkpoint_and_one_file_at_the_end(
-    object_store, monkeypatch
-):
+def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_store):
     store, _ = object_store
-    monkeypatch.setattr(metrics_writer, "SMALL_BYTES", 0)
     first = metrics_writer.MetricsWriter(store, 0, 200, 4)
-    for step in range(1, 58):
+    for step in range(1, 8):
         first.write(step, {"loss": 1.0})
-        if step <= 56:
+        if step <= 6:
             first.flush()
-    first._events.close()  # killed here: the line of step 57 never gets there
-    held = _steps(store / "metrics.jsonl")
-    parts = sorted((store / "metrics.parts").iterdir())
-    assert held == list(range(1, held[-1] + 1)) and len(held) > 0.85 * 56
-    assert [s for part in parts for s in _steps(part)] == list(range(held[-1] + 1, 57))
-    second = metrics_writer.MetricsWriter(store, 55, 200, 4)
-    assert _steps(store / "metrics.jsonl") == list(range(1, 56))
+    first._events.close()  # killed here: the line of step 7 never gets there
+    whole = store / "metrics.jsonl"
+    assert _steps(whole) == list(range(1, 7))
+    lines = whole.read_text().splitlines(keepends=True)
+    whole.write_text("".join(lines[:3]))  # a store may have the others in parts
+    (store / "metrics.parts/000000000006.jsonl").write_text("".join(lines[3:]))
+    second = metrics_writer.MetricsWriter(store, 5, 200, 4)
+    assert _steps(whole) == list(range(1, 6))
     assert not list((store / "metrics.parts").iterdir())
-    second.write(56, {"loss": 2.0})
+    second.write(6, {"loss": 2.0})
     second.close()
-    assert _steps(store / "metrics.jsonl") == list(range(1, 57))
+    assert _steps(whole) == list(range(1, 7))
     scalars, purges = _scalars(store / "tensorboard")
-    assert purges == [1, 56] and [step for step, _ in scalars] == [*range(1, 57), 56]
-
-
-def test_uploads_grow_with_the_run_and_not_with_its_square(object_store, monkeypatch):
-    store, uploads = object_store
-    monkeypatch.setattr(metrics_writer, "SMALL_BYTES", 200)
-    monkeypatch.setattr(metrics_writer, "EVENT_FILE_BYTES", 1000)
-    log = metrics_writer.MetricsWriter(store, 0, 150, 4)
-    for step in range(1, 151):
-        log.write(step, {"loss": 1.0})
-        log.flush()
-    log.close()
-    size = (store / "metrics.jsonl").stat().st_size
-    sent = sum(n for name, n in uploads if name.endswith(".jsonl"))
-    assert size < sent < 12 * size  # whole each time: 75 times
-    assert max(n for name, n in uploads if name.startswith("events")) < 2000
+    assert purges == [1, 6] and [step for step, _ in scalars] == [*range(1, 7), 6]
 
 
 def test_an_upload_waits_its_time(object_store, now):
@@ -283,45 +262,6 @@ def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monk
     assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert options["project"] == "birds" and options["name"] == tmp_path.name
     assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
-
-
-def _wandb_history(file):
-    """{step: {name: value}} of an offline run's file, and whether it adds to a run: records in blocks, as in LevelDB's log."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, record, history, adds = file.read_bytes(), 7, b"", {}, None
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            parsed, record = Record.FromString(record), b""
-            if parsed.HasField("run"):
-                adds = parsed.run.resume
-            if parsed.HasField("history"):
-                items = {
-                    item.key or item.nested_key[0]: json.loads(item.value_json)
-                    for item in parsed.history.item
-                }
-                history[items["_step"]] = items
-    return history, adds
-
-
-def test_wandb_offline_leaves_a_folder_a_start_with_one_id(tmp_path):
-    wandb = pytest.importorskip("wandb")
-    config = tiny.config(wandb__mode="offline", wandb__name="wrens")
-    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        _write(tmp_path, start, {step: step / 2 for step in steps}, config=config)
-    wandb.teardown()  # what its service process has buffered is in the files now
-    name = (tmp_path / "wandb_id.txt").read_text().strip()
-    files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}*/run-{name}.wandb"))
-    histories, adds = zip(*(_wandb_history(file) for file in files))
-    assert adds == (True, True)  # a sync adds both to one run
-    assert [list(history) for history in histories] == [[1, 2, 3], [3, 4]]
-    assert [history[3]["loss"] for history in histories] == [1.5, 1.5]
 
 
 def test_wandb_that_is_not_there_is_a_line(monkeypatch):

@@ -1,4 +1,4 @@
-"""A wheel of the tree in fresh environments, and a tiny training run for them; for the scripts of wheel and versions."""
+"""A wheel of the tree in fresh environments, and a tiny training run for them."""
 
 import os
 import pathlib

@@ -1,20 +1,38 @@
-"""The wheel alone, in a fresh environment and in an empty folder: python -m tests.wheel.run [--keep FOLDER]
+"""The wheel in fresh environments and empty folders: python -m tests.wheel.run [SET[:PYTHON] ...] [--steps]
 
-Builds the wheel, installs it without extras (so without TensorFlow and PyTorch) at the versions of
-constraints.txt, and goes through what a base installation promises: train from a config file that lies
-anywhere, resume, load, classify, evaluate, export and read back, report, verify; what needs an extra must
-say which. Prints a line a step; ends with status 1 and the output of the step that failed. Needs PyPI or
-pip's cache. The environment and the folder are removed at the end unless --keep names them.
+    python -m tests.wheel.run                     # base, newest on Python 3.13, floors on 3.11
+    python -m tests.wheel.run default newest:3.12
+
+A set is a file of constraints. The wheel is built once. `base` installs it without extras, so without TensorFlow and
+PyTorch, and goes through what that promises: train from a config file that lies anywhere, resume, load, classify,
+evaluate, export and read back, report, verify; what needs an extra must say which. The other sets install it with its
+extra `data`: every module is imported; images become records; a model is trained on them by TensorFlow, resumed,
+loaded, evaluated and packed; losses, tokens and resized images are compared with the goldens of the PyTorch reference.
+Two sets run at a time. Prints a line a set; ends with status 1 and the output of the step that failed. Where a Python
+is not on the machine, the line says so. Needs PyPI or pip's cache.
 """
 
 import argparse
+import functools
+import glob
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent import futures
 
 from tests.wheel import fresh
+
+# Name of a set -> (its file, the Python that it is checked on; None: the one of this process).
+SETS = {
+    "base": ("constraints.txt", None),
+    "default": ("constraints.txt", "3.11"),
+    "newest": ("constraints-newest.txt", "3.13"),
+    "floors": ("constraints-floors.txt", "3.11"),
+}
 
 LICENCE = """
 import importlib.metadata
@@ -40,88 +58,153 @@ assert seen["boxes_xyxy"].shape == (2, 5, 4) and difference < 1e-5, difference
 print("max|a - b| of a text:", difference)
 """
 
+IMPORTS = """
+import importlib, pathlib, pkgutil, sys
+import grain_jax
 
-def steps(python: pathlib.Path) -> list[tuple]:
-    """(name, words of the command, status, what its output has) of each step."""
-    module = lambda *words: [python, "-m", *words]
-    command = lambda *words: [python.parent / "grain-jax", *words]
-    train = command("train", "--config", "mine.py", "--workdir", "run")
-    measure = lambda kind, images, *words: module(
-        *("grain_jax.evaluate", kind, "--checkpoint", "run", "--images", images),
-        *("--output", f"{kind}.json", "--cache", "", *words),
-    )
-    of_a = ("--annotations", "A.jsonl")
-    return [
-        ("pip check", module("pip", "check"), 0, "No broken requirements"),
-        ("licence", [python, "-c", LICENCE], 0, "Apache-2.0 grain_jax contributors"),
-        ("version", command("--version"), 0, "JAX "),
-        ("help", command("evaluate", "zeroshot", "--help"), 0, "--descriptions D.json"),
-        ("a typing error", command("trian"), 2, "did you mean train?"),
-        (
-            "keys",
-            command("train", "--config", "own:S/16", "--help-config", "optim"),
-            0,
-            "layer_dec",
-        ),
-        ("launch files", command("launch-files", "cluster"), 0, "cluster/slurm.sbatch"),
-        ("images", [python, "-c", fresh.IMAGES.format(images_a_class=3)], 0, ""),
-        ("train", train, 0, "Everything of this run is in run"),
-        ("train, resumed", [*train, "--config.total_steps=6"], 0, "resumed at step 4"),
-        ("load, classify, ground", [python, "-c", fresh.LOAD], 0, ""),
-        ("zeroshot", measure("zeroshot", "classes"), 0, "6 pictures"),
-        ("retrieval", measure("retrieval", ".", *of_a), 0, ""),
-        ("grounding", measure("grounding", ".", *of_a), 0, ""),
-        (
-            "export",
-            command("export", "--checkpoint", "run", "--output", "exported"),
-            0,
-            "regions: boxes_xyxy",
-        ),
-        ("export, read back", [python, "-c", READ_BACK], 0, ""),
-        ("report", command("report", "run"), 0, "report.html"),
-        ("verify", command("verify", "run", "--steps", "2"), 0, "Verdict"),
-        (
-            "records need an extra",
-            [*train, "--config.input.source=records", "--workdir=other"],
-            2,
-            "[data]",
-        ),
-        (
-            "to-torch needs an extra",
-            command("convert", "to-torch", "--checkpoint", "run", "--output", "torch"),
-            2,
-            "pip install",
-        ),
-        ("demo needs an extra", command("demo", "--checkpoint", "run"), 2, "gradio"),
-    ]
+assert "site-packages" in grain_jax.__file__, grain_jax.__file__
+# What other extras bring, and programs that ask for them at once.
+without = {"apache_beam", "big_vision", "clip_benchmark", "gradio", "open_clip", "torch", "transformers"}
+imported, left_out = 0, []
+for found in pkgutil.walk_packages(grain_jax.__path__, "grain_jax.", onerror=lambda name: None):
+    if found.name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(found.name)
+        imported += 1
+    except ModuleNotFoundError as error:
+        assert error.name.split(".")[0] in without, f"{found.name}: {error}"
+        left_out.append(found.name)
+assert imported > 150, imported
+print(imported, "modules; for other extras:", *left_out)
+"""
+
+VERSIONS = """
+import platform
+from importlib import metadata
+named = ["jax", "flax", "orbax-checkpoint", "numpy", "protobuf"]
+print("Python", platform.python_version(), *(f"{name} {metadata.version(name)}" for name in named))
+"""
+
+GOLDENS = """
+from benchmarks.parity import groups
+for group in ("losses", "tokenizer", "preprocessing, tf"):
+    found = groups.compare(group)
+    failed = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in found if not c.ok]
+    assert found and not failed, (group, failed)
+    print(group, len(found))
+"""
+
+# (name, words of the command, what its output has, its status): code for Python, or words for grain-jax.
+TRAIN = "train --config mine.py --workdir run"
+RECORDS = f"{TRAIN} --config.input.source=records --config.input.name=mine --config.input.data_dir=records"
+MEASURE = "evaluate {0} --checkpoint run --images {1} --output {0}.json --cache="
+LOAD = ("load, classify, ground", fresh.LOAD, "", 0)
+BASE = (
+    ("licence", LICENCE, "Apache-2.0 grain_jax contributors", 0),
+    ("version", "--version", "JAX ", 0),
+    ("help", "evaluate zeroshot --help", "--descriptions D.json", 0),
+    ("a typing error", "trian", "did you mean train?", 2),
+    ("keys", "train --config own:S/16 --help-config optim", "layer_dec", 0),
+    ("launch files", "launch-files cluster", "cluster/slurm.sbatch", 0),
+    ("images", fresh.IMAGES.format(images_a_class=3), "", 0),
+    ("train", TRAIN, "Everything of this run is in run", 0),
+    ("train, resumed", f"{TRAIN} --config.total_steps=6", "resumed at step 4", 0),
+    LOAD,
+    ("zeroshot", MEASURE.format("zeroshot", "classes"), "6 pictures", 0),
+    ("retrieval", MEASURE.format("retrieval", ".") + " --annotations A.jsonl", "", 0),
+    ("grounding", MEASURE.format("grounding", ".") + " --annotations A.jsonl", "", 0),
+    ("export", "export --checkpoint run --output exported", "regions: boxes_xyxy", 0),
+    ("export, read back", READ_BACK, "", 0),
+    ("report", "report run", "report.html", 0),
+    ("verify", "verify run --steps 2", "Verdict", 0),
+    ("records need an extra", f"{RECORDS} --workdir=other", "[data]", 2),
+    ("to-torch", "convert to-torch --checkpoint run --output torch", "pip install", 2),
+    ("demo needs an extra", "demo --checkpoint run", "gradio", 2),
+)
+DATA = (
+    ("imports", IMPORTS, "modules", 0),
+    ("images", fresh.IMAGES.format(images_a_class=16), "", 0),
+    ("build", "build --annotations A.jsonl --images . --output records --name mine", "", 0),
+    ("train", RECORDS, "Everything of this run is in run", 0),
+    ("train, resumed", f"{RECORDS} --config.total_steps=6", "resumed at step 4", 0),
+    LOAD,
+    ("convert", "convert pack --input run --output packed", "PROVEN", 0),
+    ("evaluate", MEASURE.replace("run", "packed", 1).format("zeroshot", "classes"), "32 ", 0),
+    ("goldens", GOLDENS, "preprocessing, tf 26", 0),
+)
+
+
+def find_python(version: str | None) -> str | None:
+    """The Python of that version (such as 3.13) on this machine."""
+    if version is None:
+        return sys.executable
+    candidates = [sys.executable, shutil.which(f"python{version}")]
+    candidates += glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python"))
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for python in filter(None, candidates):
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        if done.stdout.strip() == version:
+            return python
+    return None
+
+
+def check(given: str, wheel: pathlib.Path, folder: pathlib.Path, quiet: bool) -> bool:
+    """Installs and runs a set below `folder`, which is new, and prints its line; returns whether all went well."""
+    name, _, version = given.partition(":")
+    constraints, own = SETS[name]
+    python = find_python(version or own)
+    if python is None:
+        print(f"{name}: Python {version or own} is not on this machine; not checked", flush=True)
+        return True
+    began = time.monotonic()
+    empty = folder / "elsewhere"
+    empty.mkdir(parents=True)
+    (empty / "mine.py").write_text(fresh.CONFIG)
+    run = functools.partial(fresh.run, folder=empty, variables=fresh.environment(folder))
+    try:
+        extra = "" if name == "base" else "[data]"
+        inside = fresh.install(f"{wheel}{extra}", constraints, folder, python, quiet)
+        installed = time.monotonic() - began
+        versions = run("versions", [inside, "-c", VERSIONS], quiet=True)
+        run(f"{name}: pip check", [inside, "-m", "pip", "check"], says="No broken", quiet=quiet)
+        if extra:  # behind what reads the wheel alone
+            for part in ("benchmarks", "tests/goldens"):
+                shutil.copytree(fresh.ROOT / part, empty / part)
+        for step, what, says, status in DATA if extra else BASE:
+            command = [inside.parent / "grain-jax", *what.split()]
+            command = [inside, "-c", what] if "\n" in what else command
+            run(f"{name}: {step}", command, status=status, says=says, quiet=quiet)
+    except fresh.Failed as error:
+        print(f"{name}: {python}, {constraints}: FAILED\n{error}", flush=True)
+        return False
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = f"installed in {installed:.0f} s, {time.monotonic() - began:.0f} s in all"
+    print(f"{name}: {versions.strip()}; {seconds}; ok", flush=True)
+    return True
 
 
 def main() -> int:
-    """Builds, installs, runs; returns 0, or 1 where a step failed."""
+    """Returns 0, or 1 where a set failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", type=pathlib.Path, help="new folder for all of it, not removed")
+    usual = ["base", "newest", "floors"]
+    about = f"{', '.join(SETS)} (default: {' '.join(usual)})"
+    parser.add_argument("sets", nargs="*", default=usual, metavar="SET[:PYTHON]", help=about)
+    parser.add_argument("--steps", action="store_true", help="print a line a step too")
     args = parser.parse_args()
+    if wrong := [given for given in args.sets if given.split(":")[0] not in SETS]:
+        parser.error(f"{wrong[0]}: expected one of {', '.join(SETS)}")
     with tempfile.TemporaryDirectory(prefix="grain_jax_wheel_") as temporary:
-        if args.keep:
-            args.keep.mkdir(parents=True)
-        folder = (args.keep or pathlib.Path(temporary)).resolve()
-        empty = folder / "elsewhere"
-        empty.mkdir()
-        (empty / "mine.py").write_text(fresh.CONFIG)
-        began = time.monotonic()
+        folder = pathlib.Path(temporary)
         try:
-            python = fresh.install(str(fresh.build(folder)), "constraints.txt", folder)
-            for name, words, status, says in steps(python):
-                fresh.run(name, words, empty, fresh.environment(folder), status, says)
+            wheel = fresh.build(folder, quiet=True)
         except fresh.Failed as error:
             print(error, file=sys.stderr)
             return 1
-        times = os.times()
-        print(
-            f"the wheel does what a base installation promises; {time.monotonic() - began:.0f} s, of which"
-            f" {times.children_user + times.children_system:.0f} s on a processor"
-        )
-        return 0
+        one = lambda x: check(x, wheel, folder / x.replace(":", "_"), not args.steps)
+        with futures.ThreadPoolExecutor(max_workers=2) as pool:
+            return 0 if all(list(pool.map(one, args.sets))) else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.big_vision import checkpoint as files
-from grain_jax.convert.big_vision.towers import import_image, import_text
+from grain_jax.convert.big_vision.towers import import_tower
 from grain_jax.convert.faults import prefixed
 
 
@@ -20,7 +20,7 @@ def from_big_vision(
     """
     folder = output.check_free(folder)
     checkpoint = files.read(source)
-    image, text = import_image(checkpoint, settings), import_text(checkpoint, settings)
+    image, text = (import_tower(which, checkpoint, settings) for which in towers.TOWERS)
     with prefixed(f"{checkpoint.path}: "):
         model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
     proof = _prove(checkpoint, model, params)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from grain_jax import config as config_lib
 from grain_jax.convert import tables, towers
 from grain_jax.convert.big_vision.checkpoint import Checkpoint
 from grain_jax.convert.faults import prefixed
@@ -10,39 +9,37 @@ from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.convert.towers import Settings, Stated, Tower
 
 
-def import_image(checkpoint: Checkpoint, settings: Settings) -> Tower[config_lib.ImageTower]:
-    """The image tower of a checkpoint, which may be all of it.
+def import_tower(which: str, checkpoint: Checkpoint, settings: Settings) -> Tower:
+    """The "image" or "text" tower of a checkpoint, which may be all of it.
 
     Raises:
       ConvertError: there is none, or an entry that gives a size is missing or does not fit.
     """
-    prefix, rows = _table(checkpoint, "img/", image_rows())
+    is_image = which == "image"
+    prefix, rows = ("img/", image_rows()) if is_image else ("txt/", text_rows())
+    if not any(name.startswith(prefix) for name in checkpoint.state):  # the tower alone
+        prefix = ""
+    rows = [row._replace(theirs=prefix + row.theirs) for row in rows]
     there = Entries(checkpoint.state, rows)
-    pooled, token = "image_pool/probe" in there, "image/class_token" in there
-    assumed = ["norm epsilon 1e-6 and tanh GELU, its models'; pixels in [-1, 1]"]
-    if not pooled and not token:
-        assumed.append("pool mean, as its pool_type=gap")
+    assumed = ["norm epsilon 1e-6 and tanh GELU, its models'"]
     with prefixed(f"{checkpoint.path}: "):
-        stated = _stated(there, "image", "class" if token else "mean")
-        pixels = towers.SIGLIP_PIXELS  # its value_range(-1, 1)
-        config = towers.image_tower(checkpoint.state, rows, stated, settings, assumed, pixels)
-    return Tower(config, rows, prefix, assumed)
-
-
-def import_text(checkpoint: Checkpoint, settings: Settings) -> Tower[config_lib.TextTower]:
-    """The text tower of a checkpoint, which may be all of it; raises as `import_image`."""
-    prefix, rows = _table(checkpoint, "txt/", text_rows())
-    there = Entries(checkpoint.state, rows)
-    with prefixed(f"{checkpoint.path}: "):
-        pad_id = 1 if there.shape("text/token_embed/embedding", 2)[0] == 32000 else 0
-        habit = "" if "text_pool/probe" in there else "; pool last, its default"
-        assumed = ["norm epsilon 1e-6 and tanh GELU, its models'"]
-        assumed.append(f"texts padded with the id {pad_id}{habit}")
-        stated = _stated(there, "text", "last")
-        reading: dict[str, Any] = dict(causal=False, cleaning="canonical", pad_id=pad_id)
-        reading |= dict(tokenizer="siglip.model")
-        config = towers.text_tower(checkpoint.state, rows, stated, settings, assumed, **reading)
-    return Tower(config, rows, prefix, assumed)
+        if is_image:
+            pool = "class" if "image/class_token" in there else "mean"
+            mean, std = towers.SIGLIP_PIXELS  # its value_range(-1, 1)
+            fields: dict[str, Any] = dict(pixel_mean=mean, pixel_std=std)
+            assumed[0] += "; pixels in [-1, 1]"
+            if pool == "mean" and "image_pool/probe" not in there:
+                assumed.append("pool mean, as its pool_type=gap")
+        else:
+            pool = "last"
+            pad_id = 1 if there.shape("text/token_embed/embedding", 2)[0] == 32000 else 0
+            fields = dict(causal=False, cleaning="canonical", pad_id=pad_id)
+            fields |= dict(tokenizer="siglip.model")
+            habit = "" if "text_pool/probe" in there else "; pool last, its default"
+            assumed.append(f"texts padded with the id {pad_id}{habit}")
+        heads = there.shape(f"{which}/blocks/attention/query/kernel", 3)[1]
+        stated = Stated(1e-6, "gelu_tanh", "gelu_tanh", heads, pool, fields)
+        return towers.settle(which, checkpoint.state, rows, prefix, stated, settings, assumed)
 
 
 def image_rows() -> list[NamePair]:
@@ -72,16 +69,14 @@ def _same(ours: str, theirs: str, *leaves: str) -> list[NamePair]:
 
 
 def _attention_and_mlp(ours: str, theirs: str) -> list[NamePair]:
-    parts = {f"attention/{x}": f"MultiHeadDotProductAttention_0/{x}" for x in _ATTENTION}
+    attention = ("query", "key", "value", "out")
+    parts = {f"attention/{x}": f"MultiHeadDotProductAttention_0/{x}" for x in attention}
     parts |= {"mlp/in": "MlpBlock_0/Dense_0", "mlp/out": "MlpBlock_0/Dense_1"}
     return [
         row
         for mine, of_them in parts.items()
         for row in _same(f"{ours}/{mine}", theirs + of_them, "kernel", "bias")
     ]
-
-
-_ATTENTION = ("query", "key", "value", "out")
 
 
 def _encoder(ours: str, theirs: str, norm: str) -> list[NamePair]:
@@ -101,15 +96,3 @@ def _head(tower: str) -> list[NamePair]:
         *_attention_and_mlp(f"{tower}_pool", "MAPHead_0/"),
         *_same(f"{tower}_projection", "head", "kernel", "bias"),
     ]
-
-
-def _table(checkpoint: Checkpoint, prefix: str, rows: list[NamePair]) -> tuple[str, list[NamePair]]:
-    """The prefix of a tower's entries and its table with it; without it where the checkpoint is the tower alone."""
-    if not any(name.startswith(prefix) for name in checkpoint.state):
-        prefix = ""
-    return prefix, [row._replace(theirs=prefix + row.theirs) for row in rows]
-
-
-def _stated(there: Entries, which: str, pool: str) -> Stated:
-    heads = there.shape(f"{which}/blocks/attention/query/kernel", 3)[1]
-    return Stated(1e-6, fallback="gelu_tanh", activation="gelu_tanh", heads=heads, pool=pool)

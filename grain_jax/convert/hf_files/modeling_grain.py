@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_scipy_available, requires_backends
 
 from .configuration_grain import GrainConfig
+
+if is_scipy_available():  # the loss alone needs it
+    from scipy.optimize import linear_sum_assignment
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -362,19 +365,13 @@ class GrainPreTrainedModel(PreTrainedModel):
             "logit_bias": towers["logit_bias_init"],
             "in_proj_bias": 0.0,
         }
-        bare = (
-            ImageTower,
-            Attention,
-            Backbone,
-            Decoder,
-            BoxHead,
-        )  # their parameters are in no layer
-        if isinstance(module, bare):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name in constants:
-                    nn.init.constant_(parameter, constants[name])
-                else:
-                    nn.init.normal_(parameter, std=0.02)
+        bare = (ImageTower, Attention, Backbone, Decoder, BoxHead)  # with parameters in no layer
+        own = module.named_parameters(recurse=False) if isinstance(module, bare) else ()
+        for name, parameter in own:
+            if name in constants:
+                nn.init.constant_(parameter, constants[name])
+            else:
+                nn.init.normal_(parameter, std=0.02)
 
 
 class GrainModel(GrainPreTrainedModel):
@@ -550,20 +547,18 @@ class GrainModel(GrainPreTrainedModel):
     @torch.no_grad()
     def _match(self, boxes, target, cosine, mask):
         """The matching of least cost of queries and real regions: image, region and query of each pair."""
+        requires_backends(self, "scipy")
         c = self.config.losses
         pred, real = boxes[:, :, None], target[:, None]
         cost = c["match_l1"] * (pred - real).abs().sum(-1)
         cost = cost - c["match_giou"] * _giou(pred, real, c["iou_epsilon"])
-        cost = (cost - c["match_description"] * cosine).double().cpu()
+        cost = (cost - c["match_description"] * cosine).double().cpu().nan_to_num()
         pairs = []
         for image, here in enumerate(mask.cpu()):
-            regions = here.nonzero()[:, 0].tolist()
-            part = cost[image][:, regions]  # [Q, regions of this image]
-            if len(regions) <= part.shape[0]:
-                found = zip(regions, assign(part.T.tolist()))
-            else:
-                found = ((regions[r], q) for q, r in enumerate(assign(part.tolist())))
-            pairs += [(image, region, query) for region, query in sorted(found)]
+            regions = here.nonzero()[:, 0]
+            queries, chosen = linear_sum_assignment(cost[image][:, regions])
+            found = sorted(zip(regions[chosen].tolist(), queries.tolist()))
+            pairs += [(image, region, query) for region, query in found]
         return torch.tensor(pairs, dtype=torch.long, device=boxes.device).view(-1, 3).unbind(1)
 
     def _box_loss(self, boxes, target, image, region, query):
@@ -585,61 +580,51 @@ class GrainModel(GrainPreTrainedModel):
         pixels = {"pixel_values": (torch.zeros(2, 3, size, size), {0: batch})}
         ids = {"input_ids": (torch.zeros(2, context, dtype=torch.long), {0: batch})}
         corners = {"boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes})}
-        of_images = ["image_embeds", "region_embeds", "boxes_xyxy"]
-        parts = {
-            "image": (ImageHalf(self), pixels, of_images),
-            "text": (TextHalf(self), ids, ["text_embeds"]),
+        visual, decoder = self.backbone.visual, self.decoder
+
+        def of_images(pixel_values):
+            image, regions, boxes = decoder(visual(pixel_values))
+            return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
+
+        def of_texts(input_ids):
+            return _unit(self.backbone.encode_text(input_ids))
+
+        def of_boxes(pixel_values, boxes_xyxy):
+            return _unit(decoder.boxes(visual(pixel_values), boxes_xyxy))
+
+        embeds = ["image_embeds", "region_embeds", "boxes_xyxy"]
+        parts = {  # file -> function, the modules that it calls, inputs, outputs
+            "image": (of_images, (visual, decoder), pixels, embeds),
+            "text": (of_texts, (self.backbone,), ids, ["text_embeds"]),
         }
-        if self.decoder.boxes is not None:
-            parts["boxes"] = BoxPart(self), pixels | corners, ["box_embeds"]
+        if decoder.boxes is not None:
+            head = (visual, decoder.boxes)
+            parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
-        for name, (module, given, gives) in parts.items():
+        for name, (function, modules, given, gives) in parts.items():
             torch.onnx.export(
-                module.eval(),
+                Part(function, modules).eval(),
                 tuple(example.to(self.device) for example, _ in given.values()),
                 f"{folder}/{name}.onnx",
                 input_names=list(given),
                 output_names=gives,
-                dynamic_shapes={key: dims for key, (_, dims) in given.items()},
+                dynamic_shapes=(tuple(dims for _, dims in given.values()),),
                 dynamo=True,
                 verbose=False,
             )
         self.train(trains)
 
 
-class ImageHalf(nn.Module):
-    """Images [B, 3, S, S] -> image_embeds [B, D], region_embeds [B, Q, D], boxes_xyxy [B, Q, 4]."""
+class Part(nn.Module):
+    """A function of some modules, as a module with their parameters, which the exporter asks for."""
 
-    def __init__(self, model):
+    def __init__(self, function, modules):
         super().__init__()
-        self.visual, self.decoder = model.backbone.visual, model.decoder
+        self.function, self.parts = function, nn.ModuleList(modules)
 
-    def forward(self, pixel_values):
-        image, regions, boxes = self.decoder(self.visual(pixel_values))
-        return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
-
-
-class BoxPart(nn.Module):
-    """Images [B, 3, S, S] and boxes [B, R, 4] -> box_embeds [B, R, D]."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.visual, self.head = model.backbone.visual, model.decoder.boxes
-
-    def forward(self, pixel_values, boxes_xyxy):
-        return _unit(self.head(self.visual(pixel_values), boxes_xyxy))
-
-
-class TextHalf(nn.Module):
-    """Token ids [N, L] -> text_embeds [N, D]."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.backbone = model.backbone
-
-    def forward(self, input_ids):
-        return _unit(self.backbone.encode_text(input_ids))
+    def forward(self, *given):
+        return self.function(*given)
 
 
 def _unit(x):
@@ -693,41 +678,3 @@ def _giou(a_cxcywh, b_cxcywh, epsilon):
     overlap, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
     union = area(a) + area(b) - overlap
     return overlap / (union + epsilon) - (hull - union) / hull
-
-
-def assign(cost):
-    """The assignment of least cost: a different column for each row.
-
-    Exact (successive shortest paths over reduced costs, O(rows^2 * columns)). Plain Python is fast enough for the
-    few regions of an image, and needs no package.
-
-    Args:
-      cost: rows of numbers, no more rows than columns.
-
-    Returns:
-      For each row its column.
-    """
-    columns = range(len(cost[0])) if cost else ()
-    owner = [None] * len(columns)  # the row that has the column
-    row_price, column_price = [0.0] * len(cost), [0.0] * len(columns)
-    for start in range(len(cost)):
-        shortest, before, done = [math.inf] * len(columns), [None] * len(columns), []
-        row, column, length = start, None, 0.0
-        while row is not None:
-            for j in columns:
-                step = length + cost[row][j] - row_price[row] - column_price[j]
-                if j not in done and step < shortest[j]:
-                    shortest[j], before[j] = step, column
-            column = min((j for j in columns if j not in done), key=shortest.__getitem__)
-            done.append(column)
-            length, row = shortest[column], owner[column]
-        row_price[start] += length
-        for j in done[:-1]:
-            row_price[owner[j]] += length - shortest[j]
-            column_price[j] -= length - shortest[j]
-        while column is not None:  # each row on the path moves to the next column
-            previous = before[column]
-            owner[column] = start if previous is None else owner[previous]
-            column = previous
-    place = {row: column for column, row in enumerate(owner) if row is not None}
-    return [place[row] for row in range(len(cost))]

@@ -6,7 +6,7 @@ from grain_jax.convert import output, parity, towers
 from grain_jax.convert.faults import prefixed
 from grain_jax.convert.open_clip import checkpoint as files
 from grain_jax.convert.open_clip import comparison
-from grain_jax.convert.open_clip.towers import import_image, import_text
+from grain_jax.convert.open_clip.towers import import_tower
 
 
 def from_open_clip(
@@ -19,7 +19,7 @@ def from_open_clip(
     """
     folder = output.check_free(folder)
     checkpoint = files.read(source)
-    image, text = import_image(checkpoint, settings), import_text(checkpoint, settings)
+    image, text = (import_tower(which, checkpoint, settings) for which in towers.TOWERS)
     with prefixed(f"{checkpoint.path}: "):
         model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
     proof = comparison.prove(checkpoint, model, params)

@@ -1,20 +1,20 @@
-"""The commands from-torch and to-torch."""
+"""The commands from-torch and to-torch, and the `.pth.tar` files of the PyTorch reference."""
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import output, parity, towers
-from grain_jax.convert.faults import ConvertError, prefixed
-from grain_jax.convert.reference import checkpoint as files
+from grain_jax.convert import archives, output, parity, towers
+from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
-from grain_jax.convert.reference.names import to_params, to_states
-from grain_jax.convert.reference.sizes import REFERENCE_HEADS, TOWERS, infer
-from grain_jax.core import atomic
+from grain_jax.core import atomic, regular_file
 from grain_jax.runtime import checkpoint
+
+KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
 
 
 def from_torch(
@@ -31,15 +31,15 @@ def from_torch(
       ConvertError: the file cannot be converted, or the folder holds something else.
     """
     folder = output.check_free(folder)
-    states = files.read(source)
+    states = read(source)
     with prefixed(f"{source}: "):
-        inferred = infer(states, heads)
-        params = to_params(states["backbone"], states["decoder"], inferred.model)
-    proof = prove(inferred.model, params, states)
-    output.save(folder, inferred.model, params, source, proof)
+        model, assumed = names.infer(states, heads)
+        params = names.to_params(states["backbone"], states["decoder"], model)
+    proof = prove(model, params, states)
+    output.save(folder, model, params, source, proof)
     return proof.after(
         f"from-torch: {source} -> {folder}",
-        *towers.describe(inferred.model, inferred.assumed),
+        *towers.describe(model, assumed),
         "",
         *parity.table(params),
         "",
@@ -64,20 +64,15 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
             f"{path}: is a folder, pipe or device; expected a file name such as grain.pth.tar"
         )
     model, params, read_from = checkpoint.load_model(source)
-    states = to_states(model, params)
-    try:
-        with output.writing(path):
-            files.write(path, states)
-    except ImportError as error:
-        raise ConvertError(
-            f"{path}: PyTorch is needed to write it; pip install 'grain_jax[torch]'"
-        ) from error
-    proof = prove(model, params, files.read(path))
+    states = names.to_states(model, params)
+    with output.writing(path), needing("torch", path):
+        write(path, states)
+    proof = prove(model, params, read(path))
     lines = [f"to-torch: {read_from} -> {path}"]
-    for module, key in files.KEYS.items():
+    for module, key in KEYS.items():
         size = sum(array.size for array in states[module].values())
         lines.append(f"{key}: {len(states[module])} entries, {size:,} values, names with module.")
-    lines += [_heads_line(tower, getattr(model, tower)) for tower in TOWERS]
+    lines += [_heads_line(tower, getattr(model, tower)) for tower in names.TOWERS]
     zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
     lines.append(f"zeros, for the entries that the reference never uses: {zeros}")
     return proof.after(*lines)
@@ -86,7 +81,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
 def _heads_line(tower: str, config: Any) -> str:
     """The heads, which the file does not hold: the reference's code fixes them by the width."""
     line = f"{tower}: width {config.width}, depth {config.depth}, {config.heads} heads"
-    theirs = REFERENCE_HEADS.get((tower, config.width), config.heads)
+    theirs = names.REFERENCE_HEADS.get((tower, config.width), config.heads)
     if theirs != config.heads:
         line += f"; ATTENTION: the reference's code has {theirs} and would give other outputs"
     return line
@@ -105,3 +100,63 @@ def _left_out(states: Mapping[str, Mapping[str, np.ndarray]], params: Any) -> li
     total = sum(array.size for state in states.values() for array in state.values())
     lines.append(f"values: {total:,} in the file = {used:,} used + {total - used:,} left out")
     return lines
+
+
+def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
+    """The two state dicts as float32 arrays, {"backbone": ..., "decoder": ...}; names without `module.`.
+
+    Raises:
+      ConvertError: no such file, not a checkpoint, or one that asks to run code; nothing in it is executed.
+    """
+    path = epath.Path(path)
+    if not regular_file.is_one(path):
+        raise ConvertError(f"{path}: no such file; expected the reference's .pth.tar")
+    with archives.reading(path, archives.TENSORS):
+        stored = archives.load_torch(path)
+        expected = f"expected a dict with {' and '.join(KEYS.values())}"
+        if not isinstance(stored, Mapping):
+            raise ConvertError(f"got a {type(stored).__name__}, {expected}")
+        found = ", ".join(map(str, list(stored)[:8])) or "nothing"
+        raise_any(
+            [
+                f"no state dict {key!r}; the file has {found}"
+                for key in KEYS.values()
+                if not isinstance(stored.get(key), Mapping)
+            ]
+        )
+        out, faults = {}, []
+        for module, key in KEYS.items():
+            for name, value in stored[key].items():
+                dtype = getattr(value, "dtype", None)
+                if dtype is None:
+                    faults.append(f"{module} {name}: got {type(value).__name__}, not a tensor")
+                elif not dtype.is_floating_point:
+                    faults.append(f"{module} {name}: got {dtype}, expected plain floats")
+            with prefixed(f"{module} "):
+                out[module] = archives.tensors_to_float32(path, stored[key])
+        raise_any(faults)
+        return out
+
+
+def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes the state dicts in the format of the reference's train.py.
+
+    Names start with `module.`, as in a DDP model; the other keys are of a run at step 0: epoch and iteration 0,
+    an empty optimizer.
+    """
+    import torch
+
+    stored: dict[str, Any] = {
+        key: {
+            f"module.{name}": torch.tensor(array)  # a copy: each entry has its own storage
+            for name, array in states[module].items()
+        }
+        for module, key in KEYS.items()
+    }
+    stored |= {"epoch": 0, "iteration": 0, "best_acc": 0.0}
+    stored |= {"optimizer": {"state": {}, "param_groups": []}}
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    torch.save(stored, file)
+    atomic.write_bytes(path, file.getvalue())

@@ -1,6 +1,7 @@
-"""The table of the PyTorch reference, with the switches of ours that it lacks under names of their own.
+"""The table of the PyTorch reference, and the sizes that its state dicts tell.
 
-Those are `pre_norm`, `logit_bias` and the box head; `hf_files/modeling_grain.py` has all.
+The switches of ours that it lacks have names of their own: `pre_norm`, `logit_bias` and the box head;
+`hf_files/modeling_grain.py` has all.
 """
 
 import operator
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, tables
+from grain_jax.convert import formats, tables, towers
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.formats import linear, norm
-from grain_jax.convert.tables import NamePair
+from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.models import grain
 
+TOWERS = ("image", "text", "decoder")
 StateDicts = Mapping[str, Mapping[str, np.ndarray]]  # {"backbone": ..., "decoder": ...}
 
 
@@ -62,6 +64,14 @@ TABLES: dict[str, list[NamePair]] = {  # by state dict
 UNUSED = {
     "backbone": ("image_projection",),
     "decoder": ("pos_embed", "temporal_embed", "class_embed.weight", "class_embed.bias"),
+}
+# (tower, width) -> heads of the reference's own models (clip/custom_models.py and train.py).
+REFERENCE_HEADS = {
+    ("image", 384): 12,
+    ("image", 768): 12,
+    ("image", 1024): 16,
+    ("text", 512): 8,
+    ("decoder", 512): 8,
 }
 # What the models of the reference have: key, value; True: the modeling file of to-hf has nothing else either.
 _FIXED = (
@@ -163,3 +173,60 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
     shapes = ((1, 513, decoder.width), (1, 4, decoder.width), (22048, decoder.width), (22048,))
     used["decoder"] |= {name: zeros(*s) for name, s in zip(UNUSED["decoder"], shapes)}
     return used
+
+
+def infer(
+    states: StateDicts, heads: Mapping[str, int | None]
+) -> tuple[config_lib.Model, dict[str, list[str]]]:
+    """The model that these state dicts are the parameters of, and the assumptions in it, by tower.
+
+    The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.
+
+    Args:
+      states: {"backbone": ..., "decoder": ...}.
+      heads: "image", "text", "decoder" -> heads, or None to read or assume them.
+
+    Raises:
+      ConvertError: an array that gives a size is missing or has another number of axes, or heads do not fit.
+    """
+    backbone, decoder = (Entries(states[module], rows) for module, rows in TABLES.items())
+    queries, width = decoder.shape("decoder/query_embed", 2)
+    # Norm epsilons and dropout are constants of the reference; the initialisers are not used.
+    sizes = {
+        "image": towers.image_sizes(backbone)
+        | dict(norm_eps=1e-6, block_init="torch", projection="matrix"),
+        "text": towers.text_sizes(backbone) | dict(norm_eps=1e-5),
+        "decoder": dict(
+            queries=queries - 1,
+            width=width,
+            depth=decoder.depth("decoder/blocks/norm_1/scale"),
+            mlp_dim=decoder.shape("decoder/blocks/mlp/in/bias", 1)[0],
+            dropout=0.1,
+            qkv_init_gain=1.0,
+            norm_eps=1e-5,
+            unroll=1,
+        ),
+    }
+    assumed: dict[str, list[str]] = {tower: [] for tower in TOWERS}
+    faults = []
+    for tower, of in sizes.items():
+        width, stated = of["width"], None
+        if tower == "image" and of["qk_norm"]:
+            stated = width // backbone.shape("image/blocks/attention/query_norm/scale", 1)[0]
+        usual = REFERENCE_HEADS.get((tower, width), None if width % 64 else width // 64)
+        try:
+            of["heads"] = towers.settle_heads(
+                tower, width, stated, towers.Settings(heads), assumed[tower], usual
+            )
+        except ConvertError as error:
+            faults.append(str(error))
+    raise_any(faults)
+    model = config_lib.Model(
+        embed_dim=backbone.width("text_projection/kernel"),
+        logit_scale_init=1 / 0.07,
+        logit_bias_init=None,
+        image=config_lib.ImageTower(**sizes["image"]),
+        text=config_lib.TextTower(**sizes["text"]),
+        decoder=config_lib.RegionDecoder(**sizes["decoder"]),
+    )
+    return model, assumed

@@ -24,6 +24,16 @@ _READ = (
 )
 
 
+_LOGIN = "hf auth login, or HF_TOKEN"
+_REASONS = {  # class in huggingface_hub.errors: what to tell
+    "GatedRepoError": f"access has to be asked for on its page, with the account that you log in to ({_LOGIN})",
+    "RepositoryNotFoundError": f"no such model on the Hub; a private one needs a token ({_LOGIN})",
+    "RevisionNotFoundError": "the model has no such revision; expected a branch, a tag or a commit",
+    "HFValidationError": "not a name of the Hub ({said})",
+    "LocalEntryNotFoundError": "the Hub cannot be reached ({cause}) and the cache has no copy; check the network",
+}  # fmt: skip
+
+
 class HubError(errors.UserError):
     """The Hub cannot be asked, or refuses; the message is one line."""
 
@@ -110,25 +120,14 @@ def _asking(what: str) -> Iterator[Any]:
 
 def _reason(error: Exception, kinds: Any) -> str:
     """What to tell of an error of huggingface_hub; `kinds` is its module of errors."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
     said = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    login = "hf auth login, or HF_TOKEN"
-    if isinstance(error, kinds.GatedRepoError):
-        return (
-            f"access has to be asked for on its page, with the account that you log in to ({login})"
-        )
-    if isinstance(error, kinds.RepositoryNotFoundError):
-        return f"no such model on the Hub; a private one needs a token ({login})"
-    if isinstance(error, kinds.RevisionNotFoundError):
-        return "the model has no such revision; expected a branch, a tag or a commit"
+    for kind, text in _REASONS.items():
+        if isinstance(error, getattr(kinds, kind)):
+            return text.format(said=said, cause=type(error.__cause__ or error).__name__)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return f"the Hub refuses it (status {status}); it needs a token with that right ({login})"
+        return f"the Hub refuses it (status {status}); it needs a token with that right ({_LOGIN})"
     if status is not None:
         return f"the Hub answers with status {status} ({said}); try again later"
-    if isinstance(error, kinds.HFValidationError):
-        return f"not a name of the Hub ({said})"
-    if isinstance(error, kinds.LocalEntryNotFoundError):
-        cause = type(error.__cause__ or error).__name__
-        return f"the Hub cannot be reached ({cause}) and the cache has no copy; check the network"
     return f"failed ({said}); check the network and the disk, and try again"

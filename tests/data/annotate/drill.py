@@ -1,4 +1,4 @@
-"""Kills data.annotate in the middle, starts it again, and counts: every image once, every fault by its cause."""
+"""Jobs of data.annotate, one killed in the middle and started again: every image once, every fault by its cause."""
 
 import os
 import pathlib
@@ -8,6 +8,7 @@ import sys
 import time
 
 from grain_jax.data.annotate import __main__ as command
+from grain_jax.data.aviary import __main__ as aviary
 from tests.data.annotate import endpoint, faults, models
 from tests.paths import ROOT
 
@@ -18,20 +19,14 @@ def plant(folder: pathlib.Path, pictures: int) -> tuple[list[str], dict[str, str
     """Draws images and plants all faults among them; returns all names and the causes of the files'."""
     drawn = ["--images", str(pictures), "--output", str(folder), "--processes", "1"]
     nothing = ("--seen-per-species", "--unseen-per-species", "--test-images")
-    drawn += [part for name in nothing for part in (name, "0")]
-    subprocess.run(
-        [sys.executable, "-m", "grain_jax.data.aviary", *drawn],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    assert aviary.main([*drawn, *(part for name in nothing for part in (name, "0"))]) == 0
     found = faults.plant_files(folder / "images")
     faults.plant_pictures_for_server(folder / "images")
     names = [path.name for path in (folder / "images").iterdir() if path.suffix != ".txt"]
     return names, {name: cause for name, cause in found.items() if cause}
 
 
-def kill_in_the_middle(arguments: list[str], output: pathlib.Path, last_pass: str) -> dict:
+def kill_in_the_middle(arguments: list[str], output: pathlib.Path) -> dict:
     """Starts the command, kills it when a third of its shards are done; returns these, with their times."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -41,7 +36,7 @@ def kill_in_the_middle(arguments: list[str], output: pathlib.Path, last_pass: st
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    done = output / "passes" / last_pass
+    done = output / "passes/describe"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         shards = len(list((output / "lists").glob("*.jsonl")))
@@ -54,13 +49,13 @@ def kill_in_the_middle(arguments: list[str], output: pathlib.Path, last_pass: st
     return {path: path.stat().st_mtime_ns for path in done.glob("*.jsonl")}
 
 
-def resume(arguments: list[str], output: pathlib.Path, killed: dict, last_pass: str) -> None:
+def resume(arguments: list[str], output: pathlib.Path, killed: dict) -> None:
     """Starts the command again: the shards that are done stay as they are."""
     assert command.main(arguments) == 0
     times = {path: path.stat().st_mtime_ns for path in killed}
     assert times == killed, "a shard was done again"
     assert not (output / "incomplete").exists()
-    shards = len(list((output / "passes" / last_pass).glob("*.jsonl")))
+    shards = len(list((output / "passes/describe").glob("*.jsonl")))
     assert 0 < len(killed) < shards
 
 
@@ -74,8 +69,7 @@ def local(folder: pathlib.Path, names: list[str], causes: dict[str, str]) -> Non
         "--threshold=0.5",
         "--max-faults=1",
     ]
-    killed = kill_in_the_middle(arguments, output, "ground")
-    resume(arguments, output, killed, "ground")
+    assert command.main(arguments) == 0
     faults.check(output, names, causes, set())
 
 
@@ -90,9 +84,9 @@ def remote(folder: pathlib.Path, names: list[str], causes: dict[str, str]) -> No
     with endpoint.serve(slowly) as server:
         ask = [*pictures, "--passes=caption,describe", f"--endpoint={server.url}", "--chat=tiny"]
         ask += ["--tries=2", f"--request-seconds={faults.TIME_OUT}"]
-        killed = kill_in_the_middle([*ask, "--concurrency=2"], output, "describe")
+        killed = kill_in_the_middle([*ask, "--concurrency=2"], output)
         server.reply = faults.reply
-        resume(ask, output, killed, "describe")
+        resume(ask, output, killed)
         assert command.main(ground) == 0
         expected = causes | {name: cause for name, (cause, _) in faults.SERVER.items()}
         kept = {name for name, (_, kept) in faults.SERVER.items() if kept}

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
+from tests.data import test_sources
 from tests.data.annotate import drill, endpoint
 
 
@@ -19,7 +20,7 @@ def planted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("passes", [drill.local, drill.remote])
-def test_killed_and_started_again_each_picture_is_there_once(planted, passes):
+def test_each_picture_is_there_once_after_faults_and_a_kill(planted, passes):
     passes(*planted)
 
 
@@ -56,16 +57,11 @@ def test_what_a_source_has_is_taken_over_and_built_into_records(pictures, tmp_pa
 
 
 def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, capsys):
-    import tarfile
-
-    tars = tmp_path / "tars"
-    tars.mkdir()
+    tars, paths = tmp_path / "tars", [pictures / f"0000{i}.png" for i in range(2)]
     for number in range(2):
-        with tarfile.open(tars / f"0000{number}.tar", "w") as tar:
-            for name in ("00000.png", "00001.png"):
-                (pictures / name).with_suffix(".txt").write_text(f"text of {number} {name}")
-                tar.add(pictures / name, name)
-                tar.add((pictures / name).with_suffix(".txt"), name.replace("png", "txt"))
+        texts = [(path.with_suffix(".txt").name, b"text of %d" % number) for path in paths]
+        members = [(path.name, path.read_bytes()) for path in paths] + texts
+        test_sources.write_tar(tars / f"0000{number}.tar", sorted(members))
     first = (tars / "00000.tar").read_bytes()
     given = [f"--images={tars}", "--passes=none"]
     assert command.main([*given, f"--output={tmp_path / 'a'}", "--name=tars"]) == 0
@@ -76,8 +72,7 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
     assert sorted(examples) == names
     expected = np.asarray(PIL.Image.open(pictures / "00001.png").convert("RGB"))
     np.testing.assert_array_equal(examples["00001/00001.png"]["image"], expected)
-    assert examples["00001/00001.png"]["captions"].tolist() == [b"text of 1 00001.png"]
-
+    assert examples["00001/00001.png"]["captions"].tolist() == [b"text of 1"]
     assert command.main([*given, f"--output={tmp_path / 'c'}", "--no-keep-images"]) == 0
     assert not (tmp_path / "c" / "images").exists()
     (tars / "00000.tar").write_bytes(first[:1024])
@@ -133,7 +128,7 @@ def test_a_server_that_refuses_all_ends_the_job_in_one_line(pictures, tmp_path, 
         ("--runnner=DirectRunner", "got --runnner, expected an argument of this command"),
         ("--source=tdfs", "data source 'tdfs': did you mean tfds? expected one of: annotations, coco"),
         ("--source=no.where:Source", "'no.where' cannot be imported (No module named 'no')"),
-        ("--source=json:JSONDecoder", "got a class without images_are_files, shards, read"),
+        ("--source=json:JSONDecoder", "has no images_are_files, shards, read, expected a class as"),
         ("--option=delimiter", "got 'delimiter', expected KEY=VALUE"),
         ("--option=a=b", "--option a of data source 'annotations': the source has no options"),
         ("--passes=describe", "1 of 1 shards have no results of the pass caption yet"),

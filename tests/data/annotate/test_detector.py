@@ -12,14 +12,13 @@ import torch
 import transformers
 
 from grain_jax.data.annotate import checkpoint, detector
+from grain_jax.data.annotate.arguments import Annotate
 from tests import storage_emulator
 from tests.data.annotate import models
 from tests.paths import ROOT
 
 # Width x height of the images, 1:10 to 10:1, most of them odd; the last is shrunk before it is shown.
-WIDTHS = (53, 61, 121, 333, 301, 480, 767, 641, 901, 850, 1009, 4109)
-HEIGHTS = (530, 427, 601, 1001, 607, 641, 767, 479, 299, 171, 143, 411)
-SIZES = list(zip(WIDTHS, HEIGHTS))
+SIZES = [(53, 530), (121, 601), (767, 767), (641, 479), (1009, 143), (4109, 411)]
 # Red tells them apart; padding is black, as the ground's red.
 GROUND, OBJECT = (0, 120, 160), (255, 40, 30)
 KINDS = ("owlv2", "grounding_dino")
@@ -31,10 +30,14 @@ def folders(tmp_path_factory):
     return {kind: getattr(models, kind)(tmp_path_factory.mktemp(kind)) for kind in KINDS}
 
 
+def load(name, **given):
+    return detector.Detector(Annotate(images="", output="", detector=str(name), **given))
+
+
 @pytest.fixture(params=KINDS)
 def small(request, folders):
     """A detector whose threshold lets much of its random scores through."""
-    return detector.Detector(detector.Options(folders[request.param], threshold=0.1))
+    return load(folders[request.param], threshold=0.1)
 
 
 def _picture(width, height):
@@ -105,7 +108,7 @@ def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(kind, tmp_pat
         name = models.owlv2(tmp_path, size=960)
     else:
         name = models.grounding_dino(tmp_path, shortest=800, longest=1333)
-    seeing = detector.Detector(detector.Options(name, batch_size=4))
+    seeing = load(name, batch_size=4)
     seeing._model = _seeing(seeing._model.config)
     pictures, boxes = zip(*(_picture(*size) for size in SIZES))
     texts = [["a blue sky", "a red block. why?", *["more"] * (i % 3)] for i in range(len(SIZES))]
@@ -120,8 +123,9 @@ def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(kind, tmp_pat
     assert max(errors.values()) < 1, errors
 
 
-def test_owlv2_gives_boxes_as_shares_of_the_padded_square(folders):
-    finder = detector.Detector(detector.Options(folders["owlv2"], threshold=0.0, merge_iou=1.0))
+def test_owlv2_gives_boxes_as_shares_of_the_padded_square(folders, monkeypatch):
+    monkeypatch.setattr(detector, "MERGE_IOU", 1.0)
+    finder = load(folders["owlv2"], threshold=0.0)
     # Without what it learns, the network's boxes are a grid of 6 x 6 over all that it is shown: here 600 x 600,
     # centres at 100, 200, ... 600, sides of 100.
     finder._model.box_head.dense2.weight.data.zero_()
@@ -136,7 +140,7 @@ def test_owlv2_gives_boxes_as_shares_of_the_padded_square(folders):
 
 
 def test_grounding_dino_gives_boxes_as_shares_of_the_picture_without_padding(folders):
-    finder = detector.Detector(detector.Options(folders["grounding_dino"]))
+    finder = load(folders["grounding_dino"])
     # Without what it learns, the network's boxes start as a grid over the image.
     last = finder._model.model.encoder_output_bbox_embed.layers[-1]
     last.weight.data.zero_()
@@ -159,8 +163,7 @@ def test_grounding_dino_gives_boxes_as_shares_of_the_picture_without_padding(fol
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_in_a_batch_do_not_disturb_each_other(kind, folders, caplog):
-    one = detector.Detector(detector.Options(folders[kind], threshold=0.1, batch_size=1))
-    many = detector.Detector(detector.Options(folders[kind], threshold=0.1, batch_size=8))
+    one, many = (load(folders[kind], threshold=0.1, batch_size=size) for size in (1, 8))
     pictures = [_noise(90, 64, seed=i) for i in range(3)]
     texts = [["a beak", "two red wings"], [], ["a tail", "a beak", "thin grey legs", "an eye"]]
     alone, together = one.detect(pictures, texts), many.detect(pictures, texts)
@@ -196,7 +199,7 @@ def test_overlapping_boxes_of_a_description_merge_into_the_best():
         (0.3, far, "a beak"),
         (0.2, [10, 10, 90, 30], "a beak"),  # IoU 0.333
     ]
-    kept = detector._regions(entries, (100, 100), 0.5)
+    kept = detector._regions(entries, (100, 100))
     assert [(x.score, x.description) for x in kept] == [
         (0.9, "a beak"),
         (0.4, "a tail"),
@@ -213,7 +216,7 @@ def test_boxes_are_clipped_and_those_that_lie_elsewhere_go():
         (0.6, [30, 30, 30.5, 60], "a line"),
         (0.5, [40, 40, 30, 60], "inverted"),
     ]
-    kept = detector._regions(entries, (100, 100), 0.5)
+    kept = detector._regions(entries, (100, 100))
     assert [(x.description, x.box_xyxy) for x in kept] == [("over the edge", (0, 20, 50, 100))]
 
 
@@ -241,7 +244,7 @@ def test_texts_that_the_text_towers_could_not_take(small):
 
 
 def test_grounding_dino_keeps_descriptions_apart(folders):
-    finder = detector.Detector(detector.Options(folders["grounding_dino"]))
+    finder = load(folders["grounding_dino"])
     texts = ("a red. beak?", "Two wings", "a tail")
     inputs = detector._dino_inputs(
         finder._processor, finder._model.config, [_noise(64, 64)], [texts], "cpu"
@@ -260,19 +263,18 @@ def test_grounding_dino_keeps_descriptions_apart(folders):
 
 
 def test_models_that_cannot_be_used(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match="nothing-here: cannot be loaded"):
-        detector.Detector(detector.Options(str(tmp_path / "nothing-here")))
-    config = transformers.DetrConfig()
-    config.save_pretrained(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be loaded"):
-        detector.Detector(detector.Options(str(tmp_path)))
+    transformers.DetrConfig().save_pretrained(tmp_path)
+    for name in (tmp_path / "nothing-here", tmp_path):
+        with pytest.raises(checkpoint.CheckpointError, match=f"{name}: cannot be loaded"):
+            load(name)
 
 
 @pytest.mark.slow  # needs the extra gcs
 def test_a_model_in_an_object_store_is_loaded_too(folders, tmp_path):
     code = (
-        "import sys; from PIL import Image; from grain_jax.data.annotate import detector\n"
-        "finder = detector.Detector(detector.Options(sys.argv[1], threshold=0))\n"
+        "import sys; from PIL import Image; from grain_jax.data.annotate import arguments, detector\n"
+        "given = arguments.Annotate(images='', output='', detector=sys.argv[1], threshold=0)\n"
+        "finder = detector.Detector(given)\n"
         "print(len(finder.detect([Image.new('RGB', (64, 64), 'red')], [['a beak']])[0]))"
     )
     with storage_emulator.serve(tmp_path) as (store, environment):

@@ -1,11 +1,15 @@
 """A chat model on this machine: batches and their padding, ends and limits, what does not fit, what fails."""
 
+import shutil
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from grain_jax.data.annotate import answers, chat, checkpoint, local_chat
+from grain_jax.data.annotate import answers, chat, checkpoint
+from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.annotate.local_chat import LocalChat
 from tests.data.annotate import models
 
 CAPTION = models.SUBJECT + models.CAPTION
@@ -23,9 +27,13 @@ def noise_folder(tmp_path_factory):
     return models.llava_next(tmp_path_factory.mktemp("noise"), answers=False)
 
 
-@pytest.fixture
+def load(folder, **given):
+    return LocalChat(Annotate(images="", output="", chat=str(folder), **given))
+
+
+@pytest.fixture(scope="module")
 def llava(folder):
-    return local_chat.LocalChat(local_chat.Options(folder))
+    return load(folder)
 
 
 def _pictures(*sizes):
@@ -44,18 +52,16 @@ def test_answers_come_in_order_with_their_tokens(llava):
     assert [answer.text for answer in found] == [CAPTION, DESCRIPTIONS, CAPTION]
     assert [answer.answer_tokens for answer in found] == [2, 4, 2]  # one a line, without the end
     assert not any(answer.cut_off for answer in found)
-    assert answers.parse_caption(found[0].text) == answers.Captioned(
-        "a small bird", "a small bird with a red wing sits on a branch."
-    )
-    assert len(answers.parse_descriptions(found[1].text).descriptions) == 4
+    assert answers.parse_caption(found[0].text)["subject"] == "a small bird"
+    assert len(answers.parse_descriptions(found[1].text)[0]) == 4
     assert llava.answer([], []) == []
 
 
-def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
+def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_TOKENS", 12)
     pictures = _pictures((60, 30), (30, 90), (28, 28), (200, 20), (57, 33))
     prompts = ["a", "what is in this image? " * 4, "list", "list", "say a few words"]
-    alone = local_chat.LocalChat(local_chat.Options(noise_folder, batch_size=1, max_tokens=12))
-    together = local_chat.LocalChat(local_chat.Options(noise_folder, batch_size=5, max_tokens=12))
+    alone, together = load(noise_folder, batch_size=1), load(noise_folder, batch_size=5)
     expected = alone.answer(pictures, prompts)
     assert together.answer(pictures, prompts) == expected
     assert not caplog.records  # the batch did not fall apart
@@ -66,14 +72,14 @@ def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
     assert alone.answer(pictures[:1], prompts[1:2])[0].text != expected[0].text
 
 
-def test_the_limit_of_tokens_is_told(folder):
-    cut = local_chat.LocalChat(local_chat.Options(folder, max_tokens=2))
-    first, second = cut.answer(_pictures((30, 30), (30, 30)), ["Subject:", "List."])
+def test_the_limit_of_tokens_is_told(llava, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_TOKENS", 2)
+    first, second = llava.answer(_pictures((30, 30), (30, 30)), ["Subject:", "List."])
     assert first.text == CAPTION and first.cut_off  # its end is the third token: nobody knows yet
     assert second.text == "".join(models.DESCRIPTIONS[:2]) and second.cut_off
     assert second.answer_tokens == 2
-    enough = local_chat.LocalChat(local_chat.Options(folder, max_tokens=3))
-    assert not enough.answer(_pictures((30, 30)), ["Subject:"])[0].cut_off
+    monkeypatch.setattr(chat, "MAX_TOKENS", 3)
+    assert not llava.answer(_pictures((30, 30)), ["Subject:"])[0].cut_off
 
 
 def test_the_mark_of_a_pictures_place_in_a_prompt_is_no_picture(llava):
@@ -94,10 +100,8 @@ def test_a_batch_is_halved_when_memory_runs_out():
     assert batches.run(limited, [0, 1, 2, 3, 4, 5]) == [0, 2, 4, 6, 8, 10]
     assert sizes == [6, 3, 1, 2, 3, 1, 2]
     sizes.clear()
-    assert batches.run(limited, [1, 2]) == [2, 4] and sizes == [
-        1,
-        1,
-    ]  # what did not fit is not tried again
+    assert batches.run(limited, [1, 2]) == [2, 4]
+    assert sizes == [1, 1]  # what did not fit is not tried again
 
 
 @pytest.mark.parametrize(
@@ -120,12 +124,12 @@ def test_an_item_that_the_model_cannot_take_fails_alone(error, failure):
 
 
 def test_models_that_cannot_be_used(tmp_path, folder):
-    with pytest.raises(checkpoint.CheckpointError, match="nothing-here: cannot be loaded"):
-        local_chat.LocalChat(local_chat.Options(str(tmp_path / "nothing-here")))
-    detector = models.owlv2(tmp_path / "owlv2")
-    with pytest.raises(checkpoint.CheckpointError, match="AutoModelForImageTextToText"):
-        local_chat.LocalChat(local_chat.Options(detector))
-    models.llava_next(tmp_path / "plain")
-    (tmp_path / "plain" / "chat_template.jinja").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="no chat template"):
-        local_chat.LocalChat(local_chat.Options(str(tmp_path / "plain")))
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    for name, line in (
+        (tmp_path / "nothing-here", "nothing-here: cannot be loaded"),
+        (models.owlv2(tmp_path / "owlv2"), "AutoModelForImageTextToText"),
+        (plain, "no chat template"),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=line):
+            load(name)

@@ -1,66 +1,47 @@
 """The passes and their files: what is done again and what is not, workers in processes, models that break down."""
 
-import json
-
 import PIL.Image
 import pytest
 
 from grain_jax.core import errors
 from grain_jax.data import sources
-from grain_jax.data.annotate import (
-    checks,
-    detector,
-    endpoint_chat,
-    outputs,
-    passes,
-    pipeline,
-    prompt,
-)
+from grain_jax.data.annotate import outputs, passes, pipeline, prompt
+from grain_jax.data.annotate.arguments import Annotate
 from tests import record_sets
 from tests.data.annotate import endpoint, models
 
 
 @pytest.fixture
 def shards(tmp_path):
-    lines = record_sets.write_annotations(tmp_path / "in", 9, size=(40, 30))
+    record_sets.write_annotations(tmp_path / "in", 9, size=(40, 30))
     options = sources.Options(
         str(tmp_path / "in"), annotations=(str(tmp_path / "in" / "A.jsonl"),), shard_size=3
     )
-    assert len(lines) == 9
     return sources.shards("annotations", options)
 
 
-def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe")):
-    return passes.Job(
-        output=outputs.Output(str(tmp_path / "out")),
-        passes=tuple(names),
-        limits=checks.Limits(),
-        batch_size=2,
-        keep_images=False,
-        chat=endpoint_chat.Options(url=url, model="tiny", tries=1),
-        detector=detector.Options(),
-        prompts={
-            "caption": prompt.read_prompt(prompt.CAPTION, with_subject=False),
-            "describe": prompt.read_prompt(prompt.DESCRIBE, with_subject=True),
-        },
-    )
-
-
-def counters(job, shards, *beam_arguments, retry_failed=False):
-    return pipeline.run(job, shards, beam_arguments, retry_failed=retry_failed)
+def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"), **given):
+    given = {"endpoint": url, "chat": "tiny", "tries": 1, "batch_size": 2} | given
+    given |= {"passes": tuple(names), "keep_images": False}
+    prompts = {
+        "caption": prompt.read_prompt(prompt.CAPTION, with_subject=False),
+        "describe": prompt.read_prompt(prompt.DESCRIBE, with_subject=True),
+    }
+    return passes.Job(Annotate(images="", output=str(tmp_path / "out"), **given), prompts)
 
 
 def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
     with endpoint.serve() as server:
         job = make_job(tmp_path, server.url)
-        found = counters(job, shards)
+        pipeline.run(job, shards)
         assert len(server.asked) == 18
+        found = job.output.summary(shard.name for shard in shards)
         assert found["pictures"] == 9 and found["shards"] == 3
-        assert found["passes/caption/pictures"] == found["passes/describe/pictures"] == 9
-        assert found["passes/caption/prompt tokens"] == 900
-        assert found["passes/describe/descriptions"] == 9 * len(models.DESCRIPTIONS)
-        # The runner may give a shard again.
-        assert counters(job, shards) == {}
+        caption, describe = (found["passes"][name] for name in ("caption", "describe"))
+        assert caption["pictures"] == describe["pictures"] == 9
+        assert caption["prompt tokens"] == 900
+        assert describe["descriptions"] == 9 * len(models.DESCRIPTIONS)
+        pipeline.run(job, shards)  # the runner may give a shard again
         assert len(server.asked) == 18
     name = shards[1].name
     (line, *_) = job.output.read("passes/describe", name)
@@ -77,46 +58,47 @@ def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
 def test_passes_apart_give_the_same_as_together(tmp_path, shards):
     with endpoint.serve() as server:
         together = make_job(tmp_path / "a", server.url)
-        apart = make_job(tmp_path / "b", server.url)
-        counters(together, shards)
-        for name in together.passes:
-            counters(apart._replace(passes=(name,)), shards)
+        apart = [make_job(tmp_path / "b", server.url, [name]) for name in ("caption", "describe")]
+        for job in (together, *apart):
+            annotator = passes.Passes(job)
+            for shard in shards:
+                annotator.annotate(shard)
     for shard in shards:
         for kind in ("annotations", "failed", "passes/caption", "passes/describe"):
-            assert apart.output.read(kind, shard.name) == together.output.read(kind, shard.name)
+            assert job.output.read(kind, shard.name) == together.output.read(kind, shard.name)
 
 
 def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
-    job = make_job(tmp_path, names=("negatives",))._replace(negatives=2)
-    models = passes.build(job)
-    lines = []
+    job = make_job(tmp_path, names=("negatives",), negatives=2)
+    annotator, lines = passes.Passes(job), []
     for shard in shards:
-        tally = passes.annotate_shard(shard, job, models)["passes"]["negatives"]
+        annotator.annotate(shard)
+        tally = job.output.tally(shard.name)["passes"]["negatives"]
         lines += job.output.read("annotations", shard.name)
         number = sum(
             len(region.get("negatives", ())) for line in lines[-3:] for region in line["regions"]
         )
         assert tally["negatives"] == number
-    assert models.chat is None and models.detector is None
+    assert annotator.chat is None and annotator.detector is None
     described = [region for line in lines for region in line["regions"]]
     assert len(described) == 12
     for region in described:  # "the left part 0 of 1"
         side = region["description"].replace("left", "right")
         assert region["negatives"] == [side]
     # A later job keeps them, and those of the source stay.
-    again = job._replace(passes=())
-    passes.annotate_shard(shards[1], again, models)
+    again = make_job(tmp_path, names=())
+    passes.Passes(again).annotate(shards[1])
     assert again.output.read("annotations", shards[1].name) == lines[3:6]
 
 
 def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
     with endpoint.serve() as server:
-        job = make_job(tmp_path, server.url, ["caption"])
-        models_ = passes.build(job)
-        server.reply = lambda asked: endpoint.Reply("I'm sorry.")
-        passes.annotate_shard(shards[0], job, models_)
-        server.reply = endpoint.annotator
-        passes.annotate_shard(shards[0], job._replace(passes=("describe",)), models_)
+        for name, reply in (
+            ("caption", lambda asked: endpoint.Reply("I'm sorry.")),
+            ("describe", endpoint.annotator),
+        ):
+            server.reply, job = reply, make_job(tmp_path, server.url, [name])
+            passes.Passes(job).annotate(shards[0])
         assert len(server.asked) == 3  # without a subject there is nothing to ask
     letters = job.output.read("failed", shards[0].name)
     assert [letter["stage"] for letter in letters] == ["caption"] * 3
@@ -129,11 +111,11 @@ def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
 
 def test_workers_in_processes(tmp_path, shards):
     with endpoint.serve() as server:
-        job = make_job(tmp_path, server.url)
-        options = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
-        assert counters(job, shards, *options)["pictures"] == 9
+        options = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+        job = make_job(tmp_path, server.url, beam=options)
+        pipeline.run(job, shards)
         assert len(server.asked) == 18
-    assert job.output.finished(job.passes) == {shard.name for shard in shards}
+    assert job.output.finished(job.given.passes) == {shard.name for shard in shards}
 
 
 def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path):
@@ -148,13 +130,13 @@ def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, s
     monkeypatch.setattr(passes, "FAILURES_IN_A_ROW", 4)
     job = make_job(tmp_path, names=["caption"])
     with pytest.raises(errors.UserError, match="4 images in a row failed, the last by no conn"):
-        counters(job, shards)
-    done = job.output.finished(job.passes)
+        pipeline.run(job, shards)
+    done = job.output.finished(["caption"])
     assert done == {shards[0].name} or done == set()
     with endpoint.serve() as server:
-        up = job._replace(chat=job.chat._replace(url=server.url))
-        counters(up, [shard for shard in shards if shard.name not in done])
-    assert up.output.finished(up.passes) == {shard.name for shard in shards}
+        up = make_job(tmp_path, server.url, ["caption"])
+        pipeline.run(up, [shard for shard in shards if shard.name not in done])
+    assert up.output.finished(["caption"]) == {shard.name for shard in shards}
 
 
 def test_files_are_replaced_whole_and_any_text_comes_back_as_it_was(tmp_path):
@@ -175,11 +157,3 @@ def test_batches_of_large_pictures_are_smaller(monkeypatch):
     found = list(passes._batches(works, 4))
     assert [len(batch) for batch in found] == [4, 1, 3, 2]
     assert [work for batch in found for work in batch] == works
-
-
-def test_sums_of_counters():
-    a = {"n": 1, "passes": {"caption": {"s": 0.5}}}
-    b = {"n": 2, "m": 3, "passes": {"caption": {"s": 1.0}, "ground": {"s": 2.0}}}
-    expected = {"n": 3, "m": 3, "passes": {"caption": {"s": 1.5}, "ground": {"s": 2.0}}}
-    assert outputs.add(a, b) == expected
-    assert outputs.add({}, json.loads(json.dumps(a))) == a

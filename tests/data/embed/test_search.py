@@ -2,17 +2,18 @@
 
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax import inference
+from grain_jax.core import schema
 from grain_jax.data.aviary.samples import birds
 from grain_jax.data.embed import __main__ as embed
 from grain_jax.data.embed import parts
 from grain_jax.data.embed import search_command as command
-from tests import browser, embedded, perturbed, record_sets
+from tests import browser, embedded, record_sets
 
 COUNT = 12
 
@@ -79,14 +80,14 @@ def test_an_image_finds_itself_and_so_does_a_region(folders, capsys):
 
 
 def test_without_a_box_head_the_region_nearest_to_a_box_asks(capsys):
-    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1)
-    predictor = inference.Predictor(model, perturbed.params(model))
-    image = birds(1)[0].image
-    regions = predictor.encode_regions([image])
-    box_xyxy = regions.boxes_xyxy[0, 2]
-    found, embed = command._region(predictor, image, box_xyxy * image.width)
-    np.testing.assert_array_equal(found, box_xyxy)
-    np.testing.assert_array_equal(embed, regions.embed[0, 2])
+    boxes = np.array([[[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0.25, 0.25, 0.75, 0.75]]], np.float32)
+    model = types.SimpleNamespace(
+        model=types.SimpleNamespace(boxes=types.SimpleNamespace(kind="none"))
+    )
+    model.encode_regions = lambda images: schema.Regions(boxes, np.eye(3)[None])
+    found, embed = command._region(model, birds(1)[0].image, boxes[0, 2] * 64)
+    np.testing.assert_array_equal(found, boxes[0, 2])
+    np.testing.assert_array_equal(embed, [0, 0, 1])
     assert capsys.readouterr().err == "--box: the nearest region has IoU 1.00 with it\n"
 
 
@@ -147,14 +148,6 @@ def test_wrong_usage_is_one_line(words, said, folders, capsys):
     assert run(folders[1], *words) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-
-
-def test_a_folder_without_embeddings_is_one_line(tmp_path, capsys):
-    assert run(tmp_path, "--text=a") == 2
-    assert (
-        "settings.json: no such file, expected settings of a folder that grain-jax embed wrote"
-        in capsys.readouterr().err
-    )
 
 
 @pytest.mark.slow

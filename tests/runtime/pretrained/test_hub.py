@@ -1,80 +1,86 @@
-"""`hf://ORG/NAME` and `convert to-hf --push`, by the real client, against a Hub on loopback."""
+"""`hf://ORG/NAME` and `convert to-hf --push`, with a Hub in memory behind the functions of huggingface_hub."""
 
 import json
-import os
+import pathlib
 import re
-import subprocess
 import sys
+import types
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import utils
 
 import grain_jax
 from grain_jax.convert.__main__ import main
+from grain_jax.core import errors
 from grain_jax.runtime import checkpoint, pretrained
 from grain_jax.runtime.pretrained import hub
 from tests import perturbed
-from tests.paths import ROOT
-from tests.runtime.pretrained import stand_in
 
-# Reads actions, runs each, prints what became of it.
-CLIENT = """
-import json, sys
-import grain_jax
-from grain_jax.core import errors
-from grain_jax.convert.__main__ import main
-from grain_jax.runtime.pretrained import hub
-for kind, *arguments in json.loads(sys.argv[1]):
-    try:
-        if kind == "load":
-            model = grain_jax.load(*arguments)
-            said = model.encode_text(__import__("numpy").array([[1, 2, 31]], "int32")).tolist()
-        elif kind == "convert":
-            said = main(arguments)
-        else:
-            said = hub.check_push(*arguments)
-    except errors.UserError as error:
-        said = f"{type(error).__name__}: {error}"
-    print("SAID", json.dumps(said), flush=True)
-"""
+OURS, TEXT = "hf://org/ours", np.array([[1, 2, 31]], np.int32)
 
 
-def run_client(actions, home, endpoint, token=stand_in.TOKEN):
-    environment = dict(os.environ, HF_ENDPOINT=endpoint, HF_HOME=str(home), PYTHONPATH=str(ROOT))
-    environment |= {"HF_TOKEN": token} if token else {}
-    environment |= dict(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_ETAG_TIMEOUT="5")
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT, json.dumps(actions)],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = [json.loads(line) for line in re.findall(r"^SAID (.*)$", done.stdout, re.M)]
-    return dict(zip(map(tuple, actions), said, strict=True)), done.stdout + done.stderr
+class Hub:
+    """Repositories, their files, and what was downloaded; its methods stand in for functions of huggingface_hub."""
+
+    def __init__(self, cache: pathlib.Path):
+        self.cache, self.files, self.private, self.downloaded = cache, {}, [], []
+
+    def snapshot_download(self, repo, *, revision, allow_patterns):
+        utils.validate_repo_id(repo)
+        asked = types.SimpleNamespace(status_code=404, headers={}, request=None)
+        if repo == "org/broken":
+            raise hub_errors.LocalEntryNotFoundError("nothing there") from ConnectionError()
+        for wrong, kind in (
+            (repo == "org/gated", hub_errors.GatedRepoError),
+            (repo not in self.files, hub_errors.RepositoryNotFoundError),
+            (revision not in (None, "v1"), hub_errors.RevisionNotFoundError),
+        ):
+            if wrong:
+                raise kind("no", response=asked)
+        for name in utils.filter_repo_objects(self.files[repo], allow_patterns=allow_patterns):
+            if ".." in name:
+                raise OSError("outside")
+            self.downloaded.append(name)
+            (self.cache / repo / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.cache / repo / name).write_bytes(self.files[repo][name])
+        return str(self.cache / repo)
+
+    def create_repo(self, repo, *, private, exist_ok):
+        assert exist_ok
+        self.private += [repo] * bool(private)
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        assert commit_message
+        of_folder = _files(pathlib.Path(folder_path))
+        names = utils.filter_repo_objects(of_folder, allow_patterns=allow_patterns)
+        self.files[repo_id] = {name: of_folder[name] for name in names}
 
 
-def _with(folder, **changes):
-    """The files of a folder, with another config.json; None takes a key out."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def _files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _with(files, change):
+    """The files with another config.json."""
     content = json.loads(files["config.json"])
-    for key, value in changes.items():
-        *parents, name = key.split("__")
-        place = content
-        for parent in parents:
-            place = place[parent]
-        place[name] = value
-        if value is None:
-            del place[name]
+    change(content)
     return files | {"config.json": json.dumps(content).encode()}
+
+
+def _of_stranger(content):
+    content["model"]["image"]["tower"] = "antigravity:geohash"
+    del content["digests"]
 
 
 CASES = {
     "hf://org/none": "no such model on the Hub; a private one needs a token",
     "hf://org/ours@v2": "the model has no such revision; expected a branch, a tag or a commit",
     "hf://org/gated": "access has to be asked for on its page",
-    "hf://org/broken": "the Hub cannot be reached (HfHubHTTPError) and the cache has no copy",
+    "hf://org/broken": "the Hub cannot be reached (ConnectionError) and the cache has no copy",
     "hf://ours": "expected hf://ORG/NAME or hf://ORG/NAME@REVISION",
     "hf://org/a--b": "not a name of the Hub",
     "hf://org/empty": "has no config.json, expected a folder of to-hf or another conversion",
@@ -85,96 +91,65 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """(the Hub, what became of each action, the embedding that the model gives, all that was printed)."""
+def there(tmp_path_factory):
+    """The Hub, with our model in org/ours."""
     root = tmp_path_factory.mktemp("hub")
     config = perturbed.tiny()
     checkpoint.save_model(root / "ours", config, perturbed.params(config))
-    expected = grain_jax.load(root / "ours").encode_text(np.array([[1, 2, 31]], np.int32))
-    with stand_in.serving() as (there, address):
-        for name in ("ours", "private", "gated", "broken", "a--b"):
-            there.put_folder(f"org/{name}", root / "ours")
-        there.private |= {"org/private"}
-        there.gated |= {"org/gated"}
-        there.broken |= {"org/broken"}
-        marker = root / "ran"
-        hostile = f"open({str(marker)!r}, 'w').close()".encode()
-        there.files["org/ours"] |= {"modeling_grain.py": hostile, "weights.pkl": b"cos\nsystem\n"}
-        there.files["org/empty"] = {"README.md": b"# nothing"}
-        there.files["org/changed"] = _with(root / "ours", model__image__norm_eps=0.1)
-        there.files["org/code"] = _with(
-            root / "ours", model__image__tower="antigravity:geohash", digests=None
-        )
-        there.files["org/outside"] = {"../../../../outside/model.safetensors": b"x"}
-        actions = [
-            ["load", "hf://org/ours"],
-            ["load", f"hf://org/ours@{there.revision('org/ours')}"],
-            ["load", "hf://org/private"],
-            *(["load", name] for name in CASES),
-            ["convert", "to-hf", "--input", "hf://org/ours", "--output", "out", "--push", "org/new"]
-            + ["--private"],
-            ["load", "hf://org/new"],
-            ["convert", "from-hf", "--input", "hf://org/new", "--output", "back"],
-            ["load", "back"],
-        ]
-        home = root / "home"
-        home.mkdir()
-        said, printed = run_client(actions, home, address)
-        assert not marker.exists() and not list(root.rglob("outside"))
-        yield there, said, expected, printed
+    found, ours = Hub(root / "cache"), _files(root / "ours")
+    extra = {"modeling_grain.py": b"raise SystemExit", "weights.pkl": b"cos\nsystem\n"}
+    found.files = {
+        "org/ours": ours | extra,
+        "org/empty": {"README.md": b"# nothing"},
+        "org/changed": _with(ours, lambda x: x["model"]["image"].update(norm_eps=0.1)),
+        "org/code": _with(ours, _of_stranger),
+        "org/outside": {"../../../../outside/model.safetensors": b"x"},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("snapshot_download", "create_repo", "upload_folder"):
+            patch.setattr(huggingface_hub, name, getattr(found, name))
+        patch.setattr(huggingface_hub, "get_token", lambda: "a token")
+        yield found
 
 
-def test_a_folder_of_ours_is_read(ran):
-    there, said, expected, _ = ran
-    for action, result in said.items():
-        if action[0] == "load" and action[1] not in CASES:
-            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6, err_msg=str(action))
-
-
-def test_code_and_pickles_are_not_downloaded(ran):
-    asked = " ".join(ran[0].asked)
-    assert "/params/manifest.ocdbt" in asked
-    assert "/modeling_grain.py" not in asked and "weights.pkl" not in asked
+def test_a_folder_of_ours_is_read_without_its_code_and_pickles(there):
+    expected = grain_jax.load(OURS).encode_text(TEXT)
+    np.testing.assert_array_equal(grain_jax.load(f"{OURS}@v1").encode_text(TEXT), expected)
+    assert "params/manifest.ocdbt" in there.downloaded
+    assert not {"modeling_grain.py", "weights.pkl"} & set(there.downloaded)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_cannot_be_read_is_one_line(ran, name):
-    line = ran[1]["load", name]
-    assert isinstance(line, str) and CASES[name] in line and "\n" not in line, line
+def test_what_cannot_be_read_is_one_line(there, name):
+    with pytest.raises(errors.UserError, match=re.escape(CASES[name])) as error:
+        grain_jax.load(name)
+    assert "\n" not in str(error.value)
 
 
-def test_a_folder_of_to_hf_is_pushed_with_its_card(ran):
-    there, said, _, printed = ran
-    assert [x for action, x in said.items() if action[0] == "convert"] == [0, 0]
-    assert re.search(r"^pushed to http://127\.0\.0\.1:\d+/org/new$", printed, re.M)
-    assert there.private == {"org/private", "org/new"}
-    assert set(there.files["org/new"]) == {
-        "README.md",
-        "config.json",
-        "configuration_grain.py",
-        "model.safetensors",
-        "modeling_grain.py",
-        "preprocessor_config.json",
-        "processing_grain.py",
-        "processor_config.json",
-    }
+def test_a_folder_of_to_hf_is_pushed_with_its_card(there, tmp_path, capsys):
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    arguments = ["--input", OURS, "--output", out, "--push", "org/new", "--private"]
+    assert main(["to-hf", *arguments]) == 0
+    assert re.search(r"^pushed to https://hub/org/new$", "".join(capsys.readouterr()), re.M)
+    assert there.private == ["org/new"]
+    code = {f"{kind}_grain.py" for kind in ("configuration", "modeling", "processing")}
+    settings = {f"{kind}config.json" for kind in ("", "preprocessor_", "processor_")}
+    assert set(there.files["org/new"]) == code | settings | {"README.md", "model.safetensors"}
     card = there.files["org/new"]["README.md"].decode()
     assert 'AutoModel.from_pretrained("org/new", trust_remote_code=True)' in card
     assert 'grain_jax.load("hf://org/new")' in card and "parity: PROVEN" in card
+    assert main(["from-hf", "--input", "hf://org/new", "--output", back]) == 0
+    expected = grain_jax.load(OURS).encode_text(TEXT)
+    for name in ("hf://org/new", back):
+        np.testing.assert_allclose(grain_jax.load(name).encode_text(TEXT), expected, atol=1e-6)
 
 
-def test_no_network_and_no_token(tmp_path):
-    actions = [["load", "hf://org/ours"], ["check_push", "org/new"], ["check_push", "new"]]
-    said, _ = run_client(actions, tmp_path, "http://127.0.0.1:9", token=None)
-    assert list(said.values()) == [
-        "HubError: hf://org/ours: the Hub cannot be reached (ConnectError) and the cache has no copy; check"
-        " the network",
-        "HubError: --push org/new: no token; run hf auth login, or set HF_TOKEN",
-        "HubError: --push new: expected ORG/NAME",
-    ]
-
-
-def test_without_the_package(monkeypatch):
+def test_no_token_and_no_package(there, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(hub.HubError, match="--push org/new: no token; run hf auth login, or set"):
+        hub.check_push("org/new")
+    with pytest.raises(hub.HubError, match="^--push new: expected ORG/NAME$"):
+        hub.check_push("new")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(hub.HubError, match=r"hf://a/b: needs .* pip install 'grain_jax\[hub\]'"):
         pretrained.folder_of("hf://a/b")

@@ -27,8 +27,8 @@ def _top1(model, drawn, alpha):
 
 
 def test_unseen_species_by_the_descriptions_and_seen_ones_by_name(model):
-    unseen, seen = birds(80), birds(120, seen=True)
-    assert len({bird.name for bird in unseen}) == 40 and len({bird.name for bird in seen}) == 120
+    unseen, seen = birds(40), birds(60, seen=True)
+    assert len({bird.name for bird in unseen}) == 40 and len({bird.name for bird in seen}) == 60
     assert _top1(model, unseen, alpha=0.0) >= 0.95
     assert _top1(model, seen, alpha=1.0) > 0.7
 
@@ -116,5 +116,5 @@ def test_sample_birds_are_new_images():
         assert bird.image.size == (64, 64) and set(bird.boxes_xyxy) <= set(bird.descriptions)
         assert all(0 <= edge <= 1 for box in bird.boxes_xyxy.values() for edge in box)
     held_out = {one.name for one in generate.species_of(generate.Settings()).held_out}
-    assert {bird.name for bird in birds(80)} == held_out
+    assert {bird.name for bird in birds(40)} == held_out
     assert birds(1, size=128)[0].image.size == (128, 128)

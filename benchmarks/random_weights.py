@@ -1,25 +1,13 @@
-"""Parity of to-torch and to-hf at full sizes.
+"""Models with random weights, in which no error hides behind zeros and ones."""
 
-    python -m benchmarks.interop [--sizes S/16 B/16 L/14] [--json OUT.json]
-
-For each size a model with random weights goes through to-torch and to-hf, whose parity reports are printed.
-`benchmarks.serving` has torch.compile, ONNX and the time an image.
-"""
-
-import sys
-import tempfile
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from benchmarks import harness
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
-from grain_jax.convert import huggingface
-from grain_jax.convert.reference.commands import to_torch
-from grain_jax.convert.reference.module import torch_versions
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
@@ -63,26 +51,3 @@ def save(size: str, folder: epath.Path) -> config_lib.Model:
     model = config_lib.model_from_dict(recipe.model(size).to_dict())
     checkpoint.save_model(folder, model, perturbed(model))
     return model
-
-
-def main() -> int:
-    """Prints the reports of both conversions for each size; the exit status is 1 if outputs differ."""
-    args = harness.arguments(__doc__, sizes=["S/16", "B/16", "L/14"])
-    print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}, {torch_versions()}")
-    table = []
-    for size in args.sizes:
-        with tempfile.TemporaryDirectory() as scratch:
-            root = epath.Path(scratch)
-            save(size, root / "ours")
-            reports = {"to-torch": to_torch(root / "ours", root / "x.pth.tar")}
-            reports["to-hf"] = huggingface.to_hf(root / "ours", root / "hf")
-        for command, report in reports.items():
-            print(f"\n== {size}, {command}\n{report.text}", flush=True)
-            errors = {c.name: c.error for c in report.comparisons}
-            table.append(dict(size=size, command=command, ok=report.ok, errors=errors))
-    harness.write(args.json, table)
-    return 0 if all(row["ok"] for row in table) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
