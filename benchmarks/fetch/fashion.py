@@ -74,30 +74,12 @@ class Kind(NamedTuple):
     descriptions: tuple[str, ...]
 
 
-_CHOOSING = (
-    Kind("dress_1", "dress", ("a bare armhole", "a slim body", "a patterned surface")),
-    Kind("dress_2", "dress", ("a short sleeve", "a flared hem", "a dark surface")),
-    Kind("dress_3", "dress", ("a long sleeve", "a dark surface")),
-    Kind("boot_1", "ankle boot", ("a closed toe", "a tall shaft", "a sole flat on the ground")),
-    Kind("bag_1", "bag", ("a long handle", "a patterned surface")),
-    Kind("bag_2", "bag", ("a long handle", "a tall body")),
-    Kind("sandal_1", "sandal", ("open straps", "a high thin heel", "a light surface")),
-    Kind("trouser_1", "trouser", ("a wide leg", "a patterned surface")),
-)
-_REPORTED = (
-    Kind("dress_4", "dress", ("a bare armhole", "a flared hem", "a dark surface")),
-    Kind("dress_5", "dress", ("a long sleeve", "a patterned surface")),
-    Kind("dress_6", "dress", ("a short sleeve", "a slim body", "a patterned surface")),
-    Kind("dress_7", "dress", ("a bare armhole", "a straight hem", "a dark surface")),
-    Kind("dress_8", "dress", ("a short sleeve", "a slim body", "a dark surface")),
-    Kind("boot_2", "ankle boot", ("a closed toe", "a tall shaft", "a high block heel")),
-    Kind("boot_3", "ankle boot", ("a closed toe", "a tall shaft", "a high thin heel")),
-    Kind("sandal_2", "sandal", ("open straps", "a high block heel", "a light surface")),
-)
+_HERE = epath.Path(__file__).parent
+_TABLE = (line.split("\t") for line in (_HERE / "kinds.tsv").read_text().splitlines()[1:])
 # Each description is measured on pictures of training classes, too.
-HALVES = (_CHOOSING, _REPORTED)  # `benchmarks.claim` chooses by the first, reports the second
-KINDS = (*_CHOOSING, *_REPORTED)
-_CAPTIONS = templates(epath.Path(__file__).with_name("captions.tsv"))
+KINDS = tuple(Kind(name, of, tuple(descriptions)) for name, of, *descriptions in _TABLE)
+HALVES = (KINDS[:8], KINDS[8:])  # `benchmarks.claim` chooses by the first, reports the second
+_CAPTIONS = templates(_HERE / "captions.tsv")
 
 
 class Picture(NamedTuple):

@@ -5,7 +5,8 @@ a class of your own, in any module that Python finds (examples/source/csv_boxes.
 the class, a dataclass; `--option KEY=VALUE` sets one.
 
 Where the images are files and the annotations one file or a few, subclass `data.sources.staged.ListedSource` and
-write `entries` alone.
+write `entries` alone. Where images come out of larger files, `read` gives each one's Entry and bytes to
+`data.sources.join.join`.
 """
 
 import hashlib
@@ -116,9 +117,7 @@ class Entry(NamedTuple):
     # (xyxy box, description, score) and, where the source has them, the negatives; unchecked.
     regions: Sequence[tuple[Any, ...]] = ()
     shares: bool = False  # boxes are shares of width and height, not pixels
-    size: Sequence[float | None] | None = (
-        None  # width, height that the boxes were drawn on, where known
-    )
+    size: Sequence[float] | None = None  # width, height that the boxes were drawn on, where known
     id: str | None = None
     left_out: Sequence[tuple[str, str]] = ()  # (cause, detail) of regions
     phrases: Sequence[Sequence[int]] | None = None  # as annotations.Annotation.phrases
@@ -139,6 +138,11 @@ def check_split(path: object, split: str, known: Iterable[str]) -> None:
 def text(value: Any) -> str:
     """`value` without white space at its ends; "" where it is no text. Half surrogates are taken out."""
     return value.encode("utf-8", "ignore").decode().strip() if isinstance(value, str) else ""
+
+
+def size(width: float | None, height: float | None) -> tuple[float, float] | None:
+    """(width, height); None where one of them is not known."""
+    return None if width is None or height is None else (width, height)
 
 
 def xywh(box: Any) -> Any:

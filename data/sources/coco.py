@@ -79,7 +79,7 @@ class Coco(staged.ListedSource):
             names = {category.id: category.name for category in content.categories}
             of_id = {}
             for image in content.images:
-                size = image.width, image.height
+                size = base.size(image.width, image.height)
                 new = base.Entry(image.file_name, [], regions=[], size=size, left_out=[])
                 of_id[image.id] = of_name.setdefault(image.file_name, new)
             for number, raw in enumerate(content.annotations):

@@ -44,8 +44,8 @@ def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fau
             size = images.header(encoded, orientation=orientation).size
         except images.ImageError as error:
             return _unreadable(entry.image, error)
-        drawn_on = tuple(entry.size or (None,))
-        if None not in drawn_on and drawn_on != size:
+        drawn_on = tuple(entry.size or size)
+        if drawn_on != size:
             expected = f"expected {drawn_on[0]} x {drawn_on[1]}, which its boxes were drawn on"
             other = "file" if orientation == "exif" else "exif"
             if images.header(encoded, orientation=other).size == drawn_on:
@@ -97,10 +97,8 @@ def _region(
         x1, y1, x2, y2 = map(float, box)
     except (TypeError, ValueError, OverflowError):
         x1 = math.nan
-    if not (math.isfinite(x1) and all(map(math.isfinite, (y1, x2, y2)))):
-        return "bad box", f"got {got}, expected four finite numbers"
-    if not (x1 < x2 and y1 < y2):
-        return "bad box", f"got {got}, expected x1 < x2 and y1 < y2"
+    if not (math.isfinite(x1) and all(map(math.isfinite, (y1, x2, y2))) and x1 < x2 and y1 < y2):
+        return "bad box", f"got {got}, expected four finite numbers, x1 < x2 and y1 < y2"
     width, height = size
     if shares:
         x1, y1, x2, y2 = x1 * width, y1 * height, x2 * width, y2 * height

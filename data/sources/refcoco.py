@@ -100,10 +100,10 @@ class RefCoco(staged.ListedSource):
                 continue
             said += ((image, box, sentence.sent) for sentence in ref.sentences)
 
-        sizes: dict[str, tuple[float | None, float | None]] = {}
+        sizes: dict[str, tuple[float, float] | None] = {}
         sentences_of: dict[str, list[tuple[Any, str]]] = collections.defaultdict(list)
         for image, box, sentence in said:
-            sizes[image.file_name] = (image.width, image.height)
+            sizes[image.file_name] = base.size(image.width, image.height)
             sentences_of[image.file_name].append((tuple(base.xywh(box)), sentence))
         for name, sentences in sentences_of.items():
             of_box = collections.defaultdict(list)

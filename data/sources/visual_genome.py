@@ -35,13 +35,13 @@ class VisualGenome(staged.ListedSource):
     needs = "Visual Genome's region_descriptions.json or image_data.json"
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        sizes: dict[base.Id | None, tuple[float | None, float | None]] = {}
+        sizes: dict[base.Id | None, tuple[float, float] | None] = {}
         for path in options.annotations:
             for found in json_files.read_list(path, _Item, self.needs):
                 if not isinstance(found, base.Fault):
                     if found.regions is not None:
                         break
-                    sizes[found.image_id] = (found.width, found.height)
+                    sizes[found.image_id] = base.size(found.width, found.height)
         root = epath.Path(options.images)
         files = {
             path.stem: path.relative_to(root).as_posix()

@@ -342,7 +342,7 @@ def test_files_are_what_users_bring(small):
 
 def test_nothing_held_out_is_in_training_and_all_its_words_are():
     """The annotations of the default data set (without drawing it: all parts are visible)."""
-    settings = Settings(images=1200)
+    settings = Settings(images=600)
     aviary = generate.species_of(settings)
     picture = _draw(aviary.training[0])
     lines = [

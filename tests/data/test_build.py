@@ -1,3 +1,4 @@
+import functools
 import json
 import signal
 import subprocess
@@ -405,22 +406,20 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     assert [info.splits[name].num_shards for name in ("train", "validation")] == [16, 16]
     # In another set, in another order, each is on the side that it was on.
     write_noise(tmp_path / "in2", range(79, 39, -1))
-    assert record_sets.build_set(tmp_path / "in2", tmp_path / "out2", "--holdout=0.3") == 0
-    expected = sorted(held_out & {str(number) for number in range(40, 80)})
-    assert ids_of(tmp_path / "out2")["validation"] == expected
+    lines = survey.Lines(tmp_path / "in2/A.jsonl", tmp_path / "in2", "exif", 0, example.read_lines)
+    found = survey.take(lines, 40)
+    divide = functools.partial(survey.divide, found, exclude_duplicates_of=[], workers=0)
+    expected = held_out & {str(number) for number in range(40, 80)}
+    assert set(divide(holdout=0.3).validation.values()) == expected
     # A larger share keeps what was held out.
-    assert record_sets.build_set(tmp_path / "in2", tmp_path / "out3", "--holdout=0.5") == 0
-    assert set(expected) < set(ids_of(tmp_path / "out3")["validation"])
+    assert expected < set(divide(holdout=0.5).validation.values())
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_pictures_of_another_set_are_left_out(tmp_path, capsys, stored):
+def test_pictures_of_another_set_are_left_out(tmp_path, capsys):
     write_noise(tmp_path / "other", range(20))
     arguments = ("--store-size=32", "--encoding=jpeg:90", "--holdout=0.3")
     assert record_sets.build_set(tmp_path / "other", tmp_path / "out", *arguments) == 0
     other = tmp_path / "out/tiny_set"
-    if not stored:  # as of a set that data.build did not write
-        (other / "1.0.0/fingerprints.npy").unlink()
     lines = write_noise(tmp_path / "in", range(15, 40))
     noise(0).convert("RGB").save(tmp_path / "in/copy.jpg", quality=70)
     flat = PIL.Image.new("RGB", (32, 32), "white")
@@ -429,16 +428,18 @@ def test_pictures_of_another_set_are_left_out(tmp_path, capsys, stored):
         lines.append({"image": name, "caption": "a", "id": name})
     write_lines(tmp_path / "in", lines)
     found = f"--exclude-duplicates-of={other}"
-    assert record_sets.build_set(tmp_path / "in", tmp_path / "new", found) == 0
-    error = capsys.readouterr().err
-    assert "A.jsonl: 6 of 27 images are of other sets and left out" in error
-    expected = sorted([*map(str, range(20, 40)), "flat.png"])
-    assert ids_of(tmp_path / "new") == {"train": expected}
-    kind = "exact" if stored else "near"
-    assert duplicates_of(tmp_path / "new") == [
-        *((str(number), kind, str(other), True) for number in range(15, 20)),
-        ("copy.jpg", "near", str(other), True),
-    ]
+    for kind in ("exact", "near"):
+        assert record_sets.build_set(tmp_path / "in", tmp_path / kind, found) == 0
+        error = capsys.readouterr().err
+        assert "A.jsonl: 6 of 27 images are of other sets and left out" in error
+        expected = sorted([*map(str, range(20, 40)), "flat.png"])
+        assert ids_of(tmp_path / kind) == {"train": expected}
+        assert duplicates_of(tmp_path / kind) == [
+            *((str(number), kind, str(other), True) for number in range(15, 20)),
+            ("copy.jpg", "near", str(other), True),
+        ]
+        # As of a set that data.build did not write: its images are decoded.
+        (other / "1.0.0/fingerprints.npy").unlink(missing_ok=True)
 
 
 def test_near_fingerprints_are_those_that_differ_by_few_bits(monkeypatch):

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-import grain_jax
+from grain_jax import inference
 from grain_jax.core import schema
 from grain_jax.data.aviary.samples import birds
 from grain_jax.data.embed import __main__ as embed
@@ -51,7 +51,7 @@ def test_the_table_has_the_best_region_of_each_image(folders, capsys):
     assert run(out, "--text", text, "--top", "4") == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{text}\nrank   score  id")
-    model = grain_jax.load("aviary-tiny")
+    model = inference.load("aviary-tiny", "float32")
     regions = model.encode_regions([bird.image for bird in drawn])
     scores = regions.embed @ model.encode_text([text])[0]  # [N, Q]
     best = np.argsort(-scores.max(axis=1))[:4]
@@ -72,7 +72,7 @@ def test_an_image_finds_itself_and_so_does_a_region(folders, capsys):
     words = ["--box", ",".join(map(str, box_xyxy * 64)), "--top=1", "--faiss"]
     assert run(out, "--image", images / "00007.png", *words) == 0
     ((first, score, found),) = rows(capsys.readouterr().out)
-    model = grain_jax.load("aviary-tiny")
+    model = inference.load("aviary-tiny", "float32")
     ((embed,),) = model.encode_boxes([drawn[7].image], [[box_xyxy]])
     cosines = model.encode_regions([bird.image for bird in drawn]).embed @ embed
     assert first == f"{cosines.max(axis=1).argmax():05d}.png" and found is not None
