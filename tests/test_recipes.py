@@ -93,7 +93,7 @@ def test_an_unknown_source_lists_what_there_is(source, message):
 
 def test_the_claim_is_the_arm_that_won_in_docs_claim():
     arm = demo.get_config()
-    run = claim_design.Run(claim_design.OURS, 1e-3, 0, claim_design.STEPS)
+    run = claim_design.ClaimRun(claim_design.OURS, 1e-3, 0, claim_design.STEPS)
     arm.update_from_flattened_dict(claim_design.changes(run, claim_design.CONFIG))
     ours, arm = claim.get_config().to_dict(), arm.to_dict()
     for key in ("checkpoint_every", "pictures"):  # a benchmark keeps and draws nothing
