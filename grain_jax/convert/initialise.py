@@ -240,7 +240,7 @@ def _in_short(names: list[str], prefix: str) -> list[str]:
     ]
 
 
-def _own(which: str, model: config_lib.Model, named: dict[str, Any]) -> dict[str, Any]:
+def _own(which: str, model: config_lib.Model, named: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `named` (flat name -> value) that are parameters of that tower of `model`."""
     own, pooled = _PREFIXES[which]
     prefixes = own + (pooled if model.decoder is None else ())

@@ -16,6 +16,7 @@ from etils import epath
 
 from grain_jax.cli import process
 from grain_jax.core import errors
+from grain_jax.data.aviary import generate, settings  # pyright: ignore[reportMissingImports]
 from grain_jax.demo.arguments import Demo
 
 _EXAMPLES = 12
@@ -101,8 +102,6 @@ def _examples(source: str | None, folder: epath.Path) -> list[str]:
 
 def _draw(folder: epath.Path) -> list[epath.Path]:
     """Draws a bird of each of `_species`."""
-    from grain_jax.data.aviary import generate, settings
-
     larger, paths = dataclasses.replace(settings.DEFAULT, size=_EDGE), []
     for i, species in enumerate(_species()):
         paths.append(folder / f"{species.name}.png")
@@ -111,8 +110,6 @@ def _draw(folder: epath.Path) -> list[epath.Path]:
 
 
 def _species() -> Sequence[Any]:
-    from grain_jax.data.aviary import generate, settings
-
     return generate.species_of(settings.DEFAULT).training[:_DRAWN]
 
 

@@ -347,9 +347,11 @@ def seen(result: Result) -> list[Ranked]:
     cosines = np.concatenate(result.cosines, axis=1)  # [Q, sum of n_c]
     best = cosines.argmax(axis=1)
     order = np.argsort(-cosines.max(axis=1), kind="stable").tolist()
-    return [
-        Ranked(*labels[best[q]], float(cosines[q, best[q]]), q, result.boxes_xyxy[q]) for q in order
-    ]
+    found = []
+    for q in order:
+        text, name = labels[best[q]]
+        found.append(Ranked(text, name, float(cosines[q, best[q]]), q, result.boxes_xyxy[q]))
+    return found
 
 
 def explained(result: Result, chosen: str) -> list[int]:

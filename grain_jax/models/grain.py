@@ -3,6 +3,10 @@
 Without a decoder it is a two-tower model, such as CLIP: no regions, and the image embedding is pooled.
 """
 
+import functools
+import types
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -232,10 +236,8 @@ def flat(params) -> dict:
 
 def init(model: GRAIN, key: jax.Array):
     """The parameters of the model, boxed with their logical axes; they do not depend on what a batch holds."""
-    size, row = (
-        model.config.image.image_size,
-        np.zeros((1, 1, model.config.text.context_length), np.int32),
-    )
+    size, length = model.config.image.image_size, model.config.text.context_length
+    row = np.zeros((1, 1, length), np.int32)
     batch = schema.Batch(
         np.zeros((1, size, size, 3), np.float32),
         *(row, row, row),
@@ -251,7 +253,8 @@ def init(model: GRAIN, key: jax.Array):
     return model.init(key, jax.tree.map(jnp.asarray, batch))["params"]
 
 
-def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(config: config_lib.Model) -> Mapping[str, tuple[int, ...]]:
     """The name and shape of every parameter of the model; nothing is computed."""
     params = jax.eval_shape(lambda: init(GRAIN(config), jax.random.key(0)))
-    return {name: x.shape for name, x in flat(params).items()}
+    return types.MappingProxyType({name: x.shape for name, x in flat(params).items()})

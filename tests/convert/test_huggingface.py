@@ -231,8 +231,11 @@ def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path, monk
     ids, texts = torch.tensor(given.token_ids).long(), predictor.encode_text(given.token_ids)
     with torch.no_grad():
         maps = module.similarity_maps(pixels, ids)
-    expected = predictor.similarity_map(given.images[1], given.token_ids)
-    np.testing.assert_allclose(maps[1], expected, atol=1e-5)
+    expected = parity.outputs_of(predictor, given)
+    regions = expected["boxes_xyxy"][1], expected["region_embed"][1]
+    patches = predictor.encode_patches(given.images)[1]
+    ours = scores.similarity_map(texts, patches, regions, predictor.grid)
+    np.testing.assert_allclose(maps[1], ours, atol=1e-5)
 
     export, both = (
         torch.onnx.export,
@@ -255,16 +258,14 @@ def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path, monk
         image = run("image.onnx", **images)
         found |= dict(zip(("image_embed", "region_embed", "boxes_xyxy"), image, strict=True))
         (found["text_embed"],) = run("text.onnx", input_ids=ids.numpy())
-    expected = parity.outputs_of(predictor, given)
     compared = parity.compare({name: expected[name] for name in found}, found)
     assert all(c.ok for c in compared), compared
 
     module.decoder.boxes = None  # then the regions alone
     with torch.no_grad():
         maps = module.similarity_maps(pixels, ids)
-    cosines, corners = texts @ expected["region_embed"][1].T, expected["boxes_xyxy"][1]
-    expected = scores.region_map(cosines, corners, maps.shape[-1])
-    np.testing.assert_allclose(maps[1], expected, atol=1e-5)
+    ours = scores.similarity_map(texts, None, regions, predictor.grid)
+    np.testing.assert_allclose(maps[1], ours, atol=1e-5)
 
 
 def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):

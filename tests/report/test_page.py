@@ -220,8 +220,8 @@ def test_what_is_missing_is_a_line(runs, tmp_path):
     # It is looked for again when the data is back.
     assert not json.loads((bare / collect.FILE).read_text())["whole"]
     (bare / "config.json").write_text((folder / "config.json").read_text())
-    (run,) = _payload(page.write(bare, predictor, num_images=5).read_text())["runs"]
-    assert "birds" not in run["lines"] and run["zeroshot"]["birds"]["pictures"] == 5
+    (run,) = _payload(page.write(bare, predictor, num_images=9).read_text())["runs"]
+    assert "birds" not in run["lines"] and run["zeroshot"]["birds"]["pictures"] == 9
 
 
 def test_a_set_with_other_names(runs, tmp_path):

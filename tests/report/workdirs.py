@@ -21,7 +21,7 @@ DESCRIPTIONS = {
     "blue tit": ["a blue crest", BAD],
     CLASSES[2]: ["a <b>long</b> beak"],
 }
-ANNOTATED = 6
+ANNOTATED = 12  # all, so that one program serves all sections
 
 
 def parameters(model, seed=0):
@@ -37,7 +37,8 @@ def parameters(model, seed=0):
 
 
 def predictor(**changes):
-    model = tiny.config(model__decoder__heads=2, **changes).model
+    small = dict(model__decoder__heads=2, model__image__depth=1, model__text__depth=1)
+    model = tiny.config(**small, **changes).model
     return inference.Predictor(model, parameters(model))
 
 

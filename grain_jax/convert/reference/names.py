@@ -192,7 +192,7 @@ def infer(
     backbone, decoder = (Entries(states[module], rows) for module, rows in TABLES.items())
     queries, width = decoder.shape("decoder/query_embed", 2)
     # Norm epsilons and dropout are constants of the reference; the initialisers are not used.
-    sizes = {
+    sizes: dict[str, dict[str, Any]] = {
         "image": towers.image_sizes(backbone)
         | dict(norm_eps=1e-6, block_init="torch", projection="matrix"),
         "text": towers.text_sizes(backbone) | dict(norm_eps=1e-5),
