@@ -74,20 +74,16 @@ def prepare_missing_data(config: config_lib.Config, handler: ending.PreemptionHa
         try:
             sources.open_source(config)
         except errors.MissingData:
-            _run_prepare(config.input, handler)
+            words = shlex.split(config.input.prepare)
+            command = ["python", "-m", *(word.format(**vars(config.input)) for word in words)]
+            tell(f"No data set yet: {shlex.join(command)}")
+            with subprocess.Popen([sys.executable, *command[1:]]) as handler.child:
+                status = handler.child.wait()
+            handler.child = None
+            if status:
+                told = f"input.prepare: {shlex.join(command)} ended with {status}"
+                raise errors.UserError(told) from None
     processes.wait_for_all("data set prepared")
-
-
-def _run_prepare(config: config_lib.Input, handler: ending.PreemptionHandler) -> None:
-    command = [word.format(**vars(config)) for word in shlex.split(config.prepare)]
-    print(f"No data set yet: python -m {shlex.join(command)}", file=sys.stderr, flush=True)
-    with subprocess.Popen([sys.executable, "-m", *command]) as handler.child:
-        status = handler.child.wait()
-    handler.child = None
-    if status:
-        raise errors.UserError(
-            f"input.prepare: python -m {shlex.join(command)} ended with {status}"
-        )
 
 
 def derive(
@@ -383,7 +379,7 @@ class Records:
 
     def minutes_are_over(self, minutes: float) -> bool:
         """Whether the last save is so many minutes ago, by the first process's clock; a collective."""
-        return schedule.agreed(time.monotonic() - self._last_save > 60 * minutes)
+        return processes.of_first(lambda: time.monotonic() - self._last_save > 60 * minutes)
 
     def after_step(self, step: int, due: schedule.Due, state, metrics, batches, watch) -> None:
         """Logs, evaluates and saves what is due.

@@ -33,7 +33,6 @@ LONG = (
     "tests/test_verify.py",
     "tests/losses/test_streaming.py",
     "tests/training/test_memory.py",
-    "tests/test_elastic.py",
     "tests/convert/test_huggingface.py",
     "tests/launch/test_plan.py",
     "tests/launch/test_sweep.py",
@@ -100,6 +99,14 @@ QUICK = (
     "tests/training/test_schedule.py",
     "tests/training/test_sharding.py",
 )
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Runs draw no curves.png, which takes a fifth of a short one."""
+    from grain_jax.report import figures
+
+    monkeypatch.setattr(figures, "curves", lambda *_: None)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes, a finished run."""
+"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,11 +17,19 @@ from grain_jax.config import recipe
 from grain_jax.core import errors
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending, metrics_writer
-from grain_jax.training import schedule
+from grain_jax.training import schedule, sharding
 from tests import runs, tiny
 from tests.paths import ROOT
 
 TIMINGS = runs.TIMINGS[:-1]  # the peak of this machine is not known
+# One image a packing group, so that 16 devices have one each.
+RUN = {"text.pack_group": 1, "text.pack_rows": 6, "checkpoint_every": 2, "checkpoint_keep": 4}
+TOKENIZER = {"model__text__vocab_size": 49408}
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+def _config(**changes):
+    return tiny.small(**{k.replace(".", "__"): v for k, v in RUN.items()} | changes)
 
 
 class _EndsAt(ending.PreemptionHandler):
@@ -39,15 +48,23 @@ class _EndsAt(ending.PreemptionHandler):
 def finished(tmp_path_factory):
     """A run of 10 steps on a (8, 1, 1) mesh."""
     workdir = tmp_path_factory.mktemp("run")
-    train.train(tiny.config(), workdir)
+    train.train(_config(), workdir)
     return workdir
 
 
 def test_workdir_holds_what_the_contract_says(finished):
-    for name in ("config.json", "metrics.jsonl", "checkpoints/10", "checkpoints/8", "tensorboard"):
+    names = (
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints/10",
+        "checkpoints/4",
+        "tensorboard",
+        "curves.png",
+    )
+    for name in names:
         assert (finished / name).exists(), name
-    assert not (finished / "checkpoints" / "4").exists()  # checkpoint_keep = 2
-    assert config.from_dict(json.loads((finished / "config.json").read_text())) == tiny.config()
+    assert not (finished / "checkpoints" / "2").exists()  # checkpoint_keep = 4
+    assert config.from_dict(json.loads((finished / "config.json").read_text())) == _config()
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
     terms = [f"loss_{term}" for term in ("image_caption", "region_description", "box")]
@@ -61,12 +78,12 @@ def test_workdir_holds_what_the_contract_says(finished):
 
 
 def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
-    few = dict(text__pack_rows=2, total_steps=5, log_every=2)
+    few = dict(text__pack_group=2, text__pack_rows=2, total_steps=5, log_every=2)
     said = r"^step 2: 25\.\d% of the texts .* ends the run"
     with pytest.raises(metrics_writer.TextsLost, match=said):
-        train.train(tiny.config(checkpoint_every=2, **few), tmp_path)
+        train.train(_config(**few), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
-    c = tiny.config(checkpoint_every=3, text__max_dropped_share=1.0, **few)
+    c = _config(checkpoint_every=3, text__max_dropped_share=1.0, **few)
     with pytest.raises(SystemExit):  # at step 3, between two lines
         train.train(c, tmp_path, handler=_EndsAt(3))
     train.train(c, tmp_path)
@@ -85,35 +102,38 @@ def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
 
 def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
     before = runs.lines(finished)
-    train.train(tiny.config(), finished)
+    train.train(_config(), finished)
     assert runs.lines(finished) == before
     model = grain_jax.load(finished)
     images = np.zeros((3, 16, 16, 3), np.uint8)
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
 
 
-def test_the_kernel_has_the_losses_of_xla_and_goes_on_from_its_checkpoint(finished, tmp_path):
-    """`finished` is by XLA's attention; the kernel runs in Pallas' interpreter, and rounds differently."""
-    config = tiny.config(model__attention="pallas")
-    expected = [line["loss"] for line in runs.lines(finished)]
-    train.train(config, tmp_path / "whole")
-    losses = [line["loss"] for line in runs.lines(tmp_path / "whole")]
-    np.testing.assert_allclose(losses, expected, rtol=2e-5)
-    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "later" / "checkpoints" / "8")
-    train.train(config, tmp_path / "later")
-    losses = [line["loss"] for line in runs.lines(tmp_path / "later")]
-    np.testing.assert_allclose(losses, expected[8:], rtol=2e-5)
-    assert losses != expected[8:]
+def test_the_kernel_goes_on_from_a_checkpoint_of_xla_with_its_losses(finished, tmp_path):
+    """The kernel runs in Pallas' interpreter, and rounds differently."""
+    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
+    train.train(_config(model__attention="pallas"), tmp_path)
+    numbers = lambda folder: np.array(
+        [[line["loss"], line["grad_norm/image"]] for line in runs.lines(folder)[-2:]]
+    )
+    np.testing.assert_allclose(numbers(tmp_path), numbers(finished), rtol=2e-5)
+    assert (numbers(tmp_path) != numbers(finished)).any()
 
 
-def test_nan_stops_the_run_and_names_the_term(tmp_path):
-    broken = tiny.config(optim__learning_rate=1e30, optim__warmup_steps=3, checkpoint_every=1)
-    said = r"loss_image_caption is nan at step \d; it was finite at step \d"
+def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
+    real = train.sources.batches_of_run
+
+    def with_endless_boxes(*args, **options):
+        for step, batch in enumerate(real(*args, **options), 1):
+            boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)
+            yield batch._replace(region_boxes_cxcywh=boxes)
+
+    monkeypatch.setattr(train.sources, "batches_of_run", with_endless_boxes)
+    said = r"loss_box is (nan|inf) at step 4; it was finite at step 3"
     with pytest.raises(metrics_writer.NotFinite, match=said):
-        train.train(broken, tmp_path)
-    assert len(runs.lines(tmp_path)) < 10
-    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())  # none half written
-    assert steps and steps[-1] <= len(runs.lines(tmp_path))
+        train.train(_config(), tmp_path)
+    assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]  # none half written
 
 
 @pytest.mark.parametrize(
@@ -126,17 +146,15 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path):
         ({"seed": 1}, "seed: the run .* got 1"),  # which would see other data
         ({"input__lanes": 8}, "input.lanes: the run .* got 8"),
         ({"mesh__data": 3}, "mesh"),
-        ({"evals__birds": recipe.evaluator("zeroshot", "nothing")}, "nothing"),
+        ({"evals__birds": recipe.evaluator("zeroshot", "nothing"), **TOKENIZER}, "nothing"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(finished, tmp_path, changes, line):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "8").symlink_to(finished / "checkpoints" / "8")
-    c = tiny.dictionary(**{k: v for k, v in changes.items() if k != "evals__birds"})
-    c.evals.update({k[7:]: v for k, v in changes.items() if k == "evals__birds"})
     with pytest.raises(errors.UserError, match=line):
-        train.train(config.from_dict(c), tmp_path)
+        train.train(_config(**changes), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
@@ -145,46 +163,75 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts
         handler.tell(number)
     with pytest.raises(SystemExit) as end:
-        train.train(tiny.config(), tmp_path, handler)
+        train.train(_config(), tmp_path, handler)
     assert end.value.code == ending.INTERRUPTED == 130
     assert "saved at step 1 of 10" in capfd.readouterr().err
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
     handler = ending.PreemptionHandler()
     handler.tell(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        train.train(tiny.config(), tmp_path, handler)
+        train.train(_config(), tmp_path, handler)
     assert end.value.code == ending.PREEMPTED == 75
-    train.train(tiny.config(), tmp_path)
+    train.train(_config(), tmp_path)
     assert runs.lines(tmp_path) == runs.lines(finished)
 
 
-def test_two_processes_have_the_losses_of_one_also_when_preempted(finished, tmp_path):
-    command = runs.command(tmp_path, {}, processes=2, devices=4)
-    start = functools.partial(
-        subprocess.Popen, command, cwd=ROOT, stderr=subprocess.PIPE, text=True
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """The same run, as it was at step 4."""
+    shutil.copytree(finished, tmp_path / "run")
+    for step in (6, 8, 10):
+        shutil.rmtree(tmp_path / "run/checkpoints" / str(step))
+    return tmp_path / "run"
+
+
+def _assert_goes_on(finished, workdir):
+    before, after = runs.lines(finished), runs.lines(workdir)
+    assert [line["step"] for line in after] == list(range(1, 11))
+    for a, b in zip(before[4:], after[4:], strict=True):
+        assert b["batch_chain"] == a["batch_chain"] and b["pixel_chain"] == a["pixel_chain"]
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
+        np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "mesh", [*(pytest.param((n, 1, 1), marks=pytest.mark.slow) for n in (1, 4)), (2, 2, 2)]
+)
+def test_another_mesh_goes_on_with_the_same_batches_and_losses(
+    finished, workdir, mesh, monkeypatch
+):
+    data, fsdp, tensor = mesh
+    devices = jax.devices()[: data * fsdp * tensor]
+    monkeypatch.setattr(
+        sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=devices)
     )
-    started = start()
+    train.train(_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), workdir)
+    _assert_goes_on(finished, workdir)
+
+
+@pytest.mark.parametrize("processes,devices", [(2, 4), pytest.param(1, 16, marks=pytest.mark.slow)])
+def test_other_processes_go_on_and_one_goes_on_where_they_are_told_to_end(
+    finished, workdir, processes, devices
+):
+    command = runs.command(workdir, RUN | runs.SMALL, processes=processes, devices=devices)
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     said = []
     for line in started.stderr:
         said.append(line)
-        if "step 1/10" in line:  # before it, there is nothing to save
+        if "step 5/10" in line:
             break
     started.send_signal(signal.SIGTERM)
     said += started.communicate(timeout=300)[1].splitlines(True)
     assert started.returncode == 75, "".join(said)
     assert re.search(r"saved at step \d of 10", "".join(said)), "".join(said)
-    again = start()
-    _, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors
-    for a, b in zip(runs.lines(finished), runs.lines(tmp_path), strict=True):
-        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
-        assert b["batch_chain"] == a["batch_chain"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
+    train.train(_config(), workdir)
+    _assert_goes_on(finished, workdir)
+    assert "10" in {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
     best = dict(checkpoint_best_metric="matched_iou", checkpoint_keep=1, checkpoint_every=3)
-    train.train(tiny.config(**best), tmp_path)
+    train.train(_config(**best), tmp_path)
     measured = {line["step"]: line["matched_iou"] for line in runs.lines(tmp_path)}
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
     assert kept == {10, max((3, 6, 9, 10), key=measured.get)}
@@ -197,7 +244,7 @@ def test_a_best_metric_of_no_evaluator_is_refused():
 
 def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
     with pytest.raises(errors.UserError, match="got 'los', .* did you mean 'loss'"):
-        train.train(tiny.config(checkpoint_best_metric="los"), tmp_path)
+        train.train(_config(checkpoint_best_metric="los"), tmp_path)
 
 
 def test_a_best_metric_that_no_evaluation_measures_is_refused(tmp_path):

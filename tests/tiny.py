@@ -1,4 +1,9 @@
-"""A model small enough to compile in seconds, and a random batch for it."""
+"""A model small enough to compile in seconds, and a random batch for it; a program is built once a process."""
+
+import functools
+import json
+import operator
+import re
 
 import jax
 import numpy as np
@@ -7,6 +12,55 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
 from grain_jax.training import train_step
+from tests import runs
+
+
+class Once:
+    """An object whose methods with these names are called once; later calls get what the first one got."""
+
+    def __init__(self, held, *names):
+        self._held, self._names, self._got = held, names, {}
+
+    def __call__(self, *args):
+        return self._held(*args)
+
+    def __getattr__(self, name):
+        if name not in self._names:
+            return getattr(self._held, name)
+        return lambda *args: (
+            self._got.get(name) or self._got.setdefault(name, self._call(name, *args))
+        )
+
+    def _call(self, name, *args):
+        found = operator.methodcaller(name, *args)(self._held)
+        return Once(found, "compile") if name == "lower" else found
+
+
+# Keys of a config that its program does not depend on.
+_NOT_COMPILED = re.compile("(total|log|eval|checkpoint|profile)_.*|evals|pictures|wandb")
+
+
+def once(build):
+    """`train_step.build` that gives one Program for configs whose programs are equal; its step is compiled once."""
+    programs = {}
+
+    @functools.wraps(build)
+    def built(config, mesh, *, total_steps, steps_per_epoch):
+        steps = dict(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        compiled = json.loads(config_lib.to_json(config))
+        compiled = {k: v for k, v in compiled.items() if not _NOT_COMPILED.fullmatch(k)}
+        if config.optim.warmup_steps is not None:  # else an epoch's steps say how many
+            steps_per_epoch = None
+        key = json.dumps(compiled), mesh, total_steps, steps_per_epoch
+        if key not in programs:
+            program = build(config, mesh, **steps)
+            programs[key] = program._replace(step=Once(program.step, "lower"))
+        return programs[key]
+
+    return built
+
+
+train_step.build = once(train_step.build)
 
 
 def dictionary(**overrides):
@@ -32,6 +86,11 @@ def dictionary(**overrides):
 
 def config(**overrides) -> config_lib.Config:
     return config_lib.from_dict(dictionary(**overrides))
+
+
+def small(**overrides) -> config_lib.Config:
+    """`config` with as little to compile, to step and to store as there can be."""
+    return config(**{k.replace(".", "__"): v for k, v in runs.SMALL.items()} | overrides)
 
 
 def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
@@ -72,6 +131,20 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
         return batch
     negative_mask &= batch.region_mask[..., None]
     return batch._replace(negative_at=negative_at, negative_mask=negative_mask)
+
+
+def state(program: train_step.Program) -> train_step.TrainState:
+    """A state of step 0 with random parameters, of NumPy's arrays: the compiled `init` takes longer than a step."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = {"logit_scale": np.log(1 / 0.07)}.get(name, float(name.endswith("/scale")))
+        return np.float32(value + (name != "logit_scale") * rng.normal(0, 0.1, x.shape))
+
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.state)
+    params = jax.tree_util.tree_map_with_path(draw, program.state.params)
+    return zeros._replace(params=params, ema_params=params if program.state.ema_params else {})
 
 
 def shapes_of(tree):

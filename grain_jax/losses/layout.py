@@ -12,21 +12,13 @@ from grain_jax.losses.ring import Ring
 
 
 class Layout(NamedTuple):
-    """Where the images of a batch and of each group are.
+    """Where the images of a batch and of each group are."""
 
-    Attributes:
-      sizes: of the mesh axes "group", "ring" and "gather" that the losses run over.
-      everywhere: the ring over all images.
-      in_group: the ring over the images of a group.
-      groups_per_shard: more than 1 where a device holds whole groups.
-      shards_per_group: more than 1 where a group spans devices.
-    """
-
-    sizes: tuple[int, int, int]
-    everywhere: Ring
-    in_group: Ring
-    groups_per_shard: int
-    shards_per_group: int
+    sizes: tuple[int, int, int]  # of the losses' mesh axes "group", "ring" and "gather"
+    everywhere: Ring  # the ring over all images
+    in_group: Ring  # the ring over the images of a group
+    groups_per_shard: int  # more than 1 where a device holds whole groups
+    shards_per_group: int  # more than 1 where a group spans devices
 
     def on(self, devices: np.ndarray, precision: str) -> "Layout":
         """The layout for these devices: rings follow the links of their network, products have the precision.

@@ -47,9 +47,7 @@ class Negatives(NamedTuple):
     """Per-row results of `negatives`."""
 
     cost: Float[Array, "m"]  # the negative term of the loss
-    highest: Float[
-        Array, "m"
-    ]  # logit of a negative, MASKED where a row has none; it has no gradient
+    highest: Float[Array, "m"]  # logit of a negative, MASKED where there is none; no gradient
 
 
 def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:

@@ -21,13 +21,9 @@ from grain_jax.models import placement
 
 
 class CausalWithin(NamedTuple):
-    """A mask: each position sees itself and earlier ones of the same text.
+    """A mask: each position sees itself and earlier ones of the same text."""
 
-    Attributes:
-      ids: int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one.
-    """
-
-    ids: jax.Array
+    ids: jax.Array  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
 
     def mask(self) -> jax.Array:
         """The same as bool [B, 1, L, L]."""
@@ -71,9 +67,7 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | 
     Its backward pass takes even lengths alone, so an odd one grows by a position that no other sees.
 
     Args:
-      q: [B, L, heads, width], bfloat16.
-      k: the same shape.
-      v: the same shape.
+      q, k, v: [B, L, heads, width], bfloat16.
       within: the mask; None: all positions see all.
 
     Returns:
@@ -105,38 +99,10 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | 
 
 
 def with_pallas(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    heads: int,
-    norms: tuple[jax.Array, ...] | None,
-    eps: float | None,
-    within: CausalWithin | None,
+    q: jax.Array, k: jax.Array, v: jax.Array, *, within: CausalWithin | None, **options
 ) -> jax.Array:
-    """Attention by the kernel, on the mesh of `placement`; shapes as of `attention_kernel.attend`."""
+    """Attention by the kernel; shapes and `options` as of `attention_kernel.attend`."""
     from grain_jax.models import attention_kernel  # a fifth of a second to import
 
-    where, mesh = None, placement.mesh()
-    if mesh is not None:
-        cut = heads % mesh.shape.get("tensor", 1) == 0
-        where = attention_kernel.Placement(
-            mesh, placement.batch_axes(), "tensor" if cut and "tensor" in mesh.shape else None
-        )
-        platform = mesh.devices.flat[0].platform
-    else:
-        platform = jax.default_backend()
-    segments = None
-    if within is not None:
-        segments = attention_kernel.Segments(within.ids[:, :, None], within.ids[:, None, :])
-    return attention_kernel.attend(
-        q,
-        k,
-        v,
-        heads=heads,
-        norms=norms,
-        eps=eps,
-        segments=segments,
-        placement=where,
-        interpret=platform != "tpu",
-    )
+    ids = None if within is None else within.ids
+    return attention_kernel.attend(q, k, v, ids=ids, **options)

@@ -13,7 +13,7 @@ On other platforms the kernel runs in Pallas' interpreter, for tests.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,36 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from grain_jax.models import placement
+
 TILE = 128  # lanes of a register
 BLOCK_BYTES = 2**19  # of one array in VMEM; a backward program has eight, twice over
 MOST_ROWS = 8  # of the batch, in one program
 VMEM_BYTES = 100 * 2**20  # at most; v5e has 128 MiB
-
-
-class Segments(NamedTuple):
-    """Which positions see each other: those of the same id, earlier ones and itself.
-
-    Attributes:
-      column: int32 [B, L, 1], the id of the text at each position.
-      row: int32 [B, 1, L], the same.
-    """
-
-    column: jax.Array
-    row: jax.Array
-
-
-class Placement(NamedTuple):
-    """Where the arrays lie.
-
-    Attributes:
-      mesh: of the devices.
-      batch: its axes that cut the leading axis.
-      heads: the axis that cuts the heads, or None.
-    """
-
-    mesh: Mesh
-    batch: tuple[str, ...]
-    heads: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,11 +214,14 @@ def _backward_kernel(heads, eps, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What a call is compiled for: `heads` of one device, the eps of the norms (None: no norms), the interpreter."""
+    """What a call is compiled for."""
 
-    heads: int
-    eps: float | None
-    interpret: bool
+    heads: int  # of one device
+    eps: float | None  # of the norms; None: no norms
+    interpret: bool  # run in Pallas' interpreter
+    mesh: Mesh | None  # of the devices; None: one
+    batch: tuple[str, ...]  # its axes that cut the leading axis
+    cut_heads: str | None  # the axis that cuts the heads, or None
 
     def _layout(self, q, segments):
         batch, length, lanes = q.shape
@@ -306,6 +285,24 @@ class _Call:
             name="attention_backward",
         )(q, k, v, norm, do, *segments)
 
+    def on_each_device(self, function, cut: Sequence[str], results: Sequence[str]):
+        """`function` on the shard of each device.
+
+        `cut` and `results` say how arrays are cut: "both" (batch first, heads last), "batch" or "" (whole).
+        """
+        if self.mesh is None:
+            return function
+        specs = {
+            "both": PartitionSpec(self.batch, None, self.cut_heads),
+            "batch": PartitionSpec(self.batch),
+            "": PartitionSpec(),
+        }
+        of = lambda names: tuple(specs[name] for name in names)
+        out_specs = of(results) if len(results) > 1 else of(results)[0]
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=of(cut), out_specs=out_specs, check_vma=False
+        )
+
 
 def attend(
     q: jax.Array,
@@ -315,74 +312,50 @@ def attend(
     heads: int,
     norms: tuple[jax.Array, ...] | None = None,
     eps: float | None = None,
-    segments: Segments | None = None,
-    placement: Placement | None = None,
-    interpret: bool = False,
+    ids: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax(q k^T / sqrt(width)) v of each head.
+    """Softmax(q k^T / sqrt(width)) v of each head, on the mesh of `placement`.
 
     Args:
-      q: [B, L, heads * width], heads side by side.
-      k: the same shape.
-      v: the same shape.
+      q, k, v: [B, L, heads * width], heads side by side.
       heads: their number.
       norms: scale and bias of the queries' LayerNorm, then of the keys', float32 [width] each; None: no norms.
       eps: of the norms.
-      segments: which positions see each other; None: all of a row.
-      placement: where the arrays lie; None: on one device.
-      interpret: run in Pallas' interpreter.
+      ids: int32 [B, L]: a position sees itself and earlier ones of its id; None: all of its row.
 
     Returns:
       [B, L, heads * width], of the dtype of v.
     """
-    local = heads
-    if placement is not None and placement.heads:
-        local //= placement.mesh.shape[placement.heads]
-    call = _Call(local, eps if norms is not None else None, interpret)
+    mesh, local, cut_heads = placement.mesh(), heads, None
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if mesh is not None and "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0:
+        local, cut_heads = heads // mesh.shape["tensor"], "tensor"
+    eps = None if norms is None else eps
+    call = _Call(local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads)
     count = _heads_of_a_program(local, q.shape[-1] // heads).count
     if norms is None:
         rows = jnp.zeros((8, count * (q.shape[-1] // heads)), jnp.float32)
     else:  # eight rows: float32 comes in registers of 8 x 128
         rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, count)), ((0, 4), (0, 0)))
-    return _attend(call, placement, q, k, v, rows, tuple(segments or ()))
+    segments = () if ids is None else (ids[:, :, None], ids[:, None, :])
+    return _attend(call, q, k, v, rows, segments)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(call: _Call, placement: Placement | None, q, k, v, norm, segments):
-    return _attend_forward(call, placement, q, k, v, norm, segments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, q, k, v, norm, segments):
+    return _attend_forward(call, q, k, v, norm, segments)[0]
 
 
-def _on_each_device(placement, function, cut, results):
-    """`function` on the shard of each device.
-
-    `cut` and `results` say how each array is cut: "both" (batch first, heads last), "batch" or "" (whole).
-    """
-    if placement is None:
-        return function
-    batch, heads = placement.batch, placement.heads
-    specs = {
-        "both": PartitionSpec(batch, None, heads),
-        "batch": PartitionSpec(batch),
-        "": PartitionSpec(),
-    }
-    of = lambda names: tuple(specs[name] for name in names)
-    out_specs = of(results) if len(results) > 1 else of(results)[0]
-    return jax.shard_map(
-        function, mesh=placement.mesh, in_specs=of(cut), out_specs=out_specs, check_vma=False
-    )
-
-
-def _attend_forward(call, placement, q, k, v, norm, segments):
+def _attend_forward(call, q, k, v, norm, segments):
     cut = ["both"] * 3 + [""] + ["batch"] * len(segments)
-    out = _on_each_device(placement, call.forward, cut, ["both"])(q, k, v, norm, *segments)
+    out = call.on_each_device(call.forward, cut, ["both"])(q, k, v, norm, *segments)
     return out, (q, k, v, norm, segments)
 
 
-def _attend_backward(call, placement, kept, do):
+def _attend_backward(call, kept, do):
     q, k, v, norm, segments = kept
     cut = ["both"] * 3 + ["", "both"] + ["batch"] * len(segments)
-    results = ["both"] * 4
-    backward = _on_each_device(placement, call.backward, cut, results)
+    backward = call.on_each_device(call.backward, cut, ["both"] * 4)
     dq, dk, dv, dnorm = backward(q, k, v, norm, do, *segments)
     # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
     dnorm = dnorm.sum(0).reshape(8, -1, norm.shape[1]).sum(1)

@@ -28,17 +28,11 @@ def normalize(x):
 
 
 class GRAIN(nn.Module):
-    """The model.
+    """The model."""
 
-    Attributes:
-      config: towers, decoder and the width D of the joint space.
-      dtype: of activations, "float32" or "bfloat16"; parameters are float32.
-      remat: what the backward pass keeps (config.REMAT_POLICIES).
-    """
-
-    config: config_lib.Model
-    dtype: str = "float32"
-    remat: str = "none"
+    config: config_lib.Model  # towers, decoder and the width D of the joint space
+    dtype: str = "float32"  # of activations, "float32" or "bfloat16"; parameters are float32
+    remat: str = "none"  # what the backward pass keeps (config.REMAT_POLICIES)
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.dtype)
@@ -240,23 +234,27 @@ def flat(params) -> dict:
     }
 
 
-@functools.lru_cache(maxsize=8)
-def parameter_shapes(config: config_lib.Model) -> Mapping[str, tuple[int, ...]]:
-    """The name and shape of every parameter of the model; nothing is computed."""
-    size, length = config.image.image_size, config.text.context_length
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    row = of(np.int32, 1, 1, length)
+def init(model: GRAIN, key: jax.Array):
+    """The parameters of the model, boxed with their logical axes; they do not depend on what a batch holds."""
+    size, length = model.config.image.image_size, model.config.text.context_length
+    row = np.zeros((1, 1, length), np.int32)
     batch = schema.Batch(
-        of(np.float32, 1, size, size, 3),
+        np.zeros((1, size, size, 3), np.float32),
         *(row, row, row),
-        caption_at=of(np.int32, 1, 1, 2),
+        caption_at=np.zeros((1, 1, 2), np.int32),
         caption_id=None,
         caption_mask=None,
-        description_at=of(np.int32, 1, 0, 2),
+        description_at=np.zeros((1, 0, 2), np.int32),
         description_id=None,
-        region_boxes_cxcywh=of(np.float32, 1, 0, 4),
+        region_boxes_cxcywh=np.zeros((1, 0, 4), np.float32),
         region_mask=None,
         texts_dropped=None,
     )
-    params = jax.eval_shape(GRAIN(config).init, jax.random.key(0), batch)["params"]
+    return model.init(key, jax.tree.map(jnp.asarray, batch))["params"]
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(config: config_lib.Model) -> Mapping[str, tuple[int, ...]]:
+    """The name and shape of every parameter of the model; nothing is computed."""
+    params = jax.eval_shape(lambda: init(GRAIN(config), jax.random.key(0)))
     return types.MappingProxyType({name: x.shape for name, x in flat(params).items()})

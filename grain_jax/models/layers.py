@@ -66,17 +66,9 @@ def dense(
     use_bias: bool = True,
     name: str | None = None,
 ) -> nn.DenseGeneral:
-    """A linear map over the trailing `len(in_axes)` axes, to trailing axes of the sizes `features`.
+    """A linear map over the trailing `len(in_axes)` axes, to trailing axes of the sizes `features`, in `dtype`.
 
-    Args:
-      features: sizes of the output axes.
-      in_axes: logical axes of the input.
-      out_axes: logical axes of the output.
-      dtype: of the products and the output.
-      kernel_init: initialiser of the kernel.
-      bias_init: initialiser of the bias.
-      use_bias: whether there is a bias.
-      name: of the module; None: the attribute that it is assigned to.
+    `in_axes` and `out_axes` are logical axes. Without a `name` it has that of the attribute that it is assigned to.
     """
     features = features if isinstance(features, tuple) else (features,)
     return nn.DenseGeneral(
@@ -93,11 +85,9 @@ def dense(
     )
 
 
-def _norm_primal(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     return _norm_forward(x, scale, bias, eps)[0]
-
-
-_norm = jax.custom_vjp(_norm_primal, nondiff_argnums=(3,))
 
 
 def _norm_forward(x, scale, bias, eps):
@@ -281,23 +271,14 @@ class Attention(nn.Module):
 
 
 class SideBySide(nn.Module):
-    """`dense` to or from (heads, head_dim) whose activations have the heads side by side, [..., E] -> [..., E].
+    """`dense` to or from (heads, head_dim) whose activations have the heads side by side, [..., E] -> [..., E]."""
 
-    Attributes:
-      width: E, of the input and the output.
-      heads: their number.
-      dtype: of the product and the output.
-      kernel_init: initialiser of the kernel, as of `dense`.
-      bias_init: initialiser of the bias.
-      back: the map that follows the heads, from them to the width.
-    """
-
-    width: int
-    heads: int
-    dtype: np.dtype
-    kernel_init: Init
-    bias_init: Init
-    back: bool = False
+    width: int  # E, of the input and the output
+    heads: int  # their number
+    dtype: np.dtype  # of the product and the output
+    kernel_init: Init  # initialiser of the kernel, as of `dense`
+    bias_init: Init  # initialiser of the bias
+    back: bool = False  # the map that follows the heads, from them to the width
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -377,21 +358,13 @@ class LayerInits(NamedTuple):
 
 
 class TowerLayer(nn.Module):
-    """Pre-norm attention and MLP, each added to its input.
+    """Pre-norm attention and MLP, each added to its input."""
 
-    Attributes:
-      tower: has width, heads, mlp_dim, activation and norm_eps.
-      dtype: of activations.
-      inits: the initialisers.
-      program: as of `Attention`.
-      qk_norm: whether the queries and keys of each head have a LayerNorm.
-    """
-
-    tower: ImageTower | TextTower
-    dtype: np.dtype
-    inits: LayerInits
-    program: str = "xla"
-    qk_norm: bool = False
+    tower: ImageTower | TextTower  # has width, heads, mlp_dim, activation and norm_eps
+    dtype: np.dtype  # of activations
+    inits: LayerInits  # the initialisers
+    program: str = "xla"  # as of `Attention`
+    qk_norm: bool = False  # whether the queries and keys of each head have a LayerNorm
 
     @nn.compact
     def __call__(self, x, mask=None):
@@ -425,14 +398,9 @@ class TowerLayer(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all tokens: the MAP head of SigLIP and big_vision (Zhai et al. 2022).
+    """One learned query attends to all tokens: the MAP head of SigLIP and big_vision (Zhai et al. 2022)."""
 
-    Args:
-      tower: its width, heads, MLP, activation and norm are those of the pool.
-      dtype: of activations.
-    """
-
-    tower: ImageTower | TextTower
+    tower: ImageTower | TextTower  # whose width, heads, MLP, activation and norm are the pool's
     dtype: np.dtype
 
     @nn.compact

@@ -39,18 +39,14 @@ def batch_axes() -> tuple[str, ...]:
 
 def by_batch(x: jax.Array) -> jax.Array:
     """`x` with its leading axis sharded like the batch, all other axes whole."""
-    return _constrain(x, sharded=True)
+    return _constrain(x, PartitionSpec(batch_axes()))
 
 
 def whole(x: jax.Array) -> jax.Array:
     """`x` whole on every device, such as a table before a lookup."""
-    return _constrain(x, sharded=False)
+    return _constrain(x, PartitionSpec())
 
 
-def _constrain(x: jax.Array, *, sharded: bool) -> jax.Array:
-    found = _mesh_and_axes.get()
-    if found is None:
-        return x
-    mesh, batch_axes = found
-    spec = PartitionSpec(batch_axes) if sharded else PartitionSpec()
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    where = mesh()
+    return x if where is None else jax.lax.with_sharding_constraint(x, NamedSharding(where, spec))

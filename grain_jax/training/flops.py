@@ -10,7 +10,6 @@ import math
 import re
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from grain_jax import config as config_lib
@@ -67,9 +66,7 @@ class PerImage(NamedTuple):
 
     image: float  # the image tower
     text: float  # the text tower over the rows per image, and the projection of its texts
-    decoder: (
-        float  # the region decoder, its projections before and after, its boxes, and the box head
-    )
+    decoder: float  # the region decoder, its projections and boxes, and the box head
     losses: float  # similarities
     frozen: frozenset[str] = frozenset()  # those of the first three without a trained parameter
 
@@ -101,21 +98,25 @@ def per_image(config: Config) -> PerImage:
     # A kernel would be counted as what it says of itself.
     model = dataclasses.replace(config.model, attention="xla")
     module, batch = grain.GRAIN(model, config.dtype), train_step.abstract_batch(config)
-    params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), batch))
     parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder"), 0.0)
-    for name, count in _by_module(jax.make_jaxpr(module.apply)(params, batch).jaxpr).items():
+    forward = jax.make_jaxpr(module.init_with_output)(jax.random.key(0), batch)
+    for name, count in _by_module(forward.jaxpr).items():  # no initialiser has a product
         parts[_part(name, model)] += count / config.batch_size
 
+    return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config))
+
+
+def of_losses(config: Config) -> int:
+    """FLOPs of the similarities of the losses per image, forward: those of `PerImage.losses`."""
     regions, group = config.input.max_regions, config.loss.group_size or config.batch_size
     pairs = config.input.captions_per_image * config.batch_size + regions * (group * regions)
     if config.loss.image_description:
         pairs += regions * config.batch_size
     if config.loss.box_description:
         pairs += regions * (group * regions)
-    if config.loss.match_description and model.decoder is not None:
-        pairs += model.decoder.queries * regions
-    losses = 2 * pairs * model.embed_dim
-    return PerImage(**parts, losses=losses, frozen=_frozen(config))
+    if config.loss.match_description and config.model.decoder is not None:
+        pairs += config.model.decoder.queries * regions
+    return 2 * pairs * config.model.embed_dim
 
 
 def _frozen(config: Config) -> frozenset[str]:

@@ -33,17 +33,11 @@ ROOM = 0.9  # share of the memory that a suggestion may fill
 
 
 class Limit(NamedTuple):
-    """The memory that arrays may take.
+    """The memory that arrays may take."""
 
-    Attributes:
-      bytes: of one device.
-      sharing: how many devices share one memory of `sharing * bytes`; None where each has its own.
-      host: bytes of the memory of the machine that this process may take.
-    """
-
-    bytes: int
-    sharing: int | None
-    host: int
+    bytes: int  # of one device
+    sharing: int | None  # how many devices share `sharing * bytes`; None: each has its own
+    host: int  # bytes of the memory of the machine that this process may take
 
     @property
     def together(self) -> int:

@@ -1,19 +1,17 @@
 """What a training step needs in memory: the state exactly, and what it makes and drops by arithmetic."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
 from grain_jax.input_pipeline import derived, device
-from grain_jax.models.grain import GRAIN
+from grain_jax.models import grain
 from grain_jax.training import optim, sharding, train_step
 
 FLOAT = 4  # bytes
@@ -32,19 +30,12 @@ class Kept(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What one device needs.
+    """What one device needs."""
 
-    Attributes:
-      state: bytes of parameters, optimiser state and averages.
-      gradients: bytes; counted twice with micro-batches.
-      activations: bytes per image of a micro-batch.
-      batch: bytes per image of a batch.
-    """
-
-    state: float
-    gradients: float
-    activations: float
-    batch: float
+    state: float  # bytes of parameters, optimiser state and averages
+    gradients: float  # bytes; counted twice with micro-batches
+    activations: float  # bytes per image of a micro-batch
+    batch: float  # bytes per image of a batch
 
     def parts(self, images: int, microbatches: int) -> dict[str, float]:
         """Bytes of each kind, for so many images a device; their sum is what the device needs."""
@@ -70,9 +61,8 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
       The arrays without parameters and inputs.
     """
     config = dataclasses.replace(config, batch_size=images)
-    model = GRAIN(config.model, config.dtype, config.remat)
-    init = functools.partial(train_step.init_state, model, config, optax.identity())
-    params = sharding.unbox(jax.eval_shape(init)).params
+    model = grain.GRAIN(config.model, config.dtype, config.remat)
+    params = sharding.unbox(jax.eval_shape(lambda: grain.init(model, jax.random.key(0))))
     batch = train_step.abstract_batch(config)
     keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
 

@@ -59,14 +59,14 @@ def frozen_mask(params, patterns: Sequence[str]):
     """
     # A box is a leaf, so that a frozen parameter leaves no empty box among the moments.
     is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)
-    found = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
+    names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), params, is_leaf=is_box)
+    found = jax.tree.leaves(names)
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, x) for x in found):
+        if not any(re.fullmatch(pattern, name) for name in found):
             raise errors.UserError(
                 f"optim.frozen: {pattern!r} matches no parameter; names are such as {found[0]}"
             )
-    matches = lambda path, _: any(re.fullmatch(p, _name(path)) for p in patterns)
-    return jax.tree_util.tree_map_with_path(matches, params, is_leaf=is_box)
+    return jax.tree.map(lambda name: any(re.fullmatch(p, name) for p in patterns), names)
 
 
 def stop_frozen(params, patterns: Sequence[str]):
@@ -108,12 +108,6 @@ def layer_scales(params, decay: float):
         return np.float32(decay ** (depth[tower] + 1) if _EMBEDDINGS.fullmatch(name) else 1)
 
     return jax.tree_util.tree_map_with_path(scale, params)
-
-
-def _scale_layers(decay: float) -> optax.GradientTransformation:
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, decay))
-    )
 
 
 def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
@@ -162,8 +156,12 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
             {"trained": adam, "frozen": optax.set_to_zero()},
             lambda params: jax.tree.map(kind, frozen_mask(params, config.frozen)),
         )
-    # Without layer-wise decay the chain has no link for it, and the state no entry.
-    return adam if config.layer_decay == 1 else optax.chain(adam, _scale_layers(config.layer_decay))
+    if config.layer_decay == 1:  # the chain has no link for it, and the state no entry
+        return adam
+    scale = lambda updates, params: jax.tree.map(
+        jnp.multiply, updates, layer_scales(params, config.layer_decay)
+    )
+    return optax.chain(adam, optax.stateless(scale))
 
 
 def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):

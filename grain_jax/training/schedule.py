@@ -4,14 +4,11 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import multihost_utils
+from typing import NamedTuple
 
 from grain_jax.config import Config
 from grain_jax.core import errors
+from grain_jax.runtime import processes
 
 
 class Due(NamedTuple):
@@ -51,13 +48,6 @@ class Schedule:
         return Due(logs, evaluates, saves)
 
 
-def agreed(opinion: bool | float) -> Any:
-    """The opinion of the first process, on all of them: clocks and rates differ."""
-    if jax.process_count() == 1:
-        return opinion
-    return multihost_utils.broadcast_one_to_all(jnp.asarray(opinion)).item()
-
-
 def best_is_evaluated(config: Config) -> bool:
     """Whether the best checkpoint is chosen by a number of an evaluator."""
     return config.checkpoint_best_metric.startswith("eval/")
@@ -89,5 +79,5 @@ def best_metric(config: Config, values: Mapping[str, float]) -> dict[str, float]
     name = config.checkpoint_best_metric
     if not name:
         return None
-    value = agreed(values.get(name, math.nan))  # rates are known to the first one only
-    return None if math.isnan(value) else {name: value}
+    value = processes.of_first(lambda: values.get(name))  # rates are known to the first one only
+    return None if value is None or math.isnan(value) else {name: value}

@@ -6,7 +6,6 @@ to carry these back into the parameters (gradient caching, Gao et al. 2021). The
 full batch, not an average of smaller contrastive losses.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
 from grain_jax.core import schema
-from grain_jax.models import placement
+from grain_jax.models import grain, placement
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
 from grain_jax.training import optim, sharding
@@ -80,12 +79,7 @@ def abstract_batch(config: Config) -> schema.Batch:
 
 def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -> TrainState:
     """A fresh TrainState from the config's seed, parameters boxed with their logical axes."""
-    # Init needs a batch, though parameters do not depend on its size, nor on how its texts are packed.
-    padded = dataclasses.replace(config, text=dataclasses.replace(config.text, packing=False))
-    batch = jax.tree.map(
-        lambda x: jnp.zeros((min(x.shape[0], 1), *x.shape[1:]), x.dtype), abstract_batch(padded)
-    )
-    params = model.init(jax.random.key(config.seed), batch)["params"]
+    params = grain.init(model, jax.random.key(config.seed))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

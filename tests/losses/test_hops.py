@@ -1,5 +1,6 @@
 """The path of the ring through a slice: on TPUs that are not here, and with the numbers of another order."""
 
+import functools
 import itertools
 import types
 
@@ -9,10 +10,10 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import losses
-from grain_jax.core import schema
 from grain_jax.losses import hops, layout
-from grain_jax.models import grain
+from grain_jax.training import sharding
 from tests import tiny
+from tests.losses.test_losses import _outputs
 
 
 def _chip(coords, slice_index=0):
@@ -100,28 +101,25 @@ def test_precision_is_that_of_tpus():
         assert placed.in_group.precision == jax.lax.Precision[expected]
 
 
-@pytest.mark.parametrize("group_size,slices", [(0, 1), (8, 1), (0, 2), (0, 4), (0, 8)])
+@functools.cache
+def _losses_and_gradients(group_size):
+    """(a function of nothing that computes them on 8 devices, what it gives without a path)."""
+    c = tiny.config(loss__group_size=group_size, loss__image_description=1.0)
+    mesh = sharding.make_mesh(c.mesh)
+    batch, outputs = tiny.batch(c), _outputs(c)
+
+    def loss(outputs):
+        options = dict(mesh=mesh, batch_axes=sharding.BATCH_AXES)
+        return losses.total_loss(outputs, batch, c.loss, **options).total
+
+    run = lambda: jax.jit(jax.value_and_grad(lambda x: loss(x)))(outputs)
+    return run, run()
+
+
+@pytest.mark.parametrize("group_size,slices", [(0, 1), (8, 1), (0, 2), (0, 8)])
 def test_another_path_gives_the_same_losses(group_size, slices, monkeypatch):
     """Values and gradients on 8 devices, whatever path the ring takes, through one slice or several."""
-    c = tiny.config(loss__group_size=group_size, loss__image_description=1.0)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
-    batch = tiny.batch(c)
-    rng = np.random.default_rng(0)
-    unit = lambda *shape: grain.normalize(rng.normal(size=shape).astype(np.float32))
-    images, regions = batch.region_mask.shape
-    embeds = unit(images, 16), unit(images, 1, 16), unit(images, 5, 16), unit(images, regions, 16)
-    boxes = rng.uniform(0.2, 0.5, (2, images, 5, 4)).astype(np.float32)
-
-    def loss(embeds):
-        outputs = schema.Outputs(*embeds, boxes, np.float32(10.0), np.float32(0.0))
-        return losses.total_loss(
-            outputs, batch, c.loss, mesh=mesh, batch_axes=("data", "fsdp")
-        ).total
-
-    def run():
-        return jax.jit(jax.value_and_grad(loss))(embeds)
-
-    expected = run()
+    run, expected = _losses_and_gradients(group_size)
     taken = []
 
     def shuffled(rings):

@@ -15,13 +15,17 @@ from tests.paths import GOLDENS
 match = jax.jit(matching.match)
 
 
-def test_all_golden_matrices_have_scipys_total():
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_golden_matrices_have_scipys_total(every):
+    """Those of every fifth number of queries, and all: each number is a program of its own."""
     z = np.load(GOLDENS / "hungarian.npz")
     by_size = collections.defaultdict(list)
     for i, (n, m) in enumerate(z["shapes"]):
         by_size[int(n), 6 if max(n, m) <= 6 else 20].append(i)
     checked = 0
     for (queries, regions), members in by_size.items():
+        if queries % every:
+            continue
         cost = np.zeros((len(members), queries, regions), np.float32)
         mask = np.zeros((len(members), regions), bool)
         for row, i in enumerate(members):
@@ -38,7 +42,7 @@ def test_all_golden_matrices_have_scipys_total():
             # Float32 cannot order sums that differ by less than its own rounding.
             assert abs(total - z["total"][i]) <= 1e-7 * max(1e-12, np.abs(cost[row]).sum()), i
             checked += 1
-    assert checked == 2000
+    assert checked == (2000 if every == 1 else 374)
 
 
 @pytest.mark.parametrize(

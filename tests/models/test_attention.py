@@ -83,7 +83,7 @@ def _by_xla(q, k, v, norms, heads, eps, within):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernel_equals_the_replica(name):
-    """Values and all gradients: as near to float64 as those of XLA's program, in float32 and in bfloat16."""
+    """Values and all gradients: as near to float64 as those of XLA's program, in float32 and, of three, in bfloat16."""
     heads, eps = SHAPES[name][2], 1e-6
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
@@ -101,7 +101,8 @@ def test_kernel_equals_the_replica(name):
     def xla(q, k, v, norms):
         return _by_xla(q, k, v, norms, heads, eps, within)
 
-    for dtype, bound in ((jnp.float32, 5e-5), (jnp.bfloat16, 0.5)):
+    bounds = {jnp.float32: 5e-5} | ({jnp.bfloat16: 0.5} if name in ("B/16", "text", "tiny") else {})
+    for dtype, bound in bounds.items():
         q, k, v, norms = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
         cast = (*(x.astype(dtype) for x in (q, k, v)), norms)
         of = lambda f, cast=cast, dtype=dtype: _worst(
@@ -158,8 +159,10 @@ def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
     _assert_near(got, expected)
 
 
-@pytest.mark.parametrize("mesh_shape", [None, (2, 2, 2)])
-@pytest.mark.parametrize("length,qk_norm", [(9, True), (9, False), (10, False)])
+@pytest.mark.parametrize(
+    "mesh_shape,length,qk_norm",
+    [(None, 9, True), (None, 9, False), (None, 10, False), ((2, 2, 2), 9, False)],
+)
 def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, qk_norm):
     """Odd lengths have no backward pass in cuDNN; the layer is that of XLA at every length."""
     given, real = [], jax.nn.dot_product_attention

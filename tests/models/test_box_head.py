@@ -56,17 +56,13 @@ def test_places_of_tokens():
         box_head.token_boxes(9, 1)
 
 
-@pytest.fixture(scope="module", params=["roi_align", "prompter"])
-def model(request):
-    c = tiny.config(model__boxes__kind=request.param, loss__box_description=1.0)
-    batch = tiny.batch(c)
-    module = grain.GRAIN(c.model, "float32")
+@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
+def test_a_box_has_an_embedding_of_its_own_and_leaves_the_rest_of_the_model_alone(kind):
+    c = tiny.small(model__boxes__kind=kind, loss__box_description=1.0)
+    module, batch = grain.GRAIN(c.model, "float32"), tiny.batch(c)
     params = jax.jit(module.init)(jax.random.key(0), batch)["params"]
-    return module, params, batch
-
-
-def test_a_batch_has_the_embeddings_of_its_boxes(model):
-    module, params, batch = model
+    shapes = {name: x.shape for name, x in grain.flat(params).items()}
+    assert grain.parameter_shapes(c.model) == shapes  # which has no boxes
     out = jax.jit(module.apply)({"params": params}, batch)
     centre, size = batch.region_boxes_cxcywh[..., :2], batch.region_boxes_cxcywh[..., 2:]
     corners = np.concatenate([centre - size / 2, centre + size / 2], axis=-1)
@@ -78,24 +74,9 @@ def test_a_batch_has_the_embeddings_of_its_boxes(model):
     # A box has the same embedding alone.
     np.testing.assert_allclose(encode(batch.image, corners[:, 3:4]), asked[:, 3:4], atol=1e-6)
 
-
-def test_the_head_leaves_the_rest_of_the_model_alone(model):
-    module, params, batch = model
-    out = jax.jit(module.apply)({"params": params}, batch)
-    plain = grain.GRAIN(tiny.config().model, "float32")
-    kept = {
-        k: v for k, v in params.items() if not k.startswith("box_head") and k != "box_projection"
-    }
+    kept = {k: v for k, v in params.items() if k not in ("box_head", "box_projection")}
+    plain = grain.GRAIN(tiny.small().model, "float32")
     without = jax.jit(plain.apply)({"params": kept}, batch)
     assert without.box_embed is None
     for name in ("image_embed", "text_embed", "region_embed", "region_text_embed"):
         np.testing.assert_array_equal(getattr(out, name), getattr(without, name))
-
-
-@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
-def test_shapes_are_known_without_boxes(kind):
-    config = tiny.config(model__boxes__kind=kind, loss__box_description=1.0)
-    model, batch = grain.GRAIN(config.model), tiny.batch(config)
-    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    expected = {name: x.shape for name, x in grain.flat(params).items()}
-    assert grain.parameter_shapes(config.model) == expected

@@ -54,7 +54,7 @@ def _compiled_bytes(config):
 def test_a_step_that_does_not_fit_is_refused_before_the_first_and_what_is_named_fits(
     tmp_path, monkeypatch
 ):
-    config = tiny.config(batch_size=512, text__pack_group=1)
+    config = tiny.small(batch_size=512, text__pack_group=1)
     needs = 8 * _compiled_bytes(config)
     there = _limit(round(0.6 * needs))
     monkeypatch.setattr(memory_check, "limit", lambda: there)
@@ -135,22 +135,6 @@ def test_a_state_that_does_not_fit_is_to_be_cut(monkeypatch):
     assert "a device has" in str(caught.value)
 
 
-def test_a_failure_at_run_time_names_half_at_most(large, monkeypatch):
-    """Others may hold the memory: that the arithmetic would have let it pass says nothing."""
-    config = large[0]
-    monkeypatch.setattr(memory_check, "limit", lambda: _limit(2**40))
-    with pytest.raises(errors.OutOfMemory) as caught:
-        with errors.out_of_memory_in_a_line(
-            "training", lambda: memory_check.training_advice(config)
-        ):
-            raise jax.errors.JaxRuntimeError(XLA)
-    line = str(caught.value)
-    assert line.startswith(
-        "out of memory in training (Out of memory allocating 315363503480 bytes); largest: activations"
-    )
-    assert _set(config, line)["batch_size"].batch_size <= 2048
-
-
 class _ResourceExhaustedError(Exception):
     """TensorFlow's."""
 
@@ -224,30 +208,31 @@ def test_commands_that_load_a_model_say_it(main, arguments, monkeypatch, capsys)
     assert lines[0].startswith("out of memory in ") and "Traceback" not in str(lines)
 
 
-def _command(code, *flags):
-    command = [sys.executable, *code, "--config", "tests/run_config.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1, lines
-    return lines[0]
-
-
 def test_the_command_with_a_million_images(tmp_path):
     began = time.monotonic()
-    flags = (f"--workdir={tmp_path}/w", "--config.batch_size=1000000000")
-    line = _command(["-m", "grain_jax.train"], *flags)
+    command = [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
+    command += [f"--workdir={tmp_path}/w", "--config.batch_size=1000000000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2
     assert line.startswith("out of memory: the step needs about ")
     assert "this machine has" in line and "--config.batch_size=" in line
     assert time.monotonic() - began < 120 and not (tmp_path / "w").exists()
 
 
-def test_the_command_whose_step_is_refused_by_the_allocator(tmp_path):
-    """As it is where others hold the memory, or a TPU's compiler does not find room."""
-    code = (
-        "import jax; from grain_jax import train; from grain_jax.cli import process\n"
-        f"def step(*_): raise jax.errors.JaxRuntimeError({XLA!r})\n"
-        "train.train = step; process.run(train.main)"
+def test_what_the_allocator_refuses_names_half_at_most(tmp_path, monkeypatch):
+    """Others may hold the memory: that the arithmetic would have let it pass says nothing."""
+    of_the_process = (train, "keep_freed_memory"), (train.compiled, "use")
+    of_the_process += (train.ending, "quiet_threads"), (train.ending.PreemptionHandler, "listen")
+    for owner, name in of_the_process:
+        monkeypatch.setattr(owner, name, lambda *_: None)
+    monkeypatch.setattr(memory_check, "limit", lambda: _limit(2**40))
+    monkeypatch.setattr(train, "train", _runs_out)
+    flags = ["--config=tests/run_config.py", f"--workdir={tmp_path}", "--config.batch_size=4096"]
+    with pytest.raises(errors.OutOfMemory) as caught:
+        train.main(flags)
+    line = str(caught.value)
+    assert line.startswith(
+        "out of memory in training (Out of memory allocating 315363503480 bytes); largest: activations"
     )
-    line = _command(["-c", code], f"--workdir={tmp_path}", "--config.batch_size=4096")
-    assert line.startswith("out of memory in training (Out of memory allocating 3153635")
     assert "Set --config.batch_size=1024 (about" in line

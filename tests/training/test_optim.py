@@ -8,8 +8,7 @@ import optax
 import pytest
 
 from grain_jax.models import grain
-from grain_jax.models.grain import GRAIN
-from grain_jax.training import optim, sharding, train_step
+from grain_jax.training import optim, sharding
 from tests import tiny
 
 
@@ -29,9 +28,8 @@ def test_warmup_in_epochs():
 
 
 def _params(c):
-    model = GRAIN(c.model, c.dtype, c.remat)
-    tx = optax.identity()
-    return sharding.unbox(jax.eval_shape(lambda: train_step.init_state(model, c, tx))).params
+    init = lambda: grain.init(grain.GRAIN(c.model), jax.random.key(0))
+    return sharding.unbox(jax.eval_shape(init))
 
 
 def test_matrices_alone_decay_by_default():

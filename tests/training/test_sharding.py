@@ -1,12 +1,15 @@
+"""The mesh, the places of parameters and batches, and who serves which lanes on any layout."""
+
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
 from grain_jax.configs.grain_vitb16_cc12m import get_config as b16
-from grain_jax.input_pipeline import derived
+from grain_jax.input_pipeline import derived, synthetic
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import optim, sharding, train_step
 from tests import tiny
@@ -106,3 +109,58 @@ def test_slices_are_cut_over_data_first():
     ):
         with pytest.raises(sharding.ShardingError, match=f"dcn_data: .*{told}"):
             sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=slices), chips)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the layout of a pod needs of a device."""
+
+    id: int
+    process_index: int
+
+
+def _layout(processes, shape):
+    """The sharding of a batch on devices that belong to these processes, in the order of the mesh."""
+    devices = np.empty(len(processes), object)
+    for i, process in enumerate(processes):
+        devices[i] = Device(i, process)
+    return sharding.batch_sharding(Mesh(devices.reshape(shape), ("data", "fsdp", "tensor")))
+
+
+@pytest.mark.parametrize(
+    "processes,shape,expected",
+    [
+        ([0, 0, 1, 1], (4, 1, 1), {0: (0, 1, 2, 3), 1: (4, 5, 6, 7)}),
+        ([0, 1, 0, 1], (4, 1, 1), {0: (0, 1, 4, 5), 1: (2, 3, 6, 7)}),  # a torus goes to and fro
+        ([1, 1, 0, 0], (2, 2, 1), {0: (4, 5, 6, 7), 1: (0, 1, 2, 3)}),
+        ([0, 1, 0, 1], (2, 1, 2), {0: tuple(range(8)), 1: tuple(range(8))}),  # tensor across hosts
+        ([0, 0, 1, 1, 2, 2, 3, 3], (2, 1, 4), {1: (0, 1, 2, 3), 2: (4, 5, 6, 7)}),
+        ([0, 1, 0, 1, 2, 3, 2, 3], (4, 1, 2), {0: (0, 1, 2, 3), 1: (0, 1, 2, 3), 3: (4, 5, 6, 7)}),
+    ],
+)
+def test_a_process_serves_the_lanes_on_its_devices(processes, shape, expected):
+    of = _layout(processes, shape)
+    config = tiny.config(input__lanes=8)
+    whole = next(synthetic.batches(config, start_step=3))
+    rows = of.devices_indices_map((16,))
+    for process, lanes in expected.items():
+        got = sharding.lanes_of_process(of, batch_size=16, lanes=8, process_index=process)
+        assert got == lanes
+        # What it serves are its devices' rows, in the order in which they stand in the batch.
+        held = sorted(
+            {i for d, (r,) in rows.items() if d.process_index == process for i in range(16)[r]}
+        )
+        part = next(synthetic.batches(config, lanes=got, start_step=3))
+        for name in ("image", "caption_id", "region_boxes_cxcywh"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[held])
+
+
+def test_a_lane_on_two_processes_is_one_line():
+    with pytest.raises(
+        sharding.ShardingError,
+        match="input.lanes: got 2, but process 0 holds 4 of the 8 images of lane 0; expected a"
+        " multiple of 4",
+    ):
+        sharding.lanes_of_process(
+            _layout([0, 1, 0, 1], (4, 1, 1)), batch_size=16, lanes=2, process_index=1
+        )
