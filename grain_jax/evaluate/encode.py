@@ -66,7 +66,7 @@ class Encoded(NamedTuple):
     image_embed: np.ndarray  # float32 [B, D]
     regions: schema.Regions | None  # None: called with regions=False
     box_embed: np.ndarray | None  # float32 [M, D], image by image; None: called without boxes
-    pixels: Sequence[Any] = ()  # of a batch: what the model gets
+    pixels: Any = ()  # of a batch: what the model gets
 
     @property
     def with_regions(self) -> schema.Regions:
@@ -90,8 +90,7 @@ def gather_images(
     found = processes.allgather(parts)
     regions = {key: found.pop(key) for key in schema.Regions._fields if key in found}
     boxes = processes.allgather(of_boxes)["box_embed"] if options.get("boxes_of") else None
-    of_images = (found[key] for key in ("index", "sizes", "labels", "image_embed"))
-    return Encoded(*of_images, schema.Regions(**regions) if regions else None, boxes)
+    return Encoded(**found, regions=schema.Regions(**regions) if regions else None, box_embed=boxes)
 
 
 def encode_images(

@@ -155,8 +155,12 @@ def top_regions(
     low, high = boxes[:, :2], boxes[:, 2:]
     centre_and_size = tf.concat([(low + high) / 2, high - low], 1)
     mask = tf.ones_like(chosen, tf.bool)
-    columns = tf.gather(descriptions, chosen), centre_and_size, mask, tf.gather(scores, chosen)
-    return tuple(_padded(column, number) for column in columns)
+    return (
+        _padded(tf.gather(descriptions, chosen), number),
+        _padded(centre_and_size, number),
+        _padded(mask, number),
+        _padded(tf.gather(scores, chosen), number),
+    )
 
 
 def _padded(rows: tf.Tensor, number: int) -> tf.Tensor:
