@@ -101,12 +101,14 @@ QUICK = (
 )
 
 
-@pytest.fixture
-def no_curves(monkeypatch):
+@pytest.fixture(scope="module")
+def no_curves():
     """Runs draw no curves.png, which takes a fifth of a short one."""
     from grain_jax.report import figures
 
-    monkeypatch.setattr(figures, "curves", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "curves", lambda *_: None)
+        yield
 
 
 def pytest_collection_modifyitems(items):
@@ -117,12 +119,3 @@ def pytest_collection_modifyitems(items):
         chosen = name.startswith(tuple(entry + ("" if "::" in entry else "::") for entry in QUICK))
         if chosen and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.quick)
-
-
-@pytest.fixture(scope="module")
-def quick_runs():
-    """Runs of the trainer without what they have in common or nobody looks at (tests/programs.py)."""
-    from tests import programs
-
-    with programs.quick_runs():
-        yield

@@ -15,9 +15,9 @@ from grain_jax.data import digest
 from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint, receipt
 from grain_jax.verify import command as verify_command
-from tests import programs, record_sets, tiny
+from tests import record_sets, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def _build(folder, output, *, shards=4):
@@ -96,16 +96,22 @@ def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
     assert _identity(built)["digest"] == of_stored.hex()
 
 
-def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path):
-    here = _identity(built)
-    assert here["digest_of"] == "records"
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path, beside):
+    def identity(output):
+        if not beside:  # a set that data.build has not written
+            (output / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink(missing_ok=True)
+        return _identity(output)
+
+    here = identity(built)
+    assert here["digest_of"] == ("records" if beside else "files")
     shutil.copytree(built, tmp_path / "moved é ü")
-    assert _identity(tmp_path / "moved é ü") == here
+    assert identity(tmp_path / "moved é ü") == here
     _build(pictures, built)  # other bytes, the same records
-    assert _identity(built) == here
+    assert identity(built) == here
     longer = _edit(pictures, tmp_path, synthetic_caption="another text, of another length")
     _build(longer, tmp_path / "other")
-    other = _identity(tmp_path / "other")
+    other = identity(tmp_path / "other")
     assert other["digest"] != here["digest"]
     assert other | {"digest": ""} == here | {"digest": ""}
 
@@ -115,13 +121,25 @@ def test_a_digest_of_other_shards_is_not_taken(pictures, built):
     old = path.read_text()
     _build(pictures, built, shards=2)
     path.write_text(old)
-    assert _identity(built)["digest_of"] == "nothing"
+    assert _identity(built)["digest_of"] == "files"
+
+
+def test_of_many_files_a_fixed_number_is_looked_into(built, monkeypatch):
+    shards = sorted((built / "tiny_set/1.0.0").glob("*tfrecord*"))
+    looked = []
+    monkeypatch.setattr(record_files, "_LOOKED_INTO", 2)
+    real = records.tf.data.TFRecordDataset
+    monkeypatch.setattr(
+        records.tf.data, "TFRecordDataset", lambda path: looked.append(path) or real(path)
+    )
+    record_files._digest_of_files([record_files.epath.Path(path) for path in shards])
+    assert sorted(looked) == [str(shards[0]), str(shards[2])]
 
 
 def _config(output, **overrides):
     source = dict(input__source="records", input__data_dir=str(output), input__name="tiny_set")
     source |= dict(total_steps=2, checkpoint_every=1)
-    return tiny.config(**programs.SHALLOW, **source, **overrides)
+    return tiny.config(**tiny.SHALLOW, **source, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +234,20 @@ def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, mon
         read()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"test": {}}', '{"train": 3}'])
+def test_a_digest_that_data_build_has_not_written_is_one_line(built, content):
+    (built / "tiny_set/1.0.0" / record_files.DIGEST_FILE).write_text(content)
+    with pytest.raises(record_files.DataError, match="not what grain-jax build writes") as caught:
+        _identity(built)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_kind_of_digest_is_not_compared_and_says_so(run, tmp_path):
     workdir, output = run
     shutil.copytree(output, tmp_path / "bare")
     (tmp_path / "bare/tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink()
     (line,), _ = _restore(workdir, _config(tmp_path / "bare"))
-    assert line.endswith("the content cannot be compared, a digest of records with one of nothing")
+    assert line.endswith("the content cannot be compared, a digest of records with one of files")
 
 
 def test_verify_does_not_call_a_run_false_whose_data_is_another(run, monkeypatch):

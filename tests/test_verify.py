@@ -13,14 +13,14 @@ from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import receipt
 from grain_jax.verify import command, replay
 from grain_jax.verify import workdir as workdir_files
-from tests import programs, record_sets, runs, tiny
+from tests import record_sets, runs, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("no_curves")
 ALL = jax.devices  # the function: tests replace it
 
 
 def _config(**overrides):
-    return programs.config(checkpoint_keep=3, **overrides)
+    return tiny.small(checkpoint_keep=3, **overrides)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -247,7 +247,7 @@ def test_edited_records_of_the_data_set_are_found(tmp_path, capsys, monkeypatch)
     written = json.loads(digests.read_text())
     source = dict(input__source="records", input__data_dir=str(data), input__name="tiny_set")
     steps = dict(total_steps=2, checkpoint_every=1)  # as in test_data_identity.py
-    train.train(tiny.config(**programs.SHALLOW, **source, **steps), workdir)
+    train.train(tiny.config(**tiny.SHALLOW, **source, **steps), workdir)
     status, out, err = verify_rebuilt()  # other bytes, the same records
     assert status == 0 and "bit for bit" in out, out + err
 

@@ -11,8 +11,10 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
-from grain_jax.training import train_step
+from grain_jax.training import flops, train_step
 from tests import runs
+
+SHALLOW = {f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")}
 
 
 class Once:
@@ -40,6 +42,12 @@ class Once:
 _NOT_COMPILED = re.compile("(total|log|eval|checkpoint|profile)_.*|evals|pictures|wandb")
 
 
+def _compiled(config: config_lib.Config) -> str:
+    """The keys of a config that its program depends on."""
+    keys = json.loads(config_lib.to_json(config))
+    return json.dumps({k: v for k, v in keys.items() if not _NOT_COMPILED.fullmatch(k)})
+
+
 def once(build):
     """`train_step.build` that gives one Program for configs whose programs are equal; its step is compiled once."""
     programs = {}
@@ -47,11 +55,9 @@ def once(build):
     @functools.wraps(build)
     def built(config, mesh, *, total_steps, steps_per_epoch):
         steps = dict(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        compiled = json.loads(config_lib.to_json(config))
-        compiled = {k: v for k, v in compiled.items() if not _NOT_COMPILED.fullmatch(k)}
         if config.optim.warmup_steps is not None:  # else an epoch's steps say how many
             steps_per_epoch = None
-        key = json.dumps(compiled), mesh, total_steps, steps_per_epoch
+        key = _compiled(config), mesh, total_steps, steps_per_epoch
         if key not in programs:
             program = build(config, mesh, **steps)
             programs[key] = program._replace(step=Once(program.step, "lower"))
@@ -60,7 +66,22 @@ def once(build):
     return built
 
 
+def counted_once(count):
+    """`flops.per_image` that counts equal models once."""
+    found = {}
+
+    @functools.wraps(count)
+    def counted(config):
+        key = _compiled(config)
+        if key not in found:
+            found[key] = count(config)
+        return found[key]
+
+    return counted
+
+
 train_step.build = once(train_step.build)
+flops.per_image = counted_once(flops.per_image)
 
 
 def dictionary(**overrides):

@@ -14,15 +14,15 @@ from grain_jax import config as config_lib
 from grain_jax import inference, train
 from grain_jax.input_pipeline import sources, tokenizer
 from grain_jax.training import sharding
-from tests import programs, record_sets, runs, tiny
+from tests import record_sets, runs, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("no_curves")
 SOURCE = "examples.data_source.shapes:Shapes"
 
 
 def config(**overrides):
     c = tiny.dictionary(
-        total_steps=2, checkpoint_every=1, input__source=SOURCE, **programs.SHALLOW, **overrides
+        total_steps=2, checkpoint_every=1, input__source=SOURCE, **tiny.SHALLOW, **overrides
     )
     c.input.options = dict(colours=("red", "blue"))
     return config_lib.from_dict(c)

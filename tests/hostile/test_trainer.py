@@ -13,7 +13,7 @@ from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import lock, metrics_writer
-from tests import programs, record_sets, tiny
+from tests import record_sets, tiny
 from tests.hostile import cases
 
 FLAGS = [  # arguments, the line
@@ -125,7 +125,7 @@ def test_hostile_metrics_are_left_out_and_a_workdir_that_is_removed_is_a_line(
     monkeypatch.setattr(cases, "SECONDS", 300)  # it compiles
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: device)
-    config = programs.config(total_steps=2, checkpoint_every=0)
+    config = tiny.small(total_steps=2, checkpoint_every=0)
     outcome = cases.run(lambda _: train.train(config, workdir), [])
     cases.check(outcome, "run: the folder was removed", errors.StorageFault.status)
     cases.check(outcome, r"metrics.jsonl, line 1: got .* 3 of 3 lines do not count", 1)

@@ -19,7 +19,7 @@ from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import encode, tables, test_sets, zeroshot
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, processes
-from tests import programs, tiny
+from tests import tiny
 from tests.paths import ROOT
 
 CLASSES = ("cat", "dog", "red_fox")
@@ -27,7 +27,7 @@ CLASSES = ("cat", "dog", "red_fox")
 
 @pytest.fixture(scope="module")
 def model():
-    c = tiny.config(**programs.SHALLOW)
+    c = tiny.config(**tiny.SHALLOW)
     module = grain.GRAIN(c.model, "float32")
     return c.model, nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(c))["params"])
 
