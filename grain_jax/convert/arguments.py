@@ -71,18 +71,38 @@ class ToTorch(_OfCheckpoint, name="convert to-torch"):
 
 
 class ToHf(_OfCheckpoint, name="convert to-hf"):
-    """A checkpoint -> a folder for transformers' AutoModel.
+    """A checkpoint -> a folder for transformers: GRAIN by AutoModel, two towers by CLIPModel or SiglipModel.
 
     Example:
       grain-jax convert to-hf --checkpoint runs/demo --output demo_hf
+
+    what of the model:
+      --part PART  model, or vision: the image tower alone, for CLIPVisionModel or SiglipVisionModel
 
     the Hugging Face Hub:
       --push ORG/NAME   upload the folder to this repository, which is made if it is not there
       --[no-]private    a new repository is a private one
     """
 
+    part: str = flag("model", choices=("model", "vision"))
     push: str | None = None
     private: bool = False
+
+
+class ToOpenClip(_OfCheckpoint, name="convert to-open-clip"):
+    """A checkpoint of two towers -> a folder for open_clip's create_model_and_transforms("local-dir:DIR").
+
+    Example:
+      grain-jax convert to-open-clip --checkpoint runs/towers --output towers_open_clip
+    """
+
+
+class ToBigVision(_OfCheckpoint, name="convert to-big-vision"):
+    """A checkpoint of two towers -> the .npz of big_vision's two_towers.
+
+    Example:
+      grain-jax convert to-big-vision --checkpoint runs/towers --output towers.npz
+    """
 
 
 class FromHf(_OfFile, name="convert from-hf"):
@@ -117,7 +137,10 @@ class Pack(_OfCheckpoint, name="convert pack"):
     """
 
 
-_KINDS = (FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, FromBigVision, Pack)
+_KINDS = (
+    *(FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, ToOpenClip, FromBigVision, ToBigVision),
+    Pack,
+)
 
 
 class Convert(Command, name="convert", kinds={kind.command: kind for kind in _KINDS}):

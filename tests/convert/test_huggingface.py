@@ -18,7 +18,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax.convert import huggingface, model_card, parity
+from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.core import images
@@ -381,7 +381,7 @@ def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
         def iterdir(self):
             return epath.Path(tmp_path).iterdir()
 
-    with huggingface._on_disk(Stored()) as path:
+    with output.on_disk(Stored()) as path:
         assert path != str(tmp_path) and (epath.Path(path) / "config.json").read_text() == "{}"
 
 

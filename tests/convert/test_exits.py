@@ -1,0 +1,340 @@
+"""The exits against the classes that load them, which we did not write; each model has perturbed weights."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import PIL.Image
+import pytest
+import timm
+import torch
+import transformers
+from timm.models import vision_transformer
+
+import grain_jax
+from grain_jax.convert import towers
+from grain_jax.convert.__main__ import main
+from grain_jax.convert.exits import reasons
+from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.input_pipeline import clip_tokenizer
+from grain_jax.runtime import checkpoint
+from tests import foreign, perturbed
+
+torch.set_num_threads(1)
+TWO = dict(decoder=None, image__depth=1, text__depth=1)
+CLIP = TWO | dict(
+    image__pool="class", image__qk_norm=False, image__pre_norm=True, image__norm_eps=1e-5
+)
+SIGLIP = TWO | dict(
+    embed_dim=48,
+    logit_bias_init=-3.0,
+    image__pool="map",
+    image__qk_norm=False,
+    image__class_token=False,
+    image__activation="gelu_tanh",
+    image__projection="none",
+    text__activation="gelu_tanh",
+    text__norm_eps=1e-6,
+    text__causal=False,
+    text__pool="last",
+    text__tokenizer="tokenizer.json",
+)
+IDS = np.array([[298, 7, 8, 299] + [0] * 28, [298, *range(20, 50), 299]], np.int64)
+
+
+def made(folder, **changes):
+    """(the folder, the model as `grain_jax.load` gives it)."""
+    model = perturbed.tiny(**changes)
+    checkpoint.save_model(folder, model, perturbed.params(model), source="test")
+    if model.text.tokenizer == "tokenizer.json":
+        perturbed.write_words(folder, "unknown pad a photo of wren two dogs and cat s bowl long x")
+    return folder, grain_jax.load(folder)
+
+
+def run(capsys, command, source, output, *flags):
+    """What the command prints; its parity is proven."""
+    status = main([*command.split(), "--input", str(source), "--output", str(output), *flags])
+    printed = capsys.readouterr()
+    assert status == 0 and "parity: PROVEN" in printed.out, printed
+    return printed.out
+
+
+def refused(capsys, command, source, output, *flags):
+    """The lines of a refusal; nothing is written."""
+    assert main([*command.split(), "--input", str(source), "--output", str(output), *flags]) == 2
+    assert not output.exists()
+    return capsys.readouterr().err.splitlines()
+
+
+def pixels(size):
+    rng = np.random.default_rng(3)
+    return rng.standard_normal((3, size, size, 3)).astype(np.float32)
+
+
+def logits(ours, images, ids):
+    image, text = ours.encode_image(images), ours.encode_text(ids)
+    return image, text, ours.logit_scale * image @ text.T + (ours.logit_bias or 0)
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("CLIPModel", CLIP | dict(image__patch_bias=False, image__activation="quick_gelu")),
+        ("CLIPModel", CLIP | dict(image__patch_bias=True, text__projection="none", embed_dim=40)),
+        ("SiglipModel", SIGLIP | dict(text__projection="affine")),
+        ("SiglipModel", SIGLIP | dict(image__patch_bias=False, logit_bias_init=None)),
+    ],
+    ids=["clip", "clip folded", "siglip", "siglip filled"],
+)
+def test_two_towers_are_a_class_of_transformers(kind, changes, tmp_path, capsys):
+    source, ours = made(tmp_path / "ours", **changes)
+    printed = run(capsys, "to-hf", source, tmp_path / "hf")
+    assert f"{kind}\n" in printed and "\nlogits " in printed and "\npixels " in printed
+    assert ("\ntoken_ids " in printed) == (kind == "SiglipModel")
+    module = getattr(transformers, kind).from_pretrained(tmp_path / "hf").eval()
+    given = pixels(40)
+    with torch.no_grad():
+        out = module(input_ids=torch.tensor(IDS), pixel_values=foreign.torch_images(given))
+    image, text, scores = logits(ours, given, IDS.astype(np.int32))
+    foreign.close(image, out.image_embeds.numpy())
+    foreign.close(text, out.text_embeds.numpy())
+    foreign.close(scores, out.logits_per_image.numpy())
+    assert "PROVEN" in (tmp_path / "hf" / "README.md").read_text()
+    run(capsys, "to-hf", source, tmp_path / "hf")  # replaces its own
+    report = from_open_clip(tmp_path / "hf", tmp_path / "back", towers.Settings())
+    assert report.verdict == "PROVEN", report.text
+
+
+ELSEWHERE = """
+import sys
+sys.modules["jax"] = sys.modules["grain_jax"] = None  # importing them is an error
+import json, numpy as np, PIL.Image, torch, transformers
+folder, image = sys.argv[1:]
+load = lambda x: x.from_pretrained(folder, local_files_only=True)
+processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+classify = transformers.pipeline("zero-shot-image-classification", model=load(transformers.AutoModel).eval(),
+    tokenizer=load(transformers.AutoTokenizer), image_processor=processor)
+found = classify(PIL.Image.open(image), candidate_labels=["wren", "owl", "bowl"], hypothesis_template="a photo of {}")
+print(json.dumps({x["label"]: x["score"] for x in found}))
+"""
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_pipeline_without_jax_gives_our_scores(family, tmp_path, capsys):
+    vocabulary = dict(text__vocab_size=clip_tokenizer.VOCAB_SIZE)
+    changes = CLIP | vocabulary if family == "clip" else SIGLIP | dict(text__pad_id=1)
+    source, ours = made(tmp_path / "ours", **changes)
+    run(capsys, "to-hf", source, tmp_path / "hf")
+    image = np.random.default_rng(4).integers(0, 256, (60, 90, 3), np.uint8)
+    PIL.Image.fromarray(image).save(tmp_path / "a.png")
+    printed = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, tmp_path / "hf", tmp_path / "a.png"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    ).stdout
+    got = json.loads(printed.splitlines()[-1])
+    texts = ["a photo of wren", "a photo of owl", "a photo of bowl"]
+    scores = ours.logit_scale * ours.encode_image([image]) @ ours.encode_text(texts).T
+    scores = scores[0] + (ours.logit_bias or 0)
+    expected = (
+        np.exp(scores) / np.exp(scores).sum() if family == "clip" else 1 / (1 + np.exp(-scores))
+    )
+    foreign.close(expected, np.array([got[x] for x in ("wren", "owl", "bowl")]))
+
+
+def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys):
+    import sentencepiece
+
+    source, _ = made(
+        tmp_path / "ours",
+        **SIGLIP | dict(text__tokenizer="siglip.model", text__cleaning="canonical", text__pad_id=1),
+    )
+    words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
+    options = dict(vocab_size=60, bos_id=-1, unk_id=2, eos_id=1, pad_id=0, hard_vocab_limit=False)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words),
+        model_prefix=str(tmp_path / "m"),
+        minloglevel=2,
+        **options,
+    )
+    (tmp_path / "m.model").rename(source / "siglip.model")
+    printed = run(capsys, "to-hf", source, tmp_path / "hf")
+    assert "\ntoken_ids " in printed
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert type(tokenizer).__name__ == "SiglipTokenizer"
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("CLIPVisionModel", dict(image__qk_norm=False, image__pre_norm=True)),
+        ("SiglipVisionModel", dict(image__qk_norm=False, image__class_token=False)),
+        ("CLIPVisionModel", CLIP),
+        ("SiglipVisionModel", SIGLIP),
+    ],
+    ids=["GRAIN clip", "GRAIN siglip", "clip", "siglip"],
+)
+def test_an_image_tower_alone_is_a_vision_model(kind, changes, tmp_path, capsys):
+    source, ours = made(tmp_path / "ours", **changes)
+    printed = run(capsys, "to-hf", source, tmp_path / "hf", "--part", "vision")
+    assert ("region decoder" in printed) == ("decoder" not in changes)
+    module = getattr(transformers, kind).from_pretrained(tmp_path / "hf").eval()
+    given = pixels(40)
+    with torch.no_grad():
+        out = module(foreign.torch_images(given), output_hidden_states=True)
+    assert len(out.hidden_states) == ours.model.image.depth + 1
+    if kind == "SiglipVisionModel" and "decoder" in changes:
+        pooled = out.pooler_output.numpy()
+        pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+        foreign.close(ours.encode_image(given), pooled)
+    assert (out.pooler_output is None) == (kind[0] == "S" and "decoder" not in changes)
+
+
+def test_llava_takes_the_vision_tower(tmp_path, capsys):
+    """One step of a LLaVA of transformers around it, with a tiny random language model."""
+    source, _ = made(tmp_path / "ours", image__qk_norm=False, image__pre_norm=True)
+    run(capsys, "to-hf", source, tmp_path / "hf", "--part", "vision")
+    tower = transformers.CLIPVisionModel.from_pretrained(tmp_path / "hf")
+    words = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=tower.config, text_config=words, image_token_index=60
+    )
+    llava = transformers.LlavaForConditionalGeneration(config)
+    llava.model.vision_tower = tower
+    ids = torch.tensor([[1, *[60] * 25, 5, 6, 7]])
+    given = foreign.torch_images(pixels(40)[:1])
+    optimizer = torch.optim.SGD(llava.parameters(), lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = llava(input_ids=ids, pixel_values=given, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert tower.get_parameter(next(n for n, _ in tower.named_parameters())).grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        CLIP | dict(image__patch_bias=False, image__activation="quick_gelu"),
+        CLIP | dict(image__qk_norm=True, image__pre_norm=False, text__activation="gelu"),
+        CLIP
+        | dict(image__pool="mean", text__projection="affine", logit_bias_init=-2.0)
+        | dict(image__activation="gelu_tanh", text__activation="gelu"),
+        CLIP | dict(text__causal=False, text__pool="last", image__activation="quick_gelu"),
+    ],
+    ids=["clip", "qk norm", "mean", "last"],
+)
+def test_open_clip_loads_its_own_towers(changes, tmp_path, capsys):
+    source, ours = made(tmp_path / "ours", **changes)
+    _check_open_clip(capsys, source, ours, tmp_path / "out")
+
+
+def _check_open_clip(capsys, source, ours, output):
+    printed = run(capsys, "to-open-clip", source, output)
+    assert "\npixels " in printed and "\nlogits " in printed
+    module, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{output}")
+    module.eval()
+    given = pixels(40)
+    with torch.no_grad():
+        images, ids = foreign.torch_images(given), torch.tensor(IDS)
+        theirs = (
+            module.encode_image(images, normalize=True),
+            module.encode_text(ids, normalize=True),
+        )
+        scores = module.get_logits(images, ids)[0]
+    image, text, ours_scores = logits(ours, given, IDS.astype(np.int32))
+    foreign.close(image, theirs[0].numpy())
+    foreign.close(text, theirs[1].numpy())
+    foreign.close(ours_scores, scores.numpy())
+    return module, preprocess
+
+
+def test_clips_tokenizer_is_open_clips(tmp_path, capsys):
+    source, _ = made(tmp_path / "ours", **CLIP, text__vocab_size=clip_tokenizer.VOCAB_SIZE,
+                     image__activation="quick_gelu")  # fmt: skip
+    assert "\ntoken_ids " in run(capsys, "to-open-clip", source, tmp_path / "out")
+
+
+@pytest.fixture
+def trunk(monkeypatch):
+    """A model of timm as small as ours, by its class; open_clip takes trunks by name alone."""
+
+    def vit_tiny_patch8_siglip_test(pretrained=False, **options):
+        sizes = dict(img_size=40, patch_size=8, embed_dim=48, depth=1, num_heads=4, mlp_ratio=2)
+        habits = dict(class_token=False, global_pool="map", act_layer="gelu_tanh")
+        kinds = {"img_size": 40, **sizes, **habits, **options}
+        for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            kinds.pop(name, None)
+        return vision_transformer.VisionTransformer(**kinds)
+
+    from timm.models import _registry
+
+    name = vit_tiny_patch8_siglip_test.__name__
+    monkeypatch.setitem(_registry._model_entrypoints, name, vit_tiny_patch8_siglip_test)
+    monkeypatch.setitem(_registry._model_to_module, name, "vision_transformer")
+    assert name in timm.list_models("*") or True
+    return name
+
+
+@pytest.mark.parametrize("projection", ["none", "affine"])
+def test_open_clip_loads_siglip_around_a_trunk_of_timm(projection, trunk, tmp_path, capsys):
+    width = {"none": 48, "affine": 28}[projection]
+    changes = SIGLIP | dict(
+        image__projection=projection, embed_dim=width, text__projection="affine"
+    )
+    source, ours = made(tmp_path / "ours", **changes)
+    _check_open_clip(capsys, source, ours, tmp_path / "out")
+    stated = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]
+    assert stated["vision_cfg"]["timm_model_name"] == trunk
+
+
+def test_a_trunk_that_timm_has_not_is_refused(tmp_path, capsys):
+    source, _ = made(tmp_path / "ours", **SIGLIP)
+    said = refused(capsys, "to-open-clip", source, tmp_path / "out")
+    assert said[0].startswith("model.image: got patch, width, depth, heads and MLP 8, 48, 1, 4, 96")
+    assert said[1:] == [
+        "1 fault; nothing was written",
+        "what writes this model: grain-jax convert to-hf, grain-jax convert to-hf --part vision,"
+        " grain-jax convert to-big-vision, grain-jax convert pack, grain-jax export",
+    ]
+
+
+def test_a_refusal_lists_all_faults_and_the_exits(tmp_path, capsys):
+    source, _ = made(tmp_path / "ours", **TWO, image__pool="mean", image__qk_norm=True,
+                     text__activation="gelu")  # fmt: skip
+    assert refused(capsys, "to-hf", source, tmp_path / "out") == [
+        "model.image.qk_norm: got True, CLIPModel has False",
+        "model.image.pre_norm: got False, CLIPModel has True",
+        "model.image.pool: got mean, CLIPModel has class",
+        "3 faults; nothing was written",
+        "what writes this model: grain-jax convert to-open-clip, grain-jax convert pack, grain-jax export",
+    ]
+    said = refused(capsys, "to-big-vision", source, tmp_path / "out.npz")
+    assert "model.text.causal: got True, big_vision's two_towers has False" in said
+    said = refused(capsys, "to-hf", source, tmp_path / "out", "--part", "vision")
+    assert said[0] == "model.image.qk_norm: got True, SiglipVisionModel has False"
+
+
+def test_of_grain_the_towers_alone_go_out(tmp_path, capsys):
+    source, _ = made(tmp_path / "ours", image__depth=1, text__depth=1)
+    said = refused(capsys, "to-open-clip", source, tmp_path / "out")
+    assert said[0] == "model.decoder: got one, open_clip's own towers has None"
+    assert said[-1].startswith("what writes this model: grain-jax convert to-hf, ")
+
+
+def test_the_exits_of_a_model(tmp_path):
+    working = reasons.working(perturbed.tiny(**SIGLIP))
+    assert "grain-jax convert to-hf" in working and "grain-jax convert to-torch" not in working
