@@ -16,6 +16,7 @@ from grain_jax.inference import jitted
 WEIGHTS = "model.safetensors"
 _SCALARS = [NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias")]
 _NOT_PROVEN = "{}; pip install 'grain_jax[interop]'"
+_SIGLIP_CONTEXT = 64
 _IMAGE_PARTS = ("image/", "image_pool/")
 
 
@@ -42,6 +43,11 @@ def write_towers(
     proof = _prove_towers(target, source, kind.name, has_tokenizer=bool(words))
     folder.finish(target, source, _USE.format(kind=kind.name), "transformers", proof, repo)
     lines = [f"to-hf: {source.folder} -> {target}, {kind.name}", _size(state), _PIXELS]
+    if not is_clip and source.model.text.context_length != _SIGLIP_CONTEXT:
+        lines.append(
+            f"texts: the pipeline of transformers pads SigLIP's to {_SIGLIP_CONTEXT} tokens, this model has"
+            f" {source.model.text.context_length}; call processor and model instead"
+        )
     return proof.after(*lines, *([missing] if missing else []))
 
 
