@@ -60,7 +60,8 @@ def to_hf(
       source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
       folder: new, or an older conversion.
       repo: ORG/NAME where `push` will publish it; the model card names it.
-      part: "model", or "vision": the image tower alone, as a vision model of CLIP or SigLIP.
+      part: "model"; "towers": without region decoder and box head, as CLIP or SigLIP; or "vision": the image tower
+        alone, as a vision model of either.
 
     Raises:
       hub.HubError: `push` to that `repo` could not work.
@@ -72,6 +73,9 @@ def to_hf(
     found = exits.read(source)
     if part == "vision":
         return hugging_face.write_vision(found, folder, repo)
+    if part == "towers":
+        alone, lines = exits.towers_alone(found)
+        return hugging_face.write_towers(alone, folder, repo).after(*lines)
     if found.model.decoder is None:
         return hugging_face.write_towers(found, folder, repo)
     folder = output.check_free(folder, _MODELING)

@@ -15,12 +15,15 @@ from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import atomic
 
 
-def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
+def to_big_vision(
+    source: epath.PathLike, path: epath.PathLike, part: str = "model"
+) -> parity.Report:
     """to-big-vision: a two-tower model that `grain_jax.load` reads to a .npz of big_vision.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
       path: the file to write.
+      part: "model", or "towers": without region decoder and box head.
 
     Raises:
       ConvertError: big_vision cannot express the model, or `path` is no file name that ends in .npz.
@@ -29,7 +32,9 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     path = epath.Path(path)
     if path.suffix != ".npz" or path.is_dir() or atomic.is_special(path):
         raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
-    found = folder.read(source)
+    found, left = folder.read(source), []
+    if part == "towers":
+        found, left = folder.towers_alone(found)
     model = found.model
     reasons.refuse(model, reasons.of_big_vision(model))
     state = _state(folder.flat(found))
@@ -45,6 +50,7 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
         f"{len(state)} arrays, {size:,} values, float32",
         f"{tokenizer}, padded with the id {model.text.pad_id}",
         f"for its config: {command.sizes_of(model)}",
+        *left,
     )
 
 

@@ -10,6 +10,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.convert import output, parity, tables, towers
+from grain_jax.convert.exits import reasons
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import atomic, images
@@ -31,6 +32,32 @@ def read(path: epath.PathLike) -> Source:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
     model, params, folder = checkpoint.load_model(path)
     return Source(model, params, epath.Path(folder))
+
+
+def towers_alone(source: Source) -> tuple[Source, list[str]]:
+    """The two towers of a model, and lines about what is left behind.
+
+    Of a model with a region decoder no projection of the tower itself was trained: the identity, cut to the width of the
+    joint space or filled with zeros, stands in for it.
+    """
+    model = reasons.towers_alone(source.model)
+    of_decoder = source.model.decoder is not None
+    shapes = grain.parameter_shapes(model)
+    params = flat(source)
+    left = {name.partition("/")[0] for name in params.keys() - shapes.keys()}
+    left |= {"image_projection"} if of_decoder else set()
+    params = {name: x for name, x in params.items() if name in shapes}
+    if of_decoder and model.image.projection != "none":
+        params["image_projection/kernel"] = np.eye(
+            model.image.width, model.embed_dim, dtype=np.float32
+        )
+    lines = [f"left behind: {', '.join(sorted(left))}"] if left else []
+    if of_decoder:
+        lines.append(
+            f"ATTENTION: the image embedding of the model came from its decoder; here it is the {model.image.pool} of the"
+            " tokens, which nothing trained: take the image tower's tokens, or train on"
+        )
+    return Source(model, tables.nested(params), source.folder), lines
 
 
 def flat(source: Source) -> Arrays:

@@ -10,33 +10,36 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, output, parity
-from grain_jax.convert.exits import arrays, folder, reasons, tokenizers
-from grain_jax.convert.faults import ConvertError, needing
+from grain_jax.convert.exits import arrays, folder, reasons, timm_trunk, tokenizers
 from grain_jax.convert.open_clip.comparison import open_clip_config
 from grain_jax.convert.tables import Arrays, NamePair
 
 WEIGHTS = "open_clip_model.safetensors"
 _SCALARS = [NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias")]
-_NAMES = ("vit_*siglip*", "vit_*clip*", "vit_*patch*", "test_vit*")  # of timm's models, first fit
 
 
-def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
+def to_open_clip(
+    source: epath.PathLike, path: epath.PathLike, part: str = "model"
+) -> parity.Report:
     """to-open-clip: a two-tower model that `grain_jax.load` reads to a folder of open_clip.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
       path: the folder; new, or an older one of this command.
+      part: "model", or "towers": without region decoder and box head.
 
     Raises:
       ConvertError: open_clip cannot express the model, or the folder holds something else.
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, folder.MARK)
-    found = folder.read(source)
+    found, left = folder.read(source), []
+    if part == "towers":
+        found, left = folder.towers_alone(found)
     kind, faults = reasons.of_open_clip(found.model)
     reasons.refuse(found.model, faults)
     is_own = kind is reasons.OPEN_CLIP
-    trunk = "" if is_own else trunk_of(found.model)
+    trunk = "" if is_own else timm_trunk.name_of(found.model.image)
     words, missing = tokenizers.files(found.model.text, found.folder)
     model_cfg = _config(found.model, trunk, has_tokenizer=bool(words))
     state = (_own if is_own else _with_trunk)(folder.flat(found), found.model)
@@ -64,7 +67,7 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}",
         f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32",
     ]
-    return proof.after(*lines, *([missing] if missing else []))
+    return proof.after(*lines, *left, *([missing] if missing else []))
 
 
 _USE = """
@@ -78,62 +81,6 @@ with torch.no_grad():
     image = model.eval().encode_image(preprocess(Image.open("bird.jpg"))[None], normalize=True)
     text = model.encode_text(tokenizer(["a photo of a wren"]), normalize=True)
 """
-
-
-def trunk_of(model: config_lib.Model) -> str:
-    """The name of the model of timm that is the image tower, up to the size of the image.
-
-    Raises:
-      ConvertError: timm is missing, or has none.
-    """
-    with needing("timm", "to-open-clip of a tower with attention pooling"):
-        import timm
-        import torch
-    image = model.image
-    wanted = (image.patch_size, image.width, image.depth, image.heads, image.mlp_dim)
-    names = [name for pattern in _NAMES for name in timm.list_models(pattern)]
-    for name in dict.fromkeys(names):
-        if f"patch{image.patch_size}_" not in name and not name.startswith("test_"):
-            continue
-        with torch.device("meta"), contextlib.suppress(Exception):  # a name that timm cannot build
-            trunk: Any = timm.create_model(name, pretrained=False, num_classes=0)
-            if _sizes(trunk) == wanted and _habits(trunk, image):
-                return name
-    error = ConvertError(
-        f"model.image: got patch, width, depth, heads and MLP {', '.join(map(str, wanted))} with {image.activation} and"
-        f" norm epsilon {image.norm_eps:g}; timm, whose towers open_clip takes by name, has none such with attention"
-        " pooling"
-    )
-    working = [x for x in reasons.working(model) if "open-clip" not in x]
-    error.hint = f"what writes this model: {', '.join(working)}"
-    raise error
-
-
-def _sizes(trunk: Any) -> tuple[int, ...]:
-    block = trunk.blocks[0]
-    patch = trunk.patch_embed.proj.weight.shape[-1]
-    sizes = trunk.embed_dim, len(trunk.blocks), block.attn.num_heads, block.mlp.fc1.out_features
-    return (patch, *sizes)
-
-
-def _habits(trunk: Any, image: config_lib.ImageTower) -> bool:
-    """Whether what the sizes do not tell is that of the tower."""
-    import torch
-
-    act, norm = trunk.blocks[0].mlp.act, trunk.norm
-    tanh = getattr(act, "approximate", "tanh" if "Tanh" in type(act).__name__ else "none")
-    names = {name.partition(".")[0] for name, _ in trunk.named_parameters()}
-    parts = {"patch_embed", "pos_embed", "blocks", "norm", "attn_pool"}
-    of_block = {name.partition(".")[0] for name, _ in trunk.blocks[0].named_parameters()}
-    return (
-        isinstance(norm, torch.nn.LayerNorm)
-        and abs(norm.eps - image.norm_eps) < 1e-12
-        and ("GELU" in type(act).__name__ or type(act).__name__ == "GELUTanh")
-        and (tanh == "tanh") == (image.activation == "gelu_tanh")
-        and names == parts
-        and of_block == {"norm1", "attn", "norm2", "mlp"}
-        and trunk.global_pool == "map"
-    )
 
 
 def _config(model: config_lib.Model, trunk: str, has_tokenizer: bool) -> dict[str, Any]:

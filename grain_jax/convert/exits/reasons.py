@@ -1,9 +1,11 @@
 """What a model must be for each exit, and the exits that a model has."""
 
+import dataclasses
 import operator
 from typing import Any, NamedTuple
 
 from grain_jax import config as config_lib
+from grain_jax.convert.exits import timm_trunk
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.reference import names
 
@@ -131,8 +133,11 @@ def of_open_clip(model: config_lib.Model) -> tuple[Format, list[str]]:
             f"model.text.activation: got {model.text.activation}, with {model.image.activation} of the image tower;"
             " open_clip has quick_gelu in both of its own towers or in none"
         )
-    if kind is OPEN_CLIP_TIMM and model.image.activation == "quick_gelu":
-        faults.append("model.image.activation: got quick_gelu, timm has gelu or gelu_tanh")
+    if kind is OPEN_CLIP_TIMM and not faults:
+        try:
+            timm_trunk.name_of(model.image)
+        except ConvertError as error:
+            faults.append(str(error))
     return kind, faults
 
 
@@ -152,14 +157,26 @@ def _nearest(model: config_lib.Model, *formats: Format) -> tuple[Format, list[st
     return min(found, key=lambda pair: len(pair[1]))
 
 
+def towers_alone(model: config_lib.Model) -> config_lib.Model:
+    """The two towers without region decoder and box head; the image's class token (or its mean) stands for the image."""
+    if model.decoder is None:
+        return dataclasses.replace(model, boxes=config_lib.BoxHead())
+    pool = "class" if model.image.class_token else "mean"
+    projection = "none" if model.image.width == model.embed_dim else "matrix"
+    image = dataclasses.replace(model.image, pool=pool, projection=projection)
+    return dataclasses.replace(model, decoder=None, boxes=config_lib.BoxHead(), image=image)
+
+
 def of(model: config_lib.Model) -> dict[str, list[str]]:
     """Each exit, and a line for each thing of the model that it cannot hold; none: it works."""
-    whole = names.faults(model, "to-hf") if model.decoder else of_hugging_face(model)[1]
-    return {
-        "to-hf": whole,
+    is_whole = model.decoder is None and model.boxes.kind == "none"
+    alone, flag = towers_alone(model), "" if is_whole else " --part towers"
+    found = {} if is_whole else {"to-hf": names.faults(model, "to-hf")}
+    return found | {
+        f"to-hf{flag}": of_hugging_face(alone)[1],
         "to-hf --part vision": of_vision(model)[1],
-        "to-open-clip": of_open_clip(model)[1],
-        "to-big-vision": of_big_vision(model),
+        f"to-open-clip{flag}": of_open_clip(alone)[1],
+        f"to-big-vision{flag}": of_big_vision(alone),
         "to-torch": names.faults(model, "to-torch"),
     }
 
