@@ -17,7 +17,7 @@ from grain_jax.core import atomic, images
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
-MARK = "grain_jax.json"  # every folder of an exit has it: where the model comes from
+MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
 
 
 class Source(NamedTuple):

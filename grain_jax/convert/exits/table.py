@@ -11,6 +11,7 @@ from grain_jax.convert.exits import folder, reasons
 
 EXITS = ("to-hf", "to-hf --part vision", "to-open-clip", "to-big-vision", "to-torch")
 _TOWERS = " --part towers"
+_SHOWN = 3  # keys of a reason; --checkpoint shows all
 
 
 def _two_towers(family: str, activation: str | None = None, **image: Any) -> Any:
@@ -83,5 +84,7 @@ def _cell(found: Mapping[str, list[str]], name: str, notes: dict[str, int]) -> s
     faults = found[name + flag]
     if not faults:
         return "PROVEN" + ("; towers" if flag else "")
-    text = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
+    keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    text = ", ".join(keys[:_SHOWN]) + more
     return f"{notes.setdefault(text, len(notes) + 1)}"
