@@ -1,6 +1,7 @@
 """The command to-big-vision: the .npz that the `load` of big_vision's two_towers reads."""
 
 import io
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -39,7 +40,8 @@ def to_big_vision(
     reasons.refuse(model, reasons.of_big_vision(model))
     state = _state(folder.flat(found))
     content = io.BytesIO()
-    np.savez(content, **{f"params/{name}": array for name, array in state.items()})
+    named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
+    np.savez(content, **named)
     with output.writing(path):
         atomic.write_bytes(path, content.getvalue())
     proof = command.prove(files.read(path), model, found.params)

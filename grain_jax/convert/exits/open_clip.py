@@ -144,6 +144,7 @@ def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> pa
     ours = folder.our_outputs(source, given) | {"pixels": folder.our_pixels(model.image)}
     with output.on_disk(target) as path, torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         name = f"local-dir:{path}"
+        module: Any
         module, _, preprocess = open_clip.create_model_and_transforms(name)
         module.eval()
         images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())

@@ -14,10 +14,11 @@ _TOWERS = " --part towers"
 _SHOWN = 3  # keys of a reason; --checkpoint shows all
 
 
-def _two_towers(family: str, activation: str | None = None, **image: Any) -> Any:
-    """The model of imported towers; `activation` of both, where it is not the family's."""
+def _two_towers(family: str | None, activation: str | None = None, **image: Any) -> Any:
+    """The model of the towers of a family, None: our own; `activation` of both, where it is not the family's."""
     c = recipe.base("B/16")
-    recipe.towers_of(c, family)
+    if family is not None:
+        recipe.towers_of(c, family)
     c.model.decoder = None
     if family == "siglip":
         c.model.embed_dim = c.model.text.width
@@ -34,6 +35,7 @@ STARTS: dict[str, Callable[[], Any]] = {
     "finetune:openai": lambda: finetune.get_config("openai").model,
     "finetune:open_clip": lambda: finetune.get_config("open_clip").model,
     "finetune:siglip": lambda: finetune.get_config("siglip").model,
+    "two towers, own": lambda: _two_towers(None, pool="class"),
     "two towers, CLIP": lambda: _two_towers("clip", pool="class"),
     "two towers, SigLIP": lambda: _two_towers("siglip", pool="map", projection="none"),
     "two towers, SigLIP of open_clip": lambda: _two_towers(
