@@ -5,7 +5,7 @@ from typing import Any
 
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
-from grain_jax.configs import demo, finetune
+from grain_jax.configs import demo, finetune  # pyright: ignore[reportMissingImports]
 from grain_jax.convert import parity
 from grain_jax.convert.exits import folder, reasons
 
