@@ -72,7 +72,7 @@ def allgather(
     if process_info()[1] == 1:
         return here
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **here)
+    np.savez(file, **here)  # pyright: ignore[reportArgumentType] (older ones have no allow_pickle)
     everywhere = [np.load(io.BytesIO(content)) for content in _of_all(file.getvalue())]
     everywhere = [one for one in everywhere if one.files]
     return {name: np.concatenate([one[name] for one in everywhere]) for name in everywhere[0].files}
