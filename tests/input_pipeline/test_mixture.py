@@ -1,9 +1,11 @@
 """Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from grain_jax import config as config_lib
 from grain_jax import train

@@ -11,6 +11,7 @@ import time
 import types
 
 import pytest
+import yaml
 from etils import epath
 
 from benchmarks.claim import __main__ as claim
