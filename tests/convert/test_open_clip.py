@@ -17,7 +17,7 @@ import safetensors.torch  # noqa: E402
 
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
-from grain_jax.convert import initialise, parity, towers  # noqa: E402
+from grain_jax.convert import initialise, parity, tables, towers  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402

@@ -98,7 +98,7 @@ def test_a_task_of_a_slurm_array_takes_its_line(stand_in, tmp_path):
         _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="2", **cores, **variables)
     # srun gets those that sbatch was asked for, or is told nothing.
     assert (tmp_path / "cores").read_text() == "64\n\n"
-    assert stand_in.called() == [f"srun --label --wait=60 {TRAINER} --config a.py --workdir w2"]
+    assert stand_in.called() == [f"srun --label --wait=60 {TRAINER} --config a.py --workdir w2"] * 2
     outside = _run("launch/slurm.sbatch", **variables)
     assert outside.returncode and "GRAIN_ARGS_FILE is for sbatch --array" in outside.stderr
     beyond = _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="3", **variables)
