@@ -103,7 +103,7 @@ def test_a_task_of_a_slurm_array_takes_its_line(stand_in, tmp_path):
     assert outside.returncode and "GRAIN_ARGS_FILE is for sbatch --array" in outside.stderr
     beyond = _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="3", **variables)
     assert beyond.returncode and "the arguments of grain_jax.train" in beyond.stderr
-    assert len(stand_in.called()) == 1
+    assert len(stand_in.called()) == 2
 
 
 def test_slurm_asks_for_a_signal_before_the_end_and_for_the_queue():
