@@ -71,9 +71,9 @@ def of_examples(
                 f" many of both, at most input.max_regions = {most}"
             )
         of_image = [example.caption] if isinstance(example.caption, str) else example.caption
-        if not 1 <= len(of_image) <= most_captions:
+        if len(of_image) > most_captions:
             raise ValueError(
-                f"example {i}: got {len(of_image)} captions, expected 1 to input.captions_per_image = {most_captions}"
+                f"example {i}: got {len(of_image)} captions, expected at most input.captions_per_image = {most_captions}"
             )
         if example.negatives and (
             len(example.negatives) != count or max(map(len, example.negatives)) > most_negatives

@@ -84,7 +84,7 @@ MALFORMED = {
     "no score": (with_region(score=...), "regions[0].score: got none, expected a number from 0 to 1"),
     "bad score": (with_region(score="high"), 'regions[0].score: got "high", expected a number'),
     "score out of range": (with_region(score=1.5), "regions[0].score: got 1.5, expected"),
-    "no caption": (changed(caption=None, captions=[" "], synthetic_caption=""), "no caption: got"),
+    "no caption": (changed(caption=None, captions=[" "], synthetic_caption="", regions=[]), "no caption: got"),
     "caption no text": (changed(caption=7), "caption: got 7, expected a text"),
     "captions no list": (changed(captions="a"), 'captions: got "a", expected a list of texts'),
     "half a surrogate": (changed(caption="\ud800"), 'caption: got "\\ud800", expected a text'),
