@@ -115,7 +115,7 @@ def _kind(schema: Any, path: Sequence[str]) -> tuple[int, str]:
         if part is not None:
             names = [field.name for field in kind] if str(kind).startswith("struct<") else []
             if part not in names:
-                return depth, f"{kind}, without {part}"[:200]
+                return depth, f"without the field {part}: {kind}"[:200]
             kind = kind.field(part).type
     return depth, str(kind)
 
