@@ -7,15 +7,20 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
+from grain_jax import train
 from grain_jax.data import build, sources
 from grain_jax.data.annotate import __main__ as annotate_command
 from grain_jax.data.inspect import __main__ as inspect_command
+from grain_jax.evaluate import __main__ as evaluate_command
 from grain_jax.input_pipeline import records
-from tests import record_sets
+from tests import record_sets, runs, tiny
 from tests.data import test_sources
 from tests.data.test_sources import COUNT, boxes, caption, encoded, xywh
 
-pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:label:DeprecationWarning"),
+    pytest.mark.usefixtures("no_curves"),
+]
 NAMES = ["bird", "left wing"]
 
 
@@ -127,7 +132,7 @@ def content(folder):
     decoders = {"image": tfds.decode.SkipDecoding()}
     found = tfds.as_numpy(builder.as_dataset(split="train", decoders=decoders))
     parsed = {item["id"]: repr(sorted(item.items(), key=lambda pair: pair[0])) for item in found}
-    return parsed, json.loads((folder / "1.0.0/digest.json").read_text())
+    return parsed, json.loads((folder / "1.0.0/digest.json").read_text())["train"]["digest"]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["captions", "none"])
@@ -178,6 +183,33 @@ def test_descriptions_are_the_caption_where_there_is_no_other(built):
     captions, folder, _ = built
     config = record_sets.config(folder / "out", name="hub", lanes=4, descriptions_in_captions=1)
     assert next(records.batches(config)).caption_mask.all()
+
+
+def test_a_set_without_captions_trains_and_is_evaluated(built, tmp_path):
+    captions, folder, _ = built
+    small = dict(
+        model__text__vocab_size=49408,
+        model__image__image_size=16,
+        input__source="records",
+        input__data_dir=str(folder / "out"),
+        input__name="coco",
+        batch_size=8,
+        total_steps=3,
+        optim__warmup_steps=1,
+    )
+    train.train(tiny.small(**small), tmp_path / "run")
+    lines = runs.lines(tmp_path / "run")
+    assert [line["loss_image_caption"] > 0 for line in lines] == [captions] * 3
+    assert all(line["loss_box"] > 0 and line["loss_region_description"] > 0 for line in lines)
+    found = [json.loads(line) for line in (folder / "A.jsonl").read_text().splitlines()]
+    half = [x | {"caption": "a" * n} if n < 4 else x for n, x in enumerate(found[:8], 1)]
+    (tmp_path / "half.jsonl").write_text("".join(json.dumps(line) + "\n" for line in half))
+    flags = [f"--images={folder / 'images'}", f"--annotations={tmp_path / 'half.jsonl'}"]
+    flags += [f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'r.json'}"]
+    assert not evaluate_command.main(["retrieval", *flags])
+    counts = json.loads((tmp_path / "r.json").read_text())
+    assert counts["without_caption"] == (0 if captions else 5)
+    assert counts["captions"] == (8 if captions else 3)
 
 
 def options(folder, path, **fields):
