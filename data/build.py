@@ -8,6 +8,7 @@ First every line is checked and every image decoded: all faults are named, by fi
 anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -80,11 +81,13 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
     start = time.monotonic()
     target = epath.Path(args.output) / args.name / example.VERSION
     _check_places(args)
-    with staging.locked(target), tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(staging.locked(target))
         staging.recover(target)
         if target.exists() and not args.overwrite:
             raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
         if args.source:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
             lines, total = _lines_of_source(args, args.source, scratch), None
         else:
             lines, total = _lines_of_file(args, read_lines)

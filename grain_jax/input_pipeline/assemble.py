@@ -31,7 +31,7 @@ class Example(NamedTuple):
     """An image with its texts and boxes, as a data source has them."""
 
     image: np.ndarray  # uint8 [S, S, 3], S = model.image.image_size
-    caption: str | Sequence[str]  # or several, at most `input.captions_per_image`
+    caption: str | Sequence[str]  # or several, at most `input.captions_per_image`; () for none
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
     # Of each description, at most `input.negatives_per_region`; () where no description has any.

@@ -112,7 +112,9 @@ class Transform:
         if self.input.captions_per_image == 1:
             caption = choose_caption(fields, draws, self.input.synthetic_caption_rate)
             if number:
-                caption = joined(tf.boolean_mask([caption], tf.strings.length([caption]) > 0), number)
+                caption = joined(
+                    tf.boolean_mask([caption], tf.strings.length([caption]) > 0), number
+                )
             captions = tf.stack([caption])
             return captions, tf.strings.length(captions) > 0
         # The draw of the one web caption is the same as above.
