@@ -25,6 +25,7 @@ from grain_jax.core import errors, progress
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
 SLOW_POLL = 5.0  # between two looks at files
+LEAST_FOR_ETA = 0.1  # jobs' worth of work; before it, starting and compiling are most of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +62,16 @@ def slots(count: int) -> list[Slot]:
     """
     if count == 1:
         return [Slot()]
-    if gpus := _gpus():
+    gpus = _gpus()
+    if gpus:
         if count > len(gpus):
             raise errors.UserError(
                 f"{count} runs at a time: expected at most the {len(gpus)} GPU(s) of this machine"
             )
-        shares = [",".join(gpus[i::count]) for i in range(count)]
-        return [Slot(environment={"CUDA_VISIBLE_DEVICES": share}) for share in shares]
+        return [
+            Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus[i::count])})
+            for i in range(count)
+        ]
     if not which("taskset"):  # not Linux
         return [Slot()] * count
     cores = sorted(os.sched_getaffinity(0))
@@ -76,15 +80,15 @@ def slots(count: int) -> list[Slot]:
 
 
 def _gpus() -> list[str]:
-    """The numbers of the GPUs that JAX would use."""
     if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
         return []
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     if not which("nvidia-smi"):
         return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
-    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(i) for i, _ in enumerate(gpus)]
 
 
 @dataclasses.dataclass
@@ -112,6 +116,8 @@ class Runner:
       slots: as many jobs run at a time, each on one of these.
       screen: gets a line whenever a job starts or ends, and the progress.
       ready: whether a job may start beside the running ones of these names, here or elsewhere.
+      share_done: how much of a running job is done, 0 to 1; for the ETA.
+      result: what to say of a job that has finished, in a few words.
       retries: how often a job that fails is started again; wrong usage (status 2) never is.
       environment: of the jobs.
     """
@@ -121,21 +127,25 @@ class Runner:
     slots: Sequence[Slot]
     screen: progress.Line
     ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
+    share_done: Callable[[Job], float] = lambda job: 0.0
+    result: Callable[[Job], str] = lambda job: ""
     retries: int = 1
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
 
     def __post_init__(self):
         self._states: dict[str, _State] = {}  # in the order in which they should start
         self._stopped_by: int | None = None
+        self._given = 0.0  # jobs' worth of work that calls before this one did
 
     def run(self) -> Outcome:
         """Runs the jobs. Passes SIGTERM and SIGINT on to them and returns when they have ended."""
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._refresh()
-            if before_this := len(self._done()):
-                self.screen.say(f"{before_this} of {len(self._states)} runs finished before")
-            shown = looked = time.monotonic()
+            self._given = len(self._done())
+            if self._given:
+                self.screen.say(f"{self._given} of {len(self._states)} runs finished before")
+            began = shown = looked = time.monotonic()
             while True:
                 now = time.monotonic()
                 if self._reap() or now - looked > SLOW_POLL:
@@ -145,7 +155,7 @@ class Runner:
                 if not self._running() and (self._stopped_by or not self._waiting()):
                     break
                 if now - shown > SLOW_POLL:
-                    self._show()
+                    self._show(now - began)
                     shown = now
                 time.sleep(POLL)
             self.screen.close(stays=True)
@@ -190,15 +200,16 @@ class Runner:
 
     def _lock(self, state: _State, log, kind: int) -> bool:
         """Whether the log of a job could be locked; else the process of another call holds it."""
-        before, state.elsewhere = state.elsewhere, False
         try:
             fcntl.flock(log, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            state.elsewhere = True
-            if not before:
+            if not state.elsewhere:
                 name = state.job.name
                 self.screen.say(f"{name}: runs already, started by another call; waiting")
-        return not state.elsewhere
+            state.elsewhere = True
+            return False
+        state.elsewhere = False
+        return True
 
     def _start_what_can(self) -> None:
         """Starts jobs in the free slots; a job that runs elsewhere takes a slot."""
@@ -234,6 +245,8 @@ class Runner:
         state.slot, state.began = slot, time.monotonic()
         if self._stopped_by:  # the signal came while it was being started
             state.process.send_signal(self._stopped_by)
+        if not state.started:
+            self._given += self.share_done(job)
         self.screen.say(f"{job.name}: started{' again' if state.started else ''}")
         state.started = True
 
@@ -245,7 +258,8 @@ class Runner:
             took = progress.duration(time.monotonic() - state.began)
             if status == 0:
                 state.done = True
-                how = f"finished after {took}"
+                result = self.result(state.job)
+                how = f"finished after {took}{result and f', {result}'}"
             elif status == PREEMPTED:
                 how = f"preempted and saved after {took}"
             elif self._stopped_by and status in (-self._stopped_by, 128 + self._stopped_by):
@@ -266,10 +280,15 @@ class Runner:
         for state in self._running():
             state.process.send_signal(number)
 
-    def _show(self) -> None:
-        at = ", ".join(state.job.name for state in self._running())
-        finished = f"{len(self._done())} of {len(self._states)} runs finished"
-        self.screen.show(f"{finished}{at and f'; running: {at}'}")
+    def _show(self, elapsed: float) -> None:
+        shares = {state.job.name: self.share_done(state.job) for state in self._running()}
+        total, finished = len(self._states), len(self._done())
+        done, eta = finished + sum(shares.values()), ""
+        if done - self._given > LEAST_FOR_ETA:
+            left = elapsed / (done - self._given) * (total - done)
+            eta = f", ETA {progress.duration(left)}"
+        at = ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
+        self.screen.show(f"{finished} of {total} runs finished{eta}{at and f'; running: {at}'}")
 
 
 def _cause(log: epath.Path) -> str:

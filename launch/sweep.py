@@ -21,7 +21,7 @@ from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 
 def train_here(
-    runs: Sequence[SweepRun], workdir: epath.Path, parallel: int, retries: int
+    runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None, parallel: int, retries: int
 ) -> jobs.Outcome:
     """Trains the runs on this machine, `parallel` at a time."""
     here = local_folder(workdir)
@@ -48,6 +48,8 @@ def train_here(
         slots=jobs.slots(parallel),
         screen=progress.Line("sweep: "),
         ready=ready,
+        share_done=lambda job: sweep_runs.share_done(by_name[job.name]),
+        result=lambda job: sweep_table.summary(by_name[job.name], metric),
         retries=retries,
         # Runs that differ in their seed alone share a compiled program.
         environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
     failed = ()
     if args.launcher == "local" and not args.table:
-        outcome = train_here(runs, workdir, parallel or 1, args.retries)
+        outcome = train_here(runs, workdir, metric, parallel or 1, args.retries)
         if outcome.stopped_by:
             print(
                 f"sweep: stopped; {len(outcome.done)} of {len(runs)} runs are finished, the same"

@@ -117,6 +117,7 @@ def make_runs(
     """
     given = [word.partition("=")[0].removeprefix("--config.") for word in overrides]
     differ = _differing(points)
+    known = config_lib.flatten(dataclasses.asdict(config_file.load(file, overrides)))
     runs: list[SweepRun] = []
     faults: dict[str, list[str]] = {}  # fault -> the points that have it
     for name, point in zip(name_points(points), points):
@@ -125,7 +126,10 @@ def make_runs(
         for key, value in point.items():
             if key in given:
                 found.append(f"{key}: the sweep and the command line both set it; leave one out")
-            if not isinstance(value, (bool, int, float, str, tuple)):
+            inside = [name for name in known if name.startswith(f"{key}.")]
+            if inside:
+                found.append(f"{key}: is a group of keys; set them one by one, such as {inside[0]}")
+            elif not isinstance(value, (bool, int, float, str, tuple)):
                 found.append(
                     f"{key}: got {value!r}, expected a number, a string, a bool or a tuple"
                 )
@@ -202,6 +206,13 @@ def finished(run: SweepRun) -> bool:
     step = last_step(run.folder)
     # Only the data set can turn a length in epochs into steps.
     return step in checkpoint.finished_steps(run.folder) and run.config.total_steps in (None, step)
+
+
+def share_done(run: SweepRun) -> float:
+    """The share of the steps that are done, 0 to 1; 0 where the length is not known."""
+    if run.config.total_steps is None:
+        return 0.0
+    return last_step(run.folder) / run.config.total_steps
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:

@@ -131,11 +131,13 @@ def text(rows: Sequence[SweepRow], metric: str) -> str:
     groups = _over_seeds([row for row in rows if _counts(row, metric)], metric, others)
     if SEED in axes and others and groups:
         header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]
+        best_first = sorted(
+            groups.items(), key=lambda group: fmean(group[1]), reverse=not smaller_is_better(metric)
+        )
         means = [
             [_title(others, key), *(f"{of(x):.4f}" for of in (fmean, min, max)), str(len(x))]
-            for key, x in groups.items()
+            for key, x in best_first
         ]
-        means.sort(key=lambda row: float(row[1]), reverse=not smaller_is_better(metric))
         page += "\n\n" + tables.table(header, means)
     return page
 
@@ -213,3 +215,11 @@ def _panel(panel, rows: Sequence[SweepRow], metric: str, axis: str, others: Sequ
     panel.grid(alpha=0.3)
     if others and len(lines) <= _MOST_LINES:
         panel.legend(fontsize=8, framealpha=0.6)
+
+
+def summary(run: SweepRun, metric: str | None) -> str:
+    """A finished run's metric, in a few words; nothing where it was not measured."""
+    lines, _ = metrics_file.read(metrics_file.files(run.folder))
+    row = SweepRow(run.name, {}, "finished", 0, _values(lines))
+    metric = metric or default_metric([row])
+    return f"{metric} {row.values[metric]:.4f}" if metric in row.values else ""

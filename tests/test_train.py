@@ -229,6 +229,14 @@ def test_other_processes_go_on_and_one_goes_on_where_they_are_told_to_end(
     assert "10" in {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
+def test_two_processes_go_on_to_the_end(finished, workdir):
+    shutil.copytree(finished / "checkpoints/8", workdir / "checkpoints/8")
+    command = runs.command(workdir, RUN | runs.SMALL, processes=2, devices=4)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _assert_goes_on(finished, workdir)
+
+
 def test_the_best_checkpoint_is_kept(tmp_path):
     best = dict(checkpoint_best_metric="matched_iou", checkpoint_keep=1, checkpoint_every=3)
     train.train(_config(**best), tmp_path)

@@ -122,7 +122,8 @@ def _shown(job: passes.Job, names: set[str]) -> Iterator[None]:
     def show():
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
             done = job.output.finished(job.given.passes) & names - before
-            counter.add(len(done) - int(counter.done))
+            if new := len(done) - int(counter.done):
+                counter.add(new)
         counter.close()
 
     thread = threading.Thread(target=show, daemon=True)

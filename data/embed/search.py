@@ -24,7 +24,8 @@ from grain_jax.inference import predictor
 from grain_jax.runtime import saved_model
 
 BY = ("regions", "images")
-_ROWS = 4096  # images of a block
+_BLOCK_BYTES = 64 << 20  # of vectors in float32, and at most so many images
+_ROWS = 4096
 
 # A text, or several; PIL images; or float [T, D] of unit length.
 Queries: TypeAlias = str | Sequence[str] | Sequence[PIL.Image.Image] | np.ndarray
@@ -145,8 +146,10 @@ class Index:
         name = embeddings.REGION_EMBED if by == "regions" else embeddings.IMAGE_EMBED
         for part, first in zip(self.parts, self._starts.tolist()):
             path, end = self.folder / embeddings.DATA / part.name, first
+            most = max(part.most_regions, 1) if by == "regions" else 1
+            rows = min(_ROWS, max(_BLOCK_BYTES // (4 * self.embed_dim * most), 1))
             with embeddings.open_file(path) as file:
-                for batch in file.iter_batches(_ROWS, columns=[name]):
+                for batch in file.iter_batches(rows, columns=[name]):
                     column = batch.column(0)
                     counts = np.ones(len(column), np.int64)
                     if by == "regions":

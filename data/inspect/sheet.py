@@ -87,7 +87,10 @@ def wrap(text: str, width: int, limit: int) -> list[str]:
     """Lines of at most `width` pixels, at most `limit` of them; " ..." replaces the rest."""
     text = shown_text.plain(" ".join(text[: 10 * width].split()), width * limit // 2)
     characters = int(width / _font(12).getlength("m"))
-    return textwrap.wrap(text, characters, max_lines=limit, placeholder=" ...")
+    lines = textwrap.wrap(text, characters)
+    if len(lines) > limit:
+        lines[limit - 1 :] = [lines[limit - 1][: characters - 4] + " ..."]
+    return lines
 
 
 def _lines(panel: panels.Panel) -> list[_Line]:

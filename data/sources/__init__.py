@@ -77,8 +77,11 @@ def make(source: str, own: Mapping[str, str] | None = None) -> Source:
     if source in SOURCES:
         cls = getattr(importlib.import_module(f"{__name__}.{source.replace('-', '_')}"), cls)
     missing = [x for x in ("images_are_files", "shards", "read") if not hasattr(cls, x)]
-    if missing:
-        got, expected = ", ".join(missing), "a class as data/sources/base.py: Source describes"
+    if missing or not isinstance(cls, type):
+        got, expected = (
+            ", ".join(missing) or "no class",
+            "a class as data/sources/base.py: Source describes",
+        )
         raise SourceError(f"data source {source!r}: has no {got}, expected {expected}")
     kinds = typing.get_type_hints(cls)
     known = (
@@ -90,9 +93,11 @@ def make(source: str, own: Mapping[str, str] | None = None) -> Source:
             said = config.unknown_key(key, known) if known else "the source has no options"
             raise SourceError(f"--option {key} of data source {source!r}: {said}")
         try:
-            values[key] = msgspec.convert(text, kinds[key], strict=False)
+            values[key] = msgspec.convert(
+                text, kinds[key], strict=False, dec_hook=lambda kind, given: kind(given)
+            )
         except msgspec.ValidationError:
-            expected = kinds[key].__name__
+            expected = getattr(kinds[key], "__name__", kinds[key])
             raise SourceError(f"--option {key}: got {text!r}, expected {expected}") from None
     try:
         return cls(**values)

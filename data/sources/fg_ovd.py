@@ -1,4 +1,4 @@
-"""FG-OVD (Bianchi et al., CVPR 2024): a file of its benchmarks, 1_attributes.json ... transparency.json.
+"""FG-OVD (Bianchi et al., CVPR 2024): one file of its benchmarks, 1_attributes.json ... transparency.json (several are joined).
 
 A region is an object: its description is the name of its category, a sentence, and its negatives are the names of
 `neg_category_ids`. The images are COCO's, below train2017/ and val2017/. Source of these names: lorebianchi98/FG-OVD,

@@ -70,9 +70,11 @@ class RefCoco(staged.ListedSource):
                 refs += ((f"{path}[{number}]", ref) for number, ref in enumerate(content))
                 continue
             images = {image.id: image for image in content.images}
+            mdetr = any(image.caption is not None for image in content.images)
             for number, item in enumerate(content.annotations):
                 image = images.get(item.image_id)
-                if image is None or (item.bbox is None and item.caption is None):
+                silent = mdetr and image is not None and image.caption is None
+                if image is None or silent or (item.bbox is None and item.caption is None):
                     got = f"got image_id {annotations.show(item.image_id)}, expected one of the file's"
                     where, detail = (
                         f"{path}:annotations[{number}]",
@@ -89,7 +91,9 @@ class RefCoco(staged.ListedSource):
             got = ", ".join(options.annotations)
             raise base.SourceError(f"got --annotations {got}, expected {self.needs}")
         if refs:
-            base.check_split(refs[0][0], options.split, {ref.split for _, ref in refs})
+            base.check_split(
+                refs[0][0].rpartition("[")[0], options.split, {ref.split for _, ref in refs}
+            )
         for where, ref in refs:
             if options.split not in ("", ref.split):
                 continue

@@ -36,12 +36,17 @@ class VisualGenome(staged.ListedSource):
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
         sizes: dict[base.Id | None, tuple[float, float] | None] = {}
+        described = False
         for path in options.annotations:
             for found in json_files.read_list(path, _Item, self.needs):
                 if not isinstance(found, base.Fault):
                     if found.regions is not None:
+                        described = True
                         break
                     sizes[found.image_id] = base.size(found.width, found.height)
+        if not described:
+            given = ", ".join(options.annotations)
+            raise base.SourceError(f"{given}: expected region_descriptions.json among them")
         root = epath.Path(options.images)
         files = {
             path.stem: path.relative_to(root).as_posix()

@@ -200,6 +200,8 @@ def running_file(path: str, flag: str) -> Iterator[None]:
         raise errors.UserError(f"--{flag}: {_cause_in(path, error)}") from None
     finally:
         sys.path.remove(folder)
+        # ml_collections runs every file in one module, where the names of the file before still stand.
+        sys.modules.pop(f"{flag}_config", None)
 
 
 def _cause_in(path: str, error: Exception) -> str:

@@ -208,7 +208,7 @@ class Parser:
                 given[self._command] = rest[:] if word == "--" else [word, *rest]
                 break
             if word == "--":
-                loose += rest
+                (given[self._unknown] if self._unknown else loose).extend(rest)
                 break
             if not re.match(r"--?[A-Za-z]", word):
                 (given[self._unknown] if self._unknown else loose).append(word)

@@ -147,7 +147,7 @@ def load_torch(path: epath.Path) -> Any:
       ConvertError: torch is missing, or the directory of the zip declares more bytes than the budget.
       Exception: of many kinds, where the file is damaged or asks to run code.
     """
-    with needing("torch", "to read it"):
+    with needing("torch", "it is a file of PyTorch (or give a .safetensors)", "torch"):
         import torch
     with path.open("rb") as file:
         budget = Budget(file)

@@ -27,10 +27,10 @@ def raise_any(faults: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def needing(package: str, where: object) -> Iterator[None]:
-    """Inside, an ImportError is a ConvertError of one line: `where` needs the package."""
+def needing(package: str, where: object, extra: str = "interop") -> Iterator[None]:
+    """Inside, an ImportError is a ConvertError of one line: `where` needs the package, which `extra` installs."""
     try:
         yield
     except ImportError:
-        line = f"{where}: the package {package} is missing; pip install 'grain_jax[interop]'"
+        line = f"{where}: the package {package} is missing; pip install 'grain_jax[{extra}]'"
         raise ConvertError(line) from None

@@ -116,15 +116,20 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
     source, folder = pretrained.folder_of(source), output.check_free(folder)
-    model, params = read(source)
+    model, params, states = _read(source)
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
-    proof = torch_module.prove(model, params, names.state_dicts(params))
+    proof = torch_module.prove(model, params, states)
     output.save(folder, model, params, source, proof)
     return proof.after(f"from-hf: {source} -> {folder}")
 
 
 def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
-    """The model in a folder of to-hf, and its parameters; runs no code of the folder. Raises as `from_hf`."""
+    """The model in a folder of to-hf, and its parameters; raises as `from_hf`."""
+    return _read(folder)[:2]
+
+
+def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
+    """(model, our parameters, the same under the names of the reference); runs no code of the folder."""
     model = _read_config(folder / "config.json")
     weights, index = folder / WEIGHTS, folder / _INDEX
     files = [weights]
@@ -143,7 +148,7 @@ def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
                 faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
     raise_any(faults)
     with prefixed(f"{weights}: "):
-        return model, names.to_params(states["backbone"], states["decoder"], model)
+        return model, names.to_params(states["backbone"], states["decoder"], model), states
 
 
 @contextlib.contextmanager

@@ -98,15 +98,19 @@ def read(file: IO[bytes]) -> dict[str, np.ndarray]:
         )
         top = _Unpickler(archive, root, budget).load()
     out: dict[str, np.ndarray] = {}
-    waiting, entered = [("", top)], 0
+    # The modules around the one that is read, each with what of it is left: names may be long and many.
+    waiting, entered = [("", iter(top.attributes.items()))], 1
     while waiting:
-        prefix, module = waiting.pop()
-        entered += 1
-        if prefix.count(".") > _MAX_DEPTH or entered > _MAX_MODULES:
-            raise ConvertError("its modules hold each other without end, expected a tree")
-        for name, value in module.attributes.items():
+        prefix, rest = waiting[-1]
+        for name, value in rest:
             if isinstance(value, _Module):
-                waiting.append((f"{prefix}{name}.", value))
-            elif isinstance(value, np.ndarray):
+                entered += 1
+                if len(waiting) > _MAX_DEPTH or entered > _MAX_MODULES:
+                    raise ConvertError("its modules hold each other without end, expected a tree")
+                waiting.append((f"{prefix}{name}.", iter(value.attributes.items())))
+                break
+            if isinstance(value, np.ndarray):
                 out[f"{prefix}{name}"] = value
+        else:
+            waiting.pop()
     return out

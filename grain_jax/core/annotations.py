@@ -187,7 +187,8 @@ def _text(item: dict[str, Any], key: str, faults: list[str]) -> str:
 
 def _captions(item: dict[str, Any], faults: list[str]) -> tuple[str, ...]:
     """The web captions: `caption`, then `captions`, without blank ones."""
-    caption, several = _text(item, "caption", faults), item.get("captions") or []
+    caption, several = _text(item, "caption", faults), item.get("captions")
+    several = [] if several is None else several
     if not (isinstance(several, list) and all(map(_is_text, several))):
         faults.append(_wrong("captions", several, "a list of texts"))
         several = []

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -30,9 +31,8 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         if is_special(path):
             write_special(path, content)
             return
-        new = path.with_name(f"{path.name}.new")
+        new = _beside(path)
         try:
-            new.unlink(missing_ok=True)  # it may be a link
             new.write_bytes(content)
             new.replace(path)
         except BaseException:
@@ -54,9 +54,14 @@ def check(path: epath.PathLike) -> None:
     """Raises OSError where `write_bytes` could not make a file beside `path`; for commands that write it hours later."""
     path = epath.Path(path)
     if "://" not in str(path) and not is_special(path):
-        new = path.with_name(f"{path.name}.new")
+        new = _beside(path)
         new.write_bytes(b"")
         new.unlink(missing_ok=True)
+
+
+def _beside(path: epath.Path) -> epath.Path:
+    """A name of its own for each writer: two may write the same file, and nobody can have put a link there."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
 
 
 def is_special(path: epath.PathLike) -> bool:

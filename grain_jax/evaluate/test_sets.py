@@ -4,6 +4,7 @@ Images of both are decoded and resized by the same code. Nothing is ever downloa
 errors.MissingData says how to get it.
 """
 
+import collections
 import functools
 import os
 import re
@@ -93,9 +94,9 @@ class ClassFolders:
                 f"{folder}: got {len(names)} sub-folders, expected at least 2, one a class"
             )
         self.classes, faults = [of_folder(name) for name in names], []
-        for one in dict.fromkeys(self.classes):
-            same = [ascii(name) for name in names if of_folder(name) == one]
-            if len(same) > 1:
+        for one, count in collections.Counter(self.classes).items():
+            if count > 1:
+                same = [ascii(x) for x, of_it in zip(names, self.classes) if of_it == one]
                 faults.append(
                     f"{folder}: got the class folders {listed(same)}, all of them the class {one!r}"
                     " (_ = space, Unicode NFC), expected one folder a class"

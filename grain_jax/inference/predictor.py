@@ -413,7 +413,9 @@ class Predictor:
         parts = [self._run(program, part) for part in self._rows(images)]
         if not parts:  # of no image, the shapes
             size = self.model.image.image_size
-            one = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+            none = np.zeros((0, size, size, 3), np.uint8)
+            none = images.values if isinstance(images, Tokens) else none
+            one = jax.ShapeDtypeStruct((1, *none.shape[1:]), none.dtype)
             shapes = jax.eval_shape(program, self.params, one)
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)

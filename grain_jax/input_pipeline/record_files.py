@@ -186,6 +186,9 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
         for key in ("shard_lengths", "shard_bytes", "shard_digests"):
             if not isinstance(noted.get(key, []), list):
                 raise TypeError
+        lengths, digests = noted.get("shard_lengths", []), noted.get("shard_digests", [])
+        if digests and len(digests) != len(lengths):
+            raise TypeError
         return noted
     except (regular_file.FileError, KeyError, TypeError):
         raise DataError(

@@ -137,13 +137,28 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
         "regions": {
             "entry": name,
             "pictures": cards,
-            "texts": seen.texts,
+            "texts": _used_texts(cards, seen.texts),
             "chosen_from": len(seen.texts),
             "of": len(annotated.records),
         },
         "queries": _queries(boxes_xyxy, similarity.argmax(axis=2), seen.texts, matched),
         "attention": _attention(predictor, [files[p] for p in shown]),
     }
+
+
+def _used_texts(cards: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:
+    """The texts that `cards` refer to; changes the positions in `cards` to positions in the returned list."""
+    place: dict[int, int] = {}
+    at = lambda text: None if text is None else place.setdefault(text, len(place))
+    for card in cards:
+        for box in card["true"]:
+            box["text"] = at(box["text"])
+        for region in card["predicted"]:
+            region["own"] = at(region["own"])
+        for said in (*card["true"], *card["predicted"]):
+            if "best" in said:
+                said["best"] = [[at(text), cosine] for text, cosine in said["best"]]
+    return [texts[text] for text in place]
 
 
 def _predicted(boxes_xyxy, similarity, matched, own_text, image: int) -> list[dict[str, Any]]:

@@ -40,11 +40,6 @@ from grain_jax.runtime.saved_model import save_model as save_model
 
 _DIFFERENCES = 30  # lines of a message
 
-# By default the replicas of an array share its writing, however small it is: a hundred small ones are then cut into
-# thousands of pieces. No public option of the manager says so; a release without this one goes on as before.
-_arrays: Any = ocp.type_handlers.get_type_handler(jax.Array)
-_arrays._min_slice_bytes_for_replica_parallel = 2**20
-
 
 class Manager(ocp.CheckpointManager):
     """An Orbax CheckpointManager with two overrides."""

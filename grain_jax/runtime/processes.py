@@ -19,6 +19,7 @@ from grain_jax.core import errors
 
 T = TypeVar("T")
 
+_HALF = 1 << 31  # of a length in bytes
 _PATIENCE_MS = 7 * 24 * 3600 * 1000  # one share may take hours longer than another
 _meetings = itertools.count()
 _alone = False
@@ -72,7 +73,7 @@ def allgather(
     if process_info()[1] == 1:
         return here
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **here)
+    np.savez(file, **here)  # pyright: ignore[reportArgumentType] (older ones have no allow_pickle)
     everywhere = [np.load(io.BytesIO(content)) for content in _of_all(file.getvalue())]
     everywhere = [one for one in everywhere if one.files]
     return {name: np.concatenate([one[name] for one in everywhere]) for name in everywhere[0].files}
@@ -151,7 +152,12 @@ def _of_all(content: bytes) -> list[bytes]:
     from jax.experimental import multihost_utils
 
     wait_for_all(f"evaluation {next(_meetings)}")
-    lengths = multihost_utils.process_allgather(np.array([len(content)], np.uint32)).reshape(-1)
+    # In parts: JAX has no 64 bits.
+    halves = np.array(divmod(len(content), _HALF), np.uint32)
+    lengths = np.asarray(multihost_utils.process_allgather(halves)).astype(int).reshape(-1, 2) @ (
+        _HALF,
+        1,
+    )
     padded = np.frombuffer(content.ljust(lengths.max(), b"\0"), np.uint8)
     everything = np.asarray(multihost_utils.process_allgather(padded))
     return [part[:length].tobytes() for part, length in zip(everything, lengths)]

@@ -137,10 +137,10 @@ def _metrics(workdir: epath.Path) -> dict[int, dict[str, Any]]:
     """`Told.metrics`, without the line that a kill cut off. Raises Mismatch for other faults, or two lines of a step."""
     lines: dict[int, dict[str, Any]] = {}
     read, faults = metrics_file.read(metrics_file.files(workdir))
+    _raise(faults)
     for step, values, text in read:
         if lines.setdefault(step, values | {"text": text})["text"] != text:
-            faults.append(f"{metrics_file.FILE}: two lines of step {step}")
-    _raise(faults)
+            raise Mismatch(f"{metrics_file.FILE}: two lines of step {step}")
     return lines
 
 

@@ -17,7 +17,7 @@ import safetensors.torch  # noqa: E402
 
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
-from grain_jax.convert import initialise, parity, towers  # noqa: E402
+from grain_jax.convert import initialise, parity, tables, towers  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
@@ -292,3 +292,18 @@ def test_stated_and_given_must_agree(tmp_path):
     _hf("CLIP").save_pretrained(tmp_path)
     with pytest.raises(ConvertError, match="text heads: got 8, but the checkpoint says 4"):
         import_tower("text", files.read(tmp_path), towers.Settings(heads={"text": 8}))
+
+
+def test_one_wrong_weight_fails_the_parity(tmp_path, monkeypatch):
+    module, *_ = _open_clip()
+    torch.save(module.state_dict(), tmp_path / "m.pt")
+    read = tables.read
+
+    def spoilt(*arguments):
+        params = read(*arguments)
+        name = "text/blocks/mlp/in/bias"
+        return params | {name: np.roll(params[name], 1)}
+
+    monkeypatch.setattr(tables, "read", spoilt)
+    report = from_open_clip(tmp_path / "m.pt", tmp_path / "ours", TOLD)
+    assert not report.ok and report.verdict == "FAILED"

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -489,3 +490,19 @@ BEYOND = [  # offset, size, stride; the last would ask for more memory than ther
 def test_a_tensor_beyond_its_numbers_is_refused(place):
     with pytest.raises(pickle.UnpicklingError, match="reaches beyond its numbers"):
         torchscript._tensor(np.zeros(12, np.float32), *place)
+
+
+def test_modules_that_hold_themselves_take_the_memory_of_one_level():
+    names = [f"{number:x}" for number in range(50)] + ["L" * 10_000]
+    entries = b"".join(b"X" + struct.pack("<I", len(x)) + x.encode() + b"h\0" for x in names)
+    program = b"\x80\2c__torch__\nM\n)\x81q\0}(" + entries + b"ub."
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/data.pkl", program)
+        archive.writestr("a/constants.pkl", b"\x80\2).")
+    file.seek(0)
+    tracemalloc.start()
+    with pytest.raises(ConvertError, match="its modules hold each other without end"):
+        torchscript.read(file)
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()

@@ -12,6 +12,7 @@ from grain_jax.core import images
 from grain_jax.data.annotate import checks
 from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.sources import base, join
+from grain_jax.inference import inputs
 from tests import record_sets
 from tests.hostile import cases, image_files
 
@@ -163,3 +164,31 @@ def test_causes_of_annotating():
     assert found(image_files.png(20_000, 10_000)) == "too large"
     assert found(image_files.encode("PNG")[:-40]) == "damaged"
     assert found(image_files.webp_animated(2)) == "animated"
+
+
+def test_pil_pictures_of_every_mode():
+    ramp = np.linspace(0, 255, 30 * 20).reshape(30, 20).astype(np.uint8)
+    colours = np.stack([ramp, ramp[::-1], 255 - ramp], axis=-1)
+    grey, rgb = PIL.Image.fromarray(ramp), PIL.Image.fromarray(colours)
+    palette = rgb.quantize(16)
+    transparent = palette.copy()
+    transparent.info["transparency"] = bytes([0, 128])
+    deep = (ramp.astype(np.uint16) << 8) | 77
+    clear = rgb.copy()
+    clear.putalpha(grey)
+    pairs = [
+        (grey, grey.convert("RGB")),
+        (grey.convert("1"), grey.convert("1").convert("RGB")),
+        (palette, palette.convert("RGB")),
+        (transparent, palette.convert("RGB")),
+        (clear, rgb),  # as in training, transparent pixels keep their colour
+        (grey.convert("LA"), grey.convert("RGB")),
+        (rgb.convert("CMYK"), rgb),
+        (rgb.convert("YCbCr"), rgb.convert("YCbCr").convert("RGB")),
+        (PIL.Image.fromarray(deep), grey.convert("RGB")),
+        (PIL.Image.fromarray(deep.astype(np.int32)), grey.convert("RGB")),
+        (PIL.Image.fromarray(ramp.astype(np.int32)), grey.convert("RGB")),
+    ]
+    assert {given.mode for given, _ in pairs} >= {"I;16", "I", "P", "CMYK", "RGBA", "LA", "1"}
+    for number, (given, same) in enumerate(pairs):
+        np.testing.assert_array_equal(inputs.resize(number, given, 16), images.resize(same, 16))

@@ -28,7 +28,7 @@ NASTY = [
     "\N{PARROT}\N{ZERO WIDTH JOINER}\N{FIRE} and \N{HEBREW LETTER ALEF}",
     "</script><script>alert(1)</script>&amp;\"'",
     "\0\ud800\uffff\N{LINE SEPARATOR}",
-    "x" * 50_000,
+    "x" * 1_000_000,
     "a word " * 5_000,
     "%s {0} {name} \\n",
     "\N{COMBINING ACUTE ACCENT}" * 300,

@@ -69,7 +69,9 @@ def test_boxes_from_a_generator_and_of_no_image(predictor):
     images = (PIL.Image.fromarray(PICTURES[0]) for _ in range(70))  # more than a batch
     close(predictor.encode_boxes(images, [BOXES[0]] * 70)[69:], [expected])
     assert predictor.encode_boxes([], []) == []
-    assert predictor.encode_boxes(predictor.encode_tokens([]), []) == []
+    none = predictor.encode_tokens([])
+    assert predictor.encode_boxes(none, []) == [] == predictor.similarity_maps([], [])
+    assert predictor.encode_image(none).shape == (0, 28)
 
 
 def test_one_image_and_the_classes_of_its_boxes(predictor):

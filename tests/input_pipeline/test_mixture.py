@@ -1,9 +1,11 @@
 """Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from grain_jax import config as config_lib
 from grain_jax import train
@@ -278,3 +280,18 @@ def test_a_run_on_one_set_is_not_one_on_several(folder, tmp_path, monkeypatch):
     checkpoint.check_same_run(tmp_path, config)
     with pytest.raises(checkpoint.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"):
         checkpoint.check_same_run(tmp_path, mixture(folder))
+
+
+def test_a_damaged_record_is_named(folder, tmp_path):
+    shutil.copytree(folder / "trees", tmp_path / "trees")
+    values = entries(folder)
+    values[2]["data_dir"] = str(tmp_path)
+    config = record_sets.config("", name="", datasets=values)
+    trees = record_files.find(config)[2]
+    (trees.directory / record_files.DIGEST_FILE).unlink()  # which finds out first
+    path = trees.shards[5].path
+    contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
+    contents[1] = record_sets.with_cut_picture(contents[1])
+    record_sets.write_shard(path, contents)
+    with pytest.raises(record_files.DataError, match=rf"^{path}, record 1: .*PNG.*; rebuild the"):
+        take(config, 30)

@@ -459,3 +459,17 @@ def test_text_that_is_no_program():
 
 if __name__ == "__main__":
     make_goldens()
+
+
+def test_batched_products_and_traffic_on_the_cpu():
+    def attention(q):
+        return jnp.einsum("bqk,bkd->bqd", jnp.einsum("bqd,bkd->bqk", q, q), q)
+
+    compiled = jax.jit(attention).lower(jax.ShapeDtypeStruct((3, 32, 16), jnp.float32)).compile()
+    module = hlo.parse(compiled.as_text())
+    assert hlo_work.dot_flops(module) == flops.matmul_flops(
+        attention, jax.ShapeDtypeStruct((3, 32, 16), jnp.float32)
+    )
+    q, logits = 4 * 3 * 32 * 16, 4 * 3 * 32 * 32
+    # q is read three times at most (the compiler may see that both operands are one), and transposed perhaps
+    assert 2 * q + 2 * logits + q <= hlo_work.bytes_accessed(module) <= 3 * (3 * q + 2 * logits)

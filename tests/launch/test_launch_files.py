@@ -94,14 +94,16 @@ def test_a_task_of_a_slurm_array_takes_its_line(stand_in, tmp_path):
     (tmp_path / "lines").write_text("--config a.py --workdir w1\n--config a.py --workdir w2\n")
     variables = dict(GRAIN_ARGS_FILE=str(tmp_path / "lines"), SLURM_JOB_ID="8")
     asked = dict(SLURM_CPUS_PER_TASK="64")
-    _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="2", **asked, **variables)
-    assert (tmp_path / "cores").read_text() == "64\n"  # srun gets those that sbatch was asked for
-    assert stand_in.called() == [f"srun --label --wait=60 {TRAINER} --config a.py --workdir w2"]
+    for cores in (asked, {}):
+        _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="2", **cores, **variables)
+    # srun gets those that sbatch was asked for, or is told nothing.
+    assert (tmp_path / "cores").read_text() == "64\n\n"
+    assert stand_in.called() == [f"srun --label --wait=60 {TRAINER} --config a.py --workdir w2"] * 2
     outside = _run("launch/slurm.sbatch", **variables)
     assert outside.returncode and "GRAIN_ARGS_FILE is for sbatch --array" in outside.stderr
     beyond = _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="3", **variables)
     assert beyond.returncode and "the arguments of grain_jax.train" in beyond.stderr
-    assert len(stand_in.called()) == 1
+    assert len(stand_in.called()) == 2
 
 
 def test_slurm_asks_for_a_signal_before_the_end_and_for_the_queue():

@@ -137,7 +137,6 @@ def _params(config):
 
 
 @needs_libtpu
-@pytest.mark.slow
 def test_the_same_plan_compiles_once(planned, cached):
     assert compile_for(**AS_ON_CPUS).cached
 

@@ -11,6 +11,7 @@ import time
 import types
 
 import pytest
+import yaml
 from etils import epath
 
 from benchmarks.claim import __main__ as claim
@@ -287,6 +288,15 @@ def test_a_signal_while_the_jobs_are_listed_reaches_those_that_run(tmp_path):
     assert any(line.startswith("a: preempted and saved") for line in scripts.said)
 
 
+def test_eta_counts_what_running_jobs_have_done(tmp_path):
+    scripts = Scripts(tmp_path, a="time.sleep(0.5)\n" + DONE, b=DONE)
+    scripts.run(share_done=lambda job: 0.25)
+    assert any(
+        line.startswith("0 of 2 runs finished") and line.endswith("; running: a (25%)")
+        for line in scripts.said
+    )
+
+
 def test_runs_that_share_a_data_set_wait_for_the_first_to_make_it(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(jobs.Runner, "run", lambda self: seen.update(ready=self.ready))
@@ -496,3 +506,17 @@ def test_the_command_loads_no_jax():
     code = "import sys, grain_jax.launch.sweep; print(sorted({'jax', 'tensorflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_shipped_jobset_takes_a_run(tmp_path, monkeypatch):
+    """Rendered, not run."""
+    (run,) = make(tmp_path, [{"seed": 1}])
+    for name in ("HOSTS", "CHIPS", "SLICES"):
+        monkeypatch.setenv(name, "2")
+    for name in ("IMAGE", "ACCELERATOR", "TOPOLOGY"):
+        monkeypatch.setenv(name, "x")
+    template = (sweep_clusters.HERE / "gke.yaml").read_text()
+    jobset = yaml.safe_load(sweep_clusters.render_gke(run, template))
+    assert jobset["metadata"]["name"] == sweep_clusters.jobset_name(run)
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["args"][0].endswith(" ".join(run.arguments))

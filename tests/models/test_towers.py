@@ -10,6 +10,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.core import errors
 from grain_jax.models import grain, layers, towers
+from grain_jax.training import flops
 from tests import tiny
 
 IMAGE, TEXT = "tests.models.test_towers:Colours", "tests.models.test_towers:Bag"
@@ -114,3 +115,8 @@ def test_the_built_in_towers():
     c = tiny.config()
     assert towers.image_tower(c.model.image).leading_tokens(c.model.image) == 1
     assert towers.text_tower(c.model.text).packable(c.model.text) is c.model.text.packable is True
+
+
+def test_flops_of_towers_without_formulas():
+    found = flops.per_image(config_lib.from_dict(dictionary()))
+    assert (found.image, found.text) == (2 * 3 * 32 + 2 * 32 * 16, 2 * 32 * 16)

@@ -28,6 +28,8 @@ ACTIVATIONS = {
 
 OCTAVES = 6  # of corners in a box head's Fourier features: waves of 1 to 1/32 of the image
 
+_NO_COST = 1e6  # of a pair whose cost is no number
+
 
 def _attend(q, k, v, heads, *, causal=False, dropout=0.0):
     """Multi-head attention of projected queries [B, Lq, E] to keys and values [B, Lk, E] -> [B, Lq, E]."""
@@ -552,7 +554,8 @@ class GrainModel(GrainPreTrainedModel):
         pred, real = boxes[:, :, None], target[:, None]
         cost = c["match_l1"] * (pred - real).abs().sum(-1)
         cost = cost - c["match_giou"] * _giou(pred, real, c["iou_epsilon"])
-        cost = (cost - c["match_description"] * cosine).double().cpu().nan_to_num()
+        cost = (cost - c["match_description"] * cosine).double().cpu()
+        cost = cost.nan_to_num(nan=_NO_COST, posinf=_NO_COST, neginf=_NO_COST)  # taken last
         pairs = []
         for image, here in enumerate(mask.cpu()):
             regions = here.nonzero()[:, 0]

@@ -245,6 +245,8 @@ def test_faults_are_counted_named_and_at_most_one_in_a_hundred(many, tmp_path, c
     job = job_of(source, out)
     with pytest.raises(pipeline.EmbedError, match="00020.png: unreadable: .*--max-faults"):
         go(job, most_faults=1)
+    with pytest.raises(pipeline.EmbedError):  # on resume, too
+        go(job, most_faults=1)
     assert [line["path"] for line in lines_of(out / "faults.jsonl")] == bad
     assert sorted(job.finished()) == [0, 1, 2, 3, 4]  # what came before it
     assert go(job, most_faults=2) == 9
