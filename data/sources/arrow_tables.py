@@ -12,6 +12,7 @@ from grain_jax.data.sources import base, columns, join, webdataset
 
 ROWS = 16  # that are Python's values at a time
 _MANY_BYTES = 64 << 20  # of so many rows; larger ones are read one by one
+_OBJECT = 64  # bytes of a value of Python
 _MAX_ROW = image_bounds.MAX_BYTES + _MANY_BYTES
 _PNG = b"\x89PNG"
 _NOTE = b"huggingface"  # the metadata in which `datasets` keeps the types of columns
@@ -78,11 +79,11 @@ class ArrowTables(columns.Columns):
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         number = given["first_row"]
         for table in self.tables(given, named.columns):
-            step = ROWS if table.nbytes < _MANY_BYTES else 1
+            step = ROWS if _size(table) < _MANY_BYTES else 1
             for first in range(0, table.num_rows, step):
                 part = table.slice(first, step)
-                if step == 1 and part.nbytes > _MAX_ROW:
-                    got = f"got {part.nbytes:,} bytes, expected at most {_MAX_ROW:,}"
+                if step == 1 and (size := _size(part)) > _MAX_ROW:
+                    got = f"got {size:,} bytes, expected at most {_MAX_ROW:,}"
                     raise base.SourceError(f"{given['file']}:row {number}: {got} of a row")
                 for row in part.to_pylist():
                     yield f"{given['file']}:row {number}", row
@@ -104,6 +105,19 @@ def of_file(path: epath.Path, files: Sequence[epath.Path]) -> dict[str, Any]:
     """The arguments of a shard that its file has: where there are several, names of images begin with the file's."""
     prefix = f"{path.stem}/" if len(files) > 1 else ""
     return {"file": str(path), "prefix": prefix, "size": regular_file.length(path)}
+
+
+def _size(table: Any) -> int:
+    """Bytes of a record batch as Python's values, about: one without a byte in Arrow, in a list, is an object, too."""
+    return table.nbytes + _OBJECT * sum(map(_values, table.columns))
+
+
+def _values(array: Any) -> int:
+    """How many values the lists of an array have, at all depths."""
+    if hasattr(array.type, "value_field"):
+        return len(array.flatten()) + _values(array.flatten())
+    is_struct = str(array.type).startswith("struct<")
+    return sum(map(_values, array.flatten())) if is_struct else 0
 
 
 def _kind(schema: Any, path: Sequence[str]) -> tuple[int, str]:

@@ -206,6 +206,15 @@ def test_a_row_of_many_bytes_is_no_list_of_python(tmp_path, monkeypatch):
     cases.check(outcome, "row 1: got 60,0.. bytes, expected at most 50,000 of a row")
 
 
+def test_a_list_of_nothing_a_billion_times(tmp_path):
+    """A list of nulls takes no byte in Arrow, and a pointer each in Python."""
+    nothing = pa.ListArray.from_arrays(pa.array([0, 10**9], pa.int32()), pa.nulls(10**9))
+    image = pa.StructArray.from_arrays([pa.array([b"x"]), nothing], ["bytes", "other"])
+    table = pa.table({"image": image, "caption": ["a"]})
+    outcome = run(tmp_path, "hf-dataset", write(tmp_path, "hf-dataset", table))
+    cases.check(outcome, "row 0: got 64,000,000,0.. bytes, expected at most")
+
+
 OF_CSV = {
     "no column": (b"file,text\na.jpg,b\n", "has no column image; --option image=COLUMN, expected one of: file, text"),
     "empty": (b"", "has no column image"),
