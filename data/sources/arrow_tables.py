@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from etils import epath
 
-from grain_jax.core import image_bounds, regular_file
+from grain_jax.core import image_bounds, printable, regular_file
 from grain_jax.data.sources import base, columns, join, webdataset
 
 ROWS = 16  # that are Python's values at a time
@@ -60,6 +60,7 @@ class ArrowTables(columns.Columns):
                 fits, expected = _fits(name, depth, kind, named.row_is_box)
                 if not fits:
                     got = f"column {'.'.join(path)} (--option {name}) is {'list of ' * depth}{kind}"
+                    got = printable.plain(got, 300)
                     raise base.SourceError(f"{where}: {got}, expected {expected}")
                 if name == "labels" and kind in _WHOLE and not named.names:
                     named = named._replace(names=_names(schema, path, where))

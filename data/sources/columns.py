@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 
-from grain_jax.core import regular_file
+from grain_jax.core import printable, regular_file
 from grain_jax.data.sources import base, webdataset
 
 FORMATS = ("xyxy", "xywh", "cxcywh")
@@ -108,10 +108,13 @@ class Columns:
         """The columns among those of the table `where`. Raises SourceError: one is missing."""
         paths = {name: self._paths(name, where, known) for name in NAMES}
         paths = {name: found for name, found in paths.items() if found}
-        listed = f"expected one of: {', '.join(known)[:400]}"
+        listed = _listed(known)
         if "image" not in paths:
             raise base.SourceError(f"{where}: has no column image; --option image=COLUMN, {listed}")
         if "boxes" not in paths:
+            if given := [name for name in OF_REGIONS if getattr(self, name)]:
+                what = f"--option {given[0]} without boxes; --option boxes=COLUMN"
+                raise base.SourceError(f"{where}: {what}, {listed}")
             paths = {name: found for name, found in paths.items() if name not in OF_REGIONS}
         elif "descriptions" in paths and not self.labels:
             paths.pop("labels", None)
@@ -130,9 +133,8 @@ class Columns:
         for column in given.split(",") if name == "boxes" else [given]:
             path = (column,) if column in known else tuple(column.split("."))
             if path[0] not in known:
-                listed = f"expected one of: {', '.join(known)[:400]}"
                 raise base.SourceError(
-                    f"{where}: has no column {column} (--option {name}), {listed}"
+                    f"{where}: has no column {column} (--option {name}), {_listed(known)}"
                 )
             found.append(path)
         return tuple(found)
@@ -189,6 +191,10 @@ class Columns:
             x, y, width, height = box
             box = x - width / 2, y - height / 2, width, height
         return base.xywh(box)
+
+
+def _listed(known: Sequence[str]) -> str:
+    return f"expected one of: {printable.plain(', '.join(known), 400)}"
 
 
 def _pick(value: Any, path: Sequence[str]) -> Any:

@@ -56,6 +56,12 @@ OF_COLUMNS = {
     "another format": ({}, ("box_format=yxyx",), "box_format: got 'yxyx', expected one of xyxy, xywh, cxcywh"),
     "three sides": ({}, ("boxes=x,y,z",), "boxes: got 'x,y,z', expected one column, or four"),
     "both texts": ({}, ("labels=a", "descriptions=b"), "labels and descriptions: got both"),
+    "labels without boxes": (
+        {"boxes": None},
+        ("descriptions=descriptions",),
+        "--option descriptions without boxes; --option boxes=COLUMN, expected one of: image",
+    ),
+    "control characters": ({"a\x1b[2J": [1] * 4}, ("caption=x",), r"expected one of: image, caption, boxes, descriptions, a"),
     "nested lists": ({"caption": [[[["a"]]]] * 4}, (), "column caption .* is list of list of list of string"),
 }  # fmt: skip
 
