@@ -39,6 +39,8 @@ def annotate(args: Annotate) -> str:
         ) from None
     start = time.monotonic()
     pipeline.check(args.beam)
+    if not args.images and not args.source:
+        raise AnnotateError("--images DIR: missing; folder of images, or of tar shards")
     output, own = outputs.Output(args.output), dict(args.option)
     args.source = args.source or _source_of(epath.Path(args.images))
     source = sources.make(args.source, own)

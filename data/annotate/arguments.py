@@ -101,7 +101,5 @@ class Annotate(Stored, name="annotate"):
     beam: list[str] = many()  # flags of none of the above
 
     def __post_init__(self):
-        if not self.images and not self.source:
-            raise ValueError("--images DIR: missing; folder of images, or of tar shards")
         if self.endpoint and not self.chat:
             raise ValueError("--endpoint: got no --chat, expected the model's name at the endpoint")
