@@ -277,7 +277,7 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
         ("--name=Big Set", "expected a TFDS name"),
         ("--num-shards=0", "expected a whole number in 1.."),
         ("--max-faults=2", "expected a number in 0.0..1.0"),
-        ("--annotations=/no/such.jsonl", "got 2 files, expected A.jsonl"),
+        ("--annotations=second.jsonl", "got 2 files, expected A.jsonl"),
         ("--images=/no/such", "no such folder"),
         ("--num-shards=9", "at most one shard each"),
         ("--colour=red", "--colour: no such flag; grain-jax build --help lists them"),
