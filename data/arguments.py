@@ -44,6 +44,21 @@ def set_name(text: str) -> str:
     )
 
 
+def option(text: str) -> tuple[str, str]:
+    """The key and the value of --option. Raises ValueError."""
+    key, equals, value = text.partition("=")
+    if key and equals:
+        return key, value
+    raise ValueError(f"got {text!r}, expected KEY=VALUE")
+
+
+def label_text(text: str) -> str:
+    """The value of --label-text. Raises ValueError."""
+    if text.count("{}") == 1:
+        return text
+    raise ValueError(f"got {text!r}, expected one {{}} in the place of the label")
+
+
 class Stored(Command):
     """Base of the commands that build a set.
 
@@ -67,10 +82,16 @@ class Build(Stored, name="build"):
 
     Example:
       grain-jax build --annotations A.jsonl --images images --output records --name mine
+      grain-jax build --source coco --annotations instances.json --images images --output records --name mine \\
+          --label-text "a photo of a {}"
 
     what is built:
-      --annotations A.jsonl    one JSON object a line
-      --images DIR             folder that the lines' paths start from
+      --annotations FILE [FILE ...]  A.jsonl, one JSON object a line; or what --source reads
+      --images DIR             folder that the paths in it start from
+      --source NAME|module:Class  a source of grain-jax annotate, such as coco, csv, hf-dataset, parquet, webdataset
+      --option KEY=VALUE [KEY=VALUE ...]  options of the source's own, such as the names of columns
+      --split NAME             of sources that have splits
+      --label-text TEXT        description that a label becomes, {} in its place: "a photo of a {}"
       --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
         they are stored
       --output DIR             the set goes to DIR/NAME/1.0.0
@@ -87,8 +108,12 @@ class Build(Stored, name="build"):
       --workers N              processes (default: one a core; none for small sets)
     """
 
-    annotations: str
-    images: str
+    annotations: list[str] = many()
+    images: str = ""
+    source: str | None = None
+    option: list[tuple[str, str]] = many(parse=option)
+    split: str = ""
+    label_text: str = flag("", parse=label_text)
     orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     output: str
     name: str = flag(parse=set_name)
@@ -97,3 +122,18 @@ class Build(Stored, name="build"):
     holdout: float = share(0.0)
     exclude_duplicates_of: list[str] = many()
     workers: int | None = None
+
+    def __post_init__(self):
+        for flag_name, of in (
+            ("--option", self.option),
+            ("--split", self.split),
+            ("--label-text", self.label_text),
+        ):
+            if of and not self.source:
+                raise ValueError(f"{flag_name}: got no --source, expected the one that it is of")
+        if not self.source and len(self.annotations) != 1:
+            raise ValueError(
+                f"--annotations: got {len(self.annotations)} files, expected A.jsonl; or name a --source"
+            )
+        if not self.source and not self.images:
+            raise ValueError("--images DIR: missing; folder that the paths in A.jsonl start from")

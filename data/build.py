@@ -2,14 +2,18 @@
 
   grain-jax build --annotations A.jsonl --images DIR --output DIR --name NAME
 
+With --source the images and their annotations are those of a data source.
+
 First every line is checked and every image decoded: all faults are named, by file and line, before
 anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +22,7 @@ from etils import epath
 
 from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
-from grain_jax.data import duplicates, example, parallel, staging, survey
+from grain_jax.data import duplicates, example, parallel, sourced, sources, staging, survey
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
@@ -75,25 +79,21 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
       OSError: the output cannot be written.
     """
     start = time.monotonic()
-    annotations, folder = epath.Path(args.annotations), epath.Path(args.images)
     target = epath.Path(args.output) / args.name / example.VERSION
-    if not regular_file.is_one(annotations):
-        raise BuildError(
-            f"--annotations {annotations}: no such file, expected one JSON object a line"
-        )
-    if not folder.is_dir():
-        raise BuildError(f"--images {folder}: no such folder, expected the images")
-    with staging.locked(target):
+    _check_places(args)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(staging.locked(target))
         staging.recover(target)
         if target.exists() and not args.overwrite:
             raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
-        total = sum(1 for _ in example.read_lines(annotations))
-        if not total:
-            raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
-        workers = args.workers or parallel.default_workers(total)
-        lines = survey.Lines(annotations, folder, args.orientation, workers, read_lines)
+        if args.source:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            lines, total = _lines_of_source(args, args.source, scratch), None
+        else:
+            lines, total = _lines_of_file(args, read_lines)
+        workers = lines.workers
         found = survey.take(lines, total)
-        _check_faults(found, args, target)
+        _check_faults(found, args, target, lines.orientation)
         divided = survey.divide(
             found,
             holdout=args.holdout,
@@ -111,22 +111,60 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
     )
 
 
+def _check_places(args: Build) -> None:
+    """Raises BuildError where the lines or the images are not there; a source says so of its own files."""
+    if not args.source and not regular_file.is_one(args.annotations[0]):
+        raise BuildError(
+            f"--annotations {args.annotations[0]}: no such file, expected one JSON object a line"
+        )
+    if not args.source and not epath.Path(args.images).is_dir():
+        raise BuildError(f"--images {args.images}: no such folder, expected the images")
+
+
+def _lines_of_file(args: Build, read_lines: survey.ReadLines) -> tuple[survey.Lines, int]:
+    """The lines of A.jsonl, and their number. Raises BuildError: there are none."""
+    path = epath.Path(args.annotations[0])
+    total = sum(1 for _ in example.read_lines(path))
+    if not total:
+        raise BuildError(f"{path}: the file is empty, expected one JSON object a line")
+    workers = args.workers or parallel.default_workers(total)
+    return survey.Lines(path, epath.Path(args.images), args.orientation, workers, read_lines), total
+
+
+def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
+    """A line for each image of the source. Raises SourceError."""
+    own = dict(args.option)
+    orientation = getattr(sources.make(name, own), "orientation", args.orientation)
+    options = sources.Options(
+        images=args.images,
+        annotations=tuple(args.annotations),
+        split=args.split,
+        scratch=scratch,
+        orientation=orientation,
+        label_text=args.label_text,
+    )
+    shards = sources.shards(name, options, own)
+    workers = args.workers or parallel.default_workers((len(shards) - 1) * options.shard_size)
+    read = lambda path: sourced.lines(shards)
+    return survey.Lines(epath.Path(name), epath.Path(args.images), orientation, workers, read)
+
+
 def _faults_file(target: epath.Path) -> epath.Path:
     return target.parent / "faults.jsonl"
 
 
-def _check_faults(found: survey.Survey, args: Build, target: epath.Path) -> None:
+def _check_faults(found: survey.Survey, args: Build, target: epath.Path, orientation: str) -> None:
     """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
     if found.turned:
-        turned = f"{found.turned} of {found.lines} images {example.TURNED[args.orientation]}"
-        print(printable.plain(f"{args.annotations}: {turned}"), file=sys.stderr)
+        turned = f"{found.turned} of {found.lines} images {example.TURNED[orientation]}"
+        print(printable.plain(f"{found.file_name}: {turned}"), file=sys.stderr)
     print(printable.plain(found.summary()), file=sys.stderr)
     if found.faulty_lines <= args.max_faults * found.lines and found.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults
         found.write_faults(_faults_file(target))
     raise BuildError(
-        f"{args.annotations}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
+        f"{found.file_name}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
         f" --max-faults {args.max_faults:g} allows; no records were written"
     )
 
@@ -169,7 +207,7 @@ def _write(
         metadata={
             "store_size": encoding.size,
             "encoding": str(encoding),
-            "orientation": args.orientation,
+            "orientation": lines.orientation,
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
             "duplicates_left_out": divided.left_out,
@@ -185,7 +223,7 @@ def _write(
     )
     if stored_anew:
         print(
-            f"{args.annotations}: {len(stored_anew)} of {len(found.ids)} images stored as PNG, since training"
+            f"{found.file_name}: {len(stored_anew)} of {len(found.ids)} images stored as PNG, since training"
             f" cannot read their files; the first is in line {min(stored_anew)}",
             file=sys.stderr,
         )

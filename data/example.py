@@ -36,6 +36,8 @@ class Line(NamedTuple):
     number: int
     text: bytes
     encoded_image: bytes | None = None  # where it is no file in the images' folder
+    faults: tuple[str, ...] = ()  # for which a data source has no text here
+    left_out: tuple[str, ...] = ()  # faults of regions that a data source has left out
 
 
 class Checked(NamedTuple):
@@ -57,7 +59,7 @@ def check_line(
     orientation: str = "exif",
 ) -> Checked:
     """Checks one line and its image: a file below `folder`, or `encoded_image`; orientation as of `decode_image`."""
-    parsed = annotations.parse_line(line, caption_required=True)
+    parsed = annotations.parse_line(line, text_required=True)
     faults = list(parsed.faults)
     image, header, encoded, boxes_xyxy = None, None, encoded_image, []
     if parsed.image:
@@ -113,10 +115,13 @@ class Verdict(NamedTuple):
     turned: bool  # the image has an EXIF orientation other than upright
     unknown_keys: list[str]
     fingerprint: duplicates.Fingerprint | None  # None of a faulty line
+    left_out: tuple[str, ...] = ()  # as of its line
 
 
 def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
     """Checks a line and decodes its image, with `orientation` as of `decode_image`."""
+    if line.faults:
+        return Verdict(line.number, None, [*line.faults], 0, 0, False, [], None)
     found = check_line(line.text, folder, line.encoded_image, orientation)
     good = found.annotation is not None
     return Verdict(
@@ -128,6 +133,7 @@ def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
         turned=found.header is not None and found.header.turned,
         unknown_keys=found.unknown_keys,
         fingerprint=duplicates.fingerprint(found.encoded, found.image) if good else None,
+        left_out=line.left_out,
     )
 
 

@@ -49,6 +49,7 @@ class Survey:
         self.file_name = file_name
         self.ids: dict[int, str] = {}  # line -> id, of the good lines
         self.faults: list[tuple[int, str]] = []  # (line, what)
+        self.left_out = self.without_caption = 0  # regions of good lines; good lines
         self.lines = self.image_bytes = self.boxes_clipped = self.negatives = self.turned = 0
         self.regions = array.array("I")  # of each good line
         self.unknown_keys: collections.Counter[str] = collections.Counter()
@@ -77,12 +78,12 @@ class Survey:
                     f"which line {self._line_of_id[identity]} has already, expected one of its own"
                 )
                 faults = [f"id: got {json.dumps(identity)}, {other}"]
-        for fault in faults:
-            self.faults.append((verdict.number, fault))
-            line = printable.plain(f"{self.file_name}:{verdict.number}: {fault}")
-            print(line, file=sys.stderr)
+        self._list(verdict.number, faults)
         if faults:
             return
+        self.left_out += len(verdict.left_out)
+        self._list(verdict.number, verdict.left_out)
+        self.without_caption += not (found.captions or found.synthetic_caption)
         self.ids[verdict.number] = identity
         self.fingerprints.extend(verdict.fingerprint)
         self._line_of_id[identity] = verdict.number
@@ -91,9 +92,18 @@ class Survey:
         self.negatives += sum(len(region.negatives) for region in found.regions)
         self.boxes_clipped += verdict.boxes_clipped
 
+    def _list(self, number: int, faults: Iterable[str]) -> None:
+        for fault in faults:
+            self.faults.append((number, fault))
+            print(printable.plain(f"{self.file_name}:{number}: {fault}"), file=sys.stderr)
+
     def summary(self) -> str:
         """One line about all that was left out or changed."""
         parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults)"]
+        if self.left_out:
+            parts.append(f"{self.left_out} regions left out")
+        if self.without_caption:
+            parts.append(f"{self.without_caption} images without a caption, with regions alone")
         if self.boxes_clipped:
             parts.append(
                 f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their image"
@@ -112,8 +122,8 @@ class Survey:
         atomic.write_text(path, "".join(json.dumps(fault) + "\n" for fault in faults))
 
 
-def take(lines: Lines, total: int) -> Survey:
-    """Checks all lines, `total` in number, and decodes all images."""
+def take(lines: Lines, total: int | None) -> Survey:
+    """Checks all lines, `total` in number where it is known, and decodes all images."""
     found = Survey(str(lines.path))
     for verdict in progress.over(lines.map(example.check), total=total, what="checking"):
         found.add(verdict)

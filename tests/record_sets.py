@@ -48,9 +48,9 @@ def write_annotations(folder, count, size=(16, 12)):
     return lines
 
 
-def build_set(folder, output, *arguments, name="tiny_set"):
-    """Runs data.build; returns its exit status."""
-    given = [f"--annotations={folder / 'A.jsonl'}", f"--images={folder}"]
+def build_set(folder, output, *arguments, name="tiny_set", lines="A.jsonl"):
+    """Runs data.build of a file of lines in the folder; returns its exit status."""
+    given = [f"--annotations={folder / lines}", f"--images={folder}"]
     return build.main([*given, f"--output={output}", f"--name={name}", *arguments])
 
 

@@ -39,6 +39,8 @@ def annotate(args: Annotate) -> str:
         ) from None
     start = time.monotonic()
     pipeline.check(args.beam)
+    if not args.images and not args.source:
+        raise AnnotateError("--images DIR: missing; folder of images, or of tar shards")
     output, own = outputs.Output(args.output), dict(args.option)
     args.source = args.source or _source_of(epath.Path(args.images))
     source = sources.make(args.source, own)
@@ -59,6 +61,7 @@ def annotate(args: Annotate) -> str:
         scratch=str(output.path("lists")),
         shard_size=args.shard_size,
         orientation=args.orientation,
+        label_text=args.label_text,
     )
     shards = sources.shards(args.source, options, own)
     todo = _todo(args, output, shards)
@@ -97,7 +100,7 @@ def annotate(args: Annotate) -> str:
         if not source.images_are_files:
             read_lines = lambda annotations: _lines_with_images(output, shards)
         given = Build(
-            annotations=str(output.path("A.jsonl")),
+            annotations=[str(output.path("A.jsonl"))],
             images=args.images if source.images_are_files else args.output,
             orientation=args.orientation,
             output=str(output.path("records")),
@@ -149,6 +152,7 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
             "shard size": args.shard_size,
             "limits": [args.min_side, args.max_side],
             "orientation": args.orientation,
+            **({"label text": args.label_text} if args.label_text else {}),
         },
         "ground": {"model": args.detector, "threshold": args.threshold},
         "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},

@@ -2,7 +2,7 @@
 
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.config.evals import ORIENTATIONS
-from grain_jax.data.arguments import Stored, set_name
+from grain_jax.data.arguments import Stored, label_text, option, set_name
 
 PASSES = ("caption", "describe", "ground", "negatives")  # in their order
 ALL = ("caption", "describe", "ground")  # of --passes all
@@ -20,13 +20,6 @@ def _passes(text: str) -> tuple[str, ...]:
     return tuple(name for name in PASSES if name in given)
 
 
-def _option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if key and equals:
-        return key, value
-    raise ValueError(f"got {text!r}, expected KEY=VALUE")
-
-
 class Annotate(Stored, name="annotate"):
     """Writes captions, descriptions and boxes of images, by models, on Apache Beam.
 
@@ -39,16 +32,17 @@ class Annotate(Stored, name="annotate"):
           --annotations instances.json captions.json
 
     images:
-      --images DIR             folder of images, or of tar shards
+      --images DIR             folder of images, or of tar shards; not needed where --source has their bytes
       --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
         they are stored
       --output DIR             all results; the same again to go on
-      --source NAME|module:Class  annotations, coco, fg_ovd, finehard, flickr30k_entities, folder, grit, karpathy, lvis,
-        refcoco, tfds, visual_genome, webdataset, or a class of your own (data/sources/base.py) (default: webdataset if
+      --source NAME|module:Class  annotations, coco, csv, fg_ovd, finehard, flickr30k_entities, folder, grit, hf-dataset,
+        karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own (data/sources/base.py) (default: webdataset if
         DIR has .tar files, else folder)
-      --option KEY=VALUE       an option of the source's own; may be given several times
+      --option KEY=VALUE [KEY=VALUE ...]  options of the source's own, such as the names of columns
       --annotations FILE [FILE ...]  of sources that have such files
       --split NAME             of sources that have splits
+      --label-text TEXT        description that a label becomes, {} in its place: "a photo of a {}"
       --shard-size N           images that are lost by a kill at most; tars are shards
       --min-side PIXELS        shortest side of an image, at least, in pixels
       --max-side PIXELS        longest side, at most, in pixels
@@ -77,13 +71,14 @@ class Annotate(Stored, name="annotate"):
       --name NAME              also build OUTPUT/records/NAME/1.0.0, as grain-jax build does
     """
 
-    images: str
+    images: str = ""
     orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     output: str
     source: str | None = None
-    option: list[tuple[str, str]] = many(parse=_option)
+    option: list[tuple[str, str]] = many(parse=option)
     annotations: list[str] = many()
     split: str = ""
+    label_text: str = flag("", parse=label_text)
     shard_size: int = 1000
     min_side: int = 16
     max_side: int = 10_000  # also keeps decompression bombs from being decoded

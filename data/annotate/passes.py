@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 
-from grain_jax.core import annotations, errors
+from grain_jax.core import errors
 from grain_jax.core import images as images_lib
-from grain_jax.data import negatives, sources
+from grain_jax.data import negatives, sourced, sources
 from grain_jax.data.annotate import answers, checks, detector, endpoint_chat, local_chat, outputs
 from grain_jax.data.annotate.arguments import PASSES, Annotate
 from grain_jax.data.annotate.chat import Answer, Failure
@@ -204,7 +204,7 @@ class Passes:
         for found in self.detector.detect([work.image for work in works], texts):
             if not isinstance(found, Failure):
                 tally["regions"] += len(found)
-                found = {"regions": list(map(_region, found))}
+                found = {"regions": list(map(sourced.region, found))}
             yield found
 
     def _negatives(self, works: list[_Work], tally: collections.Counter) -> Iterator:
@@ -219,17 +219,12 @@ class Passes:
             yield {"negatives": made}
 
 
-def _region(region: annotations.Region) -> dict[str, Any]:
-    found = {"box": region.box_xyxy, "description": region.description, "score": region.score}
-    return found | ({"negatives": region.negatives} if region.negatives else {})
-
-
 def _regions(work: _Work) -> list[dict[str, Any]]:
     """The regions of the source and those of the pass ground, with the negatives of the source or of the pass."""
     found = work.results.get("ground", {}).get("regions", [])
     made = work.results.get("negatives", {}).get("negatives", {})
     regions = []
-    for region in (*map(_region, work.item.regions), *found):
+    for region in (*map(sourced.region, work.item.regions), *found):
         texts = made.get(region["description"])
         add = texts and "negatives" not in region
         regions.append(region | {"negatives": texts} if add else region)
@@ -238,19 +233,9 @@ def _regions(work: _Work) -> list[dict[str, Any]]:
 
 def _line(work: _Work) -> dict[str, Any] | None:
     """The line of A.jsonl for the image; None if it has neither a text nor a region."""
-    item, out = work.item, {"image": work.item.image}
-    if len(item.captions) == 1:
-        out["caption"] = item.captions[0]
-    elif item.captions:
-        out["captions"] = list(item.captions)
+    item = work.item
     synthetic = work.results.get("caption", {}).get("synthetic_caption", item.synthetic_caption)
-    if synthetic:
-        out["synthetic_caption"] = synthetic
-    out["regions"] = _regions(work)
-    if item.phrases is not None:
-        out["phrases"] = list(map(list, item.phrases))
-    if item.id is not None:
-        out["id"] = item.id
+    out = sourced.line(item._replace(synthetic_caption=synthetic)) | {"regions": _regions(work)}
     return out if item.captions or synthetic or out["regions"] else None
 
 

@@ -198,8 +198,12 @@ def note(part: Part, settings: Settings) -> dict[bytes, bytes]:
 
 
 @contextlib.contextmanager
-def open_file(path: epath.PathLike) -> Iterator[Any]:
+def open_file(path: epath.PathLike, advice: str = _AGAIN) -> Iterator[Any]:
     """The `pyarrow.parquet.ParquetFile` at `path`, local or remote, as a context; what fails inside is damage, too.
+
+    Args:
+      path: the file.
+      advice: what to do about damage.
 
     Raises:
       DamagedError: it is none, or cut off.
@@ -215,7 +219,7 @@ def open_file(path: epath.PathLike) -> Iterator[Any]:
             )
         with contextlib.ExitStack() as stack:
             if remote:
-                source = _Seekable(stack.enter_context(path.open("rb")), length)
+                source = Seekable(stack.enter_context(path.open("rb")), length)
             else:
                 source = stack.enter_context(pa.OSFile(str(path)))
             source.seek(max(0, length - 8))
@@ -237,15 +241,15 @@ def open_file(path: epath.PathLike) -> Iterator[Any]:
             raise EmbeddingsError(
                 f"{path}: {error.strerror}, expected a readable Parquet file"
             ) from None
-        raise damaged(path, " ".join(str(error).split())) from None
+        raise damaged(path, " ".join(str(error).split()), advice) from None
 
 
-def damaged(path: epath.PathLike, reason: str) -> DamagedError:
+def damaged(path: epath.PathLike, reason: str, advice: str = _AGAIN) -> DamagedError:
     """The error of a Parquet file whose content is not what was written."""
-    return DamagedError(f"{path}: damaged ({printable.plain(reason, 200)}); {_AGAIN}")
+    return DamagedError(f"{path}: damaged ({printable.plain(reason, 200)}); {advice}")
 
 
-class _Seekable(io.RawIOBase):
+class Seekable(io.RawIOBase):
     """A file of an object store as pyarrow needs it; that of TensorFlow has no `closed`, and its `seek` returns None."""
 
     def __init__(self, file: Any, length: int):

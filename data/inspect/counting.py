@@ -155,7 +155,7 @@ class Padding:
         self._sample = Sample(text_lengths.IMAGES)
 
     def add(self, caption_tokens: int, description_tokens: list[int]) -> None:
-        """Adds the lengths of the texts of an image that training uses, 2..ROW_LENGTH tokens each."""
+        """Adds the lengths of the texts of an image that training uses, 2..ROW_LENGTH tokens each; no caption: 0."""
         self.images += 1
         lengths = np.zeros(1 + MAX_REGIONS, np.int32)
         lengths[: 1 + len(description_tokens)] = caption_tokens, *description_tokens

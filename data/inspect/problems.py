@@ -25,11 +25,11 @@ _AGAIN = "run the model's pass again for these, or take the text out"
 # Issue -> (its name in the list, the total that it is a part of (see `find`), advice).
 _ISSUES = {
     "fault: image": ("images that cannot be read", "images", "take them out or fetch them again"),
-    "fault: no caption": ("lines without any caption", "", _LOST),
+    "fault: no caption": ("lines without any caption or region", "", _LOST),
     "fault: damaged shard": ("damaged shards, not read to their end", "", "rebuild the set"),
     "fault: missing shard": ("missing shards", "", "copy the set again, or rebuild it"),
     "fault: shard length": ("shards of another length than dataset_info.json says", "", "rebuild the set"),
-    "no caption": ("images without any caption", "images", "add one: training would give them an empty text"),
+    "no caption": ("images without any caption", "images", "nothing, if they have regions: the caption loss leaves them out, their regions train"),
     "empty web caption": ("empty web captions", "web", "leave them out"),
     "empty synthetic caption": ("empty synthetic captions", "synthetic", "leave them out"),
     "empty description": ("empty descriptions", "regions", "leave their regions out"),

@@ -153,7 +153,7 @@ class Statistics:
 
     def _add_padding(self, item: reading.Item, tokens: dict[str, list[int]]) -> None:
         kinds = [kind for kind in ("web", "synthetic") if tokens[kind]]
-        caption = tokens[kinds[self.images % len(kinds)]][0] if kinds else 2
+        caption = tokens[kinds[self.images % len(kinds)]][0] if kinds else 0
         best = np.argsort(-item.scores, kind="stable")[: counting.MAX_REGIONS]
         described = [min(tokens["description"][i], ROW_LENGTH) for i in best]
         self.padding.add(min(caption, ROW_LENGTH), described)

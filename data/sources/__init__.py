@@ -43,13 +43,16 @@ __all__ = [
 SOURCES = {
     "annotations": "Annotations",
     "coco": "Coco",
+    "csv": "Csv",
     "fg_ovd": "FgOvd",
     "finehard": "FineHard",
     "flickr30k_entities": "Flickr30kEntities",
     "folder": "Folder",
     "grit": "Grit",
+    "hf-dataset": "HfDataset",
     "karpathy": "Karpathy",
     "lvis": "Lvis",
+    "parquet": "Parquet",
     "refcoco": "RefCoco",
     "tfds": "Tfds",
     "visual_genome": "VisualGenome",
@@ -72,7 +75,7 @@ def make(source: str, own: Mapping[str, str] | None = None) -> Source:
     with named.importing():  # the name is the user's, from the command line
         cls = named.find("data source", source, SOURCES)
     if source in SOURCES:
-        cls = getattr(importlib.import_module(f"{__name__}.{source}"), cls)
+        cls = getattr(importlib.import_module(f"{__name__}.{source.replace('-', '_')}"), cls)
     missing = [x for x in ("images_are_files", "shards", "read") if not hasattr(cls, x)]
     if missing or not isinstance(cls, type):
         got, expected = (
@@ -113,8 +116,14 @@ def shards(
     Raises:
       errors.UserError: as `make`; SourceError: the source's files are not as expected.
     """
+    made = make(source, own)
+    if not options.images and getattr(made, "needs_images", True):
+        raise SourceError(f"source {source}: got no --images, expected the folder of the images")
+    if options.label_text and not getattr(made, "has_labels", False):
+        got = f"--label-text: the regions of source {source} have descriptions, no labels"
+        raise SourceError(f"{got}, expected none")
     try:
-        found = make(source, own).shards(options)
+        found = made.shards(options)
     except regular_file.FileError as error:
         raise SourceError(str(error)) from None
     if not found:

@@ -60,7 +60,7 @@ def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
 
 def image(line: bytes, where: str, folder: str, orientation: str) -> base.Image | base.Fault:
     """The image of a line, which stands at `where`, with its file below `folder`."""
-    parsed = annotations.parse_line(line, caption_required=False)
+    parsed = annotations.parse_line(line, text_required=False)
     if parsed.annotation is None:
         return base.Fault(parsed.image or where, "bad annotation", "; ".join(parsed.faults))
     return join.load(base.Entry(**parsed.annotation._asdict()), folder, orientation)

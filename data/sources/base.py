@@ -52,6 +52,11 @@ class Options(NamedTuple):
     shard_size: int = 1000  # images a shard, where the source has no shards of its own
     # Of the images, as of grain_jax.core.images; sets of records are read as "file".
     orientation: str = "exif"
+    label_text: str = ""  # of a label, in the place of {}; "": the label alone
+
+    def described(self, label: str) -> str:
+        """The description that stands for a label: a name of a class."""
+        return self.label_text.replace("{}", label) if self.label_text else label
 
 
 class Fault(NamedTuple):
@@ -94,6 +99,8 @@ class Source(Protocol):
     """
 
     images_are_files: ClassVar[bool]  # below `Options.images`; False: they come out of larger files
+    # A class may say `has_labels = True`: its regions have labels, of which it takes `Options.described`. One that can
+    # do without `Options.images` says `needs_images = False`.
 
     def shards(self, options: Options) -> list[SourceShard]:
         """The source in pieces, in order; the same again as long as its files are the same.

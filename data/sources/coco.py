@@ -69,6 +69,7 @@ class Coco(staged.ListedSource):
     """
 
     needs = "COCO's captions or instances"
+    has_labels: ClassVar[bool] = True
     file: ClassVar[Any] = File[ImageItem]
     item: ClassVar[Any] = Object
 
@@ -76,7 +77,7 @@ class Coco(staged.ListedSource):
         of_name: dict[str, base.Entry] = {}
         for path in options.annotations:
             content = regular_file.read_json(path, self.file, self.needs, json_files.MAX_FILE)
-            names = {category.id: category.name for category in content.categories}
+            names = {x.id: options.described(self.label(x.name)) for x in content.categories}
             of_id = {}
             for image in content.images:
                 size = base.size(image.width, image.height)
@@ -95,6 +96,10 @@ class Coco(staged.ListedSource):
                         where, "bad annotation", f"{got}, expected an image of the file"
                     )
         yield from of_name.values()
+
+    def label(self, name: str) -> str:
+        """The name of a category as people write it."""
+        return name
 
     def add(self, entry: base.Entry, found: Any, names: dict[base.Id, str]) -> None:
         """Adds what an item of `annotations` says to the entry of its image; `names` are the categories'."""

@@ -16,6 +16,7 @@ class FgOvd(coco.Coco):
     """The images of the files."""
 
     needs = "a benchmark of FG-OVD"
+    has_labels = False
     file = coco.ObjectFile[coco.ImageItem]
     item = _Object
 

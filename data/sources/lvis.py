@@ -29,5 +29,7 @@ class Lvis(coco.Coco):
 
     def add(self, entry: base.Entry, found: coco.Object, names: dict[base.Id, str]) -> None:
         name = names.get(found.category_id)
-        name = name and name.replace("_", " ")
         entry.regions.append((base.xywh(found.bbox), name, base.WHOLE))
+
+    def label(self, name: str) -> str:
+        return name.replace("_", " ")

@@ -90,7 +90,7 @@ def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annota
         if not line.strip():
             continue
         lines += 1
-        parsed = parse_line(line, caption_required=False)
+        parsed = parse_line(line, text_required=False)
         faults += [f"{path}:{number}: {fault}" for fault in parsed.faults]
         for key in parsed.unknown_keys:
             unknown[key] = unknown.get(key, 0) + 1
@@ -106,12 +106,12 @@ def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annota
     return Annotations(records, faults, faulty_lines, unknown)
 
 
-def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
+def parse_line(line: bytes, *, text_required: bool) -> Parsed:
     """Checks a line without its image; boxes stay as they are in the file.
 
     Args:
       line: UTF-8 JSON; a byte order mark and white space at the ends do not matter.
-      caption_required: whether a line without caption, captions and synthetic_caption is faulty (for
+      text_required: whether a line without caption, captions, synthetic_caption and regions is faulty (for
         training).
     """
     try:
@@ -131,11 +131,10 @@ def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
     faults_before = len(faults)
     captions = _captions(item, faults)
     synthetic = _text(item, "synthetic_caption", faults)
-    some = captions or synthetic or len(faults) > faults_before
-    if caption_required and not some:
-        faults.append(
-            "no caption: got neither caption, captions nor synthetic_caption, expected a text"
-        )
+    some = captions or synthetic or item.get("regions") or len(faults) > faults_before
+    if text_required and not some:
+        got = "got neither caption, captions, synthetic_caption nor regions"
+        faults.append(f"no caption: {got}, expected one of them")
     identity = item.get("id")
     if identity is not None and not (_is_text(identity) and identity):
         faults.append(_wrong("id", identity, "a text"))

@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
     caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros where masked
     caption_id: Images  # int32 [B, C], same text same id
-    caption_mask: Images  # bool [B, C]; all True where C = 1
+    caption_mask: Images  # bool [B, C]; False of an image without a caption
     description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros where masked
     description_id: Images  # int32 [B, R], same text same id
     region_boxes_cxcywh: Images  # float32 [B, R, 4]

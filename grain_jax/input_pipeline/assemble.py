@@ -31,7 +31,7 @@ class Example(NamedTuple):
     """An image with its texts and boxes, as a data source has them."""
 
     image: np.ndarray  # uint8 [S, S, 3], S = model.image.image_size
-    caption: str | Sequence[str]  # or several, at most `input.captions_per_image`
+    caption: str | Sequence[str]  # or several, at most `input.captions_per_image`; () for none
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
     # Of each description, at most `input.negatives_per_region`; () where no description has any.
@@ -71,9 +71,9 @@ def of_examples(
                 f" many of both, at most input.max_regions = {most}"
             )
         of_image = [example.caption] if isinstance(example.caption, str) else example.caption
-        if not 1 <= len(of_image) <= most_captions:
+        if len(of_image) > most_captions:
             raise ValueError(
-                f"example {i}: got {len(of_image)} captions, expected 1 to input.captions_per_image = {most_captions}"
+                f"example {i}: got {len(of_image)} captions, expected at most input.captions_per_image = {most_captions}"
             )
         if example.negatives and (
             len(example.negatives) != count or max(map(len, example.negatives)) > most_negatives

@@ -242,9 +242,9 @@ def draw(
         best = config.input.descriptions_in_captions
         if wanted == 1:
             caption = np.where(takes_synthetic, synthetic_caption, of_web)
-            captions.append(
-                (caption + added[:, :best].sum(axis=1))[:, None].clip(packing.MIN_TEXT_LENGTH)
-            )
+            joined = added[:, :best].sum(axis=1)
+            first = np.where((caption == 0) & (joined > 0), 1, caption)  # descriptions alone
+            captions.append((first + joined)[:, None])
         else:
             joined = added[:, : best or None].sum(axis=1)
             every = [of_web, synthetic_caption, np.where(joined, 1 + joined, 0)]

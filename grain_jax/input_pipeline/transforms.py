@@ -111,8 +111,12 @@ class Transform:
         number = self.input.descriptions_in_captions
         if self.input.captions_per_image == 1:
             caption = choose_caption(fields, draws, self.input.synthetic_caption_rate)
-            captions = tf.stack([joined([caption], number) if number else caption])
-            return captions, tf.ones_like(captions, tf.bool)
+            if number:
+                caption = joined(
+                    tf.boolean_mask([caption], tf.strings.length([caption]) > 0), number
+                )
+            captions = tf.stack([caption])
+            return captions, tf.strings.length(captions) > 0
         # The draw of the one web caption is the same as above.
         web = choose_caption(fields | {"synthetic_caption": ""}, draws, 0.0)
         captions = [web, fields["synthetic_caption"]]

@@ -23,17 +23,19 @@ def image_caption(shard: Shard) -> TermOutput:
 
     The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices. Several
     captions an image are all its positives, as the descriptions of `image_description`; the mean is over captions.
+    An image without a caption is a negative of the others' captions, and nothing else.
     Measures `image_caption_accuracy`, the share of images nearest to their own caption; of several captions an
     image, the share of captions whose nearest image has them.
     """
-    outputs, caption_id = shard.outputs, shard.targets.caption_id
-    if caption_id.shape[1] == 1:
-        loss, right = _images_and_one_text_each(shard, outputs.text_embed[:, 0], caption_id[:, 0])
-        real = jnp.ones(loss.shape, bool)
-    else:
-        real = shard.batch.caption_mask
+    outputs, caption_id, name = shard.outputs, shard.targets.caption_id, "image_caption_accuracy"
+    real = shard.batch.caption_mask
+    if caption_id.shape[1] > 1:
         loss, right = _images_and_their_texts(shard, outputs.text_embed, caption_id, real)
-    return _mean_over_texts("image_caption_accuracy", loss, right, real)
+        return _mean_over_texts(name, loss, right, real)
+    texts = outputs.text_embed[:, 0], caption_id[:, 0], real[:, 0]
+    loss, right = _images_and_one_text_each(shard, *texts)
+    found = _mean_over_texts(name, loss, right, real[:, 0])
+    return found._replace(loss=Mean(loss.sum(), found.loss.count))
 
 
 def image_description(shard: Shard) -> TermOutput:
@@ -48,26 +50,34 @@ def image_description(shard: Shard) -> TermOutput:
     return _mean_over_texts("image_description_accuracy", loss, right, real)
 
 
-def _images_and_one_text_each(shard: Shard, text, text_id):
-    """(loss of each image and its text, whether the text is the image's nearest), [b] each; text [b, D], text_id [b]."""
+def _images_and_one_text_each(shard: Shard, text, text_id, real):
+    """(loss of each image and its text, whether the text is the image's nearest), [b] each.
+
+    An image without a text has, for "sigmoid", the loss of its pairs with the texts of others; for "softmax" 0.
+
+    Args: text [b, D], its id [b], and where the image has one, bool [b].
+    """
     outputs, config = shard.outputs, shard.config
     image = outputs.image_embed
     own = outputs.logit_scale * jnp.sum(image * text, axis=-1) + outputs.logit_bias
     directions = 1 if config.contrast == "sigmoid" else 2
     rows, columns = jnp.stack([image, text]), jnp.stack([text, image])
-    real = jnp.ones(text_id.shape, bool)
+    columns_real = jnp.stack([real, jnp.ones_like(real)])
+    text_id = jnp.where(real, text_id, -1)  # which no text has
     negatives = functools.partial(
         streaming.negatives, config.contrast, config.tile, shard.layout.everywhere
     )
     # Both directions at once, so that their columns travel together.
-    negative = jax.vmap(negatives, in_axes=(0, None, Columns._make((0, None, None)), None, None))(
+    negative = jax.vmap(negatives, in_axes=(0, None, Columns._make((0, None, 0)), None, None))(
         rows[:directions],
         text_id,
-        Columns(columns[:directions], text_id, real),
+        Columns(columns[:directions], text_id, columns_real[:directions]),
         outputs.logit_scale,
         outputs.logit_bias,
     )
     loss = streaming.loss_of_rows(config.contrast, own, negative.cost).mean(0)
+    without = negative.cost[0] if config.contrast == "sigmoid" else 0.0
+    loss = jnp.where(real, loss, without)
     return loss, _is_nearest(own, negative.highest[0], outputs.logit_scale)
 
 

@@ -150,17 +150,17 @@ def test_missing_and_empty(tmp_path):
 )
 def test_a_caption_may_be_required(item, faults):
     line = _line({"image": "caption.png"} | item)
-    parsed = annotations.parse_line(line, caption_required=True)
+    parsed = annotations.parse_line(line, text_required=True)
     assert [fault.split(":")[0] for fault in parsed.faults] == faults
     assert (parsed.annotation is None) == bool(faults)
-    without = annotations.parse_line(line, caption_required=False).faults
+    without = annotations.parse_line(line, text_required=False).faults
     assert without == [fault for fault in parsed.faults if not fault.startswith("no caption")]
 
 
 def test_a_faulty_line_tells_what_else_to_check():
     regions = [_region(box=[1]), _region(score=2), 5, _region()]
     parsed = annotations.parse_line(
-        _line({"image": "a.png", "regions": regions}), caption_required=False
+        _line({"image": "a.png", "regions": regions}), text_required=False
     )
     assert parsed.annotation is None and parsed.image == "a.png"
     assert parsed.boxes_xyxy == [None, (1, 2, 3, 4), None, (1, 2, 3, 4)]

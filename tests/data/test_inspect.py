@@ -124,6 +124,7 @@ def plant(folder):
     lines[8]["regions"] = [region("inverted", box=[50, 5, 20, 90])]
     for key in ("caption", "captions", "synthetic_caption"):
         del lines[9][key]
+    lines[9]["regions"] = []
     lines[11]["caption"] = lines[10]["caption"]
     for line in lines[40:50]:
         line["regions"] = [region("the main subject")]
@@ -141,7 +142,7 @@ def plant(folder):
         "descriptions over 24 tokens": 7,
         "web captions over 77 tokens": 8,
         "lines with faulty regions.box": 9,
-        "lines without any caption": 10,
+        "lines without any caption or region": 10,
         "images over 3 times as long as wide, or the other way round": 13,
         "images that cannot be read": 16,
     }

@@ -1,5 +1,6 @@
 """Each reader on a small sample in its public format, good and bad."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -7,6 +8,8 @@ import pathlib
 import pickle
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from etils import epath
 
@@ -287,7 +290,53 @@ def tfds_sample(folder):
     return found._replace(images=str(folder / "small"), annotations=())
 
 
-SAMPLES = {name: globals()[f"{name}_sample"] for name in sources.SOURCES}
+def csv_sample(folder):
+    write_pictures(folder / "images", "{:05d}.jpg")
+    with open(folder / "boxes.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption", "boxes", "descriptions"])
+        for n in range(COUNT):
+            lists = json.dumps(boxes(n)), json.dumps(descriptions(n))
+            rows.writerow([f"{n:05d}.jpg", caption(n), *lists])
+    return options(folder, folder / "boxes.csv")
+
+
+def table_of_pictures():
+    """As the Hub has them: the bytes and the path of the image in a struct, boxes and texts in another."""
+    return pa.table(
+        {
+            "image": [{"bytes": encoded(n), "path": f"{n:05d}.jpg"} for n in range(COUNT)],
+            "caption": [caption(n) for n in range(COUNT)],
+            "boxes": [boxes(n) for n in range(COUNT)],
+            "descriptions": [descriptions(n) for n in range(COUNT)],
+        }
+    )
+
+
+def parquet_sample(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table_of_pictures(), folder / "a.parquet", row_group_size=3)
+    return options(folder, folder / "a.parquet")
+
+
+def save_to_disk(table, folder):
+    """The folder that `datasets.Dataset.save_to_disk` writes: Arrow's stream format, and two JSON files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=7)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+    write_json(folder / "state.json", state | {"_fingerprint": "0123456789abcdef"})
+    write_json(folder / "dataset_info.json", {"features": {}})
+
+
+def hf_dataset_sample(folder):
+    save_to_disk(table_of_pictures(), folder / "saved" / "train")
+    write_json(folder / "saved" / "dataset_dict.json", {"splits": ["train"]})
+    return options(folder, folder / "saved")
+
+
+SAMPLES = {name: globals()[f"{name.replace('-', '_')}_sample"] for name in sources.SOURCES}
 SCORES = {"annotations": 0.75, "finehard": 0.75, "grit": 0.75, "tfds": 0.75}
 NEGATIVES = ("annotations", "fg_ovd", "finehard", "tfds")
 WITHOUT_CAPTIONS = ("fg_ovd", "lvis", "refcoco", "visual_genome")

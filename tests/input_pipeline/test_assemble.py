@@ -100,8 +100,10 @@ def test_several_captions_of_an_example():
     # A text of 77 tokens fills a row; the others share one.
     assert batch.caption_at.tolist() == [[[1, 6], [1, 3], [0, 0]], [[0, 76], [0, 0], [0, 0]]]
     assert batch.text_counts.tolist() == [[3, 1]] and batch.texts_dropped.tolist() == [0]
-    for captions in ([], ["a"] * 4):
-        with pytest.raises(
-            ValueError, match=f"example 0: got {len(captions)} captions, expected 1"
-        ):
-            assemble.of_examples([assemble.Example(image, captions)], config, clip)
+    with pytest.raises(ValueError, match="example 0: got 4 captions, expected at most"):
+        assemble.of_examples([assemble.Example(image, ["a"] * 4)], config, clip)
+    none = assemble.of_examples(
+        [assemble.Example(image, ()), assemble.Example(image, "a")], config, clip
+    )
+    assert none.caption_mask.tolist() == [[False] * 3, [True, False, False]]
+    assert none.text_counts.tolist() == [[1, 0]] and not none.caption_at[0].any()

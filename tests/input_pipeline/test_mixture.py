@@ -36,8 +36,8 @@ def folder(tmp_path_factory):
             folder / "in",
             folder,
             "--num-shards=8",
-            f"--annotations={folder / 'in' / name}.jsonl",
             name=name,
+            lines=f"{name}.jsonl",
         )
         assert status == 0
     assert len(lines) == 48

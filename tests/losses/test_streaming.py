@@ -294,6 +294,21 @@ def test_sigmoid_equals_a_float64_loop(captions):
     _assert_gradients_equal(grads, _alone(c, batch, outputs))
 
 
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+def test_images_without_a_caption_equal_the_replica_on_a_mesh(contrast):
+    bias = dict(model__logit_bias_init=-2.0) if contrast == "sigmoid" else {}
+    c, batch, outputs = _case(loss__contrast=contrast, **bias)
+    mask = batch.caption_mask.copy()
+    mask[8:11] = mask[30] = False
+    batch = batch._replace(caption_mask=mask, caption_id=np.where(mask, batch.caption_id, 0))
+    texts = outputs.text_embed, batch.caption_id, batch.caption_mask
+    expected, _ = positives_replica(outputs, *texts, c.loss)
+    values, grads = _losses(c, batch, outputs, (4, 2, 1))
+    np.testing.assert_allclose(values.terms["image_caption"], expected, rtol=1e-5)
+    assert not np.any(grads.text_embed[~mask[:, 0]]) and np.all(np.any(grads.image_embed, axis=-1))
+    _assert_gradients_equal(grads, _alone(c, batch, outputs))
+
+
 def test_groups_that_cross_devices_are_refused():
     c = tiny.config(batch_size=48)
     with pytest.raises(errors.UserError, match=r"loss.group_size: got 4, expected a divisor or a"):

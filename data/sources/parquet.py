@@ -1,0 +1,74 @@
+"""Parquet files, those of a data set on the Hub too; the options that name the columns: `data/sources/columns.py`.
+
+The column of the image holds paths below --images, or bytes, or the Hub's struct of both. --annotations are the files,
+or a folder of them. Numbers as labels have their names in the file, as `datasets` writes them, or in `names=FILE`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from grain_jax.data.embed import embeddings
+from grain_jax.data.sources import arrow_tables, base
+
+_ADVICE = "fetch or write it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parquet(arrow_tables.ArrowTables):
+    """Images of the rows of Parquet files; a shard is some groups of rows of a file."""
+
+    def shards(self, options: base.Options) -> list[base.SourceShard]:
+        """Groups of rows that follow each other, with at least `options.shard_size` rows."""
+        files = _files(options)
+        out = []
+        for path in files:
+            with embeddings.open_file(path, _ADVICE) as file:
+                named, told = self.checked(str(path), file.schema_arrow), file.metadata
+                rows = [told.row_group(i).num_rows for i in range(told.num_row_groups)]
+            arguments = arrow_tables.of_file(path, files)
+            first, groups = 0, []
+            for group in range(len(rows)):
+                groups.append(group)
+                taken = sum(rows[i] for i in groups)
+                # Rows of an image may lie in two groups.
+                full = taken >= options.shard_size and not named.row_is_box
+                if full or group == len(rows) - 1:
+                    given = arguments | {"groups": groups, "first_row": first, "rows": taken}
+                    out.append(arrow_tables.shard(len(out), options, **given))
+                    first, groups = first + taken, []
+        return out
+
+    def schema(self, arguments: Mapping[str, Any]) -> Any:
+        with embeddings.open_file(arguments["file"], _ADVICE) as file:
+            return file.schema_arrow
+
+    def tables(self, arguments: Mapping[str, Any], read: Sequence[str]) -> Iterator[Any]:
+        with embeddings.open_file(arguments["file"], _ADVICE) as file:
+            told = file.metadata
+            for group in arguments["groups"]:
+                # pyarrow ends the process where a group has more.
+                if (
+                    group >= told.num_row_groups
+                    or told.row_group(group).num_columns != told.num_columns
+                ):
+                    raise embeddings.damaged(arguments["file"], "other groups of rows", _ADVICE)
+            try:
+                yield from file.iter_batches(arrow_tables.ROWS, arguments["groups"], [*read])
+            except MemoryError as error:
+                raise embeddings.damaged(arguments["file"], str(error), _ADVICE) from None
+
+
+def _files(options: base.Options) -> list[epath.Path]:
+    """The files that --annotations names; of a folder, its Parquet files. Raises SourceError: there is none."""
+    if not options.annotations:
+        raise base.SourceError("got no --annotations, expected Parquet files, or a folder of them")
+    found = []
+    for path in map(epath.Path, options.annotations):
+        inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not inside:
+            raise base.SourceError(f"{path}: got no .parquet file there, expected some")
+        found += inside
+    return found

@@ -1,0 +1,262 @@
+"""Tables as sources: the same records whatever file says it, columns by name, sets without captions."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import tensorflow_datasets as tfds
+
+from grain_jax import train
+from grain_jax.data import build, sources
+from grain_jax.data.annotate import __main__ as annotate_command
+from grain_jax.data.inspect import __main__ as inspect_command
+from grain_jax.input_pipeline import records
+from tests import record_sets, runs, tiny
+from tests.data import test_sources
+from tests.data.test_sources import COUNT, boxes, caption, encoded, xywh
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:label:DeprecationWarning"),
+    pytest.mark.usefixtures("no_curves"),
+]
+NAMES = ["bird", "left wing"]
+
+
+def classes(number):
+    """Of each box: the number of its class."""
+    return [number % 2, 1]
+
+
+def labels(number):
+    return [NAMES[k] for k in classes(number)]
+
+
+def write_all(folder, *, captions):
+    """One set in each form: name -> the flags of build. Its texts are names of classes; without captions as it says."""
+    test_sources.write_pictures(folder / "images", "{:05d}.jpg")
+    files = [f"{n:05d}.jpg" for n in range(COUNT)]
+    texts = [f"a photo of {{}}: {n}" for n in range(COUNT)] if captions else [None] * COUNT
+    with (folder / "A.jsonl").open("w") as out:
+        for n, text in enumerate(texts):
+            regions = [
+                {"box": box, "description": f"a photo of a {name}", "score": 1}
+                for box, name in zip(boxes(n), labels(n), strict=True)
+            ]
+            line = {"image": files[n], "caption": text, "regions": regions}
+            out.write(json.dumps(line) + "\n")
+    coco = {
+        "images": [{"id": n, "file_name": name} for n, name in enumerate(files)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(NAMES)],
+        "annotations": [
+            {"image_id": n, "bbox": xywh(box), "category_id": k}
+            for n in range(COUNT)
+            for box, k in zip(boxes(n), classes(n), strict=True)
+        ]
+        + [{"image_id": n, "caption": text} for n, text in enumerate(texts) if text],
+    }
+    test_sources.write_json(folder / "coco.json", coco)
+    note = {
+        "info": {
+            "features": {
+                "image": {"_type": "Image"},
+                "objects": {
+                    "feature": {
+                        "bbox": {"feature": {"dtype": "float32", "_type": "Value"}, "length": 4},
+                        "category": {"names": NAMES, "_type": "ClassLabel"},
+                    },
+                    "_type": "Sequence",
+                },
+            }
+        }
+    }
+    objects = [{"bbox": list(map(xywh, boxes(n))), "category": classes(n)} for n in range(COUNT)]
+    kinds = {
+        "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        "text": pa.string(),
+        "objects": pa.struct(
+            [("bbox", pa.list_(pa.list_(pa.float32(), 4))), ("category", pa.list_(pa.int64()))]
+        ),
+    }
+    table = pa.table(
+        {
+            "image": [{"bytes": encoded(n), "path": files[n]} for n in range(COUNT)],
+            "text": texts,
+            "objects": objects,
+        },
+        pa.schema(kinds.items(), {"huggingface": json.dumps(note)}),
+    )
+    pyarrow.parquet.write_table(table, folder / "hub.parquet", row_group_size=5)
+    test_sources.save_to_disk(table, folder / "saved")
+    lists = [[{"box": b, "label": x} for b, x in zip(boxes(n), labels(n))] for n in range(COUNT)]
+    paths = pa.table({"file": files, "caption": texts, "parts": lists})
+    pyarrow.parquet.write_table(paths, folder / "paths.parquet")
+    lines = ["file;text;x1;y1;x2;y2;label"]
+    for n, text in enumerate(texts):
+        for box, name in zip(boxes(n), labels(n), strict=True):
+            lines.append(";".join([files[n], text or "", *map(str, box), name]))
+    (folder / "boxes.csv").write_text("\n".join(lines) + "\n")
+    cells = ["image,caption,boxes,labels"]
+    for n, text in enumerate(texts):
+        quoted = [json.dumps(x).replace('"', '""') for x in (boxes(n), labels(n))]
+        cells.append(f'{files[n]},{text or ""},"{quoted[0]}","{quoted[1]}"')
+    (folder / "images.csv").write_text("\n".join(cells) + "\n")
+    images, label = f"--images={folder / 'images'}", ["--label-text", "a photo of a {}"]
+    of_hub = ["boxes=objects.bbox", "labels=objects.category", "box_format=xywh", "caption=text"]
+    of_rows = ["image=file", "caption=text", "boxes=x1,y1,x2,y2", "labels=label", "delimiter=;"]
+
+    def flags(source, name, *options):
+        given = ["--source", source, "--annotations", folder / name, *label]
+        return [*given, *(["--option", *options] if options else [])]
+
+    return {
+        "lines": ["--annotations", folder / "A.jsonl", images],
+        "coco": [*flags("coco", "coco.json"), images],
+        "hub": flags("parquet", "hub.parquet", *of_hub),
+        "saved": flags("hf-dataset", "saved", *of_hub),
+        "paths": [
+            *flags(
+                "parquet", "paths.parquet", "image=file", "boxes=parts.box", "labels=parts.label"
+            ),
+            images,
+        ],
+        "rows": [*flags("csv", "boxes.csv", *of_rows), images],
+        "cells": [*flags("csv", "images.csv"), images],
+    }
+
+
+def content(folder):
+    """The parsed records of a set, by id, and the digest of its content."""
+    builder = tfds.builder_from_directory(folder / "1.0.0")
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    found = tfds.as_numpy(builder.as_dataset(split="train", decoders=decoders))
+    parsed = {item["id"]: repr(sorted(item.items(), key=lambda pair: pair[0])) for item in found}
+    return parsed, json.loads((folder / "1.0.0/digest.json").read_text())["train"]["digest"]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["captions", "none"])
+def built(request, tmp_path_factory):
+    """(whether the set has captions, its folder, name -> flags), each built to FOLDER/NAME."""
+    folder = tmp_path_factory.mktemp("tables")
+    flags = write_all(folder, captions=request.param)
+    for name, of_set in flags.items():
+        words = [
+            *map(str, of_set),
+            f"--output={folder / 'out'}",
+            f"--name={name}",
+            "--num-shards=4",
+        ]
+        assert build.main(words) == 0, name
+    return request.param, folder, flags
+
+
+def test_the_same_records_of_each_form(built):
+    captions, folder, flags = built
+    expected = content(folder / "out" / "lines")
+    assert len(expected[0]) == COUNT
+    for name in flags:
+        assert content(folder / "out" / name) == expected, name
+    first = next(iter(expected[0].values()))
+    assert ("a photo of {}" in first) == captions and "a photo of a left wing" in first
+
+
+def test_annotate_takes_them_too(built, tmp_path):
+    _, folder, flags = built
+    words = [*map(str, flags["hub"]), f"--output={tmp_path}", "--passes=none", "--name=hub"]
+    assert annotate_command.main([*words, "--num-shards=4"]) == 0
+    assert content(tmp_path / "records" / "hub") == content(folder / "out" / "lines")
+
+
+def test_images_without_a_caption_are_masked_and_counted(built, capsys):
+    captions, folder, _ = built
+    config = record_sets.config(folder / "out", name="hub", lanes=4)
+    batch = next(records.batches(config))
+    assert batch.caption_mask.all() if captions else not batch.caption_mask.any()
+    assert batch.region_mask.sum(axis=1).tolist() == [2] * 8
+    assert (batch.caption_id[~batch.caption_mask] == 0).all()
+    inspect_command.main([str(folder / "out" / "hub"), f"--output={folder / 'inspected'}"])
+    assert (f"no caption    {COUNT} images" in capsys.readouterr().out) == (not captions)
+
+
+def test_descriptions_are_the_caption_where_there_is_no_other(built):
+    captions, folder, _ = built
+    config = record_sets.config(folder / "out", name="hub", lanes=4, descriptions_in_captions=1)
+    assert next(records.batches(config)).caption_mask.all()
+
+
+def test_a_detection_set_trains(tmp_path):
+    """COCO's instances alone; tests/evaluate/test_retrieval.py has images without captions."""
+    flags = write_all(tmp_path, captions=False)["coco"]
+    words = [*map(str, flags), f"--output={tmp_path}", "--name=coco", "--num-shards=4"]
+    assert build.main(words) == 0
+    small = dict(
+        model__text__vocab_size=49408,
+        input__source="records",
+        input__data_dir=str(tmp_path),
+        input__name="coco",
+        text__pack_group=1,
+        text__pack_rows=6,
+        total_steps=3,
+        optim__warmup_steps=1,
+    )
+    train.train(tiny.small(**small), tmp_path / "run")
+    lines = runs.lines(tmp_path / "run")
+    assert [line["loss_image_caption"] for line in lines] == [0, 0, 0]
+    for name in ("loss_box", "loss_region_description"):
+        assert 0 < lines[-1][name] < 2 * lines[0][name]
+
+
+def options(folder, path, **fields):
+    return sources.Options(
+        str(folder / "images"), (str(path),), scratch=str(folder / "x"), **fields
+    )
+
+
+def test_what_columns_may_be(tmp_path):
+    """Names of labels from a file, shares, scores, ids, several captions; a name that is there twice gets its row's."""
+    (tmp_path / "names.txt").write_text("bird\nleft wing\n")
+    box = [[0.5, 0.5, 0.5, 0.25]]
+    table = {
+        "image": [{"bytes": encoded(n), "path": "a.jpg"} for n in range(2)],
+        "captions": [["one", "two"], []],
+        "boxes": [box, []],
+        "labels": pa.array([[1], []], pa.list_(pa.int8())),
+        "scores": [[0.25], []],
+        "id": [7, 8],
+        "more": [None, None],
+    }
+    pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    own = {"names": str(tmp_path / "names.txt"), "box_format": "cxcywh", "unit": "share"}
+    given = options(tmp_path, tmp_path / "a.parquet", label_text="the {}")
+    (shard,) = sources.shards("parquet", given, own)
+    first, second = sources.read(shard)
+    assert first.captions == ("one", "two") and (first.id, second.id) == ("7", "8")
+    width, height = test_sources.SIZE
+    (region,) = first.regions
+    assert region.box_xyxy == (0.25 * width, 0.375 * height, 0.75 * width, 0.625 * height)
+    assert (region.description, region.score) == ("the left wing", 0.25)
+    assert (first.image, second.image) == ("a.jpg", "000000001.jpg")
+    assert (second.captions, second.regions) == ((), ())
+
+
+def test_several_files_have_names_of_their_own(tmp_path):
+    for name in "ab":
+        table = pa.table({"image": [{"bytes": encoded(0), "path": "x.jpg"}], "caption": ["a"]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    found = test_sources.read_all("parquet", options(tmp_path, tmp_path))
+    assert [image.image for image in found] == ["a/x.jpg", "b/x.jpg"]
+    assert {image.captions for image in found} == {("a",)}
+
+
+def test_rows_of_boxes_and_captions(tmp_path):
+    rows = ["image,caption,x1,y1,x2,y2,phrase", "a.jpg,one,,,,,", "a.jpg,two,1,2,9,9,a wing"]
+    (tmp_path / "b.csv").write_text("\ufeff" + "\n".join([*rows, "b.jpg,,,,,,"]))
+    test_sources.write_pictures(tmp_path / "images", "{:05d}.jpg")
+    for name in "ab":
+        (tmp_path / f"images/{name}.jpg").write_bytes(encoded(0))
+    own = {"boxes": "x1,y1,x2,y2", "descriptions": "phrase"}
+    (shard,) = sources.shards("csv", options(tmp_path, tmp_path / "b.csv"), own)
+    first, second = sources.read(shard)
+    assert first.captions == ("one", "two") and second.captions == ()
+    assert [region.box_xyxy for region in first.regions] == [(1, 2, 9, 9)]
+    assert caption(0) and not second.regions
