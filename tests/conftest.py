@@ -34,6 +34,7 @@ LONG = (
     "tests/losses/test_streaming.py",
     "tests/training/test_memory.py",
     "tests/convert/test_huggingface.py",
+    "tests/convert/test_exits.py",
     "tests/launch/test_plan.py",
     "tests/launch/test_sweep.py",
     "tests/test_data_identity.py",

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from grain_jax.convert import huggingface, parity, towers
 from grain_jax.convert.arguments import Convert
 from grain_jax.convert.big_vision.command import from_big_vision
+from grain_jax.convert.exits import table
+from grain_jax.convert.exits.big_vision import to_big_vision
+from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
@@ -27,10 +30,13 @@ def _settings(args: argparse.Namespace) -> towers.Settings:
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "from-torch": lambda args: reference.from_torch(args.input, args.output, _settings(args).heads),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
-    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push),
+    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push, args.part),
+    "to-open-clip": lambda args: to_open_clip(args.input, args.output, args.part),
+    "to-big-vision": lambda args: to_big_vision(args.input, args.output, args.part),
     "from-hf": lambda args: huggingface.from_hf(args.input, args.output),
     "from-open-clip": lambda args: from_open_clip(args.input, args.output, _settings(args)),
     "from-big-vision": lambda args: from_big_vision(args.input, args.output, _settings(args)),
+    "table": lambda args: table.report(args.checkpoint),
     "pack": lambda args: pack(args.input, args.output),
 }
 
@@ -56,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults = str(error).split("\n")
         print(*faults, sep="\n", file=sys.stderr)
         print(f"{len(faults)} fault{'s' * (len(faults) > 1)}; nothing was written", file=sys.stderr)
+        if hint := getattr(error, "hint", ""):
+            print(hint, file=sys.stderr)
         return 2
     print(report.text)
     if not report.ok:

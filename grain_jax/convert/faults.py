@@ -7,7 +7,13 @@ from grain_jax.core import errors
 
 
 class ConvertError(errors.UserError):
-    """A checkpoint cannot be converted; the message has one line a fault."""
+    """A checkpoint cannot be converted; the message has one line a fault.
+
+    Attributes:
+      hint: a line about what to do, which is no fault; "" where there is none.
+    """
+
+    hint = ""
 
 
 @contextlib.contextmanager

@@ -17,7 +17,11 @@ class LayerNames(NamedTuple):
 
 
 _OPENAI = LayerNames(
-    ("ln_1", "ln_2"), ("attn.in_proj_{kind}",), "attn.out_proj", ("mlp.c_fc", "mlp.c_proj")
+    ("ln_1", "ln_2"),
+    ("attn.in_proj_{kind}",),
+    "attn.out_proj",
+    ("mlp.c_fc", "mlp.c_proj"),
+    ("attn.ln_q", "attn.ln_k"),
 )
 _TIMM = LayerNames(
     ("norm1", "norm2"),

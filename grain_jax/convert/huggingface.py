@@ -5,11 +5,8 @@ JAX), tokenizer and processor files, and a model card. Parameters have the PyTor
 needs safetensors and tokenizers; torch and transformers only run the parity.
 """
 
-import contextlib
 import dataclasses
 import json
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,19 +14,21 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import archives, hf_tokenizer, model_card, output, parity
+from grain_jax.convert.exits import folder as exits
+from grain_jax.convert.exits import hugging_face, reasons
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.core import atomic, images, regular_file
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.runtime import checkpoint, pretrained
+from grain_jax.runtime import pretrained
 from grain_jax.runtime.pretrained import hub
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files
 _MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
-_FILES = ("*.json", WEIGHTS, "*_grain.py", "README.md")
+_FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
 # The recipe of the paper (docs/method.md, Losses), for models without a run's config.
 LOSSES = dict(
@@ -47,13 +46,22 @@ LOSSES = dict(
 _TEXTS = ["a photo of a wren", "Two DOGS  &amp; a cat's   bowl, 1998!", "", "long " * 100]
 
 
-def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = None) -> parity.Report:
+def to_hf(
+    source: epath.PathLike,
+    folder: epath.PathLike,
+    repo: str | None = None,
+    part: str = "model",
+) -> parity.Report:
     """to-hf: a model that `grain_jax.load` reads to a folder for `AutoModel` and `AutoProcessor`.
+
+    A model without a region decoder becomes transformers' own CLIP or SigLIP.
 
     Args:
       source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
       folder: new, or an older conversion.
       repo: ORG/NAME where `push` will publish it; the model card names it.
+      part: "model"; "towers": without region decoder and box head, as CLIP or SigLIP; or "vision": the image tower
+        alone, as a vision model of either.
 
     Raises:
       hub.HubError: `push` to that `repo` could not work.
@@ -62,9 +70,17 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     """
     if repo is not None:
         hub.check_push(repo)
+    found = exits.read(source)
+    if part == "vision":
+        return hugging_face.write_vision(found, folder, repo)
+    if part == "towers":
+        alone, lines = exits.towers_alone(found)
+        return hugging_face.write_towers(alone, folder, repo).after(*lines)
+    if found.model.decoder is None:
+        return hugging_face.write_towers(found, folder, repo)
     folder = output.check_free(folder, _MODELING)
-    model, params, read_from = checkpoint.load_model(source)
-    names.refuse(model, "to-hf")
+    model, params, read_from = found
+    reasons.refuse(model, names.faults(model, "to-hf"))
     run = model_card.read_run(read_from)
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
@@ -104,7 +120,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
 
 def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
     """Publishes a folder of to-hf, its model card included, as ORG/NAME; returns the address. Raises hub.HubError."""
-    with _on_disk(epath.Path(folder)) as path:
+    with output.on_disk(epath.Path(folder)) as path:
         return hub.push(path, repo, _FILES, private)
 
 
@@ -149,18 +165,6 @@ def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str
     raise_any(faults)
     with prefixed(f"{weights}: "):
         return model, names.to_params(states["backbone"], states["decoder"], model), states
-
-
-@contextlib.contextmanager
-def _on_disk(folder: epath.Path) -> Iterator[str]:
-    """The path of the folder; of a URL, which transformers cannot open, a local copy."""
-    if "://" not in str(folder):
-        yield str(folder)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        for path in folder.iterdir():
-            path.copy(epath.Path(scratch) / path.name)
-        yield scratch
 
 
 def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +240,7 @@ def _prove_folder(
         after = np.arange(context) > ids.argmax(axis=1)[:, None]
         ours["token_ids"] = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
 
-    with _on_disk(folder) as path:
+    with output.on_disk(folder) as path:
         load = lambda auto: auto.from_pretrained(
             path, trust_remote_code=True, local_files_only=True
         )

@@ -1,6 +1,7 @@
 """Where a conversion writes its model."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,18 @@ def writing(path: epath.PathLike) -> Iterator[None]:
         if fault is None:
             raise
         raise ConvertError(f"{path}: cannot be written: {fault}") from error
+
+
+@contextlib.contextmanager
+def on_disk(folder: epath.Path) -> Iterator[str]:
+    """The path of the folder; of a URL, which transformers cannot open, a local copy."""
+    if "://" not in str(folder):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in folder.iterdir():
+            path.copy(epath.Path(scratch) / path.name)
+        yield scratch
 
 
 def save(

@@ -18,7 +18,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax.convert import huggingface, model_card, parity
+from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.core import images
@@ -351,15 +351,18 @@ def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypat
 def test_models_of_another_kind_are_refused(tmp_path, capsys):
     model = perturbed.tiny(text__causal=False, text__pool="last")
     checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
-    assert refused(capsys, "to-hf", tmp_path / "ours", tmp_path / "hf").split("\n")[:-1] == [
+    assert refused(capsys, "to-hf", tmp_path / "ours", tmp_path / "hf").split("\n")[:-2] == [
         "model.text.causal: got False, to-hf writes models with True",
         "model.text.pool: got last, to-hf writes models with end",
     ]
     model = perturbed.tiny(decoder=None, image__pool="class")
     checkpoint.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
-    for command in ("to-hf", "to-torch"):
-        first, last = refused(capsys, command, tmp_path / "two", tmp_path / command).split("\n")
-        assert first.startswith("model.decoder: got none; ") and last.startswith("1 fault")
+    said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
+    assert said[0] == "model.decoder: got none; to-torch writes models with a region decoder"
+    assert said[1:] == [
+        "1 fault; nothing was written",
+        "what writes this model: grain-jax convert pack, grain-jax export",
+    ]
 
 
 def test_without_transformers_nothing_is_proven(small, tmp_path, capsys, monkeypatch):
@@ -381,7 +384,7 @@ def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
         def iterdir(self):
             return epath.Path(tmp_path).iterdir()
 
-    with huggingface._on_disk(Stored()) as path:
+    with output.on_disk(Stored()) as path:
         assert path != str(tmp_path) and (epath.Path(path) / "config.json").read_text() == "{}"
 
 

@@ -231,11 +231,13 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
     out = tmp_path / "x.pth.tar"
     assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(out)]) == 2
     assert capsys.readouterr().err.strip().split("\n") == [
-        "model.logit_bias_init: got -10.0, to-torch writes models with None; grain-jax convert to-hf writes it",
-        "model.image.pre_norm: got True, to-torch writes models with False; grain-jax convert to-hf writes it",
-        "model.text.activation: got gelu, to-torch writes models with quick_gelu; grain-jax convert to-hf writes it",
-        "model.decoder.image_pool: got all, to-torch writes models with query; grain-jax convert to-hf writes it",
+        "model.logit_bias_init: got -10.0, to-torch writes models with None",
+        "model.image.pre_norm: got True, to-torch writes models with False",
+        "model.text.activation: got gelu, to-torch writes models with quick_gelu",
+        "model.decoder.image_pool: got all, to-torch writes models with query",
         "4 faults; nothing was written",
+        "what writes this model: grain-jax convert to-hf, grain-jax convert to-open-clip --part towers,"
+        " grain-jax convert pack, grain-jax export",
     ]
     assert not out.exists()
     for source, target, said in (

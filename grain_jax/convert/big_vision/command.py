@@ -1,5 +1,7 @@
 """The command from-big-vision, and its parity against big_vision's own model."""
 
+from typing import Any
+
 import numpy as np
 from etils import epath
 
@@ -23,7 +25,7 @@ def from_big_vision(
     image, text = (import_tower(which, checkpoint, settings) for which in towers.TOWERS)
     with prefixed(f"{checkpoint.path}: "):
         model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
-    proof = _prove(checkpoint, model, params)
+    proof = prove(checkpoint, model, params)
     output.save(folder, model, params, source, proof)
     return proof.after(
         f"from-big-vision: {source} -> {folder}",
@@ -33,7 +35,25 @@ def from_big_vision(
     )
 
 
-def _prove(checkpoint: files.Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
+def sizes_of(model: config_lib.Model) -> dict[str, Any]:
+    """The arguments of big_vision's two_towers.Model for a two-tower model."""
+    kinds = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
+
+    def sizes(tower: Any) -> dict[str, Any]:
+        shared = dict(width=tower.width, depth=tower.depth, mlp_dim=tower.mlp_dim)
+        return shared | dict(num_heads=tower.heads, pool_type=kinds[tower.pool])
+
+    return dict(
+        image=sizes(model.image) | dict(patch_size=(model.image.patch_size,) * 2),
+        text=sizes(model.text) | dict(vocab_size=model.text.vocab_size),
+        out_dim=tuple(
+            model.embed_dim if t.projection != "none" else None for t in (model.image, model.text)
+        ),
+        bias_init=model.logit_bias_init,
+    )
+
+
+def prove(checkpoint: files.Checkpoint, model: config_lib.Model, params: Any) -> parity.Report:
     """Our model against big_vision's two_towers, loaded by its own code, if big_vision is on the path."""
     try:  # not a package of an index: it is on the path where its repository is
         from big_vision.models import vit  # pyright: ignore[reportMissingImports]
@@ -50,22 +70,13 @@ def _prove(checkpoint: files.Checkpoint, model: config_lib.Model, params: dict) 
     tree = tables.nested({name: x for name, x in checkpoint.state.items() if "/" not in name})
     tree["img"] = vit.load(None, of("img"), {})
     tree["txt"] = text_transformer.load(None, of("txt"), {})
-    kinds = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
-
-    def sizes(tower, encoder):
-        shared = dict(width=tower.width, depth=tower.depth, mlp_dim=tower.mlp_dim)
-        shared |= dict(num_heads=tower.heads, pool_type=kinds[tower.pool])
-        return shared | dict(scan="encoderblock" in encoder)
-
-    theirs = two_towers.Model(
-        image=sizes(model.image, tree["img"]["Transformer"])
-        | dict(patch_size=(model.image.patch_size,) * 2),
-        text=sizes(model.text, tree["txt"]["Encoder_0"]) | dict(vocab_size=model.text.vocab_size),
-        out_dim=tuple(
-            model.embed_dim if t.projection != "none" else None for t in (model.image, model.text)
-        ),
-        bias_init=model.logit_bias_init,
-    )
+    stated = sizes_of(model)
+    for name, encoder in (
+        ("image", tree["img"]["Transformer"]),
+        ("text", tree["txt"]["Encoder_0"]),
+    ):
+        stated[name]["scan"] = "encoderblock" in encoder
+    theirs = two_towers.Model(**stated)
     given = parity.inputs_of(model)
     image, text, _ = theirs.apply({"params": tree}, given.images, given.token_ids)
     embeds = dict(image_embed=np.asarray(image), text_embed=np.asarray(text))

@@ -195,6 +195,8 @@ def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str,
         patch_size=image.patch_size,
         no_ln_pre=not image.pre_norm,
         pool_type="avg" if image.pool == "mean" else "tok",
+        qk_norm=image.qk_norm,
+        norm_kwargs=dict(eps=image.norm_eps),
     )
     text_cfg = shared(text) | dict(
         context_length=text.context_length,

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax.convert import archives, output, parity, towers
+from grain_jax.convert.exits import reasons
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
@@ -64,6 +65,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
             f"{path}: is a folder, pipe or device; expected a file name such as grain.pth.tar"
         )
     model, params, read_from = checkpoint.load_model(source)
+    reasons.refuse(model, names.faults(model, "to-torch"))
     states = names.to_states(model, params)
     with output.writing(path), needing("torch", path):
         write(path, states)

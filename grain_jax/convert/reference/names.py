@@ -97,24 +97,27 @@ _FIXED = (
 )
 
 
-def refuse(model: config_lib.Model, command: str) -> None:
-    """Raises ConvertError, with a line for each reason, where "to-torch" or "to-hf" cannot express the model."""
+def faults(model: config_lib.Model, command: str) -> list[str]:
+    """A line for each reason why "to-torch" or "to-hf" cannot express a model; to-hf here is the modeling file of GRAIN."""
+    found = []
     if model.decoder is None:
-        raise ConvertError(
-            f"model.decoder: got none; {command} writes models with a region decoder (transformers has CLIP and"
-            " SigLIP of its own)"
-        )
-    faults = []
+        found.append(f"model.decoder: got none; {command} writes models with a region decoder")
     for key, expected, always in _FIXED:
+        if model.decoder is None and key.startswith("decoder."):
+            continue
         got = operator.attrgetter(key)(model)
         if got != expected and (always or command == "to-torch"):
-            other = "" if always else "; grain-jax convert to-hf writes it"
-            faults.append(f"model.{key}: got {got}, {command} writes models with {expected}{other}")
-    if command == "to-torch" and model.decoder.queries == 0:
-        faults.append(
+            found.append(f"model.{key}: got {got}, {command} writes models with {expected}")
+    if command == "to-torch" and model.decoder is not None and model.decoder.queries == 0:
+        found.append(
             "model.decoder.queries: got 0, expected at least 1; without queries the reference's model has other parameters"
         )
-    raise_any(faults)
+    return found
+
+
+def refuse(model: config_lib.Model, command: str) -> None:
+    """Raises ConvertError with the lines of `faults`, where there are any."""
+    raise_any(faults(model, command))
 
 
 def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:

@@ -1,0 +1,77 @@
+"""The command to-big-vision: the .npz that the `load` of big_vision's two_towers reads."""
+
+import io
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from grain_jax.convert import output, parity
+from grain_jax.convert.big_vision import checkpoint as files
+from grain_jax.convert.big_vision import command
+from grain_jax.convert.big_vision.towers import image_rows, text_rows
+from grain_jax.convert.exits import arrays, folder, reasons
+from grain_jax.convert.faults import ConvertError
+from grain_jax.convert.tables import Arrays, NamePair
+from grain_jax.core import atomic
+
+
+def to_big_vision(
+    source: epath.PathLike, path: epath.PathLike, part: str = "model"
+) -> parity.Report:
+    """to-big-vision: a two-tower model that `grain_jax.load` reads to a .npz of big_vision.
+
+    Args:
+      source: a workdir, a checkpoint or a converted folder.
+      path: the file to write.
+      part: "model", or "towers": without region decoder and box head.
+
+    Raises:
+      ConvertError: big_vision cannot express the model, or `path` is no file name that ends in .npz.
+      checkpoint.CheckpointError: `source` cannot be read.
+    """
+    path = epath.Path(path)
+    if path.suffix != ".npz" or path.is_dir() or atomic.is_special(path):
+        raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
+    found, left = folder.read(source), []
+    if part == "towers":
+        found, left = folder.towers_alone(found)
+    model = found.model
+    reasons.refuse(model, reasons.of_big_vision(model))
+    state = _state(folder.flat(found))
+    content = io.BytesIO()
+    named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
+    np.savez(content, **named)
+    with output.writing(path):
+        atomic.write_bytes(path, content.getvalue())
+    proof = command.prove(files.read(path), model, found.params)
+    size = sum(array.size for array in state.values())
+    tokenizer = f"tokenizer not in a .npz: {model.text.tokenizer}, texts {model.text.cleaning}"
+    return proof.after(
+        f"to-big-vision: {found.folder} -> {path}, its sub-trees img and txt",
+        f"{len(state)} arrays, {size:,} values, float32",
+        f"{tokenizer}, padded with the id {model.text.pad_id}",
+        f"for its config: {command.sizes_of(model)}",
+        *left,
+    )
+
+
+def _state(flat: Arrays) -> Arrays:
+    """The arrays by big_vision's names, without `params/`."""
+    flat = arrays.with_patch_bias(arrays.without_class_position(flat))
+    for tower in ("image", "text"):
+        if f"{tower}_projection/kernel" in flat:
+            flat = arrays.with_projection(flat, tower, 0, bias=True)
+    rows = [
+        row._replace(theirs=f"{prefix}/{row.theirs}")
+        for prefix, of in (("img", image_rows()), ("txt", text_rows()))
+        for row in of
+    ]
+    rows += _SCALARS
+    state = folder.entries(rows, flat)
+    return state | {
+        row.theirs: state[row.theirs].reshape(1) for row in _SCALARS if row.ours in flat
+    }
+
+
+_SCALARS = [NamePair(ours, theirs) for ours, theirs in files.SCALARS.items()]

@@ -1,0 +1,187 @@
+"""What the exits that write a folder share: the files, the model's predictor, inputs of the parity, the card."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import inference
+from grain_jax.convert import output, parity, tables, towers
+from grain_jax.convert.exits import reasons
+from grain_jax.convert.faults import needing
+from grain_jax.convert.tables import Arrays, NamePair
+from grain_jax.core import atomic, images
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
+
+MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
+
+
+class Source(NamedTuple):
+    """A model to write."""
+
+    model: config_lib.Model
+    params: Any
+    folder: epath.Path  # that it was read from
+
+
+def read(path: epath.PathLike) -> Source:
+    """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
+    model, params, folder = checkpoint.load_model(path)
+    return Source(model, params, epath.Path(folder))
+
+
+def towers_alone(source: Source) -> tuple[Source, list[str]]:
+    """The two towers of a model, and lines about what is left behind.
+
+    Of a model with a region decoder no projection of the tower itself was trained: the identity, cut to the width of the
+    joint space or filled with zeros, stands in for it.
+    """
+    model = reasons.towers_alone(source.model)
+    of_decoder = source.model.decoder is not None
+    shapes = grain.parameter_shapes(model)
+    params = flat(source)
+    left = {name.partition("/")[0] for name in params.keys() - shapes.keys()}
+    left |= {"image_projection"} if of_decoder else set()
+    params = {name: x for name, x in params.items() if name in shapes}
+    if of_decoder and model.image.projection != "none":
+        params["image_projection/kernel"] = np.eye(
+            model.image.width, model.embed_dim, dtype=np.float32
+        )
+    lines = [f"left behind: {', '.join(sorted(left))}"] if left else []
+    if of_decoder:
+        lines.append(
+            f"ATTENTION: the image embedding of the model came from its decoder; here it is the {model.image.pool} of the"
+            " tokens, which nothing trained: take the image tower's tokens, or train on"
+        )
+    return Source(model, tables.nested(params), source.folder), lines
+
+
+def flat(source: Source) -> Arrays:
+    """The parameters by flat name, float32."""
+    return {name: np.asarray(x, np.float32) for name, x in grain.flat(source.params).items()}
+
+
+def entries(rows: list[NamePair], params: Arrays) -> Arrays:
+    """The entries of all parameters. Raises ValueError where a parameter has no row."""
+    lost = params.keys() - {row.ours for row in rows}
+    if lost:
+        raise ValueError(f"parameters without a name in the format: {', '.join(sorted(lost))}")
+    return tables.write(rows, params)
+
+
+def write(
+    folder: epath.Path, weights: str, arrays: Arrays, files: Mapping[str, Any], source: Source
+) -> None:
+    """Writes the files (bytes, texts, or JSON values), and the arrays as safetensors.
+
+    Raises:
+      ConvertError: the folder cannot be written, or safetensors is missing.
+    """
+    files = {**files, MARK: {"source": str(source.folder)}}
+    with output.writing(folder), needing("safetensors", folder / weights):
+        import safetensors.numpy
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                atomic.write_bytes(folder / name, content)
+            else:
+                if not isinstance(content, str):
+                    content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                atomic.write_text(folder / name, content)
+        content = safetensors.numpy.save(arrays, metadata={"format": "pt"})
+        atomic.write_bytes(folder / weights, content)
+
+
+def finish(
+    folder: epath.Path,
+    source: Source,
+    use: str,
+    library: str,
+    proof: parity.Report,
+    repo: str | None = None,
+) -> None:
+    """Writes the model card, and the verdict of the parity into the mark.
+
+    Args:
+      folder: of the exit.
+      source: the model.
+      use: code that loads FOLDER.
+      library: that loads it, as the Hub names it.
+      proof: the report.
+      repo: ORG/NAME on the Hub, in place of FOLDER.
+
+    Raises:
+      ConvertError: the folder cannot be written.
+    """
+    report = proof.text if proof.verdict != parity.NOT_PROVEN else proof.text.splitlines()[-1]
+    card = _CARD.format(
+        use=use.strip().replace("FOLDER", repo or "FOLDER"),
+        sizes="\n".join(towers.describe(source.model, {})),
+        source=source.folder,
+        report=report,
+        library=library,
+    )
+    with output.writing(folder):
+        atomic.write_text(folder / "README.md", card)
+        notes = {"source": str(source.folder), "parity": proof.verdict}
+        atomic.write_text(folder / MARK, json.dumps(notes, indent=2) + "\n")
+
+
+def raw_images() -> list[np.ndarray]:
+    """Two random images, uint8 [H, W, 3], of different shapes."""
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
+
+
+def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
+    """`raw_images` as the model gets them, [N, S, S, 3]."""
+    resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
+    return (resized / 255 - np.array(tower.pixel_mean)) / np.array(tower.pixel_std)
+
+
+def our_outputs(source: Source, given: parity.Inputs) -> dict[str, np.ndarray]:
+    """The outputs of a two-tower model, and its logits [images, texts]."""
+    predictor = inference.Predictor(source.model, source.params)
+    ours = parity.outputs_of(predictor, given)
+    logits = predictor.logit_scale * ours["image_embed"] @ ours["text_embed"].T
+    return ours | {"logits": logits + (predictor.logit_bias or 0.0)}
+
+
+_CARD = """---
+library_name: {library}
+license: other
+---
+
+# Image and text towers
+
+`grain-jax convert` wrote this folder from {source}.
+
+```python
+{use}
+```
+
+Images are resized to a square without a crop. Texts with broken encodings or HTML entities, which training repaired, are
+not repaired here.
+
+## Model
+
+```
+{sizes}
+```
+
+Parity of the conversion:
+
+```
+{report}
+```
+
+## Licence
+
+The weights: not stated by the run; the terms of the training data and of the model's author apply. State a licence
+before you publish the weights.
+"""

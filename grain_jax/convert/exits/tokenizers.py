@@ -1,0 +1,123 @@
+"""A model's tokenizer in the files of transformers."""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.convert import hf_tokenizer
+from grain_jax.input_pipeline import clip_tokenizer, tokenizer
+
+# Of the parity: nothing that the cleaning of our tokenizers alone would repair.
+TEXTS = ["a photo of a wren", "Two DOGS and a cat's   bowl, 1998!", "x", "long " * 100]
+
+
+def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str, Any], str]:
+    """The files by name (bytes, or JSON values), and a line that says why there are none, or "".
+
+    Args:
+      tower: the text tower.
+      folder: of the model, where the file of its tokenizer is looked for.
+
+    Raises:
+      UserError: the file of the tokenizer cannot be read.
+    """
+    if tower.tokenizer == "clip":
+        if tower.vocab_size == clip_tokenizer.VOCAB_SIZE:
+            return hf_tokenizer.files(tower.context_length), ""
+        return {}, (
+            f"no tokenizer files: a vocabulary of {tower.vocab_size} is not CLIP's of"
+            f" {clip_tokenizer.VOCAB_SIZE}; give the model token ids"
+        )
+    path = tokenizer.file_of(tower, folder)
+    if not (path.exists() and tokenizer.is_inside(path, folder)):
+        return {}, (
+            f"no tokenizer files: {tower.tokenizer} is no file in {folder}; put it there and convert again"
+        )
+    tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
+    content = tokenizer.content_of(path)
+    if path.suffix == ".json":
+        return _of_json(content, tower, path)
+    if tower.cleaning != "canonical":
+        return {}, (
+            f"no tokenizer files: model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has canonical"
+        )
+    return _of_sentencepiece(content, tower), ""
+
+
+def _of_sentencepiece(content: bytes, tower: config_lib.TextTower) -> dict[str, Any]:
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_proto=content)
+    token = library.id_to_piece
+    return {
+        "spiece.model": content,
+        "tokenizer_config.json": {
+            "tokenizer_class": "SiglipTokenizer",
+            "eos_token": token(library.eos_id()),
+            "unk_token": token(library.unk_id()),
+            "pad_token": token(tower.pad_id),
+            "model_max_length": tower.context_length,
+            "model_input_names": ["input_ids"],
+            "padding_side": "right",
+        },
+    }
+
+
+def _of_json(
+    content: bytes, tower: config_lib.TextTower, path: epath.Path
+) -> tuple[dict[str, Any], str]:
+    """A tokenizer.json that cleans texts as the tower's does, but for broken encodings and HTML entities."""
+    import tokenizers
+    from tokenizers import normalizers
+
+    library = tokenizers.Tokenizer.from_str(content.decode())
+    library.no_padding()
+    library.no_truncation()
+    pad = library.id_to_token(tower.pad_id)
+    if pad is None:
+        return {}, (
+            f"no tokenizer files: model.text.pad_id: got {tower.pad_id}, {path} has no such token"
+        )
+    cleaning = {
+        "none": [],
+        "lower": [*_spaces(), normalizers.Lowercase()],
+        "canonical": [
+            normalizers.Lowercase(),
+            normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), ""),
+            *_spaces(),
+        ],
+    }[tower.cleaning]
+    own = [library.normalizer] if library.normalizer is not None else []
+    if cleaning:
+        library.normalizer = normalizers.Sequence([*cleaning, *own])
+    return {
+        "tokenizer.json": json.loads(library.to_str()),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": pad,
+            "model_max_length": tower.context_length,
+            "model_input_names": ["input_ids"],
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+        },
+    }, ""
+
+
+def _spaces() -> list[Any]:
+    import tokenizers
+    from tokenizers import normalizers
+
+    return [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
+
+
+def our_ids(tower: config_lib.TextTower, folder: epath.PathLike) -> np.ndarray:
+    """The ids of `TEXTS`, int32 [N, L], with the padding of the files."""
+    ids = tokenizer.of_tower(tower, folder)(TEXTS, tower.context_length)
+    if tower.tokenizer != "clip":
+        return ids
+    # Ours pads with 0, transformers with the end token; the model reads neither.
+    after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
+    return np.where(after, clip_tokenizer.END_OF_TEXT, ids)
