@@ -43,6 +43,7 @@ LONG = (
     "tests/test_paths.py",
     "tests/models/test_attention.py",
     "tests/examples/test_loss.py",
+    "tests/data/test_tables.py",
     "tests/losses/test_matching.py",
     "tests/losses/test_losses.py",
     "tests/test_recipes.py",
