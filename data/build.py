@@ -134,7 +134,10 @@ def _lines_of_file(args: Build, read_lines: survey.ReadLines) -> tuple[survey.Li
 def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
     """A line for each image of the source. Raises SourceError."""
     own = dict(args.option)
-    orientation = getattr(sources.make(name, own), "orientation", args.orientation)
+    made = sources.make(name, own)
+    if args.images and made.images_are_files and not epath.Path(args.images).is_dir():
+        raise BuildError(f"--images {args.images}: no such folder, expected the images")
+    orientation = getattr(made, "orientation", args.orientation)
     options = sources.Options(
         images=args.images,
         annotations=tuple(args.annotations),
@@ -144,7 +147,8 @@ def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
         label_text=args.label_text,
     )
     shards = sources.shards(name, options, own)
-    workers = args.workers or parallel.default_workers((len(shards) - 1) * options.shard_size)
+    rows = sum(one.arguments.get("rows", options.shard_size) for one in shards)
+    workers = args.workers or parallel.default_workers(rows if len(shards) > 1 else 0)
     read = lambda path: sourced.lines(shards)
     return survey.Lines(epath.Path(name), epath.Path(args.images), orientation, workers, read)
 
@@ -159,6 +163,8 @@ def _check_faults(found: survey.Survey, args: Build, target: epath.Path, orienta
         turned = f"{found.turned} of {found.lines} images {example.TURNED[orientation]}"
         print(printable.plain(f"{found.file_name}: {turned}"), file=sys.stderr)
     print(printable.plain(found.summary()), file=sys.stderr)
+    if not found.lines:
+        raise BuildError(f"{found.file_name}: got no images, expected some")
     if found.faulty_lines <= args.max_faults * found.lines and found.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults

@@ -141,6 +141,8 @@ def encode(
     line: Line, *, folder: str, encoding: Encoding, orientation: str = "exif"
 ) -> tuple[dict[str, Any], bool] | list[str]:
     """The line as features of data/SCHEMA.md (`id` may be None), and whether its image is stored anew; or its faults."""
+    if line.faults:
+        return [*line.faults]
     checked = check_line(line.text, folder, line.encoded_image, orientation)
     found, image = checked.annotation, checked.image
     if found is None:

@@ -78,11 +78,10 @@ class Survey:
                     f"which line {self._line_of_id[identity]} has already, expected one of its own"
                 )
                 faults = [f"id: got {json.dumps(identity)}, {other}"]
-        self._list(verdict.number, faults)
+        self._list(verdict.number, [*faults, *verdict.left_out])
         if faults:
             return
         self.left_out += len(verdict.left_out)
-        self._list(verdict.number, verdict.left_out)
         self.without_caption += not (found.captions or found.synthetic_caption)
         self.ids[verdict.number] = identity
         self.fingerprints.extend(verdict.fingerprint)

@@ -127,7 +127,9 @@ def shards(
     except regular_file.FileError as error:
         raise SourceError(str(error)) from None
     if not found:
-        raise SourceError(f"source {source}: got no images from {options.images}, expected some")
+        raise SourceError(
+            f"source {source}: got no images from {options.images or ', '.join(options.annotations)}, expected some"
+        )
     return [shard._replace(source=source, options=dict(own or {})) for shard in found]
 
 

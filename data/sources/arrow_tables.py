@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -70,6 +71,7 @@ class ArrowTables(columns.Columns):
         """The images of the shard, from bytes in the table or from files below --images."""
         given = shard.arguments
         named = self.checked(given["file"], self.schema(given))
+        self.check_labels(given["file"], named, given["label_text"])
         options = base.Options(given["images"], label_text=given["label_text"])
         seen: set[str] = set()
         for where, value, found in self.items(self._rows(given, named), named, options.described):
@@ -104,7 +106,9 @@ def shard(number: int, options: base.Options, **arguments: Any) -> base.SourceSh
 
 def of_file(path: epath.Path, files: Sequence[epath.Path]) -> dict[str, Any]:
     """The arguments of a shard that its file has: where there are several, names of images begin with the file's."""
-    prefix = f"{path.stem}/" if len(files) > 1 else ""
+    same_name = [one.stem for one in files].count(path.stem) > 1
+    name = f"{files.index(path):05d}-{path.stem}" if same_name else path.stem
+    prefix = f"{name}/" if len(files) > 1 else ""
     return {"file": str(path), "prefix": prefix, "size": regular_file.length(path)}
 
 
@@ -140,9 +144,12 @@ def _fits(name: str, depth: int, kind: str, row_is_box: bool) -> tuple[bool, str
     depths = _DEPTHS.get(name, (1,))
     if row_is_box and name in ("boxes", *columns.OF_REGIONS):
         depths, expected = (0,), f"{expected.removeprefix('lists of ')}, as boxes are four columns"
-    is_image = name == "image" and kind.startswith("struct<") and "bytes: " in kind
-    is_empty = name != "image" and (depth, kind) == (0, "null")  # a column without a value
-    return is_empty or (depth in depths and (kind in kinds or is_image)), expected
+    is_image = name == "image" and re.match(
+        r"struct<(.*, )?bytes: (large_)?binary(_view)?[,>]", kind
+    )
+    # A column without a value, or with empty lists alone.
+    is_empty = name != "image" and kind == "null" and depth <= max(depths)
+    return is_empty or (depth in depths and (kind in kinds or bool(is_image))), expected
 
 
 def _names(schema: Any, path: Sequence[str], where: str) -> list[str]:
@@ -183,9 +190,16 @@ def _image(
             got = f"got the path {path[:200]!r} and no --images, expected the folder of the images"
             return base.Fault(where, "no such file", got)
         return join.load(found._replace(image=path), given["images"], given["orientation"])
+    if not isinstance(encoded, bytes) or not isinstance(path, str | None):
+        return base.Fault(
+            where, "bad annotation", "got an image of other types, expected bytes and a path"
+        )
+    row = int(where.rpartition(" ")[2])
     name = regular_file.inside(path) if path else ""
-    if not name or name == "." or len(name) > webdataset.MAX_PATH or name in seen:
-        name = f"{int(where.rpartition(' ')[2]):09d}.{'png' if encoded.startswith(_PNG) else 'jpg'}"
+    if not name or name == "." or len(name) > webdataset.MAX_PATH:
+        name = f"{row:09d}.{'png' if encoded.startswith(_PNG) else 'jpg'}"
+    if name in seen or given["first_row"]:  # other shards of the file may have that name
+        name = f"{row:09d}/{name}"
     seen.add(name)
     name = given["prefix"] + name
     if len(encoded) > image_bounds.MAX_BYTES:

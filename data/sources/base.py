@@ -56,7 +56,8 @@ class Options(NamedTuple):
 
     def described(self, label: str) -> str:
         """The description that stands for a label: a name of a class."""
-        return self.label_text.replace("{}", label) if self.label_text else label
+        named = label.strip() and self.label_text
+        return self.label_text.replace("{}", label) if named else label
 
 
 class Fault(NamedTuple):

@@ -123,7 +123,18 @@ class Columns:
         else:
             texts = "--option labels=COLUMN or descriptions=COLUMN"
             raise base.SourceError(f"{where}: has boxes without a text; {texts}, {listed}")
+        for found in paths.values():
+            for column, *_ in found:
+                if list(known).count(column) > 1:
+                    raise base.SourceError(f"{where}: has several columns {column}, expected one")
         return Named(paths, self._names())
+
+    def check_labels(self, where: object, named: Named, label_text: str) -> None:
+        """Raises SourceError where --label-text is given and no labels are read."""
+        if label_text and "labels" not in named.paths:
+            raise base.SourceError(
+                f"{where}: got --label-text, and no labels are read; --option labels=COLUMN"
+            )
 
     def _paths(self, name: str, where: object, known: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         given = getattr(self, name)
@@ -143,7 +154,7 @@ class Columns:
         if not self.names:
             return []
         content = regular_file.read_text(self.names, "the name of a label a line", _MAX_NAMES)
-        return content.splitlines()
+        return [x.rstrip("\r") for x in content.removeprefix("\ufeff").rstrip("\n").split("\n")]
 
     def items(
         self, rows: Iterable[tuple[str, Mapping[str, Any]]], named: Named, described: Describe
@@ -163,7 +174,10 @@ class Columns:
         self, where: str, values: dict[str, Any], named: Named, described: Describe
     ) -> base.Entry | base.Fault:
         if isinstance(values.get("caption"), list):  # several texts in a column of that name
-            values["captions"] = [*values.pop("caption"), *(values.get("captions") or ())]
+            given, more = values.pop("caption"), values.get("captions")
+            values["captions"] = given if more is None else more
+            if isinstance(more, list):
+                values["captions"] = [*given, *more]
         try:
             row = regular_file.checked(values, Row, where, "what the columns of a row hold")
         except regular_file.FileError as error:
@@ -185,7 +199,7 @@ class Columns:
         )
 
     def _xyxy(self, box: Any) -> Any:
-        if self.box_format == "xyxy" or len(box or ()) != 4:
+        if self.box_format == "xyxy" or len(box or ()) != 4 or None in box:
             return box
         if self.box_format == "cxcywh":
             x, y, width, height = box
@@ -206,11 +220,23 @@ def _pick(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
+def _place(image: Any) -> Any:
+    """What tells the image of a row from others: its path, or its bytes."""
+    if isinstance(image, Mapping):
+        image = image.get("path") or image.get("bytes")
+    return image if isinstance(image, str | bytes | None) else repr(image)
+
+
 def _joined(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of each image as one: the lists of its boxes one after another, each of its captions once."""
-    for _, of_image in itertools.groupby(rows, key=lambda row: row[1].get("image")):
+    met: set[int] = set()
+    for image, of_image in itertools.groupby(rows, key=lambda row: _place(row[1].get("image"))):
         group = iter(of_image)
         where, joined = next(group)
+        if hash(image) in met:
+            got = "got rows of an image apart, expected them one after another; sort the table by image"
+            raise base.SourceError(f"{where}: {got}")
+        met.add(hash(image))
         lists = joined.keys() & {"boxes", *OF_REGIONS}
         captions = [joined.get("caption")]
         for _, row in group:

@@ -29,6 +29,10 @@ class Csv(columns.Columns, staged.ListedSource):
             raise ValueError(f"delimiter: got {self.delimiter!r}, expected one character")
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        if options.split:
+            raise base.SourceError(
+                f"got --split {options.split}, CSV files have no splits, expected none"
+            )
         for path in options.annotations:
             yield from self._of_file(path, options)
 
@@ -36,6 +40,7 @@ class Csv(columns.Columns, staged.ListedSource):
         rows = _rows(path, self.delimiter)
         _, header = next(rows, ("", []))
         named, faults = self.named(path, header), []
+        self.check_labels(path, named, options.label_text)
 
         def whole() -> Iterator[tuple[str, Mapping[str, Any]]]:
             for where, cells in rows:
@@ -73,6 +78,7 @@ def _rows(path: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     """The rows that are not empty, each with the place of its end, FILE:LINE. Raises SourceError."""
     lines = regular_file.lines(path, "a CSV file", columns.MAX_LINE)
     texts = (line.decode("utf-8" if at else "utf-8-sig") for at, line in enumerate(lines))
+    csv.field_size_limit(columns.MAX_LINE)
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     try:
         for cells in reader:

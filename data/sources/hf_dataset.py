@@ -78,6 +78,10 @@ def _folder(options: base.Options) -> epath.Path:
         split = options.split or "train"
         base.check_split(folder / _SPLITS, split, known)
         return regular_file.below(folder, split, str(folder / _SPLITS))
+    if options.split:
+        raise base.SourceError(
+            f"{folder}: got --split {options.split}, but it has one split, expected none"
+        )
     return folder
 
 

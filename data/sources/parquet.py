@@ -13,7 +13,7 @@ from etils import epath
 from grain_jax.data.embed import embeddings
 from grain_jax.data.sources import arrow_tables, base
 
-_ADVICE = "fetch or write it again"
+_ADVICE = "fetch it again, or write it again in fewer groups of rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Parquet(arrow_tables.ArrowTables):
         for path in files:
             with embeddings.open_file(path, _ADVICE) as file:
                 named, told = self.checked(str(path), file.schema_arrow), file.metadata
+                if named.row_is_box and len(files) > 1:
+                    raise base.SourceError(
+                        f"{path}: a box a row in several files, expected one file"
+                    )
                 rows = [told.row_group(i).num_rows for i in range(told.num_row_groups)]
             arguments = arrow_tables.of_file(path, files)
             first, groups = 0, []
@@ -56,7 +60,9 @@ class Parquet(arrow_tables.ArrowTables):
                 ):
                     raise embeddings.damaged(arguments["file"], "other groups of rows", _ADVICE)
             try:
-                yield from file.iter_batches(arrow_tables.ROWS, arguments["groups"], [*read])
+                for batch in file.iter_batches(arrow_tables.ROWS, arguments["groups"], [*read]):
+                    batch.validate(full=True)  # texts that are no UTF-8
+                    yield batch
             except MemoryError as error:
                 raise embeddings.damaged(arguments["file"], str(error), _ADVICE) from None
 
@@ -68,7 +74,11 @@ def _files(options: base.Options) -> list[epath.Path]:
     found = []
     for path in map(epath.Path, options.annotations):
         inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if options.split:  # the Hub's files are called train-00000-of-00008.parquet
+            begins = (f"{options.split}-", f"{options.split}.")
+            inside = [one for one in inside if path.is_dir() and one.name.startswith(begins)]
         if not inside:
-            raise base.SourceError(f"{path}: got no .parquet file there, expected some")
+            of_split = f" of --split {options.split}" if options.split else ""
+            raise base.SourceError(f"{path}: got no .parquet file{of_split} there, expected some")
         found += inside
     return found

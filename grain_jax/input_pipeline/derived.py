@@ -307,7 +307,7 @@ def smallest_rows(
             layout = packing.pack(**texts, pack_group=group, rows=rows, row_length=row_length)
             number = np.count_nonzero(texts["caption_lengths"]) + int(texts["region_mask"].sum())
             number += np.count_nonzero(texts.get("negative_lengths", ()))
-            out.append((layout.texts_dropped + layout.captions_cut) / number)
+            out.append((layout.texts_dropped + layout.captions_cut) / max(number, 1))
         return out
 
     tokens = np.concatenate(

@@ -302,9 +302,9 @@ def trunk(monkeypatch):
     monkeypatch.setitem(_registry._model_entrypoints, name, vit_tiny_patch8_siglip_test)
     monkeypatch.setitem(_registry._model_to_module, name, "vision_transformer")
     monkeypatch.setattr(timm, "list_models", lambda pattern: [name])
-    timm_trunk.name_of.cache_clear()
+    timm_trunk._find.cache_clear()
     yield name
-    timm_trunk.name_of.cache_clear()
+    timm_trunk._find.cache_clear()
 
 
 @pytest.mark.parametrize("projection", ["none", "affine"])

@@ -235,8 +235,37 @@ def test_what_columns_may_be(tmp_path):
     (region,) = first.regions
     assert region.box_xyxy == (0.25 * width, 0.375 * height, 0.75 * width, 0.625 * height)
     assert (region.description, region.score) == ("the left wing", 0.25)
-    assert (first.image, second.image) == ("a.jpg", "000000001.jpg")
+    assert (first.image, second.image) == ("a.jpg", "000000001/a.jpg")
     assert (second.captions, second.regions) == ((), ())
+
+
+def test_shards_of_a_file_have_names_of_their_own(tmp_path):
+    rows = {
+        "image": [{"bytes": encoded(n), "path": "a.jpg"} for n in range(4)],
+        "caption": list("abcd"),
+    }
+    pyarrow.parquet.write_table(pa.table(rows), tmp_path / "a.parquet", row_group_size=1)
+    given = options(tmp_path, tmp_path / "a.parquet")._replace(shard_size=2)
+    shards = sources.shards("parquet", given)
+    names = [[found.image for found in sources.read(shard)] for shard in shards]
+    assert names == [["a.jpg", "000000001/a.jpg"], ["000000002/a.jpg", "000000003/a.jpg"]]
+
+
+def test_splits_and_rows_of_an_image_that_are_apart(tmp_path):
+    for split, image in (("train", "a.jpg"), ("test", "b.jpg")):
+        table = pa.table({"image": [image], "caption": ["a"]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    given = options(tmp_path, tmp_path)
+    names = lambda split: [
+        s.arguments["file"] for s in sources.shards("parquet", given._replace(split=split))
+    ]
+    assert [len(names(split)) for split in ("", "train", "test")] == [2, 1, 1]
+    with pytest.raises(sources.SourceError, match="no .parquet file of --split dev there"):
+        names("dev")
+    lines = ["image,a,b,c,d,labels", *(f"{name}.jpg,1,1,9,9,bird" for name in "aba")]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    with pytest.raises(sources.SourceError, match="t.csv:4: got rows of an image apart"):
+        sources.shards("csv", options(tmp_path, tmp_path / "t.csv"), {"boxes": "a,b,c,d"})
 
 
 def test_several_files_have_names_of_their_own(tmp_path):

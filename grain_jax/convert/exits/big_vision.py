@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import output, parity
+from grain_jax.convert import output, parity, towers
 from grain_jax.convert.big_vision import checkpoint as files
 from grain_jax.convert.big_vision import command
 from grain_jax.convert.big_vision.towers import image_rows, text_rows
@@ -46,11 +46,16 @@ def to_big_vision(
         atomic.write_bytes(path, content.getvalue())
     proof = command.prove(files.read(path), model, found.params)
     size = sum(array.size for array in state.values())
+    mean, std = model.image.pixel_mean, model.image.pixel_std
+    pixels = f"pixels not in a .npz: ([0, 1] - {list(mean)}) / {list(std)}"
+    if (tuple(mean), tuple(std)) != towers.SIGLIP_PIXELS:
+        pixels = f"ATTENTION: {pixels}; value_range(-1, 1) and from-big-vision give others"
     tokenizer = f"tokenizer not in a .npz: {model.text.tokenizer}, texts {model.text.cleaning}"
     return proof.after(
         f"to-big-vision: {found.folder} -> {path}, its sub-trees img and txt",
         f"{len(state)} arrays, {size:,} values, float32",
         f"{tokenizer}, padded with the id {model.text.pad_id}",
+        pixels,
         f"for its config: {command.sizes_of(model)}",
         *left,
     )

@@ -17,6 +17,12 @@ from grain_jax.core import atomic, images
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
+# What an exit may write; of an older conversion, what it does not write again goes.
+_NAMES = (
+    *("config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors"),
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"),
+    "README.md",
+)
 MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
 
 
@@ -81,11 +87,17 @@ def write(
     Raises:
       ConvertError: the folder cannot be written, or safetensors is missing.
     """
-    files = {**files, MARK: {"source": str(source.folder)}}
+    files = {
+        MARK: {"source": str(source.folder)},
+        **files,
+    }  # the mark first: a kill leaves a folder of ours
     with output.writing(folder), needing("safetensors", folder / weights):
         import safetensors.numpy
 
         folder.mkdir(parents=True, exist_ok=True)
+        for name in _NAMES:
+            if name not in files and name != weights:
+                (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
             if isinstance(content, bytes):
                 atomic.write_bytes(folder / name, content)
@@ -104,6 +116,7 @@ def finish(
     library: str,
     proof: parity.Report,
     repo: str | None = None,
+    missing: str = "",
 ) -> None:
     """Writes the model card, and the verdict of the parity into the mark.
 
@@ -114,6 +127,7 @@ def finish(
       library: that loads it, as the Hub names it.
       proof: the report.
       repo: ORG/NAME on the Hub, in place of FOLDER.
+      missing: why the folder has no tokenizer, or "".
 
     Raises:
       ConvertError: the folder cannot be written.
@@ -124,6 +138,9 @@ def finish(
         sizes="\n".join(towers.describe(source.model, {})),
         source=source.folder,
         report=report,
+        missing=f"The folder has {missing}. A tokenizer that a library takes instead is another.\n\n"
+        if missing
+        else "",
         library=library,
     )
     with output.writing(folder):
@@ -165,7 +182,7 @@ license: other
 {use}
 ```
 
-Images are resized to a square without a crop. Texts with broken encodings or HTML entities, which training repaired, are
+{missing}Images are resized to a square without a crop. Texts with broken encodings or HTML entities, which training repaired, are
 not repaired here.
 
 ## Model

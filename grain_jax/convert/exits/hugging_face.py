@@ -32,7 +32,16 @@ def write_towers(
     kind, faults = reasons.of_hugging_face(source.model)
     reasons.refuse(source.model, faults)
     is_clip = kind is reasons.CLIP
-    words, missing = tokenizers.files(source.model.text, source.folder)
+    text = source.model.text
+    words, missing = tokenizers.files(text, source.folder)
+    if text.tokenizer == "clip" and words and not text.packable:
+        words, missing = (
+            {},
+            (
+                "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its padding,"
+                f" the id {text.pad_id}; give the model token ids"
+            ),
+        )
     files = {
         "config.json": _config(source.model, is_clip),
         "preprocessor_config.json": _preprocessor(source.model.image, is_clip, whole=True),
@@ -41,7 +50,7 @@ def write_towers(
     state = (_clip if is_clip else _siglip)(folder.flat(source), source.model)
     folder.write(target, WEIGHTS, state, files, source)
     proof = _prove_towers(target, source, kind.name, has_tokenizer=bool(words))
-    folder.finish(target, source, _USE.format(kind=kind.name), "transformers", proof, repo)
+    folder.finish(target, source, _USE.format(kind=kind.name), "transformers", proof, repo, missing)
     lines = [f"to-hf: {source.folder} -> {target}, {kind.name}", _size(state), _PIXELS]
     if not is_clip and source.model.text.context_length != _SIGLIP_CONTEXT:
         lines.append(
@@ -74,7 +83,8 @@ def write_vision(
         "config.json": config,
         "preprocessor_config.json": _preprocessor(model.image, is_clip, whole=False),
     }
-    named = {n: x for n, x in folder.flat(source).items() if n.startswith(_IMAGE_PARTS)}
+    parts = _IMAGE_PARTS[:1] if is_clip else _IMAGE_PARTS  # CLIP has no pooling head
+    named = {n: x for n, x in folder.flat(source).items() if n.startswith(parts)}
     state = folder.entries(formats.hf_image(), _image(named, model, is_clip))
     folder.write(target, WEIGHTS, state, files, source)
     proof = _prove_vision(target, source, kind.name, is_clip)
@@ -99,7 +109,8 @@ from transformers import AutoProcessor, {kind}
 model = {kind}.from_pretrained("FOLDER").eval()
 processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")
 with torch.no_grad():
-    given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], padding="max_length", return_tensors="pt")
+    given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], padding="max_length", truncation=True,
+                      return_tensors="pt")
     scores = model(**given).logits_per_image
 """
 _USE_VISION = """
@@ -120,6 +131,8 @@ def _size(state: Arrays) -> str:
 
 def _left_behind(model: config_lib.Model) -> str:
     parts = ["text tower"]
+    if model.image.class_token and model.image.pool == "map":
+        parts.append("pooling head")
     if model.decoder is not None:
         parts.append("region decoder with its projections")
     elif model.image.projection != "none":

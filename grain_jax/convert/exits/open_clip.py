@@ -41,6 +41,13 @@ def to_open_clip(
     is_own = kind is reasons.OPEN_CLIP
     trunk = "" if is_own else timm_trunk.name_of(found.model.image)
     words, missing = tokenizers.files(found.model.text, found.folder)
+    if words and found.model.text.cleaning == "none":
+        words, missing = (
+            {},
+            (
+                "no tokenizer files: model.text.cleaning: got none, open_clip joins white space; give the model token ids"
+            ),
+        )
     model_cfg = _config(found.model, trunk, has_tokenizer=bool(words))
     state = (_own if is_own else _with_trunk)(folder.flat(found), found.model)
     if found.model.text.tokenizer == "clip":
@@ -62,7 +69,7 @@ def to_open_clip(
     }
     folder.write(target, WEIGHTS, state, files, found)
     proof = _prove(target, found, has_tokenizer=not missing)
-    folder.finish(target, found, _USE, "open_clip", proof)
+    folder.finish(target, found, _USE, "open_clip", proof, missing=missing)
     lines = [
         f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}",
         f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32",

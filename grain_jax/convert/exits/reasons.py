@@ -94,6 +94,7 @@ OPEN_CLIP_TIMM = Format(
         **_TWO_TOWERS,
         **_SIGLIP_VISION,
         image__pool="map",
+        image__activation=("gelu", "gelu_tanh"),
         text__pool=("end", "last"),
     ),
 )
@@ -171,7 +172,8 @@ def of(model: config_lib.Model) -> dict[str, list[str]]:
     """Each exit, and a line for each thing of the model that it cannot hold; none: it works."""
     is_whole = model.decoder is None and model.boxes.kind == "none"
     alone, flag = towers_alone(model), "" if is_whole else " --part towers"
-    found = {} if is_whole else {"to-hf": names.faults(model, "to-hf")}
+    as_grain = names.faults if model.decoder is not None else lambda x, _: of_hugging_face(x)[1]
+    found = {} if is_whole else {"to-hf": as_grain(model, "to-hf")}
     return found | {
         f"to-hf{flag}": of_hugging_face(alone)[1],
         "to-hf --part vision": of_vision(model)[1],

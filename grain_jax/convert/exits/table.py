@@ -88,5 +88,6 @@ def _cell(found: Mapping[str, list[str]], name: str, notes: dict[str, int]) -> s
         return "PROVEN" + ("; towers" if flag else "")
     keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    text = ", ".join(keys[:_SHOWN]) + more
+    absent = [fault for fault in faults if "pip install" in fault]
+    text = absent[0] if absent else ", ".join(keys[:_SHOWN]) + more
     return f"{notes.setdefault(text, len(notes) + 1)}"

@@ -10,7 +10,6 @@ from grain_jax.convert.faults import ConvertError, needing
 _NAMES = "vit_*siglip*"
 
 
-@functools.lru_cache(maxsize=16)
 def name_of(image: config_lib.ImageTower) -> str:
     """The name, such as vit_base_patch16_siglip_224.
 
@@ -18,8 +17,22 @@ def name_of(image: config_lib.ImageTower) -> str:
       ConvertError: timm is missing, or has no such model; one line.
     """
     with needing("timm", "model.image.pool: open_clip has map with a trunk of timm"):
-        import timm
-        import torch
+        import timm  # noqa: F401
+    if name := _find(image):
+        return name
+    raise ConvertError(
+        f"model.image: got {image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth}, heads"
+        f" {image.heads}, MLP {image.mlp_dim} {image.activation}, norm epsilon {image.norm_eps:g}; open_clip takes such"
+        f" towers of timm by name, which has none of that kind ({_NAMES})"
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _find(image: config_lib.ImageTower) -> str | None:
+    """The name, or None: a search of seconds."""
+    import timm
+    import torch
+
     wanted = (image.image_size, image.patch_size, image.width, image.depth, image.heads)
     for name in timm.list_models(_NAMES):
         if f"patch{image.patch_size}_" not in name:
@@ -28,11 +41,7 @@ def name_of(image: config_lib.ImageTower) -> str:
             trunk: Any = timm.create_model(name, pretrained=False, num_classes=0)
             if _sizes(trunk) == (*wanted, image.mlp_dim) and _has_habits(trunk, image):
                 return name
-    raise ConvertError(
-        f"model.image: got {image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth}, heads"
-        f" {image.heads}, MLP {image.mlp_dim} {image.activation}, norm epsilon {image.norm_eps:g}; open_clip takes such"
-        f" towers of timm by name, which has none of that kind ({_NAMES})"
-    )
+    return None
 
 
 def _sizes(trunk: Any) -> tuple[int, ...]:

@@ -36,7 +36,15 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         return {}, (
             f"no tokenizer files: {tower.tokenizer} is no file in {folder}; put it there and convert again"
         )
-    tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
+    own = tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
+    if tower.pool == "end":
+        ids, last = own(TEXTS, tower.context_length), tower.vocab_size - 1
+        ends = own.encode(TEXTS, tower.context_length).lengths - 1
+        if (ids == last).sum() != len(ids) or (ids[np.arange(len(ids)), ends] != last).any():
+            return {}, (
+                f"no tokenizer files: {tower.tokenizer} does not end each text with the id {last}, where theirs reads it;"
+                " give the model token ids"
+            )
     content = tokenizer.content_of(path)
     if path.suffix == ".json":
         return _of_json(content, tower, path)
@@ -44,13 +52,19 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         return {}, (
             f"no tokenizer files: model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has canonical"
         )
-    return _of_sentencepiece(content, tower), ""
-
-
-def _of_sentencepiece(content: bytes, tower: config_lib.TextTower) -> dict[str, Any]:
     import sentencepiece
 
     library = sentencepiece.SentencePieceProcessor(model_proto=content)
+    if tower.pad_id >= library.vocab_size():
+        return {}, _no_pad(tower, path)
+    return _of_sentencepiece(content, library, tower), ""
+
+
+def _no_pad(tower: config_lib.TextTower, path: epath.Path) -> str:
+    return f"no tokenizer files: model.text.pad_id: got {tower.pad_id}, {path} has no such token"
+
+
+def _of_sentencepiece(content: bytes, library: Any, tower: config_lib.TextTower) -> dict[str, Any]:
     token = library.id_to_piece
     return {
         "spiece.model": content,
@@ -78,9 +92,7 @@ def _of_json(
     library.no_truncation()
     pad = library.id_to_token(tower.pad_id)
     if pad is None:
-        return {}, (
-            f"no tokenizer files: model.text.pad_id: got {tower.pad_id}, {path} has no such token"
-        )
+        return {}, _no_pad(tower, path)
     cleaning = {
         "none": [],
         "lower": [*_spaces(), normalizers.Lowercase()],
@@ -116,7 +128,7 @@ def _spaces() -> list[Any]:
 def our_ids(tower: config_lib.TextTower, folder: epath.PathLike) -> np.ndarray:
     """The ids of `TEXTS`, int32 [N, L], with the padding of the files."""
     ids = tokenizer.of_tower(tower, folder)(TEXTS, tower.context_length)
-    if tower.tokenizer != "clip":
+    if tower.tokenizer != "clip" or not tower.packable:
         return ids
     # Ours pads with 0, transformers with the end token; the model reads neither.
     after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
