@@ -459,3 +459,26 @@ def test_the_table_is_in_the_documents(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "to-hf: yes" and lines[-1] == "pack, export: yes"
     assert "  model.decoder: got none; to-torch writes models with a region decoder" in lines
+
+
+@pytest.mark.parametrize(
+    "changes,line",
+    [
+        (
+            SIGLIP | dict(text__tokenizer="clip", text__vocab_size=clip_tokenizer.VOCAB_SIZE),
+            "CLIP's tokenizer of transformers pads with the end token",
+        ),
+        (
+            CLIP | dict(text__tokenizer="tokenizer.json"),
+            "tokenizer.json does not end each text with the id",
+        ),
+    ],
+)
+def test_a_tokenizer_that_theirs_reads_otherwise_is_left_out(tmp_path, capsys, changes, line):
+    out = tmp_path / "out"
+    words = SIGLIP | dict(text__vocab_size=49)
+    run(capsys, "to-hf", made(tmp_path / "words", **words)[0], out)
+    assert (out / "tokenizer.json").exists()
+    printed = run(capsys, "to-hf", made(tmp_path / "model", **changes)[0], out)
+    assert f"no tokenizer files: {line}" in printed
+    assert not list(out.glob("tokenizer*")) and line in (out / "README.md").read_text()
