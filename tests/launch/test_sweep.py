@@ -74,7 +74,7 @@ def test_faults_of_a_sweep_file_are_one_line(tmp_path, text, message):
 def test_every_point_is_checked_as_the_trainer_reads_it(tmp_path):
     faults = {
         "optim.learning_rte": (1.0, "no such key; did you mean optim.learning_rate?"),
-        "optim": ({"learning_rate": 1.0}, "optim: got {'learning_rate': 1.0}, expected a number"),
+        "optim": (3, "optim: is a group of keys; set them one by one, such as optim."),
         "batch_size": (16.5, "--config.batch_size"),
         "input.lanes": (3, "input.lanes: got 3, must divide batch_size 16"),
         "total_steps": (None, "total_steps: got None, expected a number"),
@@ -302,7 +302,7 @@ def test_runs_that_share_a_data_set_wait_for_the_first_to_make_it(tmp_path, monk
     monkeypatch.setattr(jobs.Runner, "run", lambda self: seen.update(ready=self.ready))
     prepared = dict(input__source="records", input__prepare="data.aviary")
     runs = make(tmp_path, [{"seed": 0}, {"seed": 1}], **prepared)
-    sweep.train_here(runs, epath.Path(tmp_path), 1, 0)
+    sweep.train_here(runs, epath.Path(tmp_path), None, 1, 0)
     second = types.SimpleNamespace(name="seed=1")
     assert not seen["ready"](second, frozenset({"seed=0"}))
     assert seen["ready"](second, frozenset())
