@@ -135,7 +135,8 @@ def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
     """A line for each image of the source. Raises SourceError."""
     own = dict(args.option)
     made = sources.make(name, own)
-    if args.images and made.images_are_files and not epath.Path(args.images).is_dir():
+    in_folder = made.images_are_files or not getattr(made, "needs_images", True)
+    if args.images and in_folder and not epath.Path(args.images).is_dir():
         raise BuildError(f"--images {args.images}: no such folder, expected the images")
     orientation = getattr(made, "orientation", args.orientation)
     options = sources.Options(
