@@ -39,7 +39,7 @@ class Item(NamedTuple):
     scores: np.ndarray  # float32 [R]
     negatives: tuple[tuple[str, ...], ...]  # of each region
     turned: bool = False  # its file has an EXIF orientation other than upright
-    orientation: str = "file"  # in which it is decoded, as of files.images
+    orientation: str = "file"  # in which it is decoded, as of core.images
 
 
 class Fault(NamedTuple):
@@ -59,7 +59,7 @@ class Source(NamedTuple):
     total: int  # number of items that the set claims to hold
     shard_lengths: tuple[int, ...]  # none for annotations
     metadata: dict[str, Any]
-    orientation: str = "file"  # of its images, as of files.images
+    orientation: str = "file"  # of its images, as of core.images
 
 
 def open_set(
@@ -70,7 +70,7 @@ def open_set(
     Args:
       path: an `A.jsonl`, or the folder of a record set: OUTPUT/NAME or OUTPUT/NAME/VERSION.
       images: the folder of the images of an A.jsonl; None: the folder of the file.
-      orientation: of the images of an A.jsonl, as of files.images; those of records are read as they are stored.
+      orientation: of the images of an A.jsonl, as of core.images; those of records are read as they are stored.
 
     Raises:
       InspectError: there is no such set, or its records have other features.

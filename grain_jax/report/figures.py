@@ -49,7 +49,9 @@ def print_table(results: Mapping[str, float]) -> None:
 
 @_texts_as_they_are
 def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
-    """Draws the curves of a run, in the charts of the report, and its last evaluations as bars.
+    """Draws the curves of a run, in the charts of the report, and its last evaluations as bars, if it has any.
+
+    What is 0 throughout is left out.
 
     Args:
       metrics_jsonl: the run's `metrics.jsonl`; lines that are no records of a step are skipped. `config.json` beside
@@ -58,17 +60,20 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     """
     series = metrics_file.series(metrics_file.read([epath.Path(metrics_jsonl)])[0])
     evaluations = max((len(series[key][0]) for key in series if key.startswith("eval/")), default=0)
-    made = charts.charts(series, evaluations)[:_MOST_CHARTS]
+    told = [key for key, (_, values) in series.items() if any(values)]
+    made = charts.charts(told, evaluations)[:_MOST_CHARTS]
     rows = max(2, -(-len(made) // 3))
     figure = Figure(figsize=(16, 3.6 * rows), layout="constrained", dpi=110)
-    grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 1, 1.05])
+    widths = [1, 1, 1, 1.05] if evaluations else [1, 1, 1]
+    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths)
     for i, chart in enumerate(made):
         axis = _framed(figure.add_subplot(grid[i // 3, i % 3]), chart.title)
         _lines(axis, chart, series)
         if chart.title == "Losses":
             _mark_chance(axis, _caption_loss_at_chance(epath.Path(metrics_jsonl).parent))
-    bars = _framed(figure.add_subplot(grid[:2, 3]), "Last evaluation (black line: chance)")
-    _bars(bars, {key: values[-1] for key, (_, values) in series.items()})
+    if evaluations:
+        bars = _framed(figure.add_subplot(grid[:2, 3]), "Last evaluation (black line: chance)")
+        _bars(bars, {key: values[-1] for key, (_, values) in series.items()})
     _save(figure, output_png)
 
 
@@ -93,7 +98,7 @@ def regions_grid(
       images_dir: the folder that the paths in the annotations are relative to.
       output_png: the file to write.
       count: number of images, evenly spaced among those with regions.
-      orientation: of the images, as of `files.images`.
+      orientation: of the images, as of `core.images`.
 
     Raises:
       test_sets.InputError, annotations.AnnotationError: no image of the file can be drawn.
