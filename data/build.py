@@ -22,7 +22,7 @@ from etils import epath
 
 from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
-from grain_jax.data import duplicates, example, parallel, sourced, sources, staging, survey
+from grain_jax.data import duplicates, example, parallel, source_lines, sources, staging, survey
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
@@ -150,7 +150,7 @@ def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
     shards = sources.shards(name, options, own)
     rows = sum(one.arguments.get("rows", options.shard_size) for one in shards)
     workers = args.workers or parallel.default_workers(rows if len(shards) > 1 else 0)
-    read = lambda path: sourced.lines(shards)
+    read = lambda path: source_lines.lines(shards)
     return survey.Lines(epath.Path(name), epath.Path(args.images), orientation, workers, read)
 
 

@@ -18,7 +18,7 @@ import PIL.Image
 
 from grain_jax.core import errors
 from grain_jax.core import images as images_lib
-from grain_jax.data import negatives, sourced, sources
+from grain_jax.data import negatives, source_lines, sources
 from grain_jax.data.annotate import answers, checks, detector, endpoint_chat, local_chat, outputs
 from grain_jax.data.annotate.arguments import PASSES, Annotate
 from grain_jax.data.annotate.chat import Answer, Failure
@@ -204,7 +204,7 @@ class Passes:
         for found in self.detector.detect([work.image for work in works], texts):
             if not isinstance(found, Failure):
                 tally["regions"] += len(found)
-                found = {"regions": list(map(sourced.region, found))}
+                found = {"regions": list(map(source_lines.region, found))}
             yield found
 
     def _negatives(self, works: list[_Work], tally: collections.Counter) -> Iterator:
@@ -224,7 +224,7 @@ def _regions(work: _Work) -> list[dict[str, Any]]:
     found = work.results.get("ground", {}).get("regions", [])
     made = work.results.get("negatives", {}).get("negatives", {})
     regions = []
-    for region in (*map(sourced.region, work.item.regions), *found):
+    for region in (*map(source_lines.region, work.item.regions), *found):
         texts = made.get(region["description"])
         add = texts and "negatives" not in region
         regions.append(region | {"negatives": texts} if add else region)
@@ -235,7 +235,9 @@ def _line(work: _Work) -> dict[str, Any] | None:
     """The line of A.jsonl for the image; None if it has neither a text nor a region."""
     item = work.item
     synthetic = work.results.get("caption", {}).get("synthetic_caption", item.synthetic_caption)
-    out = sourced.line(item._replace(synthetic_caption=synthetic)) | {"regions": _regions(work)}
+    out = source_lines.line(item._replace(synthetic_caption=synthetic)) | {
+        "regions": _regions(work)
+    }
     return out if item.captions or synthetic or out["regions"] else None
 
 
