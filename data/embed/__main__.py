@@ -1,4 +1,4 @@
-"""Images to Parquet files of embeddings (docs/embed.md).
+"""Images to files of embeddings (docs/embed.md).
 
   grain-jax embed SOURCE --checkpoint MODEL --output DIR
 
@@ -94,11 +94,12 @@ def _settings(
         regions=args.boxes if args.boxes == "given" or predictor.has_regions else "",
         image_size=model.image.image_size,
         dtype=args.dtype,
-        store=args.store,
+        store=args.store or ("float16" if args.format == "npy" else "float32"),
         shard_size=args.shard_size,
         source=found.source,
         parts=len(found.parts),
         orientation="file" if found.source.kind == "records" else args.orientation,
+        format=args.format,
     )
 
 

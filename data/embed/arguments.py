@@ -4,11 +4,23 @@ from typing import Literal
 
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Command, Processes
+from grain_jax.config import DTYPES
 from grain_jax.config.evals import ORIENTATIONS
+
+_STORES = ("float32", "float16")
+
+
+def _activations(text: str) -> str:
+    if text not in DTYPES:
+        of_files = f"; of the files it is --store {text}" if text in _STORES else ""
+        raise ValueError(
+            f"got {text!r}, expected {' or '.join(DTYPES)} of the activations{of_files}"
+        )
+    return text
 
 
 class Embed(Processes, name="embed"):
-    """Writes embeddings of images and their regions as Parquet files.
+    """Writes embeddings of images and their regions as Parquet files or NumPy arrays.
 
     SOURCE is a folder of images (sub-folders included), a .tar or a folder of them (webdataset), a record set, or an
     A.jsonl. DIR/data gets Parquet files with the embedding of each image and of its regions; grain-jax search answers
@@ -31,13 +43,14 @@ class Embed(Processes, name="embed"):
       --output DIR             all files; the same again to go on
 
     the files:
-      --shard-size N           images a Parquet file, which a kill loses at most; a tar makes one file
-      --store float32|float16  type of the embeddings in the files
+      --format parquet|npy     npy: arrays and metadata as clip-retrieval reads them; search reads Parquet alone
+      --shard-size N           images a file, which a kill loses at most; a tar makes one file
+      --store float32|float16  type of the embeddings in the files (default: float32; with npy float16)
       --max-faults SHARE       of the images that may have a fault, 0 to 1; they are left out and named in
         DIR/faults.jsonl
 
     speed:
-      --dtype float32|bfloat16  of the activations
+      --dtype float32|bfloat16  of the activations; of the files: --store
       --threads N              that read and decode images, of a process (default: one a core)
     """
 
@@ -49,9 +62,10 @@ class Embed(Processes, name="embed"):
     checkpoint: str
     output: str
     shard_size: int = 4096
-    store: Literal["float32", "float16"] = "float32"
+    store: Literal["float32", "float16"] | None = None
+    format: Literal["parquet", "npy"] = "parquet"
     max_faults: float = share(0.01)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: str = flag("float32", parse=_activations)
     threads: int | None = None
 
 

@@ -5,7 +5,7 @@
     DIR/faults.jsonl                      a line for each image that was left out
     DIR/README.md                         the data card
 
-The columns are in docs/embed.md. pyarrow is imported where a file is read or written.
+With `--format npy` the embeddings are arrays beside the Parquet files (`arrays`). The columns are in docs/embed.md. pyarrow is imported where a file is read or written.
 """
 
 import concurrent.futures
@@ -22,6 +22,7 @@ import msgspec
 from etils import epath
 
 from grain_jax.core import errors, printable, regular_file
+from grain_jax.data.embed import arrays
 
 SETTINGS, DATA, FAULTS, CARD = "settings.json", "data", "faults.jsonl", "README.md"
 IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
@@ -79,6 +80,18 @@ class Settings(msgspec.Struct, frozen=True):
     source: Source
     parts: Annotated[int, msgspec.Meta(ge=1, le=10**7)]  # number of files
     orientation: _Orientation  # of the images, as `grain_jax.core.images` takes it
+    format: Literal["parquet", "npy"] = "parquet"
+
+    @property
+    def data(self) -> str:
+        """The folder of the Parquet files."""
+        return DATA if self.format == "parquet" else arrays.METADATA
+
+    def file_name(self, index: int) -> str:
+        """The name of Parquet file number `index`."""
+        if self.format == "npy":
+            return f"{arrays.METADATA}_{arrays.number(index, self.parts)}.parquet"
+        return file_name(index, self.parts)
 
     def difference(self, other: "Settings") -> tuple[str, str, str] | None:
         """The first key with another value in `other`, and the two values in words; a model is told by its digests."""
@@ -138,6 +151,7 @@ class _Note(msgspec.Struct):
     most_regions: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     source: _Lines | _Tar | _Records
     faults: list[_Fault]
+    regions: _Count = 0  # of all images
 
 
 class Part(NamedTuple):
@@ -148,6 +162,7 @@ class Part(NamedTuple):
     most_regions: int  # of one image
     source: dict[str, Any]  # the piece of the source that it is made of, as plain values
     faults: list[dict[str, str]]  # of images that were left out: path, cause, detail
+    regions: int = 0  # of all images
 
 
 def pyarrow() -> Any:
@@ -163,7 +178,7 @@ def pyarrow() -> Any:
 
 
 def file_name(index: int, count: int) -> str:
-    """The name of file number `index` of `count`."""
+    """The name of file number `index` of `count`, of the format parquet."""
     return f"part-{index:05d}-of-{count:05d}.parquet"
 
 
@@ -178,10 +193,14 @@ def columns(settings: Settings) -> Any:
     """The pyarrow schema of a file."""
     pa = pyarrow()
     embed = pa.list_(getattr(pa, settings.store)(), settings.embed_dim)
-    kinds = dict(id=pa.string(), path=pa.string(), width=pa.int32(), height=pa.int32())
-    kinds |= {IMAGE_EMBED: embed}
+    texts = {"parquet": ("id", "path"), "npy": ("image_path", "caption", "id")}[settings.format]
+    kinds = dict.fromkeys(texts, pa.string()) | dict(width=pa.int32(), height=pa.int32())
+    if settings.format == "parquet":
+        kinds |= {IMAGE_EMBED: embed} | (
+            {REGION_EMBED: pa.list_(embed)} if settings.regions else {}
+        )
     if settings.regions:
-        kinds |= {REGION_EMBED: pa.list_(embed), BOXES: pa.list_(pa.list_(pa.float32(), 4))}
+        kinds |= {BOXES: pa.list_(pa.list_(pa.float32(), 4))}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
@@ -281,9 +300,9 @@ def read_part(path: epath.PathLike, settings: Settings) -> Part:
       errors.UserError: none of grain-jax embed, of another folder, model or source, or of other columns.
     """
     path = epath.Path(path)
-    number = re.fullmatch(r"part-(\d{5,8})-of-\d{5,8}\.parquet", path.name)
+    number = re.fullmatch(r"(?:part-|metadata_)(\d{1,8})(-of-\d{5,8})?\.parquet", path.name)
     index = int(number[1]) if number else settings.parts
-    if index >= settings.parts or path.name != file_name(index, settings.parts):
+    if index >= settings.parts or path.name != settings.file_name(index):
         raise EmbeddingsError(f"{path}: expected files of this job alone; move it elsewhere")
     with open_file(path) as file:
         rows, found = file.metadata.num_rows, (file.metadata.metadata or {}).get(_NOTE)
@@ -300,7 +319,21 @@ def read_part(path: epath.PathLike, settings: Settings) -> Part:
         fault = f"was made of other images than those of {note.source.name!r}"
     if fault:
         raise EmbeddingsError(f"{path}: {printable.plain(fault, 400)}; {_AGAIN}")
-    return Part(path.name, rows, note.most_regions, source, msgspec.to_builtins(note.faults))
+    faults = msgspec.to_builtins(note.faults)
+    part = Part(path.name, rows, note.most_regions, source, faults, note.regions)
+    if fault := _arrays_fault(path.parent.parent, index, part, settings):
+        raise damaged(path, fault)
+    return part
+
+
+def _arrays_fault(folder: epath.Path, index: int, part: Part, settings: Settings) -> str | None:
+    """Why an array of a part is not whole, or None; of the format parquet there is none."""
+    if settings.format == "parquet":
+        return None
+    files = arrays.paths(folder, index, settings.parts, bool(settings.regions))
+    sizes = zip(files, (part.rows, part.regions))
+    found = (arrays.fault(path, n, settings.embed_dim, settings.store) for path, n in sizes)
+    return next(filter(None, found), None)
 
 
 def read_parts(
@@ -314,7 +347,8 @@ def read_parts(
         except DamagedError as error:
             return path, error
 
-    files = (folder / DATA).iterdir() if (folder / DATA).is_dir() else ()
+    data = folder / settings.data
+    files = data.iterdir() if data.is_dir() else ()
     with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
         return list(pool.map(read, sorted(x for x in files if x.suffix == ".parquet")))
 
@@ -325,7 +359,8 @@ def _columns_fault(file: Any, settings: Settings) -> str | None:
     if not file.schema_arrow.equals(expected):
         others = [str(field) for field in file.schema_arrow if field not in list(expected)]
         return f"has other columns than {SETTINGS} says: got {(others or ['other ones'])[0]}"
-    at, rows, size = expected.get_field_index(IMAGE_EMBED), 0, 0  # a leaf each, up to that
+    held = IMAGE_EMBED if IMAGE_EMBED in expected.names else "height"
+    at, rows, size = expected.get_field_index(held), 0, 0  # a leaf each, up to that
     for group in map(told.row_group, range(told.num_row_groups)):
         if group.num_columns != told.num_columns:  # pyarrow ends the process where it has more
             return (
@@ -334,7 +369,10 @@ def _columns_fault(file: Any, settings: Settings) -> str | None:
         if {group.column(i).compression for i in range(told.num_columns)} != {"UNCOMPRESSED"}:
             return "is compressed, expected plain columns"
         rows, size = rows + max(0, group.num_rows), size + group.column(at).total_uncompressed_size
-    least = told.num_rows * settings.embed_dim * expected.field(at).type.value_type.bit_width // 8
+    kind, count = expected.field(at).type, 1
+    if held == IMAGE_EMBED:
+        kind, count = kind.value_type, settings.embed_dim
+    least = told.num_rows * count * kind.bit_width // 8
     if rows != told.num_rows or least > min(size, _MAX_SIZE):
         return f"has {told.num_rows:,} rows, in groups of {rows:,}, in {size:,} bytes"
     return None

@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 
 from grain_jax import __version__
-from grain_jax.core import atomic, printable
-from grain_jax.data.embed import embeddings
+from grain_jax.core import atomic, printable, regular_file
+from grain_jax.data.embed import arrays, embeddings
 from grain_jax.data.embed.embeddings import EmbeddingsError
 
 _ROWS = 1024  # of a row group, which is held in memory
@@ -32,6 +32,7 @@ class EmbeddedImage(NamedTuple):
     image_embed: np.ndarray  # [D]
     region_embed: np.ndarray | None  # [R, D]; None: the model finds no regions
     boxes_xyxy: np.ndarray | None  # [R, 4] in [0, 1]
+    caption: str = ""  # the first that the source has
 
 
 class Output(NamedTuple):
@@ -43,7 +44,7 @@ class Output(NamedTuple):
 
     def name(self, index: int) -> str:
         """The file of a part."""
-        return embeddings.file_name(index, len(self.parts))
+        return self.settings.file_name(index)
 
     def finished(self) -> dict[int, embeddings.Part]:
         """The parts that are done. A damaged file is named on stderr and deleted, to be made again.
@@ -52,7 +53,7 @@ class Output(NamedTuple):
           errors.UserError: a file is of no part: of another model, of other images, or none of grain-jax embed.
         """
         names = {self.name(index): index for index in range(len(self.parts))}
-        (self.folder / embeddings.DATA).mkdir(parents=True, exist_ok=True)
+        (self.folder / self.settings.data).mkdir(parents=True, exist_ok=True)
         done = {}
         for path, part in embeddings.read_parts(self.folder, self.settings):
             if isinstance(part, embeddings.DamagedError):
@@ -91,14 +92,17 @@ def agree(folder: epath.Path, settings: embeddings.Settings) -> None:
 
 
 class Writer:
-    """The Parquet file of a part, in memory, as its rows come; `close` puts it in place."""
+    """The files of a part, in memory, as its rows come; `close` puts them in place, the Parquet file last."""
 
     def __init__(self, output: Output, index: int):
         self._pa = embeddings.pyarrow()
         self._output, self._index = output, index
         self._schema = embeddings.columns(output.settings)
         self._rows: list[EmbeddedImage] = []
-        self._written = self._most = 0
+        self._written = self._most = self._regions = 0
+        self._blocks: dict[
+            str, list[np.ndarray]
+        ] = {}  # of the format npy: the columns that are arrays
         self.faults: list[dict[str, str]] = []
         self._file = io.BytesIO()
         self._parquet = self._pa.parquet.ParquetWriter(
@@ -117,14 +121,27 @@ class Writer:
             self._flush()
 
     def close(self) -> embeddings.Part:
-        """Ends the file and puts it in place."""
+        """Ends the files and puts them in place. Raises EmbeddingsError."""
         self._flush()
         part = self.part()
+        if self._output.settings.format == "npy":
+            self._write_arrays()
         self._parquet.add_key_value_metadata(embeddings.note(part, self._output.settings))
         self._parquet.close()
-        path = self._output.folder / embeddings.DATA / part.name
+        path = self._output.folder / self._output.settings.data / part.name
         atomic.write_bytes(path, self._file.getvalue())
         return part
+
+    def _write_arrays(self) -> None:
+        folder, settings, _ = self._output
+        names = (embeddings.IMAGE_EMBED, embeddings.REGION_EMBED)
+        files = arrays.paths(folder, self._index, settings.parts, bool(settings.regions))
+        for path, name in zip(files, names):
+            path.parent.mkdir(exist_ok=True)
+            if path.exists() and regular_file.length(path) is None:
+                raise EmbeddingsError(f"{path}: got a folder, pipe or device; move it elsewhere")
+            blocks = self._blocks.pop(name, [])
+            atomic.write_bytes(path, arrays.encoded(blocks, settings.embed_dim, settings.store))
 
     def part(self) -> embeddings.Part:
         """What the file says of itself, by what has been written."""
@@ -134,28 +151,47 @@ class Writer:
             most_regions=self._most,
             source=dict(self._output.parts[self._index]),
             faults=self.faults,
+            regions=self._regions,
         )
 
     def _flush(self) -> None:
         if not self._rows:
             return
         pa, rows, schema = self._pa, self._rows, self._schema
-        plain = list(zip(*rows))[:4]  # id, path, width, height
-        columns = [pa.array(values, field.type) for values, field in zip(plain, schema)]
-        image = np.stack([row.image_embed for row in rows])
-        columns.append(_vectors(pa, image, schema.field(embeddings.IMAGE_EMBED).type))
-        if embeddings.REGION_EMBED in schema.names:
+        settings = self._output.settings
+        of_embeds = {embeddings.IMAGE_EMBED: np.stack([row.image_embed for row in rows])}
+        counts, offsets = [], None
+        if settings.regions:
             counts = [len(row.boxes_xyxy) for row in rows]
             offsets = pa.array(np.cumsum([0, *counts]).astype(np.int32))
             for name in (embeddings.REGION_EMBED, embeddings.BOXES):
-                kind = schema.field(name).type
-                values = np.concatenate([getattr(row, name) for row in rows])
-                vectors = _vectors(pa, values, kind.value_type)
-                columns.append(pa.ListArray.from_arrays(offsets, vectors, type=kind))
-            self._most = max(self._most, *counts)
+                of_embeds[name] = np.concatenate([getattr(row, name) for row in rows])
+        columns = []
+        for field in schema:
+            if field.name not in of_embeds:
+                values = [_plain(row, field.name, settings) for row in rows]
+                columns.append(pa.array(values, field.type))
+                continue
+            values, is_list = of_embeds.pop(field.name), field.name != embeddings.IMAGE_EMBED
+            vectors = _vectors(pa, values, field.type.value_type if is_list else field.type)
+            if is_list:
+                vectors = pa.ListArray.from_arrays(offsets, vectors, type=field.type)
+            columns.append(vectors)
+        for name, values in of_embeds.items():  # no columns: arrays beside the file
+            stored = values.astype(settings.store, copy=False)
+            self._blocks.setdefault(name, []).append(stored)
         self._parquet.write_table(pa.Table.from_arrays(columns, schema=schema))
+        self._most, self._regions = max(self._most, *counts, 0), self._regions + sum(counts)
         self._written += len(rows)
         self._rows = []
+
+
+def _plain(row: EmbeddedImage, name: str, settings: embeddings.Settings) -> Any:
+    """The value of a column without vectors; `image_path` is the file, where each image has one."""
+    if name != "image_path":
+        return getattr(row, name)
+    folder = settings.source.images
+    return f"{folder}/{row.path}" if folder else row.path
 
 
 def _vectors(pa: Any, values: np.ndarray, kind: Any) -> Any:
@@ -169,6 +205,35 @@ _REGIONS = """\
 | `region_embed` | list of `{stored}[{dim}]` | embeddings of its regions, unit length |
 | `boxes_xyxy` | list of `float[4]` | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
 """
+_COLUMNS = """\
+| column | type | what |
+|---|---|---|
+| `id` | string | the id of the annotations or the record; else the path |
+| `path` | string | of the image below the source; of a tar `TAR/MEMBER`, of a record set its split and number |
+| `width`, `height` | int32 | pixels of the image |
+| `image_embed` | `{stored}[{dim}]` | embedding of the whole image, unit length |
+"""
+_ARRAYS = """\
+| file | what |
+|---|---|
+| `img_emb/img_emb_*.npy` | {stored} [images, {dim}], embeddings of the whole images, unit length |
+| `metadata/metadata_*.parquet` | a row an image: `image_path`, `caption`, `id`, `width`, `height` |
+"""
+_REGION_ARRAYS = """\
+| `region_emb/region_emb_*.npy` | {stored} [regions, {dim}], of all images, image after image |
+| column `boxes_xyxy` of the metadata | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
+"""
+_READ = """\
+import pyarrow.dataset
+
+for batch in pyarrow.dataset.dataset("data").to_batches(columns=["id", "image_embed"]):
+    image_embed = batch["image_embed"].flatten().to_numpy(zero_copy_only=False).reshape(-1, {dim})
+"""
+_READ_ARRAYS = """\
+import pathlib
+
+image_embed = np.concatenate([np.load(x) for x in sorted(pathlib.Path("img_emb").glob("*.npy"))])
+"""
 
 
 def card(settings: embeddings.Settings, parts: Sequence[embeddings.Part], folder: str) -> str:
@@ -180,20 +245,25 @@ def card(settings: embeddings.Settings, parts: Sequence[embeddings.Part], folder
       folder: as it was given.
     """
     rows, faults = sum(p.rows for p in parts), sum(len(p.faults) for p in parts)
-    stored, dim = settings.store, settings.embed_dim
-    regions = _REGIONS.format(stored=stored, dim=dim) if settings.regions else ""
     source = settings.source
     plain = lambda value: printable.plain(str(value), 300)
+    tables, read, search = (_COLUMNS, _REGIONS), _READ, ""
+    if settings.format == "npy":
+        tables, read = (_ARRAYS, _REGION_ARRAYS), _READ_ARRAYS
+    else:
+        search = f':\n`grain-jax search {plain(folder)} --text "a long orange beak"`'
+    table = "".join(tables[: 1 + bool(settings.regions)])
+    table, read = (x.format(stored=settings.store, dim=settings.embed_dim) for x in (table, read))
     split = f", split {plain(source.split)}" if source.split else ""
     return f"""---
 configs:
 - config_name: default
-  data_files: data/*.parquet
+  data_files: {settings.data}/*.parquet
 ---
 # Embeddings of {rows:,} images
 
 Written by `grain-jax embed` (grain_jax {__version__}, jax {jax.__version__}). {len(parts):,} Parquet files
-in `data/`; {faults:,} images were left out, and `faults.jsonl` names each with its cause.
+in `{settings.data}/`; {faults:,} images were left out, and `faults.jsonl` names each with its cause.
 
 | | |
 |---|---|
@@ -203,21 +273,10 @@ in `data/`; {faults:,} images were left out, and `faults.jsonl` names each with 
 | orientation | {settings.orientation} (exif: as a viewer shows the image; file: as its pixels are stored) |
 | activations | {settings.dtype} |
 
-| column | type | what |
-|---|---|---|
-| `id` | string | the id of the annotations or the record; else the path |
-| `path` | string | of the image below the source; of a tar `TAR/MEMBER`, of a record set its split and number |
-| `width`, `height` | int32 | pixels of the image |
-| `image_embed` | `{stored}[{dim}]` | embedding of the whole image, unit length |
-{regions}
+{table}
 ```python
 import numpy as np
-import pyarrow.dataset
+{read}```
 
-for batch in pyarrow.dataset.dataset("data").to_batches(columns=["id", "image_embed"]):
-    image_embed = batch["image_embed"].flatten().to_numpy(zero_copy_only=False).reshape(-1, {dim})
-```
-
-A dot product with the embedding of a text by the same model is their cosine:
-`grain-jax search {plain(folder)} --text "a long orange beak"`.
+A dot product with the embedding of a text by the same model is their cosine{search}.
 """

@@ -36,6 +36,7 @@ class Ready(NamedTuple):
     height: int
     boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
     pixels: np.ndarray  # uint8 [S, S, 3]
+    caption: str = ""  # the first that the source has
 
 
 Encode = Callable[[list[Ready]], list[output.EmbeddedImage]]
@@ -62,7 +63,7 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
             image = predictor.encode_image(pixels)
         stream.check_finite(image, *(each for each in embeds if each is not None))
         return [
-            output.EmbeddedImage(*ready[:4], *rest)
+            output.EmbeddedImage(*ready[:4], *rest, ready.caption)
             for ready, *rest in zip(batch, image, embeds, corners)
         ]
 
@@ -82,7 +83,8 @@ def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Rea
         return sources.Fault(found.image, "too large" if too_large else "unreadable", str(error))
     boxes = np.array([region.box_xyxy for region in found.regions], np.float32).reshape(-1, 4)
     boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
-    return Ready(found.id or found.image, found.image, *image.size, boxes, pixels)
+    caption = next(iter(found.captions), "")
+    return Ready(found.id or found.image, found.image, *image.size, boxes, pixels, caption)
 
 
 def run(

@@ -74,6 +74,11 @@ class Index:
     def __init__(self, folder: epath.PathLike):
         self.folder = epath.Path(folder).expanduser()
         self.settings = embeddings.read_settings(self.folder)
+        if self.settings.format != "parquet":
+            raise embeddings.EmbeddingsError(
+                f"{self.folder}: has --format {self.settings.format}, expected parquet, which grain-jax embed writes"
+                " to another --output"
+            )
         embeddings.pyarrow()
         self.parts: list[embeddings.Part] = []
         names: dict[str, str] = {}

@@ -1,0 +1,57 @@
+"""The arrays of `grain-jax embed --format npy`, in the layout that clip-retrieval and autofaiss read.
+
+DIR/img_emb/img_emb_00.npy        [images, D]
+DIR/region_emb/region_emb_00.npy  [regions of all images, D], image after image
+DIR/metadata/metadata_00.parquet  a row an image, with the boxes of its regions; written last
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from grain_jax.core import regular_file
+
+METADATA = "metadata"
+_FOLDERS = ("img_emb", "region_emb")
+
+
+def number(index: int, count: int) -> str:
+    """Number `index` of `count` files as it stands in their names: all have as many digits, so that they sort."""
+    return f"{index:0{len(str(count))}d}"
+
+
+def paths(folder: epath.Path, index: int, count: int, regions: bool) -> list[epath.Path]:
+    """The file of the images and, with `regions`, that of the regions."""
+    folders = _FOLDERS[: 1 + regions]
+    return [folder / name / f"{name}_{number(index, count)}.npy" for name in folders]
+
+
+def encoded(blocks: Sequence[np.ndarray], dim: int, store: str) -> bytes:
+    """A .npy of the rows of all blocks [N, dim], of the type `store`."""
+    rows = np.concatenate([np.zeros((0, dim), store), *blocks]).astype(store, copy=False)
+    file = io.BytesIO()
+    np.lib.format.write_array(file, rows, version=(1, 0))
+    return file.getvalue()
+
+
+def fault(path: epath.Path, rows: int, dim: int, store: str) -> str | None:
+    """Why a file is no whole .npy [rows, dim] of the type `store`, or None; reads its header alone.
+
+    Raises:
+      regular_file.FileError: it cannot be read.
+    """
+    head = io.BytesIO()
+    said = {"descr": np.dtype(store).str, "fortran_order": False, "shape": (rows, dim)}
+    np.lib.format.write_array_header_1_0(head, said)
+    header, name = head.getvalue(), f"{path.parent.name}/{path.name}"
+    expected = len(header) + rows * dim * np.dtype(store).itemsize
+    if not path.exists():
+        return f"{name} is not there"
+    with regular_file.opened(path, "an array of grain-jax embed") as (file, length):
+        if length != expected:
+            return f"{name} has {length} bytes, expected {expected}"
+        if file.read(len(header)) != header:
+            return f"{name} has another header than {store} [{rows}, {dim}]"
+    return None
