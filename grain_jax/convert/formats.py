@@ -91,15 +91,21 @@ def _blocks(ours: str, layer: str, parts: LayerNames) -> list[NamePair]:
     ]
 
 
-def _pool(
-    theirs: str, probe: str, qkv: tuple[str, ...], out: str, norm_name: str
+def pool(
+    theirs: str,
+    probe: str,
+    qkv: tuple[str, ...],
+    out: str,
+    norm_name: str,
+    ours: str = "image_pool",
 ) -> list[NamePair]:
+    """The rows of a pooling head; `ours` is "image_pool" or "text_pool"."""
     return [
-        NamePair("image_pool/probe", theirs + probe, tables.TOKEN),
-        *attention("image_pool/attention", tuple(theirs + x for x in qkv), theirs + out),
-        *norm("image_pool/norm", theirs + norm_name),
-        *linear("image_pool/mlp/in", theirs + "mlp.fc1"),
-        *linear("image_pool/mlp/out", theirs + "mlp.fc2"),
+        NamePair(f"{ours}/probe", theirs + probe, tables.TOKEN),
+        *attention(f"{ours}/attention", tuple(theirs + x for x in qkv), theirs + out),
+        *norm(f"{ours}/norm", theirs + norm_name),
+        *linear(f"{ours}/mlp/in", theirs + "mlp.fc1"),
+        *linear(f"{ours}/mlp/out", theirs + "mlp.fc2"),
     ]
 
 
@@ -148,7 +154,7 @@ def timm_image_in_open_clip() -> list[NamePair]:
     """The image tower of open_clip around a transformer of timm."""
     return [
         *timm_image("visual.trunk."),
-        *_pool("visual.trunk.attn_pool.", "latent", ("q.{kind}", "kv.{kind}"), "proj", "norm"),
+        *pool("visual.trunk.attn_pool.", "latent", ("q.{kind}", "kv.{kind}"), "proj", "norm"),
         *linear("image_projection", "visual.head.proj"),
     ]
 
@@ -165,7 +171,7 @@ def hf_image(*, flat_patches: bool = False) -> list[NamePair]:
         *norm("image/pre_norm", "vision_model.pre_layrnorm"),
         *_blocks("image/blocks", "vision_model.encoder.layers.{}.", _HF),
         *norm("image/norm", "vision_model.post_layernorm"),
-        *_pool(head, "probe", qkv, "attention.out_proj", "layernorm"),
+        *pool(head, "probe", qkv, "attention.out_proj", "layernorm"),
         *linear("image_projection", "visual_projection"),
     ]
 

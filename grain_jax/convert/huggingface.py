@@ -6,21 +6,21 @@ needs safetensors and tokenizers; torch and transformers only run the parity.
 """
 
 import dataclasses
-import json
+import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import archives, hf_tokenizer, model_card, output, parity
+from grain_jax.convert import archives, model_card, output, parity
 from grain_jax.convert.exits import folder as exits
-from grain_jax.convert.exits import hugging_face, reasons
+from grain_jax.convert.exits import hugging_face, reasons, tokenizers
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.core import atomic, images, regular_file
-from grain_jax.input_pipeline import clip_tokenizer
+from grain_jax.core import atomic, regular_file
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import pretrained
 from grain_jax.runtime.pretrained import hub
 
@@ -30,6 +30,8 @@ _MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
 _FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
+# Of the tokenizer; the first two are those that `grain_jax.load` reads, too.
+_TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 # The recipe of the paper (docs/method.md, Losses), for models without a run's config.
 LOSSES = dict(
     image_caption=1.0,
@@ -43,6 +45,7 @@ LOSSES = dict(
     iou_epsilon=0.0,
     deep_supervision=False,
 )
+_NO_LOSSES = ("image_description", "box_description", "hard_negative")  # of the modeling file
 _TEXTS = ["a photo of a wren", "Two DOGS  &amp; a cat's   bowl, 1998!", "", "long " * 100]
 
 
@@ -54,7 +57,7 @@ def to_hf(
 ) -> parity.Report:
     """to-hf: a model that `grain_jax.load` reads to a folder for `AutoModel` and `AutoProcessor`.
 
-    A model without a region decoder becomes transformers' own CLIP or SigLIP.
+    A model without a region decoder becomes transformers' own CLIP or SigLIP where these can hold it.
 
     Args:
       source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
@@ -65,7 +68,7 @@ def to_hf(
 
     Raises:
       hub.HubError: `push` to that `repo` could not work.
-      ConvertError: the modeling file cannot express the model, or the folder holds something else.
+      ConvertError: a tower is of another package, or the folder holds something else.
       checkpoint.CheckpointError: `source` cannot be read.
     """
     if repo is not None:
@@ -76,46 +79,79 @@ def to_hf(
     if part == "towers":
         alone, lines = exits.towers_alone(found)
         return hugging_face.write_towers(alone, folder, repo).after(*lines)
+    lines = []
     if found.model.decoder is None:
-        return hugging_face.write_towers(found, folder, repo)
-    folder = output.check_free(folder, _MODELING)
-    model, params, read_from = found
+        kind, faults = reasons.of_hugging_face(found.model)
+        if not faults:
+            return hugging_face.write_towers(found, folder, repo)
+        keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
+        lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {keys}"]
+    return _write(found, output.check_free(folder, _MODELING), repo, lines)
+
+
+def _write(
+    source: exits.Source, folder: epath.Path, repo: str | None, lines: list[str]
+) -> parity.Report:
+    """A model with our modeling file; `lines` stand in the report."""
+    model = source.model
     reasons.refuse(model, names.faults(model, "to-hf"))
-    run = model_card.read_run(read_from)
+    run = model_card.read_run(source.folder)
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
-    has_tokenizer = model.text.vocab_size == clip_tokenizer.VOCAB_SIZE
-    files = _files(model, losses)
-    if has_tokenizer:
-        files |= hf_tokenizer.files(model.text.context_length)
-    texts = {n: json.dumps(x, indent=2, ensure_ascii=False) + "\n" for n, x in files.items()}
-    texts |= {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
+    lacking = [name for name in (*_NO_LOSSES, "terms") if stored.get(name)]
+    if lacking:
+        lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
+    words, missing = tokenizers.of_transformers(model.text, source.folder)
+    stored_model = model
+    if words and model.text.tokenizer != "clip":
+        name = next(name for name in _TOKENIZER if name in words)
+        text = dataclasses.replace(model.text, tokenizer=name)
+        stored_model = dataclasses.replace(model, text=text)
+    files = _files(stored_model, losses) | words | code_of(model)
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
-        for module, state in names.state_dicts(params).items()
+        for module, state in names.state_dicts(source.params).items()
         for name, array in state.items()
     }
     with output.writing(folder), needing("safetensors", folder / WEIGHTS):
         import safetensors.numpy
 
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            atomic.write_text(folder / name, text)
+        for name in _TOKENIZER:
+            if name not in files:
+                (folder / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            exits.write_file(folder / name, content)
         content = safetensors.numpy.save(weights, metadata={"format": "pt"})
         atomic.write_bytes(folder / WEIGHTS, content)
-    proof = _prove_folder(folder, model, params, has_tokenizer)
+    proof = _prove_folder(folder, source, has_tokenizer=bool(words))
     with output.writing(folder):
-        card = model_card.write(model, losses, run, proof, has_tokenizer, repo)
+        card = model_card.write(model, losses, run, proof, missing, repo)
         atomic.write_text(folder / "README.md", card)
     size = sum(array.size for array in weights.values())
-    lines = [f"to-hf: {read_from} -> {folder}", f"{WEIGHTS}: {size:,} values, float32"]
-    if not has_tokenizer:
-        lines.append(
-            f"no tokenizer files: a vocabulary of {model.text.vocab_size} is not CLIP's of"
-            f" {clip_tokenizer.VOCAB_SIZE}; give the model token ids"
-        )
-    return proof.after(*lines)
+    return proof.after(
+        f"to-hf: {source.folder} -> {folder}",
+        f"{WEIGHTS}: {size:,} values, float32",
+        *lines,
+        *([missing] if missing else []),
+    )
+
+
+def code_of(model: config_lib.Model) -> dict[str, str]:
+    """The Python files of a folder by name, without what the model lacks: the sections `# <PART>` to `# </PART>`."""
+    parts = {
+        "decoder": model.decoder is not None,
+        "pool": model.decoder is None,
+        "map": "map" in (model.image.pool, model.text.pool),
+        "boxes": model.boxes.kind != "none",
+    }
+    texts = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
+    for part, is_there in parts.items():
+        section = re.compile(rf"^ *# <{part}>\n(.*?)^ *# </{part}>\n", re.MULTILINE | re.DOTALL)
+        kept = r"\1" if is_there else ""
+        texts = {name: section.sub(kept, text) for name, text in texts.items()}
+    return {name: text.rstrip() + "\n" for name, text in texts.items()}
 
 
 def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
@@ -135,8 +171,20 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     model, params, states = _read(source)
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
     proof = torch_module.prove(model, params, states)
+    words, lines = {}, []
+    if model.text.tokenizer != "clip":
+        path = tokenizer.file_of(model.text, source)
+        if path.exists() and tokenizer.is_inside(path, source):
+            words[path.name] = tokenizer.content_of(path)
+            text = dataclasses.replace(model.text, tokenizer=path.name)
+            model = dataclasses.replace(model, text=text)
+        else:
+            lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / model.text.tokenizer}"]
     output.save(folder, model, params, source, proof)
-    return proof.after(f"from-hf: {source} -> {folder}")
+    with output.writing(folder):
+        for name, content in words.items():
+            atomic.write_bytes(folder / name, content)
+    return proof.after(f"from-hf: {source} -> {folder}", *lines)
 
 
 def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
@@ -198,6 +246,7 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
         "processor_config.json": {
             "processor_class": "GrainProcessor",
             "auto_map": {"AutoProcessor": processors["AutoProcessor"]},
+            "cleaning": model.text.cleaning,
         },
     }
 
@@ -217,38 +266,27 @@ def _read_config(path: epath.Path) -> config_lib.Model:
     return model
 
 
-def _prove_folder(
-    folder: epath.Path, model: config_lib.Model, params: Any, has_tokenizer: bool
-) -> parity.Report:
+def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool) -> parity.Report:
     """Our model against transformers on a folder of to-hf, starting from raw images and texts."""
     try:
         import torch  # noqa: F401 (without it transformers imports, but has no models)
         import transformers
     except ImportError as error:
-        return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
+        return parity.not_proven(source.params, f"{error}; pip install 'grain_jax[interop]'")
+    model = source.model
     given = parity.inputs_of(model)
-    ours = torch_module.outputs(model, params, given)
-    rng = np.random.default_rng(1)
-    raw = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
-    resized = np.stack([images.resize(x, model.image.image_size) for x in raw])
-    mean, std = np.array(model.image.pixel_mean), np.array(model.image.pixel_std)
-    ours["pixels"] = (resized / 255 - mean) / std
-    if has_tokenizer:
-        context = model.text.context_length
-        ids = clip_tokenizer.ClipTokenizer()(_TEXTS, context)
-        # Ours pads with 0, transformers with the end token; the model reads neither.
-        after = np.arange(context) > ids.argmax(axis=1)[:, None]
-        ours["token_ids"] = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
-
+    ours = torch_module.outputs(model, source.params, given)
+    ours["pixels"] = exits.our_pixels(model.image)
     with output.on_disk(folder) as path:
         load = lambda auto: auto.from_pretrained(
             path, trust_remote_code=True, local_files_only=True
         )
         theirs = torch_module.run_module(load(transformers.AutoModel).eval(), given)
-        pixels = load(transformers.AutoImageProcessor)(raw)["pixel_values"]
+        pixels = load(transformers.AutoImageProcessor)(exits.raw_images())["pixel_values"]
         theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
         if has_tokenizer:
             inputs = load(transformers.AutoProcessor)(text=_TEXTS, padding="max_length")
             theirs["token_ids"] = inputs["input_ids"].numpy()
+            ours["token_ids"] = tokenizers.our_ids(model.text, source.folder, _TEXTS)
     found = parity.compare(ours, theirs)
     return parity.report(found, f"{torch_module.torch_versions()} on {folder}", given)

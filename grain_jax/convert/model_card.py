@@ -45,7 +45,7 @@ def write(
     losses: Mapping[str, Any],
     run: TrainedRun,
     proof: parity.Report,
-    has_tokenizer: bool,
+    missing: str,
     repo: str | None = None,
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face hub.
@@ -55,18 +55,15 @@ def write(
       losses: those of the modeling file.
       run: where the model comes from.
       proof: the parity report of the conversion.
-      has_tokenizer: whether the folder has one.
+      missing: why the folder has no tokenizer, or "".
       repo: ORG/NAME on the Hub, for the code that loads the model.
     """
-    assert model.decoder is not None  # to-hf refuses a model without one
-    lines = [_USE.replace("FOLDER", repo or "FOLDER")]
+    regions = _REGIONS if model.decoder is not None else ""
+    lines = [_USE.replace("FOLDER", repo or "FOLDER").replace("REGIONS\n", regions)]
     if repo:
         lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
-    if not has_tokenizer:
-        lines.append(
-            f"There is no tokenizer: the vocabulary has {model.text.vocab_size} ids. Give the model token ids, and process"
-            " images with `AutoImageProcessor`."
-        )
+    if missing:
+        lines.append(f"The folder has {missing}. Process images with `AutoImageProcessor`.")
     lines += ["", "## Model", "", "```", *towers.describe(model, {}), "```"]
     if model.boxes.kind != "none":
         lines.append(
@@ -91,8 +88,11 @@ def write(
     if proof.verdict == parity.NOT_PROVEN:
         report = report.splitlines()[-1]
     lines += ["", "Parity of the conversion:", "", "```", report, "```", "", "## Limits", ""]
+    if model.decoder is not None:
+        lines.append(
+            f"- The model predicts {model.decoder.queries} regions for every image, also where there is no object."
+        )
     lines += [
-        f"- The model predicts {model.decoder.queries} regions for every image, also where there is no object.",
         "- Images are resized to a square without keeping the aspect ratio; small objects may disappear.",
         f"- Texts are cut to {model.text.context_length} tokens. Scores are cosine similarities, not probabilities.",
         "- Captions and descriptions of such training sets come from the web and from other models. Their errors,"
@@ -112,7 +112,7 @@ license: other
 
 # GRAIN
 
-Embeds images, texts and image regions in one space: zero-shot classification by class names or descriptions, and
+Embeds images, texts and, with a region decoder, image regions in one space: zero-shot classification by class names or descriptions, and
 boxes for what a text describes. Method: Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual
 Recognition" (WACV 2026, arXiv 2412.04429). `grain-jax convert to-hf` wrote this folder.
 
@@ -127,10 +127,11 @@ with torch.no_grad():
     pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]
     texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]
     scores = model.zero_shot_logits(pixels, model.class_features(texts))
-    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds
+REGIONS
 ```
 
 Needs torch, transformers 5 and Pillow, for the loss SciPy. With ftfy installed, texts with broken encodings are repaired as in training."""
+_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
 _LICENCE = """## Licence
 
 The code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the

@@ -99,14 +99,19 @@ def write(
             if name not in files and name != weights:
                 (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
-            if isinstance(content, bytes):
-                atomic.write_bytes(folder / name, content)
-            else:
-                if not isinstance(content, str):
-                    content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                atomic.write_text(folder / name, content)
+            write_file(folder / name, content)
         content = safetensors.numpy.save(arrays, metadata={"format": "pt"})
         atomic.write_bytes(folder / weights, content)
+
+
+def write_file(path: epath.Path, content: Any) -> None:
+    """Writes bytes, a text, or another value as JSON."""
+    if isinstance(content, bytes):
+        atomic.write_bytes(path, content)
+        return
+    if not isinstance(content, str):
+        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    atomic.write_text(path, content)
 
 
 def finish(

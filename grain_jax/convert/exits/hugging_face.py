@@ -1,5 +1,6 @@
 """Two towers as transformers' CLIPModel or SiglipModel, and an image tower alone as its vision model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,7 @@ def write_towers(
     kind, faults = reasons.of_hugging_face(source.model)
     reasons.refuse(source.model, faults)
     is_clip = kind is reasons.CLIP
-    text = source.model.text
-    words, missing = tokenizers.files(text, source.folder)
-    if text.tokenizer == "clip" and words and not text.packable:
-        words, missing = (
-            {},
-            (
-                "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its padding,"
-                f" the id {text.pad_id}; give the model token ids"
-            ),
-        )
+    words, missing = tokenizers.of_transformers(source.model.text, source.folder)
     files = {
         "config.json": _config(source.model, is_clip),
         "preprocessor_config.json": _preprocessor(source.model.image, is_clip, whole=True),
@@ -225,73 +217,82 @@ def _their_pixels(path: str) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _tensors(given: parity.Inputs) -> tuple[Any, Any]:
-    """Images [N, 3, S, S] and token ids of the parity."""
-    import torch
+def _prove(
+    target: epath.Path, source: folder.Source, kind: str, outputs: Callable[..., tuple[Any, Any]]
+) -> parity.Report:
+    """Our model against the class of transformers on the folder, from raw images.
 
-    images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
-    return images, torch.from_numpy(given.token_ids).long()
+    Args:
+      target: the folder.
+      source: the model.
+      kind: the class.
+      outputs: (module, inputs of the parity, the same as tensors, path) -> our outputs and theirs, by name.
+    """
+    try:
+        import torch
+        import transformers  # noqa: F401 (without torch it imports, but has no models)
+    except ImportError as error:
+        return parity.not_proven(source.params, _NOT_PROVEN.format(error))
+    given = parity.inputs_of(source.model)
+    with output.on_disk(target) as path, torch.no_grad():
+        images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
+        tensors = images, torch.from_numpy(given.token_ids).long()
+        ours, theirs = outputs(_loaded(kind, path), given, tensors, path)
+        theirs["pixels"] = _their_pixels(path)
+    ours["pixels"] = folder.our_pixels(source.model.image)
+    other = f"{kind}, {_versions()} on {target}"
+    return parity.report(parity.compare(ours, theirs), other, given)
 
 
 def _prove_towers(
     target: epath.Path, source: folder.Source, kind: str, has_tokenizer: bool
 ) -> parity.Report:
-    """Our model against the class of transformers on the folder, from raw images and texts."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        return parity.not_proven(source.params, _NOT_PROVEN.format(error))
-    model = source.model
-    given = parity.inputs_of(model)
-    ours = folder.our_outputs(source, given) | {"pixels": folder.our_pixels(model.image)}
-    with output.on_disk(target) as path, torch.no_grad():
-        images, ids = _tensors(given)
-        out = _loaded(kind, path)(input_ids=ids, pixel_values=images)
+    """Embeddings, logits and token ids."""
+
+    def outputs(module, given, tensors, path):
+        out = module(pixel_values=tensors[0], input_ids=tensors[1])
+        ours = folder.our_outputs(source, given)
         theirs = {
             "image_embed": out.image_embeds.numpy(),
             "text_embed": out.text_embeds.numpy(),
             "logits": out.logits_per_image.numpy(),
-            "pixels": _their_pixels(path),
         }
         if has_tokenizer:
+            import transformers
+
             load = transformers.AutoProcessor.from_pretrained
             processor: Any = load(path, local_files_only=True, backend="pil")
             options: Any = dict(padding="max_length", truncation=True, return_tensors="np")
             theirs["token_ids"] = processor(text=tokenizers.TEXTS, **options)["input_ids"]
-            ours["token_ids"] = tokenizers.our_ids(model.text, source.folder)
-    other = f"{kind}, {_versions()} on {target}"
-    return parity.report(parity.compare(ours, theirs), other, given)
+            ours["token_ids"] = tokenizers.our_ids(source.model.text, source.folder)
+        return ours, theirs
+
+    return _prove(target, source, kind, outputs)
 
 
 def _prove_vision(
     target: epath.Path, source: folder.Source, kind: str, is_clip: bool
 ) -> parity.Report:
-    """The tokens of our image tower, and what is pooled of them, against the class of transformers on the folder."""
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        return parity.not_proven(source.params, _NOT_PROVEN.format(error))
+    """The tokens of our image tower, and what is pooled of them."""
     model = source.model
-    given = parity.inputs_of(model)
-    predictor = inference.Predictor(model, source.params)
-    program = jitted.program(model, "float32", "image_tokens")
-    tokens = np.asarray(program(predictor.params, given.images))
-    ours = {"tokens": tokens, "pixels": folder.our_pixels(model.image)}
-    with output.on_disk(target) as path, torch.no_grad():
-        module = _loaded(kind, path)
-        out = module(pixel_values=_tensors(given)[0])
+
+    def outputs(module, given, tensors, path):
+        predictor = inference.Predictor(model, source.params)
+        program = jitted.program(model, "float32", "image_tokens")
+        tokens = np.asarray(program(predictor.params, given.images))
+        ours = {"tokens": tokens}
+        out = module(pixel_values=tensors[0])
         last = out.last_hidden_state
         if is_clip:  # its last norm is on the class token alone
             last = getattr(module, "vision_model", module).post_layernorm(last)
             ours["class_token"] = tokens[:, 0]
-        theirs = {"tokens": last.numpy(), "pixels": _their_pixels(path)}
+        theirs = {"tokens": last.numpy()}
         if is_clip:
             theirs["class_token"] = out.pooler_output.numpy()
         elif model.image.pool == "map" and model.image.projection == "none":
             pooled = out.pooler_output
             theirs["image_embed"] = (pooled / pooled.norm(dim=-1, keepdim=True)).numpy()
             ours["image_embed"] = predictor.encode_image(given.images)
-    other = f"{kind}, {_versions()} on {target}"
-    return parity.report(parity.compare(ours, theirs), other, given)
+        return ours, theirs
+
+    return _prove(target, source, kind, outputs)

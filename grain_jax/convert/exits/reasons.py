@@ -172,10 +172,10 @@ def of(model: config_lib.Model) -> dict[str, list[str]]:
     """Each exit, and a line for each thing of the model that it cannot hold; none: it works."""
     is_whole = model.decoder is None and model.boxes.kind == "none"
     alone, flag = towers_alone(model), "" if is_whole else " --part towers"
-    as_grain = names.faults if model.decoder is not None else lambda x, _: of_hugging_face(x)[1]
-    found = {} if is_whole else {"to-hf": as_grain(model, "to-hf")}
+    found = {"to-hf": names.faults(model, "to-hf")}
+    if not is_whole:
+        found["to-hf --part towers"] = of_hugging_face(alone)[1]
     return found | {
-        f"to-hf{flag}": of_hugging_face(alone)[1],
         "to-hf --part vision": of_vision(model)[1],
         f"to-open-clip{flag}": of_open_clip(alone)[1],
         f"to-big-vision{flag}": of_big_vision(alone),

@@ -1,6 +1,7 @@
 """A model's tokenizer in the files of transformers."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ TEXTS = ["a photo of a wren", "Two DOGS and a cat's   bowl, 1998!", "x", "long "
 
 def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str, Any], str]:
     """The files by name (bytes, or JSON values), and a line that says why there are none, or "".
+
+    CLIP's pad with the end token.
 
     Args:
       tower: the text tower.
@@ -58,6 +61,19 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
     if tower.pad_id >= library.vocab_size():
         return {}, _no_pad(tower, path)
     return _of_sentencepiece(content, library, tower), ""
+
+
+def of_transformers(
+    tower: config_lib.TextTower, folder: epath.PathLike
+) -> tuple[dict[str, Any], str]:
+    """As `files`, but for a tower that sees its padding none of CLIP's."""
+    words, missing = files(tower, folder)
+    if tower.tokenizer == "clip" and words and not tower.packable:
+        return {}, (
+            "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its padding,"
+            f" the id {tower.pad_id}; give the model token ids"
+        )
+    return words, missing
 
 
 def _no_pad(tower: config_lib.TextTower, path: epath.Path) -> str:
@@ -125,9 +141,11 @@ def _spaces() -> list[Any]:
     return [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
 
 
-def our_ids(tower: config_lib.TextTower, folder: epath.PathLike) -> np.ndarray:
-    """The ids of `TEXTS`, int32 [N, L], with the padding of the files."""
-    ids = tokenizer.of_tower(tower, folder)(TEXTS, tower.context_length)
+def our_ids(
+    tower: config_lib.TextTower, folder: epath.PathLike, texts: Sequence[str] = TEXTS
+) -> np.ndarray:
+    """The ids of texts, int32 [N, L], with the padding of the files."""
+    ids = tokenizer.of_tower(tower, folder)(texts, tower.context_length)
     if tower.tokenizer != "clip" or not tower.packable:
         return ids
     # Ours pads with 0, transformers with the end token; the model reads neither.

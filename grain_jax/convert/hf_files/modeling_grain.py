@@ -1,4 +1,4 @@
-"""GRAIN in PyTorch: an image tower, a text tower and a region decoder.
+"""GRAIN in PyTorch: an image tower and a text tower, with a region decoder or without.
 
 Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual Recognition", WACV 2026.
 Parameters have the names of the authors' PyTorch code, under `backbone.` and `decoder.`. Letters in shapes:
@@ -17,18 +17,23 @@ from transformers.utils import ModelOutput, is_scipy_available, requires_backend
 
 from .configuration_grain import GrainConfig
 
+# <decoder>
 if is_scipy_available():  # the loss alone needs it
     from scipy.optimize import linear_sum_assignment
 
+_NO_COST = 1e6  # of a pair whose cost is no number
+
+# </decoder>
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
+# <boxes>
 OCTAVES = 6  # of corners in a box head's Fourier features: waves of 1 to 1/32 of the image
 
-_NO_COST = 1e6  # of a pair whose cost is no number
+# </boxes>
 
 
 def _attend(q, k, v, heads, *, causal=False, dropout=0.0):
@@ -89,6 +94,44 @@ class MLP(nn.Module):
         return second(self.activation(first(x)))
 
 
+# <map>
+class AttentionPool(nn.Module):
+    """One learned query attends to all tokens: the MAP head of SigLIP."""
+
+    def __init__(self, tower):
+        super().__init__()
+        width = tower["width"]
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.attention = Attention(width, tower["heads"])
+        self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.mlp = MLP(tower, ("fc1", "fc2"))
+
+    def forward(self, tokens):
+        """[B, tokens, E] -> [B, E]."""
+        x = self.attention(self.probe.expand(tokens.shape[0], -1, -1), tokens, tokens)
+        return (x + self.mlp(self.norm(x)))[:, 0]
+
+
+# </map>
+def _attention_pool(tower):
+    # <map>
+    if tower["pool"] == "map":
+        return AttentionPool(tower)
+    # </map>
+    return None
+
+
+def _projection(kind, width, out):
+    """The matrix and the bias of a projection "none", "matrix" or "affine"; None for what it lacks."""
+    matrix = None if kind == "none" else nn.Parameter(torch.empty(width, out))
+    return matrix, nn.Parameter(torch.zeros(out)) if kind == "affine" else None
+
+
+def _projected(x, matrix, bias):
+    x = x if matrix is None else x @ matrix
+    return x if bias is None else x + bias
+
+
 class ImageBlock(nn.Module):
     """Pre-norm attention and MLP."""
 
@@ -105,7 +148,7 @@ class ImageBlock(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """A vision transformer; all of its tokens are inputs of the decoder."""
+    """A vision transformer; all of its tokens go on to the decoder, or to the pooling."""
 
     def __init__(self, tower):
         super().__init__()
@@ -139,10 +182,11 @@ class ImageTower(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Pre-norm causal attention and MLP."""
+    """Pre-norm attention, causal where the tower is, and MLP."""
 
     def __init__(self, tower):
         super().__init__()
+        self.causal = tower["causal"]
         self.ln_1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.attn = Attention(tower["width"], tower["heads"])
         self.ln_2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
@@ -150,7 +194,7 @@ class TextBlock(nn.Module):
 
     def forward(self, x):
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, causal=True)
+        x = x + self.attn(y, y, y, causal=self.causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -166,7 +210,12 @@ class Backbone(nn.Module):
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
         self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
-        self.text_projection = nn.Parameter(torch.empty(text["width"], towers["embed_dim"]))
+        self.text_pool = _attention_pool(text)
+        self.text_projection, self.text_projection_bias = _projection(
+            text["projection"], text["width"], towers["embed_dim"]
+        )
+        self.pool, self.pad_id = text["pool"], text["pad_id"]
+        self.sees_padding = not (text["causal"] and text["pool"] == "end")
         # In log space; the factor is its exponential.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(towers["logit_scale_init"])))
         self.logit_bias = None
@@ -174,20 +223,34 @@ class Backbone(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(float(towers["logit_bias_init"])))
 
     def encode_text(self, input_ids):
-        """[N, L] -> [N, D], read at the end token: the first position of the highest id of each text."""
+        """[N, L] -> [N, D], read as the tower is: at the end token (the first position of the highest id of a text), at the
+        last position, or pooled of all positions. A tower that sees its padding gets texts filled to the context.
+        """
         context = self.positional_embedding.shape[0]
         if input_ids.ndim != 2 or input_ids.shape[1] > context:
             raise ValueError(
                 f"input_ids: got shape {list(input_ids.shape)}, expected [N, at most {context}];"
                 " the processor cuts texts to this length"
             )
+        end = input_ids.argmax(dim=-1)
+        if self.sees_padding:
+            input_ids = F.pad(input_ids, (0, context - input_ids.shape[1]), value=self.pad_id)
         x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x)
-        end = input_ids.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[-1])
-        return self.ln_final(x.gather(1, end)[:, 0]) @ self.text_projection
+        if self.pool == "end":
+            x = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
+        elif self.pool == "last":
+            x = x[:, -1]
+        x = self.ln_final(x)
+        if self.text_pool is not None:
+            x = self.text_pool(x)
+        elif self.pool == "mean":
+            x = x.mean(dim=1)
+        return _projected(x, self.text_projection, self.text_projection_bias)
 
 
+# <decoder>
 class DecoderLayer(nn.Module):
     """Self-attention of the queries, cross-attention to the image tokens, ReLU MLP."""
 
@@ -210,6 +273,8 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.linear2(hidden))
 
 
+# </decoder>
+# <boxes>
 class BoxHead(nn.Module):
     """Embeds given boxes: "roi_align" averages the tokens in a box, "prompter" lets the box attend to the tokens."""
 
@@ -234,6 +299,10 @@ class BoxHead(nn.Module):
         boxes_xyxy = boxes_xyxy.float()
         of_boxes = self._align if self.kind == "roi_align" else self._ask
         return of_boxes(tokens, boxes_xyxy).to(self.proj.dtype) @ self.proj
+
+    def patches(self, tokens):
+        """Image tokens -> an embedding of the box of each patch, [B, patches, D]."""
+        return self(tokens, self.cells().expand(tokens.shape[0], -1, -1))
 
     def cells(self):
         """The box of each patch, [patches, 4]."""
@@ -270,6 +339,23 @@ class BoxHead(nn.Module):
         return self.norm(x + self.mlp(self.norm2(x)))
 
 
+def _fourier(boxes_xyxy):
+    """Sine and cosine of the corners [..., 4] -> [..., 8 * OCTAVES]."""
+    octaves = 2 * math.pi * 2.0 ** torch.arange(OCTAVES, device=boxes_xyxy.device)
+    angles = (boxes_xyxy[..., None] * octaves).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+# </boxes>
+def _box_head(towers):
+    # <boxes>
+    if towers["boxes"]["kind"] != "none":
+        return BoxHead(towers)
+    # </boxes>
+    return None
+
+
+# <decoder>
 class Decoder(nn.Module):
     """Learned queries attend to the image tokens; the last one, or the sum of all, embeds the whole image."""
 
@@ -290,8 +376,7 @@ class Decoder(nn.Module):
         self.sums_all = tower.get("image_pool", "query") == "all"
         self.img_proj = nn.Parameter(torch.empty(width, out))
         self.obj_proj = nn.Parameter(torch.empty(width, out))
-        has_head = towers.get("boxes", {"kind": "none"})["kind"] != "none"
-        self.boxes = BoxHead(towers) if has_head else None
+        self.boxes = _box_head(towers)
 
     def forward(self, tokens):
         """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
@@ -310,7 +395,46 @@ class Decoder(nn.Module):
             image = _unit(image) + _unit(regions).sum(dim=1)
         return image, regions, boxes
 
+    def patches(self, tokens):
+        """Embeddings of the patches by the box head, [B, patches, D]; None without one."""
+        return None if self.boxes is None else self.boxes.patches(tokens)
 
+
+# </decoder>
+# <pool>
+class PooledImage(nn.Module):
+    """In the place of the decoder where there is none: the pooled tokens embed the image."""
+
+    def __init__(self, towers):
+        super().__init__()
+        image = towers["image"]
+        self.kind, self.leading = image["pool"], int(image["class_token"])
+        self.pool = _attention_pool(image)
+        self.img_proj, self.img_proj_bias = _projection(
+            image["projection"], image["width"], towers["embed_dim"]
+        )
+        self.boxes = _box_head(towers)
+
+    def forward(self, tokens):
+        """Image tokens -> image [B, D], and no regions and no boxes."""
+        return self._embed(tokens, self.leading), None, None
+
+    def patches(self, tokens):
+        """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone."""
+        if self.boxes is not None:
+            return self.boxes.patches(tokens)
+        patches = tokens[:, self.leading :]
+        return self._embed(patches.flatten(0, 1)[:, None], 0).unflatten(0, patches.shape[:2])
+
+    def _embed(self, tokens, leading):
+        if self.pool is not None:
+            x = self.pool(tokens)
+        else:
+            x = tokens[:, 0] if self.kind == "class" else tokens[:, leading:].mean(dim=1)
+        return _projected(x, self.img_proj, self.img_proj_bias)
+
+
+# </pool>
 @dataclass
 class GrainRegions(ModelOutput):
     """The predicted regions of the queries.
@@ -329,11 +453,11 @@ class GrainOutput(ModelOutput):
     """The outputs of `GrainModel.forward`.
 
     Args:
-      loss: weighted sum of the three losses; only with `return_loss`.
-      losses: the three losses: image_caption, region_description, box.
+      loss: weighted sum of the losses; only with `return_loss`.
+      losses: image_caption and, of a model with a region decoder, region_description and box.
       logits_per_image, logits_per_text: scaled cosines [B, N] and [N, B].
       image_embeds, text_embeds: unit length, [B, D] and [N, D].
-      region_embeds: unit length, [B, Q, D].
+      region_embeds: unit length, [B, Q, D]; of a model with a region decoder, as the boxes.
       boxes_xyxy: [B, Q, 4], corners in [0, 1].
     """
 
@@ -366,10 +490,11 @@ class GrainPreTrainedModel(PreTrainedModel):
             "logit_scale": math.log(towers["logit_scale_init"]),
             "logit_bias": towers["logit_bias_init"],
             "in_proj_bias": 0.0,
+            "text_projection_bias": 0.0,
+            "img_proj_bias": 0.0,
         }
-        bare = (ImageTower, Attention, Backbone, Decoder, BoxHead)  # with parameters in no layer
-        own = module.named_parameters(recurse=False) if isinstance(module, bare) else ()
-        for name, parameter in own:
+        is_own = type(module).__module__ == __name__  # with parameters in no layer
+        for name, parameter in module.named_parameters(recurse=False) if is_own else ():
             if name in constants:
                 nn.init.constant_(parameter, constants[name])
             else:
@@ -382,7 +507,14 @@ class GrainModel(GrainPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.backbone = Backbone(config.towers)
-        self.decoder = Decoder(config.towers)
+        # <decoder>
+        if config.towers["decoder"] is not None:
+            self.decoder = Decoder(config.towers)
+        # </decoder>
+        # <pool>
+        if config.towers["decoder"] is None:
+            self.decoder = PooledImage(config.towers)
+        # </pool>
         self.post_init()
 
     def get_image_features(self, pixel_values):
@@ -390,12 +522,14 @@ class GrainModel(GrainPreTrainedModel):
         return self.decoder(self.backbone.visual(pixel_values))[0]
 
     def get_text_features(self, input_ids):
-        """Token ids [N, L] -> [N, D], not normalised. Tokens after the end token are ignored."""
+        """Token ids [N, L] -> [N, D], not normalised. A tower read at its end token ignores what comes after it."""
         return self.backbone.encode_text(input_ids)
 
     def get_regions(self, pixel_values):
-        """Images [B, 3, S, S] -> `GrainRegions`."""
+        """Images [B, 3, S, S] -> `GrainRegions`; needs a region decoder."""
         _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
+        if embeds is None:
+            raise ValueError("the model has no region decoder, and so no regions")
         return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
 
     def get_boxes(self, pixel_values, boxes_xyxy):
@@ -409,20 +543,22 @@ class GrainModel(GrainPreTrainedModel):
     def similarity_maps(self, pixel_values, input_ids):
         """Where texts lie: a cosine for each patch, [B, N, h, w].
 
-        Of the best region at a patch; with a box head the mean of that and the cosine of the patch as a box.
+        Of the best region at a patch; with a box head the mean of that and the cosine of the patch as a box; without a
+        region decoder of the patch alone.
         """
         tokens = self.backbone.visual(pixel_values)
         _, regions, boxes = self.decoder(tokens)
         texts = _unit(self.get_text_features(input_ids))
         image, maps = self.config.towers["image"], []
         grid = image["image_size"] // image["patch_size"]
-        if regions.shape[1]:
+        # <decoder>
+        if regions is not None and regions.shape[1]:
             corners = _corners(boxes[-1]).clamp(0, 1)
             maps.append(_region_maps(_cosines(texts, _unit(regions)), corners, grid))
-        if self.decoder.boxes is not None:
-            cells = self.decoder.boxes.cells().expand(pixel_values.shape[0], -1, -1)
-            patches = _unit(self.decoder.boxes(tokens, cells))
-            maps.append(_cosines(texts, patches).unflatten(-1, (grid, grid)))
+        # </decoder>
+        patches = self.decoder.patches(tokens)
+        if patches is not None:
+            maps.append(_cosines(texts, _unit(patches)).unflatten(-1, (grid, grid)))
         if not maps:
             raise ValueError("the model has neither regions nor a box head, expected either")
         return torch.stack(maps).mean(0)
@@ -433,7 +569,7 @@ class GrainModel(GrainPreTrainedModel):
         Args:
           pixel_values: [B, 3, S, S].
           class_features: [C, D], as `class_features` returns; not normalised again.
-          descriptions: for each class the features [n, D] of its descriptions; needed for alpha < 1.
+          descriptions: for each class the features [n, D] of its descriptions; needed for alpha < 1, as are regions.
           alpha: weight of the global score.
         """
         if not 0 <= alpha <= 1:
@@ -443,6 +579,10 @@ class GrainModel(GrainPreTrainedModel):
         image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
+            if regions is None:
+                raise ValueError(
+                    f"alpha {alpha} needs regions, and the model has no region decoder"
+                )
             best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
         return scores
@@ -472,70 +612,48 @@ class GrainModel(GrainPreTrainedModel):
           description_ids: [B, R, L], the regions' descriptions.
           region_boxes_cxcywh: [B, R, 4], centre and size in [0, 1].
           region_mask: bool [B, R], True where there is a region.
-          return_loss: whether to compute the loss; it needs the three above.
+          return_loss: whether to compute the loss; of a model with a region decoder it needs the three above, which
+            others do not read.
         """
-        if return_loss and any(
-            x is None for x in (description_ids, region_boxes_cxcywh, region_mask)
-        ):
+        described = (description_ids, region_boxes_cxcywh, region_mask)
+        tokens = self.backbone.visual(pixel_values)
+        image, regions, boxes = self.decoder(tokens)
+        if return_loss and regions is not None and any(x is None for x in described):
             raise ValueError(
                 "return_loss needs description_ids, region_boxes_cxcywh and region_mask"
             )
-        image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
-        image, regions = _unit(image), _unit(regions)
-        text = _unit(self.get_text_features(input_ids))
+        image, text = _unit(image), _unit(self.get_text_features(input_ids))
         logits = self._logits(image, text)
-        out = GrainOutput(
-            logits_per_image=logits,
-            logits_per_text=logits.T,
-            image_embeds=image,
-            text_embeds=text,
-            region_embeds=regions,
-            boxes_xyxy=_corners(boxes[-1]).clamp(0, 1),
-        )
+        found = {"image_embeds": image, "text_embeds": text}
+        if regions is not None:
+            found["region_embeds"] = _unit(regions)
+            found["boxes_xyxy"] = _corners(boxes[-1]).clamp(0, 1)
+        losses = loss = None
         if return_loss:
-            descriptions = _unit(self.get_text_features(description_ids.flatten(0, 1)))
-            texts = (input_ids, description_ids, descriptions)
-            out.losses = self._losses(out, boxes, *texts, region_boxes_cxcywh, region_mask)
-            out.loss = sum(self.config.losses[name] * value for name, value in out.losses.items())
-        return out
+            losses = {"image_caption": self._image_caption(image, text, input_ids)}
+            # <decoder>
+            if regions is not None:
+                losses |= self._region_losses(found["region_embeds"], boxes, *described)
+            # </decoder>
+            loss = sum(self.config.losses[name] * value for name, value in losses.items())
+        return GrainOutput(
+            loss=loss, losses=losses, logits_per_image=logits, logits_per_text=logits.T, **found
+        )
 
     def _logits(self, rows, columns):
         logits = self.backbone.logit_scale.exp() * _cosines(rows, columns)
         return logits if self.backbone.logit_bias is None else logits + self.backbone.logit_bias
 
-    def _losses(self, out, boxes, input_ids, description_ids, descriptions, target, mask):
-        """The three losses by name; negatives are from this batch."""
-        c = self.config.losses
-        mask = mask.bool() & (target[..., 2:] > 0).all(-1)  # a box without area is no target
-        images, slots = mask.shape
-        own = torch.arange(images, device=mask.device)
-        forbidden = torch.zeros(images, images, dtype=torch.bool, device=mask.device)
-        if c["mask_duplicates"]:  # equal texts are not negatives of each other
+    def _image_caption(self, image, text, input_ids):
+        """The loss of images [B, D] and their captions [B, D]; negatives are from this batch, as of all losses."""
+        own = torch.arange(len(image), device=image.device)
+        forbidden = torch.zeros(len(own), len(own), dtype=torch.bool, device=image.device)
+        if self.config.losses["mask_duplicates"]:  # equal texts are not negatives of each other
             forbidden = (input_ids[:, None] == input_ids).all(-1)
-        image_caption = self._contrast(out.image_embeds, out.text_embeds, own, forbidden)
-        if c["contrast"] == "softmax":
-            back = self._contrast(out.text_embeds, out.image_embeds, own, forbidden)
-            image_caption = (image_caption + back) / 2
-
-        cosine = _cosines(out.region_embeds, descriptions.view(images, slots, -1))
-        image, region, query = self._match(boxes[-1], target, cosine, mask)
-        box = self._box_loss(boxes[-1], target, image, region, query)
-        if c["deep_supervision"]:
-            for earlier in boxes[:-1]:
-                pairs = self._match(earlier, target, cosine, mask)
-                box = box + self._box_loss(earlier, target, *pairs)
-        label = image * slots + region
-        texts = description_ids.flatten(0, 1)
-        forbidden = ~mask.flatten().expand(len(label), -1)
-        if c["mask_duplicates"]:
-            forbidden = forbidden | (texts[label][:, None] == texts).all(-1)
-        matched = out.region_embeds[image, query]
-        region_description = self._contrast(matched, descriptions, label, forbidden)
-        return dict(
-            image_caption=image_caption.mean(),
-            region_description=region_description.sum() / max(len(label), 1),
-            box=box / mask.sum().clamp(min=1),
-        )
+        loss = self._contrast(image, text, own, forbidden)
+        if self.config.losses["contrast"] == "softmax":
+            loss = (loss + self._contrast(text, image, own, forbidden)) / 2
+        return loss.mean()
 
     def _contrast(self, rows, columns, own, forbidden):
         """Contrastive loss of each row: `own` is its positive column, forbidden columns are not negatives."""
@@ -545,6 +663,32 @@ class GrainModel(GrainPreTrainedModel):
         if self.config.losses["contrast"] == "softmax":
             return F.cross_entropy(logits, own, reduction="none")
         return F.softplus(torch.where(is_own, -logits, logits)).sum(-1)
+
+    # <decoder>
+    def _region_losses(self, region_embeds, boxes, description_ids, target, mask):
+        """The losses of the regions by name: embeddings [B, Q, D] and boxes [T, B, Q, 4], and what they should be."""
+        c = self.config.losses
+        mask = mask.bool() & (target[..., 2:] > 0).all(-1)  # a box without area is no target
+        slots = mask.shape[1]
+        texts = description_ids.flatten(0, 1)
+        descriptions = _unit(self.get_text_features(texts))
+        cosine = _cosines(region_embeds, descriptions.unflatten(0, mask.shape))
+        image, region, query = self._match(boxes[-1], target, cosine, mask)
+        box = self._box_loss(boxes[-1], target, image, region, query)
+        if c["deep_supervision"]:
+            for earlier in boxes[:-1]:
+                pairs = self._match(earlier, target, cosine, mask)
+                box = box + self._box_loss(earlier, target, *pairs)
+        label = image * slots + region
+        forbidden = ~mask.flatten().expand(len(label), -1)
+        if c["mask_duplicates"]:
+            forbidden = forbidden | (texts[label][:, None] == texts).all(-1)
+        matched = region_embeds[image, query]
+        region_description = self._contrast(matched, descriptions, label, forbidden)
+        return dict(
+            region_description=region_description.sum() / max(len(label), 1),
+            box=box / mask.sum().clamp(min=1),
+        )
 
     @torch.no_grad()
     def _match(self, boxes, target, cosine, mask):
@@ -570,10 +714,11 @@ class GrainModel(GrainPreTrainedModel):
         overlap = _giou(pred, real, self.config.losses["iou_epsilon"])
         return (pred - real).abs().sum() + (1 - overlap).sum()
 
+    # </decoder>
     def export_onnx(self, folder):
         """Writes `image.onnx`, `text.onnx` and, with a box head, `boxes.onnx` to `folder`, which is made.
 
-        image.onnx: pixel_values -> image_embeds, region_embeds, boxes_xyxy. text.onnx: input_ids
+        image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy. text.onnx: input_ids
         [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. The batch size
         and the number of boxes are dynamic. Needs the packages onnx and onnxscript.
         """
@@ -587,6 +732,8 @@ class GrainModel(GrainPreTrainedModel):
 
         def of_images(pixel_values):
             image, regions, boxes = decoder(visual(pixel_values))
+            if regions is None:
+                return _unit(image)
             return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
 
         def of_texts(input_ids):
@@ -595,7 +742,9 @@ class GrainModel(GrainPreTrainedModel):
         def of_boxes(pixel_values, boxes_xyxy):
             return _unit(decoder.boxes(visual(pixel_values), boxes_xyxy))
 
-        embeds = ["image_embeds", "region_embeds", "boxes_xyxy"]
+        embeds = ["image_embeds"]
+        if self.config.towers["decoder"] is not None:
+            embeds += ["region_embeds", "boxes_xyxy"]
         parts = {  # file -> function, the modules that it calls, inputs, outputs
             "image": (of_images, (visual, decoder), pixels, embeds),
             "text": (of_texts, (self.backbone,), ids, ["text_embeds"]),
@@ -640,19 +789,13 @@ def _cosines(rows, columns):
         return rows @ columns.mT
 
 
-def _fourier(boxes_xyxy):
-    """Sine and cosine of the corners [..., 4] -> [..., 8 * OCTAVES]."""
-    octaves = 2 * math.pi * 2.0 ** torch.arange(OCTAVES, device=boxes_xyxy.device)
-    angles = (boxes_xyxy[..., None] * octaves).flatten(-2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 def _corners(boxes_cxcywh):
     """Boxes as centre and size -> corners."""
     centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
+# <decoder>
 def _region_maps(cosines, boxes_xyxy, grid):
     """Cosines [B, N, Q] of texts and regions, and their boxes [B, Q, 4] -> [B, N, grid, grid].
 
@@ -681,3 +824,6 @@ def _giou(a_cxcywh, b_cxcywh, epsilon):
     overlap, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
     union = area(a) + area(b) - overlap
     return overlap / (union + epsilon) - (hull - union) / hull
+
+
+# </decoder>

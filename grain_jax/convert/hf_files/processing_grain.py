@@ -1,7 +1,8 @@
-"""Inputs of GRAIN: images resized to a square (bicubic), texts in CLIP's byte-pair tokens."""
+"""Inputs of GRAIN: images resized to a square (bicubic), texts cleaned and in tokens."""
 
 import html
 import re
+import string
 
 import numpy as np
 import PIL.Image
@@ -59,11 +60,15 @@ class GrainImageProcessor(ImageProcessingMixin):
 class GrainProcessor(ProcessorMixin):
     """Images and texts to the inputs of the model.
 
-    Texts are cleaned as in training: broken encodings (if ftfy is installed), HTML entities and white space.
+    Args:
+      image_processor, tokenizer: of images and texts.
+      cleaning: of texts, as in training: "lower" (broken encodings, if ftfy is installed, HTML entities and white space
+        repaired, lower case), "canonical" (lower case, no ASCII punctuation, single spaces) or "none".
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+    def __init__(self, image_processor=None, tokenizer=None, cleaning="lower", **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+        self.cleaning = cleaning
 
     def __call__(self, images=None, text=None, return_tensors="pt", **kwargs):
         """Images, texts (a string or a list), or both -> pixel_values and input_ids.
@@ -77,6 +82,7 @@ class GrainProcessor(ProcessorMixin):
         if images is not None:
             out.update(self.image_processor(images, return_tensors=return_tensors))
         if text is not None:
+            clean = CLEANINGS[self.cleaning]
             texts = [clean(t) for t in ([text] if isinstance(text, str) else text)]
             options = {"padding": True, "truncation": True} | kwargs
             out["input_ids"] = self.tokenizer(texts, return_tensors=return_tensors, **options)[
@@ -85,8 +91,7 @@ class GrainProcessor(ProcessorMixin):
         return out
 
 
-def clean(text):
-    """`text` with encodings, HTML entities and white space repaired, in lower case."""
+def _lower(text):
     if not (text.isascii() and text.isprintable() and "&" not in text):
         try:
             import ftfy
@@ -96,3 +101,10 @@ def clean(text):
             pass  # optional: it only repairs broken encodings
         text = html.unescape(html.unescape(text))
     return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def _canonical(text):
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+CLEANINGS = {"lower": _lower, "canonical": _canonical, "none": str}

@@ -56,7 +56,8 @@ def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
             text_embed=unit(module.get_text_features(torch.tensor(given.token_ids).long()), dim=-1),
             logit_scale=module.backbone.logit_scale.exp(),
         )
-        if len(module.decoder.query_embed.weight) > 1:
+        decoder = module.config.towers["decoder"]
+        if decoder is not None and decoder["queries"]:
             regions = module.get_regions(pixels)
             out |= dict(region_embed=regions.embeds, boxes_xyxy=regions.boxes_xyxy)
         if module.decoder.boxes is not None:
