@@ -12,6 +12,7 @@ from grain_jax.convert.arguments import Convert
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.exits import table
 from grain_jax.convert.exits.big_vision import to_big_vision
+from grain_jax.convert.exits.onnx_files import to_onnx
 from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.pack import pack
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push, args.part),
     "to-open-clip": lambda args: to_open_clip(args.input, args.output, args.part),
     "to-big-vision": lambda args: to_big_vision(args.input, args.output, args.part),
+    "to-onnx": lambda args: to_onnx(args.input, args.output),
     "from-hf": lambda args: huggingface.from_hf(args.input, args.output),
     "from-open-clip": lambda args: from_open_clip(args.input, args.output, _settings(args)),
     "from-big-vision": lambda args: from_big_vision(args.input, args.output, _settings(args)),

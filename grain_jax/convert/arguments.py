@@ -120,6 +120,14 @@ class ToBigVision(_OfTowers, name="convert to-big-vision"):
     """
 
 
+class ToOnnx(_OfCheckpoint, name="convert to-onnx"):
+    """A checkpoint -> a folder of ONNX files: image, text, boxes and similarity maps, as the model has them.
+
+    Example:
+      grain-jax convert to-onnx --checkpoint runs/demo --output demo_onnx
+    """
+
+
 class FromHf(_OfFile, name="convert from-hf"):
     """A folder of to-hf, or hf://ORG/NAME -> a folder for grain_jax.load.
 
@@ -167,7 +175,7 @@ class Table(Command, name="convert table"):
 
 _KINDS = (
     *(FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, ToOpenClip, FromBigVision, ToBigVision),
-    *(Pack, Table),
+    *(ToOnnx, Pack, Table),
 )
 
 

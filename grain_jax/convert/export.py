@@ -118,7 +118,6 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
 
 def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -> dict[str, Any]:
     """What `model.json` says."""
-    model = predictor.model
 
     def of(aval):  # sizes may be symbols
         return f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
@@ -133,9 +132,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         }
 
     any_function = functions["image"][0]
-    learnt = {"logit_scale": float(np.exp(predictor.params["logit_scale"]))}
-    if model.logit_bias_init is not None:
-        learnt["logit_bias"] = float(predictor.params["logit_bias"])
+    image, text, learnt = describe(predictor)
     return {
         "grain_jax": __version__,
         "jax": jax.__version__,
@@ -143,27 +140,39 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         "platforms": list(any_function.platforms),
         "activations": predictor.dtype,
         "functions": {name: signature(*made) for name, made in functions.items()},
-        "image": {
-            "size": model.image.image_size,
-            "prepare": "RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
-            "pixel_mean": list(model.image.pixel_mean),
-            "pixel_std": list(model.image.pixel_std),
-            "normalised_by": "the function: give it the uint8 values",
-        },
-        "text": {
-            "context_length": model.text.context_length,
-            "vocab_size": model.text.vocab_size,
-            "tokenizer": "CLIP's byte pairs"
-            if model.text.tokenizer == "clip"
-            else epath.Path(model.text.tokenizer).name,
-            "cleaning": model.text.cleaning,
-            "pad_id": model.text.pad_id,
+        "image": image | {"normalised_by": "the function: give it the uint8 values"},
+        "text": text
+        | {
             "end": "position of each text's last token; for CLIP's ids tokens.argmax(1)"
-            if model.text.packable
+            if predictor.model.text.packable
             else "not looked at: zeros will do",
         },
         **learnt,
     }
+
+
+def describe(predictor: inference.Predictor) -> tuple[dict[str, Any], ...]:
+    """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON."""
+    model = predictor.model
+    image = {
+        "size": model.image.image_size,
+        "prepare": "RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
+        "pixel_mean": list(model.image.pixel_mean),
+        "pixel_std": list(model.image.pixel_std),
+    }
+    text = {
+        "context_length": model.text.context_length,
+        "vocab_size": model.text.vocab_size,
+        "tokenizer": "CLIP's byte pairs"
+        if model.text.tokenizer == "clip"
+        else epath.Path(model.text.tokenizer).name,
+        "cleaning": model.text.cleaning,
+        "pad_id": model.text.pad_id,
+    }
+    learnt = {"logit_scale": float(np.exp(predictor.params["logit_scale"]))}
+    if model.logit_bias_init is not None:
+        learnt["logit_bias"] = float(predictor.params["logit_bias"])
+    return image, text, learnt
 
 
 def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:

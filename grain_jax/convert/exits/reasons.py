@@ -153,6 +153,11 @@ def of_big_vision(model: config_lib.Model) -> list[str]:
     return faults
 
 
+def of_onnx(model: config_lib.Model) -> list[str]:
+    """Why the torch module, which writes ONNX, cannot express the model."""
+    return names.faults(model, "to-onnx")
+
+
 def _nearest(model: config_lib.Model, *formats: Format) -> tuple[Format, list[str]]:
     found = [(each, each.faults(model)) for each in formats]
     return min(found, key=lambda pair: len(pair[1]))
@@ -180,13 +185,19 @@ def of(model: config_lib.Model) -> dict[str, list[str]]:
         f"to-open-clip{flag}": of_open_clip(alone)[1],
         f"to-big-vision{flag}": of_big_vision(alone),
         "to-torch": names.faults(model, "to-torch"),
+        "to-onnx": of_onnx(model),
+        "pack": [],
+        "export": [],  # StableHLO
     }
 
 
 def working(model: config_lib.Model) -> list[str]:
-    """The commands of the exits that the model has; `export` writes any model."""
-    found = [f"grain-jax convert {name}" for name, faults in of(model).items() if not faults]
-    return [*found, "grain-jax convert pack", "grain-jax export"]
+    """The commands of the exits that the model has."""
+    return [
+        f"grain-jax {'' if name == 'export' else 'convert '}{name}"
+        for name, faults in of(model).items()
+        if not faults
+    ]
 
 
 def refuse(model: config_lib.Model, faults: list[str]) -> None:

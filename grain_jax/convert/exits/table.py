@@ -9,7 +9,10 @@ from grain_jax.configs import demo, finetune  # pyright: ignore[reportMissingImp
 from grain_jax.convert import parity
 from grain_jax.convert.exits import folder, reasons
 
-EXITS = ("to-hf", "to-hf --part vision", "to-open-clip", "to-big-vision", "to-torch")
+EXITS = (
+    *("to-hf", "to-hf --part vision", "to-open-clip", "to-big-vision", "to-torch", "to-onnx"),
+    "export",
+)
 _TOWERS = " --part towers"
 _SHOWN = 3  # keys of a reason; --checkpoint shows all
 
@@ -66,7 +69,7 @@ def of_model(model: config_lib.Model) -> list[str]:
     for name, faults in reasons.of(model).items():
         lines.append(f"{name}: {'no' if faults else 'yes'}")
         lines += [f"  {fault}" for fault in faults]
-    return [*lines, "pack, export: yes"]
+    return lines
 
 
 def of_starts(models: Mapping[str, config_lib.Model]) -> list[str]:

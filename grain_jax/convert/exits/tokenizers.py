@@ -14,6 +14,8 @@ from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 # Of the parity: nothing that the cleaning of our tokenizers alone would repair.
 TEXTS = ["a photo of a wren", "Two DOGS and a cat's   bowl, 1998!", "x", "long " * 100]
 
+NAMES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")  # of the files
+
 
 def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str, Any], str]:
     """The files by name (bytes, or JSON values), and a line that says why there are none, or "".

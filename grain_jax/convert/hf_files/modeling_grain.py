@@ -546,9 +546,12 @@ class GrainModel(GrainPreTrainedModel):
         Of the best region at a patch; with a box head the mean of that and the cosine of the patch as a box; without a
         region decoder of the patch alone.
         """
+        return self._maps(pixel_values, _unit(self.get_text_features(input_ids)))
+
+    def _maps(self, pixel_values, texts):
+        """`similarity_maps` of texts [N, D], unit length."""
         tokens = self.backbone.visual(pixel_values)
         _, regions, boxes = self.decoder(tokens)
-        texts = _unit(self.get_text_features(input_ids))
         image, maps = self.config.towers["image"], []
         grid = image["image_size"] // image["patch_size"]
         # <decoder>
@@ -716,23 +719,27 @@ class GrainModel(GrainPreTrainedModel):
 
     # </decoder>
     def export_onnx(self, folder):
-        """Writes `image.onnx`, `text.onnx` and, with a box head, `boxes.onnx` to `folder`, which is made.
+        """Writes `image.onnx`, `text.onnx`, `maps.onnx` and, with a box head, `boxes.onnx` to `folder`, which is made.
 
         image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy. text.onnx: input_ids
-        [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. The batch size
-        and the number of boxes are dynamic. Needs the packages onnx and onnxscript.
+        [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. maps.onnx:
+        pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The numbers of images, texts and boxes are
+        dynamic. Needs the packages onnx and onnxscript.
         """
         size = self.config.towers["image"]["image_size"]
         context = self.config.towers["text"]["context_length"]
-        batch, boxes = torch.export.Dim("batch"), torch.export.Dim("boxes")
+        batch, boxes, texts = (torch.export.Dim(name) for name in ("batch", "boxes", "texts"))
         pixels = {"pixel_values": (torch.zeros(2, 3, size, size), {0: batch})}
         ids = {"input_ids": (torch.zeros(2, context, dtype=torch.long), {0: batch})}
         corners = {"boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes})}
+        asked = {"text_embeds": (torch.rand(3, self.config.towers["embed_dim"]), {0: texts})}
         visual, decoder = self.backbone.visual, self.decoder
+        of_decoder = self.config.towers["decoder"]
+        has_regions = of_decoder is not None and of_decoder["queries"] > 0
 
         def of_images(pixel_values):
             image, regions, boxes = decoder(visual(pixel_values))
-            if regions is None:
+            if not has_regions:
                 return _unit(image)
             return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
 
@@ -743,7 +750,7 @@ class GrainModel(GrainPreTrainedModel):
             return _unit(decoder.boxes(visual(pixel_values), boxes_xyxy))
 
         embeds = ["image_embeds"]
-        if self.config.towers["decoder"] is not None:
+        if has_regions:
             embeds += ["region_embeds", "boxes_xyxy"]
         parts = {  # file -> function, the modules that it calls, inputs, outputs
             "image": (of_images, (visual, decoder), pixels, embeds),
@@ -752,6 +759,8 @@ class GrainModel(GrainPreTrainedModel):
         if decoder.boxes is not None:
             head = (visual, decoder.boxes)
             parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
+        if has_regions or of_decoder is None or decoder.boxes is not None:
+            parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
         for name, (function, modules, given, gives) in parts.items():

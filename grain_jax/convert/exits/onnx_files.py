@@ -1,0 +1,188 @@
+"""The command to-onnx: ONNX files of a model, which run without torch, JAX and grain_jax."""
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from grain_jax import __version__, inference
+from grain_jax.convert import export, output, parity
+from grain_jax.convert.exits import folder, reasons, tokenizers
+from grain_jax.convert.faults import needing
+from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.reference import names
+
+DESCRIPTION = "onnx.json"  # marks the folder
+_PARTS = ("image", "text", "boxes", "maps")
+# Outputs of the files -> those of the parity.
+_OUTPUTS = {
+    "image_embeds": "image_embed",
+    "region_embeds": "region_embed",
+    "boxes_xyxy": "boxes_xyxy",
+    "text_embeds": "text_embed",
+    "box_embeds": "box_embed",
+    "similarity_maps": "similarity_map",
+}
+_PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3, size, size]"
+
+
+def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
+    """to-onnx: a model that `grain_jax.load` reads to image.onnx, text.onnx, and boxes.onnx, maps.onnx where it has them.
+
+    The number of images, texts and boxes is free. `onnx.json` says what the files take, and the opset; the tokenizer's
+    files go with them.
+
+    Args:
+      source: a workdir, a checkpoint or a converted folder.
+      path: the folder; new, or an older one of this command.
+
+    Raises:
+      ConvertError: the torch module cannot express the model, a package is missing, or the folder holds something else.
+      checkpoint.CheckpointError: `source` cannot be read.
+    """
+    target = output.check_free(path, DESCRIPTION)
+    found = folder.read(source)
+    reasons.refuse(found.model, reasons.of_onnx(found.model))
+    with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+
+        module = torch_module.make_module(found.model)
+    torch_module.load_states(module, names.state_dicts(found.params))
+    words, missing = tokenizers.files(found.model.text, found.folder)
+    with output.writing(target), _local(target) as scratch:
+        for name, content in {DESCRIPTION: {}, **words}.items():
+            folder.write_file(scratch / name, content)
+        with _quiet():
+            module.export_onnx(str(scratch))
+        described = _description(found, scratch)
+        folder.write_file(scratch / DESCRIPTION, described)
+    lines = [f"to-onnx: {found.folder} -> {target}, opset {described['opset']}"]
+    for name, signature in described["files"].items():
+        sides = (
+            ", ".join(f"{n} {kind}" for n, kind in side.items()) for side in signature.values()
+        )
+        lines.append(f"{name}: {' -> '.join(sides)}")
+    return _prove(target, found).after(*lines, *([missing] if missing else []))
+
+
+@contextlib.contextmanager
+def _local(target: epath.Path) -> Iterator[epath.Path]:
+    """The folder, without the files of an older conversion; of a URL, one whose files are copied there at the end."""
+    target.mkdir(parents=True, exist_ok=True)
+    older = [f"{part}.onnx{end}" for part in _PARTS for end in ("", ".data")]
+    for name in (*older, *tokenizers.NAMES):
+        (target / name).unlink(missing_ok=True)
+    if "://" not in str(target):
+        yield target
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield epath.Path(scratch)
+        for path in sorted(epath.Path(scratch).iterdir()):
+            path.copy(target / path.name, overwrite=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own warnings, which nobody can act on; its errors stay."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _description(source: folder.Source, path: epath.Path) -> dict[str, Any]:
+    """What `onnx.json` says of the files in `path`."""
+    import onnx
+    import torch
+
+    predictor = inference.Predictor(source.model, source.params)
+    files, opsets = {}, set()
+    for part in _PARTS:
+        file = path / f"{part}.onnx"
+        if not file.exists():
+            continue
+        model = onnx.load(str(file), load_external_data=False)
+        opsets |= {x.version for x in model.opset_import if x.domain in ("", "ai.onnx")}
+        sides = {"inputs": model.graph.input, "outputs": model.graph.output}
+        files[file.name] = {
+            side: {value.name: _type(value.type.tensor_type) for value in values}
+            for side, values in sides.items()
+        }
+    (opset,) = opsets
+    image, text, learnt = export.describe(predictor)
+    return {
+        "grain_jax": __version__,
+        "torch": torch.__version__,
+        "opset": opset,
+        "files": files,
+        "image": image | {"normalised_by": f"you: {_PREPARE}"},
+        "text": text | {"end": "found by the file"},
+        **learnt,
+    }
+
+
+def _type(tensor: Any) -> str:
+    import onnx
+
+    name = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return f"{name}[{', '.join(x.dim_param or str(x.dim_value) for x in tensor.shape.dim)}]"
+
+
+def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
+    """Our model against ONNX Runtime on the files, with other numbers of images, texts and boxes than were traced."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return parity.not_proven(source.params, f"{error}; pip install 'grain_jax[interop]'")
+    given = parity.inputs_of(source.model)
+    predictor = inference.Predictor(source.model, source.params)
+    ours = parity.outputs_of(predictor, given)
+    with output.on_disk(target) as path:
+        sessions = {
+            part: onnxruntime.InferenceSession(
+                f"{path}/{part}.onnx", providers=["CPUExecutionProvider"]
+            )
+            for part in _PARTS
+            if (epath.Path(path) / f"{part}.onnx").exists()
+        }
+        theirs = _run(sessions, given, slice(None))
+        one = _run(sessions, given, slice(1))
+    if "similarity_map" in theirs:
+        texts = [ours["text_embed"]] * len(given.images)
+        ours["similarity_map"] = np.stack(predictor.similarity_maps(given.images, texts))
+    found = parity.compare(ours, theirs)
+    alone = parity.compare({name: x[:1] for name, x in _one(ours).items()}, one)
+    found += [c._replace(name=f"{c.name}, one") for c in alone]
+    return parity.report(found, f"onnxruntime {onnxruntime.__version__} on {target}", given)
+
+
+def _one(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of the first image and the first text: maps have an axis of texts, too."""
+    return {name: x[:, :1] if name == "similarity_map" else x for name, x in outputs.items()}
+
+
+def _run(sessions: Any, given: parity.Inputs, rows: slice) -> dict[str, np.ndarray]:
+    """The outputs of the files by the names of the parity, of those images and texts."""
+    pixels = np.ascontiguousarray(given.images[rows].transpose(0, 3, 1, 2))
+    feeds: dict[str, np.ndarray] = {
+        "pixel_values": pixels,
+        "input_ids": given.token_ids[rows].astype(np.int64),
+        "boxes_xyxy": np.repeat(parity.BOXES[None], len(pixels), axis=0),
+    }
+    out = {}
+    for session in sessions.values():  # the texts before the maps, which take their embeddings
+        inputs = {x.name: feeds[x.name] for x in session.get_inputs()}
+        outputs = dict(zip((x.name for x in session.get_outputs()), session.run(None, inputs)))
+        feeds |= {"text_embeds": outputs["text_embeds"]} if "text_embeds" in outputs else {}
+        out |= {_OUTPUTS[name]: value for name, value in outputs.items()}
+    return out

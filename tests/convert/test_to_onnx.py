@@ -1,0 +1,135 @@
+"""to-onnx: what ONNX Runtime gives on the files, against our model; docs/howto/onnx.md runs."""
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import onnx
+import PIL.Image
+import pytest
+
+import grain_jax
+from grain_jax.convert import output
+from grain_jax.convert.__main__ import main
+from grain_jax.convert.exits import folder as exits
+from grain_jax.convert.exits import onnx_files
+from grain_jax.convert.faults import ConvertError
+from grain_jax.input_pipeline import clip_tokenizer
+from grain_jax.runtime import checkpoint
+from tests import perturbed
+from tests.foreign import close
+from tests.paths import ROOT
+
+SIGLIP = dict(
+    decoder=None,
+    embed_dim=48,
+    logit_bias_init=-3.0,
+    image__pool="map",
+    image__qk_norm=False,
+    image__class_token=False,
+    image__activation="gelu_tanh",
+    image__projection="none",
+    text__activation="gelu_tanh",
+    text__causal=False,
+    text__pool="last",
+    text__projection="affine",
+    text__tokenizer="tokenizer.json",
+    text__pad_id=1,
+)
+
+
+def convert(folder, **changes):
+    """The folder of the ONNX files of a new model below `folder`, which is beside them."""
+    model = perturbed.tiny(image__depth=1, text__depth=1, **changes)
+    checkpoint.save_model(folder / "ours", model, perturbed.params(model), source="test")
+    if model.text.tokenizer != "clip":
+        perturbed.write_words(folder / "ours", "unknown pad a photo of an wren owl long")
+    arguments = ["--checkpoint", str(folder / "ours"), "--output", str(folder / "grain-onnx")]
+    assert main(["to-onnx", *arguments]) == 0
+    return folder / "grain-onnx"
+
+
+@pytest.fixture(scope="module")
+def grain(tmp_path_factory):
+    sizes = dict(decoder__depth=1, text__vocab_size=clip_tokenizer.VOCAB_SIZE)
+    return convert(tmp_path_factory.mktemp("grain"), boxes__kind="roi_align", **sizes)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    return convert(tmp_path_factory.mktemp("siglip"), **SIGLIP)
+
+
+@pytest.mark.parametrize("made", ["grain", "siglip"])
+def test_the_page_gives_our_scores_and_maps(made, request, monkeypatch):
+    folder = request.getfixturevalue(made)
+    image = np.random.default_rng(4).integers(0, 256, (60, 90, 3), np.uint8)
+    PIL.Image.fromarray(image).save(folder.parent / "bird.png")
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/howto/onnx.md").read_text(), re.S)[0]
+    monkeypatch.chdir(folder.parent)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    ours, texts = grain_jax.load(folder.parent / "ours"), ["a photo of a wren", "a photo of an owl"]
+    text = ours.encode_text(texts)
+    assert abs(text[0] - text[1]).max() > 0.01
+    close(ours.encode_image([image]), found["image_embeds"])
+    close(text, found["text_embeds"])
+    close(ours.similarity_map(image, texts), found["maps"][0])
+    close(ours.encode_image([image]) @ text.T, found["scores"])
+
+
+def test_what_the_folders_say(grain, siglip, capsys):
+    parts = {"grain": {"image", "text", "boxes", "maps"}, "siglip": {"image", "text", "maps"}}
+    for made, folder in dict(grain=grain, siglip=siglip).items():
+        about = json.loads((folder / "onnx.json").read_text())
+        assert {name.removesuffix(".onnx") for name in about["files"]} == parts[made]
+        assert {x.name for x in folder.glob("*.onnx.data")} == {f"{x}.data" for x in about["files"]}
+        for name in about["files"]:
+            model = onnx.load(folder / name, load_external_data=False)
+            assert {x.version for x in model.opset_import} == {about["opset"]}
+        given = about["files"]["maps.onnx"]
+        width = perturbed.tiny().embed_dim if made == "grain" else 48
+        assert given["inputs"]["text_embeds"] == f"float32[texts, {width}]"
+        assert given["outputs"] == {"similarity_maps": "float32[batch, texts, 5, 5]"}
+    assert about["logit_bias"] == pytest.approx(float(grain_jax.load(siglip.parent / "ours").logit_bias))  # fmt: skip
+    assert about["text"]["pad_id"] == 1
+
+
+def test_the_report_compares_every_output_at_two_batch_sizes(grain, monkeypatch):
+    source = exits.read(grain.parent / "ours")
+    found = onnx_files._prove(grain, source)
+    outputs = {"image_embed", "text_embed", "region_embed", "boxes_xyxy", "box_embed"}
+    outputs |= {"similarity_map"}
+    assert {c.name for c in found.comparisons} == outputs | {f"{name}, one" for name in outputs}
+    assert found.verdict == "PROVEN" and max(c.error for c in found.comparisons) < 1e-5
+    other = perturbed.params(source.model, seed=1)
+    assert onnx_files._prove(grain, source._replace(params=other)).verdict == "FAILED"
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    found = onnx_files._prove(grain, source)
+    assert "NOT PROVEN" in found.text and "pip install 'grain_jax[interop]'" in found.text
+
+
+def test_faults_are_lines_and_nothing_is_written(siglip, tmp_path, capsys, monkeypatch):
+    def run(folder, out):
+        assert main(["to-onnx", "--checkpoint", str(folder), "--output", str(out)]) == 2
+        return capsys.readouterr().err.splitlines()
+
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "a.txt").write_text("")
+    said = run(siglip.parent / "ours", tmp_path / "used")
+    assert "is in use by something else" in said[0]
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    said = run(siglip.parent / "ours", tmp_path / "out")
+    assert said[0].endswith("onnxscript is missing; pip install 'grain_jax[interop]'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_an_older_conversion_go(tmp_path):
+    for name in ("onnx.json", "boxes.onnx", "boxes.onnx.data", "spiece.model", "mine.txt"):
+        (tmp_path / name).write_text("")
+    target = output.check_free(tmp_path, onnx_files.DESCRIPTION)
+    with onnx_files._local(target) as folder:
+        assert sorted(x.name for x in folder.iterdir()) == ["mine.txt", "onnx.json"]
+    with pytest.raises(ConvertError, match="in use"):
+        output.check_free(tmp_path, exits.MARK)
