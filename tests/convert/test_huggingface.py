@@ -349,11 +349,9 @@ def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypat
 
 
 def test_models_of_another_kind_are_refused(tmp_path, capsys):
-    model = perturbed.tiny(text__causal=False, text__pool="last")
-    checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
-    assert refused(capsys, "to-hf", tmp_path / "ours", tmp_path / "hf").split("\n")[:-2] == [
-        "model.text.causal: got False, to-hf writes models with True",
-        "model.text.pool: got last, to-hf writes models with end",
+    model = perturbed.tiny(text__tower="examples.tower.mixer:Mixer")
+    assert names.faults(model, "to-hf") == [
+        "model.text.tower: got examples.tower.mixer:Mixer, to-hf writes models with transformer"
     ]
     model = perturbed.tiny(decoder=None, image__pool="class")
     checkpoint.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
@@ -361,7 +359,7 @@ def test_models_of_another_kind_are_refused(tmp_path, capsys):
     assert said[0] == "model.decoder: got none; to-torch writes models with a region decoder"
     assert said[1:] == [
         "1 fault; nothing was written",
-        "what writes this model: grain-jax convert pack, grain-jax export",
+        "what writes this model: grain-jax convert to-hf, grain-jax convert pack, grain-jax export",
     ]
 
 
@@ -425,7 +423,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
         "During training, at step 5:",
         "| eval/birds/accuracy | 0.25 |",
         "parity: PROVEN",
-        "There is no tokenizer: the vocabulary has 300 ids",
+        "The folder has no tokenizer files: a vocabulary of 300 is not CLIP's",
         "The model predicts 3 regions for every image",
         "The weights: not stated by the run",
     ):
@@ -441,6 +439,6 @@ def test_the_model_card_says_what_is_not_known(small):
     assert "Not recorded" in card and "The run evaluated nothing" in card
     run = model_card.TrainedRun({}, None, {}, None, "x.pth.tar")
     proof = parity.not_proven({}, "torch is not installed")
-    card = model_card.write(perturbed.tiny(), {}, run, proof, True)
+    card = model_card.write(perturbed.tiny(), {}, run, proof, "")
     assert "Converted from x.pth.tar, which does not record the training." in card
     assert "parity: NOT PROVEN. torch is not installed" in card and "no tokenizer" not in card

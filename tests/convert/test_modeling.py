@@ -1,0 +1,315 @@
+"""The modeling file of to-hf with towers of every kind; each model has perturbed weights."""
+
+import ast
+import builtins
+import dis
+import types
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from etils import epath
+
+import grain_jax
+from benchmarks.parity import comparison
+from grain_jax import config as config_lib
+from grain_jax import losses
+from grain_jax.convert import huggingface, parity
+from grain_jax.convert.__main__ import main
+from grain_jax.convert.reference import names
+from grain_jax.core import schema
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
+from tests import foreign, perturbed
+
+torch.set_num_threads(1)
+REMOTE = dict(trust_remote_code=True, local_files_only=True)
+DEPTH = dict(image__depth=1, text__depth=1)
+WORDS = "unknown pad a photo of wren two dogs and cat s bowl long x & ; ! , '"
+SIGLIP = DEPTH | dict(
+    decoder__depth=2,
+    logit_bias_init=-3.0,
+    image__qk_norm=False,
+    image__class_token=False,
+    image__activation="gelu_tanh",
+    text__activation="gelu_tanh",
+    text__norm_eps=1e-6,
+    text__causal=False,
+    text__pool="last",
+    text__projection="affine",
+    text__tokenizer="tokenizer.json",
+    text__pad_id=1,
+)
+TWO = DEPTH | dict(decoder=None)
+KINDS = {
+    "siglip": SIGLIP | dict(boxes__kind="roi_align", boxes__bins=2),
+    "own": TWO | dict(image__pool="class", image__projection="affine", text__causal=False),
+    "maps": TWO
+    | dict(image__pool="map", image__activation="quick_gelu", image__projection="none")
+    | dict(image__width=40, embed_dim=40, text__pool="map", text__projection="none", logit_bias_init=-2.0),
+    "means": TWO | dict(image__pool="mean", text__pool="mean", boxes__kind="prompter"),
+}  # fmt: skip
+# The classes that are in the file of some models alone.
+PARTS = {"AttentionPool", "DecoderLayer", "Decoder", "PooledImage", "BoxHead"}
+HAS = {
+    "siglip": {"DecoderLayer", "Decoder", "BoxHead"},
+    "own": {"PooledImage"},
+    "maps": {"PooledImage", "AttentionPool"},
+    "means": {"PooledImage", "BoxHead"},
+}
+
+
+def made(folder, changes, words=WORDS):
+    """(our folder, folder of to-hf, what the command printed)."""
+    model = perturbed.tiny(**changes)
+    checkpoint.save_model(folder / "ours", model, perturbed.params(model), source="test")
+    if model.text.tokenizer == "tokenizer.json":
+        perturbed.write_words(folder / "ours", words)
+    report = huggingface.to_hf(folder / "ours", folder / "hf")
+    assert report.verdict == "PROVEN", report.text
+    return folder / "ours", folder / "hf", report.text
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """kind -> `made`, once for the file."""
+    found: dict[str, Any] = {}
+
+    def of(kind):
+        if kind not in found:
+            found[kind] = made(tmp_path_factory.mktemp(kind), KINDS[kind])
+        return found[kind]
+
+    return of
+
+
+def loaded(folder) -> Any:
+    return transformers.AutoModel.from_pretrained(folder, **REMOTE).eval()
+
+
+def tensors(given):
+    return foreign.torch_images(given.images), torch.tensor(given.token_ids).long()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
+    ours, hf, said = written(kind)
+    assert ("for AutoModel with trust_remote_code: " in said) == (kind != "siglip"), said
+    assert ("\nbox_embed " in said) == ("BoxHead" in HAS[kind])
+    assert ("\ntoken_ids " in said) == (kind == "siglip")
+    model, params, _ = checkpoint.load_model(ours)
+    again, back = huggingface.read(epath.Path(hf))
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    module, predictor = loaded(hf), grain_jax.load(hf)
+    given = parity.inputs_of(model)
+    with torch.no_grad():
+        maps = module.similarity_maps(*tensors(given)).numpy()
+    texts = predictor.encode_text(given.token_ids)
+    foreign.close(np.stack(predictor.similarity_maps(given.images, [texts] * len(maps))), maps)
+    state = module.state_dict()
+    loaded_again = type(module)(module.config)  # as of a config alone
+    assert loaded_again.state_dict().keys() == state.keys()
+    module.save_pretrained(tmp_path / "tuned")
+    arguments = ["--input", str(tmp_path / "tuned"), "--output", str(tmp_path / "back")]
+    assert main(["from-hf", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "parity: PROVEN" in printed and ("NOT FOUND" in printed) == (kind == "siglip")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_has_what_the_model_has(kind):
+    """Nothing that is left in it asks for what was left out."""
+    files = huggingface.code_of(perturbed.tiny(**KINDS[kind]))
+    code = files["modeling_grain.py"]
+    defined = {node.name for node in ast.parse(code).body if hasattr(node, "name")}
+    assert defined & PARTS == HAS[kind] and "# <" not in code and "# </" not in code
+    known = defined | {*dir(builtins)} | {"__name__"}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Assign):
+            known |= {ast.unparse(target) for target in node.targets}
+    assert not globals_of(compile(code, "modeling_grain.py", "exec")) - known
+
+
+def globals_of(code) -> set[str]:
+    """The global names that the functions of a module read."""
+    read = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
+    return read.union(*(globals_of(x) for x in code.co_consts if isinstance(x, types.CodeType)))
+
+
+def a_batch(model, regions=2):
+    """(batch of ours with a text a row, inputs of the module)."""
+    given = parity.inputs_of(model)
+    count, length = len(given.images), model.text.context_length
+    rng = np.random.default_rng(2)
+    described = rng.integers(2, model.text.vocab_size - 2, (count * regions, length))
+    described[:, -1] = model.text.vocab_size - 1
+    described[3, 5:], described[3, 4] = model.text.pad_id, model.text.vocab_size - 1
+    captions = given.token_ids.copy()
+    after = np.arange(length) > captions.argmax(1)[:, None]
+    captions[after] = model.text.pad_id
+    texts = np.concatenate([captions, described]).astype(np.int32)
+    ends = texts.argmax(1)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), texts.shape)
+    at = np.stack([np.arange(len(texts)), ends], axis=1).astype(np.int32)
+    mask = np.ones((count, regions), bool)
+    mask[1, 1] = mask[2] = False
+    boxes = rng.uniform(0.2, 0.6, (count, regions, 4)).astype(np.float32)
+    batch = schema.Batch(
+        image=given.images,
+        text_tokens=texts[None],
+        text_positions=positions[None],
+        text_segments=(positions <= ends[:, None])[None].astype(np.int32),
+        caption_at=at[:count, None],
+        caption_id=np.arange(count, dtype=np.int32)[:, None],
+        caption_mask=np.ones((count, 1), bool),
+        description_at=at[count:].reshape(count, regions, 2),
+        description_id=np.arange(count * regions, dtype=np.int32).reshape(mask.shape),
+        region_boxes_cxcywh=boxes,
+        region_mask=mask,
+        texts_dropped=np.zeros(1, np.int32),
+    )
+    return batch, dict(
+        pixel_values=foreign.torch_images(given.images),
+        input_ids=torch.tensor(captions).long(),
+        description_ids=torch.tensor(described).long().unflatten(0, mask.shape),
+        region_boxes_cxcywh=torch.tensor(boxes),
+        region_mask=torch.tensor(mask),
+    )
+
+
+def test_losses_and_gradients_of_siglips_towers_are_ours(written):
+    ours, hf, _ = written("siglip")
+    model, params, _ = checkpoint.load_model(ours)
+    batch, given = a_batch(model)
+    loss = config_lib.Loss(contrast="sigmoid", deep_supervision=True)
+
+    @jax.jit
+    def step(params):
+        def of(params):
+            outputs = grain.GRAIN(model).apply({"params": params}, batch)
+            found = losses.total_loss(outputs, batch, loss)
+            return found.total, found
+
+        return jax.grad(of, has_aux=True)(params)
+
+    with jax.default_matmul_precision("highest"):
+        grads, expected = step(params)
+    module = loaded(hf)
+    assert module.config.losses["contrast"] == "sigmoid"
+    module.config.losses["deep_supervision"] = True
+    out = module(**given, return_loss=True)
+    assert out["loss"] is out.loss is out[0]  # as trainers of transformers read it
+    for name, value in out.losses.items():
+        np.testing.assert_allclose(value.detach(), expected.terms[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(out.loss.detach(), expected.total, rtol=1e-5)
+    out.loss.backward()
+    states = names.state_dicts(jax.tree.map(np.asarray, grads))
+    compared = {f"{part}.{name}": x for part, state in states.items() for name, x in state.items()}
+    heads = {name for name in compared if name.startswith("decoder.boxes.")}  # of no loss in torch
+    for name, parameter in module.named_parameters():
+        if name not in heads:
+            assert comparison.gradient(name, parameter.grad.numpy(), compared[name]).ok, name
+    assert compared.keys() == {name for name, _ in module.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["own", "maps"])
+def test_the_loss_of_two_towers_is_ours(kind, written):
+    """Softmax, and sigmoid with a bias; regions are not read."""
+    ours, hf, _ = written(kind)
+    module, predictor = loaded(hf), grain_jax.load(ours)
+    batch, given = a_batch(predictor.model)
+    with torch.no_grad():
+        out = module(**given, return_loss=True)
+        alone = module(given["pixel_values"], given["input_ids"], return_loss=True)
+    embeds = [predictor.encode_text(x) for x in np.split(batch.text_tokens[0], [4])]
+    outputs = schema.Outputs(
+        image_embed=predictor.encode_image(batch.image),
+        text_embed=embeds[0][:, None],
+        region_embed=np.zeros((4, 0, 1), np.float32),
+        region_text_embed=embeds[1].reshape(4, 2, -1),
+        pred_boxes_cxcywh=np.zeros((1, 4, 0, 4), np.float32),
+        logit_scale=np.float32(predictor.logit_scale),
+        logit_bias=np.float32(predictor.logit_bias or 0),
+    )
+    loss = config_lib.Loss(contrast="softmax" if predictor.logit_bias is None else "sigmoid")
+    expected = jax.jit(lambda *x: losses.total_loss(*x, loss))(outputs, batch)
+    assert [*out.losses] == ["image_caption"] and out.region_embeds is None
+    np.testing.assert_allclose(out.loss, expected.total, rtol=1e-5)
+    assert out.loss == alone.loss
+    described = [out.text_embeds]
+    for call in (
+        lambda pixels: module.get_regions(pixels),
+        lambda pixels: module.zero_shot_logits(pixels, out.text_embeds, described, alpha=0.5),
+    ):
+        with pytest.raises(ValueError, match="has no region decoder"):
+            call(given["pixel_values"])
+
+
+def test_a_folder_of_two_towers_exports_itself(written, tmp_path):
+    ours, hf, _ = written("maps")
+    module, predictor = loaded(hf), grain_jax.load(ours)
+    given = parity.inputs_of(predictor.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        module.export_onnx(tmp_path)
+    run = lambda name, feed: onnxruntime.InferenceSession(tmp_path / name).run(None, feed)
+    (image,) = run("image.onnx", {"pixel_values": tensors(given)[0].numpy()})
+    (text,) = run("text.onnx", {"input_ids": given.token_ids.astype(np.int64)})
+    foreign.close(predictor.encode_image(given.images), image)
+    foreign.close(predictor.encode_text(given.token_ids), text)
+
+
+TEXTS = ["A photo of a WREN!", "two dogs &amp; a cat's  bowl, 1998", "", "x", "wren " * 50]
+
+
+@pytest.mark.parametrize("kind", ["json", "sentencepiece"])
+def test_the_processor_has_siglips_tokens(kind, written, tmp_path):
+    if kind == "json":
+        ours, hf, _ = written("siglip")
+    else:
+        ours, hf, _ = with_sentencepiece(tmp_path)
+    expected, model = grain_jax.load(ours).encode_text(TEXTS), grain_jax.load(hf)
+    np.testing.assert_array_equal(model.encode_text(TEXTS), expected)
+    processor = transformers.AutoProcessor.from_pretrained(hf, **REMOTE)
+    processor.save_pretrained(tmp_path / "again")
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", **REMOTE)
+    for each in (processor, again):
+        with torch.no_grad():  # padded to the longest; the model fills the rest
+            found = loaded(hf).get_text_features(each(text=TEXTS[:4])["input_ids"]).numpy()
+        foreign.close(expected[:4], found / np.linalg.norm(found, axis=1, keepdims=True))
+    huggingface.from_hf(hf, tmp_path / "back")
+    np.testing.assert_array_equal(grain_jax.load(tmp_path / "back").encode_text(TEXTS), expected)
+
+
+def with_sentencepiece(folder):
+    import sentencepiece
+
+    model = perturbed.tiny(
+        **DEPTH,
+        decoder__depth=1,
+        text__tokenizer="siglip.model",
+        text__cleaning="canonical",
+        text__pad_id=1,
+        text__causal=False,
+        text__pool="last",
+    )
+    checkpoint.save_model(folder / "ours", model, perturbed.params(model), source="test")
+    words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
+    ids: Any = dict(bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(folder / "m"), minloglevel=2,
+        vocab_size=60, hard_vocab_limit=False, **ids,
+    )  # fmt: skip
+    (folder / "m.model").rename(folder / "ours" / "siglip.model")
+    report = huggingface.to_hf(folder / "ours", folder / "hf")
+    assert report.verdict == "PROVEN" and "\ntoken_ids " in report.text, report.text
+    return folder / "ours", folder / "hf", report.text
