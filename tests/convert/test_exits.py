@@ -18,7 +18,7 @@ from timm.models import _registry, vision_transformer
 
 import grain_jax
 from grain_jax import config as config_lib
-from grain_jax.convert import towers
+from grain_jax.convert import export, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.exits import reasons, table, timm_trunk
@@ -328,7 +328,7 @@ def test_a_trunk_that_timm_has_not_is_refused(tmp_path, capsys):
     assert said[1:] == [
         "1 fault; nothing was written",
         "what writes this model: grain-jax convert to-hf, grain-jax convert to-hf --part vision,"
-        " grain-jax convert to-big-vision, grain-jax convert pack, grain-jax export",
+        " grain-jax convert to-big-vision, grain-jax convert to-onnx, grain-jax convert pack, grain-jax export",
     ]
 
 
@@ -378,8 +378,8 @@ def test_a_refusal_lists_all_faults_and_the_exits(tmp_path, capsys):
         "model.image.qk_norm: got True, CLIPVisionModel has False",
         "model.image.pre_norm: got False, CLIPVisionModel has True",
         "2 faults; nothing was written",
-        "what writes this model: grain-jax convert to-hf, grain-jax convert to-open-clip, grain-jax convert pack,"
-        " grain-jax export",
+        "what writes this model: grain-jax convert to-hf, grain-jax convert to-open-clip, grain-jax convert to-onnx,"
+        " grain-jax convert pack, grain-jax export",
     ]
     said = refused(capsys, "to-big-vision", source, tmp_path / "out.npz")
     assert "model.text.causal: got True, big_vision's two_towers has False" in said
@@ -420,9 +420,8 @@ def test_of_grain_the_towers_alone_go_out(tmp_path, capsys):
     foreign.close(np.asarray(program(ours.params, given))[:, 1:], tokens.numpy())
 
 
-@pytest.mark.parametrize("start", table.STARTS)
-def test_the_table_holds(start, trunk, tmp_path, capsys):
-    """Each start, made small, through each exit: proven where the table says so, refused elsewhere."""
+def small_start(start, folder):
+    """(a folder of the model of a start, made small; what its exits cannot hold)."""
     c: Any = config_dict.ConfigDict(table.STARTS[start]().to_dict())
     small = dict(depth=1, width=48, heads=4, mlp_dim=96)
     c.image.update(small | dict(image_size=40, patch_size=8))
@@ -431,21 +430,52 @@ def test_the_table_holds(start, trunk, tmp_path, capsys):
     if c.decoder is not None:
         c.decoder.update(small | dict(queries=3, width=36, heads=3))
     model = config_lib.model_from_dict(c.to_dict())
-    checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model), source="test")
+    checkpoint.save_model(folder, model, perturbed.params(model), source="test")
     found = reasons.of(model)
     assert {name.replace(" --part towers", "") for name in found} >= set(table.EXITS)
+    return str(folder), found
+
+
+@pytest.mark.parametrize("start", table.STARTS)
+def test_the_table_holds(start, trunk, tmp_path, capsys):
+    """Each start, made small, through each exit: proven where the table says so, refused elsewhere."""
+    source, found = small_start(start, tmp_path / "ours")
+    assert not any(found.pop(name) for name in ("to-onnx", "export", "pack"))  # below
     for i, (name, faults) in enumerate(found.items()):
         path = tmp_path / (
             f"{i}.npz" if "big" in name else f"{i}.pth" if "torch" in name else f"{i}"
         )
-        given = ["--input", str(tmp_path / "ours"), "--output", str(path)]
-        status = main([*name.split(), *given])
+        status = main([*name.split(), "--input", source, "--output", str(path)])
         printed = capsys.readouterr()
         if faults:
             assert status == 2 and printed.err.splitlines()[:-2] == faults, (name, printed)
         else:
             verdict = "parity: NOT PROVEN. big_vision" if "big" in name else "parity: PROVEN"
             assert status == 0 and verdict in printed.out, (name, printed)
+
+
+def test_the_line_that_training_prints_needs_no_torch(monkeypatch):
+    for name in ("torch", "timm", "onnx"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def line(start):
+        return reasons.line(config_lib.model_from_dict(table.STARTS[start]().to_dict()), "RUN")
+
+    ends = "to-onnx, pack, export (all: grain-jax convert table --checkpoint RUN)"
+    assert line("demo (box head)") == f"exits: to-hf, {ends}"
+    assert f"--part towers, to-hf --part vision, to-open-clip --part towers, {ends}" in line(
+        "finetune:open_clip"
+    )
+    assert ", to-open-clip (sizes of timm's), to-big-vision, to-onnx" in line("two towers, SigLIP")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", table.STARTS)
+def test_every_start_leaves_as_onnx_and_stablehlo(start, tmp_path, capsys):
+    source, _ = small_start(start, tmp_path / "ours")
+    run(capsys, "to-onnx", source, tmp_path / "onnx")
+    assert export.main(["--checkpoint", source, "--output", str(tmp_path / "export")]) == 0
+    assert "image: image_embed" in capsys.readouterr().out
 
 
 def test_the_table_is_in_the_documents(tmp_path, capsys):
@@ -455,7 +485,7 @@ def test_the_table_is_in_the_documents(tmp_path, capsys):
     source, _ = made(tmp_path / "ours", **SIGLIP)
     assert main(["--table", "--checkpoint", str(source)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "to-hf: yes" and lines[-1] == "pack, export: yes"
+    assert lines[0] == "to-hf: yes" and lines[-2:] == ["pack: yes", "export: yes"]
     assert "  model.decoder: got none; to-torch writes models with a region decoder" in lines
 
 

@@ -4,12 +4,10 @@ import ast
 import builtins
 import dis
 import types
-import warnings
 from typing import Any
 
 import jax
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import transformers
@@ -252,20 +250,6 @@ def test_the_loss_of_two_towers_is_ours(kind, written):
     ):
         with pytest.raises(ValueError, match="has no region decoder"):
             call(given["pixel_values"])
-
-
-def test_a_folder_of_two_towers_exports_itself(written, tmp_path):
-    ours, hf, _ = written("maps")
-    module, predictor = loaded(hf), grain_jax.load(ours)
-    given = parity.inputs_of(predictor.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
-        module.export_onnx(tmp_path)
-    run = lambda name, feed: onnxruntime.InferenceSession(tmp_path / name).run(None, feed)
-    (image,) = run("image.onnx", {"pixel_values": tensors(given)[0].numpy()})
-    (text,) = run("text.onnx", {"input_ids": given.token_ids.astype(np.int64)})
-    foreign.close(predictor.encode_image(given.images), image)
-    foreign.close(predictor.encode_text(given.token_ids), text)
 
 
 TEXTS = ["A photo of a WREN!", "two dogs &amp; a cat's  bowl, 1998", "", "x", "wren " * 50]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def convert(folder, **changes):
 @pytest.fixture(scope="module")
 def grain(tmp_path_factory):
     sizes = dict(decoder__depth=1, text__vocab_size=clip_tokenizer.VOCAB_SIZE)
-    return convert(tmp_path_factory.mktemp("grain"), boxes__kind="roi_align", **sizes)
+    return convert(tmp_path_factory.mktemp("grain"), boxes__kind="prompter", **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_the_page_gives_our_scores_and_maps(made, request, monkeypatch):
     close(ours.encode_image([image]) @ text.T, found["scores"])
 
 
-def test_what_the_folders_say(grain, siglip, capsys):
+def test_what_the_folders_say(grain, siglip):
     parts = {"grain": {"image", "text", "boxes", "maps"}, "siglip": {"image", "text", "maps"}}
     for made, folder in dict(grain=grain, siglip=siglip).items():
         about = json.loads((folder / "onnx.json").read_text())
@@ -92,7 +93,8 @@ def test_what_the_folders_say(grain, siglip, capsys):
         width = perturbed.tiny().embed_dim if made == "grain" else 48
         assert given["inputs"]["text_embeds"] == f"float32[texts, {width}]"
         assert given["outputs"] == {"similarity_maps": "float32[batch, texts, 5, 5]"}
-    assert about["logit_bias"] == pytest.approx(float(grain_jax.load(siglip.parent / "ours").logit_bias))  # fmt: skip
+    bias = grain_jax.load(siglip.parent / "ours").logit_bias
+    assert bias is not None and about["logit_bias"] == pytest.approx(float(bias))
     assert about["text"]["pad_id"] == 1
 
 
@@ -105,7 +107,7 @@ def test_the_report_compares_every_output_at_two_batch_sizes(grain, monkeypatch)
     assert found.verdict == "PROVEN" and max(c.error for c in found.comparisons) < 1e-5
     other = perturbed.params(source.model, seed=1)
     assert onnx_files._prove(grain, source._replace(params=other)).verdict == "FAILED"
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = onnx_files._prove(grain, source)
     assert "NOT PROVEN" in found.text and "pip install 'grain_jax[interop]'" in found.text
 
@@ -119,7 +121,7 @@ def test_faults_are_lines_and_nothing_is_written(siglip, tmp_path, capsys, monke
     (tmp_path / "used" / "a.txt").write_text("")
     said = run(siglip.parent / "ours", tmp_path / "used")
     assert "is in use by something else" in said[0]
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     said = run(siglip.parent / "ours", tmp_path / "out")
     assert said[0].endswith("onnxscript is missing; pip install 'grain_jax[interop]'")
     assert not (tmp_path / "out").exists()

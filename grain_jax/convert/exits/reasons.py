@@ -125,8 +125,11 @@ def of_vision(model: config_lib.Model) -> tuple[Format, list[str]]:
     return _nearest(model, CLIP_VISION, SIGLIP_VISION)
 
 
-def of_open_clip(model: config_lib.Model) -> tuple[Format, list[str]]:
-    """The kind of open_clip's models that a model is nearest to, and why it cannot hold the model."""
+def of_open_clip(model: config_lib.Model, search: bool = True) -> tuple[Format, list[str]]:
+    """The kind of open_clip's models that a model is nearest to, and why it cannot hold the model.
+
+    `search` looks in timm for a trunk of the sizes, which needs torch and seconds.
+    """
     kind, faults = _nearest(model, OPEN_CLIP, OPEN_CLIP_TIMM)
     quick = {t.activation == "quick_gelu" for t in (model.image, model.text)}
     if kind is OPEN_CLIP and len(quick) > 1:
@@ -134,7 +137,7 @@ def of_open_clip(model: config_lib.Model) -> tuple[Format, list[str]]:
             f"model.text.activation: got {model.text.activation}, with {model.image.activation} of the image tower;"
             " open_clip has quick_gelu in both of its own towers or in none"
         )
-    if kind is OPEN_CLIP_TIMM and not faults:
+    if kind is OPEN_CLIP_TIMM and not faults and search:
         try:
             timm_trunk.name_of(model.image)
         except ConvertError as error:
@@ -173,8 +176,8 @@ def towers_alone(model: config_lib.Model) -> config_lib.Model:
     return dataclasses.replace(model, decoder=None, boxes=config_lib.BoxHead(), image=image)
 
 
-def of(model: config_lib.Model) -> dict[str, list[str]]:
-    """Each exit, and a line for each thing of the model that it cannot hold; none: it works."""
+def of(model: config_lib.Model, search: bool = True) -> dict[str, list[str]]:
+    """Each exit, and a line for each thing of the model that it cannot hold; none: it works. `search`: as `of_open_clip`."""
     is_whole = model.decoder is None and model.boxes.kind == "none"
     alone, flag = towers_alone(model), "" if is_whole else " --part towers"
     found = {"to-hf": names.faults(model, "to-hf")}
@@ -182,7 +185,7 @@ def of(model: config_lib.Model) -> dict[str, list[str]]:
         found["to-hf --part towers"] = of_hugging_face(alone)[1]
     return found | {
         "to-hf --part vision": of_vision(model)[1],
-        f"to-open-clip{flag}": of_open_clip(alone)[1],
+        f"to-open-clip{flag}": of_open_clip(alone, search)[1],
         f"to-big-vision{flag}": of_big_vision(alone),
         "to-torch": names.faults(model, "to-torch"),
         "to-onnx": of_onnx(model),
@@ -198,6 +201,14 @@ def working(model: config_lib.Model) -> list[str]:
         for name, faults in of(model).items()
         if not faults
     ]
+
+
+def line(model: config_lib.Model, checkpoint: object) -> str:
+    """The exits of a model that is to be trained, in a line; imports neither torch nor timm."""
+    found = [name for name, faults in of(model, search=False).items() if not faults]
+    if of_open_clip(towers_alone(model), search=False)[0] is OPEN_CLIP_TIMM:
+        found = [f"{name} (sizes of timm's)" if "open-clip" in name else name for name in found]
+    return f"exits: {', '.join(found)} (all: grain-jax convert table --checkpoint {checkpoint})"
 
 
 def refuse(model: config_lib.Model, faults: list[str]) -> None:
