@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import export as jax_export
 
 from grain_jax import __version__, inference
-from grain_jax import config as config_lib
 from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
 from grain_jax.core import errors
-from grain_jax.inference import jitted
+from grain_jax.inference import jitted, scores
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.models import grain
+from grain_jax.models import box_head, grain
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
@@ -38,10 +38,10 @@ class ExportError(errors.UserError):
 def export_model(
     predictor: inference.Predictor, output: epath.PathLike, platforms: Sequence[str] = PLATFORMS
 ) -> list[parity.Comparison]:
-    """Writes `image.stablehlo`, `text.stablehlo`, `regions.stablehlo`, `boxes.stablehlo`, `params.npz`, `model.json`.
+    """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
     A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
-    no `boxes.stablehlo`.
+    no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`.
     What was written is read back and runs on this machine.
 
     Args:
@@ -55,7 +55,7 @@ def export_model(
     Raises:
       ExportError: the folder cannot be written.
     """
-    output, model = epath.Path(output), predictor.model
+    output = epath.Path(output)
     params: dict[str, Any] = {
         name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
     }
@@ -63,10 +63,10 @@ def export_model(
     functions = {}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, (function, inputs) in _functions(model, predictor.dtype).items():
+        for name, (function, inputs) in _functions(predictor).items():
             exported = jax_export.export(jax.jit(function), platforms=platforms)
             functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
-        for name in ("regions", "boxes"):
+        for name in ("regions", "boxes", "maps"):
             (output / f"{name}.stablehlo").unlink(missing_ok=True)
         with (output / "params.npz").open("wb") as file:
             np.savez(file, **params)
@@ -80,8 +80,11 @@ def export_model(
     return _compare(predictor, output, functions)
 
 
-def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable, dict[str, Any]]]:
+def _functions(
+    predictor: inference.Predictor,
+) -> dict[str, tuple[Callable, dict[str, Any]]]:
     """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
+    model, dtype = predictor.model, predictor.dtype
     encode_images = jitted.image_program(model, dtype)
     encode_texts = jitted.text_program(model, dtype)
     nested = tables.nested
@@ -101,7 +104,7 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
         return {"text_embed": encode_texts(nested(params), tokens, end)}
 
     size, context = model.image.image_size, model.text.context_length
-    b, r = jax_export.symbolic_shape("b, r")
+    b, r, n = jax_export.symbolic_shape("b, r, n")
     rows, length = b, context
     if model.text.packable:  # another one sees its padding: rows as long as in training
         rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
@@ -113,7 +116,46 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
         functions["regions"] = (regions, images)
     if model.boxes.kind != "none":
         functions["boxes"] = (boxes, images | {"boxes_xyxy": spec((b, r, 4), np.float32)})
+    if maps := _maps(predictor):
+        asked = {"text_embed": spec((n, model.embed_dim), np.float32)}
+        functions["maps"] = (maps, images | asked)
     return functions
+
+
+def _maps(predictor: inference.Predictor) -> Callable | None:
+    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None: the model has none."""
+    model, dtype = predictor.model, predictor.dtype
+    has_head = model.boxes.kind != "none"
+    of_patches = has_head or model.decoder is None
+    if not (of_patches or predictor.has_regions):
+        return None
+    try:
+        grid = predictor.grid
+    except inference.InputError:
+        return None
+
+    def maps(params, image, text_embed):
+        found, params = [], tables.nested(params)
+        with jax.default_matmul_precision("highest"):  # of cosines
+            if of_patches:
+                rest = ()
+                if has_head:
+                    cells = box_head.token_boxes(grid * grid, 0)
+                    rest = (jnp.broadcast_to(cells, (image.shape[0], *cells.shape)),)
+                encode = jitted.program(
+                    model, dtype, "encode_boxes" if has_head else "encode_patches"
+                )
+                patches = encode(params, image, *rest).astype(np.float32)
+                cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches)
+                found.append(cosines.reshape(*cosines.shape[:2], grid, grid))
+            if predictor.has_regions:
+                _, embed, corners = jitted.image_program(model, dtype)(params, image)
+                cosines = jnp.einsum("nd,bqd->bnq", text_embed, embed.astype(np.float32))
+                of_image = lambda values, boxes: scores.region_map(values, boxes, grid, jnp)
+                found.append(jax.vmap(of_image)(cosines, corners))
+        return {"similarity_map": sum(found) / len(found)}
+
+    return maps
 
 
 def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +247,10 @@ def _compare(
     expected = parity.outputs_of(predictor, given)
     inputs = {"image": given.images, "tokens": given.token_ids}
     inputs["end"] = given.token_ids.argmax(1).astype(np.int32)
+    if "maps" in functions:
+        inputs["text_embed"] = expected["text_embed"]
+        texts = [expected["text_embed"]] * _IMAGES
+        expected["similarity_map"] = np.stack(predictor.similarity_maps(given.images, texts))
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     found = []
     for name, (_, names) in functions.items():

@@ -5,6 +5,7 @@ function normalises them, and scores are cosines.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.
     return np.float32(alpha) * global_ + np.float32(1.0 - alpha) * region
 
 
-def region_map(cosines: np.ndarray, boxes_xyxy: np.ndarray, grid: int) -> np.ndarray:
+def region_map(cosines: Any, boxes_xyxy: Any, grid: int, xp: Any = np) -> Any:
     """Cosines of texts and regions as a map: a cell has the best cosine of the regions that cover it.
 
     A region that covers a share of a cell counts there in that share, above the lowest cosine of the text; a cell
@@ -91,6 +92,7 @@ def region_map(cosines: np.ndarray, boxes_xyxy: np.ndarray, grid: int) -> np.nda
       cosines: [N, Q], of texts and regions.
       boxes_xyxy: [Q, 4] in [0, 1].
       grid: cells along a side.
+      xp: of the arrays: numpy or jax.numpy.
 
     Returns:
       float32 [N, grid, grid].
@@ -98,13 +100,13 @@ def region_map(cosines: np.ndarray, boxes_xyxy: np.ndarray, grid: int) -> np.nda
     low = np.arange(grid) / grid
 
     def covered(first, last):  # [Q] each -> [Q, grid], the share of each row or column of cells
-        ends = np.minimum(last[:, None], low + 1 / grid) - np.maximum(first[:, None], low)
-        return np.clip(ends * grid, 0, 1)
+        ends = xp.minimum(last[:, None], low + 1 / grid) - xp.maximum(first[:, None], low)
+        return xp.clip(ends * grid, 0, 1)
 
-    x1, y1, x2, y2 = np.asarray(boxes_xyxy, np.float32).T
+    x1, y1, x2, y2 = xp.asarray(boxes_xyxy, np.float32).T
     share = covered(y1, y2)[:, :, None] * covered(x1, x2)[:, None]  # [Q, grid, grid]
     lowest = cosines.min(axis=1, keepdims=True)
-    above = np.einsum("nq,qhw->nqhw", cosines - lowest, share).max(axis=1)
+    above = ((cosines - lowest)[..., None, None] * share).max(axis=1)
     return (lowest[..., None] + above).astype(np.float32)
 
 

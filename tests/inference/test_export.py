@@ -92,7 +92,7 @@ def test_a_batch_may_be_spread_over_devices(predictor, folder):
 
 
 def test_the_description(folder):
-    for name in ("image", "text", "regions", "boxes"):  # one file serves every platform
+    for name in ("image", "text", "regions", "boxes", "maps"):  # one file serves every platform
         exported = jax_export.deserialize((folder / f"{name}.stablehlo").read_bytes())
         assert exported.platforms == ("cpu", "cuda", "tpu") and exported.nr_devices == 1
     said = json.loads((folder / "model.json").read_text())
@@ -106,6 +106,9 @@ def test_the_description(folder):
     boxes = said["functions"]["boxes"]
     assert boxes["inputs"]["boxes_xyxy"] == "float32[b, r, 4]"
     assert boxes["outputs"] == {"box_embed": "float32[b, r, 28]"}
+    maps = said["functions"]["maps"]
+    assert maps["inputs"]["text_embed"] == "float32[n, 28]"
+    assert maps["outputs"] == {"similarity_map": "float32[b, n, 5, 5]"}
     texts = params | {"tokens": "int32[b, l]", "end": "int32[b]"}
     assert said["functions"]["text"]["inputs"] == texts
     assert said["image"]["size"] == 40 and said["image"]["pixel_mean"] == [0.485, 0.456, 0.406]
@@ -119,8 +122,8 @@ def test_two_towers_that_see_their_padding(tmp_path):
     text = dict(causal=False, pool="last", pad_id=1, tokenizer="tokenizer.json", depth=1)
     changes = {f"text__{key}": value for key, value in text.items()}
     model = perturbed.tiny(image__pool="mean", image__depth=1, decoder=None, **changes)
-    for name in ("model/tokenizer.json", "out/regions.stablehlo"):
-        (tmp_path / name).parent.mkdir()
+    for name in ("model/tokenizer.json", "out/regions.stablehlo", "out/boxes.stablehlo"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     predictor = inference.Predictor(
         model, perturbed.params(model), folder=tmp_path / "model", dtype="bfloat16"
@@ -129,8 +132,16 @@ def test_two_towers_that_see_their_padding(tmp_path):
     assert {c.name: c.ok for c in compared} == {
         "image: image_embed": True,
         "text: text_embed": True,
+        "maps: similarity_map": True,
     }
-    files = {"image.stablehlo", "text.stablehlo", "params.npz", "model.json", "tokenizer.json"}
+    files = {
+        "image.stablehlo",
+        "text.stablehlo",
+        "maps.stablehlo",
+        "params.npz",
+        "model.json",
+        "tokenizer.json",
+    }
     assert {p.name for p in (tmp_path / "out").iterdir()} == files
     said = json.loads((tmp_path / "out" / "model.json").read_text())
     assert said["functions"]["text"]["inputs"]["tokens"] == "int32[b, 32]"
@@ -140,11 +151,13 @@ def test_two_towers_that_see_their_padding(tmp_path):
 
 def test_the_command_compares_what_it_wrote(folder):
     lines = (folder.parent / "printed.txt").read_text().splitlines()
-    files = ["boxes.stablehlo", "image.stablehlo", "model.json", "params.npz", "regions.stablehlo"]
-    assert [line.split("/")[-1] for line in lines[:6]] == [*files, "text.stablehlo"]
-    outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[7:]}
+    parts = [f"{name}.stablehlo" for name in ("boxes", "image", "maps", "regions", "text")]
+    files = sorted([*parts, "model.json", "params.npz"])
+    assert [line.split("/")[-1] for line in lines[:7]] == files
+    outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[8:]}
     regions = {f"regions: {name}" for name in ("boxes_xyxy", "image_embed", "region_embed")}
-    assert set(outputs) == {"image: image_embed", "text: text_embed", "boxes: box_embed", *regions}
+    alone = {"image: image_embed", "text: text_embed", "boxes: box_embed", "maps: similarity_map"}
+    assert set(outputs) == alone | regions
     assert max(outputs.values()) < 1e-5 and "FAILED" not in str(lines)
 
 
