@@ -75,7 +75,7 @@ class ToTorch(_OfCheckpoint, name="convert to-torch"):
 
 
 class ToHf(_OfCheckpoint, name="convert to-hf"):
-    """A checkpoint -> a folder for transformers: GRAIN by AutoModel, two towers by CLIPModel or SiglipModel.
+    """A checkpoint -> a folder for transformers: CLIPModel or SiglipModel for two towers that fit, else AutoModel.
 
     Example:
       grain-jax convert to-hf --checkpoint runs/demo --output demo_hf

@@ -100,16 +100,16 @@ def _write(
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
-    lacking = [name for name in (*_NO_LOSSES, "terms") if stored.get(name)]
+    lacking = [name for name in _NO_LOSSES if stored.get(name)] + [*stored.get("terms", ())]
     if lacking:
         lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
-    words, missing = tokenizers.of_transformers(model.text, source.folder)
+    words, missing, told = tokenizers.of_transformers(model.text, source.folder)
     stored_model = model
     if words and model.text.tokenizer != "clip":
         name = next(name for name in _TOKENIZER if name in words)
         text = dataclasses.replace(model.text, tokenizer=name)
         stored_model = dataclasses.replace(model, text=text)
-    files = _files(stored_model, losses) | words | code_of(model)
+    files = code_of(model) | _files(stored_model, losses) | words
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
         for module, state in names.state_dicts(source.params).items()
@@ -135,7 +135,7 @@ def _write(
         f"to-hf: {source.folder} -> {folder}",
         f"{WEIGHTS}: {size:,} values, float32",
         *lines,
-        *([missing] if missing else []),
+        *told,
     )
 
 

@@ -377,7 +377,8 @@ class State(NamedTuple):
 def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, capsys):
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
-    c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3)
+    c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3,
+                    loss__image_description=0.5)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
     record = {"state": {"ema_params": digests.of_arrays(average)}}
     record["config"] = receipt.config_sha256(c)
@@ -387,7 +388,8 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     (workdir / "metrics.jsonl").write_text(METRICS)
     out = tmp_path / "hf"
     assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "\ntraining in torch lacks of the run's losses: image_description\n" in printed
     card = (out / "README.md").read_text()
     for words in (
         "| data set | cc12m |",

@@ -33,7 +33,7 @@ def write_towers(
     kind, faults = reasons.of_hugging_face(source.model)
     reasons.refuse(source.model, faults)
     is_clip = kind is reasons.CLIP
-    words, missing = tokenizers.of_transformers(source.model.text, source.folder)
+    words, missing, told = tokenizers.of_transformers(source.model.text, source.folder)
     files = {
         "config.json": _config(source.model, is_clip),
         "preprocessor_config.json": _preprocessor(source.model.image, is_clip, whole=True),
@@ -49,7 +49,7 @@ def write_towers(
             f"texts: the pipeline of transformers pads SigLIP's to {_SIGLIP_CONTEXT} tokens, this model has"
             f" {source.model.text.context_length}; call processor and model instead"
         )
-    return proof.after(*lines, *([missing] if missing else []))
+    return proof.after(*lines, *told)
 
 
 def write_vision(

@@ -67,15 +67,23 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
 
 def of_transformers(
     tower: config_lib.TextTower, folder: epath.PathLike
-) -> tuple[dict[str, Any], str]:
-    """As `files`, but for a tower that sees its padding none of CLIP's."""
+) -> tuple[dict[str, Any], str, list[str]]:
+    """As `files`, but for a tower that sees its padding none of CLIP's; and lines for the report."""
     words, missing = files(tower, folder)
     if tower.tokenizer == "clip" and words and not tower.packable:
-        return {}, (
-            "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its padding,"
-            f" the id {tower.pad_id}; give the model token ids"
+        words, missing = (
+            {},
+            (
+                "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
+                f" padding, the id {tower.pad_id}; give the model token ids"
+            ),
         )
-    return words, missing
+    lines = [missing] if missing else []
+    if "spiece.model" in words:
+        lines.append(
+            "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
+        )
+    return words, missing, lines
 
 
 def _no_pad(tower: config_lib.TextTower, path: epath.Path) -> str:
