@@ -30,7 +30,7 @@ from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint
 
 SMALL = dict(depth=2, width=48, heads=4, mlp_dim=96)
-COLUMNS = (*table.EXITS[:2], "--part towers", *table.EXITS[2:])
+COLUMNS = ("to-hf", "towers", "vision", *table.EXITS[2:])
 _FILES = {"to-big-vision": ".npz", "to-torch": ".pth.tar"}
 
 
@@ -125,7 +125,7 @@ def main() -> int:
     """Prints the table; the exit status is 1 where an exit that should work fails."""
     args = harness.arguments(__doc__, sizes=("full", dict(choices=("small", "full"))), only=[""])
     machine = harness.machine("jax", "torch", "transformers", "open_clip_torch", "onnxruntime")
-    rows = harness.Table({"start": "24", **{name: "<22" for name in COLUMNS}})
+    rows = harness.Table({"start": "24", **dict.fromkeys(COLUMNS, "<13")})
     for start, make in STARTS.items():
         if not any(word in start for word in args.only):
             continue
@@ -135,11 +135,7 @@ def main() -> int:
             source = make(place / "start", args.sizes == "small")
             for i, (name, faults) in enumerate(reasons.of(exits.read(source).model).items()):
                 target = place / f"{i}{_FILES.get(name.split()[0], '')}"
-                column = (
-                    name.replace(" --part towers", "")
-                    if name != "to-hf --part towers"
-                    else "--part towers"
-                )
+                column = name.removeprefix("to-hf --part ").removesuffix(" --part towers")
                 if column in COLUMNS and not faults:
                     value = worst(name, source, target)
                     cells[column] = value if isinstance(value, str) else f"{value:.1e}"
