@@ -35,6 +35,7 @@ LONG = (
     "tests/training/test_memory.py",
     "tests/convert/test_huggingface.py",
     "tests/convert/test_exits.py",
+    "tests/convert/test_to_onnx.py",
     "tests/launch/test_plan.py",
     "tests/launch/test_sweep.py",
     "tests/test_data_identity.py",

@@ -333,7 +333,8 @@ def test_models_of_another_kind_are_refused(tmp_path, capsys):
     assert said[0] == "model.decoder: got none; to-torch writes models with a region decoder"
     assert said[1:] == [
         "1 fault; nothing was written",
-        "what writes this model: grain-jax convert to-hf, grain-jax convert pack, grain-jax export",
+        "what writes this model: grain-jax convert to-hf, grain-jax convert to-onnx, grain-jax convert pack,"
+        " grain-jax export",
     ]
 
 
