@@ -104,12 +104,11 @@ def _write(
     if lacking:
         lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
     words, missing, told = tokenizers.of_transformers(model.text, source.folder)
-    stored_model = model
-    if words and model.text.tokenizer != "clip":
-        name = next(name for name in _TOKENIZER if name in words)
-        text = dataclasses.replace(model.text, tokenizer=name)
-        stored_model = dataclasses.replace(model, text=text)
-    files = code_of(model) | _files(stored_model, losses) | words
+    name = epath.Path(model.text.tokenizer).name
+    if name != "clip":
+        name = next((x for x in _TOKENIZER if x in words), name)
+    text = dataclasses.replace(model.text, tokenizer=name)
+    files = code_of(model) | _files(dataclasses.replace(model, text=text), losses) | words
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
         for module, state in names.state_dicts(source.params).items()
@@ -170,21 +169,20 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
 
     Raises:
       ConvertError: entries or files that are missing, damaged, unknown or of another shape; a line each.
+      TokenizerError: the file of the tokenizer is none.
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
     source, folder = pretrained.folder_of(source), output.check_free(folder)
     model, params, states = _read(source)
+    words, lines = {}, []
+    if (name := model.text.tokenizer) != "clip":
+        if regular_file.is_one(source / name):
+            tokenizer.of_tower(model.text, source)  # raises where the file is none
+            words[name] = tokenizer.content_of(source / name)
+        else:
+            lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / name}"]
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
     proof = torch_module.prove(model, params, states)
-    words, lines = {}, []
-    if model.text.tokenizer != "clip":
-        path = tokenizer.file_of(model.text, source)
-        if path.exists() and tokenizer.is_inside(path, source):
-            words[path.name] = tokenizer.content_of(path)
-            text = dataclasses.replace(model.text, tokenizer=path.name)
-            model = dataclasses.replace(model, text=text)
-        else:
-            lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / model.text.tokenizer}"]
     output.save(folder, model, params, source, proof)
     with output.writing(folder):
         for name, content in words.items():
@@ -268,6 +266,10 @@ def _read_config(path: epath.Path) -> config_lib.Model:
     with prefixed(f"{path}: "):
         model = config_lib.model_from_dict(towers)
     names.refuse(model, "to-hf")
+    if (name := model.text.tokenizer) != epath.Path(name).name:
+        raise ConvertError(
+            f"{path}: model.text.tokenizer: got {name!r}, expected clip or the name of a file beside it"
+        )
     return model
 
 
