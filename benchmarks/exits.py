@@ -80,7 +80,7 @@ def of_towers(family: str, path: epath.Path, small: bool) -> epath.Path:
     keys.image.activation = keys.text.activation = c.model.image.activation
     if family.startswith("siglip"):  # no SentencePiece model is there
         for text in (c.model.text, keys.text):
-            text.update(tokenizer="clip", vocab_size=clip_tokenizer.VOCAB_SIZE)
+            text.update(tokenizer="clip", vocab_size=clip_tokenizer.VOCAB_SIZE, cleaning="lower")
     source = saved(keys, path / "towers", small)
     convert.COMMANDS[exit_](
         convert.Convert.parse([exit_, f"--checkpoint={source}", f"--output={path / 'theirs'}"])
