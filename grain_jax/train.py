@@ -31,7 +31,7 @@ from grain_jax.convert import initialise
 from grain_jax.core import atomic, errors, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
-from grain_jax.models import attention, placement
+from grain_jax.models import attention, lora, placement
 from grain_jax.report import figures, page
 from grain_jax.runtime import (
     checkpoint,
@@ -450,11 +450,11 @@ def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
 
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
-    """The state's model (the average where one is kept) for evaluation, whole on every process."""
+    """The state's model (the average where one is kept) for evaluation, whole on every process; factors are folded in."""
     params = state.ema_params or state.params
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    return inference.Predictor(config.model, params)
+    return inference.Predictor(config.model, lora.merged(params, config.optim.lora))
 
 
 def evaluate_all(
