@@ -33,7 +33,8 @@ def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
       UserError: as `maps_of`; or `optim.frozen` freezes a factor.
     """
     key = jax.random.key(config.seed)
-    params, lora = grain.init(model, key), config.optim.lora
+    params: Any = grain.init(model, key)
+    lora = config.optim.lora
     if not lora.rank:
         return params
     shapes = grain.parameter_shapes(config.model)

@@ -106,11 +106,12 @@ def load_stored(path: epath.PathLike) -> Stored:
         found, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
         if fault:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
-        return Stored(*found, config_lib.Lora(), str(path))
+        model, params = found
+        return Stored(model, params, config_lib.Lora(), str(path))
     weights = ("model.safetensors", "model.safetensors.index.json")
     if (path / "config.json").exists() and any((path / x).exists() for x in weights):
-        found = named.find("reader", _TRANSFORMERS, {})(path)
-        return Stored(*found, config_lib.Lora(), str(path))
+        model, params = named.find("reader", _TRANSFORMERS, {})(path)
+        return Stored(model, params, config_lib.Lora(), str(path))
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)
@@ -127,7 +128,8 @@ def load_stored(path: epath.PathLike) -> Stored:
     for folder in folders:
         found, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
         if not fault:
-            return Stored(*found, str(folder))
+            model, params, lora = found
+            return Stored(model, params, lora, str(folder))
         if folder != folders[-1]:
             logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
     others = "" if len(folders) == 1 else ", and those before it are damaged too"
