@@ -106,7 +106,7 @@ def _matched(
 ) -> list[str]:
     """The maps that a pattern matches. Raises UserError."""
     matched = [name for name in modules if re.fullmatch(pattern, name)]
-    fault, ends = "", ", ".join(config_lib.LAYER_MAPS)
+    fault = ""
     if not matched:
         fault = "matches no module"
     for name in matched:
@@ -124,7 +124,8 @@ def _matched(
             break
     if fault:
         raise errors.UserError(
-            f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of image/blocks or text/blocks: {ends}"
+            f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of layers:"
+            " (image|text)/blocks/attention/(query|key|value|out), (image|text)/blocks/mlp/(in|out)"
         )
     return matched
 
@@ -152,17 +153,12 @@ def _add(next_fun, args, kwargs, context):
     """The result of a method of a module; of a map with factors, with theirs."""
     y, module = next_fun(*args, **kwargs), context.module
     is_map = isinstance(module, (nn.DenseGeneral, layers.SideBySide))
-    if not (
-        is_map and context.method_name == "__call__" and module.has_variable("params", low_rank.A)
-    ):
+    if not (is_map and context.method_name == "__call__"):
         return y
-    x, a, b = (
-        jnp.asarray(part, module.dtype)
-        for part in (
-            args[0],
-            *(module.get_variable("params", name) for name in (low_rank.A, low_rank.B)),
-        )
-    )
+    factors = [module.get_variable("params", name) for name in (low_rank.A, low_rank.B)]
+    if factors[0] is None:
+        return y
+    x, a, b = (jnp.asarray(part, module.dtype) for part in (args[0], *factors))
     if isinstance(module, layers.SideBySide):
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
     return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)

