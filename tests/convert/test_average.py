@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import grain_jax
+from grain_jax.convert import parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.exits import folder
 from grain_jax.core import low_rank
@@ -38,16 +39,26 @@ def models(tmp_path_factory):
     return [_save(root / str(seed), seed) for seed in range(3)]
 
 
-@pytest.fixture(scope="module")
-def with_factors(tmp_path_factory):
-    """A checkpoint of a run with LoRA, not trained."""
-    root = tmp_path_factory.mktemp("lora")
-    model = perturbed.tiny(**DEPTH)
-    config = tiny.config(optim__lora__rank=3, optim__lora__alpha=4.5)
-    config = dataclasses.replace(config, model=model)
+def run_with_factors(root, model):
+    """A checkpoint of a run of that model with LoRA, its weights random, of which every one counts."""
+    fits = dict(
+        optim__lora__rank=3,
+        optim__lora__alpha=4.5,
+        loss__contrast="softmax" if model.logit_bias_init is None else "sigmoid",
+        loss__box_description=float(model.boxes.kind != "none"),
+        text__packing=model.text.packable,
+        input__max_regions=5 if model.decoder else 0,
+    )
+    base = dict(model__boxes__kind=model.boxes.kind, model__logit_bias_init=model.logit_bias_init)
+    config = dataclasses.replace(tiny.config(**fits, **base), model=model)
     shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(grain.GRAIN(model), config)))
-    rng = np.random.default_rng(5)
-    params = jax.tree.map(lambda x: jnp.float32(rng.normal(0.2, 0.2, x.shape)), shapes)
+    weights, rng = grain.flat(perturbed.params(model)), np.random.default_rng(5)
+
+    def draw(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.asarray(weights.get(name, np.float32(rng.normal(0, 0.2, x.shape))))
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     state = State(jnp.int32(1), params, {})
     record = {"step": 1, **digests.chains(state.receipt), "state": digests.of_state(state)}
     record["config"] = receipt.config_sha256(config)
@@ -55,6 +66,11 @@ def with_factors(tmp_path_factory):
         checkpoint.save(checkpoints, state, config, record)
         checkpoints.wait_until_finished()
     return str(root)
+
+
+@pytest.fixture(scope="module")
+def with_factors(tmp_path_factory):
+    return run_with_factors(tmp_path_factory.mktemp("lora"), perturbed.tiny(**DEPTH))
 
 
 def _flat(path):
@@ -114,6 +130,25 @@ def test_an_exit_has_the_factors_folded_in(with_factors):
     assert read.keys() == grain.parameter_shapes(perturbed.tiny(**DEPTH)).keys()
     for name, x in grain.flat(checkpoint.load_stored(with_factors).merged()).items():
         np.testing.assert_array_equal(read[name], x, err_msg=name)
+
+
+def test_transformers_computes_what_the_factors_beside_their_matrices_do(tmp_path, capsys):
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    clip = dict(image__pool="class", image__qk_norm=False, image__pre_norm=True)
+    model = perturbed.tiny(decoder=None, **clip, **DEPTH)
+    run = run_with_factors(tmp_path / "run", model)
+    assert main(["to-hf", "--checkpoint", run, "--output", str(tmp_path / "hf")]) == 0
+    assert "parity: PROVEN" in capsys.readouterr().out
+    stored, given = checkpoint.load_stored(run), parity.inputs_of(model)
+    with lora.beside(stored.params, stored.lora) as params:
+        ours = parity.outputs(model, params, given)
+    module = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
+    ids = np.where(given.token_ids == 0, 299, given.token_ids)  # the end token pads there
+    with torch.no_grad():
+        pixels = torch.tensor(given.images.transpose(0, 3, 1, 2))
+        out = module(input_ids=torch.tensor(ids), pixel_values=pixels)
+    for a, b in ((ours["image_embed"], out.image_embeds), (ours["text_embed"], out.text_embeds)):
+        assert np.abs(a - b.numpy()).max() < 1e-5 * np.abs(a).max()
 
 
 def test_models_that_differ_are_refused_with_a_line_a_difference(models, tmp_path, capsys):
