@@ -6,6 +6,7 @@ FROM      your own run, e.g. runs/own: towers and decoder are loaded. Or a folde
           size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
           --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip (:B/16, :L/16), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
+LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
 HARDWARE  one GPU; docs/own_images.md lists what fits where.
 """
 

@@ -29,10 +29,10 @@ from grain_jax.cli import config_file, process
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
 from grain_jax.convert.exits import reasons
-from grain_jax.core import atomic, errors, progress
+from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
-from grain_jax.models import attention, placement
+from grain_jax.models import attention, grain, lora, placement
 from grain_jax.report import figures, page
 from grain_jax.runtime import (
     checkpoint,
@@ -370,11 +370,17 @@ class Records:
         millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
         self.say(
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)},"
-            f" {millions:.1f}M parameters, {run.total_steps} steps of {self._config.batch_size} images"
+            f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
             + (f", resumed at step {start_step}" if start_step else "")
         )
         if not start_step:
             self.say(reasons.line(self._config.model, self._workdir))
+
+    def _of_factors(self, state: train_step.TrainState) -> str:
+        """How many parameters are factors of LoRA, in words; "" without."""
+        named = grain.flat(state.params).items()
+        count = sum(x.size for name, x in named if name.endswith((low_rank.A, low_rank.B)))
+        return f" ({count / 1e6:.2f}M of LoRA)" if count else ""
 
     def pause(self) -> contextlib.AbstractContextManager:
         """What happens inside is left out of the rates."""
@@ -453,11 +459,11 @@ def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
 
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
-    """The state's model (the average where one is kept) for evaluation, whole on every process."""
+    """The state's model (the average where one is kept) for evaluation, whole on every process; factors are folded in."""
     params = state.ema_params or state.params
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    return inference.Predictor(config.model, params)
+    return inference.Predictor(config.model, lora.merged(params, config.optim.lora))
 
 
 def evaluate_all(

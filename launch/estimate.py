@@ -68,7 +68,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         steps_per_epoch=1.0,
     )
     state = memory_need.state_bytes(program)
-    trained = memory_need.trained_bytes(program, config.optim.frozen)
+    trained = memory_need.trained_bytes(program, config.frozen)
     shards = sizes["data"] * sizes["fsdp"]
     temporaries = memory_need.temporaries(config, program, shards)
     if by_cudnn:

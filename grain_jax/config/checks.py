@@ -8,7 +8,7 @@ from typing import Any
 
 from grain_jax.config import fields, values
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.fields import Config, Input, Loss, Model, Suite
+from grain_jax.config.fields import Config, Input, Loss, Model, Optim, Suite
 from grain_jax.core import named
 
 
@@ -135,15 +135,31 @@ def _of_run(config: Config) -> Iterator[str]:
     if best[0] == "eval" and best[1:2] not in [[name] for name in config.evals]:
         there = ", ".join(f"eval/{name}" for name in config.evals)
         yield f"checkpoint_best_metric: got {'/'.join(best[:2])!r}, expected one of {there}"
-    for pattern in config.optim.frozen:
+    patterns = {
+        "optim.frozen": config.optim.frozen,
+        "optim.lora.modules": config.optim.lora.modules,
+    }
+    for key, pattern in ((key, pattern) for key, all_of in patterns.items() for pattern in all_of):
         try:
             re.compile(pattern)
         except re.error as error:
-            yield f"optim.frozen: got {pattern!r}, no regular expression ({error})"
+            yield f"{key}: got {pattern!r}, no regular expression ({error})"
+    if config.optim.lora.rank:
+        yield from _lora(config.optim)
     if config.mesh.data == 0:
         yield "mesh.data: got 0, expected at least 1, or -1 for what the other axes leave"
     for axis in _doubled(axis for axis, _ in config.sharding):
         yield f"sharding: has {axis!r} more than once, expected one row for each axis"
+
+
+def _lora(optim: Optim) -> Iterator[str]:
+    if not optim.lora.modules:
+        yield "optim.lora.modules: got (), expected the maps that have factors, or optim.lora.rank=0"
+    if optim.layer_decay != 1:
+        yield (
+            f"optim.layer_decay: got {optim.layer_decay} with optim.lora, expected 1: it slows down layers that are"
+            " trained, and LoRA freezes those of its towers"
+        )
 
 
 def _doubled(names: Iterable[str]) -> list[str]:

@@ -6,6 +6,7 @@ dict, and `checks` finds values out of bounds and keys that contradict each othe
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal
 
 from grain_jax.config.evals import Evaluator
@@ -32,6 +33,12 @@ TEXT_POOLS = ("end", "last", "map", "mean")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
 BOX_HEADS = ("none", "roi_align", "prompter")
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
+# The dense maps in a layer of a built-in tower, and the number of axes of their input.
+LAYER_MAPS = {
+    **dict.fromkeys(("attention/query", "attention/key", "attention/value"), 1),
+    "attention/out": 2,  # heads and their width
+    **dict.fromkeys(("mlp/in", "mlp/out"), 1),
+}
 EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 
 MOST = 2**31 - 1  # steps and sizes are int32 on the devices
@@ -354,6 +361,32 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """LoRA: low-rank factors A and B beside dense maps of the towers, y = x W + (alpha / rank) (x A) B.
+
+    Of a tower that has them nothing else is trained.
+    """
+
+    rank: int = count(0, high=WIDEST)  # of the factors; 0 = off
+    alpha: float = key(8.0, low=1e-3, high=1e6)  # the factors' product is scaled by alpha / rank
+    # Regular expressions of whole names of maps: TOWER/blocks/attention/ with query, key, value or out,
+    # TOWER/blocks/mlp/ with in or out.
+    modules: tuple[str, ...] = key(
+        ("(image|text)/blocks/(attention|mlp)/(query|key|value|out|in)",)
+    )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; 0 where it is off."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+    def has(self, tower: str) -> bool:
+        """Whether maps of that tower, "image" or "text", have factors."""
+        names = [f"{tower}/blocks/{name}" for name in LAYER_MAPS]
+        return self.rank > 0 and any(re.fullmatch(p, name) for p in self.modules for name in names)
+
+
+@dataclasses.dataclass(frozen=True)
 class Optim:
     """AdamW and its schedule (docs/method.md, Training recipe)."""
 
@@ -376,6 +409,7 @@ class Optim:
     frozen: tuple[str, ...] = key(())
     # Factor per layer of the learning rates of the towers (optim.layer_scales); 1 = off.
     layer_decay: float = key(1.0, low=0.01, high=1)
+    lora: Lora = key(Lora)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,6 +505,16 @@ class Config:
     # What is measured: entries of evaluators by name (docs/evaluate.md).
     evals: dict[str, Evaluator] = key(dict, role="result")
     init: Init = key(Init, role="result")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Regular expressions of all parameters that are never updated: `optim.frozen`, and all but the factors in a tower
+        that has those of `optim.lora`.
+        """
+        image = "image" if self.model.decoder is not None else "image(_pool|_projection)?"
+        towers = {"image": image, "text": "text(_norm|_pool|_projection)?"}
+        of_lora = [parts for tower, parts in towers.items() if self.optim.lora.has(tower)]
+        return (*self.optim.frozen, *(f"{parts}/(?!.*/lora_[ab]$).*" for parts in of_lora))
 
     @property
     def text_layout(self) -> tuple[int, int]:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 
 from grain_jax.convert import huggingface, parity, towers
 from grain_jax.convert.arguments import Convert
+from grain_jax.convert.average import average
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.exits import table
 from grain_jax.convert.exits.big_vision import to_big_vision
 from grain_jax.convert.exits.onnx_files import to_onnx
 from grain_jax.convert.exits.open_clip import to_open_clip
+from grain_jax.convert.merge import merge
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
@@ -40,6 +42,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "from-big-vision": lambda args: from_big_vision(args.input, args.output, _settings(args)),
     "table": lambda args: table.report(args.checkpoint),
     "pack": lambda args: pack(args.input, args.output),
+    "merge": lambda args: merge(args.input, args.output),
+    "average": lambda args: average(args.model, args.weights, args.output),
 }
 
 

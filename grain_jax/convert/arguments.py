@@ -1,12 +1,24 @@
 """The flags of `grain-jax convert KIND` and `grain-jax export`."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Self
 
-from grain_jax.cli.flags import flag
+from grain_jax.cli.flags import flag, many
 from grain_jax.cli.parser import Command
 from grain_jax.config import ACTIVATIONS, DTYPES
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """ "0.5,0.5" -> (0.5, 0.5). Raises ValueError: got, expected."""
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"got {text[:40]!r}, expected numbers with commas between, as 0.5,0.5")
+    return found
 
 
 class _OfCheckpoint(Command):
@@ -160,6 +172,33 @@ class Pack(_OfCheckpoint, name="convert pack"):
     """
 
 
+class Merge(_OfCheckpoint, name="convert merge"):
+    """A run with LoRA -> a folder for grain_jax.load, its factors folded into the matrices.
+
+    Example:
+      grain-jax convert merge --checkpoint runs/lora --output merged
+    """
+
+
+class Average(Command, name="convert average"):
+    """Equal models -> the weighted sum of their parameters, a folder for grain_jax.load.
+
+    Factors of LoRA are folded in first.
+
+    Example:
+      grain-jax convert average runs/finetuned start --weights 0.5,0.5 --output wise
+
+    what is averaged:
+      MODEL ...      workdirs, checkpoints or converted folders
+      --weights W,W  one a model, with the sum 1; equal ones where it is not given
+      --output DIR   folder to write; an older conversion is replaced
+    """
+
+    model: list[str] = many()
+    weights: tuple[float, ...] = flag((), parse=_numbers)
+    output: str
+
+
 class Table(Command, name="convert table"):
     """The exits of each start, or of a checkpoint: PROVEN, or why not.
 
@@ -175,7 +214,7 @@ class Table(Command, name="convert table"):
 
 _KINDS = (
     *(FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, ToOpenClip, FromBigVision, ToBigVision),
-    *(ToOnnx, Pack, Table),
+    *(ToOnnx, Pack, Merge, Average, Table),
 )
 
 

@@ -1,6 +1,7 @@
 """Where a conversion writes its model."""
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from grain_jax import config as config_lib
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import checkpoint
 
 
@@ -54,6 +56,34 @@ def on_disk(folder: epath.Path) -> Iterator[str]:
         for path in folder.iterdir():
             path.copy(epath.Path(scratch) / path.name)
         yield scratch
+
+
+def with_tokenizer(
+    model: config_lib.Model, source: epath.PathLike, folder: epath.Path
+) -> config_lib.Model:
+    """Copies the tokenizer's file that lies in the folder of a model into another one.
+
+    Args:
+      model: whose text tower names it.
+      source: folder of the model.
+      folder: to copy it to.
+
+    Returns:
+      The model that names the copy; `model` where there is none.
+
+    Raises:
+      ConvertError: the folder cannot be written.
+    """
+    if model.text.tokenizer == "clip":
+        return model
+    path = tokenizer.file_of(model.text, source)
+    if not (path.exists() and tokenizer.is_inside(path, source)):
+        return model
+    content = tokenizer.content_of(path)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(content)
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, tokenizer=path.name))
 
 
 def save(

@@ -24,7 +24,7 @@ from grain_jax.core import progress as progress_lib
 from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.models import box_head, grain, towers
+from grain_jax.models import box_head, grain, lora, towers
 from grain_jax.runtime import checkpoint
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
@@ -88,7 +88,7 @@ class Predictor:
       progress: whether calls show on stderr how many images they have encoded.
 
     Raises:
-      InputError: unknown `dtype`.
+      InputError: unknown `dtype`, or factors of LoRA among the parameters.
     """
 
     def __init__(
@@ -106,6 +106,11 @@ class Predictor:
         # Raises early if a stored config names towers that may not be imported.
         towers.image_tower(model.image)
         towers.text_tower(model.text)
+        if lora.left_out(params):
+            raise InputError(
+                "params: got factors of LoRA, which a Predictor does not apply; expected them folded in, as"
+                " grain_jax.load does and grain_jax.models.lora.merged"
+            )
         self.model = model
         self.dtype = dtype
         self.folder = folder

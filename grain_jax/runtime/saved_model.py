@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import logging
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.core import named, regular_file
+from grain_jax.core import low_rank, named, regular_file
 from grain_jax.runtime import checkpoint_files as files
 from grain_jax.runtime import digests, distributed, pretrained, receipt
 from grain_jax.runtime.checkpoint_files import CheckpointError
@@ -61,7 +61,33 @@ def find(path: epath.PathLike) -> epath.Path:
     return folder
 
 
+class Stored(NamedTuple):
+    """A model as it is stored, factors of LoRA beside their matrices."""
+
+    model: config_lib.Model
+    params: Any  # nested dict of float32 numpy arrays
+    lora: config_lib.Lora  # of the run
+    folder: str  # that was read
+
+    def merged(self) -> Any:
+        """The parameters with the factors folded in."""
+        return low_rank.merged(self.params, self.lora.scale) if self.lora.rank else self.params
+
+
 def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
+    """The model of `load_stored`, with factors of LoRA folded into their matrices.
+
+    Returns:
+      (model config, parameters as a nested dict of float32 numpy arrays, the folder that was read).
+
+    Raises:
+      CheckpointError, errors.UserError: as `load_stored`.
+    """
+    stored = load_stored(path)
+    return stored.model, stored.merged(), stored.folder
+
+
+def load_stored(path: epath.PathLike) -> Stored:
     """The model in a training workdir (newest checkpoint), a checkpoint, a converted folder or a folder of to-hf.
 
     The model must have the digests that were stored with it. In a workdir a damaged checkpoint is passed over with
@@ -69,9 +95,6 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
 
     Args:
       path: the folder; or a name, of the package or of the Hugging Face Hub (`pretrained.folder_of`).
-
-    Returns:
-      (model config, parameters as a nested dict of float32 numpy arrays, the folder that was read).
 
     Raises:
       CheckpointError: no such folder, none of the four kinds, or it is damaged.
@@ -83,10 +106,12 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
         found, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
         if fault:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
-        return *found, str(path)
+        model, params = found
+        return Stored(model, params, config_lib.Lora(), str(path))
     weights = ("model.safetensors", "model.safetensors.index.json")
     if (path / "config.json").exists() and any((path / x).exists() for x in weights):
-        return *named.find("reader", _TRANSFORMERS, {})(path), str(path)
+        model, params = named.find("reader", _TRANSFORMERS, {})(path)
+        return Stored(model, params, config_lib.Lora(), str(path))
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)
@@ -103,7 +128,8 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
     for folder in folders:
         found, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
         if not fault:
-            return *found, str(folder)
+            model, params, lora = found
+            return Stored(model, params, lora, str(folder))
         if folder != folders[-1]:
             logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
     others = "" if len(folders) == 1 else ", and those before it are damaged too"
@@ -122,7 +148,7 @@ def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
     return model, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
-def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any]:
+def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any, config_lib.Lora]:
     """The model of a checkpoint, compared with its record."""
     record = files.read_json(folder, "receipt")
     config = config_lib.from_dict(files.read_json(folder, "config"))
@@ -132,4 +158,4 @@ def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any]:
     params = files.read_arrays(folder / "state", only=which)[which]
     if digests.of_arrays(params) != record["state"][which]:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
-    return config.model, params
+    return config.model, params, config.optim.lora

@@ -14,8 +14,8 @@ import jax
 
 from grain_jax import config as config_lib
 from grain_jax.config import Config
-from grain_jax.models import grain
-from grain_jax.training import train_step
+from grain_jax.models import grain, lora
+from grain_jax.training import optim, sharding, train_step
 
 # Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
 # a chip; on TPU7x it is half a chip.
@@ -69,6 +69,8 @@ class PerImage(NamedTuple):
     decoder: float  # the region decoder, its projections and boxes, and the box head
     losses: float  # similarities
     frozen: frozenset[str] = frozenset()  # those of the first three without a trained parameter
+    # With factors of LoRA: FLOPs of forward and backward pass of the first three, counted in both.
+    counted: float | None = None
 
     @property
     def forward(self) -> float:
@@ -80,8 +82,11 @@ class PerImage(NamedTuple):
         """FLOPs of forward and backward pass without recomputation: a product has two in its backward pass.
 
         A frozen part has none, except a decoder on a trained image tower: it has one, for the gradient of its
-        input. A part that is frozen in parts counts as trained.
+        input. A part that is frozen in parts counts as trained, except with LoRA: then a frozen matrix has no product for
+        its gradient.
         """
+        if self.counted is not None:
+            return self.counted + 3 * self.losses
         backward = 2 * self.forward
         for part in self.frozen:
             through = part == "decoder" and "image" not in self.frozen
@@ -90,7 +95,8 @@ class PerImage(NamedTuple):
 
 
 def per_image(config: Config) -> PerImage:
-    """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass.
+    """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass (with LoRA, of the backward
+    pass too).
 
     Attention counts masked pairs, and rows count their padding: both are computed. Those of the losses are a closed
     formula, without the terms of `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
@@ -99,11 +105,20 @@ def per_image(config: Config) -> PerImage:
     model = dataclasses.replace(config.model, attention="xla")
     module, batch = grain.GRAIN(model, config.dtype), train_step.abstract_batch(config)
     parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder"), 0.0)
-    forward = jax.make_jaxpr(module.init_with_output)(jax.random.key(0), batch)
-    for name, count in _by_module(forward.jaxpr).items():  # no initialiser has a product
-        parts[_part(name, model)] += count / config.batch_size
+    params = sharding.unbox(jax.eval_shape(lambda: lora.init(module, config)))
 
-    return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config))
+    def apply(params, batch):
+        params = optim.stop_frozen(params, config.frozen)
+        with lora.beside(params, config.optim.lora) as params:
+            return module.apply({"params": params}, batch)
+
+    for name, count in _by_module(jax.make_jaxpr(apply)(params, batch).jaxpr).items():
+        parts[_part(name, model)] += count / config.batch_size
+    counted = None
+    if config.optim.lora.rank:
+        total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
+        counted = matmul_flops(jax.grad(total), params, batch) / config.batch_size
+    return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
 
 def of_losses(config: Config) -> int:

@@ -101,7 +101,7 @@ def check(
     pixels = 3 * image.image_size**2  # bytes
     own = config.batch_size // jax.process_count() * pixels  # of this process
     layers = 0
-    if not config.optim.frozen and not named.is_external(image.tower):
+    if not config.frozen and not named.is_external(image.tower):
         tokens = (image.image_size // image.patch_size) ** 2
         layers = tokens * image.width * image.depth * jnp.dtype(config.dtype).itemsize
     needs = images * pixels + images // config.microbatches * layers
@@ -141,7 +141,7 @@ def check_step(
     written = found.output_size_in_bytes - found.alias_size_in_bytes
     step = arguments + written + found.temp_size_in_bytes
     images = _images(config, mesh)
-    trained = memory_need.trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2)
+    trained = memory_need.trained_bytes(program, config.frozen) * min(config.microbatches, 2)
     activations = max(found.temp_size_in_bytes - trained, 0) / (images // config.microbatches)
     need = memory_need.need_of(config, program, mesh, activations)
     if step > there.bytes:

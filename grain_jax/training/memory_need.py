@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
 from grain_jax.input_pipeline import derived, device
-from grain_jax.models import grain
+from grain_jax.models import grain, lora
 from grain_jax.training import optim, sharding, train_step
 
 FLOAT = 4  # bytes
@@ -62,14 +62,15 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
     """
     config = dataclasses.replace(config, batch_size=images)
     model = grain.GRAIN(config.model, config.dtype, config.remat)
-    params = sharding.unbox(jax.eval_shape(lambda: grain.init(model, jax.random.key(0))))
+    params = sharding.unbox(jax.eval_shape(lambda: lora.init(model, config)))
     batch = train_step.abstract_batch(config)
     keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
 
     def residuals(params, batch, keys):
         def apply(params):
-            params = optim.stop_frozen(params, config.optim.frozen)
-            return model.apply({"params": params}, batch, keys)
+            params = optim.stop_frozen(params, config.frozen)
+            with lora.beside(params, config.optim.lora) as params:
+                return model.apply({"params": params}, batch, keys)
 
         return jax.tree.leaves(jax.vjp(apply, params)[1])
 
@@ -136,7 +137,9 @@ def temporaries(
     images = config.batch_size // shards
     part = images // config.microbatches
     nothing_again = dataclasses.replace(
-        config, remat="none", optim=dataclasses.replace(config.optim, frozen=())
+        config,
+        remat="none",
+        optim=dataclasses.replace(config.optim, frozen=(), lora=config_lib.Lora()),
     )
     # Three tiles (logits, their softmax, the mask), and three blocks: in use, arriving, and of the sums.
     captions, regions = config.input.captions_per_image, config.input.max_regions
@@ -148,7 +151,7 @@ def temporaries(
     if nothing_again != config:
         everything = sum(k.bytes for k in kept(nothing_again, part))
     return {
-        "gradients": trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2),
+        "gradients": trained_bytes(program, config.frozen) * min(config.microbatches, 2),
         "activations": activations,
         "layer": everything // config.model.image.depth,
         "losses": FLOAT * (3 * tile**2 + (3 * vectors + negatives) * config.model.embed_dim),
@@ -191,5 +194,5 @@ def need_of(
     """What a device needs where an image of a micro-batch has so many bytes of activations."""
     sizes = state_bytes(program)
     batch = sizes.pop("batch") * sharding.batch_shards(mesh) / config.batch_size
-    trained = trained_bytes(program, config.optim.frozen)
+    trained = trained_bytes(program, config.frozen)
     return Need(sum(sizes.values()), trained, activations, batch)

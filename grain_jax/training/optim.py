@@ -17,14 +17,14 @@ MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 # The reference's groups on our names (quirk 7): in the decoder module norm weights, attention
 # input biases and queries are decayed; in the backbone the class token, positions and embeddings are.
 REFERENCE_DECAY = re.compile(
-    r".*/kernel"
+    r".*/(kernel|lora_[ab])"
     r"|decoder/.*norm.*/scale"
     r"|decoder/blocks/\w+_attention/(query|key|value)/bias"
     r"|decoder/query_embed"
     r"|image/(class_token|position_embed)"
     r"|text/(token_embed/embedding|position_embed)"
 )
-MATRICES_DECAY = re.compile(r".*/kernel")
+MATRICES_DECAY = re.compile(r".*/(kernel|lora_[ab])")
 # Parameters of a tower before its first layer.
 _EMBEDDINGS = re.compile(
     r"(image|text)/(patch_embed|token_embed|class_token|position_embed|pre_norm)(/.*)?"
@@ -36,7 +36,7 @@ def decay_mask(params, groups: str):
 
     Args:
       params: the parameter tree.
-      groups: "matrices" (kernels only) or "reference" (quirk 7).
+      groups: "matrices" (kernels and factors of LoRA) or "reference" (quirk 7).
     """
     pattern = {"matrices": MATRICES_DECAY, "reference": REFERENCE_DECAY}[groups]
     matches = lambda path, _: pattern.fullmatch(_name(path)) is not None
@@ -52,7 +52,7 @@ def frozen_mask(params, patterns: Sequence[str]):
 
     Args:
       params: the parameter tree, with or without the boxes of logical axes.
-      patterns: `optim.frozen`.
+      patterns: `Config.frozen`.
 
     Raises:
       UserError: a pattern that matches no parameter.

@@ -6,6 +6,7 @@ to carry these back into the parameters (gradient caching, Gao et al. 2021). The
 full batch, not an average of smaller contrastive losses.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
 from grain_jax.core import schema
-from grain_jax.models import grain, placement
+from grain_jax.models import lora, placement
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
 from grain_jax.training import optim, sharding
@@ -79,7 +80,7 @@ def abstract_batch(config: Config) -> schema.Batch:
 
 def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -> TrainState:
     """A fresh TrainState from the config's seed, parameters boxed with their logical axes."""
-    params = grain.init(model, jax.random.key(config.seed))
+    params = lora.init(model, config)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -113,8 +114,11 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     """
 
     def apply(params, batch, keys) -> Any:
-        params = optim.stop_frozen(params, config.optim.frozen)
-        with placement.on(mesh, sharding.BATCH_AXES):
+        params = optim.stop_frozen(params, config.frozen)
+        with (
+            placement.on(mesh, sharding.BATCH_AXES),
+            lora.beside(params, config.optim.lora) as params,
+        ):
             return model.apply({"params": params}, batch, keys)
 
     loss_of = functools.partial(
@@ -191,7 +195,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
 
 
 def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
-    """Norms of the gradient of all parameters that are not `frozen` (`optim.frozen`), and of those in each module.
+    """Norms of the gradient of all parameters that are not `frozen` (`Config.frozen`), and of those in each module.
 
     Returns: `grad_norm`, and `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit
       scale and bias); without the modules that are frozen or that the model has not got.
@@ -234,10 +238,10 @@ def make_train_step(
         losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params = optim.clip_logit_scale(params, config.optim.frozen)
+        params = optim.clip_logit_scale(params, config.frozen)
         ema = state.ema_params
         if config.ema_decay:
-            ema = optim.average(params, ema, config.ema_decay, config.optim.frozen)
+            ema = optim.average(params, ema, config.ema_decay, config.frozen)
         # Summed together, in one collective.
         sums = jnp.concatenate([batch.texts_dropped[:, None], batch.text_counts], axis=1).sum(0)
         dropped = state.texts_dropped + sums[0]
@@ -246,7 +250,7 @@ def make_train_step(
             **loss_metrics(losses),
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": schedule(state.step),
-            **grad_norms(grads, config.optim.frozen),
+            **grad_norms(grads, config.frozen),
             "texts_dropped": dropped,
             "texts": text_counts[0],
             "texts_too_long": text_counts[1],
@@ -280,7 +284,7 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     schedule = optim.learning_rate(
         config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
-    tx = optim.optimizer(config.optim, schedule)
+    tx = optim.optimizer(dataclasses.replace(config.optim, frozen=config.frozen), schedule)
     init = functools.partial(init_state, model, config, tx)
     state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
     batch_sharding = sharding.batch_sharding(mesh)

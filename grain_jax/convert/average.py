@@ -1,0 +1,154 @@
+"""The command average: a weighted sum of the parameters of equal models.
+
+Of a fine-tuned model and its start that is WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), of several fine-tuned
+models a soup (Wortsman et al. 2022, arXiv 2203.05482).
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.convert import output, parity, tables
+from grain_jax.convert.faults import ConvertError, raise_any
+from grain_jax.input_pipeline import tokenizer
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
+
+_CHECKED = 4096  # values of an array whose sum is compared with one in float64
+# Keys of a model that change neither its parameters nor what it computes from them.
+_FREE = frozenset(
+    (
+        "position_init",
+        "position_period",
+        "block_init",
+        "qkv_init_gain",
+        "dropout",
+        "unroll",
+        "attention",
+    )
+    + (
+        "logit_scale_init",
+        "logit_bias_init",
+        "tokenizer",
+    )  # the last two are compared in another way
+)
+
+
+def average(
+    sources: Sequence[epath.PathLike], weights: Sequence[float], folder: epath.PathLike
+) -> parity.Report:
+    """average: equal models -> the model of the weighted sum of their parameters, for `grain_jax.load`.
+
+    Sums are float32, in the order of the models, so equal calls give equal bits. Factors of LoRA are folded in first. The
+    logit scale is summed as it is stored, as a logarithm. Two models at a time are in the host's memory.
+
+    Args:
+      sources: two or more workdirs, checkpoints or converted folders.
+      weights: one a model, with the sum 1; (): equal ones.
+      folder: new, or an older conversion.
+
+    Returns:
+      What was averaged, and the comparison of sums with those in float64.
+
+    Raises:
+      ConvertError: wrong weights; the models differ, with a line a difference; a sum is not finite; the folder holds
+        something else, or cannot be written.
+      checkpoint.CheckpointError: a source cannot be read.
+    """
+    _check(sources, weights)
+    folder = output.check_free(folder)
+    first: checkpoint.Stored | None = None
+    sums, exact, lines = {}, {}, []
+    for source, weight in zip(sources, weights or [1 / len(sources)] * len(sources)):
+        stored = checkpoint.load_stored(source)
+        first = first or stored
+        raise_any(list(_differences(first, stored)))
+        for name, x in grain.flat(stored.merged()).items():
+            sums[name] = sums.get(name, np.float32(0)) + np.float32(weight) * x
+            exact[name] = exact.get(name, 0.0) + weight * _some(x).astype(np.float64)
+        merged = f", LoRA of rank {stored.lora.rank} folded in" if stored.lora.rank else ""
+        scale = math.exp(float(np.asarray(stored.params["logit_scale"])))
+        lines.append(f"{weight:10.6g}  {stored.folder}, logit scale {scale:.4g}{merged}")
+    assert first is not None
+    infinite = [name for name, x in sums.items() if not np.isfinite(x).all()]
+    raise_any(
+        [
+            f"{name}: the sum is not finite; take out the model that it comes from"
+            for name in infinite
+        ]
+    )
+    parts = dict.fromkeys(name.partition("/")[0] for name in sums)
+    proof = parity.report(
+        parity.compare(
+            {part: _part(part, {name: _some(x) for name, x in sums.items()}) for part in parts},
+            {part: _part(part, exact) for part in parts},
+        ),
+        f"sums in float64 of up to {_CHECKED} values of each array",
+    )
+    model = output.with_tokenizer(first.model, first.folder, folder)
+    output.save(folder, model, tables.nested(sums), ", ".join(map(str, sources)), proof)
+    scale = math.exp(float(sums["logit_scale"]))
+    return proof.after(
+        f"average: {len(sources)} models -> {folder}, logit scale {scale:.4g}",
+        *lines,
+        f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32",
+    )
+
+
+def _check(sources: Sequence[Any], weights: Sequence[float]) -> None:
+    """Raises ConvertError where there are too few models, or weights that are not theirs."""
+    if len(sources) < 2:
+        raise ConvertError(f"models: got {len(sources)}, expected two or more to average")
+    if weights and len(weights) != len(sources):
+        raise ConvertError(
+            f"--weights: got {len(weights)} for {len(sources)} models, expected one a model, with commas between"
+        )
+    total = math.fsum(weights or [1])
+    if not abs(total - 1) <= 1e-6:
+        raise ConvertError(f"--weights: got the sum {total:.7g}, expected 1, as of 0.5,0.5")
+
+
+def _differences(first: checkpoint.Stored, other: checkpoint.Stored) -> Iterator[str]:
+    """A line for each key that makes the parameters of the other model mean something else."""
+    ours, theirs = _keys(first), _keys(other)
+    if None in (first.model.decoder, other.model.decoder):
+        ours, theirs = (_without_decoder(keys) for keys in (ours, theirs))
+    for key in ours | theirs:
+        got, wanted = theirs.get(key), ours.get(key)
+        if got != wanted:
+            yield f"{other.folder}: model.{key}: got {got!r}, expected {wanted!r} as {first.folder} has"
+
+
+def _without_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys, in place of those of a decoder whether there is one."""
+    rest = {key: value for key, value in keys.items() if key.partition(".")[0] != "decoder"}
+    return rest | {"decoder": "one" if "decoder.width" in keys else None}
+
+
+def _keys(stored: checkpoint.Stored) -> dict[str, Any]:
+    """The keys of a model that count, flat; of a tokenizer's file the digest of its content."""
+    keys = config_lib.flatten(dataclasses.asdict(stored.model))
+    keys = {key: value for key, value in keys.items() if key.rpartition(".")[2] not in _FREE}
+    text = stored.model.text
+    known = text.tokenizer
+    if known != "clip" and (path := tokenizer.file_of(text, stored.folder)).exists():
+        known = f"{path.name}, sha256 {hashlib.sha256(tokenizer.content_of(path)).hexdigest()[:12]}"
+    has_bias = stored.model.logit_bias_init is not None
+    return keys | {"text.tokenizer": known, "logit_bias_init": "a bias" if has_bias else None}
+
+
+def _some(x: Any) -> np.ndarray:
+    """Values of an array at even distances, at most `_CHECKED`."""
+    values = np.asarray(x).reshape(-1)
+    return values[:: max(-(-values.size // _CHECKED), 1)]
+
+
+def _part(part: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The values of all arrays of a part of the model, one after another."""
+    return np.concatenate([x for name, x in arrays.items() if name.partition("/")[0] == part])

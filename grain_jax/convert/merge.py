@@ -1,0 +1,47 @@
+"""The command merge: the factors of LoRA folded into their matrices."""
+
+from etils import epath
+
+from grain_jax.convert import output, parity
+from grain_jax.convert.faults import ConvertError
+from grain_jax.core import low_rank
+from grain_jax.models import lora
+from grain_jax.runtime import checkpoint
+
+
+def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
+    """merge: a run with LoRA -> a model without factors, for `grain_jax.load`.
+
+    The host holds the parameters once, and the matrices that have factors twice.
+
+    Args:
+      source: a workdir or a checkpoint of a run with `optim.lora`.
+      folder: new, or an older conversion.
+
+    Returns:
+      The comparison of the outputs with those of the factors beside their matrices.
+
+    Raises:
+      ConvertError: there are no factors; the folder holds something else, or cannot be written.
+      checkpoint.CheckpointError: `source` cannot be read.
+    """
+    folder = output.check_free(folder)
+    stored = checkpoint.load_stored(source)
+    if not stored.lora.rank:
+        raise ConvertError(
+            f"{source}: has no factors of LoRA (optim.lora.rank is 0), so there is nothing to merge; expected a run that"
+            " has, every other command takes this one as it is"
+        )
+    given = parity.inputs_of(stored.model)
+    with lora.beside(stored.params, stored.lora) as params:
+        apart = parity.outputs(stored.model, params, given)
+    params = stored.merged()
+    found = parity.compare(parity.outputs(stored.model, params, given), apart)
+    proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
+    model = output.with_tokenizer(stored.model, stored.folder, folder)
+    output.save(folder, model, params, source, proof)
+    count = len(list(low_rank.maps_in(stored.params)))
+    return proof.after(
+        f"merge: {stored.folder} -> {folder}",
+        f"{count} maps, of all layers each; rank {stored.lora.rank}, alpha {stored.lora.alpha:g}",
+    )

@@ -1,0 +1,187 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank factors that are trained beside dense maps of the towers.
+
+y = x W + (alpha / rank) (x A) B. A map has factors where its parameters hold `lora_a` [layers, *in, rank] and `lora_b`
+[layers, rank, *out]. W is frozen (`config.Config.frozen`), and A B is never made in training.
+"""
+
+import contextlib
+import contextvars
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grain_jax import config as config_lib
+from grain_jax.core import errors, low_rank, named
+from grain_jax.models import grain, layers
+
+_applied: contextvars.ContextVar[bool] = contextvars.ContextVar("applied", default=False)
+
+
+def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
+    """The parameters of a run at step 0, from its seed, boxed with their logical axes.
+
+    Those of the model are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), which torch's linear layers
+    and the A of peft have; B is zero, so that the model is its base.
+
+    Raises:
+      UserError: as `maps_of`; or `optim.frozen` freezes a factor.
+    """
+    key = jax.random.key(config.seed)
+    params: Any = grain.init(model, key)
+    lora = config.optim.lora
+    if not lora.rank:
+        return params
+    shapes = grain.parameter_shapes(config.model)
+    for name in maps_of(config.model, lora, shapes):
+        *above, last = name.split("/")
+        parent = params
+        for part in above:
+            parent = parent[part]
+        parent[last] = parent[last] | _factors(parent[last]["kernel"], name, lora.rank, key)
+    for pattern in config.optim.frozen:
+        for name in low_rank.maps_in(params):
+            if re.fullmatch(pattern, f"{name}/{low_rank.A}"):
+                raise errors.UserError(
+                    f"optim.frozen: {pattern!r} freezes {name}/{low_rank.A}, which optim.lora trains; expected no"
+                    " pattern for a tower with factors, whose other parameters are frozen already"
+                )
+    return params
+
+
+def _factors(kernel: nn.LogicallyPartitioned, name: str, rank: int, key: jax.Array) -> dict:
+    """A and B beside the boxed kernel of a map, with the axes of its inputs and outputs."""
+    inputs = 1 + config_lib.LAYER_MAPS[name.partition("/blocks/")[2]]
+    shape, axes = kernel.value.shape, kernel.names
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    deviation = (3 * math.prod(shape[1:inputs])) ** -0.5
+    a = deviation * jax.random.normal(key, (*shape[:inputs], rank))
+    b = jnp.zeros((shape[0], rank, *shape[inputs:]))
+    return {
+        low_rank.A: nn.LogicallyPartitioned(a, (*axes[:inputs], "vector")),
+        low_rank.B: nn.LogicallyPartitioned(b, (axes[0], "vector", *axes[inputs:])),
+    }
+
+
+def maps_of(
+    model: config_lib.Model, lora: config_lib.Lora, shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """The names of the dense maps that have factors, such as "image/blocks/attention/query".
+
+    Args:
+      model: of the run.
+      lora: `optim.lora`.
+      shapes: of the parameters of the model by name.
+
+    Raises:
+      UserError: a pattern that matches nothing or something else, or a rank above the smaller side of a map.
+    """
+    modules = list(dict.fromkeys(name.rpartition("/")[0] for name in shapes if "/" in name))
+    known = {
+        f"{tower}/blocks/{name}" for tower in ("image", "text") for name in config_lib.LAYER_MAPS
+    }
+    maps = [name for name in modules if name in known]
+    found = dict.fromkeys(
+        name for pattern in lora.modules for name in _matched(pattern, model, modules, maps)
+    )
+    for name in found:
+        inputs = 1 + config_lib.LAYER_MAPS[name.partition("/blocks/")[2]]
+        shape = shapes[f"{name}/kernel"]
+        sides = math.prod(shape[1:inputs]), math.prod(shape[inputs:])
+        if lora.rank > min(sides):
+            raise errors.UserError(
+                f"optim.lora.rank: got {lora.rank}, expected at most {min(sides)}, the smaller side of {name}, which maps"
+                f" {sides[0]} to {sides[1]}"
+            )
+    return list(found)
+
+
+def _matched(
+    pattern: str, model: config_lib.Model, modules: list[str], maps: list[str]
+) -> list[str]:
+    """The maps that a pattern matches. Raises UserError."""
+    matched = [name for name in modules if re.fullmatch(pattern, name)]
+    fault = ""
+    if not matched:
+        fault = "matches no module"
+    for name in matched:
+        tower = name.partition("/")[0]
+        external = tower in ("image", "text") and getattr(model, tower).tower
+        if external and named.is_external(external):
+            fault = (
+                f"matches {name}, of the tower {external}, where only built-in towers have factors"
+            )
+        elif tower not in ("image", "text"):
+            fault = f"matches {name}, which lies outside the towers"
+        elif name not in maps:
+            fault = f"matches {name}, which is no dense map of a layer"
+        if fault:
+            break
+    if fault:
+        raise errors.UserError(
+            f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of layers:"
+            " (image|text)/blocks/attention/(query|key|value|out), (image|text)/blocks/mlp/(in|out)"
+        )
+    return matched
+
+
+@contextlib.contextmanager
+def beside(params: Any, lora: config_lib.Lora) -> Iterator[Any]:
+    """The parameters to apply a model to; inside, its maps add what their factors make.
+
+    Args:
+      params: of the model, not boxed.
+      lora: `optim.lora`.
+    """
+    if not lora.rank:
+        yield params
+        return
+    token = _applied.set(True)
+    try:
+        with nn.intercept_methods(_add):
+            yield low_rank.scaled(params, lora.scale)
+    finally:
+        _applied.reset(token)
+
+
+def _add(next_fun, args, kwargs, context):
+    """The result of a method of a module; of a map with factors, with theirs."""
+    y, module = next_fun(*args, **kwargs), context.module
+    is_map = isinstance(module, (nn.DenseGeneral, layers.SideBySide))
+    if not (is_map and context.method_name == "__call__"):
+        return y
+    factors = [module.get_variable("params", name) for name in (low_rank.A, low_rank.B)]
+    if factors[0] is None:
+        return y
+    x, a, b = (jnp.asarray(part, module.dtype) for part in (args[0], *factors))
+    if isinstance(module, layers.SideBySide):
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+    return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
+
+
+def left_out(params: Any) -> bool:
+    """Whether the parameters have factors that a model would not apply here, outside of `beside`."""
+    return not _applied.get() and any(True for _ in low_rank.maps_in(params))
+
+
+@jax.jit
+def _fold(kernel, a, b, scale):
+    with jax.default_matmul_precision("highest"):
+        return low_rank.fold(kernel, a, b, scale)
+
+
+def merged(params: Any, lora: config_lib.Lora) -> Any:
+    """Parameters with their factors folded in, on the devices and with the shardings of their matrices."""
+    if not lora.rank:
+        return params
+
+    def fold(kernel, a, b, scale):
+        folded = _fold(kernel, a, b, scale)
+        return jax.device_put(folded, kernel.sharding) if isinstance(kernel, jax.Array) else folded
+
+    return low_rank.merged(params, lora.scale, fold)
