@@ -282,7 +282,8 @@ def completed(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.
     """
     layers, zeros = tower.config.depth, np.zeros(tower.config.width, np.float32)
     absent = [row for row in tower.rows if row.ours in tower.zeros]
-    state = {x: zeros for row in absent for x in row.entries((layers,))} | dict(state)
+    added: dict[str, np.ndarray] = {x: zeros for row in absent for x in row.entries((layers,))}
+    state = {**added, **state}
     name = Entries(state, tower.rows).name("image/position_embed")
     if not tower.config.class_token or name not in state:
         return state

@@ -41,7 +41,7 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
         stated = _stated_by_open_clip(checkpoint, cfg, 1e-5, pool, heads)
     elif family := rotary_towers.family_of_timm(cfg.get("timm_model_name"), state, "visual.trunk."):
         found = rotary_towers.of_timm(family, state, "visual.trunk.", assumed)
-        prefix, rows, stated = found
+        prefix, (_, rows, stated) = "visual.", found
     elif "embeddings.patch_embeddings.weight" in state:
         prefix, rows, stated = rotary_towers.of_hugging_face(checkpoint, assumed)
     elif "patch_embed.proj.weight" in state:  # timm's alone
