@@ -36,6 +36,7 @@ _PREFIXES = {
     "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
 }
 _TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
+_POOLING = ("pool", "pool_heads", "pool_mlp_dim", "projection")
 _BOX_HEAD = ("box_head/", "box_projection/")
 
 
@@ -172,7 +173,7 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     model = config.model
     tower, state = _read(model, which, path)
     wanted = getattr(model, which)
-    ignored = ("pool", "projection") if which == "image" and model.decoder is not None else ()
+    ignored = _POOLING if which == "image" and model.decoder is not None else ()
     # The checkpoint's tower alone, with its pooling head and projection.
     alone = dataclasses.replace(
         model, decoder=None, boxes=config_lib.BoxHead(), **{which: tower.config}
@@ -187,7 +188,7 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
         missing = sorted(_own(which, model, shapes).keys() - own.keys())
         raise_any([f"{name}: missing" for name in missing])
         if which == "image":
-            state = towers.with_class_position(state, tower)
+            state = towers.completed(state, tower)
         params = tables.read(tower.rows, state, own)
     unused = sorted(state.keys() - tables.used(tower.rows, own))
     resized = _resize_positions(config, which, params)
@@ -213,7 +214,7 @@ def _resize_positions(
 ) -> list[str]:
     """Resizes the positions of a built-in tower to the model, in `params`; the line for the report, if any."""
     name, tower = f"{which}/position_embed", getattr(config.model, which)
-    if named.is_external(tower.tower):
+    if named.is_external(tower.tower) or name not in params:  # rotary ones follow the grid
         return []
     old = params[name]
     if which == "image":

@@ -5,13 +5,13 @@ from typing import Any
 
 from grain_jax.convert import formats, towers
 from grain_jax.convert.faults import ConvertError, prefixed
+from grain_jax.convert.open_clip import rotary_towers
 from grain_jax.convert.open_clip.checkpoint import Checkpoint, group
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.convert.towers import Settings, Stated, Tower
 
 _CLIP_VOCABULARY = 49408
 _SIGLIP_VOCABULARY = 32000  # SentencePiece, of SigLIP 1; SigLIP 2 has Gemma's, of 256,000
-_OUR_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _OUR_POOL = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 
 
@@ -39,6 +39,13 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
             )
         heads = (cfg.get("width") or 768) // (cfg.get("head_width") or 64) if cfg else None
         stated = _stated_by_open_clip(checkpoint, cfg, 1e-5, pool, heads)
+    elif family := rotary_towers.family_of_timm(cfg.get("timm_model_name"), state, "visual.trunk."):
+        found = rotary_towers.of_timm(family, state, "visual.trunk.", assumed)
+        prefix, (_, rows, stated) = "visual.", found
+    elif "embeddings.patch_embeddings.weight" in state:
+        prefix, rows, stated = rotary_towers.of_hugging_face(checkpoint, assumed)
+    elif "patch_embed.proj.weight" in state:  # timm's alone
+        prefix, rows, stated = rotary_towers.of_bare_timm(checkpoint, assumed)
     elif "visual.trunk.patch_embed.proj.weight" in state:  # timm's inside open_clip
         prefix, rows = "visual.", formats.timm_image_in_open_clip()
         norm_eps = 1e-5 if "visual.trunk.norm_pre.weight" in state else 1e-6  # CLIP towers; others
@@ -55,13 +62,15 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
             "no image tower; expected visual.conv1.weight (OpenAI, open_clip), visual.trunk.* (timm) or"
             " vision_model.* (Hugging Face)"
         )
-    pixels = checkpoint.pixels
+    pixels, keys = checkpoint.pixels, ("pixel_mean", "pixel_std")
     if pixels is None:
         is_siglip = "image_pool/probe" in Entries(state, rows)
         pixels = towers.SIGLIP_PIXELS if is_siglip else towers.CLIP_PIXELS
-        family = "SigLIP" if is_siglip else "CLIP"
-        assumed.append(f"pixels normalised as {family} does, mean {pixels[0]}")
-    return prefix, rows, stated._replace(fields=dict(zip(("pixel_mean", "pixel_std"), pixels)))
+        who = f"{'SigLIP' if is_siglip else 'CLIP'} does"
+        if "pixel_mean" in stated.fields:
+            pixels, who = tuple(stated.fields[key] for key in keys), "such towers do"
+        assumed.append(f"pixels normalised as {who}, mean {pixels[0]}")
+    return prefix, rows, stated._replace(fields={**stated.fields, **dict(zip(keys, pixels))})
 
 
 def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
@@ -139,6 +148,6 @@ def _stated_by_hf(
     activation = cfg.get("hidden_act") or habit.fallback
     return habit._replace(
         norm_eps=cfg.get("layer_norm_eps") or habit.norm_eps,
-        activation=_OUR_ACTIVATION.get(activation, activation),
+        activation=towers.OUR_ACTIVATION.get(activation, activation),
         heads=cfg.get("num_attention_heads") or heads,
     )
