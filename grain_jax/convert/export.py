@@ -159,6 +159,8 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
             "cleaning": model.text.cleaning,
             "pad_id": model.text.pad_id,
             "end": "position of each text's last token; for CLIP's ids tokens.argmax(1)"
+            if model.text.end_id is None
+            else f"position of each text's last token, the id {model.text.end_id}"
             if model.text.packable
             else "not looked at: zeros will do",
         },
@@ -190,12 +192,12 @@ def _compare(
     sizes = image.image_size, text.vocab_size, text.context_length
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
-    given = parity.inputs(*sizes, count=_IMAGES)
+    given = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
     shape = given.images.shape
     given = given._replace(images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     expected = parity.outputs_of(predictor, given)
     inputs = {"image": given.images, "tokens": given.token_ids}
-    inputs["end"] = given.token_ids.argmax(1).astype(np.int32)
+    inputs["end"] = text.ends(given.token_ids).astype(np.int32)
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     found = []
     for name, (_, names) in functions.items():

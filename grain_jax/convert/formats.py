@@ -132,6 +132,12 @@ def openai_text(prefix: str = "", matrix: bool = True) -> list[NamePair]:
     ]
 
 
+def tips_text() -> list[NamePair]:
+    """The text tower of TIPS v2: constant positions, no projection."""
+    own = ("text/position_embed", "text_projection/kernel")
+    return [row for row in openai_text("text_encoder.") if row.ours not in own]
+
+
 def timm_image(prefix: str) -> list[NamePair]:
     """The vision transformer of timm, alone: without a pooling head or a projection."""
     return [

@@ -23,7 +23,7 @@ T = TypeVar("T")
 # tokenizer.
 _NOT_COMPARED = {
     *("position_init", "position_period", "block_init", "qkv_init_gain", "dropout", "unroll"),
-    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id"),
+    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id"),
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -37,6 +37,7 @@ class Tower(NamedTuple):
     rows: Sequence[NamePair]  # its table, the pooling head and the projection included
     prefix: str  # of the checkpoint's names; names with it belong to this tower
     assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
+    notes: Sequence[str] = ()  # other lines for the report
 
 
 class Settings(NamedTuple):
@@ -55,7 +56,7 @@ class Stated(NamedTuple):
     heads: int | None = None
     pool: str = "none"  # without a pooling head
     fields: Mapping[str, Any] = {}  # others of its config: of an image tower the pixels' mean and
-    # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id
+    # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id, and what else its family has
 
 
 def settled(what: str, given: T | None, stated: T | None) -> T | None:
@@ -160,7 +161,11 @@ def text_sizes(there: Entries) -> dict[str, Any]:
     vocab, width = there.shape("text/token_embed/embedding", 2)
     return dict(
         vocab_size=vocab,
-        context_length=there.shape("text/position_embed", 2, 3)[-2],
+        **(
+            dict(context_length=there.shape("text/position_embed", 2, 3)[-2])
+            if there.name("text/position_embed")
+            else {}  # constant positions: the package states how many
+        ),
         width=width,
         depth=there.depth("text/blocks/norm_1/scale"),
         mlp_dim=there.shape("text/blocks/mlp/in/bias", 1)[0],
@@ -199,7 +204,7 @@ def settle(
         kind, sizes = config_lib.TextTower, text_sizes(there)
     settled_fields = _settle(which, sizes["width"], stated, settings, assumed)
     pool = "map" if f"{which}_pool/probe" in there else stated.pool
-    config = kind(**sizes, **settled_fields, pool=pool, **stated.fields)
+    config = kind(**{**sizes, **settled_fields, "pool": pool, **stated.fields})
     return Tower(config, rows, prefix, assumed)
 
 

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,10 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     flat_patches = checkpoint.state["vision_model.embeddings.patch_embedding.weight"].ndim == 2
     kind = "CLIP" if image.pool == "class" else "Siglip2" if flat_patches else "Siglip"
     stated = checkpoint.hf or hf_config(model)
+    if (stated.get("model_type") or "").startswith("metaclip_2"):
+        kind = "MetaClip2"
+    elif stated.get("model_type") == "fgclip2":
+        stated = _without_type(stated)
     config = getattr(transformers, f"{kind}Config").from_dict(dict(stated))
     module = getattr(transformers, f"{kind}Model")(config).float()
     grid = image.image_size // image.patch_size
@@ -116,6 +120,14 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         return out.image_embeds, out.text_embeds
 
     return f"transformers {transformers.__version__}'s {kind}Model", module, encode
+
+
+def _without_type(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the names of its classes, which another class than SigLIP 2's has."""
+    parts = {key: dict(stated[key]) for key in ("vision_config", "text_config") if stated.get(key)}
+    for part in (whole := {**stated, **parts}, *parts.values()):
+        part.pop("model_type", None)
+    return whole
 
 
 def hf_config(model: config_lib.Model) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def hf_config(model: config_lib.Model) -> dict[str, Any]:
         max_position_embeddings=text.context_length,
         projection_size=model.embed_dim,
         bos_token_id=text.vocab_size - 2,
-        eos_token_id=text.vocab_size - 1,
+        eos_token_id=text.vocab_size - 1 if text.end_id is None else text.end_id,
         pad_token_id=text.pad_id,
     )
     return dict(
@@ -207,6 +219,8 @@ def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str,
         pool_type="argmax" if text.pool == "end" else text.pool,
         norm_kwargs=dict(eps=text.norm_eps),
     )
+    if text.end_id is not None:
+        text_cfg |= dict(pool_type="eos", eos_id=text.end_id)
     return vision_cfg, text_cfg
 
 

@@ -10,6 +10,7 @@ from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.convert.towers import Settings, Stated, Tower
 
 _CLIP_VOCABULARY = 49408
+_CLIP_END = 49407  # what transformers assumes
 _SIGLIP_VOCABULARY = 32000  # SentencePiece, of SigLIP 1; SigLIP 2 has Gemma's, of 256,000
 _OUR_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _OUR_POOL = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
@@ -24,7 +25,8 @@ def import_tower(which: str, checkpoint: Checkpoint, settings: Settings) -> Towe
     with prefixed(f"{checkpoint.path}: "):
         assumed: list[str] = []
         prefix, rows, stated = (_image if which == "image" else _text)(checkpoint, assumed)
-        return towers.settle(which, checkpoint.state, rows, prefix, stated, settings, assumed)
+        tower = towers.settle(which, checkpoint.state, rows, prefix, stated, settings, assumed)
+        return tower._replace(notes=checkpoint.notes)
 
 
 def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
@@ -67,6 +69,8 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
 def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
     """As `_image`, of a text tower."""
     state, cfg = checkpoint.state, group(checkpoint.open_clip, "text_cfg")
+    if "text_encoder.token_embedding.weight" in state:
+        return "text_encoder.", formats.tips_text(), _tips_text(checkpoint, assumed)
     own = next((x for x in ("text.", "") if f"{x}token_embedding.weight" in state), None)
     if own is not None:  # OpenAI's and open_clip's
         linear = f"{own}text_projection"
@@ -92,8 +96,8 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
         prefix, stated = "text_model.", _stated_by_hf(checkpoint, "text", is_siglip, pool, heads)
     else:
         raise ConvertError(
-            "no text tower; expected token_embedding.weight (OpenAI, open_clip) or text_model.*"
-            " (Hugging Face)"
+            "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* or"
+            " text_encoder.* (Hugging Face)"
         )
     vocab, _ = Entries(state, rows).shape("text/token_embed/embedding", 2)
     first_siglip = is_siglip and vocab == _SIGLIP_VOCABULARY
@@ -101,14 +105,55 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     if not causal or stated.pool != "end":  # else no token attends to the padding
         family = "SigLIP" if pad_id else "SigLIP 2"
         assumed.append(f"texts padded with the id {pad_id}, as {family}'s")
+    end_id = _end_id(checkpoint, vocab) if stated.pool == "end" else None
+    cleaning = "canonical" if first_siglip else "lower"
+    if end_id is not None:  # MetaCLIP 2
+        pad_id = _of_hf(checkpoint, "text").get("pad_token_id", 1)
+        canonical = group(cfg, "tokenizer_kwargs").get("clean") == "canonicalize"
+        cleaning = "canonical" if canonical else "none"
+        if cfg and not canonical:
+            assumed.append("texts as they are; open_clip repairs encodings and HTML entities")
     tokenizer = "clip"
     if vocab != _CLIP_VOCABULARY or is_siglip:
         wanted = ".model" if first_siglip else ".json"  # the one that the model was trained with
         files = sorted(checkpoint.tokenizers, key=lambda path: path.suffix != wanted)
         tokenizer = files[0].name if files else "tokenizer.json"
-    fields = dict(causal=causal, tokenizer=tokenizer, pad_id=pad_id)
-    fields |= dict(cleaning="canonical" if first_siglip else "lower")
-    return prefix, rows, stated._replace(fields=fields)
+    fields = dict(causal=causal, tokenizer=tokenizer, pad_id=pad_id, end_id=end_id)
+    return prefix, rows, stated._replace(fields=fields | dict(cleaning=cleaning))
+
+
+def _end_id(checkpoint: Checkpoint, vocab: int) -> int | None:
+    """The id that ends a text where the package looks for that id, and it is not the highest one."""
+    cfg = _of_hf(checkpoint, "text")
+    if checkpoint.hf:
+        found = cfg.get("eos_token_id", _CLIP_END)
+        if found == 2 and (checkpoint.hf.get("model_type") or "").startswith("clip"):
+            return None  # transformers takes the highest id then
+    else:
+        cfg = group(checkpoint.open_clip, "text_cfg")
+        found = cfg.get("eos_id", 2) if cfg.get("pool_type") == "eos" else None
+    return found if isinstance(found, int) and 0 <= found < vocab - 1 else None
+
+
+def _tips_text(checkpoint: Checkpoint, assumed: list[str]) -> Stated:
+    """What TIPS v2 has: constant positions, tokens scaled, the mean of those that are no padding."""
+    cfg = _of_hf(checkpoint, "text")
+    if not cfg:
+        assumed.append("TIPS v2's: 64 tokens, embeddings times the square root of the width")
+    scaled = cfg.get("scale_sqrt_depth")
+    fields: dict[str, Any] = dict(
+        context_length=cfg.get("max_position_embeddings") or 64,
+        position_kind="sinusoidal",
+        scale_tokens=scaled is None or scaled,
+        causal=False,
+        tokenizer=next((x.name for x in checkpoint.tokenizers), "tokenizer.json"),
+        cleaning="lower",
+        pad_id=cfg.get("pad_token_id") or 0,
+    )
+    stated = _stated_by_hf(checkpoint, "text", is_siglip=False, pool="masked_mean", heads=12)
+    eps = cfg.get("layer_norm_eps") or 1e-5
+    activation = stated.activation and (cfg.get("hidden_act") or "relu")
+    return stated._replace(norm_eps=eps, fallback="relu", activation=activation, fields=fields)
 
 
 def _stated_by_open_clip(
@@ -125,17 +170,22 @@ def _stated_by_open_clip(
     return Stated(eps, "gelu", activation, heads, _OUR_POOL.get(pool, pool))
 
 
+def _of_hf(checkpoint: Checkpoint, which: str) -> Mapping[str, Any]:
+    """The part of config.json about a tower, "vision" or "text"; the whole where it is of that tower alone."""
+    if (checkpoint.hf.get("model_type") or "").endswith(f"_{which}_model"):
+        return checkpoint.hf
+    return group(checkpoint.hf, f"{which}_config")
+
+
 def _stated_by_hf(
     checkpoint: Checkpoint, which: str, is_siglip: bool, pool: str, heads: int
 ) -> Stated:
     """What config.json says of a tower. It leaves out what equals the defaults of its class, maybe the whole part."""
     norm_eps, fallback = (1e-6, "gelu_tanh") if is_siglip else (1e-5, "quick_gelu")
     habit = Stated(norm_eps, fallback, pool=pool)
-    cfg = checkpoint.hf
-    if not cfg:
+    if not checkpoint.hf:
         return habit
-    if not (cfg.get("model_type") or "").endswith(f"_{which}_model"):  # not of a single tower
-        cfg = group(cfg, f"{which}_config")
+    cfg = _of_hf(checkpoint, which)
     activation = cfg.get("hidden_act") or habit.fallback
     return habit._replace(
         norm_eps=cfg.get("layer_norm_eps") or habit.norm_eps,
