@@ -169,15 +169,38 @@ FAMILIES = {
         ),
     ),
 }
+FAMILIES["siglip2"] = dict(
+    image=FAMILIES["siglip"]["image"],
+    text=FAMILIES["siglip"]["text"]
+    | dict(vocab_size=256000, tokenizer="tokenizer.json", cleaning="lower", pad_id=0),
+)
+FAMILIES["tipsv2"] = dict(
+    image={},
+    text=dict(
+        vocab_size=32000,
+        context_length=64,
+        width=768,
+        heads=12,
+        mlp_dim=3072,
+        causal=False,
+        activation="relu",
+        pool="masked_mean",
+        position_kind="sinusoidal",
+        scale_tokens=True,
+        projection="none",
+        tokenizer="tokenizer.json",
+        cleaning="none",
+    ),
+)
 
 
 def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text")) -> Keys:
-    """`c` with towers of another family ("clip" or "siglip"), which `init.image` and `init.text` may then load."""
+    """`c` with towers of another family (a key of FAMILIES), which `init.image` and `init.text` may then load."""
     if family not in FAMILIES:
         raise ValueError(f"family of towers: got {family!r}, expected one of {', '.join(FAMILIES)}")
     for tower in towers:
         c.model[tower].update(FAMILIES[family][tower])
-    if "text" in towers and family == "siglip":
+    if not c.model.text.causal:
         c.text.packing = False
     return c
 

@@ -99,9 +99,7 @@ def inputs(
 def inputs_of(model: config_lib.Model) -> Inputs:
     """`inputs` in the sizes of a model."""
     text = model.text
-    return inputs(
-        model.image.image_size, text.vocab_size, text.context_length, end_id=text.end_id
-    )
+    return inputs(model.image.image_size, text.vocab_size, text.context_length, end_id=text.end_id)
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:

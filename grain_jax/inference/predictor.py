@@ -601,7 +601,11 @@ class Predictor:
             )
         tokens = tokens.astype(np.int32)
         ends = tower.ends(tokens)
-        if tower.pool == "end" and tower.end_id is not None and (tokens != tower.end_id).all(1).any():
+        if (
+            tower.pool == "end"
+            and tower.end_id is not None
+            and (tokens != tower.end_id).all(1).any()
+        ):
             raise InputError(
                 f"texts: got token ids without {tower.end_id}, the end of a text (model.text.end_id)"
             )

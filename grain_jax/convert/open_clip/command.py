@@ -28,7 +28,9 @@ def from_open_clip(
     lines = towers.describe(model, {"image": image.assumed, "text": text.assumed})
     lines += checkpoint.notes
     if (scale := np.exp(params["logit_scale"])) > 100:
-        lines.append(f"logit scale {scale:.4g}; training clips it at 100 unless optim.frozen has it")
+        lines.append(
+            f"logit scale {scale:.4g}; training clips it at 100 unless optim.frozen has it"
+        )
     if not checkpoint.hf and not checkpoint.open_clip:
         lines.append(
             "The parity below cannot show whether heads and activations are right: there is no config, so the"

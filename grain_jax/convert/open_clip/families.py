@@ -45,7 +45,7 @@ def take(state: dict[str, np.ndarray], config: Mapping[str, Any], head: str | No
     """
     if (config.get("model_type") or "").startswith("tipsv2"):
         taken = _tips(state, config)
-    elif not _LONG[0] in state and not _LONG[1] in state:
+    elif not any(name in state for name in _LONG):
         taken = Taken(state, config)
     else:
         return _fg_clip(state, config, head or "short")
@@ -54,9 +54,7 @@ def take(state: dict[str, np.ndarray], config: Mapping[str, Any], head: str | No
     return taken
 
 
-def _fg_clip(
-    state: dict[str, np.ndarray], config: Mapping[str, Any], head: str
-) -> Taken:
+def _fg_clip(state: dict[str, np.ndarray], config: Mapping[str, Any], head: str) -> Taken:
     heads = _FG_CLIP_2 if "text_model.head.weight" in state else _FG_CLIP_1
     if head not in heads:
         raise ConvertError(f"got the text head {head}, expected {' or '.join(heads)}")
@@ -91,7 +89,9 @@ def _with_long_positions(
     cfg = config.get("text_config") or {}
     kept, stated = cfg.get("keep_len", _KEPT), cfg.get("longtext_len", len(first))
     if stated != len(first):
-        raise ConvertError(f"text_config.longtext_len: got {stated}, but the arrays have {len(first)}")
+        raise ConvertError(
+            f"text_config.longtext_len: got {stated}, but the arrays have {len(first)}"
+        )
     state[f"{_POSITIONS}.weight"] = np.concatenate([first[:kept], others[kept:]])
     return {**config, "text_config": {**cfg, "max_position_embeddings": len(first)}}
 
@@ -102,6 +102,8 @@ def _tips(state: dict[str, np.ndarray], config: Mapping[str, Any]) -> Taken:
     if "vision_encoder.mask_token" in rest:
         del rest["vision_encoder.mask_token"]
         notes.append("left out: vision_encoder.mask_token")
+    if config["model_type"] != "tipsv2":  # a tower alone
+        return Taken(rest, config, tuple(notes))
     temperature = rest.pop(_TEMPERATURE, None)
     if temperature is None:
         value = config.get("temperature_init_value") or _USUAL_TEMPERATURE

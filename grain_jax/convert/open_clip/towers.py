@@ -147,7 +147,7 @@ def _tips_text(checkpoint: Checkpoint, assumed: list[str]) -> Stated:
         scale_tokens=scaled is None or scaled,
         causal=False,
         tokenizer=next((x.name for x in checkpoint.tokenizers), "tokenizer.json"),
-        cleaning="lower",
+        cleaning="none",  # tokenizer.json lowers the case
         pad_id=cfg.get("pad_token_id") or 0,
     )
     stated = _stated_by_hf(checkpoint, "text", is_siglip=False, pool="masked_mean", heads=12)
