@@ -1,7 +1,9 @@
 """from-open-clip of MetaCLIP 2, FG-CLIP 1 and 2, SigLIP 2 of a fixed size and TIPS v2: outputs, gradients, faults."""
 
 import copy
+import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,14 +18,17 @@ import safetensors.torch  # noqa: E402
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
 from grain_jax.convert import initialise, parity, tables, towers  # noqa: E402
+from grain_jax.convert.exits import reasons  # noqa: E402
+from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip import families  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
-from grain_jax.models import grain  # noqa: E402
+from grain_jax.models import attention, grain  # noqa: E402
 from grain_jax.runtime import checkpoint  # noqa: E402
+from grain_jax.training import flops  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
 
 VOCAB, LENGTH, LONG, SIZE, PATCH, KEPT = 300, 12, 18, 32, 8, 5
@@ -63,7 +68,8 @@ def _close_gradients(found, expected):
 def _theirs(module, encode, images, ids, weights, folder):
     """Both embeddings, and the gradient of their weighted sum by the names of a file."""
     embeds = encode(module, foreign.torch_images(images), torch.from_numpy(ids).long())
-    sum((e * torch.from_numpy(w)).sum() for e, w in zip(embeds, weights)).backward()
+    sums = [(e * torch.from_numpy(w)).sum() for e, w in zip(embeds, weights)]
+    torch.stack(sums).sum().backward()
     gradient = _gradient(module, folder)
     return [e.detach().numpy() for e in embeds], gradient
 
@@ -73,7 +79,7 @@ def _ours(model, params, images, ids, weights):
     module = grain.GRAIN(model)
 
     def value(params):
-        apply = lambda method, *given: module.apply({"params": params}, *given, method=method)
+        apply: Any = lambda method, *given: module.apply({"params": params}, *given, method=method)
         tokens = ids[:, None]
         at = np.stack([0 * ids[:, 0], model.text.ends(ids)], axis=1).astype(np.int32)
         positions = np.broadcast_to(np.arange(ids.shape[1]), tokens.shape)
@@ -381,7 +387,8 @@ def test_the_text_tower_of_tips_alone(scaled, tmp_path):
         variables = {"params": tables.nested({**flat, "logit_scale": np.float32(0)})}
         tokens, positions = ids[:, None], np.broadcast_to(np.arange(LENGTH), ids[:, None].shape)
         given = tokens, positions, np.ones_like(tokens), np.zeros((4, 2), np.int32)
-        (text,) = model.apply(variables, *given, method=grain.GRAIN.encode_text)
+        apply: Any = model.apply
+        (text,) = apply(variables, *given, method=grain.GRAIN.encode_text)
         return (text * weights).sum(), text
 
     (_, ours), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(loaded.params)
@@ -416,8 +423,8 @@ def test_siglip_2_of_a_fixed_size(tmp_path):
 @pytest.mark.parametrize("clean,cleaning", [("canonicalize", "canonical"), (None, "none")])
 def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
     """Its text is read at the first token with `eos_id`, which is not the highest."""
-    vision = dict(layers=1, width=32, head_width=16, patch_size=PATCH, image_size=SIZE)
-    text = dict(context_length=LENGTH, vocab_size=VOCAB, width=32, heads=4, layers=1)
+    vision: Any = dict(layers=1, width=32, head_width=16, patch_size=PATCH, image_size=SIZE)
+    text: Any = dict(context_length=LENGTH, vocab_size=VOCAB, width=32, heads=4, layers=1)
     text |= dict(hf_tokenizer_name="facebook/xlm-v-base", pool_type="eos", eos_id=2)
     if clean is not None:
         text["tokenizer_kwargs"] = dict(clean=clean)
@@ -429,3 +436,52 @@ def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
     assert report.verdict == "PROVEN", report.text
     model, _, _ = checkpoint.load_model(tmp_path / "ours")
     assert (model.text.end_id, model.text.cleaning) == (2, cleaning)
+    if clean is None:
+        report = to_open_clip(tmp_path / "ours", tmp_path / "back")
+        assert report.verdict == "PROVEN", report.text
+
+
+@pytest.mark.parametrize(
+    "key,value,works",
+    [
+        ("position_kind", "sinusoidal", ()),
+        ("scale_tokens", True, ()),
+        ("pool", "masked_mean", ()),
+        ("activation", "relu", ("to-hf",)),
+        ("end_id", 2, ("to-open-clip",)),
+        ("end_id", 3, ("to-hf", "to-open-clip")),
+    ],
+)
+def test_exits_refuse_what_they_cannot_hold(key, value, works):
+    c = recipe.model("tiny")
+    c.decoder = None
+    c.image.update(recipe.FAMILIES["clip"]["image"], pool="class")
+    model = config_lib.model_from_dict(c.to_dict())
+    changed = dataclasses.replace(model.text, **{key: value})
+    was, found = reasons.of(model), reasons.of(dataclasses.replace(model, text=changed))
+    for exit_name, faults in found.items():
+        new = {fault for fault in faults if f"model.text.{key}" in fault}
+        if exit_name == "to-hf --part vision" or exit_name in works:
+            assert not new and faults == was[exit_name]
+        elif exit_name != "to-big-vision" or key in ("position_kind", "scale_tokens", "pool"):
+            assert new
+    whole = dataclasses.replace(
+        config_lib.model_from_dict(recipe.model("tiny").to_dict()), text=changed
+    )
+    as_grain = [fault for fault in reasons.of(whole)["to-hf"] if f"model.text.{key}" in fault]
+    assert bool(as_grain) == (key != "activation")  # the modeling file has relu
+
+
+def test_a_masked_mean_costs_what_a_mean_costs():
+    """Its masks are no products; XLA alone can mask the padding."""
+    text = dict(model__text__causal=False, text__packing=False)
+    mean, masked = (
+        tiny.config(model__text__pool=pool, **text, model__attention="pallas")
+        for pool in ("mean", "masked_mean")
+    )
+    assert flops.per_image(masked) == flops.per_image(mean)
+    assert attention.of_towers(mean.model, "float32") == "pallas"
+    assert attention.of_towers(masked.model, "float32") == "pallas (image tower), xla (text tower)"
+    words = dataclasses.replace(masked.model.text, position_kind="sinusoidal")
+    shapes = grain.parameter_shapes(dataclasses.replace(masked.model, text=words))
+    assert grain.parameter_shapes(masked.model).keys() - shapes.keys() == {"text/position_embed"}
