@@ -4,7 +4,8 @@ COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
 FROM      your own run, e.g. runs/own: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
           size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
-          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip (:B/16, :L/16), e.g. open_clip:L/14.
+          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), e.g.
+          open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 HARDWARE  one GPU; docs/own_images.md lists what fits where.
 """
@@ -24,7 +25,7 @@ SIGLIP = {
     "B/16": (768, {}, {}),
     "L/16": (1024, dict(image_size=256, **_LARGE), _LARGE),
 }
-FAMILIES = {"openai": CLIP, "open_clip": CLIP, "siglip": SIGLIP}
+FAMILIES = {"openai": CLIP, "open_clip": CLIP, "siglip": SIGLIP, "siglip2": SIGLIP}
 
 
 def get_config(source="open_clip"):
@@ -49,7 +50,7 @@ def take_towers(c, family, size):
     if size not in FAMILIES[family]:
         sizes = ", ".join(FAMILIES[family])
         raise ValueError(f"size of {family} towers: got {size!r}, expected one of {sizes}")
-    towers_of(c, "siglip" if family == "siglip" else "clip")
+    towers_of(c, family if family.startswith("siglip") else "clip")
     if family == "open_clip":  # of most of its models; OpenAI's have quick_gelu
         c.model.image.activation = c.model.text.activation = "gelu"
     c.model.embed_dim, image, text = FAMILIES[family][size]
@@ -57,7 +58,7 @@ def take_towers(c, family, size):
     c.model.text.update(text)
     if size.startswith("L"):
         c.microbatches = 4  # with 1, it needs more than 40 GB of GPU memory
-    c.init.resize = "bilinear" if family == "siglip" else "bicubic"
+    c.init.resize = "bilinear" if family.startswith("siglip") else "bicubic"
 
 
 def take_folder(c, folder):

@@ -248,7 +248,7 @@ class Init:
 
     # Of the image tower: ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's.
     image: str | None = key(None)
-    # Of the text tower, with its projection.
+    # Of the text tower, with its projection. FG-CLIP's text heads: `path:long`, `path:box`.
     text: str | None = key(None)
     # How image positions become those of another grid.
     resize: str = key("bilinear", choices=("bilinear", "bicubic"))

@@ -131,6 +131,8 @@ class FromHf(_OfFile, name="convert from-hf"):
 class FromOpenClip(_Towers, name="convert from-open-clip"):
     """CLIP or SigLIP weights (OpenAI, open_clip, Hugging Face) -> a two-tower model for grain_jax.load.
 
+    MetaCLIP 2, FG-CLIP 1 and 2 and TIPS v2 too. FG-CLIP's other text heads: --input PATH:long, PATH:box.
+
     Example:
       grain-jax convert from-open-clip --input ViT-B-32.safetensors --output towers
     """

@@ -237,12 +237,12 @@ def test_fg_clip(kind, head, tmp_path):
     assert f"text head {head}: {name}, {length} positions" in report.text
     (left,) = [line for line in report.text.splitlines() if line.startswith("left out: ")]
     left = left.removeprefix("left out: ").split(", ")
-    assert len(left) == {True: 4, False: 18}[first] + (not long)  # short positions, or two tables
+    assert len(left) == {True: 4, False: 16}[first] + (not long)  # short positions, or two tables
     assert ("logit_scale_hardneg" in left, "dense_feature_head.probe" in left) == (first, not first)
     assert model.text.context_length == length and model.text.packable == first
 
 
-def test_the_text_heads_of_fg_clip(tmp_path):
+def test_the_text_heads_of_fg_clip(tmp_path, monkeypatch):
     """The short head is where CLIP has it; what does not fit is named."""
     module = _FgClip("CLIP")
     state = {name: x.detach().numpy() for name, x in module.state_dict().items()}
@@ -282,7 +282,8 @@ def test_the_text_heads_of_fg_clip(tmp_path):
         families.take({"temperature": np.zeros(())}, {"model_type": "tipsv2"}, None)
 
     module.save(tmp_path / "theirs")
-    c = tiny.dictionary(init__text=f"{tmp_path}/theirs:long")
+    source = f"{tmp_path}/theirs:long"
+    c = tiny.dictionary(init__text=source)
     sizes = dict(vocab_size=VOCAB, context_length=LONG, width=32, depth=2, heads=4, mlp_dim=48)
     c.model.text.update(sizes, tokenizer="tokenizer.json")
     c.model.embed_dim = 20
@@ -293,6 +294,12 @@ def test_the_text_heads_of_fg_clip(tmp_path):
         loaded.params["text_projection/kernel"], state["text_filip_projection.weight"].T
     )
     assert f"init.text: text head long: text_filip_projection, {LONG} positions" in loaded.report
+    asked = []
+    monkeypatch.setattr(
+        files.hub, "download", lambda name: asked.append(name) or tmp_path / "theirs"
+    )
+    assert files.read("hf://qihoo360/fg-clip-base:long").notes == files.read(source).notes
+    assert asked == ["hf://qihoo360/fg-clip-base"]
     safetensors.torch.save_file(
         module.state_dict() | {"dense_feature_head.new": torch.zeros(1)},
         tmp_path / "theirs" / "model.safetensors",

@@ -134,7 +134,9 @@ def split(path: epath.PathLike) -> tuple[str, str | None]:
     """A path without the name of a text head, and that name; None where it names none."""
     text = os.fspath(path)
     found = re.fullmatch(f"(.+):({'|'.join(families.HEADS)})", text)
-    return (found[1], found[2]) if found and not epath.Path(text).exists() else (text, None)
+    if found and (hub.is_reference(text) or not epath.Path(text).exists()):
+        return found[1], found[2]
+    return text, None
 
 
 def _whole_names(state: dict[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
