@@ -183,7 +183,7 @@ def _tensor_sums(config, sizes) -> tuple[int, int]:
     batch = train_step.abstract_batch(config)
     rows = math.prod(batch.text_tokens.shape) / config.batch_size  # text positions an image
     image, decoder = config.model.image, config.model.decoder
-    tokens = image.class_token + (image.image_size // image.patch_size) ** 2
+    tokens = image.class_token + image.registers + (image.image_size // image.patch_size) ** 2
     towers = [(image, tokens), (config.model.text, rows)]
     if decoder is not None:
         towers.append((decoder, decoder.queries + 1))

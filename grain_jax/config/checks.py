@@ -83,6 +83,10 @@ def _of_model(model: Model) -> Iterator[str]:
     for name, tower in with_heads.items():
         if tower is not None and tower.width % tower.heads:
             yield f"model.{name}.heads: got {tower.heads}, must divide width {tower.width}"
+    if is_vit and image.width % image.heads == 0:
+        yield from _positions(image)
+    if image.pool == "map" and image.pool_heads and image.width % image.pool_heads:
+        yield f"model.image.pool_heads: got {image.pool_heads}, must divide width {image.width}"
     for name, tower in (("image", image), ("text", text)):
         to_joint_space = name == "text" or decoder is None
         if to_joint_space and tower.projection == "none" and model.embed_dim != tower.width:
@@ -117,6 +121,20 @@ def _of_model(model: Model) -> Iterator[str]:
     if text.pad_id >= text.vocab_size:
         most = f"model.text.vocab_size = {text.vocab_size}"
         yield f"model.text.pad_id: got {text.pad_id}, expected less than {most}"
+
+
+def _positions(image: fields.ImageTower) -> Iterator[str]:
+    head = image.width // image.heads
+    if image.rope != "none" and head % 4:
+        yield (
+            f"model.image.rope: got {image.rope} with heads of {head}, expected model.image.width / model.image.heads"
+            " to be a multiple of 4"
+        )
+    if image.rope == "none" and not image.positions:
+        yield (
+            "model.image.positions: got False with model.image.rope=none, so that nothing tells where a patch is;"
+            " expected True, or rope"
+        )
 
 
 def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:

@@ -25,7 +25,9 @@ IMAGE_TOWERS = ("vit",)
 TEXT_TOWERS = ("transformer",)
 SOURCES = ("records", "synthetic")
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+ROPES = ("none", "centres", "grid")
+MLPS = ("plain", "gated")
 PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
 TEXT_POOLS = ("end", "last", "map", "mean", "masked_mean")
@@ -128,9 +130,25 @@ class ImageTower:
     # LayerNorm between the positions and the first layer (CLIP's ln_pre).
     pre_norm: bool = key(False)
     activation: str = key("gelu", choices=ACTIVATIONS)  # of the MLP; "gelu" is exact
+    positions: bool = key(True)  # learned positions, of the class token and the patches
+    # Rotary positions of the patches in queries and keys: "none"; "centres" of patches in [-1, 1] (DINOv3); "grid", rows
+    # and columns of the grid (PE-core).
+    rope: str = key("none", choices=ROPES)
+    rope_theta: float = key(100.0, low=1)  # of rope: longest wave / shortest wave
+    # Of rope=grid: patches a side at the size of pretraining; rows and columns of another grid are scaled to these.
+    rope_grid: int = size(14)
+    registers: int = count(0, high=1000)  # learned tokens after the class token, without a position
+    # A learned factor for each channel of what attention and MLP add.
+    layer_scale: bool = key(False)
+    layer_scale_init: float = key(1e-5)  # of layer_scale: the initial factors
+    # Of a layer: "plain", or "gated" by a second linear layer (with silu: SwiGLU).
+    mlp: str = key("plain", choices=MLPS)
+    key_bias: bool = key(True)  # a bias in the projection to the keys
     # How tokens become one vector where there is no decoder: "class" (the class token), "map" (attention
     # pooling) or "mean". "none" where there is a decoder.
     pool: str = key("none", choices=IMAGE_POOLS)
+    pool_heads: int = count(0, high=WIDEST)  # of pool=map; 0: heads
+    pool_mlp_dim: int = count(0, high=4 * WIDEST)  # of pool=map; 0: mlp_dim
     # To the joint space: "matrix", "affine" (with a bias) or "none".
     projection: str = key("matrix", choices=PROJECTIONS)
     # Of pixels in [0, 1], a number a channel; the defaults are ImageNet's.

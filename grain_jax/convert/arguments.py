@@ -39,8 +39,8 @@ class _Towers(_OfFile):
     where the checkpoint does not state it:
       --image-heads N          attention heads of the image tower
       --text-heads N           attention heads of the text tower
-      --image-activation NAME  of the image tower: gelu, gelu_tanh or quick_gelu
-      --text-activation NAME   of the text tower: gelu, gelu_tanh or quick_gelu
+      --image-activation NAME  of the image tower: gelu, gelu_tanh, quick_gelu, relu or silu
+      --text-activation NAME   of the text tower: gelu, gelu_tanh, quick_gelu, relu or silu
     """
 
     image_heads: int | None = None

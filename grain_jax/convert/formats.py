@@ -14,6 +14,8 @@ class LayerNames(NamedTuple):
     out: str
     mlp: tuple[str, str]
     qk_norms: tuple[str, ...] = ()
+    gate: str = ""  # of a gated MLP
+    scales: tuple[str, ...] = ()  # of layer scale
 
 
 _OPENAI = LayerNames(
@@ -36,6 +38,17 @@ _HF = LayerNames(
     "self_attn.out_proj",
     ("mlp.fc1", "mlp.fc2"),
 )
+_DINOV3 = LayerNames(
+    ("norm1", "norm2"),
+    ("attention.q_proj.{kind}", "attention.k_proj.{kind}", "attention.v_proj.{kind}"),
+    "attention.o_proj",
+    ("mlp.up_proj", "mlp.down_proj"),
+    gate="mlp.gate_proj",
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+)
+# Of timm's Eva, whose biases of queries and values are entries of their own where keys have none.
+_EVA = _TIMM._replace(scales=("gamma_1", "gamma_2"))
+_EVA_GATED = _EVA._replace(mlp=("mlp.fc1_x", "mlp.fc2"), gate="mlp.fc1_g")
 # Number of entries for query, key and value -> for each of these (entry, (part, parts of the entry)).
 _QKV = {
     1: ((0, (0, 3)), (0, (1, 3)), (0, (2, 3))),
@@ -87,7 +100,12 @@ def _blocks(ours: str, layer: str, parts: LayerNames) -> list[NamePair]:
         ),
         *norm(f"{ours}/norm_2", layer + parts.norms[1]),
         *linear(f"{ours}/mlp/in", layer + parts.mlp[0]),
+        *(linear(f"{ours}/mlp/gate", layer + parts.gate) if parts.gate else ()),
         *linear(f"{ours}/mlp/out", layer + parts.mlp[1]),
+        *(
+            NamePair(f"{ours}/layer_scale_{i}", layer + theirs)
+            for i, theirs in enumerate(parts.scales, 1)
+        ),
     ]
 
 
@@ -141,8 +159,7 @@ def tips_text() -> list[NamePair]:
 def timm_image(prefix: str) -> list[NamePair]:
     """The vision transformer of timm, alone: without a pooling head or a projection."""
     return [
-        *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
-        NamePair("image/class_token", f"{prefix}cls_token", tables.TOKEN),
+        *_timm_tokens(prefix),
         NamePair("image/position_embed", f"{prefix}pos_embed", tables.BATCHED),
         *norm("image/pre_norm", f"{prefix}norm_pre"),
         *_blocks("image/blocks", prefix + "blocks.{}.", _TIMM),
@@ -150,12 +167,67 @@ def timm_image(prefix: str) -> list[NamePair]:
     ]
 
 
+def _timm_tokens(prefix: str) -> list[NamePair]:
+    return [
+        *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
+        NamePair("image/class_token", f"{prefix}cls_token", tables.TOKEN),
+    ]
+
+
+def _timm_pool(prefix: str) -> list[NamePair]:
+    return _pool(f"{prefix}attn_pool.", "latent", ("q.{kind}", "kv.{kind}"), "proj", "norm")
+
+
 def timm_image_in_open_clip() -> list[NamePair]:
     """The image tower of open_clip around a transformer of timm."""
     return [
         *timm_image("visual.trunk."),
-        *_pool("visual.trunk.attn_pool.", "latent", ("q.{kind}", "kv.{kind}"), "proj", "norm"),
+        *_timm_pool("visual.trunk."),
         *linear("image_projection", "visual.head.proj"),
+    ]
+
+
+def timm_dinov3(prefix: str, *, gated: bool) -> list[NamePair]:
+    """DINOv3 in timm, alone; `gated`: with its gated MLP."""
+    layer = prefix + "blocks.{}."
+    return [
+        *_timm_tokens(prefix),
+        NamePair("image/registers", f"{prefix}reg_token", tables.BATCHED),
+        *(
+            row
+            for row in _blocks("image/blocks", layer, _EVA_GATED if gated else _EVA)
+            if row.theirs != f"{layer}attn.qkv.bias"
+        ),
+        *(
+            NamePair(
+                f"image/blocks/attention/{name}/bias",
+                f"{layer}attn.{name[0]}_bias",
+                tables.HEADS_BIAS,
+            )
+            for name in ("query", "value")
+        ),
+        *norm("image/norm", f"{prefix}norm"),
+    ]
+
+
+def timm_pe_core(prefix: str) -> list[NamePair]:
+    """The image tower of PE-core in timm with its pooling head and projection."""
+    return [
+        *timm_image(prefix),
+        *_timm_pool(prefix),
+        *linear("image_projection", f"{prefix}head"),
+    ]
+
+
+def hf_dinov3(layers: str = "") -> list[NamePair]:
+    """DINOv3 in transformers; `layers`: the first part of the names of its layers in memory, which files leave out."""
+    at = "embeddings."
+    return [
+        *linear("image/patch_embed", at + "patch_embeddings", tables.PATCHES),
+        NamePair("image/class_token", at + "cls_token", tables.TOKEN),
+        NamePair("image/registers", at + "register_tokens", tables.BATCHED),
+        *_blocks("image/blocks", layers + "layer.{}.", _DINOV3),
+        *norm("image/norm", "norm"),
     ]
 
 

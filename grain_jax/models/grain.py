@@ -58,7 +58,8 @@ class GRAIN(nn.Module):
             self.region_projection = project(c.decoder.width, "matrix")
         else:
             if c.image.pool == "map":
-                self.image_pool = layers.AttentionPool(c.image, dtype)
+                sizes = c.image.pool_heads, c.image.pool_mlp_dim
+                self.image_pool = layers.AttentionPool(c.image, dtype, *sizes)
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
         if c.boxes.kind != "none":

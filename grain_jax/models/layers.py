@@ -15,7 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from grain_jax.config import ImageTower, TextTower
-from grain_jax.models import attention, placement
+from grain_jax.models import attention, placement, rotary
 
 Init: TypeAlias = Callable[..., Any]
 zeros = nn.initializers.zeros_init()
@@ -43,6 +43,7 @@ ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
     "relu": nn.relu,
 }
 
@@ -177,7 +178,7 @@ def example_dropout(x, keys, site: int, rate: float):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, optionally with LayerNorm on the queries and keys of each head."""
+    """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
 
     width: int
     heads: int
@@ -188,6 +189,8 @@ class Attention(nn.Module):
     qk_norm_eps: float | None = None
     dropout: float = 0.0
     program: str = "xla"  # "pallas" and "cudnn" serve self-attention without dropout (attention.py)
+    rope: rotary.Rope | None = None  # of self-attention
+    key_bias: bool = True
 
     @nn.compact
     def __call__(self, query, key, value, mask=None, dropout_keys=None, site: int = 0):
@@ -214,15 +217,14 @@ class Attention(nn.Module):
             dtype=self.dtype,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
+            use_bias=name != "key" or self.key_bias,
             name=name,
         )(x)
         q = project("query", query)  # [B, Lq, K, head_dim]
         k = project("key", key)
         v = project("value", value)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        if self.qk_norm_eps is not None:
-            q = LayerNorm(self.qk_norm_eps, name="query_norm")(q)
-            k = LayerNorm(self.qk_norm_eps, name="key_norm")(k)
+        q, k = self._normed_and_rotated(q, k)
         if self.program == "cudnn":
             out = attention.with_cudnn(q, k, v, mask)
         else:
@@ -244,6 +246,16 @@ class Attention(nn.Module):
             name="out",
         )(out)
 
+    @nn.nowrap
+    def _normed_and_rotated(self, *queries_and_keys: jax.Array) -> list[jax.Array]:
+        """Queries and keys [B, L, K, head_dim] as their product takes them."""
+        out = []
+        for name, x in zip(("query_norm", "key_norm"), queries_and_keys, strict=True):
+            if self.qk_norm_eps is not None:
+                x = LayerNorm(self.qk_norm_eps, name=name)(x)
+            out.append(x if self.rope is None else self.rope.rotate(x))
+        return out
+
     def _heads_side_by_side(self, x: jax.Array, within) -> jax.Array:
         """Self-attention by the kernel: the same parameters, activations [B, L, E] with the heads side by side.
 
@@ -254,19 +266,26 @@ class Attention(nn.Module):
             self.width, heads, self.dtype, bias_init=self.bias_init, name=name, **options
         )
         q, k, v = (
-            checkpoint_name(side_by_side(name, kernel_init=self.kernel_init)(x), "qkv")
+            checkpoint_name(
+                side_by_side(
+                    name, kernel_init=self.kernel_init, use_bias=name != "key" or self.key_bias
+                )(x),
+                "qkv",
+            )
             for name in ("query", "key", "value")
         )
-        norms = None
-        if self.qk_norm_eps is not None:
+        norms, eps = None, self.qk_norm_eps
+        if self.rope is not None:  # it follows the norm, which is inside the kernel without it
+            split = lambda x: x.reshape(*x.shape[:2], heads, head_dim)
+            q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(split(q), split(k)))
+            eps = None
+        elif eps is not None:
             norms = tuple(
                 part
                 for name in ("query_norm", "key_norm")
-                for part in LayerNorm(self.qk_norm_eps, name=name).parameters(head_dim)
+                for part in LayerNorm(eps, name=name).parameters(head_dim)
             )
-        out = attention.with_pallas(
-            q, k, v, heads=heads, norms=norms, eps=self.qk_norm_eps, within=within
-        )
+        out = attention.with_pallas(q, k, v, heads=heads, norms=norms, eps=eps, within=within)
         return side_by_side("out", kernel_init=self.out_init, back=True)(out)
 
 
@@ -279,6 +298,7 @@ class SideBySide(nn.Module):
     kernel_init: Init  # initialiser of the kernel, as of `dense`
     bias_init: Init  # initialiser of the bias
     back: bool = False  # the map that follows the heads, from them to the width
+    use_bias: bool = True  # of the map to the heads
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -293,8 +313,10 @@ class SideBySide(nn.Module):
         kernel = parameter(self, "kernel", as_matrix(self.kernel_init, (width, width)), axes, shape)
         if self.back:
             bias = parameter(self, "bias", self.bias_init, ("vector",), (width,))
-        else:
+        elif self.use_bias:
             bias = parameter(self, "bias", as_matrix(self.bias_init, (width,)), axes[1:], of_heads)
+        else:
+            bias = jnp.zeros(width)
         kernel, bias = (
             a.astype(self.dtype) for a in (kernel.reshape(width, width), bias.reshape(-1))
         )
@@ -302,7 +324,7 @@ class SideBySide(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with an activation between."""
+    """Two dense layers with an activation between; `gated`: the activation of a third one times the first (SwiGLU)."""
 
     width: int
     mlp_dim: int
@@ -313,24 +335,29 @@ class MLP(nn.Module):
     in_bias_init: Init = zeros
     out_bias_init: Init = zeros
     dropout: float = 0.0
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x, dropout_keys=None, site: int = 0):
         """[B, L, E] -> [B, L, E]."""
-        x = dense(
-            self.mlp_dim,
-            ("width",),
-            ("mlp",),
-            dtype=self.dtype,
-            kernel_init=self.in_init,
-            bias_init=self.in_bias_init,
-            name="in",
-        )(x)
+        hidden = [
+            dense(
+                self.mlp_dim,
+                ("width",),
+                ("mlp",),
+                dtype=self.dtype,
+                kernel_init=self.in_init,
+                bias_init=self.in_bias_init,
+                name=name,
+            )(x)
+            for name in (("in", "gate") if self.gated else ("in",))
+        ]
 
-        def from_hidden(module, x):
-            x = example_dropout(
-                ACTIVATIONS[module.activation](x), dropout_keys, site, module.dropout
-            )
+        def from_hidden(module, x, *gate):
+            activated = ACTIVATIONS[module.activation](*gate or (x,))
+            if gate:
+                activated = activated * x
+            x = example_dropout(activated, dropout_keys, site, module.dropout)
             return dense(
                 module.width,
                 ("mlp",),
@@ -343,7 +370,7 @@ class MLP(nn.Module):
 
         # [B, L, mlp_dim] is the widest array. The backward pass keeps it before the activation only and
         # computes the activation again; JAX's derivative of the exact GELU keeps three more arrays of its size.
-        return nn.remat(from_hidden, prevent_cse=False)(self, x)
+        return nn.remat(from_hidden, prevent_cse=False)(self, *hidden)
 
 
 class LayerInits(NamedTuple):
@@ -358,20 +385,27 @@ class LayerInits(NamedTuple):
 
 
 class TowerLayer(nn.Module):
-    """Pre-norm attention and MLP, each added to its input."""
+    """Pre-norm attention and MLP, each added to its input.
+
+    Layer scale, CaiT's (Touvron et al. 2021): what is added is multiplied by a learned vector.
+    """
 
     tower: ImageTower | TextTower  # has width, heads, mlp_dim, activation and norm_eps
     dtype: np.dtype  # of activations
     inits: LayerInits  # the initialisers
     program: str = "xla"  # as of `Attention`
     qk_norm: bool = False  # whether the queries and keys of each head have a LayerNorm
+    rope: rotary.Rope | None = None  # rotary positions
+    key_bias: bool = True  # whether the projection to the keys has a bias
+    gated: bool = False  # whether the MLP is gated
+    layer_scale: float | None = None  # the initial factors; None: no layer scale
 
     @nn.compact
     def __call__(self, x, mask=None):
         """x [B, L, E], mask as of `Attention` -> (carry [B, L, E], no per-layer output)."""
         t, inits = self.tower, self.inits
         y = LayerNorm(t.norm_eps, name="norm_1")(x)
-        x = x + Attention(
+        y = Attention(
             t.width,
             t.heads,
             self.dtype,
@@ -380,10 +414,13 @@ class TowerLayer(nn.Module):
             bias_init=inits.attention_bias(t.width),
             qk_norm_eps=t.norm_eps if self.qk_norm else None,
             program=self.program,
+            rope=self.rope,
+            key_bias=self.key_bias,
             name="attention",
         )(y, y, y, mask)
+        x = x + self._scaled("layer_scale_1", y)
         y = LayerNorm(t.norm_eps, name="norm_2")(x)
-        x = x + MLP(
+        y = MLP(
             t.width,
             t.mlp_dim,
             t.activation,
@@ -392,9 +429,17 @@ class TowerLayer(nn.Module):
             out_init=inits.mlp_out,
             in_bias_init=inits.mlp_bias(t.width),
             out_bias_init=inits.mlp_bias(t.mlp_dim),
+            gated=self.gated,
             name="mlp",
         )(y)
-        return placement.by_batch(x), None
+        return placement.by_batch(x + self._scaled("layer_scale_2", y)), None
+
+    @nn.nowrap
+    def _scaled(self, name: str, x: jax.Array) -> jax.Array:
+        if self.layer_scale is None:
+            return x
+        init = nn.initializers.constant(self.layer_scale)
+        return x * parameter(self, name, init, ("vector",), (x.shape[-1],)).astype(x.dtype)
 
 
 class AttentionPool(nn.Module):
@@ -402,6 +447,8 @@ class AttentionPool(nn.Module):
 
     tower: ImageTower | TextTower  # whose width, heads, MLP, activation and norm are the pool's
     dtype: np.dtype
+    heads: int = 0  # 0: the tower's
+    mlp_dim: int = 0  # 0: the tower's
 
     @nn.compact
     def __call__(self, x):
@@ -410,9 +457,10 @@ class AttentionPool(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
-        x = Attention(t.width, t.heads, self.dtype, xavier, xavier, name="attention")(probe, x, x)
+        heads, mlp_dim = self.heads or t.heads, self.mlp_dim or t.mlp_dim
+        x = Attention(t.width, heads, self.dtype, xavier, xavier, name="attention")(probe, x, x)
         y = LayerNorm(t.norm_eps, name="norm")(x)
-        mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
+        mlp = MLP(t.width, mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
         return (x + mlp(y))[:, 0]
 
 

@@ -1,6 +1,7 @@
 """The image tower "vit": a vision transformer whose tokens all go to the region decoder (docs/method.md, Model).
 
-Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools.
+Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, of DINOv3 and of
+PE-core (`recipe.FAMILIES`), and of TIPS v2: a class token, `registers=1` (its second class token) and `layer_scale`.
 """
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.models import attention, layers, placement, towers
+from grain_jax.models import attention, layers, placement, rotary, towers
 
 
 def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
@@ -35,12 +36,12 @@ def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
 
 
 class ImageTransformer(towers.ImageTower):
-    """Images to tokens: the class token first (if there is one), then patches row by row."""
+    """Images to tokens: the class token first (if there is one), then registers, then patches row by row."""
 
     @classmethod
     def leading_tokens(cls, config: config_lib.ImageTower) -> int:
-        """The class token."""
-        return int(config.class_token)
+        """The class token and the registers (Darcet et al. 2024)."""
+        return int(config.class_token) + config.registers
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
@@ -62,7 +63,36 @@ class ImageTransformer(towers.ImageTower):
             use_bias=t.patch_bias,
             name="patch_embed",
         )(x)
-        token = None
+        x = self._with_leading(x, grid)
+        if t.pre_norm:
+            x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
+        x = placement.by_batch(x)
+        program = attention.choose(self.attention, self.dtype, t.heads)
+        blocks = layers.scan_layers(
+            layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=()
+        )(
+            t,
+            self.dtype,
+            _inits(t),
+            program,
+            t.qk_norm,
+            rope=rotary.of_tower(t, self.leading_tokens(t)),
+            key_bias=t.key_bias,
+            gated=t.mlp == "gated",
+            layer_scale=t.layer_scale_init if t.layer_scale else None,
+            name="blocks",
+        )
+        x, _ = blocks(x)
+        return layers.LayerNorm(t.norm_eps, name="norm")(x)
+
+    @nn.nowrap
+    def _with_leading(self, x: jax.Array, grid: int) -> jax.Array:
+        """Patches [B, P, E] -> [B, N, E]: with learned positions and the leading tokens."""
+        t = self.config
+        as_tokens = lambda rows, count: jnp.broadcast_to(rows, (len(x), count, t.width)).astype(
+            self.dtype
+        )
+        token, positions = None, None
         if t.class_token:
             token = layers.parameter(
                 self, "class_token", layers.normal(1e-6), ("vector",), (t.width,)
@@ -76,20 +106,20 @@ class ImageTransformer(towers.ImageTower):
                 ((int(t.class_token), 0), (0, 0)),
             )
 
-        shape = (t.class_token + x.shape[1], t.width)
-        positions = layers.parameter(
-            self, "position_embed", init_positions, ("positions", "width"), shape
-        )
+        if t.positions:
+            shape = (t.class_token + x.shape[1], t.width)
+            positions = layers.parameter(
+                self, "position_embed", init_positions, ("positions", "width"), shape
+            )
         if token is not None:
-            token = jnp.broadcast_to(token, (batch, 1, t.width)).astype(self.dtype)
-            x = jnp.concatenate([token, x], axis=1)
-        x = x + positions[None].astype(self.dtype)  # [B, N, E]
-        if t.pre_norm:
-            x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
-        x = placement.by_batch(x)
-        program = attention.choose(self.attention, self.dtype, t.heads)
-        blocks = layers.scan_layers(
-            layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=()
-        )(t, self.dtype, _inits(t), program, t.qk_norm, name="blocks")
-        x, _ = blocks(x)
-        return layers.LayerNorm(t.norm_eps, name="norm")(x)
+            x = jnp.concatenate([as_tokens(token, 1), x], axis=1)
+        if positions is not None:
+            x = x + positions[None].astype(self.dtype)
+        if t.registers:
+            shape = (t.registers, t.width)
+            rows = layers.parameter(
+                self, "registers", layers.normal(0.02), ("positions", "width"), shape
+            )
+            own = int(t.class_token)
+            x = jnp.concatenate([x[:, :own], as_tokens(rows, t.registers), x[:, own:]], axis=1)
+        return x

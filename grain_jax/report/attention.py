@@ -47,7 +47,8 @@ def cross_attention(
 def grid(model: config_lib.Model) -> tuple[int, int]:
     """(number of leading tokens that are no patches, patches along a side of the image)."""
     tower = model.image
-    return int(tower.class_token), tower.image_size // tower.patch_size
+    leading = int(tower.class_token) + tower.registers
+    return leading, tower.image_size // tower.patch_size
 
 
 @functools.lru_cache(maxsize=4)

@@ -27,7 +27,7 @@ REFERENCE_DECAY = re.compile(
 MATRICES_DECAY = re.compile(r".*/kernel")
 # Parameters of a tower before its first layer.
 _EMBEDDINGS = re.compile(
-    r"(image|text)/(patch_embed|token_embed|class_token|position_embed|pre_norm)(/.*)?"
+    r"(image|text)/(patch_embed|token_embed|class_token|registers|position_embed|pre_norm)(/.*)?"
 )
 
 
@@ -81,7 +81,7 @@ def layer_scales(params, decay: float):
     """The factor of the learning rate of each parameter by layer-wise decay, float32, to broadcast over it.
 
     In a tower of N layers: decay^(N - l) for layer l = 0 .. N-1, so that the last layer has decay^1, and
-    decay^(N + 1) for what comes before the layers (patches, tokens, positions, class token, the norm
+    decay^(N + 1) for what comes before the layers (patches, tokens, positions, class token, registers, the norm
     after them). 1 for all else: the towers' last norms, projections, the decoder, heads, the logit scale.
     Each tower counts its own layers. Source: microsoft/unilm beit/optim_factory.py and
     facebookresearch/mae util/lr_decay.py (Clark et al. 2020, ELECTRA).

@@ -45,7 +45,19 @@ def _needs(**values: Any) -> tuple[Need, ...]:
     )
 
 
-_VIT = dict(image__tower="vit", image__qk_norm=False)
+_PLAIN_VIT = dict(
+    image__tower="vit",
+    image__positions=True,
+    image__rope="none",
+    image__registers=0,
+    image__layer_scale=False,
+    image__mlp="plain",
+    image__key_bias=True,
+    image__pool_heads=0,
+    image__pool_mlp_dim=0,
+)
+_VIT = _PLAIN_VIT | dict(image__qk_norm=False)
+_GELUS = ("gelu", "gelu_tanh", "quick_gelu")
 _TWO_TOWERS = dict(
     decoder=None,
     boxes__kind="none",
@@ -53,7 +65,6 @@ _TWO_TOWERS = dict(
     text__position_kind="learned",
     text__scale_tokens=False,
 )
-_GELUS = ("gelu", "gelu_tanh", "quick_gelu")  # activations of open_clip
 _CLIP_VISION = _VIT | dict(image__class_token=True, image__pre_norm=True)
 _SIGLIP_VISION = _VIT | dict(image__class_token=False, image__pre_norm=False)
 _FREE = ("none", "matrix")  # a projection without a bias; the identity stands in for none
@@ -88,13 +99,13 @@ OPEN_CLIP = Format(
     "open_clip's own towers",
     _needs(
         **_TWO_TOWERS,
-        image__tower="vit",
+        **_PLAIN_VIT,
         image__class_token=True,
         image__pool=("class", "mean"),
         image__activation=_GELUS,
         image__projection=_FREE,
-        text__pool=("end", "last"),
         text__activation=_GELUS,
+        text__pool=("end", "last"),
     ),
 )
 OPEN_CLIP_TIMM = Format(
@@ -104,8 +115,8 @@ OPEN_CLIP_TIMM = Format(
         **_SIGLIP_VISION,
         image__pool="map",
         image__activation=("gelu", "gelu_tanh"),
-        text__pool=("end", "last"),
         text__activation=_GELUS,
+        text__pool=("end", "last"),
     ),
 )
 BIG_VISION = Format(

@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
+    "silu": F.silu,
 }
 
 OCTAVES = 6  # of corners in a box head's Fourier features: waves of 1 to 1/32 of the image

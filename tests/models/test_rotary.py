@@ -1,0 +1,235 @@
+"""The options of today's image encoders, against transformers and timm: rotary positions, registers, layer scale."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grain_jax import config as config_lib
+from grain_jax.convert import formats, tables
+from grain_jax.convert.exits import reasons
+from grain_jax.models import grain, layers, placement, rotary, vit
+from grain_jax.training import flops, optim
+from tests import foreign, perturbed, tiny
+from tests.models.test_attention import _loss
+
+SIZES: dict[str, Any] = dict(
+    patch_size=8, width=48, depth=2, heads=3, mlp_dim=64, qk_norm=False, norm_eps=1e-5
+)
+DINOV3 = dict(positions=False, rope="centres", registers=3, layer_scale=True, key_bias=False)
+PE_CORE = dict(patch_bias=False, pre_norm=True, rope="grid", rope_theta=1e4, rope_grid=4)
+
+
+def _tower(**changes):
+    return config_lib.ImageTower(**SIZES | changes)
+
+
+def _images(size):
+    return np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
+
+
+def _shapes(tower):
+    module = vit.ImageTransformer(tower, jnp.dtype("float32"))
+    images = _images(tower.image_size)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    return {f"image/{name}": x.shape for name, x in grain.flat(boxed).items()}
+
+
+def _same_as(module, tokens_of, tower, rows):
+    """Tokens, and the gradients of their weighted sum by every parameter, equal those of a torch module."""
+    import torch
+
+    own = dict(module.named_parameters())
+    params = tables.read(rows, {k: v.detach().numpy() for k, v in own.items()}, _shapes(tower))
+    images = _images(tower.image_size)
+    theirs = tokens_of(foreign.torch_images(images))
+    weight = np.random.default_rng(2).normal(size=theirs.shape).astype(np.float32)
+    (theirs * torch.from_numpy(weight)).sum().backward()
+
+    ours = vit.ImageTransformer(tower, jnp.dtype("float32"), remat="qkv")
+
+    def scalar(params):
+        tokens = ours.apply({"params": tables.nested(params)["image"]}, images)
+        return jnp.sum(tokens * weight), tokens
+
+    (_, tokens), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(params)
+    foreign.close(np.asarray(tokens), theirs.detach().numpy())
+    named = tables.write(rows, grads)
+    assert named.keys() == {name for name, x in own.items() if x.grad is not None}
+    for name, grad in named.items():
+        foreign.close(grad.reshape(own[name].shape), own[name].grad.numpy())
+
+
+@pytest.mark.parametrize("size,gated", [(32, False), (48, True)])
+def test_dinov3_of_transformers(size, gated):
+    import transformers
+
+    config = transformers.DINOv3ViTConfig(
+        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3
+    )
+    config.update(dict(intermediate_size=64, num_register_tokens=3, use_gated_mlp=gated))
+    config.hidden_act = "silu" if gated else "gelu"
+    module = foreign.perturb(transformers.DINOv3ViTModel(config))
+    kind = dict(mlp="gated", activation="silu") if gated else {}
+    tower = _tower(image_size=size, **DINOV3, **kind)  # another size: rope follows
+    tokens = lambda images: module(images).last_hidden_state
+    _same_as(module, tokens, tower, formats.hf_dinov3("model."))
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_pe_core_of_timm(size):
+    import timm
+
+    sizes: dict[str, Any] = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=4 / 3)
+    module = timm.create_model(
+        "vit_pe_core_tiny_patch16_384", img_size=size, ref_feat_shape=(4, 4), **sizes
+    )
+    tower = _tower(image_size=size, **PE_CORE)
+    module = foreign.perturb(module)
+    _same_as(module, module.forward_features, tower, formats.timm_image(""))
+
+
+def _attention(program, kind, qk_norm, key_bias):
+    init = layers.normal(0.3)
+    rope = rotary.Rope(kind, 100.0, trained_grid=2, grid=3, leading=1)
+    return layers.Attention(
+        48,
+        4,
+        jnp.dtype("float32"),
+        init,
+        init,
+        init,
+        1e-6 if qk_norm else None,
+        program=program,
+        rope=rope,
+        key_bias=key_bias,
+    )
+
+
+@pytest.mark.parametrize(
+    "program,kind,qk_norm,mesh_shape",
+    [
+        ("pallas", "centres", True, None),
+        ("pallas", "grid", False, (2, 2, 2)),
+        ("cudnn", "grid", True, None),
+    ],
+)
+def test_every_attention_program_rotates(monkeypatch, program, kind, qk_norm, mesh_shape):
+    real = jax.nn.dot_product_attention
+    of_xla = lambda *qkv, implementation, **seen: real(*qkv, implementation="xla", **seen)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)  # a CPU has no cuDNN
+    x = jax.random.normal(jax.random.key(0), (8, 10, 48))
+    weight = jax.random.normal(jax.random.key(2), x.shape)
+    xla, other = (_attention(name, kind, qk_norm, not qk_norm) for name in ("xla", program))
+    params = xla.init(jax.random.key(3), x, x, x)
+    jax.tree.map(np.testing.assert_array_equal, params, other.init(jax.random.key(3), x, x, x))
+    expected = _loss(xla, None, weight)(params, x)
+    unrotated = _loss(xla.clone(rope=None), None, weight)(params, x)
+    assert abs(unrotated[0] - expected[0]) > 1e-2
+    mesh = None
+    if mesh_shape is not None:
+        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    with placement.on(mesh, ("data", "fsdp") if mesh else ()):
+        got = _loss(other, None, weight)(params, x)
+    jax.tree.map(lambda a, b: foreign.close(np.asarray(a), np.asarray(b)), got, expected)
+    grads = [grain.flat(found[1][0]["params"]) for found in (expected, unrotated)]
+    assert ("key/bias" in grads[0]) != qk_norm
+    if not qk_norm:  # without rotation it has no gradient
+        of_rotated, of_other = (np.abs(x["key/bias"]).max() for x in grads)
+        assert of_rotated > 1 > 1e4 * of_other
+
+
+def test_registers_follow_the_class_token_and_have_no_position():
+    """With layer scales of 0 the layers add nothing, so that the tokens are those before them."""
+    tower = _tower(image_size=16, registers=2, layer_scale=True)
+    module = vit.ImageTransformer(tower, jnp.dtype("float32"))
+    images = _images(16)
+    params = grain.flat(module.init(jax.random.key(0), images)["params"])
+    assert set(np.unique(params["blocks/layer_scale_1"])) == {np.float32(1e-5)}
+    params = {name: np.asarray(x) for name, x in params.items()}
+    for i in (1, 2):
+        params[f"blocks/layer_scale_{i}"] = np.zeros((2, 48), np.float32)
+    tokens = module.apply({"params": tables.nested(params)}, images)
+    positions = params["position_embed"]
+    patches = images.reshape(2, 2, 8, 2, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 4, -1)
+    patches = patches @ params["patch_embed/kernel"] + params["patch_embed/bias"] + positions[1:]
+    whole = lambda rows: np.broadcast_to(rows, (2, *rows.shape))
+    token = whole(params["class_token"][None] + positions[:1])
+    expected = np.concatenate([token, whole(params["registers"]), patches], axis=1)
+    norm = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    foreign.close(np.asarray(tokens), norm(expected))
+    assert module.leading_tokens(tower) == 3
+    assert optim.layer_scales({"image": tables.nested(params)}, 0.5)["image"]["registers"] == 0.125
+
+
+CLIP = dict(qk_norm=False, pre_norm=True, pool="class")
+SIGLIP = dict(qk_norm=False, class_token=False, pool="map", projection="affine")
+OPTIONS = [
+    dict(positions=False, rope="centres"),
+    dict(rope="grid"),
+    dict(registers=1),
+    dict(layer_scale=True),
+    dict(mlp="gated"),
+    dict(key_bias=False),
+    dict(pool_heads=2),
+    dict(pool_mlp_dim=50),
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: next(iter(option)))
+def test_no_exit_takes_a_model_that_its_format_cannot_hold(option):
+    as_keys = lambda fields: {f"image__{name}": value for name, value in fields.items()}
+    text = dict(text__causal=False, text__pool="last", embed_dim=28)
+    models = [
+        perturbed.tiny(**as_keys(option)),
+        perturbed.tiny(decoder=None, **as_keys(CLIP | option)),
+        perturbed.tiny(decoder=None, **text, **as_keys(SIGLIP | option)),
+    ]
+    for model in models:
+        for name, faults in reasons.of(model).items():
+            for key in option:
+                assert any(f"model.image.{key}: got " in fault for fault in faults), (name, faults)
+
+
+def test_an_activation_that_open_clip_has_not_is_refused():
+    clip = {f"image__{name}": value for name, value in CLIP.items()}
+    model = perturbed.tiny(decoder=None, **clip, image__activation="silu", text__activation="silu")
+    found = reasons.of(model)
+    assert not found["to-hf"] and len(found["to-open-clip"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"rope": "grid", "heads": 16}, "model.image.rope: got grid with heads of 2, expected"),
+        ({"positions": False}, "model.image.positions: got False with model.image.rope=none"),
+        ({"rope": "axial"}, "model.image.rope: got 'axial', expected one of none, centres, grid"),
+        ({"pool": "map", "pool_heads": 3}, "model.image.pool_heads: got 3, must divide width 32"),
+    ],
+)
+def test_configs_that_contradict_themselves(changes, message):
+    c = tiny.dictionary()
+    if "pool" in changes:
+        c.model.decoder, c.input.max_regions = None, 0
+    c.model.image.update(changes)
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.from_dict(c)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flops_count_what_the_options_add():
+    """17 tokens of width 32: registers, the gate of an MLP of 64; 2 layers."""
+    count = lambda **changes: flops.per_image(tiny.config(**changes)).image
+    width, mlp, depth = 32, 64, 2
+    tokens = 1 + (16 // tiny.config().model.image.patch_size) ** 2
+    of_token = 2 * depth * width * (4 * width + 2 * mlp)
+    pairs = lambda n: 2 * 2 * depth * n * n * width
+    plain = count()
+    assert count(model__image__mlp="gated") - plain == 2 * depth * tokens * width * mlp
+    added = 3 * of_token + pairs(tokens + 3) - pairs(tokens)
+    assert count(model__image__registers=3) - plain == added
+    assert count(model__image__rope="grid", model__image__layer_scale=True) == plain
