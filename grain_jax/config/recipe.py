@@ -175,7 +175,16 @@ FAMILIES["siglip2"] = dict(
     | dict(vocab_size=256000, tokenizer="tokenizer.json", cleaning="lower", pad_id=0),
 )
 FAMILIES["tipsv2"] = dict(
-    image={},
+    image=dict(
+        image_size=448,
+        patch_size=14,
+        qk_norm=False,
+        registers=1,  # its second class token
+        layer_scale=True,
+        layer_scale_init=1.0,
+        pixel_mean=(0.0, 0.0, 0.0),
+        pixel_std=(1.0, 1.0, 1.0),
+    ),
     text=dict(
         vocab_size=32000,
         context_length=64,

@@ -46,6 +46,7 @@ _DINOV3 = LayerNames(
     gate="mlp.gate_proj",
     scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
 )
+_TIPS = _TIMM._replace(mlp=("mlp.c_fc", "mlp.c_proj"), scales=("ls1.gamma", "ls2.gamma"))
 # Of timm's Eva, whose biases of queries and values are entries of their own where keys have none.
 _EVA = _TIMM._replace(scales=("gamma_1", "gamma_2"))
 _EVA_GATED = _EVA._replace(mlp=("mlp.fc1_x", "mlp.fc2"), gate="mlp.fc1_g")
@@ -154,6 +155,31 @@ def tips_text() -> list[NamePair]:
     """The text tower of TIPS v2: constant positions, no projection."""
     own = ("text/position_embed", "text_projection/kernel")
     return [row for row in openai_text("text_encoder.") if row.ours not in own]
+
+
+def tips_image(*, gated: bool) -> list[NamePair]:
+    """The image tower of TIPS v2; `gated`: one entry holds the gate and the other linear layer of an MLP."""
+    at = "vision_encoder."
+    mlp = linear("image/blocks/mlp/in", f"{at}blocks.{{}}.mlp.c_fc")
+    if gated:
+        mlp = [
+            row._replace(part=(index, 2))
+            for index, name in enumerate(("gate", "in"))
+            for row in linear(f"image/blocks/mlp/{name}", f"{at}blocks.{{}}.mlp.w12")
+        ]
+    parts = _TIPS._replace(mlp=(_TIPS.mlp[0], "mlp.w3" if gated else _TIPS.mlp[1]))
+    return [
+        *_timm_tokens(at),
+        NamePair("image/registers", f"{at}register_tokens", tables.BATCHED),
+        NamePair("image/position_embed", f"{at}pos_embed", tables.BATCHED),
+        *(
+            row
+            for row in _blocks("image/blocks", f"{at}blocks.{{}}.", parts)
+            if not row.ours.startswith("image/blocks/mlp/in/")
+        ),
+        *mlp,
+        *norm("image/norm", f"{at}norm"),
+    ]
 
 
 def timm_image(prefix: str) -> list[NamePair]:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 # tokenizer.
 _NOT_COMPARED = {
     *("position_init", "position_period", "block_init", "qkv_init_gain", "dropout", "unroll"),
+    "layer_scale_init",
     *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id"),
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

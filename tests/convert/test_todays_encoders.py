@@ -108,7 +108,8 @@ def _check(source, module, encode, tmp_path):
         foreign.close(np.asarray(a), b)
     stored = files.read(source)
     head = files.split(source)[1]
-    gradient = families.take(gradient, stored.hf, head).state
+    if head is not None:
+        gradient = families.take(gradient, stored.hf, head).state
     rows = [row for which in towers.TOWERS for row in import_tower(which, stored, NONE).rows]
     found = tables.write(rows, own)
     _close_gradients(found, gradient)
@@ -408,6 +409,70 @@ def test_the_text_tower_of_tips_alone(scaled, tmp_path):
     stored = _gradient(module, tmp_path / "gradient")
     found = tables.write(import_tower("text", files.read(tmp_path), NONE).rows, gradient)
     _close_gradients(found, {f"text_encoder.{name}": x for name, x in stored.items()})
+
+
+def _tips(gated, **vision):
+    config = transformers.Tipsv2Config(
+        text_config=TEXT | dict(pad_token_id=0, layer_norm_eps=1e-4),
+        vision_config=dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=PATCH
+        )
+        | dict(image_size=SIZE, use_swiglu_ffn=gated, layerscale_value=0.5)
+        | vision,
+    )
+    return foreign.perturb(transformers.Tipsv2Model(config))
+
+
+def _tips_encode(module, images, ids):
+    out = module(input_ids=ids, pixel_values=images, attention_mask=(ids != 0).long())
+    return out.image_embeds, out.text_embeds
+
+
+@pytest.mark.parametrize(
+    "gated,vision",
+    [
+        (False, dict(mlp_ratio=2, layer_norm_eps=1e-3)),
+        (True, dict(mlp_ratio=3, num_register_tokens=3)),
+    ],
+)
+def test_tips(gated, vision, tmp_path):
+    module = _tips(gated, **vision)
+    module.save_pretrained(tmp_path / "theirs")
+    model, params, report = _check(tmp_path / "theirs", module, _tips_encode, tmp_path)
+    image, text = model.image, model.text
+    assert (image.mlp, image.registers, image.layer_scale) == (
+        ("gated", 3, True) if gated else ("plain", 1, True)
+    )
+    assert (image.pixel_mean, image.pixel_std) == ((0, 0, 0), (1, 1, 1))
+    assert (image.projection, text.projection, image.pool) == ("none", "none", "class")
+    scale = 1 / module.temperature.item()
+    np.testing.assert_allclose(np.exp(params["logit_scale"]), scale, rtol=1e-6)
+    assert ("training clips it at 100" in report.text) == (scale > 100)
+    assert "left out: vision_encoder.mask_token" in report.text
+
+
+def test_tips_of_the_hub(tmp_path):
+    """Its files have no temperature; what config.json says must fit the arrays."""
+    _tips(False).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != "temperature"}, file)
+    stored = files.read(tmp_path)
+    np.testing.assert_allclose(stored.state["logit_scale"], -np.log(0.005065968), rtol=1e-6)
+    assert "temperature 0.00506597, of the config: the weights have none" in stored.notes
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part, key, value, said in (
+        ("vision_config", "mlp_ratio", 10**5, "got 100000, but the arrays have an MLP of 128"),
+        ("vision_config", "num_register_tokens", 10**5, "got 100000, but the arrays have 1"),
+        ("text_config", "max_position_embeddings", 10**6, "got 1000000, expected at most 4096"),
+        ("vision_config", "use_swiglu_ffn", True, "blocks.0.mlp.w12.bias: missing"),
+        ("text_config", "scale_sqrt_depth", 2, "got 2, expected true or false"),
+    ):
+        changed = config | {part: config[part] | {key: value}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ConvertError, match=said) as error:
+            from_open_clip(tmp_path, tmp_path / "ours", NONE)
+        assert "\n" not in str(error.value)
 
 
 def test_siglip_2_of_a_fixed_size(tmp_path):

@@ -118,6 +118,8 @@ def read(path: epath.PathLike) -> Checkpoint:
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
     if mean is None or std is None:
         mean, std = (group(native, "preprocess_cfg").get(key) for key in ("mean", "std"))
+    if preprocessor.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return Checkpoint(
         path,
         {k: v for k, v in state.items() if not _NOT_PARAMETERS.fullmatch(k)},

@@ -11,6 +11,7 @@ from grain_jax.convert.towers import Settings, Stated, Tower
 
 _CLIP_VOCABULARY = 49408
 _CLIP_END = 49407  # what transformers assumes
+_LONGEST = 4096  # of TIPS v2's constant positions; published models have 64
 _SIGLIP_VOCABULARY = 32000  # SentencePiece, of SigLIP 1; SigLIP 2 has Gemma's, of 256,000
 _OUR_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _OUR_POOL = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
@@ -32,6 +33,8 @@ def import_tower(which: str, checkpoint: Checkpoint, settings: Settings) -> Towe
 def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
     """The prefix of an image tower's names, its table, and what its package states."""
     state, cfg = checkpoint.state, group(checkpoint.open_clip, "vision_cfg")
+    if "vision_encoder.patch_embed.proj.weight" in state:
+        return _tips_image(checkpoint)
     patches = state.get("vision_model.embeddings.patch_embedding.weight")
     if "visual.conv1.weight" in state:  # OpenAI's and open_clip's own
         prefix, rows, pool = "visual.", formats.openai_image(), cfg.get("pool_type") or "tok"
@@ -54,8 +57,8 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
         stated = _stated_by_hf(checkpoint, "vision", is_siglip, "class", 12)
     else:
         raise ConvertError(
-            "no image tower; expected visual.conv1.weight (OpenAI, open_clip), visual.trunk.* (timm) or"
-            " vision_model.* (Hugging Face)"
+            "no image tower; expected visual.conv1.weight (OpenAI, open_clip), visual.trunk.* (timm),"
+            " vision_model.* or vision_encoder.* (Hugging Face)"
         )
     pixels = checkpoint.pixels
     if pixels is None:
@@ -70,7 +73,7 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     """As `_image`, of a text tower."""
     state, cfg = checkpoint.state, group(checkpoint.open_clip, "text_cfg")
     if "text_encoder.token_embedding.weight" in state:
-        return "text_encoder.", formats.tips_text(), _tips_text(checkpoint, assumed)
+        return "text_encoder.", formats.tips_text(), _tips_text(checkpoint)
     own = next((x for x in ("text.", "") if f"{x}token_embedding.weight" in state), None)
     if own is not None:  # OpenAI's and open_clip's
         linear = f"{own}text_projection"
@@ -135,14 +138,49 @@ def _end_id(checkpoint: Checkpoint, vocab: int) -> int | None:
     return found if isinstance(found, int) and 0 <= found < vocab - 1 else None
 
 
-def _tips_text(checkpoint: Checkpoint, assumed: list[str]) -> Stated:
+def _tips(checkpoint: Checkpoint, which: str, usual: Stated) -> tuple[Mapping[str, Any], Stated]:
+    """The part of config.json of TIPS v2 about a tower, and what it says where it differs from `usual`."""
+    if not checkpoint.hf:
+        raise ConvertError("TIPS v2 without a config.json of its own beside it; expected one")
+    cfg = _of_hf(checkpoint, which)
+    activation = cfg.get("hidden_act") or usual.activation
+    return cfg, usual._replace(
+        norm_eps=cfg.get("layer_norm_eps") or usual.norm_eps,
+        activation=_OUR_ACTIVATION.get(activation, activation),
+        heads=cfg.get("num_attention_heads") or usual.heads,
+    )
+
+
+def _tips_image(checkpoint: Checkpoint) -> tuple[str, list[NamePair], Stated]:
+    """As `_image`, of TIPS v2: registers, layer scale, pixels in [0, 1], maybe gated MLPs."""
+    cfg, stated = _tips(checkpoint, "vision", Stated(1e-6, "gelu", "gelu", 12, "class"))
+    gated = bool(cfg.get("use_swiglu_ffn"))
+    rows = formats.tips_image(gated=gated)
+    mean, std = checkpoint.pixels or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    fields = dict(
+        registers=Entries(checkpoint.state, rows).shape("image/registers", 3)[1],
+        layer_scale=True,
+        layer_scale_init=1.0,
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+    if gated:
+        width = Entries(checkpoint.state, rows).shape("image/blocks/mlp/gate/bias", 1)[0] // 2
+        fields |= dict(mlp="gated", mlp_dim=width)
+        stated = stated._replace(fallback="silu", activation="silu")
+    return "vision_encoder.", rows, stated._replace(fields=fields)
+
+
+def _tips_text(checkpoint: Checkpoint) -> Stated:
     """What TIPS v2 has: constant positions, tokens scaled, the mean of those that are no padding."""
-    cfg = _of_hf(checkpoint, "text")
-    if not cfg:
-        assumed.append("TIPS v2's: 64 tokens, embeddings times the square root of the width")
-    scaled = cfg.get("scale_sqrt_depth")
+    cfg, stated = _tips(checkpoint, "text", Stated(1e-5, "relu", "relu", 12, "masked_mean"))
+    scaled, length = cfg.get("scale_sqrt_depth"), cfg.get("max_position_embeddings") or 64
+    if length > _LONGEST:  # no array bounds it
+        raise ConvertError(
+            f"text_config.max_position_embeddings: got {length}, expected at most {_LONGEST}"
+        )
     fields: dict[str, Any] = dict(
-        context_length=cfg.get("max_position_embeddings") or 64,
+        context_length=length,
         position_kind="sinusoidal",
         scale_tokens=scaled is None or scaled,
         causal=False,
@@ -150,10 +188,7 @@ def _tips_text(checkpoint: Checkpoint, assumed: list[str]) -> Stated:
         cleaning="none",  # tokenizer.json lowers the case
         pad_id=cfg.get("pad_token_id") or 0,
     )
-    stated = _stated_by_hf(checkpoint, "text", is_siglip=False, pool="masked_mean", heads=12)
-    eps = cfg.get("layer_norm_eps") or 1e-5
-    activation = stated.activation and (cfg.get("hidden_act") or "relu")
-    return stated._replace(norm_eps=eps, fallback="relu", activation=activation, fields=fields)
+    return stated._replace(fields=fields)
 
 
 def _stated_by_open_clip(
