@@ -1,6 +1,5 @@
 """Reading of a CLIP or SigLIP checkpoint: its arrays, and the configs beside it, whose types are checked."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -134,7 +133,7 @@ def read(path: epath.PathLike) -> Checkpoint:
 
 def split(path: epath.PathLike) -> tuple[str, str | None]:
     """A path without the name of a text head, and that name; None where it names none."""
-    text = os.fspath(path)
+    text = str(path)
     found = re.fullmatch(f"(.+):({'|'.join(families.HEADS)})", text)
     if found and (hub.is_reference(text) or not epath.Path(text).exists()):
         return found[1], found[2]

@@ -120,7 +120,7 @@ def _build_tips(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     """transformers' TIPS v2 as it reads the folder itself."""
     import transformers
 
-    load = transformers.Tipsv2Model.from_pretrained
+    load: Any = transformers.Tipsv2Model.from_pretrained
     with output.on_disk(checkpoint.path.parent) as path:
         module, found = load(path, local_files_only=True, dtype="float32", output_loading_info=True)
     wrong = sorted(str(x) for names in found.values() for x in names or ())

@@ -143,7 +143,7 @@ def _tips(checkpoint: Checkpoint, which: str, usual: Stated) -> tuple[Mapping[st
     if not checkpoint.hf:
         raise ConvertError("TIPS v2 without a config.json of its own beside it; expected one")
     cfg = _of_hf(checkpoint, which)
-    activation = cfg.get("hidden_act") or usual.activation
+    activation = cfg.get("hidden_act") or usual.fallback
     return cfg, usual._replace(
         norm_eps=cfg.get("layer_norm_eps") or usual.norm_eps,
         activation=_OUR_ACTIVATION.get(activation, activation),
