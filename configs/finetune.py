@@ -4,8 +4,8 @@ COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
 FROM      your own run, e.g. runs/own: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
           size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
-          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), e.g.
-          open_clip:L/14.
+          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), pe_core (:T/16,
+          :S/16, :B/16, :L/14), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 HARDWARE  one GPU; docs/own_images.md lists what fits where.
 """
@@ -25,7 +25,30 @@ SIGLIP = {
     "B/16": (768, {}, {}),
     "L/16": (1024, dict(image_size=256, **_LARGE), _LARGE),
 }
-FAMILIES = {"openai": CLIP, "open_clip": CLIP, "siglip": SIGLIP, "siglip2": SIGLIP}
+_SMALL_TEXT = dict(width=512, depth=12, heads=8, mlp_dim=2048)
+PE_CORE = {
+    "T/16": (512, dict(image_size=384, rope_grid=24, width=192, heads=3, mlp_dim=768), _SMALL_TEXT),
+    "S/16": (
+        512,
+        dict(image_size=384, rope_grid=24, width=384, heads=6, mlp_dim=1536),
+        _SMALL_TEXT,
+    ),
+    "B/16": (1024, {}, {}),
+    "L/14": (1024, dict(image_size=336, patch_size=14, rope_grid=24, **_LARGE), {}),
+}
+DINOV3 = {  # with the text tower of open_clip's B/16 or L/14
+    "S/16": (512, dict(width=384, heads=6, mlp_dim=1536), {}),
+    "B/16": CLIP["B/16"],
+    "L/16": (768, _LARGE, CLIP["L/14"][2]),
+}
+FAMILIES = {
+    "openai": CLIP,
+    "open_clip": CLIP,
+    "siglip": SIGLIP,
+    "siglip2": SIGLIP,
+    "pe_core": PE_CORE,
+    "dinov3": DINOV3,
+}
 
 
 def get_config(source="open_clip"):
@@ -50,9 +73,15 @@ def take_towers(c, family, size):
     if size not in FAMILIES[family]:
         sizes = ", ".join(FAMILIES[family])
         raise ValueError(f"size of {family} towers: got {size!r}, expected one of {sizes}")
-    towers_of(c, family if family.startswith("siglip") else "clip")
+    if family == "dinov3":
+        towers_of(c, "dinov3", ("image",))
+        towers_of(c, "clip", ("text",))
+    else:
+        towers_of(c, family if family in ("siglip", "siglip2", "pe_core") else "clip")
     if family == "open_clip":  # of most of its models; OpenAI's have quick_gelu
-        c.model.image.activation = c.model.text.activation = "gelu"
+        c.model.image.activation = "gelu"
+    if family in ("open_clip", "dinov3"):
+        c.model.text.activation = "gelu"
     c.model.embed_dim, image, text = FAMILIES[family][size]
     c.model.image.update(image)
     c.model.text.update(text)

@@ -130,7 +130,9 @@ def own_images(size: str = "B/16") -> Keys:
 
 
 # Third-party towers, where they differ from the defaults beyond their sizes: "clip" is OpenAI's (most open_clip
-# models differ from it in activation="gelu"); "siglip" is big_vision's, with the text tower of SigLIP B.
+# models differ from it in activation="gelu"); "siglip" is big_vision's, with the text tower of SigLIP B; "dinov3" is an
+# image tower (S+, H+ and 7B also have mlp="gated", activation="silu"); "pe_core" is B/16 at 224 pixels (`rope_grid` is
+# patches a side of the pretraining), with the text tower of B and L.
 FAMILIES = {
     "clip": dict(
         image=dict(
@@ -166,6 +168,33 @@ FAMILIES = {
             tokenizer="siglip.model",
             cleaning="canonical",
             pad_id=1,
+        ),
+    ),
+    "dinov3": dict(
+        image=dict(
+            qk_norm=False,
+            norm_eps=1e-5,
+            positions=False,
+            rope="centres",
+            registers=4,
+            layer_scale=True,
+            key_bias=False,
+        ),
+    ),
+    "pe_core": dict(
+        image=dict(
+            qk_norm=False,
+            norm_eps=1e-5,
+            patch_bias=False,
+            pre_norm=True,
+            rope="grid",
+            rope_theta=1e4,
+            pool_heads=8,
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+        ),
+        text=dict(
+            context_length=32, width=1024, depth=24, heads=16, mlp_dim=4096, activation="gelu"
         ),
     ),
 }
@@ -204,10 +233,14 @@ FAMILIES["tipsv2"] = dict(
 
 
 def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text")) -> Keys:
-    """`c` with towers of another family (a key of FAMILIES), which `init.image` and `init.text` may then load."""
+    """`c` with towers of another family, a key of `FAMILIES`, which `init.image` and `init.text` may then load."""
     if family not in FAMILIES:
         raise ValueError(f"family of towers: got {family!r}, expected one of {', '.join(FAMILIES)}")
     for tower in towers:
+        if tower not in FAMILIES[family]:
+            raise ValueError(
+                f"family of towers: got {family!r}, which has no {tower} tower; expected towers=('image',)"
+            )
         c.model[tower].update(FAMILIES[family][tower])
     if not c.model.text.causal:
         c.text.packing = False

@@ -188,7 +188,7 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
         missing = sorted(_own(which, model, shapes).keys() - own.keys())
         raise_any([f"{name}: missing" for name in missing])
         if which == "image":
-            state = towers.with_class_position(state, tower)
+            state = towers.completed(state, tower)
         params = tables.read(tower.rows, state, own)
     unused = sorted(state.keys() - tables.used(tower.rows, own))
     resized = _resize_positions(config, which, params)
@@ -215,7 +215,7 @@ def _resize_positions(
 ) -> list[str]:
     """Resizes the positions of a built-in tower to the model, in `params`; the line for the report, if any."""
     name, tower = f"{which}/position_embed", getattr(config.model, which)
-    if named.is_external(tower.tower) or name not in params:
+    if named.is_external(tower.tower) or name not in params:  # rotary ones follow the grid
         return []
     old = params[name]
     if which == "image":

@@ -22,13 +22,17 @@ T = TypeVar("T")
 # Config fields that may differ from the checkpoint's: initialisation, training, speed, sizes that are resized,
 # tokenizer.
 _NOT_COMPARED = {
-    *("position_init", "position_period", "block_init", "qkv_init_gain", "dropout", "unroll"),
     "layer_scale_init",
+    *("position_init", "position_period", "block_init", "qkv_init_gain", "dropout", "unroll"),
     *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id"),
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-_HEAD_SIZES = {1152: 72, 1536: 96}  # of SigLIP's So400m and g-opt; all others have heads of 64
+# Of SigLIP's So400m and g-opt (and PE-core's G), of DINOv3's 7B; all others have heads of 64.
+_HEAD_SIZES = {1152: 72, 1536: 96, 4096: 128}
+_FREE_GRID = 14  # patches a side of a tower whose arrays do not depend on it
+# Names of transformers.
+OUR_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
 class Tower(NamedTuple):
@@ -38,6 +42,7 @@ class Tower(NamedTuple):
     rows: Sequence[NamePair]  # its table, the pooling head and the projection included
     prefix: str  # of the checkpoint's names; names with it belong to this tower
     assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
+    zeros: Sequence[str] = ()  # vectors of each layer that the checkpoint lacks and that are 0
     notes: Sequence[str] = ()  # other lines for the report
 
 
@@ -58,6 +63,7 @@ class Stated(NamedTuple):
     pool: str = "none"  # without a pooling head
     fields: Mapping[str, Any] = {}  # others of its config: of an image tower the pixels' mean and
     # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id, and what else its family has
+    zeros: Sequence[str] = ()  # as of `Tower`
 
 
 def settled(what: str, given: T | None, stated: T | None) -> T | None:
@@ -132,6 +138,38 @@ def image_sizes(there: Entries) -> dict[str, Any]:
     (width,) = there.shape("image/norm/scale", 1)
     patch = math.isqrt(math.prod(there.shape("image/patch_embed/kernel", 2, 4)) // 3 // width)
     class_token = "image/class_token" in there
+    grid = _grid(there, class_token)
+    mlp_dim = there.shape("image/blocks/mlp/in/bias", 1)[0]
+    pool_mlp_dim = mlp_dim
+    if "image_pool/mlp/in/bias" in there:
+        pool_mlp_dim = there.shape("image_pool/mlp/in/bias", 1)[0]
+    return dict(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        depth=there.depth("image/blocks/norm_1/scale"),
+        mlp_dim=mlp_dim,
+        qk_norm="image/blocks/attention/query_norm/scale" in there,
+        class_token=class_token,
+        patch_bias="image/patch_embed/bias" in there,
+        pre_norm="image/pre_norm/scale" in there,
+        positions=bool(there.name("image/position_embed")),
+        registers=there.shape("image/registers", 3)[1] if "image/registers" in there else 0,
+        layer_scale="image/blocks/layer_scale_1" in there,
+        mlp="gated" if "image/blocks/mlp/gate/kernel" in there else "plain",
+        pool_mlp_dim=0 if pool_mlp_dim == mlp_dim else pool_mlp_dim,
+        projection=_projection(there, "image_projection"),
+        position_init="normal",
+        position_period=1e4,
+        block_init="trunc_normal",
+        unroll=1,
+    )
+
+
+def _grid(there: Entries, class_token: bool) -> int:
+    """Patches a side, by the learned positions. Raises ConvertError: they are no square, or missing."""
+    if not there.name("image/position_embed"):
+        return _FREE_GRID
     positions = there.shape("image/position_embed", 2, 3)[-2]
     grid = math.isqrt(positions)
     if class_token and grid * grid != positions:
@@ -139,22 +177,7 @@ def image_sizes(there: Entries) -> dict[str, Any]:
     if positions - grid * grid not in (0, int(class_token)):
         name = there.name("image/position_embed")
         raise ConvertError(f"{name}: got {positions} positions, expected a square")
-    return dict(
-        image_size=grid * patch,
-        patch_size=patch,
-        width=width,
-        depth=there.depth("image/blocks/norm_1/scale"),
-        mlp_dim=there.shape("image/blocks/mlp/in/bias", 1)[0],
-        qk_norm="image/blocks/attention/query_norm/scale" in there,
-        class_token=class_token,
-        patch_bias="image/patch_embed/bias" in there,
-        pre_norm="image/pre_norm/scale" in there,
-        projection=_projection(there, "image_projection"),
-        position_init="normal",
-        position_period=1e4,
-        block_init="trunc_normal",
-        unroll=1,
-    )
+    return grid
 
 
 def text_sizes(there: Entries) -> dict[str, Any]:
@@ -205,8 +228,10 @@ def settle(
         kind, sizes = config_lib.TextTower, text_sizes(there)
     settled_fields = _settle(which, sizes["width"], stated, settings, assumed)
     pool = "map" if f"{which}_pool/probe" in there else stated.pool
-    config = kind(**{**sizes, **settled_fields, "pool": pool, **stated.fields})
-    return Tower(config, rows, prefix, assumed)
+    fields = {**sizes, **settled_fields, "pool": pool, **stated.fields}
+    if fields.get("pool_heads") == settled_fields["heads"]:
+        del fields["pool_heads"]
+    return Tower(kind(**fields), rows, prefix, assumed, stated.zeros)
 
 
 def two_tower_model(
@@ -248,14 +273,20 @@ def two_tower_model(
     shapes = grain.parameter_shapes(model)
     rows = [*image.rows, *text.rows, *(NamePair(ours, name) for ours, name in scalars.items())]
     state = {**state, **{scalars[x]: np.array(value, np.float32) for x, value in numbers.items()}}
-    params = tables.read(rows, with_class_position(state, image), shapes)
+    params = tables.read(rows, completed(state, image), shapes)
     unknown = sorted(state.keys() - tables.used(rows, shapes))
     raise_any([f"{name}: unknown key" for name in unknown])
     return model, tables.nested(params)
 
 
-def with_class_position(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.ndarray]:
-    """`state` with a position of zeros for a class token that has none, as in big_vision and some models of timm."""
+def completed(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.ndarray]:
+    """`state` with the zeros that an image tower of ours has and its package leaves out.
+
+    A position of a class token that has none, as in big_vision and some models of timm; the vectors of `tower.zeros`.
+    """
+    layers, zeros = tower.config.depth, np.zeros(tower.config.width, np.float32)
+    absent = [row for row in tower.rows if row.ours in tower.zeros]
+    state = {x: zeros for row in absent for x in row.entries((layers,))} | dict(state)
     name = Entries(state, tower.rows).name("image/position_embed")
     if not tower.config.class_token or name not in state:
         return state
@@ -292,6 +323,33 @@ def differences(part: str, got: Any, wanted: Any, *ignored: str) -> list[str]:
     ]
 
 
+def _options(image: config_lib.ImageTower) -> str:
+    """What an image tower has beyond CLIP's and SigLIP's, for the report."""
+    of_grid = f" on {image.rope_grid} x {image.rope_grid} patches" if image.rope == "grid" else ""
+    said = {
+        f"rotary positions by {image.rope}{of_grid}, theta {image.rope_theta:g}": image.rope
+        != "none",
+        "no learned positions": not image.positions,
+        f"registers {image.registers}": image.registers,
+        "layer scale": image.layer_scale,
+        "gated MLP": image.mlp == "gated",
+        "no bias of keys": not image.key_bias,
+        f"pool of {image.pool_heads} heads": image.pool_heads,
+        f"pool's MLP {image.pool_mlp_dim}": image.pool_mlp_dim,
+    }
+    return "".join(f", {words}" for words, there in said.items() if there)
+
+
+def _text_options(text: config_lib.TextTower) -> str:
+    """What a text tower has beyond CLIP's and SigLIP's, for the report."""
+    said = {
+        "sinusoidal positions": text.position_kind == "sinusoidal",
+        "tokens times the root of the width": text.scale_tokens,
+        f"ended by the id {text.end_id}": text.end_id is not None,
+    }
+    return "".join(f", {words}" for words, there in said.items() if there)
+
+
 def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]]) -> list[str]:
     """The lines of the report about the parts of a model and the assumptions in them, by part."""
     i, t, d = model.image, model.text, model.decoder
@@ -305,10 +363,10 @@ def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]]) -> l
     return [
         f"image    {i.image_size} px, patch {i.patch_size}, width {i.width}, depth {i.depth}, heads"
         f" {i.heads}, MLP {i.mlp_dim} {i.activation}, pool {i.pool}, pre-norm {'yes' if i.pre_norm else 'no'},"
-        f" qk-norm {'yes' if i.qk_norm else 'no'}, norm epsilon {i.norm_eps:g}",
+        f" qk-norm {'yes' if i.qk_norm else 'no'}, norm epsilon {i.norm_eps:g}{_options(i)}",
         f"text     vocabulary {t.vocab_size}, context {t.context_length}, width {t.width}, depth {t.depth},"
         f" heads {t.heads}, MLP {t.mlp_dim} {t.activation}, {'causal' if t.causal else 'bidirectional'},"
-        f" pool {t.pool}, norm epsilon {t.norm_eps:g}",
+        f" pool {t.pool}, norm epsilon {t.norm_eps:g}{_text_options(t)}",
         f"embedding {model.embed_dim}; {decoder}",
         *(f"ASSUMED  {part}: {words}" for part, lines in assumed.items() for words in lines),
     ]

@@ -24,13 +24,14 @@ _WEIGHTS = (
 )
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 _INTEGERS = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}  # position ids, counters
-# Entries that are not parameters: sizes in the archives of OpenAI, masks and position ids.
+# Entries that are not parameters: sizes in the archives of OpenAI, masks and position ids; the token of pretraining.
 _NOT_PARAMETERS = re.compile(
-    r"input_resolution|context_length|vocab_size|(text\.)?attn_mask|.*\.position_ids"
+    r"input_resolution|context_length|vocab_size|(text\.)?attn_mask|.*\.position_ids|(embeddings\.)?mask_token"
 )
 # model_type of config.json, in front of _vision_model and _text_model for a tower alone.
-_FAMILIES = "clip|siglip2?|metaclip_2|fgclip2|tipsv2"
+_FAMILIES = "clip|siglip2?|metaclip_2|fgclip2|tipsv2|dinov3_vit"
 _PREFIXES = ("vision_model", "text_model", "vision_encoder", "text_encoder")
+_REGISTERS = "embeddings.register_tokens"
 _MAX_NESTING = 3  # state dicts in state dicts, as trainers save them; one may contain itself
 _GROUP = "an object", lambda x: isinstance(x, Mapping)
 _TEXT = "a text", lambda x: isinstance(x, str)
@@ -55,8 +56,15 @@ _ANY = "at most 10^6", lambda x: not isinstance(x, int | float) or abs(x) <= 10*
 # Keys that are read of config.json, preprocessor_config.json and open_clip_config.json, in any group.
 _TYPES = {
     **dict.fromkeys(("vision_config", "text_config", "model_cfg", "preprocess_cfg"), _GROUP),
-    **dict.fromkeys(("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs"), _GROUP),
+    **dict.fromkeys(
+        ("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs", "pretrained_cfg"), _GROUP
+    ),
     **dict.fromkeys(("model_type", "hidden_act", "pool_type", "approximate"), _TEXT),
+    **dict.fromkeys(("architecture", "timm_model_name"), _TEXT),
+    "rope_theta": (
+        "a number from 1 to 10^6",
+        lambda x: type(x) in (int, float) and 1 <= x <= 10**6,
+    ),
     **dict.fromkeys(("num_attention_heads", "width", "head_width", "heads"), _SIZE),
     **dict.fromkeys(("layer_norm_eps", "eps", "temperature_init_value"), _POSITIVE),
     **dict.fromkeys(("max_position_embeddings", "longtext_len"), _SIZE),
@@ -78,6 +86,7 @@ class Checkpoint(NamedTuple):
     open_clip: Mapping[str, Any]  # open_clip_config.json's model_cfg, or {}
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and standard deviation
     tokenizers: tuple[epath.Path, ...]  # tokenizer files beside it
+    timm: Mapping[str, Any] = {}  # config.json of timm, or {}
     notes: tuple[str, ...] = ()  # for the report: which parts were taken, and which left out
 
 
@@ -109,14 +118,18 @@ def read(path: epath.PathLike) -> Checkpoint:
     hf, native = _json(beside / "config.json"), _json(beside / "open_clip_config.json")
     preprocessor = _json(beside / "preprocessor_config.json")
     state = _whole_names(state, hf)
+    timm = hf if "architecture" in hf else {}
     if not re.fullmatch(f"({_FAMILIES})(_(vision|text)_model)?", hf.get("model_type") or ""):
         hf = {}
     with prefixed(f"{path}: "):
         taken = families.take(state, hf, head)
     state = taken.state
+    if _REGISTERS in state and not state[_REGISTERS].size:  # DINOv3 without any
+        del state[_REGISTERS]
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
-    if mean is None or std is None:
-        mean, std = (group(native, "preprocess_cfg").get(key) for key in ("mean", "std"))
+    for cfg in (group(native, "preprocess_cfg"), group(timm, "pretrained_cfg")):
+        if mean is None or std is None:
+            mean, std = (cfg.get(key) for key in ("mean", "std"))
     if preprocessor.get("do_normalize") is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return Checkpoint(
@@ -127,6 +140,7 @@ def read(path: epath.PathLike) -> Checkpoint:
         group(native, "model_cfg"),
         None if mean is None or std is None else (tuple(mean), tuple(std)),
         tuple(beside / name for name in _TOKENIZERS if regular_file.is_one(beside / name)),
+        timm,
         taken.notes,
     )
 

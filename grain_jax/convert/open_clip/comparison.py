@@ -229,7 +229,7 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         init_logit_bias=model.logit_bias_init,
     )
     if "visual.trunk.patch_embed.proj.weight" in checkpoint.state and not stated:
-        module.add_module("visual", _timm_trunk(image))
+        module.add_module("visual", _timm_trunk(image, model.embed_dim))
 
     def encode(module, images, ids):
         return module.encode_image(images, normalize=True), module.encode_text(ids, normalize=True)
@@ -269,11 +269,34 @@ def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str,
     return vision_cfg, text_cfg
 
 
-def _timm_trunk(image: config_lib.ImageTower):
+def _pe_core(image: config_lib.ImageTower, features: int) -> Any:
+    """timm's PE-core by our sizes; its last layer is the projection, to so many features."""
+    import timm
+
+    grid = (image.rope_grid, image.rope_grid)
+    return timm.create_model(
+        "vit_pe_core_base_patch16_224",
+        img_size=image.image_size,
+        patch_size=image.patch_size,
+        embed_dim=image.width,
+        depth=image.depth,
+        num_heads=image.heads,
+        mlp_ratio=image.mlp_dim / image.width,
+        class_token=image.class_token,
+        attn_pool_num_heads=image.pool_heads or image.heads,
+        attn_pool_mlp_ratio=(image.pool_mlp_dim or image.mlp_dim) / image.width,
+        ref_feat_shape=grid,
+        num_classes=0 if image.projection == "none" else features,
+    )
+
+
+def _timm_trunk(image: config_lib.ImageTower, features: int):
     """timm's vision transformer by our sizes, since the checkpoint does not hold its name; as in open_clip."""
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
+    if image.rope != "none":
+        return torch.nn.Sequential(OrderedDict(trunk=_pe_core(image, features)))
     pools: dict[str, Any] = {"map": "map", "class": "token", "mean": "avg"}
     sizes: dict[str, Any] = dict(
         img_size=image.image_size, patch_size=image.patch_size, embed_dim=image.width

@@ -5,6 +5,7 @@ from typing import Any
 
 from grain_jax.convert import formats, towers
 from grain_jax.convert.faults import ConvertError, prefixed
+from grain_jax.convert.open_clip import rotary_towers
 from grain_jax.convert.open_clip.checkpoint import Checkpoint, group
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.convert.towers import Settings, Stated, Tower
@@ -13,7 +14,6 @@ _CLIP_VOCABULARY = 49408
 _CLIP_END = 49407  # what transformers assumes
 _LONGEST = 4096  # of TIPS v2's constant positions; published models have 64
 _SIGLIP_VOCABULARY = 32000  # SentencePiece, of SigLIP 1; SigLIP 2 has Gemma's, of 256,000
-_OUR_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _OUR_POOL = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 
 
@@ -44,6 +44,13 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
             )
         heads = (cfg.get("width") or 768) // (cfg.get("head_width") or 64) if cfg else None
         stated = _stated_by_open_clip(checkpoint, cfg, 1e-5, pool, heads)
+    elif family := rotary_towers.family_of_timm(cfg.get("timm_model_name"), state, "visual.trunk."):
+        found = rotary_towers.of_timm(family, state, "visual.trunk.", assumed)
+        prefix, rows, stated = found
+    elif "embeddings.patch_embeddings.weight" in state:
+        prefix, rows, stated = rotary_towers.of_hugging_face(checkpoint, assumed)
+    elif "patch_embed.proj.weight" in state:  # timm's alone
+        prefix, rows, stated = rotary_towers.of_bare_timm(checkpoint, assumed)
     elif "visual.trunk.patch_embed.proj.weight" in state:  # timm's inside open_clip
         prefix, rows = "visual.", formats.timm_image_in_open_clip()
         norm_eps = 1e-5 if "visual.trunk.norm_pre.weight" in state else 1e-6  # CLIP towers; others
@@ -60,13 +67,15 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
             "no image tower; expected visual.conv1.weight (OpenAI, open_clip), visual.trunk.* (timm),"
             " vision_model.* or vision_encoder.* (Hugging Face)"
         )
-    pixels = checkpoint.pixels
+    pixels, keys = checkpoint.pixels, ("pixel_mean", "pixel_std")
     if pixels is None:
         is_siglip = "image_pool/probe" in Entries(state, rows)
         pixels = towers.SIGLIP_PIXELS if is_siglip else towers.CLIP_PIXELS
-        family = "SigLIP" if is_siglip else "CLIP"
-        assumed.append(f"pixels normalised as {family} does, mean {pixels[0]}")
-    return prefix, rows, stated._replace(fields=dict(zip(("pixel_mean", "pixel_std"), pixels)))
+        who = f"{'SigLIP' if is_siglip else 'CLIP'} does"
+        if "pixel_mean" in stated.fields:
+            pixels, who = tuple(stated.fields[key] for key in keys), "such towers do"
+        assumed.append(f"pixels normalised as {who}, mean {pixels[0]}")
+    return prefix, rows, stated._replace(fields={**stated.fields, **dict(zip(keys, pixels))})
 
 
 def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
@@ -146,7 +155,7 @@ def _tips(checkpoint: Checkpoint, which: str, usual: Stated) -> tuple[Mapping[st
     activation = cfg.get("hidden_act") or usual.fallback
     return cfg, usual._replace(
         norm_eps=cfg.get("layer_norm_eps") or usual.norm_eps,
-        activation=_OUR_ACTIVATION.get(activation, activation),
+        activation=towers.OUR_ACTIVATION.get(activation, activation),
         heads=cfg.get("num_attention_heads") or usual.heads,
     )
 
@@ -157,16 +166,14 @@ def _tips_image(checkpoint: Checkpoint) -> tuple[str, list[NamePair], Stated]:
     gated = bool(cfg.get("use_swiglu_ffn"))
     rows = formats.tips_image(gated=gated)
     mean, std = checkpoint.pixels or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    fields = dict(
-        registers=Entries(checkpoint.state, rows).shape("image/registers", 3)[1],
-        layer_scale=True,
+    fields: dict[str, Any] = dict(
         layer_scale_init=1.0,
         pixel_mean=mean,
         pixel_std=std,
     )
     if gated:
-        width = Entries(checkpoint.state, rows).shape("image/blocks/mlp/gate/bias", 1)[0] // 2
-        fields |= dict(mlp="gated", mlp_dim=width)
+        both = Entries(checkpoint.state, rows).shape("image/blocks/mlp/gate/bias", 1)[0]
+        fields["mlp_dim"] = both // 2
         stated = stated._replace(fallback="silu", activation="silu")
     return "vision_encoder.", rows, stated._replace(fields=fields)
 
@@ -224,6 +231,6 @@ def _stated_by_hf(
     activation = cfg.get("hidden_act") or habit.fallback
     return habit._replace(
         norm_eps=cfg.get("layer_norm_eps") or habit.norm_eps,
-        activation=_OUR_ACTIVATION.get(activation, activation),
+        activation=towers.OUR_ACTIVATION.get(activation, activation),
         heads=cfg.get("num_attention_heads") or heads,
     )
