@@ -36,6 +36,7 @@ _PREFIXES = {
     "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
 }
 _TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
+_POOLING = ("pool", "pool_heads", "pool_mlp_dim", "projection")
 _BOX_HEAD = ("box_head/", "box_projection/")
 
 
@@ -173,7 +174,7 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     model = config.model
     tower, state = _read(model, which, path)
     wanted = getattr(model, which)
-    ignored = ("pool", "projection") if which == "image" and model.decoder is not None else ()
+    ignored = _POOLING if which == "image" and model.decoder is not None else ()
     # The checkpoint's tower alone, with its pooling head and projection.
     alone = dataclasses.replace(
         model, decoder=None, boxes=config_lib.BoxHead(), **{which: tower.config}

@@ -89,7 +89,7 @@ class ImageTransformer(towers.ImageTower):
     def _with_leading(self, x: jax.Array, grid: int) -> jax.Array:
         """Patches [B, P, E] -> [B, N, E]: with learned positions and the leading tokens."""
         t = self.config
-        as_tokens = lambda rows, count: jnp.broadcast_to(rows, (len(x), count, t.width)).astype(
+        as_tokens = lambda rows, count: jnp.broadcast_to(rows, (x.shape[0], count, t.width)).astype(
             self.dtype
         )
         token, positions = None, None

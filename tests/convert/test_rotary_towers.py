@@ -20,7 +20,7 @@ from grain_jax.configs import finetune  # noqa: E402
 from grain_jax.convert import initialise, parity, tables  # noqa: E402
 from grain_jax.convert.__main__ import main  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
-from grain_jax.models import vit  # noqa: E402
+from grain_jax.models import grain, vit  # noqa: E402
 from grain_jax.runtime import checkpoint  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
 
@@ -39,6 +39,10 @@ def _config(family, path, **image):
     recipe.towers_of(c, family, ("image",))
     c.model.image.update(SIZES | image)
     return c
+
+
+def _load(c):
+    return initialise.load(config_lib.from_dict(c))
 
 
 def _tokens(c, images):
@@ -74,7 +78,7 @@ def test_a_run_starts_from_dinov3_of_transformers(gated, tmp_path):
     ]
     c.model.image.update(registers=1, rope_theta=100.0)
     with pytest.raises(ConvertError) as error:
-        initialise.load(config_lib.from_dict(c))
+        _load(c)
     assert [line.split("model.image.")[1] for line in str(error.value).split("\n")] == [
         "rope_theta: got 100.0, but the checkpoint's tower has 50.0",
         "registers: got 1, but the checkpoint's tower has 4",
@@ -104,10 +108,10 @@ def test_a_run_starts_from_dinov3_of_timm(name, tmp_path):
     with pytest.raises(
         ConvertError, match="got the architecture 'vit_small_patch16_rope_224', exp"
     ):
-        initialise.load(config_lib.from_dict(c))
+        _load(c)
     (tmp_path / "config.json").unlink()
     c.model.image.update(pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225))
-    again = initialise.load(config_lib.from_dict(c))  # the arrays tell the family
+    again = _load(c)  # the arrays tell the family
     assert len(again.params) == (25 if "plus" in name else 23)
     assert sum("ASSUMED" in line for line in again.report) == 3  # heads, constants, pixels
 
@@ -183,3 +187,22 @@ def test_two_towers_of_pe_core(class_token, tmp_path, capsys):
         (0.5,) * 3,
     )
     assert (model.text.activation, model.text.pool) == ("gelu", "end")
+    if class_token:
+        _starts_from_its_trunk(module.visual.trunk, params, tmp_path)
+
+
+def _starts_from_its_trunk(trunk, params, folder):
+    """timm's file alone gives the same arrays; learned positions are resized, rotary ones stay those of their grid."""
+    safetensors.torch.save_file(trunk.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text('{"architecture": "vit_pe_core_tiny_patch16_384"}')
+    file = folder / "model.safetensors"
+    loaded = _load(_config("pe_core", file, rope_grid=4))
+    expected = grain.flat({"image": params["image"]})
+    assert loaded.params.keys() == expected.keys()
+    for name, array in loaded.params.items():
+        np.testing.assert_array_equal(array, expected[name])
+    larger = _config("pe_core", file, rope_grid=4, image_size=48)
+    assert "init.image: 17 positions resized to 37" in _load(larger).report
+    larger.model.image.rope_grid = 6
+    with pytest.raises(ConvertError, match="rope_grid: got 6, but the checkpoint's tower has 4"):
+        _load(larger)

@@ -174,7 +174,8 @@ def test_a_batch_without_regions_has_no_region_losses(golden, module):
 
 
 SWITCHES = [
-    dict(image__qk_norm=False, image__pre_norm=True, image__activation="quick_gelu"),
+    dict(image__qk_norm=False, image__pre_norm=True, image__activation="quick_gelu")
+    | dict(text__activation="silu"),
     dict(image__class_token=False, image__patch_bias=False, image__activation="gelu_tanh")
     | dict(image__norm_eps=1e-4, text__activation="gelu", text__norm_eps=1e-3)
     | dict(decoder__image_pool="all"),

@@ -11,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.convert.exits import reasons
+from grain_jax.launch import estimate
 from grain_jax.models import grain, layers, placement, rotary, vit
+from grain_jax.report import attention as report
 from grain_jax.training import flops, optim
 from tests import foreign, perturbed, tiny
 from tests.models.test_attention import _loss
@@ -233,3 +235,23 @@ def test_flops_count_what_the_options_add():
     added = 3 * of_token + pairs(tokens + 3) - pairs(tokens)
     assert count(model__image__registers=3) - plain == added
     assert count(model__image__rope="grid", model__image__layer_scale=True) == plain
+
+
+def test_the_plan_and_the_report_count_registers():
+    sizes = dict(data=1, fsdp=1, tensor=2)
+    counts = [estimate._tensor_sums(tiny.config(model__image__registers=n), sizes) for n in (0, 3)]
+    tower = tiny.config().model.image
+    batch, added = tiny.config().batch_size, 4 * tower.depth * 3 * tower.width * 4
+    assert counts[1] == (counts[0][0], counts[0][1] + added * batch)
+    assert report.grid(perturbed.tiny(image__registers=2)) == (3, 5)
+
+
+def test_it_is_exported_for_any_number_of_images():
+    tower = _tower(image_size=16, **DINOV3)
+    module = vit.ImageTransformer(tower, jnp.dtype("float32"))
+    images = _images(16)
+    params = module.init(jax.random.key(0), images)
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, *images.shape[1:]), images.dtype)
+    exported = jax.export.export(jax.jit(lambda x: module.apply(params, x)))(shape)
+    foreign.close(np.asarray(exported.call(images)), np.asarray(module.apply(params, images)))
