@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+timm = pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 import open_clip.model as library  # noqa: E402
 import safetensors.torch  # noqa: E402
@@ -26,7 +27,7 @@ from grain_jax.convert.open_clip import families  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
-from grain_jax.models import attention, grain  # noqa: E402
+from grain_jax.models import attention, grain, vit  # noqa: E402
 from grain_jax.runtime import checkpoint  # noqa: E402
 from grain_jax.training import flops  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
@@ -449,6 +450,41 @@ def test_tips(gated, vision, tmp_path):
     np.testing.assert_allclose(np.exp(params["logit_scale"]), scale, rtol=1e-6)
     assert ("training clips it at 100" in report.text) == (scale > 100)
     assert "left out: vision_encoder.mask_token" in report.text
+
+
+@pytest.mark.parametrize("size,gated", [("base", False), ("giant", True)])
+def test_a_run_starts_from_tips_of_timm(size, gated, tmp_path):
+    name = f"vit_{size}_patch14_reg1_tipsv2"
+    sizes = dict(img_size=SIZE, patch_size=PATCH, embed_dim=128, depth=1, num_heads=2, mlp_ratio=2)
+    module = foreign.perturb(timm.create_model(name, **sizes))
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    c = tiny.dictionary(init__image=str(tmp_path))
+    recipe.towers_of(c, "tipsv2", ("image",))
+    own = dict(image_size=SIZE, patch_size=PATCH, width=128, depth=1, heads=2)
+    gate = dict(mlp="gated", activation="silu", mlp_dim=128) if gated else dict(mlp_dim=256)
+    c.model.image.update(own | gate)
+    config = config_lib.from_dict(c)
+    loaded = initialise.load(config)
+    tower = vit.ImageTransformer(config.model.image, np.dtype("float32"))
+    images = np.random.default_rng(0).standard_normal((2, SIZE, SIZE, 3)).astype(np.float32)
+    theirs = module.forward_features(foreign.torch_images(images))
+    weights = np.random.default_rng(1).standard_normal(theirs.shape).astype(np.float32)
+
+    def value(flat):
+        tokens: Any = tower.apply({"params": tables.nested(flat)["image"]}, images)
+        return (tokens * weights).sum(), tokens
+
+    (_, ours), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(loaded.params)
+    (theirs * torch.from_numpy(weights)).sum().backward()
+    foreign.close(np.asarray(ours), theirs.detach().numpy())
+    rows = import_tower("image", files.read(tmp_path), NONE).rows
+    found = tables.write(rows, gradient)
+    found["pos_embed"] = found["pos_embed"][:, 1:]  # the class token has none there
+    expected = {n: x.grad.numpy() for n, x in module.named_parameters() if x.grad is not None}
+    assert found.keys() == expected.keys()
+    for entry, array in expected.items():
+        foreign.close(found[entry], array)
 
 
 def test_tips_of_the_hub(tmp_path):

@@ -1,5 +1,6 @@
 """The towers of a CLIP or SigLIP checkpoint: an entry tells the package, whose table and habits are stated here."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,8 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
         prefix, rows, stated = found
     elif "embeddings.patch_embeddings.weight" in state:
         prefix, rows, stated = rotary_towers.of_hugging_face(checkpoint, assumed)
+    elif re.fullmatch(r"vit_\w+_tipsv2(\..*)?", checkpoint.timm.get("architecture") or ""):
+        prefix, rows, stated = _tips_of_timm(checkpoint)
     elif "patch_embed.proj.weight" in state:  # timm's alone
         prefix, rows, stated = rotary_towers.of_bare_timm(checkpoint, assumed)
     elif "visual.trunk.patch_embed.proj.weight" in state:  # timm's inside open_clip
@@ -171,11 +174,28 @@ def _tips_image(checkpoint: Checkpoint) -> tuple[str, list[NamePair], Stated]:
         pixel_mean=mean,
         pixel_std=std,
     )
-    if gated:
-        both = Entries(checkpoint.state, rows).shape("image/blocks/mlp/gate/bias", 1)[0]
-        fields["mlp_dim"] = both // 2
-        stated = stated._replace(fallback="silu", activation="silu")
-    return "vision_encoder.", rows, stated._replace(fields=fields)
+    stated = stated._replace(fields=fields)
+    return "vision_encoder.", rows, _gated(checkpoint, rows, stated) if gated else stated
+
+
+def _gated(checkpoint: Checkpoint, rows: list[NamePair], stated: Stated) -> Stated:
+    """With the SwiGLU whose gate and other linear layer are one entry."""
+    both = Entries(checkpoint.state, rows).shape("image/blocks/mlp/gate/bias", 1)[0]
+    fields = {**stated.fields, "mlp_dim": both // 2}
+    return stated._replace(fallback="silu", activation="silu", fields=fields)
+
+
+def _tips_of_timm(checkpoint: Checkpoint) -> tuple[str, list[NamePair], Stated]:
+    """As `_tips_image`, of timm, whose name for it tells the number of heads."""
+    plain = Entries(checkpoint.state, formats.timm_tips(gated=False))
+    (width,) = plain.shape("image/norm/scale", 1)
+    (inner,) = plain.shape("image/blocks/mlp/in/bias", 1)
+    gated = plain.shape("image/blocks/mlp/out/kernel", 2)[1] != inner
+    heads = 16 if width == 1152 else max(width // 64, 1)
+    fields = dict(layer_scale_init=1.0, pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 1.0))
+    stated = Stated(1e-6, "gelu", "gelu", heads, "class", fields)
+    rows = formats.timm_tips(gated=gated)
+    return "", rows, _gated(checkpoint, rows, stated) if gated else stated
 
 
 def _tips_text(checkpoint: Checkpoint) -> Stated:
