@@ -133,6 +133,8 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         }
 
     any_function = functions["image"][0]
+    end_id = model.text.end_id
+    which = "for CLIP's ids tokens.argmax(1)" if end_id is None else f"the id {end_id}"
     learnt = {"logit_scale": float(np.exp(predictor.params["logit_scale"]))}
     if model.logit_bias_init is not None:
         learnt["logit_bias"] = float(predictor.params["logit_bias"])
@@ -158,9 +160,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
             else epath.Path(model.text.tokenizer).name,
             "cleaning": model.text.cleaning,
             "pad_id": model.text.pad_id,
-            "end": "position of each text's last token; for CLIP's ids tokens.argmax(1)"
-            if model.text.end_id is None
-            else f"position of each text's last token, the id {model.text.end_id}"
+            "end": f"position of each text's last token; {which}"
             if model.text.packable
             else "not looked at: zeros will do",
         },
