@@ -4,8 +4,8 @@ COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
 FROM      your own run, e.g. runs/own: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
           size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
-          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip (:B/16, :L/16), pe_core (:T/16, :S/16,
-          :B/16, :L/14), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
+          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), pe_core (:T/16,
+          :S/16, :B/16, :L/14), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
 HARDWARE  one GPU; docs/own_images.md lists what fits where.
@@ -46,6 +46,7 @@ FAMILIES = {
     "openai": CLIP,
     "open_clip": CLIP,
     "siglip": SIGLIP,
+    "siglip2": SIGLIP,
     "pe_core": PE_CORE,
     "dinov3": DINOV3,
 }
@@ -77,7 +78,7 @@ def take_towers(c, family, size):
         towers_of(c, "dinov3", ("image",))
         towers_of(c, "clip", ("text",))
     else:
-        towers_of(c, family if family in ("siglip", "pe_core") else "clip")
+        towers_of(c, family if family in ("siglip", "siglip2", "pe_core") else "clip")
     if family == "open_clip":  # of most of its models; OpenAI's have quick_gelu
         c.model.image.activation = "gelu"
     if family in ("open_clip", "dinov3"):
@@ -87,7 +88,7 @@ def take_towers(c, family, size):
     c.model.text.update(text)
     if size.startswith("L"):
         c.microbatches = 4  # with 1, it needs more than 40 GB of GPU memory
-    c.init.resize = "bilinear" if family == "siglip" else "bicubic"
+    c.init.resize = "bilinear" if family.startswith("siglip") else "bicubic"
 
 
 def take_folder(c, folder):

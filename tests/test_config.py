@@ -377,7 +377,12 @@ def test_the_list_of_keys_is_that_of_the_recipe_and_says_what_each_is():
         + ("set this or warmup_steps",),
         ("model.image.pixel_std", "tuple of float", "(0.229, 0.224, 0.225)", "", "numbers")
         + ("As pixel_mean: the standard deviations.",),
-        ("model.image.activation", "str", "'gelu'", "one of gelu, gelu_tanh, quick_gelu, silu")
+        (
+            "model.image.activation",
+            "str",
+            "'gelu'",
+            "one of gelu, gelu_tanh, quick_gelu, relu, silu",
+        )
         + ("numbers", 'of the MLP; "gelu" is exact'),
         ("input.datasets[].weight", "float", "", "", "order")
         + ("more than 0; the share is weight / sum of all weights",),

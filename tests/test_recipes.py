@@ -73,9 +73,11 @@ def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
 def test_every_family_of_towers_resolves(source):
     config = config_lib.from_dict(finetune.get_config(source))
     assert config.optim.layer_decay == 0.75
-    assert config.model.image.activation == {"openai": "quick_gelu", "siglip": "gelu_tanh"}.get(
-        source.split(":")[0], "gelu"
-    )
+    assert config.model.image.activation == {
+        "openai": "quick_gelu",
+        "siglip": "gelu_tanh",
+        "siglip2": "gelu_tanh",
+    }.get(source.split(":")[0], "gelu")
     assert config.text.packing == (not source.startswith("siglip"))
 
 

@@ -26,12 +26,13 @@ IMAGE_TOWERS = ("vit",)
 TEXT_TOWERS = ("transformer",)
 SOURCES = ("records", "synthetic")
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 ROPES = ("none", "centres", "grid")
 MLPS = ("plain", "gated")
 PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
-TEXT_POOLS = ("end", "last", "map", "mean")
+TEXT_POOLS = ("end", "last", "map", "mean", "masked_mean")
+TEXT_POSITIONS = ("learned", "sinusoidal")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
 BOX_HEADS = ("none", "roi_align", "prompter")
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
@@ -187,8 +188,11 @@ class TextTower:
     # As that of the image tower.
     activation: str = key("quick_gelu", choices=ACTIVATIONS)
     # "end": the end token; "last": the last position of the row; "map" (attention pooling) and "mean": all of
-    # the row.
+    # the row. "masked_mean": all but the padding, to which no position attends.
     pool: str = key("end", choices=TEXT_POOLS)
+    # "learned", or "sinusoidal": constants, wavelengths from 2 pi to 2 pi 10^4 tokens.
+    position_kind: str = key("learned", choices=TEXT_POSITIONS)
+    scale_tokens: bool = key(False)  # the embeddings of tokens times the square root of the width
     projection: str = key("matrix", choices=PROJECTIONS)  # as that of the image tower
     # "clip", or the path of a tokenizer.json or of a SentencePiece .model.
     tokenizer: str = key("clip")
@@ -196,6 +200,8 @@ class TextTower:
     cleaning: str = key("lower", choices=TEXT_CLEANINGS)
     # The token of the padding; it matters only to towers that are not packable.
     pad_id: int = count(0)
+    # The token that ends a text, by which pool="end" finds the end in token ids; None: the highest id of the text.
+    end_id: int | None = count(None)
 
     @property
     def packable(self) -> bool:
@@ -207,6 +213,10 @@ class TextTower:
         if named.is_external(self.tower):
             return named.find("model.text.tower", self.tower, {}).packable(self)
         return self.causal and self.pool == "end"
+
+    def ends(self, tokens: Any) -> Any:
+        """Where the texts of token ids [N, L] end, [N]; 0 for one without the token `end_id`."""
+        return (tokens if self.end_id is None else tokens == self.end_id).argmax(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +273,7 @@ class Init:
 
     # Of the image tower: ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's.
     image: str | None = key(None)
-    # Of the text tower, with its projection.
+    # Of the text tower, with its projection. FG-CLIP's text heads: `path:long`, `path:box`.
     text: str | None = key(None)
     # How image positions become those of another grid.
     resize: str = key("bilinear", choices=("bilinear", "bicubic"))

@@ -198,6 +198,38 @@ FAMILIES = {
         ),
     ),
 }
+FAMILIES["siglip2"] = dict(
+    image=FAMILIES["siglip"]["image"],
+    text=FAMILIES["siglip"]["text"]
+    | dict(vocab_size=256000, tokenizer="tokenizer.json", cleaning="lower", pad_id=0),
+)
+FAMILIES["tipsv2"] = dict(
+    image=dict(
+        image_size=448,
+        patch_size=14,
+        qk_norm=False,
+        registers=1,  # its second class token
+        layer_scale=True,
+        layer_scale_init=1.0,
+        pixel_mean=(0.0, 0.0, 0.0),
+        pixel_std=(1.0, 1.0, 1.0),
+    ),
+    text=dict(
+        vocab_size=32000,
+        context_length=64,
+        width=768,
+        heads=12,
+        mlp_dim=3072,
+        causal=False,
+        activation="relu",
+        pool="masked_mean",
+        position_kind="sinusoidal",
+        scale_tokens=True,
+        projection="none",
+        tokenizer="tokenizer.json",
+        cleaning="none",
+    ),
+)
 
 
 def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text")) -> Keys:
@@ -210,7 +242,7 @@ def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text"))
                 f"family of towers: got {family!r}, which has no {tower} tower; expected towers=('image',)"
             )
         c.model[tower].update(FAMILIES[family][tower])
-    if "text" in towers and family == "siglip":
+    if not c.model.text.causal:
         c.text.packing = False
     return c
 

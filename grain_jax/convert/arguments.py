@@ -51,8 +51,8 @@ class _Towers(_OfFile):
     where the checkpoint does not state it:
       --image-heads N          attention heads of the image tower
       --text-heads N           attention heads of the text tower
-      --image-activation NAME  of the image tower: gelu, gelu_tanh, quick_gelu or silu
-      --text-activation NAME   of the text tower: gelu, gelu_tanh, quick_gelu or silu
+      --image-activation NAME  of the image tower: gelu, gelu_tanh, quick_gelu, relu or silu
+      --text-activation NAME   of the text tower: gelu, gelu_tanh, quick_gelu, relu or silu
     """
 
     image_heads: int | None = None
@@ -150,6 +150,8 @@ class FromHf(_OfFile, name="convert from-hf"):
 
 class FromOpenClip(_Towers, name="convert from-open-clip"):
     """CLIP or SigLIP weights (OpenAI, open_clip, Hugging Face) -> a two-tower model for grain_jax.load.
+
+    MetaCLIP 2, FG-CLIP 1 and 2 and TIPS v2 too. FG-CLIP's other text heads: --input PATH:long, PATH:box.
 
     Example:
       grain-jax convert from-open-clip --input ViT-B-32.safetensors --output towers

@@ -175,6 +175,8 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
 
     any_function = functions["image"][0]
     image, text, learnt = describe(predictor)
+    end_id = predictor.model.text.end_id
+    which = "for CLIP's ids tokens.argmax(1)" if end_id is None else f"the id {end_id}"
     return {
         "grain_jax": __version__,
         "jax": jax.__version__,
@@ -185,7 +187,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         "image": image | {"normalised_by": "the function: give it the uint8 values"},
         "text": text
         | {
-            "end": "position of each text's last token; for CLIP's ids tokens.argmax(1)"
+            "end": f"position of each text's last token; {which}"
             if predictor.model.text.packable
             else "not looked at: zeros will do",
         },
@@ -241,12 +243,12 @@ def _compare(
     sizes = image.image_size, text.vocab_size, text.context_length
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
-    given = parity.inputs(*sizes, count=_IMAGES)
+    given = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
     shape = given.images.shape
     given = given._replace(images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     expected = parity.outputs_of(predictor, given)
     inputs = {"image": given.images, "tokens": given.token_ids}
-    inputs["end"] = given.token_ids.argmax(1).astype(np.int32)
+    inputs["end"] = text.ends(given.token_ids).astype(np.int32)
     if "maps" in functions:
         inputs["text_embed"] = expected["text_embed"]
         texts = [expected["text_embed"]] * _IMAGES

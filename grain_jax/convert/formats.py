@@ -46,6 +46,7 @@ _DINOV3 = LayerNames(
     gate="mlp.gate_proj",
     scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
 )
+_TIPS = _TIMM._replace(scales=("ls1.gamma", "ls2.gamma"))
 # Of timm's Eva, whose biases of queries and values are entries of their own where keys have none.
 _EVA = _TIMM._replace(scales=("gamma_1", "gamma_2"))
 _EVA_GATED = _EVA._replace(mlp=("mlp.fc1_x", "mlp.fc2"), gate="mlp.fc1_g")
@@ -153,6 +154,43 @@ def openai_text(prefix: str = "", matrix: bool = True) -> list[NamePair]:
             if matrix
             else linear("text_projection", projection)
         ),
+    ]
+
+
+def tips_text() -> list[NamePair]:
+    """The text tower of TIPS v2: constant positions, no projection."""
+    own = ("text/position_embed", "text_projection/kernel")
+    return [row for row in openai_text("text_encoder.") if row.ours not in own]
+
+
+def tips_image(*, gated: bool) -> list[NamePair]:
+    """The image tower of TIPS v2; `gated`: one entry holds the gate and the other linear layer of an MLP."""
+    mlp = ("mlp.w12", "mlp.w3") if gated else ("mlp.c_fc", "mlp.c_proj")
+    return _with_registers("vision_encoder.", "register_tokens", mlp, gated)
+
+
+def timm_tips(*, gated: bool) -> list[NamePair]:
+    """The same in timm, alone."""
+    return _with_registers("", "reg_token", _TIMM.mlp, gated)
+
+
+def _with_registers(at: str, registers: str, mlp: tuple[str, str], gated: bool) -> list[NamePair]:
+    layer = f"{at}blocks.{{}}."
+    inner = linear("image/blocks/mlp/in", layer + mlp[0])
+    if gated:
+        inner = [
+            row._replace(part=(index, 2))
+            for index, name in enumerate(("gate", "in"))
+            for row in linear(f"image/blocks/mlp/{name}", layer + mlp[0])
+        ]
+    blocks = _blocks("image/blocks", layer, _TIPS._replace(mlp=mlp))
+    return [
+        *_timm_tokens(at),
+        NamePair("image/registers", f"{at}{registers}", tables.BATCHED),
+        NamePair("image/position_embed", f"{at}pos_embed", tables.BATCHED),
+        *(row for row in blocks if not row.ours.startswith("image/blocks/mlp/in/")),
+        *inner,
+        *norm("image/norm", f"{at}norm"),
     ]
 
 

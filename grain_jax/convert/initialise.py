@@ -120,7 +120,8 @@ def check(init: config_lib.Init) -> None:
     """Raises ConvertError where a checkpoint that `init` names is not there; none is read."""
     for which in towers.TOWERS + ("decoder",):
         path = getattr(init, which)
-        file = re.sub(r"(\.npz):[^/:].*$", r"\1", path or ".")  # without the sub-tree
+        file, _ = open_clip.split(path or ".")  # without the text head, or the sub-tree
+        file = re.sub(r"(\.npz):[^/:].*$", r"\1", file)
         if not epath.Path(file).exists():
             raise ConvertError(
                 f"init.{which}: {path}: no such file or folder, expected a checkpoint"
@@ -197,11 +198,12 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
         raise_any([f"{n}: got shape {x}, expected {shapes[n]}" for n, x in wrong.items()])
     report = [f"init.{which}: {len(params)} arrays from {path}", *resized]
     report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
+    report += [f"init.{which}: {words}" for words in tower.notes]
     if which == "text":
         report += [
             f"init.text: CHECK model.text.{field}: got {getattr(wanted, field)!r}; such a tower's is"
             f" {getattr(tower.config, field)!r}"
-            for field in ("cleaning", "pad_id")
+            for field in ("cleaning", "pad_id", "end_id")
             if getattr(wanted, field) != getattr(tower.config, field)
         ]
     if unused:

@@ -61,7 +61,13 @@ class Report(NamedTuple):
 
 
 def inputs(
-    image_size: int, vocab_size: int, context_length: int, *, count: int = 4, seed: int = 0
+    image_size: int,
+    vocab_size: int,
+    context_length: int,
+    *,
+    count: int = 4,
+    seed: int = 0,
+    end_id: int | None = None,
 ) -> Inputs:
     """Random images and texts, the same for the same arguments.
 
@@ -69,6 +75,9 @@ def inputs(
       image_size: S, pixels.
       vocab_size: V; the two highest ids start and end a text.
       context_length: L. The first text is empty, the second fills all of L.
+      count: N.
+      seed: of the random numbers.
+      end_id: ends a text, and is nowhere else; None: the highest id.
     """
     rng = np.random.default_rng(seed)
     # One value a quarter, plus noise: images differ in coarse and fine structure.
@@ -80,14 +89,17 @@ def inputs(
     lengths = rng.integers(3, context_length + 1, count)
     lengths[:2] = (2, context_length)[:count]
     ids[:, 0] = vocab_size - 2
+    if end_id is not None:
+        ids[ids == end_id] = vocab_size - 1
     for row, length in zip(ids, lengths):
-        row[length - 1], row[length:] = vocab_size - 1, 0
+        row[length - 1], row[length:] = vocab_size - 1 if end_id is None else end_id, 0
     return Inputs(images.astype(np.float32), ids.astype(np.int32))
 
 
 def inputs_of(model: config_lib.Model) -> Inputs:
     """`inputs` in the sizes of a model."""
-    return inputs(model.image.image_size, model.text.vocab_size, model.text.context_length)
+    text = model.text
+    return inputs(model.image.image_size, text.vocab_size, text.context_length, end_id=text.end_id)
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 _NOT_COMPARED = {
     "layer_scale_init",
     *("position_init", "position_period", "block_init", "qkv_init_gain", "dropout", "unroll"),
-    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id"),
+    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id"),
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -43,6 +43,7 @@ class Tower(NamedTuple):
     prefix: str  # of the checkpoint's names; names with it belong to this tower
     assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
     zeros: Sequence[str] = ()  # vectors of each layer that the checkpoint lacks and that are 0
+    notes: Sequence[str] = ()  # other lines for the report
 
 
 class Settings(NamedTuple):
@@ -61,7 +62,7 @@ class Stated(NamedTuple):
     heads: int | None = None
     pool: str = "none"  # without a pooling head
     fields: Mapping[str, Any] = {}  # others of its config: of an image tower the pixels' mean and
-    # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id
+    # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id, and what else its family has
     zeros: Sequence[str] = ()  # as of `Tower`
 
 
@@ -184,7 +185,11 @@ def text_sizes(there: Entries) -> dict[str, Any]:
     vocab, width = there.shape("text/token_embed/embedding", 2)
     return dict(
         vocab_size=vocab,
-        context_length=there.shape("text/position_embed", 2, 3)[-2],
+        **(
+            dict(context_length=there.shape("text/position_embed", 2, 3)[-2])
+            if there.name("text/position_embed")
+            else {}  # constant positions: the package states how many
+        ),
         width=width,
         depth=there.depth("text/blocks/norm_1/scale"),
         mlp_dim=there.shape("text/blocks/mlp/in/bias", 1)[0],
@@ -223,11 +228,10 @@ def settle(
         kind, sizes = config_lib.TextTower, text_sizes(there)
     settled_fields = _settle(which, sizes["width"], stated, settings, assumed)
     pool = "map" if f"{which}_pool/probe" in there else stated.pool
-    fields = dict(stated.fields)
+    fields = {**sizes, **settled_fields, "pool": pool, **stated.fields}
     if fields.get("pool_heads") == settled_fields["heads"]:
         del fields["pool_heads"]
-    config = kind(**sizes, **settled_fields, pool=pool, **fields)
-    return Tower(config, rows, prefix, assumed, stated.zeros)
+    return Tower(kind(**fields), rows, prefix, assumed, stated.zeros)
 
 
 def two_tower_model(
@@ -280,7 +284,8 @@ def completed(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.
 
     A position of a class token that has none, as in big_vision and some models of timm; the vectors of `tower.zeros`.
     """
-    layers, zeros = tower.config.depth, np.zeros(tower.config.width, np.float32)
+    zeros: Any = np.zeros(tower.config.width, np.float32)
+    layers = tower.config.depth
     absent = [row for row in tower.rows if row.ours in tower.zeros]
     added: dict[str, np.ndarray] = {x: zeros for row in absent for x in row.entries((layers,))}
     state = {**added, **state}
@@ -337,6 +342,16 @@ def _options(image: config_lib.ImageTower) -> str:
     return "".join(f", {words}" for words, there in said.items() if there)
 
 
+def _text_options(text: config_lib.TextTower) -> str:
+    """What a text tower has beyond CLIP's and SigLIP's, for the report."""
+    said = {
+        "sinusoidal positions": text.position_kind == "sinusoidal",
+        "tokens times the root of the width": text.scale_tokens,
+        f"ended by the id {text.end_id}": text.end_id is not None,
+    }
+    return "".join(f", {words}" for words, there in said.items() if there)
+
+
 def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]]) -> list[str]:
     """The lines of the report about the parts of a model and the assumptions in them, by part."""
     i, t, d = model.image, model.text, model.decoder
@@ -353,7 +368,7 @@ def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]]) -> l
         f" qk-norm {'yes' if i.qk_norm else 'no'}, norm epsilon {i.norm_eps:g}{_options(i)}",
         f"text     vocabulary {t.vocab_size}, context {t.context_length}, width {t.width}, depth {t.depth},"
         f" heads {t.heads}, MLP {t.mlp_dim} {t.activation}, {'causal' if t.causal else 'bidirectional'},"
-        f" pool {t.pool}, norm epsilon {t.norm_eps:g}",
+        f" pool {t.pool}, norm epsilon {t.norm_eps:g}{_text_options(t)}",
         f"embedding {model.embed_dim}; {decoder}",
         *(f"ASSUMED  {part}: {words}" for part, lines in assumed.items() for words in lines),
     ]

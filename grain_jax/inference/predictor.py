@@ -163,10 +163,12 @@ class Predictor:
         if isinstance(texts, str):
             return self.tokenizer([texts])[0]
         tokens, ends = self._tokens(list(texts))
-        if self.model.text.pool == "end" and (tokens.argmax(axis=1) != ends).any():
+        tower = self.model.text
+        if tower.pool == "end" and (tower.ends(tokens) != ends).any():
+            which = "the highest id" if tower.end_id is None else f"the id {tower.end_id}"
             raise InputError(
-                f"tokenizer: of {self.model.text.tokenizer} the end of a text has not the highest id, by which encode_text"
-                " finds it; give encode_text the texts"
+                f"tokenizer: of {tower.tokenizer} the end of a text has not {which}, by which encode_text finds it;"
+                " give encode_text the texts"
             )
         return tokens
 
@@ -603,7 +605,15 @@ class Predictor:
                 f"texts: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {vocab - 1}"
             )
         tokens = tokens.astype(np.int32)
-        ends = tokens.argmax(axis=1)
+        ends = tower.ends(tokens)
+        if (
+            tower.pool == "end"
+            and tower.end_id is not None
+            and (tokens != tower.end_id).all(1).any()
+        ):
+            raise InputError(
+                f"texts: got token ids without {tower.end_id}, the end of a text (model.text.end_id)"
+            )
         if not tower.packable:
             missing = ((0, 0), (0, context - tokens.shape[1]))
             tokens = np.pad(tokens, missing, constant_values=tower.pad_id)

@@ -169,12 +169,18 @@ class GRAIN(nn.Module):
         """Rows [G, rows, L] -> for each `at` ([B, ..., 2]) the projected features of its texts."""
         config, tower = self.config.text, self.text
         features = tower(tokens, positions, segments)
-        row_is_text = tower.pooled or config.pool in ("map", "mean")
+        row_is_text = tower.pooled or config.pool in ("map", "mean", "masked_mean")
         if row_is_text:
             if not tower.pooled:
                 x = self.text_norm(features)
                 rows = x.reshape(-1, *x.shape[2:])
-                rows = self.text_pool(rows) if config.pool == "map" else rows.mean(axis=1)
+                if config.pool == "map":
+                    rows = self.text_pool(rows)
+                elif config.pool == "mean":
+                    rows = rows.mean(axis=1)
+                else:
+                    real = text.unpadded(config, tokens, segments).reshape(-1, tokens.shape[-1])
+                    rows = text.masked_mean(rows, real)
                 features = rows.reshape(*x.shape[:2], -1)
             features = features[:, :, None]  # [G, rows, 1, E]
             at = tuple(a * np.array([1, 0]) for a in at)

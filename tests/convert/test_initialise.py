@@ -294,7 +294,7 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
         ),
         ({"model.text.pool": "last"}, "text.packing: got True, but a text tower with causal=True"),
         ({"model.image.pool": "map"}, "model.image.pool, model.image.projection: got map, matrix"),
-        ({"model.text.activation": "relu"}, "model.text.activation: got 'relu', expected one of"),
+        ({"model.text.activation": "tanh"}, "model.text.activation: got 'tanh', expected one of"),
         ({"model.image.pool": "first"}, "model.image.pool: got 'first', expected one of none"),
         ({"optim.frozen": ("(",)}, "optim.frozen: got '(', no regular expression"),
         (

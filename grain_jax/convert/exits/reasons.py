@@ -58,7 +58,13 @@ _PLAIN_VIT = dict(
 )
 _VIT = _PLAIN_VIT | dict(image__qk_norm=False)
 _GELUS = ("gelu", "gelu_tanh", "quick_gelu")
-_TWO_TOWERS = dict(decoder=None, boxes__kind="none", text__tower="transformer")
+_TWO_TOWERS = dict(
+    decoder=None,
+    boxes__kind="none",
+    text__tower="transformer",
+    text__position_kind="learned",
+    text__scale_tokens=False,
+)
 _CLIP_VISION = _VIT | dict(image__class_token=True, image__pre_norm=True)
 _SIGLIP_VISION = _VIT | dict(image__class_token=False, image__pre_norm=False)
 _FREE = ("none", "matrix")  # a projection without a bias; the identity stands in for none
@@ -132,7 +138,10 @@ BIG_VISION = Format(
 
 def of_hugging_face(model: config_lib.Model) -> tuple[Format, list[str]]:
     """The class of transformers that a two-tower model is nearest to, and why it cannot hold the model."""
-    return _nearest(model, CLIP, SIGLIP)
+    kind, faults = _nearest(model, CLIP, SIGLIP)
+    if kind is CLIP and model.text.end_id == 2:
+        faults.append("model.text.end_id: got 2, with which CLIPModel takes the highest id")
+    return kind, faults
 
 
 def of_vision(model: config_lib.Model) -> tuple[Format, list[str]]:

@@ -43,7 +43,8 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         )
     own = tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
     if tower.pool == "end":
-        ids, last = own(TEXTS, tower.context_length), tower.vocab_size - 1
+        ids = own(TEXTS, tower.context_length)
+        last = tower.vocab_size - 1 if tower.end_id is None else tower.end_id
         ends = own.encode(TEXTS, tower.context_length).lengths - 1
         if (ids == last).sum() != len(ids) or (ids[np.arange(len(ids)), ends] != last).any():
             return {}, (

@@ -9,7 +9,9 @@ from etils import epath
 
 from grain_jax.convert import archives, torchscript
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
+from grain_jax.convert.open_clip import families
 from grain_jax.core import regular_file
+from grain_jax.runtime.pretrained import hub
 
 SCALARS = {"logit_scale": "logit_scale", "logit_bias": "logit_bias"}  # ours -> theirs
 _WEIGHTS = (
@@ -26,12 +28,21 @@ _INTEGERS = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}  # position ids, co
 _NOT_PARAMETERS = re.compile(
     r"input_resolution|context_length|vocab_size|(text\.)?attn_mask|.*\.position_ids|(embeddings\.)?mask_token"
 )
+# model_type of config.json, in front of _vision_model and _text_model for a tower alone.
+_FAMILIES = "clip|siglip2?|metaclip_2|fgclip2|tipsv2|dinov3_vit"
+_PREFIXES = ("vision_model", "text_model", "vision_encoder", "text_encoder")
 _REGISTERS = "embeddings.register_tokens"
 _MAX_NESTING = 3  # state dicts in state dicts, as trainers save them; one may contain itself
 _GROUP = "an object", lambda x: isinstance(x, Mapping)
 _TEXT = "a text", lambda x: isinstance(x, str)
 _SIZE = "a whole number from 1 to 10^6", lambda x: type(x) is int and 0 < x <= 10**6
 _POSITIVE = "a number from 0 to 1", lambda x: isinstance(x, int | float) and 0 < x < 1
+_COUNT = "a whole number from 0 to 10^6", lambda x: type(x) is int and 0 <= x <= 10**6
+_IDS = (
+    "a whole number up to 10^6, or a list",
+    lambda x: isinstance(x, list) or (type(x) is int and abs(x) <= 10**6),
+)
+_YES = "true or false", lambda x: isinstance(x, bool)
 _CHANNELS = (
     "three numbers",
     lambda x: (
@@ -55,7 +66,12 @@ _TYPES = {
         lambda x: type(x) in (int, float) and 1 <= x <= 10**6,
     ),
     **dict.fromkeys(("num_attention_heads", "width", "head_width", "heads"), _SIZE),
-    **dict.fromkeys(("layer_norm_eps", "eps"), _POSITIVE),
+    **dict.fromkeys(("layer_norm_eps", "eps", "temperature_init_value"), _POSITIVE),
+    **dict.fromkeys(("max_position_embeddings", "longtext_len"), _SIZE),
+    **dict.fromkeys(("keep_len", "eos_id"), _COUNT),
+    **dict.fromkeys(("scale_sqrt_depth", "use_swiglu_ffn"), _YES),
+    **dict.fromkeys(("eos_token_id", "pad_token_id"), _IDS),
+    **{"tokenizer_kwargs": _GROUP, "clean": _TEXT},
     **dict.fromkeys(("image_mean", "image_std", "mean", "std"), _CHANNELS),
 }
 
@@ -66,20 +82,25 @@ class Checkpoint(NamedTuple):
     path: epath.Path
     state: dict[str, np.ndarray]
     openai: bool  # an archive of OpenAI, by the sizes among its entries
-    hf: Mapping[str, Any]  # config.json of CLIP, SigLIP or SigLIP 2, or {}
+    hf: Mapping[str, Any]  # config.json of a family that is known, or {}
     open_clip: Mapping[str, Any]  # open_clip_config.json's model_cfg, or {}
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and standard deviation
     tokenizers: tuple[epath.Path, ...]  # tokenizer files beside it
     timm: Mapping[str, Any] = {}  # config.json of timm, or {}
+    notes: tuple[str, ...] = ()  # for the report: which parts were taken, and which left out
 
 
 def read(path: epath.PathLike) -> Checkpoint:
-    """A .pt, .bin or .safetensors file, or a folder with one, as float32 arrays.
+    """A .pt, .bin or .safetensors file, a folder with one, or hf://ORG/NAME, as float32 arrays.
+
+    `PATH:long` and `PATH:box` take that text head of FG-CLIP, in place of `PATH:short`.
 
     Raises:
       ConvertError: no such file, a damaged one, or one that asks to run code; nothing in it is executed.
+      hub.HubError: the Hub refuses.
     """
-    path = epath.Path(path)
+    text, head = split(path)
+    path = hub.download(text) if hub.is_reference(text) else epath.Path(text)
     if path.is_dir():
         found = [path / name for name in _WEIGHTS if regular_file.is_one(path / name)]
         if not found:
@@ -97,33 +118,49 @@ def read(path: epath.PathLike) -> Checkpoint:
     hf, native = _json(beside / "config.json"), _json(beside / "open_clip_config.json")
     preprocessor = _json(beside / "preprocessor_config.json")
     state = _whole_names(state, hf)
+    timm = hf if "architecture" in hf else {}
+    if not re.fullmatch(f"({_FAMILIES})(_(vision|text)_model)?", hf.get("model_type") or ""):
+        hf = {}
+    with prefixed(f"{path}: "):
+        taken = families.take(state, hf, head)
+    state = taken.state
     if _REGISTERS in state and not state[_REGISTERS].size:  # DINOv3 without any
         del state[_REGISTERS]
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
-    timm = hf if "architecture" in hf else {}
     for cfg in (group(native, "preprocess_cfg"), group(timm, "pretrained_cfg")):
         if mean is None or std is None:
             mean, std = (cfg.get(key) for key in ("mean", "std"))
+    if preprocessor.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return Checkpoint(
         path,
         {k: v for k, v in state.items() if not _NOT_PARAMETERS.fullmatch(k)},
         "input_resolution" in state,
-        hf
-        if re.fullmatch(
-            "(clip|siglip2?)(_(vision|text)_model)?|dinov3_vit", hf.get("model_type") or ""
-        )
-        else {},
+        taken.config,
         group(native, "model_cfg"),
         None if mean is None or std is None else (tuple(mean), tuple(std)),
         tuple(beside / name for name in _TOKENIZERS if regular_file.is_one(beside / name)),
         timm,
+        taken.notes,
     )
+
+
+def split(path: epath.PathLike) -> tuple[str, str | None]:
+    """A path without the name of a text head, and that name; None where it names none."""
+    text = str(path)
+    found = re.fullmatch(f"(.+):({'|'.join(families.HEADS)})", text)
+    if found and (hub.is_reference(text) or not epath.Path(text).exists()):
+        return found[1], found[2]
+    return text, None
 
 
 def _whole_names(state: dict[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Names as in a whole model: transformers 5 saves a single tower without the first part of its names."""
-    for prefix in ("vision_model", "text_model"):
-        alone = (hf.get("model_type") or "").endswith(f"_{prefix}")
+    model_type = hf.get("model_type") or ""
+    if model_type.startswith("tipsv2"):
+        model_type = model_type.replace("_model", "_encoder")
+    for prefix in _PREFIXES:
+        alone = model_type.endswith(f"_{prefix}")
         if alone and not any(name.startswith(f"{prefix}.") for name in state):
             return {f"{prefix}.{name}": array for name, array in state.items()}
     return state

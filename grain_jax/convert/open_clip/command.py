@@ -1,5 +1,6 @@
 """The command from-open-clip."""
 
+import numpy as np
 from etils import epath
 
 from grain_jax.convert import output, parity, towers
@@ -25,6 +26,11 @@ def from_open_clip(
     proof = comparison.prove(checkpoint, model, params)
     output.save(folder, model, params, source, proof)
     lines = towers.describe(model, {"image": image.assumed, "text": text.assumed})
+    lines += checkpoint.notes
+    if (scale := np.exp(params["logit_scale"])) > 100:
+        lines.append(
+            f"logit scale {scale:.4g}; training clips it at 100 unless optim.frozen has it"
+        )
     if not checkpoint.hf and not checkpoint.open_clip:
         lines.append(
             "The parity below cannot show whether heads and activations are right: there is no config, so the"

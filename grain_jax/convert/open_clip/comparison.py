@@ -3,13 +3,13 @@
 import functools
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.convert import archives, parity
+from grain_jax.convert import archives, output, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip.checkpoint import SCALARS, Checkpoint, group
 
@@ -17,7 +17,7 @@ from grain_jax.convert.open_clip.checkpoint import SCALARS, Checkpoint, group
 _SIZES = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels", "num_patches"),
     *("image_size", "patch_size", "vocab_size", "max_position_embeddings", "context_length"),
-    *("width", "layers", "mlp_ratio"),
+    *("width", "layers", "mlp_ratio", "num_register_tokens"),
 }
 Built = tuple[str, Any, Callable]  # package, torch module, (module, images, ids) -> both embeddings
 
@@ -30,6 +30,7 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
     """
     given = parity.inputs_of(model)
     is_hf = "text_model.embeddings.token_embedding.weight" in checkpoint.state
+    is_tips = "text_encoder.token_embedding.weight" in checkpoint.state
     _check_sizes(checkpoint, model)
     try:
         import torch
@@ -37,11 +38,27 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
         with archives.reading(
             checkpoint.path, "what its own package takes, by the config beside it"
         ):
-            package, module, encode = (_build_hf if is_hf else _build_open_clip)(checkpoint, model)
+            build = _build_hf if is_hf else _build_tips if is_tips else _build_open_clip
+            package, module, encode = build(checkpoint, model)
     except ImportError as error:
         return parity.not_proven(
             params, f"{error.name} is not installed, so nothing could be compared."
         )
+    if not is_tips:
+        _load(checkpoint, package, module)
+    images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        image, text = encode(module.eval(), images, torch.from_numpy(given.token_ids).long())
+    theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
+    return parity.report(
+        parity.compare(parity.outputs(model, params, given), theirs), package, given
+    )
+
+
+def _load(checkpoint: Checkpoint, package: str, module: Any) -> None:
+    """Loads the arrays strictly. Raises ConvertError."""
+    import torch
+
     state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
     own = module.state_dict()
     scalar = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k in SCALARS}
@@ -52,13 +69,6 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
         raise ConvertError(
             f"{checkpoint.path}: does not fit {package} of its config ({fault})"
         ) from None
-    images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
-    with torch.no_grad():
-        image, text = encode(module.eval(), images, torch.from_numpy(given.token_ids).long())
-    theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
-    return parity.report(
-        parity.compare(parity.outputs(model, params, given), theirs), package, given
-    )
 
 
 def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
@@ -72,6 +82,7 @@ def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
     if timm:  # the name decides the sizes
         vision_cfg = {}
     ours = hf_config(model) | dict(vision_cfg=vision_cfg, text_cfg=text_cfg)
+    ours["vision_config"] |= dict(num_register_tokens=model.image.registers)
     faults = []
     for name in ("vision_config", "text_config", "vision_cfg", "text_cfg"):
         said = group(checkpoint.hf if name.endswith("config") else checkpoint.open_clip, name)
@@ -80,6 +91,8 @@ def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
             fits = isinstance(got, int | float) and abs(got - size) <= 0.01
             if not fits and got not in ([size, size], None):
                 faults.append(f"{name}.{key}: got {str(got)[:100]}, but the arrays have {size:g}")
+        if name == "vision_config" and "mlp_ratio" in said:
+            faults += _mlp_faults(said, model.image)
         if said.get("hf_model_name") is not None:
             faults.append(f"{name}.hf_model_name: got one, expected a tower of open_clip's own")
     if timm is not None and not (isinstance(timm, str) and re.fullmatch(r"[\w.]+", timm)):
@@ -90,6 +103,38 @@ def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
         raise_any(sorted(faults))
 
 
+def _mlp_faults(said: Mapping[str, Any], image: config_lib.ImageTower) -> list[str]:
+    """TIPS v2 states its MLP by a ratio; two thirds of it, rounded up to a multiple of 8, where it is gated."""
+    ratio = said["mlp_ratio"]
+    if isinstance(ratio, int | float):
+        hidden = int(image.width * ratio)
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if image.mlp == "gated" else hidden
+        if hidden == image.mlp_dim:
+            return []
+    return [
+        f"vision_config.mlp_ratio: got {str(ratio)[:100]}, but the arrays have an MLP of {image.mlp_dim}"
+    ]
+
+
+def _build_tips(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
+    """transformers' TIPS v2 as it reads the folder itself."""
+    import transformers
+
+    load: Any = transformers.Tipsv2Model.from_pretrained
+    with output.on_disk(checkpoint.path.parent) as path:
+        module, found = load(path, local_files_only=True, dtype="float32", output_loading_info=True)
+    wrong = sorted(str(x) for names in found.values() for x in names or ())
+    if wrong:
+        raise ConvertError(f"{wrong[0]}: missing, unknown or of another shape for transformers")
+
+    def encode(module, images, ids):
+        real = (ids != model.text.pad_id).long()
+        out = module(input_ids=ids, pixel_values=images, attention_mask=real)
+        return out.image_embeds, out.text_embeds
+
+    return f"transformers {transformers.__version__}'s Tipsv2Model", module, encode
+
+
 def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     """transformers' own class by config.json, or by our sizes where there is none."""
     import transformers
@@ -98,6 +143,10 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     flat_patches = checkpoint.state["vision_model.embeddings.patch_embedding.weight"].ndim == 2
     kind = "CLIP" if image.pool == "class" else "Siglip2" if flat_patches else "Siglip"
     stated = checkpoint.hf or hf_config(model)
+    if (stated.get("model_type") or "").startswith("metaclip_2"):
+        kind = "MetaClip2"
+    elif stated.get("model_type") == "fgclip2":
+        stated = _without_type(stated)
     config = getattr(transformers, f"{kind}Config").from_dict(dict(stated))
     module = getattr(transformers, f"{kind}Model")(config).float()
     grid = image.image_size // image.patch_size
@@ -116,6 +165,14 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         return out.image_embeds, out.text_embeds
 
     return f"transformers {transformers.__version__}'s {kind}Model", module, encode
+
+
+def _without_type(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the names of its classes, which another class than SigLIP 2's has."""
+    parts = {key: dict(stated[key]) for key in ("vision_config", "text_config") if stated.get(key)}
+    for part in (whole := {**stated, **parts}, *parts.values()):
+        part.pop("model_type", None)
+    return whole
 
 
 def hf_config(model: config_lib.Model) -> dict[str, Any]:
@@ -141,7 +198,7 @@ def hf_config(model: config_lib.Model) -> dict[str, Any]:
         max_position_embeddings=text.context_length,
         projection_size=model.embed_dim,
         bos_token_id=text.vocab_size - 2,
-        eos_token_id=text.vocab_size - 1,
+        eos_token_id=text.vocab_size - 1 if text.end_id is None else text.end_id,
         pad_token_id=text.pad_id,
     )
     return dict(
@@ -207,6 +264,8 @@ def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str,
         pool_type="argmax" if text.pool == "end" else text.pool,
         norm_kwargs=dict(eps=text.norm_eps),
     )
+    if text.end_id is not None:
+        text_cfg |= dict(pool_type="eos", eos_id=text.end_id)
     return vision_cfg, text_cfg
 
 
