@@ -102,7 +102,7 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     else:
         raise ConvertError(
             "no text tower; expected token_embedding.weight (OpenAI, open_clip) or text_model.*"
-            " (Hugging Face)"
+            " (Hugging Face); an image tower alone is read by init.image"
         )
     vocab, _ = Entries(state, rows).shape("text/token_embed/embedding", 2)
     first_siglip = is_siglip and vocab == _SIGLIP_VOCABULARY
