@@ -47,7 +47,7 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
         stated = _stated_by_open_clip(checkpoint, cfg, 1e-5, pool, heads)
     elif family := rotary_towers.family_of_timm(cfg.get("timm_model_name"), state, "visual.trunk."):
         found = rotary_towers.of_timm(family, state, "visual.trunk.", assumed)
-        prefix, rows, stated = found
+        prefix, (_, rows, stated) = "visual.", found
     elif "embeddings.patch_embeddings.weight" in state:
         prefix, rows, stated = rotary_towers.of_hugging_face(checkpoint, assumed)
     elif re.fullmatch(r"vit_\w+_tipsv2(\..*)?", checkpoint.timm.get("architecture") or ""):
@@ -111,8 +111,8 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
         prefix, stated = "text_model.", _stated_by_hf(checkpoint, "text", is_siglip, pool, heads)
     else:
         raise ConvertError(
-            "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* or"
-            " text_encoder.* (Hugging Face)"
+            "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* or text_encoder.*"
+            " (Hugging Face); an image tower alone is read by init.image"
         )
     vocab, _ = Entries(state, rows).shape("text/token_embed/embedding", 2)
     first_siglip = is_siglip and vocab == _SIGLIP_VOCABULARY
