@@ -30,7 +30,7 @@ def paths(folder: epath.Path, index: int, count: int, regions: bool) -> list[epa
 
 def encoded(blocks: Sequence[np.ndarray], dim: int, store: str) -> bytes:
     """A .npy of the rows of all blocks [N, dim], which are in C order and of the type `store`."""
-    return b"".join([_header(sum(map(len, blocks)), dim, store), *blocks])
+    return b"".join([_header(sum(map(len, blocks)), dim, store), *(block.data for block in blocks)])
 
 
 def stranger(folder: epath.Path, count: int, regions: bool) -> epath.Path | None:
