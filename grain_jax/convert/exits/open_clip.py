@@ -139,13 +139,12 @@ def _text(flat: Arrays, model: config_lib.Model, prefix: str = "") -> list[NameP
     return formats.openai_text(prefix, model.text.projection != "affine")
 
 
+@folder.needing_packages
 def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> parity.Report:
     """Our model against what open_clip makes of the folder, from raw images and texts."""
-    try:
-        import open_clip
-        import torch
-    except ImportError as error:
-        return parity.not_proven(source.params, f"{error}; pip install 'grain_jax[interop]'")
+    import open_clip
+    import torch
+
     model = source.model
     given = parity.inputs_of(model)
     ours = folder.our_outputs(source, given) | {"pixels": folder.our_pixels(model.image)}
