@@ -154,11 +154,18 @@ def _spaces() -> list[Any]:
     return [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
 
 
+def own_ids(
+    tower: config_lib.TextTower, folder: epath.PathLike, texts: Sequence[str] = TEXTS
+) -> np.ndarray:
+    """The ids of texts by our tokenizer, int32 [N, L]."""
+    return tokenizer.of_tower(tower, folder)(texts, tower.context_length)
+
+
 def our_ids(
     tower: config_lib.TextTower, folder: epath.PathLike, texts: Sequence[str] = TEXTS
 ) -> np.ndarray:
-    """The ids of texts, int32 [N, L], with the padding of the files."""
-    ids = tokenizer.of_tower(tower, folder)(texts, tower.context_length)
+    """As `own_ids`, with the padding of the files."""
+    ids = own_ids(tower, folder, texts)
     if tower.tokenizer != "clip" or not tower.packable:
         return ids
     # Ours pads with 0, transformers with the end token; the model reads neither.
