@@ -113,7 +113,7 @@ def worst(name: str, source: epath.Path, target: epath.Path) -> float | str:
     """The largest error of an exit; or the verdict, where nothing was compared or a comparison failed."""
     if name == "export":
         found = export.export_model(inference.load(source), target, ("cpu",))
-        return max(c.error for c in found)
+        return max(c.error for c in found) if all(c.ok for c in found) else "FAILED"
     words = [*name.split(), f"--checkpoint={source}", f"--output={target}"]
     report = convert.COMMANDS[words[0]](convert.Convert.parse(words))
     if report.verdict == parity.NOT_PROVEN:
