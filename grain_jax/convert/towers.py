@@ -183,13 +183,11 @@ def _grid(there: Entries, class_token: bool) -> int:
 def text_sizes(there: Entries) -> dict[str, Any]:
     """The fields of `config.TextTower` that the shapes of a checkpoint tell; raises as `image_sizes`."""
     vocab, width = there.shape("text/token_embed/embedding", 2)
-    return dict(
+    sizes: dict[str, Any] = {}
+    if there.name("text/position_embed"):  # else constant ones: the package states how many
+        sizes["context_length"] = there.shape("text/position_embed", 2, 3)[-2]
+    return sizes | dict(
         vocab_size=vocab,
-        **(
-            dict(context_length=there.shape("text/position_embed", 2, 3)[-2])
-            if there.name("text/position_embed")
-            else {}  # constant positions: the package states how many
-        ),
         width=width,
         depth=there.depth("text/blocks/norm_1/scale"),
         mlp_dim=there.shape("text/blocks/mlp/in/bias", 1)[0],

@@ -25,6 +25,7 @@ class Format(NamedTuple):
 
     def faults(self, model: config_lib.Model) -> list[str]:
         """A line for each key that the format cannot express."""
+        model = names.plain_pool(model)
         return [
             f"model.{need.key}: got {got if got is None or isinstance(got, str | int | float) else 'one'},"
             f" {self.name} has {' or '.join(map(str, need.values))}"
