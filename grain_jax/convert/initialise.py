@@ -182,7 +182,8 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     )
     of_tower = _own(which, alone, grain.parameter_shapes(alone))
     with prefixed(f"{path}: "):
-        raise_any(towers.differences(which, tower.config, wanted, *ignored))
+        pair = (getattr(towers.plain_pool(x), which) for x in (alone, model))
+        raise_any(towers.differences(which, *pair, *ignored))
         # An unused entry of the tower itself would change its outputs.
         unknown = sorted(state.keys() - tables.used(tower.rows, of_tower))
         raise_any([f"{x}: unknown key" for x in unknown if x.startswith(tower.prefix)])

@@ -310,6 +310,18 @@ def _numbers(state: Mapping[str, np.ndarray], scalars: Mapping[str, str]) -> dic
     return out
 
 
+def plain_pool(model: config_lib.Model) -> config_lib.Model:
+    """The model whose sizes of the image's pool are 0 where they say nothing: they are the tower's, or it has no such pool."""
+    image = model.image
+    has_pool = model.decoder is None and image.pool == "map"
+    size = lambda own, usual: own if has_pool and own != usual else 0
+    sizes = dict(
+        pool_heads=size(image.pool_heads, image.heads),
+        pool_mlp_dim=size(image.pool_mlp_dim, image.mlp_dim),
+    )
+    return dataclasses.replace(model, image=dataclasses.replace(image, **sizes))
+
+
 def differences(part: str, got: Any, wanted: Any, *ignored: str) -> list[str]:
     """A line for each field in which a checkpoint's tower or decoder differs from the config."""
     noun = "tower" if part in TOWERS else part

@@ -236,7 +236,7 @@ def test_towers_of_our_own_checkpoints(tmp_path, monkeypatch):
     for name, array in everything.params.items():
         np.testing.assert_array_equal(array, expected[name])
     monkeypatch.setattr(hub, "download", lambda name: tmp_path / name.removeprefix("hf://ORG/"))
-    other.init = dict.fromkeys(("image", "text", "decoder"), "hf://ORG/ours")
+    other.init.update(dict.fromkeys(("image", "text", "decoder"), "hf://ORG/ours"))
     initialise.check(config_lib.from_dict(other).init)
     assert _load(other).params.keys() == expected.keys()
     other.init.decoder = str(tmp_path / "ours")
@@ -258,6 +258,19 @@ def _two_towers(**changes):
     c.input.max_regions = 0
     c.update_from_flattened_dict(changes)
     return c
+
+
+def test_a_pool_of_the_towers_heads_may_say_so(tmp_path):
+    silent = _two_towers(**{"init.image": str(tmp_path)})
+    said = silent.copy_and_resolve_references()
+    said.model.image.pool_heads = silent.model.image.heads
+    stored = config_lib.from_dict(said).model
+    zeros = {name: np.zeros(x, np.float32) for name, x in grain.parameter_shapes(stored).items()}
+    checkpoint.save_model(tmp_path, stored, tables.nested(zeros))
+    assert "image_pool/probe" in _load(silent).params
+    silent.model.image.pool_heads = 1
+    with pytest.raises(ConvertError, match="pool_heads: got 1, but the checkpoint's tower has 0"):
+        _load(silent)
 
 
 def test_two_towers_train_without_regions():

@@ -5,6 +5,7 @@ import operator
 from typing import Any, NamedTuple
 
 from grain_jax import config as config_lib
+from grain_jax.convert import towers
 from grain_jax.convert.exits import timm_trunk
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.reference import names
@@ -25,7 +26,7 @@ class Format(NamedTuple):
 
     def faults(self, model: config_lib.Model) -> list[str]:
         """A line for each key that the format cannot express."""
-        model = names.plain_pool(model)
+        model = towers.plain_pool(model)
         return [
             f"model.{need.key}: got {got if got is None or isinstance(got, str | int | float) else 'one'},"
             f" {self.name} has {' or '.join(map(str, need.values))}"

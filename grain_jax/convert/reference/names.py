@@ -4,7 +4,6 @@ What it lacks has names of its own: `pre_norm`, `logit_bias`, pooling heads, bia
 `hf_files/modeling_grain.py` has all. Its "decoder" of two towers is what pools the image tokens.
 """
 
-import dataclasses
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -118,21 +117,9 @@ _FIXED = (
 )
 
 
-def plain_pool(model: config_lib.Model) -> config_lib.Model:
-    """The model whose sizes of the image's pool are 0 where they say nothing: they are the tower's, or it has no such pool."""
-    image = model.image
-    has_pool = model.decoder is None and image.pool == "map"
-    size = lambda own, towers: own if has_pool and own != towers else 0
-    sizes = dict(
-        pool_heads=size(image.pool_heads, image.heads),
-        pool_mlp_dim=size(image.pool_mlp_dim, image.mlp_dim),
-    )
-    return dataclasses.replace(model, image=dataclasses.replace(image, **sizes))
-
-
 def faults(model: config_lib.Model, command: str) -> list[str]:
     """A line for each reason why "to-torch" or "to-hf" cannot express a model; to-hf here is the modeling file of GRAIN."""
-    found, model = [], plain_pool(model)
+    found, model = [], towers.plain_pool(model)
     if model.decoder is None and command == "to-torch":
         found.append(f"model.decoder: got none; {command} writes models with a region decoder")
     for key, expected, always in _FIXED:
