@@ -128,6 +128,8 @@ def faults(model: config_lib.Model, command: str) -> list[str]:
         got = operator.attrgetter(key)(model)
         if got != expected and (always or command == "to-torch"):
             found.append(f"model.{key}: got {got}, {command} writes models with {expected}")
+    if command != "to-torch" and model.text.pool == "masked_mean":
+        found.append(f"model.text.pool: got masked_mean, {command} writes models with another")
     if command == "to-torch" and model.decoder is not None and model.decoder.queries == 0:
         found.append(
             "model.decoder.queries: got 0, expected at least 1; without queries the reference's model has other parameters"
