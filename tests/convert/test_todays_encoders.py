@@ -19,7 +19,6 @@ import safetensors.torch  # noqa: E402
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
 from grain_jax.convert import initialise, parity, tables, towers  # noqa: E402
-from grain_jax.convert.exits import reasons  # noqa: E402
 from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
@@ -547,37 +546,6 @@ def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
     if clean is None:
         report = to_open_clip(tmp_path / "ours", tmp_path / "back")
         assert report.verdict == "PROVEN", report.text
-
-
-@pytest.mark.parametrize(
-    "key,value,works",
-    [
-        ("position_kind", "sinusoidal", ()),
-        ("scale_tokens", True, ()),
-        ("pool", "masked_mean", ()),
-        ("activation", "relu", ("to-hf",)),
-        ("end_id", 2, ("to-open-clip",)),
-        ("end_id", 3, ("to-hf", "to-open-clip")),
-    ],
-)
-def test_exits_refuse_what_they_cannot_hold(key, value, works):
-    c = recipe.model("tiny")
-    c.decoder = None
-    c.image.update(recipe.FAMILIES["clip"]["image"], pool="class")
-    model = config_lib.model_from_dict(c.to_dict())
-    changed = dataclasses.replace(model.text, **{key: value})
-    was, found = reasons.of(model), reasons.of(dataclasses.replace(model, text=changed))
-    for exit_name, faults in found.items():
-        new = {fault for fault in faults if f"model.text.{key}" in fault}
-        if exit_name == "to-hf --part vision" or exit_name in works:
-            assert not new and faults == was[exit_name]
-        elif exit_name != "to-big-vision" or key in ("position_kind", "scale_tokens", "pool"):
-            assert new
-    whole = dataclasses.replace(
-        config_lib.model_from_dict(recipe.model("tiny").to_dict()), text=changed
-    )
-    as_grain = [fault for fault in reasons.of(whole)["to-hf"] if f"model.text.{key}" in fault]
-    assert bool(as_grain) == (key != "activation")  # the modeling file has relu
 
 
 def test_a_masked_mean_costs_what_a_mean_costs():

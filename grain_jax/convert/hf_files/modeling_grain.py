@@ -344,7 +344,9 @@ class Backbone(nn.Module):
         x = x + self._positions(x)[: x.shape[1]]
         real, mask = input_ids != self.pad_id, None
         if self.pool == "masked_mean" and not self.causal:
-            mask = (real | ~real.any(dim=1, keepdim=True))[:, None, None]  # a text of padding alone sees it
+            mask = (real | ~real.any(dim=1, keepdim=True))[
+                :, None, None
+            ]  # a text of padding alone sees it
         for block in self.transformer.resblocks:
             x = block(x, mask)
         if self.pool == "end":

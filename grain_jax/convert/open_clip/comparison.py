@@ -264,7 +264,7 @@ def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str,
         pool_type="argmax" if text.pool == "end" else text.pool,
         norm_kwargs=dict(eps=text.norm_eps),
     )
-    if text.end_id is not None:
+    if text.pool == "end" and text.end_id is not None:
         text_cfg |= dict(pool_type="eos", eos_id=text.end_id)
     return vision_cfg, text_cfg
 
