@@ -48,15 +48,7 @@ def _needs(**values: Any) -> tuple[Need, ...]:
 
 
 _PLAIN_VIT = dict(
-    image__tower="vit",
-    image__positions=True,
-    image__rope="none",
-    image__registers=0,
-    image__layer_scale=False,
-    image__mlp="plain",
-    image__key_bias=True,
-    image__pool_heads=0,
-    image__pool_mlp_dim=0,
+    image__tower="vit", image__pool_heads=0, image__pool_mlp_dim=0, **names.PLAIN_IMAGE
 )
 _VIT = _PLAIN_VIT | dict(image__qk_norm=False)
 _GELUS = ("gelu", "gelu_tanh", "quick_gelu")
