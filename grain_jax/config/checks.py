@@ -118,9 +118,10 @@ def _of_model(model: Model) -> Iterator[str]:
     if text.tokenizer == "clip" and text.cleaning != "lower":
         got = f"got {text.cleaning}, expected lower"
         yield f"model.text.cleaning: {got}, which is part of model.text.tokenizer=clip"
-    if text.pad_id >= text.vocab_size:
-        most = f"model.text.vocab_size = {text.vocab_size}"
-        yield f"model.text.pad_id: got {text.pad_id}, expected less than {most}"
+    for name, value in (("pad_id", text.pad_id), ("end_id", text.end_id)):
+        if value is not None and value >= text.vocab_size:
+            most = f"model.text.vocab_size = {text.vocab_size}"
+            yield f"model.text.{name}: got {value}, expected less than {most}"
 
 
 def _positions(image: fields.ImageTower) -> Iterator[str]:

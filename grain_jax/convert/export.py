@@ -18,6 +18,7 @@ from etils import epath
 from jax import export as jax_export
 
 from grain_jax import __version__, inference
+from grain_jax import config as config_lib
 from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
 from grain_jax.core import errors
@@ -175,8 +176,6 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
 
     any_function = functions["image"][0]
     image, text, learnt = describe(predictor)
-    end_id = predictor.model.text.end_id
-    which = "for CLIP's ids tokens.argmax(1)" if end_id is None else f"the id {end_id}"
     return {
         "grain_jax": __version__,
         "jax": jax.__version__,
@@ -185,14 +184,19 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         "activations": predictor.dtype,
         "functions": {name: signature(*made) for name, made in functions.items()},
         "image": image | {"normalised_by": "the function: give it the uint8 values"},
-        "text": text
-        | {
-            "end": f"position of each text's last token; {which}"
-            if predictor.model.text.packable
-            else "not looked at: zeros will do",
-        },
+        "text": text | {"end": _end(predictor.model.text)},
         **learnt,
     }
+
+
+def _end(text: config_lib.TextTower) -> str:
+    """What `model.json` says of the input `end`."""
+    if text.pool != "end":
+        return "not looked at: zeros will do"
+    which = (
+        "; for CLIP's ids tokens.argmax(1)" if text.end_id is None else f", the id {text.end_id}"
+    )
+    return f"position of each text's last token{which}"
 
 
 def describe(predictor: inference.Predictor) -> tuple[dict[str, Any], ...]:

@@ -32,6 +32,7 @@ _TIMM = LayerNames(
     ("mlp.fc1", "mlp.fc2"),
     ("attn.q_norm", "attn.k_norm"),
 )
+_OURS = _TIMM._replace(gate="mlp.gate", scales=("ls1.gamma", "ls2.gamma"))  # of our modeling file
 _HF = LayerNames(
     ("layer_norm1", "layer_norm2"),
     ("self_attn.q_proj.{kind}", "self_attn.k_proj.{kind}", "self_attn.v_proj.{kind}"),
@@ -194,13 +195,13 @@ def _with_registers(at: str, registers: str, mlp: tuple[str, str], gated: bool) 
     ]
 
 
-def timm_image(prefix: str) -> list[NamePair]:
+def timm_image(prefix: str, parts: LayerNames = _TIMM) -> list[NamePair]:
     """The vision transformer of timm, alone: without a pooling head or a projection."""
     return [
         *_timm_tokens(prefix),
         NamePair("image/position_embed", f"{prefix}pos_embed", tables.BATCHED),
         *norm("image/pre_norm", f"{prefix}norm_pre"),
-        *_blocks("image/blocks", prefix + "blocks.{}.", _TIMM),
+        *_blocks("image/blocks", prefix + "blocks.{}.", parts),
         *norm("image/norm", f"{prefix}norm"),
     ]
 
@@ -209,6 +210,29 @@ def _timm_tokens(prefix: str) -> list[NamePair]:
     return [
         *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
         NamePair("image/class_token", f"{prefix}cls_token", tables.TOKEN),
+    ]
+
+
+def own_image(prefix: str, *, key_bias: bool) -> list[NamePair]:
+    """Our vision transformer with all of its options, by timm's names: the modeling file's."""
+    rows = timm_image(prefix, _OURS)
+    if not key_bias:
+        rows = _without_key_bias(rows, prefix + "blocks.{}.")
+    return [*rows, NamePair("image/registers", f"{prefix}reg_token", tables.BATCHED)]
+
+
+def _without_key_bias(rows: list[NamePair], layer: str) -> list[NamePair]:
+    """The rows with entries of their own for the biases of queries and values."""
+    return [
+        *(row for row in rows if row.theirs != f"{layer}attn.qkv.bias"),
+        *(
+            NamePair(
+                f"image/blocks/attention/{name}/bias",
+                f"{layer}attn.{name[0]}_bias",
+                tables.HEADS_BIAS,
+            )
+            for name in ("query", "value")
+        ),
     ]
 
 
@@ -231,19 +255,7 @@ def timm_dinov3(prefix: str, *, gated: bool) -> list[NamePair]:
     return [
         *_timm_tokens(prefix),
         NamePair("image/registers", f"{prefix}reg_token", tables.BATCHED),
-        *(
-            row
-            for row in _blocks("image/blocks", layer, _EVA_GATED if gated else _EVA)
-            if row.theirs != f"{layer}attn.qkv.bias"
-        ),
-        *(
-            NamePair(
-                f"image/blocks/attention/{name}/bias",
-                f"{layer}attn.{name[0]}_bias",
-                tables.HEADS_BIAS,
-            )
-            for name in ("query", "value")
-        ),
+        *_without_key_bias(_blocks("image/blocks", layer, _EVA_GATED if gated else _EVA), layer),
         *norm("image/norm", f"{prefix}norm"),
     ]
 

@@ -145,6 +145,7 @@ def code_of(model: config_lib.Model) -> dict[str, str]:
         "pool": model.decoder is None,
         "map": "map" in (model.image.pool, model.text.pool),
         "boxes": model.boxes.kind != "none",
+        "rope": model.image.rope != "none",
     }
     texts = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
     for part, is_there in parts.items():

@@ -27,6 +27,7 @@ from grain_jax.core import named
 from grain_jax.models import grain
 from grain_jax.models import towers as built_in
 from grain_jax.runtime import checkpoint
+from grain_jax.runtime.pretrained import hub
 from grain_jax.training import train_step
 
 _KEPT_POSITIONS = 20  # see `resize_text_positions`
@@ -117,12 +118,12 @@ def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
 
 
 def check(init: config_lib.Init) -> None:
-    """Raises ConvertError where a checkpoint that `init` names is not there; none is read."""
+    """Raises ConvertError where a checkpoint that `init` names is not there; none is read, and the Hub is not asked."""
     for which in towers.TOWERS + ("decoder",):
         path = getattr(init, which)
         file, _ = open_clip.split(path or ".")  # without the text head, or the sub-tree
         file = re.sub(r"(\.npz):[^/:].*$", r"\1", file)
-        if not epath.Path(file).exists():
+        if not hub.is_reference(file) and not epath.Path(file).exists():
             raise ConvertError(
                 f"init.{which}: {path}: no such file or folder, expected a checkpoint"
             )
@@ -166,7 +167,7 @@ def _load_decoder(model: config_lib.Model, path: str, shapes) -> Loaded:
 
 def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
     """The model in a workdir, checkpoint or converted folder, and its arrays by flat name."""
-    ours, params, _ = checkpoint.load_model(epath.Path(path))
+    ours, params, _ = checkpoint.load_model(hub.local(path))
     return ours, {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
 
 
@@ -181,7 +182,8 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     )
     of_tower = _own(which, alone, grain.parameter_shapes(alone))
     with prefixed(f"{path}: "):
-        raise_any(towers.differences(which, tower.config, wanted, *ignored))
+        pair = (getattr(towers.plain_pool(x), which) for x in (alone, model))
+        raise_any(towers.differences(which, *pair, *ignored))
         # An unused entry of the tower itself would change its outputs.
         unknown = sorted(state.keys() - tables.used(tower.rows, of_tower))
         raise_any([f"{x}: unknown key" for x in unknown if x.startswith(tower.prefix)])
@@ -254,9 +256,10 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
     """The tower in a checkpoint of any format, and the arrays of the checkpoint."""
     wanted = getattr(model, which)
     settings = towers.Settings({which: wanted.heads}, {which: wanted.activation})
-    folder = epath.Path(path)
-    if folder.is_dir() and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
-        ours, flat = _read_ours(path)
+    text, head = open_clip.split(path)
+    folder = hub.local(text)
+    if head is None and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
+        ours, flat = _read_ours(str(folder))
         return Tower(getattr(ours, which), [NamePair(x, x) for x in flat], f"{which}/"), flat
     if named.is_external(wanted.tower):
         raise ConvertError(

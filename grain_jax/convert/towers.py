@@ -183,13 +183,11 @@ def _grid(there: Entries, class_token: bool) -> int:
 def text_sizes(there: Entries) -> dict[str, Any]:
     """The fields of `config.TextTower` that the shapes of a checkpoint tell; raises as `image_sizes`."""
     vocab, width = there.shape("text/token_embed/embedding", 2)
-    return dict(
+    sizes: dict[str, Any] = {}
+    if there.name("text/position_embed"):  # else constant ones: the package states how many
+        sizes["context_length"] = there.shape("text/position_embed", 2, 3)[-2]
+    return sizes | dict(
         vocab_size=vocab,
-        **(
-            dict(context_length=there.shape("text/position_embed", 2, 3)[-2])
-            if there.name("text/position_embed")
-            else {}  # constant positions: the package states how many
-        ),
         width=width,
         depth=there.depth("text/blocks/norm_1/scale"),
         mlp_dim=there.shape("text/blocks/mlp/in/bias", 1)[0],
@@ -310,6 +308,18 @@ def _numbers(state: Mapping[str, np.ndarray], scalars: Mapping[str, str]) -> dic
             faults.append(f"{name}: missing; expected a model of two towers, with its {ours}")
     raise_any(faults)
     return out
+
+
+def plain_pool(model: config_lib.Model) -> config_lib.Model:
+    """The model whose sizes of the image's pool are 0 where they say nothing: they are the tower's, or it has no such pool."""
+    image = model.image
+    has_pool = model.decoder is None and image.pool == "map"
+    size = lambda own, usual: own if has_pool and own != usual else 0
+    sizes = dict(
+        pool_heads=size(image.pool_heads, image.heads),
+        pool_mlp_dim=size(image.pool_mlp_dim, image.mlp_dim),
+    )
+    return dataclasses.replace(model, image=dataclasses.replace(image, **sizes))
 
 
 def differences(part: str, got: Any, wanted: Any, *ignored: str) -> list[str]:

@@ -24,6 +24,8 @@ from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.exits import reasons, table, timm_trunk, tokenizers
 from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.reference import names
 from grain_jax.inference import jitted
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint
@@ -65,7 +67,7 @@ def run(capsys, command, source, output, *flags):
     """What the command prints; its parity is proven."""
     status = main([*command.split(), "--input", str(source), "--output", str(output), *flags])
     printed = capsys.readouterr()
-    assert status == 0 and "parity: PROVEN" in printed.out, printed
+    assert status == 0 and "parity: PROVEN" in printed.out, printed.out + printed.err
     return printed.out
 
 
@@ -336,6 +338,139 @@ def test_a_trunk_that_timm_has_not_is_refused(tmp_path, capsys):
         "what writes this model: grain-jax convert to-hf, grain-jax convert to-hf --part vision,"
         " grain-jax convert to-big-vision, grain-jax convert to-onnx, grain-jax convert pack, grain-jax export",
     ]
+
+
+# Of a tower: keys whose values every exit takes from the arrays, or that matter to new weights and speed alone.
+SIZES = {
+    *("options", "width", "depth", "heads", "mlp_dim", "unroll", "image_size", "patch_size"),
+    *("position_init", "position_period", "block_init", "layer_scale_init"),
+    *("vocab_size", "context_length"),
+}
+# Of the others, a value that a plain tower has not, with what it needs beside it; None: the other one of the two.
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "image": dict(
+        tower=dict(tower="a:Tower"),
+        qk_norm=dict(qk_norm=None),
+        norm_eps=dict(norm_eps=1e-3),
+        class_token=dict(class_token=None, pool="mean"),
+        patch_bias=dict(patch_bias=None),
+        pre_norm=dict(pre_norm=None),
+        activation=dict(activation="silu"),
+        positions=dict(positions=False, rope="centres"),
+        rope=dict(rope="grid"),
+        rope_theta=dict(rope="centres", rope_theta=50.0),
+        rope_grid=dict(rope="grid", rope_grid=7),
+        registers=dict(registers=2),
+        layer_scale=dict(layer_scale=True),
+        mlp=dict(mlp="gated"),
+        key_bias=dict(key_bias=False),
+        pool=dict(pool="mean"),
+        pool_heads=dict(pool="map", pool_heads=6),
+        pool_mlp_dim=dict(pool="map", pool_mlp_dim=20),
+        projection=dict(projection="affine"),
+        pixel_mean=dict(pixel_mean=(0.4, 0.5, 0.6)),
+        pixel_std=dict(pixel_std=(0.2, 0.3, 0.4)),
+    ),
+    "text": dict(
+        tower=dict(tower="a:Tower"),
+        norm_eps=dict(norm_eps=1e-3),
+        causal=dict(causal=None),
+        activation=dict(activation="relu"),
+        pool=dict(pool="masked_mean", causal=False),
+        position_kind=dict(position_kind="sinusoidal"),
+        scale_tokens=dict(scale_tokens=True),
+        projection=dict(projection="affine"),
+        tokenizer=dict(tokenizer="tokenizer.json"),
+        cleaning=dict(tokenizer="tokenizer.json", cleaning="canonical"),
+        pad_id=dict(tokenizer="tokenizer.json", pad_id=1),
+        end_id=dict(end_id=3),
+    ),
+}
+GRAIN_KEYS = dict(image__depth=1, text__depth=1, decoder__depth=1)
+# Exit -> a model that it writes, and the lines of what it cannot hold of one.
+EXITS: dict[str, tuple[dict[str, Any], Any]] = {
+    "to-hf, CLIPModel": (CLIP, lambda m: reasons.of_hugging_face(m)[1]),
+    "to-hf, SiglipModel": (SIGLIP, lambda m: reasons.of_hugging_face(m)[1]),
+    "to-hf --part vision, CLIP": (CLIP, lambda m: reasons.of_vision(m)[1]),
+    "to-hf --part vision, SigLIP": (SIGLIP, lambda m: reasons.of_vision(m)[1]),
+    "to-open-clip, own": (
+        CLIP | dict(image__activation="quick_gelu"),
+        lambda m: reasons.of_open_clip(m)[1],
+    ),
+    "to-open-clip, timm": (SIGLIP, lambda m: reasons.of_open_clip(m)[1]),
+    "to-big-vision": (SIGLIP | dict(image__norm_eps=1e-6), reasons.of_big_vision),
+    "to-torch": (GRAIN_KEYS, lambda m: names.faults(m, "to-torch")),
+    "to-hf, decoder": (GRAIN_KEYS, lambda m: names.faults(m, "to-hf")),
+    "to-hf, pooled": (CLIP, reasons.of_onnx),
+}
+
+
+def with_keys(model: config_lib.Model, tower: str, keys: dict[str, Any]) -> config_lib.Model:
+    own = getattr(model, tower)
+    keys = {key: not getattr(own, key) if value is None else value for key, value in keys.items()}
+    return dataclasses.replace(model, **{tower: dataclasses.replace(own, **keys)})
+
+
+def valid(model: config_lib.Model) -> bool:
+    try:
+        config_lib.model_from_dict(dataclasses.asdict(model))
+    except config_lib.ConfigError:
+        return False
+    return True
+
+
+def written_models(base, faults_of, of_towers) -> list[config_lib.Model]:
+    """Models with all the keys that an exit does not refuse, as many in one as there can be."""
+    models: list[config_lib.Model] = []
+    for tower in of_towers:
+        assert OTHERS[tower].keys() | SIZES >= {
+            x.name for x in dataclasses.fields(getattr(base, tower))
+        }
+        for keys in OTHERS[tower].values():
+            alone = with_keys(base, tower, keys)
+            if faults_of(alone) or not valid(alone):
+                continue
+            own = {key: getattr(getattr(alone, tower), key) for key in keys}
+            for i, before in enumerate(models):
+                both = with_keys(before, tower, own)
+                if not faults_of(both) and valid(both):
+                    models[i] = both
+                    break
+            else:
+                models.append(alone)
+    return models
+
+
+@pytest.mark.parametrize("exit_name", EXITS)
+def test_no_key_of_a_tower_is_lost_in_silence(exit_name, trunk, tmp_path, capsys):
+    """Each key is refused, or in a model whose outputs the class that loads it gives."""
+    changes, faults_of = EXITS[exit_name]
+    base = perturbed.tiny(**changes)
+    assert not faults_of(base)
+    of_towers = ("image",) if "vision" in exit_name else ("image", "text")
+    for i, model in enumerate(written_models(base, faults_of, of_towers)):
+        params = perturbed.params(model)
+        if exit_name in ("to-hf, decoder", "to-hf, pooled"):
+            proof = torch_module.prove(model, params, names.state_dicts(params))
+            assert proof.verdict == "PROVEN", proof.text
+            continue
+        source = tmp_path / f"ours{i}"
+        checkpoint.save_model(source, model, params, source="test")
+        if model.text.tokenizer == "tokenizer.json":
+            perturbed.write_words(
+                source, "unknown pad a photo of wren two dogs and cat s bowl long x"
+            )
+        if exit_name != "to-big-vision":
+            run(capsys, exit_name.partition(",")[0], source, tmp_path / f"out{i}")
+            continue
+        arguments = ["--input", str(source), "--output", str(tmp_path / "out.npz")]
+        assert main(["to-big-vision", *arguments]) == 0
+        settings = towers.Settings(heads=dict(image=4, text=5))
+        from_big_vision(tmp_path / "out.npz", tmp_path / f"back{i}", settings)
+        ours, back = grain_jax.load(source), grain_jax.load(tmp_path / f"back{i}")
+        given, ids = pixels(40), IDS.astype(np.int32)
+        for one, other in zip(logits(ours, given, ids), logits(back, given, ids)):
+            foreign.close(one, other)
 
 
 @pytest.mark.parametrize("which", ["map", "tok"])

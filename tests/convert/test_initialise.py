@@ -13,6 +13,7 @@ from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, digests
+from grain_jax.runtime.pretrained import hub
 from grain_jax.training import optim, sharding, train_step
 from tests import tiny
 from tests.paths import GOLDENS
@@ -216,7 +217,7 @@ def test_what_the_config_says_otherwise_and_what_lies_inside_a_tower_is_told(tmp
     ]
 
 
-def test_towers_of_our_own_checkpoints(tmp_path):
+def test_towers_of_our_own_checkpoints(tmp_path, monkeypatch):
     c = tiny.config()
     rng = np.random.default_rng(0)
     expected = {
@@ -234,6 +235,11 @@ def test_towers_of_our_own_checkpoints(tmp_path):
     assert everything.params.keys() == expected.keys()
     for name, array in everything.params.items():
         np.testing.assert_array_equal(array, expected[name])
+    monkeypatch.setattr(hub, "download", lambda name: tmp_path / name.removeprefix("hf://ORG/"))
+    other.init.update(dict.fromkeys(("image", "text", "decoder"), "hf://ORG/ours"))
+    initialise.check(config_lib.from_dict(other).init)
+    assert _load(other).params.keys() == expected.keys()
+    other.init.decoder = str(tmp_path / "ours")
     rest = len(expected) - len(loaded)
     assert everything.report[-1] == f"init.decoder: {rest} arrays from {tmp_path / 'ours'}"
     other.model.decoder.depth = 3
@@ -252,6 +258,19 @@ def _two_towers(**changes):
     c.input.max_regions = 0
     c.update_from_flattened_dict(changes)
     return c
+
+
+def test_a_pool_of_the_towers_heads_may_say_so(tmp_path):
+    silent = _two_towers(**{"init.image": str(tmp_path)})
+    said = silent.copy_and_resolve_references()
+    said.model.image.pool_heads = silent.model.image.heads
+    stored = config_lib.from_dict(said).model
+    zeros = {name: np.zeros(x, np.float32) for name, x in grain.parameter_shapes(stored).items()}
+    checkpoint.save_model(tmp_path, stored, tables.nested(zeros))
+    assert "image_pool/probe" in _load(silent).params
+    silent.model.image.pool_heads = 1
+    with pytest.raises(ConvertError, match="pool_heads: got 1, but the checkpoint's tower has 0"):
+        _load(silent)
 
 
 def test_two_towers_train_without_regions():
@@ -311,6 +330,7 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
             {"model.text.projection": "none"},
             "model.embed_dim: got 16, expected model.text.width = 32",
         ),
+        ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
     ],
 )
 def test_configs_that_contradict_themselves(change, message):

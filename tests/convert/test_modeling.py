@@ -51,14 +51,24 @@ KINDS = {
     | dict(image__pool="map", image__activation="quick_gelu", image__projection="none")
     | dict(image__width=40, embed_dim=40, text__pool="map", text__projection="none", logit_bias_init=-2.0),
     "means": TWO | dict(image__pool="mean", text__pool="mean", boxes__kind="prompter"),
+    "options": DEPTH
+    | dict(decoder__depth=1, boxes__kind="roi_align", image__positions=False, image__rope="centres", image__registers=2)
+    | dict(image__layer_scale=True, image__mlp="gated", image__activation="silu", image__key_bias=False)
+    | dict(text__causal=False, text__pool="masked_mean", text__position_kind="sinusoidal", text__scale_tokens=True)
+    | dict(text__activation="relu", text__width=35, text__tokenizer="tokenizer.json"),
+    "grid": TWO
+    | dict(image__pool="map", image__pool_heads=6, image__pool_mlp_dim=20, image__rope="grid", image__rope_theta=50.0)
+    | dict(image__rope_grid=7, image__registers=1, image__mlp="gated", text__end_id=2, text__width=35),
 }  # fmt: skip
 # The classes that are in the file of some models alone.
-PARTS = {"AttentionPool", "DecoderLayer", "Decoder", "PooledImage", "BoxHead"}
+PARTS = {"AttentionPool", "DecoderLayer", "Decoder", "PooledImage", "BoxHead", "Rope"}
 HAS = {
     "siglip": {"DecoderLayer", "Decoder", "BoxHead"},
     "own": {"PooledImage"},
     "maps": {"PooledImage", "AttentionPool"},
     "means": {"PooledImage", "BoxHead"},
+    "options": {"DecoderLayer", "Decoder", "BoxHead", "Rope"},
+    "grid": {"PooledImage", "AttentionPool", "Rope"},
 }
 
 
@@ -97,9 +107,10 @@ def tensors(given):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
     ours, hf, said = written(kind)
-    assert ("for AutoModel with trust_remote_code: " in said) == (kind != "siglip"), said
+    assert ("for AutoModel with trust_remote_code: " in said) == ("decoder" in KINDS[kind]), said
     assert ("\nbox_embed " in said) == ("BoxHead" in HAS[kind])
-    assert ("\ntoken_ids " in said) == (kind == "siglip")
+    has_words = "text__tokenizer" in KINDS[kind]
+    assert ("\ntoken_ids " in said) == has_words
     model, params, _ = checkpoint.load_model(ours)
     again, back = huggingface.read(epath.Path(hf))
     assert again == model
@@ -117,7 +128,7 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
     arguments = ["--input", str(tmp_path / "tuned"), "--output", str(tmp_path / "back")]
     assert main(["from-hf", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "parity: PROVEN" in printed and ("NOT FOUND" in printed) == (kind == "siglip")
+    assert "parity: PROVEN" in printed and ("NOT FOUND" in printed) == has_words
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,11 +195,12 @@ def a_batch(model, regions=2):
     )
 
 
-def test_losses_and_gradients_of_siglips_towers_are_ours(written):
-    ours, hf, _ = written("siglip")
+@pytest.mark.parametrize("kind, contrast", [("siglip", "sigmoid"), ("options", "softmax")])
+def test_losses_and_gradients_are_ours(kind, contrast, written):
+    ours, hf, _ = written(kind)
     model, params, _ = checkpoint.load_model(ours)
     batch, given = a_batch(model)
-    loss = config_lib.Loss(contrast="sigmoid", deep_supervision=True)
+    loss = config_lib.Loss(contrast=contrast, deep_supervision=True)
 
     @jax.jit
     def step(params):
@@ -202,7 +214,7 @@ def test_losses_and_gradients_of_siglips_towers_are_ours(written):
     with jax.default_matmul_precision("highest"):
         grads, expected = step(params)
     module = loaded(hf)
-    assert module.config.losses["contrast"] == "sigmoid"
+    assert module.config.losses["contrast"] == contrast
     module.config.losses["deep_supervision"] = True
     out = module(**given, return_loss=True)
     assert out["loss"] is out.loss is out[0]  # as trainers of transformers read it

@@ -23,7 +23,7 @@ from grain_jax.convert.exits import reasons  # noqa: E402
 from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
-from grain_jax.convert.open_clip import families  # noqa: E402
+from grain_jax.convert.open_clip import comparison, families  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
@@ -132,10 +132,23 @@ def _hf(kind, **text):
     return foreign.perturb(getattr(transformers, f"{kind}Model")(config))
 
 
+def _steer(folder):
+    """config.json asks for code of the Hub, quantized arrays and outputs without names, of the model and of its towers."""
+    stored = json.loads((folder / "config.json").read_text())
+    for part in (stored, stored["vision_config"], stored["text_config"]):
+        part |= dict(attn_implementation="evil/kernel", return_dict=False)
+        part |= dict(_attn_implementation="evil/kernel", quantization_config={"quant_method": "x"})
+    (folder / "config.json").write_text(json.dumps(stored))
+    return stored
+
+
 def test_metaclip_2(tmp_path):
     module = _hf("MetaClip2", eos_token_id=2, pad_token_id=1)
+    module.logit_scale.data.fill_(4.6052)  # a little above 100, where CLIP stops
     module.save_pretrained(tmp_path / "theirs")
-    model, _, _ = _check(tmp_path / "theirs", module, _hf_encode, tmp_path)
+    _steer(tmp_path / "theirs")
+    model, _, report = _check(tmp_path / "theirs", module, _hf_encode, tmp_path)
+    assert "clips it at 100" not in report.text
     text = model.text
     assert (text.end_id, text.pad_id, text.cleaning, text.packable) == (2, 1, "none", True)
     assert (text.activation, model.image.pre_norm) == ("quick_gelu", True)
@@ -252,6 +265,12 @@ def test_the_text_heads_of_fg_clip(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         short.state["text_projection.weight"], state["text_projection.weight"]
     )
+    silent, said = (
+        families.take(dict(state), {"text_config": cfg}, "long").state
+        for cfg in ({"keep_len": None, "longtext_len": None}, {})
+    )
+    at = "text_model.embeddings.position_embedding.weight"
+    np.testing.assert_array_equal(silent[at], said[at])
     assert short.state.keys() == state.keys() - set(
         short.notes[1].removeprefix("left out: ").split(", ")
     )
@@ -300,8 +319,12 @@ def test_the_text_heads_of_fg_clip(tmp_path, monkeypatch):
     monkeypatch.setattr(
         files.hub, "download", lambda name: asked.append(name) or tmp_path / "theirs"
     )
-    assert files.read("hf://qihoo360/fg-clip-base:long").notes == files.read(source).notes
-    assert asked == ["hf://qihoo360/fg-clip-base"]
+    c.init.text = "hf://qihoo360/fg-clip-base:long"
+    config = config_lib.from_dict(c)
+    initialise.check(config.init)
+    assert not asked
+    assert initialise.load(config).params.keys() == loaded.params.keys()
+    assert set(asked) == {"hf://qihoo360/fg-clip-base"}
     safetensors.torch.save_file(
         module.state_dict() | {"dense_feature_head.new": torch.zeros(1)},
         tmp_path / "theirs" / "model.safetensors",
@@ -490,13 +513,16 @@ def test_a_run_starts_from_tips_of_timm(size, gated, tmp_path):
 def test_tips_of_the_hub(tmp_path):
     """Its files have no temperature; what config.json says must fit the arrays."""
     _tips(False).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    state = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({k: v for k, v in state.items() if k != "temperature"}, file)
-    stored = files.read(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del state["temperature"], state["vision_encoder.mask_token"]
+    file = tmp_path / "tips.safetensors"  # the other file has other weights
+    safetensors.torch.save_file({k: 1.1 * v for k, v in state.items()}, file)
+    stored = files.read(file)
     np.testing.assert_allclose(stored.state["logit_scale"], -np.log(0.005065968), rtol=1e-6)
     assert "temperature 0.00506597, of the config: the weights have none" in stored.notes
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = _steer(tmp_path)
+    report = from_open_clip(file, tmp_path / "ours", NONE)
+    assert report.verdict == "PROVEN", report.text
     for part, key, value, said in (
         ("vision_config", "mlp_ratio", 10**5, "got 100000, but the arrays have an MLP of 128"),
         ("vision_config", "num_register_tokens", 10**5, "got 100000, but the arrays have 1"),
@@ -507,8 +533,26 @@ def test_tips_of_the_hub(tmp_path):
         changed = config | {part: config[part] | {key: value}}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConvertError, match=said) as error:
-            from_open_clip(tmp_path, tmp_path / "ours", NONE)
+            from_open_clip(file, tmp_path / "ours", NONE)
         assert "\n" not in str(error.value)
+
+
+def test_the_image_tower_of_tips_alone(tmp_path):
+    module = _tips(False, mlp_ratio=2, layer_norm_eps=1e-3).vision_model
+    module.save_pretrained(tmp_path)
+    c = tiny.dictionary(init__image=str(tmp_path))
+    recipe.towers_of(c, "tipsv2", ("image",))
+    sizes = dict(image_size=SIZE, patch_size=PATCH, width=32, depth=2, heads=2, mlp_dim=64)
+    c.model.image.update(sizes, norm_eps=1e-3)
+    config = config_lib.from_dict(c)
+    loaded = initialise.load(config)
+    assert not [line for line in loaded.report if "not used" in line]
+    tower = vit.ImageTransformer(config.model.image, np.dtype("float32"))
+    images = np.random.default_rng(0).standard_normal((2, SIZE, SIZE, 3)).astype(np.float32)
+    ours: Any = jax.jit(tower.apply)({"params": tables.nested(loaded.params)["image"]}, images)
+    with torch.no_grad():
+        theirs = module(foreign.torch_images(images)).last_hidden_state
+    foreign.close(np.asarray(ours), theirs.numpy())
 
 
 def test_siglip_2_of_a_fixed_size(tmp_path):
@@ -544,40 +588,31 @@ def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
     assert report.verdict == "PROVEN", report.text
     model, _, _ = checkpoint.load_model(tmp_path / "ours")
     assert (model.text.end_id, model.text.cleaning) == (2, cleaning)
+    last = dataclasses.replace(model, text=dataclasses.replace(model.text, pool="last"))
+    assert comparison.open_clip_config(last)[1]["pool_type"] == "last"
     if clean is None:
         report = to_open_clip(tmp_path / "ours", tmp_path / "back")
         assert report.verdict == "PROVEN", report.text
 
 
 @pytest.mark.parametrize(
-    "key,value,works",
+    "decoder,pool,sizes,named",
     [
-        ("position_kind", "sinusoidal", ()),
-        ("scale_tokens", True, ()),
-        ("pool", "masked_mean", ()),
-        ("activation", "relu", ("to-hf",)),
-        ("end_id", 2, ("to-open-clip",)),
-        ("end_id", 3, ("to-hf", "to-open-clip")),
+        (False, "class", (2, 99), ()),
+        (True, "none", (2, 99), ()),
+        (False, "map", (4, 384), ()),  # those of the tower
+        (False, "map", (2, 99), ("pool_heads", "pool_mlp_dim")),
     ],
 )
-def test_exits_refuse_what_they_cannot_hold(key, value, works):
+def test_exits_name_the_sizes_of_a_pool_where_it_has_them(decoder, pool, sizes, named):
     c = recipe.model("tiny")
-    c.decoder = None
-    c.image.update(recipe.FAMILIES["clip"]["image"], pool="class")
+    if not decoder:
+        c.decoder = None
+    c.image.update(pool=pool, pool_heads=sizes[0], pool_mlp_dim=sizes[1])
     model = config_lib.model_from_dict(c.to_dict())
-    changed = dataclasses.replace(model.text, **{key: value})
-    was, found = reasons.of(model), reasons.of(dataclasses.replace(model, text=changed))
-    for exit_name, faults in found.items():
-        new = {fault for fault in faults if f"model.text.{key}" in fault}
-        if exit_name == "to-hf --part vision" or exit_name in works:
-            assert not new and faults == was[exit_name]
-        elif exit_name != "to-big-vision" or key in ("position_kind", "scale_tokens", "pool"):
-            assert new
-    whole = dataclasses.replace(
-        config_lib.model_from_dict(recipe.model("tiny").to_dict()), text=changed
-    )
-    as_grain = [fault for fault in reasons.of(whole)["to-hf"] if f"model.text.{key}" in fault]
-    assert bool(as_grain) == (key != "activation")  # the modeling file has relu
+    for kind in (reasons.SIGLIP, reasons.SIGLIP_VISION, reasons.CLIP, reasons.BIG_VISION):
+        faults = [fault.split(":")[0] for fault in kind.faults(model)]
+        assert [x for x in faults if ".pool_" in x] == [f"model.image.{key}" for key in named]
 
 
 def test_a_masked_mean_costs_what_a_mean_costs():

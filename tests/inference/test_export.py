@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
+from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.convert import export, parity
 from grain_jax.runtime import checkpoint
@@ -147,6 +148,35 @@ def test_two_towers_that_see_their_padding(tmp_path):
     assert said["functions"]["text"]["inputs"]["tokens"] == "int32[b, 32]"
     assert said["text"]["end"] == "not looked at: zeros will do"
     assert said["text"]["tokenizer"] == "tokenizer.json" and said["activations"] == "bfloat16"
+
+
+def test_towers_with_every_option(tmp_path):
+    image = dict(registers=2, layer_scale=True, mlp="gated", key_bias=False, depth=1)
+    image |= dict(rope="centres", positions=False, pool="map", pool_heads=2, pool_mlp_dim=64)
+    text = dict(causal=False, pool="masked_mean", position_kind="sinusoidal", depth=1)
+    text |= dict(scale_tokens=True)
+    changes = {f"image__{key}": value for key, value in image.items()}
+    changes |= {f"text__{key}": value for key, value in text.items()}
+    model = perturbed.tiny(decoder=None, **changes)
+    predictor = inference.Predictor(model, perturbed.params(model))
+    compared = export.export_model(predictor, tmp_path, platforms=["cpu"])
+    assert [c.name for c in compared if c.ok] == [
+        "image: image_embed",
+        "text: text_embed",
+        "maps: similarity_map",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(), "position of each text's last token; for CLIP's ids tokens.argmax(1)"),
+        (dict(causal=False, end_id=2), "position of each text's last token, the id 2"),
+        (dict(pool="last", end_id=2), "not looked at: zeros will do"),
+    ],
+)
+def test_what_the_description_says_of_the_end(changes, said):
+    assert export._end(config_lib.TextTower(**changes)) == said
 
 
 def test_the_command_compares_what_it_wrote(folder):

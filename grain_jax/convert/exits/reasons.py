@@ -5,6 +5,7 @@ import operator
 from typing import Any, NamedTuple
 
 from grain_jax import config as config_lib
+from grain_jax.convert import towers
 from grain_jax.convert.exits import timm_trunk
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.reference import names
@@ -25,6 +26,7 @@ class Format(NamedTuple):
 
     def faults(self, model: config_lib.Model) -> list[str]:
         """A line for each key that the format cannot express."""
+        model = towers.plain_pool(model)
         return [
             f"model.{need.key}: got {got if got is None or isinstance(got, str | int | float) else 'one'},"
             f" {self.name} has {' or '.join(map(str, need.values))}"
@@ -46,15 +48,7 @@ def _needs(**values: Any) -> tuple[Need, ...]:
 
 
 _PLAIN_VIT = dict(
-    image__tower="vit",
-    image__positions=True,
-    image__rope="none",
-    image__registers=0,
-    image__layer_scale=False,
-    image__mlp="plain",
-    image__key_bias=True,
-    image__pool_heads=0,
-    image__pool_mlp_dim=0,
+    image__tower="vit", image__pool_heads=0, image__pool_mlp_dim=0, **names.PLAIN_IMAGE
 )
 _VIT = _PLAIN_VIT | dict(image__qk_norm=False)
 _GELUS = ("gelu", "gelu_tanh", "quick_gelu")

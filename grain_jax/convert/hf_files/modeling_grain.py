@@ -38,11 +38,74 @@ OCTAVES = 6  # of corners in a box head's Fourier features: waves of 1 to 1/32 o
 # </boxes>
 
 
-def _attend(q, k, v, heads, *, causal=False, dropout=0.0):
-    """Multi-head attention of projected queries [B, Lq, E] to keys and values [B, Lk, E] -> [B, Lq, E]."""
+def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
+    """Multi-head attention of projected queries [B, Lq, E] to keys and values [B, Lk, E] -> [B, Lq, E].
+
+    `mask`, bool [B, 1, 1, Lk]: the keys that are seen; None: all.
+    """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
+    )
     return out.transpose(1, 2).flatten(2)
+
+
+# <rope>
+class Rope(nn.Module):
+    """Rotary positions of the patches: queries and keys are turned by angles of row and column.
+
+    "centres" (DINOv3): the patch's centre in [-1, 1] times 2 pi; channel i turns with i + half. "grid" (PE-core): column
+    and row, from 1, at the scale of the grid of pretraining; channel 2 i turns with 2 i + 1.
+    """
+
+    def __init__(self, tower):
+        super().__init__()
+        self.kind, self.leading = tower["rope"], _leading(tower)
+        self.grid, self.trained = tower["image_size"] // tower["patch_size"], tower["rope_grid"]
+        self.theta, self.head_dim = tower["rope_theta"], tower["width"] // tower["heads"]
+
+    def tables(self, device):
+        """Cosine and sine of each patch and channel, [patches, head_dim]."""
+        at = torch.arange(self.grid, device=device, dtype=torch.float64)
+        quarter = self.head_dim // 4
+        waves = self.theta ** -(torch.arange(quarter, device=device, dtype=at.dtype) / quarter)
+        if self.kind == "centres":
+            at = 2 * math.pi * (2 * (at + 0.5) / self.grid - 1)
+        else:
+            at = (at + 1) * (self.trained / self.grid)
+        y, x = (a.reshape(-1, 1) * waves for a in torch.meshgrid(at, at, indexing="ij"))
+        if self.kind == "centres":
+            angles = torch.cat([y, x], dim=1).repeat(1, 2)
+        else:
+            angles = torch.cat([x, y], dim=1).repeat_interleave(2, dim=1)
+        return angles.cos().float(), angles.sin().float()
+
+    def forward(self, x):
+        """Queries or keys [B, tokens, E], turned but for the leading tokens, in float32."""
+        heads = x.unflatten(-1, (-1, self.head_dim))
+        y = heads[:, self.leading :].float()
+        cos, sin = (table[:, None] for table in self.tables(x.device))
+        if self.kind == "centres":
+            first, second = y.chunk(2, dim=-1)
+            other = torch.cat([-second, first], dim=-1)
+        else:
+            other = torch.stack([-y[..., 1::2], y[..., ::2]], dim=-1).flatten(-2)
+        turned = (y * cos + other * sin).to(x.dtype)
+        return torch.cat([heads[:, : self.leading], turned], dim=1).flatten(-2)
+
+
+# </rope>
+def _rope(tower):
+    # <rope>
+    if tower["rope"] != "none":
+        return Rope(tower)
+    # </rope>
+    return nn.Identity()
+
+
+def _leading(tower):
+    """The number of tokens before the patches: the class token and the registers."""
+    return int(tower["class_token"]) + tower["registers"]
 
 
 class ImageAttention(nn.Module):
@@ -51,7 +114,11 @@ class ImageAttention(nn.Module):
     def __init__(self, tower):
         super().__init__()
         width, self.heads = tower["width"], tower["heads"]
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=tower["key_bias"])
+        self.q_bias = self.v_bias = None
+        if not tower["key_bias"]:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+        self.rope = _rope(tower)
         self.proj = nn.Linear(width, width)
         self.q_norm = self.k_norm = nn.Identity()
         if tower["qk_norm"]:
@@ -60,9 +127,11 @@ class ImageAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.q_bias is not None:
+            q, v = q + self.q_bias, v + self.v_bias
         q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
-        return self.proj(_attend(q, k, v, self.heads))
+        return self.proj(_attend(self.rope(q), self.rope(k), v, self.heads))
 
 
 class Attention(nn.Module):
@@ -75,25 +144,30 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, query, key, value, *, causal=False):
+    def forward(self, query, key, value, *, causal=False, mask=None):
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(_attend(q, k, v, self.heads, causal=causal, dropout=dropout))
+        out = _attend(q, k, v, self.heads, causal=causal, mask=mask, dropout=dropout)
+        return self.out_proj(out)
 
 
 class MLP(nn.Module):
-    """Two linear layers, named `names`, with an activation between them."""
+    """Two linear layers, named `names`, with an activation between them; `gated`: that of a third one times the first."""
 
-    def __init__(self, tower, names):
+    def __init__(self, tower, names, mlp_dim=0, gated=False):
         super().__init__()
+        width, mlp_dim = tower["width"], mlp_dim or tower["mlp_dim"]
         self.names, self.activation = names, ACTIVATIONS[tower["activation"]]
-        self.add_module(names[0], nn.Linear(tower["width"], tower["mlp_dim"]))
-        self.add_module(names[1], nn.Linear(tower["mlp_dim"], tower["width"]))
+        self.add_module(names[0], nn.Linear(width, mlp_dim))
+        self.add_module(names[1], nn.Linear(mlp_dim, width))
+        self.gate = nn.Linear(width, mlp_dim) if gated else None
 
     def forward(self, x):
         first, second = (getattr(self, name) for name in self.names)
-        return second(self.activation(first(x)))
+        if self.gate is None:
+            return second(self.activation(first(x)))
+        return second(self.activation(self.gate(x)) * first(x))
 
 
 # <map>
@@ -104,9 +178,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         width = tower["width"]
         self.probe = nn.Parameter(torch.empty(1, 1, width))
-        self.attention = Attention(width, tower["heads"])
+        self.attention = Attention(width, tower.get("pool_heads") or tower["heads"])
         self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.mlp = MLP(tower, ("fc1", "fc2"))
+        self.mlp = MLP(tower, ("fc1", "fc2"), tower.get("pool_mlp_dim", 0))
 
     def forward(self, tokens):
         """[B, tokens, E] -> [B, E]."""
@@ -134,19 +208,33 @@ def _projected(x, matrix, bias):
     return x if bias is None else x + bias
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each channel."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((tower["width"],), tower["layer_scale_init"]))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class ImageBlock(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP; maybe layer scale."""
 
     def __init__(self, tower):
         super().__init__()
         self.norm1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.attn = ImageAttention(tower)
         self.norm2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
-        self.mlp = MLP(tower, ("fc1", "fc2"))
+        self.mlp = MLP(tower, ("fc1", "fc2"), gated=tower["mlp"] == "gated")
+        self.ls1, self.ls2 = (
+            LayerScale(tower) if tower["layer_scale"] else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class ImageTower(nn.Module):
@@ -158,7 +246,11 @@ class ImageTower(nn.Module):
         self.image_size = tower["image_size"]
         positions = (self.image_size // patch) ** 2 + int(tower["class_token"])
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if tower["class_token"] else None
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
+        self.pos_embed = self.reg_token = None
+        if tower["positions"]:
+            self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
+        if tower["registers"]:
+            self.reg_token = nn.Parameter(torch.empty(1, tower["registers"], width))
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
         self.norm_pre = nn.Identity()
@@ -175,9 +267,15 @@ class ImageTower(nn.Module):
                 f" [B, 3, {self.image_size}, {self.image_size}]; use the processor of this folder"
             )
         x = self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2)
+        first = x[:, :0]
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.norm_pre(x + self.pos_embed)
+            first = self.cls_token.expand(x.shape[0], -1, -1)
+        if self.pos_embed is not None:
+            own = first.shape[1]
+            first, x = first + self.pos_embed[:, :own], x + self.pos_embed[:, own:]
+        if self.reg_token is not None:
+            first = torch.cat([first, self.reg_token.expand(x.shape[0], -1, -1)], dim=1)
+        x = self.norm_pre(torch.cat([first, x], dim=1))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -194,9 +292,9 @@ class TextBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("c_fc", "c_proj"))
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, causal=self.causal)
+        x = x + self.attn(y, y, y, causal=self.causal, mask=mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -208,7 +306,10 @@ class Backbone(nn.Module):
         text = towers["text"]
         self.visual = ImageTower(towers["image"])
         self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
-        self.positional_embedding = nn.Parameter(torch.empty(text["context_length"], text["width"]))
+        self.context, self.positional_embedding = text["context_length"], None
+        if text["position_kind"] == "learned":
+            self.positional_embedding = nn.Parameter(torch.empty(self.context, text["width"]))
+        self.token_scale = math.sqrt(text["width"]) if text["scale_tokens"] else 1.0
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
         self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
@@ -216,8 +317,9 @@ class Backbone(nn.Module):
         self.text_projection, self.text_projection_bias = _projection(
             text["projection"], text["width"], towers["embed_dim"]
         )
-        self.pool, self.pad_id = text["pool"], text["pad_id"]
-        self.sees_padding = not (text["causal"] and text["pool"] == "end")
+        self.pool, self.pad_id, self.end_id = text["pool"], text["pad_id"], text["end_id"]
+        self.causal = text["causal"]
+        self.sees_padding = not (self.causal and self.pool == "end")
         # In log space; the factor is its exponential.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(towers["logit_scale_init"])))
         self.logit_bias = None
@@ -225,22 +327,30 @@ class Backbone(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(float(towers["logit_bias_init"])))
 
     def encode_text(self, input_ids):
-        """[N, L] -> [N, D], read as the tower is: at the end token (the first position of the highest id of a text), at the
-        last position, or pooled of all positions. A tower that sees its padding gets texts filled to the context.
+        """[N, L] -> [N, D], read as the tower is: at the end token (the first one, or the first place of the highest id where
+        the tower names none), at the last position, or pooled of all positions, or of all but the padding.
+        A tower that sees its padding gets texts filled to the context.
         """
-        context = self.positional_embedding.shape[0]
-        if input_ids.ndim != 2 or input_ids.shape[1] > context:
+        least = int(self.pool == "end")
+        if input_ids.ndim != 2 or not least <= input_ids.shape[1] <= self.context:
             raise ValueError(
-                f"input_ids: got shape {list(input_ids.shape)}, expected [N, at most {context}];"
+                f"input_ids: got shape {list(input_ids.shape)}, expected [N, {least} to {self.context}];"
                 " the processor cuts texts to this length"
             )
-        end = input_ids.argmax(dim=-1)
+        ids = input_ids
         if self.sees_padding:
-            input_ids = F.pad(input_ids, (0, context - input_ids.shape[1]), value=self.pad_id)
-        x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
+            input_ids = F.pad(input_ids, (0, self.context - input_ids.shape[1]), value=self.pad_id)
+        x = self.token_embedding(input_ids) * self.token_scale
+        x = x + self._positions(x)[: x.shape[1]]
+        real, mask = input_ids != self.pad_id, None
+        if self.pool == "masked_mean" and not self.causal:
+            mask = (real | ~real.any(dim=1, keepdim=True))[
+                :, None, None
+            ]  # a text of padding alone sees it
         for block in self.transformer.resblocks:
-            x = block(x)
+            x = block(x, mask)
         if self.pool == "end":
+            end = (ids if self.end_id is None else (ids == self.end_id).long()).argmax(dim=-1)
             x = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
         elif self.pool == "last":
             x = x[:, -1]
@@ -249,7 +359,20 @@ class Backbone(nn.Module):
             x = self.text_pool(x)
         elif self.pool == "mean":
             x = x.mean(dim=1)
+        elif self.pool == "masked_mean":
+            x = (x * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
         return _projected(x, self.text_projection, self.text_projection_bias)
+
+    def _positions(self, x):
+        """[context, E]: learned, or sines and cosines with waves of 2 pi to 2 pi 10^4."""
+        if self.positional_embedding is not None:
+            return self.positional_embedding
+        half = x.shape[-1] // 2
+        at = torch.arange(self.context, device=x.device, dtype=torch.float64)
+        waves = torch.arange(half, device=x.device, dtype=at.dtype) / max(half - 1, 1)
+        angles = at[:, None] * (-math.log(1e4) * waves).exp()
+        angles = torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype)
+        return F.pad(angles, (0, x.shape[-1] % 2))
 
 
 # <decoder>
@@ -283,7 +406,7 @@ class BoxHead(nn.Module):
     def __init__(self, towers):
         super().__init__()
         head, image = towers["boxes"], towers["image"]
-        width, self.leading = image["width"], int(image["class_token"])
+        width, self.leading = image["width"], _leading(image)
         self.grid = image["image_size"] // image["patch_size"]
         self.kind, self.bins, self.samples = head["kind"], head["bins"], head["samples"]
         inputs = width * self.bins**2
@@ -410,7 +533,7 @@ class PooledImage(nn.Module):
     def __init__(self, towers):
         super().__init__()
         image = towers["image"]
-        self.kind, self.leading = image["pool"], int(image["class_token"])
+        self.kind, self.leading = image["pool"], _leading(image)
         self.pool = _attention_pool(image)
         self.img_proj, self.img_proj_bias = _projection(
             image["projection"], image["width"], towers["embed_dim"]
@@ -492,6 +615,9 @@ class GrainPreTrainedModel(PreTrainedModel):
             "logit_scale": math.log(towers["logit_scale_init"]),
             "logit_bias": towers["logit_bias_init"],
             "in_proj_bias": 0.0,
+            "q_bias": 0.0,
+            "v_bias": 0.0,
+            "gamma": towers["image"]["layer_scale_init"],
             "text_projection_bias": 0.0,
             "img_proj_bias": 0.0,
         }

@@ -100,7 +100,7 @@ def read(path: epath.PathLike) -> Checkpoint:
       hub.HubError: the Hub refuses.
     """
     text, head = split(path)
-    path = hub.download(text) if hub.is_reference(text) else epath.Path(text)
+    path = hub.local(text)
     if path.is_dir():
         found = [path / name for name in _WEIGHTS if regular_file.is_one(path / name)]
         if not found:

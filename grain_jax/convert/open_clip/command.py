@@ -27,7 +27,7 @@ def from_open_clip(
     output.save(folder, model, params, source, proof)
     lines = towers.describe(model, {"image": image.assumed, "text": text.assumed})
     lines += checkpoint.notes
-    if (scale := np.exp(params["logit_scale"])) > 100:
+    if (scale := np.exp(params["logit_scale"])) > 100.5:  # CLIP stops near 100
         lines.append(
             f"logit scale {scale:.4g}; training clips it at 100 unless optim.frozen has it"
         )

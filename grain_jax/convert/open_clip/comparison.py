@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.convert import archives, output, parity
+from grain_jax.convert import archives, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip.checkpoint import SCALARS, Checkpoint, group
 
@@ -19,6 +19,12 @@ _SIZES = {
     *("image_size", "patch_size", "vocab_size", "max_position_embeddings", "context_length"),
     *("width", "layers", "mlp_ratio", "num_register_tokens"),
 }
+# Keys of config.json that send transformers to code of the Hub, to arrays of another kind, or to outputs without names.
+_STEERING = (
+    *("attn_implementation", "_attn_implementation", "experts_implementation"),
+    *("_experts_implementation", "quantization_config", "return_dict"),
+)
+_MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out
 Built = tuple[str, Any, Callable]  # package, torch module, (module, images, ids) -> both embeddings
 
 
@@ -42,7 +48,7 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
             package, module, encode = build(checkpoint, model)
     except ImportError as error:
         return parity.not_proven(
-            params, f"{error.name} is not installed, so nothing could be compared."
+            params, f"{error.name or error} is not installed, so nothing could be compared."
         )
     if not is_tips:
         _load(checkpoint, package, module)
@@ -117,13 +123,21 @@ def _mlp_faults(said: Mapping[str, Any], image: config_lib.ImageTower) -> list[s
 
 
 def _build_tips(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
-    """transformers' TIPS v2 as it reads the folder itself."""
+    """transformers' TIPS v2 by config.json, with the arrays by the names that its loader translates."""
+    import torch
     import transformers
 
-    load: Any = transformers.Tipsv2Model.from_pretrained
-    with output.on_disk(checkpoint.path.parent) as path:
-        module, found = load(path, local_files_only=True, dtype="float32", output_loading_info=True)
-    wrong = sorted(str(x) for names in found.values() for x in names or ())
+    kind: Any = transformers.Tipsv2Model
+    state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
+    del state["logit_scale"]  # ours, of the temperature; embeddings need none
+    module, found = kind.from_pretrained(
+        None,
+        config=transformers.Tipsv2Config.from_dict(_without(checkpoint.hf, *_STEERING)),
+        state_dict=state,
+        dtype="float32",
+        output_loading_info=True,
+    )
+    wrong = sorted({str(x) for names in found.values() for x in names or ()} - {_MASK_TOKEN})
     if wrong:
         raise ConvertError(f"{wrong[0]}: missing, unknown or of another shape for transformers")
 
@@ -145,9 +159,9 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     stated = checkpoint.hf or hf_config(model)
     if (stated.get("model_type") or "").startswith("metaclip_2"):
         kind = "MetaClip2"
-    elif stated.get("model_type") == "fgclip2":
-        stated = _without_type(stated)
-    config = getattr(transformers, f"{kind}Config").from_dict(dict(stated))
+    # The classes that FG-CLIP 2 names are not those of SigLIP 2.
+    others = ("model_type",) if stated.get("model_type") == "fgclip2" else ()
+    config = getattr(transformers, f"{kind}Config").from_dict(_without(stated, *_STEERING, *others))
     module = getattr(transformers, f"{kind}Model")(config).float()
     grid = image.image_size // image.patch_size
 
@@ -168,12 +182,11 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     return f"transformers {transformers.__version__}'s {kind}Model{head}", module, encode
 
 
-def _without_type(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without the names of its classes, which another class than SigLIP 2's has."""
-    parts = {key: dict(stated[key]) for key in ("vision_config", "text_config") if stated.get(key)}
-    for part in (whole := {**stated, **parts}, *parts.values()):
-        part.pop("model_type", None)
-    return whole
+def _without(stated: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """config.json without these keys, in its parts too."""
+    parts = {key: stated[key] for key in ("vision_config", "text_config") if stated.get(key)}
+    left_in = lambda part: {key: value for key, value in part.items() if key not in keys}
+    return left_in(stated) | {key: left_in(part) for key, part in parts.items()}
 
 
 def hf_config(model: config_lib.Model) -> dict[str, Any]:
@@ -265,7 +278,7 @@ def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str,
         pool_type="argmax" if text.pool == "end" else text.pool,
         norm_kwargs=dict(eps=text.norm_eps),
     )
-    if text.end_id is not None:
+    if text.pool == "end" and text.end_id is not None:
         text_cfg |= dict(pool_type="eos", eos_id=text.end_id)
     return vision_cfg, text_cfg
 

@@ -87,8 +87,9 @@ def _with_long_positions(
             f"{_LONG[0]}, {_LONG[1]}: got the shapes {first.shape} and {others.shape}, expected two equal ones of two axes"
         )
     cfg = config.get("text_config") or {}
-    kept, stated = cfg.get("keep_len", _KEPT), cfg.get("longtext_len", len(first))
-    if stated != len(first):
+    kept, stated = cfg.get("keep_len"), cfg.get("longtext_len")
+    kept = _KEPT if kept is None else kept
+    if stated not in (None, len(first)):
         raise ConvertError(
             f"text_config.longtext_len: got {stated}, but the arrays have {len(first)}"
         )

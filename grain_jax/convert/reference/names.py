@@ -1,11 +1,12 @@
 """The table of the PyTorch reference, and the sizes that its state dicts tell.
 
-What it lacks has names of its own: `pre_norm`, `logit_bias`, pooling heads, biases of projections, the box head;
+What it lacks has names of its own: `pre_norm`, registers, gates, layer scale, `logit_bias`, pooling heads, biases of
+projections, the box head;
 `hf_files/modeling_grain.py` has all. Its "decoder" of two towers is what pools the image tokens.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def _pool(ours: str, theirs: str) -> list[NamePair]:
 _LAYER = "transformer.decoder.layers.{}."
 TABLES: dict[str, list[NamePair]] = {  # by state dict
     "backbone": [
-        *formats.timm_image("visual."),
+        *formats.own_image("visual.", key_bias=True),
         *formats.openai_text(),
         NamePair("text_projection/bias", "text_projection_bias"),
         *_pool("text_pool", "text_pool."),
@@ -69,6 +70,17 @@ TABLES: dict[str, list[NamePair]] = {  # by state dict
         NamePair("box_projection/kernel", "boxes.proj"),
     ],
 }
+_KEY_BIAS = "image/blocks/attention/key/bias"
+
+
+def rows_of(module: str, parameters: Collection[str]) -> list[NamePair]:
+    """The table of a state dict, for a model of these parameters."""
+    if module == "backbone" and _KEY_BIAS not in parameters:
+        others = [row for row in TABLES[module] if not row.ours.startswith("image/")]
+        return [*formats.own_image("visual.", key_bias=False), *others]
+    return TABLES[module]
+
+
 # Entries of the reference that no output of GRAIN depends on.
 UNUSED = {
     "backbone": ("image_projection",),
@@ -82,6 +94,15 @@ REFERENCE_HEADS = {
     ("text", 512): 8,
     ("decoder", 512): 8,
 }
+# What an image tower of CLIP, SigLIP or the reference has.
+PLAIN_IMAGE = {
+    "image.positions": True,
+    "image.rope": "none",
+    "image.registers": 0,
+    "image.layer_scale": False,
+    "image.mlp": "plain",
+    "image.key_bias": True,
+}
 # What the models of the reference have: key, value; True: the modeling file of to-hf has nothing else either.
 _FIXED = (
     ("logit_bias_init", None, False),
@@ -92,14 +113,7 @@ _FIXED = (
     ("image.patch_bias", True, False),
     ("image.pre_norm", False, False),
     ("image.activation", "gelu", False),
-    ("image.positions", True, True),
-    ("image.rope", "none", True),
-    ("image.registers", 0, True),
-    ("image.layer_scale", False, True),
-    ("image.mlp", "plain", True),
-    ("image.key_bias", True, True),
-    ("image.pool_heads", 0, True),
-    ("image.pool_mlp_dim", 0, True),
+    *((key, value, False) for key, value in PLAIN_IMAGE.items()),
     ("image.pixel_mean", config_lib.ImageTower.pixel_mean, False),
     ("image.pixel_std", config_lib.ImageTower.pixel_std, False),
     ("text.norm_eps", 1e-5, False),
@@ -108,9 +122,9 @@ _FIXED = (
     ("text.pool", "end", False),
     ("text.projection", "matrix", False),
     ("text.tokenizer", "clip", False),
-    ("text.position_kind", "learned", True),
-    ("text.scale_tokens", False, True),
-    ("text.end_id", None, True),
+    ("text.position_kind", "learned", False),
+    ("text.scale_tokens", False, False),
+    ("text.end_id", None, False),
     ("decoder.norm_eps", 1e-5, False),
     ("decoder.image_pool", "query", False),
     ("boxes.kind", "none", False),
@@ -150,7 +164,7 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
     params: dict[str, np.ndarray] = {}
     faults = []
     for module, state in (("backbone", backbone), ("decoder", decoder)):
-        rows = TABLES[module]
+        rows = rows_of(module, shapes)
         own = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}
         try:
             with prefixed(f"{module} "):
@@ -170,10 +184,11 @@ def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
       ValueError: a parameter that no row has.
     """
     flat = grain.flat(params)
-    lost = flat.keys() - {row.ours for rows in TABLES.values() for row in rows}
+    tables_of = {module: rows_of(module, flat) for module in TABLES}
+    lost = flat.keys() - {row.ours for rows in tables_of.values() for row in rows}
     if lost:
         raise ValueError(f"parameters without a name in torch: {', '.join(sorted(lost))}")
-    return {module: tables.write(rows, flat) for module, rows in TABLES.items()}
+    return {module: tables.write(rows, flat) for module, rows in tables_of.items()}
 
 
 def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.ndarray]]:

@@ -64,6 +64,11 @@ def download(reference: str) -> epath.Path:
     return folder
 
 
+def local(path: str) -> epath.Path:
+    """A path; of a name on the Hub that of its copy, as `download` gives it."""
+    return download(path) if is_reference(path) else epath.Path(path)
+
+
 def check_push(repo: str) -> None:
     """Raises HubError where `push` could not work: the form of the name, a missing package or token."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
