@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 A, B = "lora_a", "lora_b"  # beside the `kernel` of their map
+_PARTS = {"kernel", A, B}
 
 
 def fold(kernel: Any, a: Any, b: Any, scale: float) -> Any:
@@ -30,23 +31,16 @@ def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
     """
     if not isinstance(params, Mapping):
         return params
-    if A in params:
+    if _PARTS <= params.keys():
         rest = {name: x for name, x in params.items() if name not in (A, B)}
         return rest | {"kernel": fold(params["kernel"], params[A], params[B], scale)}
     return {name: merged(x, scale, fold) for name, x in params.items()}
 
 
-def scaled(params: Any, scale: float) -> Any:
-    """A tree of parameters with every B times `scale`."""
-    if not isinstance(params, Mapping):
-        return params
-    return {name: x * scale if name == B else scaled(x, scale) for name, x in params.items()}
-
-
 def maps_in(params: Any, path: str = "") -> Iterator[str]:
     """The names of the maps that have factors in a tree of parameters, such as "image/blocks/mlp/in"."""
     if isinstance(params, Mapping):
-        if A in params:
+        if _PARTS <= params.keys():
             yield path
         for name, x in params.items():
             yield from maps_in(x, f"{path}/{name}" if path else name)
