@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import dtypes
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, low_rank, named
@@ -161,7 +162,7 @@ def _add(next_fun, args, kwargs, context):
     a, b = (module.get_variable("params", name) for name in (low_rank.A, low_rank.B))
     if a is None:
         return y
-    x, a, b = nn.dtypes.promote_dtype(args[0], a, b * _scale.get(), dtype=module.dtype)
+    x, a, b = dtypes.promote_dtype(args[0], a, b * _scale.get(), dtype=module.dtype)
     if isinstance(module, layers.SideBySide):
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
     return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)

@@ -114,7 +114,8 @@ def load_stored(path: epath.PathLike) -> Stored:
         return found
     weights = ("model.safetensors", "model.safetensors.index.json")
     if (path / "config.json").exists() and any((path / x).exists() for x in weights):
-        return Stored(*named.find("reader", _TRANSFORMERS, {})(path), str(path))
+        model, params = named.find("reader", _TRANSFORMERS, {})(path)
+        return Stored(model, params, str(path))
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)
