@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from grain_jax.core import errors
+
 A, B = "lora_a", "lora_b"  # beside the `kernel` of their map
-_PARTS = {"kernel", A, B}
 
 
 def fold(kernel: Any, a: Any, b: Any, scale: float) -> Any:
@@ -28,19 +31,34 @@ def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
       params: nested dict of arrays.
       scale: alpha / rank.
       fold: of one map.
+
+    Raises:
+      UserError: factors that do not fit their matrix.
     """
     if not isinstance(params, Mapping):
         return params
-    if _PARTS <= params.keys():
+    if _is_map(params):
         rest = {name: x for name, x in params.items() if name not in (A, B)}
+        shapes = [np.shape(params.get(name, ())) for name in ("kernel", A, B)]
+        kernel, a, b = shapes
+        if len(b) < 3 or a[:-1] + b[2:] != kernel or b[:2] != a[:1] + a[-1:]:
+            raise errors.UserError(
+                f"kernel, {A}, {B}: got the shapes {', '.join(map(str, shapes))}, expected [layers, in, out],"
+                " [layers, in, rank] and [layers, rank, out] of one map"
+            )
         return rest | {"kernel": fold(params["kernel"], params[A], params[B], scale)}
     return {name: merged(x, scale, fold) for name, x in params.items()}
+
+
+def _is_map(params: Mapping) -> bool:
+    """Whether a module has a factor: with one alone it is a map that lost the other."""
+    return "kernel" in params and not params.keys().isdisjoint((A, B))
 
 
 def maps_in(params: Any, path: str = "") -> Iterator[str]:
     """The names of the maps that have factors in a tree of parameters, such as "image/blocks/mlp/in"."""
     if isinstance(params, Mapping):
-        if _PARTS <= params.keys():
+        if _is_map(params):
             yield path
         for name, x in params.items():
             yield from maps_in(x, f"{path}/{name}" if path else name)
