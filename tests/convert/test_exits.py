@@ -645,10 +645,10 @@ def test_a_tokenizer_that_theirs_reads_otherwise_is_left_out(tmp_path, capsys, c
 
 
 def write_words_with_end(folder, end):
-    """A tokenizer.json whose texts end with the id `end` of 12; none with a higher one but "long"."""
+    """A tokenizer.json whose texts end with the id `end`, which is not the highest."""
     words = "unknown pad a photo of wren two dogs and cat s".split()
     words.insert(end, "</s>")
-    vocabulary = {word: i for i, word in enumerate([*words, "long"][:12])}
+    vocabulary = {word: i for i, word in enumerate(words)}
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="unknown"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     library.post_processor = tokenizers.processors.TemplateProcessing(
