@@ -5,7 +5,8 @@
     DIR/faults.jsonl                      a line for each image that was left out
     DIR/README.md                         the data card
 
-With `--format npy` the embeddings are arrays beside the Parquet files (`arrays`). The columns are in docs/embed.md. pyarrow is imported where a file is read or written.
+With `--format npy` the embeddings are arrays beside the Parquet files (`arrays`). The columns are in docs/embed.md.
+pyarrow is imported where a file is read or written.
 """
 
 import concurrent.futures

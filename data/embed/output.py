@@ -3,6 +3,7 @@
 A part is written when it is whole, so that its presence marks it as done. What it left out stands in the file itself.
 """
 
+import collections
 import io
 import json
 import sys
@@ -52,7 +53,12 @@ class Output(NamedTuple):
         Raises:
           errors.UserError: a file is of no part: of another model, of other images, or none of grain-jax embed.
         """
-        names = {self.name(index): index for index in range(len(self.parts))}
+        count, regions = len(self.parts), bool(self.settings.regions)
+        if self.settings.format == "npy":
+            if other := arrays.stranger(self.folder, count, regions):
+                message = "expected arrays of this job alone; move it elsewhere"
+                raise EmbeddingsError(f"{other}: {message}")
+        names = {self.name(index): index for index in range(count)}
         (self.folder / self.settings.data).mkdir(parents=True, exist_ok=True)
         done = {}
         for path, part in embeddings.read_parts(self.folder, self.settings):
@@ -100,9 +106,8 @@ class Writer:
         self._schema = embeddings.columns(output.settings)
         self._rows: list[EmbeddedImage] = []
         self._written = self._most = self._regions = 0
-        self._blocks: dict[
-            str, list[np.ndarray]
-        ] = {}  # of the format npy: the columns that are arrays
+        # Of the format npy: the columns that are arrays.
+        self._blocks = collections.defaultdict[str, list[np.ndarray]](list)
         self.faults: list[dict[str, str]] = []
         self._file = io.BytesIO()
         self._parquet = self._pa.parquet.ParquetWriter(
@@ -140,7 +145,7 @@ class Writer:
             path.parent.mkdir(exist_ok=True)
             if path.exists() and regular_file.length(path) is None:
                 raise EmbeddingsError(f"{path}: got a folder, pipe or device; move it elsewhere")
-            blocks = self._blocks.pop(name, [])
+            blocks = self._blocks.pop(name, [])  # let go of, before the next file is made
             atomic.write_bytes(path, arrays.encoded(blocks, settings.embed_dim, settings.store))
 
     def part(self) -> embeddings.Part:
@@ -178,8 +183,7 @@ class Writer:
                 vectors = pa.ListArray.from_arrays(offsets, vectors, type=field.type)
             columns.append(vectors)
         for name, values in of_embeds.items():  # no columns: arrays beside the file
-            stored = values.astype(settings.store, copy=False)
-            self._blocks.setdefault(name, []).append(stored)
+            self._blocks[name].append(np.ascontiguousarray(values, settings.store))
         self._parquet.write_table(pa.Table.from_arrays(columns, schema=schema))
         self._most, self._regions = max(self._most, *counts, 0), self._regions + sum(counts)
         self._written += len(rows)
@@ -224,9 +228,12 @@ _REGION_ARRAYS = """\
 | column `boxes_xyxy` of the metadata | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
 """
 _READ = """\
+import pathlib
+
 import pyarrow.dataset
 
-for batch in pyarrow.dataset.dataset("data").to_batches(columns=["id", "image_embed"]):
+files = sorted(pathlib.Path("data").glob("*.parquet"))
+for batch in pyarrow.dataset.dataset(files).to_batches(columns=["id", "image_embed"]):
     image_embed = batch["image_embed"].flatten().to_numpy(zero_copy_only=False).reshape(-1, {dim})
 """
 _READ_ARRAYS = """\

@@ -32,14 +32,14 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
             f"{source}: has no factors of LoRA (optim.lora.rank is 0), so there is nothing to merge; expected a run that"
             " has, every other command takes this one as it is"
         )
+    merged = stored.merged()
     given = parity.inputs_of(stored.model)
     with lora.beside(stored.params, stored.lora) as params:
         apart = parity.outputs(stored.model, params, given)
-    params = stored.merged()
-    found = parity.compare(parity.outputs(stored.model, params, given), apart)
+    found = parity.compare(parity.outputs(stored.model, merged, given), apart)
     proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
     model = output.with_tokenizer(stored.model, stored.folder, folder)
-    output.save(folder, model, params, source, proof)
+    output.save(folder, model, merged, source, proof)
     count = len(list(low_rank.maps_in(stored.params)))
     return proof.after(
         f"merge: {stored.folder} -> {folder}",

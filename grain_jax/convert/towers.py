@@ -284,8 +284,7 @@ def completed(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.
 
     A position of a class token that has none, as in big_vision and some models of timm; the vectors of `tower.zeros`.
     """
-    zeros: Any = np.zeros(tower.config.width, np.float32)
-    layers = tower.config.depth
+    layers, zeros = tower.config.depth, np.zeros(tower.config.width, np.float32)
     absent = [row for row in tower.rows if row.ours in tower.zeros]
     added: dict[str, np.ndarray] = {x: zeros for row in absent for x in row.entries((layers,))}
     state = {**added, **state}

@@ -3,6 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from grain_jax.core import errors
+
 A, B = "lora_a", "lora_b"  # beside the `kernel` of their map
 
 
@@ -27,11 +31,21 @@ def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
       params: nested dict of arrays.
       scale: alpha / rank.
       fold: of one map.
+
+    Raises:
+      UserError: factors that do not fit their matrix.
     """
     if not isinstance(params, Mapping):
         return params
     if A in params:
         rest = {name: x for name, x in params.items() if name not in (A, B)}
+        shapes = [np.shape(params.get(name, ())) for name in ("kernel", A, B)]
+        kernel, a, b = shapes
+        if len(b) < 3 or a[:-1] + b[2:] != kernel or b[:2] != a[:1] + a[-1:]:
+            raise errors.UserError(
+                f"kernel, {A}, {B}: got the shapes {', '.join(map(str, shapes))}, expected [layers, in, out],"
+                " [layers, in, rank] and [layers, rank, out] of one map"
+            )
         return rest | {"kernel": fold(params["kernel"], params[A], params[B], scale)}
     return {name: merged(x, scale, fold) for name, x in params.items()}
 

@@ -332,6 +332,16 @@ def test_what_has_no_factors_is_one_line(changes, line):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("name", ["kernel", "lora_a", "lora_b"])
+def test_factors_that_do_not_fit_are_one_line(name):
+    shapes = dict(kernel=(1, 6, 3, 2), lora_a=(1, 6, 4), lora_b=(1, 4, 3, 2))
+    params = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    assert low_rank.merged({"x": params}, 1.0)["x"].keys() == {"kernel"}
+    for wrong in (np.zeros((1, 5), np.float32), np.zeros((2, *shapes[name][1:]), np.float32)):
+        with pytest.raises(errors.UserError, match=r"kernel, lora_a, lora_b: got the shapes \("):
+            low_rank.merged({"x": params | {name: wrong}}, 1.0)
+
+
 def test_towers_of_users_have_no_factors():
     c = tiny.small(model__text__tower="examples.tower.mixer:TextMixer", **FACTORS)
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/blocks/mlp/in/kernel": (1, 32, 64)}

@@ -164,7 +164,8 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         out = module(input_ids=ids, **inputs)
         return out.image_embeds, out.text_embeds
 
-    return f"transformers {transformers.__version__}'s {kind}Model", module, encode
+    head = ", with this text head" if checkpoint.notes else ""  # of FG-CLIP
+    return f"transformers {transformers.__version__}'s {kind}Model{head}", module, encode
 
 
 def _without_type(stated: Mapping[str, Any]) -> dict[str, Any]:

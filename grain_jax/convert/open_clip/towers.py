@@ -111,8 +111,8 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
         prefix, stated = "text_model.", _stated_by_hf(checkpoint, "text", is_siglip, pool, heads)
     else:
         raise ConvertError(
-            "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* or"
-            " text_encoder.* (Hugging Face)"
+            "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* or text_encoder.*"
+            " (Hugging Face); an image tower alone is read by init.image"
         )
     vocab, _ = Entries(state, rows).shape("text/token_embed/embedding", 2)
     first_siglip = is_siglip and vocab == _SIGLIP_VOCABULARY

@@ -127,6 +127,7 @@ def test_float16_and_the_card(images, expected, tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     for said in ("# Embeddings of 11 images", "`float16[64]`", "aviary-tiny", "`boxes_xyxy`"):
         assert said in card
+    (tmp_path / "out" / "data" / "part-00000-of-00001.parquet.0a1b.new").write_bytes(b"of a kill")
     code, found = card.split("```python\n")[1].split("```")[0], {}
     exec(code.replace('"data"', repr(str(tmp_path / "out/data"))), found)
     np.testing.assert_array_equal(found["image_embed"], stored)

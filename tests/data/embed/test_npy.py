@@ -1,4 +1,4 @@
-"""grain-jax embed --format npy: the layout of clip-retrieval, stops, damage, and the examples of docs/embed.md."""
+"""grain-jax embed --format npy: the layout of clip-retrieval, stops, damage, and the example of FAISS in docs/embed.md."""
 
 import os
 import re
@@ -79,6 +79,7 @@ def test_the_layout_of_clip_retrieval(made):
 
 def test_the_example_of_faiss_finds_what_search_finds(made, monkeypatch):
     images, _, folder, parquet = made
+    (folder / "metadata" / "metadata_01.parquet.0a1b.new").write_bytes(b"left by a kill")
     text = (ROOT / "docs" / "embed.md").read_text()
     (code,) = (x for x in re.findall(r"```python\n(.*?)```", text, re.S) if "import faiss" in x)
     rng = np.random.default_rng(0)
@@ -186,3 +187,15 @@ def test_a_pipe_in_the_place_of_an_array_is_refused(job):
     os.mkfifo(path)
     with pytest.raises(errors.UserError, match="img_emb_0.npy: got a folder, pipe or device"):
         job.finished()
+
+
+@pytest.mark.parametrize("name", ["img_emb/img_emb_3.npy", "region_emb/other.npy"])
+def test_an_array_of_no_part_is_refused(name, job):
+    path = job.folder / name
+    path.parent.mkdir()
+    np.save(path, np.ones((7, 3), np.float16))
+    with pytest.raises(embeddings.EmbeddingsError, match=f"{name}: expected arrays of this job"):
+        go(job)
+    path.unlink()
+    go(job)
+    assert_whole(job.folder)
