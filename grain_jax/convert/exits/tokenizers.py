@@ -80,7 +80,7 @@ def with_end(source: Source) -> tuple[Source, str]:
             f"Texts: {tower.tokenizer} is no file in {source.folder}, so nobody knows whether they end with the highest id; put"
             " it there, or set model.text.end_id"
         )
-    own = tokenizer.of_tower(tower, source.folder)
+    own = tokenizer.FileTokenizer(path, tower.cleaning, tower.pad_id)
     ids, ends = (
         own(TEXTS, tower.context_length),
         own.encode(TEXTS, tower.context_length).lengths - 1,
