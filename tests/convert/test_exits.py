@@ -452,9 +452,7 @@ def test_no_key_of_a_tower_is_lost_in_silence(exit_name, trunk, tmp_path, capsys
         source = tmp_path / f"ours{i}"
         checkpoint.save_model(source, model, params, source="test")
         if model.text.tokenizer == "tokenizer.json":
-            perturbed.write_words(
-                source, "unknown pad a photo of wren two dogs and cat s bowl long x"
-            )
+            write_words_with_end(source, model.text.end_id or 7)
         if exit_name != "to-big-vision":
             run(capsys, exit_name.partition(",")[0], source, tmp_path / f"out{i}")
             continue
