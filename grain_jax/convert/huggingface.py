@@ -46,7 +46,10 @@ LOSSES = dict(
     iou_epsilon=0.0,
     deep_supervision=False,
 )
-_NO_LOSSES = ("image_description", "box_description", "hard_negative")  # of the modeling file
+_NO_LOSSES = (  # of the modeling file
+    *("image_description", "box_description", "hard_negative"),
+    *("group_size", "shift_labels_after_empty_box"),
+)
 _TEXTS = ["a photo of a wren", "Two DOGS  &amp; a cat's   bowl, 1998!", "", "long " * 100]
 
 
@@ -77,25 +80,26 @@ def to_hf(
     found = exits.read(source)
     if part == "vision":
         return hugging_face.write_vision(found, folder, repo)
+    found, unknown = tokenizers.with_end(found)
     if part == "towers":
         alone, lines = exits.towers_alone(found)
-        return hugging_face.write_towers(alone, folder, repo).after(*lines)
+        return hugging_face.write_towers(alone, folder, repo, unknown).after(*lines)
     lines = []
     if found.model.decoder is None:
         kind, faults = reasons.of_hugging_face(found.model)
         if not faults:
-            return hugging_face.write_towers(found, folder, repo)
+            return hugging_face.write_towers(found, folder, repo, unknown)
         keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
         lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {keys}"]
-    return _write(found, output.check_free(folder, _MODELING), repo, lines)
+    reasons.refuse(found.model, names.faults(found.model, "to-hf"))
+    return _write(found, output.check_free(folder, _MODELING), repo, lines, unknown)
 
 
 def _write(
-    source: exits.Source, folder: epath.Path, repo: str | None, lines: list[str]
+    source: exits.Source, folder: epath.Path, repo: str | None, lines: list[str], unknown: str
 ) -> parity.Report:
-    """A model with our modeling file; `lines` stand in the report."""
+    """A model with our modeling file; `lines` stand in the report, and what the parity cannot tell is `unknown`."""
     model = source.model
-    reasons.refuse(model, names.faults(model, "to-hf"))
     run = model_card.read_run(source.folder)
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
@@ -125,7 +129,7 @@ def _write(
             exits.write_file(folder / name, content)
         content = safetensors.numpy.save(weights, metadata={"format": "pt"})
         atomic.write_bytes(folder / WEIGHTS, content)
-    proof = _prove_folder(folder, source, has_tokenizer=bool(words))
+    proof = _prove_folder(folder, source, has_tokenizer=bool(words)).but(unknown)
     with output.writing(folder):
         card = model_card.write(model, losses, run, proof, missing, repo)
         atomic.write_text(folder / "README.md", card)

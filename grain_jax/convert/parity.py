@@ -59,6 +59,13 @@ class Report(NamedTuple):
         """The report with these lines before it."""
         return self._replace(text="\n".join([*lines, "", self.text]))
 
+    def but(self, why: str) -> "Report":
+        """The report where something could not be compared, for a reason; "": nothing."""
+        if not why or self.verdict != "PROVEN":
+            return self
+        text = f"{self.text.removesuffix('PROVEN')}{NOT_PROVEN}. {why}"
+        return self._replace(text=text, verdict=NOT_PROVEN)
+
 
 def inputs(
     image_size: int,
@@ -99,7 +106,12 @@ def inputs(
 def inputs_of(model: config_lib.Model) -> Inputs:
     """`inputs` in the sizes of a model."""
     text = model.text
-    return inputs(model.image.image_size, text.vocab_size, text.context_length, end_id=text.end_id)
+    sizes = model.image.image_size, text.vocab_size, text.context_length
+    given = inputs(*sizes, end_id=text.end_id)
+    if text.pool == "masked_mean":  # which does not see the padding
+        ids = given.token_ids
+        given = given._replace(token_ids=np.where(ids == 0, np.int32(text.pad_id), ids))
+    return given
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import grain_jax
 from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
-from grain_jax.core import images
+from grain_jax.core import images, named
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint, digests, receipt
@@ -322,11 +322,16 @@ def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypat
     assert "the package safetensors is missing; pip install" in said
 
 
-def test_models_of_another_kind_are_refused(tmp_path, capsys):
-    model = perturbed.tiny(text__tower="examples.tower.mixer:Mixer")
-    assert names.faults(model, "to-hf") == [
-        "model.text.tower: got examples.tower.mixer:Mixer, to-hf writes models with transformer"
-    ]
+def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(named.VARIABLE, "examples.tower.mixer")
+    for kind in (dict(), dict(decoder=None, image__pool="mean")):
+        model = perturbed.tiny(image__tower="examples.tower.mixer:Mixer", **kind)
+        checkpoint.save_model(tmp_path / "mixer", model, {"logit_scale": np.zeros(())})
+        assert refused(capsys, "to-hf", tmp_path / "mixer", tmp_path / "hf").split("\n") == [
+            "model.image.tower: got examples.tower.mixer:Mixer, to-hf writes models with vit",
+            "1 fault; nothing was written",
+            "what writes this model: grain-jax convert pack, grain-jax export",
+        ]
     model = perturbed.tiny(decoder=None, image__pool="class")
     checkpoint.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
     said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
@@ -379,7 +384,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
     c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3,
-                    loss__image_description=0.5)  # fmt: skip
+                    loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
     record = {"state": {"ema_params": digests.of_arrays(average)}}
     record["config"] = receipt.config_sha256(c)
@@ -390,7 +395,9 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     out = tmp_path / "hf"
     assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "\ntraining in torch lacks of the run's losses: image_description\n" in printed
+    assert (
+        "\ntraining in torch lacks of the run's losses: image_description, group_size\n" in printed
+    )
     card = (out / "README.md").read_text()
     for words in (
         "| data set | cc12m |",

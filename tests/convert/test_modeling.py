@@ -281,7 +281,9 @@ def test_the_processor_has_siglips_tokens(kind, written, tmp_path):
     for each in (processor, again):
         with torch.no_grad():  # padded to the longest; the model fills the rest
             found = loaded(hf).get_text_features(each(text=TEXTS[:4])["input_ids"]).numpy()
+            empty = loaded(hf).get_text_features(each(text=["", ""])["input_ids"]).numpy()
         foreign.close(expected[:4], found / np.linalg.norm(found, axis=1, keepdims=True))
+        foreign.close(expected[2], empty[1] / np.linalg.norm(empty[1]))
     huggingface.from_hf(hf, tmp_path / "back")
     np.testing.assert_array_equal(grain_jax.load(tmp_path / "back").encode_text(TEXTS), expected)
 

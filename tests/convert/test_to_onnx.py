@@ -58,6 +58,8 @@ def convert(folder, **changes):
 @pytest.fixture(scope="module")
 def grain(tmp_path_factory):
     sizes = dict(decoder__depth=1, text__vocab_size=clip_tokenizer.VOCAB_SIZE)
+    sizes |= dict(image__rope="grid", image__registers=2, image__layer_scale=True)
+    sizes |= dict(image__mlp="gated", image__key_bias=False)
     return convert(tmp_path_factory.mktemp("grain"), boxes__kind="prompter", **sizes)
 
 

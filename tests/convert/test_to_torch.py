@@ -238,7 +238,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
         "model.decoder.image_pool: got all, to-torch writes models with query",
         "4 faults; nothing was written",
         "what writes this model: grain-jax convert to-hf, grain-jax convert to-open-clip --part towers,"
-        " grain-jax convert pack, grain-jax export",
+        " grain-jax convert to-onnx, grain-jax convert pack, grain-jax export",
     ]
     assert not out.exists()
     for source, target, said in (

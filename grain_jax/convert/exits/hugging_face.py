@@ -21,9 +21,15 @@ _IMAGE_PARTS = ("image/", "image_pool/")
 
 
 def write_towers(
-    source: folder.Source, path: epath.PathLike, repo: str | None = None
+    source: folder.Source, path: epath.PathLike, repo: str | None = None, unknown: str = ""
 ) -> parity.Report:
-    """A two-tower model as a folder for CLIPModel or SiglipModel; `repo` (ORG/NAME) is for the card.
+    """A two-tower model as a folder for CLIPModel or SiglipModel.
+
+    Args:
+      source: the model.
+      path: the folder; new, or an older one of an exit.
+      repo: ORG/NAME, for the card.
+      unknown: what the parity cannot tell (`tokenizers.with_end`).
 
     Raises:
       ConvertError: neither can express the model, or the folder holds something else.
@@ -40,7 +46,7 @@ def write_towers(
     }
     state = (_clip if is_clip else _siglip)(folder.flat(source), source.model)
     folder.write(target, WEIGHTS, state, files, source)
-    proof = _prove_towers(target, source, kind.name, has_tokenizer=bool(words))
+    proof = _prove_towers(target, source, kind.name, has_tokenizer=bool(words)).but(unknown)
     folder.finish(target, source, _USE.format(kind=kind.name), "transformers", proof, repo, missing)
     lines = [f"to-hf: {source.folder} -> {target}, {kind.name}", _size(state), _PIXELS]
     if not is_clip and source.model.text.context_length != _SIGLIP_CONTEXT:

@@ -33,7 +33,7 @@ def to_open_clip(
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, folder.MARK)
-    found, left = folder.read(source), []
+    (found, unknown), left = tokenizers.with_end(folder.read(source)), []
     if part == "towers":
         found, left = folder.towers_alone(found)
     kind, faults = reasons.of_open_clip(found.model)
@@ -68,7 +68,7 @@ def to_open_clip(
         **words,
     }
     folder.write(target, WEIGHTS, state, files, found)
-    proof = _prove(target, found, has_tokenizer=not missing)
+    proof = _prove(target, found, has_tokenizer=not missing).but(unknown)
     folder.finish(target, found, _USE, "open_clip", proof, missing=missing)
     lines = [
         f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}",

@@ -1,5 +1,6 @@
 """A model's tokenizer in the files of transformers."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import hf_tokenizer
+from grain_jax.convert.exits.folder import Source
+from grain_jax.convert.faults import ConvertError
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 
 # Of the parity: nothing that the cleaning of our tokenizers alone would repair.
@@ -42,16 +45,7 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         return {}, (
             f"no tokenizer files: {name} is no file in the folder of the model; put it there and convert again"
         )
-    own = tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
-    if tower.pool == "end":
-        ids = own(TEXTS, tower.context_length)
-        last = tower.vocab_size - 1 if tower.end_id is None else tower.end_id
-        ends = own.encode(TEXTS, tower.context_length).lengths - 1
-        if (ids == last).sum() != len(ids) or (ids[np.arange(len(ids)), ends] != last).any():
-            return {}, (
-                f"no tokenizer files: {name} does not end each text with the id {last}, where theirs reads it;"
-                " give the model token ids"
-            )
+    tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
     content = tokenizer.content_of(path)
     if path.suffix == ".json":
         return _of_json(content, tower, path)
@@ -65,6 +59,42 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
     if tower.pad_id >= library.vocab_size():
         return {}, _no_pad(tower, path)
     return _of_sentencepiece(content, library, tower), ""
+
+
+def with_end(source: Source) -> tuple[Source, str]:
+    """The model with the id that ends its texts, where the tower is read there, and why it is not known, or "".
+
+    Ours reads a text where its tokenizer ends it, a file at the first `end_id`, or the highest id where there is none.
+
+    Raises:
+      ConvertError: the tokenizer ends texts otherwise.
+      UserError: the file of the tokenizer cannot be read.
+    """
+    tower = source.model.text
+    if tower.pool != "end" or tower.tokenizer == "clip":
+        return source, ""
+    path = tokenizer.own_file(tower, source.folder)
+    if path is None:
+        if tower.end_id is not None:
+            return source, ""
+        return source, (
+            f"Texts: {epath.Path(tower.tokenizer).name} is no file in the folder of the model, so nobody knows whether they end with the highest id; put"
+            " it there, or set model.text.end_id"
+        )
+    own = tokenizer.FileTokenizer(path, tower.cleaning, tower.pad_id)
+    ids, ends = (
+        own(TEXTS, tower.context_length),
+        own.encode(TEXTS, tower.context_length).lengths - 1,
+    )
+    last = set(ids[np.arange(len(ids)), ends].tolist())
+    if tower.end_id is None and len(last) == 1 and last != {own.vocab_size - 1}:
+        tower = dataclasses.replace(tower, end_id=min(last))
+    if len(last) != 1 or (tower.ends(ids) != ends).any():
+        raise ConvertError(
+            f"model.text.end_id: got {tower.end_id}, but {path} ends texts with the ids {sorted(last)[:5]}; set"
+            " model.text.end_id to the one id that ends each text, or model.text.tokenizer to another file"
+        )
+    return source._replace(model=dataclasses.replace(source.model, text=tower)), ""
 
 
 def of_transformers(
