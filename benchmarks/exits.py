@@ -2,11 +2,10 @@
 
   python -m benchmarks.exits --sizes small     # S/16, B/32 and B/16 without it; "own" is tiny in both
 
-Towers have random weights, of which none is 0 or 1; those of a fine-tuned start come in as a folder of open_clip or of
-transformers and are trained for three steps. A dash: the exit cannot hold the model (`convert table --checkpoint`).
+Towers have random weights; those of a fine-tuned start come in as a folder of open_clip or of transformers and are
+trained for three steps. A dash: the exit cannot hold the model (`convert table --checkpoint`).
 """
 
-import collections
 import contextlib
 import functools
 import io
@@ -31,6 +30,8 @@ from grain_jax.runtime import checkpoint
 
 SMALL = dict(depth=2, width=48, heads=4, mlp_dim=96)
 COLUMNS = ("to-hf", "towers", "vision", *table.EXITS[2:])
+STEPS = {"input.source": "synthetic", "input.prepare": "", "batch_size": 8, "total_steps": 3}
+STEPS |= {"total_epochs": None, "optim.warmup_epochs": None, "optim.warmup_steps": 1}
 _FILES = {"to-big-vision": ".npz", "to-torch": ".pth.tar"}
 
 
@@ -52,41 +53,43 @@ def saved(keys: Any, path: epath.Path, small: bool) -> epath.Path:
     return path
 
 
-def trained(c: Any, path: epath.Path, small: bool, init: epath.Path | None = None) -> epath.Path:
-    """A run of three steps on synthetic records, whose towers begin with the weights at `init`."""
+def trained(
+    c: Any, path: epath.Path, small: bool, init: epath.Path | None = None, rank: int = 0
+) -> epath.Path:
+    """A run of three steps on synthetic records, its towers from `init`; with a rank of LoRA, merged."""
     shrink(c.model, small)
-    c.update_from_flattened_dict(
-        {"input.source": "synthetic", "input.prepare": "", "batch_size": 8}
-    )
-    c.update_from_flattened_dict({"total_epochs": None, "total_steps": 3, "log_every": 1})
-    c.update_from_flattened_dict({"optim.warmup_epochs": None, "optim.warmup_steps": 1})
+    c.update_from_flattened_dict(STEPS)
     c.evals, c.input.max_regions = {}, min(c.input.max_regions, c.model.decoder.queries)
     if init is not None:
         c.init.image = c.init.text = str(init)
+    if rank:
+        c.optim.lora.rank, c.optim.layer_decay = rank, 1.0
     with contextlib.redirect_stderr(io.StringIO()):
         train.train(config_lib.from_dict(c), path)
-    return path
+    return converted("merge", path, path.parent / "merged") if rank else path
 
 
-def of_towers(family: str, path: epath.Path, small: bool) -> epath.Path:
+def converted(command: str, source: epath.Path, target: epath.Path) -> epath.Path:
+    """The folder that a command of `grain-jax convert` writes."""
+    words = [command, f"--checkpoint={source}", f"--output={target}"]
+    convert.COMMANDS[command](convert.Convert.parse(words))
+    return target
+
+
+def of_towers(family: str, rank: int, path: epath.Path, small: bool) -> epath.Path:
     """`finetune` of two random towers, which come in by the format of their own library."""
-    start, exit_ = {
-        "open_clip:B/32": ("two towers, CLIP", "to-open-clip"),
-        "siglip:B/16": ("two towers, SigLIP", "to-hf"),
-    }[family]
+    is_siglip = family.startswith("siglip")
     c = finetune.get_config(family)
-    keys = table.STARTS[start]()
+    keys = table.STARTS["two towers, SigLIP" if is_siglip else "two towers, CLIP"]()
     keys.image.patch_size = c.model.image.patch_size
     keys.image.activation = keys.text.activation = c.model.image.activation
-    if family.startswith("siglip"):  # no SentencePiece model is there
+    if is_siglip:  # no SentencePiece model is there
         for text in (c.model.text, keys.text):
             text.update(tokenizer="clip", vocab_size=clip_tokenizer.VOCAB_SIZE, cleaning="lower")
     source = saved(keys, path / "towers", small)
-    convert.COMMANDS[exit_](
-        convert.Convert.parse([exit_, f"--checkpoint={source}", f"--output={path / 'theirs'}"])
-    )
-    file = "open_clip_model.safetensors" if exit_ == "to-open-clip" else ""
-    return trained(c, path / "run", small, path / "theirs" / file)
+    theirs = converted("to-hf" if is_siglip else "to-open-clip", source, path / "theirs")
+    theirs = theirs if is_siglip else theirs / "open_clip_model.safetensors"
+    return trained(c, path / "run", small, theirs, rank)
 
 
 def _box_head(path: epath.Path, small: bool) -> epath.Path:
@@ -95,17 +98,18 @@ def _box_head(path: epath.Path, small: bool) -> epath.Path:
     return saved(keys, path, small)
 
 
-def _two_towers(start: str) -> Callable[[epath.Path, bool], epath.Path]:
-    return lambda path, small: saved(table.STARTS[start](), path, small)
-
-
 STARTS: dict[str, Callable[[epath.Path, bool], epath.Path]] = {
-    "own tiny, 3 steps": lambda path, small: trained(own.get_config("tiny"), path, False),
+    "own tiny, 3 steps": lambda path, _: trained(own.get_config(), path, False),
     "S/16, box head": _box_head,
-    "open_clip B/32, 3 steps": functools.partial(of_towers, "open_clip:B/32"),
-    "SigLIP B/16, 3 steps": functools.partial(of_towers, "siglip:B/16"),
-    "two towers, CLIP": _two_towers("two towers, CLIP"),
-    "two towers, SigLIP": _two_towers("two towers, SigLIP"),
+    "open_clip B/32, 3 steps": functools.partial(of_towers, "open_clip:B/32", 0),
+    "SigLIP B/16, 3 steps": functools.partial(of_towers, "siglip:B/16", 0),
+    "own tiny, LoRA merged": lambda path, _: trained(own.get_config(), path / "run", False, rank=4),
+    "open_clip, LoRA merged": functools.partial(of_towers, "open_clip:B/32", 4),
+    "SigLIP, LoRA merged": functools.partial(of_towers, "siglip:B/16", 4),
+    **{
+        start: lambda path, small, start=start: saved(table.STARTS[start](), path, small)
+        for start in ("two towers, CLIP", "two towers, SigLIP")
+    },
 }
 
 
@@ -113,7 +117,7 @@ def worst(name: str, source: epath.Path, target: epath.Path) -> float | str:
     """The largest error of an exit; or the verdict, where nothing was compared or a comparison failed."""
     if name == "export":
         found = export.export_model(inference.load(source), target, ("cpu",))
-        return max(c.error for c in found)
+        return max(c.error for c in found) if all(c.ok for c in found) else "FAILED"
     words = [*name.split(), f"--checkpoint={source}", f"--output={target}"]
     report = convert.COMMANDS[words[0]](convert.Convert.parse(words))
     if report.verdict == parity.NOT_PROVEN:
@@ -126,20 +130,18 @@ def main() -> int:
     args = harness.arguments(__doc__, sizes=("full", dict(choices=("small", "full"))), only=[""])
     machine = harness.machine("jax", "torch", "transformers", "open_clip_torch", "onnxruntime")
     rows = harness.Table({"start": "24", **dict.fromkeys(COLUMNS, "<13")})
-    for start, make in STARTS.items():
-        if not any(word in start for word in args.only):
-            continue
-        cells: dict[str, Any] = collections.defaultdict(lambda: "-", start=start)
+    for start in (x for x in STARTS if any(word in x for word in args.only)):
+        cells = dict.fromkeys(COLUMNS, "-")
         with tempfile.TemporaryDirectory() as scratch:
             place = epath.Path(scratch)
-            source = make(place / "start", args.sizes == "small")
+            source = STARTS[start](place / "start", args.sizes == "small")
             for i, (name, faults) in enumerate(reasons.of(exits.read(source).model).items()):
                 target = place / f"{i}{_FILES.get(name.split()[0], '')}"
                 column = name.removeprefix("to-hf --part ").removesuffix(" --part towers")
                 if column in COLUMNS and not faults:
                     value = worst(name, source, target)
                     cells[column] = value if isinstance(value, str) else f"{value:.1e}"
-        rows.add(**{name: cells[name] for name in ("start", *COLUMNS)})
+        rows.add(start=start, **cells)
     harness.write(args.json, {"machine": machine, "rows": rows.rows})
     return int(any("FAILED" in row.values() for row in rows.rows))
 

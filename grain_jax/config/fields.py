@@ -35,13 +35,13 @@ TEXT_POOLS = ("end", "last", "map", "mean", "masked_mean")
 TEXT_POSITIONS = ("learned", "sinusoidal")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
 BOX_HEADS = ("none", "roi_align", "prompter")
-# Pairs of which exactly one is set; the command line's choice wins over the config file's.
 # The dense maps in a layer of a built-in tower, and the number of axes of their input.
 LAYER_MAPS = {
     **dict.fromkeys(("attention/query", "attention/key", "attention/value"), 1),
     "attention/out": 2,  # heads and their width
-    **dict.fromkeys(("mlp/in", "mlp/out"), 1),
+    **dict.fromkeys(("mlp/in", "mlp/gate", "mlp/out"), 1),
 }
+# Pairs of which exactly one is set; the command line's choice wins over the config file's.
 EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 
 MOST = 2**31 - 1  # steps and sizes are int32 on the devices
@@ -398,9 +398,9 @@ class Lora:
     rank: int = count(0, high=WIDEST)  # of the factors; 0 = off
     alpha: float = key(8.0, low=1e-3, high=1e6)  # the factors' product is scaled by alpha / rank
     # Regular expressions of whole names of maps: TOWER/blocks/attention/ with query, key, value or out,
-    # TOWER/blocks/mlp/ with in or out.
+    # TOWER/blocks/mlp/ with in, gate or out.
     modules: tuple[str, ...] = key(
-        ("(image|text)/blocks/(attention|mlp)/(query|key|value|out|in)",)
+        ("(image|text)/blocks/(attention|mlp)/(query|key|value|out|in|gate)",)
     )
 
     @property

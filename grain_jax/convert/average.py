@@ -14,30 +14,18 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import output, parity, tables
+from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
 _CHECKED = 4096  # values of an array whose sum is compared with one in float64
-# Keys of a model that change neither its parameters nor what it computes from them.
-_FREE = frozenset(
-    (
-        "position_init",
-        "position_period",
-        "block_init",
-        "qkv_init_gain",
-        "dropout",
-        "unroll",
-        "attention",
-    )
-    + (
-        "logit_scale_init",
-        "logit_bias_init",
-        "tokenizer",
-    )  # the last two are compared in another way
-)
+# Keys that may differ; the last two are compared in another way.
+_FREE = {
+    *towers.OF_TRAINING,
+    *("attention", "logit_scale_init", "logit_bias_init", "tokenizer"),
+}
 
 
 def average(
@@ -46,7 +34,7 @@ def average(
     """average: equal models -> the model of the weighted sum of their parameters, for `grain_jax.load`.
 
     Sums are float32, in the order of the models, so equal calls give equal bits. Factors of LoRA are folded in first. The
-    logit scale is summed as it is stored, as a logarithm. Two models at a time are in the host's memory.
+    logit scale is summed as it is stored, as a logarithm. Two models at a time are in the host's memory, and a second copy of the matrices of one that has factors.
 
     Args:
       sources: two or more workdirs, checkpoints or converted folders.
@@ -57,8 +45,8 @@ def average(
       What was averaged, and the comparison of sums with those in float64.
 
     Raises:
-      ConvertError: wrong weights; the models differ, with a line a difference; a sum is not finite; the folder holds
-        something else, or cannot be written.
+      ConvertError: wrong weights; the models differ, or have not the arrays of their config, with a line a difference; a
+        sum is not finite; the folder holds something else, or cannot be written.
       checkpoint.CheckpointError: a source cannot be read.
     """
     _check(sources, weights)
@@ -67,14 +55,16 @@ def average(
     sums, exact, lines = {}, {}, []
     for source, weight in zip(sources, weights or [1 / len(sources)] * len(sources)):
         stored = checkpoint.load_stored(source)
+        arrays = grain.flat(stored.merged())
+        stored = stored._replace(params={})
         first = first or stored
-        raise_any(list(_differences(first, stored)))
-        for name, x in grain.flat(stored.merged()).items():
+        raise_any([*_differences(first, stored), *_misfits(stored, arrays)])
+        for name, x in arrays.items():
             sums[name] = sums.get(name, np.float32(0)) + np.float32(weight) * x
             exact[name] = exact.get(name, 0.0) + weight * _some(x).astype(np.float64)
         merged = f", LoRA of rank {stored.lora.rank} folded in" if stored.lora.rank else ""
-        scale = math.exp(float(np.asarray(stored.params["logit_scale"])))
-        lines.append(f"{weight:10.6g}  {stored.folder}, logit scale {scale:.4g}{merged}")
+        lines.append(f"{weight:10.6g}  {stored.folder}, {_logit_scale(arrays)}{merged}")
+        del arrays  # before the next model is read
     assert first is not None
     infinite = [name for name, x in sums.items() if not np.isfinite(x).all()]
     raise_any(
@@ -93,9 +83,8 @@ def average(
     )
     model = output.with_tokenizer(first.model, first.folder, folder)
     output.save(folder, model, tables.nested(sums), ", ".join(map(str, sources)), proof)
-    scale = math.exp(float(sums["logit_scale"]))
     return proof.after(
-        f"average: {len(sources)} models -> {folder}, logit scale {scale:.4g}",
+        f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}",
         *lines,
         f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32",
     )
@@ -123,6 +112,21 @@ def _differences(first: checkpoint.Stored, other: checkpoint.Stored) -> Iterator
         got, wanted = theirs.get(key), ours.get(key)
         if got != wanted:
             yield f"{other.folder}: model.{key}: got {got!r}, expected {wanted!r} as {first.folder} has"
+
+
+def _misfits(stored: checkpoint.Stored, arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """A line for each array that the config of a model does not have like that."""
+    shapes = grain.parameter_shapes(stored.model)
+    for name in dict.fromkeys((*shapes, *arrays)):
+        got, wanted = (np.shape(arrays[name]) if name in arrays else None), shapes.get(name)
+        if got != wanted:
+            got, wanted = ("none" if shape is None else shape for shape in (got, wanted))
+            yield f"{stored.folder}: {name}: got {got}, expected {wanted} as its config says"
+
+
+def _logit_scale(arrays: Mapping[str, np.ndarray]) -> str:
+    with np.errstate(over="ignore"):
+        return f"logit scale {np.exp(arrays['logit_scale']):.4g}"
 
 
 def _without_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -228,8 +228,7 @@ def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
     tower = predictor.model.text
     if tower.tokenizer == "clip":
         return
-    path = tokenizer.file_of(tower, predictor.folder)
-    if path.exists() and tokenizer.is_inside(path, predictor.folder):
+    if path := tokenizer.own_file(tower, predictor.folder):
         (output / path.name).write_bytes(tokenizer.content_of(path))
     else:
         print(

@@ -177,9 +177,9 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     model, params, states = _read(source)
     words, lines = {}, []
     if (name := model.text.tokenizer) != "clip":
-        if regular_file.is_one(source / name):
+        if path := tokenizer.own_file(model.text, source):
             tokenizer.of_tower(model.text, source)  # raises where the file is none
-            words[name] = tokenizer.content_of(source / name)
+            words[name] = tokenizer.content_of(path)
         else:
             lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / name}"]
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
@@ -267,20 +267,22 @@ def _read_config(path: epath.Path) -> config_lib.Model:
     with prefixed(f"{path}: "):
         model = config_lib.model_from_dict(towers)
     names.refuse(model, "to-hf")
-    if (name := model.text.tokenizer) != epath.Path(name).name:
+    name = (
+        model.text.tokenizer
+    )  # from_hf writes the file under this name, beside a config.json of ours
+    if name != epath.Path(name).name or name == "config.json":
         raise ConvertError(
-            f"{path}: model.text.tokenizer: got {name!r}, expected clip or the name of a file beside it"
+            f"{path}: model.text.tokenizer: got {name!r}, expected clip or the name of a tokenizer's file beside it"
         )
     return model
 
 
+@exits.needing_packages
 def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool) -> parity.Report:
     """Our model against transformers on a folder of to-hf, starting from raw images and texts."""
-    try:
-        import torch  # noqa: F401 (without it transformers imports, but has no models)
-        import transformers
-    except ImportError as error:
-        return parity.not_proven(source.params, f"{error}; pip install 'grain_jax[interop]'")
+    import torch  # noqa: F401 (without it transformers imports, but has no models)
+    import transformers
+
     model = source.model
     given = parity.inputs_of(model)
     ours = torch_module.outputs(model, source.params, given)

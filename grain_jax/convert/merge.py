@@ -12,7 +12,7 @@ from grain_jax.runtime import checkpoint
 def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     """merge: a run with LoRA -> a model without factors, for `grain_jax.load`.
 
-    The host holds the parameters once, and the matrices that have factors twice.
+    The host holds the parameters once, and the matrices that have factors twice; the comparison adds a copy of the model.
 
     Args:
       source: a workdir or a checkpoint of a run with `optim.lora`.
@@ -34,8 +34,8 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         )
     merged = stored.merged()
     given = parity.inputs_of(stored.model)
-    with lora.beside(stored.params, stored.lora) as params:
-        apart = parity.outputs(stored.model, params, given)
+    with lora.beside(stored.lora):
+        apart = parity.outputs(stored.model, stored.params, given)
     found = parity.compare(parity.outputs(stored.model, merged, given), apart)
     proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
     model = output.with_tokenizer(stored.model, stored.folder, folder)

@@ -59,7 +59,11 @@ def write(
       repo: ORG/NAME on the Hub, for the code that loads the model.
     """
     regions = _REGIONS if model.decoder is not None else ""
-    lines = [_USE.replace("FOLDER", repo or "FOLDER").replace("REGIONS\n", regions)]
+    needs = "; SciPy for the loss" if model.decoder is not None else ""
+    if not missing and model.text.tokenizer.endswith(".model"):
+        needs += "; sentencepiece and protobuf for the tokenizer"
+    use = _USE.replace("REGIONS\n", regions).replace("NEEDS", needs)
+    lines = [use.replace("FOLDER", repo or "FOLDER")]
     if repo:
         lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
     if missing:
@@ -130,7 +134,7 @@ with torch.no_grad():
 REGIONS
 ```
 
-Needs torch, transformers 5 and Pillow, for the loss SciPy. With ftfy installed, texts with broken encodings are repaired as in training."""
+Needs torch, transformers 5 and PillowNEEDS. With ftfy installed, texts with broken encodings are repaired as in training."""
 _REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
 _LICENCE = """## Licence
 

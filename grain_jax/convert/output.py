@@ -76,8 +76,8 @@ def with_tokenizer(
     """
     if model.text.tokenizer == "clip":
         return model
-    path = tokenizer.file_of(model.text, source)
-    if not (path.exists() and tokenizer.is_inside(path, source)):
+    path = tokenizer.own_file(model.text, source)
+    if path is None:
         return model
     content = tokenizer.content_of(path)
     with writing(folder):

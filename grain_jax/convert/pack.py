@@ -2,7 +2,7 @@
 
 Weights are rounded to bfloat16. In a checkpoint of a run, embeddings of tokens that training never met are still the
 random numbers that they began as: they become zeros, which compress to nothing. Of a small model with the vocabulary of
-CLIP that is most of the file.
+CLIP that is most of the file. Those of a run that starts from another text tower stay as they are.
 """
 
 import jax
@@ -57,14 +57,22 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
 
 
 def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
-    """bool [V]: tokens whose embedding ever had a gradient, by the second moments of AdamW; all where none are stored."""
-    if (folder / "state").is_dir():
+    """bool [V]: tokens whose embedding ever had a gradient, by the second moments of AdamW.
+
+    All where none are stored, as of a frozen tower, and where the run began from another text tower (`init.text`).
+    """
+    if (folder / "state").is_dir() and not _starts_from_text(folder):
         state = checkpoint_files.read_arrays(folder / "state", only="opt_state")
         for path, moments in jax.tree_util.tree_leaves_with_path(state):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if name.endswith(f"nu/text/{_TOKENS}/embedding"):
                 return np.any(np.asarray(moments, np.float32) != 0, axis=1)
     return np.ones(model.text.vocab_size, bool)
+
+
+def _starts_from_text(folder: epath.Path) -> bool:
+    """Whether the embeddings of a checkpoint began as those of another one."""
+    return config_lib.from_dict(checkpoint_files.read_json(folder, "config")).init.text is not None
 
 
 def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:

@@ -19,11 +19,14 @@ from grain_jax.models import grain
 
 TOWERS = ("image", "text")
 T = TypeVar("T")
-# Config fields that may differ from the checkpoint's: initialisation, training, speed, sizes that are resized,
-# tokenizer.
+# Config fields that change neither parameters nor what they compute: initialisation, training, speed.
+OF_TRAINING = (
+    *("position_init", "position_period", "block_init", "qkv_init_gain", "layer_scale_init"),
+    *("dropout", "unroll"),
+)
+# Config fields that may differ from the checkpoint's: those, sizes that are resized, tokenizer.
 _NOT_COMPARED = {
-    "layer_scale_init",
-    *("position_init", "position_period", "block_init", "qkv_init_gain", "dropout", "unroll"),
+    *OF_TRAINING,
     *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id"),
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -37,7 +37,7 @@ def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
     """
     if not isinstance(params, Mapping):
         return params
-    if A in params:
+    if _is_map(params):
         rest = {name: x for name, x in params.items() if name not in (A, B)}
         shapes = [np.shape(params.get(name, ())) for name in ("kernel", A, B)]
         kernel, a, b = shapes
@@ -50,17 +50,15 @@ def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
     return {name: merged(x, scale, fold) for name, x in params.items()}
 
 
-def scaled(params: Any, scale: float) -> Any:
-    """A tree of parameters with every B times `scale`."""
-    if not isinstance(params, Mapping):
-        return params
-    return {name: x * scale if name == B else scaled(x, scale) for name, x in params.items()}
+def _is_map(params: Mapping) -> bool:
+    """Whether a module has a factor: with one alone it is a map that lost the other."""
+    return "kernel" in params and not params.keys().isdisjoint((A, B))
 
 
 def maps_in(params: Any, path: str = "") -> Iterator[str]:
     """The names of the maps that have factors in a tree of parameters, such as "image/blocks/mlp/in"."""
     if isinstance(params, Mapping):
-        if A in params:
+        if _is_map(params):
             yield path
         for name, x in params.items():
             yield from maps_in(x, f"{path}/{name}" if path else name)

@@ -1,6 +1,7 @@
 """The tokenizer of a text tower, as `model.text.tokenizer` names it, and where its file is."""
 
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -22,29 +23,57 @@ def file_of(tower: config_lib.TextTower, folder: epath.PathLike | None = None) -
       folder: of the model. A relative path is looked for there first, then, for a checkpoint, as the copy that
         the trainer keeps in the workdir.
     """
-    path = epath.Path(tower.tokenizer)
-    if folder is not None:
-        folder = epath.Path(folder)
-        candidates = [] if path.is_absolute() else [folder / path]
-        if folder.parent.name == "checkpoints":
-            candidates.append(folder.parent.parent / path.name)
-        for candidate in candidates:
-            if candidate.exists():
-                return candidate
-    return path
+    there = (path for path in _copies(tower, folder) if path.exists())
+    return next(there, epath.Path(tower.tokenizer))
 
 
-def is_inside(path: epath.Path, folder: epath.PathLike | None) -> bool:
+def _copies(tower: config_lib.TextTower, folder: epath.PathLike | None) -> Iterator[epath.Path]:
+    """Where the file lies if it came with the model."""
+    if folder is None:
+        return
+    path, folder = epath.Path(tower.tokenizer), epath.Path(folder)
+    if not path.is_absolute():
+        yield folder / path
+    if folder.parent.name == "checkpoints":
+        yield folder.parent.parent / path.name
+
+
+def own_file(tower: config_lib.TextTower, folder: epath.PathLike | None) -> epath.Path | None:
+    """The file that `model.text.tokenizer` names, where it lies in the folder of the model or its workdir.
+
+    For what copies it: the config may be a stranger's, and name a file or an object store of the reader's.
+
+    Args:
+      tower: a text tower whose tokenizer is a file.
+      folder: of the model.
+
+    Returns:
+      The file; None where there is none, or one elsewhere, which nothing asks for.
+    """
+    for path in (*_copies(tower, folder), epath.Path(tower.tokenizer)):
+        if _is_inside(path, folder) and regular_file.is_one(path):
+            return path
+    return None
+
+
+def _is_inside(path: epath.Path, folder: epath.PathLike | None) -> bool:
     """Whether `path`, with links followed, is below the folder of the model, or its workdir."""
     if folder is None:
         return False
     folder = epath.Path(folder)
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent
-    if "://" in str(folder):  # an object store has no links
+    if regular_file.is_remote(path) or regular_file.is_remote(
+        folder
+    ):  # object stores have no links
         return path.is_relative_to(folder) and ".." not in path.parts
+    roots = [folder]
+    repository = folder.parent.parent
+    if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+        roots.append(repository / "blobs")  # what huggingface_hub's folders link to
     # etils' own resolve() follows no links.
-    return epath.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    real = epath.Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(root)) for root in roots)
 
 
 def keep_copy(tower: config_lib.TextTower, workdir: epath.Path) -> None:

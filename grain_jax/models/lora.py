@@ -15,12 +15,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import dtypes
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, low_rank, named
 from grain_jax.models import grain, layers
 
-_applied: contextvars.ContextVar[bool] = contextvars.ContextVar("applied", default=False)
+_scale: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=0.0)
 
 
 def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
@@ -46,11 +47,12 @@ def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
         parent[last] = parent[last] | _factors(parent[last]["kernel"], name, lora.rank, key)
     for pattern in config.optim.frozen:
         for name in low_rank.maps_in(params):
-            if re.fullmatch(pattern, f"{name}/{low_rank.A}"):
-                raise errors.UserError(
-                    f"optim.frozen: {pattern!r} freezes {name}/{low_rank.A}, which optim.lora trains; expected no"
-                    " pattern for a tower with factors, whose other parameters are frozen already"
-                )
+            for factor in (low_rank.A, low_rank.B):
+                if re.fullmatch(pattern, f"{name}/{factor}"):
+                    raise errors.UserError(
+                        f"optim.frozen: {pattern!r} freezes {name}/{factor}, which optim.lora trains; expected no"
+                        " pattern for a tower with factors, whose other parameters are frozen already"
+                    )
     return params
 
 
@@ -79,7 +81,8 @@ def maps_of(
       shapes: of the parameters of the model by name.
 
     Raises:
-      UserError: a pattern that matches nothing or something else, or a rank above the smaller side of a map.
+      UserError: a pattern that matches nothing or something else, a tower that would be frozen without a factor, or a
+        rank above the smaller side of a map.
     """
     modules = list(dict.fromkeys(name.rpartition("/")[0] for name in shapes if "/" in name))
     known = {
@@ -89,6 +92,12 @@ def maps_of(
     found = dict.fromkeys(
         name for pattern in lora.modules for name in _matched(pattern, model, modules, maps)
     )
+    for tower in ("image", "text"):
+        if lora.has(tower) and not any(name.startswith(f"{tower}/") for name in found):
+            raise errors.UserError(
+                f"optim.lora.modules: no map of the {tower} tower ({getattr(model, tower).tower}) matches"
+                f" {lora.modules!r}, and it would be frozen whole; expected patterns of the other tower alone"
+            )
     for name in found:
         inputs = 1 + config_lib.LAYER_MAPS[name.partition("/blocks/")[2]]
         shape = shapes[f"{name}/kernel"]
@@ -125,28 +134,23 @@ def _matched(
     if fault:
         raise errors.UserError(
             f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of layers:"
-            " (image|text)/blocks/attention/(query|key|value|out), (image|text)/blocks/mlp/(in|out)"
+            " (image|text)/blocks/attention/(query|key|value|out), (image|text)/blocks/mlp/(in|gate|out)"
         )
     return matched
 
 
 @contextlib.contextmanager
-def beside(params: Any, lora: config_lib.Lora) -> Iterator[Any]:
-    """The parameters to apply a model to; inside, its maps add what their factors make.
-
-    Args:
-      params: of the model, not boxed.
-      lora: `optim.lora`.
-    """
+def beside(lora: config_lib.Lora) -> Iterator[None]:
+    """Inside, the maps of a model that is applied add what their factors make; `lora` is `optim.lora`."""
     if not lora.rank:
-        yield params
+        yield
         return
-    token = _applied.set(True)
+    token = _scale.set(lora.scale)
     try:
         with nn.intercept_methods(_add):
-            yield low_rank.scaled(params, lora.scale)
+            yield
     finally:
-        _applied.reset(token)
+        _scale.reset(token)
 
 
 def _add(next_fun, args, kwargs, context):
@@ -155,10 +159,10 @@ def _add(next_fun, args, kwargs, context):
     is_map = isinstance(module, (nn.DenseGeneral, layers.SideBySide))
     if not (is_map and context.method_name == "__call__"):
         return y
-    factors = [module.get_variable("params", name) for name in (low_rank.A, low_rank.B)]
-    if factors[0] is None:
+    a, b = (module.get_variable("params", name) for name in (low_rank.A, low_rank.B))
+    if a is None:
         return y
-    x, a, b = (jnp.asarray(part, module.dtype) for part in (args[0], *factors))
+    x, a, b = dtypes.promote_dtype(args[0], a, b * _scale.get(), dtype=module.dtype)
     if isinstance(module, layers.SideBySide):
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
     return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
@@ -166,7 +170,7 @@ def _add(next_fun, args, kwargs, context):
 
 def left_out(params: Any) -> bool:
     """Whether the parameters have factors that a model would not apply here, outside of `beside`."""
-    return not _applied.get() and any(True for _ in low_rank.maps_in(params))
+    return not _scale.get() and any(True for _ in low_rank.maps_in(params))
 
 
 @jax.jit

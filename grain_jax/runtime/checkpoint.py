@@ -209,10 +209,11 @@ def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
 
 
 def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
-    """Raises CheckpointError where the checkpoint `folder` has another order of the data than `config`."""
+    """Raises CheckpointError where the checkpoint `folder` has another order of the data, or scale of LoRA, than `config`."""
     # Its evaluations decide nothing, and may be of classes that are gone.
     content = read_json(folder, "config") | {"evals": {}, "checkpoint_best_metric": ""}
-    stored = config_lib.select(config_lib.from_dict(content), {"order"})
+    of_run = config_lib.from_dict(content)
+    stored = config_lib.select(of_run, {"order"})
     new = config_lib.select(config, {"order"})
     faults = [
         f"{name}: the run in this workdir has {stored.get(name)!r}, got {new.get(name)!r}"
@@ -223,6 +224,12 @@ def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
         raise CheckpointError(
             "\n".join(faults)
             + "\nThe order of the data depends on these; use another --workdir, or the old values."
+        )
+    old, lora = of_run.optim.lora, config.optim.lora
+    if old.rank and old.alpha != lora.alpha:  # another rank does not fit, and says so
+        raise CheckpointError(
+            f"optim.lora.alpha: the run in this workdir has {old.alpha:g}, got {lora.alpha:g}; with the factors stored it"
+            " makes another model: use another --workdir, or the old value"
         )
 
 

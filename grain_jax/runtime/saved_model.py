@@ -66,8 +66,8 @@ class Stored(NamedTuple):
 
     model: config_lib.Model
     params: Any  # nested dict of float32 numpy arrays
-    lora: config_lib.Lora  # of the run
     folder: str  # that was read
+    lora: config_lib.Lora = config_lib.Lora()  # of the run
 
     def merged(self) -> Any:
         """The parameters with the factors folded in."""
@@ -106,12 +106,16 @@ def load_stored(path: epath.PathLike) -> Stored:
         found, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
         if fault:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
-        model, params = found
-        return Stored(model, params, config_lib.Lora(), str(path))
+        if factors := next(low_rank.maps_in(found.params), None):
+            raise CheckpointError(
+                f"{path}: {factors} has factors of LoRA, whose scale a converted folder does not hold; expected the run, or"
+                " what `grain-jax convert merge` makes of it"
+            )
+        return found
     weights = ("model.safetensors", "model.safetensors.index.json")
     if (path / "config.json").exists() and any((path / x).exists() for x in weights):
         model, params = named.find("reader", _TRANSFORMERS, {})(path)
-        return Stored(model, params, config_lib.Lora(), str(path))
+        return Stored(model, params, str(path))
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)
@@ -128,15 +132,14 @@ def load_stored(path: epath.PathLike) -> Stored:
     for folder in folders:
         found, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
         if not fault:
-            model, params, lora = found
-            return Stored(model, params, lora, str(folder))
+            return found
         if folder != folders[-1]:
             logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
     others = "" if len(folders) == 1 else ", and those before it are damaged too"
     raise CheckpointError(f"{folder}: damaged: {fault}{others}; put back a copy")
 
 
-def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
+def _read_converted(folder: epath.Path) -> Stored:
     """The model of `save_model`."""
     content = regular_file.read_json(folder / "config.json", _Converted, "a converted model's")
     model = config_lib.model_from_dict(content["model"])
@@ -145,10 +148,10 @@ def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
         for part, digest in model_digests(model, params).items():
             if content["digests"].get(part) != digest:
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
-    return model, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    return Stored(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), str(folder))
 
 
-def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any, config_lib.Lora]:
+def _read_checkpoint(folder: epath.Path) -> Stored:
     """The model of a checkpoint, compared with its record."""
     record = files.read_json(folder, "receipt")
     config = config_lib.from_dict(files.read_json(folder, "config"))
@@ -158,4 +161,4 @@ def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any, config_
     params = files.read_arrays(folder / "state", only=which)[which]
     if digests.of_arrays(params) != record["state"][which]:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
-    return config.model, params, config.optim.lora
+    return Stored(config.model, params, str(folder), config.optim.lora)

@@ -109,7 +109,7 @@ def per_image(config: Config) -> PerImage:
 
     def apply(params, batch):
         params = optim.stop_frozen(params, config.frozen)
-        with lora.beside(params, config.optim.lora) as params:
+        with lora.beside(config.optim.lora):
             return module.apply({"params": params}, batch)
 
     for name, count in _by_module(jax.make_jaxpr(apply)(params, batch).jaxpr).items():

@@ -69,14 +69,19 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
     def residuals(params, batch, keys):
         def apply(params):
             params = optim.stop_frozen(params, config.frozen)
-            with lora.beside(params, config.optim.lora) as params:
+            with lora.beside(config.optim.lora):
                 return model.apply({"params": params}, batch, keys)
 
         return jax.tree.leaves(jax.vjp(apply, params)[1])
 
     jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
-    # Inputs and constants have no equation.
-    makers = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
+    # Inputs and constants have no equation; what stops the gradient of a frozen parameter makes no array.
+    makers = {
+        id(v): equation
+        for equation in jaxpr.eqns
+        for v in equation.outvars
+        if equation.primitive.name != "stop_gradient"
+    }
     kept_arrays = {id(v): v.aval for v in jaxpr.outvars if id(v) in makers}
     found = [
         Kept(

@@ -115,10 +115,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
 
     def apply(params, batch, keys) -> Any:
         params = optim.stop_frozen(params, config.frozen)
-        with (
-            placement.on(mesh, sharding.BATCH_AXES),
-            lora.beside(params, config.optim.lora) as params,
-        ):
+        with placement.on(mesh, sharding.BATCH_AXES), lora.beside(config.optim.lora):
             return model.apply({"params": params}, batch, keys)
 
     loss_of = functools.partial(

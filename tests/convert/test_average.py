@@ -140,8 +140,8 @@ def test_transformers_computes_what_the_factors_beside_their_matrices_do(tmp_pat
     assert main(["to-hf", "--checkpoint", run, "--output", str(tmp_path / "hf")]) == 0
     assert "parity: PROVEN" in capsys.readouterr().out
     stored, given = checkpoint.load_stored(run), parity.inputs_of(model)
-    with lora.beside(stored.params, stored.lora) as params:
-        ours = parity.outputs(model, params, given)
+    with lora.beside(stored.lora):
+        ours = parity.outputs(model, stored.params, given)
     module = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
     ids = np.where(given.token_ids == 0, 299, given.token_ids)  # the end token pads there
     with torch.no_grad():
@@ -165,6 +165,44 @@ def test_models_that_differ_are_refused_with_a_line_a_difference(models, tmp_pat
     said = capsys.readouterr().err.splitlines()
     assert f"{bare}: model.decoder: got None, expected 'one' as {models[0]} has" in said
     assert len(said) == 3 and not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_arrays_are_not_those_of_its_config_is_refused(models, tmp_path, capsys):
+    """Without digests, as of a config.json that a hand wrote: one array is missing, two have another shape or name."""
+    model, params, _ = checkpoint.load_model(models[0])
+    norm = params["text_norm"]
+    norm["more"], norm["scale"] = norm.pop("bias"), norm["scale"][:1]
+    checkpoint.save_model(tmp_path / "odd", model, params)
+    config = json.loads((tmp_path / "odd/config.json").read_text())
+    (tmp_path / "odd/config.json").write_text(json.dumps({"model": config["model"]}))
+    assert _average(tmp_path / "out", models[0], str(tmp_path / "odd")) == 2
+    at = f"{tmp_path / 'odd'}: text_norm/"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{at}bias: got none, expected (40,) as its config says",
+        f"{at}scale: got (1,), expected (40,) as its config says",
+        f"{at}more: got (40,), expected none as its config says",
+        "3 faults; nothing was written",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_in_a_converted_folder_are_refused(with_factors, tmp_path, capsys):
+    stored = checkpoint.load_stored(with_factors)
+    checkpoint.save_model(tmp_path / "apart", stored.model, stored.params)
+    at, out = str(tmp_path / "apart"), str(tmp_path / "out")
+    for words in (["average", at, at], ["to-hf", "--checkpoint", at]):
+        assert main([*words, "--output", out]) == 2
+        told = capsys.readouterr().err
+        assert "apart: image/blocks/attention/key has factors of LoRA, whose scale" in told
+        assert len(told.splitlines()) <= 2 and "damaged" not in told
+
+
+def test_a_logit_scale_beyond_all_numbers_is_told(models, tmp_path, capsys):
+    model, params, _ = checkpoint.load_model(models[0])
+    params["logit_scale"] = np.float32(800)
+    checkpoint.save_model(tmp_path / "high", model, params)
+    assert _average(tmp_path / "out", models[0], str(tmp_path / "high"), "--weights", "1,0") == 0
+    assert "high, logit scale inf" in capsys.readouterr().out
 
 
 def test_another_tokenizer_is_another_model(tmp_path, capsys):

@@ -15,13 +15,14 @@ import torch
 import transformers
 from ml_collections import config_dict
 from timm.models import _registry, vision_transformer
+from transformers.utils import import_utils
 
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.convert import export, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision.command import from_big_vision
-from grain_jax.convert.exits import reasons, table, timm_trunk
+from grain_jax.convert.exits import reasons, table, timm_trunk, tokenizers
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
@@ -158,7 +159,7 @@ def test_pipelines_without_jax_give_our_scores(tmp_path, capsys):
         foreign.close(scores, np.array([got[x] for x in ("wren", "owl", "bowl")]))
 
 
-def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys):
+def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys, monkeypatch):
     import sentencepiece
 
     source, _ = made(
@@ -180,6 +181,11 @@ def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys):
     assert "\ntoken_ids " in printed
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert type(tokenizer).__name__ == "SiglipTokenizer"
+    absent = (lambda: False, "{0} requires the protobuf library")
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "protobuf", absent)
+    assert main(["to-hf", "--input", str(source), "--output", str(tmp_path / "hf")]) == 0
+    said = "NOT PROVEN. SiglipTokenizer requires the protobuf library; pip install 'grain_jax[interop]'"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -622,6 +628,18 @@ def test_the_table_is_in_the_documents(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "to-hf: yes" and lines[-2:] == ["pack: yes", "export: yes"]
     assert "  model.decoder: got none; to-torch writes models with a region decoder" in lines
+
+
+@pytest.mark.parametrize("cleaning", ["none", "lower", "canonical"])
+def test_a_tokenizer_goes_out_again_as_it_came(cleaning, tmp_path):
+    tower = dataclasses.replace(
+        perturbed.tiny(**SIGLIP).text, cleaning=cleaning, tokenizer="tokenizer.json"
+    )
+    perturbed.write_words(tmp_path, "unknown pad a photo")
+    (tmp_path / "again").mkdir()
+    first, _ = tokenizers.files(tower, tmp_path)
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(first["tokenizer.json"]))
+    assert tokenizers.files(tower, tmp_path / "again") == (first, "")
 
 
 @pytest.mark.parametrize(

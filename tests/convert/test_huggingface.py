@@ -419,3 +419,20 @@ def test_the_model_card_says_what_is_not_known(small):
     card = model_card.write(perturbed.tiny(), {}, run, proof, "")
     assert "Converted from x.pth.tar, which does not record the training." in card
     assert "parity: NOT PROVEN. torch is not installed" in card and "no tokenizer" not in card
+    assert "Pillow; SciPy for the loss. With" in card
+    two = perturbed.tiny(decoder=None, image__pool="class", text__tokenizer="siglip.model")
+    assert "Pillow. With" in model_card.write(two, {}, run, proof, "none")
+    card = model_card.write(two, {}, run, proof, "")
+    assert "Pillow; sentencepiece and protobuf for the tokenizer. With" in card
+
+
+def test_a_tokenizer_elsewhere_leaves_its_name_alone(tmp_path):
+    changes = dict(image__depth=1, text__depth=1, decoder__depth=1)
+    model = perturbed.tiny(text__tokenizer="/home/me/words.json", **changes)
+    checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
+    huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
+    texts = [path.read_text() for path in tmp_path.glob("hf/*") if path.suffix != ".safetensors"]
+    assert any("words.json is no file in the folder of the model" in text for text in texts)
+    assert not any("/home/me" in text for text in texts)
+    report = huggingface.from_hf(tmp_path / "hf", tmp_path / "back")
+    assert "tokenizer NOT FOUND" in report.text

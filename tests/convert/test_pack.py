@@ -39,12 +39,10 @@ def _moments(path, x):
     return jnp.asarray(moments)
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def _run(root, **changes):
     """A checkpoint whose moments are those after a gradient in the embeddings of MET alone."""
-    root = tmp_path_factory.mktemp("run")
     model = perturbed.tiny()
-    config = dataclasses.replace(tiny.config(), model=model)
+    config = dataclasses.replace(tiny.config(**changes), model=model)
     params = jax.tree.map(jnp.asarray, perturbed.params(model))
     adamw = optim.optimizer(config.optim, optax.constant_schedule(1e-3))
     opt_state = jax.tree_util.tree_map_with_path(_moments, jax.eval_shape(adamw.init, params))
@@ -55,6 +53,11 @@ def workdir(tmp_path_factory):
         checkpoint.save(checkpoints, state, config, record)
         checkpoints.wait_until_finished()
     return root
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return _run(tmp_path_factory.mktemp("run"))
 
 
 def test_a_checkpoint_loses_the_tokens_that_training_never_met(workdir, tmp_path, capsys):
@@ -71,6 +74,18 @@ def test_a_checkpoint_loses_the_tokens_that_training_never_met(workdir, tmp_path
         expected = np.asarray(x, jnp.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(y, expected, err_msg=jax.tree_util.keystr(path))
         assert y.dtype == np.float32
+
+
+def test_a_run_from_another_text_tower_keeps_all_tokens(tmp_path):
+    """Those that training never met are no random numbers: they are that tower's."""
+    root = _run(tmp_path / "run", init__text="clip.pt")
+    report = pack(root, tmp_path / "small")
+    assert "300 of 300 tokens" in report.text and report.ok
+    _, params, _ = checkpoint.load_model(root)
+    embedding = params["text"]["token_embed"]["embedding"]
+    packed = grain_jax.load(tmp_path / "small").params["text"]["token_embed"]["embedding"]
+    np.testing.assert_array_equal(packed, np.asarray(embedding, jnp.bfloat16).astype(np.float32))
+    assert packed[100:298].any(axis=1).all()
 
 
 def test_a_converted_folder_keeps_all_tokens(workdir, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 import onnx
 import PIL.Image
 import pytest
+import torch
+import transformers
+from etils import epath
 
 import grain_jax
 from grain_jax.convert import output
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.exits import folder as exits
-from grain_jax.convert.exits import onnx_files
+from grain_jax.convert.exits import onnx_files, tokenizers
 from grain_jax.convert.faults import ConvertError
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint
@@ -96,6 +100,12 @@ def test_what_the_folders_say(grain, siglip):
     bias = grain_jax.load(siglip.parent / "ours").logit_bias
     assert bias is not None and about["logit_bias"] == pytest.approx(float(bias))
     assert about["text"]["pad_id"] == 1
+    assert not (grain / "tokenizer_config.json").exists()  # its padding is not that of onnx.json
+    ids = transformers.AutoTokenizer.from_pretrained(siglip)(
+        tokenizers.TEXTS, padding="max_length", truncation=True
+    )["input_ids"]
+    model = grain_jax.load(siglip.parent / "ours").model
+    np.testing.assert_array_equal(ids, tokenizers.own_ids(model.text, siglip.parent / "ours"))
 
 
 def test_the_report_compares_every_output_at_two_batch_sizes(grain, monkeypatch):
@@ -103,10 +113,15 @@ def test_the_report_compares_every_output_at_two_batch_sizes(grain, monkeypatch)
     found = onnx_files._prove(grain, source)
     outputs = {"image_embed", "text_embed", "region_embed", "boxes_xyxy", "box_embed"}
     outputs |= {"similarity_map"}
-    assert {c.name for c in found.comparisons} == outputs | {f"{name}, one" for name in outputs}
+    names = outputs | {f"{name}, one" for name in outputs} | {"token_ids"}
+    assert {c.name for c in found.comparisons} == names
     assert found.verdict == "PROVEN" and max(c.error for c in found.comparisons) < 1e-5
     other = perturbed.params(source.model, seed=1)
     assert onnx_files._prove(grain, source._replace(params=other)).verdict == "FAILED"
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizers, "TEXTS", tokenizers.TEXTS[::-1])  # of their side alone
+        wrong = [c.name for c in onnx_files._prove(grain, source).comparisons if not c.ok]
+        assert wrong == ["token_ids"]
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = onnx_files._prove(grain, source)
     assert "NOT PROVEN" in found.text and "pip install 'grain_jax[interop]'" in found.text
@@ -121,17 +136,41 @@ def test_faults_are_lines_and_nothing_is_written(siglip, tmp_path, capsys, monke
     (tmp_path / "used" / "a.txt").write_text("")
     said = run(siglip.parent / "ours", tmp_path / "used")
     assert "is in use by something else" in said[0]
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, dynamic_axes=None: None)
+    said = run(siglip.parent / "ours", tmp_path / "out")
+    assert "exports no free numbers of images; pip install -U torch" in said[0]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     said = run(siglip.parent / "ours", tmp_path / "out")
     assert said[0].endswith("onnxscript is missing; pip install 'grain_jax[interop]'")
     assert not (tmp_path / "out").exists()
 
 
+def test_an_older_export_stays_until_the_new_one_is_made(siglip, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(siglip, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    source = exits.read(siglip.parent / "ours")
+    monkeypatch.setattr(onnx_files, "_description", lambda *_: 1 / 0)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, dynamic_shapes, **__: None)
+    with pytest.raises(ZeroDivisionError):
+        onnx_files.to_onnx(source.folder, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_files_of_an_older_conversion_go(tmp_path):
-    for name in ("onnx.json", "boxes.onnx", "boxes.onnx.data", "spiece.model", "mine.txt"):
-        (tmp_path / name).write_text("")
-    target = output.check_free(tmp_path, onnx_files.DESCRIPTION)
-    with onnx_files._local(target) as folder:
-        assert sorted(x.name for x in folder.iterdir()) == ["mine.txt", "onnx.json"]
+    out, made = epath.Path(tmp_path / "out"), epath.Path(tmp_path / "made")
+    for folder, names in (
+        (out, ("onnx.json", "boxes.onnx", "boxes.onnx.data", "spiece.model", "mine.txt")),
+        (made, ("onnx.json", "image.onnx")),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(folder.name)
+    onnx_files._replace(made, output.check_free(out, onnx_files.DESCRIPTION))
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "mine.txt": "out",
+        "onnx.json": "made",
+        "image.onnx": "made",
+    }
     with pytest.raises(ConvertError, match="in use"):
-        output.check_free(tmp_path, exits.MARK)
+        output.check_free(out, exits.MARK)

@@ -1,6 +1,7 @@
 """Tokenizers that come as a file, against the libraries' own: SentencePiece, tokenizer.json, SigLIP's cleaning."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -113,6 +114,34 @@ def test_each_tower_has_its_own(json_file):
         tokenizer.of_tower(dataclasses.replace(other, vocab_size=10), json_file.parent)
     with pytest.raises(tokenizer.TokenizerError, match="model.text.pad_id: got 1, expected 0"):
         tokenizer.of_tower(dataclasses.replace(tower, pad_id=1))
+
+
+def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
+    tower = tiny.config().model.text
+    found = lambda folder, name: tokenizer.own_file(
+        dataclasses.replace(tower, tokenizer=str(name)), folder
+    )
+    assert found(json_file.parent, "tokenizer.json") == found(json_file.parent, json_file)
+    assert found(json_file.parent, "tokenizer.json").read_bytes() == json_file.read_bytes()
+    assert found(None, json_file) is None and found(json_file.parent, "other.json") is None
+    # huggingface_hub's cache links to its blobs; a folder of another kind, or a link elsewhere, is a stranger's.
+    for repository, inside in (("models--a--b", True), ("unpacked", False)):
+        folder = tmp_path / repository / "snapshots" / "1"
+        blob = tmp_path / repository / "blobs" / "2"
+        for each in (folder, blob.parent):
+            each.mkdir(parents=True)
+        shutil.copy(json_file, blob)
+        (folder / "t.json").symlink_to("../../blobs/2")
+        assert (found(folder, "t.json") == folder / "t.json") == inside
+        (folder / "link.json").symlink_to(json_file)
+        assert found(folder, "link.json") is None
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    names = "gs://no-bucket/t.json", "/gs/no-bucket/t.json", "/elsewhere/t.json"
+    assert not any(found(workdir / "checkpoints" / "3", name) for name in names)
+    shutil.copy(json_file, workdir / "t.json")
+    for name in names:  # the trainer's copy
+        assert found(workdir / "checkpoints" / "3", name) == workdir / "t.json"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,16 @@ UNLIKE = dict(
 # Two towers compile and trace sooner.
 TWO = dict(model__decoder=None, model__image__pool="mean", input__max_regions=0)
 BOTH = "(image|text)/blocks/(attention|mlp)/(query|key|value|out|in)"
+# With the options of DINOv3 and PE-core: a gated MLP, rotary positions, registers, layer scale.
+ROTARY = dict(
+    model__image__mlp="gated",
+    model__image__activation="silu",
+    model__image__rope="grid",
+    model__image__rope_grid=3,
+    model__image__registers=2,
+    model__image__layer_scale=True,
+    model__image__key_bias=False,
+)
 
 
 def _config(**changes):
@@ -52,7 +63,7 @@ def _params(c, scale=0.2):
 def _applied(c, params):
     @jax.jit
     def apply(params, batch):
-        with lora.beside(params, c.optim.lora) as params:
+        with lora.beside(c.optim.lora):
             return _model(c).apply({"params": params}, batch)
 
     return apply(params, tiny.batch(c))
@@ -65,7 +76,7 @@ def _difference(a, b):
 
 
 def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
-    c = tiny.small(**FACTORS, **TWO)
+    c = tiny.small(**FACTORS, **TWO, model__image__mlp="gated")
     both = jax.jit(lambda: (grain.init(_model(c), jax.random.key(c.seed)), lora.init(_model(c), c)))
     base, boxed = both()
     base, params = grain.flat(base), grain.flat(boxed)
@@ -74,7 +85,8 @@ def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
         np.testing.assert_array_equal(params[name], x, err_msg=name)
     maps = {name.rpartition("/")[0] for name in params.keys() - base.keys()}
     assert maps == set(low_rank.maps_in(sharding.unbox(boxed)))
-    assert maps == {f"{t}/blocks/{m}" for t in ("image", "text") for m in config_lib.LAYER_MAPS}
+    every = {f"{t}/blocks/{m}" for t in ("image", "text") for m in config_lib.LAYER_MAPS}
+    assert maps == every - {"text/blocks/mlp/gate"}
     assert not any(params[f"{name}/lora_b"].any() for name in maps)
     many = np.concatenate(
         [(params[f"{n}/lora_a"] * math.sqrt(3 * 32)).ravel() for n in maps if "mlp/out" not in n]
@@ -90,10 +102,16 @@ def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
     )
 
 
-@pytest.mark.parametrize("program", ["xla", "pallas"])
-def test_folded_in_is_beside(program):
-    c = tiny.small(**FACTORS, **TWO, model__attention=program, model__image__depth=2)
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(model__attention="pallas"), ROTARY],
+    ids=["xla", "pallas", "rotary"],
+)
+def test_folded_in_is_beside(more):
+    c = tiny.small(**FACTORS, **TWO, model__image__depth=2, **more)
     params = _params(c)
+    if more is ROTARY:
+        assert np.abs(params["image"]["blocks"]["mlp"]["gate"]["lora_b"]).mean() > 0.1
     apart = _applied(c, params)
     folded = lora.merged(jax.tree.map(jnp.asarray, params), c.optim.lora)
     assert not list(low_rank.maps_in(folded))
@@ -102,7 +120,8 @@ def test_folded_in_is_beside(program):
         if a is not None:
             assert _difference(a, b) < 1e-5, name
     without = _applied(dataclasses.replace(c, optim=config_lib.Optim()), params)
-    assert _difference(without.text_embed, apart.text_embed) > 0.1  # the factors count
+    for name in ("image_embed", "text_embed"):  # the factors count
+        assert _difference(getattr(without, name), getattr(apart, name)) > 0.05, name
     on_host = low_rank.merged(params, c.optim.lora.scale)
     for name, x in grain.flat(on_host).items():
         np.testing.assert_allclose(x, grain.flat(folded)[name], rtol=1e-5, atol=1e-6)
@@ -141,7 +160,7 @@ def test_gradients_of_a_map_are_torchs(inputs, outputs, side_by_side):
         )
 
     def loss(params, x):
-        with lora.beside(params, config_lib.Lora(rank=2, alpha=3.0)) as params:
+        with lora.beside(config_lib.Lora(rank=2, alpha=3.0)):
             return (module.apply({"params": params}, x).reshape(5, m) * weight).sum()
 
     value, (ours, ours_x) = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
@@ -290,6 +309,13 @@ def test_memory_is_that_of_the_factors_moments():
     assert 0 <= kinds["moments"] - 2 * (factors + others) <= 16  # and counts of steps
 
 
+@pytest.mark.parametrize("remat", ["full", "qkv"])
+def test_frozen_matrices_are_no_activations(remat):
+    kept = lambda c: sum(k.bytes for k in memory_need.kept(c, 4))
+    ours, full = (kept(make(**TWO, remat=remat)) for make in (_config, tiny.config))
+    assert 0.8 * full < ours <= full
+
+
 def test_a_predictor_refuses_factors():
     c = tiny.small(**FACTORS)
     with pytest.raises(InputError, match="params: got factors of LoRA"):
@@ -332,6 +358,17 @@ def test_what_has_no_factors_is_one_line(changes, line):
     assert "\n" not in str(told.value)
 
 
+def test_what_is_a_map_with_factors():
+    """Not any module with such a name, as a tower of a user may have it; also one that lost a factor."""
+    x = np.zeros((1, 2, 2), np.float32)
+    assert not list(low_rank.maps_in({"a": {"lora_a": x}, "b": {"kernel": x}}))
+    assert low_rank.merged({"a": {"lora_a": x}}, 1.0) == {"a": {"lora_a": x}}
+    half = {"a": {"kernel": x, "lora_b": x}}
+    assert list(low_rank.maps_in(half)) == ["a"]
+    with pytest.raises(errors.UserError, match="kernel, lora_a, lora_b: got the shapes"):
+        low_rank.merged(half, 1.0)
+
+
 @pytest.mark.parametrize("name", ["kernel", "lora_a", "lora_b"])
 def test_factors_that_do_not_fit_are_one_line(name):
     shapes = dict(kernel=(1, 6, 3, 2), lora_a=(1, 6, 4), lora_b=(1, 4, 3, 2))
@@ -350,6 +387,11 @@ def test_towers_of_users_have_no_factors():
         lora.maps_of(c.model, c.optim.lora, shapes)
     alone = dataclasses.replace(c.optim.lora, modules=("image/.*",))
     assert lora.maps_of(c.model, alone, shapes) == ["image/blocks/mlp/in"]
+    # One in which the default names nothing would be frozen whole, without a word.
+    shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/stem/kernel": (32, 64)}
+    told = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*frozen whole"
+    with pytest.raises(errors.UserError, match=told):
+        lora.maps_of(c.model, c.optim.lora, shapes)
 
 
 @pytest.mark.parametrize(
@@ -366,12 +408,11 @@ def test_configs_that_contradict_themselves(changes, line):
         tiny.small(**FACTORS | changes)
 
 
-def test_a_factor_that_is_frozen_is_one_line():
-    c = tiny.small(**FACTORS, optim__frozen=("image/.*",))
-    with pytest.raises(
-        errors.UserError,
-        match="'image/.\\*' freezes image/blocks/\\S+lora_a, which optim.lora trains",
-    ):
+@pytest.mark.parametrize("pattern,factor", [("image/.*", "lora_a"), (".*/lora_b", "lora_b")])
+def test_a_factor_that_is_frozen_is_one_line(pattern, factor):
+    c = tiny.small(**FACTORS, optim__frozen=(pattern,))
+    told = f"'{re.escape(pattern)}' freezes image/blocks/\\S+{factor}, which optim.lora trains"
+    with pytest.raises(errors.UserError, match=told):
         jax.eval_shape(lambda: lora.init(_model(c), c))
 
 

@@ -90,6 +90,12 @@ def test_it_goes_on_bit_for_bit(finished, tmp_path):
     assert one == two and set(one) == {"params", "opt_state", "ema_params"}
 
 
+def test_it_does_not_go_on_with_another_scale(finished):
+    told = "optim.lora.alpha: the run in this workdir has 6, got 8; .* use another --workdir"
+    with pytest.raises(checkpoint.CheckpointError, match=told):
+        train.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0), **TWO, **EIGHT), finished)
+
+
 def test_it_is_verified(finished, capsys):
     status = command.main([str(finished), "--from", "2", "--steps", "2"])
     out, err = capsys.readouterr()

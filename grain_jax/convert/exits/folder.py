@@ -1,7 +1,8 @@
 """What the exits that write a folder share: the files, the model's predictor, inputs of the parity, the card."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,20 @@ def read(path: epath.PathLike) -> Source:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
     model, params, folder = checkpoint.load_model(path)
     return Source(model, params, epath.Path(folder))
+
+
+def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:
+    """`prove(target, source, ...)` whose report is NOT PROVEN where a package is missing, also one of the others' own."""
+
+    @functools.wraps(prove)
+    def proved(target: epath.Path, source: Source, *args: Any, **options: Any) -> parity.Report:
+        try:
+            return prove(target, source, *args, **options)
+        except ImportError as error:
+            reason = str(error).strip().partition("\n")[0]
+            return parity.not_proven(source.params, f"{reason}; pip install 'grain_jax[interop]'")
+
+    return proved
 
 
 def towers_alone(source: Source) -> tuple[Source, list[str]]:

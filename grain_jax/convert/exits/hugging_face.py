@@ -16,7 +16,6 @@ from grain_jax.inference import jitted
 
 WEIGHTS = "model.safetensors"
 _SCALARS = [NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias")]
-_NOT_PROVEN = "{}; pip install 'grain_jax[interop]'"
 _SIGLIP_CONTEXT = 64
 _IMAGE_PARTS = ("image/", "image_pool/")
 
@@ -217,6 +216,7 @@ def _their_pixels(path: str) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).numpy()
 
 
+@folder.needing_packages
 def _prove(
     target: epath.Path, source: folder.Source, kind: str, outputs: Callable[..., tuple[Any, Any]]
 ) -> parity.Report:
@@ -228,11 +228,9 @@ def _prove(
       kind: the class.
       outputs: (module, inputs of the parity, the same as tensors, path) -> our outputs and theirs, by name.
     """
-    try:
-        import torch
-        import transformers  # noqa: F401 (without torch it imports, but has no models)
-    except ImportError as error:
-        return parity.not_proven(source.params, _NOT_PROVEN.format(error))
+    import torch
+    import transformers  # noqa: F401 (without torch it imports, but has no models)
+
     given = parity.inputs_of(source.model)
     with output.on_disk(target) as path, torch.no_grad():
         images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())

@@ -1,6 +1,7 @@
 """The command to-onnx: ONNX files of a model, which run without torch, JAX and grain_jax."""
 
 import contextlib
+import inspect
 import logging
 import tempfile
 import warnings
@@ -11,23 +12,15 @@ import numpy as np
 from etils import epath
 
 from grain_jax import __version__, inference
+from grain_jax import config as config_lib
 from grain_jax.convert import export, output, parity
 from grain_jax.convert.exits import folder, reasons, tokenizers
-from grain_jax.convert.faults import needing
+from grain_jax.convert.faults import ConvertError, needing
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 
 DESCRIPTION = "onnx.json"  # marks the folder
 _PARTS = ("image", "text", "boxes", "maps")
-# Outputs of the files -> those of the parity.
-_OUTPUTS = {
-    "image_embeds": "image_embed",
-    "region_embeds": "region_embed",
-    "boxes_xyxy": "boxes_xyxy",
-    "text_embeds": "text_embed",
-    "box_embeds": "box_embed",
-    "similarity_maps": "similarity_map",
-}
 _PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3, size, size]"
 
 
@@ -51,17 +44,27 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
+        import torch
 
+        if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+            raise ConvertError(
+                f"to-onnx: torch {torch.__version__} exports no free numbers of images; pip install -U torch"
+            )
         module = torch_module.make_module(found.model)
     torch_module.load_states(module, names.state_dicts(found.params))
     words, missing = tokenizers.files(found.model.text, found.folder)
-    with output.writing(target), _local(target) as scratch:
-        for name, content in {DESCRIPTION: {}, **words}.items():
-            folder.write_file(scratch / name, content)
+    if (
+        found.model.text.tokenizer == "clip"
+    ):  # transformers would pad with the end token, which onnx.json does not say
+        words.pop("tokenizer_config.json", None)
+    with output.writing(target), tempfile.TemporaryDirectory() as scratch:
+        made = epath.Path(scratch)
         with _quiet():
-            module.export_onnx(str(scratch))
-        described = _description(found, scratch)
-        folder.write_file(scratch / DESCRIPTION, described)
+            module.export_onnx(scratch)
+        described = _description(found, made)
+        for name, content in {DESCRIPTION: described, **words}.items():
+            folder.write_file(made / name, content)
+        _replace(made, target)
     lines = [f"to-onnx: {found.folder} -> {target}, opset {described['opset']}"]
     for name, signature in described["files"].items():
         sides = (
@@ -71,20 +74,15 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     return _prove(target, found).after(*lines, *([missing] if missing else []))
 
 
-@contextlib.contextmanager
-def _local(target: epath.Path) -> Iterator[epath.Path]:
-    """The folder, without the files of an older conversion; of a URL, one whose files are copied there at the end."""
+def _replace(made: epath.Path, target: epath.Path) -> None:
+    """The files in place of those of an older conversion; the mark first: a kill leaves a folder of ours."""
     target.mkdir(parents=True, exist_ok=True)
+    (made / DESCRIPTION).copy(target / DESCRIPTION, overwrite=True)
     older = [f"{part}.onnx{end}" for part in _PARTS for end in ("", ".data")]
     for name in (*older, *tokenizers.NAMES):
         (target / name).unlink(missing_ok=True)
-    if "://" not in str(target):
-        yield target
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield epath.Path(scratch)
-        for path in sorted(epath.Path(scratch).iterdir()):
-            path.copy(target / path.name, overwrite=True)
+    for path in sorted(made.iterdir()):
+        path.copy(target / path.name, overwrite=True)
 
 
 @contextlib.contextmanager
@@ -138,12 +136,11 @@ def _type(tensor: Any) -> str:
     return f"{name}[{', '.join(x.dim_param or str(x.dim_value) for x in tensor.shape.dim)}]"
 
 
+@folder.needing_packages
 def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
     """Our model against ONNX Runtime on the files, with other numbers of images, texts and boxes than were traced."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        return parity.not_proven(source.params, f"{error}; pip install 'grain_jax[interop]'")
+    import onnxruntime
+
     given = parity.inputs_of(source.model)
     predictor = inference.Predictor(source.model, source.params)
     ours = parity.outputs_of(predictor, given)
@@ -157,13 +154,37 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
         }
         theirs = _run(sessions, given, slice(None))
         one = _run(sessions, given, slice(1))
+        ids = _token_ids(epath.Path(path), source.model.text)
     if "similarity_map" in theirs:
         texts = [ours["text_embed"]] * len(given.images)
         ours["similarity_map"] = np.stack(predictor.similarity_maps(given.images, texts))
     found = parity.compare(ours, theirs)
     alone = parity.compare({name: x[:1] for name, x in _one(ours).items()}, one)
     found += [c._replace(name=f"{c.name}, one") for c in alone]
+    if ids is not None:
+        wanted = tokenizers.own_ids(source.model.text, source.folder)
+        found += parity.compare({"token_ids": wanted}, {"token_ids": ids})
     return parity.report(found, f"onnxruntime {onnxruntime.__version__} on {target}", given)
+
+
+def _token_ids(path: epath.Path, tower: config_lib.TextTower) -> np.ndarray | None:
+    """The ids of `tokenizers.TEXTS` by the files, used as docs/howto/onnx.md says; None where there are none."""
+    context = tower.context_length
+    if (path / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+
+        library = Tokenizer.from_file(str(path / "tokenizer.json"))
+        library.enable_truncation(context)
+        library.enable_padding(length=context, pad_id=tower.pad_id)
+        return np.array([x.ids for x in library.encode_batch(tokenizers.TEXTS)])
+    if (path / "spiece.model").exists():
+        import transformers
+
+        library = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return np.array(
+            library(tokenizers.TEXTS, padding="max_length", truncation=True)["input_ids"]
+        )
+    return None
 
 
 def _one(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -184,5 +205,5 @@ def _run(sessions: Any, given: parity.Inputs, rows: slice) -> dict[str, np.ndarr
         inputs = {x.name: feeds[x.name] for x in session.get_inputs()}
         outputs = dict(zip((x.name for x in session.get_outputs()), session.run(None, inputs)))
         feeds |= {"text_embeds": outputs["text_embeds"]} if "text_embeds" in outputs else {}
-        out |= {_OUTPUTS[name]: value for name, value in outputs.items()}
+        out |= {name.removesuffix("s"): value for name, value in outputs.items()}
     return out

@@ -139,13 +139,12 @@ def _text(flat: Arrays, model: config_lib.Model, prefix: str = "") -> list[NameP
     return formats.openai_text(prefix, model.text.projection != "affine")
 
 
+@folder.needing_packages
 def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> parity.Report:
     """Our model against what open_clip makes of the folder, from raw images and texts."""
-    try:
-        import open_clip
-        import torch
-    except ImportError as error:
-        return parity.not_proven(source.params, f"{error}; pip install 'grain_jax[interop]'")
+    import open_clip
+    import torch
+
     model = source.model
     given = parity.inputs_of(model)
     ours = folder.our_outputs(source, given) | {"pixels": folder.our_pixels(model.image)}
@@ -167,13 +166,6 @@ def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> pa
         if has_tokenizer:
             tokens: Any = open_clip.get_tokenizer(name)(tokenizers.TEXTS)
             theirs["token_ids"] = np.asarray(tokens)
-            ours["token_ids"] = _our_ids(model.text, source.folder)
+            ours["token_ids"] = tokenizers.own_ids(model.text, source.folder)
     other = f"open_clip {open_clip.__version__}, torch {torch.__version__} on {target}"
     return parity.report(parity.compare(ours, theirs), other, given)
-
-
-def _our_ids(tower: config_lib.TextTower, path: epath.PathLike) -> np.ndarray:
-    """As `tokenizers.our_ids`; open_clip pads CLIP's texts as we do."""
-    from grain_jax.input_pipeline import tokenizer
-
-    return tokenizer.of_tower(tower, path)(tokenizers.TEXTS, tower.context_length)

@@ -36,10 +36,11 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
             f"no tokenizer files: a vocabulary of {tower.vocab_size} is not CLIP's of"
             f" {clip_tokenizer.VOCAB_SIZE}; give the model token ids"
         )
-    path = tokenizer.file_of(tower, folder)
-    if not (path.exists() and tokenizer.is_inside(path, folder)):
+    name = epath.Path(tower.tokenizer).name  # cards are published: none of this machine's paths
+    path = tokenizer.own_file(tower, folder)
+    if path is None:
         return {}, (
-            f"no tokenizer files: {tower.tokenizer} is no file in {folder}; put it there and convert again"
+            f"no tokenizer files: {name} is no file in the folder of the model; put it there and convert again"
         )
     own = tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
     if tower.pool == "end":
@@ -48,7 +49,7 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         ends = own.encode(TEXTS, tower.context_length).lengths - 1
         if (ids == last).sum() != len(ids) or (ids[np.arange(len(ids)), ends] != last).any():
             return {}, (
-                f"no tokenizer files: {tower.tokenizer} does not end each text with the id {last}, where theirs reads it;"
+                f"no tokenizer files: {name} does not end each text with the id {last}, where theirs reads it;"
                 " give the model token ids"
             )
     content = tokenizer.content_of(path)
@@ -72,23 +73,20 @@ def of_transformers(
     """As `files`, but for a tower that sees its padding none of CLIP's; and lines for the report."""
     words, missing = files(tower, folder)
     if tower.tokenizer == "clip" and words and not tower.packable:
-        words, missing = (
-            {},
-            (
-                "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
-                f" padding, the id {tower.pad_id}; give the model token ids"
-            ),
+        missing = (
+            "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
+            f" padding, the id {tower.pad_id}; give the model token ids"
         )
-    lines = [missing] if missing else []
-    if "spiece.model" in words:
-        lines.append(
-            "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
-        )
-    return words, missing, lines
+    if missing:
+        return {}, missing, [missing]
+    needs = "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
+    return words, "", [needs] if "spiece.model" in words else []
 
 
 def _no_pad(tower: config_lib.TextTower, path: epath.Path) -> str:
-    return f"no tokenizer files: model.text.pad_id: got {tower.pad_id}, {path} has no such token"
+    return (
+        f"no tokenizer files: model.text.pad_id: got {tower.pad_id}, {path.name} has no such token"
+    )
 
 
 def _of_sentencepiece(content: bytes, library: Any, tower: config_lib.TextTower) -> dict[str, Any]:
@@ -129,11 +127,15 @@ def _of_json(
             *_spaces(),
         ],
     }[tower.cleaning]
-    own = [library.normalizer] if library.normalizer is not None else []
-    if cleaning:
-        library.normalizer = normalizers.Sequence([*cleaning, *own])
+    stored = json.loads(library.to_str())
+    library.normalizer = normalizers.Sequence(cleaning)
+    first = json.loads(library.to_str())["normalizer"]["normalizers"]
+    own = stored["normalizer"] or {"normalizers": []}
+    own = own.get("normalizers", [own])
+    if own[: len(first)] != first:  # not one that went out before
+        stored["normalizer"] = {"type": "Sequence", "normalizers": [*first, *own]}
     return {
-        "tokenizer.json": json.loads(library.to_str()),
+        "tokenizer.json": stored,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": pad,
@@ -152,11 +154,18 @@ def _spaces() -> list[Any]:
     return [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
 
 
+def own_ids(
+    tower: config_lib.TextTower, folder: epath.PathLike, texts: Sequence[str] = TEXTS
+) -> np.ndarray:
+    """The ids of texts by our tokenizer, int32 [N, L]."""
+    return tokenizer.of_tower(tower, folder)(texts, tower.context_length)
+
+
 def our_ids(
     tower: config_lib.TextTower, folder: epath.PathLike, texts: Sequence[str] = TEXTS
 ) -> np.ndarray:
-    """The ids of texts, int32 [N, L], with the padding of the files."""
-    ids = tokenizer.of_tower(tower, folder)(texts, tower.context_length)
+    """As `own_ids`, with the padding of the files."""
+    ids = own_ids(tower, folder, texts)
     if tower.tokenizer != "clip" or not tower.packable:
         return ids
     # Ours pads with 0, transformers with the end token; the model reads neither.
