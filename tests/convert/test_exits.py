@@ -23,7 +23,8 @@ from grain_jax import config as config_lib
 from grain_jax.convert import export, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision.command import from_big_vision
-from grain_jax.convert.exits import reasons, table, timm_trunk, tokenizers
+from grain_jax.convert.exits import reasons, table, timm_trunk
+from grain_jax.convert.exits import tokenizers as exit_tokenizers
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
@@ -636,9 +637,9 @@ def test_a_tokenizer_goes_out_again_as_it_came(cleaning, tmp_path):
     )
     perturbed.write_words(tmp_path, "unknown pad a photo")
     (tmp_path / "again").mkdir()
-    first, _ = tokenizers.files(tower, tmp_path)
+    first, _ = exit_tokenizers.files(tower, tmp_path)
     (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(first["tokenizer.json"]))
-    assert tokenizers.files(tower, tmp_path / "again") == (first, "")
+    assert exit_tokenizers.files(tower, tmp_path / "again") == (first, "")
 
 
 @pytest.mark.parametrize(
