@@ -118,6 +118,14 @@ def _of_model(model: Model) -> Iterator[str]:
     if text.tokenizer == "clip" and text.cleaning != "lower":
         got = f"got {text.cleaning}, expected lower"
         yield f"model.text.cleaning: {got}, which is part of model.text.tokenizer=clip"
+    clips_end = fields.TextTower.vocab_size - 1
+    if (
+        text.tokenizer == "clip"
+        and text.end_id not in (None, clips_end)
+        and text.vocab_size > clips_end
+    ):
+        got = f"got {text.end_id}, expected None or {clips_end}"
+        yield f"model.text.end_id: {got}, the end token of model.text.tokenizer=clip"
     for name, value in (("pad_id", text.pad_id), ("end_id", text.end_id)):
         if value is not None and value >= text.vocab_size:
             most = f"model.text.vocab_size = {text.vocab_size}"

@@ -81,8 +81,8 @@ def average(
         ),
         f"sums in float64 of up to {_CHECKED} values of each array",
     )
-    model = output.with_tokenizer(first.model, first.folder, folder)
-    output.save(folder, model, tables.nested(sums), ", ".join(map(str, sources)), proof)
+    made_of = ", ".join(map(str, sources))
+    output.save(folder, first.model, tables.nested(sums), made_of, proof, first.folder)
     return proof.after(
         f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}",
         *lines,
@@ -141,7 +141,7 @@ def _keys(stored: checkpoint.Stored) -> dict[str, Any]:
     keys = {key: value for key, value in keys.items() if key.rpartition(".")[2] not in _FREE}
     text = stored.model.text
     known = text.tokenizer
-    if known != "clip" and (path := tokenizer.file_of(text, stored.folder)).exists():
+    if known != "clip" and (path := tokenizer.own_file(text, stored.folder)) is not None:
         known = f"{path.name}, sha256 {hashlib.sha256(tokenizer.content_of(path)).hexdigest()[:12]}"
     has_bias = stored.model.logit_bias_init is not None
     return keys | {"text.tokenizer": known, "logit_bias_init": "a bias" if has_bias else None}

@@ -271,9 +271,8 @@ def _read_config(path: epath.Path) -> config_lib.Model:
     with prefixed(f"{path}: "):
         model = config_lib.model_from_dict(towers)
     names.refuse(model, "to-hf")
-    name = (
-        model.text.tokenizer
-    )  # from_hf writes the file under this name, beside a config.json of ours
+    # from_hf writes the file under this name, beside a config.json of ours.
+    name = model.text.tokenizer
     if name != epath.Path(name).name or name == "config.json":
         raise ConvertError(
             f"{path}: model.text.tokenizer: got {name!r}, expected clip or the name of a tokenizer's file beside it"
@@ -284,7 +283,7 @@ def _read_config(path: epath.Path) -> config_lib.Model:
 @exits.needing_packages
 def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool) -> parity.Report:
     """Our model against transformers on a folder of to-hf, starting from raw images and texts."""
-    import torch  # noqa: F401 (without it transformers imports, but has no models)
+    import torch
     import transformers
 
     model = source.model
@@ -295,12 +294,18 @@ def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool)
         load = lambda auto: auto.from_pretrained(
             path, trust_remote_code=True, local_files_only=True
         )
-        theirs = torch_module.run_module(load(transformers.AutoModel).eval(), given)
+        module = load(transformers.AutoModel).eval()
+        theirs = torch_module.run_module(module, given)
         pixels = load(transformers.AutoImageProcessor)(exits.raw_images())["pixel_values"]
         theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
         if has_tokenizer:
-            inputs = load(transformers.AutoProcessor)(text=_TEXTS, padding="max_length")
-            theirs["token_ids"] = inputs["input_ids"].numpy()
+            processor = load(transformers.AutoProcessor)
+            ids = lambda texts: processor(text=texts, padding="max_length")["input_ids"]
+            theirs["token_ids"] = ids(_TEXTS).numpy()
             ours["token_ids"] = tokenizers.our_ids(model.text, source.folder, _TEXTS)
+            ours["encode_text"] = tokenizers.our_embeddings(source)
+            with torch.no_grad():
+                embeds = module.get_text_features(ids(tokenizers.TEXTS))
+            theirs["encode_text"] = torch.nn.functional.normalize(embeds, dim=-1).numpy()
     found = parity.compare(ours, theirs)
     return parity.report(found, f"{torch_module.torch_versions()} on {folder}", given)

@@ -38,8 +38,7 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         apart = parity.outputs(stored.model, stored.params, given)
     found = parity.compare(parity.outputs(stored.model, merged, given), apart)
     proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
-    model = output.with_tokenizer(stored.model, stored.folder, folder)
-    output.save(folder, model, merged, source, proof)
+    output.save(folder, stored.model, merged, source, proof, stored.folder)
     count = len(list(low_rank.maps_in(stored.params)))
     return proof.after(
         f"merge: {stored.folder} -> {folder}",

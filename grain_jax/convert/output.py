@@ -58,45 +58,34 @@ def on_disk(folder: epath.Path) -> Iterator[str]:
         yield scratch
 
 
-def with_tokenizer(
-    model: config_lib.Model, source: epath.PathLike, folder: epath.Path
-) -> config_lib.Model:
-    """Copies the tokenizer's file that lies in the folder of a model into another one.
-
-    Args:
-      model: whose text tower names it.
-      source: folder of the model.
-      folder: to copy it to.
-
-    Returns:
-      The model that names the copy; `model` where there is none.
-
-    Raises:
-      ConvertError: the folder cannot be written.
-    """
-    if model.text.tokenizer == "clip":
-        return model
-    path = tokenizer.own_file(model.text, source)
-    if path is None:
-        return model
-    content = tokenizer.content_of(path)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / path.name).write_bytes(content)
-    return dataclasses.replace(model, text=dataclasses.replace(model.text, tokenizer=path.name))
-
-
 def save(
     folder: epath.Path,
     model: config_lib.Model,
     params: Any,
     source: epath.PathLike,
     proof: parity.Report,
+    model_folder: epath.PathLike | None = None,
 ) -> None:
     """Writes a model for `grain_jax.load`, with its source and the verdict of the parity.
+
+    Args:
+      folder: to write.
+      model: what is written.
+      params: its parameters.
+      source: what the model was made of, for its config.json.
+      proof: the parity.
+      model_folder: folder of a model of ours, whose tokenizer's file is copied, where it lies there.
 
     Raises:
       ConvertError: the folder cannot be written.
     """
+    path = None
+    if model_folder is not None and model.text.tokenizer != "clip":
+        path = tokenizer.own_file(model.text, model_folder)
+    if path is not None:
+        text = dataclasses.replace(model.text, tokenizer=path.name)
+        model = dataclasses.replace(model, text=text)
     with writing(folder):
         checkpoint.save_model(folder, model, params, source=str(source), parity=proof.verdict)
+        if path is not None:
+            (folder / path.name).write_bytes(tokenizer.content_of(path))

@@ -48,7 +48,7 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         tolerance=TOLERANCE,
     )
     proof = parity.report(found, f"{read_from} in float32", given)
-    output.save(folder, model, packed, source, proof)
+    output.save(folder, model, packed, source, proof, read_from)
     return proof.after(
         f"pack: {read_from} -> {folder}",
         f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
@@ -78,7 +78,9 @@ def _starts_from_text(folder: epath.Path) -> bool:
 def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
     """The inputs of a parity report, with words of trained tokens alone."""
     given = parity.inputs_of(model)
-    words = np.flatnonzero(trained[:-2])
+    words, end = np.flatnonzero(trained[:-2]), model.text.end_id
+    words = words[words != end]
     is_word = (given.token_ids > 0) & (given.token_ids < model.text.vocab_size - 2)
+    is_word &= given.token_ids != end
     ids = np.where(is_word, words[given.token_ids % len(words)], given.token_ids)
     return given._replace(token_ids=ids.astype(np.int32))

@@ -679,20 +679,23 @@ GRAIN_ENDS = GRAIN_KEYS | ENDS | dict(image__qk_norm=False, image__pre_norm=True
 
 
 @pytest.mark.parametrize(
-    "changes, kind", [(CLIP | ENDS, "CLIPModel"), (GRAIN_ENDS, "AutoModel")], ids=["CLIP", "GRAIN"]
+    "changes, kind, end",
+    [(CLIP | ENDS, "CLIPModel", 7), (CLIP | ENDS, "CLIPModel", 11), (GRAIN_ENDS, "AutoModel", 7)],
+    ids=["CLIP", "CLIP, highest id of the file", "GRAIN"],
 )
-def test_a_text_is_read_where_its_tokenizer_ends_it(changes, kind, tmp_path, capsys):
-    """The id that ends it is not the highest: the exit finds it in the file of the tokenizer."""
+def test_a_text_is_read_where_its_tokenizer_ends_it(changes, kind, end, tmp_path, capsys):
+    """The id that ends it is not the highest of the tower: the exit finds it in the file of the tokenizer."""
     source, _ = made(tmp_path / "ours", **changes)
-    write_words_with_end(source, 7)
+    write_words_with_end(source, end)
     ours = grain_jax.load(source)
-    assert "\ntoken_ids " in run(capsys, "to-hf", source, tmp_path / "hf")
+    report = run(capsys, "to-hf", source, tmp_path / "hf")
+    assert "\ntoken_ids " in report and "\nencode_text " in report
     load: Any = dict(trust_remote_code=True, local_files_only=True)
     module = getattr(transformers, kind).from_pretrained(tmp_path / "hf", **load).eval()
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", **load)
     texts = ["two dogs and a cat", "wren", "s"]
     given = words(texts, return_tensors="pt", padding="max_length")["input_ids"]
-    assert (given.argmax(1) != (given == 7).int().argmax(1)).any()
+    assert (given.argmax(1) != (given == end).int().argmax(1)).any() == (end == 7)
     with torch.no_grad():
         found = module.get_text_features(given)
     found = getattr(found, "pooler_output", found).numpy()

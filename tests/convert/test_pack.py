@@ -39,9 +39,9 @@ def _moments(path, x):
     return jnp.asarray(moments)
 
 
-def _run(root, **changes):
+def _run(root, end_id=None, **changes):
     """A checkpoint whose moments are those after a gradient in the embeddings of MET alone."""
-    model = perturbed.tiny()
+    model = perturbed.tiny(text__end_id=end_id)
     config = dataclasses.replace(tiny.config(**changes), model=model)
     params = jax.tree.map(jnp.asarray, perturbed.params(model))
     adamw = optim.optimizer(config.optim, optax.constant_schedule(1e-3))
@@ -96,6 +96,16 @@ def test_a_converted_folder_keeps_all_tokens(workdir, tmp_path):
     again = pack(tmp_path / "small", tmp_path / "again")  # bfloat16 already
     assert {comparison.error for comparison in again.comparisons} == {0.0}
     assert json.loads((tmp_path / "again" / "config.json").read_text())["parity"] == "PROVEN"
+
+
+def test_texts_keep_the_id_that_ends_them_and_their_tokenizer(tmp_path):
+    assert pack(_run(tmp_path / "run", end_id=2), tmp_path / "small").ok
+    model = perturbed.tiny(text__tokenizer=str(tmp_path / "ours" / "tokenizer.json"))
+    checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
+    perturbed.write_words(tmp_path / "ours", "unknown pad a photo")
+    assert pack(tmp_path / "ours", tmp_path / "again").ok
+    assert grain_jax.load(tmp_path / "again").model.text.tokenizer == "tokenizer.json"
+    assert (tmp_path / "again" / "tokenizer.json").exists()
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):

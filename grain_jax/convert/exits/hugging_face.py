@@ -251,7 +251,7 @@ def _prove(
 def _prove_towers(
     target: epath.Path, source: folder.Source, kind: str, has_tokenizer: bool
 ) -> parity.Report:
-    """Embeddings, logits and token ids."""
+    """Embeddings and logits; of texts their ids, and their embeddings from end to end."""
 
     def outputs(module, given, tensors, path):
         out = module(pixel_values=tensors[0], input_ids=tensors[1])
@@ -262,13 +262,17 @@ def _prove_towers(
             "logits": out.logits_per_image.numpy(),
         }
         if has_tokenizer:
+            import torch
             import transformers
 
             load = transformers.AutoProcessor.from_pretrained
             processor: Any = load(path, local_files_only=True, backend="pil")
             options: Any = dict(padding="max_length", truncation=True, return_tensors="np")
-            theirs["token_ids"] = processor(text=tokenizers.TEXTS, **options)["input_ids"]
+            ids = processor(text=tokenizers.TEXTS, **options)["input_ids"]
             ours["token_ids"] = tokenizers.our_ids(source.model.text, source.folder)
+            ours["encode_text"] = tokenizers.our_embeddings(source)
+            out = module(pixel_values=tensors[0], input_ids=torch.from_numpy(ids).long())
+            theirs |= {"token_ids": ids, "encode_text": out.text_embeds.numpy()}
         return ours, theirs
 
     return _prove(target, source, kind, outputs)

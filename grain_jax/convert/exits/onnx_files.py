@@ -162,8 +162,12 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
     alone = parity.compare({name: x[:1] for name, x in _one(ours).items()}, one)
     found += [c._replace(name=f"{c.name}, one") for c in alone]
     if ids is not None:
-        wanted = tokenizers.own_ids(source.model.text, source.folder)
-        found += parity.compare({"token_ids": wanted}, {"token_ids": ids})
+        wanted = {
+            "token_ids": tokenizers.own_ids(source.model.text, source.folder),
+            "encode_text": tokenizers.our_embeddings(source),
+        }
+        embeds: Any = sessions["text"].run(["text_embeds"], {"input_ids": ids.astype(np.int64)})
+        found += parity.compare(wanted, {"token_ids": ids, "encode_text": embeds[0]})
     return parity.report(found, f"onnxruntime {onnxruntime.__version__} on {target}", given)
 
 

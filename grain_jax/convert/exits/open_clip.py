@@ -166,6 +166,8 @@ def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> pa
         if has_tokenizer:
             tokens: Any = open_clip.get_tokenizer(name)(tokenizers.TEXTS)
             theirs["token_ids"] = np.asarray(tokens)
+            theirs["encode_text"] = module.encode_text(tokens, normalize=True).numpy()
             ours["token_ids"] = tokenizers.own_ids(model.text, source.folder)
+            ours["encode_text"] = tokenizers.our_embeddings(source)
     other = f"open_clip {open_clip.__version__}, torch {torch.__version__} on {target}"
     return parity.report(parity.compare(ours, theirs), other, given)

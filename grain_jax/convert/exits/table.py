@@ -7,7 +7,8 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.configs import demo, finetune  # pyright: ignore[reportMissingImports]
 from grain_jax.convert import parity
-from grain_jax.convert.exits import folder, reasons
+from grain_jax.convert.exits import folder, reasons, tokenizers
+from grain_jax.convert.faults import ConvertError
 
 EXITS = (
     *("to-hf", "to-hf --part vision", "to-open-clip", "to-big-vision", "to-torch", "to-onnx"),
@@ -38,6 +39,9 @@ STARTS: dict[str, Callable[[], Any]] = {
     "finetune:openai": lambda: finetune.get_config("openai").model,
     "finetune:open_clip": lambda: finetune.get_config("open_clip").model,
     "finetune:siglip": lambda: finetune.get_config("siglip").model,
+    "finetune:siglip2": lambda: finetune.get_config("siglip2").model,
+    "finetune:pe_core": lambda: finetune.get_config("pe_core").model,
+    "finetune:dinov3": lambda: finetune.get_config("dinov3").model,
     "two towers, own": lambda: _two_towers(None, pool="class"),
     "two towers, CLIP": lambda: _two_towers("clip", pool="class"),
     "two towers, SigLIP": lambda: _two_towers("siglip", pool="map", projection="none"),
@@ -54,7 +58,12 @@ def report(checkpoint: str | None = None) -> parity.Report:
       checkpoint.CheckpointError: it cannot be read.
     """
     if checkpoint is not None:
-        lines = of_model(folder.read(checkpoint).model)
+        lines, found = [], folder.read(checkpoint)
+        try:
+            found, _ = tokenizers.with_end(found)
+        except ConvertError as error:
+            lines.append(str(error))
+        lines += of_model(found.model)
     else:
         models = {
             name: config_lib.model_from_dict(keys().to_dict()) for name, keys in STARTS.items()

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax import inference
 from grain_jax.convert import hf_tokenizer
 from grain_jax.convert.exits.folder import Source
 from grain_jax.convert.faults import ConvertError
@@ -189,6 +190,11 @@ def own_ids(
 ) -> np.ndarray:
     """The ids of texts by our tokenizer, int32 [N, L]."""
     return tokenizer.of_tower(tower, folder)(texts, tower.context_length)
+
+
+def our_embeddings(source: Source) -> np.ndarray:
+    """Our embeddings of TEXTS, each read where our tokenizer ends it, float32 [N, D] of unit length."""
+    return inference.Predictor(source.model, source.params, folder=source.folder).encode_text(TEXTS)
 
 
 def our_ids(

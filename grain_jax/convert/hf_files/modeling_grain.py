@@ -66,9 +66,9 @@ class Rope(nn.Module):
 
     def tables(self, device):
         """Cosine and sine of each patch and channel, [patches, head_dim]."""
-        at = torch.arange(self.grid, device=device, dtype=torch.float64)
+        at = torch.arange(self.grid, dtype=torch.float64)  # some devices have no float64
         quarter = self.head_dim // 4
-        waves = self.theta ** -(torch.arange(quarter, device=device, dtype=at.dtype) / quarter)
+        waves = self.theta ** -(torch.arange(quarter, dtype=at.dtype) / quarter)
         if self.kind == "centres":
             at = 2 * math.pi * (2 * (at + 0.5) / self.grid - 1)
         else:
@@ -78,7 +78,7 @@ class Rope(nn.Module):
             angles = torch.cat([y, x], dim=1).repeat(1, 2)
         else:
             angles = torch.cat([x, y], dim=1).repeat_interleave(2, dim=1)
-        return angles.cos().float(), angles.sin().float()
+        return angles.cos().float().to(device), angles.sin().float().to(device)
 
     def forward(self, x):
         """Queries or keys [B, tokens, E], turned but for the leading tokens, in float32."""
@@ -368,10 +368,10 @@ class Backbone(nn.Module):
         if self.positional_embedding is not None:
             return self.positional_embedding
         half = x.shape[-1] // 2
-        at = torch.arange(self.context, device=x.device, dtype=torch.float64)
-        waves = torch.arange(half, device=x.device, dtype=at.dtype) / max(half - 1, 1)
+        at = torch.arange(self.context, dtype=torch.float64)
+        waves = torch.arange(half, dtype=at.dtype) / max(half - 1, 1)
         angles = at[:, None] * (-math.log(1e4) * waves).exp()
-        angles = torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype)
+        angles = torch.cat([angles.sin(), angles.cos()], dim=1).to(x)
         return F.pad(angles, (0, x.shape[-1] % 2))
 
 

@@ -68,7 +68,7 @@ _TYPES = {
     **dict.fromkeys(("num_attention_heads", "width", "head_width", "heads"), _SIZE),
     **dict.fromkeys(("layer_norm_eps", "eps", "temperature_init_value"), _POSITIVE),
     **dict.fromkeys(("max_position_embeddings", "longtext_len"), _SIZE),
-    **dict.fromkeys(("keep_len", "eos_id"), _COUNT),
+    **dict.fromkeys(("keep_len", "eos_id", "pad_id"), _COUNT),
     **dict.fromkeys(("scale_sqrt_depth", "use_swiglu_ffn"), _YES),
     **dict.fromkeys(("eos_token_id", "pad_token_id"), _IDS),
     **{"tokenizer_kwargs": _GROUP, "clean": _TEXT},

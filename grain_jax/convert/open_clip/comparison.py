@@ -212,7 +212,7 @@ def hf_config(model: config_lib.Model) -> dict[str, Any]:
         max_position_embeddings=text.context_length,
         projection_size=model.embed_dim,
         bos_token_id=text.vocab_size - 2,
-        eos_token_id=text.vocab_size - 1 if text.end_id is None else text.end_id,
+        eos_token_id=2 if text.end_id is None else text.end_id,  # 2: CLIPModel takes the highest id
         pad_token_id=text.pad_id,
     )
     return dict(

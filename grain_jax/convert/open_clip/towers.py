@@ -123,7 +123,7 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     end_id = _end_id(checkpoint, vocab) if stated.pool == "end" else None
     cleaning = "canonical" if first_siglip else "lower"
     if end_id is not None:  # MetaCLIP 2
-        pad_id = _of_hf(checkpoint, "text").get("pad_token_id", 1)
+        pad_id = cfg.get("pad_id", 1) if cfg else _of_hf(checkpoint, "text").get("pad_token_id", 1)
         canonical = group(cfg, "tokenizer_kwargs").get("clean") == "canonicalize"
         cleaning = "canonical" if canonical else "none"
         if cfg and not canonical:
