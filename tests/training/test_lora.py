@@ -380,18 +380,20 @@ def test_factors_that_do_not_fit_are_one_line(name):
 
 
 def test_towers_of_users_have_no_factors():
-    c = tiny.small(model__text__tower="examples.tower.mixer:TextMixer", **FACTORS)
+    c = tiny.small(**FACTORS)
+    text = dataclasses.replace(c.model.text, tower="examples.tower.mixer:TextMixer")
+    model = dataclasses.replace(c.model, text=text)
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/blocks/mlp/in/kernel": (1, 32, 64)}
     told = "matches text/blocks/mlp/in, of the tower examples.tower.mixer:TextMixer, where only built-in"
     with pytest.raises(errors.UserError, match=told):
-        lora.maps_of(c.model, c.optim.lora, shapes)
+        lora.maps_of(model, c.optim.lora, shapes)
     alone = dataclasses.replace(c.optim.lora, modules=("image/.*",))
-    assert lora.maps_of(c.model, alone, shapes) == ["image/blocks/mlp/in"]
+    assert lora.maps_of(model, alone, shapes) == ["image/blocks/mlp/in"]
     # One in which the default names nothing would be frozen whole, without a word.
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/stem/kernel": (32, 64)}
     told = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*frozen whole"
     with pytest.raises(errors.UserError, match=told):
-        lora.maps_of(c.model, c.optim.lora, shapes)
+        lora.maps_of(model, c.optim.lora, shapes)
 
 
 @pytest.mark.parametrize(
