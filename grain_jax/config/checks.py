@@ -119,11 +119,8 @@ def _of_model(model: Model) -> Iterator[str]:
         got = f"got {text.cleaning}, expected lower"
         yield f"model.text.cleaning: {got}, which is part of model.text.tokenizer=clip"
     clips_end = fields.TextTower.vocab_size - 1
-    if (
-        text.tokenizer == "clip"
-        and text.end_id not in (None, clips_end)
-        and text.vocab_size > clips_end
-    ):
+    is_clips = text.tokenizer == "clip" and text.vocab_size > max(clips_end, text.end_id or 0)
+    if is_clips and text.end_id not in (None, clips_end):
         got = f"got {text.end_id}, expected None or {clips_end}"
         yield f"model.text.end_id: {got}, the end token of model.text.tokenizer=clip"
     for name, value in (("pad_id", text.pad_id), ("end_id", text.end_id)):

@@ -331,6 +331,7 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
             "model.embed_dim: got 16, expected model.text.width = 32",
         ),
         ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
+        ({"model.text.end_id": 3}, "model.text.end_id: got 3, expected None or 49407, the end"),
     ],
 )
 def test_configs_that_contradict_themselves(change, message):
