@@ -200,7 +200,9 @@ def _plain(row: EmbeddedImage, name: str, settings: embeddings.Settings) -> Any:
 
 def _vectors(pa: Any, values: np.ndarray, kind: Any) -> Any:
     """[N, D] as a pyarrow array of `kind`, a fixed-size list."""
-    stored = values.astype(kind.value_type.to_pandas_dtype(), copy=False)
+    # Not `to_pandas_dtype`, which needs pandas.
+    store = {"halffloat": np.float16, "float": np.float32}[str(kind.value_type)]
+    stored = values.astype(store, copy=False)
     flat = pa.array(np.ascontiguousarray(stored).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import types
 from typing import Any
 
@@ -199,3 +200,17 @@ def test_an_array_of_no_part_is_refused(name, job):
     path.unlink()
     go(job)
     assert_whole(job.folder)
+
+
+def test_files_need_no_pandas():
+    code = """
+import sys
+sys.modules["pandas"] = None
+import numpy as np
+import pyarrow as pa
+from grain_jax.data.embed import output
+for store in (pa.float16(), pa.float32()):
+    vectors = output._vectors(pa, np.ones((2, 3)), pa.list_(store, 3))
+    assert vectors.type == pa.list_(store, 3) and vectors.flatten().to_numpy().sum() == 6
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
