@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import types
 from typing import Any
 
