@@ -206,7 +206,13 @@ def test_an_array_of_no_part_is_refused(name, job):
 def test_files_need_no_pandas():
     code = """
 import sys
-sys.modules["pandas"] = None
+
+class NotThere:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pandas":
+            raise ModuleNotFoundError("no pandas", name=name)
+
+sys.meta_path.insert(0, NotThere())
 import numpy as np
 import pyarrow as pa
 from grain_jax.data.embed import output
