@@ -3,7 +3,7 @@
 `centres`  DINOv3 (Siméoni et al. 2025): 2 pi times the centre of the patch, in [-1, 1] along each side; row first; channel
            i of a head turns with channel i + half. The same at every resolution, so nothing is resized.
 `grid`     PE-core (Bolya et al. 2025): column and row of the patch, from 1; channel 2 i turns with channel 2 i + 1.
-           Those of another grid than that of pretraining are scaled to its size. (Size G counts from 0, which is the same
+           Those of another grid than that of pretraining are scaled to its size. (Size G counts from 0, the same
            without a class token: patches see differences alone.)
 
 Half of the frequencies of a head are of each axis: theta ** -(i / (head_dim / 4)). Leading tokens are not turned.
