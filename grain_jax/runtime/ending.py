@@ -211,10 +211,12 @@ class PreemptionHandler:
             leave(status, f"\n{name}: there is nothing to save")
         if not self._first:
             self._first = now
-            self.tell(number)
             # In another thread: where nobody reads the output, this one must still receive the second signal.
             said = f"\n{name}: saving after this step; a second signal ends without"
-            threading.Thread(target=_say, args=[said], daemon=True).start()
+            saying = threading.Thread(target=_say, args=[said], daemon=True)
+            saying.start()
+            saying.join(_SAME_SECONDS)  # before the process can end
+            self.tell(number)
         elif now - self._first > _SAME_SECONDS:
             again = "the same command goes on from the newest checkpoint"
             leave(status, f"\n{name}, the second: ending at once; {again}")
