@@ -41,6 +41,15 @@ LAYER_MAPS = {
     "attention/out": 2,  # heads and their width
     **dict.fromkeys(("mlp/in", "mlp/gate", "mlp/out"), 1),
 }
+# Local loss terms by name (losses/local.py), each a class of grain_jax/terms.
+LOCAL_TERMS = {
+    "crop_distillation": "CropDistillation",
+    "masked_patches": "MaskedPatches",
+    "self_distillation": "SelfDistillation",
+    "teacher_similarity": "TeacherSimilarity",
+    "text_pooled": "TextPooled",
+}
+TEACHERS = ("none", "ema", "checkpoint", "embeddings")
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
 EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 
@@ -292,6 +301,26 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
+class Views:
+    """Further views of each image for the terms of `loss.terms` that read them: one global and `local` small crops.
+
+    They are cut on the devices from the image of the batch; the contrastive losses see that image itself.
+    """
+
+    local: int = count(0, high=64)  # small crops an image; 0: no views are made
+    size: int = size(96)  # pixels of a local view, height = width
+    min_area: float = key(0.05, low=1e-3, high=1)  # smallest share of the image in a local view
+    max_area: float = key(0.4, low=1e-3, high=1)  # largest share of the image in a local view
+    global_min_area: float = key(1.0, low=1e-3, high=1)  # smallest share of the image in the global view
+    max_aspect: float = key(4 / 3, low=1, high=10)  # largest ratio of the sides of a view against the image
+    flip_rate: float = key(0.5, low=0, high=1)  # chance of a mirrored view
+    brightness: float = key(0.4, low=0, high=1)  # largest change of the brightness, as a share
+    contrast: float = key(0.4, low=0, high=1)  # largest change of the contrast, as a share
+    saturation: float = key(0.2, low=0, high=1)  # largest change of the saturation, as a share
+    grey_rate: float = key(0.2, low=0, high=1)  # chance of a view without colours
+
+
+@dataclasses.dataclass(frozen=True)
 class Input:
     """Which examples are read, in which order, and how they are varied."""
 
@@ -326,6 +355,7 @@ class Input:
     # Smallest share of the image that a random crop keeps; 1 = no crop.
     crop_min_area: float = key(1.0, low=0.01, high=1)
     reader_threads: int = count(0, role="free")  # of tf.data; 0 = it chooses
+    views: Views = key(Views)
     # A mixture, instead of `data_dir` and `name`.
     datasets: tuple[Dataset, ...] = key((), role="order")
 
@@ -386,6 +416,21 @@ class Loss:
     # Further loss terms by name: {"term": "module:function or Class", "weight": 0.1, and its own options}
     # (losses/total.py).
     terms: dict[str, dict[str, Any]] = key(dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model without a gradient that the terms of `loss.terms` compare the trained one with (training/teacher.py)."""
+
+    # "ema": the average of the trained parameters; "checkpoint": another model; "embeddings": those of a model, stored
+    # by grain-jax embed.
+    kind: str = key("none", choices=TEACHERS)
+    # Of checkpoint: any model that init.image takes; of embeddings: the folder of grain-jax embed.
+    path: str | None = key(None)
+    decay: float = key(0.996, low=0, high=1)  # of ema: that of the first step
+    end_decay: float = key(1.0, low=0, high=1)  # of ema: that of the last step, on a cosine
+    # Of ema: "all" parameters are averaged, or the "heads" of the terms alone; the towers are then those of the step.
+    part: str = key("all", choices=("all", "heads"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -512,6 +557,7 @@ class Config:
     text: Text = key(Text, role="numbers")
     loss: Loss = key(Loss, role="numbers")
     optim: Optim = key(Optim, role="numbers")
+    teacher: Teacher = key(Teacher, role="numbers")
     mesh: Mesh = key(Mesh, role="free")
     # Logical axis of a parameter -> mesh axis. Exhaustive: an axis in no row is an error.
     sharding: tuple[tuple[str, str | None], ...] = key(
