@@ -304,15 +304,22 @@ class Dataset:
 class Views:
     """Further views of each image for the terms of `loss.terms` that read them: one global and `local` small crops.
 
-    They are cut on the devices from the image of the batch; the contrastive losses see that image itself.
+    They are cut on the devices from the image of the batch (docs/method.md, Views); the contrastive losses see that image
+    itself.
     """
 
     local: int = count(0, high=64)  # small crops an image; 0: no views are made
-    size: int = size(96)  # pixels of a local view, height = width
+    size: int = size(
+        96
+    )  # pixels of a local view, height = width; model.image.patch_size must divide it
     min_area: float = key(0.05, low=1e-3, high=1)  # smallest share of the image in a local view
     max_area: float = key(0.4, low=1e-3, high=1)  # largest share of the image in a local view
-    global_min_area: float = key(1.0, low=1e-3, high=1)  # smallest share of the image in the global view
-    max_aspect: float = key(4 / 3, low=1, high=10)  # largest ratio of the sides of a view against the image
+    global_min_area: float = key(
+        1.0, low=1e-3, high=1
+    )  # smallest share of the image in the global view
+    max_aspect: float = key(
+        4 / 3, low=1, high=10
+    )  # largest ratio of the sides of a view against the image
     flip_rate: float = key(0.5, low=0, high=1)  # chance of a mirrored view
     brightness: float = key(0.4, low=0, high=1)  # largest change of the brightness, as a share
     contrast: float = key(0.4, low=0, high=1)  # largest change of the contrast, as a share
