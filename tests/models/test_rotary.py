@@ -67,7 +67,7 @@ def _same_as(module, tokens_of, tower, rows, size=None):
     most = max(np.abs(grad).max() for grad in named.values())
     for name, grad in named.items():
         theirs = own[name].grad.numpy()
-        if np.abs(theirs).max() < 1e-6 * most:  # of a key's bias without rotation, 0 but for rounding
+        if np.abs(theirs).max() < 1e-6 * most:  # a key's bias without rotation
             assert np.abs(grad).max() < 1e-6 * most, name
         else:
             foreign.close(grad.reshape(theirs.shape), theirs)
