@@ -212,6 +212,12 @@ def _words(tower: config_lib.TextTower) -> bytes | str:
     return tokenizer.content_of(path)
 
 
+def of_step(config: Config, state: Any, params: Any, batch: schema.Batch) -> "Teacher | None":
+    """The teacher of a forward pass, or None without one; arguments as of `Teacher`."""
+    found = describe(config)
+    return found and Teacher(config, found, state, params, batch)
+
+
 class Teacher:
     """What a local term sees of the teacher for the images of a micro-batch; nothing of it has a gradient.
 
