@@ -24,7 +24,10 @@ from tests import perturbed, tiny
 
 TOTAL = 4
 WIDE = (8, 1, 1)
-SIZES = dict(image__image_size=32, text__vocab_size=600, text__context_length=32)
+ALONE = {"model__decoder": None, "model__image__pool": "class"}  # less to compile
+SIZES = dict(
+    image__image_size=32, image__pool="class", text__vocab_size=600, text__context_length=32
+)
 
 
 class Follow(local.LocalTerm):
@@ -66,8 +69,10 @@ class Follow(local.LocalTerm):
 def config(kind, mesh=(1, 1, 1), reads_texts=True, path=None, part="all", **changes):
     c = tiny.dictionary(
         **dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh)),
-        **{f"model__{name}__depth": 1 for name in ("image", "text", "decoder")},
+        **{f"model__{name}__depth": 1 for name in ("image", "text")},
+        **ALONE,
         model__text__vocab_size=600,
+        loss__image_description=0.5,
         **{"total_steps": TOTAL, "log_every": 2, **changes},
     )
     c.teacher.update(dict(kind=kind, part=part, decay=0.6, end_decay=0.9))
@@ -108,7 +113,14 @@ def other(tmp_path_factory):
 
 
 def made(folder, seed=0, **changes):
-    sizes = {**SIZES, "image__patch_size": 8, "image__depth": 1, "text__depth": 1, **changes}
+    sizes = {
+        **SIZES,
+        "image__patch_size": 8,
+        "image__depth": 1,
+        "text__depth": 1,
+        "decoder": None,
+        **changes,
+    }
     model = perturbed.tiny(**sizes)
     params = perturbed.params(model, seed)
     saved_model.save_model(folder, model, params)
@@ -280,7 +292,7 @@ def test_a_run_goes_on_with_the_bits_of_its_average(tmp_path, capsys):
     c = averaging(checkpoint_every=2, checkpoint_keep=3)
     before = trained(c, tmp_path)
     assert (
-        "teacher: the average of all parameters (0.1M), decay 0.6 to 0.9\n"
+        "teacher: the average of all parameters (0.1M parameters), decay 0.6 to 0.9\n"
         in capsys.readouterr().err
     )
     assert before[4].keys() == {"params", "opt_state", "teacher"}
