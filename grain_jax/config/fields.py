@@ -42,13 +42,13 @@ LAYER_MAPS = {
     "attention/out": 2,  # heads and their width
     **dict.fromkeys(("mlp/in", "mlp/gate", "mlp/out"), 1),
 }
-# Local loss terms by name (losses/local.py), each a class of grain_jax/terms.
+# Local loss terms by name (losses/local.py).
 LOCAL_TERMS = {
-    "crop_distillation": "CropDistillation",
-    "masked_patches": "MaskedPatches",
-    "self_distillation": "SelfDistillation",
-    "teacher_similarity": "TeacherSimilarity",
-    "text_pooled": "TextPooled",
+    "crop_distillation": "grain_jax.terms.crop_distillation:CropDistillation",
+    "masked_patches": "grain_jax.terms.masked_patches:MaskedPatches",
+    "self_distillation": "grain_jax.terms.self_distillation:SelfDistillation",
+    "teacher_similarity": "grain_jax.terms.teacher_similarity:TeacherSimilarity",
+    "text_pooled": "grain_jax.terms.text_pooled:TextPooled",
 }
 TEACHERS = ("none", "ema", "checkpoint", "embeddings")
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
