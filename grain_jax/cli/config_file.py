@@ -79,15 +79,14 @@ def load(
         if isinstance(error, errors.UserError):
             raise
         raise errors.UserError(" ".join(str(error).split())) from None
-    with config.ignore_type():
-        for key in (key for key in texts if key not in known or _WEIGHT.fullmatch(key)):
-            *groups, option = key.split(".")
-            part = config
-            for group in groups:
-                if not isinstance(part.get(group), ConfigDict):
-                    part[group] = ConfigDict()
-                part = part[group]
-            part[option] = _literal(texts[key])
+    for key in (key for key in texts if key not in known or _WEIGHT.fullmatch(key)):
+        *groups, option = key.split(".")
+        part = config
+        for group in groups:
+            if not isinstance(part.get(group), ConfigDict):
+                _put(part, group, ConfigDict())
+            part = part[group]
+        _put(part, option, _literal(texts[key]))
     for key in texts:  # what the command line asks for may not be skipped
         group, name, option = (*key.split(".", 2), "", "")[:3]
         asked = group == "evals" and option not in ("", "missing")
@@ -102,6 +101,13 @@ def load(
             del config.evals[entry]
     with named.importing():  # the classes that the config of the user names
         return resolve(config)
+
+
+def _put(group: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key to a value of any type."""
+    if key in group:
+        del group[key]
+    group[key] = value
 
 
 def is_weight(key: str) -> bool:
