@@ -189,7 +189,7 @@ def _train(
     records.say_what_runs(state)
 
     # 4. Compile.
-    step_fn = compile_step(run, program, records)
+    step_fns = compile_steps(run, program, records, start_step)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
     on_host = sources.batches_of_run(
@@ -210,6 +210,7 @@ def _train(
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
                 batch = next(batches)
+                step_fn = step_fns[program.phase(step - 1).first]
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 trace.end(step, metrics)
@@ -311,23 +312,35 @@ def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     return whole.place(run.config, state, program.shardings)
 
 
-def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
-    """The compiled step, which fits into memory and measures what the best checkpoint is chosen by."""
+def compile_steps(run: SetUp, program: train_step.Program, records: "Records", start_step: int):
+    """The compiled steps, by the first step of their phase: each fits into memory, and some measures what the best
+    checkpoint is chosen by. Those of phases that are over are left out.
+    """
     began = time.monotonic()
+    current = program.phase(min(start_step, run.total_steps - 1)).first
     with records.pause():
-        lowered = program.step.lower(program.state, program.batch)
+        lowered = {
+            phase.first: phase.step.lower(program.state, program.batch)
+            for phase in program.phases
+            if phase.first >= current
+        }
         if not schedule.best_is_evaluated(run.config):
-            schedule.check_best_metric(run.config, lowered.out_info[1])
-        step_fn = lowered.compile()
+            measured = {name for one in lowered.values() for name in one.out_info[1]}
+            if current:  # what was measured before may be not any more
+                measured.add(run.config.checkpoint_best_metric)
+            schedule.check_best_metric(run.config, measured)
+        step_fns = {first: one.compile() for first, one in lowered.items()}
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
-    records.say(f"compiled in {took}; attention of the towers: {programs}")
-    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
-    if warning:
-        records.say(warning)
+    several = f"{len(step_fns)} programs, " if len(step_fns) > 1 else ""
+    records.say(f"{several}compiled in {took}; attention of the towers: {programs}")
+    for step_fn in step_fns.values():
+        warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
+        if warning:
+            records.say(warning)
     processes.wait_for_all("compiled")
-    return step_fn
+    return step_fns
 
 
 class Records:
@@ -346,17 +359,18 @@ class Records:
         self._checkpoints, terms = checkpoints, run.terms
         self._terms = [term.metric for term in terms]
         self._last_good_step, self._last_save = start_step, time.monotonic()
-        self._log = None
+        self._log, self._flops = None, {}
         if jax.process_index() == 0:
             atomic.write_text(workdir / "config.json", config_lib.to_json(config))
             tokenizer.keep_copy(config.model.text, workdir)
+            self._flops = flops.of_phases(config, run.total_steps)
             peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
             self._log = metrics_writer.MetricsWriter(
                 workdir,
                 start_step,
                 run.total_steps,
                 config.batch_size,
-                flops_per_image=flops.per_image(config).train,
+                flops_per_image=self._flops[0],
                 peak_flops=peak and peak * jax.device_count(),
                 config=config,
                 terms={term.metric: term.short for term in terms},
@@ -420,6 +434,7 @@ class Records:
         if due.logs:
             values |= self._text_counts.add(values)
         if self._log and due.logs:
+            self._log.flops_per_image = self._flops[max(x for x in self._flops if x < step)]
             values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
             self._log.progress(step, values)
         if due.evaluates:

@@ -319,9 +319,6 @@ def _loss(loss: Loss, config: Config) -> Iterator[str]:
             yield f"{path}: expected a name of letters, digits and _ that is no key of loss"
         if not isinstance(entry.get("term"), str):
             yield f"{path}.term: got {entry.get('term')!r}, expected module:function"
-        weight = entry.get("weight", math.nan)
-        if type(weight) not in (int, float) or not math.isfinite(weight):
-            yield f"{path}.weight: got {entry.get('weight')!r}, expected a finite number"
 
 
 # Local terms of the package that look at `seen.teacher`.

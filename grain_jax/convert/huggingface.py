@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.config import weights as loss_weights
 from grain_jax.convert import archives, model_card, output, parity
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, reasons, tokenizers
@@ -104,6 +105,14 @@ def _write(
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
+    # In torch a weight is a number: that of the end of the run.
+    ending = {
+        key: loss_weights.last(value) for key, value in losses.items() if isinstance(value, dict)
+    }
+    losses |= ending
+    if ending:
+        said = ", ".join(f"loss.{key}={value:g}" for key, value in ending.items())
+        lines = [*lines, f"training in torch has the weights of the end of the run: {said}"]
     lacking = [name for name in _NO_LOSSES if stored.get(name)] + [*stored.get("terms", ())]
     if lacking:
         lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]

@@ -127,8 +127,11 @@ class Forward:
         return {name: jax.tree.map(box, state) for name, state in found.items() if state}
 
     def update_state(self, state: Mapping[str, Any], statistics: Mapping[str, Any]):
-        """`TrainState.term_state` after a step, from the statistics of the global batch."""
-        return {name: self.terms[name].update(state[name], statistics[name]) for name in state}
+        """`TrainState.term_state` after a step, from the statistics of the global batch; that of a term that is off stays."""
+        return {
+            name: self.terms[name].update(own, statistics[name]) if name in self.terms else own
+            for name, own in state.items()
+        }
 
     def __call__(
         self,

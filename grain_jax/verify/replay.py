@@ -1,6 +1,7 @@
 """Trains steps of a run again and compares: batches, states and losses."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -159,11 +160,12 @@ class _Replay:
         self._exact = self._exact and not self._reasons
         say(f"{steps_in_words(self.step + 1, end)} again", f"on {_where(now)}")
 
-        compiled = program.step.lower(program.state, program.batch).compile()
+        compiled = functools.cache(lambda step: step.lower(program.state, program.batch).compile())
         batches, found = self._place.batches(config, program, self.step), {}
         try:
             for step in range(self.step + 1, end + 1):
-                state, metrics = compiled(state, next(batches))
+                step_fn = compiled(program.phase(step - 1).step)
+                state, metrics = step_fn(state, next(batches))
                 self._same_batches(step, state)
                 if step in self.run.metrics:
                     found[step] = _loss_error(metrics, self.run.metrics[step])
