@@ -290,29 +290,26 @@ def parts_of(folder):
 
 def test_a_run_goes_on_with_the_bits_of_its_average(tmp_path, capsys):
     c = averaging(checkpoint_every=2, checkpoint_keep=3)
-    before = trained(c, tmp_path)
-    assert (
-        "teacher: the average of all parameters (0.1M parameters), decay 0.6 to 0.9\n"
-        in capsys.readouterr().err
-    )
-    assert before[4].keys() == {"params", "opt_state", "teacher"}
+    states = trained(c, tmp_path)
+    told = "teacher: the average of all parameters (0.0M parameters), decay 0.6 to 0.9\n"
+    assert told in capsys.readouterr().err
+    assert states[4].keys() == {"params", "opt_state", "teacher"}
     assert parts_of(tmp_path / "checkpoints" / "4")
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    assert trained(c, tmp_path) == before
-    assert verify_command.main([str(tmp_path)]) == 0
+    assert verify_command.main([str(tmp_path)]) == 0  # from the checkpoint of step 2 to step 4
+    assert "equal bit for bit at step 4" in capsys.readouterr().out
 
 
 def test_a_run_reads_its_teacher_again_and_refuses_another(other, tmp_path, capsys):
     path, model, _ = other
     c = config("checkpoint", (2, 2, 2), path=path, checkpoint_every=2, checkpoint_keep=3)
-    before = trained(c, tmp_path)
+    states = trained(c, tmp_path)
     size = sum(int(np.prod(x)) for x in grain.parameter_shapes(model).values()) / 1e6
-    line = f"teacher: {path}, {size:.1f}M parameters, images of 32 px, D 28, texts\n"
-    assert line in capsys.readouterr().err
-    assert before[4].keys() == {"params", "opt_state"}
+    told = f"teacher: {path}, {size:.1f}M parameters, images of 32 px, D 28, texts\n"
+    assert told in capsys.readouterr().err
+    assert states[4].keys() == {"params", "opt_state"}
     assert not parts_of(tmp_path / "checkpoints" / "4")
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    assert trained(c, tmp_path) == before
+    assert verify_command.main([str(tmp_path)]) == 0
+    assert "equal bit for bit at step 4" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     aside = shutil.move(path, f"{path}_aside")
     try:
