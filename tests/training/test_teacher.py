@@ -203,7 +203,8 @@ def test_another_model_is_the_same_teacher_on_every_mesh_and_under_micro_batches
     c = config("checkpoint", (2, 1, 1), path=path)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:2])
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    outputs = jax.jit(forward.Forward(student, c, mesh))(states[0].params, placed, None, given)
+    run = forward.Forward(student, c, mesh)
+    outputs = jax.jit(lambda p, b: run(p, b, None, given))(states[0].params, placed)
     value = float(outputs.local["follow"].loss.sum.mean())
     assert value == pytest.approx(metrics["loss_follow"], rel=2e-5)
     # The images of the batch, resized, by the model alone.
