@@ -6,6 +6,7 @@ program. XLA adds buffers that are not counted here and fuses others away; docs/
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.launch import chips, hlo_collectives
-from grain_jax.training import forward, memory_need, sharding, train_step
+from grain_jax.training import forward, memory_need, phases, sharding, train_step
 
 
 class Estimate(NamedTuple):
@@ -47,8 +48,10 @@ def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
     return sizes
 
 
-def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
-    """Estimates a step on these GPUs.
+def of_gpus(
+    config: config_lib.Config, topology: chips.Topology, off: Collection[str] = ()
+) -> Estimate:
+    """Estimates a step on these GPUs, in which the loss terms `off` are not computed.
 
     Assumed: where cuDNN makes the attention, its scores are not kept; activations are cut over data and fsdp, not
     over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).
@@ -67,6 +70,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         total_steps=1,
         steps_per_epoch=1.0,
     )
+    config = phases.without(config, off)  # the state has all terms
     state = memory_need.state_bytes(program)
     trained = memory_need.trained_bytes(program, config.frozen)
     shards = sizes["data"] * sizes["fsdp"]

@@ -144,7 +144,7 @@ def make_runs(
                 faults.setdefault(line, []).append(name)
             continue
         values = config_lib.flatten(dataclasses.asdict(config))
-        values = point | values  # a key of a schedule is no key of its own
+        values = {**point, **values}  # a key of a schedule is no key of its own
         swept = {key: values[key] for key in differ if key in values}
         swept = {k: str(v) if isinstance(v, dict) else v for k, v in swept.items()}
         arguments = (f"--config={file}", *words, f"--workdir={workdir / name}")
