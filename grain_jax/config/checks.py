@@ -239,7 +239,7 @@ def _regions(config: Config) -> Iterator[str]:
                 " could be matched with a region"
             )
         return
-    if regions and head == "none" and not config.loss.image_description:
+    if regions and head == "none" and not (config.loss.image_description or config.loss.terms):
         yield (
             f"input.max_regions: got {regions}, expected 0: a model without model.decoder and model.boxes has no"
             " regions, and loss.image_description, which reads their descriptions, is 0"
