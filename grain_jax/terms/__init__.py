@@ -1,1 +1,1 @@
-"""The local loss terms of the package, one a file (losses/local.py, docs/method.md)."""
+"""Local loss terms of the package, a file each, and what several of them need."""
