@@ -12,6 +12,7 @@ from grain_jax.config import fields
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
 from grain_jax.models import box_head, layers
 from grain_jax.models.grain import normalize
+from grain_jax.terms import views
 
 SAMPLES = 8  # of RoIAlign along each side of a box
 
@@ -23,9 +24,13 @@ class Options:
     crops: int = fields.count(2, low=1, high=64)  # boxes an image and step
     # By what share of its sides the box is enlarged before the crop is cut; the student's box stays.
     margin: float = fields.key(0.0, low=0, high=4)
-    min_side: float = fields.key(0.05, low=0, high=1)  # smallest side of a box, as a share of the image
+    min_side: float = fields.key(
+        0.05, low=0, high=1
+    )  # smallest side of a box, as a share of the image
     map: bool = fields.key(True)  # whether the dense map is compared
-    box_head: bool = fields.key(True)  # whether the embedding of the box head is compared, in a model that has one
+    box_head: bool = fields.key(
+        True
+    )  # whether the embedding of the box head is compared, in a model that has one
 
 
 class CropDistillation(LocalTerm):
@@ -70,7 +75,9 @@ class CropDistillation(LocalTerm):
                 (axis,),
                 ("embed",),
                 dtype=np.dtype(self.dtype),
-                kernel_init=layers.normal((model.embed_dim if axis == "embed" else model.image.width) ** -0.5),
+                kernel_init=layers.normal(
+                    (model.embed_dim if axis == "embed" else model.image.width) ** -0.5
+                ),
                 use_bias=False,
             )
 
@@ -112,7 +119,7 @@ class CropDistillation(LocalTerm):
             return jnp.zeros((*boxes.shape[:2], config.embed_dim))
         grown = grow(boxes, self.options.margin)
         image = seen.batch.image.astype(jnp.float32) / 255
-        crops = crop(image, grown, config.image.image_size)
+        crops = views.crops(image, grown, (config.image.image_size,) * 2)
         embed = seen.teacher.embed(crops.reshape(-1, *crops.shape[2:]))
         return jax.lax.stop_gradient(normalize(embed)).reshape(*boxes.shape[:2], -1)
 
@@ -126,7 +133,9 @@ class CropDistillation(LocalTerm):
         grid = box_head.grid_size(patches, 0)
         features = features.reshape(batch, grid, grid, width)
         found = box_head.roi_align(features, boxes, bins=1, samples=SAMPLES)[:, :, 0, 0]
-        own_space = self.model.decoder is None and width == (self.teacher_model or self.model).embed_dim
+        own_space = (
+            self.model.decoder is None and width == (self.teacher_model or self.model).embed_dim
+        )
         return found if own_space else self.map_projection(found)
 
 
@@ -151,34 +160,3 @@ def grow(boxes_xyxy: jax.Array, margin: float) -> jax.Array:
     low, high = jnp.split(boxes_xyxy, 2, axis=-1)
     more = (high - low) * margin / 2
     return jnp.clip(jnp.concatenate([low - more, high + more], axis=-1), 0, 1)
-
-
-def crop(image: jax.Array, boxes_xyxy: jax.Array, size: int) -> jax.Array:
-    """The parts of images in boxes, resized to squares: bilinear with antialiasing, as Pillow's resize with `box`.
-
-    Args:
-      image: float32 [B, H, W, C].
-      boxes_xyxy: float32 [B, n, 4], corners in [0, 1]; of any area, a point gives the colour there.
-      size: S, pixels along each side of a crop.
-
-    Returns:
-      float32 [B, n, S, S, C].
-    """
-    pixels = jnp.array(image.shape[1:3], jnp.float32)
-
-    def one(image, box):
-        low, high = box[1::-1] * pixels, box[:1:-1] * pixels  # (y, x)
-        scale = size / jnp.maximum(high - low, 1e-3)
-        shape = (size, size, image.shape[-1])
-        return jax.image.scale_and_translate(
-            image,
-            shape,
-            (0, 1),
-            scale,
-            -low * scale,
-            "linear",
-            antialias=True,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(image, boxes_xyxy)

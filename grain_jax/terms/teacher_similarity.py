@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from grain_jax import config as config_lib
 from grain_jax.config import fields
-from grain_jax.core import errors
 from grain_jax.losses import divergence
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
 from grain_jax.losses.shard import Mean, Shard, TermOutput
@@ -53,11 +52,6 @@ class TeacherSimilarity(LocalTerm):
             return LocalOutput(loss)
         teacher, options = seen.teacher, self.options
         scale = 1 / options.temperature if options.temperature else teacher.logit_scale
-        if scale is None:
-            raise errors.UserError(
-                "teacher: it has no logit scale, expected the temperature of its similarities; set `temperature` of the"
-                " term teacher_similarity, such as 0.01"
-            )
         handed = {
             "image": normalize(teacher.image_embed),
             "caption": normalize(teacher.text_embed),

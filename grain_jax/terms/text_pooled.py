@@ -26,7 +26,9 @@ class Options:
     captions: bool = fields.key(True)  # whether captions pool, beside descriptions
     heads: int = fields.count(8, low=1, high=1024)  # of the attention; must divide model.embed_dim
     scale_init: float = fields.key(10.0, low=1e-3, high=1e3)  # initial factor of the cosines
-    bias_init: float = fields.key(-10.0, low=-1e3, high=1e3)  # initially added to the scaled cosines
+    bias_init: float = fields.key(
+        -10.0, low=-1e3, high=1e3
+    )  # initially added to the scaled cosines
 
 
 class TextPooled(LocalTerm):
@@ -54,7 +56,9 @@ class TextPooled(LocalTerm):
         """Lines of a run without texts or patches, and of heads that do not fit."""
         found, width = [], config.model.embed_dim
         if width % options.heads:
-            found.append(f"heads: got {options.heads}, expected a divisor of model.embed_dim={width}")
+            found.append(
+                f"heads: got {options.heads}, expected a divisor of model.embed_dim={width}"
+            )
         if not (options.captions or config.input.max_regions):
             found.append("captions: got False with input.max_regions=0, expected a text an image")
         return found
@@ -74,7 +78,9 @@ class TextPooled(LocalTerm):
         )
         self.query, self.key, self.value = to_heads("embed"), to_heads("width"), to_heads("width")
         # Not a module: Flax makes none inside the loop over images.
-        matrix = lambda key, shape, dtype=jnp.float32: xavier(key, (width,) * 2, dtype).reshape(shape)
+        matrix = lambda key, shape, dtype=jnp.float32: xavier(key, (width,) * 2, dtype).reshape(
+            shape
+        )
         axes, shape = ("heads", "head_dim", "embed"), (heads, width // heads, width)
         self.out_kernel = layers.parameter(self, "out_kernel", matrix, axes, shape)
         self.out_bias = layers.parameter(self, "out_bias", layers.zeros, ("vector",), (width,))

@@ -23,11 +23,14 @@ def problem(devices, rows=M, columns=K, seed=0):
 
     def side(n, ids):
         student, teacher = (unit(n, d).astype(np.float32) for d in (D, DT))
-        return Side(student, teacher, ids, rng.integers(0, k, n).astype(np.int32), rng.random(n) < 0.8)
+        return Side(
+            student, teacher, ids, rng.integers(0, k, n).astype(np.int32), rng.random(n) < 0.8
+        )
 
     ids = rng.integers(0, k, (k, 2)).astype(np.int32)
-    given = side(m, rng.integers(0, k, m).astype(np.int32)), side(
-        k, IdSet(ids, rng.random(ids.shape) < 0.7)
+    given = (
+        side(m, rng.integers(0, k, m).astype(np.int32)),
+        side(k, IdSet(ids, rng.random(ids.shape) < 0.7)),
     )
     return given, tuple(rng.normal(size=n).astype(np.float32) for n in (m, k))
 

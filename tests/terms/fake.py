@@ -51,7 +51,11 @@ def part(seen: Seen, start: int, stop: int) -> Seen:
     cut = lambda x: x[start:stop] if np.ndim(x) else x
     fields = {"tokens": seen.tokens, "keys": seen.keys, "outputs": seen.outputs}
     fields["batch"] = seen.batch._replace(
-        text_tokens=None, text_positions=None, text_segments=None, texts_dropped=None, text_counts=None
+        text_tokens=None,
+        text_positions=None,
+        text_segments=None,
+        texts_dropped=None,
+        text_counts=None,
     )
     return seen._replace(**{name: jax.tree.map(cut, x) for name, x in fields.items()})
 

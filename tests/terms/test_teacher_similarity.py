@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from grain_jax import losses
-from grain_jax.core import errors
 from grain_jax.losses import local
 from grain_jax.terms.teacher_similarity import Options, TeacherSimilarity
 from grain_jax.training import sharding
@@ -59,9 +58,7 @@ def on_mesh(c, batch, outputs, sizes, gather=1):
 
     def run(image, text, scale):
         given = outputs._replace(image_embed=image, text_embed=text, logit_scale=scale)
-        found = losses.total_loss(
-            given, batch, config, mesh=mesh, batch_axes=sharding.BATCH_AXES
-        )
+        found = losses.total_loss(given, batch, config, mesh=mesh, batch_axes=sharding.BATCH_AXES)
         return found.terms["teacher"], found.measures
 
     run = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
@@ -131,11 +128,11 @@ def test_it_hands_on_the_teachers_embeddings_and_scale():
     class Teacher:
         image_embed = rng.normal(size=(16, WIDTH)).astype(np.float16)
         text_embed = rng.normal(size=(16, 1, WIDTH)).astype(np.float16)
-        logit_scale = None
+        logit_scale = 30.0
 
     seen = fake.seen(c, Teacher())
-    with pytest.raises(errors.UserError, match="teacher: it has no logit scale, expected the temp"):
-        TeacherSimilarity(Options(), c.model).apply({}, seen)
+    found = TeacherSimilarity(Options(), c.model).apply({}, seen)
+    assert found.shared["scale"] == 30
     found = TeacherSimilarity(Options(temperature=0.02), c.model).apply({}, seen)
     np.testing.assert_allclose(found.shared["scale"], 50, rtol=1e-6)
     for name, x in found.handed.items():

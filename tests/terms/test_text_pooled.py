@@ -106,11 +106,15 @@ def replica(term, seen, params, captions):
     (total / count).backward()
     gradients = jax.tree.map(lambda x: x.grad.numpy(), p)
     of_captions = of_captions.grad if captions else torch.zeros_like(of_captions)
-    return (total / count).item(), right / count, (
-        tokens.grad.numpy(),
-        of_regions.grad.numpy(),
-        of_captions.numpy(),
-        gradients,
+    return (
+        (total / count).item(),
+        right / count,
+        (
+            tokens.grad.numpy(),
+            of_regions.grad.numpy(),
+            of_captions.numpy(),
+            gradients,
+        ),
     )
 
 
@@ -131,9 +135,13 @@ def test_values_and_gradients_equal_torchs_attention(captions):
     assert measured.sum.sum() / measured.count.sum() == pytest.approx(accuracy, abs=1e-6)
     assert 0 < accuracy < 1
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(expected_gradients), jax.tree.leaves(gradients), strict=True
+        jax.tree_util.tree_leaves_with_path(expected_gradients),
+        jax.tree.leaves(gradients),
+        strict=True,
     ):
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-9, err_msg=str(path))
+        np.testing.assert_allclose(
+            b, a, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-9, err_msg=str(path)
+        )
 
 
 def test_a_part_of_whole_groups_has_the_sums_of_the_whole():
