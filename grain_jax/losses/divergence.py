@@ -152,8 +152,8 @@ def _backward(tile, ring, residuals, cotangents):
         column_gradients = jax.lax.psum_scatter(column_gradients, ring.gather, tiled=True)
     row_gradients = row_gradients.reshape(-1, rows.student.shape[-1])[: len(rows.owner)]
     return (
-        Side(scale * row_gradients, *(None,) * 4),
-        Side(scale * column_gradients, *(None,) * 4),
+        Side._make((scale * row_gradients, *(None,) * 4)),
+        Side._make((scale * column_gradients, *(None,) * 4)),
         jnp.sum(rows.student * row_gradients),
         None,
     )

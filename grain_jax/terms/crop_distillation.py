@@ -1,7 +1,7 @@
 """What the student says of a box is what a teacher says of the crop of that box (docs/method.md, Local terms)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class CropDistillation(LocalTerm):
     Options: ClassVar[type] = Options
 
     @classmethod
-    def faults(cls, options: Options, config: config_lib.Config) -> list[str]:
+    def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """Lines of a run whose teacher sees no crops, that has no boxes, or no embedding of them."""
         found, model, kind = [], config.model, config.teacher.kind
         if kind not in ("ema", "checkpoint"):
@@ -119,7 +119,8 @@ class CropDistillation(LocalTerm):
             return jnp.zeros((*boxes.shape[:2], config.embed_dim))
         grown = grow(boxes, self.options.margin)
         image = seen.batch.image.astype(jnp.float32) / 255
-        crops = views.crops(image, grown, (config.image.image_size,) * 2)
+        size = config.image.image_size
+        crops = views.crops(image, grown, (size, size))
         embed = seen.teacher.embed(crops.reshape(-1, *crops.shape[2:]))
         return jax.lax.stop_gradient(normalize(embed)).reshape(*boxes.shape[:2], -1)
 

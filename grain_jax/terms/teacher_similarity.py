@@ -37,7 +37,7 @@ class TeacherSimilarity(LocalTerm):
     is_global: ClassVar[bool] = True
 
     @classmethod
-    def faults(cls, options: Options, config: config_lib.Config) -> list[str]:
+    def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """A line where the run has no teacher."""
         del options
         if config.teacher.kind == "none":
@@ -68,8 +68,13 @@ class TeacherSimilarity(LocalTerm):
         first = images * jax.lax.axis_index(ring.names) if ring.names else 0
         number = first + jnp.arange(images, dtype=jnp.int32)
         flat = lambda x: x.reshape(images * captions, *x.shape[2:])
-        texts = (outputs.text_embed, handed["caption"], ids)
-        rows = divergence.Side(*map(flat, texts), jnp.repeat(number, captions), flat(real))
+        rows = divergence.Side(
+            flat(outputs.text_embed),
+            flat(handed["caption"]),
+            flat(ids),
+            jnp.repeat(number, captions),
+            flat(real),
+        )
         columns = divergence.Side(
             outputs.image_embed, handed["image"], IdSet(ids, real), number, jnp.ones(images, bool)
         )

@@ -1,7 +1,7 @@
 """Texts pool the patches of images, and tell those of their own image from others (docs/method.md, Local terms)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -47,12 +47,12 @@ class TextPooled(LocalTerm):
     Options: ClassVar[type] = Options
 
     @classmethod
-    def group(cls, options: Options) -> int:
+    def group(cls, options: Any) -> int:
         """See `Options.group`."""
         return options.group
 
     @classmethod
-    def faults(cls, options: Options, config: config_lib.Config) -> list[str]:
+    def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """Lines of a run without texts or patches, and of heads that do not fit."""
         found, width = [], config.model.embed_dim
         if width % options.heads:
@@ -125,10 +125,11 @@ class TextPooled(LocalTerm):
 def _texts(seen: Seen, captions: bool):
     """(embeddings [B, S, D], ids [B, S], where they are real bool [B, S]): descriptions, then captions."""
     batch, outputs = seen.batch, seen.outputs
-    found = [(outputs.region_text_embed, batch.description_id, batch.region_mask)]
+    found = outputs.region_text_embed, batch.description_id, batch.region_mask
     if captions:
-        found.append((outputs.text_embed, batch.caption_id, batch.caption_mask))
-    return tuple(jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+        more = outputs.text_embed, batch.caption_id, batch.caption_mask
+        found = tuple(jnp.concatenate(x, axis=1) for x in zip(found, more, strict=True))
+    return found
 
 
 def _attend(query, keys, values):
@@ -138,7 +139,7 @@ def _attend(query, keys, values):
         "bskh,bpkh->bksp", query * size**-0.5, keys, preferred_element_type=jnp.float32
     )
     empty = jnp.zeros((*logits.shape[:-1], 1))
-    weights = layers.softmax(jnp.concatenate([logits, empty], axis=-1), values.dtype)
+    weights: Any = layers.softmax(jnp.concatenate([logits, empty], axis=-1), values.dtype)
     return jnp.einsum("bksp,bpkh->bskh", weights[..., :-1], values)
 
 
