@@ -32,7 +32,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
       part: also a model, as converted checkpoints carry it, or an entry of `evals`.
       path: its key; "" for a whole config.
     """
-    found = list(_of_values(part, path))
+    found = list(of_values(part, path))
     if found:
         return found  # the rest divides by these numbers
     if isinstance(part, Model):
@@ -47,7 +47,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
     return found
 
 
-def _of_values(part: Any, path: str) -> Iterator[str]:
+def of_values(part: Any, path: str) -> Iterator[str]:
     """Bounds and choices that the fields of a dataclass and of those in it declare."""
     for name, field, _, _, value in values.walk(part, path):
         if value is None:

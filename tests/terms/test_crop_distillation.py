@@ -12,6 +12,7 @@ import torch
 import torchvision
 
 from grain_jax import config as config_lib
+from grain_jax.core import errors
 from grain_jax.models.grain import GRAIN
 from grain_jax.terms import crop_distillation
 from grain_jax.terms.crop_distillation import CropDistillation, Options
@@ -219,3 +220,13 @@ def test_regions_are_drawn_alike_among_the_usable_ones():
 def test_what_a_run_misses(changes, options, expected):
     found = CropDistillation.faults(Options(**options), tiny.config(**changes))
     assert found == ([expected] if expected else [])
+
+
+def test_options_have_bounds():
+    entry = {"term": "crop_distillation", "weight": 1.0, "margin": 9.0, "crops": 0}
+    with pytest.raises(errors.UserError) as caught:
+        config_lib.loss_term("loss.terms.crop", entry, {})
+    assert str(caught.value).splitlines() == [
+        "loss.terms.crop.crops: got 0, expected 1 to 64",
+        "loss.terms.crop.margin: got 9.0, expected 0 to 4",
+    ]

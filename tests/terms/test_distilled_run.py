@@ -17,21 +17,28 @@ TERMS = {
     "teacher_similarity": {"temperature": 0.05},
     "text_pooled": {"group": 2, "heads": 4, "scale_init": 5.0, "bias_init": -2.0},
 }
+# Of two towers, which compile quickly; they have regions because terms read them.
+TOWERS = dict(
+    model__decoder=None,
+    model__image__depth=1,
+    model__image__pool="mean",
+    model__text__depth=1,
+    loss__box=0.0,
+    loss__region_description=0.0,
+)
 
 
 @functools.cache
 def run(mesh=(1, 1, 1), **changes):
     """(metrics of two steps, the gradient of the first)."""
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh))
-    c = tiny.dictionary(
-        **tiny.SHALLOW, **sizes, **changes, teacher__kind="ema", teacher__decay=0.5, ema_decay=0.0
-    )
+    c = tiny.dictionary(**TOWERS, **sizes, **changes, teacher__kind="ema", teacher__decay=0.5)
     c.optim.clip_norm = 0.0
     for name, options in TERMS.items():
         c.loss.terms[name] = {"term": name, "weight": 0.5, **options}
     c = config_lib.from_dict(c)
     devices = sharding.make_mesh(c.mesh, jax.devices()[: math.prod(mesh)])
-    program = train_step.build(c, devices, total_steps=c.total_steps, steps_per_epoch=1)
+    program = train_step.build(c, devices, total_steps=10, steps_per_epoch=1)
     state = tiny.state(program)
     # A teacher that is not the student.
     rng = np.random.default_rng(3)
@@ -48,8 +55,8 @@ def run(mesh=(1, 1, 1), **changes):
 @pytest.mark.parametrize(
     "mesh,changes",
     [
-        ((1, 1, 1), {"microbatches": 4}),
         ((2, 2, 2), {"microbatches": 2}),
+        pytest.param((2, 1, 1), {"microbatches": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_meshes_and_micro_batches_change_nothing(mesh, changes):
@@ -67,7 +74,6 @@ def test_meshes_and_micro_batches_change_nothing(mesh, changes):
 def test_every_parameter_of_the_terms_learns():
     gradient = run()[1]
     own = {name: x for name, x in gradient.items() if name.startswith("terms/")}
-    assert {name.split("/")[1] for name in own} == {"crop_distillation", "text_pooled"}
-    # Only the logits feel a key's bias, all alike but that of the empty token.
+    assert {name.split("/")[1] for name in own} == {"text_pooled"}
     for name, x in own.items():
         assert np.abs(x).max() > 0, name
