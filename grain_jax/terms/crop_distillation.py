@@ -152,8 +152,9 @@ def draw(keys: jax.Array, usable: jax.Array, count: int) -> tuple[jax.Array, jax
       (slots int32 [B, n], whether they hold a usable region, bool [B, n]).
     """
     chance = jax.vmap(lambda key: jax.random.uniform(key, usable.shape[1:]))(keys)
-    value, slot = jax.lax.top_k(jnp.where(usable, chance, -1), min(count, usable.shape[1]))
-    return slot, value >= 0
+    # Not top_k, for which XLA would gather the images of all devices.
+    slot = jnp.argsort(jnp.where(usable, chance, -1), axis=1, descending=True)[:, :count]
+    return slot, jnp.take_along_axis(usable, slot, axis=1)
 
 
 def grow(boxes_xyxy: jax.Array, margin: float) -> jax.Array:
