@@ -10,7 +10,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import fields
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
-from grain_jax.models import box_head, layers
+from grain_jax.models import box_head, layers, towers
 from grain_jax.models.grain import normalize
 from grain_jax.terms import views
 
@@ -58,6 +58,11 @@ class CropDistillation(LocalTerm):
             found.append(f"teacher.kind: got {kind!r}, expected ema or checkpoint, which see crops")
         if not config.input.max_regions:
             found.append("input.max_regions: got 0, expected at least 1, for boxes")
+        if options.map and towers.image_tower(model.image).pooled:
+            got = (
+                f"map: got True with model.image.tower={model.image.tower}, which pools its tokens"
+            )
+            found.append(f"{got}; expected map=False, or a tower with patches")
         if not (options.map or (options.box_head and model.boxes.kind != "none")):
             got = f"got False, with box_head={options.box_head} and model.boxes.kind={model.boxes.kind}"
             found.append(f"map: {got}, expected the map or a box head")

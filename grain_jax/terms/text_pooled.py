@@ -11,7 +11,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import fields
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
-from grain_jax.models import layers
+from grain_jax.models import layers, towers
 from grain_jax.models.grain import normalize
 
 xavier = nn.initializers.xavier_uniform()
@@ -26,9 +26,7 @@ class Options:
     captions: bool = fields.key(True)  # whether captions pool, beside descriptions
     heads: int = fields.count(8, low=1, high=1024)  # of the attention; must divide model.embed_dim
     scale_init: float = fields.key(10.0, low=1e-3, high=1e3)  # initial factor of the cosines
-    bias_init: float = fields.key(
-        -10.0, low=-1e3, high=1e3
-    )  # initially added to the scaled cosines
+    bias_init: float = fields.key(-10.0, low=-1e3, high=1e3)  # initially added to them
 
 
 class TextPooled(LocalTerm):
@@ -59,6 +57,9 @@ class TextPooled(LocalTerm):
             found.append(
                 f"heads: got {options.heads}, expected a divisor of model.embed_dim={width}"
             )
+        if towers.image_tower(config.model.image).pooled:
+            got = f"model.image.tower: got {config.model.image.tower}, which pools its tokens"
+            found.append(f"{got}, expected one with patches")
         if not (options.captions or config.input.max_regions):
             found.append("captions: got False with input.max_regions=0, expected a text an image")
         return found
