@@ -38,10 +38,13 @@ class TeacherSimilarity(LocalTerm):
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
-        """A line where the run has no teacher."""
+        """A line where the run has no teacher, or one with the student's towers."""
         del options
-        if config.teacher.kind == "none":
+        kind, part = config.teacher.kind, config.teacher.part
+        if kind == "none":
             return ["teacher.kind: got 'none', expected ema, checkpoint or embeddings"]
+        if (kind, part) == ("ema", "heads"):
+            return ["teacher.part: got 'heads', whose towers are the student's; expected 'all'"]
         return []
 
     def __call__(self, seen: Seen) -> LocalOutput:

@@ -17,6 +17,7 @@ from grain_jax.models.grain import GRAIN
 from grain_jax.terms import crop_distillation
 from grain_jax.terms.crop_distillation import CropDistillation, Options
 from tests import tiny
+from tests.models import test_towers
 from tests.terms import fake
 
 SIZE = 12  # of the teacher's images
@@ -220,6 +221,13 @@ def test_regions_are_drawn_alike_among_the_usable_ones():
 def test_what_a_run_misses(changes, options, expected):
     found = CropDistillation.faults(Options(**options), tiny.config(**changes))
     assert found == ([expected] if expected else [])
+
+
+def test_a_tower_that_pools_its_tokens_has_no_map():
+    pooled = config_lib.from_dict(test_towers.dictionary(teacher__kind="ema"))
+    _, fault = CropDistillation.faults(Options(), pooled)
+    got = f"map: got True with model.image.tower={pooled.model.image.tower}, which pools its tokens"
+    assert fault == f"{got}; expected map=False, or a tower with patches"
 
 
 def test_options_have_bounds():

@@ -138,5 +138,12 @@ def test_it_hands_on_the_teachers_embeddings_and_scale():
     for name, x in found.handed.items():
         assert x.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1, rtol=1e-6, err_msg=name)
-    (fault,) = TeacherSimilarity.faults(Options(), c)
+
+
+def test_what_a_run_misses():
+    of = lambda **changes: TeacherSimilarity.faults(Options(), tiny.config(**changes))
+    (fault,) = of()
     assert fault == "teacher.kind: got 'none', expected ema, checkpoint or embeddings"
+    (fault,) = of(teacher__kind="ema", teacher__part="heads")
+    assert fault == "teacher.part: got 'heads', whose towers are the student's; expected 'all'"
+    assert not of(teacher__kind="ema")

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from grain_jax import config as config_lib
 from grain_jax.terms.text_pooled import Options, TextPooled
 from tests import tiny
+from tests.models import test_towers
 from tests.terms import fake
 
 GROUP = 4
@@ -169,9 +171,16 @@ def test_the_group_is_no_axis_of_what_is_held():
     assert sizes[1] < 1.3 * sizes[0]
 
 
-def test_heads_must_divide_the_width_of_the_joint_space():
+def test_what_a_run_misses():
     c = tiny.config()
     (fault,) = TextPooled.faults(Options(heads=5), c)
     assert fault == "heads: got 5, expected a divisor of model.embed_dim=16"
     assert TextPooled.group(Options(group=8)) == 8
     assert not TextPooled.faults(Options(heads=4), c)
+    pooled = config_lib.from_dict(test_towers.dictionary())
+    first, second = TextPooled.faults(Options(heads=4, captions=False), pooled)
+    tower = pooled.model.image.tower
+    assert first == (
+        f"model.image.tower: got {tower}, which pools its tokens, expected one with patches"
+    )
+    assert second == "captions: got False with input.max_regions=0, expected a text an image"
