@@ -24,13 +24,11 @@ class Options:
     crops: int = fields.count(2, low=1, high=64)  # boxes an image and step
     # By what share of its sides the box is enlarged before the crop is cut; the student's box stays.
     margin: float = fields.key(0.0, low=0, high=4)
-    min_side: float = fields.key(
-        0.05, low=0, high=1
-    )  # smallest side of a box, as a share of the image
+    # Smallest side of a box, as a share of the image.
+    min_side: float = fields.key(0.05, low=0, high=1)
     map: bool = fields.key(True)  # whether the dense map is compared
-    box_head: bool = fields.key(
-        True
-    )  # whether the embedding of the box head is compared, in a model that has one
+    # Whether the embedding of the box head is compared, in a model that has one.
+    box_head: bool = fields.key(True)
 
 
 class CropDistillation(LocalTerm):
@@ -43,8 +41,9 @@ class CropDistillation(LocalTerm):
     - with a decoder, the tokens, by a projection of the term's own; with a RoIAlign box head that is what the box head
       does, and its embedding counts for the map, unless `box_head` is off.
 
-    The embedding of a box head is compared as well. A teacher of another width than D has the student's embeddings by
-    projections of the term's own.
+    The embedding of a box head is compared as well. For a teacher of another width than D the student's embeddings have
+    projections of the term's own. A crop is stretched to the teacher's square; those of B images are float32
+    [B, crops, S, S, 3].
     Measures `map_cosine` and `box_cosine`.
     """
 
@@ -74,23 +73,20 @@ class CropDistillation(LocalTerm):
         of_head = has_head and model.decoder is not None and model.boxes.kind == "roi_align"
         self.has_head, self.has_map = has_head, self.options.map and not of_head
 
-        def project(axis):
-            return layers.dense(
-                width,
-                (axis,),
-                ("embed",),
-                dtype=np.dtype(self.dtype),
-                kernel_init=layers.normal(
-                    (model.embed_dim if axis == "embed" else model.image.width) ** -0.5
-                ),
-                use_bias=False,
-            )
-
-        own_space = model.embed_dim == width
-        if self.has_map and not (own_space and model.decoder is None):
-            self.map_projection = project("embed" if model.decoder is None else "width")
-        if self.has_head and not own_space:
-            self.box_projection = project("embed")
+        sizes = {"embed": model.embed_dim, "width": model.image.width}
+        project = lambda axis: layers.dense(
+            width,
+            (axis,),
+            ("embed",),
+            dtype=np.dtype(self.dtype),
+            kernel_init=layers.normal(sizes[axis] ** -0.5),
+            use_bias=False,
+        )
+        same = lambda x: x
+        own_space, two_towers = model.embed_dim == width, model.decoder is None
+        of_map = project("embed" if two_towers else "width")
+        self.map_projection = same if own_space and two_towers else of_map
+        self.box_projection = same if own_space else project("embed")
 
     def __call__(self, seen: Seen) -> LocalOutput:
         """The sum over the drawn boxes of each image, once for the map and once for the box head."""
@@ -106,9 +102,7 @@ class CropDistillation(LocalTerm):
             found["map_cosine"] = self._of_map(seen, boxes)
         if self.has_head:
             embed = of_slot(seen.outputs.box_embed)
-            found["box_cosine"] = (
-                embed if embed.shape[-1] == target.shape[-1] else self.box_projection(embed)
-            )
+            found["box_cosine"] = self.box_projection(embed)
         count = drawn.sum(1).astype(jnp.float32)
         total, measures = jnp.zeros_like(count), {}
         for name, embed in found.items():
@@ -139,10 +133,7 @@ class CropDistillation(LocalTerm):
         grid = box_head.grid_size(patches, 0)
         features = features.reshape(batch, grid, grid, width)
         found = box_head.roi_align(features, boxes, bins=1, samples=SAMPLES)[:, :, 0, 0]
-        own_space = (
-            self.model.decoder is None and width == (self.teacher_model or self.model).embed_dim
-        )
-        return found if own_space else self.map_projection(found)
+        return self.map_projection(found)
 
 
 def draw(keys: jax.Array, usable: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

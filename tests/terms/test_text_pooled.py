@@ -177,6 +177,14 @@ def test_what_a_run_misses():
     assert fault == "heads: got 5, expected a divisor of model.embed_dim=16"
     assert TextPooled.group(Options(group=8)) == 8
     assert not TextPooled.faults(Options(heads=4), c)
+    # Regions of a model without a decoder are read by a term.
+    tiny.config(
+        model__decoder=None,
+        model__image__pool="mean",
+        loss__box=0.0,
+        loss__region_description=0.0,
+        loss__terms__pool={"term": "text_pooled", "weight": 1.0},
+    )
     pooled = config_lib.from_dict(test_towers.dictionary())
     first, second = TextPooled.faults(Options(heads=4, captions=False), pooled)
     tower = pooled.model.image.tower
