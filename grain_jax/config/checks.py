@@ -32,7 +32,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
       part: also a model, as converted checkpoints carry it, or an entry of `evals`.
       path: its key; "" for a whole config.
     """
-    found = list(_of_values(part, path))
+    found = list(of_values(part, path))
     if found:
         return found  # the rest divides by these numbers
     if isinstance(part, Model):
@@ -48,7 +48,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
     return found
 
 
-def _of_values(part: Any, path: str) -> Iterator[str]:
+def of_values(part: Any, path: str) -> Iterator[str]:
     """Bounds and choices that the fields of a dataclass and of those in it declare."""
     for name, field, _, _, value in values.walk(part, path):
         if value is None:
@@ -274,7 +274,7 @@ def _regions(config: Config) -> Iterator[str]:
                 " could be matched with a region"
             )
         return
-    if regions and head == "none" and not config.loss.image_description:
+    if regions and head == "none" and not (config.loss.image_description or config.loss.terms):
         yield (
             f"input.max_regions: got {regions}, expected 0: a model without model.decoder and model.boxes has no"
             " regions, and loss.image_description, which reads their descriptions, is 0"

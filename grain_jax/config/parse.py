@@ -188,13 +188,16 @@ def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> 
       table: terms by name, which `term` may name instead of `module:Name`.
 
     Raises:
-      UserError: the term cannot be found, or an option is unknown, missing or of another type.
+      UserError: the term cannot be found, or an option is unknown, missing, of another type, or of a local term out of
+        its bounds.
     """
     name = fields.LOCAL_TERMS.get(entry["term"], entry["term"])
     target = named.find(f"{path}.term: loss term", name, {**fields.LOCAL_TERMS, **table})
     options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
     if isinstance(target, type) and hasattr(target, "Options"):
-        return LocalEntry(target, _built(target.Options, options, path))
+        given = _built(target.Options, options, path)
+        _end(list(checks.of_values(given, path)))
+        return LocalEntry(target, given)
     if dataclasses.is_dataclass(target):
         return _built(target, options, path)
     if isinstance(target, type) or not callable(target):

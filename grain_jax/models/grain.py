@@ -167,7 +167,10 @@ class GRAIN(nn.Module):
 
     def encode_patches(self, image: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> [B, h * w, D], each patch pooled and projected alone; of a model without a decoder."""
-        tokens = self.image_tokens(image)
+        return self.patch_embeddings(self.image_tokens(image))
+
+    def patch_embeddings(self, tokens: jax.Array) -> jax.Array:
+        """As `encode_patches`, from the tokens of the images."""
         patches = tokens[:, self.image.leading_tokens(self.config.image) :]
         # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
         alone = jnp.repeat(
