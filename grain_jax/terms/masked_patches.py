@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,11 @@ class MaskedPatches(LocalTerm):
     Options: ClassVar[type] = Options
 
     @classmethod
-    def faults(cls, options: Options, config: config_lib.Config) -> list[str]:
+    def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """What it misses: an EMA teacher."""
         del options
         kind = config.teacher.kind
-        return [] if kind == "ema" else [f"teacher.kind: got {kind}, masked_patches expected ema"]
+        return [] if kind == "ema" else [f"teacher.kind: got {kind}, expected ema"]
 
     def setup(self):
         self.head = prototypes.Head(self.options, self.dtype)

@@ -13,7 +13,7 @@ again in the backward pass: a device holds a few arrays of tile x K, whatever th
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -96,13 +96,14 @@ def of_teacher(head: Head, params: Mapping | None, x: jax.Array) -> Embedded:
 
     Args:
       head: the student's.
-      params: the teacher's parameters of the term, with those of the head below "head"; None: the student's.
+      params: the teacher's parameters of the term, with those of the head below "head"; None or {}: the student's.
       x: what the head reads.
     """
-    if params is None:
+    if not params:
         return jax.lax.stop_gradient(head(x))
     alone = Head(head.options, head.dtype, parent=None)
-    return jax.lax.stop_gradient(alone.apply({"params": params["head"]}, x))
+    found = cast(Embedded, alone.apply({"params": params["head"]}, x))
+    return jax.lax.stop_gradient(found)
 
 
 class Compared(NamedTuple):
@@ -145,7 +146,8 @@ def compare(
         found = compare_here(options, products, *arguments)
         return found._replace(usage=jax.lax.psum(found.usage, axes))
 
-    cut, whole = PartitionSpec(axes), PartitionSpec()
+    cut: Any = PartitionSpec(axes)
+    whole: Any = PartitionSpec()
     return jax.shard_map(
         of_device,
         mesh=mesh,
@@ -240,8 +242,8 @@ def sinkhorn_centre(
             highest = most
         return highest + jnp.log(total)
 
-    scale = None
-    for _ in range(iterations):
+    scale = -log_sums(None)
+    for _ in range(iterations - 1):
         scale = -log_sums(scale)
     return -temperature * scale
 
@@ -249,7 +251,8 @@ def sinkhorn_centre(
 def sum_of_logits(teacher: Embedded, weight: jax.Array) -> jax.Array:
     """The sum of the teacher's logits over its rows [B, n, d], by their weights [B, n]; float32 [K]."""
     rows, prototypes = jax.lax.stop_gradient(teacher)
-    return _logits(jnp.einsum("bnd,bn->d", rows, weight)[None], prototypes, Products("float32"))[0]
+    total = jnp.sum(rows * weight[..., None], axis=(0, 1))
+    return _logits(total[None], prototypes, Products("float32"))[0]
 
 
 def initial_state(options: Options) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """Self-distillation: local views of the student learn the teacher's view of the whole image (docs/method.md, Local terms)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +34,15 @@ class SelfDistillation(LocalTerm):
     is_global: ClassVar[bool] = True
 
     @classmethod
-    def faults(cls, options: Options, config: config_lib.Config) -> list[str]:
+    def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """What it misses: an EMA teacher, local views, a class token that it reads."""
         found = []
         if config.teacher.kind != "ema":
-            found.append(f"teacher.kind: got {config.teacher.kind}, self_distillation expected ema")
+            found.append(f"teacher.kind: got {config.teacher.kind}, expected ema")
         if not config.input.views.local:
-            found.append("input.views.local: got 0, self_distillation expected 1 or more")
+            found.append("input.views.local: got 0, expected 1 or more")
         if options.reads == "class" and not config.model.image.class_token:
-            found.append(
-                "model.image.class_token: got False, self_distillation with reads=class expected True"
-            )
+            found.append("model.image.class_token: got False, expected True with reads=class")
         return found
 
     def setup(self):
@@ -82,7 +80,7 @@ class SelfDistillation(LocalTerm):
         )
 
     @staticmethod
-    def across(options: Options, shard: Shard, output: LocalOutput) -> TermOutput:
+    def across(options: Any, shard: Shard, output: LocalOutput) -> TermOutput:
         """The loss over the global batch; with centring=centre the sum of that of each image."""
         if options.centring == "centre":
             return TermOutput(Mean(output.loss.sum.sum(), output.loss.count.sum()), {})

@@ -121,7 +121,7 @@ def test_without_views_it_sees_the_image_of_the_batch():
 
 
 def test_faults():
-    line = "teacher.kind: got none, masked_patches expected ema"
+    line = "teacher.kind: got none, expected ema"
     assert MaskedPatches.faults(Options(), tiny.config()) == [line]
     assert MaskedPatches.faults(Options(), tiny.config(teacher__kind="ema")) == []
     with pytest.raises(ValueError, match="got min_share=0.6 and max_share=0.5"):

@@ -137,9 +137,9 @@ def test_temperature_of_the_teacher():
 def test_faults():
     config = tiny.config(model__image__class_token=False)
     assert SelfDistillation.faults(Options(reads="class"), config) == [
-        "teacher.kind: got none, self_distillation expected ema",
-        "input.views.local: got 0, self_distillation expected 1 or more",
-        "model.image.class_token: got False, self_distillation with reads=class expected True",
+        "teacher.kind: got none, expected ema",
+        "input.views.local: got 0, expected 1 or more",
+        "model.image.class_token: got False, expected True with reads=class",
     ]
     config = tiny.config(teacher__kind="ema", input__views__local=2)
     assert SelfDistillation.faults(Options(), config) == []
