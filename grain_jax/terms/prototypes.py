@@ -75,14 +75,17 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array) -> Embedded:
         """[..., E] -> rows [..., d] and prototypes [K, d]."""
         o, dtype, init = self.options, jnp.dtype(self.dtype), layers.normal(0.02)
-        last = ("width",)
+        # In turns, as the MLP of a layer: a map to the axis of `tensor`, then one from it.
+        axis, other = "width", "mlp"
         for i in range(o.head_layers - 1):
             x = layers.dense(
-                *(o.hidden, ("width",), ("mlp",)), dtype=dtype, kernel_init=init, name=f"hidden_{i}"
+                *(o.hidden, (axis,), (other,)), dtype=dtype, kernel_init=init, name=f"hidden_{i}"
             )(x)
-            x, last = layers.ACTIVATIONS["gelu"](x), ("mlp",)
+            x = layers.ACTIVATIONS["gelu"](x)
+            x = placement.by_batch(x) if other == "width" else x
+            axis, other = other, axis
         x = layers.dense(
-            *(o.bottleneck, last, ("embed",)), dtype=dtype, kernel_init=init, name="bottleneck"
+            *(o.bottleneck, (axis,), ("embed",)), dtype=dtype, kernel_init=init, name="bottleneck"
         )(x)
         rows = layers.parameter(
             *(self, "prototypes", layers.normal(o.bottleneck**-0.5)),
