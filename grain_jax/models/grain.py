@@ -82,11 +82,19 @@ class GRAIN(nn.Module):
 
         [B, E_image] with a tower that pools them itself.
         """
+        return self.image(self._normalised(image))
+
+    def image_values(self, image: jax.Array) -> jax.Array:
+        """As `image_tokens`; in the last layer each token attends to itself alone (vit.py). Of the built-in tower."""
+        return self.image(self._normalised(image), values=True)
+
+    @nn.nowrap
+    def _normalised(self, image: jax.Array) -> jax.Array:
         if image.dtype == jnp.uint8:
             config = self.config.image
             mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
             image = (image.astype(jnp.float32) / 255.0 - mean) / std
-        return self.image(image)
+        return image
 
     def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images to the features of the decoder.
@@ -143,7 +151,10 @@ class GRAIN(nn.Module):
 
     def encode_patches(self, image: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> [B, h * w, D], each patch pooled and projected alone; of a model without a decoder."""
-        tokens = self.image_tokens(image)
+        return self.patch_embeddings(self.image_tokens(image))
+
+    def patch_embeddings(self, tokens: jax.Array) -> jax.Array:
+        """As `encode_patches`, from the tokens of the images."""
         patches = tokens[:, self.image.leading_tokens(self.config.image) :]
         # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
         alone = jnp.repeat(
