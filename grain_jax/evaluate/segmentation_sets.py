@@ -6,7 +6,7 @@ A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as larg
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -56,8 +56,8 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
 # Ids of COCO's things that no image of COCO-Stuff has; in the files an id is one less.
 _UNUSED_COCO = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 _COCO_IDS = [i - 1 for i in range(1, 183) if i not in _UNUSED_COCO]
-_VOC = dict(images="JPEGImages", mask_names=("NAME.png",))
-_CONTEXT = _VOC | dict(
+_VOC: dict[str, Any] = dict(images="JPEGImages", mask_names=("NAME.png",))
+_CONTEXT: dict[str, Any] = _VOC | dict(
     masks="SegmentationClassContext", listed="ImageSets/SegmentationContext/SPLIT.txt"
 )
 LAYOUTS = {

@@ -9,7 +9,7 @@ all devices of the process. Methods that return or use regions raise InputError 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -415,19 +415,20 @@ class Predictor:
         Raises:
           InputError: images, classes or options cannot be used.
         """
-        if inputs.is_one_image(images):
-            return self.segment([images], classes, background=background, short_side=short_side, stride=stride, **maps)[0]  # fmt: skip
         size = self.model.image.image_size
         segmentation.check_stride(size, short_side, stride)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
-        found = []
-        for i, image in enumerate(images):
+        is_one = inputs.is_one_image(images)
+        found, several = [], [images] if is_one else images
+        for i, image in enumerate(cast(Iterable[Any], several)):
             windows = segmentation.windows_of(i, image, size, short_side, stride)
             of_windows = self.class_maps(windows.pixels, classes, **maps)
-            options = dict(background=background, scale=self.logit_scale)
-            found.append(segmentation.labels(of_windows, windows, **options))
-        return found
+            scale = self.logit_scale
+            found.append(
+                segmentation.labels(of_windows, windows, background=background, scale=scale)
+            )
+        return found[0] if is_one else found
 
     def segmentation_classes(
         self, classes: Iterable[str] | Mapping[str, Sequence[str]]
@@ -731,8 +732,9 @@ def _pairs(
     classes: Iterable[str] | Mapping[str, Sequence[str]],
 ) -> list[tuple[str, Sequence[str] | None]]:
     """Names with their descriptions, or None. Raises InputError."""
+    pairs: list[tuple[str, Sequence[str] | None]]
     if isinstance(classes, Mapping):
-        pairs = list(classes.items())
+        pairs = [*classes.items()]
     else:
         pairs = [] if isinstance(classes, str) else [(name, None) for name in classes]
     if not pairs:

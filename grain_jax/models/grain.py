@@ -6,6 +6,7 @@ Without a decoder it is a two-tower model, such as CLIP: no regions, and the ima
 import functools
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -86,7 +87,8 @@ class GRAIN(nn.Module):
 
     def image_values(self, image: jax.Array) -> jax.Array:
         """As `image_tokens`; in the last layer each token attends to itself alone (vit.py). Of the built-in tower."""
-        return self.image(self._normalised(image), values=True)
+        tower: Any = self.image
+        return tower(self._normalised(image), values=True)
 
     @nn.nowrap
     def _normalised(self, image: jax.Array) -> jax.Array:

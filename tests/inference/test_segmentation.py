@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,9 +21,9 @@ from tests import foreign, perturbed
 
 torch.set_num_threads(1)
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3)).astype(np.uint8)
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-WORDS = dict(vocab_size=300, max_position_embeddings=32, **SMALL)
-VISION = dict(image_size=40, patch_size=8, **SMALL)
+SMALL: Any = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+WORDS: Any = dict(vocab_size=300, max_position_embeddings=32, **SMALL)
+VISION: Any = dict(image_size=40, patch_size=8, **SMALL)
 
 
 @functools.cache
@@ -59,6 +60,7 @@ def _values_by_torch(vision, images):
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_values_are_those_of_transformers(kind, tmp_path):
     """MaskCLIP's maps of CLIP and of SigLIP, whose pooling attends to one patch alone."""
+    module: Any
     if kind == "clip":
         words = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299)
         vision = transformers.CLIPVisionConfig(**VISION, projection_dim=24)
@@ -94,7 +96,7 @@ def test_values_are_those_of_transformers(kind, tmp_path):
 
 
 def test_ways_of_a_model_with_queries_and_a_box_head():
-    predictor = _predictor(boxes__kind="roi_align")
+    predictor: Any = _predictor(boxes__kind="roi_align")
     classes = _classes(predictor)
     patches, regions, both, weighted, auto = (
         predictor.class_maps(PICTURES, classes, **options)
@@ -256,11 +258,10 @@ def test_images_that_cannot_be_used():
     only_regions = _predictor()
     with pytest.raises(InputError, match="a decoder and no box head, expected a box head"):
         only_regions.class_maps(PICTURES, _classes(only_regions), by="patches")
-    own = types.SimpleNamespace(tower="module:Class")
+    own: Any = types.SimpleNamespace(tower="module:Class")
+    boxes = types.SimpleNamespace(kind="none")
+    model = types.SimpleNamespace(image=own, decoder=None, boxes=boxes)
+    stub: Any = types.SimpleNamespace(model=model, has_regions=False)
     with pytest.raises(InputError, match="got the tower module:Class, expected a built-in one"):
-        model = types.SimpleNamespace(
-            image=own, decoder=None, boxes=types.SimpleNamespace(kind="none")
-        )
-        inference.Predictor._maps_by(
-            types.SimpleNamespace(model=model, has_regions=False), "auto", "values"
-        )
+        inference.Predictor._maps_by(stub, "auto", "values")
+    assert inference.Predictor._maps_by(stub, "auto", "auto") == ("patches", "tokens")
