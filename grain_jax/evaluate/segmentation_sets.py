@@ -197,7 +197,8 @@ def _folder(
     for folder in (of_images, of_masks):
         _need_folder(folder, FOLDER, get)
     names, labels = _classes(classes or str((root.parent if masks else root) / "classes.txt"))
-    table = _table(_in_order(0, len(names)), (ignore,))
+    table = _table(_in_order(0, len(names)), ())
+    table[ignore] = IGNORED  # also where it is the id of a class
     pairs = [
         Masked(path, of_masks / path.parent.relative_to(of_images) / f"{_stem(path)}.png", table)
         for path in _below(of_images)

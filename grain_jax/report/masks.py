@@ -14,8 +14,9 @@ from grain_jax.report.regions import spread
 
 SHOWN = 8  # images of each evaluation
 _EDGE = 224  # longer side of an image in a strip, pixels
+_LARGER = 3.0  # times that a small image is enlarged, at most
 _GAP = 4
-_IGNORED = (128, 128, 128)
+_IGNORED, _BACKGROUND = (128, 128, 128), (24, 24, 24)
 _HUE = 0.618034  # between the colours of classes, of a turn: neighbours differ
 _NAME = 60  # characters of a file name
 
@@ -42,6 +43,8 @@ def collect(predictor: Any, entry: segmentation.Segmentation) -> dict[str, Any]:
         found.pairs, segmenter.cutter(predictor.model.image.image_size)
     )
     palette, cards, seen = colours(len(found.names)), [], set()
+    if found.background is not None:
+        palette[found.background] = _BACKGROUND
     files = found.images(entry.orientation)
     for position in spread(len(files), SHOWN).tolist():
         try:
@@ -64,8 +67,8 @@ def collect(predictor: Any, entry: segmentation.Segmentation) -> dict[str, Any]:
 
 
 def _small(image: PIL.Image.Image, *labels: np.ndarray) -> list[Any]:
-    """The image with sides of at most _EDGE pixels, and arrays of labels [H, W] of that size, nearest neighbours."""
-    share = min(1.0, _EDGE / max(image.size))
+    """The image with a longer side of _EDGE pixels, and arrays of labels [H, W] of that size, nearest neighbours."""
+    share = min(_LARGER, _EDGE / max(image.size))
     width, height = (max(1, round(side * share)) for side in image.size)
     y = (np.arange(height) + 0.5) * image.height / height
     x = (np.arange(width) + 0.5) * image.width / width

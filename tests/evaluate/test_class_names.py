@@ -86,7 +86,7 @@ def test_stems_are_what_published_descriptions_are_called_by(tmp_path):
 
 def test_labels_without_a_file():
     got = fault(None, 2, "nowhere/cifar10")
-    assert "no such file" in got and "cifar100, imagenet2012" in got
+    assert "no such file" in got and "cifar100, cityscapes, coco_stuff, imagenet2012" in got
     assert class_names.for_labels(["b_c", "a"], 2, None) == ["b c", "a"]
     assert "two labels that read 'b c'" in fault(["b_c", "b c"], 2, None)
     assert "got 2 classes without names" in fault(["0", "1"], 2, None)  # as TFDS gives them

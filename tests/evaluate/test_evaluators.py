@@ -80,7 +80,7 @@ FAULTS = [
     (
         {"kind": "zeroshott"},
         "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics, grounding,"
-        " hard_negatives, linear_probe, maps, retrieval, zeroshot; or module:Name of your own",
+        " hard_negatives, linear_probe, maps, retrieval, segmentation, zeroshot; or module:Name of your own",
     ),
     (
         {"kind": "zeroshot", "descriptoins": "D.json"},

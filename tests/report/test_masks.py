@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from grain_jax.evaluate import segmentation
-from grain_jax.report import collect, masks, page, run_files
+from grain_jax.report import collect, masks, page, regions, run_files
 from tests.evaluate.test_segmentation import Coloured, folder
 from tests.report import workdirs
 
@@ -45,7 +45,7 @@ def test_colours_differ():
     assert apart.min() > 40 and np.ptp(found, axis=1).min() > 40  # neighbours, and none is grey
 
 
-def test_the_page_has_them_where_a_run_evaluates_a_segmentation(tmp_path, data):
+def test_the_page_has_them_where_a_run_evaluates_a_segmentation(tmp_path, data, monkeypatch):
     workdirs.data(tmp_path / "data")
     workdirs.workdir(tmp_path / "run", tmp_path / "data")
     read = run_files.read(tmp_path / "run")
@@ -55,5 +55,6 @@ def test_the_page_has_them_where_a_run_evaluates_a_segmentation(tmp_path, data):
     shown = page.render([read], [{"lines": {}, "segmentation": {"parts": found}}])
     assert 'id="segmentation"' in shown and shown.count("data:image/jpeg;base64,") >= 8
     entries = {"parts": {"kind": "segmentation", "images": str(data)}}
+    monkeypatch.setattr(regions, "collect", lambda *_: {})
     looked = collect.collect(tmp_path / "run", {"evals": entries}, Coloured(), step=1)
-    assert len(looked["segmentation"]["parts"]["pictures"]) == 8
+    assert looked["lines"] == {} and len(looked["segmentation"]["parts"]["pictures"]) == 8
