@@ -174,7 +174,7 @@ class Segmentation(config.Evaluator):
         """
         found, unreadable = self.open(), {}
         segmenter = self.segmenter(predictor, found)
-        size, classes, pictures = predictor.model.image.image_size, len(found.names), 0
+        size, classes = predictor.model.image.image_size, len(found.names)
         table = confusion.Confusion(classes)
         for batch in encode.encode_images(
             predictor,
@@ -189,7 +189,6 @@ class Segmentation(config.Evaluator):
             predicted = segmenter.labels(windows)
             for position, mask, own in zip(batch.index, masks, predicted, strict=True):
                 table.add(int(position), confusion.counts(mask, own, classes))
-                pictures += 1
         table = table.gathered()
         if not table.matrix.sum():
             raise errors.UserError(f"{self.images}: every pixel has the ignored id")

@@ -24,7 +24,9 @@ WAYS = ("auto", "patches", "regions", "both")
 PATCHES = ("auto", "values", "tokens")
 BACKGROUND = -1  # the label of pixels below the threshold
 MAX_CANVAS = 1 << 22  # pixels of a resized image, each with a number for every class
-_BAND = 1 << 22  # numbers of the maps that are as large as the image at one time
+_BAND = (
+    1 << 18
+)  # numbers of the maps that are as large as the image at one time: what a cache holds
 
 
 class Classes(NamedTuple):
@@ -175,8 +177,9 @@ def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
     canvas = np.zeros((*windows.canvas, maps.shape[1]), np.float32)
     count = np.zeros((*windows.canvas, 1), np.float32)
     for one, (y, x) in zip(maps, windows.corners, strict=True):
-        large = down @ np.asarray(one, np.float32) @ across.T  # [C, S, S]
-        canvas[y : y + size, x : x + size] += large.transpose(1, 2, 0)
+        cells = np.moveaxis(np.asarray(one, np.float32), 0, -1)  # [h, w, C]
+        rows = (down @ cells.reshape(len(cells), -1)).reshape(size, *cells.shape[1:])
+        canvas[y : y + size, x : x + size] += across @ rows  # [S, S, C]
         count[y : y + size, x : x + size] += 1
     canvas /= count
     return canvas
@@ -214,10 +217,9 @@ def _resized(canvas: np.ndarray, width: int, height: int) -> Iterator[np.ndarray
 
 def _between(x: np.ndarray, before: np.ndarray, share: np.ndarray, axis: int) -> np.ndarray:
     """`x` between its places `before` and the next ones along an axis."""
-    after = np.minimum(before + 1, x.shape[axis] - 1)
     out = x.take(before, axis)
-    out *= 1 - share
-    other = x.take(after, axis)
+    other = x.take(np.minimum(before + 1, x.shape[axis] - 1), axis)
+    other -= out
     other *= share
     out += other
     return out

@@ -15,8 +15,10 @@ from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, confusion, segmentation, segmentation_sets, tables
 from grain_jax.runtime import processes
 from tests.hostile import image_files as hostile
+from tests.report import workdirs
 
 SIZE = 16
+HEAD = dict(model__boxes__kind="roi_align", loss__box_description=1.0)
 
 
 class Coloured:
@@ -170,6 +172,26 @@ def test_a_folder(tmp_path):
     )
     assert sub["miou"] == got["miou"] and any("stone wall" in text for text in predictor.asked)
     assert predictor.options == dict(by="patches", patch_features="tokens", patch_weight=0.5)
+
+
+def test_a_model_in_the_evaluation(tmp_path):
+    """Windows, maps of patches and regions, texts and counts together, on images of odd sizes."""
+    predictor, random = workdirs.predictor(**HEAD), np.random.default_rng(0)
+    (tmp_path / "classes.txt").write_text("wall, stone wall\nfloor\nsky\n")
+    pictures, truth = [], []
+    for i, size in enumerate([(31, 17), (16, 40), (16, 16)]):
+        pictures.append(PIL.Image.fromarray(random.integers(0, 256, (*size[::-1], 3), np.uint8)))
+        paint(tmp_path / "images" / f"{i}.png", [0])
+        pictures[-1].save(tmp_path / "images" / f"{i}.png")
+        truth.append(random.integers(-1, 3, size[::-1]))
+        mask(tmp_path / "masks" / f"{i}.png", truth[-1] % 256)
+    got = measure(predictor, 2, images=tmp_path, stride=5, unit_features=True)
+    names = ["wall, stone wall", "floor", "sky"]
+    predicted = predictor.segment(pictures, names, stride=5)
+    expected = by_counting(truth, predicted, 3)
+    found = [got[key] for key in ("miou", "pixel_accuracy", "mean_class_accuracy")]
+    assert found == pytest.approx(expected, abs=3e-3)  # a pixel may lie between two classes
+    assert got["pixels"] == sum((each >= 0).sum() for each in truth)
 
 
 def test_the_background_is_what_fits_no_class(tmp_path):

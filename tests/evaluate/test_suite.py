@@ -149,7 +149,9 @@ def test_every_set_has_the_accuracy_that_was_counted_by_hand(suite, data, capsys
         "cifar10.json: not there, expected descriptions of the classes; evaluated by names alone"
     )
     assert f"food101: skipped: {skipped['food101']}" in err.splitlines()
-    assert lines[-1].startswith("skipped, data missing: ade20k, caltech101, caltech_birds2011, cars196,")
+    assert lines[-1].startswith(
+        "skipped, data missing: ade20k, caltech101, caltech_birds2011, cars196,"
+    )
     assert "cifar10 (1 of 4): 9 images in" in err
 
 

@@ -28,7 +28,8 @@ VISION: Any = dict(image_size=40, patch_size=8, **SMALL)
 
 @functools.cache
 def _predictor(**changes):
-    model = perturbed.tiny(image__depth=2, text__depth=1, **changes)
+    changes = dict(image__depth=1, text__depth=1) | changes
+    model = perturbed.tiny(**changes)
     return inference.Predictor(model, perturbed.params(model))
 
 
@@ -96,7 +97,7 @@ def test_values_are_those_of_transformers(kind, tmp_path):
 
 
 def test_ways_of_a_model_with_queries_and_a_box_head():
-    predictor: Any = _predictor(boxes__kind="roi_align")
+    predictor: Any = _predictor(boxes__kind="roi_align", decoder__depth=1)
     classes = _classes(predictor)
     patches, regions, both, weighted, auto = (
         predictor.class_maps(PICTURES, classes, **options)
