@@ -55,10 +55,10 @@ def collect(predictor: Any, entry: segmentation.Segmentation) -> dict[str, Any]:
         (predicted,) = segmenter.labels([windows])
         known = truth >= 0
         right = float((truth == predicted)[known].mean()) if known.any() else None
-        small, *labels = _small(images.to_rgb(image), truth, predicted)
-        seen.update(*(np.unique(each).tolist() for each in labels))
+        small, true, said = _small(images.to_rgb(image), truth, predicted)
+        seen.update(np.unique(true).tolist(), np.unique(said).tolist())
         name = found.pairs[position].image.name[-_NAME:]
-        strip = html.data_uri(_strip(small, *labels, palette), whole_colour=True)
+        strip = html.data_uri(_strip(small, true, said, palette), whole_colour=True)
         cards.append({"name": name, "strip": strip, "right": right})
     legend = [
         [found.labels[i], "#" + bytes(palette[i].tolist()).hex()] for i in sorted(seen) if i >= 0
