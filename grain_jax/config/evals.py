@@ -107,6 +107,11 @@ class Evaluator(abc.ABC):
         """Options that contradict each other, without a look at files: lines that begin with the option."""
         return []
 
+    def misses(self, model: Any) -> list[str]:
+        """What a model (`config.Model`) lacks for these options: lines that begin with the option."""
+        del model
+        return []
+
     @property
     def needs_regions(self) -> bool:
         """Whether the model must have a region decoder."""

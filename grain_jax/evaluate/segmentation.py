@@ -92,6 +92,14 @@ class Segmentation(config.Evaluator):
             return [f"split: got {self.split!r} with format='folder', expected none"]
         return []
 
+    def misses(self, model: Any) -> list[str]:
+        if self.by in ("patches", "both") and model.decoder and model.boxes.kind == "none":
+            return [
+                f"by: got {self.by!r}, which asks patches, with model.decoder and without model.boxes, expected a box head"
+                " (model.boxes.kind), or by='regions'"
+            ]
+        return []
+
     @property
     def needs_regions(self) -> bool:
         return self.by in ("regions", "both")

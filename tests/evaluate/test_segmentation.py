@@ -14,6 +14,7 @@ from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, confusion, segmentation, segmentation_sets, tables
 from grain_jax.runtime import processes
+from tests import tiny
 from tests.hostile import image_files as hostile
 from tests.report import workdirs
 
@@ -411,6 +412,23 @@ def test_data_that_cannot_be_used(tmp_path):
     assert line == "split: got 'val' with format='folder', expected none"
     with pytest.raises(config.ConfigError, match="patch_weight: got 2"):
         config.evaluator_from_dict({"kind": "segmentation", "images": "x", "patch_weight": 2.0})
+
+
+def test_an_entry_of_a_run():
+    """What the model of the run lacks is said before the first step."""
+
+    def parsed(by, **changes):
+        c = tiny.dictionary(**changes)
+        c.evals = {"parts": dict(kind="segmentation", images="x", by=by)}
+        return config.from_dict(c).evals["parts"]
+
+    assert parsed("auto").patch_weight == 0.5 and parsed("regions").by == "regions"
+    assert parsed("both", **HEAD).by == "both"
+    with pytest.raises(config.ConfigError, match="evals.parts.by: got 'both', which asks patches"):
+        parsed("both")
+    two = dict(model__decoder=None, input__max_regions=0, loss__region_description=0.0)
+    with pytest.raises(config.ConfigError, match="kind=segmentation, which needs regions"):
+        parsed("regions", **two, loss__box=0.0)
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path):
