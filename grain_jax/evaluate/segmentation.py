@@ -76,7 +76,7 @@ class Segmentation(config.Evaluator):
     unit_features: bool = option(True)
     # maps of patches, of the queries' regions, or both; auto: what the model has
     by: str = option(WAYS[0], choices=WAYS)
-    # values: attention of the last layer to the patch alone (MaskCLIP); tokens; auto: tokens with a box head, else values
+    # values: the last layer attends to the patch alone (MaskCLIP); tokens; auto: tokens with a box head, else values
     patch_features: str = option(PATCHES[0], choices=PATCHES)
     # share of the patches in both
     patch_weight: float = option(0.5, "W", low=0, high=1)
@@ -84,7 +84,7 @@ class Segmentation(config.Evaluator):
     short_side: int = option(0, "PIXELS", low=0)
     # pixels between windows of the model's size; 0: half of it
     stride: int = option(0, "PIXELS", low=0)
-    # the class background is where the best other class has a smaller share of the softmax; default: it is a name as others
+    # background is where the best other class has a smaller share of the softmax; default: it is a name as others
     background_threshold: float | None = option(None, "P", low=0, high=1)
 
     def faults(self) -> list[str]:
@@ -95,7 +95,7 @@ class Segmentation(config.Evaluator):
     def misses(self, model: Any) -> list[str]:
         if self.by in ("patches", "both") and model.decoder and model.boxes.kind == "none":
             return [
-                f"by: got {self.by!r}, which asks patches, with model.decoder and without model.boxes, expected a box head"
+                f"by: got {self.by!r}, which asks patches, with model.decoder alone, expected a box head"
                 " (model.boxes.kind), or by='regions'"
             ]
         return []

@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
     images: str  # folder below the root
     masks: str
-    # The name of a mask without its folder, where NAME is that of the image without `image_end`; the first that is there.
+    # Names of a mask, the first that is there; NAME is that of the image without `image_end`.
     mask_names: tuple[str, ...]
     # For each name of a mask id -> position of the class.
     ids: tuple[Mapping[int, int], ...]
@@ -213,7 +213,7 @@ def _stem(path: epath.Path) -> str:
 def _need_folder(folder: epath.Path, layout: str, get: str | None) -> None:
     if not folder.is_dir():
         raise errors.MissingData(
-            f"{folder}: no such folder, expected one of the format {layout}{how_to_get(get)}"
+            f"{folder}: no such folder, expected images or masks of the format {layout}{how_to_get(get)}"
         )
 
 

@@ -407,7 +407,7 @@ class Predictor:
           images: PIL images, turned by their EXIF orientation, or uint8 [H, W, 3], of any size; or one.
           classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide names of one
             class: "sofa, couch".
-          background: pixels are -1 where the softmax of the scaled cosines gives the best class a smaller share; None: none.
+          background: pixels are -1 where the best class has a smaller share of the softmax of scaled cosines; None: none.
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
           stride: pixels between windows of the model's size; 0: half of it.
           **maps: `by`, `patch_features` and `patch_weight`, as of `class_maps`.
@@ -452,10 +452,10 @@ class Predictor:
         Args:
           images: as for `encode_image`.
           classes: the result of `segmentation_classes`.
-          by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto", what the model
-            has, as `similarity_maps`.
-          patch_features: "tokens", the last ones (`encode_patches`); "values", where in the last layer each token attends
-            to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
+          by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto", what the
+            model has, as `similarity_maps`.
+          patch_features: "tokens", the last ones (`encode_patches`); "values", where in the last layer each token
+            attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
           patch_weight: share of the patches in "both"; the regions have the rest.
 
         Raises:
@@ -506,7 +506,7 @@ class Predictor:
             and named.is_external(self.model.image.tower)
         ):
             raise InputError(
-                f"patch_features 'values': got the tower {self.model.image.tower}, expected a built-in one; use 'tokens'"
+                f"patch_features 'values': got the tower {self.model.image.tower}, expected a built-in one, or 'tokens'"
             )
         return by, patch_features
 

@@ -150,7 +150,7 @@ def labels(
     Args:
       maps: [n, C, h, w], of the windows.
       windows: of the image.
-      background: pixels whose best class has a smaller share of the softmax over the classes are BACKGROUND; None: none.
+      background: pixels whose best class has a smaller share of the softmax over classes are BACKGROUND; None: none.
       scale: of the cosines in that softmax.
       skip: a class that no pixel gets, and that the softmax leaves out.
     """

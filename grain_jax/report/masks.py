@@ -31,8 +31,8 @@ def colours(count: int) -> np.ndarray:
 def collect(predictor: Any, entry: segmentation.Segmentation) -> dict[str, Any]:
     """Strips of images, spread over the set, and the classes that occur in them.
 
-    Returns: JSON-ready: `pictures`, each `name`, `strip` (a data URI: image, truth, prediction) and `right`, the share of
-      its pixels; `classes`, [name, colour] of those that occur; `of`, images of the set.
+    Returns: JSON-ready: `pictures`, each `name`, `strip` (a data URI: image, truth, prediction) and `right`, a share of
+      the pixels; `classes`, [name, colour] of those that occur; `of`, images of the set.
 
     Raises:
       errors.UserError: the set or the model cannot be used.

@@ -393,7 +393,9 @@ def test_data_that_cannot_be_used(tmp_path):
         return str(found.value)
 
     assert fault() == "images: got nothing, expected a folder of images and masks"
-    assert "images: no such folder, expected one of the format folder" in fault(images=tmp_path)
+    assert "images: no such folder, expected images or masks of the format folder" in fault(
+        images=tmp_path
+    )
     folder(tmp_path)
     (tmp_path / "classes.txt").write_text("wall\nwall\n")
     assert "got 'wall' twice, expected it once" in fault(images=tmp_path)
