@@ -462,8 +462,8 @@ class Predictor:
           InputError: as `encode_image`; an unknown option; the model has no such patches or regions.
         """
         by, patch_features = self._maps_by(by, patch_features)
-        grid, maps = self.grid, []
-        tokens = None
+        grid, maps, tokens = self.grid, [], None
+        images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
         if by != "regions":
             program = jitted.program(self.model, self.dtype, f"image_{patch_features}")
             tokens = Tokens(self._all(program, images))

@@ -118,7 +118,8 @@ def test_ways_of_a_model_with_queries_and_a_box_head():
     np.testing.assert_allclose(both[:, 1:], similar, atol=1e-5)
     values = predictor.class_maps(PICTURES, classes, by="patches", patch_features="values")
     assert np.abs(values - patches).max() > 1e-3
-    mixed = predictor.class_maps(PICTURES, classes, by="both", patch_features="values")
+    each = (picture for picture in PICTURES)
+    mixed = predictor.class_maps(each, classes, by="both", patch_features="values")
     np.testing.assert_allclose(mixed, (values + regions) / 2, atol=1e-6)
 
 
