@@ -182,6 +182,8 @@ def _of_run(config: Config) -> Iterator[str]:
         yield "mesh.data: got 0, expected at least 1, or -1 for what the other axes leave"
     for axis in _doubled(axis for axis, _ in config.sharding):
         yield f"sharding: has {axis!r} more than once, expected one row for each axis"
+    for name, entry in config.evals.items():
+        yield from (f"evals.{name}.{line}" for line in entry.misses(config.model))
 
 
 def _lora(optim: Optim) -> Iterator[str]:

@@ -6,6 +6,7 @@ Without a decoder it is a two-tower model, such as CLIP: no regions, and the ima
 import functools
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -90,6 +91,24 @@ class GRAIN(nn.Module):
         Returns:
           [B, N, E_image]; [B, E_image] with a tower that pools them itself.
         """
+        image = self._normalised(image)
+        if masked is None:
+            return self.image(image)
+        if not self.image.maskable:
+            raise errors.UserError(
+                f"model.image.tower: {self.config.image.tower} replaces no patches by a mask token, expected a tower with"
+                " maskable = True, such as vit"
+            )
+        return self.image(image, masked)  # type: ignore[call-arg]
+
+    def image_values(self, image: jax.Array) -> jax.Array:
+        """As `image_tokens`; in the last layer each token attends to itself alone (vit.py). Of the built-in tower."""
+        tower: Any = self.image
+        return tower(self._normalised(image), values=True)
+
+    @nn.nowrap
+    def _normalised(self, image: jax.Array) -> jax.Array:
+        """Images as the tower takes them. Raises UserError: of a size that it does not take."""
         config = self.config.image
         if image.dtype == jnp.uint8:
             mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
@@ -100,14 +119,7 @@ class GRAIN(nn.Module):
                 f"model.image.tower: {config.tower} got an image of {image.shape[1]} x {image.shape[2]} pixels, expected"
                 f" model.image.image_size = {size}; a tower with any_size = True takes others"
             )
-        if masked is None:
-            return self.image(image)
-        if not self.image.maskable:
-            raise errors.UserError(
-                f"model.image.tower: {config.tower} replaces no patches by a mask token, expected a tower with"
-                " maskable = True, such as vit"
-            )
-        return self.image(image, masked)  # type: ignore[call-arg]
+        return image
 
     def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images to the features of the decoder.

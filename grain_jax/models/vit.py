@@ -65,13 +65,19 @@ class ImageTransformer(towers.ImageTower):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, masked: tuple[jax.Array, jax.Array] | None = None
+        self,
+        image: jax.Array,
+        masked: tuple[jax.Array, jax.Array] | None = None,
+        *,
+        values: bool = False,
     ) -> jax.Array:
         """Normalised images to tokens. Raises UserError: no square of whole patches.
 
         Args:
           image: [B, S, S, 3].
           masked: (bool [B, P], float [E]): the embeddings of these patches are replaced by this one, before positions.
+          values: each token attends to itself alone in the last layer: its value goes through the output map, and
+            residual, MLP and norm follow as ever (MaskCLIP, Zhou et al. 2022, arXiv 2112.01071).
 
         Returns:
           [B, N, E], after the final norm.
@@ -105,9 +111,15 @@ class ImageTransformer(towers.ImageTower):
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
-        program = attention.choose(self.attention, self.dtype, t.heads)
+        program = "xla" if values else attention.choose(self.attention, self.dtype, t.heads)
+        # Without `values` the layers have no further input, and the program is that of training.
+        inputs = (None, jnp.arange(t.depth) == t.depth - 1) if values else ()
         blocks = layers.scan_layers(
-            layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=()
+            layers.TowerLayer,
+            t.depth,
+            remat=self.remat,
+            unroll=t.unroll,
+            in_axes=(nn.broadcast, 0) if values else (),
         )(
             t,
             self.dtype,
@@ -120,7 +132,7 @@ class ImageTransformer(towers.ImageTower):
             layer_scale=t.layer_scale_init if t.layer_scale else None,
             name="blocks",
         )
-        x, _ = blocks(x)
+        x, _ = blocks(x, *inputs)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)
 
     @nn.nowrap
