@@ -12,8 +12,8 @@ and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
   DIR/test/A.jsonl, test/images/  exact boxes and words, no names; images of training species
                                   have even numbers, of held-out species odd ones; test/seen.jsonl and
                                   test/unseen.jsonl are the two halves (images below DIR/test)
-  DIR/segmentation/SET/GROUP/     the test images with label images of their parts, of seen and of
-                                  unseen species; SET is parts or looks (`masks`)
+  DIR/segmentation/seen/, unseen/ the test images of these species, with label images of their parts
+                                  and of the looks of their parts (`masks`)
   DIR/README.md                   describes the files
   DIR/settings.json               all settings; written last
 

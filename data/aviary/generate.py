@@ -128,7 +128,7 @@ def _save_masks(output, settings, task, encoded, drawn):
 
 
 def group_of(settings: Settings, species: Species) -> str:
-    """"unseen" of a held-out species, "seen" of others."""
+    """The group of a species: `unseen` of a held-out one, `seen` of others."""
     return "unseen" if species.genus >= settings.genera else "seen"
 
 

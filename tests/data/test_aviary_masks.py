@@ -71,25 +71,25 @@ def test_masks_lie_in_the_boxes_and_cover_the_shares():
 
 def test_the_files_are_a_set_of_each_group_and_kind(small):
     held_out = {one.name for one in generate.species_of(SMALL).held_out}
-    for kind, count in {"parts": 9, "looks": 102}.items():
-        groups = {group: small / masks.FOLDER / kind / group for group in masks.GROUPS}
-        for folder in groups.values():
-            names = (folder / "classes.txt").read_text().splitlines()
-            assert names == list(masks.CLASSES[kind])
-            assert len(names) == len(set(names)) == count and names[0] == "background"
-            assert not any("," in name for name in names)
-            assert len(list((folder / "images").iterdir())) == 5
+    for group in masks.GROUPS:
+        images = small / masks.FOLDER / group / "images"
+        assert len(list(images.iterdir())) == 5
+    for kind, count in {"masks": 9, "looks": 102}.items():
+        names = list(masks.CLASSES[kind])
+        assert len(names) == len(set(names)) == count and names[0] == "background"
+        assert not any("," in name for name in names)  # commas divide alternatives
         for task in _tests():
-            folder = groups["unseen" if task.species.name in held_out else "seen"]
-            name = task.image.rpartition("/")[2]
+            group = "unseen" if task.species.name in held_out else "seen"
+            folder, name = small / masks.FOLDER / group, task.image.rpartition("/")[2]
+            assert (folder / masks.FILES[kind]).read_text().splitlines() == names
             image = (folder / "images" / name).read_bytes()
             assert image == (small / "test" / "images" / name).read_bytes()
-            with Image.open(folder / "masks" / name) as opened:
+            with Image.open(folder / kind / name) as opened:
                 assert opened.mode == "L" and opened.size == (64, 64)
                 mask = np.asarray(opened)
             parts = _drawn(task).part_mask()
             shown = [task.species[PARTS[n - 1]].phrase if n else "background" for n in parts.flat]
-            expected = parts if kind == "parts" else [names.index(phrase) for phrase in shown]
+            expected = parts if kind == "masks" else [names.index(phrase) for phrase in shown]
             np.testing.assert_array_equal(mask.ravel(), np.ravel(expected))
 
 
