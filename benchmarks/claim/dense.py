@@ -135,15 +135,16 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def _segmentations(views, regions) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The parts from patches, of validation species, test species and seen species; looks; and from regions."""
-    folder = lambda name: dict(images=str(views / name), format="folder")
-    parts = folder("parts_unseen_test")
+    """Of patches: parts of validation, test and seen species, and looks; of regions and of both: parts."""
+    parts = lambda group, way="patches": dict(images=str(views / f"{group}_masks"), maps=way)
+    of_looks = views / "unseen_test_masks"
+    looks = dict(images="images", masks="looks", classes="looks.txt")
     evals = {
-        "parts_validation": folder("parts_unseen_validation") | dict(way="patches"),
-        "parts": parts | dict(way="patches"),
-        "parts_seen": folder("parts_seen_test") | dict(way="patches"),
-        "looks": folder("looks_unseen_test") | dict(way="patches"),
+        "parts_validation": parts("unseen_validation"),
+        "parts": parts("unseen_test"),
+        "parts_seen": parts("seen_test"),
+        "looks": {key: str(of_looks / name) for key, name in looks.items()} | dict(maps="patches"),
     }
     if regions:
-        evals |= {f"parts_{way}": parts | dict(way=way) for way in ("regions", "both")}
+        evals |= {f"parts_{way}": parts("unseen_test", way) for way in ("regions", "both")}
     return {name: ("segmentation", options) for name, options in evals.items()}

@@ -1,5 +1,6 @@
 """Label images of the aviary against its boxes and shares, a count of one's own and the files that it had before."""
 
+import json
 import random
 
 import numpy as np
@@ -74,6 +75,10 @@ def test_the_files_are_a_set_of_each_group_and_kind(small):
     for group in masks.GROUPS:
         images = small / masks.FOLDER / group / "images"
         assert len(list(images.iterdir())) == 5
+        described = json.loads((small / masks.FOLDER / group / masks.DESCRIPTIONS).read_text())
+        assert list(described) == list(masks.CLASSES["masks"])
+        said = [phrase for part in PARTS for phrase in described[part]]
+        assert ["background", *said] == list(masks.CLASSES["looks"])
     for kind, count in {"masks": 9, "looks": 102}.items():
         names = list(masks.CLASSES[kind])
         assert len(names) == len(set(names)) == count and names[0] == "background"
