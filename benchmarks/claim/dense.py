@@ -1,15 +1,15 @@
 """The fourth design of `benchmarks.claim`: what the local loss terms bring. Settings (fixed before the first run), arms.
 
-An arm is named by what it adds to a recipe: `grain` (that of design 3 with a box head, the control), `clip` (the best
-CLIP of design 3), `grain+text_pooled`, `clip+masked_patches+text_pooled`. The results of single terms choose the pair
-(`dense_plan.best_two`).
+An arm is named by a recipe and the terms that it adds: `grain` (that of design 3 with a box head, the control), `clip`
+(the best CLIP of design 3), `towers` (that CLIP without a decoder, whose patches lie in the space of texts), and
+`grain+text_pooled`, `clip+masked_patches+text_pooled`, ... The single terms choose the pair (`dense_plan.best_two`).
 """
 
 import hashlib
 import json
 import pathlib
 import runpy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from benchmarks.claim import design
@@ -18,13 +18,15 @@ from grain_jax.config import recipe
 DESIGN = 4
 SEEDS = (0, 1, 2)
 STEPS = 500
-RATE = 1e-3  # what design 3 chose for both recipes
+RATE = 1e-3  # that of design 3, for both recipes
 AVIARY = {**design.AVIARY, **design.AVIARIES["poses"], "seed": 41, "test_images": 800}
 MAIN, CLOTHES = "main", "clothes"  # data sets
-RECIPES = {"grain": "grain_boxes", "clip": "clip_pooled"}  # -> arms of design 3
-CONTROL, CLIP = "grain", "clip"
+SPLITS = ("validation", "test")
 
-# The images have 64 x 64 pixels, 8 x 8 patches: a local view of 32 pixels has 4 x 4. Descriptions name colours, so views
+CONTROL, CLIP, TOWERS = "grain", "clip", "towers"
+RECIPES = {CONTROL: "grain_boxes", CLIP: "clip_pooled", TOWERS: "clip_pooled"}  # -> arms of design 3
+
+# Images of 64 x 64 pixels have 8 x 8 patches; a local view of 32 pixels has 4 x 4. Descriptions name colours, so views
 # keep them; none names left or right.
 VIEWS = {
     "input.views.local": 2,
@@ -36,9 +38,9 @@ VIEWS = {
     "input.views.saturation": 0.0,
     "input.views.grey_rate": 0.0,
 }
-# One teacher for every term, so that any two go together, and no arm uses the training of another model.
+# One teacher for all terms: any two go together, and no arm has the training of another model for nothing.
 TEACHER = {"teacher.kind": "ema", "teacher.decay": 0.98, "teacher.end_decay": 0.998}
-# An average of weights that know nothing teaches nothing: these terms grow over the second fifth of the run.
+# The average of a model that knows nothing teaches nothing: these weights grow in the second fifth of a run.
 _LATER = {"start": 0.0, "from": 0.2, "to": 0.4}
 _HEAD = {"prototypes": 256, "hidden": 256, "bottleneck": 64}
 
@@ -48,33 +50,49 @@ class Term(NamedTuple):
 
     options: dict[str, Any]  # of its entry of loss.terms
     config: dict[str, Any]  # further keys
-    of_clip: bool = True  # whether CLIP has it, too: it needs no box
+    needs_boxes: bool = False  # so that CLIP cannot have it
 
 
 TERMS = {
     "self_distillation": Term({"weight": {**_LATER, "end": 0.5}, **_HEAD}, {**TEACHER, **VIEWS}),
     "masked_patches": Term({"weight": {**_LATER, "end": 0.5}, **_HEAD}, TEACHER),
-    "crop_distillation": Term({"weight": {**_LATER, "end": 1.0}}, TEACHER, of_clip=False),
+    "crop_distillation": Term({"weight": {**_LATER, "end": 1.0}}, TEACHER, needs_boxes=True),
     "teacher_similarity": Term({"weight": {**_LATER, "end": 1.0}}, TEACHER),
     "text_pooled": Term({"weight": 1.0}, {}),
 }
 
 
-def arm_of(base: str, terms: Sequence[str]) -> str:
-    """The name of a recipe with terms, in the order of TERMS; of CLIP those that it can have."""
-    has = [t for t in TERMS if t in terms and (base != CLIP or TERMS[t].of_clip)]
+def arm_of(base: str, terms: Iterable[str] = ()) -> str:
+    """The name of a recipe with terms, in the order of TERMS; without those that need boxes, of CLIP."""
+    has = [t for t in TERMS if t in terms and (base == CONTROL or not TERMS[t].needs_boxes)]
     return "+".join([base, *has])
 
 
+def parts_of(arm: str) -> tuple[str, tuple[str, ...]]:
+    """The recipe of an arm, and its terms."""
+    base, *terms = arm.split("+")
+    return base, tuple(terms)
+
+
+# The arms that are known before any result: each recipe, and each term alone.
 SINGLES = tuple(
-    dict.fromkeys(arm_of(base, terms) for base in RECIPES for terms in ((), *zip(TERMS)))
+    dict.fromkeys([CONTROL, CLIP, TOWERS, *(arm_of(b, (t,)) for b in (CONTROL, CLIP) for t in TERMS)])
 )
 
 
+def run_of(arm: str, seed: int, steps: int = STEPS, data: str = MAIN) -> design.ClaimRun:
+    """A run of this design."""
+    return design.ClaimRun(arm, RATE, seed, steps, data)
+
+
 def changes(run: design.ClaimRun) -> dict[str, Any]:
-    """The changes of the run to `design.CONFIG`, without paths and without `loss.terms`."""
-    base, *terms = run.arm.split("+")
+    """The changes of the run to `design.CONFIG`, without paths and `loss.terms`."""
+    base, terms = parts_of(run.arm)
     changed = design.changes(run._replace(arm=RECIPES[base]), design.CONFIG)
+    if base == TOWERS:
+        of_decoder = [key for key in changed if key.startswith("model.decoder.")]
+        changed = {key: value for key, value in changed.items() if key not in of_decoder}
+        changed |= {"model.decoder": None, "model.image.pool": "mean"}
     for term in terms:
         changed |= TERMS[term].config
     return changed
@@ -82,7 +100,7 @@ def changes(run: design.ClaimRun) -> dict[str, Any]:
 
 def terms_of(run: design.ClaimRun) -> dict[str, dict[str, Any]]:
     """`loss.terms` of the run."""
-    return {term: {"term": term, **TERMS[term].options} for term in run.arm.split("+")[1:]}
+    return {term: {"term": term, **TERMS[term].options} for term in parts_of(run.arm)[1]}
 
 
 def settings_of(run: design.ClaimRun) -> str:
@@ -96,12 +114,15 @@ def make_config(run: design.ClaimRun, main: pathlib.Path, work: pathlib.Path) ->
     """The config of a run with its evaluations.
 
     Args:
-      run: of `DESIGN`.
+      run: of this design.
       main: folder of its data set.
       work: folder with records and views (`dense_data`).
     """
     c = runpy.run_path(design.CONFIG)["get_config"]()
-    c.update_from_flattened_dict(changes(run))
+    changed = changes(run)
+    if run.arm.startswith(TOWERS):
+        c.model.decoder = changed.pop("model.decoder")
+    c.update_from_flattened_dict(changed)
     c.loss.terms = recipe.ConfigDict(terms_of(run))
     c.total_epochs = c.input.prepare = c.optim.warmup_epochs = None
     c.input.data_dir, c.input.name = str(work / "records"), run.data
@@ -113,11 +134,12 @@ def make_config(run: design.ClaimRun, main: pathlib.Path, work: pathlib.Path) ->
 
 def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> kind and options of each evaluation."""
-    regions = not run.arm.startswith(CLIP)
+    base, _ = parts_of(run.arm)
+    regions = base == CONTROL
     described = dict(names=False, descriptions=str(main / "unseen.json"))
     sentence = dict(names=False, descriptions=str(views / "sentences.json"))
     evals = {"seen_test": ("zeroshot", dict(images=str(views / "seen_test"), alphas=(1.0,)))}
-    for split in ("validation", "test"):
+    for split in SPLITS:
         unseen = dict(images=str(views / f"unseen_{split}"))
         alphas = (1.0, 0.5) if regions and split == "test" else (1.0,)
         ways = dict(
@@ -127,24 +149,41 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
         )
         evals |= {f"{way}_{split}": ("zeroshot", unseen | options) for way, options in ways.items()}
     annotated = lambda name: dict(images=str(main / "test"), annotations=str(views / name))
-    for split in ("validation", "test") if run.data == MAIN else ("test",):
+    for split in SPLITS if run.data == MAIN else ("test",):
         evals[f"retrieval_{split}"] = ("retrieval", annotated(f"both_{split}.jsonl"))
     if regions:
         evals["grounding"] = ("grounding", annotated("unseen_test.jsonl"))
-    return evals | (_segmentations(views, regions) if run.data == MAIN else {})
+    if run.data == MAIN and base != CLIP:
+        evals |= _segmentations(views, regions)
+    return evals
 
 
 def _segmentations(views, regions) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Of patches: parts of validation, test and seen species, and looks; of regions and of both: parts."""
-    parts = lambda group, way="patches": dict(images=str(views / f"{group}_masks"), maps=way)
+    """The part of each pixel that shows one, by the phrases of parts: of patches, of regions, of both; and its look.
+
+    The patches of a decoder without a box head lie in no space of texts, so CLIP has none of them.
+    """
+    alone = dict(ignore=0, background_threshold=0.0)  # background does not count, and no pixel gets it
+
+    def parts(group: str, by: str, options: dict[str, Any] = alone) -> tuple[str, dict[str, Any]]:
+        folder = views / f"{group}_masks"
+        named = dict(images=str(folder), classes=str(folder / "phrases.txt"))
+        return "segmentation", {**named, **_prompts(views), "by": by, **options}
+
     of_looks = views / "unseen_test_masks"
-    looks = dict(images="images", masks="looks", classes="looks.txt")
+    looks = dict(images=of_looks / "images", masks=of_looks / "looks", classes=of_looks / "looks.txt")
+    looks = {key: str(path) for key, path in looks.items()}
     evals = {
-        "parts_validation": parts("unseen_validation"),
-        "parts": parts("unseen_test"),
-        "parts_seen": parts("seen_test"),
-        "looks": {key: str(of_looks / name) for key, name in looks.items()} | dict(maps="patches"),
+        "parts_validation": parts("unseen_validation", "patches"),
+        "parts": parts("unseen_test", "patches"),
+        "parts_seen": parts("seen_test", "patches"),
+        "parts_background": parts("unseen_test", "patches", dict(background_threshold=0.8)),
+        "looks": ("segmentation", {**looks, **_prompts(views), "by": "patches", **alone}),
     }
     if regions:
-        evals |= {f"parts_{way}": parts("unseen_test", way) for way in ("regions", "both")}
-    return {name: ("segmentation", options) for name, options in evals.items()}
+        evals |= {f"parts_{by}": parts("unseen_test", by) for by in ("regions", "both")}
+    return evals
+
+
+def _prompts(views) -> dict[str, str]:
+    return {"templates": str(views / "templates.txt")}

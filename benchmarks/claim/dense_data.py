@@ -8,7 +8,7 @@ from grain_jax.data.aviary import generate, masks
 from grain_jax.data.aviary.arguments import Aviary
 from grain_jax.data.aviary.species import species_of
 
-SPLITS = ("validation", "test")
+TEMPLATES = "templates.txt"
 
 
 def prepare(name: str, clothes: pathlib.Path | None, work: pathlib.Path) -> pathlib.Path:
@@ -35,8 +35,11 @@ def prepare(name: str, clothes: pathlib.Path | None, work: pathlib.Path) -> path
 def divide_tests(main: pathlib.Path, views: pathlib.Path) -> None:
     """Divides the test images of an aviary in two: those of unseen species as `data.make_views` does, others in turn.
 
-    Writes both_SPLIT.jsonl and unseen_SPLIT.jsonl, and links GROUP_SPLIT_masks, folders for `evaluate segmentation`.
+    Writes both_SPLIT.jsonl, unseen_SPLIT.jsonl and templates.txt, unless that is there, and links GROUP_SPLIT_masks,
+    folders for `evaluate segmentation`.
     """
+    if (views / TEMPLATES).exists():
+        return
     halves = halves_of(main)
     lines = (main / "test" / "A.jsonl").read_text().splitlines(keepends=True)
     of_half: dict[tuple[str, str], list[str]] = {}
@@ -45,10 +48,11 @@ def divide_tests(main: pathlib.Path, views: pathlib.Path) -> None:
         of_half.setdefault(halves[image], []).append(line)
         group, split = halves[image]
         _link_masks(main, views / f"{group}_{split}_masks", group, pathlib.PurePath(image))
-    for split in SPLITS:
+    for split in dense.SPLITS:
         seen, unseen = (of_half.get((group, split), []) for group in masks.GROUPS)
         (views / f"both_{split}.jsonl").write_text("".join([*seen, *unseen]))
         (views / f"unseen_{split}.jsonl").write_text("".join(unseen))
+    (views / TEMPLATES).write_text("{}\n")  # descriptions as they are
 
 
 def halves_of(main: pathlib.Path) -> dict[str, tuple[str, str]]:
@@ -64,7 +68,7 @@ def halves_of(main: pathlib.Path) -> dict[str, tuple[str, str]]:
         is_validation = task.species.name in validation
         if group == "seen":
             is_validation, seen = seen % 2 == 0, seen + 1
-        halves[task.image] = group, SPLITS[not is_validation]
+        halves[task.image] = group, dense.SPLITS[not is_validation]
     return halves
 
 
@@ -74,4 +78,4 @@ def _link_masks(main, folder, group, image) -> None:
     for kind, classes in masks.FILES.items():
         data.link(source / kind / f"{image.stem}.png", folder / kind / f"{image.stem}.png")
         data.link(source / classes, folder / classes)
-    data.link(source / masks.DESCRIPTIONS, folder / masks.DESCRIPTIONS)
+    data.link(source / masks.PHRASES, folder / masks.PHRASES)

@@ -2,12 +2,11 @@
 
 Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt, of 8
 parts; looks/NAME.png and looks.txt, of the 101 phrases that describe them. A place in the image tells the part; its look
-takes the words. No text of the data set says the name of a part alone, so descriptions.json has the phrases of each. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
+takes the words. No text of the data set says the name of a part alone, so phrases.txt has all phrases of each part. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
 part. A list of classes has a name a line, the first with number 0.
 """
 
 import io
-import json
 
 import numpy as np
 from etils import epath
@@ -27,7 +26,7 @@ CLASSES = {
     "looks": ("background", *(trait.phrase for trait in _LOOKS)),
 }
 FILES = {"masks": "classes.txt", "looks": "looks.txt"}
-DESCRIPTIONS = "descriptions.json"  # part -> the phrases of its looks
+PHRASES = "phrases.txt"  # the classes of masks by the phrases of their looks
 _README = """# Label images of the test images
 
 `seen/` and `unseen/` hold the test images of these species, each with
@@ -36,7 +35,7 @@ _README = """# Label images of the test images
 |---|---|
 | `images/` | the images, copies of those in `test/images/` |
 | `masks/`, `classes.txt` | which of the 8 parts each pixel shows; the names of the parts |
-| `descriptions.json` | the phrases that describe looks of each part; no text says its name alone |
+| `phrases.txt` | for each part all phrases of its looks, with commas between; no text says the name of a part alone |
 | `looks/`, `looks.txt` | which of 101 looks it shows; the phrases that describe them |
 
 A label image is a PNG of 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no part. A list
@@ -54,16 +53,15 @@ def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
 
 
 def begin(output: epath.Path) -> None:
-    """Makes the folders, lists of classes and descriptions, below the data set `output`."""
+    """Makes the folders and the lists of classes, below the data set `output`."""
     for group in GROUPS:
         folder = output / FOLDER / group
         for part in ("images", *CLASSES):
             (folder / part).mkdir(parents=True, exist_ok=True)
         for kind, names in CLASSES.items():
             (folder / FILES[kind]).write_text("".join(name + "\n" for name in names))
-        described = {part: [trait.phrase for trait in TRAITS[part]] for part in PARTS}
-        described = {"background": ["background"], **described}
-        (folder / DESCRIPTIONS).write_text(json.dumps(described, indent=1) + "\n")
+        phrases = [", ".join(trait.phrase for trait in TRAITS[part]) for part in PARTS]
+        (folder / PHRASES).write_text("\n".join(["background", *phrases]) + "\n")
 
 
 def save(
