@@ -24,7 +24,11 @@ MAIN, CLOTHES = "main", "clothes"  # data sets
 SPLITS = ("validation", "test")
 
 CONTROL, CLIP, TOWERS = "grain", "clip", "towers"
-RECIPES = {CONTROL: "grain_boxes", CLIP: "clip_pooled", TOWERS: "clip_pooled"}  # -> arms of design 3
+RECIPES = {
+    CONTROL: "grain_boxes",
+    CLIP: "clip_pooled",
+    TOWERS: "clip_pooled",
+}  # -> arms of design 3
 
 # Images of 64 x 64 pixels have 8 x 8 patches; a local view of 32 pixels has 4 x 4. Descriptions name colours, so views
 # keep them; none names left or right.
@@ -76,7 +80,9 @@ def parts_of(arm: str) -> tuple[str, tuple[str, ...]]:
 
 # The arms that are known before any result: each recipe, and each term alone.
 SINGLES = tuple(
-    dict.fromkeys([CONTROL, CLIP, TOWERS, *(arm_of(b, (t,)) for b in (CONTROL, CLIP) for t in TERMS)])
+    dict.fromkeys(
+        [CONTROL, CLIP, TOWERS, *(arm_of(b, (t,)) for b in (CONTROL, CLIP) for t in TERMS)]
+    )
 )
 
 
@@ -163,15 +169,18 @@ def _segmentations(views, regions) -> dict[str, tuple[str, dict[str, Any]]]:
 
     The patches of a decoder without a box head lie in no space of texts, so CLIP has none of them.
     """
-    alone = dict(ignore=0, background_threshold=0.0)  # background does not count, and no pixel gets it
+    alone = dict(
+        ignore=0, background_threshold=0.0
+    )  # background does not count, and no pixel gets it
 
     def parts(group: str, by: str, options: dict[str, Any] = alone) -> tuple[str, dict[str, Any]]:
-        folder = views / f"{group}_masks"
-        named = dict(images=str(folder), classes=str(folder / "phrases.txt"))
-        return "segmentation", {**named, **_prompts(views), "by": by, **options}
+        images = str(views / f"{group}_masks")
+        return "segmentation", {"images": images, **_prompts(views), "by": by, **options}
 
     of_looks = views / "unseen_test_masks"
-    looks = dict(images=of_looks / "images", masks=of_looks / "looks", classes=of_looks / "looks.txt")
+    looks = dict(
+        images=of_looks / "images", masks=of_looks / "looks", classes=of_looks / "looks.txt"
+    )
     looks = {key: str(path) for key, path in looks.items()}
     evals = {
         "parts_validation": parts("unseen_validation", "patches"),

@@ -78,4 +78,3 @@ def _link_masks(main, folder, group, image) -> None:
     for kind, classes in masks.FILES.items():
         data.link(source / kind / f"{image.stem}.png", folder / kind / f"{image.stem}.png")
         data.link(source / classes, folder / classes)
-    data.link(source / masks.PHRASES, folder / masks.PHRASES)

@@ -29,7 +29,9 @@ def best_two(found: Results, steps: int) -> tuple[str, str] | None:
     Both are those of the bars that the control misses, of validation, as means over all seeds of GRAIN with one term.
     None before all of these have run.
     """
-    rows = {term: of_arm(found, dense.arm_of(dense.CONTROL, (term,)), steps) for term in dense.TERMS}
+    rows = {
+        term: of_arm(found, dense.arm_of(dense.CONTROL, (term,)), steps) for term in dense.TERMS
+    }
     if any(len(of_term) < len(dense.SEEDS) for of_term in rows.values()):
         return None
 

@@ -3,7 +3,7 @@
 Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt, of 8
 parts; looks/NAME.png and looks.txt, of the 101 phrases that describe them. A place in the image tells the part; its look
 takes the words. No text of the data set says the name of a part alone, so phrases.txt has all phrases of each part. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
-part. A list of classes has a name a line, the first with number 0.
+part. A list of classes has a class a line, the first with number 0; commas stand between names of one class.
 """
 
 import io
@@ -20,13 +20,15 @@ FOLDER = "segmentation"  # below the data set
 STAMP = "README.md"  # written last: where it stands, all label images are there
 GROUPS = ("seen", "unseen")  # of species
 _LOOKS = [trait for part in PARTS for trait in TRAITS[part]]
-# Folder of label images -> the classes; folder -> their file.
+# Folder of label images -> the classes, with commas between names of one; folder -> their file.
 CLASSES = {
-    "masks": ("background", *PARTS),
+    "masks": (
+        "background",
+        *(", ".join([part, *(trait.phrase for trait in TRAITS[part])]) for part in PARTS),
+    ),
     "looks": ("background", *(trait.phrase for trait in _LOOKS)),
 }
 FILES = {"masks": "classes.txt", "looks": "looks.txt"}
-PHRASES = "phrases.txt"  # the classes of masks by the phrases of their looks
 _README = """# Label images of the test images
 
 `seen/` and `unseen/` hold the test images of these species, each with
@@ -34,12 +36,11 @@ _README = """# Label images of the test images
 | | |
 |---|---|
 | `images/` | the images, copies of those in `test/images/` |
-| `masks/`, `classes.txt` | which of the 8 parts each pixel shows; the names of the parts |
-| `phrases.txt` | for each part all phrases of its looks, with commas between; no text says the name of a part alone |
+| `masks/`, `classes.txt` | which of the 8 parts each pixel shows; the name of each part and all phrases of its looks |
 | `looks/`, `looks.txt` | which of 101 looks it shows; the phrases that describe them |
 
 A label image is a PNG of 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no part. A list
-of classes has a name a line, the first with number 0.
+of classes has a class a line, the first with number 0; commas stand between names of one class.
 """
 
 
@@ -60,8 +61,6 @@ def begin(output: epath.Path) -> None:
             (folder / part).mkdir(parents=True, exist_ok=True)
         for kind, names in CLASSES.items():
             (folder / FILES[kind]).write_text("".join(name + "\n" for name in names))
-        phrases = [", ".join(trait.phrase for trait in TRAITS[part]) for part in PARTS]
-        (folder / PHRASES).write_text("\n".join(["background", *phrases]) + "\n")
 
 
 def save(
