@@ -1,8 +1,10 @@
 """Data sets of `benchmarks.claim`: drawn or the user's own, split into validation and test classes."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from benchmarks.claim import design
 from benchmarks.claim.results import ClaimError
@@ -35,6 +37,16 @@ def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathl
                 raise ClaimError(f"{main}: could not be built")
     make_views(main, work / "views" / data)
     return main
+
+
+@contextlib.contextmanager
+def alone(data: str, work: pathlib.Path) -> Iterator[None]:
+    """Holds a lock, so that one process at a time makes the data set."""
+    locks = work / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / f"data-{data}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def draw(

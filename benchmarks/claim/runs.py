@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from benchmarks.claim.results import TRAINED, ClaimError
+from benchmarks.claim.results import MEANS, ClaimError
 from grain_jax.core import errors, progress
 from grain_jax.launch import jobs
 
@@ -26,8 +26,8 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
       measures: column -> name in results.json.
 
     Returns:
-      The row of the run: of `measures` those that it has, the means of the last five lines of metrics.jsonl, device,
-      versions, speed, FLOPs and time.
+      The row of the run: of `measures` those that it has, the means of losses and of `MEANS` over the last five lines of
+      metrics.jsonl, device, versions, speed, FLOPs and time.
     """
     import jax
 
@@ -60,7 +60,7 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
             train_step.abstract_batch(resolved),
         ),
     }
-    for key in (key for key in TRAINED if key in lines[-1]):
+    for key in (key for key in lines[-1] if key.startswith("loss_") or key in MEANS):
         row[key] = round(statistics.mean(line[key] for line in lines[-5:]), 6)
     evaluated = json.loads((workdir / "results.json").read_text())
     found = {column: evaluated.get(f"eval/{key}") for column, key in measures.items()}

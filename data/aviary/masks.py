@@ -2,8 +2,9 @@
 
 Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt, of 8
 parts; looks/NAME.png and looks.txt, of the 101 phrases that describe them. A place in the image tells the part; its look
-takes the words. No text of the data set says the name of a part alone, so phrases.txt has all phrases of each part. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
-part. A list of classes has a class a line, the first with number 0; commas stand between names of one class.
+takes the words. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
+part. A list of classes has a class a line, the first with number 0. No text of the data set says the name of a part
+alone, so its line has all phrases of its looks, too, with commas between.
 """
 
 import io
