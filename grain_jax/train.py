@@ -46,7 +46,7 @@ from grain_jax.runtime import (
     profiling,
     receipt,
 )
-from grain_jax.training import flops, memory_check, schedule, sharding, train_step
+from grain_jax.training import flops, forward, memory_check, schedule, sharding, train_step
 from grain_jax.training.arguments import Train
 
 
@@ -460,7 +460,7 @@ def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
     """The state's model (the average where one is kept) for evaluation, whole on every process; factors are folded in."""
-    params = state.ema_params or state.params
+    params = forward.without_terms(state.ema_params or state.params)
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     return inference.Predictor(config.model, lora.merged(params, config.optim.lora))

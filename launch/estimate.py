@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.launch import chips, hlo_collectives
-from grain_jax.training import memory_need, sharding, train_step
+from grain_jax.training import forward, memory_need, sharding, train_step
 
 
 class Estimate(NamedTuple):
@@ -180,7 +180,7 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
 def _tensor_sums(config, sizes) -> tuple[int, int]:
     """(count, bytes a chip) of the sums over `tensor`: two a layer forward, two backward, each of all tokens."""
     images = config.batch_size // (sizes["data"] * sizes["fsdp"])
-    batch = train_step.abstract_batch(config)
+    batch = forward.abstract_batch(config)
     rows = math.prod(batch.text_tokens.shape) / config.batch_size  # text positions an image
     image, decoder = config.model.image, config.model.decoder
     tokens = image.class_token + image.registers + (image.image_size // image.patch_size) ** 2

@@ -11,7 +11,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
-from grain_jax.training import flops, train_step
+from grain_jax.training import flops, forward, train_step
 from tests import runs
 
 SHALLOW = {f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")}
@@ -117,7 +117,7 @@ def small(**overrides) -> config_lib.Config:
 def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     """Random images, texts of 7 tokens packed in order, boxes and masks; some texts are equal, some negatives masked."""
     rng = np.random.default_rng(seed)
-    shapes = train_step.abstract_batch(c)
+    shapes = forward.abstract_batch(c)
     (b, r), captions = shapes.region_mask.shape, shapes.caption_mask.shape[1]
     h = c.input.negatives_per_region
     texts = captions + r * (1 + h)  # of an image

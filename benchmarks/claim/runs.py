@@ -35,7 +35,7 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
     from grain_jax import train as trainer
     from grain_jax.models.grain import GRAIN
     from grain_jax.runtime import checkpoint, metrics_file
-    from grain_jax.training import flops, optim, sharding, train_step
+    from grain_jax.training import flops, forward, optim, sharding, train_step
 
     trainer.keep_freed_memory()
     began = time.monotonic()
@@ -57,7 +57,7 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
         "flops_per_step": flops.matmul_flops(
             lambda p, b: train_step.loss_and_grads(model, resolved, None, p, b, None),
             state.params,
-            train_step.abstract_batch(resolved),
+            forward.abstract_batch(resolved),
         ),
     }
     for key in (key for key in lines[-1] if key.startswith("loss_") or key in MEANS):

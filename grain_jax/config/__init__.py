@@ -35,6 +35,7 @@ from grain_jax.config.fields import (
 )
 from grain_jax.config.parse import (
     ConfigError,
+    LocalEntry,
     evaluator_from_dict,
     from_dict,
     loss_term,
@@ -60,6 +61,7 @@ __all__ = [
     "Input",
     "LAYER_MAPS",
     "LOCAL_TERMS",
+    "LocalEntry",
     "Lora",
     "Loss",
     "Mesh",

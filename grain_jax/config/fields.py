@@ -41,13 +41,13 @@ LAYER_MAPS = {
     "attention/out": 2,  # heads and their width
     **dict.fromkeys(("mlp/in", "mlp/gate", "mlp/out"), 1),
 }
-# Local loss terms by name (losses/local.py), each a class of grain_jax/terms.
+# Local loss terms by name (losses/local.py).
 LOCAL_TERMS = {
-    "crop_distillation": "CropDistillation",
-    "masked_patches": "MaskedPatches",
-    "self_distillation": "SelfDistillation",
-    "teacher_similarity": "TeacherSimilarity",
-    "text_pooled": "TextPooled",
+    "crop_distillation": "grain_jax.terms.crop_distillation:CropDistillation",
+    "masked_patches": "grain_jax.terms.masked_patches:MaskedPatches",
+    "self_distillation": "grain_jax.terms.self_distillation:SelfDistillation",
+    "teacher_similarity": "grain_jax.terms.teacher_similarity:TeacherSimilarity",
+    "text_pooled": "grain_jax.terms.text_pooled:TextPooled",
 }
 TEACHERS = ("none", "ema", "checkpoint", "embeddings")
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
@@ -311,8 +311,12 @@ class Views:
     size: int = size(96)  # pixels of a local view, height = width
     min_area: float = key(0.05, low=1e-3, high=1)  # smallest share of the image in a local view
     max_area: float = key(0.4, low=1e-3, high=1)  # largest share of the image in a local view
-    global_min_area: float = key(1.0, low=1e-3, high=1)  # smallest share of the image in the global view
-    max_aspect: float = key(4 / 3, low=1, high=10)  # largest ratio of the sides of a view against the image
+    global_min_area: float = key(
+        1.0, low=1e-3, high=1
+    )  # smallest share of the image in the global view
+    max_aspect: float = key(
+        4 / 3, low=1, high=10
+    )  # largest ratio of the sides of a view against the image
     flip_rate: float = key(0.5, low=0, high=1)  # chance of a mirrored view
     brightness: float = key(0.4, low=0, high=1)  # largest change of the brightness, as a share
     contrast: float = key(0.4, low=0, high=1)  # largest change of the contrast, as a share

@@ -160,26 +160,37 @@ def _options_of(
     return cls()
 
 
+class LocalEntry(typing.NamedTuple):
+    """A local loss term (grain_jax/losses/local.py) as `loss.terms` names it."""
+
+    cls: Any  # a class that derives from losses.local.LocalTerm
+    options: Any  # an instance of its Options
+
+
 def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
-    """The function of an entry of `loss.terms`, with its options.
+    """The function of an entry of `loss.terms`, with its options; of a local term its class, a LocalEntry.
 
     Args:
       path: its key, for errors.
-      entry: `term`, `weight` and the options. The term is a function `term(shard, *, option: float = 1.0)`, or a
-        frozen dataclass with the options as fields and `__call__(self, shard)`.
+      entry: `term`, `weight` and the options. The term is a function `term(shard, *, option: float = 1.0)`, a frozen
+        dataclass with the options as fields and `__call__(self, shard)`, or a local term: a name of LOCAL_TERMS or a
+        class of a user that derives from losses.local.LocalTerm.
       table: terms by name, which `term` may name instead of `module:Name`.
 
     Raises:
       UserError: the term cannot be found, or an option is unknown, missing or of another type.
     """
-    target = named.find(f"{path}.term: loss term", entry["term"], table)
+    name = fields.LOCAL_TERMS.get(entry["term"], entry["term"])
+    target = named.find(f"{path}.term: loss term", name, {**fields.LOCAL_TERMS, **table})
     options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
+    if isinstance(target, type) and hasattr(target, "Options"):
+        return LocalEntry(target, _built(target.Options, options, path))
     if dataclasses.is_dataclass(target):
         return _built(target, options, path)
     if isinstance(target, type) or not callable(target):
         raise errors.UserError(
-            f"{path}.term: {entry['term']!r} is {target!r}, expected a function of a losses.Shard, or a frozen"
-            " dataclass with __call__(self, shard)"
+            f"{path}.term: {entry['term']!r} is {target!r}, expected a function of a losses.Shard, a frozen"
+            " dataclass with __call__(self, shard), or a class that derives from losses.local.LocalTerm"
         )
     options = vars(_built(_parameters_of(target, path), options, path))
     return functools.partial(target, **options) if options else target

@@ -30,6 +30,9 @@ class Field(NamedTuple):
 Images = Annotated[Array, Field()]
 LayersOfImages = Annotated[Array, Field(1)]
 Shared = Annotated[Array, Field(None)]
+OfTerms = Annotated[
+    Any, Field()
+]  # a tree, each array with an axis of its own (losses.local.axes_of)
 ModelInput = Annotated[Array, Field(for_losses=False)]
 
 # Pixels are normalised on the device with ImageNet's statistics (docs/method.md, Annotations).
@@ -79,6 +82,15 @@ class Outputs(NamedTuple):
     box_embed: Images = None
     # float32 [B, R, H, D], the negatives of the descriptions; None where the batch has none.
     negative_text_embed: Images = None
+    local: OfTerms = {}  # name -> losses.local.LocalOutput, of the local loss terms
+
+
+class Features(NamedTuple):
+    """What the model makes on the way to its Outputs; too large to be kept of a global batch."""
+
+    tokens: Array  # [B, N, E] of the image tower, after the last norm; [B, E] of a pooled one
+    hidden: Array | None  # [B, Q+1, E], the last layer of the decoder; None without one
+    text: Array  # [G, rows, L, E], every position of the rows, before the last norm; [G, rows, E] of a pooled tower
 
 
 def fields(of: type[Batch] | type[Outputs]) -> dict[str, Field]:

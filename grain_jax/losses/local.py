@@ -52,7 +52,9 @@ class Seen(NamedTuple):
 
     batch: schema.Batch  # all fields, also images, tokens and where texts lie
     tokens: Array  # [B, N, E] of the image tower, after the last norm
-    hidden: Array | None  # [B, Q+1, E] of the last layer of the decoder; the last query is that of the image
+    hidden: (
+        Array | None
+    )  # [B, Q+1, E] of the last layer of the decoder; the last query is that of the image
     text_features: Array  # [G, rows, L, E] of every text token, before the last norm; [G, rows, E] of a pooled tower
     outputs: schema.Outputs  # the embeddings, of unit length
     leading: int  # tokens that stand for no place in the image
@@ -103,10 +105,12 @@ class LocalTerm(nn.Module):
         """The sums of each image."""
         raise NotImplementedError
 
-    def across(self, shard: Shard, output: LocalOutput) -> TermOutput:
-        """Of a term with `is_global`: its loss over the global batch, inside `jax.shard_map`; it reads no parameters.
+    @staticmethod
+    def across(options: Any, shard: Shard, output: LocalOutput) -> TermOutput:
+        """Of a term with `is_global`: its loss over the global batch, inside `jax.shard_map`.
 
         Args:
+          options: of the term.
           shard: the images of one device.
           output: of these images; `handed`, `shared`, `loss` and `measures` are there.
         """
@@ -124,12 +128,12 @@ class LocalTerm(nn.Module):
         return dict(state)
 
 
-def of_shard(name: str, term: LocalTerm, shard: Shard) -> TermOutput:
+def of_shard(name: str, entry: config_lib.LocalEntry, shard: Shard) -> TermOutput:
     """A local term as a term of the table (losses/total.py): its sums, or `across`."""
     found: LocalOutput = shard.outputs.local[name]
     measures = {key: _mean(value) for key, value in found.measures.items()}
-    if term.is_global:
-        output = term.across(shard, found)
+    if entry.cls.is_global:
+        output = entry.cls.across(entry.options, shard, found)
         return TermOutput(output.loss, {**measures, **output.measures})
     return TermOutput(_mean(found.loss), measures)
 

@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from grain_jax import config as config_lib
 from grain_jax.config import Loss
 from grain_jax.core import errors, schema
-from grain_jax.losses import box_loss, contrastive
+from grain_jax.losses import box_loss, contrastive, local
 from grain_jax.losses.layout import Layout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Term, TermOutput, make_shard
 
@@ -78,6 +78,9 @@ TERMS = {
 }
 
 
+_FUNCTIONS = {name: term.function for name, term in TERMS.items()}
+
+
 def labels_of(metrics: Iterable[str]) -> dict[str, str]:
     """The losses among the names of metrics, in the order of the table, and what charts call them."""
     metrics = list(metrics)
@@ -92,6 +95,16 @@ class Losses(NamedTuple):
     total: Float[Array, ""]
     terms: dict[str, Float[Array, ""]]  # by name, without their weights
     measures: dict[str, Float[Array, "*n"]]  # further means of the terms, by name
+    statistics: Mapping[str, Any] = {}  # of local terms, by name: sums over the global batch
+
+
+def local_entries(config: Loss) -> dict[str, config_lib.LocalEntry]:
+    """The local terms of `loss.terms` by name. Raises UserError: as `terms_of`."""
+    found = {
+        name: config_lib.loss_term(f"loss.terms.{name}", entry, _FUNCTIONS)
+        for name, entry in config.terms.items()
+    }
+    return {name: x for name, x in found.items() if isinstance(x, config_lib.LocalEntry)}
 
 
 def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
@@ -104,9 +117,10 @@ def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
     found = [
         (term, weights[name]) for name, term in TERMS.items() if weights[name] or not term.optional
     ]
-    functions = {name: term.function for name, term in TERMS.items()}
     for name, entry in config.terms.items():
-        function = config_lib.loss_term(f"loss.terms.{name}", entry, functions)
+        function = config_lib.loss_term(f"loss.terms.{name}", entry, _FUNCTIONS)
+        if isinstance(function, config_lib.LocalEntry):
+            function = functools.partial(local.of_shard, name, function)
         found.append((LossTerm(name, function, name, name, f"{name}/"), float(entry["weight"])))
     return found
 
@@ -137,6 +151,9 @@ def total_loss(
     # What the losses do not read stays outside: images and tokens are large.
     unread = [name for name, field in schema.fields(schema.Batch).items() if not field.for_losses]
     batch = batch._replace(**dict.fromkeys(unread))
+    statistics = {name: output.statistics for name, output in outputs.local.items()}
+    of_terms = {name: output._replace(statistics={}) for name, output in outputs.local.items()}
+    outputs = outputs._replace(local=of_terms)
     loss_mesh = None
     axes = ("group", "ring", "gather")
     if mesh is not None:
@@ -149,19 +166,19 @@ def total_loss(
     if loss_mesh is None:
         found = of_shard(outputs, batch)
     else:
-        specs = {
-            name: PartitionSpec()
-            if field.image_axis is None
-            else PartitionSpec(*[None] * field.image_axis, axes)
-            for name, field in schema.fields(schema.Outputs).items()
-        }
+        specs = jax.tree.map(
+            lambda axis: (
+                PartitionSpec() if axis == local.SHARED else PartitionSpec(*[None] * axis, axes)
+            ),
+            local.axes_of(outputs),
+        )
         if devices.flat[0].platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.
             loss_mesh = loss_mesh.abstract_mesh
         found = jax.shard_map(
             of_shard,
             mesh=loss_mesh,
-            in_specs=(schema.Outputs(**specs), PartitionSpec(axes)),
+            in_specs=(specs, PartitionSpec(axes)),
             out_specs=PartitionSpec(axes),
             check_vma=False,
         )(outputs, batch)
@@ -173,7 +190,7 @@ def total_loss(
         for name, mean in found[term.name].measures.items()
     }
     total = functools.reduce(operator.add, (weight * values[term.name] for term, weight in terms))
-    return Losses(total, values, measures)
+    return Losses(total, values, measures, statistics)
 
 
 def _outputs_of_shard(

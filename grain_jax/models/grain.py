@@ -118,7 +118,10 @@ class GRAIN(nn.Module):
                 jnp.zeros((batch, 0, self.config.embed_dim)),
                 jnp.zeros((1, batch, 0, 4)),
             )
-        hidden = self.decoder(tokens, dropout_keys)
+        return self._of_queries(self.decoder(tokens, dropout_keys))
+
+    def _of_queries(self, hidden: jax.Array):
+        """Queries [T, B, Q+1, E] -> the results of `encode_image`."""
         image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
         region_embed = normalize(self.region_projection(hidden[-1, :, :-1]))
         if self.config.decoder.image_pool == "all":
@@ -167,8 +170,11 @@ class GRAIN(nn.Module):
 
     def text_features(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """Rows [G, rows, L] -> for each `at` ([B, ..., 2]) the projected features of its texts."""
+        return self._read_texts(self.text(tokens, positions, segments), tokens, segments, *at)
+
+    def _read_texts(self, features, tokens, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
+        """As `text_features`, from the features of every position."""
         config, tower = self.config.text, self.text
-        features = tower(tokens, positions, segments)
         row_is_text = tower.pooled or config.pool in ("map", "mean", "masked_mean")
         if row_is_text:
             if not tower.pooled:
@@ -203,24 +209,39 @@ class GRAIN(nn.Module):
         self, batch: schema.Batch, dropout_keys: jax.Array | None = None
     ) -> schema.Outputs:
         """A batch to its embeddings, boxes and logit scale; with `dropout_keys` [B] as in training."""
+        return self.outputs_and_features(batch, dropout_keys)[0]
+
+    def outputs_and_features(
+        self, batch: schema.Batch, dropout_keys: jax.Array | None = None
+    ) -> tuple[schema.Outputs, schema.Features]:
+        """As a call, and what the local loss terms see beside it (losses/local.py)."""
         tokens = self.image_tokens(batch.image)
-        image_embed, region_embed, boxes = self.embeddings(tokens, dropout_keys)
+        hidden = None
+        if self.config.decoder is None:
+            image_embed, region_embed, boxes = self.embeddings(tokens)
+        else:
+            hidden = self.decoder(tokens, dropout_keys)
+            image_embed, region_embed, boxes = self._of_queries(hidden)
         box_embed = None
         if self.config.boxes.kind != "none":
             centre, half = jnp.split(batch.region_boxes_cxcywh * np.array([1, 1, 0.5, 0.5]), 2, -1)
             corners = jnp.concatenate([centre - half, centre + half], axis=-1)
             box_embed = self.box_embeddings(tokens, corners)
         b, captions, _ = batch.caption_at.shape
-        text_embed, region_text_embed, *negative_text_embed = self.encode_text(
-            batch.text_tokens,
-            batch.text_positions,
-            batch.text_segments,
-            batch.caption_at.reshape(b * captions, 2),
-            batch.description_at,
-            *(() if batch.negative_at is None else (batch.negative_at,)),
+        text_features = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
+        text_embed, region_text_embed, *negative_text_embed = map(
+            normalize,
+            self._read_texts(
+                text_features,
+                batch.text_tokens,
+                batch.text_segments,
+                batch.caption_at.reshape(b * captions, 2),
+                batch.description_at,
+                *(() if batch.negative_at is None else (batch.negative_at,)),
+            ),
         )
         text_embed = text_embed.reshape(b, captions, -1)
-        return schema.Outputs(
+        outputs = schema.Outputs(
             image_embed=image_embed,
             text_embed=text_embed,
             region_embed=region_embed,
@@ -231,6 +252,14 @@ class GRAIN(nn.Module):
             box_embed=box_embed,
             negative_text_embed=negative_text_embed[0] if negative_text_embed else None,
         )
+        return outputs, schema.Features(
+            tokens, None if hidden is None else hidden[-1], text_features
+        )
+
+
+def leading_tokens(config: config_lib.Model) -> int:
+    """The tokens of the image tower that stand for no place in the image; they come first."""
+    return towers.image_tower(config.image).leading_tokens(config.image)
 
 
 def flat(params) -> dict:

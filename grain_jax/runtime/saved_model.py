@@ -161,4 +161,5 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
     params = files.read_arrays(folder / "state", only=which)[which]
     if digests.of_arrays(params) != record["state"][which]:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
+    params.pop("terms", None)  # of local loss terms: no part of the model
     return Stored(config.model, params, str(folder), config.optim.lora)

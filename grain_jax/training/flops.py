@@ -14,8 +14,9 @@ import jax
 
 from grain_jax import config as config_lib
 from grain_jax.config import Config
-from grain_jax.models import grain, lora
-from grain_jax.training import optim, sharding, train_step
+from grain_jax.models import grain
+from grain_jax.training import forward as forward_lib
+from grain_jax.training import sharding
 
 # Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
 # a chip; on TPU7x it is half a chip.
@@ -68,14 +69,15 @@ class PerImage(NamedTuple):
     text: float  # the text tower over the rows per image, and the projection of its texts
     decoder: float  # the region decoder, its projections and boxes, and the box head
     losses: float  # similarities
+    terms: float = 0.0  # local loss terms, with what they ask of the towers and of the teacher
     frozen: frozenset[str] = frozenset()  # those of the first three without a trained parameter
-    # With factors of LoRA: FLOPs of forward and backward pass of the first three, counted in both.
+    # With factors of LoRA or local terms: FLOPs of forward and backward pass of all but the losses, counted in both.
     counted: float | None = None
 
     @property
     def forward(self) -> float:
         """FLOPs of a forward pass."""
-        return self.image + self.text + self.decoder + self.losses
+        return self.image + self.text + self.decoder + self.losses + self.terms
 
     @property
     def train(self) -> float:
@@ -95,27 +97,24 @@ class PerImage(NamedTuple):
 
 
 def per_image(config: Config) -> PerImage:
-    """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass (with LoRA, of the backward
-    pass too).
+    """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass (with LoRA or local
+    terms, of the backward pass too).
 
     Attention counts masked pairs, and rows count their padding: both are computed. Those of the losses are a closed
-    formula, without the terms of `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
+    formula, without the terms of `loss.terms` (of local ones, without `across`) and the sums of `loss.hard_negative`, which are no matrix products.
     """
     # A kernel would be counted as what it says of itself.
     model = dataclasses.replace(config.model, attention="xla")
-    module, batch = grain.GRAIN(model, config.dtype), train_step.abstract_batch(config)
-    parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder"), 0.0)
-    params = sharding.unbox(jax.eval_shape(lambda: lora.init(module, config)))
-
-    def apply(params, batch):
-        params = optim.stop_frozen(params, config.frozen)
-        with lora.beside(config.optim.lora):
-            return module.apply({"params": params}, batch)
+    module, batch = grain.GRAIN(model, config.dtype), forward_lib.abstract_batch(config)
+    parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder", "terms"), 0.0)
+    forward = forward_lib.Forward(module, config)
+    params = sharding.unbox(jax.eval_shape(forward.init))
+    apply = lambda params, batch: forward(params, batch)
 
     for name, count in _by_module(jax.make_jaxpr(apply)(params, batch).jaxpr).items():
         parts[_part(name, model)] += count / config.batch_size
     counted = None
-    if config.optim.lora.rank:
+    if config.optim.lora.rank or forward.terms:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
         counted = matmul_flops(jax.grad(total), params, batch) / config.batch_size
     return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
@@ -150,6 +149,8 @@ def _part(module: str, model: config_lib.Model) -> str:
     """The field of PerImage that counts the products of a module, by its name in GRAIN; "" for a scalar."""
     if module in ("logit_scale", "logit_bias"):
         return ""
+    if module == forward_lib.TERMS:
+        return "terms"
     if module.startswith("text"):
         return "text"
     if module in ("box_head", "box_projection"):

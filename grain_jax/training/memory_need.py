@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
 from grain_jax.input_pipeline import derived, device
-from grain_jax.models import grain, lora
+from grain_jax.models import grain
+from grain_jax.training import forward as forward_lib
 from grain_jax.training import optim, sharding, train_step
 
 FLOAT = 4  # bytes
@@ -62,16 +63,13 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
     """
     config = dataclasses.replace(config, batch_size=images)
     model = grain.GRAIN(config.model, config.dtype, config.remat)
-    params = sharding.unbox(jax.eval_shape(lambda: lora.init(model, config)))
-    batch = train_step.abstract_batch(config)
+    forward = forward_lib.Forward(model, config)
+    params = sharding.unbox(jax.eval_shape(forward.init))
+    batch = forward_lib.abstract_batch(config)
     keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
 
     def residuals(params, batch, keys):
-        def apply(params):
-            params = optim.stop_frozen(params, config.frozen)
-            with lora.beside(config.optim.lora):
-                return model.apply({"params": params}, batch, keys)
-
+        apply = lambda params: forward(params, batch, keys)
         return jax.tree.leaves(jax.vjp(apply, params)[1])
 
     jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr

@@ -21,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
 from grain_jax.core import schema
-from grain_jax.models import lora, placement
+from grain_jax.losses import local
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
+from grain_jax.training import forward as forward_lib
 from grain_jax.training import optim, sharding
 
 MOST_QUERIES = 16  # up to so many queries, each has a metric
@@ -36,6 +37,7 @@ _MODULES = {
     "text_norm": "text",
     "text_pool": "text",
     "decoder": "decoder",
+    forward_lib.TERMS: "terms",
 }
 
 
@@ -49,38 +51,14 @@ class TrainState(NamedTuple):
     texts_dropped: Any  # int32 [], captions cut and descriptions dropped to fit rows, since step 0
     receipt: Any  # uint32 [2, 2], the chains over all batches so far (digests.extend)
     text_counts: Any  # uint32 [2], the sums of `Batch.text_counts` since step 0; modulo 2**32
-
-
-def abstract_batch(config: Config) -> schema.Batch:
-    """The shapes of the config's global Batch, as ShapeDtypeStructs."""
-    b, size = config.batch_size, config.model.image.image_size
-    captions, r = config.input.captions_per_image, config.input.max_regions
-    h = config.input.negatives_per_region
-    group, rows = config.text_layout
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    row = of(jnp.int32, b // group, rows, config.model.text.context_length)
-    return schema.Batch(
-        image=of(jnp.uint8, b, size, size, 3),
-        text_tokens=row,
-        text_positions=row,
-        text_segments=row,
-        caption_at=of(jnp.int32, b, captions, 2),
-        caption_id=of(jnp.int32, b, captions),
-        caption_mask=of(jnp.bool_, b, captions),
-        description_at=of(jnp.int32, b, r, 2),
-        description_id=of(jnp.int32, b, r),
-        region_boxes_cxcywh=of(jnp.float32, b, r, 4),
-        region_mask=of(jnp.bool_, b, r),
-        texts_dropped=of(jnp.int32, b // group),
-        text_counts=of(jnp.int32, b // group, 2),
-        negative_at=of(jnp.int32, b, r, h, 2) if h else None,
-        negative_mask=of(jnp.bool_, b, r, h) if h else None,
-    )
+    teacher: Any = {}  # parameters of the teacher; {} without one
+    term_state: Any = {}  # of local loss terms, by name
 
 
 def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -> TrainState:
     """A fresh TrainState from the config's seed, parameters boxed with their logical axes."""
-    params = lora.init(model, config)
+    forward = forward_lib.Forward(model, config)
+    params = forward.init()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -89,6 +67,7 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         texts_dropped=jnp.zeros((), jnp.int32),
         receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
         text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
+        term_state=forward.initial_state(),
     )
 
 
@@ -98,7 +77,15 @@ def dropout_keys(seed: int, step, index):
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batch, keys):
+def loss_and_grads(
+    model: GRAIN,
+    config: Config,
+    mesh: Mesh | None,
+    params,
+    batch,
+    keys,
+    given: forward_lib.Given | None = None,
+):
     """The losses of a batch and the gradient of their total.
 
     Args:
@@ -108,15 +95,14 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
       params: parameter tree.
       batch: global Batch.
       keys: dropout keys [B], or None.
+      given: to the local loss terms.
 
     Returns:
       (losses.Losses, gradients like `params`).
     """
 
-    def apply(params, batch, keys) -> Any:
-        params = optim.stop_frozen(params, config.frozen)
-        with placement.on(mesh, sharding.BATCH_AXES), lora.beside(config.optim.lora):
-            return model.apply({"params": params}, batch, keys)
+    forward = forward_lib.Forward(model, config, mesh)
+    apply = lambda params, batch, keys: forward(params, batch, keys, given)
 
     loss_of = functools.partial(
         losses_lib.total_loss,
@@ -155,31 +141,32 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
         return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
 
-    image_axis = [field.image_axis for field in schema.fields(schema.Outputs).values()]
     cut_batch = jax.tree.map(cut, batch)
     cut_keys = None if keys is None else cut(keys)
 
-    def of_fields(outputs, with_images, without):
-        """Outputs, the one function called with an array and its axis of images, the other where it has none."""
-        return schema.Outputs(
-            *(
-                x if x is None else without(x) if axis is None else with_images(x, axis)
-                for x, axis in zip(outputs, image_axis)
-            )
-        )
-
-    def forward(_, part):
+    def of_part(_, part):
         return None, apply(params, *part)
 
-    _, stacked = jax.lax.scan(forward, None, (cut_batch, cut_keys))
-    cotangents, found = jax.grad(total, has_aux=True)(of_fields(stacked, join, lambda x: x[0]))
-    # Scale and bias are the same in each part, so their cotangents go back through the first part only.
+    _, stacked = jax.lax.scan(of_part, None, (cut_batch, cut_keys))
+    axes = local.axes_of(stacked)
+
+    def whole_of(axis, x):
+        if axis == local.SUMMED:
+            return x.sum(0)
+        return x[0] if axis == local.SHARED else join(x, axis)
+
+    cotangents, found = jax.grad(total, has_aux=True)(jax.tree.map(whole_of, axes, stacked))
     first = jnp.arange(parts) == 0
-    cut_cotangents = of_fields(
-        cotangents,
-        lambda c, axis: jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1),
-        lambda c: jnp.where(first, c, 0),
-    )
+
+    def cut_of(axis, c):
+        if axis == local.SUMMED:
+            return jnp.broadcast_to(c, (parts, *c.shape))
+        if axis == local.SHARED:
+            # Scale and bias are the same in each part, so their cotangents go back through the first part only.
+            return jnp.where(first.reshape(-1, *[1] * c.ndim), c, 0)
+        return jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1)
+
+    cut_cotangents = jax.tree.map(cut_of, axes, cotangents)
 
     def backward(grads, part):
         *inputs, cotangent = part
@@ -227,12 +214,19 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh | None = None,
+    *,
+    total_steps: int = 1,
 ):
-    """The function (state, batch) -> (state, metrics) that the trainer compiles."""
+    """The function (state, batch) -> (state, metrics) that the trainer compiles, of a run of so many steps."""
+    forward = forward_lib.Forward(model, config, mesh)
 
     def train_step(state: TrainState, batch: schema.Batch):
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
-        losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
+        given = None
+        if forward.terms:
+            share = state.step.astype(jnp.float32) / total_steps
+            given = forward_lib.Given(state.teacher, state.term_state, share)
+        losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys, given)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = optim.clip_logit_scale(params, config.frozen)
@@ -254,7 +248,9 @@ def make_train_step(
         }
         receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
         step = state.step + 1
-        return TrainState(step, params, opt_state, ema, dropped, receipt, text_counts), metrics
+        after = TrainState(step, params, opt_state, ema, dropped, receipt, text_counts)
+        term_state = forward.update_state(state.term_state, losses.statistics)
+        return after._replace(teacher=state.teacher, term_state=term_state), metrics
 
     return train_step
 
@@ -278,6 +274,8 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     """
     sharding.check_batch(config, mesh)
     model = GRAIN(config.model, config.dtype, config.remat)
+    images = config.batch_size // (sharding.batch_shards(mesh) * config.microbatches)
+    forward_lib.Forward(model, config).check(images)
     schedule = optim.learning_rate(
         config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
@@ -286,10 +284,12 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
     batch_sharding = sharding.batch_sharding(mesh)
     step = jax.jit(
-        make_train_step(model, config, tx, schedule, mesh),
+        make_train_step(model, config, tx, schedule, mesh, total_steps=total_steps),
         in_shardings=(shardings, batch_sharding),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
     fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
-    return Program(state, shardings, abstract_batch(config), batch_sharding, fresh, step)
+    return Program(
+        state, shardings, forward_lib.abstract_batch(config), batch_sharding, fresh, step
+    )

@@ -19,7 +19,7 @@ from grain_jax.core import errors, progress
 from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
 from grain_jax.losses import hops
 from grain_jax.models import grain
-from grain_jax.training import flops, memory_need, sharding, train_step
+from grain_jax.training import flops, forward, memory_need, sharding, train_step
 from tests import tiny
 
 needs_libtpu = pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_plan_of_a_compiled_step(planned):
     kinds = memory["arguments"]
     assert kinds["parameters"] == size
     assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
-    batch = train_step.abstract_batch(config)
+    batch = forward.abstract_batch(config)
     assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // 8
     # Adam's and the schedule's; step, texts_dropped, receipt, text_counts.
     counts = 2 * 4 + 2 * 4 + 16 + 8

@@ -12,7 +12,7 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe as recipes
 from grain_jax.input_pipeline import derived
 from grain_jax.models.grain import GRAIN
-from grain_jax.training import flops, optim, train_step
+from grain_jax.training import flops, forward, optim, train_step
 from tests import tiny
 
 
@@ -38,7 +38,7 @@ def one_group(**overrides) -> config_lib.Config:
 def shapes(config):
     """(the config's model, shapes of its parameters, shapes of its batch)."""
     model = GRAIN(config.model, config.dtype, config.remat)
-    batch = train_step.abstract_batch(config)
+    batch = forward.abstract_batch(config)
     return model, nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"], batch
 
 

@@ -15,7 +15,7 @@ from grain_jax import inference
 from grain_jax.core import errors, low_rank
 from grain_jax.inference.inputs import InputError
 from grain_jax.models import grain, layers, lora
-from grain_jax.training import flops, memory_need, optim, sharding, train_step
+from grain_jax.training import flops, forward, memory_need, optim, sharding, train_step
 from tests import tiny
 
 RANK, ALPHA = 4, 6.0
@@ -252,7 +252,7 @@ def test_no_gradient_of_a_matrix_is_computed_and_no_product_of_the_factors(more)
     matrices = {(48, 80), (4, 12, 48), (40, 72), (4, 10, 40), (48, 192), (40, 128)}
 
     def made(c):
-        model, batch = _model(c), train_step.abstract_batch(c)
+        model, batch = _model(c), forward.abstract_batch(c)
         params = sharding.unbox(jax.eval_shape(lambda: lora.init(model, c)))
         step = lambda p, b: train_step.loss_and_grads(model, c, None, p, b, None)
         return set(_products(jax.make_jaxpr(step)(params, batch).jaxpr))

@@ -1,0 +1,201 @@
+"""The forward pass of a training step: the model and its local loss terms, on the images of a micro-batch.
+
+The step, the plan's memory and the count of FLOPs all trace this one function. Without local terms it is a call of the
+model.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grain_jax import config as config_lib
+from grain_jax.config import Config
+from grain_jax.core import errors, schema
+from grain_jax.losses import local, total
+from grain_jax.models import grain, lora, placement
+from grain_jax.training import optim, sharding
+
+TERMS = "terms"  # the top level of the parameter tree below which terms have theirs
+
+
+class Given(NamedTuple):
+    """What a step gives the terms beside parameters and batch; no gradient is taken of it."""
+
+    teacher: Any  # `TrainState.teacher`
+    state: Mapping[str, Any]  # `TrainState.term_state`
+    share: Any  # float32 [], the step divided by the length of the run
+
+
+def abstract_batch(config: Config) -> schema.Batch:
+    """The shapes of the config's global Batch, as ShapeDtypeStructs."""
+    b, size = config.batch_size, config.model.image.image_size
+    captions, r = config.input.captions_per_image, config.input.max_regions
+    h = config.input.negatives_per_region
+    group, rows = config.text_layout
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    row = of(jnp.int32, b // group, rows, config.model.text.context_length)
+    return schema.Batch(
+        image=of(jnp.uint8, b, size, size, 3),
+        text_tokens=row,
+        text_positions=row,
+        text_segments=row,
+        caption_at=of(jnp.int32, b, captions, 2),
+        caption_id=of(jnp.int32, b, captions),
+        caption_mask=of(jnp.bool_, b, captions),
+        description_at=of(jnp.int32, b, r, 2),
+        description_id=of(jnp.int32, b, r),
+        region_boxes_cxcywh=of(jnp.float32, b, r, 4),
+        region_mask=of(jnp.bool_, b, r),
+        texts_dropped=of(jnp.int32, b // group),
+        text_counts=of(jnp.int32, b // group, 2),
+        negative_at=of(jnp.int32, b, r, h, 2) if h else None,
+        negative_mask=of(jnp.bool_, b, r, h) if h else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The forward pass of a run.
+
+    Attributes:
+      model: the GRAIN module.
+      config: of the run.
+      mesh: that the activations lie on, or None on one device.
+    """
+
+    model: grain.GRAIN
+    config: Config
+    mesh: Mesh | None = None
+
+    @functools.cached_property
+    def terms(self) -> dict[str, local.LocalTerm]:
+        """The local terms of the run by name. Raises UserError: one cannot be found, or misses something in this run."""
+        found, faults = {}, []
+        for name, entry in total.local_entries(self.config.loss).items():
+            faults += [
+                f"loss.terms.{name}: {x}" for x in entry.cls.faults(entry.options, self.config)
+            ]
+            found[name] = entry.cls(entry.options, self.config.model, dtype=self.config.dtype)
+        if faults:
+            raise errors.UserError("\n".join(faults))
+        return found
+
+    def check(self, images: int) -> None:
+        """Whether a micro-batch of so many images a device has whole groups of every term. Raises UserError."""
+        for name, term in self.terms.items():
+            group = term.group(term.options)
+            if images % group:
+                good = config_lib.divisors(images)
+                raise errors.UserError(
+                    f"loss.terms.{name}.group: got {group}, expected a divisor of the {images} images of a device's"
+                    f" micro-batch: {', '.join(map(str, good))}"
+                )
+
+    def init(self) -> Any:
+        """The parameters of the run at step 0, from its seed, boxed with their logical axes; those of terms below TERMS."""
+        params = lora.init(self.model, self.config)
+        if not self.terms:
+            return params
+        key, of_terms = jax.random.key(self.config.seed), {}
+        for name, term in self.terms.items():
+            own = jax.random.fold_in(key, zlib.crc32(f"{TERMS}/{name}".encode()))
+            # What a parameter is does not depend on what the term sees.
+            seen = functools.partial(self._seen_at_init, sharding.unbox(params), name)
+            of_terms[name] = term.init(own, seen()).get("params", {})
+        return {**params, TERMS: {name: tree for name, tree in of_terms.items() if tree}}
+
+    def initial_state(self) -> dict[str, Any]:
+        """`TrainState.term_state` of step 0, boxed."""
+        found = {name: term.initial_state() for name, term in self.terms.items()}
+        box = lambda x: nn.Partitioned(jnp.asarray(x, jnp.float32), (None,) * jnp.ndim(x))
+        return {name: jax.tree.map(box, state) for name, state in found.items() if state}
+
+    def update_state(self, state: Mapping[str, Any], statistics: Mapping[str, Any]):
+        """`TrainState.term_state` after a step, from the statistics of the global batch."""
+        return {name: self.terms[name].update(state[name], statistics[name]) for name in state}
+
+    def __call__(
+        self,
+        params: Any,
+        batch: schema.Batch,
+        keys: jax.Array | None = None,
+        given: Given | None = None,
+    ) -> schema.Outputs:
+        """The outputs for the images of a micro-batch.
+
+        Args:
+          params: parameter tree.
+          batch: of the images.
+          keys: PRNG keys [B], or None: no dropout.
+          given: None: no teacher, the terms' state of step 0.
+        """
+        params = optim.stop_frozen(params, self.config.frozen)
+        with placement.on(self.mesh, sharding.BATCH_AXES), lora.beside(self.config.optim.lora):
+            if not self.terms:
+                return self.model.apply({"params": params}, batch, keys)  # type: ignore[return-value]
+            return self._with_terms(params, batch, keys, given)
+
+    def _with_terms(self, params, batch, keys, given) -> schema.Outputs:
+        of_terms = params.get(TERMS, {})
+        of_model = {name: tree for name, tree in params.items() if name != TERMS}
+        apply = functools.partial(_apply, self.model, of_model)
+        outputs, features = apply("outputs_and_features", batch, keys)
+        if given is None:
+            given = Given({}, sharding.unbox(self.initial_state()), jnp.zeros(()))
+        if keys is None:
+            keys = jax.vmap(jax.random.key)(jnp.zeros(batch.image.shape[0], jnp.uint32))
+        found = {}
+        for name, term in self.terms.items():
+            seen = self._seen(name, batch, outputs, features, keys, apply, given)
+            with jax.named_scope(TERMS), jax.named_scope(name):
+                output = term.apply({"params": of_terms.get(name, {})}, seen)
+                stop = jax.lax.stop_gradient
+                found[name] = output._replace(
+                    measures=stop(output.measures), statistics=stop(output.statistics)
+                )
+        return outputs._replace(local=found)
+
+    def _seen(self, name, batch, outputs, features, keys, apply, given: Given) -> local.Seen:
+        fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+        return local.Seen(
+            batch=batch,
+            tokens=features.tokens,
+            hidden=features.hidden,
+            text_features=features.text,
+            outputs=outputs,
+            leading=grain.leading_tokens(self.config.model),
+            keys=fold(keys, zlib.crc32(name.encode())),
+            student=apply,
+            teacher=None,
+            views=None,
+            state=given.state.get(name, {}),
+            share=given.share,
+        )
+
+    def _seen_at_init(self, params, name) -> local.Seen:
+        """What a term sees of one packing group of zeros."""
+        group = self.terms[name].group(self.terms[name].options)
+        images = group * self.config.text_layout[0]
+        small = dataclasses.replace(self.config, batch_size=images)
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_batch(small))
+        apply = functools.partial(_apply, self.model, params)
+        outputs, features = apply("outputs_and_features", batch)
+        keys = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
+        given = Given({}, sharding.unbox(self.initial_state()), jnp.zeros(()))
+        return self._seen(name, batch, outputs, features, keys, apply, given)
+
+
+def _apply(model: grain.GRAIN, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    return model.apply({"params": params}, *args, method=method, **kwargs)
+
+
+def without_terms(params: Any) -> Any:
+    """The parameters of the model alone, as evaluations and exports take them."""
+    return {name: tree for name, tree in params.items() if name != TERMS}

@@ -1,0 +1,197 @@
+"""Local loss terms: exact under micro-batches and on every mesh, with parameters, state and what they hand on."""
+
+import dataclasses
+import functools
+import zlib
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax.core import errors
+from grain_jax.losses import local
+from grain_jax.losses.shard import Mean, TermOutput
+from grain_jax.models import grain, layers
+from grain_jax.training import flops, forward, sharding, train_step
+from tests import tiny
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Keys of the term."""
+
+    factor: float = 2.0
+    group: int = 1
+
+
+class Smooth(local.LocalTerm):
+    """Patches through a map of its own, against their neighbours; a centre in its state."""
+
+    Options: ClassVar[type] = Options
+
+    @classmethod
+    def group(cls, options):
+        return options.group
+
+    def setup(self):
+        self.map = layers.dense(
+            4, ("width",), ("vector",), dtype=jnp.float32, kernel_init=layers.normal(0.2)
+        )
+
+    def initial_state(self):
+        return {"centre": jnp.zeros(4)}
+
+    def update(self, state, statistics):
+        return {"centre": 0.5 * state["centre"] + 0.5 * statistics["sum"] / statistics["count"]}
+
+    def __call__(self, seen):
+        patches = self.map(seen.tokens[:, seen.leading :].astype(jnp.float32))
+        noise = jax.vmap(lambda key: jax.random.normal(key, (4,)))(seen.keys)
+        centred = patches - seen.state["centre"] + 0.1 * noise[:, None]
+        other = seen.student("image_tokens", seen.batch.image[:, ::-1])
+        loss = self.options.factor * jnp.square(centred).sum((1, 2)) + other.mean((1, 2))
+        of_groups = seen.text_features.mean((1, 2, 3))
+        loss = loss + jnp.repeat(of_groups, len(loss) // len(of_groups))
+        count = 1.0 + seen.batch.caption_id[:, 0] % 3
+        return local.LocalOutput(
+            local.PerImage(loss * count, count),
+            {"norm": local.PerImage(jnp.abs(patches).mean((1, 2)), jnp.ones(len(loss)))},
+            handed={"patch": patches[:, 0]},
+            shared={"bias": self.map.variables["params"]["bias"]},
+            statistics={"sum": patches.mean(1).sum(0), "count": jnp.float32(len(loss))},
+        )
+
+
+class Across(Smooth):
+    """The global term: what was handed on against the embedding of the image."""
+
+    is_global: ClassVar[bool] = True
+
+    @staticmethod
+    def across(options, shard, output):
+        x = output.handed["patch"] + output.shared["bias"]
+        value = jnp.square(x.sum(-1) + shard.outputs.image_embed.sum(-1))
+        return TermOutput(Mean(value.sum(), jnp.float32(len(value))), {})
+
+
+def config(mesh=(1, 1, 1), **changes):
+    c = tiny.dictionary(**dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh)), **changes)
+    for name, weight in (("Smooth", 0.3), ("Across", 0.7)):
+        entry = {"term": f"{__name__}:{name}", "weight": weight, "factor": 1.5}
+        c.loss.terms[name.lower()] = entry
+    return config_lib.from_dict(c)
+
+
+@functools.cache
+def run(mesh=(1, 1, 1), **changes):
+    """(metrics of two steps, the state after them, the gradient of the first)."""
+    c = config(mesh, optim__clip_norm=0.0, ema_decay=0.9, **changes)
+    devices = sharding.make_mesh(c.mesh, jax.devices()[: int(np.prod(mesh))])
+    program = train_step.build(c, devices, total_steps=c.total_steps, steps_per_epoch=1)
+    state = jax.device_put(tiny.state(program), program.shardings)
+    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
+    metrics, gradient = [], None
+    for _ in range(2):
+        state, found = program.step(state, batch)
+        metrics.append(jax.tree.map(float, found))
+        if gradient is None:
+            gradient = jax.tree.map(
+                lambda m: np.asarray(m) / (1 - c.optim.b1), state.opt_state[1].mu
+            )
+    return metrics, jax.device_get(state), gradient
+
+
+@pytest.mark.parametrize(
+    "mesh,changes",
+    [
+        ((1, 1, 1), {"microbatches": 2}),
+        ((1, 1, 1), {"microbatches": 4}),
+        ((2, 1, 1), {}),
+        ((2, 2, 2), {"microbatches": 2, "remat": "full"}),
+    ],
+)
+def test_meshes_and_micro_batches_change_nothing(mesh, changes):
+    expected, state, gradient = run()
+    metrics, other, other_gradient = run(mesh, **changes)
+    for a, b in zip(expected, metrics, strict=True):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
+    for name, a in grain.flat(gradient).items():
+        b = grain.flat(other_gradient)[name]
+        assert np.abs(a - b).max() / max(np.abs(a).max(), 1e-2) < 2e-5, name
+    for a, b in zip(jax.tree.leaves(state.term_state), jax.tree.leaves(other.term_state)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_the_global_batch():
+    """The sums and the loss by hand, from one call of the model on the whole batch."""
+    c = config()
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
+    program = train_step.build(c, mesh, total_steps=c.total_steps, steps_per_epoch=1)
+    state, batch = tiny.state(program), tiny.batch(c)
+    (metrics, _), after, _ = run()
+    model = grain.GRAIN(c.model)
+    of_model = {"params": forward.without_terms(state.params)}
+    _, features = model.apply(of_model, batch, None, method="outputs_and_features")
+    own = state.params["terms"]["smooth"]["map"]
+    patches = features.tokens[:, 1:] @ own["kernel"] + own["bias"]
+    keys = train_step.dropout_keys(c.seed, 0, jnp.arange(c.batch_size))
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(b"smooth")))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys)
+    other = model.apply(of_model, batch.image[:, ::-1], method="image_tokens").mean((1, 2))
+    texts = jnp.repeat(features.text.mean((1, 2, 3)), 2)
+    loss = 1.5 * jnp.square(patches + 0.1 * noise[:, None]).sum((1, 2)) + other + texts
+    count = 1 + batch.caption_id[:, 0] % 3
+    np.testing.assert_allclose(metrics["loss_smooth"], np.average(loss, weights=count), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["smooth/norm"], jnp.abs(patches).mean((1, 2)).mean(), rtol=1e-5
+    )
+    weights = {"image_caption": 1, "box": 1, "region_description": 1, "smooth": 0.3, "across": 0.7}
+    total = sum(weight * metrics[f"loss_{name}"] for name, weight in weights.items())
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+    own = state.params["terms"]["across"]["map"]
+    handed = (features.tokens[:, 1] @ own["kernel"] + 2 * own["bias"]).sum(-1)
+    keys = train_step.dropout_keys(c.seed, 0, jnp.arange(c.batch_size))
+    image_embed = model.apply(of_model, batch, keys).image_embed  # with the dropout of the step
+    across = jnp.square(handed + image_embed.sum(-1)).mean()
+    np.testing.assert_allclose(metrics["loss_across"], across, rtol=1e-5)
+    # Each of two steps of the same batch moves the centre half of the way to the mean of that step.
+    assert set(after.term_state) == {"smooth", "across"}
+    assert np.abs(after.term_state["smooth"]["centre"]).max() > 1e-3
+
+
+def test_parameters_of_terms_are_sharded_averaged_and_counted():
+    _, state, gradient = run()
+    for tree in (state.params, state.ema_params, gradient):
+        assert set(tree["terms"]) == {"smooth", "across"}
+        assert set(tree["terms"]["smooth"]["map"]) == {"kernel", "bias"}
+    assert np.abs(gradient["terms"]["across"]["map"]["bias"]).max() > 0
+    shapes = forward.Forward(grain.GRAIN(config().model), config()).init
+    boxed = jax.eval_shape(shapes)["terms"]["smooth"]["map"]["kernel"]
+    assert boxed.names == ("width", "vector")
+    with_terms, without = (flops.per_image(c) for c in (config(), tiny.config()))
+    assert with_terms.image == without.image and with_terms.terms > without.image  # a second view
+    assert with_terms.train > without.train + 2 * with_terms.terms
+
+
+def test_a_fresh_state_does_not_depend_on_the_terms():
+    """Parameters of the model are those of a run without terms; those of a term depend on its name alone."""
+    c, plain = config(), tiny.config()
+    with_terms, without = (
+        jax.jit(forward.Forward(grain.GRAIN(x.model), x).init)() for x in (c, plain)
+    )
+    jax.tree.map(np.testing.assert_array_equal, forward.without_terms(with_terms), dict(without))
+    kernel = sharding.unbox(with_terms)["terms"]["smooth"]["map"]["kernel"]
+    assert 0.1 < np.std(kernel) < 0.3
+
+
+def test_a_group_must_divide_the_images_of_a_device():
+    c = tiny.dictionary(microbatches=2)
+    c.loss.terms.smooth = {"term": f"{__name__}:Smooth", "weight": 1.0, "group": 16}
+    c = config_lib.from_dict(c)
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
+    with pytest.raises(errors.UserError, match="smooth.group: got 16, expected a divisor of the 8"):
+        train_step.build(c, mesh, total_steps=4, steps_per_epoch=1)
