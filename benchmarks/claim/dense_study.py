@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Mapping
 
 from benchmarks.claim import (
+    data,
     dense,
     dense_data,
     dense_plan,
     dense_report,
-    data,
     design,
     results,
     runs,
