@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.claim import design
 from grain_jax.config import recipe
+from grain_jax.data.aviary import masks
 
 DESIGN = 4
 SEEDS = (0, 1, 2)
@@ -160,39 +161,34 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
     if regions:
         evals["grounding"] = ("grounding", annotated("unseen_test.jsonl"))
     if run.data == MAIN and base != CLIP:
-        evals |= _segmentations(views, regions)
+        templates = str(main / masks.FOLDER / masks.TEMPLATES)
+        segmentations = _segmentations(views, regions)
+        evals |= {
+            name: ("segmentation", options | dict(templates=templates))
+            for name, options in segmentations.items()
+        }
     return evals
 
 
-def _segmentations(views, regions) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The part of each pixel that shows one, by the phrases of parts: of patches, of regions, of both; and its look.
+def _segmentations(views, regions) -> dict[str, dict[str, Any]]:
+    """The part of each pixel that shows one, by patches, by regions and by both; and its look.
 
     The patches of a decoder without a box head lie in no space of texts, so CLIP has none of them.
     """
     alone = dict(
         ignore=0, background_threshold=0.0
     )  # background does not count, and no pixel gets it
-
-    def parts(group: str, by: str, options: dict[str, Any] = alone) -> tuple[str, dict[str, Any]]:
-        images = str(views / f"{group}_masks")
-        return "segmentation", {"images": images, **_prompts(views), "by": by, **options}
-
+    parts = lambda group, by: dict(images=str(views / f"{group}_masks"), by=by)
     of_looks = views / "unseen_test_masks"
-    looks = dict(
-        images=of_looks / "images", masks=of_looks / "looks", classes=of_looks / "looks.txt"
-    )
-    looks = {key: str(path) for key, path in looks.items()}
+    looks = dict(images="images", masks="looks", classes="looks.txt")
+    looks = {key: str(of_looks / name) for key, name in looks.items()}
     evals = {
-        "parts_validation": parts("unseen_validation", "patches"),
-        "parts": parts("unseen_test", "patches"),
-        "parts_seen": parts("seen_test", "patches"),
-        "parts_background": parts("unseen_test", "patches", dict(background_threshold=0.8)),
-        "looks": ("segmentation", {**looks, **_prompts(views), "by": "patches", **alone}),
+        "parts_validation": parts("unseen_validation", "patches") | alone,
+        "parts": parts("unseen_test", "patches") | alone,
+        "parts_seen": parts("seen_test", "patches") | alone,
+        "parts_background": parts("unseen_test", "patches") | dict(background_threshold=0.8),
+        "looks": looks | dict(by="patches") | alone,
     }
     if regions:
-        evals |= {f"parts_{by}": parts("unseen_test", by) for by in ("regions", "both")}
+        evals |= {f"parts_{by}": parts("unseen_test", by) | alone for by in ("regions", "both")}
     return evals
-
-
-def _prompts(views) -> dict[str, str]:
-    return {"templates": str(views / "templates.txt")}

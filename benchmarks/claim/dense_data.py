@@ -8,7 +8,7 @@ from grain_jax.data.aviary import generate, masks
 from grain_jax.data.aviary.arguments import Aviary
 from grain_jax.data.aviary.species import species_of
 
-TEMPLATES = "templates.txt"
+DIVIDED = "divided"  # an empty file, written when the test images are divided
 
 
 def prepare(name: str, clothes: pathlib.Path | None, work: pathlib.Path) -> pathlib.Path:
@@ -35,10 +35,9 @@ def prepare(name: str, clothes: pathlib.Path | None, work: pathlib.Path) -> path
 def divide_tests(main: pathlib.Path, views: pathlib.Path) -> None:
     """Divides the test images of an aviary in two: those of unseen species as `data.make_views` does, others in turn.
 
-    Writes both_SPLIT.jsonl, unseen_SPLIT.jsonl and templates.txt, unless that is there, and links GROUP_SPLIT_masks,
-    folders for `evaluate segmentation`.
+    Writes both_SPLIT.jsonl and unseen_SPLIT.jsonl, and links GROUP_SPLIT_masks, folders for `evaluate segmentation`.
     """
-    if (views / TEMPLATES).exists():
+    if (views / DIVIDED).exists():
         return
     halves = halves_of(main)
     lines = (main / "test" / "A.jsonl").read_text().splitlines(keepends=True)
@@ -52,7 +51,7 @@ def divide_tests(main: pathlib.Path, views: pathlib.Path) -> None:
         seen, unseen = (of_half.get((group, split), []) for group in masks.GROUPS)
         (views / f"both_{split}.jsonl").write_text("".join([*seen, *unseen]))
         (views / f"unseen_{split}.jsonl").write_text("".join(unseen))
-    (views / TEMPLATES).write_text("{}\n")  # descriptions as they are
+    (views / DIVIDED).touch()
 
 
 def halves_of(main: pathlib.Path) -> dict[str, tuple[str, str]]:

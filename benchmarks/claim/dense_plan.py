@@ -67,7 +67,7 @@ def plan(found: Results, *, steps: int, clothes: bool) -> dict[str, list[design.
     ours = found.get(dense.run_of(pairs[0], dense.SEEDS[0], steps).name)
     if ours is None:
         return studies
-    arms = [dense.CONTROL, dense.CLIP, *alone, *pairs]
+    arms = [dense.CONTROL, dense.CLIP, *alone, pairs[0], pairs[1]]
     studies["equal FLOPs"] = [
         dense.run_of(arm, seed, _fair(found, arm, steps, ours["flops_per_step"]))
         for seed in dense.SEEDS

@@ -30,6 +30,7 @@ CLASSES = {
     "looks": ("background", *(trait.phrase for trait in _LOOKS)),
 }
 FILES = {"masks": "classes.txt", "looks": "looks.txt"}
+TEMPLATES = "templates.txt"  # the prompt for all of them: the phrase alone, as the texts of the data set have it
 _README = """# Label images of the test images
 
 `seen/` and `unseen/` hold the test images of these species, each with
@@ -41,7 +42,8 @@ _README = """# Label images of the test images
 | `looks/`, `looks.txt` | which of 101 looks it shows; the phrases that describe them |
 
 A label image is a PNG of 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no part. A list
-of classes has a class a line, the first with number 0; commas stand between names of one class.
+of classes has a class a line, the first with number 0; commas stand between names of one class. `templates.txt` is the
+prompt for them, the name alone.
 """
 
 
@@ -55,13 +57,14 @@ def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
 
 
 def begin(output: epath.Path) -> None:
-    """Makes the folders and the lists of classes, below the data set `output`."""
+    """Makes the folders, the lists of classes and the prompt, below the data set `output`."""
     for group in GROUPS:
         folder = output / FOLDER / group
         for part in ("images", *CLASSES):
             (folder / part).mkdir(parents=True, exist_ok=True)
         for kind, names in CLASSES.items():
             (folder / FILES[kind]).write_text("".join(name + "\n" for name in names))
+    (output / FOLDER / TEMPLATES).write_text("{}\n")
 
 
 def save(
