@@ -88,7 +88,7 @@ def test_terms_over_the_batch_and_over_groups(devices, group_size):
         ("distance", {}, "loss.terms.mine.power: missing; it has no default"),
         ("distance", {"power": 1.5}, "loss.terms.mine.power: got 1.5, expected int"),
         ("not_keyword", {}, "it has the parameter power: int = 1, expected (shard, *, option: type"),
-        ("ROOT", {}, "expected a function of a losses.Shard, or a frozen dataclass"),
+        ("ROOT", {}, "expected a function of a losses.Shard, a frozen dataclass"),
     ],
 )  # fmt: skip
 def test_a_term_that_cannot_be_built_is_one_line(name, options, fault):
