@@ -145,7 +145,8 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
     regions = base == CONTROL
     described = dict(names=False, descriptions=str(main / "unseen.json"))
     sentence = dict(names=False, descriptions=str(views / "sentences.json"))
-    evals = {"seen_test": ("zeroshot", dict(images=str(views / "seen_test"), alphas=(1.0,)))}
+    seen = dict(images=str(views / "seen_test"), alphas=(1.0,))
+    evals: dict[str, tuple[str, dict[str, Any]]] = {"seen_test": ("zeroshot", seen)}
     for split in SPLITS:
         unseen = dict(images=str(views / f"unseen_{split}"))
         alphas = (1.0, 0.5) if regions and split == "test" else (1.0,)
