@@ -17,9 +17,11 @@ from benchmarks.claim import (
     design,
     results,
 )
+from grain_jax import config as config_lib
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
 from grain_jax.data.aviary.species import species_of
+from grain_jax.losses import total as losses
 
 PAIR = ("masked_patches", "crop_distillation")
 
@@ -88,6 +90,26 @@ def test_all_runs_of_a_seed_differ_in_their_settings():
     assert len(found) == 3 * len(arms)
     used = design.AVIARY["seed"], 29, 100, 0  # design 3, regions, pilots, the demo
     assert dense.AVIARY["seed"] not in used
+
+
+@pytest.mark.parametrize(
+    "arm", [*dense.SINGLES, *(dense.arm_of(base, dense.TERMS) for base in dense.RECIPES)]
+)
+def test_every_arm_is_a_config(tmp_path, arm):
+    c = dense.make_config(dense.run_of(arm, 1), tmp_path / "main", tmp_path)
+    config = config_lib.from_dict(c)
+    assert (config.seed, config.total_steps, config.optim.learning_rate) == (1, 500, 1e-3)
+    base, terms = dense.parts_of(arm)
+    entries = losses.local_entries(config.loss)
+    assert {*entries} == {*terms}
+    for entry in entries.values():
+        assert entry.cls.faults(entry.options, config) == []
+    needs = {"self_distillation", "masked_patches", "crop_distillation", "teacher_similarity"}
+    assert (config.teacher.kind == "ema") == bool(needs & {*terms})
+    assert (config.input.views.local == 2) == ("self_distillation" in terms)
+    assert (config.model.decoder is None) == (base == "towers")
+    assert (config.model.boxes.kind != "none") == (base == "grain") == (config.loss.box > 0)
+    assert ("parts" in config.evals) == (base != "clip")
 
 
 def test_validation_chooses_the_pair_and_the_plan_grows():
