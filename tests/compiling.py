@@ -4,5 +4,10 @@ from importlib import metadata
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Its kernels made by MLIR take twice as long to compile. Later releases have no other, and refuse the flag.
-if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+_VERSION = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
+if _VERSION < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+# Where other processes have the cores, devices start independent collectives in different orders and wait for each other
+# for ever.
+if _VERSION == (0, 10):
+    FLAGS += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
