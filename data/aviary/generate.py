@@ -70,7 +70,7 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     With more than one process the main module of the caller must be importable (they are spawned).
 
     Returns:
-        False if `output` already holds the complete data set of these settings, with its label images.
+        False if `output` already holds the complete data set of these settings; label images that it lacks are added.
 
     Raises:
         ValueError: settings out of range, or `output` holds something else.
@@ -81,7 +81,8 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     if not settings.negatives:  # a data set of before this setting is that of its default
         del values["negatives"]
     if is_complete(output, values):
-        return _add_masks(output, settings)
+        _add_masks(output, settings)
+        return False
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,10 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     return True
 
 
-def _add_masks(output, settings) -> bool:
-    """Writes the label images of a data set that has none; False if there is nothing to write."""
+def _add_masks(output, settings):
+    """Writes the label images of a data set that has none."""
     if not settings.test_images or masks.are_there(output):
-        return False
+        return
     masks.begin(output)
     tasks = [task for task in tasks_of(settings) if task.split == "test"]
     for task in progress.over(tasks, total=len(tasks), what="aviary"):
@@ -119,7 +120,6 @@ def _add_masks(output, settings) -> bool:
         encoded = (output / task.folder / task.image).read_bytes()
         _save_masks(output, settings, task, encoded, drawn)
     masks.finish(output)
-    return True
 
 
 def _save_masks(output, settings, task, encoded, drawn):

@@ -108,9 +108,8 @@ def test_a_complete_data_set_without_label_images_gets_them(small, tmp_path):
     for path in (tmp_path / "other" / masks.FOLDER).rglob("*"):
         if path.is_file():
             path.unlink()
-    assert generate.write(tmp_path / "other", SMALL)
+    assert not generate.write(tmp_path / "other", SMALL)  # so that records are not built again
     assert files() == before
-    assert not generate.write(tmp_path / "other", SMALL)
 
 
 def test_there_are_none_without_test_images(tmp_path):
