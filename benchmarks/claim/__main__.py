@@ -13,23 +13,22 @@ With your own data: --data DIR, a folder with
     unseen.json                       {"class": ["description", ...]} of the held-out classes
     test/A.jsonl, test/seen.jsonl, test/unseen.jsonl   annotations below DIR/test, for retrieval and grounding
 and --config FILE for a larger model (default: configs/demo.py).
+
+The fourth design, of the local loss terms (`dense`): run --design 4 and report --design 4; run also trains on clothes
+with --clothes DIR, a folder that `python -m benchmarks.fetch fashion` made.
 """
 
 import argparse
-import fcntl
 import pathlib
 import sys
 from collections.abc import Mapping
 
-from benchmarks.claim import data, design, report, results, runs, schedule
+from benchmarks.claim import data, dense, dense_study, design, report, results, runs, schedule
 
 
 def train(run: design.ClaimRun, args: argparse.Namespace) -> int:
     """Trains and evaluates one run in this process and appends its row to the table; makes its data where missing."""
-    locks = args.workdir / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / f"data-{run.data}").open("w") as data_lock:
-        fcntl.flock(data_lock, fcntl.LOCK_EX)
+    with data.alone(run.data, args.workdir):
         main = data.prepare(run.data, args.data, args.workdir)
     config = design.make_config(run, args.config, main, args.workdir)
     about = {"design": design.DESIGN, "settings": design.settings_of(run, args.config)}
@@ -89,27 +88,47 @@ def print_report(args: argparse.Namespace) -> int:
     return 0
 
 
+DESIGNS = {
+    design.DESIGN: {"run": run_all, "report": print_report, "train": train_named},
+    dense.DESIGN: dense_study.COMMANDS,
+}
+# Flag -> its default in each design, and below the folder of --data.
+PLACES = {
+    "workdir": ({design.DESIGN: "runs/claim", dense.DESIGN: "runs/claim_4"}, "claim"),
+    "results": (
+        {
+            design.DESIGN: "benchmarks/claim/tables/claim.tsv",
+            dense.DESIGN: "benchmarks/claim/tables/dense.tsv",
+        },
+        "claim/results.tsv",
+    ),
+    "pictures": (dict.fromkeys((design.DESIGN, dense.DESIGN), "docs"), "claim"),
+}
+
+
 def main() -> int:
     """Runs one command; returns the exit status."""
-    commands = {"run": run_all, "report": print_report, "train": train_named}
-    parser = runs.parser("benchmarks.claim", __doc__, commands, design.STEPS)
+    parser = runs.parser("benchmarks.claim", __doc__, DESIGNS[design.DESIGN], design.STEPS)
+    parser.add_argument("--design", type=int, choices=DESIGNS, default=design.DESIGN)
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of your own data")
     parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
+    parser.add_argument("--clothes", type=pathlib.Path, metavar="DIR", help="of design 4")
     every = "report also clothes, pilots and the first two designs, as recorded"
     parser.add_argument("--all", action="store_true", help=every)
-    defaults = {
-        "workdir": ("runs/claim", "claim"),
-        "results": ("benchmarks/claim/tables/claim.tsv", "claim/results.tsv"),
-        "pictures": ("docs", "claim"),
-    }
-    for flag, (ours, own) in defaults.items():
-        said = f"default: {ours}; with --data: DIR/{own}"
+    for flag, (ours, own) in PLACES.items():
+        said = f"default: {', '.join(dict.fromkeys(ours.values()))}; with --data: DIR/{own}"
         parser.add_argument(f"--{flag}", type=pathlib.Path, help=said)
     args = parser.parse_args()
-    for flag, (ours, own) in defaults.items():
+    is_dense = args.design == dense.DESIGN
+    given = {"data": args.data, "config": args.config != design.CONFIG, "clothes": args.clothes}
+    for flag in ("data", "config") if is_dense else ("clothes",):
+        if given[flag]:
+            parser.error(f"--{flag}: got it with --design {args.design}, expected another design")
+    for flag, (ours, own) in PLACES.items():
         if getattr(args, flag) is None:
-            setattr(args, flag, args.data / own if args.data else pathlib.Path(ours))
-    return runs.call(parser.prog, commands, args)
+            place = args.data / own if args.data else pathlib.Path(ours[args.design])
+            setattr(args, flag, place)
+    return runs.call(parser.prog, DESIGNS[args.design], args)
 
 
 if __name__ == "__main__":

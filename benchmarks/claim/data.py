@@ -1,8 +1,10 @@
 """Data sets of `benchmarks.claim`: drawn or the user's own, split into validation and test classes."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from benchmarks.claim import design
 from benchmarks.claim.results import ClaimError
@@ -37,15 +39,30 @@ def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathl
     return main
 
 
+@contextlib.contextmanager
+def alone(data: str, work: pathlib.Path) -> Iterator[None]:
+    """Holds a lock, so that one process at a time makes the data set."""
+    locks = work / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / f"data-{data}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def draw(
     output: pathlib.Path, records: pathlib.Path, name: str, options: Mapping[str, object]
 ) -> None:
     """Draws an aviary with these options of `grain-jax aviary` and builds its records, unless they exist."""
     from grain_jax.data.aviary import __main__ as aviary
 
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    if aviary.main([f"--output={output}", f"--records={records}", f"--name={name}", *flags]):
+    places = [f"--output={output}", f"--records={records}", f"--name={name}"]
+    if aviary.main([*places, *aviary_flags(options)]):
         raise ClaimError(f"{output}: could not be drawn")
+
+
+def aviary_flags(options: Mapping[str, object]) -> list[str]:
+    """The options as flags of `grain-jax aviary`."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
 
 
 def make_views(main: pathlib.Path, views: pathlib.Path) -> None:
@@ -57,16 +74,17 @@ def make_views(main: pathlib.Path, views: pathlib.Path) -> None:
     halves = {"validation": names[: len(names) // 2], "test": names[len(names) // 2 :]}
     for split, classes in halves.items():
         for name in classes:
-            _link(main / "unseen" / name, views / f"unseen_{split}" / name)
+            link(main / "unseen" / name, views / f"unseen_{split}" / name)
     for folder in sorted((main / "seen").iterdir()):
         for i, image in enumerate(sorted(folder.iterdir())):
             split = ("validation", "test")[i % 2]
-            _link(image, views / f"seen_{split}" / folder.name / image.name)
+            link(image, views / f"seen_{split}" / folder.name / image.name)
     sentences = {name: [", ".join(words)] for name, words in described.items()}
     (views / "sentences.json").write_text(json.dumps(sentences, indent=1) + "\n")
 
 
-def _link(target: pathlib.Path, link: pathlib.Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(target.resolve())
+def link(target: pathlib.Path, place: pathlib.Path) -> None:
+    """Makes a symbolic link, and the folders above it, unless there is one."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.is_symlink():
+        place.symlink_to(target.resolve())

@@ -12,10 +12,12 @@ and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
   DIR/test/A.jsonl, test/images/  exact boxes and words, no names; images of training species
                                   have even numbers, of held-out species odd ones; test/seen.jsonl and
                                   test/unseen.jsonl are the two halves (images below DIR/test)
+  DIR/segmentation/seen/, unseen/ the test images of these species, with label images of their parts
+                                  and of the looks of their parts (`masks`)
   DIR/README.md                   describes the files
   DIR/settings.json               all settings; written last
 
 Modules, in the order of the data flow: `vocabulary` (looks and phrases), `species`, `outlines`,
 `bird`, `palette`, `scenery`, `props`, `drawing` (image and exact boxes), `annotations` (words,
-boxes and their noise), `generate` (files).
+boxes and their noise), `masks` (label images), `generate` (files).
 """

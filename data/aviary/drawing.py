@@ -1,4 +1,4 @@
-"""Draws a bird of a species in a scene: an image and the exact box of each part.
+"""Draws a bird of a species in a scene: an image, the exact box of each part and the part of each pixel.
 
 The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then
 averaged down.  Every index belongs to one part (or none), so that the canvas tells which pixels
@@ -23,12 +23,22 @@ from grain_jax.data.aviary.vocabulary import PARTS
 class Drawing:
     """A drawn image: RGB `image`; part -> (x1, y1, x2, y2) in pixels of what can be seen of the
     part (a part out of sight is missing); part -> share of the image's area that it covers;
-    the `scene` in words."""
+    the `scene` in words; `labels`, which part each pixel of the supersampled canvas shows, uint8
+    [height, width]: 0 for none, i for the i-th of PARTS."""
 
     image: Image.Image
     boxes_xyxy: dict[str, tuple[float, float, float, float]]
     areas: dict[str, float]
     scene: scenery.Scene
+    labels: np.ndarray
+
+    def part_mask(self) -> np.ndarray:
+        """The label that covers most of each pixel of the image, of equal ones the lower: uint8 [height, width]."""
+        factor = len(self.labels) // self.image.height
+        share = np.uint8(factor**2)  # so that the mean over a pixel is a count
+        shown = [(self.labels == label) * share for label in range(len(PARTS) + 1)]
+        covered = [np.asarray(Image.fromarray(one).reduce(factor)) for one in shown]
+        return np.argmax(covered, 0).astype(np.uint8)
 
 
 class _Canvas:
@@ -60,7 +70,7 @@ class _Canvas:
         return ImageChops.multiply(colours, light), coverage.reduce(self.supersampling)
 
     def visible(self):
-        """part -> (x1, y1, x2, y2) in pixels, and part -> share of the area, of visible parts."""
+        """part -> (x1, y1, x2, y2) in pixels, part -> share of the area, of visible parts; and the labels."""
         numbers = np.array(
             [PARTS.index(owner) + 1 if owner else 0 for owner in self._owners], np.uint8
         )
@@ -78,7 +88,7 @@ class _Canvas:
                 for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
             )
             areas[part] = np.count_nonzero(mask) / shown.size
-        return boxes, areas
+        return boxes, areas, shown
 
 
 def draw(
@@ -117,8 +127,8 @@ def draw(
     image = ImageChops.add(
         ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer
     )
-    boxes, areas = canvas.visible()
-    return Drawing(image=image, boxes_xyxy=boxes, areas=areas, scene=scene)
+    boxes, areas, labels = canvas.visible()
+    return Drawing(image=image, boxes_xyxy=boxes, areas=areas, scene=scene, labels=labels)
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from etils import epath
 
 from grain_jax.core import errors, progress, regular_file
 from grain_jax.data import parallel
-from grain_jax.data.aviary import annotations, drawing
+from grain_jax.data.aviary import annotations, drawing, masks
 from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
@@ -70,7 +70,7 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     With more than one process the main module of the caller must be importable (they are spawned).
 
     Returns:
-        False if `output` already holds the complete data set of these settings.
+        False if `output` already holds the complete data set of these settings; label images that it lacks are added.
 
     Raises:
         ValueError: settings out of range, or `output` holds something else.
@@ -81,19 +81,21 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     if not settings.negatives:  # a data set of before this setting is that of its default
         del values["negatives"]
     if is_complete(output, values):
+        _add_masks(output, settings)
         return False
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
+    if settings.test_images:
+        masks.begin(output)
     make = functools.partial(_make, str(output), settings)
     records = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
     records = progress.over(records, total=len(tasks), what="aviary")
     lines: dict[str, list[dict]] = {"training": [], "seen": [], "unseen": []}
-    held_out = set(aviary.held_out)
     for task, record in zip(tasks, records, strict=True):
         if record is not None:
-            group = "unseen" if task.species in held_out else "seen"
-            lines["training" if task.split == "training" else group].append(record)
+            group = "training" if task.split == "training" else group_of(settings, task.species)
+            lines[group].append(record)
     both = sorted(lines["seen"] + lines["unseen"], key=lambda line: line["image"])
     write_lines(output / "test" / "A.jsonl", both)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
@@ -101,8 +103,33 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
         write_json(output / f"{name}.json", {one.name: one.descriptions for one in group})
     (output / "README.md").write_text(_readme(settings, aviary))
     write_lines(output / "A.jsonl", lines["training"])
+    if settings.test_images:
+        masks.finish(output)
     write_json(output / STAMP, values)
     return True
+
+
+def _add_masks(output, settings):
+    """Writes the label images of a data set that has none."""
+    if not settings.test_images or masks.are_there(output):
+        return
+    masks.begin(output)
+    tasks = [task for task in tasks_of(settings) if task.split == "test"]
+    for task in progress.over(tasks, total=len(tasks), what="aviary"):
+        drawn = drawing_of(settings, task.split, task.index, task.species)
+        encoded = (output / task.folder / task.image).read_bytes()
+        _save_masks(output, settings, task, encoded, drawn)
+    masks.finish(output)
+
+
+def _save_masks(output, settings, task, encoded, drawn):
+    group, name = group_of(settings, task.species), task.image.rpartition("/")[2]
+    masks.save(output, group, name, encoded, task.species, drawn)
+
+
+def group_of(settings: Settings, species: Species) -> str:
+    """The group of a species: `unseen` of a held-out one, `seen` of others."""
+    return "unseen" if species.genus >= settings.genera else "seen"
 
 
 def tasks_of(settings: Settings) -> Iterator[Task]:
@@ -137,14 +164,17 @@ def _order(key, count):
 
 
 def _make(output, settings, task):
-    """Draws and writes one image; returns its annotation."""
+    """Draws and writes one image, and its label images if it is one of the test; returns its annotation."""
     drawn = drawing_of(settings, task.split, task.index, task.species)
     encoded = io.BytesIO()
     if task.image.endswith(".png"):
         drawn.image.save(encoded, "PNG", compress_level=6)
     else:
         drawn.image.save(encoded, "JPEG", quality=95, subsampling=0)
-    (epath.Path(output) / task.folder / task.image).write_bytes(encoded.getvalue())
+    output = epath.Path(output)
+    (output / task.folder / task.image).write_bytes(encoded.getvalue())
+    if task.split == "test":
+        _save_masks(output, settings, task, encoded.getvalue(), drawn)
     return record_of(settings, task, drawn)
 
 

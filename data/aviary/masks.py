@@ -1,0 +1,89 @@
+"""Label images of the test images, for `evaluate segmentation`: the part, or its look, that each pixel shows.
+
+Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt, of 8
+parts; looks/NAME.png and looks.txt, of the 101 phrases that describe them. A place in the image tells the part; its look
+takes the words. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
+part. A list of classes has a class a line, the first with number 0. No text of the data set says the name of a part
+alone, so its line has all phrases of its looks, too, with commas between.
+"""
+
+import io
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from grain_jax.data.aviary.drawing import Drawing
+from grain_jax.data.aviary.species import Species
+from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
+
+FOLDER = "segmentation"  # below the data set
+STAMP = "README.md"  # written last: where it stands, all label images are there
+GROUPS = ("seen", "unseen")  # of species
+_LOOKS = [trait for part in PARTS for trait in TRAITS[part]]
+# Folder of label images -> the classes, with commas between names of one; folder -> their file.
+CLASSES = {
+    "masks": (
+        "background",
+        *(", ".join([part, *(trait.phrase for trait in TRAITS[part])]) for part in PARTS),
+    ),
+    "looks": ("background", *(trait.phrase for trait in _LOOKS)),
+}
+FILES = {"masks": "classes.txt", "looks": "looks.txt"}
+TEMPLATES = "templates.txt"  # the prompt for all of them: the phrase alone, as the texts of the data set have it
+_README = """# Label images of the test images
+
+`seen/` and `unseen/` hold the test images of these species, each with
+
+| | |
+|---|---|
+| `images/` | the images, copies of those in `test/images/` |
+| `masks/`, `classes.txt` | which of the 8 parts each pixel shows; the name of each part and all phrases of its looks |
+| `looks/`, `looks.txt` | which of 101 looks it shows; the phrases that describe them |
+
+A label image is a PNG of 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no part. A list
+of classes has a class a line, the first with number 0; commas stand between names of one class. `templates.txt` is the
+prompt for them, the name alone.
+"""
+
+
+def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
+    """The class of each pixel, of `CLASSES[kind]`: uint8 [height, width]."""
+    mask = drawn.part_mask()
+    if kind == "masks":
+        return mask
+    looks = [0, *(1 + _LOOKS.index(species[part]) for part in PARTS)]
+    return np.array(looks, np.uint8)[mask]
+
+
+def begin(output: epath.Path) -> None:
+    """Makes the folders, the lists of classes and the prompt, below the data set `output`."""
+    for group in GROUPS:
+        folder = output / FOLDER / group
+        for part in ("images", *CLASSES):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        for kind, names in CLASSES.items():
+            (folder / FILES[kind]).write_text("".join(name + "\n" for name in names))
+    (output / FOLDER / TEMPLATES).write_text("{}\n")
+
+
+def save(
+    output: epath.Path, group: str, name: str, encoded: bytes, species: Species, drawn: Drawing
+) -> None:
+    """Writes a test image, whose file has this name and content, and its label images."""
+    folder = output / FOLDER / group
+    (folder / "images" / name).write_bytes(encoded)
+    for kind in CLASSES:
+        labels = io.BytesIO()
+        Image.fromarray(labels_of(kind, species, drawn)).save(labels, "PNG")
+        (folder / kind / f"{name.rpartition('.')[0]}.png").write_bytes(labels.getvalue())
+
+
+def are_there(output: epath.Path) -> bool:
+    """Whether all label images were written."""
+    return (output / FOLDER / STAMP).exists()
+
+
+def finish(output: epath.Path) -> None:
+    """Says that all label images are there."""
+    (output / FOLDER / STAMP).write_text(_README)

@@ -1,0 +1,119 @@
+"""Label images of the aviary against its boxes and shares, a count of one's own and the files that it had before."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grain_jax.data.aviary import drawing, generate, masks
+from grain_jax.data.aviary.settings import Settings
+from grain_jax.data.aviary.vocabulary import PARTS
+
+FEW = dict(genera=4, species_per_genus=3, held_out_genera=2, held_out_species_per_genus=2)
+SMALL = Settings(images=3, seen_per_species=1, unseen_per_species=1, test_images=10, **FEW)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aviary") / "small"
+    assert generate.write(folder, SMALL)
+    return folder
+
+
+def _tests():
+    return [task for task in generate.tasks_of(SMALL) if task.split == "test"]
+
+
+def _drawn(task):
+    return generate.drawing_of(SMALL, task.split, task.index, task.species)
+
+
+@pytest.mark.parametrize("size", [64, 100])
+def test_labels_of_the_canvas_have_the_boxes_and_shares_of_the_annotations(size):
+    for number, species in enumerate(generate.species_of(SMALL).training[:6]):
+        drawn = drawing.draw(species, rng=random.Random(number), size=size)
+        factor = len(drawn.labels) / size
+        found = {part: drawn.labels == n for n, part in enumerate(PARTS, 1)}
+        found = {part: shown for part, shown in found.items() if shown.any()}
+        assert found.keys() == drawn.boxes_xyxy.keys()
+        for part, shown in found.items():
+            y, x = np.nonzero(shown)
+            box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / factor
+            np.testing.assert_array_equal(box, drawn.boxes_xyxy[part])
+            assert shown.mean() == drawn.areas[part]
+
+
+@pytest.mark.parametrize("size", [64, 100])
+def test_a_pixel_has_the_label_that_covers_most_of_it(size):
+    drawn = drawing.draw(generate.species_of(SMALL).held_out[1], rng=random.Random(1), size=size)
+    mask, factor = drawn.part_mask(), len(drawn.labels) // size
+    assert mask.shape == (size, size) and mask.dtype == np.uint8
+    for y, x in np.ndindex(size, size):
+        of_pixel = drawn.labels[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
+        assert mask[y, x] == np.bincount(of_pixel.ravel()).argmax()
+
+
+def test_masks_lie_in_the_boxes_and_cover_the_shares():
+    sums = np.zeros((2, len(PARTS)))
+    for task in _tests():
+        drawn = _drawn(task)
+        mask = drawn.part_mask()
+        for n, part in enumerate(PARTS):
+            y, x = np.nonzero(mask == n + 1)
+            x1, y1, x2, y2 = drawn.boxes_xyxy[part]
+            assert int(x1) <= x.min() and x.max() < x2 and int(y1) <= y.min() and y.max() < y2
+            got = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            assert np.abs(got - drawn.boxes_xyxy[part]).max() < 4  # thin tips cover no pixel
+            sums[:, n] += len(x) / mask.size, drawn.areas[part]
+    np.testing.assert_allclose(*sums, rtol=0.06)
+
+
+def test_the_files_are_a_set_of_each_group_and_kind(small):
+    held_out = {one.name for one in generate.species_of(SMALL).held_out}
+    for group in masks.GROUPS:
+        images = small / masks.FOLDER / group / "images"
+        assert len(list(images.iterdir())) == 5
+    of_parts = [line.split(", ") for line in masks.CLASSES["masks"]]
+    assert [line[0] for line in of_parts] == ["background", *PARTS]
+    looks = [phrase for line in of_parts for phrase in line[1:]]
+    assert ["background", *looks] == list(masks.CLASSES["looks"])
+    assert not any("," in phrase for phrase in looks)  # commas divide names of a class
+    for kind, count in {"masks": 9, "looks": 102}.items():
+        names = list(masks.CLASSES[kind])
+        assert len(names) == len(set(names)) == count and names[0] == "background"
+        for task in _tests():
+            group = "unseen" if task.species.name in held_out else "seen"
+            folder, name = small / masks.FOLDER / group, task.image.rpartition("/")[2]
+            assert (folder / masks.FILES[kind]).read_text().splitlines() == names
+            image = (folder / "images" / name).read_bytes()
+            assert image == (small / "test" / "images" / name).read_bytes()
+            with Image.open(folder / kind / name) as opened:
+                assert opened.mode == "L" and opened.size == (64, 64)
+                mask = np.asarray(opened)
+            parts = _drawn(task).part_mask()
+            shown = [task.species[PARTS[n - 1]].phrase if n else "background" for n in parts.flat]
+            expected = parts if kind == "masks" else [names.index(phrase) for phrase in shown]
+            np.testing.assert_array_equal(mask.ravel(), np.ravel(expected))
+
+
+def test_a_complete_data_set_without_label_images_gets_them(small, tmp_path):
+    generate.write(tmp_path / "other", SMALL)
+    files = lambda: {
+        path.relative_to(tmp_path / "other"): path.read_bytes()
+        for path in (tmp_path / "other").rglob("*")
+        if path.is_file()
+    }
+    before = files()
+    for path in (tmp_path / "other" / masks.FOLDER).rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert not generate.write(tmp_path / "other", SMALL)  # so that records are not built again
+    assert files() == before
+
+
+def test_there_are_none_without_test_images(tmp_path):
+    one = Settings(images=1, seen_per_species=0, unseen_per_species=0, test_images=0, **FEW)
+    assert generate.write(tmp_path / "x", one)
+    assert not (tmp_path / "x" / masks.FOLDER).exists()
+    assert not generate.write(tmp_path / "x", one)
