@@ -9,7 +9,6 @@ import math
 from collections.abc import Collection
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 

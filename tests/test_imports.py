@@ -24,7 +24,7 @@ CHAINS = (
         ("grain_jax.input_pipeline.records", "torch flax"),
     ),
     (
-        ("grain_jax.losses", "flax tensorflow torch ml_collections"),
+        ("grain_jax.losses", "tensorflow torch ml_collections"),
         (
             "grain_jax.models.grain, grain_jax.terms.views, grain_jax.training.flops, grain_jax.training.train_step",
             "tensorflow torch ml_collections",
