@@ -144,4 +144,4 @@ def test_no_model_is_a_line(path, words, tmp_path):
     config, _ = run_with(tmp_path / path)
     with pytest.raises(errors.UserError, match=words) as error:
         teacher_lib.describe(config)
-    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("teacher.path: ") and "\n" not in str(error.value)
