@@ -284,6 +284,11 @@ def test_a_teacher_that_no_term_reads_is_a_line():
         config_lib.from_dict(c)
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr(train, "report", lambda *_: None)
+
+
 def trained(c, workdir):
     """The states that the receipts of a run say."""
     train.train(c, train.epath.Path(workdir))
