@@ -27,7 +27,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
 from grain_jax.config.evals import Context
-from grain_jax.convert import initialise
+from grain_jax.convert import initialise, whole
 from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
@@ -46,7 +46,15 @@ from grain_jax.runtime import (
     profiling,
     receipt,
 )
-from grain_jax.training import flops, forward, memory_check, schedule, sharding, train_step
+from grain_jax.training import (
+    flops,
+    forward,
+    memory_check,
+    schedule,
+    sharding,
+    teacher,
+    train_step,
+)
 from grain_jax.training.arguments import Train
 
 
@@ -258,6 +266,7 @@ def set_up(
     """
     given = config
     losses.terms_of(config.loss)
+    teacher.describe(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     limit = memory_check.limit()
@@ -279,7 +288,9 @@ def set_up(
         process_index=jax.process_index(),
     )
     steps = resolve_steps(config, source.num_examples(config))
-    data = processes.of_first(functools.partial(source.identities, config))
+    data = processes.of_first(
+        lambda: [*source.identities(config), *whole.identity_of_teacher(config)]
+    )
     evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
@@ -295,7 +306,9 @@ def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = checkpoint.placed(program.state, program.shardings)
     state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
-    return initialise.state_of_step_0(run.config, program, tell) if state is None else state
+    if state is None:
+        state = initialise.state_of_step_0(run.config, program, tell)
+    return whole.place(run.config, state, program.shardings)
 
 
 def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
@@ -373,6 +386,8 @@ class Records:
             f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
             + (f", resumed at step {start_step}" if start_step else "")
         )
+        if said := teacher.line(self._config, state.teacher):
+            self.say(said)
         if not start_step:
             self.say(reasons.line(self._config.model, self._workdir))
 
@@ -425,7 +440,7 @@ class Records:
         if self._log:
             self._log.flush()
         self._checkpoints.wait_until_finished()  # of the last one, before the next has a record
-        record = self._receipts.add(state, self._lines())
+        record = self._receipts.add(checkpoint.held(state, self._config), self._lines())
         best = schedule.best_metric(self._config, values)
         checkpoint.save(self._checkpoints, state, self._config, record, best, self._run.data)
         self._last_save = time.monotonic()

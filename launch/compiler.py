@@ -55,7 +55,7 @@ class Compiled:
 
     Attributes:
       state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles), scalars.
-      checkpoint_bytes: of the whole state, all chips together.
+      checkpoint_bytes: of what a checkpoint holds, all chips together.
       memory: `memory_analysis`: arguments, output, aliased, temporaries, code, peak; empty if out of memory.
       traced_flops: matrix products of the step as written, recomputation included, all chips together.
       out_of_memory: the compiler's message, or None.
@@ -307,7 +307,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         )
     answer = Compiled(
         state_bytes=memory_need.state_bytes(program),
-        checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
+        checkpoint_bytes=memory_need.checkpoint_bytes(config, program),
         memory=memory,
         traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
         out_of_memory=out_of_memory,

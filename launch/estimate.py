@@ -8,7 +8,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -24,7 +23,7 @@ class Estimate(NamedTuple):
     Attributes:
       state_bytes: parameters, moments, ema, batch.
       temporaries: gradients, activations (kept by the remat policy), layer (one layer at work), losses.
-      checkpoint_bytes: of the whole state, all chips together.
+      checkpoint_bytes: of what a checkpoint holds, all chips together.
       collectives: what one step sends.
       mesh: sizes of the mesh's axes.
     """
@@ -79,7 +78,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
     return Estimate(
         state,
         temporaries,
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
+        memory_need.checkpoint_bytes(config, program),
         _collectives(config, topology, sizes, state["parameters"], trained),
         sizes,
     )

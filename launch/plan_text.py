@@ -19,6 +19,7 @@ _PARTS = {  # of memory
     "parameters": "float32",
     "moments": "Adam's two",
     "ema": "average of the parameters",
+    "teacher": "parameters of the teacher",
     "batch": "images, texts, boxes",
     "padding": "to the chip's tiles",
     "gradients": "float32",

@@ -42,6 +42,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
     if isinstance(part, Config):
         found += [*_of_model(part.model), *_of_run(part), *_data(part.input), *_regions(part)]
         found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part), *_views(part)]
+        found += list(_teacher(part))
     for name, entry in part.evals.items():
         found += [f"evals.{name}.{fault}" for fault in entry.faults()]
     return found
@@ -321,6 +322,42 @@ def _loss(loss: Loss, config: Config) -> Iterator[str]:
         weight = entry.get("weight", math.nan)
         if type(weight) not in (int, float) or not math.isfinite(weight):
             yield f"{path}.weight: got {entry.get('weight')!r}, expected a finite number"
+
+
+# Local terms of the package that look at `seen.teacher`.
+_READ_TEACHER = ("crop_distillation", "masked_patches", "self_distillation", "teacher_similarity")
+
+
+def _teacher(config: Config) -> Iterator[str]:
+    teacher, data = config.teacher, config.input
+    kind, has_path = teacher.kind, teacher.kind in ("checkpoint", "embeddings")
+    if has_path and not teacher.path:
+        what = "a model" if kind == "checkpoint" else "the folder of grain-jax embed"
+        yield f"teacher.path: got {teacher.path!r} with teacher.kind={kind}, expected {what}"
+    if not has_path and teacher.path:
+        yield (
+            f"teacher.path: got {teacher.path!r} with teacher.kind={kind}, which reads none; expected"
+            " teacher.kind=checkpoint or embeddings, or no path"
+        )
+    if teacher.part == "heads" and kind != "ema":
+        yield f"teacher.part: got heads with teacher.kind={kind}, expected teacher.kind=ema, or all"
+    named_terms = [str(entry.get("term")) for entry in config.loss.terms.values()]
+    if kind != "none" and not any(x in _READ_TEACHER or ":" in x for x in named_terms):
+        yield (
+            f"teacher.kind: got {kind} without a term in loss.terms that reads a teacher"
+            f" ({', '.join(_READ_TEACHER)}, or one of your own); expected one, or none"
+        )
+    if kind != "embeddings":
+        return
+    stored = "with teacher.kind=embeddings"
+    if data.source != "records":
+        yield f"input.source: got {data.source} {stored}, which are stored by record; expected records"
+    for key, plain in (("flip_rate", 0), ("crop_min_area", 1), ("descriptions_in_captions", 0)):
+        if getattr(data, key) != plain:
+            got = f"got {getattr(data, key)} {stored}"
+            yield f"input.{key}: {got}, those of whole images and texts as they are stored; expected {plain}"
+    if data.captions_per_image == 3:
+        yield f"input.captions_per_image: got 3 {stored}, which have none of joined texts; expected 1 or 2"
 
 
 def _text_rows(config: Config) -> Iterator[str]:

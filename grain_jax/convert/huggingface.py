@@ -202,7 +202,7 @@ def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
 
 def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
     """(model, our parameters, the same under the names of the reference); runs no code of the folder."""
-    model = _read_config(folder / "config.json")
+    model = read_config(folder / "config.json")
     weights, index = folder / WEIGHTS, folder / _INDEX
     files = [weights]
     if not regular_file.is_one(weights) and regular_file.is_one(index):
@@ -259,7 +259,8 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_config(path: epath.Path) -> config_lib.Model:
+def read_config(path: epath.Path) -> config_lib.Model:
+    """The model in the config.json of a folder of to-hf; raises as `from_hf`."""
     expected = "to-hf's config.json"
     stored = regular_file.read_json(path, dict[str, Any], expected)
     towers = stored.get("towers")

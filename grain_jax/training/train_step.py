@@ -26,6 +26,7 @@ from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
 from grain_jax.training import forward as forward_lib
 from grain_jax.training import optim, sharding
+from grain_jax.training import teacher as teacher_lib
 
 MOST_QUERIES = 16  # up to so many queries, each has a metric
 
@@ -67,6 +68,7 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         texts_dropped=jnp.zeros((), jnp.int32),
         receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
         text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
+        teacher=teacher_lib.initial(config, params),
         term_state=forward.initial_state(),
     )
 
@@ -250,7 +252,8 @@ def make_train_step(
         step = state.step + 1
         after = TrainState(step, params, opt_state, ema, dropped, receipt, text_counts)
         term_state = forward.update_state(state.term_state, losses.statistics)
-        return after._replace(teacher=state.teacher, term_state=term_state), metrics
+        teacher = teacher_lib.updated(config, state.teacher, params, state.step, total_steps)
+        return after._replace(teacher=teacher, term_state=term_state), metrics
 
     return train_step
 
