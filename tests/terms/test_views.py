@@ -235,6 +235,7 @@ TOWER = f"{test_towers.__name__}:Colours"
             "input.views.size: got 13, expected a multiple of model.image.patch_size = 8, such as 8 or 16",
         ),
         (dict(size=3), "model.image.patch_size = 8, such as 8"),
+        (dict(terms=False), "input.views.local: got 2 without loss.terms, whose terms alone read"),
         (dict(local=65), "input.views.local: got 65, expected 0 to 64"),
         (dict(max_aspect=0.5), "input.views.max_aspect: got 0.5, expected 1 to 10"),
         (
@@ -245,6 +246,8 @@ TOWER = f"{test_towers.__name__}:Colours"
 )
 def test_what_views_cannot_is_a_line(changes, message):
     c = tiny.dictionary(input__views__local=2, input__views__size=8)
+    if changes.pop("terms", True):
+        c.loss.terms["seeing"] = {"term": f"{__name__}:Seeing", "weight": 1.0}
     if tower := changes.pop("tower", None):
         c.model.decoder, c.model.image.tower, c.input.max_regions = None, tower, 0
     c.input.views.update(changes)
