@@ -41,7 +41,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
         return [f"{path}.{fault}" for fault in part.faults()]
     if isinstance(part, Config):
         found += [*_of_model(part.model), *_of_run(part), *_data(part.input), *_regions(part)]
-        found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part)]
+        found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part), *_views(part)]
     for name, entry in part.evals.items():
         found += [f"evals.{name}.{fault}" for fault in entry.faults()]
     return found
@@ -150,6 +150,13 @@ def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:
     return getattr(named.find("tower", tower.tower, {}), "pooled", False)
 
 
+def _any_size(tower: fields.ImageTower) -> bool:
+    """Whether the tower takes other images than of `image_size`, as far as its class may be imported."""
+    if not named.is_external(tower.tower) or not named.may_import(tower.tower):
+        return True
+    return getattr(named.find("tower", tower.tower, {}), "any_size", False)
+
+
 def _of_run(config: Config) -> Iterator[str]:
     for pair in fields.EITHER_OR:
         part = config.optim if pair[0].startswith("optim.") else config
@@ -174,6 +181,8 @@ def _of_run(config: Config) -> Iterator[str]:
         yield "mesh.data: got 0, expected at least 1, or -1 for what the other axes leave"
     for axis in _doubled(axis for axis, _ in config.sharding):
         yield f"sharding: has {axis!r} more than once, expected one row for each axis"
+    for name, entry in config.evals.items():
+        yield from (f"evals.{name}.{line}" for line in entry.misses(config.model))
 
 
 def _lora(optim: Optim) -> Iterator[str]:
@@ -210,6 +219,33 @@ def _data(data: Input) -> Iterator[str]:
                 f"input.{key}: got {value!r} beside input.datasets, which names all sets;"
                 f" expected one of the two: take out input.datasets or input.{key}"
             )
+
+
+def _views(config: Config) -> Iterator[str]:
+    views, image = config.input.views, config.model.image
+    if not views.local:
+        return
+    if not config.loss.terms:
+        yield (
+            f"input.views.local: got {views.local} without loss.terms, whose terms alone read views; expected 0, or"
+            " such a term"
+        )
+    if views.min_area > views.max_area:
+        yield (
+            f"input.views.min_area: got {views.min_area}, expected at most input.views.max_area = {views.max_area}"
+        )
+    if not named.is_external(image.tower) and views.size % image.patch_size:
+        near = views.size - views.size % image.patch_size
+        good = [f"{n}" for n in (near, near + image.patch_size) if n]
+        yield (
+            f"input.views.size: got {views.size}, expected a multiple of model.image.patch_size ="
+            f" {image.patch_size}, such as {' or '.join(good)}"
+        )
+    if views.size != image.image_size and not _any_size(image):
+        yield (
+            f"input.views.size: got {views.size} with the tower {image.tower}, which takes no other size than"
+            f" model.image.image_size = {image.image_size}; expected that, or a tower with any_size = True"
+        )
 
 
 def _regions(config: Config) -> Iterator[str]:

@@ -23,6 +23,7 @@ NAMED = {
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
     "maps": "grain_jax.evaluate.maps:Maps",
+    "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
 }
 
@@ -104,6 +105,11 @@ class Evaluator(abc.ABC):
 
     def faults(self) -> list[str]:
         """Options that contradict each other, without a look at files: lines that begin with the option."""
+        return []
+
+    def misses(self, model: Any) -> list[str]:
+        """What a model (`config.Model`) lacks for these options: lines that begin with the option."""
+        del model
         return []
 
     @property

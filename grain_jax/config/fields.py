@@ -304,11 +304,14 @@ class Dataset:
 class Views:
     """Further views of each image for the terms of `loss.terms` that read them: one global and `local` small crops.
 
-    They are cut on the devices from the image of the batch; the contrastive losses see that image itself.
+    They are cut on the devices from the image of the batch (docs/method.md, Views); the contrastive losses see that image
+    itself.
     """
 
     local: int = count(0, high=64)  # small crops an image; 0: no views are made
-    size: int = size(96)  # pixels of a local view, height = width
+    size: int = size(
+        96
+    )  # pixels of a local view, height = width; model.image.patch_size must divide it
     min_area: float = key(0.05, low=1e-3, high=1)  # smallest share of the image in a local view
     max_area: float = key(0.4, low=1e-3, high=1)  # largest share of the image in a local view
     global_min_area: float = key(

@@ -44,7 +44,18 @@ ANNOTATED = {
 }
 # Negatives of a box in FG-OVD's files, where they are fewer than 10.
 _FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}
-SETS = (*TFDS, "products2023", *ANNOTATED)
+# Entry -> format of the set in the folder of that name below `folders`, and how to get it.
+SEGMENTED = {
+    "ade20k": ("ade20k", "ADEChallengeData2016.zip of data.csail.mit.edu/places/ADEchallenge"),
+    "voc2012": ("voc", "VOCdevkit/VOC2012 of VOCtrainval_11-May-2012.tar, host.robots.ox.ac.uk"),
+    "pascal_context": ("context59", "VOCdevkit/VOC2010, with SegmentationClassContext by Detail"),
+    "cityscapes": ("cityscapes", "leftImg8bit and gtFine of cityscapes-dataset.com"),
+    "coco_stuff": (
+        "coco_stuff",
+        "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
+    ),
+}
+SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
 
 
 def entries(
@@ -63,7 +74,8 @@ def entries(
     Args:
       sets: names, of SETS.
       data_dir: folder of TFDS.
-      folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, and products2023/.
+      folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, products2023/, and NAME/ of the sets
+        with masks, each in its own layout.
       descriptions: folder of NAME.json; where a set has none, it is evaluated by names alone.
       alphas: shares of the global score, where there are descriptions.
       templates: file of prompts; None for the general ones.
@@ -73,6 +85,11 @@ def entries(
     for name in sets:
         if name in ANNOTATED:
             out[name] = _annotated(name, folders, templates, missing=missing)
+            continue
+        if name in SEGMENTED:
+            layout, get = SEGMENTED[name]
+            fields = dict(templates=templates, missing=missing, get=get, format=layout)
+            out[name] = evaluator("segmentation", folders + f"/{name}", **fields)
             continue
         fields: dict[str, Any] = dict(alphas=alphas, templates=templates, missing=missing)
         if descriptions is not None:

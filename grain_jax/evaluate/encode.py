@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+import PIL.Image
 from etils import epath
 
 from grain_jax.core import errors, progress, schema
@@ -102,6 +103,7 @@ def encode_images(
     regions: bool = True,
     boxes_of: BoxesOf | None = None,
     embed: bool = True,
+    prepare: Callable[[int, PIL.Image.Image], Any] | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Encoded]:
     """Batches of the images of this process; the next batch is read while the model or the caller has this one.
@@ -117,6 +119,8 @@ def encode_images(
       regions: whether region embeddings are computed too.
       boxes_of: gives the boxes of each image, which are embedded too; None: no boxes.
       embed: False: nothing is embedded (D is 0, whatever the arguments above), and the caller uses `pixels`.
+      prepare: (position in the whole set, image) -> what `pixels` has of it, in place of the resized image; its
+        ImageError leaves the image out. It asks for embed=False.
       batch_size: images at a time.
 
     Raises:
@@ -143,6 +147,8 @@ def encode_images(
         position, image = numbered
         try:
             loaded = image.load()
+            if prepare is not None:
+                return _Read(position, image, loaded.size, prepare(position, loaded))
         except image_files.ImageError as error:
             return _Read(position, image, fault=str(error))
         # Resizing here keeps a batch small in memory, and the threads share the work.

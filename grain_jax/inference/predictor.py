@@ -9,7 +9,7 @@ all devices of the process. Methods that return or use regions raise InputError 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, schema
+from grain_jax.core import errors, named, schema
 from grain_jax.core import progress as progress_lib
-from grain_jax.inference import inputs, jitted, prompts, scores
+from grain_jax.inference import inputs, jitted, prompts, scores, segmentation
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain, lora, towers
@@ -341,7 +341,8 @@ class Predictor:
                 "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
             )
         else:
-            patches = self._all(jitted.program(self.model, self.dtype, "encode_patches"), images)
+            method = "patch_embeddings" if isinstance(images, Tokens) else "encode_patches"
+            patches = self._all(jitted.program(self.model, self.dtype, method), images)
         return patches.astype(np.float32).reshape(-1, grid, grid, self.model.embed_dim)
 
     def similarity_map(
@@ -389,6 +390,125 @@ class Predictor:
             scores.similarity_map(text, patch, region, grid)
             for text, patch, region in zip(text_embeds, patches, regions, strict=True)
         ]
+
+    def segment(
+        self,
+        images: OneOrMany,
+        classes: Iterable[str] | Mapping[str, Sequence[str]] | segmentation.Classes,
+        *,
+        background: float | None = None,
+        short_side: int = 0,
+        stride: int = 0,
+        **maps: Any,
+    ) -> Any:
+        """For each image the class of every pixel, int32 [H, W], positions in the classes; for one [H, W] alone.
+
+        Args:
+          images: PIL images, turned by their EXIF orientation, or uint8 [H, W, 3], of any size; or one.
+          classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide names of one
+            class: "sofa, couch".
+          background: pixels are -1 where the best class has a smaller share of the softmax of scaled cosines; None: none.
+          short_side: pixels that the shorter side is resized to; 0: the model's image size.
+          stride: pixels between windows of the model's size; 0: half of it.
+          **maps: `by`, `patch_features` and `patch_weight`, as of `class_maps`.
+
+        Raises:
+          InputError: images, classes or options cannot be used.
+        """
+        size = self.model.image.image_size
+        segmentation.check_stride(size, short_side, stride)
+        if not isinstance(classes, segmentation.Classes):
+            classes = self.segmentation_classes(classes)
+        is_one = inputs.is_one_image(images)
+        found, several = [], [images] if is_one else images
+        for i, image in enumerate(cast(Iterable[Any], several)):
+            windows = segmentation.windows_of(i, image, size, short_side, stride)
+            of_windows = self.class_maps(windows.pixels, classes, **maps)
+            scale = self.logit_scale
+            found.append(
+                segmentation.labels(of_windows, windows, background=background, scale=scale)
+            )
+        return found[0] if is_one else found
+
+    def segmentation_classes(
+        self, classes: Iterable[str] | Mapping[str, Sequence[str]]
+    ) -> segmentation.Classes:
+        """Embeds classes for `segment`, once for any number of images; raises as `class_features`."""
+        names, described = zip(*_pairs(classes))
+        described = [own or () for own in described] if any(described) else None
+        return segmentation.embed_classes(self.encode_text, names, self.templates, described)
+
+    def class_maps(
+        self,
+        images: Images,
+        classes: segmentation.Classes,
+        *,
+        by: str = "auto",
+        patch_features: str = "auto",
+        patch_weight: float = 0.5,
+    ) -> np.ndarray:
+        """Where every class lies in each image of a batch: cosines at the patches, float32 [B, C, h, w].
+
+        Args:
+          images: as for `encode_image`.
+          classes: the result of `segmentation_classes`.
+          by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto", what the
+            model has, as `similarity_maps`.
+          patch_features: "tokens", the last ones (`encode_patches`); "values", where in the last layer each token
+            attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
+          patch_weight: share of the patches in "both"; the regions have the rest.
+
+        Raises:
+          InputError: as `encode_image`; an unknown option; the model has no such patches or regions.
+        """
+        by, patch_features = self._maps_by(by, patch_features)
+        grid, maps, tokens = self.grid, [], None
+        images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
+        if by != "regions":
+            program = jitted.program(self.model, self.dtype, f"image_{patch_features}")
+            tokens = Tokens(self._all(program, images))
+            patches = classes.cosines(self.encode_patches(tokens)).transpose(0, 3, 1, 2)
+            maps.append(patches)
+        if by != "patches":
+            shared = tokens if tokens is not None and patch_features == "tokens" else images
+            regions = self.encode_regions(shared)
+            cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
+            pairs = zip(cosines, regions.boxes_xyxy)
+            maps.append(np.stack([scores.region_map(*pair, grid) for pair in pairs]))
+        if len(maps) == 1:
+            return maps[0]
+        return np.float32(patch_weight) * maps[0] + np.float32(1 - patch_weight) * maps[1]
+
+    def _maps_by(self, by: str, patch_features: str) -> tuple[str, str]:
+        """The options of `class_maps` without "auto". Raises InputError."""
+        for name, value, known in (
+            ("by", by, segmentation.WAYS),
+            ("patch_features", patch_features, segmentation.PATCHES),
+        ):
+            if value not in known:
+                raise InputError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
+        has_head = self.model.boxes.kind != "none"
+        has_patches = has_head or self.model.decoder is None
+        if by == "auto":
+            by = "patches" if not self.has_regions else "both" if has_patches else "regions"
+        if by != "patches":
+            self._need_regions(f"by {by!r}")
+        if by != "regions" and not has_patches:
+            raise InputError(
+                f"by {by!r}: got a model with a decoder and no box head, expected a box head, or by 'regions'"
+            )
+        if patch_features == "auto":
+            is_values = not has_head and not named.is_external(self.model.image.tower)
+            patch_features = "values" if is_values else "tokens"
+        if (
+            by != "regions"
+            and patch_features == "values"
+            and named.is_external(self.model.image.tower)
+        ):
+            raise InputError(
+                f"patch_features 'values': got the tower {self.model.image.tower}, expected a built-in one, or 'tokens'"
+            )
+        return by, patch_features
 
     @property
     def grid(self) -> int:
@@ -503,19 +623,7 @@ class Predictor:
         Raises:
           InputError: no class, a value of another type, or an empty list of descriptions.
         """
-        if isinstance(classes, Mapping):
-            pairs = list(classes.items())
-        else:
-            pairs = [] if isinstance(classes, str) else [(name, None) for name in classes]
-        if not pairs:
-            raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
-        for name, own in pairs:
-            if not isinstance(name, str) or isinstance(own, str):
-                raise InputError(
-                    f"classes: at {name!r}, expected a name or name: [description, ...]"
-                )
-            if own is not None and not len(own):
-                raise InputError(f"classes: {name!r} has no description")
+        pairs = _pairs(classes)
         texts = [prompts.class_texts(name, self.templates, own) for name, own in pairs]
         described = [list(own) for _, own in pairs if own is not None]
         return ClassFeatures(
@@ -618,6 +726,25 @@ class Predictor:
             missing = ((0, 0), (0, context - tokens.shape[1]))
             tokens = np.pad(tokens, missing, constant_values=tower.pad_id)
         return tokens, ends
+
+
+def _pairs(
+    classes: Iterable[str] | Mapping[str, Sequence[str]],
+) -> list[tuple[str, Sequence[str] | None]]:
+    """Names with their descriptions, or None. Raises InputError."""
+    pairs: list[tuple[str, Sequence[str] | None]]
+    if isinstance(classes, Mapping):
+        pairs = [*classes.items()]
+    else:
+        pairs = [] if isinstance(classes, str) else [(name, None) for name in classes]
+    if not pairs:
+        raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
+    for name, own in pairs:
+        if not isinstance(name, str) or isinstance(own, str):
+            raise InputError(f"classes: at {name!r}, expected a name or name: [description, ...]")
+        if own is not None and not len(own):
+            raise InputError(f"classes: {name!r} has no description")
+    return pairs
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ Without a decoder it is a two-tower model, such as CLIP: no regions, and the ima
 import functools
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.core import schema
+from grain_jax.core import errors, schema
 from grain_jax.models import box_head, layers, region_decoder, text, towers
 
 xavier = nn.initializers.xavier_uniform()
@@ -77,16 +78,47 @@ class GRAIN(nn.Module):
             bias = nn.initializers.constant(c.logit_bias_init)
             self.logit_bias = layers.parameter(self, "logit_bias", bias, (), ())
 
-    def image_tokens(self, image: jax.Array) -> jax.Array:
-        """Images, uint8 [B, H, W, 3] or float32 already normalised, -> tokens [B, N, E_image].
+    def image_tokens(
+        self, image: jax.Array, masked: tuple[jax.Array, jax.Array] | None = None
+    ) -> jax.Array:
+        """Images to their tokens. Raises UserError: the tower takes neither this size nor masks.
 
-        [B, E_image] with a tower that pools them itself.
+        Args:
+          image: uint8 [B, H, W, 3], or float32 already normalised.
+          masked: (bool [B, P], float [E_image]): the embeddings of these patches are replaced by this one, before
+            positions.
+
+        Returns:
+          [B, N, E_image]; [B, E_image] with a tower that pools them itself.
         """
-        if image.dtype == jnp.uint8:
-            config = self.config.image
-            mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
-            image = (image.astype(jnp.float32) / 255.0 - mean) / std
-        return self.image(image)
+        config, image = self.config.image, self._normalised(image)
+        size = config.image_size
+        if image.shape[1:3] != (size, size) and not self.image.any_size:
+            raise errors.UserError(
+                f"model.image.tower: {config.tower} got an image of {image.shape[1]} x {image.shape[2]} pixels, expected"
+                f" model.image.image_size = {size}; a tower with any_size = True takes others"
+            )
+        if masked is None:
+            return self.image(image)
+        if not self.image.maskable:
+            raise errors.UserError(
+                f"model.image.tower: {config.tower} replaces no patches by a mask token, expected a tower with"
+                " maskable = True, such as vit"
+            )
+        return self.image(image, masked)  # type: ignore[call-arg]
+
+    def image_values(self, image: jax.Array) -> jax.Array:
+        """As `image_tokens`; in the last layer each token attends to itself alone (vit.py). Of the built-in tower."""
+        tower: Any = self.image
+        return tower(self._normalised(image), values=True)
+
+    @nn.nowrap
+    def _normalised(self, image: jax.Array) -> jax.Array:
+        if image.dtype != jnp.uint8:
+            return image
+        config = self.config.image
+        mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
+        return (image.astype(jnp.float32) / 255.0 - mean) / std
 
     def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images to the features of the decoder.
@@ -146,7 +178,10 @@ class GRAIN(nn.Module):
 
     def encode_patches(self, image: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> [B, h * w, D], each patch pooled and projected alone; of a model without a decoder."""
-        tokens = self.image_tokens(image)
+        return self.patch_embeddings(self.image_tokens(image))
+
+    def patch_embeddings(self, tokens: jax.Array) -> jax.Array:
+        """As `encode_patches`, from the tokens of the images."""
         patches = tokens[:, self.image.leading_tokens(self.config.image) :]
         # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
         alone = jnp.repeat(

@@ -193,7 +193,7 @@ class Attention(nn.Module):
     key_bias: bool = True
 
     @nn.compact
-    def __call__(self, query, key, value, mask=None, dropout_keys=None, site: int = 0):
+    def __call__(self, query, key, value, mask=None, dropout_keys=None, site: int = 0, alone=None):
         """Attention of `query` to `key` and `value`.
 
         Args:
@@ -203,6 +203,7 @@ class Attention(nn.Module):
           mask: bool broadcastable to [B, K, Lq, Lk], or an attention.CausalWithin where `program` is not "xla".
           dropout_keys: see `example_dropout`.
           site: see `example_dropout`.
+          alone: bool [], whether each position attends to itself alone; None: no. Of self-attention by "xla".
 
         Returns:
           [B, Lq, E].
@@ -236,6 +237,8 @@ class Attention(nn.Module):
             weights = softmax(logits, self.dtype)  # [B, K, Lq, Lk]
             weights = example_dropout(weights, dropout_keys, site, self.dropout)
             out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
+            if alone is not None:
+                out = jnp.where(alone, v, out)
         return dense(
             self.width,
             ("heads", "head_dim"),
@@ -401,8 +404,8 @@ class TowerLayer(nn.Module):
     layer_scale: float | None = None  # the initial factors; None: no layer scale
 
     @nn.compact
-    def __call__(self, x, mask=None):
-        """x [B, L, E], mask as of `Attention` -> (carry [B, L, E], no per-layer output)."""
+    def __call__(self, x, mask=None, alone=None):
+        """x [B, L, E], mask and alone as of `Attention` -> (carry [B, L, E], no per-layer output)."""
         t, inits = self.tower, self.inits
         y = LayerNorm(t.norm_eps, name="norm_1")(x)
         y = Attention(
@@ -417,7 +420,7 @@ class TowerLayer(nn.Module):
             rope=self.rope,
             key_bias=self.key_bias,
             name="attention",
-        )(y, y, y, mask)
+        )(y, y, y, mask, alone=alone)
         x = x + self._scaled("layer_scale_1", y)
         y = LayerNorm(t.norm_eps, name="norm_2")(x)
         y = MLP(

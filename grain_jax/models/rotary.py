@@ -41,11 +41,10 @@ class Rope:
         return (y * cos + other * sin).astype(x.dtype)
 
 
-def of_tower(tower: ImageTower, leading: int) -> Rope | None:
-    """The rotary positions of a tower with so many leading tokens; None where it has none."""
+def of_tower(tower: ImageTower, leading: int, grid: int) -> Rope | None:
+    """The rotary positions of a tower with so many leading tokens, for `grid` x `grid` patches; None: it has none."""
     if tower.rope == "none":
         return None
-    grid = tower.image_size // tower.patch_size
     return Rope(tower.rope, tower.rope_theta, tower.rope_grid, grid, leading)
 
 

@@ -46,6 +46,10 @@ class ImageTower(nn.Module):
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector an image, [B, E]. It needs `model.decoder=None` and `pool="none"`.
     pooled: ClassVar[bool] = False
+    # True: it takes square images of other sizes than `image_size`, as `input.views` may give them.
+    any_size: ClassVar[bool] = False
+    # True: `__call__` takes `masked` as well, (bool [B, P], float [E]): the patches whose embeddings that one replaces.
+    maskable: ClassVar[bool] = False
 
     @classmethod
     def leading_tokens(cls, config: config_lib.ImageTower) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax.core import errors
 from grain_jax.models import attention, layers, placement, rotary, towers
 
 
@@ -25,6 +26,18 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
     return np.pad(out, ((0, 0), (0, width - out.shape[1]))).astype(np.float32)
 
 
+def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Array:
+    """Learned positions [N, E] for `grid` x `grid` patches, bilinear, antialiased where it shrinks.
+
+    Torch has it as `interpolate` with `mode="bilinear"` and `antialias=True`. The first `leading` positions stay.
+    """
+    positions = placement.whole(positions)
+    own, width = positions[leading:], positions.shape[1]
+    side = round(len(own) ** 0.5)
+    square = jax.image.resize(own.reshape(side, side, width), (grid, grid, width), "bilinear")
+    return jnp.concatenate([positions[:leading], square.reshape(-1, width)])
+
+
 def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
     if tower.block_init == "torch":  # quirk 13: the reference builds its layers anew after timm's
         init = layers.torch_linear
@@ -36,7 +49,14 @@ def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
 
 
 class ImageTransformer(towers.ImageTower):
-    """Images to tokens: the class token first (if there is one), then registers, then patches row by row."""
+    """Images to tokens: the class token first (if there is one), then registers, then patches row by row.
+
+    Parameters are those of images of `image_size`. Of an image of another size the learned positions are resized to its
+    grid, as SigLIP 2 does (Tschannen et al. 2025), and rotary ones are those of its grid.
+    """
+
+    any_size = True
+    maskable = True
 
     @classmethod
     def leading_tokens(cls, config: config_lib.ImageTower) -> int:
@@ -44,14 +64,34 @@ class ImageTransformer(towers.ImageTower):
         return int(config.class_token) + config.registers
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """Normalised images [B, H, W, 3] -> tokens [B, N, E], after the final norm."""
+    def __call__(
+        self,
+        image: jax.Array,
+        masked: tuple[jax.Array, jax.Array] | None = None,
+        values: bool = False,
+    ) -> jax.Array:
+        """Normalised images to tokens. Raises UserError: no square of whole patches.
+
+        Args:
+          image: [B, S, S, 3].
+          masked: (bool [B, P], float [E]): the embeddings of these patches are replaced by this one, before positions.
+          values: in the last layer each token attends to itself alone: its value goes through the output map, and
+            residual, MLP and norm follow as ever (MaskCLIP, Zhou et al. 2022, arXiv 2112.01071).
+
+        Returns:
+          [B, N, E], after the final norm.
+        """
         t = self.config
         x = image.astype(self.dtype)
         patch = t.patch_size
         batch, height, width, channels = x.shape
         grid = height // patch
-        x = x.reshape(batch, grid, patch, width // patch, patch, channels)
+        if height != width or not grid or height % patch:
+            raise errors.UserError(
+                f"image: got {height} x {width} pixels, expected a square of whole patches of"
+                f" model.image.patch_size = {patch}"
+            )
+        x = x.reshape(batch, grid, patch, grid, patch, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch**2 * channels)  # [B, P, p*p*3]
         x = layers.dense(
             t.width,
@@ -63,26 +103,35 @@ class ImageTransformer(towers.ImageTower):
             use_bias=t.patch_bias,
             name="patch_embed",
         )(x)
+        if masked is not None:
+            where, token = masked
+            x = jnp.where(where[..., None], token.astype(self.dtype), x)
         x = self._with_leading(x, grid)
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
-        program = attention.choose(self.attention, self.dtype, t.heads)
+        program = "xla" if values else attention.choose(self.attention, self.dtype, t.heads)
+        # Without `values` the layers have no further input, and the program is that of training.
+        inputs = (None, jnp.arange(t.depth) == t.depth - 1) if values else ()
         blocks = layers.scan_layers(
-            layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=()
+            layers.TowerLayer,
+            t.depth,
+            remat=self.remat,
+            unroll=t.unroll,
+            in_axes=(nn.broadcast, 0) if values else (),
         )(
             t,
             self.dtype,
             _inits(t),
             program,
             t.qk_norm,
-            rope=rotary.of_tower(t, self.leading_tokens(t)),
+            rope=rotary.of_tower(t, self.leading_tokens(t), grid),
             key_bias=t.key_bias,
             gated=t.mlp == "gated",
             layer_scale=t.layer_scale_init if t.layer_scale else None,
             name="blocks",
         )
-        x, _ = blocks(x)
+        x, _ = blocks(x, *inputs)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)
 
     @nn.nowrap
@@ -92,6 +141,7 @@ class ImageTransformer(towers.ImageTower):
         as_tokens = lambda rows, count: jnp.broadcast_to(rows, (x.shape[0], count, t.width)).astype(
             self.dtype
         )
+        own_grid = t.image_size // t.patch_size
         token, positions = None, None
         if t.class_token:
             token = layers.parameter(
@@ -102,15 +152,17 @@ class ImageTransformer(towers.ImageTower):
             if t.position_init == "normal":
                 return layers.normal(0.02)(key, shape, dtype)
             return jnp.pad(
-                jnp.asarray(sincos2d(grid, t.width, t.position_period), dtype),
+                jnp.asarray(sincos2d(own_grid, t.width, t.position_period), dtype),
                 ((int(t.class_token), 0), (0, 0)),
             )
 
         if t.positions:
-            shape = (t.class_token + x.shape[1], t.width)
+            shape = (t.class_token + own_grid**2, t.width)
             positions = layers.parameter(
                 self, "position_embed", init_positions, ("positions", "width"), shape
             )
+            if grid != own_grid:
+                positions = resized_positions(positions, int(t.class_token), grid)
         if token is not None:
             x = jnp.concatenate([as_tokens(token, 1), x], axis=1)
         if positions is not None:

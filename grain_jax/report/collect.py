@@ -16,8 +16,8 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import atomic, errors, regular_file
-from grain_jax.evaluate import encode, rates, test_sets, zeroshot
-from grain_jax.report import regions
+from grain_jax.evaluate import encode, rates, segmentation, test_sets, zeroshot
+from grain_jax.report import masks, regions
 from grain_jax.report.arguments import NUM_IMAGES
 from grain_jax.report.thumbnails import Thumbnails
 from grain_jax.runtime import checkpoint, processes
@@ -59,7 +59,8 @@ def collect(
     kept = _kept(workdir / FILE)
     if predictor is None and kept and kept["asked"] == asked:
         return kept
-    made: dict[str, Any] = {"asked": asked, "zeroshot": {}, "lines": {}, "whole": True}
+    made: dict[str, Any] = {"asked": asked, "zeroshot": {}, "segmentation": {}}
+    made |= {"lines": {}, "whole": True}
     thumbs = Thumbnails()
 
     @contextlib.contextmanager
@@ -82,6 +83,8 @@ def collect(
             parsed = config_lib.evaluator_from_dict(entry)
             if isinstance(parsed, zeroshot.ZeroShot):
                 made["zeroshot"][name] = _zeroshot(predictor, parsed, thumbs, num_images)
+            if isinstance(parsed, segmentation.Segmentation):
+                made["segmentation"][name] = masks.collect(predictor, parsed.available()[0])
     with line("regions"):
         made |= regions.collect(predictor, evals, thumbs, num_images)
     made["thumbs"] = thumbs.uris

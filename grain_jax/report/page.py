@@ -10,7 +10,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, html
 from grain_jax.evaluate import tables
-from grain_jax.report import charts, collect, run_files
+from grain_jax.report import charts, collect, masks, run_files
 from grain_jax.report.arguments import NUM_IMAGES
 
 FILE = "report.html"
@@ -23,10 +23,11 @@ _SECTIONS = (  # id, heading, what one sees
     ("regions", "Regions", "Test images with the boxes of the region queries, and the descriptions that these match best, against the annotated ones. Point at a box or a line to see it alone."),
     ("queries", "Queries", "What each query has specialised in: how much of its boxes covers a place (darker is more), the centres (dots), the mean box (outlined), and what it says."),
     ("attention", "Attention", "Where a query looks: its cross-attention over the patches of the image, brightest at its largest. The dashed box is the one that the query predicts."),
+    ("segmentation", "Segmentation", "Images with their true and their predicted classes, side by side. Grey pixels do not count."),
     ("config", "Config and environment", "The whole config, what differs between runs being marked; where and how the run ran; and what was not measured."),
 )  # fmt: skip
 _KEYS = (
-    ("1 to 8", "go to a section"),
+    ("1 to 9", "go to a section"),
     ("/", "go to the nearest filter"),
     ("Tab", "next chart, image or control"),
     ("\u2190 \u2192", "in a chart: step by step; Page Up and Down: ten steps; Home, End"),
@@ -94,6 +95,7 @@ def render(runs: Sequence[run_files.RunFiles], found: Sequence[Mapping[str, Any]
     names = run_files.labels([run.workdir for run in runs])
     contents = {name: f'<div id="{name}-content"></div>' for name, _, _ in _SECTIONS}
     contents["results"] = _results(runs, names)
+    contents["segmentation"] = _segmentation(found, names)
     contents["config"] = (
         _config(runs, names) + _environment(runs, names) + _unmeasured(runs, found, names)
     )
@@ -111,7 +113,9 @@ def render(runs: Sequence[run_files.RunFiles], found: Sequence[Mapping[str, Any]
         '<div class="tools"><button id="theme" type="button" aria-label="light or dark">Dark</button>'
         '<button id="help" type="button">Keys (?)</button></div>',
         sections=[
-            html.Section(name, title, contents[name], sees) for name, title, sees in _SECTIONS
+            html.Section(name, title, contents[name], sees)
+            for name, title, sees in _SECTIONS
+            if contents[name]
         ],
         files=[here / name for name in _FILES],
         data=_payload(runs, found, names),
@@ -208,6 +212,15 @@ def _cell(numbers, row, value: str, between: str, chance: str, of: str) -> str:
     if row.chance in numbers:
         bar += f'<i class="chance" style="left:{100 * numbers[row.chance]:.2f}%"></i>'
     return f'{text}<span class="scale" aria-hidden="true">{bar}</span>'
+
+
+def _segmentation(found, names) -> str:
+    """The images of the segmentations of each run; "" where there is none."""
+    out = ""
+    for looked, label in zip(found, names):
+        for entry, part in looked.get("segmentation", {}).items():
+            out += masks.rendered(f"{label}: {entry}" if len(names) > 1 else entry, part)
+    return out
 
 
 def _config(runs, names) -> str:

@@ -42,7 +42,9 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    names = "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Maps Diagnostics"
+    names = (
+        "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Maps Segmentation Diagnostics"
+    )
     assert done.stdout == f"{names}\n\n"
 
 
@@ -80,7 +82,7 @@ FAULTS = [
     (
         {"kind": "zeroshott"},
         "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics, grounding,"
-        " hard_negatives, linear_probe, maps, retrieval, zeroshot; or module:Name of your own",
+        " hard_negatives, linear_probe, maps, retrieval, segmentation, zeroshot; or module:Name of your own",
     ),
     (
         {"kind": "zeroshot", "descriptoins": "D.json"},

@@ -149,7 +149,9 @@ def test_every_set_has_the_accuracy_that_was_counted_by_hand(suite, data, capsys
         "cifar10.json: not there, expected descriptions of the classes; evaluated by names alone"
     )
     assert f"food101: skipped: {skipped['food101']}" in err.splitlines()
-    assert lines[-1].startswith("skipped, data missing: caltech101, caltech_birds2011, cars196,")
+    assert lines[-1].startswith(
+        "skipped, data missing: ade20k, caltech101, caltech_birds2011, cars196,"
+    )
     assert "cifar10 (1 of 4): 9 images in" in err
 
 
@@ -220,7 +222,7 @@ def test_entries_serve_a_training_config():
     assert (one.tfds, one.data_dir, one.alphas) == ("cifar10", "D", (1.0,))
     assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
     assert set(eval_config.get_config().evals) == set(benchmarks.SETS)
-    assert len(benchmarks.SETS) == 29
+    assert len(benchmarks.SETS) == 34
     c.evals.cifar10.images = "x"
     with pytest.raises(
         config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"

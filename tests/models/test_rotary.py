@@ -40,13 +40,16 @@ def _shapes(tower):
     return {f"image/{name}": x.shape for name, x in grain.flat(boxed).items()}
 
 
-def _same_as(module, tokens_of, tower, rows):
-    """Tokens, and the gradients of their weighted sum by every parameter, equal those of a torch module."""
+def _same_as(module, tokens_of, tower, rows, size=None):
+    """Tokens, and the gradients of their weighted sum by every parameter, equal those of a torch module.
+
+    Of images of the tower's size, or of `size`.
+    """
     import torch
 
     own = dict(module.named_parameters())
     params = tables.read(rows, {k: v.detach().numpy() for k, v in own.items()}, _shapes(tower))
-    images = _images(tower.image_size)
+    images = _images(size or tower.image_size)
     theirs = tokens_of(foreign.torch_images(images))
     weight = np.random.default_rng(2).normal(size=theirs.shape).astype(np.float32)
     (theirs * torch.from_numpy(weight)).sum().backward()
@@ -61,8 +64,13 @@ def _same_as(module, tokens_of, tower, rows):
     foreign.close(np.asarray(tokens), theirs.detach().numpy())
     named = tables.write(rows, grads)
     assert named.keys() == {name for name, x in own.items() if x.grad is not None}
+    most = max(np.abs(grad).max() for grad in named.values())
     for name, grad in named.items():
-        foreign.close(grad.reshape(own[name].shape), own[name].grad.numpy())
+        theirs = own[name].grad.numpy()
+        if np.abs(theirs).max() < 1e-6 * most:  # a key's bias without rotation
+            assert np.abs(grad).max() < 1e-6 * most, name
+        else:
+            foreign.close(grad.reshape(theirs.shape), theirs)
 
 
 @pytest.mark.parametrize("size,gated", [(32, False), (48, True)])

@@ -1,0 +1,262 @@
+"""Open-vocabulary semantic segmentation: the class of every pixel by the names of classes (inference/segmentation.py).
+
+A pixel has the class of the largest cosine; docs/evaluate.md has the numbers and the formats of the public sets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from etils import epy
+
+from grain_jax import config
+from grain_jax.config.evals import (
+    ORIENTATIONS,
+    STANDALONE,
+    Context,
+    TableRow,
+    exists,
+    expanduser,
+    option,
+)
+from grain_jax.core import errors
+from grain_jax.evaluate.evaluators import Faults
+
+with epy.lazy_imports():
+    import numpy as np
+
+    from grain_jax.evaluate import confusion, encode, segmentation_sets, zeroshot
+    from grain_jax.inference import prompts, scores, stream
+    from grain_jax.inference import segmentation as segmenting
+
+# Known here, too, because a config may not import the modules above.
+FORMATS = ("folder", "ade20k", "voc", "context59", "context60", "cityscapes", "coco_stuff")
+WAYS = ("auto", "patches", "regions", "both")
+PATCHES = ("auto", "values", "tokens")
+_AT_ONCE = 16  # images whose windows and masks are in memory, at most
+_THREADS = 2  # that make maps as large as images: one takes a few hundred MB
+
+_PIXELS = "pictures", "pictures"  # of the rows of the table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segmentation(config.Evaluator):
+    """Classes of pixels by the classes' names: mIoU and pixel accuracy."""
+
+    example = "--format ade20k \\\n    --images ADEChallengeData2016"
+    table = (
+        TableRow("miou", "mIoU", "chance_miou", *_PIXELS),
+        TableRow("pixel_accuracy", "pixel accuracy", "chance_pixel_accuracy", *_PIXELS),
+        TableRow("mean_class_accuracy", "mean class accuracy", "chance_pixel_accuracy", *_PIXELS),
+    )
+    kind: str = "segmentation"
+    # root of the set; with --masks the folder of the images
+    images: str = option("", "DIR", required=True)
+    # folder of the masks, PNGs of one channel; default: where the format has them, of folder DIR/masks
+    masks: str | None = option(None, "DIR")
+    # layout of the set; folder: images/ and masks/ of the same names, and classes.txt
+    format: str = option(FORMATS[0], choices=FORMATS)
+    # of the set; default: its validation split
+    split: str | None = option(None, "NAME")
+    # file of class names in the order of the ids, commas between names of one class; default: those of the format
+    classes: str | None = option(None, "FILE")
+    # id of the pixels that do not count, of the format folder
+    ignore: int = option(255, "ID", low=0, high=65535)
+    # exif turns images as viewers do, file takes the pixels as they are stored
+    orientation: str = option(ORIENTATIONS[0], choices=ORIENTATIONS)
+    # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
+    descriptions: str | None = option(None, "D.json")
+    # prompts, one a line, with {} for the name; default: inference/templates.txt
+    templates: str | None = option(None, "FILE")
+    # class features have unit length; without, they are the mean of their prompts
+    unit_features: bool = option(True)
+    # maps of patches, of the queries' regions, or both; auto: what the model has
+    by: str = option(WAYS[0], choices=WAYS)
+    # values: the last layer attends to the patch alone (MaskCLIP); tokens; auto: tokens with a box head, else values
+    patch_features: str = option(PATCHES[0], choices=PATCHES)
+    # share of the patches in both
+    patch_weight: float = option(0.5, "W", low=0, high=1)
+    # pixels of the shorter side after resizing; 0: the model's image size
+    short_side: int = option(0, "PIXELS", low=0)
+    # pixels between windows of the model's size; 0: half of it
+    stride: int = option(0, "PIXELS", low=0)
+    # background is where the best other class has a smaller share of the softmax; default: it is a name as others
+    background_threshold: float | None = option(None, "P", low=0, high=1)
+
+    def faults(self) -> list[str]:
+        if self.format == FORMATS[0] and self.split is not None:
+            return [f"split: got {self.split!r} with format='folder', expected none"]
+        return []
+
+    def misses(self, model: Any) -> list[str]:
+        if self.by in ("patches", "both") and model.decoder and model.boxes.kind == "none":
+            return [
+                f"by: got {self.by!r}, which asks patches, with model.decoder alone, expected a box head"
+                " (model.boxes.kind), or by='regions'"
+            ]
+        return []
+
+    @property
+    def needs_regions(self) -> bool:
+        return self.by in ("regions", "both")
+
+    @property
+    def data(self) -> tuple[str | None, ...]:
+        return self.images, self.masks
+
+    @property
+    def files(self) -> tuple[str | None, ...]:
+        return self.classes, self.descriptions, self.templates
+
+    def available(self) -> tuple[Segmentation, str]:
+        super().available()
+        if self.missing != "skip" or self.descriptions is None:
+            return self, ""
+        path = expanduser(self.descriptions)
+        if exists(path):
+            return self, ""
+        line = f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
+        return dataclasses.replace(self, descriptions=None), line
+
+    def open(self) -> segmentation_sets.Segmented:
+        """The images, masks and classes; raises as segmentation_sets.open_set."""
+        if not self.images:
+            raise errors.MissingData("images: got nothing, expected a folder of images and masks")
+        found = segmentation_sets.open_set(
+            expanduser(self.images),
+            self.masks,
+            layout=self.format,
+            split=self.split,
+            classes=self.classes,
+            ignore=self.ignore,
+            get=self.get,
+        )
+        if self.background_threshold is not None and found.background is None:
+            raise errors.UserError(
+                f"background_threshold: got {self.background_threshold:g}, expected a set with the class"
+                f" {segmentation_sets.BACKGROUND!r}; its classes begin with {', '.join(found.labels[:3])}"
+            )
+        return found
+
+    def check(self) -> int:
+        attempt = Faults()
+        found = attempt(self.open)
+        if found and self.descriptions is not None:
+            attempt(self._described, found)
+        attempt(prompts.load_templates, self.templates)
+        attempt.done()
+        return len(found.pairs) if found else 0
+
+    def _described(self, found: segmentation_sets.Segmented) -> list[list[str]] | None:
+        if self.descriptions is None:
+            return None
+        return zeroshot.read_descriptions(self.descriptions, found.labels, found.names)
+
+    def segmenter(self, predictor: Any, found: segmentation_sets.Segmented) -> Segmenter:
+        """Embeds the classes of a set. Raises errors.UserError where the model cannot use the options."""
+        size = predictor.model.image.image_size
+        segmenting.check_stride(size, self.short_side, self.stride)
+        classes = segmenting.embed_classes(
+            functools.partial(encode.encode_distinct, predictor),
+            found.names,
+            prompts.load_templates(self.templates),
+            self._described(found),
+            self.unit_features,
+        )
+        skip = found.background if self.background_threshold is not None else None
+        return Segmenter(self, predictor, classes, skip)
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Gives every pixel a class and compares it with its mask.
+
+        An image whose mask is missing, damaged, of another size or has an id that is no class is left out.
+
+        Returns: counts; `miou`, the mean IoU over the `classes_seen`, those with a true or a predicted pixel;
+          `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel; each with a 95% interval (`_low`,
+          `_high`) over the images; `chance_miou` and `chance_pixel_accuracy`, of a class drawn for each pixel; and
+          `per_class`, name -> `iou`, `accuracy`, `pixels`. Pixels of the ignored id count nowhere.
+        """
+        found, unreadable = self.open(), {}
+        segmenter = self.segmenter(predictor, found)
+        size, classes = predictor.model.image.image_size, len(found.names)
+        table = confusion.Confusion(classes)
+        for batch in encode.encode_images(
+            predictor,
+            found.images(self.orientation),
+            label="segmentation",
+            unreadable=unreadable,
+            embed=False,
+            prepare=segmentation_sets.prepare(found.pairs, segmenter.cutter(size)),
+            batch_size=min(context.batch_size, _AT_ONCE),
+        ):
+            windows, masks = zip(*batch.pixels)
+            predicted = segmenter.labels(windows)
+            for position, mask, own in zip(batch.index, masks, predicted, strict=True):
+                table.add(int(position), confusion.counts(mask, own, classes))
+        table = table.gathered()
+        if not table.matrix.sum():
+            raise errors.UserError(f"{self.images}: every pixel has the ignored id")
+        right, true, guessed = confusion.parts(table.matrix)
+        return {
+            "kind": self.kind,
+            "format": self.format,
+            "pictures": len(found.pairs) - len(unreadable),
+            **encode.report_unreadable(unreadable),
+            "classes": classes,
+            "classes_seen": int((true + guessed - right > 0).sum()),
+            "pixels": int(true.sum()),
+            **table.measures(),
+            "per_class": table.per_class(found.labels),
+        }
+
+
+class Segmenter(NamedTuple):
+    """A model with the options of an evaluation and its classes."""
+
+    entry: Segmentation
+    predictor: Any
+    classes: Any  # inference.segmentation.Classes
+    skip: int | None  # the class that the threshold gives
+
+    def cutter(self, size: int) -> Any:
+        """A PIL image -> its windows of `size` pixels."""
+        sides = dict(short_side=self.entry.short_side, stride=self.entry.stride)
+        return functools.partial(segmenting.cut, size=size, **sides)
+
+    def labels(self, windows: Any) -> Iterator[np.ndarray]:
+        """For each image, given by its windows, the class of each pixel, int32 [H, W]."""
+        entry = self.entry
+        pixels = np.concatenate([each.pixels for each in windows])
+
+        def maps_of(part: np.ndarray) -> tuple[np.ndarray]:
+            maps = self.predictor.class_maps(
+                part,
+                self.classes,
+                by=entry.by,
+                patch_features=entry.patch_features,
+                patch_weight=entry.patch_weight,
+            )
+            return (maps,)
+
+        (maps,) = scores.in_parts(maps_of, pixels)
+        stream.check_finite(maps)
+        ends = np.cumsum([len(each.pixels) for each in windows])
+        pairs = zip(np.split(maps, ends[:-1]), windows, strict=True)
+
+        def labels_of(pair: tuple[np.ndarray, Any]) -> np.ndarray:
+            found = segmenting.labels(
+                *pair,
+                background=entry.background_threshold,
+                scale=self.predictor.logit_scale,
+                skip=self.skip,
+            )
+            if self.skip is not None:
+                found[found == segmenting.BACKGROUND] = self.skip
+            return found
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            yield from stream.ahead(labels_of, pairs, pool, _THREADS)

@@ -1,0 +1,357 @@
+"""Images with label masks: the public sets in their own folders, and folders of one's own.
+
+A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as large as its image. Its numbers are ids: a
+`Layout` says which of them are classes, and which do not count.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from grain_jax.config.evals import how_to_get
+from grain_jax.core import errors, regular_file
+from grain_jax.core import images as image_files
+from grain_jax.evaluate import class_names, test_sets
+from grain_jax.inference import segmentation
+from grain_jax.inference.inputs import InputError
+
+IGNORED, OUTSIDE = (
+    -1,
+    -2,
+)  # what an id that is no class becomes: it does not count, or it is a fault
+BACKGROUND = "background"  # the name of the class that a threshold gives
+MAX_PIXELS = 1 << 25  # of an image with a mask: several lie in memory at one time
+_IDS = 1 << 16
+_IMAGES = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff".split())
+_NAMED = 5  # ids and files that a message lists
+
+
+class Layout(NamedTuple):
+    """Where a set keeps its images and masks, and what its ids mean. SPLIT stands for the split."""
+
+    images: str  # folder below the root
+    masks: str
+    # Names of a mask, the first that is there; NAME is that of the image without `image_end`.
+    mask_names: tuple[str, ...]
+    # For each name of a mask id -> position of the class.
+    ids: tuple[Mapping[int, int], ...]
+    ignored: tuple[int, ...]
+    classes: str  # a file of grain_jax/evaluate/classes
+    split: str = "val"
+    listed: str = ""  # file of the names of the split; "": all images of the folder
+    image_end: str = ""  # after NAME in the names of images, without the suffix
+    background: bool = False  # whether the class file is preceded by `background`
+
+
+def _in_order(first: int, count: int) -> dict[int, int]:
+    return {first + i: i for i in range(count)}
+
+
+_TRAIN_IDS = _in_order(0, 19)
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
+# Ids of COCO's things that no image of COCO-Stuff has; in the files an id is one less.
+_UNUSED_COCO = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+_COCO_IDS = [i - 1 for i in range(1, 183) if i not in _UNUSED_COCO]
+_VOC: dict[str, Any] = dict(images="JPEGImages", mask_names=("NAME.png",))
+_CONTEXT: dict[str, Any] = _VOC | dict(
+    masks="SegmentationClassContext", listed="ImageSets/SegmentationContext/SPLIT.txt"
+)
+LAYOUTS = {
+    "ade20k": Layout(
+        images="images/SPLIT",
+        masks="annotations/SPLIT",
+        mask_names=("NAME.png",),
+        ids=(_in_order(1, 150),),
+        ignored=(0,),
+        classes="ade20k",
+        split="validation",
+    ),
+    "voc": Layout(
+        **_VOC,
+        masks="SegmentationClass",
+        listed="ImageSets/Segmentation/SPLIT.txt",
+        ids=(_in_order(0, 21),),
+        ignored=(255,),
+        classes="pascal_voc",
+    ),
+    "context59": Layout(
+        **_CONTEXT, ids=(_in_order(1, 59),), ignored=(0, 255), classes="pascal_context"
+    ),
+    "context60": Layout(
+        **_CONTEXT,
+        ids=(_in_order(0, 60),),
+        ignored=(255,),
+        classes="pascal_context",
+        background=True,
+    ),
+    "cityscapes": Layout(
+        images="leftImg8bit/SPLIT",
+        masks="gtFine/SPLIT",
+        mask_names=("NAME_gtFine_labelTrainIds.png", "NAME_gtFine_labelIds.png"),
+        ids=(_TRAIN_IDS, {identity: i for i, identity in enumerate(_CITYSCAPES_IDS)}),
+        ignored=(*range(34), 255),
+        classes="cityscapes",
+        image_end="_leftImg8bit",
+    ),
+    "coco_stuff": Layout(
+        images="images/SPLIT",
+        masks="annotations/SPLIT",
+        mask_names=("NAME_labelTrainIds.png", "NAME.png"),
+        ids=(_in_order(0, 171), {identity: i for i, identity in enumerate(_COCO_IDS)}),
+        ignored=(255,),
+        classes="coco_stuff",
+        split="val2017",
+    ),
+}
+FOLDER = "folder"  # images/ and masks/ of the same names, classes.txt
+FORMATS = (FOLDER, *LAYOUTS)
+
+
+class Masked(NamedTuple):
+    """An image with its mask."""
+
+    image: epath.Path
+    mask: epath.Path
+    class_of: np.ndarray  # int16 [_IDS], id -> position of the class, IGNORED or OUTSIDE
+
+
+class Segmented(NamedTuple):
+    """Images with masks, and the classes."""
+
+    pairs: list[Masked]
+    names: list[str]  # of the classes, in order; commas divide alternatives
+    labels: list[str]  # of the classes, one name each
+    background: int | None  # the position of the class `background`
+
+    def images(self, orientation: str) -> list[test_sets.Image]:
+        """The images, to be read as `core.images` says."""
+        return [test_sets.of_path(pair.image, orientation=orientation) for pair in self.pairs]
+
+
+def open_set(
+    images: str,
+    masks: str | None,
+    *,
+    layout: str,
+    split: str | None = None,
+    classes: str | None = None,
+    ignore: int = 255,
+    get: str | None = None,
+) -> Segmented:
+    """Finds the images, masks and classes of a set; no image is read.
+
+    Args:
+      images: the root of the set; with `masks` the folder of the images.
+      masks: the folder of the masks.
+      layout: one of FORMATS.
+      split: of the set; None: that of the layout.
+      classes: class file (class_names.read); None: that of the layout, of a folder classes.txt.
+      ignore: the id that does not count, of a folder.
+      get: how to get the data, for errors.MissingData.
+
+    Raises:
+      errors.MissingData: a folder or the list of the split is not there.
+      InputError: no image, a name in the list that leads elsewhere, or class names that do not fit.
+      class_names.ClassNameError: the class file cannot be used.
+    """
+    root = epath.Path(images).expanduser()
+    if layout == FOLDER:
+        return _folder(root, masks, classes, ignore, get)
+    found = LAYOUTS[layout]
+    fill = lambda text: text.replace("SPLIT", split or found.split)
+    of_images = root if masks else root / fill(found.images)
+    of_masks = epath.Path(masks).expanduser() if masks else root / fill(found.masks)
+    for folder in (of_images, of_masks):
+        _need_folder(folder, layout, get)
+    if found.listed and not masks:
+        paths = _listed(root / fill(found.listed), of_images, get)
+    else:
+        paths = _below(of_images, found.image_end)
+    names, labels = _classes(classes or found.classes, found.background)
+    wanted = len({*found.ids[0].values()})
+    if len(names) != wanted:
+        raise InputError(
+            f"classes {classes}: got {len(names)} classes, expected the {wanted} of {layout}"
+        )
+    tables = [_table(ids, found.ignored) for ids in found.ids]
+
+    def pair(path: epath.Path) -> Masked:
+        name = path.name.removesuffix(path.suffix).removesuffix(found.image_end)
+        folder = of_masks / path.parent.relative_to(of_images)
+        places = [folder / mask.replace("NAME", name) for mask in found.mask_names]
+        at = next((i for i, place in enumerate(places[:-1]) if place.exists()), len(places) - 1)
+        return Masked(path, places[at], tables[at])
+
+    return _checked(list(map(pair, paths)), names, labels, of_images)
+
+
+def _folder(
+    root: epath.Path, masks: str | None, classes: str | None, ignore: int, get: str | None
+) -> Segmented:
+    of_images = root if masks else root / "images"
+    of_masks = epath.Path(masks).expanduser() if masks else root / "masks"
+    for folder in (of_images, of_masks):
+        _need_folder(folder, FOLDER, get)
+    names, labels = _classes(classes or str((root.parent if masks else root) / "classes.txt"))
+    table = _table(_in_order(0, len(names)), ())
+    table[ignore] = IGNORED  # also where it is the id of a class
+    pairs = [
+        Masked(path, of_masks / path.parent.relative_to(of_images) / f"{_stem(path)}.png", table)
+        for path in _below(of_images)
+    ]
+    return _checked(pairs, names, labels, of_images)
+
+
+def _stem(path: epath.Path) -> str:
+    return path.name.removesuffix(path.suffix)
+
+
+def _need_folder(folder: epath.Path, layout: str, get: str | None) -> None:
+    if not folder.is_dir():
+        raise errors.MissingData(
+            f"{folder}: no such folder, expected images or masks of the format {layout}{how_to_get(get)}"
+        )
+
+
+def _below(folder: epath.Path, end: str = "") -> list[epath.Path]:
+    """The images in a folder and its sub-folders, by name; hidden ones do not count."""
+    found, places = [], [folder]
+    while places:
+        for path in places.pop().iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.suffix.lower() in _IMAGES:
+                if _stem(path).endswith(end):
+                    found.append(path)
+            elif path.is_dir():
+                places.append(path)
+    return sorted(found, key=str)
+
+
+def _listed(path: epath.Path, folder: epath.Path, get: str | None) -> list[epath.Path]:
+    """The images that a file of names lists, one a line."""
+    if not path.exists():
+        raise errors.MissingData(f"{path}: not there, expected names of images{how_to_get(get)}")
+    lines = regular_file.read_text(path, "names of images, one a line").split("\n")
+    names = [line.strip() for line in lines if line.strip()]
+    for number, name in enumerate(names, 1):
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(
+                f"{path}: name {number}: got {name[:60]!r}, expected one such as 2007_000033"
+            )
+    return [folder / f"{name}.jpg" for name in names]
+
+
+def _classes(classes: str, background: bool = False) -> tuple[list[str], list[str]]:
+    """The names of classes for prompts, and one name of each."""
+    names = [line.name for line in class_names.read(classes)]
+    if background:
+        names = [BACKGROUND, *names]
+    labels = [segmentation.alternatives(name)[0] if name.strip(", ") else "" for name in names]
+    if "" in labels:
+        raise InputError(f"classes {classes}: got {names[labels.index('')]!r}, expected a name")
+    labels = [n if labels.count(label) > 1 else label for n, label in zip(names, labels)]
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise InputError(f"classes {classes}: got {twice!r} twice, expected it once")
+    return names, labels
+
+
+def _table(ids: Mapping[int, int], ignored: Sequence[int]) -> np.ndarray:
+    table = np.full(_IDS, OUTSIDE, np.int16)
+    table[list(ignored)] = IGNORED
+    for identity, position in ids.items():
+        table[identity] = position
+    return table
+
+
+def _checked(
+    pairs: list[Masked], names: list[str], labels: list[str], folder: epath.Path
+) -> Segmented:
+    if not pairs:
+        raise InputError(f"{folder}: got no image, expected images with masks")
+    if not any(pair.mask.exists() for pair in pairs):  # usually the first exists
+        raise InputError(
+            f"{folder}: none of its {len(pairs)} images has a mask; the first: {pairs[0].mask}"
+        )
+    place = labels.index(BACKGROUND) if BACKGROUND in labels else None
+    return Segmented(pairs, names, labels, place)
+
+
+def read_mask(pair: Masked, size: tuple[int, int]) -> np.ndarray:
+    """The class of each pixel, int16 [H, W]: its position, or IGNORED.
+
+    Args:
+      pair: of the set.
+      size: width and height of the image.
+
+    Raises:
+      ImageError: no such file, not a PNG of one channel, another size than the image's, or an id that is no class.
+    """
+    name = str(pair.mask)
+    try:
+        encoded = image_files.read_file(pair.mask)
+    except (OSError, ValueError) as error:
+        if isinstance(error, errors.UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise image_files.ImageError(
+            f"{name}: {reason}, expected the mask of {pair.image}"
+        ) from None
+    ids = decode_mask(encoded, name, size)
+    classes = pair.class_of[ids]
+    outside = ids[classes == OUTSIDE]
+    if len(outside):
+        values = np.unique(outside)
+        more = ", ..." if len(values) > _NAMED else ""
+        raise image_files.ImageError(
+            f"{name}: got the ids {', '.join(map(str, values[:_NAMED]))}{more} at {len(outside):,} pixels, expected"
+            f" those of the {pair.class_of.max() + 1} classes or ignored ones"
+        )
+    return classes
+
+
+def decode_mask(encoded: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
+    """The ids in a mask, uint8 or uint16 [H, W]; arguments and errors as of `read_mask`."""
+    image = image_files.open_image(encoded, name)
+    if image.size != size:
+        width, height = image.size
+        raise image_files.ImageError(
+            f"{name}: got {width} x {height} pixels, expected {size[0]} x {size[1]}, those of the image (orientation"
+            " 'file' takes an image as it is stored)"
+        )
+    if image.format != "PNG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise image_files.ImageError(
+            f"{name}: got {image.format}, mode {image.mode}, expected a PNG of one channel, grey or with a palette"
+        )
+    if encoded[12:16] != b"IHDR":
+        raise image_files.ImageError(f"{name}: got a PNG without its header, expected one")
+    depth, colour = encoded[24], encoded[25]
+    ids = np.asarray(image_files.decode_image(encoded, name, "file"))
+    if colour == 0 and depth in (2, 4):  # Pillow spreads them over 0 to 255
+        ids = ids // (255 // (2**depth - 1))
+    return ids.astype(np.uint16 if depth == 16 else np.uint8)
+
+
+def prepare(
+    pairs: Sequence[Masked], cut: Callable[[PIL.Image.Image], segmentation.Windows]
+) -> Callable[[int, PIL.Image.Image], tuple[segmentation.Windows, np.ndarray]]:
+    """What an evaluation keeps of an image: its windows, and the classes of its mask; raises ImageError."""
+
+    def both(position: int, image: PIL.Image.Image) -> tuple[segmentation.Windows, np.ndarray]:
+        pair = pairs[position]
+        if image.width * image.height > MAX_PIXELS:
+            raise image_files.TooLargeError(
+                f"{pair.image}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all"
+            )
+        mask = read_mask(pair, image.size)
+        try:
+            return cut(image), mask
+        except image_files.ImageError as error:
+            raise image_files.ImageError(f"{pair.image}: {error}") from None
+
+    return both

@@ -1,0 +1,237 @@
+"""Open-vocabulary segmentation: the class of every pixel, from the cosines of patches or regions and class names.
+
+    image -> short side to `short_side` pixels -> windows of the model's size, every `stride` pixels
+          -> of each window a map of every class -> mean where windows overlap -> the size of the image -> argmax
+
+Maps of patches are those of MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
+centres, the edge held.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from grain_jax.core import images as image_files
+from grain_jax.inference import prompts, scores
+from grain_jax.inference.inputs import InputError
+
+# Where the maps come from: what the model has, its patches, the boxes of its region queries, or a weighted sum.
+WAYS = ("auto", "patches", "regions", "both")
+# What a patch is: its value in the last layer, or its last token. "auto": the token where a box head reads it.
+PATCHES = ("auto", "values", "tokens")
+BACKGROUND = -1  # the label of pixels below the threshold
+MAX_CANVAS = 1 << 22  # pixels of a resized image, each with a number for every class
+_BAND = (
+    1 << 18
+)  # numbers of the maps that are as large as the image at one time: what a cache holds
+
+
+class Classes(NamedTuple):
+    """Embeddings of C classes with A names in all: a class has the best cosine of its names."""
+
+    names: tuple[str, ...]
+    features: np.ndarray  # float32 [A, D], class by class
+    first: np.ndarray  # int [C], the position of the first name of each class
+
+    def cosines(self, embed: np.ndarray) -> np.ndarray:
+        """Embeddings [..., D] -> float32 [..., C]; where features are shorter than 1, so are the cosines."""
+        found = scores.unit(embed) @ self.features.T
+        if len(self.features) == len(self.first):
+            return found
+        return np.maximum.reduceat(found, self.first, axis=-1)
+
+
+def alternatives(name: str) -> list[str]:
+    """The names of a class, which commas divide: "sofa, couch" -> ["sofa", "couch"]."""
+    return [part for part in map(str.strip, name.split(",")) if part]
+
+
+def embed_classes(
+    encode: Callable[[list[str]], np.ndarray],
+    names: Sequence[str],
+    templates: Sequence[str],
+    descriptions: Sequence[Sequence[str]] | None = None,
+    unit_length: bool = True,
+) -> Classes:
+    """Embeds the names of classes in prompts, each alternative of its own.
+
+    Args:
+      encode: texts -> [N, D].
+      names: of the classes; commas divide alternatives.
+      templates: prompts with `{}`.
+      descriptions: of each class; a class with none is described by its names alone. None: no descriptions.
+      unit_length: as of `scores.class_features`.
+    """
+    texts, first = [], []
+    for i, name in enumerate(names):
+        own = (descriptions[i] or None) if descriptions is not None else None
+        first.append(len(texts))
+        texts += [
+            prompts.class_texts(each, templates, own) for each in alternatives(name) or [name]
+        ]
+    features = scores.class_features(prompts.encode_lists(encode, texts), unit_length)
+    return Classes(tuple(names), features, np.array(first))
+
+
+class Windows(NamedTuple):
+    """The windows of an image."""
+
+    pixels: np.ndarray  # uint8 [n, S, S, 3]
+    corners: np.ndarray  # int [n, 2], row and column of the first pixel of each
+    canvas: tuple[int, int]  # rows and columns of the resized image
+    size: tuple[int, int]  # width and height of the image
+
+
+def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0) -> Windows:
+    """The windows of an image, so many pixels apart; the last ones end at its edges.
+
+    Args:
+      image: of any mode and size.
+      size: S, of a window.
+      short_side: pixels that the shorter side is resized to; 0: S.
+      stride: pixels between windows; 0: half of S, rounded up.
+
+    Raises:
+      ImageError: the resized image would have more than MAX_CANVAS pixels.
+    """
+    width, height = image.size
+    short = max(short_side, size)
+    columns, rows = (
+        max(short, round(edge * short / min(width, height))) for edge in (width, height)
+    )
+    if columns * rows > MAX_CANVAS:
+        raise image_files.TooLargeError(
+            f"got {width} x {height} pixels, which become {columns} x {rows}, expected at most {MAX_CANVAS:,} in all; a"
+            " smaller short_side makes fewer"
+        )
+    image = image_files.to_rgb(image)
+    if image.size != (columns, rows):
+        image = image.resize((columns, rows), PIL.Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    step = stride or -(-size // 2)
+    corners = list(itertools.product(_starts(rows, size, step), _starts(columns, size, step)))
+    windows = np.stack([pixels[y : y + size, x : x + size] for y, x in corners])
+    return Windows(windows, np.array(corners), (rows, columns), (width, height))
+
+
+def windows_of(index: int, image: Any, size: int, short_side: int, stride: int) -> Windows:
+    """The windows of an image, PIL or uint8 [H, W, 3]. Raises InputError, which names the image by `index`."""
+    try:
+        if isinstance(image, PIL.Image.Image):
+            image = image_files.upright(image)
+        elif getattr(image, "dtype", None) == np.uint8 and np.shape(image)[2:] == (3,):
+            image = PIL.Image.fromarray(np.asarray(image))
+        else:
+            got = f"{image.dtype} {list(image.shape)}" if hasattr(image, "dtype") else type(image)
+            raise image_files.ImageError(f"got {got}, expected a PIL image or uint8 [H, W, 3]")
+        return cut(image, size, short_side, stride)
+    except Exception as error:  # PIL reads the pixels here, and raises many types of error
+        raise InputError(f"images[{index}]: {' '.join(str(error).split())}") from None
+
+
+def _starts(length: int, size: int, step: int) -> list[int]:
+    """Where windows begin along a side."""
+    return sorted({min(at, length - size) for at in range(0, length - size + step, step)})
+
+
+def labels(
+    maps: np.ndarray,
+    windows: Windows,
+    *,
+    background: float | None = None,
+    scale: float = 1.0,
+    skip: int | None = None,
+) -> np.ndarray:
+    """The class of each pixel of the image, int32 [H, W].
+
+    Args:
+      maps: [n, C, h, w], of the windows.
+      windows: of the image.
+      background: pixels whose best class has a smaller share of the softmax over classes are BACKGROUND; None: none.
+      scale: of the cosines in that softmax.
+      skip: a class that no pixel gets, and that the softmax leaves out.
+    """
+    canvas = _overlapped(maps, windows)
+    out = np.empty(windows.size[::-1], np.int32)
+    first = 0
+    for band in _resized(canvas, *windows.size):
+        if skip is not None:
+            band[:, :, skip] = -np.inf
+        best = band.argmax(axis=2).astype(np.int32)
+        if background is not None:
+            top = band.max(axis=2, keepdims=True)
+            share = 1 / np.exp(np.float32(scale) * (band - top)).sum(axis=2)
+            best[share < background] = BACKGROUND
+        out[first : first + len(best)] = best
+        first += len(best)
+    return out
+
+
+def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
+    """Maps [n, C, h, w] -> float32 [rows, columns, C] of the resized image, means where windows overlap."""
+    size = windows.pixels.shape[1]
+    down, across = (_weights(size, cells) for cells in maps.shape[2:])
+    canvas = np.zeros((*windows.canvas, maps.shape[1]), np.float32)
+    count = np.zeros((*windows.canvas, 1), np.float32)
+    for one, (y, x) in zip(maps, windows.corners, strict=True):
+        cells = np.moveaxis(np.asarray(one, np.float32), 0, -1)  # [h, w, C]
+        rows = (down @ cells.reshape(len(cells), -1)).reshape(size, *cells.shape[1:])
+        canvas[y : y + size, x : x + size] += across @ rows  # [S, S, C]
+        count[y : y + size, x : x + size] += 1
+    canvas /= count
+    return canvas
+
+
+def _places(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `size` places the cell before it, int, and how far it is to the next one, float32 in [0, 1]."""
+    places = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
+    before = np.minimum(places.astype(int), max(cells - 2, 0))
+    return before, (places - before).astype(np.float32)
+
+
+def _weights(size: int, cells: int) -> np.ndarray:
+    """The bilinear weights of `cells` at `size` places, float32 [size, cells]."""
+    before, share = _places(size, cells)
+    out = np.zeros((size, cells), np.float32)
+    out[np.arange(size), before] = 1 - share
+    if cells > 1:
+        out[np.arange(size), before + 1] = share
+    return out
+
+
+def _resized(canvas: np.ndarray, width: int, height: int) -> Iterator[np.ndarray]:
+    """The canvas [rows, columns, C] resized to [height, width, C], in bands of rows."""
+    rows, columns, classes = canvas.shape
+    (above, down), (left, right) = _places(height, rows), _places(width, columns)
+    most = max(1, _BAND // (width * classes))
+    for first in range(0, height, most):
+        part = slice(first, first + most)
+        band = canvas[part]
+        if rows != height:
+            band = _between(canvas, above[part], down[part, None, None], 0)
+        yield band if columns == width else _between(band, left, right[None, :, None], 1)
+
+
+def _between(x: np.ndarray, before: np.ndarray, share: np.ndarray, axis: int) -> np.ndarray:
+    """`x` between its places `before` and the next ones along an axis."""
+    out = x.take(before, axis)
+    other = x.take(np.minimum(before + 1, x.shape[axis] - 1), axis)
+    other -= out
+    other *= share
+    out += other
+    return out
+
+
+def check_stride(size: int, short_side: int, stride: int) -> None:
+    """Raises InputError where a model of `size` pixels cannot use the options of `cut`."""
+    if short_side and short_side < size:
+        raise InputError(
+            f"short_side: got {short_side} pixels, expected 0 or at least {size}, the model's image size"
+        )
+    if not 0 <= stride <= size:
+        raise InputError(
+            f"stride: got {stride} pixels, expected 1 to {size}, the model's image size, or 0 for half of it"
+        )

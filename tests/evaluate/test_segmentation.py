@@ -1,0 +1,460 @@
+"""`evaluate segmentation`: the numbers against plain counts, the formats of the sets, masks that cannot be used."""
+
+import json
+import tracemalloc
+import types
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from grain_jax import config, inference
+from grain_jax.config import evals
+from grain_jax.core import errors
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import class_names, confusion, segmentation, segmentation_sets, tables
+from grain_jax.runtime import processes
+from tests import tiny
+from tests.hostile import image_files as hostile
+from tests.report import workdirs
+
+SIZE = 16
+HEAD = dict(model__boxes__kind="roi_align", loss__box_description=1.0)
+
+
+class Coloured:
+    """A model whose class of a pixel is its grey value divided by STEP."""
+
+    STEP = 2
+    logit_scale = 100.0
+    model = types.SimpleNamespace(image=types.SimpleNamespace(image_size=SIZE))
+
+    def __init__(self):
+        self.asked = []
+
+    def encode_text(self, texts):
+        self.asked += texts
+        return np.ones((len(texts), 2), np.float32)
+
+    def class_maps(self, images, classes, **options):
+        self.options = options
+        red = np.asarray(images, np.float32)[..., 0].reshape(-1, 4, 4, 4, 4).mean((2, 4))
+        of_class = np.arange(len(classes.names), dtype=np.float32) * self.STEP
+        return -np.abs(red[:, None] - of_class[:, None, None]) / 10
+
+
+def paint(path, classes, size=(20, 17)):
+    """An image whose columns have these classes, in equal parts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grey = np.repeat(np.array(classes) * Coloured.STEP, -(-size[0] // len(classes)))[: size[0]]
+    pixels = np.broadcast_to(grey[:, None], (*size[::-1], 3)).astype(np.uint8)
+    PIL.Image.fromarray(pixels).save(path)
+
+
+def mask(path, ids, mode="L"):
+    """A PNG of ids, an array [H, W]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = np.asarray(ids)
+    if mode == "P":
+        image = PIL.Image.fromarray(ids.astype(np.uint8), "P")
+        image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
+    else:
+        image = PIL.Image.fromarray(ids.astype(np.uint16 if mode == "I;16" else np.uint8))
+    image.save(path)
+
+
+def measure(predictor=None, batch_size=3, **options):
+    options = {k: str(v) if hasattr(v, "parts") else v for k, v in options.items()}
+    entry = segmentation.Segmentation(**options)
+    assert entry.check() > 0
+    return entry.evaluate(predictor or Coloured(), evals.Context(batch_size))
+
+
+def folder(root, count=4, size=(20, 17), names="wall\nfloor\nsky\n"):
+    """Images of one class each, whose masks are right but for one column and an ignored one."""
+    (root / "classes.txt").parent.mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text(names)
+    for i in range(count):
+        paint(root / "images" / f"{i}.png", [i % 3], size)
+        ids = np.full(size[::-1], i % 3)
+        ids[:, 0], ids[:, 1] = (i + 1) % 3, 255
+        mask(root / "masks" / f"{i}.png", ids)
+    return root
+
+
+def by_counting(truth, predicted, classes):
+    """(mIoU, pixel accuracy, mean class accuracy) by loops over the pixels of all images."""
+    right, true, said = ([0] * classes for _ in range(3))
+    for one, other in zip(truth, predicted):
+        for t, p in zip(one.ravel().tolist(), other.ravel().tolist()):
+            if t >= 0:
+                true[t] += 1
+                said[p] += 1
+                right[t] += t == p
+    union = [t + s - r for t, s, r in zip(true, said, right)]
+    ious = [r / u for r, u in zip(right, union) if u]
+    shares = [r / t for r, t in zip(right, true) if t]
+    return sum(ious) / len(ious), sum(right) / sum(true), sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_numbers_are_those_of_a_plain_count(seed):
+    random = np.random.default_rng(seed)
+    classes = int(random.integers(2, 9))
+    table, truth, predicted = confusion.Confusion(classes), [], []
+    for position in range(int(random.integers(1, 5))):
+        shape = random.integers(1, 14, 2)
+        truth.append(random.integers(-1, random.integers(1, classes + 1), shape))
+        truth[-1].flat[0] = 0
+        predicted.append(random.integers(0, random.integers(1, classes + 1), shape))
+        table.add(position, confusion.counts(truth[-1], predicted[-1], classes))
+    got = table.measures()
+    expected = by_counting(truth, predicted, classes)
+    names = ("miou", "pixel_accuracy", "mean_class_accuracy")
+    for name, value in zip(names, expected):
+        assert got[name] == pytest.approx(value, rel=1e-12)
+        assert (
+            0 <= got[f"{name}_low"] <= value + 1e-12 and value <= got[f"{name}_high"] + 1e-12 <= 2
+        )
+
+
+def test_chance_and_classes_without_pixels():
+    table = confusion.Confusion(3)
+    table.add(0, confusion.counts(np.array([[0, 0, 0, 1]]), np.array([[0, 0, 1, 1]]), 3))
+    got = table.measures()
+    assert got["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)  # the third occurs nowhere
+    # Drawn for each pixel: of 3 pixels one is right, 4/3 are said to be it.
+    assert got["chance_miou"] == pytest.approx((1 / (3 + 4 / 3 - 1) + (1 / 3) / 2) / 3)
+    assert table.per_class(["a", "b", "c"])["c"] == {"iou": None, "accuracy": None, "pixels": 0}
+    assert table.per_class(["a", "b", "c"])["b"] == {"iou": 0.5, "accuracy": 1.0, "pixels": 1}
+
+
+def test_processes_add_up(monkeypatch):
+    random = np.random.default_rng(0)
+    matrices = [random.integers(0, 9, (4, 4)) for _ in range(5)]
+    whole, parts = confusion.Confusion(4), [confusion.Confusion(4) for _ in range(2)]
+    for i, one in enumerate(matrices):
+        whole.add(i, one)
+        parts[i // 3].add(i, one)
+    given = [{"matrix": p.matrix[None], "drawn": p._drawn[None]} for p in parts]
+    joined = {key: np.concatenate([one[key] for one in given]) for key in given[0]}
+    monkeypatch.setattr(processes, "allgather", lambda _: joined)
+    assert parts[0].gathered().measures() == whole.measures()
+
+
+def test_a_folder(tmp_path):
+    got = measure(images=folder(tmp_path))
+    assert (got["pictures"], got["classes"], got["classes_seen"]) == (4, 3, 3)
+    assert got["pixels"] == 4 * 17 * 19 and got["pixel_accuracy"] == pytest.approx(18 / 19)
+    truth, predicted = [], []
+    for i in range(4):
+        one = np.full((17, 20), i % 3)
+        predicted.append(one.copy())
+        one[:, 0], one[:, 1] = (i + 1) % 3, -1
+        truth.append(one)
+    miou, _, mean = by_counting(truth, predicted, 3)
+    assert got["miou"] == pytest.approx(miou) and got["mean_class_accuracy"] == pytest.approx(mean)
+    assert got["miou_low"] <= miou <= got["miou_high"]
+    assert got["per_class"]["wall"]["pixels"] == 2 * 17 * 18 + 17
+    rows = tables.rows_of(tables.scalars(got))
+    assert [row.key for row in rows] == ["miou", "pixel_accuracy", "mean_class_accuracy"]
+    json.dumps(got)
+    # Two folders, in sub-folders; the class file beside them or named.
+    folder(tmp_path / "two" / "x")
+    (tmp_path / "names.txt").write_text("wall, stone wall\nfloor\nsky\n")
+    predictor = Coloured()
+    sub = measure(
+        predictor,
+        images=tmp_path / "two" / "x" / "images",
+        masks=tmp_path / "two" / "x" / "masks",
+        classes=tmp_path / "names.txt",
+        by="patches",
+        patch_features="tokens",
+    )
+    assert sub["miou"] == got["miou"] and any("stone wall" in text for text in predictor.asked)
+    assert predictor.options == dict(by="patches", patch_features="tokens", patch_weight=0.5)
+
+
+def test_a_model_in_the_evaluation(tmp_path):
+    """Windows, maps of patches and regions, texts and counts together, on images of odd sizes."""
+    predictor, random = workdirs.predictor(**HEAD), np.random.default_rng(0)
+    (tmp_path / "classes.txt").write_text("wall, stone wall\nfloor\nsky\n")
+    pictures, truth = [], []
+    for i, size in enumerate([(31, 17), (16, 40), (39, 15)]):  # of 3 or 4 windows
+        pictures.append(PIL.Image.fromarray(random.integers(0, 256, (*size[::-1], 3), np.uint8)))
+        paint(tmp_path / "images" / f"{i}.png", [0])
+        pictures[-1].save(tmp_path / "images" / f"{i}.png")
+        truth.append(random.integers(-1, 3, size[::-1]))
+        mask(tmp_path / "masks" / f"{i}.png", truth[-1] % 256)
+    got = measure(predictor, 1, images=tmp_path, stride=8)
+    names = ["wall, stone wall", "floor", "sky"]
+    predicted = predictor.segment(pictures, names, stride=8)
+    expected = by_counting(truth, predicted, 3)
+    found = [got[key] for key in ("miou", "pixel_accuracy", "mean_class_accuracy")]
+    assert found == pytest.approx(expected, abs=3e-3)  # a pixel may lie between two classes
+    assert got["pixels"] == sum((each >= 0).sum() for each in truth)
+
+
+def test_the_background_is_what_fits_no_class(tmp_path):
+    folder(tmp_path, 2, names="background\nwall\nfloor\n")
+    paint(tmp_path / "images" / "2.png", [60])
+    mask(tmp_path / "masks" / "2.png", np.zeros((17, 20)))
+
+    class Doubtful(Coloured):
+        def class_maps(self, images, classes, **options):
+            maps = super().class_maps(images, classes)
+            return np.where(np.asarray(images)[:, None, :4, :4, 0] > 100, 0, maps)
+
+    options = dict(images=tmp_path, background_threshold=0.9)
+    got = measure(Doubtful(), **options)
+    # The first image is black, which is near to a wall; the third is near to nothing.
+    assert got["per_class"]["background"]["accuracy"] == pytest.approx(340 / (340 + 17 * 18))
+    assert measure(Doubtful(), images=tmp_path)["per_class"]["background"]["accuracy"] == 1
+    (tmp_path / "classes.txt").write_text("sky\nwall\nfloor\n")
+    with pytest.raises(errors.UserError, match="expected a set with the class 'background'; its"):
+        measure(**options)
+
+
+def _ade20k(root):
+    for i in (0, 41, 108):  # in the masks one more
+        paint(root / "images/validation" / f"{i}.jpg", [i])
+        ids = np.full((17, 20), i + 1)
+        ids[0] = 0
+        mask(root / "annotations/validation" / f"{i}.png", ids)
+    return ["wall", "box", "plaything"], 16 * 20
+
+
+def _voc(root):
+    for i in (0, 20):
+        paint(root / "JPEGImages" / f"2007_{i}.jpg", [i])
+        ids = np.full((17, 20), i)
+        ids[:, 3] = 255
+        mask(root / "SegmentationClass" / f"2007_{i}.png", ids, "P")
+    paint(root / "JPEGImages/of_the_training.jpg", [1])
+    listed = root / "ImageSets/Segmentation/val.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("2007_0\n2007_20\n")
+    return ["background", "tv monitor"], 17 * 19
+
+
+def _context(root, first):
+    for i in (first, 59):
+        paint(root / "JPEGImages" / f"{i}.jpg", [i - first])
+        mask(root / "SegmentationClassContext" / f"{i}.png", np.full((17, 20), i), "P")
+    paint(root / "JPEGImages" / "8.jpg", [8 - first])
+    ids = np.full((17, 20), 8)
+    ids[0] = 0
+    mask(root / "SegmentationClassContext" / "8.png", ids)
+    listed = root / "ImageSets/SegmentationContext/val.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text(f"{first}\n59\n")
+    return ["aeroplane" if first else "background", "wood"], 17 * 20
+
+
+def _cityscapes(root):
+    for city, i, identity in (("aachen", 0, 7), ("ulm", 18, 33)):
+        paint(root / "leftImg8bit/val" / city / f"{city}_1_leftImg8bit.png", [i])
+        ids = np.full((17, 20), identity)
+        ids[0, :5] = (0, 9, 29, 30, 18)
+        mask(root / "gtFine/val" / city / f"{city}_1_gtFine_labelIds.png", ids)
+    train = np.full((17, 20), 18)
+    train[0, :5] = 255
+    mask(root / "gtFine/val/ulm/ulm_1_gtFine_labelTrainIds.png", train)
+    return ["road", "bicycle"], 17 * 20 - 5
+
+
+def _coco_stuff(root):
+    # Two of the last of the 80 things, and the first and the last of the stuff, whose ids are 92 and 182.
+    for i, identity in ((79, 90), (11, 13), (80, 92), (170, 182)):
+        paint(root / "images/val2017" / f"{i:012}.png", [i * 1])
+        ids = np.full((17, 20), identity - 1)
+        ids[0] = 255
+        mask(root / "annotations/val2017" / f"{i:012}.png", ids)
+    train = np.full((17, 20), 79)
+    train[0] = 255
+    mask(root / "annotations/val2017" / f"{79:012}_labelTrainIds.png", train)
+    return ["toothbrush", "stop sign", "banner", "wood"], 16 * 20
+
+
+@pytest.mark.parametrize(
+    "layout, write",
+    [
+        ("ade20k", _ade20k),
+        ("voc", _voc),
+        ("context59", lambda root: _context(root, 1)),
+        ("context60", lambda root: _context(root, 0)),
+        ("cityscapes", _cityscapes),
+        ("coco_stuff", _coco_stuff),
+    ],
+)
+def test_formats_of_public_sets(tmp_path, monkeypatch, layout, write):
+    monkeypatch.setattr(Coloured, "STEP", 1)  # up to 171 classes
+    names, pixels = write(tmp_path)
+    got = measure(images=tmp_path, format=layout)
+    assert got["pixel_accuracy"] == got["miou"] == 1 and got["unreadable"] == 0
+    found = {name: x["pixels"] for name, x in got["per_class"].items() if x["pixels"]}
+    assert found == dict.fromkeys(names, pixels)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("ade20k", 150), ("pascal_voc", 21), ("pascal_context", 59), ("cityscapes", 19)]
+    + [("coco_stuff", 171)],
+)
+def test_class_files(name, count):
+    lines = class_names.read(name)
+    assert len(lines) == count == len({line.label for line in lines})
+    _, labels = segmentation_sets._classes(name)
+    assert len(set(labels)) == count
+
+
+def test_masks_of_few_and_of_many_bits(tmp_path):
+    """Grey of 1, 2, 4, 8 and 16 bits and palettes: the ids that the file holds."""
+    size, name = (8, 5), "mask.png"
+    for bits, mode in ((1, "1"), (8, "L"), (16, "I;16"), (8, "P"), (4, "P"), (2, "P"), (1, "P")):
+        top = min(2**bits, 900)
+        ids = np.random.default_rng(bits).integers(0, top, size[::-1])
+        if mode == "1":
+            PIL.Image.fromarray(ids.astype(bool)).save(tmp_path / name)
+        elif mode == "P":
+            image = PIL.Image.fromarray(ids.astype(np.uint8), "P")
+            image.putpalette([*range(255, -1, -1)] * 3)
+            image.save(tmp_path / name, bits=bits)
+        else:
+            mask(tmp_path / name, ids, mode)
+        content = (tmp_path / name).read_bytes()
+        got = segmentation_sets.decode_mask(content, name, size)
+        np.testing.assert_array_equal(got, ids)
+    for bits in (2, 4):  # grey, which Pillow writes with 8 bits alone
+        ids = np.arange(8) % 2**bits
+        packed = int("".join(f"{x:0{bits}b}" for x in ids), 2).to_bytes(bits)
+        header = np.array([8, 1], ">u4").tobytes() + bytes([bits, 0, 0, 0, 0])
+        chunks = [
+            (b"IHDR", header),
+            (b"IDAT", hostile.zlib.compress(b"\0" + packed)),
+            (b"IEND", b""),
+        ]
+        content = b"\x89PNG\r\n\x1a\n" + b"".join(hostile.png_chunk(*each) for each in chunks)
+        got = segmentation_sets.decode_mask(content, name, (8, 1))
+        np.testing.assert_array_equal(got, ids[None])
+
+
+def _break(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "size":
+        mask(path, np.zeros((17, 21)))
+    elif how == "colours":
+        PIL.Image.new("RGB", (20, 17)).save(path)
+    elif how == "JPEG":
+        PIL.Image.new("L", (20, 17)).save(path, "JPEG")
+    elif how == "ids":
+        mask(path, np.repeat([[3, 7, 9, 200, 11, 12, 255, 0, 1, 2]], 17, 0).repeat(2, 1))
+    elif how == "cut off":
+        path.write_bytes(path.read_bytes()[:-30])
+    elif how == "bomb":
+        path.write_bytes(hostile.png(60_000, 60_000))
+    else:
+        path.write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    "how, line",
+    [
+        ("missing", "No such file or directory, expected the mask of "),
+        ("folder", "got a folder, pipe or device, expected an image file"),
+        ("size", "got 21 x 17 pixels, expected 20 x 17, those of the image (orientation 'file'"),
+        ("colours", "got PNG, mode RGB, expected a PNG of one channel, grey or with a palette"),
+        ("JPEG", "got JPEG, mode L, expected a PNG of one channel"),
+        ("ids", "got the ids 3, 7, 9, 11, 12, ... at 204 pixels, expected those of the 3 classes"),
+        ("cut off", "expected a readable image"),
+        ("bomb", "could be decompression bomb"),
+        ("text", "8 bytes that are no known image format"),
+    ],
+)
+def test_masks_that_cannot_be_used_are_left_out_and_named(tmp_path, how, line):
+    folder(tmp_path)
+    whole = measure(images=tmp_path)
+    _break(tmp_path / "masks" / "3.png", how)
+    got = measure(images=tmp_path)
+    assert (got["pictures"], got["unreadable"]) == (3, 1) and whole["pictures"] == 4
+    (named,) = got["unreadable_pictures"]
+    assert named.startswith(str(tmp_path / "masks" / "3.png")) and line in named
+    assert "\n" not in named
+
+
+def test_data_that_cannot_be_used(tmp_path):
+    def fault(**options):
+        with pytest.raises(errors.UserError) as found:
+            segmentation.Segmentation(**{k: str(v) for k, v in options.items()}).check()
+        return str(found.value)
+
+    assert fault() == "images: got nothing, expected a folder of images and masks"
+    assert "images: no such folder, expected images or masks of the format folder" in fault(
+        images=tmp_path
+    )
+    folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("wall\nwall\n")
+    assert "got 'wall' twice, expected it once" in fault(images=tmp_path)
+    (tmp_path / "classes.txt").write_text("wall\n,\n")
+    assert "got ',', expected a name" in fault(images=tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    assert "classes.txt: no such file" in fault(images=tmp_path)
+    found = fault(images=tmp_path, masks=tmp_path / "images", classes="pascal_voc", format="ade20k")
+    assert "got 21 classes, expected the 150 of ade20k" in found
+    found = fault(images=tmp_path / "images", masks=tmp_path, classes="pascal_voc")
+    assert "none of its 4 images has a mask; the first" in found
+    _voc(tmp_path / "voc")
+    (tmp_path / "voc/ImageSets/Segmentation/val.txt").write_text("../../secret\n")
+    assert "name 1: got '../../secret'" in fault(images=tmp_path / "voc", format="voc")
+    (line,) = segmentation.Segmentation(images="x", split="val").faults()
+    assert line == "split: got 'val' with format='folder', expected none"
+    with pytest.raises(config.ConfigError, match="patch_weight: got 2"):
+        config.evaluator_from_dict({"kind": "segmentation", "images": "x", "patch_weight": 2.0})
+
+
+def test_an_entry_of_a_run():
+    """What the model of the run lacks is said before the first step."""
+
+    def parsed(by, **changes):
+        c = tiny.dictionary(**changes)
+        c.evals = {"parts": dict(kind="segmentation", images="x", by=by)}
+        return config.from_dict(c).evals["parts"]
+
+    assert parsed("auto").patch_weight == 0.5 and parsed("regions").by == "regions"
+    assert parsed("both", **HEAD).by == "both"
+    with pytest.raises(config.ConfigError, match="evals.parts.by: got 'both', which asks patches"):
+        parsed("both")
+    two = dict(model__decoder=None, input__max_regions=0, loss__region_description=0.0)
+    with pytest.raises(config.ConfigError, match="kind=segmentation, which needs regions"):
+        parsed("regions", **two, loss__box=0.0)
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    few, many = (folder(tmp_path / str(n), n, (200, 170)) for n in (12, 60))
+    measure(images=few)  # what is imported and kept
+    peaks = []
+    for root in (few, many):
+        tracemalloc.start()
+        measure(images=root)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0], peaks  # the 48 more are 10 MB
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "load", lambda path: Coloured())
+    monkeypatch.setattr(command.saved_model, "find", lambda path: path)
+    folder(tmp_path)
+    _break(tmp_path / "masks" / "3.png", "missing")
+    given = ["segmentation", "--checkpoint", "RUN", "--images", str(tmp_path), "--cache", ""]
+    status = command.main([*given, "--output", str(tmp_path / "out.json")])
+    printed = capsys.readouterr()
+    assert status == 0 and "segmentation: mIoU" in printed.out and "3 pictures" in printed.out
+    assert printed.err.splitlines()[-1].startswith(f"left out: {tmp_path}/masks/3.png")
+    assert json.loads((tmp_path / "out.json").read_text())["per_class"]["sky"]["pixels"]
+    assert command.main([*given, "--output", str(tmp_path / "x.json"), "--by", "patch"]) == 2
+    assert "--by" in capsys.readouterr().err

@@ -1,0 +1,269 @@
+"""Maps of classes and labels of pixels, against torch, transformers and plain loops."""
+
+import functools
+import types
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+import grain_jax
+from grain_jax import inference
+from grain_jax.convert import towers
+from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.core import images as image_files
+from grain_jax.inference import scores, segmentation
+from grain_jax.inference.inputs import InputError
+from tests import foreign, perturbed
+
+torch.set_num_threads(1)
+PICTURES = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3)).astype(np.uint8)
+SMALL: Any = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+WORDS: Any = dict(vocab_size=300, max_position_embeddings=32, **SMALL)
+VISION: Any = dict(image_size=40, patch_size=8, **SMALL)
+
+
+@functools.cache
+def _predictor(**changes):
+    changes = dict(image__depth=1, text__depth=1) | changes
+    model = perturbed.tiny(**changes)
+    return inference.Predictor(model, perturbed.params(model))
+
+
+def _classes(predictor, count=5, names=2):
+    """Classes with random features; the first one has several names."""
+    dim = predictor.model.embed_dim
+    features = scores.unit(np.random.default_rng(3).normal(size=(count + names - 1, dim)))
+    first = np.array([0, *range(names, count + names - 1)])
+    return segmentation.Classes(tuple(f"class {i}" for i in range(count)), features, first)
+
+
+def _ours(module, folder):
+    """The same weights as a Predictor."""
+    foreign.perturb(module).save_pretrained(folder / "hf")
+    report = from_open_clip(folder / "hf", folder / "ours", towers.Settings())
+    assert report.verdict == "PROVEN", report.text
+    return grain_jax.load(folder / "ours")
+
+
+def _values_by_torch(vision, images):
+    """The tokens where in the last layer each one attends to itself alone."""
+    before = vision(images, output_hidden_states=True).hidden_states[-2]
+    layer = vision.encoder.layers[-1]
+    attention = layer.self_attn
+    x = before + attention.out_proj(attention.v_proj(layer.layer_norm1(before)))
+    return vision.post_layernorm(x + layer.mlp(layer.layer_norm2(x)))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_values_are_those_of_transformers(kind, tmp_path):
+    """MaskCLIP's maps of CLIP and of SigLIP, whose pooling attends to one patch alone."""
+    module: Any
+    if kind == "clip":
+        words = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299)
+        vision = transformers.CLIPVisionConfig(**VISION, projection_dim=24)
+        config = transformers.CLIPConfig(
+            text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=24
+        )
+        module = transformers.CLIPModel(config).eval()
+    else:
+        words = transformers.SiglipTextConfig(**WORDS, projection_size=32)
+        vision = transformers.SiglipVisionConfig(**VISION)
+        config = transformers.SiglipConfig(
+            text_config=words.to_dict(), vision_config=vision.to_dict()
+        )
+        module = transformers.SiglipModel(config).eval()
+    ours = _ours(module, tmp_path)
+    given = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
+    with torch.no_grad():
+        vision = module.vision_model
+        x = _values_by_torch(vision, foreign.torch_images(given))
+        if kind == "clip":
+            patches = module.visual_projection(x[:, 1:])
+        else:
+            patches = vision.head(x.reshape(-1, 1, 32)).reshape(2, 25, 32)
+    classes = _classes(ours)
+    expected = classes.cosines(patches.numpy()).transpose(0, 2, 1).reshape(2, 5, 5, 5)
+    got = ours.class_maps(given, classes, by="patches", patch_features="values")
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    tokens = ours.class_maps(given, classes, patch_features="tokens")
+    np.testing.assert_allclose(
+        tokens, classes.cosines(ours.encode_patches(given)).transpose(0, 3, 1, 2), atol=1e-6
+    )
+    assert np.abs(got - tokens).max() > 1e-3
+
+
+def test_ways_of_a_model_with_queries_and_a_box_head():
+    predictor: Any = _predictor(boxes__kind="roi_align", decoder__depth=1)
+    classes = _classes(predictor)
+    patches, regions, both, weighted, auto = (
+        predictor.class_maps(PICTURES, classes, **options)
+        for options in (
+            dict(by="patches"),
+            dict(by="regions"),
+            dict(by="both"),
+            dict(by="both", patch_weight=0.25),
+            {},
+        )
+    )
+    # The box head reads the tokens, and the maps of one name each are those of `similarity_maps`.
+    np.testing.assert_allclose(both, (patches + regions) / 2, atol=1e-6)
+    np.testing.assert_allclose(weighted, 0.25 * patches + 0.75 * regions, atol=1e-6)
+    np.testing.assert_array_equal(auto, both)
+    texts = classes.features[classes.first[1:]]
+    similar = np.stack(predictor.similarity_maps(PICTURES, [texts, texts]))
+    np.testing.assert_allclose(both[:, 1:], similar, atol=1e-5)
+    values = predictor.class_maps(PICTURES, classes, by="patches", patch_features="values")
+    assert np.abs(values - patches).max() > 1e-3
+    each = (picture for picture in PICTURES)
+    mixed = predictor.class_maps(each, classes, by="both", patch_features="values")
+    np.testing.assert_allclose(mixed, (values + regions) / 2, atol=1e-6)
+
+
+def test_a_class_has_the_best_of_its_names():
+    features = np.eye(3, dtype=np.float32)
+    classes = segmentation.Classes(("a, b", "c"), features, np.array([0, 2]))
+    np.testing.assert_allclose(
+        classes.cosines(np.array([[3.0, 4, 0], [0, 0, 2]])), [[0.8, 0], [0, 1]], atol=1e-6
+    )
+    assert segmentation.alternatives("sofa,  couch,") == ["sofa", "couch"]
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return np.ones((len(texts), 2), np.float32)
+
+    made = segmentation.embed_classes(
+        encode, ["sofa, couch", "cat"], ["a {}", "{}"], [["soft"], []], unit_length=True
+    )
+    assert made.first.tolist() == [0, 2] and made.names == ("sofa, couch", "cat")
+    assert asked[:2] == ["a sofa, which has soft", "sofa, which has soft"]
+    assert asked[-2:] == ["a cat", "cat"]
+    np.testing.assert_allclose(np.linalg.norm(made.features, axis=1), 1, atol=1e-6)
+
+
+def _by_loops(image, size, short, stride, maps_of, count):
+    """The canvas of an image by torch and plain loops, [C, H, W] of the image's size."""
+    width, height = image.size
+    rows, columns = (max(short, round(x * short / min(width, height))) for x in (height, width))
+    pixels = np.asarray(image.resize((columns, rows), PIL.Image.Resampling.BICUBIC))
+    total, times = np.zeros((count, rows, columns)), np.zeros((rows, columns))
+    y = 0
+    while True:
+        y = min(y, rows - size)
+        x = 0
+        while True:
+            x = min(x, columns - size)
+            one = torch.tensor(maps_of(pixels[y : y + size, x : x + size]))
+            large = torch.nn.functional.interpolate(one[None], (size, size), mode="bilinear")
+            total[:, y : y + size, x : x + size] += large[0].numpy()
+            times[y : y + size, x : x + size] += 1
+            if x == columns - size:
+                break
+            x += stride
+        if y == rows - size:
+            break
+        y += stride
+    mean = torch.tensor(total / times)[None]
+    resized = torch.nn.functional.interpolate(mean, (height, width), mode="bilinear")
+    return resized[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "width, height, short, stride",
+    [(61, 37, 20, 7), (13, 50, 16, 16), (16, 16, 16, 5), (9, 5, 31, 9)],
+)
+def test_windows_are_those_of_plain_loops(width, height, short, stride):
+    random = np.random.default_rng(width)
+    image = PIL.Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
+    mix = random.normal(size=(6, 3)).astype(np.float32)
+
+    def maps_of(window):  # means of 4 x 4 pixels, mixed: [6, 4, 4]
+        means = window.reshape(4, 4, 4, 4, 3).mean((1, 3)) / 255
+        return np.einsum("cd,yxd->cyx", mix, means).astype(np.float32)
+
+    windows = segmentation.cut(image, 16, short, stride)
+    maps = np.stack([maps_of(window) for window in windows.pixels])
+    expected = _by_loops(image, 16, short, stride, maps_of, 6)
+    got = segmentation.labels(maps, windows)
+    top = np.sort(expected, axis=0)
+    clear = top[-1] - top[-2] > 1e-5
+    assert got.shape == (height, width) and clear.mean() > 0.95
+    np.testing.assert_array_equal(got[clear], expected.argmax(0)[clear])
+    # In bands of rows the same; and the numbers themselves.
+    canvas = segmentation._overlapped(maps, windows)
+    bands = np.concatenate(list(segmentation._resized(canvas, width, height)))
+    np.testing.assert_allclose(bands.transpose(2, 0, 1), expected, atol=1e-5)
+    # The background: the share of the best class among the others, without one that is skipped.
+    shares = torch.softmax(20 * torch.tensor(np.delete(expected, 2, 0)), 0).numpy().max(0)
+    got = segmentation.labels(maps, windows, background=0.6, scale=20, skip=2)
+    sure = np.abs(shares - 0.6) > 1e-3
+    np.testing.assert_array_equal((got == -1)[sure], (shares < 0.6)[sure])
+    assert not (got == 2).any()
+
+
+def test_bands_do_not_change_the_labels(monkeypatch):
+    image = PIL.Image.fromarray(np.random.default_rng(4).integers(0, 256, (70, 50, 3), np.uint8))
+    windows = segmentation.cut(image, 16, 24, 8)
+    maps = np.random.default_rng(5).normal(size=(len(windows.pixels), 3, 4, 4))
+    expected = segmentation.labels(maps, windows)
+    monkeypatch.setattr(segmentation, "_BAND", 1)
+    np.testing.assert_array_equal(segmentation.labels(maps, windows), expected)
+
+
+def test_segment():
+    predictor = _predictor(decoder=None, image__pool="class")
+    classes = _classes(predictor, names=1)
+    large = PIL.Image.fromarray(np.tile(PICTURES[0], (2, 3, 1))[:71, :97])
+    got = predictor.segment([large, PICTURES[1]], classes, stride=30)
+    assert [x.shape for x in got] == [(71, 97), (40, 40)] and got[0].dtype == np.int32
+    # An image of the model's size is one window, whose maps are enlarged.
+    (maps,) = predictor.class_maps(PICTURES[1:], classes)
+    expected = scores.resize_map(maps, 40, 40).argmax(0)
+    assert (got[1] == expected).mean() > 0.999
+    np.testing.assert_array_equal(predictor.segment(PICTURES[1], classes), got[1])
+    # An upright image is meant.
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned = large.copy()
+    turned.info["exif"] = exif.tobytes()
+    assert predictor.segment(turned, classes).shape == (97, 71)
+    assert (predictor.segment(PICTURES[1], classes, background=1.0) == -1).all()
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (dict(by="patch"), "by: got 'patch', expected one of auto, patches, regions, both"),
+        (dict(patch_features="value"), "patch_features: got 'value', expected one of auto"),
+        (dict(by="regions"), "by 'regions': the model has two towers and no region decoder"),
+        (dict(short_side=39), "short_side: got 39 pixels, expected 0 or at least 40"),
+        (dict(stride=41), "stride: got 41 pixels, expected 1 to 40"),
+    ],
+)
+def test_options_that_a_model_cannot_use(options, line):
+    predictor = _predictor(decoder=None, image__pool="class")
+    with pytest.raises(InputError, match=line) as found:
+        predictor.segment(PICTURES[0], _classes(predictor), **options)
+    assert "\n" not in str(found.value)
+
+
+def test_images_that_cannot_be_used():
+    predictor = _predictor(decoder=None, image__pool="class")
+    with pytest.raises(InputError, match=r"images\[1\]: got float32 \[40, 40, 3\], expected a PIL"):
+        predictor.segment([PICTURES[0], PICTURES[1] / np.float32(255)], _classes(predictor))
+    with pytest.raises(image_files.TooLargeError, match="which become 100000 x 50, expected"):
+        segmentation.cut(PIL.Image.new("1", (4000, 2)), 50)
+    only_regions = _predictor()
+    with pytest.raises(InputError, match="a decoder and no box head, expected a box head"):
+        only_regions.class_maps(PICTURES, _classes(only_regions), by="patches")
+    own: Any = types.SimpleNamespace(tower="module:Class")
+    boxes = types.SimpleNamespace(kind="none")
+    model = types.SimpleNamespace(image=own, decoder=None, boxes=boxes)
+    stub: Any = types.SimpleNamespace(model=model, has_regions=False)
+    with pytest.raises(InputError, match="got the tower module:Class, expected a built-in one"):
+        inference.Predictor._maps_by(stub, "auto", "values")
+    assert inference.Predictor._maps_by(stub, "auto", "auto") == ("patches", "tokens")
