@@ -295,14 +295,14 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs():
 @pytest.mark.parametrize(
     "given, left",
     [
-        (["--config.evals.seen=None"], ["grounding", "maps", "retrieval", "unseen"]),
+        (["--config.evals.seen=None"], ["grounding", "maps", "parts", "retrieval", "unseen"]),
         (
             [
                 "--config.evals.unseen.names=True",
                 "--config.evals.grounding=none",
                 "-config.evals.seen={}",
             ],
-            ["maps", "retrieval", "unseen"],
+            ["maps", "parts", "retrieval", "unseen"],
         ),
         (["--config.evals=None"], []),
         (["--config.evals={}", "--config.seed=3"], []),
