@@ -27,7 +27,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
 from grain_jax.config.evals import Context
-from grain_jax.convert import initialise
+from grain_jax.convert import initialise, whole
 from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
@@ -46,7 +46,15 @@ from grain_jax.runtime import (
     profiling,
     receipt,
 )
-from grain_jax.training import flops, forward, memory_check, schedule, sharding, train_step
+from grain_jax.training import (
+    flops,
+    forward,
+    memory_check,
+    schedule,
+    sharding,
+    teacher,
+    train_step,
+)
 from grain_jax.training.arguments import Train
 
 
@@ -181,7 +189,7 @@ def _train(
     records.say_what_runs(state)
 
     # 4. Compile.
-    step_fn = compile_step(run, program, records)
+    step_fns = compile_steps(run, program, records, start_step)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
     on_host = sources.batches_of_run(
@@ -202,6 +210,7 @@ def _train(
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
                 batch = next(batches)
+                step_fn = step_fns[program.phase(step - 1).first]
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 trace.end(step, metrics)
@@ -258,6 +267,7 @@ def set_up(
     """
     given = config
     losses.terms_of(config.loss)
+    teacher.describe(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     limit = memory_check.limit()
@@ -279,7 +289,9 @@ def set_up(
         process_index=jax.process_index(),
     )
     steps = resolve_steps(config, source.num_examples(config))
-    data = processes.of_first(functools.partial(source.identities, config))
+    data = processes.of_first(
+        lambda: [*source.identities(config), *whole.identity_of_teacher(config)]
+    )
     evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
@@ -295,26 +307,40 @@ def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = checkpoint.placed(program.state, program.shardings)
     state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
-    return initialise.state_of_step_0(run.config, program, tell) if state is None else state
+    if state is None:
+        state = initialise.state_of_step_0(run.config, program, tell)
+    return whole.place(run.config, state, program.shardings)
 
 
-def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
-    """The compiled step, which fits into memory and measures what the best checkpoint is chosen by."""
+def compile_steps(run: SetUp, program: train_step.Program, records: "Records", start_step: int):
+    """The compiled steps, by the first step of their phase: each fits into memory, and some measures what the best
+    checkpoint is chosen by. Those of phases that are over are left out.
+    """
     began = time.monotonic()
+    current = program.phase(min(start_step, run.total_steps - 1)).first
     with records.pause():
-        lowered = program.step.lower(program.state, program.batch)
+        lowered = {
+            phase.first: phase.step.lower(program.state, program.batch)
+            for phase in program.phases
+            if phase.first >= current
+        }
         if not schedule.best_is_evaluated(run.config):
-            schedule.check_best_metric(run.config, lowered.out_info[1])
-        step_fn = lowered.compile()
+            measured = {name for one in lowered.values() for name in one.out_info[1]}
+            if current:  # what was measured before may be not any more
+                measured.add(run.config.checkpoint_best_metric)
+            schedule.check_best_metric(run.config, measured)
+        step_fns = {first: one.compile() for first, one in lowered.items()}
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
-    records.say(f"compiled in {took}; attention of the towers: {programs}")
-    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
-    if warning:
-        records.say(warning)
+    several = f"{len(step_fns)} programs, " if len(step_fns) > 1 else ""
+    records.say(f"{several}compiled in {took}; attention of the towers: {programs}")
+    for step_fn in step_fns.values():
+        warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
+        if warning:
+            records.say(warning)
     processes.wait_for_all("compiled")
-    return step_fn
+    return step_fns
 
 
 class Records:
@@ -333,17 +359,18 @@ class Records:
         self._checkpoints, terms = checkpoints, run.terms
         self._terms = [term.metric for term in terms]
         self._last_good_step, self._last_save = start_step, time.monotonic()
-        self._log = None
+        self._log, self._flops = None, {}
         if jax.process_index() == 0:
             atomic.write_text(workdir / "config.json", config_lib.to_json(config))
             tokenizer.keep_copy(config.model.text, workdir)
+            self._flops = flops.of_phases(config, run.total_steps)
             peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
             self._log = metrics_writer.MetricsWriter(
                 workdir,
                 start_step,
                 run.total_steps,
                 config.batch_size,
-                flops_per_image=flops.per_image(config).train,
+                flops_per_image=self._flops[0],
                 peak_flops=peak and peak * jax.device_count(),
                 config=config,
                 terms={term.metric: term.short for term in terms},
@@ -373,6 +400,8 @@ class Records:
             f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
             + (f", resumed at step {start_step}" if start_step else "")
         )
+        if said := teacher.line(self._config, state.teacher):
+            self.say(said)
         if not start_step:
             self.say(reasons.line(self._config.model, self._workdir))
 
@@ -405,6 +434,7 @@ class Records:
         if due.logs:
             values |= self._text_counts.add(values)
         if self._log and due.logs:
+            self._log.flops_per_image = self._flops[max(x for x in self._flops if x < step)]
             values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
             self._log.progress(step, values)
         if due.evaluates:
@@ -425,7 +455,7 @@ class Records:
         if self._log:
             self._log.flush()
         self._checkpoints.wait_until_finished()  # of the last one, before the next has a record
-        record = self._receipts.add(state, self._lines())
+        record = self._receipts.add(checkpoint.held(state, self._config), self._lines())
         best = schedule.best_metric(self._config, values)
         checkpoint.save(self._checkpoints, state, self._config, record, best, self._run.data)
         self._last_save = time.monotonic()

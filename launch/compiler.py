@@ -55,7 +55,7 @@ class Compiled:
 
     Attributes:
       state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles), scalars.
-      checkpoint_bytes: of the whole state, all chips together.
+      checkpoint_bytes: of what a checkpoint holds, all chips together.
       memory: `memory_analysis`: arguments, output, aliased, temporaries, code, peak; empty if out of memory.
       traced_flops: matrix products of the step as written, recomputation included, all chips together.
       out_of_memory: the compiler's message, or None.
@@ -86,6 +86,7 @@ def compile_step(
     *,
     total_steps: int,
     steps_per_epoch: float,
+    step: int = 0,
     timeout: float,
     line: progress.Line,
 ) -> Compiled:
@@ -95,6 +96,7 @@ def compile_step(
       config: the run.
       topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
+      step: whose program it is, where terms are on in a part of the run.
       timeout: seconds that it may take.
       line: shows the progress.
 
@@ -117,6 +119,7 @@ def compile_step(
         options=_topology_options(topology),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        step=step,
         cache=str(cache.resolve()),
     )
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
@@ -275,7 +278,8 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh, devices)
     lengths = {key: request[key] for key in ("total_steps", "steps_per_epoch")}
     program = train_step.build(config, mesh, **lengths)
-    lowered = program.step.lower(program.state, program.batch)
+    step = program.phase(request["step"]).step
+    lowered = step.lower(program.state, program.batch)
     versions = {"jax": jax.__version__, **_versions(platform)}
     flags = {flag: os.environ.get(flag) for flag in _FLAGS}
     # An entry that was written with other fields is another entry.
@@ -307,9 +311,9 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         )
     answer = Compiled(
         state_bytes=memory_need.state_bytes(program),
-        checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
+        checkpoint_bytes=memory_need.checkpoint_bytes(config, program),
         memory=memory,
-        traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
+        traced_flops=flops.matmul_flops(step, program.state, program.batch),
         out_of_memory=out_of_memory,
         program=hashlib.sha256(text.encode()).hexdigest(),
         hlo=hlo,

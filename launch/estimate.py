@@ -6,16 +6,16 @@ program. XLA adds buffers that are not counted here and fuses others away; docs/
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.launch import chips, hlo_collectives
-from grain_jax.training import forward, memory_need, sharding, train_step
+from grain_jax.training import forward, memory_need, phases, sharding, train_step
 
 
 class Estimate(NamedTuple):
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
     Attributes:
       state_bytes: parameters, moments, ema, batch.
       temporaries: gradients, activations (kept by the remat policy), layer (one layer at work), losses.
-      checkpoint_bytes: of the whole state, all chips together.
+      checkpoint_bytes: of what a checkpoint holds, all chips together.
       collectives: what one step sends.
       mesh: sizes of the mesh's axes.
     """
@@ -47,8 +47,10 @@ def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
     return sizes
 
 
-def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
-    """Estimates a step on these GPUs.
+def of_gpus(
+    config: config_lib.Config, topology: chips.Topology, off: Collection[str] = ()
+) -> Estimate:
+    """Estimates a step on these GPUs, in which the loss terms `off` are not computed.
 
     Assumed: where cuDNN makes the attention, its scores are not kept; activations are cut over data and fsdp, not
     over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).
@@ -67,6 +69,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         total_steps=1,
         steps_per_epoch=1.0,
     )
+    config = phases.without(config, off)  # the state has all terms
     state = memory_need.state_bytes(program)
     trained = memory_need.trained_bytes(program, config.frozen)
     shards = sizes["data"] * sizes["fsdp"]
@@ -79,7 +82,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
     return Estimate(
         state,
         temporaries,
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
+        memory_need.checkpoint_bytes(config, program),
         _collectives(config, topology, sizes, state["parameters"], trained),
         sizes,
     )

@@ -31,7 +31,7 @@ from grain_jax.launch import (
 )
 from grain_jax.launch.arguments import Plan
 from grain_jax.launch.arguments import PlanOptions as Options
-from grain_jax.training import flops, memory_need
+from grain_jax.training import flops, memory_need, phases
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
 LARGEST = 6  # buffers named when memory runs out
@@ -105,20 +105,25 @@ def make(
         "batch_size": config.batch_size,
         "levers": levers(config),
         "derived": derived_from,
-        "model_flops": round(flops.per_image(config).train * config.batch_size),
     }
-    if not_compiled is None:
-        lengths = dict(total_steps=total_steps, steps_per_epoch=per_epoch)
-        found = compiler.compile_step(
-            config, topology, **lengths, timeout=options.timeout, line=line
-        )
-        cached = ", from the cache" if found.cached else ""
-        line.show(f"compiled in {found.seconds:.0f} s{cached}", now=True)
-        plan |= _of_compiled(found, config, topology) | {"versions": found.versions}
-    else:
-        line.show(f"estimating: {not_compiled}", now=True)
-        found = estimate.of_gpus(config, topology)
-        plan |= _of_estimate(found, plan["model_flops"], config, topology)
+    made = []
+    for phase in phases.of(config, total_steps):
+        part = phases.without(config, phase.off)
+        model_flops = round(flops.per_image(part).train * config.batch_size)
+        if not_compiled is None:
+            lengths = dict(total_steps=total_steps, steps_per_epoch=per_epoch, step=phase.first)
+            found = compiler.compile_step(
+                config, topology, **lengths, timeout=options.timeout, line=line
+            )
+            cached = ", from the cache" if found.cached else ""
+            line.show(f"compiled in {found.seconds:.0f} s{cached}", now=True)
+            of_phase = _of_compiled(found, part, topology) | {"versions": found.versions}
+        else:
+            line.show(f"estimating: {not_compiled}", now=True)
+            found = estimate.of_gpus(config, topology, phase.off)
+            of_phase = _of_estimate(found, model_flops, part, topology)
+        made.append((phase, {"model_flops": model_flops} | of_phase))
+    plan |= _together(made, total_steps)
     plan["checkpoint"] = {
         "bytes": found.checkpoint_bytes,
         # Every host writes its share.
@@ -137,6 +142,51 @@ def levers(config: config_lib.Config) -> dict[str, Any]:
     """The keys that trade memory against time, with their values."""
     values = config_lib.flatten(dataclasses.asdict(config))
     return {key: values[key] for key in LEVERS}
+
+
+def _together(
+    made: Sequence[tuple[phases.Phase, dict[str, Any]]], total_steps: int
+) -> dict[str, Any]:
+    """The phases of a run as one: the largest memory; FLOPs and rooflines are means over the steps.
+
+    Of several phases, `phases` has the first step, the terms that are off, memory and FLOPs of each.
+    """
+    if len(made) == 1:
+        return made[0][1]
+    ends = [*(phase.first for phase, _ in made[1:]), total_steps]
+    shares = [(end - phase.first) / total_steps for (phase, _), end in zip(made, ends)]
+    plans = [plan for _, plan in made]
+
+    def mean(values):
+        found = list(values)
+        if None in found:
+            return None
+        return sum(share * value for share, value in zip(shares, found))
+
+    out = dict(max(plans, key=lambda plan: plan["memory"]["total_bytes"]))
+    out["fits"] = all(plan["fits"] for plan in plans)
+    for key in ("model_flops", "traced_flops", "flops"):
+        value = mean(plan[key] for plan in plans)
+        out[key] = None if value is None else round(value)
+    out["rooflines"] = [(share, plan["roofline"]) for share, plan in zip(shares, plans)]
+    if all(plan["roofline"] for plan in plans):
+        seconds = [key for key in out["roofline"] if key != "bound"]
+        means = {key: mean(plan["roofline"][key] for plan in plans) for key in seconds}
+        longest = max(plans, key=lambda plan: plan["roofline"]["step_s"])
+        out["roofline"] = means | {"bound": longest["roofline"]["bound"]}
+    else:
+        out["roofline"] = None
+    out["phases"] = [
+        {
+            "steps": [phase.first, end - 1],
+            "off": sorted(phase.off),
+            "total_bytes": plan["memory"]["total_bytes"],
+            "model_flops": plan["model_flops"],
+            "flops": plan["flops"],
+        }
+        for (phase, plan), end in zip(made, ends)
+    ]
+    return out
 
 
 def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any]:
@@ -237,11 +287,14 @@ def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:
 def _times(plan, topology, options: Options) -> dict[str, Any]:
     """Speed, days, input rate and price; None where the program does not compile."""
     roof = plan["roofline"]
+    of_phases = plan.pop("rooflines", [(1.0, roof)])
     if roof is None:
         keys = ("images_per_second", "images_per_second_at_most", "input", "bill")
         return dict.fromkeys(keys)
-    work = max(roof["compute_s"], roof["hbm_s"]) / options.efficiency + roof["exposed_s"]
-    step = max(work, roof["interconnect_s"], roof["dcn_s"])
+    step = 0.0
+    for share, one in of_phases:
+        work = max(one["compute_s"], one["hbm_s"]) / options.efficiency + one["exposed_s"]
+        step += share * max(work, one["interconnect_s"], one["dcn_s"])
     rate = plan["batch_size"] / step
     seconds = plan["run"]["images"] / rate
     a_host = rate / topology.hosts

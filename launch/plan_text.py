@@ -19,6 +19,7 @@ _PARTS = {  # of memory
     "parameters": "float32",
     "moments": "Adam's two",
     "ema": "average of the parameters",
+    "teacher": "parameters of the teacher",
     "batch": "images, texts, boxes",
     "padding": "to the chip's tiles",
     "gradients": "float32",
@@ -49,6 +50,8 @@ def seconds(time: float) -> str:
 def page(plan: dict[str, Any]) -> str:
     """The text of a plan that `plan.make` returned."""
     parts = [_heading(plan), _memory(plan)]
+    if plan.get("phases"):
+        parts.append(_phases(plan))
     if not plan["fits"]:
         parts.append(_out_of_memory(plan))
     if plan["flops"] is not None:
@@ -136,6 +139,17 @@ def _memory(plan) -> list[str]:
     rows.append(f"total|{size('total')}|{note}")
     rows.append(f"limit|{size('limit')}|of a chip, what a program may use")
     return [_section("Memory of one chip", plan), *_rows(*rows)]
+
+
+def _phases(plan) -> list[str]:
+    rows = []
+    for phase in plan["phases"]:
+        first, last = phase["steps"]
+        done = phase["flops"] or phase["model_flops"]
+        note = f"{amount(done, 'FLOP')} a step; off: {', '.join(phase['off']) or 'nothing'}"
+        rows.append(f"steps {first:,} to {last:,}|{gigabytes(phase['total_bytes'])}|{note}")
+    what = "Phases: above is the largest memory, below are means over the steps"
+    return [_section(what, plan), *_rows(*rows)]
 
 
 def _out_of_memory(plan) -> list[str]:

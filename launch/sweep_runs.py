@@ -129,7 +129,9 @@ def make_runs(
             inside = [name for name in known if name.startswith(f"{key}.")]
             if inside:
                 found.append(f"{key}: is a group of keys; set them one by one, such as {inside[0]}")
-            elif not isinstance(value, (bool, int, float, str, tuple)):
+            elif not isinstance(value, (bool, int, float, str, tuple)) and not (
+                isinstance(value, dict) and config_file.is_weight(key)
+            ):
                 found.append(
                     f"{key}: got {value!r}, expected a number, a string, a bool or a tuple"
                 )
@@ -142,7 +144,9 @@ def make_runs(
                 faults.setdefault(line, []).append(name)
             continue
         values = config_lib.flatten(dataclasses.asdict(config))
+        values = {**point, **values}  # a key of a schedule is no key of its own
         swept = {key: values[key] for key in differ if key in values}
+        swept = {k: str(v) if isinstance(v, dict) else v for k, v in swept.items()}
         arguments = (f"--config={file}", *words, f"--workdir={workdir / name}")
         runs.append(SweepRun(name, swept, config, arguments, workdir / name))
     if faults:

@@ -30,6 +30,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 LONG = (
     "tests/test_train.py",
     "tests/training/test_train_step.py",
+    "tests/training/test_phases.py",
     "tests/test_verify.py",
     "tests/losses/test_streaming.py",
     "tests/training/test_memory.py",

@@ -47,7 +47,7 @@ def embed(args: argparse.Namespace) -> str:
         count = pipeline.run(
             job,
             mine,
-            pipeline.encoder(predictor, args.boxes),
+            pipeline.encoder(predictor, args.boxes, args.texts),
             size=predictor.model.image.image_size,
             threads=args.threads or max(2, os.cpu_count() or 1),
             label=args.source,
@@ -68,6 +68,7 @@ def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
         shard_size=args.shard_size,
         scratch=folder,
         boxes=args.boxes == "given",
+        texts=args.texts,
         orientation=args.orientation,
     )
 
@@ -100,6 +101,8 @@ def _settings(
         parts=len(found.parts),
         orientation="file" if found.source.kind == "records" else args.orientation,
         format=args.format,
+        texts=args.texts,
+        logit_scale=predictor.logit_scale,
     )
 
 

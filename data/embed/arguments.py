@@ -37,6 +37,7 @@ class Embed(Processes, name="embed"):
       --split NAME             of a record set (default: train)
       --boxes queries|given    regions: those that the model finds, or those of the A.jsonl or record set, by a model
         with a box head
+      --texts                  captions and descriptions of the source, too: a teacher's (teacher.kind=embeddings)
       --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
         they are stored
       --checkpoint DIR         workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
@@ -58,6 +59,7 @@ class Embed(Processes, name="embed"):
     images: str | None = None
     split: str = ""
     boxes: Literal["queries", "given"] = "queries"
+    texts: bool = False
     orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     checkpoint: str
     output: str

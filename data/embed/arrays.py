@@ -2,6 +2,7 @@
 
 DIR/img_emb/img_emb_00.npy        [images, D]
 DIR/region_emb/region_emb_00.npy  [regions of all images, D], image after image
+DIR/text_emb/text_emb_00.npy      [texts of all images, D], image after image
 DIR/metadata/metadata_00.parquet  a row an image, with the boxes of its regions; written last
 """
 
@@ -14,7 +15,7 @@ from etils import epath
 from grain_jax.core import regular_file
 
 METADATA = "metadata"
-_FOLDERS = ("img_emb", "region_emb")
+_FOLDERS = ("img_emb", "region_emb", "text_emb")
 
 
 def number(index: int, count: int) -> str:
@@ -22,10 +23,13 @@ def number(index: int, count: int) -> str:
     return f"{index:0{len(str(count))}d}"
 
 
-def paths(folder: epath.Path, index: int, count: int, regions: bool) -> list[epath.Path]:
-    """The file of the images and, with `regions`, that of the regions."""
-    folders = _FOLDERS[: 1 + regions]
-    return [folder / name / f"{name}_{number(index, count)}.npy" for name in folders]
+def paths(
+    folder: epath.Path, index: int, count: int, *, regions: bool, texts: bool
+) -> list[epath.Path]:
+    """The file of the images and, with `regions` and `texts`, those of the regions and the texts."""
+    there = zip(_FOLDERS, (True, regions, texts))
+    names = [name for name, is_there in there if is_there]
+    return [folder / name / f"{name}_{number(index, count)}.npy" for name in names]
 
 
 def encoded(blocks: Sequence[np.ndarray], dim: int, store: str) -> bytes:
@@ -33,9 +37,9 @@ def encoded(blocks: Sequence[np.ndarray], dim: int, store: str) -> bytes:
     return b"".join([_header(sum(map(len, blocks)), dim, store), *(block.data for block in blocks)])
 
 
-def stranger(folder: epath.Path, count: int, regions: bool) -> epath.Path | None:
+def stranger(folder: epath.Path, count: int, **there: bool) -> epath.Path | None:
     """A .npy beside those of `count` parts that is of none of them, or None; a reader would take its rows as well."""
-    own = {path for index in range(count) for path in paths(folder, index, count, regions)}
+    own = {path for index in range(count) for path in paths(folder, index, count, **there)}
     found = (path for name in _FOLDERS for path in sorted((folder / name).glob("*.npy")))
     return next((path for path in found if path not in own), None)
 
@@ -56,6 +60,17 @@ def fault(path: epath.Path, rows: int, dim: int, store: str) -> str | None:
         if file.read(len(header)) != header:
             return f"{name} has another header than {store} [{rows}, {dim}]"
     return None
+
+
+def mapped(path: epath.Path, rows: int, dim: int, store: str) -> np.ndarray:
+    """The array [rows, dim] of a .npy that has no `fault`, mapped into memory; of an object store it is read."""
+    start = len(_header(rows, dim, store))
+    if not rows:
+        return np.zeros((0, dim), store)
+    if regular_file.is_remote(path):
+        content = regular_file.read(path, 1 << 40, "an array of grain-jax embed")
+        return np.frombuffer(content, store, offset=start).reshape(rows, dim)
+    return np.memmap(path, store, mode="r", offset=start, shape=(rows, dim))
 
 
 def _header(rows: int, dim: int, store: str) -> bytes:

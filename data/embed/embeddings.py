@@ -27,6 +27,7 @@ from grain_jax.data.embed import arrays
 
 SETTINGS, DATA, FAULTS, CARD = "settings.json", "data", "faults.jsonl", "README.md"
 IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
+TEXT_EMBED, TEXT_DIGESTS = "text_embed", "text_digests"
 MAX_FOOTER = 8 << 20  # bytes; it holds the faults of a file; read, it takes thirty times as much
 _MAX_SETTINGS = 1 << 20
 _FOOTERS = 16  # read at a time
@@ -82,6 +83,13 @@ class Settings(msgspec.Struct, frozen=True):
     parts: Annotated[int, msgspec.Meta(ge=1, le=10**7)]  # number of files
     orientation: _Orientation  # of the images, as `grain_jax.core.images` takes it
     format: Literal["parquet", "npy"] = "parquet"
+    texts: bool = False  # whether there are embeddings of the texts of each image
+    logit_scale: float | None = None  # of the model: the factor of the cosines in its loss
+
+    @property
+    def arrays(self) -> dict[str, bool]:
+        """Which vectors there are beside those of the images, as `arrays.paths` takes it."""
+        return dict(regions=bool(self.regions), texts=self.texts)
 
     @property
     def data(self) -> str:
@@ -153,6 +161,7 @@ class _Note(msgspec.Struct):
     source: _Lines | _Tar | _Records
     faults: list[_Fault]
     regions: _Count = 0  # of all images
+    texts: _Count = 0  # of all images
 
 
 class Part(NamedTuple):
@@ -164,6 +173,7 @@ class Part(NamedTuple):
     source: dict[str, Any]  # the piece of the source that it is made of, as plain values
     faults: list[dict[str, str]]  # of images that were left out: path, cause, detail
     regions: int = 0  # of all images
+    texts: int = 0  # of all images
 
 
 def pyarrow() -> Any:
@@ -181,6 +191,12 @@ def pyarrow() -> Any:
 def file_name(index: int, count: int) -> str:
     """The name of file number `index` of `count`, of the format parquet."""
     return f"part-{index:05d}-of-{count:05d}.parquet"
+
+
+def text_digest(text: str) -> int:
+    """64 bits that stand for a text, without white space at its ends, among those of an image."""
+    digest = hashlib.blake2b(text.strip().encode("utf-8", "ignore"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def piece_digest(settings: Settings, piece: Mapping[str, Any]) -> str:
@@ -202,6 +218,9 @@ def columns(settings: Settings) -> Any:
         )
     if settings.regions:
         kinds |= {BOXES: pa.list_(pa.list_(pa.float32(), 4))}
+    if settings.texts:
+        kinds |= {TEXT_DIGESTS: pa.list_(pa.int64())}
+        kinds |= {TEXT_EMBED: pa.list_(embed)} if settings.format == "parquet" else {}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
@@ -269,6 +288,17 @@ def damaged(path: epath.PathLike, reason: str, advice: str = _AGAIN) -> DamagedE
     return DamagedError(f"{path}: damaged ({printable.plain(reason, 200)}); {advice}")
 
 
+def flat(column: Any, path: epath.PathLike) -> Any:
+    """The values of a pyarrow array of lists, or of lists of lists, without nulls. Raises DamagedError."""
+    nested = True
+    while nested:
+        if column.null_count:
+            raise damaged(path, "values are missing")
+        nested = hasattr(column, "flatten") and hasattr(column, "values")
+        column = column.flatten() if nested else column
+    return column
+
+
 class Seekable(io.RawIOBase):
     """A file of an object store as pyarrow needs it; that of TensorFlow has no `closed`, and its `seek` returns None."""
 
@@ -321,7 +351,7 @@ def read_part(path: epath.PathLike, settings: Settings) -> Part:
     if fault:
         raise EmbeddingsError(f"{path}: {printable.plain(fault, 400)}; {_AGAIN}")
     faults = msgspec.to_builtins(note.faults)
-    part = Part(path.name, rows, note.most_regions, source, faults, note.regions)
+    part = Part(path.name, rows, note.most_regions, source, faults, note.regions, note.texts)
     if fault := _arrays_fault(path.parent.parent, index, part, settings):
         raise damaged(path, fault)
     return part
@@ -331,8 +361,9 @@ def _arrays_fault(folder: epath.Path, index: int, part: Part, settings: Settings
     """Why an array of a part is not whole, or None; of the format parquet there is none."""
     if settings.format == "parquet":
         return None
-    files = arrays.paths(folder, index, settings.parts, bool(settings.regions))
-    sizes = zip(files, (part.rows, part.regions))
+    files = arrays.paths(folder, index, settings.parts, **settings.arrays)
+    counts = [part.rows, *[part.regions] * bool(settings.regions), *[part.texts] * settings.texts]
+    sizes = zip(files, counts, strict=True)
     found = (arrays.fault(path, n, settings.embed_dim, settings.store) for path, n in sizes)
     return next(filter(None, found), None)
 

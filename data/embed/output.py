@@ -34,6 +34,8 @@ class EmbeddedImage(NamedTuple):
     region_embed: np.ndarray | None  # [R, D]; None: the model finds no regions
     boxes_xyxy: np.ndarray | None  # [R, 4] in [0, 1]
     caption: str = ""  # the first that the source has
+    text_digests: Sequence[int] = ()  # `embeddings.text_digest` of its texts
+    text_embed: np.ndarray | None = None  # [T, D]; None: texts are not embedded
 
 
 class Output(NamedTuple):
@@ -53,9 +55,9 @@ class Output(NamedTuple):
         Raises:
           errors.UserError: a file is of no part: of another model, of other images, or none of grain-jax embed.
         """
-        count, regions = len(self.parts), bool(self.settings.regions)
+        count = len(self.parts)
         if self.settings.format == "npy":
-            if other := arrays.stranger(self.folder, count, regions):
+            if other := arrays.stranger(self.folder, count, **self.settings.arrays):
                 message = "expected arrays of this job alone; move it elsewhere"
                 raise EmbeddingsError(f"{other}: {message}")
         names = {self.name(index): index for index in range(count)}
@@ -105,7 +107,7 @@ class Writer:
         self._output, self._index = output, index
         self._schema = embeddings.columns(output.settings)
         self._rows: list[EmbeddedImage] = []
-        self._written = self._most = self._regions = 0
+        self._written = self._most = self._regions = self._texts = 0
         # Of the format npy: the columns that are arrays.
         self._blocks = collections.defaultdict[str, list[np.ndarray]](list)
         self.faults: list[dict[str, str]] = []
@@ -139,9 +141,10 @@ class Writer:
 
     def _write_arrays(self) -> None:
         folder, settings, _ = self._output
-        names = (embeddings.IMAGE_EMBED, embeddings.REGION_EMBED)
-        files = arrays.paths(folder, self._index, settings.parts, bool(settings.regions))
-        for path, name in zip(files, names):
+        names = [embeddings.IMAGE_EMBED, *[embeddings.REGION_EMBED] * bool(settings.regions)]
+        names += [embeddings.TEXT_EMBED] * settings.texts
+        files = arrays.paths(folder, self._index, settings.parts, **settings.arrays)
+        for path, name in zip(files, names, strict=True):
             path.parent.mkdir(exist_ok=True)
             if path.exists() and regular_file.length(path) is None:
                 raise EmbeddingsError(f"{path}: got a folder, pipe or device; move it elsewhere")
@@ -157,6 +160,7 @@ class Writer:
             source=dict(self._output.parts[self._index]),
             faults=self.faults,
             regions=self._regions,
+            texts=self._texts,
         )
 
     def _flush(self) -> None:
@@ -165,12 +169,12 @@ class Writer:
         pa, rows, schema = self._pa, self._rows, self._schema
         settings = self._output.settings
         of_embeds = {embeddings.IMAGE_EMBED: np.stack([row.image_embed for row in rows])}
-        counts, offsets = [], None
-        if settings.regions:
-            counts = [len(row.boxes_xyxy) for row in rows]
-            offsets = pa.array(np.cumsum([0, *counts]).astype(np.int32))
-            for name in (embeddings.REGION_EMBED, embeddings.BOXES):
-                of_embeds[name] = np.concatenate([getattr(row, name) for row in rows])
+        counts = [len(row.boxes_xyxy) for row in rows] if settings.regions else []
+        texts = [len(row.text_digests) for row in rows] if settings.texts else []
+        lists = dict.fromkeys((embeddings.REGION_EMBED, embeddings.BOXES), counts)
+        lists = {name: of for name, of in [*lists.items(), (embeddings.TEXT_EMBED, texts)] if of}
+        for name in lists:
+            of_embeds[name] = np.concatenate([getattr(row, name) for row in rows])
         columns = []
         for field in schema:
             if field.name not in of_embeds:
@@ -180,12 +184,14 @@ class Writer:
             values, is_list = of_embeds.pop(field.name), field.name != embeddings.IMAGE_EMBED
             vectors = _vectors(pa, values, field.type.value_type if is_list else field.type)
             if is_list:
+                offsets = pa.array(np.cumsum([0, *lists[field.name]]).astype(np.int32))
                 vectors = pa.ListArray.from_arrays(offsets, vectors, type=field.type)
             columns.append(vectors)
         for name, values in of_embeds.items():  # no columns: arrays beside the file
             self._blocks[name].append(np.ascontiguousarray(values, settings.store))
         self._parquet.write_table(pa.Table.from_arrays(columns, schema=schema))
         self._most, self._regions = max(self._most, *counts, 0), self._regions + sum(counts)
+        self._texts += sum(texts)
         self._written += len(rows)
         self._rows = []
 
@@ -229,6 +235,14 @@ _REGION_ARRAYS = """\
 | `region_emb/region_emb_*.npy` | {stored} [regions, {dim}], of all images, image after image |
 | column `boxes_xyxy` of the metadata | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
 """
+_TEXTS = """\
+| `text_embed` | list of `{stored}[{dim}]` | embeddings of its captions and descriptions, unit length |
+| `text_digests` | list of `int64` | BLAKE2b of each text, 8 bytes, little-endian, without white space at its ends |
+"""
+_TEXT_ARRAYS = """\
+| `text_emb/text_emb_*.npy` | {stored} [texts, {dim}], captions and descriptions of all images, image after image |
+| column `text_digests` of the metadata | BLAKE2b of each text, 8 bytes, little-endian, without white space at its ends |
+"""
 _READ = """\
 import pathlib
 
@@ -256,12 +270,13 @@ def card(settings: embeddings.Settings, parts: Sequence[embeddings.Part], folder
     rows, faults = sum(p.rows for p in parts), sum(len(p.faults) for p in parts)
     source = settings.source
     plain = lambda value: printable.plain(str(value), 300)
-    tables, read, search = (_COLUMNS, _REGIONS), _READ, ""
+    tables, read, search = (_COLUMNS, _REGIONS, _TEXTS), _READ, ""
     if settings.format == "npy":
-        tables, read = (_ARRAYS, _REGION_ARRAYS), _READ_ARRAYS
+        tables, read = (_ARRAYS, _REGION_ARRAYS, _TEXT_ARRAYS), _READ_ARRAYS
     else:
         search = f':\n`grain-jax search {plain(folder)} --text "a long orange beak"`'
-    table = "".join(tables[: 1 + bool(settings.regions)])
+    there = (True, bool(settings.regions), settings.texts)
+    table = "".join(x for x, is_there in zip(tables, there) if is_there)
     table, read = (x.format(stored=settings.store, dim=settings.embed_dim) for x in (table, read))
     split = f", split {plain(source.split)}" if source.split else ""
     return f"""---

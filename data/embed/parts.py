@@ -45,6 +45,7 @@ def find(
     shard_size: int,
     scratch: epath.Path,
     boxes: bool = False,
+    texts: bool = False,
     orientation: str = "exif",
 ) -> Listing:
     """Lists a source.
@@ -56,6 +57,7 @@ def find(
       shard_size: images a part; a tar is a part.
       scratch: folder that all processes read, for the list of a folder's images.
       boxes: whether boxes of the source are wanted, which an A.jsonl and a record set have.
+      texts: whether texts of the source are wanted, which a folder of images has not.
       orientation: of its images, as of `grain_jax.core.images`.
 
     Raises:
@@ -69,6 +71,7 @@ def find(
         (f"--images {images}", images, ("annotations",), "an A.jsonl"),
         (f"--split {split}", split, ("records",), "a record set"),
         ("--boxes given", boxes, ("annotations", "records"), "an A.jsonl or a record set"),
+        ("--texts", texts, ("annotations", "records", "tars"), "a source with captions"),
     ):
         if wanted and kind not in suits:
             raise sources.SourceError(f"{flag}: got {source}, expected it with {what}")
@@ -95,14 +98,19 @@ def find(
         sizes = [shard.arguments["lines"] for shard in shards]
     if not sum(sizes):
         raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}")
-    names = [[shard.name, size] for shard, size in zip(shards, sizes)]
-    digest = hashlib.sha256(json.dumps(names).encode() + known).hexdigest()[:16]
+    digest = digest_of([(shard.name, size) for shard, size in zip(shards, sizes)], known)
     parts = [
         {"reader": _READERS[kind], "name": shard.name, "size": size, **shard.arguments}
         for shard, size in zip(shards, sizes)
     ]
     total = None if kind == "tars" else sum(sizes)
     return Listing(embeddings.Source(kind, str(path), folder, split, digest), total, parts)
+
+
+def digest_of(named: Iterable[tuple[str, int]], known: bytes = b"") -> str:
+    """The digest of a source: of the names and sizes of its parts, and what is `known` of a record set."""
+    names = json.dumps([[name, size] for name, size in named])
+    return hashlib.sha256(names.encode() + known).hexdigest()[:16]
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -37,17 +37,19 @@ class Ready(NamedTuple):
     boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
     pixels: np.ndarray  # uint8 [S, S, 3]
     caption: str = ""  # the first that the source has
+    texts: tuple[str, ...] = ()  # its captions and descriptions, each once
 
 
 Encode = Callable[[list[Ready]], list[output.EmbeddedImage]]
 
 
-def encoder(predictor: Any, boxes: str = "queries") -> Encode:
-    """The function that embeds the images of a batch and their regions.
+def encoder(predictor: Any, boxes: str = "queries", texts: bool = False) -> Encode:
+    """The function that embeds the images of a batch, their regions and their texts.
 
     Args:
       predictor: the model.
       boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
+      texts: whether texts are embedded.
     """
 
     def encode(batch: list[Ready]) -> list[output.EmbeddedImage]:
@@ -62,12 +64,29 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
         else:
             image = predictor.encode_image(pixels)
         stream.check_finite(image, *(each for each in embeds if each is not None))
+        of_texts = _text_embeds(predictor, batch) if texts else [((), None)] * len(batch)
         return [
-            output.EmbeddedImage(*ready[:4], *rest, ready.caption)
-            for ready, *rest in zip(batch, image, embeds, corners)
+            output.EmbeddedImage(*ready[:4], *rest, ready.caption, *of_text)
+            for ready, *rest, of_text in zip(batch, image, embeds, corners, of_texts)
         ]
 
     return encode
+
+
+def _text_embeds(predictor: Any, batch: list[Ready]) -> list[tuple[list[int], np.ndarray]]:
+    """(digests, embeddings [T, D]) of the texts of each image."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(t for r in batch for t in r.texts))}
+    vectors = np.zeros((0, predictor.model.embed_dim), np.float32)
+    if place:
+        vectors = predictor.encode_text(list(place))
+        stream.check_finite(vectors)
+    return [
+        (
+            [embeddings.text_digest(text) for text in ready.texts],
+            vectors[np.array([place[text] for text in ready.texts], int)],
+        )
+        for ready in batch
+    ]
 
 
 def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:
@@ -84,7 +103,9 @@ def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Rea
     boxes = np.array([region.box_xyxy for region in found.regions], np.float32).reshape(-1, 4)
     boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
     caption = next(iter(found.captions), "")
-    return Ready(found.id or found.image, found.image, *image.size, boxes, pixels, caption)
+    said = (*found.captions, found.synthetic_caption, *(x.description for x in found.regions))
+    texts = tuple(dict.fromkeys(filter(None, said)))
+    return Ready(found.id or found.image, found.image, *image.size, boxes, pixels, caption, texts)
 
 
 def run(

@@ -159,7 +159,7 @@ class Index:
                     counts = np.ones(len(column), np.int64)
                     if by == "regions":
                         counts = np.diff(column.offsets.to_numpy())
-                    flat = _flat(column, path).to_numpy(zero_copy_only=False)
+                    flat = embeddings.flat(column, path).to_numpy(zero_copy_only=False)
                     if len(flat) != counts.sum() * self.embed_dim:
                         raise embeddings.damaged(path, f"{len(flat)} numbers in {name}")
                     values = flat.astype(np.float32).reshape(-1, self.embed_dim)
@@ -197,7 +197,9 @@ class Index:
                 if len(table) != part.rows:
                     raise embeddings.damaged(path, f"{len(table)} rows, expected {part.rows}")
                 table = table.take([images[i] - self._starts[number] for i in mine])
-                flat = {name: _flat(table[name].combine_chunks(), path) for name in columns}
+                flat = {
+                    name: embeddings.flat(table[name].combine_chunks(), path) for name in columns
+                }
                 rows = table.to_pylist()
             corners = np.asarray(flat.get(embeddings.BOXES, ()), np.float32)
             if not ((corners >= 0) & (corners <= 1)).all():
@@ -208,17 +210,6 @@ class Index:
                 boxes = np.array(row.pop(embeddings.BOXES, []), np.float32).reshape(-1, 4)
                 found[i] = {**row, "boxes_xyxy": boxes, "source": part.source}
         return found
-
-
-def _flat(column: Any, path: epath.Path) -> Any:
-    """The values of a pyarrow array of lists, or of lists of lists, without nulls. Raises DamagedError."""
-    nested = True
-    while nested:
-        if column.null_count:
-            raise embeddings.damaged(path, "values are missing")
-        nested = hasattr(column, "flatten") and hasattr(column, "values")
-        column = column.flatten() if nested else column
-    return column
 
 
 def search(

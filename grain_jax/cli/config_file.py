@@ -17,12 +17,15 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
+from grain_jax.config import weights
 from grain_jax.config.evals import same_place
 from grain_jax.core import errors, named, nearest
 
 _PACKAGE = "grain_jax.configs"
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
 _OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
+# A weight of the loss, and a key of its schedule.
+_WEIGHT = re.compile(rf"(loss\.(?:{'|'.join(config_lib.WEIGHTS)}|terms\.\w+\.weight))(?:\.(\w+))?")
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
 
 
@@ -36,7 +39,8 @@ def load(
     `total_steps` of the overrides wins over the file's `total_epochs`, and the other way round; so do the two lengths
     of the warm-up. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
     `--config.evals.NAME.KEY` sets `missing` of that entry to "error", where it is not set there too.
-    `--config.loss.terms.NAME.KEY` may be a key that the file has not got.
+    `--config.loss.terms.NAME.KEY` may be a key that the file has not got. A weight of the loss is a number or a whole
+    schedule; `--config.loss.NAME.KEY` sets one key of a schedule, of a new one where the file has a number.
 
     Args:
       given: as `--config` takes it; None: it was not given.
@@ -61,23 +65,28 @@ def load(
                 raise TypeError(f"get_config() returned {file!r}, expected a ConfigDict")
             known = _keys(file)
         for key in texts:
-            if key not in known and not _OPEN.fullmatch(key):
-                raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, known)}")
+            if key not in known and not _is_open(key):
+                near = [*known, *_of_schedule(key)]
+                raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, near)}")
         _check_unset({key: texts[key] for key in whole})
-        plain = [w for w, pair in zip(overrides, pairs) if pair[0] in {*known} - whole]
+        plain = [
+            word
+            for word, (key, _, _) in zip(overrides, pairs)
+            if key in known and key not in whole and not _WEIGHT.fullmatch(key)
+        ]
         config = _parse([*words, *plain]).value.copy_and_resolve_references().unlock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, errors.UserError):
             raise
         raise errors.UserError(" ".join(str(error).split())) from None
-    for key in (key for key in texts if key not in known):
+    for key in (key for key in texts if key not in known or _WEIGHT.fullmatch(key)):
         *groups, option = key.split(".")
         part = config
         for group in groups:
-            if part.get(group) is None:
-                part[group] = ConfigDict()
+            if not isinstance(part.get(group), ConfigDict):
+                _put(part, group, ConfigDict())
             part = part[group]
-        part[option] = _literal(texts[key])
+        _put(part, option, _literal(texts[key]))
     for key in texts:  # what the command line asks for may not be skipped
         group, name, option = (*key.split(".", 2), "", "")[:3]
         asked = group == "evals" and option not in ("", "missing")
@@ -92,6 +101,30 @@ def load(
             del config.evals[entry]
     with named.importing():  # the classes that the config of the user names
         return resolve(config)
+
+
+def _put(group: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key to a value of any type."""
+    if key in group:
+        del group[key]
+    group[key] = value
+
+
+def is_weight(key: str) -> bool:
+    """Whether a key is a weight of the loss, so that its value may be a schedule (config/weights.py)."""
+    found = _WEIGHT.fullmatch(key)
+    return bool(found and not found[2])
+
+
+def _is_open(key: str) -> bool:
+    """Whether the file need not have that key."""
+    return bool(_OPEN.fullmatch(key)) or key in _of_schedule(key)
+
+
+def _of_schedule(key: str) -> list[str]:
+    """The keys of the schedule that `key` is one of, misspelt perhaps; [] of another key."""
+    found = _WEIGHT.fullmatch(key)
+    return [f"{found[1]}.{part}" for part in weights.KEYS] if found and found[2] else []
 
 
 def _parse(words: list[str]) -> flags.FlagHolder:

@@ -68,4 +68,6 @@ def _values(config: str, overrides: Sequence[str]) -> dict[str, object]:
     from grain_jax.cli import config_file  # ml_collections
 
     tree = config_file.load(config, overrides, resolve=lambda c: c.to_dict())
-    return config_lib.flatten(tree)
+    loss = tree.get("loss", {})
+    weights = {f"loss.{name}": loss[name] for name in config_lib.WEIGHTS if name in loss}
+    return config_lib.flatten(tree) | weights

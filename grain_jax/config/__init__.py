@@ -13,6 +13,7 @@ from grain_jax.config.fields import (
     LAYER_MAPS,
     LOCAL_TERMS,
     REMAT_POLICIES,
+    WEIGHTS,
     BoxHead,
     Config,
     Dataset,
@@ -45,6 +46,7 @@ from grain_jax.config.parse import (
     unknown_key,
 )
 from grain_jax.config.values import flatten, select, without_defaults
+from grain_jax.config.weights import Schedule, Weight
 
 __all__ = [
     "ACTIVATIONS",
@@ -69,12 +71,15 @@ __all__ = [
     "NoOptions",
     "Optim",
     "RegionDecoder",
+    "Schedule",
     "Suite",
     "Teacher",
     "Text",
     "TextTower",
     "Views",
+    "WEIGHTS",
     "Wandb",
+    "Weight",
     "divisors",
     "evaluator_from_dict",
     "flags_of",

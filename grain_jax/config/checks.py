@@ -32,7 +32,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
       part: also a model, as converted checkpoints carry it, or an entry of `evals`.
       path: its key; "" for a whole config.
     """
-    found = list(_of_values(part, path))
+    found = list(of_values(part, path))
     if found:
         return found  # the rest divides by these numbers
     if isinstance(part, Model):
@@ -42,12 +42,13 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
     if isinstance(part, Config):
         found += [*_of_model(part.model), *_of_run(part), *_data(part.input), *_regions(part)]
         found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part), *_views(part)]
+        found += list(_teacher(part))
     for name, entry in part.evals.items():
         found += [f"evals.{name}.{fault}" for fault in entry.faults()]
     return found
 
 
-def _of_values(part: Any, path: str) -> Iterator[str]:
+def of_values(part: Any, path: str) -> Iterator[str]:
     """Bounds and choices that the fields of a dataclass and of those in it declare."""
     for name, field, _, _, value in values.walk(part, path):
         if value is None:
@@ -275,7 +276,7 @@ def _regions(config: Config) -> Iterator[str]:
                 " could be matched with a region"
             )
         return
-    if regions and head == "none" and not config.loss.image_description:
+    if regions and head == "none" and not (config.loss.image_description or config.loss.terms):
         yield (
             f"input.max_regions: got {regions}, expected 0: a model without model.decoder and model.boxes has no"
             " regions, and loss.image_description, which reads their descriptions, is 0"
@@ -325,9 +326,42 @@ def _loss(loss: Loss, config: Config) -> Iterator[str]:
             yield f"{path}: expected a name of letters, digits and _ that is no key of loss"
         if not isinstance(entry.get("term"), str):
             yield f"{path}.term: got {entry.get('term')!r}, expected module:function"
-        weight = entry.get("weight", math.nan)
-        if type(weight) not in (int, float) or not math.isfinite(weight):
-            yield f"{path}.weight: got {entry.get('weight')!r}, expected a finite number"
+
+
+# Local terms of the package that look at `seen.teacher`.
+_READ_TEACHER = ("crop_distillation", "masked_patches", "self_distillation", "teacher_similarity")
+
+
+def _teacher(config: Config) -> Iterator[str]:
+    teacher, data = config.teacher, config.input
+    kind, has_path = teacher.kind, teacher.kind in ("checkpoint", "embeddings")
+    if has_path and not teacher.path:
+        what = "a model" if kind == "checkpoint" else "the folder of grain-jax embed"
+        yield f"teacher.path: got {teacher.path!r} with teacher.kind={kind}, expected {what}"
+    if not has_path and teacher.path:
+        yield (
+            f"teacher.path: got {teacher.path!r} with teacher.kind={kind}, which reads none; expected"
+            " teacher.kind=checkpoint or embeddings, or no path"
+        )
+    if teacher.part == "heads" and kind != "ema":
+        yield f"teacher.part: got heads with teacher.kind={kind}, expected teacher.kind=ema, or all"
+    named_terms = [str(entry.get("term")) for entry in config.loss.terms.values()]
+    if kind != "none" and not any(x in _READ_TEACHER or ":" in x for x in named_terms):
+        yield (
+            f"teacher.kind: got {kind} without a term in loss.terms that reads a teacher"
+            f" ({', '.join(_READ_TEACHER)}, or one of your own); expected one, or none"
+        )
+    if kind != "embeddings":
+        return
+    stored = "with teacher.kind=embeddings"
+    if data.source != "records":
+        yield f"input.source: got {data.source} {stored}, which are stored by record; expected records"
+    for key, plain in (("flip_rate", 0), ("crop_min_area", 1), ("descriptions_in_captions", 0)):
+        if getattr(data, key) != plain:
+            got = f"got {getattr(data, key)} {stored}"
+            yield f"input.{key}: {got}, those of whole images and texts as they are stored; expected {plain}"
+    if data.captions_per_image == 3:
+        yield f"input.captions_per_image: got 3 {stored}, which have none of joined texts; expected 1 or 2"
 
 
 def _text_rows(config: Config) -> Iterator[str]:

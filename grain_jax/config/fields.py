@@ -10,6 +10,7 @@ import re
 from typing import Any, Literal
 
 from grain_jax.config.evals import Evaluator
+from grain_jax.config.weights import Schedule, Weight
 from grain_jax.core import named
 
 # What a run that resumes with another value of the key is:
@@ -388,19 +389,26 @@ class Text:
     max_dropped_share: float = key(0.1, low=0, high=1, role="free")
 
 
+class TermEntry(dict[str, Any]):
+    """An entry of `loss.terms`: `term`, `weight`, and the options of the term."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Weights and switches of the losses (docs/method.md, Losses and Where it differs)."""
+    """Weights and switches of the losses (docs/method.md, Losses and Where it differs).
 
-    image_caption: float = key(1.0)  # weight of L_ic, images and captions
-    region_description: float = key(1.0)  # weight of L_rd, regions and descriptions
-    box: float = key(1.0)  # weight of L_box, predicted and annotated boxes
+    A weight is a number, or a schedule {"start": 0, "end": 1, "from": 0.8, "to": 0.8} in shares of the run.
+    """
+
+    image_caption: Weight = key(1.0)  # weight of L_ic, images and captions
+    region_description: Weight = key(1.0)  # weight of L_rd, regions and descriptions
+    box: Weight = key(1.0)  # weight of L_box, predicted and annotated boxes
     # Weight of L_id, images and all of their descriptions.
-    image_description: float = key(0.0)
+    image_description: Weight = key(0.0)
     # Weight of L_bd, annotated boxes and their descriptions; it needs model.boxes.
-    box_description: float = key(0.0)
+    box_description: Weight = key(0.0)
     # Weight of L_hard, regions and descriptions against input.negatives_per_region hard negatives.
-    hard_negative: float = key(0.0)
+    hard_negative: Weight = key(0.0)
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))
     group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all
@@ -422,7 +430,18 @@ class Loss:
     precision: str = key("high", choices=("high", "highest"), role="free")
     # Further loss terms by name: {"term": "module:function or Class", "weight": 0.1, and its own options}
     # (losses/total.py).
-    terms: dict[str, dict[str, Any]] = key(dict)
+    terms: dict[str, TermEntry] = key(dict)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The weights that change in the run, by the name of their term."""
+        built_in = {name: getattr(self, name) for name in WEIGHTS}
+        weights = built_in | {name: entry.get("weight") for name, entry in self.terms.items()}
+        return {name: one for name, one in weights.items() if isinstance(one, Schedule)}
+
+
+# The keys of `loss` that are weights.
+WEIGHTS = tuple(field.name for field in dataclasses.fields(Loss) if field.type == Weight)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grain_jax.config import checks, evals, fields
+from grain_jax.config import checks, evals, fields, weights
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Model, Suite
 from grain_jax.core import errors, named, nearest
@@ -160,6 +160,16 @@ def _options_of(
     return cls()
 
 
+def _term_entry(value: Any, path: str, faults: list[str]) -> fields.TermEntry:
+    if not isinstance(value, Mapping):
+        faults.append(f"{path}: got {value!r}, expected a group of keys")
+        return fields.TermEntry()
+    entry = {key: _convert(Any, inner, path, faults) for key, inner in value.items()}
+    place = f"{path}.weight"
+    entry["weight"] = weights.parsed(value.get("weight"), place, unknown_key, faults)
+    return fields.TermEntry(entry)
+
+
 class LocalEntry(typing.NamedTuple):
     """A local loss term (grain_jax/losses/local.py) as `loss.terms` names it."""
 
@@ -178,13 +188,16 @@ def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> 
       table: terms by name, which `term` may name instead of `module:Name`.
 
     Raises:
-      UserError: the term cannot be found, or an option is unknown, missing or of another type.
+      UserError: the term cannot be found, or an option is unknown, missing, of another type, or of a local term out of
+        its bounds.
     """
     name = fields.LOCAL_TERMS.get(entry["term"], entry["term"])
     target = named.find(f"{path}.term: loss term", name, {**fields.LOCAL_TERMS, **table})
     options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
     if isinstance(target, type) and hasattr(target, "Options"):
-        return LocalEntry(target, _built(target.Options, options, path))
+        given = _built(target.Options, options, path)
+        _end(list(checks.of_values(given, path)))
+        return LocalEntry(target, given)
     if dataclasses.is_dataclass(target):
         return _built(target, options, path)
     if isinstance(target, type) or not callable(target):
@@ -224,6 +237,10 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         return tuple(value) if isinstance(value, list) else value
     if kind is Evaluator:
         return _evaluator(value, path, faults)
+    if kind == weights.Weight:
+        return weights.parsed(value, path, unknown_key, faults)
+    if kind is fields.TermEntry:
+        return _term_entry(value, path, faults)
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, path, faults)
     if origin is dict:

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from grain_jax.config import evals, fields, parse
 from grain_jax.core import named
@@ -45,12 +45,15 @@ SIZES = {
 def defaults(cls: type) -> Keys:
     """The keys of a dataclass with their defaults; those without one are left out.
 
-    A key whose default is None is a placeholder, so that the command line can set it.
+    A key whose default is None is a placeholder, so that the command line can set it. A weight of the loss takes any
+    value, which `parse` checks.
     """
     c = ConfigDict()
     for name, (field, kind) in parse.types_of(cls).items():
         default = fields.default_of(field)
-        if default is None:
+        if kind == fields.Weight:  # a number or a group, which no single type of ml_collections is
+            c[name] = FieldReference(default, field_type=object)
+        elif default is None:
             c[name] = placeholder(parse.inner_of(kind))
         elif dataclasses.is_dataclass(default):
             c[name] = defaults(type(default))

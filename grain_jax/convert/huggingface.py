@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.config import weights as loss_weights
 from grain_jax.convert import archives, model_card, output, parity
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, reasons, tokenizers
@@ -104,6 +105,14 @@ def _write(
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
+    # In torch a weight is a number: that of the end of the run.
+    ending = {
+        key: loss_weights.last(value) for key, value in losses.items() if isinstance(value, dict)
+    }
+    losses |= ending
+    if ending:
+        said = ", ".join(f"loss.{key}={value:g}" for key, value in ending.items())
+        lines = [*lines, f"training in torch has the weights of the end of the run: {said}"]
     lacking = [name for name in _NO_LOSSES if stored.get(name)] + [*stored.get("terms", ())]
     if lacking:
         lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
@@ -202,7 +211,7 @@ def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
 
 def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
     """(model, our parameters, the same under the names of the reference); runs no code of the folder."""
-    model = _read_config(folder / "config.json")
+    model = read_config(folder / "config.json")
     weights, index = folder / WEIGHTS, folder / _INDEX
     files = [weights]
     if not regular_file.is_one(weights) and regular_file.is_one(index):
@@ -259,7 +268,8 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_config(path: epath.Path) -> config_lib.Model:
+def read_config(path: epath.Path) -> config_lib.Model:
+    """The model in the config.json of a folder of to-hf; raises as `from_hf`."""
     expected = "to-hf's config.json"
     stored = regular_file.read_json(path, dict[str, Any], expected)
     towers = stored.get("towers")

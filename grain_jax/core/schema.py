@@ -65,6 +65,10 @@ class Batch(NamedTuple):
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
     negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
     negative_mask: Images = None  # bool [B, R, H]; False where the region is not real
+    # Embeddings of a teacher, stored beside the records (teacher.kind=embeddings); None: there are none.
+    teacher_image: ModelInput = None  # float32 [B, Dt]
+    teacher_captions: ModelInput = None  # float32 [B, C, Dt], zeros where masked
+    teacher_descriptions: ModelInput = None  # float32 [B, R, Dt], zeros where masked
 
 
 class Outputs(NamedTuple):

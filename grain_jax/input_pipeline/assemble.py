@@ -130,6 +130,9 @@ def assemble(
     config: Config,
     negatives: Texts | None = None,
     negative_mask: np.ndarray | None = None,
+    teacher_image: np.ndarray | None = None,
+    teacher_captions: np.ndarray | None = None,
+    teacher_descriptions: np.ndarray | None = None,
 ) -> Batch:
     """Lays out the texts of consecutive images, packed or one per row as `config.text` says.
 
@@ -145,6 +148,9 @@ def assemble(
       negatives: a text for each real negative, in the order of `negative_mask`, row by row; None: there are none. One
         that the tokenizer takes for the description itself is left out.
       negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
+      teacher_image: float32 [B, Dt], stored embeddings of a teacher; None: there are none.
+      teacher_captions: float32 [B, C, Dt].
+      teacher_descriptions: float32 [B, R, Dt]; zeros take the place of those of regions that are dropped.
     """
     description_id = _at(region_mask, descriptions.text_ids)
     if negatives is None or negative_mask is None:
@@ -179,6 +185,8 @@ def assemble(
     ]
     kept = places.region_mask
     has_negatives = config.input.negatives_per_region > 0
+    if teacher_descriptions is not None:
+        teacher_descriptions = np.where(kept[..., None], teacher_descriptions, np.float32(0))
     return Batch(
         image=image,
         text_tokens=tokens,
@@ -195,6 +203,9 @@ def assemble(
         text_counts=np.stack(counts[1:], axis=1),
         negative_at=places.negative_at if has_negatives else None,
         negative_mask=places.negative_mask if has_negatives else None,
+        teacher_image=teacher_image,
+        teacher_captions=teacher_captions,
+        teacher_descriptions=teacher_descriptions,
     )
 
 

@@ -4,9 +4,10 @@ The functions are those of sources.DataSource. The rows [i * b / lanes, (i + 1) 
 lane i. Only the shards of the lanes that are asked for are opened, and of these only the blocks of the step.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from grain_jax.input_pipeline import record_files  # isort: skip  (before TensorFlow, whose logging it sets)
 import numpy as np
@@ -14,6 +15,7 @@ import tensorflow as tf
 from etils import epath
 
 from grain_jax.config import Config, TextTower
+from grain_jax.core import named
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
@@ -26,6 +28,12 @@ _ENDLESS = 2**62
 _SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
 _ADVICE = "rebuild the set with grain-jax build"
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
+# Opens the embeddings of a teacher; a string, since the package of data stands above this one.
+_STORED = "grain_jax.data.embed.stored:of_sets"
+_TEXTS_OF_TEACHER = {  # field of a Batch -> texts and their mask, as transforms.Transform gives them
+    "teacher_captions": ("captions", "caption_mask"),
+    "teacher_descriptions": ("descriptions", "region_mask"),
+}
 
 
 def check(config: Config) -> None:
@@ -34,8 +42,10 @@ def check(config: Config) -> None:
     Raises:
       DataError: no set has any, and `loss.hard_negative` needs them.
       MissingData, DataError: as `record_files.find`.
+      UserError: the embeddings of `teacher.path` are not those of the sets.
     """
     found = record_files.find(config)
+    _teachers(config, found)
     if not config.input.negatives_per_region or any(one.has_negatives for one in found):
         return
     names = ", ".join(repr(one.source.name) for one in found)
@@ -46,6 +56,15 @@ def check(config: Config) -> None:
             " --passes negatives) and build the set again, or set loss.hard_negative=0"
         )
     logging.warning("%s", got)
+
+
+def _teachers(config: Config, sets: Sequence[record_files.RecordSet]) -> list[Any]:
+    """The stored embeddings of each set; [] without any. Raises UserError."""
+    if config.teacher.kind != "embeddings":
+        return []
+    wanted = [(one.source.name, one.directory, one.source.split) for one in sets]
+    apart = bool(config.input.datasets)
+    return named.find("teacher.kind", _STORED, {})(config.teacher.path, wanted, apart)
 
 
 def num_examples(config: Config) -> int:
@@ -167,18 +186,23 @@ def batches(
         for lane in served
         for i, one in enumerate(sets)
     }
-    return _batches(config, served, start_step, comparisons)
+    teachers = _teachers(config, sets)
+    return _batches(config, served, start_step, comparisons, _Joined.of(sets, teachers))
 
 
 Comparisons = Mapping[tuple[int, int], record_files.Comparison]  # of a lane's stream of a set
 
 
 def _batches(
-    config: Config, lanes: list[order.MixedLane], step: int, comparisons: Comparisons
+    config: Config,
+    lanes: list[order.MixedLane],
+    step: int,
+    comparisons: Comparisons,
+    joined: "_Joined | None",
 ) -> Iterator[Batch]:
     text_tokenizer = tokenizer.of_tower(config.model.text)
     per_lane = config.batch_size // sources.num_lanes(config)
-    dataset = _dataset(config, lanes, per_lane, step, comparisons)
+    dataset = _dataset(config, lanes, per_lane, step, comparisons, joined)
     iterator = dataset.as_numpy_iterator()
     while True:
         try:
@@ -188,8 +212,52 @@ def _batches(
             raise _damage(lanes, per_lane, step, transform, error) from None
         for fault in filter(None, (one.fault for one in comparisons.values())):
             raise DataError(fault)
-        yield _to_batch(columns, config, text_tokenizer)
+        of_teacher = joined.embeddings(columns) if joined else {}
+        yield _to_batch(columns | of_teacher, config, text_tokenizer)
         step += 1
+
+
+class _Joined(NamedTuple):
+    """Embeddings of a teacher beside the records of each set."""
+
+    teachers: list[Any]  # data.embed.stored.Stored
+    firsts: list[dict[str, int]]  # shard's path -> number of its first record in the split
+
+    @classmethod
+    def of(cls, sets: Sequence[record_files.RecordSet], teachers: list[Any]) -> "_Joined | None":
+        """None without any."""
+        if not teachers:
+            return None
+        firsts = []
+        for one in sets:
+            lengths = [shard.num_records for shard in one.shards]
+            starts = np.cumsum([0, *lengths])[:-1].tolist()
+            firsts.append(dict(zip((shard.path for shard in one.shards), starts)))
+        return cls(teachers, firsts)
+
+    def places(self, index: int, block: order.ShardBlock) -> np.ndarray:
+        """(set, number in its split) of each record of a block, int64 [n, 2], shard after shard."""
+        numbers = [self.firsts[index][s.path] + np.arange(s.num_records) for s in block.shards]
+        numbers = np.concatenate(numbers)
+        return np.stack([np.full_like(numbers, index), numbers], axis=1)
+
+    def embeddings(self, columns: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The embeddings of a batch by the name of its fields; takes the column `places`."""
+        sets, numbers = columns.pop("places").T
+        kinds = _TEXTS_OF_TEACHER if self.teachers[0].has_texts else {}
+        dim = self.teachers[0].embed_dim
+        image = np.zeros((len(sets), dim), np.float32)
+        of_texts = {
+            name: np.zeros((*columns[m].shape, dim), np.float32) for name, (_, m) in kinds.items()
+        }
+        for index in np.unique(sets).tolist():
+            of_set, teacher = sets == index, self.teachers[index]
+            image[of_set] = teacher.images(numbers[of_set])
+            for name, found in of_texts.items():
+                texts, mask = (columns[key] for key in kinds[name])
+                mask = mask & of_set[:, None]
+                found[mask] = teacher.texts(numbers[np.nonzero(mask)[0]], texts[mask])
+        return {"teacher_image": image, **of_texts}
 
 
 def _dataset(
@@ -198,15 +266,22 @@ def _dataset(
     per_lane: int,
     start_step: int,
     comparisons: Comparisons,
+    joined: _Joined | None,
 ) -> tf.data.Dataset:
-    """Batches of what `transforms.Transform` gives, in order."""
+    """Batches of what `transforms.Transform` gives, in order; with `joined` also the `places` of the records."""
     position = start_step * per_lane
-    streams = [_mixed_stream(lane, position, comparisons).batch(per_lane) for lane in lanes]
+    streams = [_mixed_stream(lane, position, comparisons, joined).batch(per_lane) for lane in lanes]
+    transform = transforms.Transform(config)
+
+    def transformed(record, draws, *places):
+        columns = transform(record, draws)
+        return columns | {"places": places[0]} if places else columns
+
     dataset = tf.data.Dataset.zip(tuple(streams)).map(
         lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
     )
     dataset = dataset.unbatch().map(
-        transforms.Transform(config),
+        transformed,
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -219,11 +294,16 @@ def _dataset(
 
 
 def _mixed_stream(
-    lane: order.MixedLane, position: int, comparisons: Comparisons
+    lane: order.MixedLane, position: int, comparisons: Comparisons, joined: _Joined | None
 ) -> tf.data.Dataset:
     """The `_lane_stream`s of the lane's sets, in the order in which it draws from them."""
     streams = [
-        _lane_stream(stream, at, comparisons[lane.index, i].take)
+        _lane_stream(
+            stream,
+            at,
+            comparisons[lane.index, i].take,
+            joined and functools.partial(joined.places, i),
+        )
         for i, (stream, at) in enumerate(zip(lane.streams, lane.positions(position), strict=True))
     ]
     if len(streams) == 1:
@@ -243,10 +323,12 @@ def _lane_stream(
     lane: order.Lane,
     position: int,
     take: Callable[[Sequence[order.ShardFile], np.ndarray], None] = lambda *_: None,
+    places_of: Callable[[order.ShardBlock], np.ndarray] | None = None,
 ) -> tf.data.Dataset:
     """(serialized record, its draws) from that position on, endless; opens the block of the position first.
 
-    `take` gets the shards of each block, and the hashes of all its records before one of them is served.
+    `take` gets the shards of each block, and the hashes of all its records before one of them is served. With
+    `places_of` what it gives for a record of the block, int64 [2], is served with it.
     """
     first = lane.ordinal(position)
 
@@ -256,16 +338,18 @@ def _lane_stream(
         places = np.arange(skipped, len(block.permutation))
         draws = order.uniforms(lane.draw_key, block.first_position + places, transforms.NUM_DRAWS)
         paths = np.array([shard.path for shard in block.shards], object)
-        return paths, np.int64(len(block.permutation)), block.permutation[places], draws
+        found = paths, np.int64(len(block.permutation)), block.permutation[places], draws
+        return (*found, places_of(block)[block.permutation[places]]) if places_of else found
 
     def compare(ordinal, hashes):
         take(lane.block(int(ordinal)).shards, hashes)
         return np.int64(0)
 
     def load(ordinal):
-        paths, length, chosen, draws = tf.numpy_function(
-            plan, [ordinal], (tf.string, tf.int64, tf.int64, tf.float32)
-        )
+        kinds = (tf.string, tf.int64, tf.int64, tf.float32, *[tf.int64] * bool(places_of))
+        paths, length, chosen, draws, *more = tf.numpy_function(plan, [ordinal], kinds)
+        for place in more:
+            place.set_shape([None, 2])
         paths.set_shape([None])
         length.set_shape([])
         chosen.set_shape([None])
@@ -274,7 +358,7 @@ def _lane_stream(
         records = files.batch(length).get_single_element()
         hashes = record_files.hashes(records)
         with tf.control_dependencies([tf.numpy_function(compare, [ordinal, hashes], tf.int64)]):
-            return tf.gather(records, chosen), draws
+            return tf.gather(records, chosen), draws, *more
 
     # Reads the next block while this one is served.
     return tf.data.Dataset.range(first, _ENDLESS).map(load).prefetch(1).unbatch()

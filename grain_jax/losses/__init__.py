@@ -6,7 +6,15 @@ columns of all devices, which `ring` takes round them, `boxes` is box arithmetic
 
 from grain_jax.losses.layout import Layout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, Term, TermOutput
-from grain_jax.losses.total import TERMS, Losses, LossTerm, labels_of, terms_of, total_loss
+from grain_jax.losses.total import (
+    TERMS,
+    Losses,
+    LossTerm,
+    labels_of,
+    terms_of,
+    total_loss,
+    weights_at,
+)
 
 __all__ = [
     "TERMS",
@@ -23,4 +31,5 @@ __all__ = [
     "make_layout",
     "terms_of",
     "total_loss",
+    "weights_at",
 ]

@@ -55,10 +55,11 @@ def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
 
     At HIGHEST precision: on TPU the default would cut float32 operands to bfloat16.
     """
-    return _product("...nd,...md->...nm", a, b, jax.lax.Precision.HIGHEST)
+    return product("...nd,...md->...nm", a, b, jax.lax.Precision.HIGHEST)
 
 
-def _product(equation, a, b, precision):
+def product(equation, a, b, precision):
+    """`jnp.einsum` of two arrays in float32, at that precision of its products."""
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -105,7 +106,7 @@ def loss_of_rows(
 
 
 def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
-    row_tiles = _cut((rows, row_id), tile)
+    row_tiles = cut((rows, row_id), tile)
     logits_of = functools.partial(_logits, scale=scale, bias=bias, precision=ring.precision)
 
     def update(sums, block):
@@ -125,7 +126,7 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
     nothing = _Sums(
         jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros_like(row_tiles[0])
     )
-    labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
+    labels = jnp.concatenate([label_rows(columns.id), columns.real[None].astype(jnp.int32)])
     sums = stream(ring, TravellingBlock(columns.embed, labels), update, nothing)
     sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], sums)
     out, weight, mean = sums.total, sums.weight, sums.vectors
@@ -140,16 +141,16 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
 def _backward(contrast, tile, ring, residuals, cotangents):
     rows, row_id, columns, scale, bias, out, weight, mean = residuals
     cotangent = cotangents.cost
-    column_tiles = Columns(*_cut(tuple(columns), tile))
+    column_tiles = Columns(*cut(tuple(columns), tile))
     logits_of = functools.partial(_logits, scale=scale, bias=bias, precision=ring.precision)
 
     def update(column_gradients, block):
         """Adds the gradients that the rows of a block give to this device's columns, without the scale."""
-        row_tiles = _cut((block.vectors, block.labels.T), tile)
+        row_tiles = cut((block.vectors, block.labels.T), tile)
 
         def one_tile(column_gradients, rows):
             x, labels = rows
-            x_id, numbers = _read_ids(labels, row_id)
+            x_id, numbers = read_ids(labels, row_id)
             x_out, x_cotangent = jax.lax.bitcast_convert_type(numbers, jnp.float32).T
 
             def one_column_tile(part):
@@ -160,7 +161,7 @@ def _backward(contrast, tile, ring, residuals, cotangents):
                 else:
                     share = jax.nn.sigmoid(logits)
                 share = jnp.where(allowed, share * x_cotangent[:, None], 0)  # [rows, columns]
-                return gradients + _product("nm,nd->md", share, x, ring.precision)
+                return gradients + product("nm,nd->md", share, x, ring.precision)
 
             return jax.lax.map(one_column_tile, (column_tiles, column_gradients)), None
 
@@ -168,7 +169,7 @@ def _backward(contrast, tile, ring, residuals, cotangents):
 
     as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
     numbers = jnp.stack([as_int(out), as_int(cotangent)])
-    block = TravellingBlock(rows, jnp.concatenate([_label_rows(row_id), numbers]))
+    block = TravellingBlock(rows, jnp.concatenate([label_rows(row_id), numbers]))
     column_gradients = stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
     column_gradients = column_gradients.reshape(-1, rows.shape[-1])[: len(columns.embed)]
     row_gradients = cotangent[:, None] * mean
@@ -213,7 +214,7 @@ def negatives_of_both(
 
 
 def _forward_of_both(tile, ring, rows, columns, scale, bias):
-    row_tiles = _cut(rows, tile)
+    row_tiles = cut(rows, tile)
     logits_of = functools.partial(_logits_of_both, scale=scale, bias=bias, precision=ring.precision)
 
     def visit(row_sums, block):
@@ -233,7 +234,7 @@ def _forward_of_both(tile, ring, rows, columns, scale, bias):
         row_sums, found = jax.lax.scan(one_tile, row_sums, column_tiles)
         return row_sums, found.reshape(-1, 2)[: len(block.vectors)]
 
-    labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
+    labels = jnp.concatenate([label_rows(columns.id), columns.real[None].astype(jnp.int32)])
     row_sums, column_sums = stream_and_return(
         ring,
         TravellingBlock(columns.embed, labels),
@@ -256,7 +257,7 @@ def _forward_of_both(tile, ring, rows, columns, scale, bias):
 
 def _backward_of_both(tile, ring, residuals, cotangents):
     rows, columns, scale, bias, row_cost, column_cost = residuals
-    row_tiles, row_costs, row_cotangents = _cut((rows, row_cost, cotangents[0].cost), tile)
+    row_tiles, row_costs, row_cotangents = cut((rows, row_cost, cotangents[0].cost), tile)
     logits_of = functools.partial(_logits_of_both, scale=scale, bias=bias, precision=ring.precision)
 
     def visit(of_rows, block):
@@ -273,8 +274,8 @@ def _backward_of_both(tile, ring, residuals, cotangents):
                 share = row_cotangent[:, None] * jnp.exp(logits - row_cost[:, None])
                 share += cotangent * jnp.exp(logits - cost)
                 share = jnp.where(logits > MASKED, share, 0)  # [rows, columns]
-                row_gradient += _product("nm,md->nd", share, columns.embed, ring.precision)
-                column_gradient += _product("nm,nd->md", share, rows.embed, ring.precision)
+                row_gradient += product("nm,md->nd", share, columns.embed, ring.precision)
+                column_gradient += product("nm,nd->md", share, rows.embed, ring.precision)
                 return column_gradient, (row_gradient, weight + share.sum(1))
 
             turns = row_tiles, row_costs, row_cotangents, of_rows
@@ -289,7 +290,7 @@ def _backward_of_both(tile, ring, residuals, cotangents):
     as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)[None]
     real = columns.real[None].astype(jnp.int32)
     numbers = as_int(column_cost), as_int(cotangents[1].cost)
-    labels = jnp.concatenate([_label_rows(columns.id), real, *numbers])
+    labels = jnp.concatenate([label_rows(columns.id), real, *numbers])
     (row_gradients, weights), column_gradients = stream_and_return(
         ring,
         TravellingBlock(columns.embed, labels),
@@ -322,8 +323,8 @@ class _Sums(NamedTuple):
 
 
 def _logits(rows, row_id, columns, *, scale, bias, precision):
-    allowed = columns.real & ~_share_an_id(row_id, columns.id)
-    return scale * _product("nd,md->nm", rows, columns.embed, precision) + bias, allowed
+    allowed = columns.real & ~share_an_id(row_id, columns.id)
+    return scale * product("nd,md->nm", rows, columns.embed, precision) + bias, allowed
 
 
 def _logits_of_both(rows: Columns, columns: Columns, *, scale, bias, precision):
@@ -355,12 +356,12 @@ def _add_sums(a, b):
 
 def _read_columns(block: TravellingBlock, form, tile: int):
     """(tiles of the columns of a block, with ids in the form of others; their further labels, [tiles, k, n])."""
-    embed, labels = _cut((block.vectors, block.labels.T), tile)
-    ids, numbers = _read_ids(labels, form)
+    embed, labels = cut((block.vectors, block.labels.T), tile)
+    ids, numbers = read_ids(labels, form)
     return Columns(embed, ids, numbers[..., 0] > 0), numbers[..., 1:]  # padding is not real
 
 
-def _share_an_id(a, b):
+def share_an_id(a, b):
     """[m], [k], or sets of either, to [m, k]."""
 
     def members(ids):
@@ -377,14 +378,14 @@ def _share_an_id(a, b):
     return functools.reduce(operator.or_, found)
 
 
-def _label_rows(ids):
+def label_rows(ids):
     """What of a block's labels says its ids: int32 [n, k]."""
     if isinstance(ids, IdSet):
         return jnp.concatenate([ids.id.T, ids.listed.T.astype(jnp.int32)])
     return ids[None]
 
 
-def _read_ids(labels, form):
+def read_ids(labels, form):
     """(the ids, in the form of others, and what follows them) of labels [..., n]."""
     if isinstance(form, IdSet):
         size = form.id.shape[-1]
@@ -406,17 +407,17 @@ def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns, preci
         total = total * fade + share.sum(1)
         weight, vectors = weight * fade, vectors * fade[:, None]
     weight += share.sum(1)
-    vectors += _product("nm,md->nd", share, columns.embed, precision)
+    vectors += product("nm,md->nd", share, columns.embed, precision)
     return _Sums(higher, total, weight, vectors)
 
 
-def _cut(tree, tile: int):
+def cut(tree, tile: int):
     """[m, ...] -> [tiles, at most `tile`, ...], padded with zeros to equal tiles."""
 
-    def cut(x):
+    def one(x):
         tiles = max(1, math.ceil(len(x) / tile))
         size = max(1, math.ceil(len(x) / tiles))
         x = jnp.pad(x, ((0, tiles * size - len(x)), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(tiles, size, *x.shape[1:])
 
-    return jax.tree.map(cut, tree)
+    return jax.tree.map(one, tree)

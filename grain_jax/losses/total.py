@@ -13,16 +13,17 @@ import dataclasses
 import functools
 import math
 import operator
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grain_jax import config as config_lib
-from grain_jax.config import Loss
+from grain_jax.config import Loss, Schedule, Weight
 from grain_jax.core import errors, schema
 from grain_jax.losses import box_loss, contrastive, local
 from grain_jax.losses.layout import Layout, make_layout
@@ -107,8 +108,10 @@ def local_entries(config: Loss) -> dict[str, config_lib.LocalEntry]:
     return {name: x for name, x in found.items() if isinstance(x, config_lib.LocalEntry)}
 
 
-def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
+def terms_of(config: Loss) -> list[tuple[LossTerm, Weight]]:
     """The loss terms of a run and their weights: those of `TERMS`, then those of `loss.terms`.
+
+    A term is there where its weight is not 0 in some step.
 
     Raises:
       UserError: an entry of `loss.terms` cannot be found, or has options that its term has not got.
@@ -121,7 +124,30 @@ def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
         function = config_lib.loss_term(f"loss.terms.{name}", entry, _FUNCTIONS)
         if isinstance(function, config_lib.LocalEntry):
             function = functools.partial(local.of_shard, name, function)
-        found.append((LossTerm(name, function, name, name, f"{name}/"), float(entry["weight"])))
+        found.append((LossTerm(name, function, name, name, f"{name}/"), entry["weight"]))
+    return found
+
+
+def weights_at(config: Loss, step: Int[Array, ""], total_steps: int) -> dict[str, Float[Array, ""]]:
+    """The weights that change in a run, of one step, float32 by the name of their term.
+
+    The steps where a schedule begins and ends are whole numbers (`config.Schedule.changes`), so the weight is `start`
+    before and `end` after exactly; between, the share is float32 step / total_steps.
+
+    Args:
+      config: `config.loss` of the run.
+      step: from 0 on.
+      total_steps: of the run.
+    """
+    share = step.astype(jnp.float32) / total_steps
+    found = {}
+    for name, one in config.schedules.items():
+        begin, until = one.changes(total_steps)
+        start, end = one["start"], one["end"]
+        gone = (share - one["from"]) / max(one["to"] - one["from"], 1e-9)
+        between = start + (end - start) * jnp.clip(gone, 0, 1)
+        weight = jnp.where(step < begin, start, jnp.where(step < until, between, end))
+        found[name] = weight.astype(jnp.float32)
     return found
 
 
@@ -130,6 +156,7 @@ def total_loss(
     batch: schema.Batch,
     config: Loss,
     *,
+    weights: Mapping[str, Float[Array, ""]] = types.MappingProxyType({}),
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = (),
 ) -> Losses:
@@ -139,6 +166,7 @@ def total_loss(
       outputs: of the model.
       batch: what the outputs are for.
       config: weights and switches.
+      weights: of the terms that have a schedule (`weights_at`); a term that is not among them is off: it is not computed.
       mesh: its devices share the work, or None for one device.
       batch_axes: the mesh axes, its first ones, that the leading axes of batch and outputs are sharded over.
 
@@ -147,7 +175,11 @@ def total_loss(
     """
     shards = math.prod(mesh.shape[axis] for axis in batch_axes) if mesh is not None else 1
     layout = make_layout(batch.caption_id.shape[0], config, shards)
-    terms = terms_of(config)
+    terms = [
+        (term, weights[term.name] if isinstance(weight, Schedule) else weight)
+        for term, weight in terms_of(config)
+        if term.name in weights or not isinstance(weight, Schedule)
+    ]
     # What the losses do not read stays outside: images and tokens are large.
     unread = [name for name, field in schema.fields(schema.Batch).items() if not field.for_losses]
     batch = batch._replace(**dict.fromkeys(unread))

@@ -91,18 +91,12 @@ class GRAIN(nn.Module):
         Returns:
           [B, N, E_image]; [B, E_image] with a tower that pools them itself.
         """
-        config, image = self.config.image, self._normalised(image)
-        size = config.image_size
-        if image.shape[1:3] != (size, size) and not self.image.any_size:
-            raise errors.UserError(
-                f"model.image.tower: {config.tower} got an image of {image.shape[1]} x {image.shape[2]} pixels, expected"
-                f" model.image.image_size = {size}; a tower with any_size = True takes others"
-            )
+        image = self._normalised(image)
         if masked is None:
             return self.image(image)
         if not self.image.maskable:
             raise errors.UserError(
-                f"model.image.tower: {config.tower} replaces no patches by a mask token, expected a tower with"
+                f"model.image.tower: {self.config.image.tower} replaces no patches by a mask token, expected a tower with"
                 " maskable = True, such as vit"
             )
         return self.image(image, masked)  # type: ignore[call-arg]
@@ -114,11 +108,18 @@ class GRAIN(nn.Module):
 
     @nn.nowrap
     def _normalised(self, image: jax.Array) -> jax.Array:
-        if image.dtype != jnp.uint8:
-            return image
+        """Images as the tower takes them. Raises UserError: of a size that it does not take."""
         config = self.config.image
-        mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
-        return (image.astype(jnp.float32) / 255.0 - mean) / std
+        if image.dtype == jnp.uint8:
+            mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
+            image = (image.astype(jnp.float32) / 255.0 - mean) / std
+        size = config.image_size
+        if image.shape[1:3] != (size, size) and not self.image.any_size:
+            raise errors.UserError(
+                f"model.image.tower: {config.tower} got an image of {image.shape[1]} x {image.shape[2]} pixels, expected"
+                f" model.image.image_size = {size}; a tower with any_size = True takes others"
+            )
+        return image
 
     def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images to the features of the decoder.

@@ -68,6 +68,7 @@ class ImageTransformer(towers.ImageTower):
         self,
         image: jax.Array,
         masked: tuple[jax.Array, jax.Array] | None = None,
+        *,
         values: bool = False,
     ) -> jax.Array:
         """Normalised images to tokens. Raises UserError: no square of whole patches.
@@ -75,7 +76,7 @@ class ImageTransformer(towers.ImageTower):
         Args:
           image: [B, S, S, 3].
           masked: (bool [B, P], float [E]): the embeddings of these patches are replaced by this one, before positions.
-          values: in the last layer each token attends to itself alone: its value goes through the output map, and
+          values: each token attends to itself alone in the last layer: its value goes through the output map, and
             residual, MLP and norm follow as ever (MaskCLIP, Zhou et al. 2022, arXiv 2112.01071).
 
         Returns:

@@ -60,6 +60,8 @@ def charts(keys: Iterable[str], evaluations: int) -> list[Chart]:
 
 def _wanted(keys: list[str], evaluations: int) -> Iterator[Chart]:
     yield Chart("Losses", losses.labels_of(keys), noisy=True)
+    weights = {k: k.removeprefix("weight/") for k in keys if k.startswith("weight/")}
+    yield Chart("Weights of the loss terms", weights)
     if evaluations > 1:
         yield Chart("Evaluations", {key: headline(key) for key in headlines(keys)})
     shares = {k: f"query {int(k[12:]) + 1}" for k in keys if re.fullmatch(r"query_share/\d+", k)}

@@ -41,6 +41,7 @@ from grain_jax.runtime.saved_model import load_stored as load_stored
 from grain_jax.runtime.saved_model import save_model as save_model
 
 _DIFFERENCES = 30  # lines of a message
+TEACHER = "teacher.path"  # the name of a teacher among the identities of the record sets
 
 
 class Manager(ocp.CheckpointManager):
@@ -108,6 +109,11 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
     )
 
 
+def held(state: Any, config: config_lib.Config) -> Any:
+    """What of a state a checkpoint holds: all but the parameters of a teacher that lies elsewhere."""
+    return state._replace(teacher={}) if config.teacher.kind == "checkpoint" else state
+
+
 def save(
     checkpoints: Manager,
     state: Any,
@@ -130,7 +136,7 @@ def save(
     checkpoints.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()),
+            state=ocp.args.StandardSave(held(state, config)._asdict()),
             config=ocp.args.JsonSave(dataclasses.asdict(config)),
             receipt=ocp.args.JsonSave(dict(record)),
             data=ocp.args.JsonSave({"sets": list(data)}),
@@ -147,6 +153,8 @@ def restore_newest(
     data: Sequence[Mapping[str, Any]] = (),
 ) -> Any | None:
     """The state of the newest undamaged checkpoint, or None where there is no checkpoint.
+
+    It has no parameters of a teacher that lies elsewhere (`held`).
 
     A checkpoint is damaged where it cannot be read or its digests are not those of its record. Damaged ones are
     moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that the storage works. All
@@ -190,7 +198,8 @@ def _read_saved(
 ) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
     """(state, record, identities of its data) of a checkpoint."""
     check_same_run(folder, config)
-    return restore(folder, abstract_state), read_json(folder, "receipt"), read_data(folder)
+    state = restore(folder, held(abstract_state, config))
+    return state, read_json(folder, "receipt"), read_data(folder)
 
 
 def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
@@ -244,11 +253,12 @@ def check_same_data(
     Args:
       step: of the checkpoint.
       stored: the identities in it, as `read_data` gives them.
-      data: the identities of the sets of the config.
+      data: the identities of the sets of the config, and of its teacher.
       say: gets a line where the contents have digests of two kinds, which cannot be compared.
     """
-    faults = []
-    for then, now in zip(stored, data, strict=True):  # the config names the same sets
+    faults = _other_teacher(step, stored, data)
+    of_sets = ([one for one in found if one["name"] != TEACHER] for found in (stored, data))
+    for then, now in zip(*of_sets, strict=True):  # the config names the same sets
         changes = []
         for what, count in (("shards", len), ("records", sum)):
             before, here = (count(one["shard_lengths"]) for one in (then, now))
@@ -272,6 +282,25 @@ def check_same_data(
             )
     if faults:
         raise CheckpointError("\n".join(faults))
+
+
+def _other_teacher(
+    step: int, stored: Sequence[Mapping[str, Any]], data: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """A line where the teacher of the config has the kind of the checkpoint's, and another content."""
+    then, now = (
+        next((one for one in found if one["name"] == TEACHER), None) for found in (stored, data)
+    )
+    if (
+        not (then and now)
+        or then["digest_of"] != now["digest_of"]
+        or then["digest"] == now["digest"]
+    ):
+        return []
+    return [
+        f"{TEACHER}: {now['split']} has other content (digest {now['digest'][:16]}) than the teacher of checkpoint {step}"
+        f" ({then['split']}, {then['digest'][:16]}). Put that one back to go on, or start anew with another --workdir"
+    ]
 
 
 def placed(state: Any, shardings: Any) -> Any:

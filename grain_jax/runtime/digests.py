@@ -92,10 +92,11 @@ def of_state(state: Any) -> dict[str, str]:
       state: a NamedTuple of placed arrays. Every process must call.
 
     Returns:
-      Part -> 16 hexadecimal digits: `params`, `opt_state` and, where an average is kept, `ema_params`.
+      Part -> 16 hexadecimal digits: `params`, `opt_state` and, where there are any, `ema_params`, `teacher` and
+      `term_state`.
     """
     sums = {}
-    for part in ("params", "opt_state", "ema_params"):
+    for part in ("params", "opt_state", "ema_params", "teacher", "term_state"):
         leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
         shards = [
             _of_block(np.asarray(shard.data), jax.tree_util.keystr(path), leaf.shape, shard.index)

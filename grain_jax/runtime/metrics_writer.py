@@ -38,7 +38,7 @@ def check_finite(
 ) -> None:
     """Raises NotFinite with the first bad one of the `metrics` of a `step`: the loss `terms`, total and gradient."""
     for term in (*terms, "loss", "grad_norm"):  # a finite loss may have a gradient that is not
-        if not math.isfinite(metrics[term]):
+        if not math.isfinite(metrics.get(term, 0)):  # a term that is off has none
             raise NotFinite(
                 f"{term} is {metrics[term]} at step {step}; it was finite at step {last_good_step}."
                 " The checkpoints before it are kept. Lower optim.learning_rate, set optim.clip_norm, or"
@@ -337,12 +337,13 @@ class MetricsWriter:
         last = step >= self.total_steps
         done = step - self._start_step
         eta = (time.monotonic() - self._started) / max(done, 1) * (self.total_steps - step)
-        terms = ", ".join(f"{name} {metrics[term]:.3f}" for term, name in self._terms.items())
+        on = {term: name for term, name in self._terms.items() if term in metrics}
+        terms = ", ".join(f"{name} {metrics[term]:.3f}" for term, name in on.items())
         parts = [
             f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})",
             f"ETA {progress.duration(eta)}",
             f"loss {metrics['loss']:.3f}{' = ' if terms else ''}{terms}",
-            f"IoU {metrics['matched_iou']:.2f}",
+            *([f"IoU {metrics['matched_iou']:.2f}"] if "matched_iou" in metrics else []),
             f"{metrics['images_per_second']:.0f} images/s",
             *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
             f"input wait {metrics['input_wait_fraction']:.1%}",

@@ -16,7 +16,7 @@ from grain_jax import config as config_lib
 from grain_jax.config import Config
 from grain_jax.models import grain
 from grain_jax.training import forward as forward_lib
-from grain_jax.training import sharding
+from grain_jax.training import phases, sharding
 
 # Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
 # a chip; on TPU7x it is half a chip.
@@ -118,6 +118,21 @@ def per_image(config: Config) -> PerImage:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
         counted = matmul_flops(jax.grad(total), params, batch) / config.batch_size
     return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
+
+
+def of_phases(config: Config, total_steps: int) -> dict[int, float]:
+    """FLOPs of training an image in each phase of a run, by the first step of the phase (phases.Phase)."""
+    found = phases.of(config, total_steps)
+    return {x.first: per_image(phases.without(config, x.off)).train for x in found}
+
+
+def mean(config: Config, total_steps: int) -> float:
+    """FLOPs of training an image, the mean over all steps of a run."""
+    found = of_phases(config, total_steps)
+    ends = [*list(found)[1:], total_steps]
+    return (
+        sum(count * (end - first) for (first, count), end in zip(found.items(), ends)) / total_steps
+    )
 
 
 def of_losses(config: Config) -> int:

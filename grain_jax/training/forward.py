@@ -22,8 +22,9 @@ from grain_jax.losses import local, total
 from grain_jax.models import grain, lora, placement
 from grain_jax.terms import views
 from grain_jax.training import optim, sharding
+from grain_jax.training import teacher as teacher_lib
 
-TERMS = "terms"  # the top level of the parameter tree below which terms have theirs
+TERMS = teacher_lib.TERMS
 VIEWS = "input.views"  # no name of a term has a point
 
 
@@ -59,6 +60,7 @@ def abstract_batch(config: Config) -> schema.Batch:
         text_counts=of(jnp.int32, b // group, 2),
         negative_at=of(jnp.int32, b, r, h, 2) if h else None,
         negative_mask=of(jnp.bool_, b, r, h) if h else None,
+        **teacher_lib.of_batch(config),
     )
 
 
@@ -84,7 +86,12 @@ class Forward:
             faults += [
                 f"loss.terms.{name}: {x}" for x in entry.cls.faults(entry.options, self.config)
             ]
-            found[name] = entry.cls(entry.options, self.config.model, dtype=self.config.dtype)
+            found[name] = entry.cls(
+                entry.options,
+                self.config.model,
+                teacher_model=teacher_lib.model_of(self.config),
+                dtype=self.config.dtype,
+            )
         if faults:
             raise errors.UserError("\n".join(faults))
         return found
@@ -120,8 +127,11 @@ class Forward:
         return {name: jax.tree.map(box, state) for name, state in found.items() if state}
 
     def update_state(self, state: Mapping[str, Any], statistics: Mapping[str, Any]):
-        """`TrainState.term_state` after a step, from the statistics of the global batch."""
-        return {name: self.terms[name].update(state[name], statistics[name]) for name in state}
+        """`TrainState.term_state` after a step, from the statistics of the global batch; that of a term that is off stays."""
+        return {
+            name: self.terms[name].update(own, statistics[name]) if name in self.terms else own
+            for name, own in state.items()
+        }
 
     def __call__(
         self,
@@ -150,12 +160,13 @@ class Forward:
         apply = functools.partial(_apply, self.model, of_model)
         outputs, features = apply("outputs_and_features", batch, keys)
         if given is None:
-            given = Given({}, sharding.unbox(self.initial_state()), jnp.zeros(()))
+            given = self._given_at_step_0(params)
         if keys is None:
             keys = jax.vmap(jax.random.key)(jnp.zeros(batch.image.shape[0], jnp.uint32))
-        found, made = {}, self._views(batch, keys)
+        teacher = teacher_lib.of_step(self.config, given.teacher, params, batch)
+        found, beside = {}, (self._views(batch, keys), teacher)
         for name, term in self.terms.items():
-            seen = self._seen(name, batch, outputs, features, keys, apply, given, made)
+            seen = self._seen(name, batch, outputs, features, keys, apply, given, *beside)
             with jax.named_scope(TERMS), jax.named_scope(name):
                 output = term.apply({"params": of_terms.get(name, {})}, seen)
                 stop = jax.lax.stop_gradient
@@ -169,7 +180,13 @@ class Forward:
         with jax.named_scope(TERMS), jax.named_scope(VIEWS):
             return views.make(batch.image, _folded(keys, VIEWS), self.config.input.views)
 
-    def _seen(self, name, batch, outputs, features, keys, apply, given: Given, made) -> local.Seen:
+    def _given_at_step_0(self, params) -> Given:
+        teacher = sharding.unbox(teacher_lib.initial(self.config, params))
+        return Given(teacher, sharding.unbox(self.initial_state()), jnp.zeros(()))
+
+    def _seen(
+        self, name, batch, outputs, features, keys, apply, given: Given, made, teacher
+    ) -> local.Seen:
         return local.Seen(
             batch=batch,
             tokens=features.tokens,
@@ -179,7 +196,7 @@ class Forward:
             leading=grain.leading_tokens(self.config.model),
             keys=_folded(keys, name),
             student=apply,
-            teacher=None,
+            teacher=teacher and teacher.of_term(name),
             views=made,
             state=given.state.get(name, {}),
             share=given.share,
@@ -194,9 +211,10 @@ class Forward:
         apply = functools.partial(_apply, self.model, params)
         outputs, features = apply("outputs_and_features", batch)
         keys = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
-        given = Given({}, sharding.unbox(self.initial_state()), jnp.zeros(()))
+        given = self._given_at_step_0(params)
         made = self._views(batch, keys)
-        return self._seen(name, batch, outputs, features, keys, apply, given, made)
+        teacher = teacher_lib.of_step(self.config, given.teacher, params, batch)
+        return self._seen(name, batch, outputs, features, keys, apply, given, made, teacher)
 
 
 def _folded(keys: jax.Array, name: str) -> jax.Array:

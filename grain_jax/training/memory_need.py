@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from grain_jax import config as config_lib
 from grain_jax.input_pipeline import derived, device
 from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
 from grain_jax.training import forward as forward_lib
 from grain_jax.training import optim, sharding, train_step
 
@@ -105,8 +106,15 @@ def state_bytes(program: train_step.Program) -> dict[str, int]:
         "parameters": _total(state.params, shardings.params),
         "moments": _total(state.opt_state, shardings.opt_state),
         "ema": _total(state.ema_params, shardings.ema_params),
+        "teacher": _total(state.teacher, shardings.teacher),
         "batch": _total(batch, [program.batch_sharding] * len(batch)),
     }
+
+
+def checkpoint_bytes(config: config_lib.Config, program: train_step.Program) -> int:
+    """Bytes of what a checkpoint of a program holds."""
+    held = checkpoint.held(program.state, config)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
 
 
 def trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:

@@ -215,10 +215,14 @@ def place_state(
       (ShapeDtypeStructs, NamedShardings), trees without the boxes.
 
     Raises:
-      ShardingError: no rule covers an axis, or an axis does not divide; a line for each parameter.
+      ShardingError: no rule covers an axis, or an axis does not divide (of a teacher it is not cut); a line for each
+        parameter.
     """
     table = dict(rules)
     faults: list[str] = []
+
+    def uneven(axis, size):
+        return bool(table.get(axis)) and size % mesh.shape[table[axis]] != 0
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -240,14 +244,17 @@ def place_state(
                 )
             elif table[axis] and used.count(table[axis]) > 1:
                 faults.append(f"{name}: `sharding` sends two of its axes to {table[axis]!r}")
-            elif table[axis] and size % mesh.shape[table[axis]]:
+            elif uneven(axis, size) and not name.startswith("teacher/"):
                 faults.append(
                     f"{name}: its axis {axis!r} of {size} does not divide by"
                     f" mesh.{table[axis]} = {mesh.shape[table[axis]]}"
                 )
         if len(faults) > before:
             return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, PartitionSpec(*(table.get(axis) for axis in leaf.names)))
+        axes = zip(leaf.names, leaf.value.shape)
+        # The sizes of a teacher are another model's: an axis that does not divide is not cut.
+        cut = (None if uneven(axis, size) else table.get(axis) for axis, size in axes)
+        return NamedSharding(mesh, PartitionSpec(*cut))
 
     shardings = jax.tree_util.tree_map_with_path(place, abstract, is_leaf=_is_box)
     if faults:

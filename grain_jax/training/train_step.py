@@ -9,7 +9,8 @@ full batch, not an average of smaller contrastive losses.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,7 +26,8 @@ from grain_jax.losses import local
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
 from grain_jax.training import forward as forward_lib
-from grain_jax.training import optim, sharding
+from grain_jax.training import optim, phases, sharding
+from grain_jax.training import teacher as teacher_lib
 
 MOST_QUERIES = 16  # up to so many queries, each has a metric
 
@@ -67,6 +69,7 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         texts_dropped=jnp.zeros((), jnp.int32),
         receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
         text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
+        teacher=teacher_lib.initial(config, params),
         term_state=forward.initial_state(),
     )
 
@@ -85,6 +88,7 @@ def loss_and_grads(
     batch,
     keys,
     given: forward_lib.Given | None = None,
+    weights: Mapping[str, jax.Array] = types.MappingProxyType({}),
 ):
     """The losses of a batch and the gradient of their total.
 
@@ -96,6 +100,7 @@ def loss_and_grads(
       batch: global Batch.
       keys: dropout keys [B], or None.
       given: to the local loss terms.
+      weights: of the terms that have a schedule and are on.
 
     Returns:
       (losses.Losses, gradients like `params`).
@@ -108,6 +113,7 @@ def loss_and_grads(
         losses_lib.total_loss,
         batch=batch,
         config=config.loss,
+        weights=weights,
         mesh=mesh,
         batch_axes=sharding.BATCH_AXES if mesh is not None else (),
     )
@@ -216,9 +222,14 @@ def make_train_step(
     mesh: Mesh | None = None,
     *,
     total_steps: int = 1,
+    off: Collection[str] = (),
 ):
-    """The function (state, batch) -> (state, metrics) that the trainer compiles, of a run of so many steps."""
-    forward = forward_lib.Forward(model, config, mesh)
+    """The function (state, batch) -> (state, metrics) that the trainer compiles, of a run of so many steps.
+
+    The terms that are `off` are not computed; what they alone train keeps its bits (`phases.held`).
+    """
+    part = phases.without(config, off)
+    forward = forward_lib.Forward(model, part, mesh)
 
     def train_step(state: TrainState, batch: schema.Batch):
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
@@ -226,10 +237,13 @@ def make_train_step(
         if forward.terms:
             share = state.step.astype(jnp.float32) / total_steps
             given = forward_lib.Given(state.teacher, state.term_state, share)
-        losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys, given)
+        weights = losses_lib.weights_at(config.loss, state.step, total_steps)
+        on = {name: weight for name, weight in weights.items() if name not in off}
+        losses, grads = loss_and_grads(model, part, mesh, state.params, batch, keys, given, on)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = optim.clip_logit_scale(params, config.frozen)
+        params = phases.held(params, state.params, config, off)
         ema = state.ema_params
         if config.ema_decay:
             ema = optim.average(params, ema, config.ema_decay, config.frozen)
@@ -242,6 +256,7 @@ def make_train_step(
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": schedule(state.step),
             **grad_norms(grads, config.frozen),
+            **{f"weight/{name}": weight for name, weight in weights.items()},
             "texts_dropped": dropped,
             "texts": text_counts[0],
             "texts_too_long": text_counts[1],
@@ -250,9 +265,18 @@ def make_train_step(
         step = state.step + 1
         after = TrainState(step, params, opt_state, ema, dropped, receipt, text_counts)
         term_state = forward.update_state(state.term_state, losses.statistics)
-        return after._replace(teacher=state.teacher, term_state=term_state), metrics
+        teacher = teacher_lib.updated(config, state.teacher, params, state.step, total_steps)
+        return after._replace(teacher=teacher, term_state=term_state), metrics
 
     return train_step
+
+
+class PhaseStep(NamedTuple):
+    """The step of a phase (phases.Phase)."""
+
+    first: int  # the phase has the steps from this one on, up to the next phase
+    config: Config  # of the run, without the terms that are off
+    step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
 
 
 class Program(NamedTuple):
@@ -263,7 +287,12 @@ class Program(NamedTuple):
     batch: schema.Batch  # ShapeDtypeStructs
     batch_sharding: NamedSharding
     init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
-    step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
+    step: Callable  # that of the phase with most terms
+    phases: tuple[PhaseStep, ...]
+
+    def phase(self, step: int) -> PhaseStep:
+        """The phase of a step, from 0 on."""
+        return [phase for phase in self.phases if phase.first <= step][-1]
 
 
 def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: float) -> Program:
@@ -271,6 +300,7 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
 
     Raises:
       ShardingError: the batch or a parameter does not fit the mesh.
+      UserError: steps in which no loss term is on.
     """
     sharding.check_batch(config, mesh)
     model = GRAIN(config.model, config.dtype, config.remat)
@@ -283,13 +313,21 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     init = functools.partial(init_state, model, config, tx)
     state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
     batch_sharding = sharding.batch_sharding(mesh)
-    step = jax.jit(
-        make_train_step(model, config, tx, schedule, mesh, total_steps=total_steps),
+    compiled = functools.partial(
+        jax.jit,
         in_shardings=(shardings, batch_sharding),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
-    return Program(
-        state, shardings, forward_lib.abstract_batch(config), batch_sharding, fresh, step
+    made = functools.partial(
+        make_train_step, model, config, tx, schedule, mesh, total_steps=total_steps
     )
+    found = phases.of(config, total_steps)
+    steps = tuple(
+        PhaseStep(phase.first, phases.without(config, phase.off), compiled(made(off=phase.off)))
+        for phase in found
+    )
+    most = min(range(len(found)), key=lambda i: len(found[i].off))
+    fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
+    batch = forward_lib.abstract_batch(config)
+    return Program(state, shardings, batch, batch_sharding, fresh, steps[most].step, steps)

@@ -1,6 +1,7 @@
 """Trains steps of a run again and compares: batches, states and losses."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 
 from grain_jax import config as config_lib
 from grain_jax import train
-from grain_jax.convert import initialise
+from grain_jax.convert import initialise, whole
 from grain_jax.core import errors
 from grain_jax.input_pipeline import device, sources
 from grain_jax.runtime import checkpoint, digests, receipt
@@ -36,8 +37,10 @@ def check_checkpoints(run: Told, place: "Place") -> None:
 
 
 def _restore(kept: Kept, program: train_step.Program) -> train_step.TrainState:
+    """The state of a checkpoint, as it is stored. Raises Mismatch."""
     try:
-        return checkpoint.restore(kept.folder, checkpoint.placed(program.state, program.shardings))
+        placed = checkpoint.placed(program.state, program.shardings)
+        return checkpoint.restore(kept.folder, checkpoint.held(placed, kept.config))
     except Exception as error:  # whatever a reader makes of bytes that nobody wrote
         first = " ".join(str(error).split())[:200]
         raise Mismatch(f"checkpoint {kept.folder.name}: cannot be read ({first})") from None
@@ -157,18 +160,20 @@ class _Replay:
         self._exact = self._exact and not self._reasons
         say(f"{steps_in_words(self.step + 1, end)} again", f"on {_where(now)}")
 
-        compiled = program.step.lower(program.state, program.batch).compile()
+        compiled = functools.cache(lambda step: step.lower(program.state, program.batch).compile())
         batches, found = self._place.batches(config, program, self.step), {}
         try:
             for step in range(self.step + 1, end + 1):
-                state, metrics = compiled(state, next(batches))
+                step_fn = compiled(program.phase(step - 1).step)
+                state, metrics = step_fn(state, next(batches))
                 self._same_batches(step, state)
                 if step in self.run.metrics:
                     found[step] = _loss_error(metrics, self.run.metrics[step])
         finally:
             batches.close()
         self.step, self._state = end, state
-        bits = digests.of_state(state) if end in self._records else {}
+        held = checkpoint.held(state, config)
+        bits = digests.of_state(held) if end in self._records else {}
         equal = bool(bits) and self._same_state(self._records[end], bits, here["platform"])
         limit = 0.0 if equal else TOLERANCE[config.dtype]
         for step, error in found.items():
@@ -181,8 +186,12 @@ class _Replay:
 
     def _first_state(self, config: config_lib.Config, program) -> train_step.TrainState:
         if kept := self.run.kept.get(self.first):
-            return _restore(kept, program)
-        return initialise.state_of_step_0(config, program, lambda line: say("the towers", line))
+            state = _restore(kept, program)
+        else:
+            state = initialise.state_of_step_0(
+                config, program, lambda line: say("the towers", line)
+            )
+        return whole.place(config, state, program.shardings)
 
     def _same_batches(self, step: int, state: train_step.TrainState) -> None:
         there = self._records.get(step) or self.run.metrics.get(step)

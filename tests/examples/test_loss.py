@@ -1,23 +1,27 @@
-"""examples/loss: a user's loss term, alone against a float64 replica and in a run of the trainer."""
+"""examples/loss: the loss terms of a user, each alone against a float64 replica and both in a run of the trainer."""
 
 import json
 
 import jax
 import numpy as np
 import pytest
+import torch
 
+from examples.loss.smoothness import Options, Smoothness
 from examples.loss.uniformity import uniformity
 from grain_jax import losses, train
 from grain_jax.cli import config_file
 from grain_jax.input_pipeline import synthetic
-from grain_jax.models.grain import GRAIN
+from grain_jax.models.grain import GRAIN, leading_tokens
 from grain_jax.training import sharding, train_step
 from tests import tiny
 from tests.losses.test_losses import _outputs
 from tests.paths import ROOT
+from tests.terms import fake
 
 TERM = f"{uniformity.__module__}:{uniformity.__name__}"
 ENTRY = {"term": TERM, "weight": 0.25, "t": 3.0}
+LOCAL = {"term": "examples.loss.smoothness:Smoothness", "weight": 0.5, "edge": 4.0}
 
 
 def replica(region_embed, t):
@@ -71,10 +75,53 @@ def test_the_term_equals_a_float64_replica():
     assert slope == pytest.approx(0.25 * (above - below) / 2e-5, rel=1e-3)
 
 
+def smoothness_replica(patches, image, edge):
+    """(the loss, the mean cosine, the gradient of the patches) in float64: patches [B, P, E], uint8 images."""
+    x = torch.tensor(np.asarray(patches), dtype=torch.float64, requires_grad=True)
+    grid = round(x.shape[1] ** 0.5)
+    unit = torch.nn.functional.normalize(x, dim=-1).reshape(len(x), grid, grid, -1)
+    colours = torch.nn.functional.interpolate(
+        torch.tensor(image / 255.0).permute(0, 3, 1, 2), grid, mode="bilinear", antialias=True
+    )
+    losses_, cosines = [], []
+    for n in range(len(x)):
+        for i in range(grid):
+            for j in range(grid):
+                for k, m in ((i + 1, j), (i, j + 1)):
+                    if k < grid and m < grid:
+                        cosine = unit[n, i, j] @ unit[n, k, m]
+                        apart = (colours[n, :, i, j] - colours[n, :, k, m]).abs().mean()
+                        losses_.append(torch.exp(-edge * apart) * (1 - cosine))
+                        cosines.append(cosine.item())
+    loss = torch.stack(losses_).mean()
+    loss.backward()
+    return loss.item(), np.mean(cosines), x.grad.numpy()
+
+
+def test_the_local_term_equals_a_float64_replica():
+    c = tiny.config(batch_size=8)
+    seen, term = fake.seen(c, leading=1), Smoothness(Options(edge=4.0), c.model)
+
+    def run(tokens):
+        found = term.apply({}, seen._replace(tokens=tokens))
+        return found.loss.sum.sum() / found.loss.count.sum(), found.measures["cosine"]
+
+    (loss, measured), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(seen.tokens)
+    expected, cosine, expected_gradient = smoothness_replica(
+        seen.tokens[:, 1:], seen.batch.image, edge=4.0
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(measured.sum.sum() / measured.count.sum(), cosine, atol=1e-6)
+    assert not np.any(gradient[:, 0])
+    top = np.abs(expected_gradient).max()
+    np.testing.assert_allclose(gradient[:, 1:], expected_gradient, rtol=0, atol=1e-5 * top)
+
+
 @pytest.mark.usefixtures("no_curves")
 def test_a_run_trains_on_it(tmp_path):
     c = tiny.small(
         loss__terms__uniformity=ENTRY,
+        loss__terms__smooth=LOCAL,
         total_steps=3,
         checkpoint_every=0,
         model__decoder__dropout=0.0,
@@ -87,18 +134,26 @@ def test_a_run_trains_on_it(tmp_path):
     assert len(lines) == 3
     for line in lines:
         terms = ("image_caption", "region_description", "box")
-        expected = sum(line[f"loss_{name}"] for name in terms) + 0.25 * line["loss_uniformity"]
+        expected = sum(line[f"loss_{name}"] for name in terms)
+        expected += 0.25 * line["loss_uniformity"] + 0.5 * line["loss_smooth"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     batch = next(synthetic.batches(c))
     mesh = sharding.make_mesh(c.mesh)
     program = train_step.build(c, mesh, total_steps=3, steps_per_epoch=1.0)
     params = jax.device_get(program.init().params)
-    outputs = jax.jit(GRAIN(c.model, c.dtype).apply)({"params": params}, batch, None)
+    outputs, features = GRAIN(c.model, c.dtype).apply(
+        {"params": params}, batch, None, method="outputs_and_features"
+    )
     loss, cosine = replica(outputs.region_embed, t=3.0)
     assert lines[0]["loss_uniformity"] == pytest.approx(loss, rel=1e-4)
     assert lines[0]["uniformity/cosine"] == pytest.approx(cosine, abs=1e-5)
+    patches = features.tokens[:, leading_tokens(c.model) :]
+    loss, cosine, _ = smoothness_replica(patches, batch.image, edge=4.0)
+    assert lines[0]["loss_smooth"] == pytest.approx(loss, rel=1e-4)
+    assert lines[0]["smooth/cosine"] == pytest.approx(cosine, abs=1e-5)
     assert json.loads((tmp_path / "config.json").read_text())["loss"]["terms"] == {
-        "uniformity": ENTRY
+        "uniformity": ENTRY,
+        "smooth": LOCAL,
     }
 
 

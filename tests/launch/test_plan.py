@@ -21,6 +21,7 @@ from grain_jax.losses import hops
 from grain_jax.models import grain
 from grain_jax.training import flops, forward, memory_need, sharding, train_step
 from tests import tiny
+from tests.training.test_local_terms import Smooth
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no TPU compiler for this platform"
@@ -172,6 +173,27 @@ def test_without_the_cuda_plugin_a_plan_for_gpus_is_an_estimate_that_says_so(mon
     assert not re.search("the run takes|a host needs|chip-hours|ARE THE LIMIT", text)
     text = page(found, "b200:8", roofline=found["roofline"] | {"step_s": 0.1})
     assert "if --efficiency 0.5" in text and "the run takes" in text and "chip-hours" in text
+
+
+def test_a_plan_has_the_phases_of_the_terms(monkeypatch, cached):
+    """The largest memory; FLOPs and times are means over the steps."""
+    monkeypatch.setattr(compiler, "missing", lambda chip: "no compiler")
+    term = {"term": f"{Smooth.__module__}:Smooth", "weight": 1.0}
+    topology, options = chips.parse_topology("h100:8"), plan.Options()
+    made = lambda **changes: plan.make(tiny.small(**changes), topology, options)
+    on = made(loss__terms__x=term)
+    found = made(loss__terms__x=term | {"weight": {"end": 1, "from": 0.7}})
+    off = made()
+    first, second = found["phases"]
+    assert (first["steps"], first["off"], second["steps"]) == ([0, 6], ["x"], [7, 9])
+    assert found["memory"] == on["memory"] and second["off"] == []
+    # The state has the parameters of the term in both.
+    assert off["memory"]["total_bytes"] < first["total_bytes"] < second["total_bytes"]
+    assert first["model_flops"] == off["model_flops"] < second["model_flops"]
+    for key, rel in (("model_flops", 1e-7), ("flops", 1e-7), ("step_seconds", 1e-3)):
+        assert found[key] == pytest.approx(0.7 * off[key] + 0.3 * on[key], rel=rel), key
+    text = page(found, "h100:8")
+    assert "steps 0 to 6" in text and "off: x" in text and "means over the steps" in text
 
 
 def test_gpus_are_described_as_the_plan_knows_them():

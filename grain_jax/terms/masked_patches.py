@@ -1,0 +1,147 @@
+"""Masked patches: the student learns the teacher's patches where its own are masked (docs/method.md, Local terms)."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grain_jax import config as config_lib
+from grain_jax.config import fields
+from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
+from grain_jax.models import layers
+from grain_jax.terms import prototypes, views
+
+TRIALS = 40  # blocks that are drawn for a mask
+LEAST_PATCHES, LEAST_ASPECT = 4, 0.3  # of a block, as in BEiT (Bao et al. 2022)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(prototypes.Options):
+    """The keys of the term."""
+
+    # The masked patches lie in rectangles ("block", BEiT and iBOT) or anywhere ("random").
+    mask: str = fields.key("block", choices=("block", "random"))
+    min_share: float = fields.key(
+        0.1, low=0, high=1
+    )  # smallest share of the patches that is masked
+    max_share: float = fields.key(0.5, low=0.001, high=1)  # largest; each image draws its own
+    # Whether visible patches are compared, too (TIPS v2).
+    visible: bool = fields.key(False)
+
+    def __post_init__(self):
+        if self.min_share > self.max_share:
+            raise ValueError(
+                f"got min_share={self.min_share} and max_share={self.max_share}, expected the first to be the smaller"
+            )
+
+
+class MaskedPatches(LocalTerm):
+    """iBOT (Zhou et al. 2022, arXiv 2111.07832), beside image and text as in TIPS (arXiv 2410.16512)."""
+
+    Options: ClassVar[type] = Options
+
+    @classmethod
+    def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
+        """What it misses: an EMA teacher."""
+        del options
+        kind = config.teacher.kind
+        return [] if kind == "ema" else [f"teacher.kind: got {kind}, expected ema"]
+
+    def setup(self):
+        self.head = prototypes.Head(self.options, self.dtype)
+        width = self.model.image.width
+        self.mask_token = layers.parameter(self, "mask_token", layers.zeros, ("vector",), (width,))
+
+    def __call__(self, seen: Seen) -> LocalOutput:
+        """The sums of each image."""
+        options: Options = self.options
+        image = global_images(seen)
+        of_teacher = seen.teacher.tokens(image)[:, seen.teacher.leading :]
+        images, patches, _ = of_teacher.shape
+        chosen = jax.vmap(lambda key: draw_mask(options, math.isqrt(patches), key))(seen.keys)
+        of_student = seen.student(
+            "image_tokens",
+            views.normalised(image, self.model.image),
+            masked=(chosen.mask, self.mask_token),
+        )[:, seen.leading :]
+        if options.visible:
+            weight = jnp.full((images, patches), 1 / patches)
+        else:
+            read = lambda x: jnp.take_along_axis(x, chosen.at[..., None], axis=1)
+            of_student, of_teacher, weight = read(of_student), read(of_teacher), chosen.weight
+        student = self.head(of_student)
+        teacher = prototypes.of_teacher(self.head, seen.teacher.params_of_term, of_teacher)
+        found = prototypes.compare(
+            *(options, prototypes.Products(self.dtype), student, teacher, weight),
+            *(seen.state["centre"], options.temperature(seen.share)),
+        )
+        count = jnp.ones(images)
+        return LocalOutput(
+            PerImage(found.loss, count),
+            prototypes.measures(found, seen.state["usage"], count),
+            statistics=prototypes.statistics(teacher, weight, found),
+        )
+
+    def initial_state(self) -> dict[str, jax.Array]:
+        """The centre, and the mean of the teacher's distributions."""
+        return prototypes.initial_state(self.options)
+
+    def update(self, state, statistics) -> dict[str, jax.Array]:
+        """The state after a step."""
+        return prototypes.update(self.options, state, statistics)
+
+
+def global_images(seen: Seen) -> jax.Array:
+    """What student and teacher see, float32 [B, S, S, 3] in [0, 1]: the global view, or without views the image itself."""
+    if seen.views is None:
+        return seen.batch.image.astype(jnp.float32) / 255
+    return seen.views.global_view.image[:, 0]
+
+
+class Mask(NamedTuple):
+    """The masked patches of an image, of P patches row by row."""
+
+    mask: jax.Array  # bool [P]
+    at: jax.Array  # int32 [n], the masked patches first; n is the largest number that is masked
+    weight: jax.Array  # float32 [n], of those at `at`: 1 / their number, 0 of the visible ones
+
+
+def draw_mask(options: Options, grid: int, key: jax.Array) -> Mask:
+    """A mask of an image with grid x grid patches, a function of its key.
+
+    The number of masked patches is drawn first. Blocks fill it as far as they fit; single patches fill the rest.
+    """
+    patches = grid * grid
+    of_share, of_block, of_patch = jax.random.split(key, 3)
+    share = jax.random.uniform(of_share, (), jnp.float32, options.min_share, options.max_share)
+    count = jnp.clip(jnp.round(share * patches).astype(jnp.int32), 1, patches)
+    order = jax.random.uniform(of_patch, (patches,))
+    if options.mask == "block":
+        order = order + _blocks(grid, count, of_block).reshape(-1)
+    found = jnp.argsort(-order)
+    first = jnp.arange(patches) < count
+    most = min(patches, max(1, round(options.max_share * patches)))
+    mask = jnp.zeros(patches, bool).at[found].set(first)
+    return Mask(mask, found[:most], first[:most] / count.astype(jnp.float32))
+
+
+def _blocks(grid: int, count: jax.Array, key: jax.Array) -> jax.Array:
+    """bool [grid, grid]: rectangles, drawn `TRIALS` times, that together cover `count` patches or fewer."""
+    row, column = jnp.arange(grid)[:, None], jnp.arange(grid)[None]
+
+    def draw(i, mask):
+        area, aspect, top, left = jax.random.uniform(jax.random.fold_in(key, i), (4,))
+        rest = (count - mask.sum()).astype(jnp.float32)
+        area = LEAST_PATCHES + area * jnp.maximum(rest - LEAST_PATCHES, 0)
+        aspect = jnp.exp((2 * aspect - 1) * math.log(1 / LEAST_ASPECT))
+        height = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, grid)
+        width = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, grid)
+        top = jnp.floor(top * (grid - height + 1))
+        left = jnp.floor(left * (grid - width + 1))
+        block = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        joined = mask | block
+        return jnp.where(joined.sum() <= count, joined, mask)
+
+    return jax.lax.fori_loop(0, TRIALS, draw, jnp.zeros((grid, grid), bool))
