@@ -154,7 +154,7 @@ def _together(
     if len(made) == 1:
         return made[0][1]
     ends = [*(phase.first for phase, _ in made[1:]), total_steps]
-    shares = [(end - phase.first) / total_steps for (phase, _), end in zip(made, ends)]
+    shares = phases.shares([phase for phase, _ in made], total_steps)
     plans = [plan for _, plan in made]
 
     def mean(values):

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -35,7 +35,7 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
     from grain_jax import train as trainer
     from grain_jax.models.grain import GRAIN
     from grain_jax.runtime import checkpoint, metrics_file
-    from grain_jax.training import flops, forward, optim, sharding, train_step
+    from grain_jax.training import flops, forward, optim, phases, sharding, train_step
 
     trainer.keep_freed_memory()
     began = time.monotonic()
@@ -47,6 +47,20 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
     model = GRAIN(resolved.model, resolved.dtype, resolved.remat)
     tx = optim.optimizer(resolved.optim, lambda step: 0.0)
     state = jax.eval_shape(lambda: sharding.unbox(train_step.init_state(model, resolved, tx)))
+    steps = lines[-1]["step"]
+    found = phases.of(resolved, steps)
+    shares = phases.shares(found, steps)
+
+    def count(off: Collection[str]) -> int:
+        """FLOPs of a step without these terms."""
+        part = phases.without(resolved, off)
+        on = dict.fromkeys({*resolved.loss.schedules} - {*off}, 1.0)
+        return flops.matmul_flops(
+            lambda p, b: train_step.loss_and_grads(model, part, None, p, b, None, None, on),
+            state.params,
+            forward.abstract_batch(resolved),
+        )
+
     rate = statistics.median_high(line["images_per_second"] for line in lines)
     row = {
         "batch_size": resolved.batch_size,
@@ -54,17 +68,15 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images_per_second": round(rate, 1),
-        "flops_per_step": flops.matmul_flops(
-            lambda p, b: train_step.loss_and_grads(model, resolved, None, p, b, None),
-            state.params,
-            forward.abstract_batch(resolved),
+        "flops_per_step": round(
+            sum(share * count(phase.off) for share, phase in zip(shares, found))
         ),
     }
     for key in (key for key in TRAINED if key in lines[-1]):
         row[key] = round(statistics.mean(line[key] for line in lines[-5:]), 6)
     evaluated = json.loads((workdir / "results.json").read_text())
-    found = {column: evaluated.get(f"eval/{key}") for column, key in measures.items()}
-    return row | {key: round(value, 6) for key, value in found.items() if value is not None}
+    numbers = {column: evaluated.get(f"eval/{key}") for column, key in measures.items()}
+    return row | {key: round(value, 6) for key, value in numbers.items() if value is not None}
 
 
 def run_all(

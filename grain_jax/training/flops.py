@@ -126,15 +126,6 @@ def of_phases(config: Config, total_steps: int) -> dict[int, float]:
     return {x.first: per_image(phases.without(config, x.off)).train for x in found}
 
 
-def mean(config: Config, total_steps: int) -> float:
-    """FLOPs of training an image, the mean over all steps of a run."""
-    found = of_phases(config, total_steps)
-    ends = [*list(found)[1:], total_steps]
-    return (
-        sum(count * (end - first) for (first, count), end in zip(found.items(), ends)) / total_steps
-    )
-
-
 def of_losses(config: Config) -> int:
     """FLOPs of the similarities of the losses per image, forward: those of `PerImage.losses`."""
     regions, group = config.input.max_regions, config.loss.group_size or config.batch_size

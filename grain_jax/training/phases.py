@@ -5,7 +5,7 @@ A step in which the weight of a term is 0 computes nothing of it. The state is t
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,12 @@ def of(config: Config, total_steps: int) -> list[Phase]:
                 f" on; off are {', '.join(sorted(phase.off))}"
             )
     return found
+
+
+def shares(found: Sequence[Phase], total_steps: int) -> list[float]:
+    """The share of the steps of a run that each of its phases has."""
+    ends = [*(phase.first for phase in found[1:]), total_steps]
+    return [(end - phase.first) / total_steps for phase, end in zip(found, ends)]
 
 
 def without(config: Config, off: Collection[str]) -> Config:

@@ -383,8 +383,8 @@ class State(NamedTuple):
 def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, capsys):
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
-    c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3,
-                    loss__image_description=0.5, loss__group_size=4)  # fmt: skip
+    c = tiny.config(input__name="cc12m", loss__box={"end": 1.5, "to": 0.5}, ema_decay=0.99,
+                    model__decoder__queries=3, loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
     record = {"state": {"ema_params": digests.of_arrays(average)}}
     record["config"] = receipt.config_sha256(c)
@@ -398,6 +398,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     assert (
         "\ntraining in torch lacks of the run's losses: image_description, group_size\n" in printed
     )
+    assert "\ntraining in torch has the weights of the end of the run: loss.box=1.5\n" in printed
     card = (out / "README.md").read_text()
     for words in (
         "| data set | cc12m |",

@@ -126,7 +126,7 @@ def test_a_step_costs_what_it_costs_without_the_terms_that_are_off():
     assert 1 <= costs[0] / costs[1] < 1.0005  # the moments of the parameters of the term
     assert [phase.first for phase in found.phases] == [0, 2] and found.step is found.phases[0].step
     of_phases = flops.of_phases(config(), STEPS)
-    assert flops.mean(config(), STEPS) == (of_phases[0] + of_phases[2]) / 2
+    assert phases.shares(phases.of(config(), STEPS), STEPS) == [0.5, 0.5]
     assert of_phases[0] == flops.per_image(tiny.small(loss__image_description=1)).train
 
 
