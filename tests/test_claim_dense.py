@@ -240,25 +240,3 @@ def test_clothes_are_divided_by_kind_alone(tmp_path, monkeypatch):
     args = argparse.Namespace(steps=500, clothes=None)
     assert "clothes" not in dense_study.planned({}, args)
     assert dense.settings_of(run) != dense.settings_of(dense.run_of("grain", 0))
-
-
-@pytest.mark.slow
-def test_a_run_appends_its_row(tmp_path, monkeypatch):
-    """Data, training and evaluation end in a row; nothing is learnt at this size."""
-    few = dict(genera=2, species_per_genus=2, held_out_genera=2, held_out_species_per_genus=2)
-    few |= dict(images=64, seen_per_species=2, unseen_per_species=2, test_images=16)
-    monkeypatch.setattr(dense, "AVIARY", dense.AVIARY | few | {"parts_changed": 8})
-    shallow = {f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")}
-    for key, value in {"text.pack_group": 8, **shallow}.items():  # 8 devices
-        monkeypatch.setitem(design.SETTING, key, value)
-    run = dense.run_of(dense.arm_of("grain", ("self_distillation", "crop_distillation")), 0, 2)
-    monkeypatch.setattr(dense_plan, "order", lambda studies: [run])
-    args = argparse.Namespace(workdir=tmp_path, results=tmp_path / "results.tsv", steps=2)
-    args.clothes, args.run = None, run.name
-    dense_study.train(args)
-    made = dense_study.read(args.results)[run.name]
-    assert made["steps"] == 2 and made["flops_per_step"] > 1e9
-    assert {name for name in dense_study.COLUMNS if name not in made} == {
-        *("loss_masked_patches", "loss_teacher_similarity", "loss_text_pooled"),
-    }
-    assert all(0 <= made[name] <= 1 for name in dense_study.MEASURED)
