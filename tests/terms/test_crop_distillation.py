@@ -21,6 +21,7 @@ from tests.models import test_towers
 from tests.terms import fake
 
 SIZE = 12  # of the teacher's images
+ENTRY = {"term": "crop_distillation", "weight": 1.0}
 
 
 class Teacher(types.SimpleNamespace):
@@ -201,7 +202,12 @@ def test_regions_are_drawn_alike_among_the_usable_ones():
     [
         ({}, {}, "teacher.kind: got 'none', expected ema or checkpoint, which see crops"),
         (
-            dict(teacher__kind="embeddings"),
+            dict(
+                teacher__kind="embeddings",
+                teacher__path="folder",
+                input__source="records",
+                input__data_dir="data",
+            ),
             {},
             "teacher.kind: got 'embeddings', expected ema or checkpoint, which see crops",
         ),
@@ -219,19 +225,23 @@ def test_regions_are_drawn_alike_among_the_usable_ones():
     ],
 )
 def test_what_a_run_misses(changes, options, expected):
-    found = CropDistillation.faults(Options(**options), tiny.config(**changes))
+    found = CropDistillation.faults(
+        Options(**options), tiny.config(loss__terms__crop=ENTRY, **changes)
+    )
     assert found == ([expected] if expected else [])
 
 
 def test_a_tower_that_pools_its_tokens_has_no_map():
-    pooled = config_lib.from_dict(test_towers.dictionary(teacher__kind="ema"))
+    pooled = config_lib.from_dict(
+        test_towers.dictionary(teacher__kind="ema", loss__terms__crop=ENTRY)
+    )
     _, fault = CropDistillation.faults(Options(), pooled)
     got = f"map: got True with model.image.tower={pooled.model.image.tower}, which pools its tokens"
     assert fault == f"{got}; expected map=False, or a tower with patches"
 
 
 def test_options_have_bounds():
-    entry = {"term": "crop_distillation", "weight": 1.0, "margin": 9.0, "crops": 0}
+    entry = {**ENTRY, "margin": 9.0, "crops": 0}
     with pytest.raises(errors.UserError) as caught:
         config_lib.loss_term("loss.terms.crop", entry, {})
     assert str(caught.value).splitlines() == [

@@ -141,7 +141,9 @@ def test_it_hands_on_the_teachers_embeddings_and_scale():
 
 
 def test_what_a_run_misses():
-    of = lambda **changes: TeacherSimilarity.faults(Options(), tiny.config(**changes))
+    of = lambda **changes: TeacherSimilarity.faults(
+        Options(), tiny.config(loss__terms__teacher=ENTRY, **changes)
+    )
     (fault,) = of()
     assert fault == "teacher.kind: got 'none', expected ema, checkpoint or embeddings"
     (fault,) = of(teacher__kind="ema", teacher__part="heads")

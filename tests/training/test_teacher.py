@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,17 @@ SIZES = dict(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Options of the term."""
+
+    reads_texts: bool = True
+
+
 class Follow(local.LocalTerm):
     """A map of the image's embedding against the teacher's map of its own; with `reads_texts` also its texts."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Keys of the term."""
-
-        reads_texts: bool = True
-
-    Options: ClassVar[type] = Options  # type: ignore[no-redef]
+    Options: ClassVar[type] = Keys
 
     def setup(self):
         self.map = layers.dense(
@@ -177,7 +178,8 @@ def test_the_heads_alone_are_averaged_beside_the_towers_of_the_step():
     for a, p, got in zip(*map(jax.tree.leaves, (old, {"terms": params["terms"]}, new))):
         np.testing.assert_allclose(got, 0.6 * np.float64(a) + 0.4 * np.float64(p), rtol=1e-6)
     batch = tiny.batch(c)
-    seen = teacher.of_step(c, new, params, batch).of_term("follow")
+    whole_one: Any = teacher.of_step(c, new, params, batch)
+    seen = whole_one.of_term("follow")
     assert seen.params_of_term["map"]["bias"] is not None and seen.leading == 1
     of_model = {k: v for k, v in params.items() if k != "terms"}
     embed = inference.Predictor(c.model, of_model).encode_image(batch.image)
@@ -232,7 +234,8 @@ def test_texts_of_another_tokenizer_are_a_line(changes, words, tmp_path):
     c = config("checkpoint", path=str(tmp_path))
     assert teacher.line(c, {}).endswith(f"no texts ({words})")
     with pytest.raises(errors.UserError) as error:
-        print(teacher.of_step(c, {}, {}, tiny.batch(c)).text_embed)
+        seen: Any = teacher.of_step(c, {}, {}, tiny.batch(c))
+        print(seen.text_embed)
     assert str(error.value) == (
         f"teacher.path: {tmp_path} cannot read the texts of the run, which a term of loss.terms compares: {words};"
         " expected a teacher with the run's text keys, or stored embeddings (grain-jax embed --texts)"
@@ -279,6 +282,11 @@ def test_a_teacher_that_no_term_reads_is_a_line():
         config_lib.ConfigError, match="got ema without a term in loss.terms that rea"
     ):
         config_lib.from_dict(c)
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr(train, "report", lambda *_: None)
 
 
 def trained(c, workdir):

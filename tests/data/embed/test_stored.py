@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_a_folder_of_images_has_no_texts(made, capsys):
 def test_the_batches_hold_what_the_model_gives(made, path):
     """Also where a group overflows and regions are dropped."""
     model = inference.load("aviary-tiny", "float32")
-    given = dict(captions_per_image=2, lanes=2, pack_group=4, pack_rows=1)
+    given: Any = dict(captions_per_image=2, lanes=2, pack_group=4, pack_rows=1)
     plain = record_sets.take(config(made, "none", **given), 3)
     joined = record_sets.take(config(made, path=path, **given), 3)
     dropped = 0
