@@ -59,4 +59,11 @@ def get_config():
     c.evals.retrieval = evaluator("retrieval", f"{data}/test", **test)
     c.evals.grounding = evaluator("grounding", f"{data}/test", **test)
     c.evals.maps = evaluator("maps", f"{data}/test", **test)
+    c.evals.parts = evaluator(
+        "segmentation",
+        f"{data}/segmentation/unseen",
+        templates=f"{data}/segmentation/templates.txt",
+        background_threshold=0.5,
+        **birds,
+    )
     return c

@@ -190,7 +190,7 @@ def test_configs_import_little():
     done = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
     own, packages = done.stdout.splitlines()
     assert {*packages.split()} <= {*"absl contextlib2 etils ml_collections six yaml _yaml".split()}
-    assert len(own.split()) <= 22
+    assert len(own.split()) <= 23
 
 
 # A folder of someone's own: a config, the file of its folder that it imports, and a sweep that does so too.
@@ -295,14 +295,14 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs():
 @pytest.mark.parametrize(
     "given, left",
     [
-        (["--config.evals.seen=None"], ["grounding", "maps", "retrieval", "unseen"]),
+        (["--config.evals.seen=None"], ["grounding", "maps", "parts", "retrieval", "unseen"]),
         (
             [
                 "--config.evals.unseen.names=True",
                 "--config.evals.grounding=none",
                 "-config.evals.seen={}",
             ],
-            ["maps", "retrieval", "unseen"],
+            ["maps", "parts", "retrieval", "unseen"],
         ),
         (["--config.evals=None"], []),
         (["--config.evals={}", "--config.seed=3"], []),
@@ -329,7 +329,7 @@ def test_flags_take_evaluators_out(given, left):
                 "--config.checkpoint_best_metric=eval/seen/alpha_1.0/top1",
             ],
             "checkpoint_best_metric: got 'eval/seen', expected one of eval/grounding, eval/maps,"
-            " eval/retrieval, eval/unseen",
+            " eval/parts, eval/retrieval, eval/unseen",
         ),
         (
             ["--config.optim.learning_rte=1"],

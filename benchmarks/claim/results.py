@@ -33,8 +33,10 @@ _TYPES = {
 COLUMNS = columns_of(TABLES / "claim.tsv")
 # Of the final evaluation: names of metrics.jsonl. What the plan, the report and docs/claim.md use.
 MEASURED = [name for name in COLUMNS if "/" in name]
-# Of metrics.jsonl, beside the losses: means over its last five lines.
-MEANS = ("matched_iou", "logit_scale")
+# Means over the last five lines of metrics.jsonl, of every table.
+_COLUMNS = [*COLUMNS, *columns_of(TABLES / "dense.tsv")]
+TRAINED = [name for name in dict.fromkeys(_COLUMNS) if name.startswith("loss_")]
+TRAINED += ["matched_iou", "logit_scale"]
 
 
 def run_of(result: Result) -> design.ClaimRun:

@@ -7,12 +7,12 @@ import statistics
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from benchmarks.claim.results import MEANS, ClaimError
+from benchmarks.claim.results import TRAINED, ClaimError
 from grain_jax.core import errors, progress
 from grain_jax.launch import jobs
 
@@ -26,14 +26,16 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
       measures: column -> name in results.json.
 
     Returns:
-      The row of the run: of `measures` those that it has, the means of losses and of `MEANS` over the last five lines of
-      metrics.jsonl, device, versions, speed, FLOPs and time.
+      The row of the run: of `measures` those that it has, the means of the last five lines of metrics.jsonl, device,
+      versions, speed, FLOPs and time.
     """
     import jax
 
     from grain_jax import config as config_lib
     from grain_jax import train as trainer
+    from grain_jax.models.grain import GRAIN
     from grain_jax.runtime import checkpoint, metrics_file
+    from grain_jax.training import flops, forward, optim, phases, sharding, train_step
 
     trainer.keep_freed_memory()
     began = time.monotonic()
@@ -42,6 +44,23 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
     resolved, _ = checkpoint.newest_config(workdir)
     assert resolved is not None
     lines = [line.values for line in metrics_file.read([workdir / metrics_file.FILE])[0]]
+    model = GRAIN(resolved.model, resolved.dtype, resolved.remat)
+    tx = optim.optimizer(resolved.optim, lambda step: 0.0)
+    state = jax.eval_shape(lambda: sharding.unbox(train_step.init_state(model, resolved, tx)))
+    steps = lines[-1]["step"]
+    found = phases.of(resolved, steps)
+    shares = phases.shares(found, steps)
+
+    def count(off: Collection[str]) -> int:
+        """FLOPs of a step without these terms."""
+        part = phases.without(resolved, off)
+        on = dict.fromkeys({*resolved.loss.schedules} - {*off}, 1.0)
+        return flops.matmul_flops(
+            lambda p, b: train_step.loss_and_grads(model, part, None, p, b, None, None, on),
+            state.params,
+            forward.abstract_batch(resolved),
+        )
+
     rate = statistics.median_high(line["images_per_second"] for line in lines)
     row = {
         "batch_size": resolved.batch_size,
@@ -49,41 +68,15 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images_per_second": round(rate, 1),
-        "flops_per_step": flops_per_step(resolved),
+        "flops_per_step": round(
+            sum(share * count(phase.off) for share, phase in zip(shares, found))
+        ),
     }
-    for key in (key for key in lines[-1] if key.startswith("loss_") or key in MEANS):
+    for key in (key for key in TRAINED if key in lines[-1]):
         row[key] = round(statistics.mean(line[key] for line in lines[-5:]), 6)
     evaluated = json.loads((workdir / "results.json").read_text())
-    found = {column: evaluated.get(f"eval/{key}") for column, key in measures.items()}
-    return row | {key: round(value, 6) for key, value in found.items() if value is not None}
-
-
-def flops_per_step(config: Any) -> int:
-    """FLOPs of the matrix products of a step, the mean over the phases of the run.
-
-    Args:
-      config: of the run (config.Config), with `total_steps`.
-    """
-    import jax
-
-    from grain_jax.models.grain import GRAIN
-    from grain_jax.training import flops, forward, optim, phases, sharding, train_step
-
-    model = GRAIN(config.model, config.dtype, config.remat)
-    tx = optim.optimizer(config.optim, lambda step: 0.0)
-    state = jax.eval_shape(lambda: sharding.unbox(train_step.init_state(model, config, tx)))
-    total = 0
-    found = phases.of(config, config.total_steps)
-    ends = [*(phase.first for phase in found[1:]), config.total_steps]
-    for phase, end in zip(found, ends, strict=True):
-        part = phases.without(config, phase.off)
-        weights = {name: 1.0 for name in config.loss.schedules if name not in phase.off}
-        step = lambda params, batch, part=part, weights=weights: train_step.loss_and_grads(
-            model, part, None, params, batch, None, weights=weights
-        )
-        count = flops.matmul_flops(step, state.params, forward.abstract_batch(part))
-        total += count * (end - phase.first)
-    return round(total / config.total_steps)
+    numbers = {column: evaluated.get(f"eval/{key}") for column, key in measures.items()}
+    return row | {key: round(value, 6) for key, value in numbers.items() if value is not None}
 
 
 def run_all(

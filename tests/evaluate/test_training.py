@@ -66,7 +66,7 @@ def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     assert suite.present(config.evals) == {}
     lines = capfd.readouterr().err.splitlines()
     get = "not there; to get it: grain-jax aviary --output runs/aviary"
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[-1] == f"evals.unseen: skipped: runs/aviary/unseen: {get}"
 
 
