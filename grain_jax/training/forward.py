@@ -168,7 +168,7 @@ class Forward:
         for name, term in self.terms.items():
             seen = self._seen(name, batch, outputs, features, keys, apply, given, *beside)
             with jax.named_scope(TERMS), jax.named_scope(name):
-                output = term.apply({"params": of_terms.get(name, {})}, seen)
+                output: Any = term.apply({"params": of_terms.get(name, {})}, seen)
                 stop = jax.lax.stop_gradient
                 found[name] = output._replace(
                     measures=stop(output.measures), statistics=stop(output.statistics)
