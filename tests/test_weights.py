@@ -13,9 +13,9 @@ from grain_jax.cli import config_file, config_keys
 from grain_jax.config import recipe
 from grain_jax.core import errors
 from grain_jax.launch import sweep_runs, sweep_table
-from grain_jax.models import grain
 from grain_jax.training import flops
 from tests import tiny
+from tests.losses.test_losses import _outputs
 
 SIGLIP = {"start": 0.0, "end": 1.0, "from": 0.8, "to": 0.8}
 TERM = {"term": "box", "weight": {"end": 0.5, "from": 0.2, "to": 0.6}}
@@ -201,26 +201,32 @@ def test_weights_of_a_step_are_those_of_the_definition():
 
 
 def test_the_total_takes_the_weights_of_the_step_and_leaves_out_terms_without():
-    plain = tiny.config(loss__image_description=1.0)
+    """Values and gradients are those of the same weights as numbers."""
+    numbers = tiny.config(loss__image_description=0.25, loss__box=0.0)
     c = tiny.config(loss__image_description=SIGLIP, loss__box=SIGLIP)
-    batch = tiny.batch(plain)
-    model = grain.GRAIN(plain.model)
-    outputs = model.apply(model.init(jax.random.key(0), batch), batch)
-    terms = losses.total_loss(outputs, batch, plain.loss).terms
+    batch, outputs = tiny.batch(c), _outputs(c)
+
+    @jax.jit
+    def of(image_embed, weights):
+        both = []
+        for one, given in ((numbers, {}), (c, weights)):
+
+            def total(x, one=one, given=given):
+                moved = outputs._replace(image_embed=x)
+                found = losses.total_loss(moved, batch, one.loss, weights=given)
+                return found.total, found
+
+            both.append(jax.value_and_grad(total, has_aux=True)(image_embed))
+        return both
+
     weights = {"image_description": jnp.float32(0.25), "box": jnp.float32(0.0)}
-    on = losses.total_loss(outputs, batch, c.loss, weights=weights)
-    assert {name: float(x) for name, x in on.terms.items()} == {
-        n: float(x) for n, x in terms.items()
-    }
-    expected = (
-        terms["image_caption"] + terms["region_description"] + 0.25 * terms["image_description"]
-    )
-    np.testing.assert_allclose(on.total, expected, rtol=1e-6)
-    off = losses.total_loss(outputs, batch, c.loss)
-    assert (
-        set(off.terms) == {"image_caption", "region_description"}
-        and "matched_iou" not in off.measures
-    )
+    ((expected, by_number), gradient), ((value, found), other) = of(outputs.image_embed, weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(other, gradient, rtol=1e-5, atol=1e-7)
+    assert set(found.terms) == set(by_number.terms) and np.abs(gradient).max() > 1e-3
+    off = jax.eval_shape(lambda o: losses.total_loss(o, batch, c.loss), outputs)
+    assert set(off.terms) == {"image_caption", "region_description"}
+    assert "matched_iou" in found.measures and "matched_iou" not in off.measures
 
 
 def test_a_term_with_a_schedule_is_on_where_it_is_ever_not_0():
