@@ -74,18 +74,20 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Embedded:
         """[..., E] -> rows [..., d] and prototypes [K, d]."""
-        o, dtype, init = self.options, jnp.dtype(self.dtype), layers.normal(0.02)
+        o, dtype = self.options, jnp.dtype(self.dtype)
+        # At 2048 units 0.022, as DINO's 0.02; with that in a small head biases would soon hide what it reads.
+        init = lambda: layers.normal(x.shape[-1] ** -0.5)
         # In turns, as the MLP of a layer: a map to the axis of `tensor`, then one from it.
         axis, other = "width", "mlp"
         for i in range(o.head_layers - 1):
             x = layers.dense(
-                *(o.hidden, (axis,), (other,)), dtype=dtype, kernel_init=init, name=f"hidden_{i}"
+                *(o.hidden, (axis,), (other,)), dtype=dtype, kernel_init=init(), name=f"hidden_{i}"
             )(x)
             x = layers.ACTIVATIONS["gelu"](x)
             x = placement.by_batch(x) if other == "width" else x
             axis, other = other, axis
         x = layers.dense(
-            *(o.bottleneck, (axis,), ("embed",)), dtype=dtype, kernel_init=init, name="bottleneck"
+            *(o.bottleneck, (axis,), ("embed",)), dtype=dtype, kernel_init=init(), name="bottleneck"
         )(x)
         rows = layers.parameter(
             *(self, "prototypes", layers.normal(o.bottleneck**-0.5)),

@@ -89,3 +89,31 @@ def test_every_parameter_of_a_term_learns():
     _, _, gradient = run(centre=False)
     for name, x in grain.flat(gradient["terms"]).items():
         assert np.abs(x).max() > 0, name
+
+
+def _kinds(c, seed):
+    """Stripes of eight kinds, two colours each."""
+    rng, size = np.random.default_rng(seed), c.model.image.image_size
+    kind = rng.integers(0, 8, c.batch_size)
+    colours = np.random.default_rng(99).random((8, 2, 1, 1, 3))[kind]
+    y, x = np.mgrid[:size, :size] / size
+    stripes = np.stack([np.sin(12 * y) > 0, np.sin(12 * x) > 0])[kind % 2][..., None]
+    image = np.where(stripes, colours[:, 0], colours[:, 1]) + rng.normal(0, 0.05, (1, 1, 1, 3))
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+@pytest.mark.slow
+def test_no_collapse():
+    """After 300 steps each teacher tells kinds of images apart: its mean distribution is wider than a single one."""
+    views = dict(brightness=0.1, contrast=0.1, saturation=0.1, min_area=0.3, max_area=0.8)
+    changes = {f"input__views__{name}": value for name, value in views.items()}
+    c = config(centre=True, total_steps=300, input__views__grey_rate=0.0, **changes)
+    program, batch = program_of(c), tiny.batch(c)
+    state, metrics = program.init(), {}
+    for step in range(300):
+        one = batch._replace(image=_kinds(c, step))
+        state, metrics = program.step(state, jax.device_put(one, program.batch_sharding))
+    for name in WITH_CENTRE:
+        entropy, of_one = (float(metrics[f"{name}/{x}"]) for x in ("entropy", "entropy_of_one"))
+        assert entropy > 0.5 and of_one < entropy - 0.15, name
+        assert 0 < float(metrics[f"{name}/kl"]) < 1, name
