@@ -223,6 +223,11 @@ def _views(config: Config) -> Iterator[str]:
     views, image = config.input.views, config.model.image
     if not views.local:
         return
+    if not config.loss.terms:
+        yield (
+            f"input.views.local: got {views.local} without loss.terms, whose terms alone read views; expected 0, or"
+            " such a term"
+        )
     if views.min_area > views.max_area:
         yield (
             f"input.views.min_area: got {views.min_area}, expected at most input.views.max_area = {views.max_area}"

@@ -107,7 +107,7 @@ class GRAIN(nn.Module):
                 f"model.image.tower: {config.tower} replaces no patches by a mask token, expected a tower with"
                 " maskable = True, such as vit"
             )
-        return self.image(image, masked)
+        return self.image(image, masked)  # type: ignore[call-arg]
 
     def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images to the features of the decoder.

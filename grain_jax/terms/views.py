@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax.core.schema import Array
 from grain_jax.models import placement
 
 _GREY = np.array((0.2989, 0.587, 0.114), np.float32)  # of ITU-R BT.601, as torchvision rounds them
@@ -21,11 +22,11 @@ _TOUCHED = 1e-3  # of a pixel inside the crop, below which rounding alone put it
 class View(NamedTuple):
     """V views of each image of a batch."""
 
-    image: jax.Array  # float32 [B, V, S, S, 3] in [0, 1]
+    image: Array  # float32 [B, V, S, S, 3] in [0, 1]
     boxes_xyxy: (
         jax.Array
     )  # float32 [B, V, 4], the place of the view in the image, as shares of the image
-    flipped: jax.Array  # bool [B, V]: mirrored, left and right change places
+    flipped: Array  # bool [B, V]: mirrored, left and right change places
 
 
 class Views(NamedTuple):
@@ -49,7 +50,7 @@ class _Draws(NamedTuple):
     grey: jax.Array
 
 
-def make(image: jax.Array, keys: jax.Array, config: config_lib.Views) -> Views | None:
+def make(image: Array, keys: Array, config: config_lib.Views) -> Views | None:
     """The views of images.
 
     Args:
@@ -108,7 +109,7 @@ def _places(draws: _Draws, least: float, most: float, max_aspect: float) -> jax.
     return jnp.concatenate([corner, jnp.minimum(corner + sides, 1)], -1)
 
 
-def crops(image: jax.Array, boxes_xyxy: jax.Array, size: tuple[int, int]) -> jax.Array:
+def crops(image: Array, boxes_xyxy: Array, size: tuple[int, int]) -> jax.Array:
     """Boxes of images, resized: bilinear between the centres of pixels, antialiased where it shrinks.
 
     Of a box of whole pixels it is torchvision's `resized_crop` with `antialias=True`. The resize of an axis is linear,
@@ -159,7 +160,7 @@ def _grey(image: jax.Array) -> jax.Array:
     return jnp.sum(image * _GREY, -1, keepdims=True)
 
 
-def to_view(boxes_xyxy: jax.Array, view: View) -> jax.Array:
+def to_view(boxes_xyxy: Array, view: View) -> jax.Array:
     """Boxes of the image as shares of each of its views.
 
     Args:
@@ -173,13 +174,13 @@ def to_view(boxes_xyxy: jax.Array, view: View) -> jax.Array:
     return _mirrored((boxes_xyxy[:, None] - corner) / sides, view)
 
 
-def to_image(boxes_xyxy: jax.Array, view: View) -> jax.Array:
+def to_image(boxes_xyxy: Array, view: View) -> jax.Array:
     """The inverse: boxes of each view, float32 [B, V, R, 4], as shares of the image."""
     corner, sides = _corner_and_sides(view)
     return _mirrored(boxes_xyxy, view) * sides + corner
 
 
-def share_inside(boxes_xyxy: jax.Array, view: View) -> jax.Array:
+def share_inside(boxes_xyxy: Array, view: View) -> jax.Array:
     """The share of the area of each box of the image, [B, R, 4], that each view shows: [B, V, R]; 0 of no area."""
     low, high = jnp.split(boxes_xyxy[:, None], 2, -1)
     view_low, view_high = jnp.split(view.boxes_xyxy[:, :, None], 2, -1)
@@ -201,7 +202,7 @@ def _mirrored(boxes_xyxy: jax.Array, view: View) -> jax.Array:
     return jnp.where(view.flipped[:, :, None, None], turned, boxes_xyxy)
 
 
-def normalised(image01: jax.Array, tower: config_lib.ImageTower) -> jax.Array:
+def normalised(image01: Array, tower: config_lib.ImageTower) -> jax.Array:
     """Images in [0, 1], float32 [..., 3], as the input of an image tower: by its `pixel_mean` and `pixel_std`."""
     mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
     return (image01 - mean) / std

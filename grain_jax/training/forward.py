@@ -20,9 +20,11 @@ from grain_jax.config import Config
 from grain_jax.core import errors, schema
 from grain_jax.losses import local, total
 from grain_jax.models import grain, lora, placement
+from grain_jax.terms import views
 from grain_jax.training import optim, sharding
 
 TERMS = "terms"  # the top level of the parameter tree below which terms have theirs
+VIEWS = "input.views"  # no name of a term has a point
 
 
 class Given(NamedTuple):
@@ -151,9 +153,9 @@ class Forward:
             given = Given({}, sharding.unbox(self.initial_state()), jnp.zeros(()))
         if keys is None:
             keys = jax.vmap(jax.random.key)(jnp.zeros(batch.image.shape[0], jnp.uint32))
-        found = {}
+        found, made = {}, self._views(batch, keys)
         for name, term in self.terms.items():
-            seen = self._seen(name, batch, outputs, features, keys, apply, given)
+            seen = self._seen(name, batch, outputs, features, keys, apply, given, made)
             with jax.named_scope(TERMS), jax.named_scope(name):
                 output = term.apply({"params": of_terms.get(name, {})}, seen)
                 stop = jax.lax.stop_gradient
@@ -162,8 +164,12 @@ class Forward:
                 )
         return outputs._replace(local=found)
 
-    def _seen(self, name, batch, outputs, features, keys, apply, given: Given) -> local.Seen:
-        fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    def _views(self, batch: schema.Batch, keys: jax.Array) -> views.Views | None:
+        """The views of the images, the same for all terms."""
+        with jax.named_scope(TERMS), jax.named_scope(VIEWS):
+            return views.make(batch.image, _folded(keys, VIEWS), self.config.input.views)
+
+    def _seen(self, name, batch, outputs, features, keys, apply, given: Given, made) -> local.Seen:
         return local.Seen(
             batch=batch,
             tokens=features.tokens,
@@ -171,10 +177,10 @@ class Forward:
             text_features=features.text,
             outputs=outputs,
             leading=grain.leading_tokens(self.config.model),
-            keys=fold(keys, zlib.crc32(name.encode())),
+            keys=_folded(keys, name),
             student=apply,
             teacher=None,
-            views=None,
+            views=made,
             state=given.state.get(name, {}),
             share=given.share,
         )
@@ -189,7 +195,13 @@ class Forward:
         outputs, features = apply("outputs_and_features", batch)
         keys = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
         given = Given({}, sharding.unbox(self.initial_state()), jnp.zeros(()))
-        return self._seen(name, batch, outputs, features, keys, apply, given)
+        made = self._views(batch, keys)
+        return self._seen(name, batch, outputs, features, keys, apply, given, made)
+
+
+def _folded(keys: jax.Array, name: str) -> jax.Array:
+    """Keys [B] of the images for what has this name."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, zlib.crc32(name.encode()))
 
 
 def _apply(model: grain.GRAIN, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -64,8 +64,13 @@ def _same_as(module, tokens_of, tower, rows, size=None):
     foreign.close(np.asarray(tokens), theirs.detach().numpy())
     named = tables.write(rows, grads)
     assert named.keys() == {name for name, x in own.items() if x.grad is not None}
+    most = max(np.abs(grad).max() for grad in named.values())
     for name, grad in named.items():
-        foreign.close(grad.reshape(own[name].shape), own[name].grad.numpy())
+        theirs = own[name].grad.numpy()
+        if np.abs(theirs).max() < 1e-6 * most:  # a key's bias without rotation
+            assert np.abs(grad).max() < 1e-6 * most, name
+        else:
+            foreign.close(grad.reshape(theirs.shape), theirs)
 
 
 @pytest.mark.parametrize("size,gated", [(32, False), (48, True)])

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,8 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchvision.transforms import functional
 
 from grain_jax import config as config_lib
-from grain_jax.models import placement
+from grain_jax.losses import local
+from grain_jax.models import grain, placement
 from grain_jax.terms import views
+from grain_jax.training import forward, sharding
 from tests import foreign, tiny
 from tests.models import test_towers
 
@@ -232,6 +235,7 @@ TOWER = f"{test_towers.__name__}:Colours"
             "input.views.size: got 13, expected a multiple of model.image.patch_size = 8, such as 8 or 16",
         ),
         (dict(size=3), "model.image.patch_size = 8, such as 8"),
+        (dict(terms=False), "input.views.local: got 2 without loss.terms, whose terms alone read"),
         (dict(local=65), "input.views.local: got 65, expected 0 to 64"),
         (dict(max_aspect=0.5), "input.views.max_aspect: got 0.5, expected 1 to 10"),
         (
@@ -242,6 +246,8 @@ TOWER = f"{test_towers.__name__}:Colours"
 )
 def test_what_views_cannot_is_a_line(changes, message):
     c = tiny.dictionary(input__views__local=2, input__views__size=8)
+    if changes.pop("terms", True):
+        c.loss.terms["seeing"] = {"term": f"{__name__}:Seeing", "weight": 1.0}
     if tower := changes.pop("tower", None):
         c.model.decoder, c.model.image.tower, c.input.max_regions = None, tower, 0
     c.input.views.update(changes)
@@ -251,3 +257,40 @@ def test_what_views_cannot_is_a_line(changes, message):
     c.input.views.local = 0
     if "max_aspect" not in changes:  # without views their other keys do not matter
         config_lib.from_dict(c)
+
+
+class Seeing(local.LocalTerm):
+    """A number of each image, of the tokens of its views and of its boxes in them."""
+
+    def __call__(self, seen):
+        loss = jnp.zeros(len(seen.keys))
+        for view in seen.views:
+            rows = view.image.reshape(-1, *view.image.shape[2:])
+            tokens = seen.student("image_tokens", views.normalised(rows, self.model.image))
+            loss += jnp.square(tokens).mean((1, 2)).reshape(view.flipped.shape).sum(1)
+            centre, side = jnp.split(seen.batch.region_boxes_cxcywh, 2, -1)
+            corners = jnp.concatenate([centre - side / 2, centre + side / 2], -1)
+            loss += views.share_inside(corners, view).sum((1, 2))
+        return local.LocalOutput(local.PerImage(loss, jnp.ones_like(loss)))
+
+
+def test_terms_see_views_that_are_the_same_in_every_part_and_on_every_mesh():
+    c = tiny.dictionary(model__image__depth=1, model__text__depth=1, model__decoder__depth=1)
+    c.input.views.update(local=2, size=8, global_min_area=0.5)
+    c.loss.terms["seeing"] = {"term": f"{__name__}:Seeing", "weight": 1.0}
+    c = config_lib.from_dict(c)
+    run = forward.Forward(grain.GRAIN(c.model), c)
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32)
+    params = jax.tree.map(draw, sharding.unbox(jax.eval_shape(run.init)))
+    batch, keys = tiny.batch(c), _keys(c.batch_size)
+    of = lambda run: jax.jit(lambda *args: run(*args).local["seeing"].loss.sum)
+    on_one = of(run)
+    whole = np.asarray(on_one(params, batch, keys))
+    part = jax.tree.map(lambda x: x[len(x) // 2 :], (batch, keys))
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    part = jax.device_put(part, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    found = of(dataclasses.replace(run, mesh=mesh))(params, *part)
+    np.testing.assert_allclose(found, whole[len(whole) // 2 :], rtol=1e-5)
+    others = on_one(params, batch, _keys(c.batch_size, seed=1))
+    assert np.std(whole) > 0 and (np.abs(whole - others) > 1e-4).all()
