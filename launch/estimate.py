@@ -8,7 +8,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 

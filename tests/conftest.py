@@ -49,6 +49,7 @@ LONG = (
     "tests/losses/test_losses.py",
     "tests/test_recipes.py",
     "tests/hostile/test_stored_runs.py",
+    "tests/training/test_teacher.py",
 )
 
 # `python -m pytest -m quick`: files and tests that together touch every package, chosen by their measured seconds.

@@ -142,7 +142,7 @@ def test_every_key_has_a_role():
     listed = {key: role for role, keys in ROLES.items() for key in keys.split()}
     assert {key: role for key, role in found.items() if role != "numbers"} == listed
     groups = {key.partition(".")[0] for key, role in found.items() if role == "numbers"}
-    assert groups == {"dtype", "ema_decay", "model", "input", "text", "loss", "optim"}
+    assert groups == {"dtype", "ema_decay", "model", "input", "text", "loss", "optim", "teacher"}
 
 
 def test_the_recipe_is_the_defaults_of_the_fields():

@@ -29,7 +29,9 @@ from grain_jax.runtime.pretrained import hub
 from grain_jax.training import teacher, train_step
 
 # Of a model without texts: as small as a tower can be.
-_NO_TEXT = dict(vocab_size=3, context_length=3, width=1, depth=1, heads=1, mlp_dim=1)
+_NO_TEXT: dict[str, Any] = dict(
+    vocab_size=3, context_length=3, width=1, depth=1, heads=1, mlp_dim=1
+)
 
 
 class Whole(NamedTuple):

@@ -95,9 +95,9 @@ def of_state(state: Any) -> dict[str, str]:
       Part -> 16 hexadecimal digits: `params`, `opt_state` and, where there are any, `ema_params`, `teacher` and
       `term_state`.
     """
-    sums = {}
+    sums, parts = {}, state._asdict()
     for part in ("params", "opt_state", "ema_params", "teacher", "term_state"):
-        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
+        leaves = jax.tree_util.tree_leaves_with_path(parts.get(part))
         shards = [
             _of_block(np.asarray(shard.data), jax.tree_util.keystr(path), leaf.shape, shard.index)
             for path, leaf in leaves

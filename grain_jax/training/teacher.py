@@ -62,9 +62,12 @@ def describe(config: Config) -> Described | None:
         return None
     if kind == "ema":
         return Described(config.model, config.model.embed_dim, True)
-    if kind == "checkpoint":
-        return named.find("teacher.kind", _MODELS, {})(path_of(config))
-    stored = _settings(path_of(config), tuple(one.name for one in config.input.datasets))
+    try:
+        if kind == "checkpoint":
+            return named.find("teacher.kind", _MODELS, {})(path_of(config))
+        stored = _settings(path_of(config), tuple(one.name for one in config.input.datasets))
+    except errors.UserError as error:
+        raise errors.UserError(f"teacher.path: {error}") from None
     return Described(None, stored.embed_dim, stored.texts, stored.logit_scale)
 
 

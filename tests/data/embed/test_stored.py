@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,8 +79,9 @@ def test_a_folder_of_images_has_no_texts(made, capsys):
 def test_the_batches_hold_what_the_model_gives(made, path):
     """Also where a group overflows and regions are dropped."""
     model = inference.load("aviary-tiny", "float32")
-    plain = record_sets.take(config(made, "none", captions_per_image=2, pack_rows=1), 3)
-    joined = record_sets.take(config(made, path=path, captions_per_image=2, pack_rows=1), 3)
+    given: Any = dict(captions_per_image=2, lanes=2, pack_group=4, pack_rows=1)
+    plain = record_sets.take(config(made, "none", **given), 3)
+    joined = record_sets.take(config(made, path=path, **given), 3)
     dropped = 0
     for before, batch in zip(plain, joined, strict=True):
         record_sets.assert_batches_equal(batch._replace(**WITHOUT), before)
