@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from grain_jax import config as config_lib
 from grain_jax.config import ConfigError
 from grain_jax.config.parse import loss_term
 from grain_jax.terms import masked_patches
@@ -123,7 +125,8 @@ def test_without_views_it_sees_the_image_of_the_batch():
 def test_faults():
     line = "teacher.kind: got none, expected ema"
     assert MaskedPatches.faults(Options(), tiny.config()) == [line]
-    assert MaskedPatches.faults(Options(), tiny.config(teacher__kind="ema")) == []
+    config = dataclasses.replace(tiny.config(), teacher=config_lib.Teacher(kind="ema"))
+    assert MaskedPatches.faults(Options(), config) == []
     with pytest.raises(ValueError, match="got min_share=0.6 and max_share=0.5"):
         Options(min_share=0.6)
     entry = {"term": "masked_patches", "weight": 1.0, "min_share": 0.6}

@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from grain_jax import config as config_lib
 from grain_jax.losses.layout import make_layout
 from grain_jax.losses.shard import Shard
 from grain_jax.terms import prototypes
@@ -141,7 +144,11 @@ def test_faults():
         "input.views.local: got 0, expected 1 or more",
         "model.image.class_token: got False, expected True with reads=class",
     ]
-    config = tiny.config(teacher__kind="ema", input__views__local=2)
+    config = dataclasses.replace(
+        tiny.config(),
+        teacher=config_lib.Teacher(kind="ema"),
+        input=dataclasses.replace(config.input, views=config_lib.Views(local=2)),
+    )
     assert SelfDistillation.faults(Options(), config) == []
 
 
