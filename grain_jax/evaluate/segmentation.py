@@ -216,19 +216,24 @@ class Segmentation(config.Evaluator):
         segmenter = self.segmenter(predictor, found)
         size, classes = predictor.model.image.image_size, len(found.names)
         table = confusion.Confusion(classes)
-        for batch in encode.encode_images(
+
+        def count(batch: encode.Encoded) -> None:
+            windows, masks = zip(*batch.pixels)
+            predicted = segmenter.labels(windows)
+            for position, mask, own in zip(batch.index, masks, predicted, strict=True):
+                table.add(int(position), confusion.counts(mask, own, classes))
+
+        for _ in encode.encode_images(
             predictor,
             found.images(self.turned),
             label="segmentation",
             unreadable=unreadable,
             embed=False,
             prepare=segmentation_sets.prepare(found.pairs, segmenter.cutter(size)),
+            consume=count,
             batch_size=min(context.batch_size, _AT_ONCE),
         ):
-            windows, masks = zip(*batch.pixels)
-            predicted = segmenter.labels(windows)
-            for position, mask, own in zip(batch.index, masks, predicted, strict=True):
-                table.add(int(position), confusion.counts(mask, own, classes))
+            pass
         table = table.gathered()
         if not table.matrix.sum():
             raise errors.UserError(f"{self.images}: every pixel has the ignored id")

@@ -160,6 +160,19 @@ def test_processes_add_up(monkeypatch):
     assert parts[0].gathered().measures() == whole.measures()
 
 
+def test_other_processes_learn_of_a_failure(tmp_path, monkeypatch):
+    class Broken(Coloured):
+        def class_maps(self, images, classes, **options):
+            return super().class_maps(images, classes) * np.nan
+
+    told = []
+    agree = processes.agree
+    monkeypatch.setattr(processes, "agree", lambda *given: told.append(given[0]) or agree(*given))
+    with pytest.raises(errors.UserError, match="not finite") as found:
+        measure(Broken(), images=folder(tmp_path))
+    assert told[-1] is found.value
+
+
 def test_a_folder(tmp_path):
     got = measure(images=folder(tmp_path))
     assert (got["pictures"], got["classes"], got["classes_seen"]) == (4, 3, 3)
