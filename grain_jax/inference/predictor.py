@@ -511,7 +511,7 @@ class Predictor:
             )
         return by, patch_features
 
-    @property
+    @functools.cached_property
     def grid(self) -> int:
         """Patches along a side of an image. Raises InputError where the tower has no grid of them."""
         size = self.model.image.image_size

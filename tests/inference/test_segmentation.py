@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-import grain_jax
 from grain_jax import inference
 from grain_jax.convert import towers
-from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.convert.open_clip import checkpoint
+from grain_jax.convert.open_clip.towers import import_tower
 from grain_jax.core import images as image_files
 from grain_jax.inference import scores, segmentation
 from grain_jax.inference.inputs import InputError
@@ -43,10 +43,11 @@ def _classes(predictor, count=5, names=2):
 
 def _ours(module, folder):
     """The same weights as a Predictor."""
-    foreign.perturb(module).save_pretrained(folder / "hf")
-    report = from_open_clip(folder / "hf", folder / "ours", towers.Settings())
-    assert report.verdict == "PROVEN", report.text
-    return grain_jax.load(folder / "ours")
+    foreign.perturb(module).save_pretrained(folder)
+    read = checkpoint.read(folder)
+    both = (import_tower(which, read, towers.Settings()) for which in towers.TOWERS)
+    model, params = towers.two_tower_model(read.state, *both, checkpoint.SCALARS)
+    return inference.Predictor(model, params)
 
 
 def _values_by_torch(vision, images):
