@@ -155,6 +155,8 @@ class Segmentation(config.Evaluator):
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""
+        if lines := self.faults():  # of flags, which are no config
+            raise errors.UserError("\n".join(lines))
         if not self.images:
             raise errors.MissingData("images: got nothing, expected a folder of images and masks")
         found = segmentation_sets.open_set(
