@@ -5,6 +5,8 @@ import shutil
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from grain_jax import inference
@@ -129,20 +131,39 @@ def test_a_mixture_has_a_folder_for_each_set(made, tmp_path):
     record_sets.assert_batches_equal(got, expected)
 
 
-def test_a_record_without_an_embedding_is_named(made, monkeypatch):
-    read_rows = stored.Stored._read
+def test_a_record_without_an_embedding_is_said_before_the_first_batch(made, monkeypatch):
+    found = stored._parts
 
-    def lost(self, index):
-        rows = read_rows(self, index)
-        return rows if index else rows._replace(numbers=rows.numbers[:-1])
+    def holed(*given):
+        first, *rest = found(*given)
+        return [first._replace(rows=first.rows - 2), *rest]
 
-    monkeypatch.setattr(stored.Stored, "_read", lost)
+    monkeypatch.setattr(stored, "_parts", holed)
     with pytest.raises(errors.UserError) as error:
-        record_sets.take(config(made), 2)
+        records.check(config(made))
     assert str(error.value) == (
-        f"{made / 'parquet'}: record 5 of 'tiny_set' (train) has no embedding (faults.jsonl says why); expected those of"
+        f"{made / 'parquet'}: 2 records of 'tiny_set' (train) have no embedding (faults.jsonl says why); expected those of"
         " grain-jax embed over this record set, without faults"
     )
+
+
+@pytest.mark.parametrize("path", ("parquet", "npy"))
+def test_texts_that_are_not_those_of_their_embeddings_are_a_line(made, path, tmp_path):
+    """A text moves from a record to the next one; of arrays, the last text is lost."""
+    held = shutil.copytree(made / path, tmp_path / path)
+    settings = embeddings.read_settings(held)
+    file = sorted((held / settings.data).iterdir())[0]
+    table = pq.read_table(file)
+    lists = table["text_digests"].to_pylist()
+    if path == "parquet":
+        lists[1].insert(0, lists[0].pop())
+    else:
+        lists[-1].pop()
+    at = table.schema.get_field_index("text_digests")
+    kind = table.schema.field(at)
+    pq.write_table(table.set_column(at, kind, pa.array(lists, kind.type)), file)
+    with pytest.raises(errors.UserError, match="damaged .its texts are not those of their emb"):
+        record_sets.take(config(tmp_path, path=path, data_dir=str(made / "sets")), 2)
 
 
 def test_a_text_without_an_embedding_is_named(made, monkeypatch):
