@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
     Attributes:
       state_bytes: parameters, moments, ema, batch.
-      temporaries: gradients, activations (kept by the remat policy), layer (one layer at work), losses.
+      temporaries: as of memory_need.temporaries.
       checkpoint_bytes: of what a checkpoint holds, all chips together.
       collectives: what one step sends.
       mesh: sizes of the mesh's axes.
