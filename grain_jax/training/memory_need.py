@@ -113,7 +113,7 @@ def _of_terms(config: config_lib.Config, images: int) -> int:
 def _largest(jaxpr: Any) -> int:
     """Bytes of the largest array that an equation makes, those in loops and calls included."""
     arrays = (v.aval for equation in jaxpr.eqns for v in equation.outvars)
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     own = (x.size * x.dtype.itemsize for x in arrays if not is_key(x))
     inner = (_largest(part) for equation in jaxpr.eqns for part in flops.jaxprs(equation.params))
     return max((*own, *inner), default=0)
