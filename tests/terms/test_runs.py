@@ -8,13 +8,13 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax.models import grain
-from grain_jax.training import sharding, train_step
+from grain_jax.training import forward, sharding, train_step
 from tests import tiny
 
 # Towers alone: the decoder takes longest to compile.
 TWO = dict(model__decoder=None, model__image__pool="mean", input__max_regions=0)
 TWO |= dict(model__image__depth=1, model__text__depth=1)
-HEAD = dict(prototypes=32, hidden=32, bottleneck=16)
+HEAD = dict(prototypes=48, hidden=32, bottleneck=24)
 TERMS = {
     "sinkhorn": dict(term="self_distillation", centring="sinkhorn", tile=5, **HEAD),
     "patches": dict(term="masked_patches", tile=7, **HEAD),
@@ -89,6 +89,16 @@ def test_every_parameter_of_a_term_learns():
     _, _, gradient = run(centre=False)
     for name, x in grain.flat(gradient["terms"]).items():
         assert np.abs(x).max() > 0, name
+
+
+def test_prototypes_are_not_stacked_by_micro_batches():
+    c = config(microbatches=4)
+    model = grain.GRAIN(c.model)
+    params = sharding.unbox(jax.eval_shape(forward.Forward(model, c).init))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), c.batch_size))
+    of = lambda *given: train_step.loss_and_grads(model, c, None, *given)
+    text = str(jax.make_jaxpr(of)(params, forward.abstract_batch(c), keys))
+    assert "f32[48,24]" in text and "f32[4,48,24]" not in text
 
 
 def _kinds(c, seed):
