@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,29 @@ def test_tiles_change_nothing(tile):
     arguments = _random()
     expected = _grads(prototypes.Options(tile=48), *arguments)
     assert linear.worst(_grads(prototypes.Options(tile=tile), *arguments), expected) < 1e-6
+
+
+def test_products_of_bfloat16_are_of_bfloat16_in_the_gradient_too():
+    """All of default precision, since "highest" would be several passes; values near those of float32."""
+    options, arguments = prototypes.Options(tile=48), _random()
+
+    def of(dtype):
+        def total(student, *rest):
+            products = prototypes.Products(dtype)
+            return prototypes.compare(options, products, student, *rest).loss.sum()
+
+        return jax.grad(total)
+
+    text = str(jax.make_jaxpr(of("bfloat16"))(*arguments))
+    kind = dict(re.findall(r"\b(\w+):(\w+)\[", text))
+    operands = re.findall(r"dot_general\[.*?\n *\] (\w+) (\w+)", text, re.DOTALL)
+    kinds = sorted((kind[a], kind[b]) for a, b in operands)
+    assert kinds == [("bf16", "bf16")] * 6 + [("f32", "f32")]  # and the sum of distributions
+    assert "HIGHEST" not in text
+    assert str(jax.make_jaxpr(of("float32"))(*arguments)).count("HIGHEST") >= 6
+    assert (
+        linear.worst(jax.jit(of("bfloat16"))(*arguments), jax.jit(of("float32"))(*arguments)) < 0.02
+    )
 
 
 @pytest.mark.parametrize("shape", ((8, 1, 1), (2, 2, 2)))
