@@ -13,6 +13,7 @@ from grain_jax.config.parse import loss_term
 from grain_jax.terms import masked_patches
 from grain_jax.terms.masked_patches import MaskedPatches, Options
 from tests import tiny
+from tests.models import test_towers
 from tests.terms import linear
 
 SMALL = dict(prototypes=12, hidden=10, bottleneck=7, tile=5)
@@ -125,6 +126,10 @@ def test_without_views_it_sees_the_image_of_the_batch():
 def test_faults():
     line = "teacher.kind: got none, expected ema"
     assert MaskedPatches.faults(Options(), tiny.config()) == [line]
+    pooled = config_lib.from_dict(test_towers.dictionary(teacher__kind="ema"))
+    (line,) = MaskedPatches.faults(Options(), pooled)
+    got = f"model.image.tower: got {pooled.model.image.tower}"
+    assert line == f"{got}, expected one with patches and maskable = True, such as vit"
     config = dataclasses.replace(tiny.config(), teacher=config_lib.Teacher(kind="ema"))
     assert MaskedPatches.faults(Options(), config) == []
     with pytest.raises(ValueError, match="got min_share=0.6 and max_share=0.5"):

@@ -10,9 +10,12 @@ import torch
 from grain_jax import config as config_lib
 from grain_jax.losses.layout import make_layout
 from grain_jax.losses.shard import Shard
+from grain_jax.models import grain
 from grain_jax.terms import prototypes
 from grain_jax.terms.self_distillation import Options, SelfDistillation
+from grain_jax.training import forward
 from tests import tiny
+from tests.models import test_towers
 from tests.terms import linear
 
 SMALL = dict(prototypes=12, hidden=10, bottleneck=7, tile=5)
@@ -137,6 +140,18 @@ def test_temperature_of_the_teacher():
     assert float(Options(warm_up=0).temperature(jnp.float32(0))) == pytest.approx(0.07)
 
 
+def test_the_warm_up_begins_when_the_term_comes_on():
+    weights = dict(a=1.0, b={"end": 1.0, "from": 0.8}, c={"start": 1.0, "end": 0.0, "from": 0.8})
+    c = tiny.dictionary(teacher__kind="ema", input__views__local=2, input__views__size=8)
+    for name, weight in weights.items():
+        c.loss.terms[name] = {"term": "self_distillation", "weight": weight}
+    c = config_lib.from_dict(c)
+    run = forward.Forward(grain.GRAIN(c.model), c)
+    of = lambda name: [float(run.share_of_term(name, jnp.float32(x))) for x in (0.5, 0.8, 0.9)]
+    assert of("a") == of("c") == pytest.approx([0.5, 0.8, 0.9])
+    assert of("b") == pytest.approx([0, 0, 0.5], abs=1e-6)
+
+
 def test_faults():
     config = tiny.config(model__image__class_token=False)
     assert SelfDistillation.faults(Options(reads="class"), config) == [
@@ -144,6 +159,12 @@ def test_faults():
         "input.views.local: got 0, expected 1 or more",
         "model.image.class_token: got False, expected True with reads=class",
     ]
+    pooled = config_lib.from_dict(test_towers.dictionary(teacher__kind="ema"))
+    _, line = SelfDistillation.faults(Options(reads="mean"), pooled)
+    got = (
+        f"reads: got mean with model.image.tower={pooled.model.image.tower}, which pools its tokens"
+    )
+    assert line == f"{got}; expected reads=embedding, or a tower with patches"
     config = dataclasses.replace(
         tiny.config(),
         teacher=config_lib.Teacher(kind="ema"),
