@@ -171,6 +171,11 @@ def test_the_group_is_no_axis_of_what_is_held():
     assert sizes[1] < 1.3 * sizes[0]
 
 
+def test_the_initial_bias_is_of_the_negatives_of_a_group():
+    assert Options(group=16).bias == pytest.approx(-np.log(15))
+    assert (Options(group=2).bias, Options(bias_init=2.0).bias) == (0, 2)
+
+
 def test_what_a_run_misses():
     c = tiny.config()
     (fault,) = TextPooled.faults(Options(heads=5), c)
