@@ -108,25 +108,23 @@ def test_the_smallest_masks():
 
 
 def test_without_views_it_sees_the_image_of_the_batch():
-    term, own, p, its, teacher, state = _setup()
-    seen = linear.seen(MODEL, p, its, head=teacher, state=state)
+    seen = linear.seen(MODEL, linear.params(0), linear.params(1))
     pixels = np.asarray(seen.views.global_view.image[:, 0] * 255).round().astype(np.uint8)
     batch = collections.namedtuple("Batch", "image")(jnp.asarray(pixels))
     of_view = seen.views.global_view._replace(image=jnp.asarray(pixels[:, None] / np.float32(255)))
-    found = [
-        term.apply({"params": own}, x).loss.sum
-        for x in (
-            seen._replace(views=None, batch=batch),
-            seen._replace(views=seen.views._replace(global_view=of_view)),
-        )
-    ]
-    np.testing.assert_allclose(*found, rtol=1e-6)
+    of_batch = masked_patches.global_images(seen._replace(views=None, batch=batch))
+    views = seen.views._replace(global_view=of_view)
+    np.testing.assert_array_equal(
+        of_batch, masked_patches.global_images(seen._replace(views=views))
+    )
 
 
 def test_faults():
     line = "teacher.kind: got none, expected ema"
     assert MaskedPatches.faults(Options(), tiny.config()) == [line]
-    pooled = config_lib.from_dict(test_towers.dictionary(teacher__kind="ema"))
+    entry = {"term": "masked_patches", "weight": 1.0}
+    pooled = test_towers.dictionary(teacher__kind="ema", loss__terms__own=entry)
+    pooled = config_lib.from_dict(pooled)
     (line,) = MaskedPatches.faults(Options(), pooled)
     got = f"model.image.tower: got {pooled.model.image.tower}"
     assert line == f"{got}, expected one with patches and maskable = True, such as vit"

@@ -146,10 +146,9 @@ def test_a_part_of_whole_groups_has_the_sums_of_the_whole():
     term, seen, params = case()
     run = lambda seen: jax.jit(lambda: term.apply({"params": params}, seen).loss)()
     whole = run(seen)
-    for start in (0, 8):
-        found = run(fake.part(seen, start, start + 8))
-        np.testing.assert_allclose(found.sum, whole.sum[start : start + 8], rtol=1e-6)
-        np.testing.assert_array_equal(found.count, whole.count[start : start + 8])
+    found = run(fake.part(seen, 8, 16))
+    np.testing.assert_allclose(found.sum, whole.sum[8:], rtol=1e-6)
+    np.testing.assert_array_equal(found.count, whole.count[8:])
     assert whole.sum[6] == whole.count[6] == 0  # an image without texts
     descriptions = TextPooled(Options(group=GROUP, heads=4, captions=False), term.model)
     count = jax.jit(lambda: descriptions.apply({"params": params}, seen).loss)().count
