@@ -148,7 +148,7 @@ def test_the_loss_is_the_mean_over_the_global_batch():
     state, batch = tiny.state(program), tiny.batch(c)
     (metrics, _), after, _ = run()
     model = grain.GRAIN(c.model)
-    of_model = {"params": forward.without_terms(state.params)}
+    of_model = jax.device_put({"params": forward.without_terms(state.params)})
 
     @functools.partial(jax.jit, static_argnames="method")
     def apply(*given, method=None):
