@@ -17,7 +17,7 @@ from grain_jax.core import errors
 from grain_jax.losses import local
 from grain_jax.models import grain, layers
 from grain_jax.runtime import checkpoint, saved_model
-from grain_jax.training import flops, forward, memory_need, sharding, teacher, train_step
+from grain_jax.training import forward, memory_need, sharding, teacher, train_step
 from grain_jax.verify import command as verify_command
 from tests import perturbed, tiny
 
@@ -255,9 +255,6 @@ def test_a_teacher_has_the_attention_of_the_run_and_counts_in_its_memory(tmp_pat
     assert own and own.attention == "cudnn" and c.model.attention == "auto"
     resized = 4 * 16 * 32 * 32 * 3
     assert memory_need._of_terms(c, 16) >= 3 * resized
-    run = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="cudnn"))
-    found = flops.per_image(run)  # traced as products
-    assert found.terms > found.image
 
 
 FAULTS = (
