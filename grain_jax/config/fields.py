@@ -454,7 +454,8 @@ class Teacher:
     # Of checkpoint: any model that init.image takes; of embeddings: the folder of grain-jax embed.
     path: str | None = key(None)
     decay: float = key(0.996, low=0, high=1)  # of ema: that of the first step
-    end_decay: float = key(1.0, low=0, high=1)  # of ema: that of the last step, on a cosine
+    # Of ema: that of the last step, on a cosine. At 1 the teacher no longer learns from image and text.
+    end_decay: float = key(0.996, low=0, high=1)
     # Of ema: "all" parameters are averaged, or the "heads" of the terms alone; the towers are then those of the step.
     part: str = key("all", choices=("all", "heads"))
 

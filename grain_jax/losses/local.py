@@ -64,7 +64,7 @@ class Seen(NamedTuple):
     teacher: Any  # training.teacher.Teacher, whose outputs have no gradient; None without one
     views: Any  # terms.views.Views of the images: crops, flips, colours; None without `input.views`
     state: Mapping[str, Array]  # of the term, from `LocalTerm.initial_state` and `update`
-    share: Array  # float32 [], the step divided by the length of the run
+    share: Array  # float32 [], of the steps since the term came on: 0 in its first one
 
 
 class LocalTerm(nn.Module):
@@ -140,6 +140,18 @@ def of_shard(name: str, entry: config_lib.LocalEntry, shard: Shard) -> TermOutpu
 
 def _mean(value: PerImage) -> Mean:
     return Mean(value.sum.sum(0), value.count.sum())
+
+
+def split(outputs: schema.Outputs) -> tuple[dict[str, Any], schema.Outputs]:
+    """What the terms share for all images, by their names, and the outputs without it; `join` is the inverse."""
+    shared = {name: output.shared for name, output in outputs.local.items()}
+    return shared, join(dict.fromkeys(shared, {}), outputs)
+
+
+def join(shared: Mapping[str, Any], outputs: schema.Outputs) -> schema.Outputs:
+    """The outputs with what the terms share for all images."""
+    found = {name: output._replace(shared=shared[name]) for name, output in outputs.local.items()}
+    return outputs._replace(local=found)
 
 
 def axes_of(outputs: schema.Outputs) -> Any:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from grain_jax import config as config_lib
 from grain_jax.config import fields
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
-from grain_jax.models import layers
+from grain_jax.models import layers, towers
 from grain_jax.terms import prototypes, views
 
 TRIALS = 40  # blocks that are drawn for a mask
-LEAST_PATCHES, LEAST_ASPECT = 4, 0.3  # of a block, as in BEiT (Bao et al. 2022)
+LEAST_PATCHES, LEAST_ASPECT = 4, 0.3  # of a block, as in iBOT and DINOv2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,15 @@ class MaskedPatches(LocalTerm):
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
-        """What it misses: an EMA teacher."""
+        """What it misses: an EMA teacher, patches that can be masked."""
         del options
-        kind = config.teacher.kind
-        return [] if kind == "ema" else [f"teacher.kind: got {kind}, expected ema"]
+        found, kind, tower = [], config.teacher.kind, towers.image_tower(config.model.image)
+        if kind != "ema":
+            found.append(f"teacher.kind: got {kind}, expected ema")
+        if tower.pooled or not tower.maskable:
+            got = f"model.image.tower: got {config.model.image.tower}"
+            found.append(f"{got}, expected one with patches and maskable = True, such as vit")
+        return found
 
     def setup(self):
         self.head = prototypes.Head(self.options, self.dtype)

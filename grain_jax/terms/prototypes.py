@@ -11,6 +11,7 @@ again in the backward pass: a device holds a few arrays of tile x K, whatever th
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from grain_jax.config import fields
+from grain_jax.losses import streaming
 from grain_jax.losses.local import PerImage
 from grain_jax.models import layers, placement
 from grain_jax.models.grain import normalize
@@ -37,13 +39,14 @@ class Options:
     student_temperature: float = fields.key(0.1, low=0.01)
     first_temperature: float = fields.key(0.04, low=0.01)  # of the teacher, at step 0
     teacher_temperature: float = fields.key(0.07, low=0.01)  # of the teacher, after the warm-up
-    warm_up: float = fields.key(0.3, low=0, high=1)  # share of the run, from the first to the other
+    warm_up: float = fields.key(
+        0.3, low=0, high=1
+    )  # share of the term's steps, from the first to the other
     momentum: float = fields.key(0.9, low=0, high=1)  # of the running centre
-    # Rows of logits in memory at once on a device; no effect on the result.
-    tile: int = fields.count(1024, low=1, role="free")
+    tile: int = fields.count(1024, low=1)  # rows of logits in memory at once on a device
 
     def temperature(self, share: jax.Array) -> jax.Array:
-        """The teacher's temperature at this share of the run: linear, then constant."""
+        """The teacher's temperature at this share of the term's steps: linear, then constant."""
         done = jnp.float32(1) if self.warm_up == 0 else jnp.minimum(share / self.warm_up, 1)
         return self.first_temperature + done * (self.teacher_temperature - self.first_temperature)
 
@@ -53,6 +56,16 @@ class Products(NamedTuple):
 
     dtype: str  # of the operands
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST  # of those of float32
+
+    def of(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        """The product of an equation of einsum, float32."""
+        return jnp.einsum(
+            equation,
+            a.astype(self.dtype),
+            b.astype(self.dtype),
+            precision=self.precision if self.dtype == "float32" else None,
+            preferred_element_type=jnp.float32,
+        )
 
 
 class Embedded(NamedTuple):
@@ -177,7 +190,7 @@ def compare_here(
     images, n, _ = rows.shape
     of_teacher, its, centre = jax.lax.stop_gradient((of_teacher, its, centre))
     flat = lambda x: x.reshape(images * n, *x.shape[2:])
-    tiles = _cut((flat(rows), flat(of_teacher), flat(weight)), options.tile)
+    tiles = streaming.cut((flat(rows), flat(of_teacher), flat(weight)), options.tile)
 
     @jax.checkpoint
     def one_tile(usage, part):
@@ -223,7 +236,7 @@ def sinkhorn_centre(
       float32 [K].
     """
     rows, prototypes = jax.lax.stop_gradient(teacher)
-    tiles = _cut((rows, jnp.ones(len(rows))), tile)
+    tiles = streaming.cut((rows, jnp.ones(len(rows))), tile)
 
     def log_sums(scale):
         """Of each prototype the logarithm of its sum over all rows, after the rows are scaled to 1 under `scale`."""
@@ -309,24 +322,25 @@ def entropy_of(distribution: jax.Array) -> jax.Array:
     return jax.scipy.special.entr(distribution).sum() / math.log(len(distribution))
 
 
-def _logits(rows: jax.Array, prototypes: jax.Array, products: Products):
-    """Rows [n, d] and prototypes [K, d] -> float32 [n, K]."""
-    return jnp.einsum(
-        "nd,kd->nk",
-        rows.astype(products.dtype),
-        prototypes.astype(products.dtype),
-        precision=products.precision,
-        preferred_element_type=jnp.float32,
-    )
+def _logits(rows: jax.Array, prototypes: jax.Array, products: Products) -> jax.Array:
+    """Rows [n, d] and prototypes [K, d] -> float32 [n, K]; the products of the gradient are of `products`, too."""
+    return cast(jax.Array, _product(rows, prototypes, products))
 
 
-def _cut(tree, tile: int):
-    """[m, ...] -> [tiles, at most `tile`, ...], padded with zeros to equal tiles."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(rows, prototypes, products):
+    return products.of("nd,kd->nk", rows, prototypes)
 
-    def cut(x):
-        tiles = -(-len(x) // tile)
-        size = -(-len(x) // tiles)
-        x = jnp.pad(x, ((0, tiles * size - len(x)), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(tiles, size, *x.shape[1:])
 
-    return jax.tree.map(cut, tree)
+def _product_forward(rows, prototypes, products):
+    return _product(rows, prototypes, products), (rows, prototypes)
+
+
+def _product_backward(products, operands, cotangent):
+    rows, prototypes = operands
+    of_rows = products.of("nk,kd->nd", cotangent, prototypes)
+    of_prototypes = products.of("nk,nd->kd", cotangent, rows)
+    return of_rows.astype(rows.dtype), of_prototypes.astype(prototypes.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)

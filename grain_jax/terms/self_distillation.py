@@ -10,6 +10,7 @@ from grain_jax import config as config_lib
 from grain_jax.config import fields
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
 from grain_jax.losses.shard import Mean, Shard, TermOutput
+from grain_jax.models import towers
 from grain_jax.terms import prototypes, views
 
 
@@ -35,13 +36,19 @@ class SelfDistillation(LocalTerm):
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
-        """What it misses: an EMA teacher, local views, a class token that it reads."""
+        """What it misses: an EMA teacher, local views, the tokens that it reads."""
         found = []
         if config.teacher.kind != "ema":
             found.append(f"teacher.kind: got {config.teacher.kind}, expected ema")
         if not config.input.views.local:
             found.append("input.views.local: got 0, expected 1 or more")
-        if options.reads == "class" and not config.model.image.class_token:
+        tower = config.model.image.tower
+        if options.reads != "embedding" and towers.image_tower(config.model.image).pooled:
+            got = (
+                f"reads: got {options.reads} with model.image.tower={tower}, which pools its tokens"
+            )
+            found.append(f"{got}; expected reads=embedding, or a tower with patches")
+        elif options.reads == "class" and not config.model.image.class_token:
             found.append("model.image.class_token: got False, expected True with reads=class")
         return found
 
@@ -60,7 +67,11 @@ class SelfDistillation(LocalTerm):
         if options.centring == "sinkhorn":
             return LocalOutput(
                 PerImage(jnp.zeros(images), count),
-                handed={"student": student.rows, "teacher": teacher.rows},
+                # In the type of the activations, which says how `across` multiplies them.
+                handed={
+                    "student": student.rows.astype(self.dtype),
+                    "teacher": teacher.rows.astype(self.dtype),
+                },
                 shared={
                     "student_prototypes": student.prototypes,
                     "teacher_prototypes": teacher.prototypes,
@@ -85,7 +96,7 @@ class SelfDistillation(LocalTerm):
         if options.centring == "centre":
             return TermOutput(Mean(output.loss.sum.sum(), output.loss.count.sum()), {})
         handed, shared, ring = output.handed, output.shared, shard.layout.everywhere
-        products = prototypes.Products("float32", ring.precision)
+        products = prototypes.Products(handed["student"].dtype.name, ring.precision)
         temperature = jax.lax.stop_gradient(shared["temperature"])
         rows, its = handed["student"], shared["teacher_prototypes"]
         centre = prototypes.sinkhorn_centre(

@@ -1,6 +1,7 @@
 """Texts pool the patches of images, and tell those of their own image from others (docs/method.md, Local terms)."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -26,7 +27,13 @@ class Options:
     captions: bool = fields.key(True)  # whether captions pool, beside descriptions
     heads: int = fields.count(8, low=1, high=1024)  # of the attention; must divide model.embed_dim
     scale_init: float = fields.key(10.0, low=1e-3, high=1e3)  # initial factor of the cosines
-    bias_init: float = fields.key(-10.0, low=-1e3, high=1e3)  # initially added to them
+    # Initially added to them; None: -ln(group - 1), for so many negatives a text.
+    bias_init: float | None = fields.key(None, low=-1e3, high=1e3)
+
+    @property
+    def bias(self) -> float:
+        """The initial one."""
+        return -math.log(self.group - 1) if self.bias_init is None else self.bias_init
 
 
 class TextPooled(LocalTerm):
@@ -37,8 +44,9 @@ class TextPooled(LocalTerm):
 
         z_jt = s v_jt . t + c,   loss of t = log(1 + exp(-z_it)) + sum over images j != i of log(1 + exp(z_jt))
 
-    where i is the image of t and j another one of its group that does not have t as well. The loss is the mean over the
-    texts. The attention goes over one image of the group at a time, so memory does not grow with the group.
+    where i is the image of t and j another one of its group that does not have t as well, whatever
+    `loss.mask_duplicates` says. The loss is the mean over the texts. The attention goes over one image of the group at
+    a time, so memory does not grow with the group.
     Measures `accuracy`, the share of the texts whose own image gives the highest z of the group.
     """
 
@@ -89,7 +97,7 @@ class TextPooled(LocalTerm):
             self, name, nn.initializers.constant(value), (), ()
         )
         self.logit_scale = constant("logit_scale", np.log(self.options.scale_init))
-        self.logit_bias = constant("logit_bias", self.options.bias_init)
+        self.logit_bias = constant("logit_bias", self.options.bias)
 
     def __call__(self, seen: Seen) -> LocalOutput:
         """The sum over the texts of each image."""

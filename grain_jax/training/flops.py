@@ -83,6 +83,9 @@ class PerImage(NamedTuple):
     def train(self) -> float:
         """FLOPs of forward and backward pass without recomputation: a product has two in its backward pass.
 
+        What a local term computes again by its own is counted, as prototypes (6 products of logits for 4) and
+        text_pooled (4 of its attention for 3) do.
+
         A frozen part has none, except a decoder on a trained image tower: it has one, for the gradient of its
         input. A part that is frozen in parts counts as trained, except with LoRA: then a frozen matrix has no product for
         its gradient.

@@ -127,6 +127,12 @@ class Forward:
         box = lambda x: nn.Partitioned(jnp.asarray(x, jnp.float32), (None,) * jnp.ndim(x))
         return {name: jax.tree.map(box, state) for name, state in found.items() if state}
 
+    def share_of_term(self, name: str, share: jax.Array) -> jax.Array:
+        """The share of the steps since a term came on, from that of the run."""
+        weight = self.config.loss.schedules.get(name)
+        begin = weight["from"] if weight and not weight["start"] else 0.0
+        return jnp.maximum(share - begin, 0) / (1 - begin) if 0 < begin < 1 else share
+
     def update_state(self, state: Mapping[str, Any], statistics: Mapping[str, Any]):
         """`TrainState.term_state` after a step, from the statistics of the global batch; that of a term that is off stays."""
         return {
@@ -190,7 +196,7 @@ class Forward:
                 teacher=teacher and teacher.of_term(name),
                 views=made,
                 state=of_step.state.get(name, {}),
-                share=of_step.share,
+                share=self.share_of_term(name, of_step.share),
             )
 
         return outputs, seen

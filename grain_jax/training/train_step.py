@@ -123,8 +123,8 @@ def loss_and_grads(
         return found.total, found
 
     if config.microbatches == 1:
-        whole = lambda p: total(apply(p, batch, keys))
-        (_, found), grads = jax.value_and_grad(whole, has_aux=True)(params)
+        of_all = lambda p: total(apply(p, batch, keys))
+        (_, found), grads = jax.value_and_grad(of_all, has_aux=True)(params)
         return found, grads
 
     # All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part
@@ -150,10 +150,18 @@ def loss_and_grads(
     cut_batch = jax.tree.map(cut, batch)
     cut_keys = None if keys is None else cut(keys)
 
-    def of_part(_, part):
-        return None, apply(params, *part)
+    inputs = cut_batch, cut_keys
+    # What terms share is the same in each part, and may be large: it is carried, not stacked.
+    shared: Any = {}
+    if forward.terms:
+        one_part = jax.tree.map(lambda x: x[0], inputs)
+        shapes = jax.eval_shape(apply, params, *one_part)
+        shared = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), local.split(shapes)[0])
 
-    _, stacked = jax.lax.scan(of_part, None, (cut_batch, cut_keys))
+    def of_part(_, part):
+        return local.split(apply(params, *part))
+
+    shared, stacked = jax.lax.scan(of_part, shared, inputs)
     axes = local.axes_of(stacked)
 
     def whole_of(axis, x):
@@ -161,7 +169,9 @@ def loss_and_grads(
             return x.sum(0)
         return x[0] if axis == local.SHARED else join(x, axis)
 
-    cotangents, found = jax.grad(total, has_aux=True)(jax.tree.map(whole_of, axes, stacked))
+    whole = local.join(shared, jax.tree.map(whole_of, axes, stacked))
+    cotangents, found = jax.grad(total, has_aux=True)(whole)
+    of_shared, cotangents = local.split(cotangents)
     first = jnp.arange(parts) == 0
 
     def cut_of(axis, c):
@@ -175,12 +185,13 @@ def loss_and_grads(
     cut_cotangents = jax.tree.map(cut_of, axes, cotangents)
 
     def backward(grads, part):
-        *inputs, cotangent = part
+        *inputs, cotangent, is_first = part
         _, vjp = jax.vjp(lambda p: apply(p, *inputs), params)
-        return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
+        once = jax.tree.map(lambda c: jnp.where(is_first, c, 0), of_shared)
+        return jax.tree.map(jnp.add, grads, vjp(local.join(once, cotangent))[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, _ = jax.lax.scan(backward, zeros, (cut_batch, cut_keys, cut_cotangents))
+    grads, _ = jax.lax.scan(backward, zeros, (*inputs, cut_cotangents, first))
     return found, grads
 
 

@@ -88,7 +88,13 @@ def on_mesh(run, devices, gather):
 
 @pytest.mark.parametrize(
     "devices,gather,tile,slices",
-    [(1, 1, 5, 0), (2, 1, 1024, 0), (8, 1, 10, 1), (8, 2, 7, 2), (8, 8, 50, 0)],
+    [
+        (1, 1, 5, 0),
+        (8, 2, 7, 2),
+        pytest.param(2, 1, 1024, 0, marks=pytest.mark.slow),
+        pytest.param(8, 1, 10, 1, marks=pytest.mark.slow),
+        pytest.param(8, 8, 50, 0, marks=pytest.mark.slow),  # test_teacher_similarity gathers, too
+    ],
 )
 def test_values_and_gradients_equal_the_whole_matrices(devices, gather, tile, slices):
     given, cotangents = problem(devices)

@@ -1,5 +1,6 @@
 """What a local term sees, of random features and embeddings without a model."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +62,7 @@ def part(seen: Seen, start: int, stop: int) -> Seen:
 
 
 def random_parameters(term, seen: Seen, seed=0):
-    """The term's parameters as it makes them, each with noise."""
+    """Parameters of the term's shapes."""
     rng = np.random.default_rng(seed)
-    made = jax.jit(lambda: term.init(jax.random.key(0), seen).get("params", {}))()
-    made = jax.tree.map(lambda x: x.value, made, is_leaf=lambda x: hasattr(x, "names"))
-    return jax.tree.map(lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32), made)
+    made = nn.unbox(jax.eval_shape(lambda: term.init(jax.random.key(0), seen).get("params", {})))
+    return jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), made)

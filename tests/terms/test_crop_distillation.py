@@ -70,6 +70,9 @@ CASES = {
 }
 
 
+COVERED = "two towers", "RoIAlign, own map"  # by other cases together
+
+
 @functools.cache
 def case(name):
     """(the term, what it sees, its parameters, the matrix of the student's image projection)."""
@@ -154,7 +157,9 @@ def replica(name):
     return loss.item(), cosines, (zero(tokens), of_head, jax.tree.map(zero, p))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in COVERED)) for x in CASES]
+)
 def test_values_and_gradients_equal_those_of_other_libraries(name):
     term, seen, params, _ = case(name)
 
@@ -180,10 +185,9 @@ def test_the_sums_of_an_image_do_not_depend_on_the_others():
     run = lambda seen: jax.jit(lambda: term.apply({"params": params}, seen).loss)()
     whole = run(seen)
     assert whole.count[5] == whole.sum[5] == 0 and whole.count.max() == 3
-    for start in (0, 4):
-        found = run(fake.part(seen, start, start + 4))
-        np.testing.assert_allclose(found.sum, whole.sum[start : start + 4], rtol=1e-6)
-        np.testing.assert_array_equal(found.count, whole.count[start : start + 4])
+    found = run(fake.part(seen, 4, 8))
+    np.testing.assert_allclose(found.sum, whole.sum[4:], rtol=1e-6)
+    np.testing.assert_array_equal(found.count, whole.count[4:])
 
 
 def test_regions_are_drawn_alike_among_the_usable_ones():

@@ -13,6 +13,7 @@ from grain_jax.config.parse import loss_term
 from grain_jax.terms import masked_patches
 from grain_jax.terms.masked_patches import MaskedPatches, Options
 from tests import tiny
+from tests.models import test_towers
 from tests.terms import linear
 
 SMALL = dict(prototypes=12, hidden=10, bottleneck=7, tile=5)
@@ -107,24 +108,25 @@ def test_the_smallest_masks():
 
 
 def test_without_views_it_sees_the_image_of_the_batch():
-    term, own, p, its, teacher, state = _setup()
-    seen = linear.seen(MODEL, p, its, head=teacher, state=state)
+    seen = linear.seen(MODEL, linear.params(0), linear.params(1))
     pixels = np.asarray(seen.views.global_view.image[:, 0] * 255).round().astype(np.uint8)
     batch = collections.namedtuple("Batch", "image")(jnp.asarray(pixels))
     of_view = seen.views.global_view._replace(image=jnp.asarray(pixels[:, None] / np.float32(255)))
-    found = [
-        term.apply({"params": own}, x).loss.sum
-        for x in (
-            seen._replace(views=None, batch=batch),
-            seen._replace(views=seen.views._replace(global_view=of_view)),
-        )
-    ]
-    np.testing.assert_allclose(*found, rtol=1e-6)
+    of_batch = masked_patches.global_images(seen._replace(views=None, batch=batch))
+    views = seen.views._replace(global_view=of_view)
+    of_view = masked_patches.global_images(seen._replace(views=views))
+    np.testing.assert_allclose(of_batch, of_view, rtol=1e-6)
 
 
 def test_faults():
     line = "teacher.kind: got none, expected ema"
     assert MaskedPatches.faults(Options(), tiny.config()) == [line]
+    entry = {"term": "masked_patches", "weight": 1.0}
+    pooled = test_towers.dictionary(teacher__kind="ema", loss__terms__own=entry)
+    pooled = config_lib.from_dict(pooled)
+    (line,) = MaskedPatches.faults(Options(), pooled)
+    got = f"model.image.tower: got {pooled.model.image.tower}"
+    assert line == f"{got}, expected one with patches and maskable = True, such as vit"
     config = dataclasses.replace(tiny.config(), teacher=config_lib.Teacher(kind="ema"))
     assert MaskedPatches.faults(Options(), config) == []
     with pytest.raises(ValueError, match="got min_share=0.6 and max_share=0.5"):
