@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.launch import chips, hlo_collectives
-from grain_jax.training import forward, memory_need, phases, sharding, train_step
+from grain_jax.training import forward, memory_need, phases, sharding, teacher, train_step
 
 
 class Estimate(NamedTuple):
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
     Attributes:
       state_bytes: parameters, moments, ema, batch.
-      temporaries: gradients, activations (kept by the remat policy), layer (one layer at work), losses.
+      temporaries: as of memory_need.temporaries.
       checkpoint_bytes: of what a checkpoint holds, all chips together.
       collectives: what one step sends.
       mesh: sizes of the mesh's axes.
@@ -156,6 +156,11 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
         terms.append(of_both(layout.everywhere, images, images * regions))
     if config.loss.box_description:
         terms.append(of_both(layout.in_group, images * regions, images * regions, has_queries))
+    known = teacher.describe(config)
+    if known and any(x["term"] == "teacher_similarity" for x in config.loss.terms.values()):
+        # Both embeddings of the images travel, and the gradients of the student's.
+        both = 1 + known.embed_dim / config.model.embed_dim
+        terms.append((layout.everywhere, round(2 * images * both), images, 1))
     out = []
     for ring, vectors, gradients, gathers in terms:
         together = config.loss.gather if ring.gather else 1

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -70,7 +71,8 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     With more than one process the main module of the caller must be importable (they are spawned).
 
     Returns:
-        False if `output` already holds the complete data set of these settings; label images that it lacks are added.
+        False if `output` already holds the complete data set of these settings; label images that it lacks are added,
+        where it may be written.
 
     Raises:
         ValueError: settings out of range, or `output` holds something else.
@@ -81,16 +83,13 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     if not settings.negatives:  # a data set of before this setting is that of its default
         del values["negatives"]
     if is_complete(output, values):
-        _add_masks(output, settings)
+        _add_masks(output, settings, processes)
         return False
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    if settings.test_images:
-        masks.begin(output)
-    make = functools.partial(_make, str(output), settings)
-    records = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
-    records = progress.over(records, total=len(tasks), what="aviary")
+    _begin_masks(output, settings)
+    records = _by_processes(_make, output, settings, tasks, processes)
     lines: dict[str, list[dict]] = {"training": [], "seen": [], "unseen": []}
     for task, record in zip(tasks, records, strict=True):
         if record is not None:
@@ -109,17 +108,42 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     return True
 
 
-def _add_masks(output, settings):
-    """Writes the label images of a data set that has none."""
+def _by_processes(make, output, settings, tasks, processes):
+    """`make(output, settings, task)` of each task, in order."""
+    make = functools.partial(make, str(output), settings)
+    found = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
+    return progress.over(found, total=len(tasks), what="aviary")
+
+
+def _test_tasks(settings):
+    return [task for task in tasks_of(settings) if task.split == "test"]
+
+
+def _begin_masks(output, settings):
+    groups = {group_of(settings, task.species) for task in _test_tasks(settings)}
+    if groups:
+        masks.begin(output, groups)
+
+
+def _add_masks(output, settings, processes):
+    """Writes the label images of a data set that has none; says so where it may not be written."""
     if not settings.test_images or masks.are_there(output):
         return
-    masks.begin(output)
-    tasks = [task for task in tasks_of(settings) if task.split == "test"]
-    for task in progress.over(tasks, total=len(tasks), what="aviary"):
-        drawn = drawing_of(settings, task.split, task.index, task.species)
-        encoded = (output / task.folder / task.image).read_bytes()
-        _save_masks(output, settings, task, encoded, drawn)
-    masks.finish(output)
+    try:
+        _begin_masks(output, settings)
+        for _ in _by_processes(_mask, output, settings, _test_tasks(settings), processes):
+            pass
+        masks.finish(output)
+    except OSError as error:
+        print(f"{output}: has no label images, and none can be added: {error}", file=sys.stderr)
+
+
+def _mask(output, settings, task):
+    """Writes the label images of a test image that is there."""
+    output = epath.Path(output)
+    drawn = drawing_of(settings, task.split, task.index, task.species)
+    encoded = (output / task.folder / task.image).read_bytes()
+    _save_masks(output, settings, task, encoded, drawn)
 
 
 def _save_masks(output, settings, task, encoded, drawn):
@@ -222,6 +246,7 @@ shows or names; their descriptions |
 | `test/A.jsonl`, `test/images/` | {settings.test_images} images with exact boxes and words, half \
 of them of unseen species; each region has {TEST_NEGATIVES} `negatives`, wrong by its colour or its shape; \
 `test/seen.jsonl` and `test/unseen.jsonl` are its two halves |
+| `segmentation/` | the test images with the part and the look that each pixel shows |
 
 A species is a look of each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs). Names
 are invented. Held-out species combine looks, all of which occur in training, in new ways.

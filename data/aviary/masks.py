@@ -8,6 +8,7 @@ alone, so its line has all phrases of its looks, too, with commas between.
 """
 
 import io
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -56,9 +57,9 @@ def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
     return np.array(looks, np.uint8)[mask]
 
 
-def begin(output: epath.Path) -> None:
+def begin(output: epath.Path, groups: Iterable[str] = GROUPS) -> None:
     """Makes the folders, the lists of classes and the prompt, below the data set `output`."""
-    for group in GROUPS:
+    for group in groups:
         folder = output / FOLDER / group
         for part in ("images", *CLASSES):
             (folder / part).mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,8 @@ def find(
         sizes = [regular_file.length(shard.arguments["tar"]) or 0 for shard in shards]
     elif kind == "records":
         split = split or "train"
-        known = (tfds.directory(path) / "dataset_info.json").read_bytes()
+        file = tfds.directory(path) / "dataset_info.json"
+        known = regular_file.read(file, regular_file.MAX_JSON, "the description of a record set")
         shards = tfds.Tfds().shards(options._replace(split=split))
         sizes = [shard.arguments["stop"] - shard.arguments["start"] for shard in shards]
     else:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax.core import printable
+from grain_jax.core import printable, regular_file
 from grain_jax.data.embed import arrays, embeddings, parts
 from grain_jax.data.embed.embeddings import EmbeddingsError
 
@@ -32,9 +32,9 @@ class _Rows(NamedTuple):
 
     numbers: np.ndarray  # int64 [n], ascending
     image_embed: np.ndarray  # [n, D]
-    starts: np.ndarray  # int64 [n + 1], of the texts of each record
-    digests: np.ndarray  # int64 [T]
-    text_embed: np.ndarray  # [T, D]
+    text_keys: np.ndarray  # int64 [T], `_keys` of the texts, ascending
+    text_rows: np.ndarray  # int64 [T], the row of each key in `text_embed`
+    text_embed: np.ndarray  # [T, D], of the texts of all records, one record after the other
 
 
 def describe(path: epath.PathLike, names: Sequence[str] = ()) -> embeddings.Settings:
@@ -132,12 +132,19 @@ class Stored:
             )
         embeddings.pyarrow()
         self._parts = _parts(self.folder, settings)
-        known = (directory / "dataset_info.json").read_bytes()
+        what = "the description of a record set"
+        known = regular_file.read(directory / "dataset_info.json", regular_file.MAX_JSON, what)
         named = [(part.source["name"], part.source["size"]) for part in self._parts]
         if parts.digest_of(named, known) != source.digest:
             raise EmbeddingsError(
                 f"{folder}: got embeddings of another record set than {directory}, expected those of {self._set}; embed it"
                 " with grain-jax embed, or name the set that was embedded"
+            )
+        missing = sum(p.source["stop"] - p.source["start"] - p.rows for p in self._parts)
+        if missing:
+            raise EmbeddingsError(
+                f"{folder}: {missing:,} records of {self._set} have no embedding ({embeddings.FAULTS} says why);"
+                f" {_AGAIN}, without faults"
             )
         self.embed_dim, self.has_texts = settings.embed_dim, settings.texts
         self._stops = np.array([part.source["stop"] for part in self._parts])
@@ -162,19 +169,20 @@ class Stored:
         """Embeddings of a text of each record, float32 [n, Dt]; text in UTF-8. Raises as `images`; or a text has none."""
         found = np.empty((len(numbers), self.embed_dim), np.float32)
         said = [text.decode("utf-8", "replace") for text in texts]
+        digests = np.array([embeddings.text_digest(text) for text in said], np.int64)
         for index, at in self._by_part(numbers):
             rows = self._rows(index)
-            chosen = []
-            for i, place in zip(at, self._places(rows, numbers[at])):
-                start, stop = rows.starts[place : place + 2]
-                same = rows.digests[start:stop] == embeddings.text_digest(said[i])
-                if not same.any():
-                    raise EmbeddingsError(
-                        f"{self.folder}: record {numbers[i]} of {self._set} has no embedding of its text"
-                        f" {printable.plain(said[i], 60)!r}; {_AGAIN}, with --texts"
-                    )
-                chosen.append(start + same.argmax())
-            found[at] = rows.text_embed[chosen]
+            keys = _keys(self._places(rows, numbers[at]), digests[at])
+            places = np.searchsorted(rows.text_keys, keys)
+            there = places < len(rows.text_keys)
+            there[there] = rows.text_keys[places[there]] == keys[there]
+            if not there.all():
+                i = at[~there][0]
+                raise EmbeddingsError(
+                    f"{self.folder}: record {numbers[i]} of {self._set} has no embedding of its text"
+                    f" {printable.plain(said[i], 60)!r}; {_AGAIN}, with --texts"
+                )
+            found[at] = rows.text_embed[rows.text_rows[places]]
         return self._finite(found)
 
     def _by_part(self, numbers: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -188,8 +196,7 @@ class Stored:
         there[there] = rows.numbers[at[there]] == numbers[there]
         if not there.all():
             raise EmbeddingsError(
-                f"{self.folder}: record {numbers[~there][0]} of {self._set} has no embedding ({embeddings.FAULTS} says why);"
-                f" {_AGAIN}, without faults"
+                f"{self.folder}: record {numbers[~there][0]} of {self._set} has no embedding; {_AGAIN}, without faults"
             )
         return at
 
@@ -223,11 +230,15 @@ class Stored:
             columns: Any = {name: table[name].combine_chunks() for name in table.column_names}
             flat = {name: embeddings.flat(column, path) for name, column in columns.items()}
         numbers = _numbers(flat[names[0]].to_pylist(), part, path)
-        starts, digests = np.zeros(len(numbers) + 1, np.int64), np.zeros(0, np.int64)
+        counts, digests = np.zeros(len(numbers), np.int64), np.zeros(0, np.int64)
         if settings.texts:
             counts = columns[embeddings.TEXT_DIGESTS].value_lengths().to_numpy()
-            starts = np.cumsum([0, *counts])
             digests = flat[embeddings.TEXT_DIGESTS].to_numpy()
+            lists = columns.get(embeddings.TEXT_EMBED)  # of Parquet
+            if len(digests) != part.texts or (
+                lists is not None and (lists.value_lengths().to_numpy() != counts).any()
+            ):
+                raise embeddings.damaged(path, "its texts are not those of their embeddings")
         sizes = dict(zip(vectors, (len(numbers), len(digests))))
         found = {embeddings.TEXT_EMBED: np.zeros((0, self.embed_dim), np.float32)}
         files = arrays.paths(self.folder, index, settings.parts, **settings.arrays)
@@ -240,7 +251,14 @@ class Stored:
                 raise embeddings.damaged(path, f"{len(values)} numbers in {name}")
             found[name] = values.reshape(-1, self.embed_dim)
         embeds = found[embeddings.IMAGE_EMBED], found[embeddings.TEXT_EMBED]
-        return _Rows(numbers, embeds[0], starts, digests, embeds[1])
+        keys = _keys(np.repeat(np.arange(len(numbers)), counts), digests)
+        order = np.argsort(keys, kind="stable")
+        return _Rows(numbers, embeds[0], keys[order], order, embeds[1])
+
+
+def _keys(places: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """64 bits that stand for a text among those of all records of a part, int64 [T], by the places of the records."""
+    return digests ^ (places.astype(np.int64) * -0x61C8864680B583EB)  # 2**64 / golden ratio, odd
 
 
 def _is_held(array: np.ndarray) -> bool:

@@ -166,7 +166,11 @@ def _term_entry(value: Any, path: str, faults: list[str]) -> fields.TermEntry:
         return fields.TermEntry()
     entry = {key: _convert(Any, inner, path, faults) for key, inner in value.items()}
     place = f"{path}.weight"
-    entry["weight"] = weights.parsed(value.get("weight"), place, unknown_key, faults)
+    weight = weights.parsed(value.get("weight"), place, unknown_key, faults)
+    if isinstance(
+        weight, weights.Schedule
+    ):  # a number stays as it was given, and the config's digest with it
+        entry["weight"] = weight
     return fields.TermEntry(entry)
 
 
@@ -191,7 +195,8 @@ def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> 
       UserError: the term cannot be found, or an option is unknown, missing, of another type, or of a local term out of
         its bounds.
     """
-    name = fields.LOCAL_TERMS.get(entry["term"], entry["term"])
+    term: str = entry["term"]
+    name = fields.LOCAL_TERMS.get(term, term)
     target = named.find(f"{path}.term: loss term", name, {**fields.LOCAL_TERMS, **table})
     options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
     if isinstance(target, type) and hasattr(target, "Options"):

@@ -44,14 +44,6 @@ class Schedule(dict[str, float]):
             last = until
         return range(first, min(last, total_steps)) if self else range(0)
 
-    def at(self, step: int, total_steps: int) -> float:
-        """The weight of a step."""
-        begin, until = self.changes(total_steps)
-        if step < begin or step >= until:
-            return self["start"] if step < begin else self["end"]
-        gone = (step / total_steps - self["from"]) / (self["to"] - self["from"])
-        return self["start"] + (self["end"] - self["start"]) * gone
-
 
 Weight = float | Schedule
 

@@ -90,8 +90,12 @@ class Confusion:
         out.matrix, out._drawn = found["matrix"].sum(0), found["drawn"].sum(0)
         return out
 
-    def measures(self) -> dict[str, float]:
-        """`miou`, `pixel_accuracy`, `mean_class_accuracy` with 95% intervals, and those of a guess that is uniform."""
+    def measures(self, without: int | None = None) -> dict[str, float]:
+        """`miou`, `pixel_accuracy`, `mean_class_accuracy` with 95% intervals, and those of a guess that is uniform.
+
+        Args:
+          without: a class that no pixel gets, so that nobody guesses it; None: none.
+        """
         own, out = parts(self.matrix), {}
         ways = dict(miou=miou, pixel_accuracy=accuracy, mean_class_accuracy=class_accuracy)
         for name, measure in ways.items():
@@ -100,11 +104,16 @@ class Confusion:
             value = float(measure(own))
             out |= {name: value, f"{name}_low": min(float(low), value)}
             out[f"{name}_high"] = max(float(high), value)
-        true, classes = own[1].astype(np.float64), len(self.matrix)
-        union = (true * (classes - 1) + true.sum()) / classes
+        true = own[1].astype(np.float64)
+        guess = np.ones(len(true))  # the chance of each class to be guessed
+        if without is not None:
+            guess[without] = 0
+        guess /= guess.sum()
+        union = true * (1 - guess) + true.sum() * guess
+        there = union > 0
         return out | {
-            "chance_miou": float((true / classes / union).mean()),
-            "chance_pixel_accuracy": 1 / classes,
+            "chance_miou": float((true * guess)[there] @ (1 / union[there]) / there.sum()),
+            "chance_pixel_accuracy": float(true @ guess / true.sum()),
         }
 
     def per_class(self, names: list[str]) -> dict[str, dict[str, float | int | None]]:

@@ -104,6 +104,7 @@ def encode_images(
     boxes_of: BoxesOf | None = None,
     embed: bool = True,
     prepare: Callable[[int, PIL.Image.Image], Any] | None = None,
+    consume: Callable[[Encoded], None] | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Encoded]:
     """Batches of the images of this process; the next batch is read while the model or the caller has this one.
@@ -121,6 +122,7 @@ def encode_images(
       embed: False: nothing is embedded (D is 0, whatever the arguments above), and the caller uses `pixels`.
       prepare: (position in the whole set, image) -> what `pixels` has of it, in place of the resized image; its
         ImageError leaves the image out. It asks for embed=False.
+      consume: is called with each batch before it is given; of its errors the other processes learn, too.
       batch_size: images at a time.
 
     Raises:
@@ -164,7 +166,10 @@ def encode_images(
             for group in stream.groups(found, batch_size, lambda each: not each.fault):
                 left_out |= {each.image.name: each.fault for each in group if each.fault}
                 if batch := [each for each in group if not each.fault]:
-                    yield _encode(predictor, batch, regions and embed, boxes_of, embed)
+                    encoded = _encode(predictor, batch, regions and embed, boxes_of, embed)
+                    if consume is not None:
+                        consume(encoded)
+                    yield encoded
                     seen += len(batch)
                 counter.add(len(group))
             counter.close()

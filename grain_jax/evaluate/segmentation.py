@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from grain_jax.config.evals import (
     expanduser,
     option,
 )
-from grain_jax.core import errors
+from grain_jax.core import errors, named
 from grain_jax.evaluate.evaluators import Faults
 
 with epy.lazy_imports():
@@ -35,10 +36,11 @@ with epy.lazy_imports():
 
 # Known here, too, because a config may not import the modules above.
 FORMATS = ("folder", "ade20k", "voc", "context59", "context60", "cityscapes", "coco_stuff")
+LISTED = ("voc", "context59", "context60")  # those whose split is a list of names
 WAYS = ("auto", "patches", "regions", "both")
 PATCHES = ("auto", "values", "tokens")
 _AT_ONCE = 16  # images whose windows and masks are in memory, at most
-_THREADS = 2  # that make maps as large as images: one takes a few hundred MB
+_THREADS = 2  # that make maps as large as images, where they take at most segmenting.MAX_NUMBERS
 
 _PIXELS = "pictures", "pictures"  # of the rows of the table
 
@@ -64,10 +66,10 @@ class Segmentation(config.Evaluator):
     split: str | None = option(None, "NAME")
     # file of class names in the order of the ids, commas between names of one class; default: those of the format
     classes: str | None = option(None, "FILE")
-    # id of the pixels that do not count, of the format folder
-    ignore: int = option(255, "ID", low=0, high=65535)
-    # exif turns images as viewers do, file takes the pixels as they are stored
-    orientation: str = option(ORIENTATIONS[0], choices=ORIENTATIONS)
+    # id of the pixels that do not count, of the format folder; default: 255, where it is no class
+    ignore: int | None = option(None, "ID", low=0, high=65535)
+    # exif turns images as viewers do, file takes the pixels as they are stored; default: exif of a folder, else file
+    orientation: str | None = option(None, choices=ORIENTATIONS)
     # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
     descriptions: str | None = option(None, "D.json")
     # prompts, one a line, with {} for the name; default: inference/templates.txt
@@ -90,15 +92,41 @@ class Segmentation(config.Evaluator):
     def faults(self) -> list[str]:
         if self.format == FORMATS[0] and self.split is not None:
             return [f"split: got {self.split!r} with format='folder', expected none"]
+        if self.masks and (self.split is not None or self.format in LISTED):
+            return [
+                f"masks: got {self.masks!r} with format={self.format!r}, expected none: the split is found below images"
+            ]
         return []
 
     def misses(self, model: Any) -> list[str]:
-        if self.by in ("patches", "both") and model.decoder and model.boxes.kind == "none":
-            return [
+        size, decoder, by, found = model.image.image_size, model.decoder, self.by, []
+        has_patches = not decoder or model.boxes.kind != "none"
+        if by == "auto":  # as Predictor.maps_by
+            by = "both" if has_patches else "regions" if decoder.queries else "patches"
+        if self.short_side and self.short_side < size:
+            found.append(
+                f"short_side: got {self.short_side}, expected 0 or at least {size}, model.image.image_size"
+            )
+        if self.stride > size:
+            found.append(
+                f"stride: got {self.stride}, expected at most {size}, model.image.image_size"
+            )
+        if by != "regions" and not has_patches:
+            found.append(
                 f"by: got {self.by!r}, which asks patches, with model.decoder alone, expected a box head"
-                " (model.boxes.kind), or by='regions'"
-            ]
-        return []
+                " (model.boxes.kind), or by='regions' with region queries"
+            )
+        external = named.is_external(model.image.tower)
+        if by != "regions" and external and self.patch_features == "values":
+            found.append(
+                f"patch_features: got 'values' with the tower {model.image.tower}, expected 'tokens'"
+            )
+        return found
+
+    @property
+    def turned(self) -> str:
+        """`orientation`, or its default: the masks of the public sets are of the pixels as they are stored."""
+        return self.orientation or ("exif" if self.format == FORMATS[0] else "file")
 
     @property
     def needs_regions(self) -> bool:
@@ -110,7 +138,10 @@ class Segmentation(config.Evaluator):
 
     @property
     def files(self) -> tuple[str | None, ...]:
-        return self.classes, self.descriptions, self.templates
+        classes = self.classes
+        if classes is None and self.format == FORMATS[0]:
+            classes = segmentation_sets.classes_beside(expanduser(self.images), self.masks)
+        return classes, self.descriptions, self.templates
 
     def available(self) -> tuple[Segmentation, str]:
         super().available()
@@ -124,6 +155,8 @@ class Segmentation(config.Evaluator):
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""
+        if lines := self.faults():  # of flags, which are no config
+            raise errors.UserError("\n".join(lines))
         if not self.images:
             raise errors.MissingData("images: got nothing, expected a folder of images and masks")
         found = segmentation_sets.open_set(
@@ -160,6 +193,7 @@ class Segmentation(config.Evaluator):
         """Embeds the classes of a set. Raises errors.UserError where the model cannot use the options."""
         size = predictor.model.image.image_size
         segmenting.check_stride(size, self.short_side, self.stride)
+        predictor.maps_by(self.by, self.patch_features)
         classes = segmenting.embed_classes(
             functools.partial(encode.encode_distinct, predictor),
             found.names,
@@ -184,19 +218,24 @@ class Segmentation(config.Evaluator):
         segmenter = self.segmenter(predictor, found)
         size, classes = predictor.model.image.image_size, len(found.names)
         table = confusion.Confusion(classes)
-        for batch in encode.encode_images(
-            predictor,
-            found.images(self.orientation),
-            label="segmentation",
-            unreadable=unreadable,
-            embed=False,
-            prepare=segmentation_sets.prepare(found.pairs, segmenter.cutter(size)),
-            batch_size=min(context.batch_size, _AT_ONCE),
-        ):
+
+        def count(batch: encode.Encoded) -> None:
             windows, masks = zip(*batch.pixels)
             predicted = segmenter.labels(windows)
             for position, mask, own in zip(batch.index, masks, predicted, strict=True):
                 table.add(int(position), confusion.counts(mask, own, classes))
+
+        for _ in encode.encode_images(
+            predictor,
+            found.images(self.turned),
+            label="segmentation",
+            unreadable=unreadable,
+            embed=False,
+            prepare=segmentation_sets.prepare(found.pairs, segmenter.cutter(size)),
+            consume=count,
+            batch_size=min(context.batch_size, _AT_ONCE),
+        ):
+            pass
         table = table.gathered()
         if not table.matrix.sum():
             raise errors.UserError(f"{self.images}: every pixel has the ignored id")
@@ -204,12 +243,13 @@ class Segmentation(config.Evaluator):
         return {
             "kind": self.kind,
             "format": self.format,
+            "orientation": self.turned,
             "pictures": len(found.pairs) - len(unreadable),
             **encode.report_unreadable(unreadable),
             "classes": classes,
             "classes_seen": int((true + guessed - right > 0).sum()),
             "pixels": int(true.sum()),
-            **table.measures(),
+            **table.measures(segmenter.skip if self.background_threshold == 0 else None),
             "per_class": table.per_class(found.labels),
         }
 
@@ -225,7 +265,9 @@ class Segmenter(NamedTuple):
     def cutter(self, size: int) -> Any:
         """A PIL image -> its windows of `size` pixels."""
         sides = dict(short_side=self.entry.short_side, stride=self.entry.stride)
-        return functools.partial(segmenting.cut, size=size, **sides)
+        return functools.partial(
+            segmenting.cut, size=size, classes=len(self.classes.names), **sides
+        )
 
     def labels(self, windows: Any) -> Iterator[np.ndarray]:
         """For each image, given by its windows, the class of each pixel, int32 [H, W]."""
@@ -258,5 +300,7 @@ class Segmenter(NamedTuple):
                 found[found == segmenting.BACKGROUND] = self.skip
             return found
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            yield from stream.ahead(labels_of, pairs, pool, _THREADS)
+        largest = max(math.prod(each.canvas) for each in windows) * len(self.classes.names)
+        threads = max(1, min(_THREADS, segmenting.MAX_NUMBERS // largest))
+        with ThreadPoolExecutor(threads) as pool:
+            yield from stream.ahead(labels_of, pairs, pool, threads)

@@ -4,6 +4,8 @@ A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as larg
 `Layout` says which of them are classes, and which do not count.
 """
 
+import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +21,10 @@ from grain_jax.evaluate import class_names, test_sets
 from grain_jax.inference import segmentation
 from grain_jax.inference.inputs import InputError
 
-IGNORED, OUTSIDE = (
-    -1,
-    -2,
-)  # what an id that is no class becomes: it does not count, or it is a fault
+# What an id that is no class becomes: it does not count, or it is a fault.
+IGNORED, OUTSIDE = -1, -2
+_IGNORED_ID = 255  # of a folder, where it is no class
+_FILE_NAME = r"\w[\w.-]*"
 BACKGROUND = "background"  # the name of the class that a threshold gives
 MAX_PIXELS = 1 << 25  # of an image with a mask: several lie in memory at one time
 _IDS = 1 << 16
@@ -139,35 +141,39 @@ def open_set(
     layout: str,
     split: str | None = None,
     classes: str | None = None,
-    ignore: int = 255,
+    ignore: int | None = None,
     get: str | None = None,
 ) -> Segmented:
     """Finds the images, masks and classes of a set; no image is read.
 
     Args:
       images: the root of the set; with `masks` the folder of the images.
-      masks: the folder of the masks.
+      masks: the folder of the masks, of a layout without a list of its split.
       layout: one of FORMATS.
       split: of the set; None: that of the layout.
       classes: class file (class_names.read); None: that of the layout, of a folder classes.txt.
-      ignore: the id that does not count, of a folder.
+      ignore: the id that does not count, of a folder; None: 255, where it is no class.
       get: how to get the data, for errors.MissingData.
 
     Raises:
       errors.MissingData: a folder or the list of the split is not there.
-      InputError: no image, a name in the list that leads elsewhere, or class names that do not fit.
+      InputError: no image, a split or a name in the list that leads elsewhere, a folder that cannot be read, or class
+        names that do not fit.
       class_names.ClassNameError: the class file cannot be used.
     """
     root = epath.Path(images).expanduser()
     if layout == FOLDER:
         return _folder(root, masks, classes, ignore, get)
     found = LAYOUTS[layout]
-    fill = lambda text: text.replace("SPLIT", split or found.split)
+    split = split or found.split
+    if not re.fullmatch(_FILE_NAME, split):
+        raise InputError(f"split: got {split[:60]!r}, expected one such as {found.split}")
+    fill = lambda text: text.replace("SPLIT", split)
     of_images = root if masks else root / fill(found.images)
     of_masks = epath.Path(masks).expanduser() if masks else root / fill(found.masks)
     for folder in (of_images, of_masks):
         _need_folder(folder, layout, get)
-    if found.listed and not masks:
+    if found.listed:
         paths = _listed(root / fill(found.listed), of_images, get)
     else:
         paths = _below(of_images, found.image_end)
@@ -179,31 +185,44 @@ def open_set(
         )
     tables = [_table(ids, found.ignored) for ids in found.ids]
 
+    @functools.cache
+    def names_in(folder: epath.Path) -> set[str]:  # one question, not one for each image
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
     def pair(path: epath.Path) -> Masked:
         name = path.name.removesuffix(path.suffix).removesuffix(found.image_end)
         folder = of_masks / path.parent.relative_to(of_images)
-        places = [folder / mask.replace("NAME", name) for mask in found.mask_names]
-        at = next((i for i, place in enumerate(places[:-1]) if place.exists()), len(places) - 1)
-        return Masked(path, places[at], tables[at])
+        masks = [mask.replace("NAME", name) for mask in found.mask_names]
+        last = len(masks) - 1
+        at = next((i for i in range(last) if masks[i] in names_in(folder)), last)
+        return Masked(path, folder / masks[at], tables[at])
 
     return _checked(list(map(pair, paths)), names, labels, of_images)
 
 
 def _folder(
-    root: epath.Path, masks: str | None, classes: str | None, ignore: int, get: str | None
+    root: epath.Path, masks: str | None, classes: str | None, ignore: int | None, get: str | None
 ) -> Segmented:
     of_images = root if masks else root / "images"
     of_masks = epath.Path(masks).expanduser() if masks else root / "masks"
     for folder in (of_images, of_masks):
         _need_folder(folder, FOLDER, get)
-    names, labels = _classes(classes or str((root.parent if masks else root) / "classes.txt"))
+    names, labels = _classes(classes or classes_beside(root, masks))
     table = _table(_in_order(0, len(names)), ())
-    table[ignore] = IGNORED  # also where it is the id of a class
+    if ignore is not None or len(names) <= _IGNORED_ID:
+        # One that was given does not count, even where it is the id of a class.
+        table[_IGNORED_ID if ignore is None else ignore] = IGNORED
     pairs = [
         Masked(path, of_masks / path.parent.relative_to(of_images) / f"{_stem(path)}.png", table)
         for path in _below(of_images)
     ]
     return _checked(pairs, names, labels, of_images)
+
+
+def classes_beside(images: epath.PathLike, masks: str | None) -> str:
+    """The class file of a folder; arguments as of `open_set`."""
+    root = epath.Path(images)
+    return str((root.parent if masks else root) / "classes.txt")
 
 
 def _stem(path: epath.Path) -> str:
@@ -218,10 +237,20 @@ def _need_folder(folder: epath.Path, layout: str, get: str | None) -> None:
 
 
 def _below(folder: epath.Path, end: str = "") -> list[epath.Path]:
-    """The images in a folder and its sub-folders, by name; hidden ones do not count."""
-    found, places = [], [folder]
+    """The images in a folder and its sub-folders, by name; hidden ones do not count. A folder counts once."""
+    found, places, seen = [], [folder], set[str]()
     while places:
-        for path in places.pop().iterdir():
+        place = places.pop()
+        real = str(place) if "://" in str(place) else os.path.realpath(place)
+        if real in seen:  # a link has led here
+            continue
+        seen.add(real)
+        try:
+            paths = sorted(place.iterdir(), key=str, reverse=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{place}: {reason}, expected a folder that can be read") from None
+        for path in paths:
             if path.name.startswith("."):
                 continue
             if path.suffix.lower() in _IMAGES:
@@ -239,7 +268,7 @@ def _listed(path: epath.Path, folder: epath.Path, get: str | None) -> list[epath
     lines = regular_file.read_text(path, "names of images, one a line").split("\n")
     names = [line.strip() for line in lines if line.strip()]
     for number, name in enumerate(names, 1):
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not re.fullmatch(_FILE_NAME, name):
             raise InputError(
                 f"{path}: name {number}: got {name[:60]!r}, expected one such as 2007_000033"
             )

@@ -422,7 +422,8 @@ class Predictor:
         is_one = inputs.is_one_image(images)
         found, several = [], [images] if is_one else images
         for i, image in enumerate(cast(Iterable[Any], several)):
-            windows = segmentation.windows_of(i, image, size, short_side, stride)
+            options = size, short_side, stride, len(classes.names)
+            windows = segmentation.windows_of(i, image, *options)
             of_windows = self.class_maps(windows.pixels, classes, **maps)
             scale = self.logit_scale
             found.append(
@@ -461,7 +462,7 @@ class Predictor:
         Raises:
           InputError: as `encode_image`; an unknown option; the model has no such patches or regions.
         """
-        by, patch_features = self._maps_by(by, patch_features)
+        by, patch_features = self.maps_by(by, patch_features)
         grid, maps, tokens = self.grid, [], None
         images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
         if by != "regions":
@@ -479,8 +480,8 @@ class Predictor:
             return maps[0]
         return np.float32(patch_weight) * maps[0] + np.float32(1 - patch_weight) * maps[1]
 
-    def _maps_by(self, by: str, patch_features: str) -> tuple[str, str]:
-        """The options of `class_maps` without "auto". Raises InputError."""
+    def maps_by(self, by: str, patch_features: str) -> tuple[str, str]:
+        """The options of `class_maps` without "auto". Raises InputError where the model cannot use them."""
         for name, value, known in (
             ("by", by, segmentation.WAYS),
             ("patch_features", patch_features, segmentation.PATCHES),
@@ -510,7 +511,7 @@ class Predictor:
             )
         return by, patch_features
 
-    @property
+    @functools.cached_property
     def grid(self) -> int:
         """Patches along a side of an image. Raises InputError where the tower has no grid of them."""
         size = self.model.image.image_size

@@ -23,7 +23,8 @@ WAYS = ("auto", "patches", "regions", "both")
 # What a patch is: its value in the last layer, or its last token. "auto": the token where a box head reads it.
 PATCHES = ("auto", "values", "tokens")
 BACKGROUND = -1  # the label of pixels below the threshold
-MAX_CANVAS = 1 << 22  # pixels of a resized image, each with a number for every class
+MAX_CANVAS = 1 << 22  # pixels of a resized image
+MAX_NUMBERS = 1 << 29  # float32 numbers, one for each class, of these pixels: 2 GiB
 _BAND = (
     1 << 18
 )  # numbers of the maps that are as large as the image at one time: what a cache holds
@@ -85,7 +86,9 @@ class Windows(NamedTuple):
     size: tuple[int, int]  # width and height of the image
 
 
-def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0) -> Windows:
+def cut(
+    image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0, classes: int = 1
+) -> Windows:
     """The windows of an image, so many pixels apart; the last ones end at its edges.
 
     Args:
@@ -93,19 +96,22 @@ def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0)
       size: S, of a window.
       short_side: pixels that the shorter side is resized to; 0: S.
       stride: pixels between windows; 0: half of S, rounded up.
+      classes: of the maps.
 
     Raises:
-      ImageError: the resized image would have more than MAX_CANVAS pixels.
+      ImageError: the resized image would have more than MAX_CANVAS pixels, or MAX_NUMBERS for all classes.
     """
     width, height = image.size
     short = max(short_side, size)
     columns, rows = (
         max(short, round(edge * short / min(width, height))) for edge in (width, height)
     )
-    if columns * rows > MAX_CANVAS:
+    most = min(MAX_CANVAS, MAX_NUMBERS // classes)
+    if columns * rows > most:
+        advice = "; a smaller short_side makes fewer" if short > size else ""
         raise image_files.TooLargeError(
-            f"got {width} x {height} pixels, which become {columns} x {rows}, expected at most {MAX_CANVAS:,} in all; a"
-            " smaller short_side makes fewer"
+            f"got {width} x {height} pixels, which become {columns} x {rows}, expected at most {most:,} in all of"
+            f" {classes} classes{advice}"
         )
     image = image_files.to_rgb(image)
     if image.size != (columns, rows):
@@ -117,8 +123,13 @@ def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0)
     return Windows(windows, np.array(corners), (rows, columns), (width, height))
 
 
-def windows_of(index: int, image: Any, size: int, short_side: int, stride: int) -> Windows:
-    """The windows of an image, PIL or uint8 [H, W, 3]. Raises InputError, which names the image by `index`."""
+def windows_of(index: int, image: Any, *options: int) -> Windows:
+    """The windows of an image, PIL or uint8 [H, W, 3]. Raises InputError, which names the image by `index`.
+
+    Args:
+      index, image: the image.
+      *options: the other arguments of `cut`.
+    """
     try:
         if isinstance(image, PIL.Image.Image):
             image = image_files.upright(image)
@@ -127,7 +138,7 @@ def windows_of(index: int, image: Any, size: int, short_side: int, stride: int) 
         else:
             got = f"{image.dtype} {list(image.shape)}" if hasattr(image, "dtype") else type(image)
             raise image_files.ImageError(f"got {got}, expected a PIL image or uint8 [H, W, 3]")
-        return cut(image, size, short_side, stride)
+        return cut(image, *options)
     except Exception as error:  # PIL reads the pixels here, and raises many types of error
         raise InputError(f"images[{index}]: {' '.join(str(error).split())}") from None
 

@@ -155,9 +155,11 @@ class GRAIN(nn.Module):
 
     def _of_queries(self, hidden: jax.Array):
         """Queries [T, B, Q+1, E] -> the results of `encode_image`."""
+        decoder = self.config.decoder
+        assert decoder is not None
         image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
         region_embed = normalize(self.region_projection(hidden[-1, :, :-1]))
-        if self.config.decoder.image_pool == "all":
+        if decoder.image_pool == "all":
             image_embed = normalize(image_embed + region_embed.sum(axis=1))
         return image_embed, region_embed, self.box_mlp(hidden[:, :, :-1])
 

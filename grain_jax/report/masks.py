@@ -45,7 +45,7 @@ def collect(predictor: Any, entry: segmentation.Segmentation) -> dict[str, Any]:
     palette, cards, seen = colours(len(found.names)), [], set()
     if found.background is not None:
         palette[found.background] = _BACKGROUND
-    files = found.images(entry.orientation)
+    files = found.images(entry.turned)
     for position in spread(len(files), SHOWN).tolist():
         try:
             image = files[position].load()

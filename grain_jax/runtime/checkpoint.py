@@ -334,6 +334,8 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
             + "\n".join(faults[:_DIFFERENCES])
             + (f"\n  and {more} more" if more > 0 else "")
         )
+    # A part of the state without arrays may have been stored or not; what is not restored is the state's default.
+    expected = {name: part for name, part in expected.items() if name in stored}
     with open_reader(ocp.StandardCheckpointHandler) as reader:
         restored = reader.restore(folder / "state", args=ocp.args.StandardRestore(expected))
     return type(abstract_state)(**restored)

@@ -107,7 +107,7 @@ def per_image(config: Config) -> PerImage:
     model = dataclasses.replace(config.model, attention="xla")
     module, batch = grain.GRAIN(model, config.dtype), forward_lib.abstract_batch(config)
     parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder", "terms"), 0.0)
-    forward = forward_lib.Forward(module, config)
+    forward = forward_lib.Forward(module, dataclasses.replace(config, model=model))
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 
@@ -203,7 +203,7 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
             total[module] += params["cost_estimate"].flops
             continue
         if name == "while":
-            if any(_by_module(part) for part in _jaxprs(params)):
+            if any(_by_module(part) for part in jaxprs(params)):
                 raise NotImplementedError("matrix products in a loop whose trips are not known")
             continue
         if name == "cond":
@@ -216,13 +216,14 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
         elif name == "shard_map":
             # The body has one device's shapes where all mesh axes are manual, as everywhere here.
             times = params["mesh"].size
-        for part in _jaxprs(params):
+        for part in jaxprs(params):
             for key, count in _by_module(part, within).items():
                 total[key] += times * count
     return total
 
 
-def _jaxprs(params: dict[str, Any]):
+def jaxprs(params: dict[str, Any]):
+    """The jaxprs among the parameters of an equation: bodies of loops, branches and calls."""
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else [value]:
             if hasattr(part, "jaxpr"):  # closed

@@ -7,7 +7,7 @@ model.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -118,7 +118,8 @@ class Forward:
             # What a parameter is does not depend on what the term sees.
             seen = functools.partial(self._seen_at_init, sharding.unbox(params), name)
             of_terms[name] = term.init(own, seen()).get("params", {})
-        return {**params, TERMS: {name: tree for name, tree in of_terms.items() if tree}}
+        found = {name: tree for name, tree in of_terms.items() if tree}
+        return {**params, TERMS: found} if found else params
 
     def initial_state(self) -> dict[str, Any]:
         """`TrainState.term_state` of step 0, boxed."""
@@ -155,66 +156,64 @@ class Forward:
             return self._with_terms(params, batch, keys, given)
 
     def _with_terms(self, params, batch, keys, given) -> schema.Outputs:
-        of_terms = params.get(TERMS, {})
-        of_model = {name: tree for name, tree in params.items() if name != TERMS}
-        apply = functools.partial(_apply, self.model, of_model)
-        outputs, features = apply("outputs_and_features", batch, keys)
-        if given is None:
-            given = self._given_at_step_0(params)
-        if keys is None:
-            keys = jax.vmap(jax.random.key)(jnp.zeros(batch.image.shape[0], jnp.uint32))
-        teacher = teacher_lib.of_step(self.config, given.teacher, params, batch)
-        found, beside = {}, (self._views(batch, keys), teacher)
+        outputs, seen = self._scene(params, batch, keys, given)
+        of_terms, found = params.get(TERMS, {}), {}
         for name, term in self.terms.items():
-            seen = self._seen(name, batch, outputs, features, keys, apply, given, *beside)
             with jax.named_scope(TERMS), jax.named_scope(name):
-                output: Any = term.apply({"params": of_terms.get(name, {})}, seen)
-                stop = jax.lax.stop_gradient
-                found[name] = output._replace(
-                    measures=stop(output.measures), statistics=stop(output.statistics)
-                )
+                output: Any = term.apply({"params": of_terms.get(name, {})}, seen(name))
+                found[name] = _as_floats(output)
         return outputs._replace(local=found)
 
-    def _views(self, batch: schema.Batch, keys: jax.Array) -> views.Views | None:
-        """The views of the images, the same for all terms."""
-        with jax.named_scope(TERMS), jax.named_scope(VIEWS):
-            return views.make(batch.image, _folded(keys, VIEWS), self.config.input.views)
+    def _scene(
+        self, params, batch: schema.Batch, keys=None, given: Given | None = None
+    ) -> tuple[schema.Outputs, Callable[[str], local.Seen]]:
+        """The outputs of the model, and what the term of a name sees."""
+        apply = functools.partial(_apply, self.model, without_terms(params))
+        outputs, features = apply("outputs_and_features", batch, keys)
+        of_step = self.given_at_step_0(params) if given is None else given
+        if keys is None:
+            keys = jax.vmap(jax.random.key)(jnp.zeros(batch.image.shape[0], jnp.uint32))
+        with jax.named_scope(TERMS), jax.named_scope(VIEWS):  # the same for all terms
+            made = views.make(batch.image, _folded(keys, VIEWS), self.config.input.views)
+        teacher = teacher_lib.of_step(self.config, of_step.teacher, params, batch)
 
-    def _given_at_step_0(self, params) -> Given:
+        def seen(name: str) -> local.Seen:
+            return local.Seen(
+                batch=batch,
+                tokens=features.tokens,
+                hidden=features.hidden,
+                text_features=features.text,
+                outputs=outputs,
+                leading=grain.leading_tokens(self.config.model),
+                keys=_folded(keys, name),
+                student=apply,
+                teacher=teacher and teacher.of_term(name),
+                views=made,
+                state=of_step.state.get(name, {}),
+                share=of_step.share,
+            )
+
+        return outputs, seen
+
+    def given_at_step_0(self, params) -> Given:
+        """What the terms are given at step 0; of a teacher that is a checkpoint zeros."""
         teacher = sharding.unbox(teacher_lib.initial(self.config, params))
         return Given(teacher, sharding.unbox(self.initial_state()), jnp.zeros(()))
-
-    def _seen(
-        self, name, batch, outputs, features, keys, apply, given: Given, made, teacher
-    ) -> local.Seen:
-        return local.Seen(
-            batch=batch,
-            tokens=features.tokens,
-            hidden=features.hidden,
-            text_features=features.text,
-            outputs=outputs,
-            leading=grain.leading_tokens(self.config.model),
-            keys=_folded(keys, name),
-            student=apply,
-            teacher=teacher and teacher.of_term(name),
-            views=made,
-            state=given.state.get(name, {}),
-            share=given.share,
-        )
 
     def _seen_at_init(self, params, name) -> local.Seen:
         """What a term sees of one packing group of zeros."""
         group = self.terms[name].group(self.terms[name].options)
-        images = group * self.config.text_layout[0]
-        small = dataclasses.replace(self.config, batch_size=images)
+        small = dataclasses.replace(self.config, batch_size=group * self.config.text_layout[0])
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_batch(small))
-        apply = functools.partial(_apply, self.model, params)
-        outputs, features = apply("outputs_and_features", batch)
-        keys = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
-        given = self._given_at_step_0(params)
-        made = self._views(batch, keys)
-        teacher = teacher_lib.of_step(self.config, given.teacher, params, batch)
-        return self._seen(name, batch, outputs, features, keys, apply, given, made, teacher)
+        return self._scene(params, batch)[1](name)
+
+
+def _as_floats(output: local.LocalOutput) -> local.LocalOutput:
+    """Ints and bools, such as counts, as float32; no gradient of measures and statistics."""
+    as_float = lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    found = local.LocalOutput(*jax.tree.map(lambda x: as_float(jnp.asarray(x)), tuple(output)))
+    stop = jax.lax.stop_gradient
+    return found._replace(measures=stop(found.measures), statistics=stop(found.statistics))
 
 
 def _folded(keys: jax.Array, name: str) -> jax.Array:

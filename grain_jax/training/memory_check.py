@@ -240,6 +240,7 @@ def _valid(config: config_lib.Config, mesh: Mesh, **changes: Any) -> bool:
     try:
         changed = config_lib.from_dict(dataclasses.asdict(dataclasses.replace(config, **changes)))
         sharding.check_batch(changed, mesh)
+        train_step.check_groups(changed, mesh)
     except errors.UserError:
         return False
     return True

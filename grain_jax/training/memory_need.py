@@ -13,8 +13,8 @@ from grain_jax import config as config_lib
 from grain_jax.input_pipeline import derived, device
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
+from grain_jax.training import flops, optim, sharding, train_step
 from grain_jax.training import forward as forward_lib
-from grain_jax.training import optim, sharding, train_step
 
 FLOAT = 4  # bytes
 # Temporaries of XLA on CPUs / (activations + layer of `temporaries` in float32, to which it converts bfloat16):
@@ -62,18 +62,13 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
     Returns:
       The arrays without parameters and inputs.
     """
-    config = dataclasses.replace(config, batch_size=images)
-    model = grain.GRAIN(config.model, config.dtype, config.remat)
-    forward = forward_lib.Forward(model, config)
-    params = sharding.unbox(jax.eval_shape(forward.init))
-    batch = forward_lib.abstract_batch(config)
-    keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
+    forward, params, *inputs = _forward(config, images)
 
-    def residuals(params, batch, keys):
-        apply = lambda params: forward(params, batch, keys)
+    def residuals(params, *inputs):
+        apply = lambda params: forward(params, *inputs)
         return jax.tree.leaves(jax.vjp(apply, params)[1])
 
-    jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
+    jaxpr = jax.make_jaxpr(residuals)(params, *inputs).jaxpr
     # Inputs and constants have no equation; what stops the gradient of a frozen parameter makes no array.
     makers = {
         id(v): equation
@@ -91,6 +86,37 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
         for key, aval in kept_arrays.items()
     ]
     return sorted(found, reverse=True)
+
+
+def _forward(config: config_lib.Config, images: int) -> tuple[Any, ...]:
+    """The forward pass of so many images, and the shapes of its arguments."""
+    config = dataclasses.replace(config, batch_size=images)
+    model = grain.GRAIN(config.model, config.dtype, config.remat)
+    forward = forward_lib.Forward(model, config)
+    params = sharding.unbox(jax.eval_shape(forward.init))
+    keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
+    given = jax.eval_shape(forward.given_at_step_0, params)
+    return forward, params, forward_lib.abstract_batch(config), keys, given
+
+
+def _of_terms(config: config_lib.Config, images: int) -> int:
+    """Bytes of three arrays such as the largest that the forward pass makes of so many images, with views and teacher.
+
+    These make theirs without a gradient, so that `kept` has none of them. 0 without local terms.
+    """
+    if not forward_lib.Forward(grain.GRAIN(config.model, config.dtype), config).terms:
+        return 0
+    forward, *inputs = _forward(config, images)
+    return 3 * _largest(jax.make_jaxpr(lambda *given: forward(*given))(*inputs).jaxpr)
+
+
+def _largest(jaxpr: Any) -> int:
+    """Bytes of the largest array that an equation makes, those in loops and calls included."""
+    arrays = (v.aval for equation in jaxpr.eqns for v in equation.outvars)
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    own = (x.size * x.dtype.itemsize for x in arrays if not is_key(x))
+    inner = (_largest(part) for equation in jaxpr.eqns for part in flops.jaxprs(equation.params))
+    return max((*own, *inner), default=0)
 
 
 def _module(name_stack: str) -> str:
@@ -143,7 +169,7 @@ def temporaries(
       shards: parts that the batch is cut into.
 
     Returns:
-      gradients, activations (kept by the remat policy), layer (one layer at work), losses.
+      gradients, activations (kept by the remat policy), layer (one layer, view or teacher at work), losses.
     """
     images = config.batch_size // shards
     part = images // config.microbatches
@@ -164,7 +190,7 @@ def temporaries(
     return {
         "gradients": trained_bytes(program, config.frozen) * min(config.microbatches, 2),
         "activations": activations,
-        "layer": everything // config.model.image.depth,
+        "layer": max(everything // config.model.image.depth, _of_terms(config, part)),
         "losses": FLOAT * (3 * tile**2 + (3 * vectors + negatives) * config.model.embed_dim),
     }
 

@@ -17,14 +17,14 @@ MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 # The reference's groups on our names (quirk 7): in the decoder module norm weights, attention
 # input biases and queries are decayed; in the backbone the class token, positions and embeddings are.
 REFERENCE_DECAY = re.compile(
-    r".*/(kernel|lora_[ab])"
+    r".*/((\w+_)?kernel|lora_[ab])"
     r"|decoder/.*norm.*/scale"
     r"|decoder/blocks/\w+_attention/(query|key|value)/bias"
     r"|decoder/query_embed"
     r"|image/(class_token|position_embed)"
     r"|text/(token_embed/embedding|position_embed)"
 )
-MATRICES_DECAY = re.compile(r".*/(kernel|lora_[ab])")
+MATRICES_DECAY = re.compile(r".*/((\w+_)?kernel|lora_[ab])")
 # Parameters of a tower before its first layer.
 _EMBEDDINGS = re.compile(
     r"(image|text)/(patch_embed|token_embed|class_token|registers|position_embed|pre_norm)(/.*)?"
@@ -36,7 +36,7 @@ def decay_mask(params, groups: str):
 
     Args:
       params: the parameter tree.
-      groups: "matrices" (kernels and factors of LoRA) or "reference" (quirk 7).
+      groups: "matrices" (`kernel`, `NAME_kernel`, factors of LoRA) or "reference" (quirk 7).
     """
     pattern = {"matrices": MATRICES_DECAY, "reference": REFERENCE_DECAY}[groups]
     matches = lambda path, _: pattern.fullmatch(_name(path)) is not None
@@ -45,6 +45,10 @@ def decay_mask(params, groups: str):
 
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_frozen(path, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, _name(path)) for pattern in patterns)
 
 
 def frozen_mask(params, patterns: Sequence[str]):
@@ -70,11 +74,12 @@ def frozen_mask(params, patterns: Sequence[str]):
 
 
 def stop_frozen(params, patterns: Sequence[str]):
-    """`params` with the gradient of frozen ones stopped, so that it is not computed."""
-    if not patterns:
-        return params
-    stop = lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x
-    return jax.tree.map(stop, params, frozen_mask(params, patterns))
+    """`params` with the gradient of frozen ones stopped, so that it is not computed.
+
+    A pattern may match none: these may be a part of the parameters.
+    """
+    stop = lambda path, x: jax.lax.stop_gradient(x) if _is_frozen(path, patterns) else x
+    return jax.tree_util.tree_map_with_path(stop, params)
 
 
 def layer_scales(params, decay: float):
@@ -164,14 +169,11 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
     return optax.chain(adam, optax.stateless(scale))
 
 
-def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):
+def average(params, average_so_far, decay: float | jax.Array, frozen: Sequence[str] = ()):
     """The moving average updated with `params`; frozen parameters keep their bits."""
     moved = optax.incremental_update(params, average_so_far, 1 - decay)
-    if not frozen:
-        return moved
-    kept = frozen_mask(params, frozen)
-    choose = lambda new, old, keep: old if keep else new
-    return jax.tree.map(choose, moved, average_so_far, kept)
+    choose = lambda path, new, old: old if _is_frozen(path, frozen) else new
+    return jax.tree_util.tree_map_with_path(choose, moved, average_so_far)
 
 
 def clip_logit_scale(params, frozen: Sequence[str] = ()):

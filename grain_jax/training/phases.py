@@ -14,11 +14,26 @@ from grain_jax import losses
 from grain_jax.config import Config
 from grain_jax.core import errors
 
-# Modules that nothing trains where none of these terms is on, nor one of `loss.terms`.
-_TRAINED_BY = {
-    r"(box_head|box_projection)/.*": ("box_description", "hard_negative"),
-    r"box_mlp/.*": ("box",),
-}
+_OF_TEXTS = {name for name in losses.TERMS if name != "box"}
+_OF_IMAGES = {"image_caption", "image_description"}
+
+
+def _trained_by(config: Config) -> dict[str, set[str]]:
+    """Patterns of parameters that nothing trains where none of these terms is on, nor one of `loss.terms`."""
+    decoder = config.model.decoder
+    sums_regions = decoder is not None and decoder.image_pool == "all"
+    return {
+        r"text.*|logit_(scale|bias)": _OF_TEXTS,
+        r"decoder/.*": {*losses.TERMS} - {"box_description"},
+        r"image_projection/.*": _OF_IMAGES,
+        r"region_projection/.*": {
+            "region_description",
+            "hard_negative",
+            *(_OF_IMAGES if sums_regions else ()),
+        },
+        r"(box_head|box_projection)/.*": {"box_description", "hard_negative"},
+        r"box_mlp/.*": {"box"},
+    }
 
 
 class Phase(NamedTuple):
@@ -70,8 +85,8 @@ def without(config: Config, off: Collection[str]) -> Config:
 def held(params: Any, before: Any, config: Config, off: Collection[str]) -> Any:
     """`params`, but the bits of `before` where only terms that are off train a parameter.
 
-    These are what lies below `terms/NAME`, the box head without L_bd and L_hard, and the decoder's boxes without L_box;
-    the latter two where no entry of `loss.terms` is on. Neither moments nor weight decay move them.
+    These are what lies below `terms/NAME` and, where no entry of `loss.terms` is on, what `_trained_by` names. Neither
+    moments nor weight decay move them.
 
     Args:
       params: after the update.
@@ -81,11 +96,10 @@ def held(params: Any, before: Any, config: Config, off: Collection[str]) -> Any:
     """
     patterns = [rf"terms/{name}/.*" for name in off if name in config.loss.terms]
     loss = without(config, off).loss
-    on = {term.name for term, _ in losses.terms_of(loss)} - {*off}
+    on = {term.name for term, weight in losses.terms_of(loss) if weight} - {*off}
     if not loss.terms:
-        patterns += [
-            p for p, names in _TRAINED_BY.items() if {*names} & {*off} and not on & {*names}
-        ]
+        of = _trained_by(config).items()
+        patterns += [pattern for pattern, names in of if names & {*off} and not names & on]
     if not patterns:
         return params
     own = re.compile("|".join(patterns))

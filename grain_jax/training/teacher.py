@@ -12,14 +12,13 @@ sharded as they are.
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from etils import epath
 
 from grain_jax import config as config_lib
@@ -27,6 +26,7 @@ from grain_jax.config import Config
 from grain_jax.core import errors, named, schema
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain, placement, towers
+from grain_jax.terms import views
 from grain_jax.training import optim
 
 TERMS = "terms"  # the top level of the parameter tree below which terms have theirs
@@ -120,8 +120,13 @@ def initial(config: Config, params: Any) -> Any:
         return {}
     model = model_of(config)
     assert model is not None
-    boxed = jax.eval_shape(lambda: grain.init(grain.GRAIN(model), jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: grain.init(_module(config, model), jax.random.key(0)))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), boxed)
+
+
+def _module(config: Config, model: config_lib.Model) -> grain.GRAIN:
+    """The module of a teacher; the run says how attention is computed, and in which type."""
+    return grain.GRAIN(dataclasses.replace(model, attention=config.model.attention), config.dtype)
 
 
 def _averaged(config: Config, params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,11 +163,7 @@ def updated(config: Config, average: Any, params: Any, step: Any, total_steps: i
     if config.teacher.kind != "ema":
         return average
     decay = decay_at(config.teacher, step, total_steps)
-    new = _averaged(config, params)
-    moved = optax.incremental_update(new, average, 1 - decay)
-    frozen = optim.frozen_mask(params, config.frozen)
-    choose = lambda new, old, keep: old if keep else new
-    return jax.tree.map(choose, moved, average, _averaged(config, frozen))
+    return optim.average(_averaged(config, params), average, decay, config.frozen)
 
 
 def line(config: Config, state: Any) -> str:
@@ -254,7 +255,7 @@ class Teacher:
             of_student = self.kind == "ema" and config.teacher.part == "heads"
             towers_of = params if of_student else state
             self._params = stop({name: x for name, x in towers_of.items() if name != TERMS})
-            self._model = grain.GRAIN(self.config, config.dtype)
+            self._model = _module(config, self.config)
             tower = towers.image_tower(self.config.image)
             self.leading = tower.leading_tokens(self.config.image)
 
@@ -327,8 +328,7 @@ class Teacher:
             shape = (len(image01), tower.image_size, tower.image_size, 3)
             # Bilinear; an image that shrinks is antialiased.
             image01 = placement.by_batch(jax.image.resize(image01, shape, "bilinear"))
-        mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
-        return (image01 - mean) / std
+        return views.normalised(image01, tower)
 
     def _apply(self, method: str, *args: Any) -> Any:
         found = self._model.apply({"params": self._params}, *args, method=method)

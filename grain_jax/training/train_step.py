@@ -295,6 +295,12 @@ class Program(NamedTuple):
         return [phase for phase in self.phases if phase.first <= step][-1]
 
 
+def check_groups(config: Config, mesh: Mesh) -> None:
+    """Whether a micro-batch of a device has whole groups of every local term. Raises UserError."""
+    images = config.batch_size // (sharding.batch_shards(mesh) * config.microbatches)
+    forward_lib.Forward(GRAIN(config.model, config.dtype), config).check(images)
+
+
 def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: float) -> Program:
     """The program of a run on that mesh; nothing is computed yet.
 
@@ -304,8 +310,7 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     """
     sharding.check_batch(config, mesh)
     model = GRAIN(config.model, config.dtype, config.remat)
-    images = config.batch_size // (sharding.batch_shards(mesh) * config.microbatches)
-    forward_lib.Forward(model, config).check(images)
+    check_groups(config, mesh)
     schedule = optim.learning_rate(
         config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )

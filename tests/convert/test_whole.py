@@ -73,7 +73,7 @@ def test_a_teacher_of_open_clip_gives_its_embeddings(tmp_path):
     assert batch.image.shape[1] == 16
     teacher = teacher_of(config, batch)
     x = torch.from_numpy(batch.image.astype(np.float32) / 255).permute(0, 3, 1, 2)
-    for size in (SIZE, 16, 50):
+    for size in (16, 50):
         given = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
         resized = torch.nn.functional.interpolate(given, SIZE, mode="bilinear", antialias=True)
         mean, std = (torch.tensor(v)[:, None, None] for v in zip_pixels(found.model))
@@ -116,7 +116,7 @@ def test_an_image_tower_alone_is_a_teacher_without_texts(tmp_path):
 
 
 def test_our_models_are_described_without_their_arrays(tmp_path, monkeypatch):
-    model = perturbed.tiny(image__depth=1, text__depth=1)
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder=None, image__pool="class")
     params = perturbed.params(model)
     saved_model.save_model(tmp_path / "saved", model, params)
     huggingface.to_hf(tmp_path / "saved", tmp_path / "hf")
@@ -132,8 +132,6 @@ def test_our_models_are_described_without_their_arrays(tmp_path, monkeypatch):
     predictor = inference.Predictor(model, params)
     images = np.asarray(batch.image)
     np.testing.assert_allclose(teacher.image_embed, predictor.encode_image(images), atol=1e-6)
-    again = teacher.embed(jnp.asarray(images / np.float32(255)))
-    np.testing.assert_allclose(again, predictor.encode_image(images), atol=1e-6)
     assert teacher.config == config_lib.model_from_dict(dataclasses.asdict(model))
 
 

@@ -3,10 +3,12 @@
 import json
 import tracemalloc
 import types
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 
 from grain_jax import config, inference
 from grain_jax.config import evals
@@ -31,6 +33,9 @@ class Coloured:
 
     def __init__(self):
         self.asked = []
+
+    def maps_by(self, by, patch_features):
+        return by, patch_features
 
     def encode_text(self, texts):
         self.asked += texts
@@ -129,6 +134,19 @@ def test_chance_and_classes_without_pixels():
     assert table.per_class(["a", "b", "c"])["b"] == {"iou": 0.5, "accuracy": 1.0, "pixels": 1}
 
 
+def test_chance_is_that_of_random_guesses():
+    """A guess of each pixel among the classes that a pixel can get, against draws."""
+    random, truth = np.random.default_rng(0), np.repeat([0, 1, 1, 2, 3, 3], 50_000)
+    for without, classes in ((None, [0, 1, 2, 3, 4]), (4, [0, 1, 2, 3]), (0, [1, 2, 3, 4])):
+        table, drawn = confusion.Confusion(5), confusion.Confusion(5)
+        table.add(0, confusion.counts(truth, truth, 5))
+        drawn.add(0, confusion.counts(truth, random.choice(classes, len(truth)), 5))
+        got, expected = table.measures(without), drawn.measures()
+        assert got["chance_miou"] == pytest.approx(expected["miou"], rel=0.01)
+        accuracy = expected["pixel_accuracy"]
+        assert got["chance_pixel_accuracy"] == pytest.approx(accuracy, rel=0.01)
+
+
 def test_processes_add_up(monkeypatch):
     random = np.random.default_rng(0)
     matrices = [random.integers(0, 9, (4, 4)) for _ in range(5)]
@@ -140,6 +158,19 @@ def test_processes_add_up(monkeypatch):
     joined = {key: np.concatenate([one[key] for one in given]) for key in given[0]}
     monkeypatch.setattr(processes, "allgather", lambda _: joined)
     assert parts[0].gathered().measures() == whole.measures()
+
+
+def test_other_processes_learn_of_a_failure(tmp_path, monkeypatch):
+    class Broken(Coloured):
+        def class_maps(self, images, classes, **options):
+            return super().class_maps(images, classes) * np.nan
+
+    told = []
+    agree = processes.agree
+    monkeypatch.setattr(processes, "agree", lambda *given: told.append(given[0]) or agree(*given))
+    with pytest.raises(errors.UserError, match="not finite") as found:
+        measure(Broken(), images=folder(tmp_path))
+    assert told[-1] is found.value
 
 
 def test_a_folder(tmp_path):
@@ -209,7 +240,12 @@ def test_the_background_is_what_fits_no_class(tmp_path):
     got = measure(Doubtful(), **options)
     # The first image is black, which is near to a wall; the third is near to nothing.
     assert got["per_class"]["background"]["accuracy"] == pytest.approx(340 / (340 + 17 * 18))
+    assert got["chance_pixel_accuracy"] == pytest.approx(1 / 3)
     assert measure(Doubtful(), images=tmp_path)["per_class"]["background"]["accuracy"] == 1
+    for i in range(3):
+        mask(tmp_path / "masks" / f"{i}.png", np.full((17, 20), i))
+    never = measure(Doubtful(), images=tmp_path, background_threshold=0.0, ignore=0)
+    assert never["chance_pixel_accuracy"] == 1 / 2  # no pixel gets the background
     (tmp_path / "classes.txt").write_text("sky\nwall\nfloor\n")
     with pytest.raises(errors.UserError, match="expected a set with the class 'background'; its"):
         measure(**options)
@@ -294,6 +330,25 @@ def test_formats_of_public_sets(tmp_path, monkeypatch, layout, write):
     assert got["pixel_accuracy"] == got["miou"] == 1 and got["unreadable"] == 0
     found = {name: x["pixels"] for name, x in got["per_class"].items() if x["pixels"]}
     assert found == dict.fromkeys(names, pixels)
+
+
+@pytest.mark.parametrize("tag", [3, 6])  # upside down, and to the right
+def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch, tag):
+    monkeypatch.setattr(Coloured, "STEP", 1)
+    _ade20k(tmp_path)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = tag
+    for i in (0, 41):  # columns of two classes, below each other when they are turned
+        path = tmp_path / "images/validation" / f"{i}.jpg"
+        paint(path, [i, 108])
+        PIL.Image.open(path).save(path, exif=exif, quality=100)
+        mask(tmp_path / "annotations/validation" / f"{i}.png", [[i + 1] * 10 + [109] * 10] * 17)
+    got = measure(images=tmp_path, format="ade20k")
+    assert got["pictures"] == 3 and got["pixel_accuracy"] > 0.85 and got["orientation"] == "file"
+    turned = measure(images=tmp_path, format="ade20k", orientation="exif")
+    assert turned["orientation"] == "exif"
+    assert turned["pictures"] == (1 if tag == 6 else 3) and (tag == 6 or turned["miou"] < 0.6)
+    assert segmentation.Segmentation(images="x").turned == "exif"
 
 
 @pytest.mark.parametrize(
@@ -410,18 +465,85 @@ def test_data_that_cannot_be_used(tmp_path):
     _voc(tmp_path / "voc")
     (tmp_path / "voc/ImageSets/Segmentation/val.txt").write_text("../../secret\n")
     assert "name 1: got '../../secret'" in fault(images=tmp_path / "voc", format="voc")
+    found = fault(images=tmp_path / "voc", format="voc", split="../../x")
+    assert found == "split: got '../../x', expected one such as val"
     (line,) = segmentation.Segmentation(images="x", split="val").faults()
     assert line == "split: got 'val' with format='folder', expected none"
+    for options in (dict(format="voc"), dict(format="ade20k", split="training")):
+        (line,) = segmentation.Segmentation(images="x", masks="y", **options).faults()
+        assert line.startswith(f"masks: got 'y' with format='{options['format']}', expected none")
+    assert not segmentation.Segmentation(images="x", masks="y", format="ade20k").faults()
+    found = fault(images=tmp_path / "voc/JPEGImages", masks=tmp_path / "voc", format="voc")
+    assert found.startswith("masks: got ") and "expected none" in found
     with pytest.raises(config.ConfigError, match="patch_weight: got 2"):
         config.evaluator_from_dict({"kind": "segmentation", "images": "x", "patch_weight": 2.0})
+
+
+def test_links_lead_nowhere_twice(tmp_path):
+    folder(tmp_path)
+    found = segmentation.Segmentation(images=str(tmp_path)).open().pairs
+    inside = tmp_path / "images" / "more"
+    inside.mkdir()
+    for name in ("a", "b"):
+        (inside / name).symlink_to(tmp_path / "images")
+    assert segmentation.Segmentation(images=str(tmp_path)).open().pairs[0][:2] == found[0][:2]
+    assert segmentation.Segmentation(images=str(tmp_path)).check() == len(found) == 4
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    folder(tmp_path)
+    kind = type(epath.Path(tmp_path))
+    iterdir = kind.iterdir
+
+    def denied(self):
+        if self.name == "images":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(self)
+
+    monkeypatch.setattr(kind, "iterdir", denied)
+    with pytest.raises(errors.UserError, match="images: Permission denied, expected a folder that"):
+        segmentation.Segmentation(images=str(tmp_path)).check()
+
+
+def test_masks_are_listed_once(tmp_path, monkeypatch):
+    """An object store is not asked for the mask of every image."""
+    names, _ = _coco_stuff(tmp_path)
+    kind, asked = type(epath.Path(tmp_path)), []
+    exists = kind.exists
+    monkeypatch.setattr(kind, "exists", lambda self: asked.append(self) or exists(self))
+    entry = segmentation.Segmentation(images=str(tmp_path), format="coco_stuff")
+    assert entry.check() == len(names)
+    assert len([path for path in asked if path.suffix == ".png"]) == 1  # whether there is any
+
+
+def test_ids_of_many_classes(tmp_path):
+    """255 is a class where there are more classes; an id that is given never counts."""
+    names = "".join(f"class {i}\n" for i in range(300))
+    folder(tmp_path, names=names)
+    mask(tmp_path / "masks" / "3.png", np.full((17, 20), 299), "I;16")
+    ignored = lambda **options: np.flatnonzero(
+        segmentation.Segmentation(images=str(tmp_path), **options).open().pairs[0].class_of
+        == segmentation_sets.IGNORED
+    )
+    assert measure(images=tmp_path)["per_class"]["class 255"]["pixels"] == 3 * 17
+    assert ignored().tolist() == [] and ignored(ignore=255).tolist() == [255]
+    (tmp_path / "classes.txt").write_text(names[: names.index("class 255")])
+    assert ignored().tolist() == [255] and ignored(ignore=7).tolist() == [7]
+
+
+def test_files_that_the_result_depends_on():
+    files = lambda **options: segmentation.Segmentation(**options).files[0]
+    assert files(images="data/x") == "data/x/classes.txt"
+    assert files(images="data/x", masks="data/y") == "data/classes.txt"
+    assert files(images="data/x", format="voc") is None and files(classes="c.txt") == "c.txt"
 
 
 def test_an_entry_of_a_run():
     """What the model of the run lacks is said before the first step."""
 
-    def parsed(by, **changes):
+    def parsed(by, options=None, **changes):
         c = tiny.dictionary(**changes)
-        c.evals = {"parts": dict(kind="segmentation", images="x", by=by)}
+        c.evals = {"parts": dict(kind="segmentation", images="x", by=by, **(options or {}))}
         return config.from_dict(c).evals["parts"]
 
     assert parsed("auto").patch_weight == 0.5 and parsed("regions").by == "regions"
@@ -431,6 +553,22 @@ def test_an_entry_of_a_run():
     two = dict(model__decoder=None, input__max_regions=0, loss__region_description=0.0)
     with pytest.raises(config.ConfigError, match="kind=segmentation, which needs regions"):
         parsed("regions", **two, loss__box=0.0)
+    size = tiny.dictionary().model.image.image_size
+    for options, line in (
+        (dict(short_side=3), f"evals.parts.short_side: got 3, expected 0 or at least {size}, "),
+        (dict(stride=999), f"evals.parts.stride: got 999, expected at most {size}, model.image"),
+    ):
+        with pytest.raises(config.ConfigError, match=line):
+            parsed("auto", options)
+    entry, none = segmentation.Segmentation, types.SimpleNamespace(kind="none")
+    image: Any = types.SimpleNamespace(image_size=16, tower="module:Class")
+    model = types.SimpleNamespace(image=image, decoder=None, boxes=none)
+    (line,) = entry(patch_features="values").misses(model)
+    assert line == "patch_features: got 'values' with the tower module:Class, expected 'tokens'"
+    assert not entry().misses(model)
+    model.decoder = types.SimpleNamespace(queries=0)
+    (line,) = entry().misses(model)
+    assert line.startswith("by: got 'auto', which asks patches, with model.decoder alone")
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path):

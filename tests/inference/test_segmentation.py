@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-import grain_jax
 from grain_jax import inference
 from grain_jax.convert import towers
-from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.convert.open_clip import checkpoint
+from grain_jax.convert.open_clip.towers import import_tower
 from grain_jax.core import images as image_files
 from grain_jax.inference import scores, segmentation
 from grain_jax.inference.inputs import InputError
@@ -43,10 +43,11 @@ def _classes(predictor, count=5, names=2):
 
 def _ours(module, folder):
     """The same weights as a Predictor."""
-    foreign.perturb(module).save_pretrained(folder / "hf")
-    report = from_open_clip(folder / "hf", folder / "ours", towers.Settings())
-    assert report.verdict == "PROVEN", report.text
-    return grain_jax.load(folder / "ours")
+    foreign.perturb(module).save_pretrained(folder)
+    read = checkpoint.read(folder)
+    both = (import_tower(which, read, towers.Settings()) for which in towers.TOWERS)
+    model, params = towers.two_tower_model(read.state, *both, checkpoint.SCALARS)
+    return inference.Predictor(model, params)
 
 
 def _values_by_torch(vision, images):
@@ -255,8 +256,12 @@ def test_images_that_cannot_be_used():
     predictor = _predictor(decoder=None, image__pool="class")
     with pytest.raises(InputError, match=r"images\[1\]: got float32 \[40, 40, 3\], expected a PIL"):
         predictor.segment([PICTURES[0], PICTURES[1] / np.float32(255)], _classes(predictor))
-    with pytest.raises(image_files.TooLargeError, match="which become 100000 x 50, expected"):
-        segmentation.cut(PIL.Image.new("1", (4000, 2)), 50)
+    thin, plain = PIL.Image.new("1", (4000, 2)), PIL.Image.new("1", (20, 20))
+    with pytest.raises(image_files.TooLargeError, match="which become 100000 x 50, .* 1 classes$"):
+        segmentation.cut(thin, 50)
+    with pytest.raises(image_files.TooLargeError, match="at most 1,048,576 .* of 512 .*short_side"):
+        segmentation.cut(plain, 16, 1025, classes=512)
+    assert segmentation.cut(plain, 512, 1024, 512, 512).canvas == (1024, 1024)
     only_regions = _predictor()
     with pytest.raises(InputError, match="a decoder and no box head, expected a box head"):
         only_regions.class_maps(PICTURES, _classes(only_regions), by="patches")
@@ -265,5 +270,5 @@ def test_images_that_cannot_be_used():
     model = types.SimpleNamespace(image=own, decoder=None, boxes=boxes)
     stub: Any = types.SimpleNamespace(model=model, has_regions=False)
     with pytest.raises(InputError, match="got the tower module:Class, expected a built-in one"):
-        inference.Predictor._maps_by(stub, "auto", "values")
-    assert inference.Predictor._maps_by(stub, "auto", "auto") == ("patches", "tokens")
+        inference.Predictor.maps_by(stub, "auto", "values")
+    assert inference.Predictor.maps_by(stub, "auto", "auto") == ("patches", "tokens")

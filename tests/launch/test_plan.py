@@ -445,6 +445,11 @@ def test_gpu_estimate_by_hand():
     grouped = tiny.config(batch_size=32, loss__group_size=4)
     *_, regions = estimate.rings(grouped, chips.parse_topology("h100:8x2"), 16)
     assert (regions.count, regions.bytes, regions.slices) == (2, 2 * 2 * 5 * 16 * 4, 1)  # 2 chips
+    # Two images a chip, each with its embedding and the teacher's, forward and backward, and 17 hops of gradients.
+    similar = {"term": "teacher_similarity", "weight": 1.0}
+    taught = tiny.config(batch_size=32, teacher__kind="ema", loss__terms__similar=similar)
+    *_, found = estimate.rings(taught, chips.parse_topology("h100:8x2"), 16)
+    assert (found.count, found.bytes) == (2 * 15 + 17, (15 * 2 * 2 * 2 + 17 * 2) * 16 * 4)
 
 
 def test_gpu_estimate_of_frozen_towers():

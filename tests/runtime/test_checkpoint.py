@@ -158,6 +158,21 @@ def test_all_damaged_is_one_line_and_moves_nothing(saved, tmp_path):
     assert kept(workdir) == [4, 8]
 
 
+def test_a_part_of_the_state_without_arrays_may_not_be_stored(saved):
+    class Later(NamedTuple):
+        """A state of more parts."""
+
+        step: jax.Array
+        params: Any
+        opt_state: Any = ()
+        ema_params: Any = ()
+        receipt: Any = np.zeros((2, 2), np.uint32)
+        teacher: Any = {}
+
+    restored, said = restore(saved, MEASURED, Later(*state(0)))
+    assert int(restored.step) == 8 and restored.teacher == {} and not said
+
+
 def test_what_a_cut_off_save_left_is_neither_read_nor_kept(tmp_path):
     save_steps(tmp_path, (4,), tiny.config())
     half = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"

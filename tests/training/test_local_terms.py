@@ -15,7 +15,7 @@ from grain_jax.core import errors
 from grain_jax.losses import local
 from grain_jax.losses.shard import Mean, TermOutput
 from grain_jax.models import grain, layers
-from grain_jax.training import flops, forward, sharding, train_step
+from grain_jax.training import flops, forward, memory_check, sharding, train_step
 from tests import tiny
 
 
@@ -55,13 +55,13 @@ class Smooth(local.LocalTerm):
         loss = self.options.factor * jnp.square(centred).sum((1, 2)) + other.mean((1, 2))
         of_groups = seen.text_features.mean((1, 2, 3))
         loss = loss + jnp.repeat(of_groups, len(loss) // len(of_groups))
-        count = 1.0 + seen.batch.caption_id[:, 0] % 3
+        count = 1 + seen.batch.caption_id[:, 0] % 3  # ints, as the sum of a mask is
         return local.LocalOutput(
             local.PerImage(loss * count, count),
-            {"norm": local.PerImage(jnp.abs(patches).mean((1, 2)), jnp.ones(len(loss)))},
+            {"norm": local.PerImage(jnp.abs(patches).mean((1, 2)), jnp.ones(len(loss), bool))},
             handed={"patch": patches[:, 0]},
             shared={"bias": self.map.variables["params"]["bias"]},
-            statistics={"sum": patches.mean(1).sum(0), "count": jnp.float32(len(loss))},
+            statistics={"sum": patches.mean(1).sum(0), "count": jnp.int32(len(loss))},
         )
 
 
@@ -75,6 +75,14 @@ class Across(Smooth):
         x = output.handed["patch"] + output.shared["bias"]
         value = jnp.square(x.sum(-1) + shard.outputs.image_embed.sum(-1))
         return TermOutput(Mean(value.sum(), jnp.float32(len(value))), {})
+
+
+class Bare(local.LocalTerm):
+    """A term without parameters."""
+
+    def __call__(self, seen):
+        loss = seen.outputs.image_embed[:, 0]
+        return local.LocalOutput(local.PerImage(loss, jnp.ones(len(loss))))
 
 
 def config(mesh=(1, 1, 1), **changes):
@@ -188,6 +196,15 @@ def test_a_fresh_state_does_not_depend_on_the_terms():
     assert 0.1 < np.std(kernel) < 0.3
 
 
+def test_a_term_without_parameters_leaves_the_tree_as_it_is():
+    """So that a run may resume with it, or without."""
+    plain, c = tiny.config(), tiny.dictionary()
+    c.loss.terms.bare = {"term": f"{__name__}:Bare", "weight": 1.0}
+    c = config_lib.from_dict(c)
+    found = [jax.eval_shape(forward.Forward(grain.GRAIN(c.model), x).init) for x in (plain, c)]
+    assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+
+
 def test_a_group_must_divide_the_images_of_a_device():
     c = tiny.dictionary(microbatches=2)
     c.loss.terms.smooth = {"term": f"{__name__}:Smooth", "weight": 1.0, "group": 16}
@@ -195,3 +212,5 @@ def test_a_group_must_divide_the_images_of_a_device():
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     with pytest.raises(errors.UserError, match="smooth.group: got 16, expected a divisor of the 8"):
         train_step.build(c, mesh, total_steps=4, steps_per_epoch=1)
+    # Nor is such a number of micro-batches advised where memory is short.
+    assert [n for n in (1, 2, 4) if memory_check._valid(c, mesh, microbatches=n)] == [1]

@@ -243,7 +243,7 @@ def _products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield tuple(sorted(equation.outvars[0].aval.shape))
-        for part in flops._jaxprs(equation.params):
+        for part in flops.jaxprs(equation.params):
             yield from _products(part)
 
 
