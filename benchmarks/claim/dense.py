@@ -1,8 +1,9 @@
 """The fourth design of `benchmarks.claim`: what the local loss terms bring. Settings (fixed before the first run), arms.
 
 An arm is named by a recipe and the terms that it adds: `grain` (that of design 3 with a box head, the control), `clip`
-(the best CLIP of design 3), `towers` (that CLIP without a decoder, whose patches lie in the space of texts), and
-`grain+text_pooled`, `clip+masked_patches+text_pooled`, ... The single terms choose the pair (`dense_plan.best_two`).
+(the best CLIP of design 3), `towers` (that CLIP without a decoder, whose patches lie in the space of texts), `words` (the
+CLIP with the best retrieval on clothes in design 3), and `grain+text_pooled`, `clip+masked_patches+text_pooled`, ... The
+single terms choose the pair (`dense_plan.best_two`).
 """
 
 import hashlib
@@ -24,11 +25,12 @@ AVIARY = {**design.AVIARY, **design.AVIARIES["poses"], "seed": 41, "test_images"
 MAIN, CLOTHES = "main", "clothes"  # data sets
 SPLITS = ("validation", "test")
 
-CONTROL, CLIP, TOWERS = "grain", "clip", "towers"
+CONTROL, CLIP, TOWERS, WORDS = "grain", "clip", "towers", "words"
 RECIPES = {
     CONTROL: "grain_boxes",
     CLIP: "clip_pooled",
     TOWERS: "clip_pooled",
+    WORDS: "clip_descriptions",
 }  # -> arms of design 3
 
 # Images of 64 x 64 pixels have 8 x 8 patches; a local view of 32 pixels has 4 x 4. Descriptions name colours, so views
@@ -63,7 +65,7 @@ TERMS = {
     "masked_patches": Term({"weight": {**_LATER, "end": 0.5}, **_HEAD}, TEACHER),
     "crop_distillation": Term({"weight": {**_LATER, "end": 1.0}}, TEACHER, needs_boxes=True),
     "teacher_similarity": Term({"weight": {**_LATER, "end": 1.0}}, TEACHER),
-    # A group of 16 images: exp(-3) is about one in 15 others.
+    # Of 16 images in a group one is an image's own: log(1 / 15) = -2.7.
     "text_pooled": Term({"weight": 1.0, "group": 16, "bias_init": -3.0}, {}),
 }
 
@@ -114,7 +116,9 @@ def terms_of(run: design.ClaimRun) -> dict[str, dict[str, Any]]:
 def settings_of(run: design.ClaimRun) -> str:
     """Fingerprint of all settings that a run depends on."""
     data = AVIARY if run.data == MAIN else None
-    text = json.dumps([changes(run), terms_of(run), data, design.CONFIG], sort_keys=True)
+    entries = _entries(run, pathlib.Path("main"), pathlib.Path("views"))
+    settings = [changes(run), terms_of(run), data, design.CONFIG, entries]
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -162,7 +166,7 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
         evals[f"retrieval_{split}"] = ("retrieval", annotated(f"both_{split}.jsonl"))
     if regions:
         evals["grounding"] = ("grounding", annotated("unseen_test.jsonl"))
-    if run.data == MAIN and base != CLIP:
+    if run.data == MAIN and base in (CONTROL, TOWERS):
         templates = str(main / masks.FOLDER / masks.TEMPLATES)
         segmentations = _segmentations(views, regions)
         evals |= {
@@ -175,7 +179,7 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
 def _segmentations(views, regions) -> dict[str, dict[str, Any]]:
     """The part of each pixel that shows one, by patches, by regions and by both; and its look.
 
-    The patches of a decoder without a box head lie in no space of texts, so CLIP has none of them.
+    The patches of a decoder without a box head lie in no space of texts, so CLIP with one has none of them.
     """
     alone = dict(
         ignore=0, background_threshold=0.0

@@ -2,7 +2,7 @@
 
 import argparse
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from benchmarks.claim import (
     data,
@@ -40,10 +40,20 @@ def planned(
     found: dense_plan.Results, args: argparse.Namespace
 ) -> Mapping[str, list[design.ClaimRun]]:
     """The plan of these flags."""
-    clothes = args.clothes is not None or any(
-        row["data"] == dense.CLOTHES for row in found.values()
-    )
+    clothes = args.clothes is not None
+    if args.command == "report":
+        clothes = any(row["data"] == dense.CLOTHES for row in found.values())
     return dense_plan.plan(found, steps=args.steps, clothes=clothes)
+
+
+def lacking(run: design.ClaimRun, row: results.Result, evals: Collection[str]) -> list[str]:
+    """Columns that this run with these evaluations must have, and that its row has not."""
+    base, terms = dense.parts_of(run.arm)
+    measured = [name for name in MEASURED if name.partition("/")[0] in evals]
+    if base != dense.CONTROL:
+        measured.remove("unseen_test/alpha_0.5/top1")  # needs regions
+    losses = [f"loss_{term}" for term in ("image_caption", *terms)]
+    return [name for name in ("flops_per_step", *losses, *measured) if name not in row]
 
 
 def train(args: argparse.Namespace) -> int:
@@ -54,6 +64,10 @@ def train(args: argparse.Namespace) -> int:
         main = dense_data.prepare(run.data, args.clothes, args.workdir)
     config = dense.make_config(run, main, args.workdir)
     row = runs.train(config, args.workdir / "runs" / run.name, {name: name for name in MEASURED})
+    if missing := lacking(run, row, config.evals):
+        raise results.ClaimError(
+            f"{run.name}: got no {', '.join(missing)}, expected all measures of its arm"
+        )
     about = {"design": dense.DESIGN, "settings": dense.settings_of(run)}
     results.append(args.results, {**about, **run._asdict(), **row}, COLUMNS)
     return 0
