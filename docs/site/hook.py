@@ -25,6 +25,7 @@ _PAGES = {
     "SECURITY.md": "security",
     "examples/README.md": "examples/README",
     "examples/loss/uniformity.py": "examples/loss",
+    "examples/loss/smoothness.py": "examples/local_loss",
     "examples/evaluator/neighbours.py": "examples/evaluator",
     "examples/tower/mixer.py": "examples/tower",
     "examples/data_source/shapes.py": "examples/data_source",
