@@ -96,6 +96,8 @@ QUICK = (
     "tests/losses/test_matching.py::test_pairs_without_a_finite_cost",
     "tests/losses/test_matching.py::test_no_regions",
     "tests/models/test_layers.py",
+    "tests/terms/test_views.py::test_boxes",
+    "tests/terms/test_views.py::test_places",
     "tests/runtime/pretrained/test_names.py",
     "tests/report/test_figures.py",
     "tests/runtime/test_metrics_file.py",

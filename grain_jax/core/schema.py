@@ -30,9 +30,8 @@ class Field(NamedTuple):
 Images = Annotated[Array, Field()]
 LayersOfImages = Annotated[Array, Field(1)]
 Shared = Annotated[Array, Field(None)]
-OfTerms = Annotated[
-    Any, Field()
-]  # a tree, each array with an axis of its own (losses.local.axes_of)
+# A tree, each array with an axis of its own (losses.local.axes_of).
+OfTerms = Annotated[Any, Field()]
 ModelInput = Annotated[Array, Field(for_losses=False)]
 
 # Pixels are normalised on the device with ImageNet's statistics (docs/method.md, Annotations).
@@ -86,7 +85,8 @@ class Outputs(NamedTuple):
     box_embed: Images = None
     # float32 [B, R, H, D], the negatives of the descriptions; None where the batch has none.
     negative_text_embed: Images = None
-    local: OfTerms = {}  # name -> losses.local.LocalOutput, of the local loss terms
+    # Name -> losses.local.LocalOutput, of the local loss terms; None in a run without.
+    local: OfTerms = None
 
 
 class Features(NamedTuple):

@@ -144,12 +144,14 @@ def _mean(value: PerImage) -> Mean:
 
 def split(outputs: schema.Outputs) -> tuple[dict[str, Any], schema.Outputs]:
     """What the terms share for all images, by their names, and the outputs without it; `join` is the inverse."""
-    shared = {name: output.shared for name, output in outputs.local.items()}
+    shared = {name: output.shared for name, output in (outputs.local or {}).items()}
     return shared, join(dict.fromkeys(shared, {}), outputs)
 
 
 def join(shared: Mapping[str, Any], outputs: schema.Outputs) -> schema.Outputs:
     """The outputs with what the terms share for all images."""
+    if outputs.local is None:
+        return outputs
     found = {name: output._replace(shared=shared[name]) for name, output in outputs.local.items()}
     return outputs._replace(local=found)
 
@@ -160,6 +162,8 @@ def axes_of(outputs: schema.Outputs) -> Any:
     for name, field in schema.fields(schema.Outputs).items():
         axis = SHARED if field.image_axis is None else field.image_axis
         axes[name] = jax.tree.map(lambda _, axis=axis: axis, getattr(outputs, name))
+    if outputs.local is None:
+        return schema.Outputs(**axes)
     local = {
         name: LocalOutput(
             *(

@@ -183,9 +183,11 @@ def total_loss(
     # What the losses do not read stays outside: images and tokens are large.
     unread = [name for name, field in schema.fields(schema.Batch).items() if not field.for_losses]
     batch = batch._replace(**dict.fromkeys(unread))
-    statistics = {name: output.statistics for name, output in outputs.local.items()}
-    of_terms = {name: output._replace(statistics={}) for name, output in outputs.local.items()}
-    outputs = outputs._replace(local=of_terms)
+    statistics = {}
+    if outputs.local is not None:
+        statistics = {name: output.statistics for name, output in outputs.local.items()}
+        of_terms = {name: output._replace(statistics={}) for name, output in outputs.local.items()}
+        outputs = outputs._replace(local=of_terms)
     loss_mesh = None
     axes = ("group", "ring", "gather")
     if mesh is not None:

@@ -71,7 +71,7 @@ def assert_sound(layout, batch):
                 starts[where][0] = 1
                 expected.tokens[where] = tokens_of(number, length)
                 expected.positions[where] = np.arange(length)
-    assert taken.max() == 1
+    assert taken.max() <= 1  # 0 where every text is empty
     expected.segments[:] = np.cumsum(starts, axis=-1) * taken
     for got, wanted in zip(packed, expected):
         assert got.dtype == np.int32

@@ -249,7 +249,7 @@ def _alone(c, batch, outputs):
 def _assert_gradients_equal(grads, expected):
     """Of Outputs; a field that a run has not got is None."""
     for name, a, b in zip(expected._fields, expected, grads, strict=True):
-        if a is not None and name != "local":  # of local terms, of which there are none
+        if a is not None:
             np.testing.assert_allclose(
                 b, a, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 0.1), err_msg=name
             )
