@@ -32,18 +32,6 @@ def _config(**changes):
     return tiny.small(**{k.replace(".", "__"): v for k, v in RUN.items()} | changes)
 
 
-class _EndsAt(ending.PreemptionHandler):
-    """Tells the run to end after so many steps."""
-
-    def __init__(self, step):
-        super().__init__()
-        self._left = step
-
-    def reached(self):
-        self._left -= 1
-        return self._left <= 0
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 10 steps on a (8, 1, 1) mesh."""
@@ -85,7 +73,7 @@ def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
     assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
     c = _config(checkpoint_every=3, text__max_dropped_share=1.0, **few)
     with pytest.raises(SystemExit):  # at step 3, between two lines
-        train.train(c, tmp_path, handler=_EndsAt(3))
+        train.train(c, tmp_path, handler=tiny.EndsAt(3))
     train.train(c, tmp_path)
     batches = synthetic.batches(c)
     counts = np.array(

@@ -11,10 +11,23 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
+from grain_jax.runtime import ending
 from grain_jax.training import flops, forward, train_step
 from tests import runs
 
 SHALLOW = {f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")}
+
+
+class EndsAt(ending.PreemptionHandler):
+    """Tells the run to end after so many steps."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._left = step
+
+    def reached(self):
+        self._left -= 1
+        return self._left <= 0
 
 
 class Once:

@@ -11,7 +11,7 @@ from grain_jax import losses, train
 from grain_jax.core import errors
 from grain_jax.losses import local
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint, ending
+from grain_jax.runtime import checkpoint
 from grain_jax.training import flops, phases, sharding, train_step
 from grain_jax.verify import command as verify
 from tests import perturbed, runs, tiny
@@ -61,18 +61,6 @@ def program(c):
     return train_step.build(c, mesh, total_steps=STEPS, steps_per_epoch=1)
 
 
-class _EndsAt(ending.PreemptionHandler):
-    """Tells the run to end after so many steps."""
-
-    def __init__(self, step):
-        super().__init__()
-        self._left = step
-
-    def reached(self):
-        self._left -= 1
-        return self._left <= 0
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupts."""
@@ -98,7 +86,7 @@ def test_a_run_that_resumes_is_the_same_bit_for_bit(whole, tmp_path, capfd):
     """It ends before the switch, and again behind it."""
     for step in (1, 2):
         with pytest.raises(SystemExit):
-            train.train(config(), tmp_path, handler=_EndsAt(step))
+            train.train(config(), tmp_path, handler=tiny.EndsAt(step))
     assert "2 programs, compiled in" in capfd.readouterr().err
     train.train(config(), tmp_path)
     assert "2 programs, compiled in" not in capfd.readouterr().err
