@@ -1,4 +1,4 @@
-"""The benchmark suite of the paper: zero-shot classification, retrieval, grounding, box classification.
+"""The benchmark suite of the paper: zero-shot classification, retrieval, grounding, boxes, segmentation.
 
 COMMAND   grain-jax evaluate suite --checkpoint DIR --config eval --output OUT.json
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)

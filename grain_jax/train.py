@@ -326,8 +326,12 @@ def compile_steps(run: SetUp, program: train_step.Program, records: "Records", s
         }
         if not schedule.best_is_evaluated(run.config):
             measured = {name for one in lowered.values() for name in one.out_info[1]}
-            if current:  # what was measured before may be not any more
-                measured.add(run.config.checkpoint_best_metric)
+            if (
+                run.config.checkpoint_best_metric not in measured
+            ):  # it may be of a phase that is over
+                given = program.state, program.batch
+                over = [phase for phase in program.phases if phase.first < current]
+                measured |= {x for phase in over for x in phase.step.eval_shape(*given)[1]}
             schedule.check_best_metric(run.config, measured)
         step_fns = {first: one.compile() for first, one in lowered.items()}
     with placement.on(run.mesh, sharding.BATCH_AXES):

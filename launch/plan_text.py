@@ -24,7 +24,7 @@ _PARTS = {  # of memory
     "padding": "to the chip's tiles",
     "gradients": "float32",
     "activations": "kept for the backward pass",
-    "layer": "one layer at work",
+    "layer": "one layer, view or teacher at work",
     "losses": "tiles of similarities, columns on the ring",
 }
 

@@ -18,7 +18,12 @@ from grain_jax.launch.sweep_runs import SweepRun
 from grain_jax.runtime import metrics_file
 
 SEED = "seed"
-_HEADLINES = ("/top1", "/r1", "/box_iou")  # endings of the keys that a table is sorted by unasked
+_HEADLINES = (
+    "/top1",
+    "/r1",
+    "/box_iou",
+    "/miou",
+)  # endings of the keys that a table is sorted by unasked
 _LAST = 5  # logged steps that a training metric is averaged over: a single batch is noisy
 _MOST_LINES = 6  # of a panel that a legend still tells apart
 

@@ -2,13 +2,14 @@
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from grain_jax import config as config_lib
 from grain_jax.config import listing
-from grain_jax.core import errors, nearest
+from grain_jax.core import errors, named, nearest
 
 _WIDEST = 110  # columns
+_TERMS = "loss.terms"
 
 
 def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
@@ -24,6 +25,8 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
     """
     prefix = prefix.strip(".")
     keys = list(listing.keys())
+    if f"{prefix}.".startswith(f"{_TERMS}."):
+        keys += _of_terms()
     shown = [key for key in keys if not prefix or f"{key.name}.".startswith(f"{prefix}.")]
     if not shown and not prefix.startswith("evals."):
         names = [key.name.replace("[]", "") for key in keys]
@@ -50,6 +53,12 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
     what = f"of {config}" if config else "with their defaults"
     head = f"{len(shown) + len(of_evals)} config keys {what}; --config.KEY=VALUE sets one."
     return "\n".join([head, "", *lines, ""])
+
+
+def _of_terms() -> Iterator[listing.Key]:
+    """The options of the local loss terms of the package, as keys `loss.terms.TERM.OPTION`."""
+    for name, place in config_lib.LOCAL_TERMS.items():
+        yield from listing.keys(named.find("loss term", place, {}).Options, f"{_TERMS}.{name}")
 
 
 def _shown(value: object) -> str:

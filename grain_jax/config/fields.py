@@ -429,7 +429,7 @@ class Loss:
     # multiply float32.
     precision: str = key("high", choices=("high", "highest"), role="free")
     # Further loss terms by name: {"term": "module:function or Class", "weight": 0.1, and its own options}
-    # (losses/total.py).
+    # (losses/total.py), or the name of a local one of the package (docs/howto/dense.md).
     terms: dict[str, TermEntry] = key(dict)
 
     @property

@@ -87,7 +87,7 @@ _KINDS = {n.replace("_", "-"): functools.partial(_of_evaluator, n) for n in eval
 
 
 class Evaluate(Command, name="evaluate", kinds={**_KINDS, "suite": Suite}):
-    """Measures a checkpoint: classification, retrieval, grounding.
+    """Measures a checkpoint: classification, retrieval, grounding, segmentation.
 
     Example:
       grain-jax evaluate zeroshot --checkpoint runs/demo --images runs/aviary/unseen \\

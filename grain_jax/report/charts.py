@@ -12,6 +12,7 @@ HEADLINES = {  # last part of the key of a main number -> label
     "/box_iou": "box IoU",
     "/region_to_description_r1": "region to description R@1",
     "/phrase_acc50": "phrase to box Acc@0.5",
+    "/miou": "mIoU",
 }
 _MATCHING = {
     "matched_iou": "IoU of matched boxes",
@@ -28,7 +29,10 @@ _SINGLE = {  # a chart each
     "texts_dropped_share": "Share of the texts that packing dropped or cut",
 }
 # Numbers of an evaluation that only qualify another one, beside bounds and chance levels.
-_COUNTS = "pictures captions classes descriptions regions regions_matched unreadable faulty_lines"
+_COUNTS = (
+    "pictures captions classes classes_seen pixels descriptions regions regions_matched unreadable"
+    " faulty_lines"
+)
 
 
 class Chart(NamedTuple):
@@ -70,6 +74,11 @@ def _wanted(keys: list[str], evaluations: int) -> Iterator[Chart]:
     yield Chart("Regions while training", matching | _MATCHING, noisy=True)
     norms = {key: key.removeprefix("grad_norm/") for key in keys if key.startswith("grad_norm/")}
     yield Chart("Gradient norms", {"grad_norm": "all"} | norms, log=True, noisy=True)
+    for key in keys:
+        name, _, last = key.rpartition("/")
+        if last == "entropy_of_one":  # of a local term with prototypes
+            both = {f"{name}/entropy": "of the mean", key: "of single ones"}
+            yield Chart(f"Entropy of the prototypes: {name}", both, noisy=True)
     waits = {"input_wait_fraction": "of the time", "input_wait_steps": "of the steps"}
     yield Chart("Share spent waiting for input", waits, noisy=True)
     for key, title in _SINGLE.items():

@@ -36,8 +36,10 @@ class Options:
     head_layers: int = fields.count(3, low=1, high=16)  # linear maps before the prototypes
     hidden: int = fields.size(2048)  # units between them
     bottleneck: int = fields.size(256)  # numbers that the prototypes are compared with
-    student_temperature: float = fields.key(0.1, low=0.01)
-    first_temperature: float = fields.key(0.04, low=0.01)  # of the teacher, at step 0
+    student_temperature: float = fields.key(0.1, low=0.01)  # of the student
+    first_temperature: float = fields.key(
+        0.04, low=0.01
+    )  # of the teacher, in the term's first step
     teacher_temperature: float = fields.key(0.07, low=0.01)  # of the teacher, after the warm-up
     warm_up: float = fields.key(
         0.3, low=0, high=1

@@ -103,6 +103,12 @@ def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
     assert "evals.unseen.names = False" in lines
 
 
+def test_help_config_lists_the_options_of_local_loss_terms(capsys):
+    lines = _show(capsys, "train", "--help-config", "loss.terms")
+    assert "loss.terms.text_pooled.group = 16  (int, 2 to 4,096)" in lines
+    assert any(line.startswith("loss.terms.self_distillation.prototypes = 65536") for line in lines)
+
+
 def test_help_config_of_no_key():
     with pytest.raises(errors.UserError, match=r"--help-config optm: .* did you mean optim\?"):
         config_keys.show("optm", None, [])

@@ -277,11 +277,17 @@ def test_labels_and_thinning():
 
 def test_which_curves_share_a_chart():
     keys = "mfu eval/d/query/0/share eval/d/query/0/cx eval/d/matched_iou eval/d/pictures query_share/1"
-    keys += " input_wait_fraction input_wait_steps matched_iou50 loss_x loss"
+    keys += " input_wait_fraction input_wait_steps matched_iou50 loss_x loss self/entropy self/entropy_of_one"
+    keys += " eval/s/miou eval/s/pixels eval/s/classes_seen eval/s/pixel_accuracy"
     keys = keys.split()
     made = {chart.title: chart.series for chart in charts.charts(keys, 2)}
     assert made == {
         "Losses": {"loss": "total", "loss_x": "loss_x"},
+        "Evaluations": {"eval/s/miou": "s: mIoU"},
+        "Entropy of the prototypes: self": {
+            "self/entropy": "of the mean",
+            "self/entropy_of_one": "of single ones",
+        },
         "Share of the matched regions, by query": {"query_share/1": "query 2"},
         "Regions while training": {"matched_iou50": "share with IoU of 0.5 or more"},
         "Share spent waiting for input": {
@@ -292,6 +298,7 @@ def test_which_curves_share_a_chart():
             "eval/d/query/0/share": "query/0/share",
             "eval/d/matched_iou": "matched iou",
         },
+        "Evaluation s: other numbers": {"eval/s/pixel_accuracy": "pixel accuracy"},
         "mfu": {"mfu": "mfu"},
     }
-    assert len(charts.charts(keys, 1)) == len(made) - 1  # of one evaluation there is no course
+    assert len(charts.charts(keys, 1)) == len(made) - 3  # of one evaluation there is no course

@@ -1,5 +1,6 @@
 """Loss terms that are on in a part of a run: the steps without one compute nothing of it; resume across the switch."""
 
+import shutil
 import types
 
 import jax
@@ -96,6 +97,16 @@ def test_a_run_that_resumes_is_the_same_bit_for_bit(whole, tmp_path, capfd):
         for folder in (tmp_path, whole)
     ]
     assert stored[0] == stored[1] and set(stored[0]) >= {"params", "opt_state"}
+
+
+def test_the_best_metric_may_be_of_a_phase_that_is_over(whole, tmp_path):
+    """At a resume behind the switch; no other name is taken."""
+    folder = tmp_path / "checkpoints" / "3"
+    shutil.copytree(whole / "checkpoints" / "3", folder)
+    with pytest.raises(errors.UserError, match="did you mean 'loss_image_description'"):
+        train.train(config(checkpoint_best_metric="loss_imag_description"), tmp_path)
+    train.train(config(checkpoint_best_metric="loss_image_description"), tmp_path)
+    assert runs.lines(tmp_path) == runs.lines(whole)[3:]
 
 
 def test_verify_trains_across_the_switch_again(whole, capsys):

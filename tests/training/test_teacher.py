@@ -62,6 +62,8 @@ class Follow(local.LocalTerm):
             value += (of.text_embed.sum((1, 2)) + (of.region_text_embed * mask).sum((1, 2))) * mine[
                 :, 2
             ]
+        if seen.views is not None:
+            value += seen.views.local.image.mean((1, 2, 3, 4)) * mine[:, 3]
         value *= of.logit_scale
         one = jnp.ones(len(value))
         measures = {"teacher": local.PerImage(theirs.sum(1), one)}
@@ -150,7 +152,8 @@ def test_the_decay_is_a_cosine_over_the_run():
 
 
 def averaging(**changes):
-    """A run that averages all parameters, of which those of the text tower are frozen."""
+    """A run with views that averages all parameters, of which those of the text tower are frozen."""
+    changes |= dict(input__views__local=1, input__views__size=8)
     changes |= dict(optim__frozen=("text.*",), optim__learning_rate=0.01, optim__warmup_steps=0)
     return config("ema", WIDE, reads_texts=False, **changes)
 
@@ -326,6 +329,7 @@ def test_a_run_goes_on_with_the_bits_of_its_average(tmp_path, capsys):
     assert parts_of(tmp_path / "checkpoints" / "4")
     assert verify_command.main([str(tmp_path)]) == 0  # from the checkpoint of step 2 to step 4
     assert "equal bit for bit at step 4" in capsys.readouterr().out
+    assert "terms" not in saved_model.load_model(tmp_path)[1]
 
 
 def test_a_run_reads_its_teacher_again_and_refuses_another(other, tmp_path, capsys):
