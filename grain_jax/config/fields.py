@@ -48,6 +48,7 @@ LOCAL_TERMS = {
     "masked_patches": "grain_jax.terms.masked_patches:MaskedPatches",
     "self_distillation": "grain_jax.terms.self_distillation:SelfDistillation",
     "teacher_similarity": "grain_jax.terms.teacher_similarity:TeacherSimilarity",
+    "text_decoder": "grain_jax.terms.text_decoder:TextDecoderTerm",
     "text_pooled": "grain_jax.terms.text_pooled:TextPooled",
 }
 TEACHERS = ("none", "ema", "checkpoint", "embeddings")
@@ -257,6 +258,29 @@ class BoxHead:
     # Of roi_align: parts of a box along each side, each with weights of its own.
     bins: int = count(1, low=1, high=64)
     samples: int = count(4, low=1, high=64)  # of roi_align: points of a part along each side
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDecoder:
+    """The text decoder: a causal transformer that sees patches, and writes texts and boxes (models/text_decoder.py).
+
+    It is no part of `model`: the local loss term "text_decoder" trains it, and has these keys.
+    """
+
+    width: int | None = count(None, low=1, high=WIDEST)  # E, of a token; None: the text tower's
+    depth: int | None = count(None, low=1, high=DEEPEST)  # layers; None: half the text tower's
+    heads: int | None = count(None, low=1, high=WIDEST)  # of attention; None: the text tower's
+    # Hidden width of the MLP of a layer; None: 4 times the width.
+    mlp_dim: int | None = count(None, low=1, high=4 * WIDEST)
+    activation: str = key("gelu_tanh", choices=ACTIVATIONS)  # of the MLP
+    norm_eps: float = key(1e-6)  # epsilon of the LayerNorms
+    unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
+    bins: int = count(500, low=2, high=100_000)  # location tokens along a side of the image
+    # Positions of a row, which holds several sequences of an image; the longest one has as many.
+    row_length: int = count(128, low=16, high=1_000_000)
+    # Special tokens that the tokenizer puts before and after a text: CLIP's 1 and 1, SigLIP's 0 and 1.
+    leading_specials: int = count(1, high=8)
+    trailing_specials: int = count(1, high=8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,12 +77,14 @@ class LocalTerm(nn.Module):
       model: `config.model` of the run.
       teacher_model: that of the teacher; None without one, or of stored embeddings.
       dtype: of activations, "float32" or "bfloat16".
+      remat: what the backward pass keeps, as `config.remat`.
     """
 
     options: Any
     model: config_lib.Model
     teacher_model: config_lib.Model | None = None
     dtype: str = "float32"
+    remat: str = "none"
 
     # A frozen dataclass: the keys of the term in a config, beside `term` and `weight`.
     Options: ClassVar[type] = config_lib.NoOptions

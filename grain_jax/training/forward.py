@@ -91,6 +91,7 @@ class Forward:
                 self.config.model,
                 teacher_model=teacher_lib.model_of(self.config),
                 dtype=self.config.dtype,
+                remat=self.config.remat,
             )
         if faults:
             raise errors.UserError("\n".join(faults))
