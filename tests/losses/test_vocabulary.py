@@ -160,9 +160,7 @@ def test_micro_batches_recomputed_in_the_backward_pass():
         return jax.lax.scan(one, jnp.float32(0), (features, targets, weights))
 
     by = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
-    run = jax.jit(
-        jax.grad(total, (0, 1), has_aux=True), in_shardings=(by, _places(mesh)[1])
-    )
+    run = jax.jit(jax.grad(total, (0, 1), has_aux=True), in_shardings=(by, _places(mesh)[1]))
     (of_features, of_table), loss = run(features, problem.table)
     expected = _exact(problem)
     np.testing.assert_allclose(loss.reshape(-1), expected[0], rtol=1e-6, atol=1e-6)

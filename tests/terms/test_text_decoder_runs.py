@@ -146,6 +146,7 @@ def head(folder, **changes):
     if c.text.packing:
         c.text.update(pack_group=2, pack_rows=8)
     c.loss.terms.words.update(SIZES)
+    c.evals = {}
     c.update_from_flattened_dict(changes)
     return config_lib.from_dict(c)
 
