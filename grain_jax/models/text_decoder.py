@@ -316,7 +316,7 @@ class _Shared(NamedTuple):
 class Block(nn.Module):
     """Pre-norm: causal self-attention, attention to the patches, MLP."""
 
-    config: Config  # resolved
+    config: Any  # a Config, resolved
     dtype: np.dtype
     program: str  # of self-attention (attention.choose)
     dropout: float = 0.0
@@ -331,7 +331,7 @@ class Block(nn.Module):
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
         drop = lambda x, site: layers.example_dropout(x, keys, site, self.dropout)
         norm = lambda name: layers.LayerNorm(c.norm_eps, name=name)
-        attend = self._cached_attention if self.capacity else self._attention
+        attend: Any = self._cached_attention if self.capacity else self._attention
         to_own, to_patches = attend(state, shared)
         y, own = to_own(norm("norm_1")(x))
         x = x + drop(y, 0)
@@ -384,10 +384,10 @@ class Block(nn.Module):
             write = jax.vmap(
                 lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 0)
             )
-            kept = tuple(write(old, new, count) for old, new in zip(kept, found))
+            keys, values = (write(old, new, count) for old, new in zip(kept, found))
             place = count[:, None] + jnp.arange(y.shape[1])
             sees = jnp.arange(self.capacity) <= place[:, None, :, None]  # [B, 1, t, capacity]
-            return own.attend(y, *kept, sees), kept
+            return own.attend(y, keys, values, sees), (keys, values)
 
         return to_own, lambda y: (to_patches.attend(y, *of_patches), of_patches)
 
@@ -400,7 +400,7 @@ class Block(nn.Module):
 class TextDecoder(nn.Module):
     """Patches and rows of tokens to the features that predict the next tokens."""
 
-    config: Config  # resolved
+    config: Any  # a Config, resolved
     vocabulary: Vocabulary
     dtype: np.dtype
     attention: str = "auto"  # as `model.attention`

@@ -63,7 +63,8 @@ class TextDecoderTerm(LocalTerm):
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """What it misses: patches, something to predict, sizes that fit."""
-        found, sizes = [], text_decoder.resolved(options, config.model)
+        found: list[str] = []
+        sizes: Any = text_decoder.resolved(options, config.model)
         if sizes.width % sizes.heads:
             found.append(
                 f"heads: got {sizes.heads}, expected a divisor of the width {sizes.width} (None: the text tower's)"

@@ -116,12 +116,14 @@ def per_image(config: Config) -> PerImage:
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 
-    for name, count in _by_module(_needed(apply, params, batch)).items():
+    # Of local terms alone, what they read.
+    traced = _traced if losses.reads_embeddings(config.loss) else _needed
+    for name, count in _by_module(traced(apply, params, batch)).items():
         parts[_part(name, model)] += count / config.batch_size
     counted = None
     if config.optim.lora.rank or forward.terms:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
-        both = _by_module(_needed(jax.value_and_grad(total), params, batch))
+        both = _by_module(traced(jax.value_and_grad(total), params, batch))
         counted = both.total() / config.batch_size
     return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
@@ -182,12 +184,17 @@ def matmul_flops(function, *arguments: Any) -> int:
     Raises:
       NotImplementedError: matrix products in a loop that ends on a condition.
     """
-    return sum(_by_module(jax.make_jaxpr(function)(*arguments).jaxpr).values())
+    return sum(_by_module(_traced(function, *arguments)).values())
+
+
+def _traced(function, *arguments: Any):
+    """The jaxpr of a function."""
+    return jax.make_jaxpr(function)(*arguments).jaxpr
 
 
 def _needed(function, *arguments: Any):
-    """The jaxpr of a function, without what its results do not need."""
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    """The same without what its results do not need."""
+    jaxpr = _traced(function, *arguments)
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 

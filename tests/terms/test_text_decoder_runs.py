@@ -1,6 +1,7 @@
 """The text decoder within training: exact in micro-batches and on every mesh; a head on a finished model."""
 
 import functools
+import re
 import shutil
 
 import jax
@@ -41,10 +42,11 @@ def program_of(c, mesh):
 
 @functools.cache
 def run(mesh=(1, 1, 1), **changes):
-    """(metrics of two steps, the parameters after them, the gradient of the first)."""
+    """(metrics of two steps, how the parameters moved in them, the gradient of the first)."""
     c = config(mesh, input__captions_per_image=2, **changes)
     program = program_of(c, mesh)
-    state = jax.device_put(tiny.state(program), program.shardings)
+    drawn = tiny.state(program)
+    state = jax.device_put(drawn, program.shardings)
     batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     metrics, gradient = [], None
     for _ in range(2):
@@ -53,7 +55,8 @@ def run(mesh=(1, 1, 1), **changes):
         if gradient is None:
             of = lambda m: np.asarray(m) / (1 - c.optim.b1)
             gradient = jax.tree.map(of, state.opt_state[1].mu)
-    return metrics, jax.device_get(state.params), gradient
+    moved = jax.tree.map(np.subtract, jax.device_get(state.params), drawn.params)
+    return metrics, grain.flat(moved), gradient
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def run(mesh=(1, 1, 1), **changes):
 )
 def test_meshes_and_micro_batches_change_nothing(mesh, changes):
     """With dropout, a share of captions in parallel, smoothing, and two captions an image."""
-    expected, params, gradient = run()
+    expected, moved, gradient = run()
     metrics, other, other_gradient = run(mesh, **changes)
     for a, b in zip(expected, metrics, strict=True):
         for name in a:
@@ -74,8 +77,10 @@ def test_meshes_and_micro_batches_change_nothing(mesh, changes):
     for name, a in grain.flat(gradient).items():
         b = grain.flat(other_gradient)[name]
         assert np.abs(a - b).max() / max(np.abs(a).max(), 1e-2) < 3e-5, name
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(b, a, atol=3e-5)
+    # Softmax does not see biases of keys: Adam makes a step of the rounding of their gradients.
+    seen = [n for n, x in grain.flat(gradient).items() if not re.search(r"key(_norm)?/bias$", n)]
+    apart = {n: np.linalg.norm(other[n] - moved[n]) / np.linalg.norm(moved[n]) for n in seen}
+    assert max(apart.values()) < 0.02, apart
 
 
 def test_what_a_step_measures_and_trains():
