@@ -48,6 +48,7 @@ LOCAL_TERMS = {
     "masked_patches": "grain_jax.terms.masked_patches:MaskedPatches",
     "self_distillation": "grain_jax.terms.self_distillation:SelfDistillation",
     "teacher_similarity": "grain_jax.terms.teacher_similarity:TeacherSimilarity",
+    "text_decoder": "grain_jax.terms.text_decoder:TextDecoderTerm",
     "text_pooled": "grain_jax.terms.text_pooled:TextPooled",
 }
 TEACHERS = ("none", "ema", "checkpoint", "embeddings")
@@ -260,6 +261,41 @@ class BoxHead:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextDecoder:
+    """The text decoder: a causal transformer that sees patches, and writes texts and boxes (models/text_decoder.py).
+
+    It is no part of `model`: the local loss term "text_decoder" trains it, and has these keys.
+    """
+
+    width: int | None = count(None, low=1, high=WIDEST)  # E, of a token; None: the text tower's
+    depth: int | None = count(None, low=1, high=DEEPEST)  # layers; None: half the text tower's
+    heads: int | None = count(None, low=1, high=WIDEST)  # of attention; None: the text tower's
+    # Hidden width of the MLP of a layer; None: 4 times the width.
+    mlp_dim: int | None = count(None, low=1, high=4 * WIDEST)
+    activation: str = key("gelu_tanh", choices=ACTIVATIONS)  # of the MLP
+    norm_eps: float = key(1e-6)  # epsilon of the LayerNorms
+    unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
+    bins: int = count(500, low=2, high=100_000)  # location tokens along a side of the image
+    # Positions of a row, which holds several sequences of an image; the longest one has as many.
+    row_length: int = count(128, low=16, high=1_000_000)
+    # Special tokens that the tokenizer puts before and after a text: CLIP's 1 and 1, SigLIP's 0 and 1.
+    leading_specials: int = count(1, high=8)
+    trailing_specials: int = count(1, high=8)
+
+    def beside(self, model: "Model") -> "TextDecoder":
+        """The keys with a number where they say None: what a decoder beside this model has."""
+        text = model.text
+        width = self.width or text.width
+        return dataclasses.replace(
+            self,
+            width=width,
+            depth=self.depth or max(1, text.depth // 2),
+            heads=self.heads or text.heads,
+            mlp_dim=self.mlp_dim or 4 * width,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """The towers and the width D of the joint space; the defaults are GRAIN B/16."""
 
@@ -287,7 +323,8 @@ class Init:
     text: str | None = key(None)
     # How image positions become those of another grid.
     resize: str = key("bilinear", choices=("bilinear", "bicubic"))
-    # Ours: the decoder, the projections of image and regions, the boxes, the logit scale, an equal box head.
+    # Ours: the decoder, the projections of image and regions, the boxes, the logit scale, an equal box head; of two
+    # towers the logit scale and bias, and that head.
     decoder: str | None = key(None)
 
 

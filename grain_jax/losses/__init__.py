@@ -1,7 +1,8 @@
 """The losses: `total` has the table of their terms and the sum, `contrastive` and `box_loss` the terms.
 
 `shard` says what a term gets and gives; `matching` assigns queries to regions, `streaming` compares rows with the
-columns of all devices, which `ring` takes round them, `boxes` is box arithmetic.
+columns of all devices, which `ring` takes round them, `vocabulary` has the cross-entropy of tokens, `boxes` is box
+arithmetic.
 """
 
 from grain_jax.losses.layout import Layout, make_layout
@@ -11,6 +12,7 @@ from grain_jax.losses.total import (
     Losses,
     LossTerm,
     labels_of,
+    reads_embeddings,
     terms_of,
     total_loss,
     weights_at,
@@ -29,6 +31,7 @@ __all__ = [
     "TermOutput",
     "labels_of",
     "make_layout",
+    "reads_embeddings",
     "terms_of",
     "total_loss",
     "weights_at",

@@ -77,12 +77,14 @@ class LocalTerm(nn.Module):
       model: `config.model` of the run.
       teacher_model: that of the teacher; None without one, or of stored embeddings.
       dtype: of activations, "float32" or "bfloat16".
+      remat: what the backward pass keeps, as `config.remat`.
     """
 
     options: Any
     model: config_lib.Model
     teacher_model: config_lib.Model | None = None
     dtype: str = "float32"
+    remat: str = "none"
 
     # A frozen dataclass: the keys of the term in a config, beside `term` and `weight`.
     Options: ClassVar[type] = config_lib.NoOptions
@@ -100,6 +102,12 @@ class LocalTerm(nn.Module):
         """What the term misses in a run, each a line such as "teacher.kind: got none, expected ..."."""
         del options, config
         return []
+
+    @classmethod
+    def advice(cls, options: Any, measures: Mapping[str, float]) -> str:
+        """A line for the user about what a step measured, such as an option that does not fit the data; "" if none."""
+        del options, measures
+        return ""
 
     def __call__(self, seen: Seen) -> LocalOutput:
         """The sums of each image."""

@@ -1,0 +1,241 @@
+"""The loss of the text decoder against torch in float64; what is drawn of each image."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from grain_jax import config as config_lib
+from grain_jax.models import text_decoder
+from grain_jax.terms.text_decoder import Options, TextDecoderTerm, draw
+from tests import tiny
+from tests.models import test_text_decoder as of_decoder
+from tests.terms import fake
+
+OPTIONS = Options(
+    **dict(width=24, depth=2, heads=3, mlp_dim=40, bins=10, row_length=40, dropout=0.0),
+    **dict(caption_weight=0.5, describe_weight=1.5, point_weight=2.0, label_smoothing=0.1),
+)
+
+
+@functools.cache
+def case(options=OPTIONS):
+    """(the term, what it sees, its parameters)."""
+    c = tiny.config(model__text__vocab_size=50)
+    term = TextDecoderTerm(options, c.model)
+    seen = fake.seen(c, leading=1)
+    batch = seen.batch._replace(text_tokens=seen.batch.text_tokens % 50)
+    batch.region_mask[6] = False
+    batch.caption_mask[5] = False
+    seen = seen._replace(batch=batch)
+    return term, seen, jax.tree.map(jnp.asarray, fake.random_parameters(term, seen))
+
+
+def loss(term, params, seen):
+    """(the mean loss, what the term gave)."""
+    found = term.apply({"params": params}, seen)
+    return found.loss.sum.sum() / found.loss.count.sum(), found
+
+
+def drawn(options=OPTIONS):
+    term, seen, _ = case(options)
+    words = text_decoder.vocabulary(options, term.model)
+    return words, draw(options, words, seen)
+
+
+def replica(params, tokens, rows, words):
+    """(loss, accuracy of each task, gradients of parameters and tokens), sequence after sequence."""
+    tensor = lambda x: torch.tensor(np.array(x), dtype=torch.float64, requires_grad=True)
+    p, tokens = jax.tree.map(tensor, params["decoder"]), tensor(tokens)
+    weights, smoothing = OPTIONS.weights, OPTIONS.label_smoothing
+    total, count, right = 0, 0, [[], [], []]
+    for i in range(len(tokens)):
+        for segment in range(1, int(rows.segments[i].max()) + 1):
+            at = np.flatnonzero(rows.segments[i] == segment)
+            if not len(at):
+                continue
+            causal = np.tril(np.ones((len(at), len(at)), bool))
+            given = tokens[i, 1:], rows.tokens[i, at], np.arange(len(at)), causal
+            of_words = of_decoder.replica(p, *given)[:, : words.size]
+            where = np.flatnonzero(rows.predicted[i, at])
+            target = torch.tensor(np.array(rows.targets[i, at][where]), dtype=torch.long)
+            task = int(rows.task[i, at[0]])
+            cost = torch.nn.functional.cross_entropy
+            found = cost(of_words[where], target, reduction="sum", label_smoothing=smoothing)
+            total, count = total + weights[task] * found, count + weights[task] * len(where)
+            right[task] += (of_words[where].argmax(1) == target).tolist()
+    (total / count).backward()
+    gradients = {"decoder": jax.tree.map(lambda x: x.grad.numpy(), p)}, tokens.grad.numpy()
+    return (total / count).item(), [np.mean(x) for x in right], gradients
+
+
+def test_values_and_gradients_equal_torchs_cross_entropy():
+    term, seen, params = case()
+    run = lambda params, tokens: loss(term, params, seen._replace(tokens=tokens))
+    run = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+    (value, found), gradients = run(params, jnp.asarray(seen.tokens))
+    words, rows = drawn()
+    expected, accuracy, expected_gradients = replica(params, seen.tokens, rows.rows, words)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for task, share in zip(text_decoder.TASKS, accuracy):
+        measured = found.measures[f"{task}_accuracy"]
+        np.testing.assert_allclose(measured.sum.sum() / measured.count.sum(), share, rtol=1e-6)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(expected_gradients),
+        jax.tree.leaves(gradients),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            b, a, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-9, err_msg=str(path)
+        )
+
+
+def test_each_image_reads_one_caption_and_drawn_regions_of_its_own():
+    _, seen, _ = case()
+    words, found = drawn()
+    batch, rows = seen.batch, found.rows
+    start = {words.task(task): i for i, task in enumerate(text_decoder.TASKS)}
+    for i in range(len(batch.image)):
+        regions = int(batch.region_mask[i].sum())
+        expected = int(batch.caption_mask[i].any()) + 2 * min(OPTIONS.regions, regions)
+        assert found.count[i] == expected
+        first = rows.tokens[i][(rows.positions[i] == 0) & (rows.segments[i] > 0)]
+        assert set(first.tolist()) <= set(start)
+        boxes = words.quantise(text_boxes(batch.region_boxes_cxcywh[i]))[batch.region_mask[i]]
+        for at in np.flatnonzero(np.asarray(rows.tokens[i]) == words.task("describe")):
+            assert np.asarray(rows.tokens[i, at + 1 : at + 5]).tolist() in boxes.tolist()
+
+
+def text_boxes(cxcywh):
+    centre, half = cxcywh[:, :2], cxcywh[:, 2:] / 2
+    return jnp.asarray(np.concatenate([centre - half, centre + half], axis=1))
+
+
+def test_the_loss_of_a_part_has_the_sums_of_the_whole():
+    term, seen, params = case()
+    whole = jax.jit(lambda: term.apply({"params": params}, seen))()
+    groups = len(seen.batch.text_tokens)
+    part = fake.part(seen, 8, 16)
+    cut = {
+        name: getattr(seen.batch, name)[groups // 2 :]
+        for name in ("text_tokens", "text_positions", "text_segments")
+    }
+    part = part._replace(batch=part.batch._replace(**cut))
+    found = jax.jit(lambda: term.apply({"params": params}, part))()
+    np.testing.assert_allclose(found.loss.sum, whole.loss.sum[8:], rtol=1e-5)
+    np.testing.assert_array_equal(found.loss.count, whole.loss.count[8:])
+
+
+def test_parallel_prediction_hides_the_words_of_captions_alone():
+    options = changed(parallel_rate=1.0)
+    words, found = drawn(options)
+    plain = drawn()[1].rows
+    first = np.asarray(plain.segments == 1)
+    is_caption = first & np.asarray(plain.task == 0)
+    np.testing.assert_array_equal(found.in_parallel, first)
+    np.testing.assert_array_equal(found.rows.tokens[is_caption], words.mask)
+    np.testing.assert_array_equal(found.rows.tokens[~first], plain.tokens[~first])
+    np.testing.assert_array_equal(found.rows.targets, plain.targets)
+
+
+def changed(**changes):
+    return OPTIONS.__class__(**{**vars(OPTIONS), **changes})
+
+
+def test_all_boxes_in_one_sequence():
+    """The sequence, its targets and what is counted, against lists made by hand."""
+    options = changed(together=True, regions=3, row_length=28, caption_weight=0.0)
+    words, found = drawn(options)
+    _, alone = drawn(changed(regions=3, row_length=200, caption_weight=0.0))
+    rows, end = found.rows, words.end
+    left_out = 0
+    for i in range(len(rows.tokens)):
+        # Descriptions of the same regions alone, in the same order: DESCRIBE x0 y0 x1 y1 w1 .. wn.
+        items, of_points = [], []
+        for segment in range(1, 7):
+            at = np.flatnonzero(alone.rows.segments[i] == segment)
+            sequence = np.asarray(alone.rows.tokens[i, at]).tolist()
+            if sequence and sequence[0] == words.task("describe"):
+                items.append([*sequence[1:], end])
+            elif sequence:
+                of_points.append(sequence)
+        stream = []
+        for item in items:
+            if 1 + len(stream) + len(item) <= options.row_length:
+                stream += item
+        sequence = [words.task("describe"), *stream]
+        at = np.flatnonzero(rows.segments[i] == 1)
+        if not stream:
+            assert not len(at)
+            continue
+        assert rows.tokens[i, at].tolist() == sequence
+        assert rows.targets[i, at].tolist() == [*stream, end]
+        assert rows.predicted[i, at].all()
+        is_box = np.array([*stream, end]) >= words.first_bin
+        np.testing.assert_array_equal(rows.task[i, at], np.where(is_box, 3, 1))
+        assert found.count[i] == len(items) + len(of_points) == 2 * len(items)
+        assert found.needed[i] == 1 + sum(map(len, items)) + sum(map(len, of_points))
+        boxes = sum(is_box) // 4
+        points = len({*rows.segments[i].tolist()} - {0, 1})
+        assert found.kept[i] == boxes + points
+        left_out += len(items) - boxes
+    assert left_out  # some row was too short
+
+
+def test_the_loss_of_all_boxes_in_one_sequence_equals_torchs():
+    """Its weights: those of `describe` for words and ends, of `point` for coordinates."""
+    options = changed(together=True, row_length=64, label_smoothing=0.0)
+    term, seen, params = case(options)
+    value, found = jax.jit(lambda: loss(term, params, seen))()
+    words, rows = drawn(options)
+    total = count = 0.0
+    p = jax.tree.map(lambda x: torch.tensor(np.array(x), dtype=torch.float64), params["decoder"])
+    weights = [*options.weights, options.point_weight]
+    rows = jax.tree.map(np.asarray, rows.rows)
+    for i, patches in enumerate(torch.tensor(np.array(seen.tokens), dtype=torch.float64)):
+        for segment in range(1, int(rows.segments[i].max()) + 1):
+            at = np.flatnonzero(rows.segments[i] == segment)
+            if not len(at):
+                continue
+            causal = np.tril(np.ones((len(at), len(at)), bool))
+            given = patches[1:], rows.tokens[i, at], np.arange(len(at)), causal
+            logits = of_decoder.replica(p, *given)[:, : words.size]
+            target = torch.tensor(rows.targets[i, at], dtype=torch.long)
+            cost = torch.nn.functional.cross_entropy(logits, target, reduction="none").numpy()
+            weight = np.array(weights)[rows.task[i, at]] * rows.predicted[i, at]
+            total, count = total + (weight * cost).sum(), count + weight.sum()
+    np.testing.assert_allclose(value, total / count, rtol=1e-6)
+    assert found.measures["boxes"].count.sum() > 0
+
+
+def test_advice_names_a_row_length_that_fits():
+    say = lambda **measures: TextDecoderTerm.advice(Options(), measures)
+    assert say(filled=0.7, left_out=0.0, needed=90.0) == ""
+    assert say(filled=0.97, left_out=0.25, needed=140.0) == (
+        "25% of the sequences do not fit into rows of 128 tokens, which are 97% full; an image has 140 on average:"
+        " row_length=192 would fit"
+    )
+    assert say(filled=0.2, left_out=0.0, needed=25.0).endswith("row_length=64 would fit")
+
+
+def test_a_stopped_gradient_reaches_no_token():
+    options = changed(stop_gradient=True)
+    term, seen, params = case(options)
+    run = lambda tokens: loss(term, params, seen._replace(tokens=tokens))[0]
+    assert not jax.jit(jax.grad(run))(jnp.asarray(seen.tokens)).any()
+
+
+def test_faults_of_a_run_that_cannot_have_it():
+    of = lambda options, **changes: TextDecoderTerm.faults(options, tiny.config(**changes))
+    assert of(Options()) == []
+    assert of(Options(heads=5)) == [
+        "heads: got 5, expected a divisor of the width 32 (None: the text tower's)"
+    ]
+    none = Options(caption_weight=0, describe_weight=0, point_weight=0)
+    assert of(none) == ["caption_weight: got 0 as all weights, expected a task with a weight"]
+    assert of(Options(caption_weight=0), input__max_regions=0) == [
+        "caption_weight: got 0 as all weights without regions (regions, input.max_regions), expected a task with a weight"
+    ]
+    assert isinstance(Options().sizes, config_lib.TextDecoder)
