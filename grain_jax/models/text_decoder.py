@@ -205,13 +205,19 @@ class Rows(NamedTuple):
     kept: jax.Array  # bool [B, S], the sequences that are there and fit
 
 
-def pack(parts: list[Sequences], row_length: int, space: jax.Array | None = None) -> Rows:
+def pack(
+    parts: list[Sequences],
+    row_length: int,
+    space: jax.Array | None = None,
+    predictions: int | None = None,
+) -> Rows:
     """The sequences of each image in one row, in order; one that does not fit into what is left is not there.
 
     Args:
       parts: the sequences of each kind.
       row_length: T.
       space: int32 [B], positions that are used, at most; None: T.
+      predictions: positions of a row that predict, at most; None: T.
     """
     longest = min(row_length, max(part.tokens.shape[-1] for part in parts))
 
@@ -225,13 +231,16 @@ def pack(parts: list[Sequences], row_length: int, space: jax.Array | None = None
     length = jnp.concatenate([part.length for part in parts], axis=1)  # [B, S]
     numbers = [np.full(part.length.shape[1], part.task, np.int32) for part in parts]
     task = jnp.asarray(np.concatenate(numbers))
-    start, kept, used = [], [], jnp.zeros_like(length[:, 0])
+    asked = (predicted & (jnp.arange(longest) < length[..., None])).sum(-1)
+    start, kept, used, of_them = [], [], jnp.zeros_like(length[:, 0]), jnp.zeros_like(asked[:, 0])
     most = row_length if space is None else jnp.minimum(space, row_length)
-    for one in length.T:
+    for one, count in zip(length.T, asked.T):
         fits = (one > 0) & (used + one <= most)
+        fits &= of_them + count <= (predictions or row_length)
         start.append(used)
         kept.append(fits)
         used = used + jnp.where(fits, one, 0)
+        of_them = of_them + jnp.where(fits, count, 0)
     start, kept = jnp.stack(start, axis=1), jnp.stack(kept, axis=1)
     place = jnp.arange(row_length)
     inside = kept[..., None] & (place >= start[..., None])

@@ -24,6 +24,8 @@ class Options(config_lib.TextDecoder):
 
     # Regions of an image that are drawn each step, each read in both directions.
     regions: int = fields.count(2, high=1000)
+    # Tokens of a row that are predicted, at most: the cross-entropy is computed for as many; None: for all of the row.
+    predictions: int | None = fields.count(None, low=8)
     caption_weight: float = fields.key(1.0, low=0)  # of a word of a caption
     describe_weight: float = fields.key(1.0, low=0)  # of a word of the description of a box
     point_weight: float = fields.key(1.0, low=0)  # of a coordinate of the box of a description
@@ -42,6 +44,11 @@ class Options(config_lib.TextDecoder):
         return self.caption_weight, self.describe_weight, self.point_weight
 
     @property
+    def most_predictions(self) -> int:
+        """Tokens of a row that are predicted, at most."""
+        return min(self.predictions or self.row_length, self.row_length)
+
+    @property
     def sizes(self) -> config_lib.TextDecoder:
         """The keys of the decoder itself."""
         names = (field.name for field in dataclasses.fields(config_lib.TextDecoder))
@@ -55,7 +62,7 @@ class TextDecoderTerm(LocalTerm):
     its captions and `regions` drawn regions; a sequence that does not fit into it is left out.
     Measures, for each task, `TASK` and `TASK_accuracy`, the mean cross-entropy and the share of tokens with the highest
     logit (with `together` also those of the predicted `boxes`); `filled`, the share of the row that is no padding;
-    `left_out`, that of the sequences; `needed`, the positions that all sequences of an image would take.
+    `left_out`, that of the sequences; `predicted`, the tokens that are predicted of an image; `needed`, the positions that all sequences of an image would take.
     """
 
     Options: ClassVar[type] = Options
@@ -119,6 +126,12 @@ class TextDecoderTerm(LocalTerm):
             patches = jax.lax.stop_gradient(patches)
         keys = _folded(seen.keys, _DROPOUT) if options.dropout else None
         features = self.decoder.features(patches, rows, keys, drawn.in_parallel)
+        if options.most_predictions < options.row_length:  # these alone
+            at = jnp.argsort(~rows.predicted, axis=1, stable=True)[:, : options.most_predictions]
+            features = jnp.take_along_axis(features, at[..., None], axis=1)
+            read = lambda x: jnp.take_along_axis(x, at, axis=1)
+            read_of = {name: read(getattr(rows, name)) for name in ("targets", "predicted", "task")}
+            rows = rows._replace(**read_of)
         found = vocabulary.cross_entropy(
             features,
             self.decoder.head,
@@ -141,6 +154,7 @@ class TextDecoderTerm(LocalTerm):
             measures[task] = PerImage(loss[i], count[i])
             measures[f"{task}_accuracy"] = PerImage(right[i], count[i])
         filled = (rows.segments > 0).mean(1)
+        measures["predicted"] = PerImage(count.sum(0), jnp.ones_like(filled))
         measures["filled"] = PerImage(filled, jnp.ones_like(filled))
         measures["left_out"] = PerImage(drawn.count - drawn.kept, drawn.count)
         measures["needed"] = PerImage(drawn.needed, jnp.ones_like(filled))
@@ -167,7 +181,8 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
     """The rows of the images, a function of their keys: a caption, then region after region in both directions."""
     batch, parts = seen.batch, []
     length, specials = options.row_length, options.leading_specials + options.trailing_specials
-    most = max(1, batch.text_tokens.shape[-1] - specials)
+    # Of words; their end is predicted, too.
+    most = max(1, min(batch.text_tokens.shape[-1] - specials, options.most_predictions - 1))
 
     def text(at, real, others):
         fits = min(most, length - others)
@@ -188,9 +203,9 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
         found = text(at, real, 1 + text_decoder.BOX + options.together)
         both = []
         if options.describe_weight and options.together:
-            space = length - sum(
-                (part.length[:, 0] for part in parts), start=jnp.zeros(len(at), jnp.int32)
-            )
+            # All positions of it predict, as those of the caption do.
+            space = min(length, options.most_predictions) * jnp.ones(len(at), jnp.int32)
+            space -= sum(part.length[:, 0] for part in parts)
             one, boxed = text_decoder.together(words, boxes, found, length, space)
             parts.append(one)
         elif options.describe_weight:
@@ -199,7 +214,7 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
             both.append(text_decoder.point(words, found, boxes))
         # Of a row that is too short, the last regions are left out.
         parts += [part.of(i) for i in range(regions) for part in both]
-    rows = text_decoder.pack(parts, length)
+    rows = text_decoder.pack(parts, length, predictions=options.most_predictions)
     lengths = jnp.concatenate([part.length for part in parts], axis=1)
     count, kept, needed = (lengths > 0).sum(1), rows.kept.sum(1), lengths.sum(1)
     if boxed is not None:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from grain_jax import config as config_lib
@@ -126,6 +127,31 @@ def test_the_loss_of_a_part_has_the_sums_of_the_whole():
     found = jax.jit(lambda: term.apply({"params": params}, part))()
     np.testing.assert_allclose(found.loss.sum, whole.loss.sum[8:], rtol=1e-5)
     np.testing.assert_array_equal(found.loss.count, whole.loss.count[8:])
+
+
+def test_predictions_alone_have_the_same_loss_and_gradient():
+    term, seen, params = case(changed(label_smoothing=0.0))
+    words, whole = drawn(changed(label_smoothing=0.0))
+    most = int(whole.rows.predicted.sum(1).max())
+    assert most < OPTIONS.row_length
+    few = case(changed(label_smoothing=0.0, predictions=most))[0]
+    step = lambda term: jax.jit(jax.value_and_grad(lambda p: loss(term, p, seen)[0]))(params)
+    (a, of_all), (b, of_few) = step(term), step(few)
+    np.testing.assert_allclose(b, a, rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(of_all), jax.tree.leaves(of_few), strict=True):
+        np.testing.assert_allclose(y, x, rtol=0, atol=2e-6 * np.abs(x).max() + 1e-9)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_no_row_predicts_more_than_its_predictions(together):
+    _, found = drawn(changed(predictions=14, together=together))
+    count = np.asarray(found.rows.predicted.sum(1))
+    assert (
+        count.max()
+        <= 14
+        < np.asarray(drawn(changed(together=together))[1].rows.predicted.sum(1)).max()
+    )
+    assert (found.kept < found.count).any()
 
 
 def test_parallel_prediction_hides_the_words_of_captions_alone():
