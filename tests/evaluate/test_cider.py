@@ -33,7 +33,9 @@ def _replica(references, captions):
     captions = [text.split() for text in captions]
     total = np.zeros(len(captions))
     for n in range(1, 5):
-        every = sorted({g for own in [*references, captions] for text in own for g in grams(text, n)})
+        every = sorted(
+            {g for own in [*references, captions] for text in own for g in grams(text, n)}
+        )
         place = {gram: i for i, gram in enumerate(every)}
         images_with = np.zeros(len(every))
         for own in references:
@@ -76,5 +78,7 @@ def test_words_and_what_holds_them():
     assert cider.words("हिन्दी") == ["हिन्दी"]  # vowel signs are part of a word
     text = cider.words("a bird with a blue wing and a red tail")
     assert cider.holds(text, ["a", "blue", "wing"]) and cider.holds(text, ["a"])
-    assert not cider.holds(text, ["blue", "red"]) and not cider.holds(text, ["a", "red", "tail", "x"])
+    assert not cider.holds(text, ["blue", "red"]) and not cider.holds(
+        text, ["a", "red", "tail", "x"]
+    )
     assert not cider.holds(text, [])

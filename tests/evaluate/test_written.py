@@ -136,7 +136,9 @@ def test_faults_are_one_line(data, tmp_path):
 def test_a_run_without_a_text_decoder_is_told_before_it_starts():
     c = tiny.dictionary()
     c.evals.said = recipe.evaluator("captions", "x", annotations="A.jsonl")
-    expected = "evals.said: got kind=captions, which needs a text decoder, expected a term text_decoder in"
+    expected = (
+        "evals.said: got kind=captions, which needs a text decoder, expected a term text_decoder in"
+    )
     with pytest.raises(config_lib.ConfigError, match=expected):
         config_lib.from_dict(c)
     c.loss.terms.words = {"term": "text_decoder", "weight": 1.0}
