@@ -44,9 +44,9 @@ class HardNegatives(AnnotatedImages):
     # negatives of a box, 10 as in FG-OVD; boxes with fewer are left out
     negatives: int = option(10, "N", low=1)
 
-    # whether a text decoder, where the model has one, says how likely each text is
-    likelihood: bool = option(True)
-    # whether captions are compared, too, in which each negative stands for the description
+    # the text decoder, of a model that has one, says how likely each text is, too
+    text_decoder: bool = option(True)
+    # captions are compared, too, in which each negative stands for the description
     captions: bool = option(False)
 
     @classmethod
@@ -79,7 +79,7 @@ class HardNegatives(AnnotatedImages):
           `median_rank` (1 is best; ties count as lost). With `captions`, under `captions` the same of captions that hold the
           description: `boxes`, how many; `image`; and `likelihood`, by log p(caption | image).
         """
-        asks = self.likelihood and getattr(predictor, "has_text_decoder", False)
+        asks = self.text_decoder and getattr(predictor, "has_text_decoder", False)
         parts: list[_LogP] = []
 
         def consume(records: list[Any], batch: encode.Encoded) -> None:

@@ -17,7 +17,7 @@ CAPTIONS = [
     "birds",
     "a red fox in the snow",
 ]
-# Of pycocoevalcap 1.2, cider/cider.py: Cider().compute_score(references, captions)[1].
+# Of pycocoevalcap 1.2: its Cider().compute_score(references, captions)[1].
 PUBLISHED = [4.895940875607577, 0.42082129226575016, 1.2717964131112638, 10.0]
 
 

@@ -86,7 +86,7 @@ def test_by_likelihood(liker, monkeypatch):
     assert likely["top1"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert likely["mean_rank"] == pytest.approx((1 + 2 + 2) / 3) and likely["median_rank"] == 2
     assert got["region"]["top1"] == pytest.approx(1 / 3)
-    assert measure("hard_negatives", predictor, **given, negatives=2, likelihood=False) == got
+    assert measure("hard_negatives", predictor, **given, negatives=2, text_decoder=False) == got
     for size in (1, 2):
         assert (
             measure("hard_negatives", predictor, **given, negatives=2, batch_size=size)[
