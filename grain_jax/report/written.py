@@ -57,13 +57,10 @@ def collect(predictor: Any, evals: Mapping[str, Any]) -> dict[str, Any]:
     ]
     captions = predictor.caption(shown.pictures)
     read = predictor.describe(shown.pictures, given)
-    pointed = [
-        np.array([each.box_xyxy for each in predictor.point(picture, own)] if own else [])
-        for picture, own in zip(shown.pictures, texts)
-    ]
+    pointed = predictor.point(shown.pictures, texts)
     cards = []
     for i, (record, picture) in enumerate(zip(shown.records, shown.pictures)):
-        there = pointed[i].reshape(-1, 4)
+        there = np.array([each.box_xyxy for each in pointed[i]]).reshape(-1, 4)
         iou = np.asarray(boxes.iou_and_union(there, given[i])[0])
         cards.append(
             {

@@ -49,7 +49,7 @@ def write_picture(path, number, size=(10, 10)):
     PIL.Image.new("RGB", size, (number, 0, 0)).save(path)
 
 
-def region(box, description, score=1, **more):
+def region(box, description, score: float = 1, **more):
     return {"box": box, "description": description, "score": score, **more}
 
 

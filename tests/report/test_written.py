@@ -21,6 +21,9 @@ class Pointer(Writer):
     def caption(self, images):
         return super().caption([number(image) for image in images], beams=1)
 
+    def point(self, images, texts):
+        return [super(Pointer, self).point(image, own) for image, own in zip(images, texts)]
+
     def describe(self, images, boxes_xyxy):
         return super().describe([number(image) for image in images], boxes_xyxy, beams=1)
 
