@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from grain_jax.evaluate import rates
+from grain_jax.inference import text_decoder
 from grain_jax.inference.inputs import InputError
 from grain_jax.input_pipeline import tokenizer
 
@@ -22,12 +23,20 @@ def need_text_decoder(predictor: Any, kind: str) -> None:
         )
 
 
-def token_counts(predictor: Any, texts: Sequence[str]) -> np.ndarray:
-    """How many tokens the text decoder predicts of each text, int [N]: those of its words, and the end."""
-    tower = predictor.model.text
-    found = tokenizer.of_tower(tower, predictor.folder)
-    lengths = found.encode(list(texts), tower.context_length).lengths
-    return lengths - found.leading_specials - found.trailing_specials + 1
+def token_counts(predictor: Any, texts: Sequence[str], task: str) -> np.ndarray:
+    """How many tokens the text decoder predicts of each text, int [N]: its words and the end, where it is not cut.
+
+    Args:
+      predictor: a model with a text decoder.
+      texts: N strings.
+      task: "caption" or "describe".
+    """
+    library = tokenizer.of_tower(predictor.model.text, predictor.folder)
+    given = text_decoder.Given(
+        predictor.text_decoder.config, predictor.model, predictor.dtype, library.special_ids
+    )
+    words = text_decoder.words_of(library, texts, given, task)
+    return np.array([len(ids) for ids in words.ids], int) + words.is_whole
 
 
 def per_token(name: str, log_p: np.ndarray, tokens: np.ndarray) -> dict[str, float]:

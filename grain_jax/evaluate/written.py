@@ -190,9 +190,8 @@ class Captions(Written):
             out["chance_caption_parts"] = float(held["chance_"].mean())
             out["reference_caption_parts"] = float(held["reference_"].mean())
         log_p = [x for line in lines for x in line["references_log_p"]]
-        return out | _likely(
-            predictor, "caption", texts, log_p, others, [line["other_log_p"] for line in lines]
-        )
+        others_log_p = [line["other_log_p"] for line in lines]
+        return out | _likely(predictor, "caption", texts, log_p, others, others_log_p)
 
 
 _BOXES = "boxes", "boxes"
@@ -301,16 +300,20 @@ def captions_of(record: annotations_lib.Annotation) -> tuple[str, ...]:
     return record.captions or tuple(filter(None, (record.synthetic_caption,)))
 
 
+_TASKS = {"caption": "caption", "description": "describe"}
+
+
 def _likely(
     predictor: Any,
-    name: str,
+    what: str,
     texts: Sequence[str],
     log_p: Sequence[float],
     others: Sequence[str],
     others_log_p: Sequence[float],
 ) -> dict[str, float]:
     """The likelihood per token of texts, and as chance that of texts of other images."""
-    count = lambda own: likelihood.token_counts(predictor, own)
-    return likelihood.per_token(name, np.array(log_p), count(texts)) | likelihood.per_token(
-        f"chance_{name}", np.array(others_log_p), count(others)
+    counts = likelihood.token_counts(predictor, [*texts, *others], _TASKS[what])
+    own, of_others = np.split(counts, [len(texts)])
+    return likelihood.per_token(what, np.array(log_p), own) | likelihood.per_token(
+        f"chance_{what}", np.array(others_log_p), of_others
     )

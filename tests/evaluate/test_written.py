@@ -1,17 +1,23 @@
+import dataclasses
 import json
 import math
 
 import numpy as np
+import PIL.Image
 import pytest
 
+import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.config import evals, recipe, suite
 from grain_jax.core import errors
-from grain_jax.evaluate import cider, tables
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import cider, likelihood, tables
 from grain_jax.inference.inputs import InputError
-from tests import tiny
+from grain_jax.runtime import checkpoint
+from tests import perturbed, tiny
 from tests.evaluate.stub import annotate, measure, region
 from tests.evaluate.writer import Writer
+from tests.inference.test_text_decoder import random_decoder, small_model, write_words
 
 TEXTS = {"a red wing": [1, 0], "a blue wing": [0, 1], "a red tail": [0.6, 0.8], "": [0, 1]}
 CAPTIONS = {0: "A bird with a red wing.", 1: "a bird with a blue wing, and a red tail", 2: "a cat"}
@@ -159,3 +165,75 @@ def test_log_probabilities_are_numbers_of_python(data):
     predictor = Writer(captions=CAPTIONS)
     predictor.number = np.float32
     json.dumps(measure("captions", predictor, **data))
+
+
+def test_of_a_text_that_is_cut_the_end_is_not_counted():
+    predictor = Writer()
+    sizes = dataclasses.replace(predictor.text_decoder.config, row_length=16)
+    predictor.text_decoder = predictor.text_decoder._replace(config=sizes)
+    texts = ["a bird", " ".join("a" * 15), " ".join("a" * 16)]
+    assert likelihood.token_counts(predictor, texts, "caption").tolist() == [3, 16, 15]
+    assert likelihood.token_counts(predictor, texts, "describe").tolist() == [3, 11, 11]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A saved model of random parameters with a text decoder."""
+    folder = tmp_path_factory.mktemp("model")
+    model = small_model()
+    checkpoint.save_model(
+        folder, model, perturbed.params(model), random_decoder(model), source="test"
+    )
+    write_words(folder)
+    return folder
+
+
+def test_the_commands_of_a_model(real, tmp_path, capsys):
+    """Against the methods of the model, text by text."""
+    negatives = ["a beak", "red"]
+    lines = [
+        {
+            "caption": "a long wren",
+            "regions": [region([0, 0, 10, 10], "long", negatives=negatives)],
+        },
+        {
+            "caption": "red beak",
+            "regions": [region([5, 0, 20, 8], "red beak", negatives=["a", "b"])],
+        },
+    ]
+    given = annotate(tmp_path, lines)
+
+    def run(kind, *flags):
+        flags = ["--checkpoint", str(real), "--cache", "", "--batch-size", "2", *flags]
+        flags += [f"--{key}={value}" for key, value in given.items()]
+        assert command.main([kind, *flags, "--output", str(tmp_path / "out.json")]) == 0
+        return json.loads((tmp_path / "out.json").read_text())
+
+    predictor = grain_jax.load(real)
+    images = [PIL.Image.open(tmp_path / f"{i}.png") for i in range(2)]
+    boxes = [np.array([[0, 0, 0.5, 1]]), np.array([[0.25, 0, 1, 0.8]])]
+    got = run("captions", "--predictions", str(tmp_path / "P.jsonl"))
+    texts = ["a long wren", "red beak"]  # each image's own, and the other one's
+    log_p = predictor.caption_log_likelihood(images, [texts, texts[::-1]])
+    assert got["caption_nll"] == pytest.approx(-sum(x[0] for x in log_p) / (4 + 3), rel=1e-5)
+    said = [json.loads(line) for line in (tmp_path / "P.jsonl").read_text().splitlines()]
+    assert [x["caption"] for x in said] == [x.text for x in predictor.caption(images)]
+
+    got = run("descriptions")
+    texts = ["long", "red beak"]
+    log_p = predictor.description_log_likelihood(images, boxes, [[texts], [texts[::-1]]])
+    assert got["description_nll"] == pytest.approx(-sum(x[0][0] for x in log_p) / 5, rel=1e-5)
+    texts = [own[0].text for own in predictor.describe(images, boxes)]
+    pairs = zip(predictor.encode_text(texts), predictor.encode_text(["long", "red beak"]))
+    assert got["description_cosine"] == pytest.approx(np.mean([x @ y for x, y in pairs]), abs=1e-5)
+
+    got = run("hard-negatives", "--negatives", "2", "--captions")
+    asked = [["long", *negatives], ["red beak", "a", "b"]]
+    log_p = predictor.description_log_likelihood(images, boxes, [[x] for x in asked])
+    best = [own[0].argmax() == 0 for own in log_p]
+    assert got["likelihood"]["top1"] == np.mean(best)
+    asked = [["a long wren", "a a beak wren", "a red wren"], ["red beak", "a", "b"]]
+    best = [x.argmax() == 0 for x in predictor.caption_log_likelihood(images, asked)]
+    assert got["captions"]["boxes"] == 2 and got["captions"]["likelihood"]["top1"] == np.mean(best)
+    table = capsys.readouterr().out
+    assert "captions: CIDEr-D of captions" in table and "right caption, by the likelihood" in table

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax.runtime import checkpoint
 from tests.evaluate.stub import StubPredictor, number
 
 
@@ -30,8 +31,9 @@ class Writer(StubPredictor):
       has_text_decoder: False: the methods must not be called.
     """
 
-    folder = None
+    folder, dtype = None, "float32"
     model = config_lib.Model()
+    text_decoder = checkpoint.StoredDecoder(config_lib.TextDecoder().beside(model), {})
     number: type = float
 
     def __init__(
