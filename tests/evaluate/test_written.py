@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import PIL.Image
@@ -8,6 +9,7 @@ import pytest
 
 import grain_jax
 from grain_jax import config as config_lib
+from grain_jax import train
 from grain_jax.config import evals, recipe, suite
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
@@ -174,6 +176,33 @@ def test_of_a_text_that_is_cut_the_end_is_not_counted():
     texts = ["a bird", " ".join("a" * 15), " ".join("a" * 16)]
     assert likelihood.token_counts(predictor, texts, "caption").tolist() == [3, 16, 15]
     assert likelihood.token_counts(predictor, texts, "describe").tolist() == [3, 11, 11]
+
+
+def test_in_training_the_predictor_has_the_text_decoder_of_the_run():
+    c = tiny.dictionary()
+    c.loss.terms.update(
+        words={"term": "text_decoder", "weight": 1.0, "width": 8, "heads": 2},
+        pooled={"term": "text_pooled", "weight": 1.0},
+    )
+    config = config_lib.from_dict(c)
+    of_model = {"logit_scale": np.float32(1)}
+    params = of_model | {"terms": {"words": {"decoder": {"head": np.float32(2)}}, "pooled": {}}}
+    state = types.SimpleNamespace(params=params, ema_params=None)
+    found = train.make_predictor(config, state)  # pyright: ignore[reportArgumentType]
+    assert found.has_text_decoder and "terms" not in found.params
+    assert found.text_decoder is not None and float(found.text_decoder.params["head"]) == 2
+    sizes = found.text_decoder.config
+    assert (sizes.width, sizes.mlp_dim, sizes.depth) == (
+        8,
+        32,
+        max(1, config.model.text.depth // 2),
+    )
+    average = of_model | {"terms": {"words": {"decoder": {"head": np.float32(3)}}}}
+    state.ema_params = average
+    found = train.make_predictor(config, state)  # pyright: ignore[reportArgumentType]
+    assert found.text_decoder is not None and float(found.text_decoder.params["head"]) == 3
+    state = types.SimpleNamespace(params=of_model, ema_params=None)
+    assert not train.make_predictor(config, state).has_text_decoder  # pyright: ignore
 
 
 @pytest.fixture(scope="module")
