@@ -10,7 +10,7 @@ import pytest
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import train
-from grain_jax.config import evals, recipe, suite
+from grain_jax.config import recipe, suite
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import cider, likelihood, tables
@@ -56,8 +56,7 @@ def data(tmp_path):
 def test_captions_by_hand(data, tmp_path):
     path = tmp_path / "P.jsonl"
     predictor = Writer(captions=CAPTIONS, beams=3)
-    options = {k: str(v) for k, v in data.items()} | {"beams": 3}
-    got = evals.find("captions")(**options).evaluate(predictor, evals.Context(2, predictions=path))
+    got = measure("captions", predictor, **data, beams=3, batch_size=2, predictions=path)
     assert (got["pictures"], got["unreadable"], got["without_caption"]) == (3, 1, 1)
     assert (got["captions"], got["caption_descriptions"], got["beams"]) == (4, 5, 3)
     assert got["caption_exact"] == pytest.approx(1 / 3)  # the first, but for its full stop
