@@ -35,7 +35,7 @@ def token_counts(predictor: Any, texts: Sequence[str], task: str) -> np.ndarray:
     given = text_decoder.Given(
         predictor.text_decoder.config, predictor.model, predictor.dtype, library.special_ids
     )
-    words = text_decoder.words_of(library, texts, given, task)
+    words = text_decoder.sequences_of(library, given, task, [texts]).words
     return np.array([len(ids) for ids in words.ids], int) + words.is_whole
 
 
