@@ -3,19 +3,20 @@
 COMMAND   grain-jax evaluate suite --checkpoint DIR --config eval --output OUT.json
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)
           --config.evals.food101.split='test[:1000]' and the like for one set
-          configs/eval.py:probes adds linear probes of the TFDS sets, NAME_probe
+          eval:probes adds linear probes of the TFDS sets, NAME_probe
+          eval:text_decoder adds captions and descriptions, NAME_captions and NAME_descriptions
 DATA      nothing is downloaded: a missing set is skipped, and a line says how to get it
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grain_jax.config.suite import entries, probes
+from grain_jax.config.suite import entries, probes, written
 
 
 def get_config(also=""):
-    if also not in ("", "probes"):
-        raise ValueError(f"got :{also}, expected :probes, or nothing")
+    if also not in ("", "probes", "text_decoder"):
+        raise ValueError(f"got :{also}, expected :probes, :text_decoder, or nothing")
     c = ConfigDict()
     c.data_dir = "~/tensorflow_datasets"
     c.folders = "~/grain_benchmarks"
@@ -25,6 +26,8 @@ def get_config(also=""):
     # References: a value that the command line sets here is set in the entries too.
     shared = ("data_dir", "folders", "descriptions", "templates", "alphas")
     c.evals = entries(**{key: c.get_ref(key) for key in shared})
-    if also:
+    if also == "probes":
         c.evals.update(probes(data_dir=c.get_ref("data_dir")))
+    if also == "text_decoder":
+        c.evals.update(written(folders=c.get_ref("folders")))
     return c

@@ -184,8 +184,14 @@ def _of_run(config: Config) -> Iterator[str]:
         yield "mesh.data: got 0, expected at least 1, or -1 for what the other axes leave"
     for axis in _doubled(axis for axis, _ in config.sharding):
         yield f"sharding: has {axis!r} more than once, expected one row for each axis"
+    terms = [entry.get("term") for entry in config.loss.terms.values()]
     for name, entry in config.evals.items():
         yield from (f"evals.{name}.{line}" for line in entry.misses(config.model))
+        if entry.needs_text_decoder and "text_decoder" not in terms:
+            yield (
+                f"evals.{name}: got kind={entry.kind}, which needs a text decoder, expected a term text_decoder in"
+                " loss.terms; or take out the entry"
+            )
 
 
 def _lora(optim: Optim) -> Iterator[str]:

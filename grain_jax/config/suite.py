@@ -55,6 +55,15 @@ SEGMENTED = {
         "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
     ),
 }
+# Entry of `written` -> its kind, and the entry of ANNOTATED whose data it reads.
+WRITTEN = {
+    "flickr30k_captions": ("captions", "flickr30k"),
+    "mscoco_captions": ("captions", "mscoco"),
+    **{
+        f"refcoco_{split}_descriptions": ("descriptions", f"refcoco_{split}")
+        for split in ("val", "testA", "testB")
+    },
+}
 SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
 
 
@@ -125,6 +134,14 @@ def probes(
     }
 
 
+def written(folders: Any = "~/grain_benchmarks", missing: str = "skip") -> dict[str, dict]:
+    """What a text decoder writes of the annotated sets, as entries of `evals`; arguments as of `entries`."""
+    return {
+        name: _annotated(of, folders, None, kind, missing=missing)
+        for name, (kind, of) in WRITTEN.items()
+    }
+
+
 def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     fields: dict[str, Any] = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
     if name == "imagenet2012":  # TFDS cannot fetch it
@@ -137,8 +154,11 @@ def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     return fields
 
 
-def _annotated(name: str, folders: Any, templates: Any, **fields: Any) -> dict[str, Any]:
+def _annotated(
+    name: str, folders: Any, templates: Any, other_kind: str | None = None, **fields: Any
+) -> dict[str, Any]:
     kind, pictures, source, files, split = ANNOTATED[name]
+    kind = other_kind or kind
     if kind == "boxes":
         fields["templates"] = templates
     images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"

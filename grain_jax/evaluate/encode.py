@@ -49,6 +49,26 @@ class Predictor(Protocol):
         """Images and embeddings [n, D] of the texts of each -> float32 [n, h, w] of each."""
         ...
 
+    def encode_tokens(self, images: Any, /) -> Any:
+        """Images -> their tokens, which the methods below take in place of images."""
+        ...
+
+    def caption(self, images: Any, /, *, beams: int) -> Any:
+        """Images -> for each its text and log-probability; of models with a text decoder, as all below."""
+        ...
+
+    def describe(self, images: Any, boxes_xyxy: Any, /, *, beams: int) -> Any:
+        """Images and boxes [n, 4] of each, in [0, 1] -> for each image n texts with log-probabilities."""
+        ...
+
+    def caption_log_likelihood(self, images: Any, texts: Any, /) -> list[np.ndarray]:
+        """Images and n captions of each -> float32 [n] of each, nats."""
+        ...
+
+    def description_log_likelihood(self, images: Any, boxes_xyxy: Any, texts: Any, /) -> Any:
+        """Images, boxes of each, texts of each box -> for each image and box float32 [n], nats."""
+        ...
+
     def encode_text(self, texts: Any, /) -> np.ndarray:
         """Strings -> float32 [N, D]."""
         ...

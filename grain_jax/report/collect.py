@@ -1,6 +1,6 @@
 """Runs a trained model on images of the evaluations in its config, for the sections of the report.
 
-The results (classes, confusions, regions, queries, attention) are saved as `report_data.json` in the workdir, so
+The results (classes, confusions, regions, queries, attention, texts) are saved as `report_data.json` in the workdir, so
 that a second report needs neither the model nor the images.
 """
 
@@ -17,7 +17,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import encode, rates, segmentation, test_sets, zeroshot
-from grain_jax.report import masks, regions
+from grain_jax.report import masks, regions, written
 from grain_jax.report.arguments import NUM_IMAGES
 from grain_jax.report.thumbnails import Thumbnails
 from grain_jax.runtime import checkpoint, processes
@@ -87,6 +87,9 @@ def collect(
                 made["segmentation"][name] = masks.collect(predictor, parsed.available()[0])
     with line("regions"):
         made |= regions.collect(predictor, evals, thumbs, num_images)
+    if getattr(predictor, "has_text_decoder", False):
+        with line("written"):
+            made["written"] = written.collect(predictor, evals)
     made["thumbs"] = thumbs.uris
     atomic.write_text(workdir / FILE, json.dumps(made, ensure_ascii=False) + "\n")
     return made

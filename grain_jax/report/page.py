@@ -10,7 +10,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, html
 from grain_jax.evaluate import tables
-from grain_jax.report import charts, collect, masks, run_files
+from grain_jax.report import charts, collect, masks, run_files, written
 from grain_jax.report.arguments import NUM_IMAGES
 
 FILE = "report.html"
@@ -23,6 +23,7 @@ _SECTIONS = (  # id, heading, what one sees
     ("regions", "Regions", "Test images with the boxes of the region queries, and the descriptions that these match best, against the annotated ones. Point at a box or a line to see it alone."),
     ("queries", "Queries", "What each query has specialised in: how much of its boxes covers a place (darker is more), the centres (dots), the mean box (outlined), and what it says."),
     ("attention", "Attention", "Where a query looks: its cross-attention over the patches of the image, brightest at its largest. The dashed box is the one that the query predicts."),
+    ("written", "Captions and pointing", "Test images with the caption that the text decoder writes, what it reads in the annotated boxes (solid), and where it points for their descriptions (dashed)."),
     ("segmentation", "Segmentation", "Images with their true and their predicted classes, side by side. Grey pixels do not count."),
     ("config", "Config and environment", "The whole config, what differs between runs being marked; where and how the run ran; and what was not measured."),
 )  # fmt: skip
@@ -95,6 +96,7 @@ def render(runs: Sequence[run_files.RunFiles], found: Sequence[Mapping[str, Any]
     names = run_files.labels([run.workdir for run in runs])
     contents = {name: f'<div id="{name}-content"></div>' for name, _, _ in _SECTIONS}
     contents["results"] = _results(runs, names)
+    contents["written"] = _written(found, names)
     contents["segmentation"] = _segmentation(found, names)
     contents["config"] = (
         _config(runs, names) + _environment(runs, names) + _unmeasured(runs, found, names)
@@ -220,6 +222,16 @@ def _segmentation(found, names) -> str:
     for looked, label in zip(found, names):
         for entry, part in looked.get("segmentation", {}).items():
             out += masks.rendered(f"{label}: {entry}" if len(names) > 1 else entry, part)
+    return out
+
+
+def _written(found, names) -> str:
+    """What the text decoder of each run writes; "" where there is none."""
+    out = ""
+    for looked, label in zip(found, names):
+        if part := looked.get("written"):
+            entry = part["entry"]
+            out += written.rendered(f"{label}: {entry}" if len(names) > 1 else entry, part)
     return out
 
 

@@ -230,12 +230,12 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
     if digests.of_arrays(params) != record["state"][which]:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
     of_terms = params.pop("terms", {})  # of local loss terms: no part of the model
-    decoder = _decoder_of_run(config, of_terms, folder)
+    decoder = decoder_of_run(config, of_terms, folder)
     return Stored(config.model, params, str(folder), config.optim.lora, decoder)
 
 
-def _decoder_of_run(
-    config: config_lib.Config, of_terms: Any, folder: epath.Path
+def decoder_of_run(
+    config: config_lib.Config, of_terms: Any, folder: epath.PathLike
 ) -> StoredDecoder | None:
     """The text decoder among the parameters of the terms; of several the first by name, with a warning."""
     entries = config.loss.terms

@@ -49,7 +49,7 @@ def write_picture(path, number, size=(10, 10)):
     PIL.Image.new("RGB", size, (number, 0, 0)).save(path)
 
 
-def region(box, description, score=1, **more):
+def region(box, description, score: float = 1, **more):
     return {"box": box, "description": description, "score": score, **more}
 
 
@@ -66,8 +66,10 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def measure(kind, predictor, *, batch_size=64, state_path=None, step=None, **options):
+def measure(
+    kind, predictor, *, batch_size=64, state_path=None, step=None, predictions=None, **options
+):
     """The result of an evaluator of the package with those options, of which paths may be paths."""
     texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
-    context = evals.Context(batch_size, state_path, step)
+    context = evals.Context(batch_size, state_path, step, predictions)
     return evals.find(kind)(**texts).evaluate(predictor, context)

@@ -112,7 +112,7 @@ def test_many_faulty_lines_end_with_2(folder, capsys):
 
 FAULTS = {
     "": "expected a kind first: zeroshot, linear-probe, retrieval, grounding, boxes",
-    "captioning": "captioning: no such kind; there are: zeroshot",
+    "speaking": "speaking: no such kind; there are: zeroshot",
     "zeroshot --checkpoint x": "--images DIR, --output OUT.json: missing",
     "zeroshot --alpha half": "got 'half', expected a number from 0 to 1",
     "zeroshot --alpha 2 {rest}": "alpha: got 2.0, expected a number from 0 to 1",

@@ -43,7 +43,8 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     names = (
-        "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Maps Segmentation Diagnostics"
+        "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Captions Descriptions Maps"
+        " Segmentation Diagnostics"
     )
     assert done.stdout == f"{names}\n\n"
 
@@ -81,8 +82,8 @@ def test_every_kind_has_its_options_from_the_recipe_to_the_class(kind):
 FAULTS = [
     (
         {"kind": "zeroshott"},
-        "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics, grounding,"
-        " hard_negatives, linear_probe, maps, retrieval, segmentation, zeroshot; or module:Name of your own",
+        "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, captions, descriptions,"
+        " diagnostics, grounding, hard_negatives, linear_probe, maps, retrieval, segmentation, zeroshot; or module:Name of your own",
     ),
     (
         {"kind": "zeroshot", "descriptoins": "D.json"},

@@ -1,0 +1,267 @@
+import dataclasses
+import json
+import math
+import types
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import grain_jax
+from grain_jax import config as config_lib
+from grain_jax import train
+from grain_jax.config import recipe, suite
+from grain_jax.core import errors
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import cider, likelihood, tables
+from grain_jax.inference.inputs import InputError
+from grain_jax.runtime import checkpoint
+from tests import perturbed, tiny
+from tests.evaluate.stub import annotate, measure, region
+from tests.evaluate.writer import Writer
+from tests.inference.test_text_decoder import random_decoder, small_model, write_words
+
+TEXTS = {"a red wing": [1, 0], "a blue wing": [0, 1], "a red tail": [0.6, 0.8], "": [0, 1]}
+CAPTIONS = {0: "A bird with a red wing.", 1: "a bird with a blue wing, and a red tail", 2: "a cat"}
+DESCRIPTIONS = {0: ["a red wing", ""], 1: ["A blue wing!"], 2: ["a blue wing"]}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three images of 20 x 10 pixels with captions and boxes, one that is missing, one without either."""
+    left, right = [0, 0, 10, 10], [10, 0, 20, 10]
+    lines = [
+        {
+            "captions": ["a bird with a red wing", "a red wing"],
+            "regions": [
+                region(left, "a red wing", 0.5),
+                region(right, "a blue wing", 0.9),
+                region([30, 0, 40, 9], "a red tail"),
+            ],
+        },
+        {
+            "caption": "a bird with a red tail",
+            "regions": [region(left, "a blue wing")],
+        },
+        {
+            "synthetic_caption": "two birds",
+            "regions": [region(right, "a red tail"), region(left, "A red tail.")],
+        },
+        {"image": "none.png", "caption": "not there", "regions": [region(left, "a red wing")]},
+        {"image": "1.png"},
+    ]
+    return annotate(tmp_path, lines)
+
+
+def test_captions_by_hand(data, tmp_path):
+    path = tmp_path / "P.jsonl"
+    predictor = Writer(captions=CAPTIONS, beams=3)
+    got = measure("captions", predictor, **data, beams=3, batch_size=2, predictions=path)
+    assert (got["pictures"], got["unreadable"], got["without_caption"]) == (3, 1, 1)
+    assert (got["captions"], got["caption_descriptions"], got["beams"]) == (4, 5, 3)
+    assert got["caption_exact"] == pytest.approx(1 / 3)  # the first, but for its full stop
+    # Held: a red wing; a blue wing; of the last image none of its one. Of the others: by the next line's caption.
+    assert got["caption_parts"] == pytest.approx(2 / 5)
+    assert got["reference_caption_parts"] == pytest.approx(1 / 5)
+    assert got["chance_caption_exact"] == 0
+    assert got["chance_caption_parts"] == pytest.approx(1 / 5)  # a red tail, of the first image
+    references = [
+        ["a bird with a red wing", "a red wing"],
+        ["a bird with a red tail"],
+        ["two birds"],
+    ]
+    scorer = cider.Scorer([[text.split() for text in own] for own in references])
+    said = [cider.words(CAPTIONS[i]) for i in range(3)]
+    assert got["caption_cider"] == pytest.approx(scorer(said).mean())
+    others = ["a bird with a red tail", "two birds", "not there"]
+    chance = scorer([text.split() for text in others]).mean()
+    assert got["chance_caption_cider"] == pytest.approx(chance) and chance > 0
+    # Each word costs 2 nats in its own image; each has a token, and the end is one more.
+    words = [6, 3, 6, 2]
+    assert got["caption_nll"] == pytest.approx(2 * sum(words) / sum(n + 1 for n in words))
+    assert got["caption_perplexity"] == pytest.approx(math.exp(got["caption_nll"]))
+    assert got["chance_caption_nll"] == pytest.approx(2 * (6 + 2 + 2) / (7 + 3 + 3))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["caption"] for line in lines] == list(CAPTIONS.values())
+    assert lines[0]["references_log_p"] == [-12, -6] and lines[2]["references"] == ["two birds"]
+    assert len(tables.rows_of(tables.scalars(got))) == 4
+    json.dumps(got)
+
+
+def test_descriptions_by_hand(data):
+    predictor = Writer(texts=TEXTS | {"A blue wing!": [0, 2], "A red tail.": [3, 4]})
+    predictor.descriptions = DESCRIPTIONS | {2: ["a blue wing", "a red tail"]}
+    got = measure("descriptions", predictor, **data)
+    assert (got["pictures"], got["boxes"], got["boxes_outside"]) == (3, 5, 1)
+    # The boxes of the first image by their scores: a blue wing, of which it says a red wing; a red wing: nothing.
+    assert got["description_exact"] == pytest.approx((0 + 0 + 1 + 0 + 1) / 5)
+    assert got["description_cosine"] == pytest.approx((0 + 0 + 1 + 0.8 + 1) / 5)
+    # The next image's: a blue wing twice; a red tail; a red wing twice.
+    assert got["chance_description_exact"] == pytest.approx(1 / 5)
+    assert got["chance_description_cosine"] == pytest.approx((1 + 0 + 0.8 + 0.6 + 0.6) / 5)
+    # "A red tail." has a token more than words.
+    assert got["description_nll"] == pytest.approx(2 * 15 / (5 * 4 + 1))
+    assert got["chance_description_nll"] == pytest.approx(2 * 15 / (5 * 4))
+    labels = [row.label for row in tables.rows_of(tables.scalars(got))]
+    assert labels[0] == "exact descriptions" and len(labels) == 3
+    json.dumps(got)
+
+
+def test_batches_do_not_matter(data):
+    for kind in ("captions", "descriptions"):
+        texts = TEXTS | {"A blue wing!": [0, 2], "A red tail.": [3, 4]}
+        predictor = Writer(texts=texts, captions=CAPTIONS)
+        predictor.descriptions = DESCRIPTIONS | {2: ["a blue wing", "a red tail"]}
+        found = [measure(kind, predictor, **data, batch_size=size) for size in (1, 64)]
+        assert found[0] == found[1]
+
+
+def test_of_one_image_there_is_no_chance(tmp_path):
+    given = annotate(tmp_path, [{"caption": "a cat"}])
+    got = measure("captions", Writer(captions={0: "a cat"}), **given)
+    assert got["caption_exact"] == 1 and "caption_parts" not in got
+    assert not any(key.startswith("chance_") for key in got)
+
+
+def test_faults_are_one_line(data, tmp_path):
+    for kind in ("captions", "descriptions"):
+        without = Writer(has_text_decoder=False)
+        with pytest.raises(InputError, match=f"^{kind}: got a model without a text decoder, exp"):
+            measure(kind, without, **data)
+    predictor = Writer(captions={0: "x", 1: "x", 2: "x"}, cost=math.nan)
+    with pytest.raises(InputError, match="not finite"):
+        measure("captions", predictor, **data)
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    outside = annotate(folder, [{"regions": [region([30, 0, 40, 9], "a red wing")]}])
+    with pytest.raises(errors.UserError, match=r"A.jsonl: every box lies outside its image$"):
+        measure("descriptions", Writer(descriptions={0: []}), **outside)
+    with pytest.raises(errors.UserError, match="no line has a caption"):
+        measure("captions", Writer(), **outside)
+
+
+def test_a_run_without_a_text_decoder_is_told_before_it_starts():
+    c = tiny.dictionary()
+    c.evals.said = recipe.evaluator("captions", "x", annotations="A.jsonl")
+    expected = (
+        "evals.said: got kind=captions, which needs a text decoder, expected a term text_decoder in"
+    )
+    with pytest.raises(config_lib.ConfigError, match=expected):
+        config_lib.from_dict(c)
+    c.loss.terms.words = {"term": "text_decoder", "weight": 1.0}
+    assert config_lib.from_dict(c).evals["said"].needs_text_decoder
+
+
+def test_the_suite_has_them_for_models_that_write():
+    found = suite.written(folders="D")
+    assert found["mscoco_captions"]["annotations"] == "D/mscoco/A.jsonl"
+    assert found["mscoco_captions"]["kind"] == "captions" and found["mscoco_captions"]["beams"] == 1
+    assert found["refcoco_testA_descriptions"]["images"] == "D/pictures/coco/train2014"
+    entries = [config_lib.evaluator_from_dict(entry) for entry in found.values()]
+    assert {entry.kind for entry in entries} == {"captions", "descriptions"}
+    assert all(entry.missing == "skip" and "--source" in str(entry.get) for entry in entries)
+
+
+def test_log_probabilities_are_numbers_of_python(data):
+    predictor = Writer(captions=CAPTIONS)
+    predictor.number = np.float32
+    json.dumps(measure("captions", predictor, **data))
+
+
+def test_of_a_text_that_is_cut_the_end_is_not_counted():
+    predictor = Writer()
+    sizes = dataclasses.replace(predictor.text_decoder.config, row_length=16)
+    predictor.text_decoder = predictor.text_decoder._replace(config=sizes)
+    texts = ["a bird", " ".join("a" * 15), " ".join("a" * 16)]
+    assert likelihood.token_counts(predictor, texts, "caption").tolist() == [3, 16, 15]
+    assert likelihood.token_counts(predictor, texts, "describe").tolist() == [3, 11, 11]
+
+
+def test_in_training_the_predictor_has_the_text_decoder_of_the_run():
+    c = tiny.dictionary()
+    c.loss.terms.update(
+        words={"term": "text_decoder", "weight": 1.0, "width": 8, "heads": 2},
+        pooled={"term": "text_pooled", "weight": 1.0},
+    )
+    config = config_lib.from_dict(c)
+    of_model = {"logit_scale": np.float32(1)}
+    params = of_model | {"terms": {"words": {"decoder": {"head": np.float32(2)}}, "pooled": {}}}
+    state = types.SimpleNamespace(params=params, ema_params=None)
+    found = train.make_predictor(config, state)  # pyright: ignore[reportArgumentType]
+    assert found.has_text_decoder and "terms" not in found.params
+    assert found.text_decoder is not None and float(found.text_decoder.params["head"]) == 2
+    sizes = found.text_decoder.config
+    assert (sizes.width, sizes.mlp_dim, sizes.depth) == (
+        8,
+        32,
+        max(1, config.model.text.depth // 2),
+    )
+    average = of_model | {"terms": {"words": {"decoder": {"head": np.float32(3)}}}}
+    state.ema_params = average
+    found = train.make_predictor(config, state)  # pyright: ignore[reportArgumentType]
+    assert found.text_decoder is not None and float(found.text_decoder.params["head"]) == 3
+    state = types.SimpleNamespace(params=of_model, ema_params=None)
+    assert not train.make_predictor(config, state).has_text_decoder  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A saved model of random parameters with a text decoder."""
+    folder = tmp_path_factory.mktemp("model")
+    model = small_model()
+    checkpoint.save_model(
+        folder, model, perturbed.params(model), random_decoder(model), source="test"
+    )
+    write_words(folder)
+    return folder
+
+
+def test_the_commands_of_a_model(real, tmp_path, capsys):
+    """Against the methods of the model, text by text."""
+    negatives = ["a beak", "red"]
+    lines = [
+        {
+            "caption": "a long wren",
+            "regions": [region([0, 0, 10, 10], "long", negatives=negatives)],
+        },
+        {
+            "caption": "red beak",
+            "regions": [region([5, 0, 20, 8], "red beak", negatives=["a", "b"])],
+        },
+    ]
+    given = annotate(tmp_path, lines)
+
+    def run(kind, *flags):
+        flags = ["--checkpoint", str(real), "--cache", "", "--batch-size", "2", *flags]
+        flags += [f"--{key}={value}" for key, value in given.items()]
+        assert command.main([kind, *flags, "--output", str(tmp_path / "out.json")]) == 0
+        return json.loads((tmp_path / "out.json").read_text())
+
+    predictor = grain_jax.load(real)
+    images = [PIL.Image.open(tmp_path / f"{i}.png") for i in range(2)]
+    boxes = [np.array([[0, 0, 0.5, 1]]), np.array([[0.25, 0, 1, 0.8]])]
+    got = run("captions", "--predictions", str(tmp_path / "P.jsonl"))
+    texts = ["a long wren", "red beak"]  # each image's own, and the other one's
+    log_p = predictor.caption_log_likelihood(images, [texts, texts[::-1]])
+    assert got["caption_nll"] == pytest.approx(-sum(x[0] for x in log_p) / (4 + 3), rel=1e-5)
+    said = [json.loads(line) for line in (tmp_path / "P.jsonl").read_text().splitlines()]
+    assert [x["caption"] for x in said] == [x.text for x in predictor.caption(images)]
+
+    got = run("descriptions")
+    texts = ["long", "red beak"]
+    log_p = predictor.description_log_likelihood(images, boxes, [[texts], [texts[::-1]]])
+    assert got["description_nll"] == pytest.approx(-sum(x[0][0] for x in log_p) / 5, rel=1e-5)
+    texts = [own[0].text for own in predictor.describe(images, boxes)]
+    pairs = zip(predictor.encode_text(texts), predictor.encode_text(["long", "red beak"]))
+    assert got["description_cosine"] == pytest.approx(np.mean([x @ y for x, y in pairs]), abs=1e-5)
+
+    got = run("hard-negatives", "--negatives", "2", "--captions")
+    asked = [["long", *negatives], ["red beak", "a", "b"]]
+    log_p = predictor.description_log_likelihood(images, boxes, [[x] for x in asked])
+    best = [own[0].argmax() == 0 for own in log_p]
+    assert got["likelihood"]["top1"] == np.mean(best)
+    asked = [["a long wren", "a a beak wren", "a red wren"], ["red beak", "a", "b"]]
+    best = [x.argmax() == 0 for x in predictor.caption_log_likelihood(images, asked)]
+    assert got["captions"]["boxes"] == 2 and got["captions"]["likelihood"]["top1"] == np.mean(best)
+    table = capsys.readouterr().out
+    assert "captions: CIDEr-D of captions" in table and "right caption, by the likelihood" in table
