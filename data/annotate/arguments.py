@@ -110,7 +110,7 @@ class Annotate(Stored, name="annotate"):
     model: str | None = None
     boxes: str | None = flag(None, choices=BOXES)
     regions: int = flag(10, high=1000)  # as many as the paper has descriptions of an image
-    beams: int = flag(1, high=100)
+    beams: int = flag(1, high=64)
     dtype: str = flag(DTYPES[0], choices=DTYPES)
     name: str | None = flag(None, parse=set_name)
     beam: list[str] = many()  # flags of none of the above

@@ -22,7 +22,7 @@ with epy.lazy_imports():  # JAX: not needed with other models
 
     from grain_jax import inference
     from grain_jax.inference import predictor as predictor_lib
-    from grain_jax.runtime import compiled, digests, pretrained, saved_model
+    from grain_jax.runtime import compiled, pretrained, saved_model
 
 
 class ModelError(errors.UserError):
@@ -86,9 +86,7 @@ def _path(name: str, predictor: "inference.Predictor") -> str:
 def _digests(predictor: "inference.Predictor") -> dict[str, str]:
     of_model = saved_model.model_digests(predictor.model, jax.device_get(predictor.params))
     decoder = predictor.text_decoder
-    return of_model | (
-        {"text_decoder": digests.of_arrays(jax.device_get(decoder.params))} if decoder else {}
-    )
+    return of_model | ({"text_decoder": decoder.digest()} if decoder else {})
 
 
 def score(text: str, log_probability: float) -> float:
