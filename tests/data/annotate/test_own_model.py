@@ -11,7 +11,9 @@ from grain_jax.core import schema
 from grain_jax.data.annotate import __main__ as command
 from grain_jax.data.annotate import own_model
 from grain_jax.inference import Tokens
-from tests import record_sets
+from grain_jax.runtime import checkpoint
+from tests import perturbed, record_sets
+from tests.inference import test_text_decoder
 
 SIZE = (40, 30)  # of the images, in pixels
 QUERIES = np.array(  # float32 [Q, 4]: the second overlaps the first, the last reaches over the edge
@@ -172,6 +174,42 @@ def test_the_set_names_the_model(model, pictures, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(own_model, "_digests", lambda predictor: {"params": "0"})
     annotate(pictures, out, *more, status=2)
     assert 'was begun with caption digests {"params": "0123' in capsys.readouterr().err
+
+
+def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
+    folder, pictures = tmp_path / "model", tmp_path / "in"
+    model = test_text_decoder.small_model()
+    decoder = test_text_decoder.random_decoder(model)
+    checkpoint.save_model(folder, model, perturbed.params(model), decoder, source="test")
+    test_text_decoder.write_words(folder)
+    record_sets.write_annotations(pictures, 4, size=SIZE)
+    given = [f"--images={pictures}", f"--output={tmp_path / 'out'}", "--threshold=0"]
+    given += ["--source=annotations", f"--annotations={pictures / 'A.jsonl'}", "--max-faults=1"]
+    assert command.main([*given, f"--model={folder}", "--boxes=given"]) == 0
+    predictor = own_model.load(str(folder), "float32")
+    images = [np.asarray(record_sets.picture(number, SIZE)) for number in range(4)]
+    old = [record_sets.annotation(number, SIZE)["regions"] for number in range(4)]
+    boxes = [np.array([r["box"] for r in of], np.float32).reshape(-1, 4) for of in old]
+    captions = predictor.caption(images)
+    described = predictor.describe(images, [x / (*SIZE, *SIZE) for x in boxes])
+    lines = map(json.loads, (tmp_path / "out" / "A.jsonl").read_text().splitlines())
+    scores = []
+    for number, line in enumerate(lines):
+        text = " ".join(captions[number].text.split())
+        assert line["synthetic_caption"] == (text or f"synthetic text of {number}")
+        expected = [
+            (r["box"], written.text, math.exp(written.log_probability / (len(words) + 1)))
+            for r, written in zip(old[number], described[number], strict=True)
+            if (words := written.text.split())
+        ]
+        found = [(r["box"], r["description"], r["score"]) for r in line["regions"]]
+        assert [x[:2] for x in found] == [x[:2] for x in expected]
+        np.testing.assert_allclose([x[2] for x in found], [x[2] for x in expected], rtol=1e-5)
+        scores += [x[2] for x in found]
+    assert scores and np.ptp(scores) > 1e-3
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["describe"]
+    assert settings["model"] == str(folder)
+    assert settings["digests"] == json.loads((folder / "config.json").read_text())["digests"]
 
 
 @pytest.mark.parametrize(
