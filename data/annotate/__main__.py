@@ -18,7 +18,7 @@ from etils import epath
 from grain_jax.core import errors
 from grain_jax.data import build, example, negatives, sources
 from grain_jax.data.annotate import local_chat, outputs, own_model, prompt
-from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.annotate.arguments import OWN, Annotate
 from grain_jax.data.annotate.passes import Job, needs
 from grain_jax.data.arguments import Build
 
@@ -165,7 +165,7 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
         "ground": {"model": args.detector, "threshold": args.threshold},
         "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},
     }
-    if args.model:
+    if args.model and set(OWN) & set(args.passes):
         out |= own_model.settings(args)
     for name, asked in job.prompts.items():
         out[name] = {

@@ -15,7 +15,7 @@ from etils import epath, epy
 
 from grain_jax.core import annotations, errors
 from grain_jax.data.annotate import answers, chat, checkpoint, detector
-from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.annotate.arguments import OWN, Annotate
 
 with epy.lazy_imports():  # JAX: not needed with other models
     import jax
@@ -64,7 +64,7 @@ def settings(given: Annotate) -> dict[str, dict[str, Any]]:
 def _checked(given: Annotate) -> "inference.Predictor":
     """The model. Raises UserError."""
     predictor = load(given.model or "", given.dtype)
-    if {"caption", "describe"} & set(given.passes) and not predictor.has_text_decoder:
+    if set(OWN) & set(given.passes) and not predictor.has_text_decoder:
         raise ModelError(
             f"--model {given.model}: has no text decoder, expected a run with the loss term text_decoder"
             " (loss.terms)"

@@ -28,7 +28,7 @@ from grain_jax.data.annotate import (
     outputs,
     own_model,
 )
-from grain_jax.data.annotate.arguments import PASSES, Annotate
+from grain_jax.data.annotate.arguments import OWN, PASSES, Annotate
 from grain_jax.data.annotate.chat import Answer, Failure
 from grain_jax.data.annotate.prompt import Prompt
 
@@ -93,7 +93,7 @@ class Passes:
     def __init__(self, job: Job):
         given, self.job, self.chat, self.own, self.detector = job.given, job, None, None, None
         self._batch_size, self._failures = given.at_once, 0  # the failures in a row, up to now
-        writes = bool({"caption", "describe"} & set(given.passes))
+        writes = bool(set(OWN) & set(given.passes))
         if writes and given.model:
             self.own = own_model.OwnModel(given)
             self._batch_size = self.own.at_once

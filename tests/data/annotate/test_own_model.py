@@ -249,7 +249,9 @@ def test_a_pass_of_boxes_is_not_grounded(model, pictures, tmp_path, capsys):
     assert "its pass describe was of --model and has boxes" in capsys.readouterr().err
 
 
-def test_memory_that_runs_out_halves_the_batch(model, pictures, tmp_path, monkeypatch):
+def test_memory_that_runs_out_halves_the_batch_and_a_bad_image_is_named(
+    model, pictures, tmp_path, monkeypatch
+):
     encode = model.encode_tokens
 
     def small(images):
@@ -258,5 +260,8 @@ def test_memory_that_runs_out_halves_the_batch(model, pictures, tmp_path, monkey
         return encode(images)
 
     monkeypatch.setattr(model, "encode_tokens", small)
-    lines = annotate(pictures, tmp_path / "out", "--passes=describe")
-    assert len(lines) == 5 and sum(model.seen, []) == [0, 1, 2, 3, 4]
+    (pictures / "00003.png").write_bytes(b"no picture")
+    lines = annotate(pictures, tmp_path / "out", "--passes=describe", "--max-faults=0.2")
+    assert len(lines) == 4 and sum(model.seen, []) == [0, 1, 2, 4]
+    letter = json.loads((tmp_path / "out" / "failed.jsonl").read_text())
+    assert (letter["image"], letter["cause"], letter["kept"]) == ("00003.png", "unreadable", False)
