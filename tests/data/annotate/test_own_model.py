@@ -10,6 +10,7 @@ import pytest
 from grain_jax.core import schema
 from grain_jax.data.annotate import __main__ as command
 from grain_jax.data.annotate import own_model
+from grain_jax.data.inspect import page
 from grain_jax.inference import Tokens
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets
@@ -170,6 +171,11 @@ def test_the_set_names_the_model(model, pictures, tmp_path, capsys, monkeypatch)
     ):
         assert {name: settings[name] for name in expected} == expected
         assert settings["negatives"]["negatives"] == 10
+    shards = {"count": 0}
+    noted = page._shards(
+        {"shards": shards, "metadata": {"annotated_by": settings, "store_size": 9}}
+    )
+    assert noted == ", annotated by caption: /models/own, describe: /models/own, store size 9"
     # Another state of the model is another annotator.
     monkeypatch.setattr(own_model, "_digests", lambda predictor: {"params": "0"})
     annotate(pictures, out, *more, status=2)
