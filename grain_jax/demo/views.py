@@ -190,8 +190,8 @@ def inside(boxed: analysis.Boxed) -> str:
     if boxed.said is not None:
         first = f"<p class=said>The text decoder says: {said(*boxed.said)}</p>"
     if not boxed.classes:
-        said_of_box = f"Box {box}. The model has neither a box head nor regions: no class is ranked."
-        return f'<div class="gj boxed">{first}<p>{said_of_box}</p></div>'
+        ranks_none = f"Box {box}. The model has neither a box head nor regions: no class is ranked."
+        return f'<div class="gj boxed">{first}<p>{ranks_none}</p></div>'
     if boxed.region is None:
         embedded = f"Box {box}, embedded by the box head."
     elif boxed.iou == 0:

@@ -73,7 +73,9 @@ def writer_of(c):
 
 @pytest.fixture(scope="module")
 def writer():
-    return writer_of(tiny.config(input__max_regions=0, model__decoder=None, model__image__pool="map"))
+    return writer_of(
+        tiny.config(input__max_regions=0, model__decoder=None, model__image__pool="map")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +258,9 @@ def test_what_the_text_decoder_says_and_where_it_points(writer, picture, monkeyp
     for lying, text, expected in zip(found, texts, pointed, strict=True):
         assert lying.text == text and lying.region is None and lying.cosines is not None
         np.testing.assert_array_equal(lying.pointed.box_xyxy, expected.box_xyxy)
-        np.testing.assert_allclose(lying.pointed.log_probability, expected.log_probability, atol=1e-5)
+        np.testing.assert_allclose(
+            lying.pointed.log_probability, expected.log_probability, atol=1e-5
+        )
     assert len(calls) == 1  # the image tower runs once
 
     shown = views.inside(boxed)
@@ -281,7 +285,11 @@ def test_a_box_that_is_pointed_at_lies_beside_the_region_of_a_text(picture):
     ranked = [analysis.Ranked("wren", "wren", 0.25)]
     said = in_use.Written("a <tail>", -0.5)
     shown = views.inside(analysis.Boxed(BOX, None, 1.0, ranked, [], said))
-    assert shown.index("a &lt;tail&gt;") < shown.index("embedded by the box head") < shown.index("wren")
+    assert (
+        shown.index("a &lt;tail&gt;")
+        < shown.index("embedded by the box head")
+        < shown.index("wren")
+    )
 
 
 def test_a_box_as_it_is_typed():
