@@ -23,6 +23,7 @@ from etils import epath
 from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
 from grain_jax.data import duplicates, example, parallel, source_lines, sources, staging, survey
+from grain_jax.data.annotate import outputs
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
@@ -196,6 +197,11 @@ def _write(
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
+    annotated_by = {
+        name: values
+        for path in args.annotations
+        for name, values in outputs.annotated_by(path).items()
+    }
     stored_anew: list[int] = []
     lengths = text_lengths.Sample(negatives=found.negatives > 0)
     tfds_writer.write(
@@ -218,6 +224,7 @@ def _write(
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
             "duplicates_left_out": divided.left_out,
+            **({"annotated_by": annotated_by} if annotated_by else {}),
         },
         negatives=found.negatives > 0,
         files=lambda: {

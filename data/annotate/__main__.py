@@ -17,9 +17,9 @@ from etils import epath
 
 from grain_jax.core import errors
 from grain_jax.data import build, example, negatives, sources
-from grain_jax.data.annotate import local_chat, outputs, prompt
-from grain_jax.data.annotate.arguments import Annotate
-from grain_jax.data.annotate.passes import NEEDS, Job
+from grain_jax.data.annotate import local_chat, outputs, own_model, prompt
+from grain_jax.data.annotate.arguments import OWN, Annotate
+from grain_jax.data.annotate.passes import Job, needs
 from grain_jax.data.arguments import Build
 
 
@@ -46,12 +46,7 @@ def annotate(args: Annotate) -> str:
     source = sources.make(args.source, own)
     args.orientation = getattr(source, "orientation", args.orientation)
     args.keep_images &= not (source.images_are_files or args.name)
-    folder = epath.Path(args.prompts) if args.prompts else prompt.FOLDER
-    prompts = {
-        name: prompt.read_prompt(folder / f"{name}.txt", with_subject=name == "describe")
-        for name in ("caption", "describe")
-    }
-    job = Job(args, prompts)
+    job = Job(args, {} if args.model else _prompts(args))
     settings = _settings(job)
     output.agree(settings)
     options = sources.Options(
@@ -95,6 +90,11 @@ def annotate(args: Annotate) -> str:
     output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     output.clear()
     _check_faults(total, output, args.max_faults)
+    if args.model and "describe" in args.passes and not total["regions"]:
+        raise AnnotateError(
+            f"{output.folder}: none of {total['pictures']} images has a described box, expected regions in the"
+            " source, or those of --boxes queries that reach --threshold"
+        )
     if args.name:
         read_lines = example.read_lines
         if not source.images_are_files:
@@ -117,6 +117,14 @@ def annotate(args: Annotate) -> str:
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
         f" {images} images in {seconds:.1f} s"
     )
+
+
+def _prompts(args: Annotate) -> dict[str, prompt.Prompt]:
+    folder = epath.Path(args.prompts) if args.prompts else prompt.FOLDER
+    return {
+        name: prompt.read_prompt(folder / f"{name}.txt", with_subject=name == "describe")
+        for name in ("caption", "describe")
+    }
 
 
 def _source_of(images: epath.Path) -> str:
@@ -157,6 +165,8 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
         "ground": {"model": args.detector, "threshold": args.threshold},
         "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},
     }
+    if args.model and set(OWN) & set(args.passes):
+        out |= own_model.settings(args)
     for name, asked in job.prompts.items():
         out[name] = {
             "model": args.chat or local_chat.MODEL,
@@ -196,12 +206,12 @@ def _todo(
         for shard in shards
         if shard.name not in finished or (args.retry_failed and _has_gaps(output.tally(shard.name)))
     ]
-    if needs := NEEDS.get(args.passes[0]) if args.passes else None:
-        missing = {shard.name for shard in todo} - output.finished([needs])
+    if before := needs(args.passes[0], args) if args.passes else None:
+        missing = {shard.name for shard in todo} - output.finished([before])
         if missing:
             raise AnnotateError(
                 f"--passes {','.join(args.passes)}: {len(missing)} of {len(shards)} shards have no"
-                f" results of the pass {needs} yet; run --passes {needs} first"
+                f" results of the pass {before} yet; run --passes {before} first"
             )
     return todo
 

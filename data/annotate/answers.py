@@ -115,6 +115,16 @@ def parse_descriptions(
     return dropped[0] if dropped else Refused(EMPTY, _show(text))
 
 
+def parse_text(text: str) -> str | Refused:
+    """A text of a model that writes one text and nothing around it."""
+    text = " ".join(text.split())
+    if not text:
+        return Refused(EMPTY, _show(text))
+    if len(text) > MAX_CHARACTERS:
+        return Refused(RUN_ON, _show(text))
+    return text if _has_words(text) else Refused(NO_WORDS, _show(text))
+
+
 def is_refusal(line: str) -> bool:
     """Whether a model declines in this line, instead of describing an image."""
     return bool(_REFUSAL.search(line.replace("’", "'")))

@@ -1,5 +1,6 @@
 """A model of `transformers` from a folder (local or remote) or the Hub's cache, and its runs over batches."""
 
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -93,10 +94,11 @@ class Batches:
             raise
         except Exception as error:  # one image must not end a job of millions, whatever it does
             # The error holds the frames, and they the tensors: keep only its text beyond this block.
-            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            memory = errors.is_out_of_memory(error) or type(error).__name__ == "OutOfMemoryError"
             detail = chat.one_line(f"{type(error).__name__}: {error}")
-        if memory and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        loaded = sys.modules.get("torch")  # a model of JAX needs none
+        if memory and loaded and loaded.cuda.is_available():
+            loaded.cuda.empty_cache()
         if len(batch) == 1:
             return [chat.Failure(OUT_OF_MEMORY if memory else MODEL_ERROR, detail)]
         half = len(batch) // 2

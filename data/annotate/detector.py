@@ -5,7 +5,7 @@ that the image was padded to, Grounding DINO's are shares of the image without i
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL.Image
@@ -45,7 +45,7 @@ class Detector:
             )
         self._inputs, self._scores = _KINDS[kind]
         self._threshold = given.threshold
-        self._batches = checkpoint.Batches(given.batch_size)
+        self._batches = checkpoint.Batches(given.at_once)
 
     def detect(
         self, images: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
@@ -94,7 +94,7 @@ class Detector:
             boxes_xyxy = found["boxes"].cpu().numpy() * scale
             labels = [descriptions[label] for label in found["labels"].tolist()]
             scored = zip(found["scores"].tolist(), boxes_xyxy.tolist(), labels)
-            regions.append(_regions(scored, image.size))
+            regions.append(kept(scored, image.size))
         return regions
 
 
@@ -105,13 +105,23 @@ def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
     return plain
 
 
-def _regions(scored, size: tuple[int, int]) -> list[annotations.Region]:
-    """Clips boxes to an image of (width, height) pixels; of each description's, overlapping ones merge."""
+def kept(
+    scored: Iterable[tuple[float, Sequence[float], str]], size: tuple[int, int]
+) -> list[annotations.Region]:
+    """Clips boxes to an image of (width, height) pixels; of each description's, overlapping ones merge.
+
+    Args:
+      scored: score, box_xyxy in pixels, description.
+      size: of the image.
+
+    Returns: the regions, best first.
+    """
     regions: list[annotations.Region] = []
     for score, box, description in sorted(scored, key=lambda entry: -entry[0]):
         if _least_side(box) <= 0:
             continue
-        clipped = annotations.clip_box(tuple(box), *size).box_xyxy
+        x1, y1, x2, y2 = box
+        clipped = annotations.clip_box((x1, y1, x2, y2), *size).box_xyxy
         # None: most of it lies beside the image, in the padding.
         if clipped is None or _least_side(clipped) < MIN_SIDE:
             continue

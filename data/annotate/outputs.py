@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax.core import errors, regular_file
+from grain_jax.data.annotate.arguments import PASSES
+
+LINES, SETTINGS = "A.jsonl", "settings.json"
+_Settings = dict[str, dict[str, Any]]  # part -> key -> value
 
 
 class OutputError(errors.UserError):
@@ -90,9 +94,8 @@ class Output(NamedTuple):
 
     def agree(self, settings: dict[str, dict[str, Any]]) -> None:
         """Notes the settings of the source and of each pass. Raises OutputError if others are there."""
-        path, form = self.path("settings.json"), dict[str, dict[str, Any]]
-        expected = "the settings of grain-jax annotate"
-        known = regular_file.read_json(path, form, expected) if path.exists() else {}
+        path, expected = self.path(SETTINGS), "the settings of grain-jax annotate"
+        known = regular_file.read_json(path, _Settings, expected) if path.exists() else {}
         for part, values in settings.items():
             for key, value in values.items():
                 old = known.get(part, {}).get(key, value)
@@ -101,11 +104,16 @@ class Output(NamedTuple):
                         f"--output {self.folder}: was begun with {part} {key} {json.dumps(old)}, got"
                         f" {json.dumps(value)}; give another --output, or delete this one"
                     )
-        self.put(json.dumps(known | settings, indent=1) + "\n", "settings.json")
+        if "ground" in settings and "boxes" in known.get("describe", {}):
+            raise OutputError(
+                f"--output {self.folder}: its pass describe was of --model and has boxes, got --passes ground;"
+                " give another --output"
+            )
+        self.put(json.dumps(known | settings, indent=1) + "\n", SETTINGS)
 
     def join(self, shards: Iterable[str]) -> None:
         """Writes A.jsonl and failed.jsonl by joining those of the shards."""
-        for kind, name in (("annotations", "A.jsonl"), ("failed", "failed.jsonl")):
+        for kind, name in (("annotations", LINES), ("failed", "failed.jsonl")):
             new = self._new()
             with new.open("wb") as file:
                 for shard in shards:
@@ -122,6 +130,19 @@ class Output(NamedTuple):
         for shard in shards:
             total = add(total, self.tally(shard))
         return total
+
+
+def annotated_by(annotations: epath.PathLike) -> dict[str, dict[str, Any]]:
+    """The settings of each pass, with its model, that wrote an A.jsonl; empty where no job wrote it."""
+    path = epath.Path(annotations)
+    beside = path.parent / SETTINGS
+    if path.name != LINES or not beside.exists():
+        return {}
+    try:
+        known = regular_file.read_json(beside, _Settings, "the settings of grain-jax annotate")
+    except regular_file.FileError:  # of something else
+        return {}
+    return {name: known[name] for name in PASSES if name in known}
 
 
 def _kinds(passes: Sequence[str]) -> list[str]:

@@ -50,8 +50,16 @@ def _shards(described: dict[str, Any]) -> str:
     if shards["count"]:
         out = f", {shards['count']} shards of {shards['smallest']:,} to {shards['largest']:,}"
     for key, value in described["metadata"].items():
-        out += f", {escape(key.replace('_', ' '))} {escape(str(value))}"
+        out += f", {escape(key.replace('_', ' '))} {escape(_note(value))}"
     return out
+
+
+def _note(value: Any) -> str:
+    """A note of a build; of the passes that annotated its images, their models."""
+    if not isinstance(value, dict):
+        return str(value)
+    noted = ((name, of) for name, of in value.items() if isinstance(of, dict) and "model" in of)
+    return ", ".join(f"{name}: {of['model']}" for name, of in noted)
 
 
 def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:

@@ -57,7 +57,7 @@ def _serve(arguments: Demo, uploads: epath.Path, folder: epath.Path) -> None:
     classes = classes or {one.name: tuple(one.descriptions) for one in _species()}
     analyst = analysis.Analyst(predictor)
     about = f"`{arguments.checkpoint}`: images of {predictor.model.image.image_size} pixels,"
-    about += f" {analyst.queries or 'no'} regions."
+    about += f" {analyst.queries or 'no'} regions{', a text decoder' if analyst.writes else ''}."
     blocks = page.build(analyst, about, classes, examples)
     url = page.launch(
         blocks, arguments.host, arguments.port, uploads=str(uploads), examples=str(folder)

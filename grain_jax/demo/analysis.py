@@ -27,7 +27,7 @@ from grain_jax.demo.class_lists import (
     check_lengths,
 )
 from grain_jax.evaluate import box_classes
-from grain_jax.inference import scores
+from grain_jax.inference import scores, text_decoder
 
 DIGITS = 4  # decimals of the numbers shown
 SECONDS = 30.0  # limit for encoding classes, since all other users wait meanwhile
@@ -85,13 +85,14 @@ class Ranked(NamedTuple):
 
 
 class Boxed(NamedTuple):
-    """What is in a box that the user drew."""
+    """What is in a box that the user drew; no class is ranked where the model has neither a box head nor regions."""
 
     box_xyxy: np.ndarray  # float32 [4] in [0, 1]
     region: int | None  # which stands for the box; None: the box head embeds the box itself
     iou: float  # of the box and that region's; 1 with a box head
     classes: list[Ranked]  # by the scores of `Predictor.classify_boxes`, best first
     descriptions: list[Ranked]  # the distinct descriptions of all classes, best first
+    said: text_decoder.Written | None = None  # by the text decoder; None: the model has none
 
 
 class Lying(NamedTuple):
@@ -100,6 +101,7 @@ class Lying(NamedTuple):
     text: str
     region: inference.Grounding | None  # None: the model has no regions
     cosines: np.ndarray | None  # float32 [h, w], its similarity map; None: the model has none
+    pointed: text_decoder.Pointed | None = None  # by the text decoder; None: the model has none
 
 
 def read_box(text: str) -> np.ndarray:
@@ -141,6 +143,7 @@ class Analyst:
         decoder = predictor.model.decoder
         self.queries = 0 if decoder is None else decoder.queries
         self.box_head = predictor.model.boxes.kind != "none"
+        self.writes = predictor.has_text_decoder
         self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
         try:
             self.grid = predictor.grid  # cells along a side of a similarity map; 0: it has none
@@ -183,14 +186,22 @@ class Analyst:
     def inside(self, image: PIL.Image.Image, classes: Classes, box_xyxy: np.ndarray) -> Boxed:
         """What is in a box, by the box head; without one by the region whose box overlaps it most.
 
+        With a text decoder also what that says, as `Predictor.describe`.
+
         Args:
           image: RGB.
           classes: the classes, from `class_lists.parse`.
           box_xyxy: float32 [4] in [0, 1].
 
         Raises:
-          DemoError: the model has neither a box head nor regions.
+          DemoError: the model has neither a box head nor regions nor a text decoder.
         """
+        said = None
+        if self.writes:
+            tokens = self._encode_tokens(image)
+            ((said,),) = self.predictor.describe(tokens, [box_xyxy[None]])
+            if not (self.box_head or self.queries):
+                return Boxed(box_xyxy, None, 0.0, [], [], said)
         features = self._features(classes)
         region, iou = None, 1.0
         if self.box_head:
@@ -209,12 +220,19 @@ class Analyst:
             for text, x in zip(texts, scores.global_scores(embed, embeds)[0]):
                 described.setdefault(text, Ranked(text, name, float(x)))
         best_first = lambda found: sorted(found, key=lambda each: -each.cosine)
-        return Boxed(box_xyxy, region, iou, best_first(ranked), best_first(described.values()))
+        ranked, best = best_first(ranked), best_first(described.values())
+        return Boxed(box_xyxy, region, iou, ranked, best, said)
+
+    def caption(self, image: PIL.Image.Image) -> text_decoder.Written:
+        """The caption of an RGB image, as `Predictor.caption` writes it; the model has a text decoder."""
+        make = lambda: self.predictor.caption(self._encode_tokens(image))[0]
+        return self._remembered("caption", _key(image), make)
 
     def find(self, image: PIL.Image.Image, phrases: Sequence[str]) -> list[Lying]:
         """Each phrase with the region that fits it best and its similarity map, as the model has them.
 
-        They are those of `Predictor.ground` and `Predictor.similarity_map`.
+        They are those of `Predictor.ground` and `Predictor.similarity_map`; with a text decoder also where that points,
+        as `Predictor.point`.
 
         Raises:
           DemoError: no phrase, too many, or too long ones.
@@ -241,7 +259,10 @@ class Analyst:
         if self.grid:
             patches = self._encode_patches(image) if self.box_head or not self.queries else None
             maps = list(scores.similarity_map(text, patches, of_regions, self.grid))
-        return [Lying(*found) for found in zip(phrases, regions, maps)]
+        pointed: Sequence[text_decoder.Pointed | None] = [None] * len(phrases)
+        if self.writes:
+            (pointed,) = self.predictor.point(self._encode_tokens(image), [phrases])
+        return [Lying(*found) for found in zip(phrases, regions, maps, pointed)]
 
     def _features(self, classes: Classes) -> inference.ClassFeatures:
         make = lambda: self._encode_classes(classes, any(classes.values()))

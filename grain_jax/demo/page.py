@@ -69,6 +69,7 @@ def build(
                     height=240,
                     elem_id="image",
                 )
+                written = gr.HTML(elem_id="caption") if analyst.writes else None
                 gr.Examples(list(examples), image, examples_per_page=12, elem_id="examples")
                 text = gr.Textbox(
                     class_lists.format(classes),
@@ -112,7 +113,7 @@ def build(
                             -1, 1, -1, step=0.01, label="Cosine at least", elem_id="threshold"
                         )
                     boxes = gr.HTML(elem_id="regions")
-        with gr.Column(visible=analyst.box_head or with_regions):
+        with gr.Column(visible=analyst.box_head or with_regions or analyst.writes):
             gr.Markdown("### Draw a box: what is it?")
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
@@ -125,7 +126,7 @@ def build(
                     )
                 with gr.Column(scale=3, min_width=320):
                     boxed = gr.HTML(elem_id="boxed")
-        with gr.Column(visible=bool(with_regions or analyst.grid)):
+        with gr.Column(visible=bool(with_regions or analyst.grid or analyst.writes)):
             gr.Markdown("### Type a text: where is it?")
             phrase = gr.Textbox(
                 label="Find a phrase",
@@ -195,6 +196,12 @@ def build(
             except errors.UserError as error:
                 return views.message(str(error))
 
+        def caption(path):
+            try:
+                return views.caption(analyst.caption(analysis.read_image(path)))
+            except errors.UserError:  # `everything` says so
+                return ""
+
         def load(path):
             try:
                 return "", class_lists.format(class_lists.read(path))
@@ -223,6 +230,8 @@ def build(
         asked = [box.submit, canvas.input, go.click, text.submit]
         gr.on(asked, inside, [image, text, box], boxed, **one)
         loaded.success(inside, [image, text, box], boxed, **one)
+        if written is not None:
+            image.change(caption, image, written, **one)
     return page.queue(max_size=_WAITING, api_open=False)
 
 

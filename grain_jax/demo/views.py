@@ -15,6 +15,7 @@ from etils import epath
 from grain_jax.core import html as html_lib
 from grain_jax.demo import analysis
 from grain_jax.inference import scores as scores_lib
+from grain_jax.inference import text_decoder
 
 _EDGE = 900  # pixels of the longer edge that an image is sent with, at most
 _WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure
@@ -168,18 +169,38 @@ def canvas(image: PIL.Image.Image) -> str:
     )
 
 
+def said(text: str, log_probability: float) -> str:
+    """What the text decoder writes, and how likely it is (nats); HTML."""
+    value = f"log-probability {_number(log_probability)}"
+    return f'“{html.escape(text)}” <span class="quiet">{value}</span>'
+
+
+def caption(written: text_decoder.Written) -> str:
+    """The caption of the image."""
+    return f'<p class="gj said">{said(*written)}</p>'
+
+
 def inside(boxed: analysis.Boxed) -> str:
-    """The classes of a box with bars, best first, then the best descriptions; and what embeds the box, in words."""
+    """The classes of a box with bars, best first, then the best descriptions; and what embeds the box, in words.
+
+    Before them what the text decoder says.
+    """
     box = f"{_percents(boxed.box_xyxy)} (x1 y1 x2 y2, %)"
+    first = ""
+    if boxed.said is not None:
+        first = f"<p class=said>The text decoder says: {said(*boxed.said)}</p>"
+    if not boxed.classes:
+        ranks_none = f"Box {box}. The model has neither a box head nor regions: no class is ranked."
+        return f'<div class="gj boxed">{first}<p>{ranks_none}</p></div>'
     if boxed.region is None:
-        said = f"Box {box}, embedded by the box head."
+        embedded = f"Box {box}, embedded by the box head."
     elif boxed.iou == 0:
-        said = (
+        embedded = (
             f"The model has no box head, and no region overlaps {box}: the IoU is 0."
             f" Region {_tag(boxed.region)}, the nearest, answers."
         )
     else:
-        said = (
+        embedded = (
             f"The model has no box head. Region {_tag(boxed.region)} answers: its box overlaps {box} most,"
             f" with an IoU of {boxed.iou:.2f}."
         )
@@ -195,7 +216,7 @@ def inside(boxed: analysis.Boxed) -> str:
     if best:
         tables.append(_table("<th>description (class)</th><th>cosine</th>", rows("", best)))
     sections = "".join(f"<section>{table}</section>" for table in tables)
-    return f'<div class="gj boxed"><p>{said}</p><div class="pair">{sections}</div></div>'
+    return f'<div class="gj boxed">{first}<p>{embedded}</p><div class="pair">{sections}</div></div>'
 
 
 def _named(ranked: analysis.Ranked) -> str:
@@ -207,13 +228,25 @@ def _named(ranked: analysis.Ranked) -> str:
 def places(
     image: PIL.Image.Image, found: Sequence[analysis.Lying], *, name: str = "phrases"
 ) -> str:
-    """The image with the box of each text, and the similarity map of each; arguments as for `regions`."""
+    """The image with the box of each text, and the similarity map of each; arguments as for `regions`.
+
+    With a text decoder also the image with the boxes at which that points, beside the first.
+    """
     boxes = [
         (i, lying.region.box_xyxy, html.escape(lying.text), lying.region.score)
         for i, lying in enumerate(found)
         if lying.region is not None
     ]
+    pointed = [
+        (i, lying.pointed.box_xyxy, html.escape(lying.text), lying.pointed.log_probability)
+        for i, lying in enumerate(found)
+        if lying.pointed is not None
+    ]
     parts = [_figure(image, boxes, name, "")] if boxes else []
+    if pointed:
+        parts = [f"<h4>Regions, by their cosine</h4>{part}" for part in parts]
+        figure = _figure(image, pointed, f"{name}_pointed", "")
+        parts.append(f"<h4>Text decoder, log-probability of its box</h4>{figure}")
     below = grey(image)
     for i, lying in enumerate(found):
         if lying.cosines is not None:

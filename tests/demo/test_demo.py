@@ -17,8 +17,10 @@ from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.demo import __main__ as command
 from grain_jax.demo import analysis, class_lists, views
+from grain_jax.inference import text_decoder as in_use
 from grain_jax.runtime import checkpoint
 from tests import tiny
+from tests.inference import test_text_decoder
 from tests.paths import ROOT
 from tests.report import workdirs
 
@@ -59,6 +61,21 @@ def two_towers():
 def with_head():
     c = tiny.config(model__boxes__kind="roi_align", loss__box_description=1.0)
     return analysis.Analyst(predictor_of(c))
+
+
+def writer_of(c):
+    """A model with a text decoder of random parameters."""
+    sizes = config_lib.TextDecoder(width=24, depth=1, heads=3, mlp_dim=40, bins=10, row_length=24)
+    parameters = workdirs.parameters(c.model)
+    decoder = test_text_decoder.random_decoder(c.model, sizes)
+    return analysis.Analyst(inference.Predictor(c.model, parameters, text_decoder=decoder))
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return writer_of(
+        tiny.config(input__max_regions=0, model__decoder=None, model__image__pool="map")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +242,54 @@ def test_where_a_text_lies(kind, picture, monkeypatch, request):
     assert np.ptp(analyst.find(picture.copy(), ["a long beak"])[0].cosines) > 1e-3
     monkeypatch.setattr(predictor, "encode_text", None)
     np.testing.assert_array_equal(analyst.find(picture, texts)[1].cosines, found[1].cosines)
+
+
+def test_what_the_text_decoder_says_and_where_it_points(writer, picture, monkeypatch):
+    predictor, texts, calls = writer.predictor, ["a short tail", "wings"], []
+    (caption,) = predictor.caption([picture])
+    ((said,),) = predictor.describe([picture], [[BOX]])
+    pointed = predictor.point(picture, texts)
+    encode = predictor.encode_tokens
+    monkeypatch.setattr(predictor, "encode_tokens", lambda x: calls.append(x) or encode(x))
+    assert writer.caption(picture) == writer.caption(picture.copy()) == caption
+    boxed = writer.inside(picture, CLASSES, BOX)
+    assert boxed.said == said and boxed.classes == [] and said.text != caption.text
+    found = writer.find(picture, texts)
+    for lying, text, expected in zip(found, texts, pointed, strict=True):
+        assert lying.text == text and lying.region is None and lying.cosines is not None
+        np.testing.assert_array_equal(lying.pointed.box_xyxy, expected.box_xyxy)
+        np.testing.assert_allclose(
+            lying.pointed.log_probability, expected.log_probability, atol=1e-5
+        )
+    assert len(calls) == 1  # the image tower runs once
+
+    shown = views.inside(boxed)
+    number = f"{said.log_probability:.4f}".replace("-", "\N{MINUS SIGN}")
+    assert f"“{html.escape(said.text)}” <span" in shown and f"log-probability {number}" in shown
+    assert "no class is ranked" in shown and "<table>" not in shown
+    assert html.escape(caption.text) in views.caption(caption)
+    assert "&lt;b&gt;" in views.caption(caption._replace(text="<b>"))
+
+
+def test_a_box_that_is_pointed_at_lies_beside_the_region_of_a_text(picture):
+    region = inference.Grounding(BOX, 0.5)
+    pointed = in_use.Pointed(BOX / 2, -1.25)
+    shown = views.places(picture, [analysis.Lying("a <i>tail", region, None, pointed)])
+    ours, theirs = shown.split("<section>")[1:]
+    assert "<h4>Regions, by their cosine</h4>" in ours and "left:20.00cqw" in ours
+    assert "<h4>Text decoder, log-probability of its box</h4>" in theirs
+    assert "left:10.00cqw" in theirs and "\N{MINUS SIGN}1.2500" in theirs
+    assert shown.count("a &lt;i&gt;tail") == 2
+    names = re.findall(r'radio" name="(\w+)"', shown)
+    assert names == ["phrases", "phrases_pointed"]
+    ranked = [analysis.Ranked("wren", "wren", 0.25)]
+    said = in_use.Written("a <tail>", -0.5)
+    shown = views.inside(analysis.Boxed(BOX, None, 1.0, ranked, [], said))
+    assert (
+        shown.index("a &lt;tail&gt;")
+        < shown.index("embedded by the box head")
+        < shown.index("wren")
+    )
 
 
 def test_a_box_as_it_is_typed():
@@ -469,7 +534,8 @@ def in_browser(analyst, folder):
     from tests import browser
 
     model = analyst.predictor
-    checkpoint.save_model(folder / "model", model.model, model.params, source="test")
+    given = model.model, model.params, model.text_decoder
+    checkpoint.save_model(folder / "model", *given, source="test")
     (folder / "temporary").mkdir()
     with (
         (folder / "log.txt").open("w") as log,
@@ -552,6 +618,19 @@ def test_a_box_that_is_drawn_on_the_page(tmp_path, with_head):
         find(page, "a white sail; blue water; a brown hull")
         page.locator("#found .map").nth(2).wait_for()
         assert page.locator("#found .box").count() == 3
+
+
+@pytest.mark.slow  # a browser, which CI has not
+def test_what_is_written_on_the_page(tmp_path, with_head):
+    writer = writer_of(tiny.config(model__boxes__kind="roi_align", loss__box_description=1.0))
+    with in_browser(writer, tmp_path) as page:
+        page.locator("#examples button").first.click()
+        page.locator("#caption .said", has_text="log-probability").wait_for()
+        draw_a_box(page, "embedded by the box head")
+        assert page.locator("#boxed .said").count() == 1
+        find(page, "a white sail; blue water")
+        page.locator("#found h4", has_text="Text decoder").wait_for()
+        assert page.locator("#found .box").count() == 4
 
 
 def find(page, phrases):

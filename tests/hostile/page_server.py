@@ -13,6 +13,7 @@ class Analyst(analysis.Analyst):
 
     def __init__(self):
         self.queries, self.logit_scale, self.box_head, self.grid = 5, 1.0, False, 4
+        self.writes = True
 
     def analyse(self, picture, classes, alpha):
         """Raises DemoError."""

@@ -149,6 +149,8 @@ JOINS = [
     ("a box in an image outside", 8, [picture(path="/etc/passwd"), TEXT, "1 2 3 4"], ELSEWHERE),
     ("a box and more", 8, [None, TEXT, "1 2 3 4", {}], "data: expected a list of 3 values"),
     ("an image to draw on", 5, ["/etc/passwd"], ELSEWHERE),
+    ("an image to write about", 10, [picture(path="/etc/passwd")], ELSEWHERE),
+    ("no such function of a page that writes", 11, [], "fn_index: got 11"),
 ]  # fmt: skip
 
 

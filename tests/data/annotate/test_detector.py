@@ -199,7 +199,7 @@ def test_overlapping_boxes_of_a_description_merge_into_the_best():
         (0.3, far, "a beak"),
         (0.2, [10, 10, 90, 30], "a beak"),  # IoU 0.333
     ]
-    kept = detector._regions(entries, (100, 100))
+    kept = detector.kept(entries, (100, 100))
     assert [(x.score, x.description) for x in kept] == [
         (0.9, "a beak"),
         (0.4, "a tail"),
@@ -216,7 +216,7 @@ def test_boxes_are_clipped_and_those_that_lie_elsewhere_go():
         (0.6, [30, 30, 30.5, 60], "a line"),
         (0.5, [40, 40, 30, 60], "inverted"),
     ]
-    kept = detector._regions(entries, (100, 100))
+    kept = detector.kept(entries, (100, 100))
     assert [(x.description, x.box_xyxy) for x in kept] == [("over the edge", (0, 20, 50, 100))]
 
 
