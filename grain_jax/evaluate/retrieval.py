@@ -1,27 +1,38 @@
 """Retrieval between images and captions, in both directions: R@1, R@5, R@10 (Flickr30k, MS-COCO, or any A.jsonl).
 
 Every caption of an image is a query. The candidate texts are the distinct captions; if several images have the same
-caption, each of them is a right answer to it.
+caption, each of them is a right answer to it. With `rerank` the first candidates are ordered by the likelihood of the
+caption, too, and the rates stand beside those without (inference/rerank.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow
+from grain_jax.config.evals import STANDALONE, Context, TableRow, option
+from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
     import numpy as np
 
     from grain_jax.core import annotations as annotations_lib
-    from grain_jax.evaluate import encode, rates
-    from grain_jax.inference import prompts, scores
+    from grain_jax.evaluate import encode, rates, second_pass, test_sets
+    from grain_jax.inference import prompts, rerank, scores
+    from grain_jax.runtime import processes
 
 KS = (1, 5, 10)
+_MEASURE = "mean of R@1 of both directions"
+_WAYS = (
+    ("image_to_text", "image to text", "pictures"),
+    ("text_to_image", "text to image", "captions"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,15 +41,63 @@ class Retrieval(AnnotatedImages):
 
     left_out = "without_caption"
     none_usable = "no line has a caption; expected captions to retrieve"
-    table = tuple(
-        TableRow(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", unit, unit)
-        for way, label, unit in (
-            ("image_to_text", "image to text", "pictures"),
-            ("text_to_image", "text to image", "captions"),
-        )
-        for k in KS
-    )
     kind: str = "retrieval"
+    # candidates that the text decoder orders by their likelihood, too; 0: none
+    rerank: int = option(0, "K", low=0)
+    # of the likelihood, in nats, beside the scaled cosine; default: the one that is stored with the model
+    rerank_weight: float | None = option(None, "W", low=0)
+    # tries weights on these images, which are validation data, and stores the best one with the model
+    choose_weight: bool = option(False)
+
+    @classmethod
+    def of_flags(cls, **given: Any) -> typing.Self:
+        entry = cls(**given)
+        for line in entry.faults():
+            raise errors.UserError(f"--{line.replace('_', '-')}")
+        return entry
+
+    @classmethod
+    def rows(cls, numbers: Any) -> list[TableRow]:
+        found = []
+        for way, label, unit in _WAYS:
+            for k in KS:
+                chance = f"{way}/chance_r{k}"
+                row = TableRow(f"{way}/r{k}", f"{label} R@{k}", chance, unit, unit)
+                again = row._replace(key=f"reranked/{row.key}", label=f"{row.label}, reranked")
+                found += [row, again]
+        tried = [key.split("/")[1] for key in numbers if key.startswith("weights/")]
+        for name in dict.fromkeys(tried):
+            said = f"R@1, mean of both, at weight {name}"
+            found.append(TableRow(f"weights/{name}/r1", said, None, "pictures", "pictures"))
+        return found
+
+    def faults(self) -> list[str]:
+        weight, name = (
+            self.rerank_weight,
+            "choose_weight" if self.choose_weight else "rerank_weight",
+        )
+        if weight is not None and self.choose_weight:
+            return [f"rerank_weight: got {weight:g} with choose_weight, expected one of the two"]
+        if not self.rerank and (weight is not None or self.choose_weight):
+            return [f"rerank: got 0 with {name}, expected how many are reordered, such as 10"]
+        return []
+
+    def misses(self, model: Any) -> list[str]:
+        del model
+        if self.choose_weight:
+            return [
+                "choose_weight: got True in a run, expected it of a trained model: grain-jax evaluate retrieval"
+                " --rerank 10 --choose-weight"
+            ]
+        if self.rerank and self.rerank_weight is None:
+            return [
+                "rerank_weight: got None in a run, which has no stored weight, expected a number, such as 0.25"
+            ]
+        return []
+
+    @property
+    def needs_text_decoder(self) -> bool:
+        return self.rerank > 0
 
     def usable(self, record: annotations_lib.Annotation) -> Any:
         return record.captions or record.synthetic_caption
@@ -51,40 +110,185 @@ class Retrieval(AnnotatedImages):
 
         Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
           the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
-          broken at random.
+          broken at random. With `rerank` also `rerank_weight`, `rerank_from` (where it is from) and `reranked`, with
+          the two directions; with `choose_weight` `weights`, of each weight the mean of the two R@1, `r1`.
+
+        Raises:
+          errors.UserError: with `rerank` also: the model has no text decoder, or no weight.
         """
+        weight, source = self._weight(predictor)
+        found = self.read()
         kept, seen, counts = self.gather(predictor, context, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]
         captions = [record.captions or (record.synthetic_caption,) for record in kept]
         owner = np.repeat(np.arange(len(kept)), list(map(len, captions)))
-        texts, text_of = prompts.distinct(
-            [text for own in captions for text in own], encode.as_read
-        )
+        every: list[str] = [text for own in captions for text in own]
+        texts, text_of = prompts.distinct(every, encode.as_read)
         text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [M, D]
         right = np.zeros((len(kept), len(texts)), bool)
         right[owner, text_of] = True
-        return {
+        both = _Both(image_embed, text_embed, right, text_of)
+        out = {
             **counts,
             "captions": len(owner),
             "distinct_captions": len(texts),
             "synthetic_captions": sum(not r.captions for r in kept),
-            "image_to_text": _recalls(image_embed, text_embed, right),
-            "text_to_image": _recalls(text_embed, image_embed, right.T, text_of),
+            **both.recalls(),
         }
+        if self.rerank:
+            images = [found.images[i] for i in seen.index]
+            again = self._second(predictor, images, texts, both, context)
+            if self.choose_weight:
+                out["weights"] = again.tried()
+                weight, source = self._choose(predictor, out)
+            out["rerank_weight"], out["rerank_from"] = weight, source
+            out["reranked"] = {"candidates": self.rerank, **again.recalls(weight)}
+            if processes.process_info()[0] == 0:
+                print(f"{self.kind}: reranked {self.rerank} by {source}", file=sys.stderr)
+        return out
+
+    def _weight(self, predictor: Any) -> tuple[float, str]:
+        """The weight and where it is from, before anything is computed; on the first process's word."""
+        if not self.rerank:
+            return 0.0, ""
+        second_pass.need_text_decoder(predictor, "rerank")
+        folder = getattr(predictor, "folder", None)
+        if not self.choose_weight:
+            given = self.rerank_weight
+            found: Any = processes.of_first(lambda: rerank.weight_of(folder, given))
+            return found[0], found[1]
+        if folder is None:
+            raise errors.UserError(
+                "choose_weight: the model lies in no folder, expected one to store the weight in"
+            )
+        return 0.0, ""
+
+    def _second(
+        self,
+        predictor: Any,
+        images: Sequence[test_sets.Image],
+        texts: list[str],
+        both: _Both,
+        context: Context,
+    ) -> _Second:
+        """The likelihoods of the candidates; every pair of an image and a caption is asked once."""
+        stage = rerank.second(both.image_embed, both.text_embed, self.rerank)
+
+        def of(index: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
+            asked = [[texts[t] for t in stage.texts_of(i).tolist()] for i in index]
+            ask = lambda _, *given: predictor.caption_log_likelihood(*given)
+            found = rerank.log_likelihoods(ask, tokens, asked)
+            return {"found": np.concatenate(found)}
+
+        found = second_pass.gather(
+            predictor, images, of, label=f"{self.kind}, again", batch_size=context.batch_size
+        )["found"]
+        scale = float(predictor.logit_scale)
+        return _Second(
+            both, stage, rerank.parts(stage, found, both.image_embed, both.text_embed), scale
+        )
+
+    def _choose(self, predictor: Any, out: dict[str, Any]) -> tuple[float, str]:
+        """The weight with the best `weights`, the smallest of equal ones, once it is stored."""
+        tried = {float(name): one["r1"] for name, one in out["weights"].items()}
+        best = max(tried, key=lambda weight: (round(tried[weight], 9), -weight))
+        chosen = rerank.Chosen(
+            weight=best,
+            prior=rerank.PRIOR,
+            top=self.rerank,
+            annotations=self.paths[1],
+            pictures=out["pictures"],
+            captions=out["captions"],
+            measure=_MEASURE,
+            value=tried[best],
+            without=tried[0.0],
+            checkpoint=str(predictor.folder),
+        )
+        processes.of_first(lambda: str(rerank.write(predictor.folder, chosen)))
+        return best, chosen.said(predictor.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Both:
+    """The first stage, in both directions."""
+
+    image_embed: np.ndarray  # [N, D], of unit length
+    text_embed: np.ndarray  # [M, D]
+    right: np.ndarray  # bool [N, M]
+    text_of: np.ndarray  # int [captions], the distinct text of each
+
+    def recalls(self, *second: _Candidates) -> dict[str, Any]:
+        """The rates of both directions, of the first stage or with the candidates of each in their order."""
+        of_images, of_texts = second or (None, None)
+        to_text = self.image_embed, self.text_embed, self.right, of_images
+        to_image = self.text_embed, self.image_embed, self.right.T, of_texts
+        return {
+            "image_to_text": _recalls(*to_text),
+            "text_to_image": _recalls(*to_image, self.text_of),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidates:
+    """Candidates that come first, whatever their cosines, and their scores."""
+
+    at: np.ndarray  # int [Q, k]
+    scores: np.ndarray  # float64 [Q, k], of the scale of cosines
+
+
+@dataclasses.dataclass(frozen=True)
+class _Second:
+    """The second stage, for any weight."""
+
+    both: _Both
+    stage: rerank.Second
+    parts: tuple[rerank.Parts, rerank.Parts]
+    scale: float
+
+    def recalls(self, weight: float) -> dict[str, Any]:
+        """The rates of both directions."""
+        at = self.stage.texts, self.stage.images
+        # As cosines, so that scores of both stages tie alike.
+        found = (part.scores(1.0, weight / self.scale) for part in self.parts)
+        return self.both.recalls(*map(_Candidates, at, found))
+
+    def tried(self) -> dict[str, dict[str, float]]:
+        """For each weight of `rerank.WEIGHTS` the mean of the two R@1, and these."""
+        out = {}
+        for weight in rerank.WEIGHTS:
+            found = {way: rate["r1"] for way, rate in self.recalls(weight).items()}
+            out[f"{weight:g}"] = {"r1": sum(found.values()) / len(found), **found}
+        return out
 
 
 def _recalls(
     queries: np.ndarray,
     candidates: np.ndarray,
     right: np.ndarray,
+    second: _Candidates | None,
     rows: np.ndarray | slice = slice(None),
 ) -> dict[str, float]:
     """R@k of ranking `candidates` [C, D] for `queries` [N, D], of unit length, of which `rows` are averaged.
 
     `right` is bool [N, C]; `rows` are positions, int, with repetitions.
     """
+    found = rates.nearest_hits(queries, candidates, right, KS)
+    if second is not None:
+        found = scores.in_parts(_reordered(candidates), queries, right, second.at, second.scores)
     out = {}
-    for k, hits in zip(KS, rates.nearest_hits(queries, candidates, right, KS)):
+    for k, hits in zip(KS, found):
         chance = rates.chance_of_topk(right, k)[rows]
         out |= {**rates.rate(f"r{k}", hits[rows]), f"chance_r{k}": float(chance.mean())}
     return out
+
+
+def _reordered(candidates: np.ndarray) -> Any:
+    """(queries, right, candidates that come first, their scores) -> `rates.topk_hits` for each of KS."""
+
+    def hits(part: np.ndarray, right: np.ndarray, at: np.ndarray, found: np.ndarray) -> list:
+        similarity = (part @ candidates.T).astype(np.float64)
+        above = found - found.min(axis=1, keepdims=True) + 3  # than any cosine
+        np.put_along_axis(similarity, at, above, axis=1)
+        return [rates.topk_hits(similarity, right, k) for k in KS]
+
+    return hits

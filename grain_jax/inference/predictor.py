@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax.core import errors, named, schema
 from grain_jax.core import progress as progress_lib
-from grain_jax.inference import inputs, jitted, prompts, scores, segmentation
+from grain_jax.inference import inputs, jitted, prompts, rerank, scores, segmentation
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain, lora, towers
@@ -689,6 +689,47 @@ class Predictor:
         return [
             Grounding(regions.boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)
         ]
+
+    def rerank(
+        self,
+        images: Images | Tokens,
+        texts: Iterable[str],
+        top: int = rerank.TOP,
+        weight: float | None = None,
+    ) -> rerank.Reranked:
+        """The best texts of each image and the best images of each text, by cosine and by likelihood.
+
+        The first `top` by cosine are ordered by scale * cosine + weight * (log-likelihood - prior), where the prior of a
+        text is the mean of its log-likelihoods over other images of the call (docs/method.md, Reranking).
+
+        Args:
+          images: two or more, as for `encode_image`, or the result of `encode_tokens`; their tokens are held at once.
+          texts: strings.
+          top: k, candidates of an image or a text.
+          weight: of the log-likelihood, in nats; None: the one that is stored with the model.
+
+        Raises:
+          InputError: as `encode_image` and `encode_text`; one image, no weight, or the model has no text decoder.
+        """
+        if not self.has_text_decoder:
+            raise InputError(
+                "rerank: the model has no text decoder, expected one with a text decoder"
+            )
+        if top < 1:
+            raise InputError(f"top: got {top}, expected at least 1")
+        weight, _ = rerank.weight_of(self.folder, weight)
+        tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
+        asked, image_embed = list(texts), self._encode(tokens)[0]
+        text_embed = self.encode_text(asked)
+        stage = rerank.second(image_embed, text_embed, top)
+        likelihood: list[np.ndarray] = [np.zeros(0)]
+        for first in range(0, len(image_embed), MAX_BATCH):
+            part = Tokens(tokens.values[first : first + MAX_BATCH])
+            lists = [[asked[t] for t in stage.texts_of(first + i)] for i in range(len(part.values))]
+            ask = lambda _, *given: self.caption_log_likelihood(*given)
+            likelihood += rerank.log_likelihoods(ask, part, lists)
+        found = rerank.parts(stage, np.concatenate(likelihood), image_embed, text_embed)
+        return rerank.ordered(stage, found, self.logit_scale, weight)
 
     def _tokens(self, texts) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [N, L] and the positions [N] at which the texts end."""
