@@ -49,6 +49,7 @@ _OF_PHRASES = {
     "phrase_acc50_any_box": "phrase to box Acc@0.5, any box",
     "phrase_acc50_merged_box": "phrase to box Acc@0.5, merged boxes",
 }
+_IMAGES = 16  # whose phrases are pointed at together
 _SEED = 0  # of the random boxes that give the chance level
 
 
@@ -163,12 +164,12 @@ class Grounding(AnnotatedRegions):
         def of(index: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
             ends = np.searchsorted(phrases.pairs[:, 0], [index, index + 1]).T
             texts = [[described.texts[t] for t in phrases.pairs[a:b, 1]] for a, b in ends]
-            rows = lambda i: tokens._replace(values=tokens.values[i : i + 1])
-            pointed = [
-                one.box_xyxy
-                for i, own in enumerate(texts)
-                for one in (predictor.point(rows(i), own) if own else ())
-            ]
+            pointed = []
+            for first in range(0, len(texts), _IMAGES):
+                some = slice(first, first + _IMAGES)
+                part = tokens._replace(values=tokens.values[some])
+                for own in predictor.point(part, texts[some]):
+                    pointed += [answer.box_xyxy for answer in own]
             likelihood = rerank.log_likelihoods(
                 lambda rows, tokens, some: _of_boxes(
                     predictor, pred_boxes_xyxy[index[rows]], tokens, some

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_the_weight_is_chosen_stored_and_read(data, tmp_path, capsys):
         expected = by_loops(images, vectors, log_p, 10, weight)
         tried[f"{weight:g}"] = np.mean([rates["r1"] for rates in expected.values()])
     assert {name: one["r1"] for name, one in found["weights"].items()} == pytest.approx(tried)
-    best = max(tried, key=tried.get)
+    best = max(tried, key=lambda name: tried[name])
     assert found["rerank_weight"] == float(best) > 0
     path = tmp_path / "run" / "rerank.json"
     said = f"weight {best} of {path}, chosen on {given['annotations']} (40 images)"
@@ -200,7 +201,7 @@ def test_what_does_not_fit_is_one_line(data, tmp_path):
     given, images, vectors, log_p = data
     stub = SpeakingStub(images, vectors, log_p=log_p)
 
-    def fault(kind=errors.UserError, stub=stub, given=given, **options):
+    def fault(kind=errors.UserError, stub: Any = stub, given=given, **options):
         with pytest.raises(kind) as found:
             measure("retrieval", stub, **given, **({"rerank": 10} | options))
         assert "\n" not in str(found.value)
@@ -252,7 +253,7 @@ def test_what_does_not_fit_is_one_line(data, tmp_path):
 
 
 def test_options_that_contradict_each_other():
-    cls = evals.find("retrieval")
+    cls: Any = evals.find("retrieval")
     assert cls().faults() == cls(rerank=10).faults() == []
     assert cls(rerank=10, choose_weight=True).faults() == []
     (line,) = cls(rerank_weight=0.5).faults()
