@@ -907,8 +907,8 @@ class Predictor:
 
     def rerank(
         self,
-        images: Images | Tokens,
-        texts: Iterable[str],
+        images: OneOrMany | Tokens,
+        texts: str | Iterable[str],
         top: int = rerank.TOP,
         weight: float | None = None,
     ) -> rerank.Reranked:
@@ -919,22 +919,22 @@ class Predictor:
 
         Args:
           images: two or more, as for `encode_image`, or the result of `encode_tokens`; their tokens are held at once.
-          texts: strings.
+          texts: strings, or one.
           top: k, candidates of an image or a text.
           weight: of the log-likelihood, in nats; None: the one that is stored with the model.
 
         Raises:
           InputError: as `encode_image` and `encode_text`; one image, no weight, or the model has no text decoder.
         """
-        if not self.has_text_decoder:
-            raise InputError(
-                "rerank: the model has no text decoder, expected one with a text decoder"
-            )
+        self._given_decoder("rerank")
         if top < 1:
             raise InputError(f"top: got {top}, expected at least 1")
         weight, _ = rerank.weight_of(self.folder, weight)
+        if inputs.is_one_image(images):
+            images = inputs.one_image(images)
         tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
-        asked, image_embed = list(texts), self._encode(tokens)[0]
+        asked = [texts] if isinstance(texts, str) else list(texts)
+        image_embed = self._encode(tokens)[0]
         text_embed = self.encode_text(asked)
         stage = rerank.second(image_embed, text_embed, top)
         likelihood: list[np.ndarray] = [np.zeros(0)]
