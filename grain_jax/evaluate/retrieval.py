@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epy
@@ -99,6 +99,14 @@ class Retrieval(AnnotatedImages):
     def needs_text_decoder(self) -> bool:
         return self.rerank > 0
 
+    def still_holds(self, result: Mapping[str, Any], predictor: Any) -> bool:
+        if not self.rerank or self.rerank_weight is not None:
+            return True
+        try:  # the weight may have been chosen again
+            return rerank.weight_of(predictor.folder, None)[0] == result.get("rerank_weight")
+        except errors.UserError:
+            return False
+
     def usable(self, record: annotations_lib.Annotation) -> Any:
         return record.captions or record.synthetic_caption
 
@@ -127,17 +135,20 @@ class Retrieval(AnnotatedImages):
         text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [M, D]
         right = np.zeros((len(kept), len(texts)), bool)
         right[owner, text_of] = True
-        both = _Both(image_embed, text_embed, right, text_of)
+        ways = {
+            "image_to_text": _Way(image_embed, text_embed, right, np.arange(len(kept))),
+            "text_to_image": _Way(text_embed, image_embed, right.T, text_of),
+        }
         out = {
             **counts,
             "captions": len(owner),
             "distinct_captions": len(texts),
             "synthetic_captions": sum(not r.captions for r in kept),
-            **both.recalls(),
+            **{name: way.recalls() for name, way in ways.items()},
         }
         if self.rerank:
             images = [found.images[i] for i in seen.index]
-            again = self._second(predictor, images, texts, both, context)
+            again = self._second(predictor, images, texts, ways, context)
             if self.choose_weight:
                 out["weights"] = again.tried()
                 weight, source = self._choose(predictor, out)
@@ -168,11 +179,12 @@ class Retrieval(AnnotatedImages):
         predictor: Any,
         images: Sequence[test_sets.Image],
         texts: list[str],
-        both: _Both,
+        ways: dict[str, _Way],
         context: Context,
     ) -> _Second:
         """The likelihoods of the candidates; every pair of an image and a caption is asked once."""
-        stage = rerank.second(both.image_embed, both.text_embed, self.rerank)
+        both = ways["image_to_text"].queries, ways["text_to_image"].queries
+        stage = rerank.second(*both, self.rerank)
 
         def of(index: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
             asked = [[texts[t] for t in stage.texts_of(i).tolist()] for i in index]
@@ -183,10 +195,8 @@ class Retrieval(AnnotatedImages):
         found = second_pass.gather(
             predictor, images, of, label=f"{self.kind}, again", batch_size=context.batch_size
         )["found"]
-        scale = float(predictor.logit_scale)
-        return _Second(
-            both, stage, rerank.parts(stage, found, both.image_embed, both.text_embed), scale
-        )
+        parts = rerank.parts(stage, found, *both)
+        return _Second(ways, (stage.texts, stage.images), parts, float(predictor.logit_scale))
 
     def _choose(self, predictor: Any, out: dict[str, Any]) -> tuple[float, str]:
         """The weight with the best `weights`, the smallest of equal ones, once it is stored."""
@@ -209,26 +219,6 @@ class Retrieval(AnnotatedImages):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Both:
-    """The first stage, in both directions."""
-
-    image_embed: np.ndarray  # [N, D], of unit length
-    text_embed: np.ndarray  # [M, D]
-    right: np.ndarray  # bool [N, M]
-    text_of: np.ndarray  # int [captions], the distinct text of each
-
-    def recalls(self, *second: _Candidates) -> dict[str, Any]:
-        """The rates of both directions, of the first stage or with the candidates of each in their order."""
-        of_images, of_texts = second or (None, None)
-        to_text = self.image_embed, self.text_embed, self.right, of_images
-        to_image = self.text_embed, self.image_embed, self.right.T, of_texts
-        return {
-            "image_to_text": _recalls(*to_text),
-            "text_to_image": _recalls(*to_image, self.text_of),
-        }
-
-
-@dataclasses.dataclass(frozen=True)
 class _Candidates:
     """Candidates that come first, whatever their cosines, and their scores."""
 
@@ -237,58 +227,71 @@ class _Candidates:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Second:
-    """The second stage, for any weight."""
+class _Way:
+    """A direction of retrieval."""
 
-    both: _Both
-    stage: rerank.Second
-    parts: tuple[rerank.Parts, rerank.Parts]
-    scale: float
+    queries: np.ndarray  # [Q, D], of unit length
+    candidates: np.ndarray  # [C, D]
+    right: np.ndarray  # bool [Q, C]
+    rows: np.ndarray  # of the queries that are averaged, int, with repetitions
 
-    def recalls(self, weight: float) -> dict[str, Any]:
-        """The rates of both directions."""
-        at = self.stage.texts, self.stage.images
-        # As cosines, so that scores of both stages tie alike.
-        found = (part.scores(1.0, weight / self.scale) for part in self.parts)
-        return self.both.recalls(*map(_Candidates, at, found))
-
-    def tried(self) -> dict[str, dict[str, float]]:
-        """For each weight of `rerank.WEIGHTS` the mean of the two R@1, and these."""
+    def recalls(self, second: _Candidates | None = None) -> dict[str, float]:
+        """R@k, with intervals and chance."""
         out = {}
-        for weight in rerank.WEIGHTS:
-            found = {way: rate["r1"] for way, rate in self.recalls(weight).items()}
-            out[f"{weight:g}"] = {"r1": sum(found.values()) / len(found), **found}
+        for k, hits in zip(KS, self.hits(KS, second)):
+            chance = rates.chance_of_topk(self.right, k)[self.rows]
+            out |= {**rates.rate(f"r{k}", hits), f"chance_r{k}": float(chance.mean())}
         return out
 
-
-def _recalls(
-    queries: np.ndarray,
-    candidates: np.ndarray,
-    right: np.ndarray,
-    second: _Candidates | None,
-    rows: np.ndarray | slice = slice(None),
-) -> dict[str, float]:
-    """R@k of ranking `candidates` [C, D] for `queries` [N, D], of unit length, of which `rows` are averaged.
-
-    `right` is bool [N, C]; `rows` are positions, int, with repetitions.
-    """
-    found = rates.nearest_hits(queries, candidates, right, KS)
-    if second is not None:
-        found = scores.in_parts(_reordered(candidates), queries, right, second.at, second.scores)
-    out = {}
-    for k, hits in zip(KS, found):
-        chance = rates.chance_of_topk(right, k)[rows]
-        out |= {**rates.rate(f"r{k}", hits[rows]), f"chance_r{k}": float(chance.mean())}
-    return out
+    def hits(self, ks: Sequence[int], second: _Candidates | None = None) -> list[np.ndarray]:
+        """`rates.topk_hits` for each of `ks`, of the rows."""
+        if second is None:
+            found = rates.nearest_hits(self.queries, self.candidates, self.right, ks)
+        elif second.at.shape[1] in (len(self.candidates), max(second.at.shape[1], *ks)):
+            right = np.take_along_axis(self.right, second.at, axis=1)
+            found = [rates.topk_hits(second.scores, right, k) for k in ks]
+        else:
+            given = self.queries, self.right, second.at, second.scores
+            found = scores.in_parts(_reordered(self.candidates, ks), *given)
+        return [hits[self.rows] for hits in found]
 
 
-def _reordered(candidates: np.ndarray) -> Any:
-    """(queries, right, candidates that come first, their scores) -> `rates.topk_hits` for each of KS."""
+def _reordered(candidates: np.ndarray, ks: Sequence[int]) -> Any:
+    """(queries, right, candidates that come first, their scores) -> `rates.topk_hits` for each of `ks`."""
 
     def hits(part: np.ndarray, right: np.ndarray, at: np.ndarray, found: np.ndarray) -> list:
         similarity = (part @ candidates.T).astype(np.float64)
         above = found - found.min(axis=1, keepdims=True) + 3  # than any cosine
         np.put_along_axis(similarity, at, above, axis=1)
-        return [rates.topk_hits(similarity, right, k) for k in KS]
+        return [rates.topk_hits(similarity, right, k) for k in ks]
 
     return hits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Second:
+    """The second stage of both directions, for any weight."""
+
+    ways: dict[str, _Way]
+    at: tuple[np.ndarray, np.ndarray]  # int [Q, k], the candidates of each direction
+    parts: tuple[rerank.Parts, rerank.Parts]
+    scale: float
+
+    def recalls(self, weight: float) -> dict[str, Any]:
+        """The rates of both directions."""
+        found = self._candidates(weight)
+        return {name: way.recalls(one) for (name, way), one in zip(self.ways.items(), found)}
+
+    def tried(self) -> dict[str, dict[str, float]]:
+        """For each weight of `rerank.WEIGHTS` the mean of the two R@1, and these."""
+        out = {}
+        for weight in rerank.WEIGHTS:
+            found = zip(self.ways.items(), self._candidates(weight))
+            r1 = {name: float(way.hits((1,), one)[0].mean()) for (name, way), one in found}
+            out[f"{weight:g}"] = {"r1": sum(r1.values()) / len(r1), **r1}
+        return out
+
+    def _candidates(self, weight: float) -> list[_Candidates]:
+        # As cosines, so that scores of both stages tie alike.
+        several = (part.scores(1.0, weight / self.scale) for part in self.parts)
+        return [_Candidates(at, one) for at, one in zip(self.at, several)]

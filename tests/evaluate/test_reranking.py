@@ -4,13 +4,15 @@ import json
 import re
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from grain_jax import inference
+from grain_jax import config, inference
 from grain_jax.config import evals
 from grain_jax.core import errors, regular_file
 from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import suite
 from grain_jax.inference import rerank, scores
 from grain_jax.inference.inputs import InputError
 from tests.evaluate.speaking import SpeakingStub
@@ -195,6 +197,32 @@ def test_the_weight_is_chosen_stored_and_read(data, tmp_path, capsys):
     again = measure("retrieval", stub, **given, rerank=10)
     assert again["reranked"] == found["reranked"]
     assert again["rerank_from"] == f"{said} for {tmp_path / 'run' / 'checkpoints' / '700'}"
+
+
+def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):
+    given, images, vectors, log_p = data
+    stub = SpeakingStub(images, vectors, log_p=log_p)
+    stub.folder = str(tmp_path)
+    options = {key: str(value) for key, value in given.items()}
+    entry = dict(kind="retrieval", rerank=10, **options)
+    both = {"val": entry | dict(choose_weight=True), "test": entry}
+    output = tmp_path / "suite.json"
+
+    def ran(entries=both):
+        found = config.suite_from_dict(dict(evals=entries))
+        assert suite.run(found, output, checkpoint="RUN", load=lambda: stub) == 0
+        return json.loads(output.read_text())["ran"], capsys.readouterr().err
+
+    first, _ = ran()
+    assert first["test"]["reranked"] == first["val"]["reranked"]
+    again, said = ran()
+    assert again == first and said.count("is in") == 2
+    chosen = rerank.read(tmp_path)
+    assert chosen is not None
+    rerank.write(tmp_path, msgspec.structs.replace(chosen, weight=0.05))
+    other, said = ran({"test": entry})
+    assert "is in" not in said and other["test"]["rerank_weight"] == 0.05
+    assert other["test"]["reranked"] != first["test"]["reranked"]
 
 
 def test_what_does_not_fit_is_one_line(data, tmp_path):
