@@ -778,8 +778,8 @@ class Predictor:
         given = self._given_decoder("describe")
         boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
         found = []
-        for tokens, own in self._token_parts_with(images, boxes_xyxy=boxes):
-            found += self._write(given, "describe", tokens, *own, beams, max_tokens)
+        for tokens, (own,) in self._token_parts_with(images, boxes_xyxy=boxes):
+            found += self._write(given, "describe", tokens, own, beams, max_tokens)
         return found
 
     def point(self, images: OneOrMany | Tokens, texts: Any, beams: int = 1) -> Any:
@@ -804,14 +804,13 @@ class Predictor:
         given = self._given_decoder("point")
         text_decoder.check_beams(beams)
         found = []
-        for tokens, (own,) in self._token_parts_with(images, texts=_checked_texts(texts)):
+        for tokens, (own,) in self._token_parts_with(images, texts=inputs.checked_texts(texts)):
             asked = self._asked(given, "point", own)
             run = self._run_in_parts(beams)
             written = text_decoder.write(
                 run, given, "point", tokens, asked, beams, text_decoder.BOX
             )
-            bins = np.array([ids for ids, _ in written], np.int32).reshape(-1, text_decoder.BOX)
-            corners = text_decoder.in_order(np.asarray(given.vocabulary.boxes(bins), np.float32))
+            corners = text_decoder.boxes_of(given, [ids for ids, _ in written])
             pointed = [Pointed(box, p) for box, (_, p) in zip(corners, written)]
             found += text_decoder.grouped(pointed, [len(x) for x in own])
         return found
@@ -835,7 +834,7 @@ class Predictor:
             return self.caption_log_likelihood(inputs.one_image(images), [texts])[0]
         given = self._given_decoder("caption_log_likelihood")
         found = []
-        for tokens, (own,) in self._token_parts_with(images, texts=_checked_texts(texts)):
+        for tokens, (own,) in self._token_parts_with(images, texts=inputs.checked_texts(texts)):
             found += self._log_likelihoods(given, "caption", tokens, own)
         return found
 
@@ -860,9 +859,9 @@ class Predictor:
         given = self._given_decoder("description_log_likelihood")
         boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
         of_boxes = [
-            _checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(_checked_lists(texts))
+            inputs.checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(inputs.lists(texts))
         ]
-        _check_a_text_a_box(of_boxes, boxes, "lists of texts")
+        inputs.check_a_text_a_box(of_boxes, boxes, "lists of texts")
         found = []
         parts = self._token_parts_with(images, boxes_xyxy=boxes, texts=of_boxes)
         for tokens, (own, candidates) in parts:
@@ -896,8 +895,8 @@ class Predictor:
             return self.box_log_likelihood(inputs.one_image(images), [boxes_xyxy], [texts])[0]
         given = self._given_decoder("box_log_likelihood")
         boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
-        checked = _checked_texts(texts)
-        _check_a_text_a_box(checked, boxes, "texts")
+        checked = inputs.checked_texts(texts)
+        inputs.check_a_text_a_box(checked, boxes, "texts")
         found = []
         for tokens, (own, texts_of) in self._token_parts_with(
             images, boxes_xyxy=boxes, texts=checked
@@ -1003,15 +1002,8 @@ class Predictor:
         boxes: Sequence[np.ndarray] | None = None,
     ) -> text_decoder.Sequences:
         """The sequences of images; `texts` and `boxes` [n, 4] of each image, of equal number."""
-        counts = [len(x) for x in texts]
-        image = np.repeat(np.arange(len(texts)), counts)
-        flat = list(itertools.chain(*texts))
         library = _tokenizer(self.model.text, self.folder)
-        words = text_decoder.words_of(library, flat, given, task)
-        corners = np.zeros((len(flat), 4), np.float32)
-        if boxes is not None:
-            corners = np.concatenate([corners[:0], *boxes])
-        return text_decoder.Sequences(image, words, corners)
+        return text_decoder.sequences_of(library, given, task, texts, boxes)
 
     def _write(
         self,
@@ -1084,33 +1076,6 @@ class Predictor:
             missing = ((0, 0), (0, context - tokens.shape[1]))
             tokens = np.pad(tokens, missing, constant_values=tower.pad_id)
         return tokens, ends
-
-
-def _checked_lists(texts: Any) -> list[Any]:
-    """A list for each image, of what it is asked about. Raises InputError."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        raise InputError(f"texts: got {texts!r}, expected a list of texts for each image")
-    return list(texts)
-
-
-def _checked_texts(texts: Any, name: str = "texts", of: str = "image") -> list[list[str]]:
-    """For each image (or box) its texts. Raises InputError."""
-    found = []
-    for i, own in enumerate(_checked_lists(texts)):
-        is_list = isinstance(own, Iterable) and not isinstance(own, (str, bytes))
-        found.append(list(own) if is_list else [own])
-        if not is_list or not all(isinstance(text, str) for text in found[-1]):
-            raise InputError(f"{name}[{i}]: got {own!r}, expected a list of texts of one {of}")
-    return found
-
-
-def _check_a_text_a_box(texts: list[Any], boxes: list[np.ndarray], what: str) -> None:
-    """Raises InputError where an image has not as many of the texts as boxes."""
-    for i, (own, of_image) in enumerate(zip(texts, boxes)):
-        if len(own) != len(of_image):
-            raise InputError(
-                f"texts[{i}]: got {len(own)} {what} for {len(of_image)} boxes, expected one a box"
-            )
 
 
 def _pairs(
