@@ -166,7 +166,7 @@ class Retrieval(AnnotatedImages):
         folder = getattr(predictor, "folder", None)
         if not self.choose_weight:
             given = self.rerank_weight
-            found: Any = processes.of_first(lambda: rerank.weight_of(folder, given))
+            found: Any = processes.of_first(lambda: rerank.weight_of(folder, given, self.paths[1]))
             return found[0], found[1]
         if folder is None:
             raise errors.UserError(

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from etils import epath
 
+from grain_jax.config import evals
 from grain_jax.core import atomic, regular_file
 from grain_jax.inference import scores
 from grain_jax.inference.inputs import InputError
@@ -238,8 +239,15 @@ def write(folder: epath.PathLike, chosen: Chosen) -> epath.Path:
     return path
 
 
-def weight_of(folder: epath.PathLike | None, given: float | None) -> tuple[float, str]:
+def weight_of(
+    folder: epath.PathLike | None, given: float | None, measured: str = ""
+) -> tuple[float, str]:
     """The weight, and where it is from: `given`, or the one beside the model.
+
+    Args:
+      folder: of the model, or None.
+      given: the weight, or None.
+      measured: the annotations that are measured with it, if any: a weight that was chosen on them says so.
 
     Raises:
       InputError: there is none; one line says how to choose it.
@@ -248,11 +256,14 @@ def weight_of(folder: epath.PathLike | None, given: float | None) -> tuple[float
     if given is not None:
         return given, f"weight {given:g}, as given"
     chosen = None if folder is None else read(folder)
-    if chosen is None:
-        where = (
-            "the model lies in no folder" if folder is None else f"{path_of(folder)}: no such file"
-        )
+    if folder is None or chosen is None:
+        where = "the model lies in no folder"
+        if folder is not None:
+            where = f"{path_of(folder)}: no such file"
         raise InputError(
             f"rerank: no weight is given, and {where}; give one (--rerank-weight, weight=), or choose it: {CHOOSE}"
         )
-    return chosen.weight, chosen.said(folder or "")
+    said = chosen.said(folder)
+    if measured and evals.same_place(measured, chosen.annotations):
+        said += ", which are measured here: expected others"
+    return chosen.weight, said

@@ -196,7 +196,12 @@ def test_the_weight_is_chosen_stored_and_read(data, tmp_path, capsys):
     stub.folder = str(tmp_path / "run" / "checkpoints" / "900")
     again = measure("retrieval", stub, **given, rerank=10)
     assert again["reranked"] == found["reranked"]
-    assert again["rerank_from"] == f"{said} for {tmp_path / 'run' / 'checkpoints' / '700'}"
+    said += f" for {tmp_path / 'run' / 'checkpoints' / '700'}"
+    assert again["rerank_from"] == said + ", which are measured here: expected others"
+    other = tmp_path / "test.jsonl"
+    other.write_bytes(given["annotations"].read_bytes())
+    again = measure("retrieval", stub, **given | dict(annotations=other), rerank=10)
+    assert again["rerank_from"] == said
 
 
 def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):

@@ -27,9 +27,10 @@ def images(tmp_path_factory):
     for i, picture in enumerate(PICTURES):
         PIL.Image.fromarray(picture).save(root / f"{i}.png")
     texts = [TEXTS[0], TEXTS[1], TEXTS[2], TEXTS[0]]
-    lines = [{"image": f"{i}.png", "caption": text} for i, text in enumerate(texts)]
-    for line in lines:
-        line["regions"] = [{"box": [0, 0, 20, 30], "description": "red beak", "score": 1}]
+    regions = [{"box": [0, 0, 20, 30], "description": "red beak", "score": 1}]
+    lines = [
+        {"image": f"{i}.png", "caption": text, "regions": regions} for i, text in enumerate(texts)
+    ]
     write_lines(root / "A.jsonl", lines)
     return root, root / "A.jsonl"
 
