@@ -87,8 +87,8 @@ class Grounding(AnnotatedRegions):
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
             equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
             around all boxes of the phrase; and the `chance_` of these three rates.
-          of a model with a text decoder, unless `text_decoder` is False, the same rates without chance under `point`, of the box
-            that it points at, and `likelihood`, of the query's box given which it finds the phrase most likely.
+          of a model with a text decoder, unless `text_decoder` is False, the same rates without chance: under `point`
+            of the box that it points at, under `likelihood` of the query's box of which it finds the phrase most likely.
         """
         kept, seen, counts = self.gather(predictor, context)
         pred_boxes_xyxy, region_embed = seen.with_regions
@@ -156,8 +156,8 @@ class Grounding(AnnotatedRegions):
     ) -> dict[str, np.ndarray]:
         """What the text decoder says of the U pairs of `phrases`.
 
-        Returns: `boxes_xyxy` [U, 4], the box that it points at, and `likelihood` float64 [U, Q], that of the text of each
-          box of the queries.
+        Returns: `boxes_xyxy` [U, 4], the box that it points at, and `likelihood` float64 [U, Q], that of the text of
+          each box of the queries.
         """
         all_images, pred_boxes_xyxy = self.read().images, seen.with_regions.boxes_xyxy
 
@@ -221,9 +221,7 @@ def check_some_box(path: str | None, described: Described) -> None:
 class _Phrases(NamedTuple):
     """The phrases of `Described`, P of them."""
 
-    boxes: (
-        np.ndarray
-    )  # int [K], the boxes of the phrases, one phrase after another: positions among the M
+    boxes: np.ndarray  # int [K], of one phrase after another: positions among the M
     counts: np.ndarray  # int [P], boxes of each
     first: np.ndarray  # int [P], its first one among the K
     pairs: np.ndarray  # int [U, 2], the distinct (image, text), in rising order

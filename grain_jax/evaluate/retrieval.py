@@ -72,10 +72,8 @@ class Retrieval(AnnotatedImages):
         return found
 
     def faults(self) -> list[str]:
-        weight, name = (
-            self.rerank_weight,
-            "choose_weight" if self.choose_weight else "rerank_weight",
-        )
+        weight = self.rerank_weight
+        name = "choose_weight" if self.choose_weight else "rerank_weight"
         if weight is not None and self.choose_weight:
             return [f"rerank_weight: got {weight:g} with choose_weight, expected one of the two"]
         if not self.rerank and (weight is not None or self.choose_weight):
@@ -247,7 +245,7 @@ class _Way:
         """`rates.topk_hits` for each of `ks`, of the rows."""
         if second is None:
             found = rates.nearest_hits(self.queries, self.candidates, self.right, ks)
-        elif second.at.shape[1] in (len(self.candidates), max(second.at.shape[1], *ks)):
+        elif second.at.shape[1] >= min(len(self.candidates), max(ks)):  # no other one counts
             right = np.take_along_axis(self.right, second.at, axis=1)
             found = [rates.topk_hits(second.scores, right, k) for k in ks]
         else:
