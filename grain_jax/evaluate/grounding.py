@@ -88,7 +88,7 @@ class Grounding(AnnotatedRegions):
             equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
             around all boxes of the phrase; and the `chance_` of these three rates.
           of a model with a text decoder, unless `text_decoder` is False, the same rates without chance: under `point`
-            of the box that it points at, under `likelihood` of the query's box of which it finds the phrase most likely.
+            of the box that it points at, under `likelihood` of the query's box of which it finds the phrase likeliest.
         """
         kept, seen, counts = self.gather(predictor, context)
         pred_boxes_xyxy, region_embed = seen.with_regions

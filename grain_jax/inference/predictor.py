@@ -133,7 +133,6 @@ class Predictor:
             of_decoder = jax.tree.map(jnp.asarray, text_decoder.params)
             text_decoder = text_decoder._replace(params=of_decoder)
         self.text_decoder = text_decoder
-        self._replicated: dict[str, Any] = {}
         # Parameters that the caller has put on a mesh stay on it, and the programs run there.
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
@@ -596,35 +595,41 @@ class Predictor:
         self,
         program: Callable[..., Any],
         *rows: np.ndarray,
-        part: str = "model",
         most: int = MAX_BATCH,
+        of_text_decoder: bool = False,
     ) -> Any:
         """The results of `program` on `rows` (arrays of equal length), as numpy.
 
         The rows are padded to a power of two per device, so that few programs are compiled. Up to `most` rows
-        run on one device, more on all devices. `part` says whose parameters they are: "model" or "text_decoder".
+        run on one device, more on all devices. The parameters are those of the model, or of the text decoder.
         """
-        params, count = self._params_of(part), len(rows[0])
+        count = len(rows[0])
         if count > most:
-            params, sharding = self._on_all_devices(part)
+            params, sharding = (
+                self._decoder_on_all_devices if of_text_decoder else self._on_all_devices
+            )
             padded = [jax.device_put(_pad(x, len(self._devices)), sharding) for x in rows]
         else:
+            decoder = self.text_decoder if of_text_decoder else None
+            params = self.params if decoder is None else decoder.params
             padded = [_pad(x) for x in rows]
         return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *padded))
 
-    def _params_of(self, part: str) -> Any:
-        if part == "text_decoder":
-            assert self.text_decoder is not None
-            return self.text_decoder.params
-        return self.params
+    @functools.cached_property
+    def _on_all_devices(self) -> tuple[Any, NamedSharding]:
+        """The parameters replicated on every device, and the sharding of a batch."""
+        return self._spread(self.params)
 
-    def _on_all_devices(self, part: str) -> tuple[Any, NamedSharding]:
-        """The parameters replicated on every device, once, and the sharding of a batch."""
+    @functools.cached_property
+    def _decoder_on_all_devices(self) -> tuple[Any, NamedSharding]:
+        """As `_on_all_devices`, of the text decoder."""
+        assert self.text_decoder is not None
+        return self._spread(self.text_decoder.params)
+
+    def _spread(self, params: Any) -> tuple[Any, NamedSharding]:
         mesh = Mesh(self._devices, ("batch",))
-        if part not in self._replicated:
-            whole = NamedSharding(mesh, PartitionSpec())
-            self._replicated[part] = jax.device_put(self._params_of(part), whole)
-        return self._replicated[part], NamedSharding(mesh, PartitionSpec("batch"))
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        return params, NamedSharding(mesh, PartitionSpec("batch"))
 
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 [N, D], unit length; one text -> [D].
@@ -982,13 +987,12 @@ class Predictor:
         """`_run` of the text decoder, for any number of rows, of which each has so many beams."""
         most = max(1, MAX_BATCH // beams)
         at_once = most * len(self._devices)
+        options: Any = dict(most=most, of_text_decoder=True)
 
         def run(program, *rows):
+            starts = range(0, len(rows[0]), at_once)
             parts = [
-                self._run(
-                    program, *(x[i : i + at_once] for x in rows), part="text_decoder", most=most
-                )
-                for i in range(0, len(rows[0]), at_once)
+                self._run(program, *(x[i : i + at_once] for x in rows), **options) for i in starts
             ]
             return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

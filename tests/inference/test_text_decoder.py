@@ -41,7 +41,7 @@ def write_words(folder):
     library.save(f"{folder}/tokenizer.json")
 
 
-def random_decoder(model, sizes=SIZES, seed=2, scale=0.8) -> checkpoint.StoredDecoder:
+def random_decoder(model, sizes=SIZES, seed=21, scale=0.6) -> checkpoint.StoredDecoder:
     """Random parameters of a text decoder beside this model."""
     sizes = sizes.beside(model)
     words = text_decoder.vocabulary(sizes, model)
@@ -162,7 +162,7 @@ def test_greedy_captions_and_descriptions_equal_whole_forward_passes(predictor):
             text = [i for i in written if i != words.end]
             assert one.text == " ".join(WORDS[i] for i in text)
             close(one.log_probability, score)
-    assert len({one.text for of in described for one in of}) > 1
+    assert len({one.text for of in described for one in of}) > 3
 
 
 def test_boxes_that_texts_point_at_equal_whole_forward_passes(predictor):
