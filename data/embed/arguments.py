@@ -105,6 +105,9 @@ class Search(Command, name="search"):
       --checkpoint DIR     workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME (default: where it lay
         when the embeddings were made)
       --[no-]faiss         search with FAISS, which holds all vectors in memory
+      --rerank K           the first K of a text are ordered by its likelihood, too, by a model with a text decoder; their
+        images are read
+      --rerank-weight W    of the likelihood (default: the one that is stored with the model)
 
     the page:
       --output PAGE.html   page with the images and their regions, one file
@@ -119,5 +122,7 @@ class Search(Command, name="search"):
     top: int = 10
     checkpoint: str | None = None
     faiss: bool = False
+    rerank: int = flag(0, low=0)
+    rerank_weight: float | None = flag(None, low=0)
     output: str | None = None
     images: str | None = None

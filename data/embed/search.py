@@ -46,6 +46,7 @@ class Hit(NamedTuple):
     region: int | None  # position of the best region in `boxes_xyxy`; None: the image was compared
     boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], of all its regions
     source: Mapping[str, Any]  # the piece of the source that has it, as `grain-jax embed` noted it
+    log_likelihood: float | None = None  # of the text, in nats, where `reranked` asked for it
 
     @property
     def box_xyxy(self) -> np.ndarray | None:
@@ -259,6 +260,42 @@ def search(
             raise embeddings.damaged(index.path_of(image), "a region without a box")
     whole = by == "images"
     return [[Hit(a, **rows[i], region=None if whole else r) for a, i, r in hits] for hits in found]
+
+
+def reranked(
+    model: predictor.Predictor,
+    text: str,
+    hits: Sequence[Hit],
+    images: Sequence[PIL.Image.Image],
+    weight: float,
+) -> list[Hit]:
+    """The first hits of a text in the order of scale * cosine + weight * log-likelihood; the others stay behind them.
+
+    The likelihood is that of the text as the description of the box of the best region, or as the caption of the image.
+
+    Args:
+      model: with a text decoder.
+      text: that was looked for.
+      hits: of `search`.
+      images: of the first hits, K.
+      weight: of the log-likelihood, in nats.
+
+    Raises:
+      inference.InputError: the model has no text decoder.
+    """
+    first, count = list(hits[: len(images)]), len(images)
+    boxes = [hit.box_xyxy for hit in first]
+    if not first:
+        return list(hits)
+    if boxes[0] is None:
+        found = model.caption_log_likelihood(list(images), [[text]] * count)
+    else:
+        several = [np.asarray(box)[None] for box in boxes]
+        of_boxes = model.description_log_likelihood(list(images), several, [[[text]]] * count)
+        found = [own[0] for own in of_boxes]
+    first = [hit._replace(log_likelihood=float(own[0])) for hit, own in zip(first, found)]
+    score = lambda hit: model.logit_scale * hit.score + weight * hit.log_likelihood
+    return [*sorted(first, key=score, reverse=True), *hits[count:]]
 
 
 def _vectors_of(

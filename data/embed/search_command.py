@@ -21,6 +21,7 @@ from grain_jax.core import images as images_lib
 from grain_jax.data import sources
 from grain_jax.data.embed import arguments, parts, search
 from grain_jax.data.embed.search import Hit, SearchError
+from grain_jax.inference import rerank
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.runtime import compiled
 
@@ -42,6 +43,10 @@ def run(args: argparse.Namespace) -> str:
         raise SearchError("grain-jax search: expected --text TEXT or --image FILE")
     if args.box and (args.text or len(args.image) != 1):
         raise SearchError("--box: expected it with one --image, and no --text")
+    if args.rerank and args.image:
+        raise SearchError("--rerank: got --image, expected --text alone: texts have a likelihood")
+    if args.rerank_weight is not None and not args.rerank:
+        raise SearchError("--rerank-weight: got it without --rerank, expected --rerank 10, too")
     output = epath.Path(args.output or "").expanduser()
     if args.output:
         if output.is_dir():
@@ -56,11 +61,20 @@ def run(args: argparse.Namespace) -> str:
         index.check(model)
     else:
         model = index.model
+    weight, said = _weight(args, model) if args.rerank else (0.0, "")
+    top = max(args.top, args.rerank)
     answers = functools.partial(
-        search.search, index, top=args.top, by=args.by, model=model, faiss=args.faiss
+        search.search, index, top=top, by=args.by, model=model, faiss=args.faiss
     )
     questions = [Question(text) for text in args.text]
     found = answers(args.text) if args.text else []
+    if args.rerank:
+        firsts = [_images_of(hits[: args.rerank], args.images) for hits in found]
+        found = [
+            search.reranked(model, text, hits, images, weight)[: args.top]
+            for text, hits, images in zip(args.text, found, firsts)
+        ]
+        print(f"--rerank: {args.rerank} by {said}", file=sys.stderr)
     if args.image:
         load = functools.partial(images_lib.load_image, orientation=index.settings.orientation)
         asked = [Question(path, load(path)) for path in args.image]
@@ -85,6 +99,31 @@ def run(args: argparse.Namespace) -> str:
         atomic.write_text(output, render(args.folder, questions, found, show, about))
         print(f"{output}: {sum(map(len, found))} images", file=sys.stderr)
     return "\n\n".join(_table(question, hits) for question, hits in zip(questions, found))
+
+
+def _weight(args: argparse.Namespace, model: inference.Predictor) -> tuple[float, str]:
+    """The weight of the likelihood, and where it is from. Raises InputError."""
+    if not model.has_text_decoder:
+        raise SearchError(
+            f"--rerank: {args.checkpoint or model.folder} has no text decoder, expected --checkpoint of the same model"
+            " with one; or search without --rerank"
+        )
+    return rerank.weight_of(model.folder, args.rerank_weight)
+
+
+def _images_of(hits: Sequence[Hit], folder: str | None) -> list[PIL.Image.Image]:
+    """The images of hits. Raises SearchError where one cannot be read."""
+    loaded = parts.read_again([(hit.source, hit.path) for hit in hits], folder)
+    images, faults = [], []
+    for hit in hits:
+        image = _decoded(hit.path, loaded[hit.source["name"], hit.path])
+        (faults if isinstance(image, str) else images).append(image)
+    if faults:
+        raise SearchError(
+            f"--rerank: {len(faults)} of the {len(hits)} images that come first cannot be read:"
+            f" {printable.plain(faults[0], 400)}; give --images where they lie now, or search without --rerank"
+        )
+    return images
 
 
 def _region(
@@ -117,16 +156,19 @@ def _decoded(path: str, found: parts.Found) -> PIL.Image.Image | str:
 def _table(question: Question, hits: Sequence[Hit]) -> str:
     names = [printable.plain(hit.id, 80) for hit in hits]
     width = max(map(len, ["id", *names]))
+    has_likelihood = any(hit.log_likelihood is not None for hit in hits)
+    likely = lambda shown: f"{shown:>7}  " if has_likelihood else ""
     lines = [
         printable.plain(question.text, 200),
-        f"{'rank':>4}  {'score':>6}  {'id':{width}}  box (pixels)",
+        f"{'rank':>4}  {'score':>6}  {likely('log p')}{'id':{width}}  box (pixels)",
     ]
     for rank, (hit, name) in enumerate(zip(hits, names), 1):
         box = "the whole image"
         if hit.box_xyxy is not None:
             pixels = hit.box_xyxy * [hit.width, hit.height, hit.width, hit.height]
             box = " ".join(f"{x:.0f}" for x in pixels)
-        lines.append(f"{rank:4}  {hit.score:6.3f}  {name:{width}}  {box}")
+        log_p = likely("" if hit.log_likelihood is None else f"{hit.log_likelihood:.2f}")
+        lines.append(f"{rank:4}  {hit.score:6.3f}  {log_p}{name:{width}}  {box}")
     return "\n".join(lines)
 
 

@@ -70,7 +70,12 @@ def run(
             results["ran"] = {
                 name: result
                 for name, result in before["ran"].items()
-                if name not in entries or (name in tasks and _same(result, *tasks[name], again))
+                if name not in entries
+                or (
+                    name in tasks
+                    and _same(result, *tasks[name], again)
+                    and tasks[name][0].still_holds(result, predictor)
+                )
             }
         elif not again:
             raise InputError(

@@ -21,7 +21,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax.core import errors, named, schema
 from grain_jax.core import progress as progress_lib
-from grain_jax.inference import inputs, jitted, prompts, scores, segmentation, text_decoder
+from grain_jax.inference import (
+    inputs,
+    jitted,
+    prompts,
+    rerank,
+    scores,
+    segmentation,
+    text_decoder,
+)
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.inference.text_decoder import Pointed, Written
 from grain_jax.input_pipeline import tokenizer
@@ -900,6 +908,47 @@ class Predictor:
         ):
             found += self._log_likelihoods(given, "point", tokens, texts_of, own)
         return found
+
+    def rerank(
+        self,
+        images: OneOrMany | Tokens,
+        texts: str | Iterable[str],
+        top: int = rerank.TOP,
+        weight: float | None = None,
+    ) -> rerank.Reranked:
+        """The best texts of each image and the best images of each text, by cosine and by likelihood.
+
+        The first `top` by cosine are ordered by scale * cosine + weight * (log-likelihood - prior), where the prior of a
+        text is the mean of its log-likelihoods over other images of the call (docs/method.md, Reranking).
+
+        Args:
+          images: two or more, as for `encode_image`, or the result of `encode_tokens`; their tokens are held at once.
+          texts: strings, or one.
+          top: k, candidates of an image or a text.
+          weight: of the log-likelihood, in nats; None: the one that is stored with the model.
+
+        Raises:
+          InputError: as `encode_image` and `encode_text`; one image, no weight, or the model has no text decoder.
+        """
+        self._given_decoder("rerank")
+        if top < 1:
+            raise InputError(f"top: got {top}, expected at least 1")
+        weight, _ = rerank.weight_of(self.folder, weight)
+        if inputs.is_one_image(images):
+            images = inputs.one_image(images)
+        tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
+        asked = [texts] if isinstance(texts, str) else list(texts)
+        image_embed = self._encode(tokens)[0]
+        text_embed = self.encode_text(asked)
+        stage = rerank.second(image_embed, text_embed, top)
+        likelihood: list[np.ndarray] = [np.zeros(0)]
+        for first in range(0, len(image_embed), MAX_BATCH):
+            part = Tokens(tokens.values[first : first + MAX_BATCH])
+            lists = [[asked[t] for t in stage.texts_of(first + i)] for i in range(len(part.values))]
+            ask = lambda _, *given: self.caption_log_likelihood(*given)
+            likelihood += rerank.log_likelihoods(ask, part, lists)
+        found = rerank.parts(stage, np.concatenate(likelihood), image_embed, text_embed)
+        return rerank.ordered(stage, found, self.logit_scale, weight)
 
     def _given_decoder(self, what: str) -> text_decoder.Given:
         """What the programs of the text decoder depend on. Raises InputError where there is none."""
