@@ -32,6 +32,7 @@ LONG = (
     "tests/training/test_train_step.py",
     "tests/training/test_phases.py",
     "tests/terms/test_runs.py",
+    "tests/terms/test_text_decoder_runs.py",
     "tests/test_verify.py",
     "tests/losses/test_streaming.py",
     "tests/training/test_memory.py",
