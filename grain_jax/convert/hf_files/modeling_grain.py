@@ -12,10 +12,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    # <text_decoder>
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    # </text_decoder>
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput, is_scipy_available, requires_backends
 
-from .configuration_grain import GrainConfig
+from .configuration_grain import (
+    GrainConfig,
+    # <text_decoder>
+    GrainTextDecoderConfig,
+    # </text_decoder>
+)
 
 # <decoder>
 if is_scipy_available():  # the loss alone needs it
@@ -560,6 +573,160 @@ class PooledImage(nn.Module):
 
 
 # </pool>
+# <text_decoder>
+class TextDecoderAttention(nn.Module):
+    """Attention of positions [B, t, E] to given keys and values, [B, heads, L, E / heads] each."""
+
+    def __init__(self, width, heads, memory_width):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.k_proj, self.v_proj = (nn.Linear(memory_width, width) for _ in range(2))
+
+    def _split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, memory):
+        """[B, L, E of the memory] -> keys and values."""
+        return self._split(self.k_proj(memory)), self._split(self.v_proj(memory))
+
+    def forward(self, x, keys, values, mask=None):
+        q = self._split(self.q_proj(x))
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class TextDecoderBlock(nn.Module):
+    """Pre-norm: causal self-attention, attention to the patches, MLP."""
+
+    def __init__(self, sizes, memory_width):
+        super().__init__()
+        width, heads, eps = sizes["width"], sizes["heads"], sizes["norm_eps"]
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
+        self.self_attn = TextDecoderAttention(width, heads, width)
+        self.multihead_attn = TextDecoderAttention(width, heads, memory_width)
+        self.mlp = MLP(sizes, ("fc1", "fc2"))
+
+    def forward(self, x, of_patches, mask, cache, layer):
+        """x [B, t, E]; keys and values of the patches; bool [B or 1, 1, t, all positions]; a `Cache` or None."""
+        y = self.norm1(x)
+        own = self.self_attn.keys_values(y)
+        if cache is not None:
+            own = cache.update(*own, layer)
+        x = x + self.self_attn(y, *own, mask)
+        x = x + self.multihead_attn(self.norm2(x), *of_patches)
+        return x + self.mlp(self.norm3(x))
+
+
+class TaskTokens(LogitsProcessor):
+    """Lets the task that a sequence begins with have its tokens: words and END, or the location tokens of a box."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, input_ids, scores):
+        c = self.config
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        points = (input_ids == c.tasks["point"]).any(1, keepdim=True)
+        is_box = (ids >= c.first_bin) & (ids < c.vocab_size)
+        return scores.masked_fill(~torch.where(points, is_box, ids <= c.end), -math.inf)
+
+
+@dataclass
+class GrainText(ModelOutput):
+    """What the text decoder gives: logits [B, t, vocabulary] of the tokens that follow each position."""
+
+    logits: torch.FloatTensor | None = None
+
+
+class GrainTextDecoder(PreTrainedModel, GenerationMixin):
+    """A causal transformer that sees the patches of an image, and writes texts and boxes (LocCa, arXiv 2403.19596).
+
+    A sequence begins with the token of its task. CAPTION, or DESCRIBE x0 y0 x1 y1: words and END follow; POINT words END:
+    x0 y0 x1 y1 follow. A coordinate is a location token, one of `bins` equal parts of the side.
+    """
+
+    config_class = GrainTextDecoderConfig
+    base_model_prefix = "text_decoder"
+    main_input_name = "input_ids"
+    _no_split_modules = ["TextDecoderBlock"]
+    _supports_sdpa = True
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        sizes = config.sizes
+        width, length = sizes["width"], sizes["row_length"]
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(length, width))
+        blocks = (TextDecoderBlock(sizes, config.memory_width) for _ in range(sizes["depth"]))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, eps=sizes["norm_eps"])
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.generation_config = GenerationConfig(
+            eos_token_id=config.end, pad_token_id=config.end, max_length=length
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            nn.init.normal_(self.positional_embedding, std=0.02)
+
+    def of_patches(self, patches):
+        """Patches [B, P, E of the image] -> their keys and values in all layers, [B, depth, heads, P, E / heads] each."""
+        found = [block.multihead_attn.keys_values(patches) for block in self.blocks]
+        return tuple(torch.stack(each, dim=1) for each in zip(*found))
+
+    def forward(
+        self,
+        input_ids,
+        patch_keys,
+        patch_values,
+        attention_mask=None,
+        cache=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        """Tokens [B, t], after those of the cache -> `GrainText`.
+
+        Args:
+          input_ids: [B, t].
+          patch_keys, patch_values: of `of_patches`.
+          attention_mask: [B, all positions], 0 at padding, which is on the left; None: there is none.
+          cache, past_key_values: a `Cache`, under either name, or None.
+          kwargs: of `generate`; not read.
+        """
+        cache = past_key_values if cache is None else cache
+        seen = 0 if cache is None else cache.get_seq_length()
+        places = torch.arange(seen + input_ids.shape[1], device=input_ids.device)
+        at = places[seen:, None]
+        mask, positions = (places <= at)[None], places[None, seen:]
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            mask = mask & real[:, None] | (places == at)  # padding sees itself
+            positions = (real.cumsum(1) - 1).clamp(min=0)[:, seen:]
+        x = self.token_embedding(input_ids) + self.positional_embedding[positions]
+        for i, block in enumerate(self.blocks):
+            x = block(x, (patch_keys[:, i], patch_values[:, i]), mask[:, None], cache, i)
+        return GrainText(logits=self.head(self.norm(x)))
+
+
+@dataclass
+class GrainPointed(ModelOutput):
+    """The boxes that texts have in images.
+
+    Args:
+      boxes_xyxy: [B, N, 4], corners in [0, 1].
+      log_probs: [B, N], of the four location tokens, in nats.
+    """
+
+    boxes_xyxy: torch.FloatTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+
+
+# </text_decoder>
 @dataclass
 class GrainRegions(ModelOutput):
     """The predicted regions of the queries.
@@ -643,6 +810,13 @@ class GrainModel(GrainPreTrainedModel):
         if config.towers["decoder"] is None:
             self.decoder = PooledImage(config.towers)
         # </pool>
+        # <text_decoder>
+        self.text_decoder = None
+        if config.text_decoder is not None:
+            towers = config.towers
+            sizes = config.text_decoder, towers["text"]["vocab_size"], towers["image"]["width"]
+            self.text_decoder = GrainTextDecoder(GrainTextDecoderConfig(*sizes))
+        # </text_decoder>
         self.post_init()
 
     def get_image_features(self, pixel_values):
@@ -722,6 +896,80 @@ class GrainModel(GrainPreTrainedModel):
         """For each class the token ids of its texts, [n, L] -> [C, D], ready for `zero_shot_logits`."""
         return torch.stack([_unit(self.get_text_features(ids)).mean(0) for ids in input_ids])
 
+    # <text_decoder>
+    @torch.no_grad()
+    def generate(self, pixel_values, input_ids=None, **options):
+        """Images [B, 3, S, S] and the beginnings of sequences -> whole sequences; `generate` of transformers.
+
+        Args:
+          pixel_values: [B, 3, S, S].
+          input_ids: [B * n, t], n sequences an image, each begun as `GrainTextDecoder` says; None: captions.
+          options: of transformers, such as num_beams, do_sample, max_new_tokens.
+        """
+        of_patches = self._of_patches(pixel_values)
+        if input_ids is None:
+            input_ids = self._begun("caption", pixel_values.new_zeros(len(pixel_values), 0))
+        return self._written(of_patches, input_ids, **options)
+
+    def caption(self, pixel_values, **options):
+        """Images [B, 3, S, S] -> captions, token ids [B, n] filled with END; `batch_decode` of the processor reads them."""
+        return self.generate(pixel_values, **options)[:, 1:]
+
+    def describe(self, pixel_values, boxes_xyxy, **options):
+        """What is in boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> token ids [B, R, n], as `caption`."""
+        c = self.text_decoder.config
+        bins = (boxes_xyxy * c.sizes["bins"]).floor().clamp(0, c.sizes["bins"] - 1)
+        begun = self._begun("describe", bins.flatten(0, 1) + c.first_bin)
+        written = self.generate(pixel_values, begun, **options)[:, begun.shape[1] :]
+        return written.unflatten(0, boxes_xyxy.shape[:2])
+
+    @torch.no_grad()
+    def point(self, pixel_values, input_ids, **options):
+        """Where texts are: images [B, 3, S, S] and texts [N, L] of the processor -> `GrainPointed`."""
+        c, images = self.text_decoder.config, len(pixel_values)
+        begun, mask = (x.repeat(images, 1) for x in self._asked(input_ids))
+        of_patches = self._of_patches(pixel_values)
+        found = self._written(
+            of_patches, begun, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, **options
+        )
+        box = found[:, -4:]
+        seen = F.pad(mask, (0, 3), value=1)
+        of_each = (x.repeat_interleave(len(input_ids), dim=0) for x in of_patches)
+        logits = self.text_decoder(found[:, :-1], *of_each, attention_mask=seen).logits[:, -4:]
+        log_probs = logits.float().log_softmax(-1).gather(-1, box[..., None]).sum((1, 2))
+        boxes = (box - c.first_bin + 0.5) / c.sizes["bins"]
+        shape = images, len(input_ids)
+        return GrainPointed(boxes_xyxy=boxes.unflatten(0, shape), log_probs=log_probs.view(shape))
+
+    def _of_patches(self, pixel_values):
+        tokens = self.backbone.visual(pixel_values)
+        return self.text_decoder.of_patches(tokens[:, _leading(self.config.towers["image"]) :])
+
+    def _begun(self, task, rest):
+        """The token of a task before the rest [N, n] of sequences."""
+        return F.pad(rest.long(), (1, 0), value=self.text_decoder.config.tasks[task])
+
+    def _asked(self, input_ids):
+        """Texts of the processor as POINT words END, padded on the left, and what is no padding."""
+        c = self.text_decoder.config
+        words = input_ids[:, c.sizes["leading_specials"] :]
+        ends = F.pad(words == c.sizes["end_of_text"], (0, 1), value=True)
+        lengths = ends.int().argmax(1, keepdim=True)
+        longest = int(lengths.max())
+        at = torch.arange(longest + 2, device=words.device) - longest + lengths
+        begun = F.pad(words, (1, 1), value=c.tasks["point"]).gather(1, at.clamp(min=0))
+        begun[:, -1] = c.end
+        return begun, (at >= 0).long()
+
+    def _written(self, of_patches, begun, **options):
+        keys, values = (x.repeat_interleave(len(begun) // len(x), dim=0) for x in of_patches)
+        own = options.pop("logits_processor", None) or []
+        processors = LogitsProcessorList([TaskTokens(self.text_decoder.config), *own])
+        return self.text_decoder.generate(
+            begun, patch_keys=keys, patch_values=values, logits_processor=processors, **options
+        )
+
+    # </text_decoder>
     def clip_logit_scale(self):
         """Keeps the factor within 1 and 100; call it after every step of the optimizer."""
         self.backbone.logit_scale.data.clamp_(0, math.log(100))
