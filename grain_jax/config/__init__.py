@@ -43,6 +43,8 @@ from grain_jax.config.parse import (
     loss_term,
     model_from_dict,
     suite_from_dict,
+    text_decoder_from_dict,
+    text_decoder_of_term,
     to_json,
     unknown_key,
 )
@@ -91,6 +93,8 @@ __all__ = [
     "model_from_dict",
     "select",
     "suite_from_dict",
+    "text_decoder_from_dict",
+    "text_decoder_of_term",
     "to_json",
     "unknown_key",
     "without_defaults",

@@ -8,7 +8,7 @@ from typing import Any
 
 from grain_jax.config import fields, values
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.fields import Config, Input, Loss, Model, Optim, Suite
+from grain_jax.config.fields import Config, Input, Loss, Model, Optim, Suite, TextDecoder
 from grain_jax.core import named
 
 
@@ -25,7 +25,7 @@ def flags_of(key: str, choices: Sequence[int], wanted: int) -> str:
     return " or ".join(f"--config.{key}={n}" for n in near if n is not None)
 
 
-def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[str]:
+def faults_of(part: Config | Model | Suite | Evaluator | TextDecoder, path: str = "") -> list[str]:
     """The faults of a whole config, or of a part of one: those of single values, or else those between keys.
 
     Args:
@@ -37,6 +37,8 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
         return found  # the rest divides by these numbers
     if isinstance(part, Model):
         return list(_of_model(part))
+    if isinstance(part, TextDecoder):
+        return []
     if isinstance(part, Evaluator):
         return [f"{path}.{fault}" for fault in part.faults()]
     if isinstance(part, Config):

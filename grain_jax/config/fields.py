@@ -282,6 +282,18 @@ class TextDecoder:
     leading_specials: int = count(1, high=8)
     trailing_specials: int = count(1, high=8)
 
+    def beside(self, model: "Model") -> "TextDecoder":
+        """The keys with a number where they say None: what a decoder beside this model has."""
+        text = model.text
+        width = self.width or text.width
+        return dataclasses.replace(
+            self,
+            width=width,
+            depth=self.depth or max(1, text.depth // 2),
+            heads=self.heads or text.heads,
+            mlp_dim=self.mlp_dim or 4 * width,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:

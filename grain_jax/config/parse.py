@@ -16,7 +16,7 @@ from typing import Any
 
 from grain_jax.config import checks, evals, fields, weights
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.fields import Config, Model, Suite
+from grain_jax.config.fields import Config, Model, Suite, TextDecoder
 from grain_jax.core import errors, named, nearest
 
 T = typing.TypeVar("T")
@@ -43,6 +43,18 @@ def from_dict(value: Mapping[str, Any]) -> Config:
 def model_from_dict(value: Mapping[str, Any]) -> Model:
     """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
     return _checked(Model, value, "model")
+
+
+def text_decoder_from_dict(value: Mapping[str, Any]) -> TextDecoder:
+    """The sizes of a text decoder, as converted checkpoints carry them. Raises ConfigError, a line a fault."""
+    return _checked(TextDecoder, value, "text_decoder")
+
+
+def text_decoder_of_term(entry: Mapping[str, Any], model: Model) -> TextDecoder:
+    """Those of an entry of `loss.terms`, beside this model. Raises ConfigError, a line a fault."""
+    names = {field.name for field in dataclasses.fields(TextDecoder)}
+    sizes = {name: value for name, value in entry.items() if name in names}
+    return text_decoder_from_dict(sizes).beside(model)
 
 
 def suite_from_dict(value: Mapping[str, Any]) -> Suite:

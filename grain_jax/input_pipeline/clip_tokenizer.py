@@ -3,6 +3,7 @@
 Two libraries can merge the pairs; which of them is installed changes the speed, never the ids.
 """
 
+import functools
 import gzip
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from etils import epath
 
 from grain_jax.input_pipeline.text_cleaning import (
     BaseTokenizer,
+    Specials,
     Texts,
     TokenizerError,
     clean_all,
@@ -29,6 +31,7 @@ END_OF_TEXT = 49407
 PAD = 0  # also the id of "!": lengths, not ids, tell padding from text
 _VOCABULARY = epath.Path(__file__).with_name("clip_vocabulary.txt.gz")
 
+_END_OF_WORD = "</w>"
 SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 # Names that either library may read as a special token in an ordinary text.
 _SPECIAL_NAMES = (*SPECIAL, "<start_of_text>", "<end_of_text>")
@@ -93,6 +96,15 @@ class ClipTokenizer(BaseTokenizer):
         real = np.arange(padded.shape[1]) < lengths[:, None]
         return Texts(padded[real].astype(np.int32), lengths, too_long, text_ids(cleaned))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """As `BaseTokenizer.decode`: words with a space after each, as transformers' CLIPTokenizer writes them."""
+        pieces = _pieces()
+        whole = b"".join(pieces[i] for i in self._text_ids_of(ids, VOCAB_SIZE))
+        return whole.decode("utf-8", "replace").strip()
+
+    def _find_specials(self) -> Specials:
+        return Specials(1, 1, (START_OF_TEXT, END_OF_TEXT))
+
     def _spell(self, text: str, most: int) -> list[int]:
         ids = [START_OF_TEXT]
         for word in _WORD_OR_SPECIAL.findall(text):
@@ -143,25 +155,45 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def _bytes() -> dict[str, int]:
+    """The printable characters that stand for the 256 bytes, in the order of the first 256 ids of CLIP (and GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    found = {chr(code): code for code in printable}
+    return found | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _tokens() -> tuple[list[str], list[tuple[str, str]]]:
+    """(the tokens in the order of their ids, the merges); a token that ends a word ends in "</w>"."""
+    # Their source is told in clip_vocabulary.LICENSE.txt.
+    _, *lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()
+    merges = [(left, right) for left, right in map(str.split, lines)]
+    characters = [*_bytes()]
+    merged = ("".join(pair) for pair in merges)
+    return [*characters, *(c + _END_OF_WORD for c in characters), *merged, *SPECIAL], merges
+
+
+@functools.cache
+def _pieces() -> list[bytes]:
+    """What each id writes."""
+    tokens, _ = _tokens()
+    values = _bytes()
+    write = lambda token: bytes(values[c] for c in token.removesuffix(_END_OF_WORD))
+    return [write(t) + b" " * t.endswith(_END_OF_WORD) for t in tokens]
+
+
 def byte_pairs() -> "tokenizers.Tokenizer":
     """CLIP's words and merges as a tokenizer of the package tokenizers, which neither cleans nor adds ids."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    # Their source is told in clip_vocabulary.LICENSE.txt.
-    _, *lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()
-    merges = [(left, right) for left, right in map(str.split, lines)]
-    # The 256 bytes as printable characters, in the order of the first 256 ids of CLIP (and GPT-2).
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = range(256, 512 - len(printable))
-    characters = [chr(code) for code in (*printable, *others)]
-    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(m) for m in merges)]
+    tokens, merges = _tokens()
     library = tokenizers.Tokenizer(
         models.BPE(
-            vocab={token: i for i, token in enumerate([*tokens, *SPECIAL])},
+            vocab={token: i for i, token in enumerate(tokens)},
             merges=merges,
             continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
+            end_of_word_suffix=_END_OF_WORD,
         )
     )
     library.pre_tokenizer = pre_tokenizers.Sequence(

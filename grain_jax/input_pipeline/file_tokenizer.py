@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,6 +13,7 @@ from etils import epath
 from grain_jax.core import regular_file
 from grain_jax.input_pipeline.text_cleaning import (
     BaseTokenizer,
+    Specials,
     Texts,
     TokenizerError,
     clean_all,
@@ -67,12 +68,13 @@ class FileTokenizer(BaseTokenizer):
             raise TokenizerError(f"{path}: expected a tokenizer.json or a SentencePiece .model")
         try:
             content = regular_file.read(path, regular_file.MAX_JSON, "a tokenizer")
-            self._ids, self.vocab_size = read(path, content)
+            found = read(path, content)
         except regular_file.FileError as error:
             raise TokenizerError(
                 f"{error}; put the text tower's tokenizer there, or set model.text.tokenizer"
             ) from None
         self._path = path
+        self._functions, self._ids, self.vocab_size = found, found.ids, found.vocab_size
         self.cleaning, self.pad_id = cleaning, pad_id
 
     def encode(self, texts: Sequence[str | bytes], context_length: int) -> Texts:
@@ -105,9 +107,24 @@ class FileTokenizer(BaseTokenizer):
             text_ids=text_ids(cleaned),
         )
 
+    def _find_specials(self) -> Specials:
+        with _a_line(self._path, "fails on a text"):
+            return self._functions.specials()
 
-# (texts, most tokens a text) -> the ids of each text; and the highest id + 1.
-_FileFunctions = tuple[Callable[[list[str], int], list[list[int]]], int]
+    def decode(self, ids: Sequence[int]) -> str:
+        """As `BaseTokenizer.decode`, by the library of the file."""
+        kept = self._text_ids_of(ids, self.vocab_size)
+        with _a_line(self._path, "fails on ids"):
+            return self._functions.decode(kept).strip()
+
+
+class _FileFunctions(NamedTuple):
+    """A tokenizer as its library has it."""
+
+    ids: Callable[[list[str], int], list[list[int]]]  # texts, most tokens a text -> ids of each
+    vocab_size: int  # the highest id + 1
+    decode: Callable[[list[int]], str]
+    specials: Callable[[], Specials]
 
 
 def _tokenizer_json(path: epath.Path, content: bytes) -> _FileFunctions:
@@ -133,7 +150,16 @@ def _tokenizer_json(path: epath.Path, content: bytes) -> _FileFunctions:
             library.enable_truncation(context_length)
             return [encoding.ids for encoding in library.encode_batch(texts)]
 
-    return ids, count
+    def specials() -> Specials:
+        a_text, added = library.encode("a"), library.get_added_tokens_decoder()
+        is_special = a_text.special_tokens_mask
+        ids = {i for i, token in added.items() if token.special}
+        ids |= {i for i, special in zip(a_text.ids, is_special) if special}
+        words = [place for place, special in enumerate(is_special) if not special]
+        first, last = (words[0], words[-1]) if words else (0, -1)
+        return Specials(first, len(is_special) - 1 - last, tuple(sorted(ids)))
+
+    return _FileFunctions(ids, count, library.decode, specials)
 
 
 def _growth(normalizer: _Normalizer | None) -> float:
@@ -194,7 +220,12 @@ def _sentencepiece(path: epath.Path, content: bytes) -> _FileFunctions:
         with _a_line(path, "fails on a text"):
             return [[*pieces[: context_length - 1], end] for pieces in library.encode(texts)]
 
-    return ids, library.vocab_size()
+    def specials() -> Specials:
+        kinds = library.is_control, library.is_unknown, library.is_unused
+        every = range(library.vocab_size())
+        return Specials(0, 1, tuple(i for i in every if any(is_one(i) for is_one in kinds)))
+
+    return _FileFunctions(ids, library.vocab_size(), library.decode, specials)
 
 
 def _fields(message: bytes, number: int) -> Iterator[bytes]:

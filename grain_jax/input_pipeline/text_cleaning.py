@@ -1,6 +1,7 @@
 """Texts before the tokenizer: repair, the cleaning of each tower, and ids that are equal where texts are equal."""
 
 import abc
+import functools
 import hashlib
 import html
 import string
@@ -27,6 +28,14 @@ class Texts(NamedTuple):
     text_ids: np.ndarray  # int32 [N], equal where the cleaned texts are equal
 
 
+class Specials(NamedTuple):
+    """The special tokens of a tokenizer."""
+
+    leading: int  # before a text
+    trailing: int  # after it
+    ids: tuple[int, ...]  # in order, those that stand for no text
+
+
 class BaseTokenizer(abc.ABC):
     """What the tokenizers share.
 
@@ -37,6 +46,45 @@ class BaseTokenizer(abc.ABC):
 
     cleaning = "lower"
     pad_id = 0
+
+    @abc.abstractmethod
+    def _find_specials(self) -> Specials:
+        """Its special tokens."""
+
+    @functools.cached_property
+    def _specials(self) -> Specials:
+        return self._find_specials()
+
+    @property
+    def leading_specials(self) -> int:
+        """Special tokens before a text."""
+        return self._specials.leading
+
+    @property
+    def trailing_specials(self) -> int:
+        """Special tokens after a text."""
+        return self._specials.trailing
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """In order, the ids that stand for no text."""
+        return self._specials.ids
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens; what the cleaning dropped is lost.
+
+        Raises:
+          TokenizerError: an id is none of the tokenizer's.
+        """
+
+    def _text_ids_of(self, ids: Sequence[int], size: int) -> list[int]:
+        """The ids that stand for text. Raises TokenizerError."""
+        for i in ids:
+            if not 0 <= i < size:
+                raise TokenizerError(f"ids: got {i}, expected 0 to {size - 1}")
+        specials = set(self.special_ids)
+        return [int(i) for i in ids if i not in specials]
 
     @abc.abstractmethod
     def encode(self, texts: Sequence[str | bytes], context_length: int) -> Texts:

@@ -27,7 +27,10 @@ from jaxtyping import Array, Float, Int
 from grain_jax.losses import streaming
 from grain_jax.losses.streaming import MASKED
 
-ROWS, WIDTH = "tensor", "fsdp"  # the mesh axes that cut the table, as `config.sharding` does by default
+ROWS, WIDTH = (
+    "tensor",
+    "fsdp",
+)  # the mesh axes that cut the table, as `config.sharding` does by default
 LANES = 128  # a tile is a multiple, if `tile` is one
 
 
@@ -36,7 +39,9 @@ class CrossEntropy(NamedTuple):
 
     loss: Float[Array, "*n"]
     highest: Float[Array, "*n"]  # the largest logit
-    own: Float[Array, "*n"]  # the logit of the target: the same number as `highest` where that is the largest
+    own: Float[
+        Array, "*n"
+    ]  # the logit of the target: the same number as `highest` where that is the largest
 
 
 def cross_entropy(
@@ -105,9 +110,9 @@ def _cross_entropy(given: _Given, features: Array, table: Array, targets: Array)
 def _forward(given, features, table, targets):
     width = given.width(table)
     run = functools.partial(_forward_here, given, width)
-    found, total = _on_mesh(given, width, run, (True, False, True), (CrossEntropy(*[True] * 3), True))(
-        features, _padded(given, table), targets
-    )
+    found, total = _on_mesh(
+        given, width, run, (True, False, True), (CrossEntropy(*[True] * 3), True)
+    )(features, _padded(given, table), targets)
     return found, (features, table, targets, found.highest, total)
 
 

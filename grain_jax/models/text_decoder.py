@@ -10,7 +10,6 @@ What follows the bar is predicted. A row holds several sequences of one image, s
 earlier ones of its sequence, and all patches. A coordinate is a location token, one of `bins` equal parts of the side.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,15 +29,7 @@ _PAD_TO = 128  # rows of the embeddings are a multiple of this, so that a mesh m
 
 def resolved(config: Config, model: config_lib.Model) -> Config:
     """The keys with a number where they say None: what a decoder beside this model has."""
-    text = model.text
-    width = config.width or text.width
-    return dataclasses.replace(
-        config,
-        width=width,
-        depth=config.depth or max(1, text.depth // 2),
-        heads=config.heads or text.heads,
-        mlp_dim=config.mlp_dim or 4 * width,
-    )
+    return config.beside(model)
 
 
 class Vocabulary(NamedTuple):

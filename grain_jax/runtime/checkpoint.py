@@ -36,6 +36,7 @@ from grain_jax.runtime.checkpoint_files import (
     read_json,
 )
 from grain_jax.runtime.saved_model import Stored as Stored
+from grain_jax.runtime.saved_model import StoredDecoder as StoredDecoder
 from grain_jax.runtime.saved_model import load_model as load_model  # of checkpoints, too
 from grain_jax.runtime.saved_model import load_stored as load_stored
 from grain_jax.runtime.saved_model import save_model as save_model

@@ -1,9 +1,11 @@
 """A model alone on disk: a folder with `params/` and `config.json`, as conversions write it.
 
+A model with a text decoder (models/text_decoder.py) has its parameters in `text_decoder/`, its sizes in `config.json`.
 `load_model` also reads the model of the checkpoint of a run and a folder of `convert to-hf`, by path or by name.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -21,24 +23,60 @@ from grain_jax.runtime.checkpoint_files import CheckpointError
 
 # Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
 _TRANSFORMERS = "grain_jax.convert.huggingface:read"
+_TEXT_DECODER = "text_decoder"  # the loss term, the folder, and the key of config.json
 
 
 class _Converted(TypedDict):
     """What is read of the config.json of `save_model`; one without digests, as of a hand, is not checked."""
 
     model: dict[str, Any]
+    text_decoder: NotRequired[dict[str, Any] | None]
     digests: NotRequired[dict[str, str]]
 
 
-def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
-    """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests."""
+class StoredDecoder(NamedTuple):
+    """A text decoder as it is stored."""
+
+    config: config_lib.TextDecoder  # with a number for each key
+    params: Any  # nested dict of float32 numpy arrays, as below `terms/NAME/decoder` in a run
+
+    def digest(self) -> str:
+        """One that shows damage."""
+        described = config_lib.without_defaults(self.config)
+        return receipt.sha256({**described, "params": digests.of_arrays(self.params)})
+
+
+def save_model(
+    folder: epath.PathLike,
+    model: config_lib.Model,
+    params: Any,
+    text_decoder: StoredDecoder | None = None,
+    **notes: Any,
+) -> None:
+    """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests.
+
+    Of a text decoder `text_decoder/`, too.
+    """
     folder = files.absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     params = jax.tree.map(np.asarray, params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "params", params, force=True)
-    content = {"model": dataclasses.asdict(model), **notes, "digests": model_digests(model, params)}
+    _write_arrays(folder / "params", params)
+    found = model_digests(model, params)
+    content: dict[str, Any] = {"model": dataclasses.asdict(model)}
+    if text_decoder is not None:
+        text_decoder = text_decoder._replace(params=jax.tree.map(np.asarray, text_decoder.params))
+        _write_arrays(folder / _TEXT_DECODER, text_decoder.params)
+        content[_TEXT_DECODER] = dataclasses.asdict(text_decoder.config)
+        found[_TEXT_DECODER] = text_decoder.digest()
+    elif (folder / _TEXT_DECODER).is_dir():  # of the conversion that this one replaces
+        (folder / _TEXT_DECODER).rmtree()
+    content |= {**notes, "digests": found}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_arrays(folder: epath.Path, arrays: Any) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, arrays, force=True)
 
 
 def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
@@ -79,12 +117,13 @@ def read_model(path: epath.PathLike) -> config_lib.Model:
 
 
 class Stored(NamedTuple):
-    """A model as it is stored, factors of LoRA beside their matrices."""
+    """A model as it is stored, factors of LoRA beside their matrices; a text decoder has none."""
 
     model: config_lib.Model
     params: Any  # nested dict of float32 numpy arrays
     folder: str  # that was read
     lora: config_lib.Lora = config_lib.Lora()  # of the run
+    text_decoder: StoredDecoder | None = None  # that the run trained
 
     def merged(self) -> Any:
         """The parameters with the factors folded in."""
@@ -161,11 +200,23 @@ def _read_converted(folder: epath.Path) -> Stored:
     content = regular_file.read_json(folder / "config.json", _Converted, "a converted model's")
     model = config_lib.model_from_dict(content["model"])
     params = files.read_arrays(folder / "params")
+    text_decoder = None
+    if sizes := content.get(_TEXT_DECODER):
+        text_decoder = StoredDecoder(
+            config_lib.text_decoder_from_dict(sizes).beside(model),
+            files.read_arrays(folder / _TEXT_DECODER),
+        )
     if "digests" in content:
-        for part, digest in model_digests(model, params).items():
+        found = model_digests(model, params)
+        if text_decoder is not None:
+            found[_TEXT_DECODER] = text_decoder.digest()
+        for part, digest in found.items():
             if content["digests"].get(part) != digest:
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
-    return Stored(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), str(folder))
+    as_float32 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float32))
+    if text_decoder is not None:
+        text_decoder = text_decoder._replace(params=as_float32(text_decoder.params))
+    return Stored(model, as_float32(params), str(folder), text_decoder=text_decoder)
 
 
 def _read_checkpoint(folder: epath.Path) -> Stored:
@@ -178,5 +229,22 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
     params = files.read_arrays(folder / "state", only=which)[which]
     if digests.of_arrays(params) != record["state"][which]:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
-    params.pop("terms", None)  # of local loss terms: no part of the model
-    return Stored(config.model, params, str(folder), config.optim.lora)
+    of_terms = params.pop("terms", {})  # of local loss terms: no part of the model
+    decoder = _decoder_of_run(config, of_terms, folder)
+    return Stored(config.model, params, str(folder), config.optim.lora, decoder)
+
+
+def _decoder_of_run(
+    config: config_lib.Config, of_terms: Any, folder: epath.Path
+) -> StoredDecoder | None:
+    """The text decoder among the parameters of the terms; of several the first by name, with a warning."""
+    entries = config.loss.terms
+    names = sorted(x for x in entries if entries[x]["term"] == _TEXT_DECODER and x in of_terms)
+    if not names:
+        return None
+    if names[1:]:
+        logging.warning(
+            "%s: trained the text decoders %s, reading the first", folder, ", ".join(names)
+        )
+    sizes = config_lib.text_decoder_of_term(entries[names[0]], config.model)
+    return StoredDecoder(sizes, of_terms[names[0]]["decoder"])
