@@ -17,6 +17,7 @@ from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import atomic, images
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
+from grain_jax.runtime.saved_model import StoredDecoder
 
 # What an exit may write; of an older conversion, what it does not write again goes.
 _NAMES = (
@@ -33,12 +34,13 @@ class Source(NamedTuple):
     model: config_lib.Model
     params: Any
     folder: epath.Path  # that it was read from
+    text_decoder: StoredDecoder | None = None
 
 
 def read(path: epath.PathLike) -> Source:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
-    model, params, folder = checkpoint.load_model(path)
-    return Source(model, params, epath.Path(folder))
+    stored = checkpoint.load_stored(path)
+    return Source(stored.model, stored.merged(), epath.Path(stored.folder), stored.text_decoder)
 
 
 def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:

@@ -941,6 +941,10 @@ class GrainModel(GrainPreTrainedModel):
         shape = images, len(input_ids)
         return GrainPointed(boxes_xyxy=boxes.unflatten(0, shape), log_probs=log_probs.view(shape))
 
+    def next_logits(self, pixel_values, input_ids):
+        """Images [B, 3, S, S] and sequences [B, t] -> logits [B, t, vocabulary] of the token after each."""
+        return self.text_decoder(input_ids, *self._of_patches(pixel_values)).logits
+
     def _of_patches(self, pixel_values):
         tokens = self.backbone.visual(pixel_values)
         return self.text_decoder.of_patches(tokens[:, _leading(self.config.towers["image"]) :])
