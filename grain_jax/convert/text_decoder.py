@@ -21,7 +21,7 @@ from grain_jax.models.text_decoder import Rows
 from grain_jax.runtime.saved_model import StoredDecoder
 
 LEFT_OUT = "left behind: text decoder, which writes captions and points"
-_END = "end_of_text"  # key of the sizes in config.json of to-hf
+_OF_WORDS = ("end_of_text", "special_ids")  # keys beside the sizes in config.json of to-hf
 _TABLES = ("token_embed", "head")  # with rows that stand for no token
 _LONGEST = 12  # tokens of a sequence of the parity
 _LAYER = "blocks.{}."
@@ -72,7 +72,7 @@ def read(
       ConvertError: unknown or missing keys, other shapes, values that are not finite; a line each.
       config.ConfigError: sizes that are no decoder's.
     """
-    sizes = {key: value for key, value in stored.items() if key != _END}
+    sizes = {key: value for key, value in stored.items() if key not in _OF_WORDS}
     config = config_lib.text_decoder_from_dict(sizes).beside(model)
     words, shapes = text_decoder.vocabulary(config, model), dict(_shapes(config, model))
     for name in _TABLES:
@@ -106,7 +106,7 @@ def _rows(tokens: jax.Array) -> Rows:
 def stored_sizes(
     decoder: StoredDecoder, model: config_lib.Model, folder: epath.PathLike | None
 ) -> dict[str, Any]:
-    """The sizes as the config.json of to-hf has them, with the id that follows the words of a text.
+    """The sizes as the config.json of to-hf has them, with what the tokenizer says of words.
 
     Args:
       decoder: whose sizes they are.
@@ -114,14 +114,24 @@ def stored_sizes(
       folder: where the file of the tokenizer lies; None: there is none.
     """
     text, trailing = model.text, decoder.config.trailing_specials
-    if folder is not None and trailing:
-        ids = tokenizer.of_tower(text, folder).encode(["a"], text.context_length).ids
-        end = int(ids[-trailing])
-    elif folder is None and text.pool == "end":
+    specials: tuple[int, ...] = ()
+    end = text.pad_id
+    if text.pool == "end":
         end = text.vocab_size - 1 if text.end_id is None else text.end_id
-    else:
-        end = text.pad_id
-    return dataclasses.asdict(decoder.config) | {_END: end}
+    if folder is not None:
+        words = tokenizer.of_tower(text, folder)
+        specials = words.special_ids
+        if trailing:
+            end = int(words.encode(["a"], text.context_length).ids[-trailing])
+    return dataclasses.asdict(decoder.config) | {"end_of_text": end, "special_ids": list(specials)}
+
+
+def ids_of(decoder: StoredDecoder, model: config_lib.Model) -> dict[str, int]:
+    """What a user of exported files must know of the tokens."""
+    words = text_decoder.vocabulary(decoder.config, model)
+    tasks = {name: words.task(name) for name in text_decoder.TASKS}
+    own = {"end": words.end, **tasks, "first_bin": words.first_bin, "bins": words.bins}
+    return own | {"positions": decoder.config.row_length}
 
 
 def sequences(

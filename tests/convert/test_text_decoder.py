@@ -1,6 +1,7 @@
 """The text decoder in the formats of others: the Hugging Face folder, ONNX, StableHLO; each has random weights."""
 
 import functools
+import json
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import transformers
 from grain_jax import config as config_lib
 from grain_jax.convert import huggingface, parity, text_decoder
 from grain_jax.convert.__main__ import main
+from grain_jax.convert.exits import folder as exits
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.models.text_decoder import vocabulary
 from grain_jax.runtime import checkpoint
@@ -144,7 +146,7 @@ def test_captions_descriptions_and_boxes_are_ours(hf):
 def test_generate_of_transformers_takes_its_options(hf):
     _, folder, _ = hf
     module = transformers.AutoModelForImageTextToText.from_pretrained(folder, **REMOTE).eval()
-    pixels = foreign.torch_images(parity.inputs_of(checkpoint.read_model(hf[0])).images)
+    pixels = foreign.torch_images(parity.inputs_of(exits.read(hf[0]).model).images)
     config = module.text_decoder.config
     cached, without = (module.generate(pixels, use_cache=x) for x in (True, False))
     assert torch.equal(cached, without) and cached.shape[1] > 3
@@ -157,3 +159,19 @@ def test_generate_of_transformers_takes_its_options(hf):
         after = (out[:, :-1] == config.end) & (torch.arange(out.shape[1] - 1) > 0)
         scores[beams] = shares.masked_fill(after, 0).sum(1)
     assert (scores[3] >= scores[1] - 1e-4).all() and (scores[3] > scores[1] + 1e-4).any()
+
+
+def test_onnx_has_a_step_with_a_cache(tmp_path, capsys):
+    model, decoder = saved(tmp_path / "ours", decoder=None, image__pool="mean", text__vocab_size=60)
+    out = tmp_path / "onnx"
+    assert main(["to-onnx", "--checkpoint", str(tmp_path / "ours"), "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "parity: PROVEN" in printed
+    assert "\ntext_decoder " in printed and "\ntext_decoder, one " in printed
+    about = json.loads((out / "onnx.json").read_text())
+    assert about["text_decoder"] == {
+        **dict(end=60, caption=62, describe=63, point=64, first_bin=65, bins=13, positions=20)
+    }
+    given = about["files"]["text_decoder.onnx"]
+    assert given["inputs"]["past_keys"] == "float32[batch, 2, 3, past, 8]"
+    assert given["outputs"]["logits"] == "float32[batch, tokens, 78]"

@@ -628,8 +628,9 @@ class TaskTokens(LogitsProcessor):
         c = self.config
         ids = torch.arange(scores.shape[-1], device=scores.device)
         points = (input_ids == c.tasks["point"]).any(1, keepdim=True)
-        is_box = (ids >= c.first_bin) & (ids < c.vocab_size)
-        return scores.masked_fill(~torch.where(points, is_box, ids <= c.end), -math.inf)
+        specials = torch.tensor(c.sizes["special_ids"], device=ids.device)
+        is_word = (ids <= c.end) & ~torch.isin(ids, specials)
+        return scores.masked_fill(~torch.where(points, ids >= c.first_bin, is_word), -math.inf)
 
 
 @dataclass
@@ -663,9 +664,7 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=sizes["norm_eps"])
         self.head = nn.Linear(width, config.vocab_size, bias=False)
-        self.generation_config = GenerationConfig(
-            eos_token_id=config.end, pad_token_id=config.end, max_length=length
-        )
+        self.generation_config = GenerationConfig(eos_token_id=config.end, pad_token_id=config.end)
         self.post_init()
 
     @torch.no_grad()
@@ -937,7 +936,8 @@ class GrainModel(GrainPreTrainedModel):
         of_each = (x.repeat_interleave(len(input_ids), dim=0) for x in of_patches)
         logits = self.text_decoder(found[:, :-1], *of_each, attention_mask=seen).logits[:, -4:]
         log_probs = logits.float().log_softmax(-1).gather(-1, box[..., None]).sum((1, 2))
-        boxes = (box - c.first_bin + 0.5) / c.sizes["bins"]
+        corners = ((box - c.first_bin + 0.5) / c.sizes["bins"]).unflatten(1, (2, 2))
+        boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
         shape = images, len(input_ids)
         return GrainPointed(boxes_xyxy=boxes.unflatten(0, shape), log_probs=log_probs.view(shape))
 
@@ -966,9 +966,21 @@ class GrainModel(GrainPreTrainedModel):
         return begun, (at >= 0).long()
 
     def _written(self, of_patches, begun, **options):
+        """`generate` of transformers on sequences [B * n, t]; by default as many tokens as training had, at most."""
+        c, given = self.text_decoder.config, begun.shape[1]
         keys, values = (x.repeat_interleave(len(begun) // len(x), dim=0) for x in of_patches)
+        room = c.sizes["row_length"] - given + 1  # nothing reads the last token
+        specials = c.sizes["leading_specials"] + c.sizes["trailing_specials"]
+        if "max_length" in options:
+            options["max_new_tokens"] = options.pop("max_length") - given
+        context = self.config.towers["text"]["context_length"]
+        most = options.setdefault("max_new_tokens", min(room, context - specials + 1))
+        if not 1 <= most <= room:
+            raise ValueError(f"max_new_tokens: got {most}, expected 1 to {room}")
+        if options.get("num_beams", 1) > 1:
+            options.setdefault("length_penalty", 0.0)  # the most likely text, however long
         own = options.pop("logits_processor", None) or []
-        processors = LogitsProcessorList([TaskTokens(self.text_decoder.config), *own])
+        processors = LogitsProcessorList([TaskTokens(c), *own])
         return self.text_decoder.generate(
             begun, patch_keys=keys, patch_values=values, logits_processor=processors, **options
         )
@@ -1104,7 +1116,8 @@ class GrainModel(GrainPreTrainedModel):
         image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy. text.onnx: input_ids
         [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. maps.onnx:
         pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The numbers of images, texts and boxes are
-        dynamic. Needs the packages onnx and onnxscript.
+        dynamic. With a text decoder `patches.onnx` and `text_decoder.onnx`, see `_text_decoder_parts`. Needs the packages
+        onnx and onnxscript.
         """
         size = self.config.towers["image"]["image_size"]
         context = self.config.towers["text"]["context_length"]
@@ -1141,6 +1154,9 @@ class GrainModel(GrainPreTrainedModel):
             parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
         if has_regions or of_decoder is None or decoder.boxes is not None:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
+        # <text_decoder>
+        parts |= self._text_decoder_parts(pixels)
+        # </text_decoder>
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
         for name, (function, modules, given, gives) in parts.items():
@@ -1156,6 +1172,37 @@ class GrainModel(GrainPreTrainedModel):
             )
         self.train(trains)
 
+    # <text_decoder>
+    def _text_decoder_parts(self, pixels):
+        """Of `export_onnx`. The shape of keys and values is [B, depth, heads, positions, E / heads].
+
+        patches.onnx: pixel_values -> patch_keys, patch_values. text_decoder.onnx: input_ids [B, t] after the tokens whose
+        keys and values are past_keys, past_values (of none: 0 positions) -> logits [B, t, vocabulary], keys, values, with
+        those of the past before them.
+        """
+        decoder = self.text_decoder
+        sizes = decoder.config.sizes
+        shape = 2, sizes["depth"], sizes["heads"]
+        batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
+        cache = lambda length: torch.rand(*shape, length, sizes["width"] // sizes["heads"])
+        grid = self.backbone.visual.image_size // self.config.towers["image"]["patch_size"]
+        given = {"input_ids": (torch.zeros(2, 4, dtype=torch.long), {0: batch, 1: tokens})}
+        given |= {f"patch_{x}": (cache(grid**2), {0: batch}) for x in ("keys", "values")}
+        given |= {f"past_{x}": (cache(3), {0: batch, 3: past}) for x in ("keys", "values")}
+
+        def of_tokens(input_ids, patch_keys, patch_values, past_keys, past_values):
+            cache = Past(past_keys, past_values)
+            logits = decoder(input_ids, patch_keys, patch_values, cache=cache).logits
+            return logits, *(torch.stack(x, dim=1) for x in zip(*cache.found))
+
+        modules = self.backbone.visual, decoder
+        return {
+            "patches": (self._of_patches, modules, pixels, ["patch_keys", "patch_values"]),
+            "text_decoder": (of_tokens, (decoder,), given, ["logits", "keys", "values"]),
+        }
+
+    # </text_decoder>
+
 
 class Part(nn.Module):
     """A function of some modules, as a module with their parameters, which the exporter asks for."""
@@ -1168,6 +1215,24 @@ class Part(nn.Module):
         return self.function(*given)
 
 
+# <text_decoder>
+class Past:
+    """A `Cache` of given keys and values, as an ONNX file takes it; `found`: those of each layer with the new ones."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values, self.found = keys, values, []
+
+    def get_seq_length(self):
+        return self.keys.shape[3]
+
+    def update(self, keys, values, layer):
+        keys = torch.cat([self.keys[:, layer], keys], dim=2)
+        values = torch.cat([self.values[:, layer], values], dim=2)
+        self.found.append((keys, values))
+        return keys, values
+
+
+# </text_decoder>
 def _unit(x):
     return F.normalize(x.float(), dim=-1)
 
