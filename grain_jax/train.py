@@ -32,6 +32,7 @@ from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
+from grain_jax.losses import total
 from grain_jax.models import attention, grain, lora, placement
 from grain_jax.report import figures, page
 from grain_jax.runtime import (
@@ -276,7 +277,7 @@ def set_up(
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
     if config.input.source == "records" or config.evals:
-        tokenizer.of_tower(config.model.text)
+        check_specials(config.loss, tokenizer.of_tower(config.model.text))
     prepare_missing_data(config, handler)
     source = sources.open_source(config)
     config, derived_from = derive(config, mesh, source, workdir)
@@ -295,6 +296,21 @@ def set_up(
     evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
+
+
+def check_specials(loss: config_lib.Loss, library: tokenizer.Tokenizer) -> None:
+    """Raises UserError where a text decoder takes other special tokens off the texts than the tokenizer puts around them."""
+    specials = library.leading_specials, library.trailing_specials
+    for name, entry in total.local_entries(loss).items():
+        options = entry.options
+        if not isinstance(options, config_lib.TextDecoder):
+            continue
+        got = options.leading_specials, options.trailing_specials
+        if got != specials:
+            keys = f"loss.terms.{name}.leading_specials, trailing_specials"
+            raise errors.UserError(
+                f"{keys}: got {got}, expected {specials}, the special tokens that the tokenizer puts before and after a text"
+            )
 
 
 def tell(text: str) -> None:

@@ -21,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax.core import errors, named, schema
 from grain_jax.core import progress as progress_lib
-from grain_jax.inference import inputs, jitted, prompts, scores, segmentation
+from grain_jax.inference import inputs, jitted, prompts, scores, segmentation, text_decoder
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
+from grain_jax.inference.text_decoder import Pointed, Written
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain, lora, towers
 from grain_jax.runtime import checkpoint
@@ -72,8 +73,9 @@ def load(
       pretrained.hub.HubError: it cannot be downloaded.
       InputError: unknown `dtype`.
     """
-    model, params, folder = checkpoint.load_model(path)
-    return Predictor(model, params, dtype, templates, folder, progress)
+    stored = checkpoint.load_stored(path)
+    given = stored.model, stored.merged(), dtype, templates, stored.folder, progress
+    return Predictor(*given, text_decoder=stored.text_decoder)
 
 
 class Predictor:
@@ -86,6 +88,7 @@ class Predictor:
       templates: prompts with `{}` for the class name; None: those of `inference/templates.txt`.
       folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
+      text_decoder: that a run trained beside the model (`checkpoint.load_stored`), or None.
 
     Raises:
       InputError: unknown `dtype`, or factors of LoRA among the parameters.
@@ -99,6 +102,8 @@ class Predictor:
         templates: Sequence[str] | None = None,
         folder: epath.PathLike | None = None,
         progress: bool = False,
+        *,
+        text_decoder: checkpoint.StoredDecoder | None = None,
     ):
         if dtype not in config_lib.DTYPES:
             names = " or ".join(config_lib.DTYPES)
@@ -116,6 +121,11 @@ class Predictor:
         self.folder = folder
         self.progress = progress
         self.params = jax.tree.map(jnp.asarray, params)
+        if text_decoder is not None:
+            of_decoder = jax.tree.map(jnp.asarray, text_decoder.params)
+            text_decoder = text_decoder._replace(params=of_decoder)
+        self.text_decoder = text_decoder
+        self._replicated: dict[str, Any] = {}
         # Parameters that the caller has put on a mesh stay on it, and the programs run there.
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
@@ -131,8 +141,15 @@ class Predictor:
             f" image {size} x {size} ({image.tower}, depth {image.depth}, width {image.width});"
             f" text of {text.context_length} tokens ({text.tower}, depth {text.depth}, width {text.width});"
             f" {decoder.queries if decoder else 0} regions; box head {self.model.boxes.kind};"
-            f" embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
+            f"{self._described_decoder()} embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
         )
+
+    def _described_decoder(self) -> str:
+        if self.text_decoder is None:
+            return ""
+        sizes = self.text_decoder.config
+        count = sum(x.size for x in jax.tree.leaves(self.text_decoder.params))
+        return f" text decoder (depth {sizes.depth}, width {sizes.width}; {count:,} parameters);"
 
     @property
     def logit_scale(self) -> float:
@@ -226,12 +243,13 @@ class Predictor:
             )
 
     def encode_tokens(self, images: OneOrMany) -> Tokens:
-        """A batch of images, as for `encode_image` -> their tokens, which `encode_boxes` takes in their place.
+        """A batch of images, as for `encode_image` -> their tokens, which `encode_boxes` and `caption` take in their place.
 
         Raises:
-          InputError: as `encode_image`; the model has no box head.
+          InputError: as `encode_image`; the model has neither a box head nor a text decoder.
         """
-        self._need_box_head()
+        if not self.has_text_decoder:
+            self._need_box_head()
         return Tokens(self._all(jitted.program(self.model, self.dtype, "image_tokens"), images))
 
     def _need_box_head(self) -> None:
@@ -566,26 +584,39 @@ class Predictor:
             counter.add(len(part))
         counter.close(stays=True)
 
-    def _run(self, program: Callable[..., Any], *rows: np.ndarray) -> Any:
+    def _run(
+        self,
+        program: Callable[..., Any],
+        *rows: np.ndarray,
+        part: str = "model",
+        most: int = MAX_BATCH,
+    ) -> Any:
         """The results of `program` on `rows` (arrays of equal length), as numpy.
 
-        The rows are padded to a power of two per device, so that few programs are compiled. Up to MAX_BATCH rows
-        run on one device, more on all devices.
+        The rows are padded to a power of two per device, so that few programs are compiled. Up to `most` rows
+        run on one device, more on all devices. `part` says whose parameters they are: "model" or "text_decoder".
         """
-        params, count = self.params, len(rows[0])
-        if count > MAX_BATCH:
-            params, sharding = self._on_all_devices
+        params, count = self._params_of(part), len(rows[0])
+        if count > most:
+            params, sharding = self._on_all_devices(part)
             padded = [jax.device_put(_pad(x, len(self._devices)), sharding) for x in rows]
         else:
             padded = [_pad(x) for x in rows]
         return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *padded))
 
-    @functools.cached_property
-    def _on_all_devices(self) -> tuple[Any, NamedSharding]:
-        """The parameters replicated on every device, and the sharding of a batch."""
+    def _params_of(self, part: str) -> Any:
+        if part == "text_decoder":
+            assert self.text_decoder is not None
+            return self.text_decoder.params
+        return self.params
+
+    def _on_all_devices(self, part: str) -> tuple[Any, NamedSharding]:
+        """The parameters replicated on every device, once, and the sharding of a batch."""
         mesh = Mesh(self._devices, ("batch",))
-        params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
-        return params, NamedSharding(mesh, PartitionSpec("batch"))
+        if part not in self._replicated:
+            whole = NamedSharding(mesh, PartitionSpec())
+            self._replicated[part] = jax.device_put(self._params_of(part), whole)
+        return self._replicated[part], NamedSharding(mesh, PartitionSpec("batch"))
 
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 [N, D], unit length; one text -> [D].
@@ -690,6 +721,283 @@ class Predictor:
             Grounding(regions.boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)
         ]
 
+    @property
+    def has_text_decoder(self) -> bool:
+        """Whether the model has a text decoder: `caption`, `describe`, `point` and the likelihoods."""
+        return self.text_decoder is not None
+
+    def caption(
+        self, images: OneOrMany | Tokens, beams: int = 1, max_tokens: int | None = None
+    ) -> Any:
+        """A caption for each image, as the text decoder writes it: a list of `Written`; of one image, one.
+
+        Args:
+          images: as for `encode_image`, or the result of `encode_tokens`.
+          beams: of the search (inference/text_decoder.py), 1 to 64; 1: the likeliest token each time.
+          max_tokens: most tokens of a text, its end counted; None: as long as a text of the model.
+
+        Raises:
+          InputError: as `encode_image`; the model has no text decoder; `beams` or `max_tokens` out of range.
+        """
+        if inputs.is_one_image(images):
+            return self.caption(inputs.one_image(images), beams, max_tokens)[0]
+        given = self._given_decoder("caption")
+        found = []
+        for tokens in self._token_parts(images):
+            none = [np.zeros((1, 4), np.float32)] * len(tokens)
+            found += self._write(given, "caption", tokens, none, beams, max_tokens)
+        return [written for (written,) in found]
+
+    def describe(
+        self,
+        images: OneOrMany | Tokens,
+        boxes_xyxy: Iterable[Any] | np.ndarray,
+        beams: int = 1,
+        max_tokens: int | None = None,
+    ) -> Any:
+        """What is in given boxes: for each image a list of `Written`, one a box; for one image that list alone.
+
+        Args:
+          images: as for `caption`.
+          boxes_xyxy: as for `encode_boxes`; what reaches over the edge of the image is cut.
+          beams, max_tokens: as for `caption`.
+
+        Raises:
+          InputError: as `caption`; boxes of another shape, or not of as many images.
+        """
+        if inputs.is_one_image(images):
+            return self.describe(inputs.one_image(images), [boxes_xyxy], beams, max_tokens)[0]
+        given = self._given_decoder("describe")
+        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        found = []
+        for tokens, own in self._token_parts_with(images, boxes_xyxy=boxes):
+            found += self._write(given, "describe", tokens, *own, beams, max_tokens)
+        return found
+
+    def point(self, images: OneOrMany | Tokens, texts: Any, beams: int = 1) -> Any:
+        """Where the text decoder sees what a text says.
+
+        Args:
+          images: one: PIL, uint8 [H, W, 3], or float32 [S, S, 3] already normalised; or several, as for `caption`.
+          texts: of one image its texts, or one; of several a list of texts for each.
+          beams: as for `caption`.
+
+        Returns:
+          Of one image for each text a `Pointed`, of one text one; of several images a list for each.
+
+        Raises:
+          InputError: as `caption`; texts of another kind, or not of as many images.
+          TokenizerError: the tokenizer of the model cannot be read.
+        """
+        if inputs.is_one_image(images):
+            is_one = isinstance(texts, str)
+            (found,) = self.point(inputs.one_image(images), [[texts] if is_one else texts], beams)
+            return found[0] if is_one else found
+        given = self._given_decoder("point")
+        text_decoder.check_beams(beams)
+        found = []
+        for tokens, (own,) in self._token_parts_with(images, texts=_checked_texts(texts)):
+            asked = self._asked(given, "point", own)
+            run = self._run_in_parts(beams)
+            written = text_decoder.write(
+                run, given, "point", tokens, asked, beams, text_decoder.BOX
+            )
+            bins = np.array([ids for ids, _ in written], np.int32).reshape(-1, text_decoder.BOX)
+            corners = text_decoder.in_order(np.asarray(given.vocabulary.boxes(bins), np.float32))
+            pointed = [Pointed(box, p) for box, (_, p) in zip(corners, written)]
+            found += text_decoder.grouped(pointed, [len(x) for x in own])
+        return found
+
+    def caption_log_likelihood(self, images: OneOrMany | Tokens, texts: Any) -> Any:
+        """log p(text | image) by the text decoder, the sum over the words and the end, in nats.
+
+        A text that is longer than a row of the decoder is cut: its first words count.
+
+        Args:
+          images: as for `caption`.
+          texts: for each image the texts that it is asked about; of one image its texts.
+
+        Returns:
+          For each image float32 [n], one a text; of one image [n].
+
+        Raises:
+          InputError, TokenizerError: as `point`.
+        """
+        if inputs.is_one_image(images):
+            return self.caption_log_likelihood(inputs.one_image(images), [texts])[0]
+        given = self._given_decoder("caption_log_likelihood")
+        found = []
+        for tokens, (own,) in self._token_parts_with(images, texts=_checked_texts(texts)):
+            found += self._log_likelihoods(given, "caption", tokens, own)
+        return found
+
+    def description_log_likelihood(
+        self, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray, texts: Any
+    ) -> Any:
+        """log p(text | box of the image), as `caption_log_likelihood`.
+
+        Args:
+          images, boxes_xyxy: as for `describe`.
+          texts: for each image and each of its boxes the texts that it is asked about.
+
+        Returns:
+          For each image a list: float32 [n] for each box. For one image that list alone.
+
+        Raises:
+          InputError, TokenizerError: as `point` and `describe`.
+        """
+        if inputs.is_one_image(images):
+            one = inputs.one_image(images)
+            return self.description_log_likelihood(one, [boxes_xyxy], [texts])[0]
+        given = self._given_decoder("description_log_likelihood")
+        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        of_boxes = [
+            _checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(_checked_lists(texts))
+        ]
+        _check_a_text_a_box(of_boxes, boxes, "lists of texts")
+        found = []
+        parts = self._token_parts_with(images, boxes_xyxy=boxes, texts=of_boxes)
+        for tokens, (own, candidates) in parts:
+            repeated = [
+                np.repeat(x, [len(c) for c in of], axis=0) for x, of in zip(own, candidates)
+            ]
+            flat = [list(itertools.chain(*of)) for of in candidates]
+            values = self._log_likelihoods(given, "describe", tokens, flat, repeated)
+            found += [
+                np.split(x, np.cumsum([len(c) for c in of])[:-1]) if of else []
+                for x, of in zip(values, candidates)
+            ]
+        return found
+
+    def box_log_likelihood(
+        self, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray, texts: Any
+    ) -> Any:
+        """log p(box | text, image): of the location tokens of a box after the text, in nats.
+
+        Args:
+          images, boxes_xyxy: as for `describe`.
+          texts: for each image the text of each of its boxes.
+
+        Returns:
+          For each image float32 [n], one a box; of one image [n].
+
+        Raises:
+          InputError, TokenizerError: as `point` and `describe`.
+        """
+        if inputs.is_one_image(images):
+            return self.box_log_likelihood(inputs.one_image(images), [boxes_xyxy], [texts])[0]
+        given = self._given_decoder("box_log_likelihood")
+        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        checked = _checked_texts(texts)
+        _check_a_text_a_box(checked, boxes, "texts")
+        found = []
+        for tokens, (own, texts_of) in self._token_parts_with(
+            images, boxes_xyxy=boxes, texts=checked
+        ):
+            found += self._log_likelihoods(given, "point", tokens, texts_of, own)
+        return found
+
+    def _given_decoder(self, what: str) -> text_decoder.Given:
+        """What the programs of the text decoder depend on. Raises InputError where there is none."""
+        if self.text_decoder is None:
+            raise InputError(
+                f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
+                " (loss.terms)"
+            )
+        excluded = _tokenizer(self.model.text, self.folder).special_ids
+        return text_decoder.Given(self.text_decoder.config, self.model, self.dtype, excluded)
+
+    def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
+        """The tokens [b, N, E] of the image tower, of some images after others."""
+        program = jitted.program(self.model, self.dtype, "image_tokens")
+        for part in self._rows(images):
+            yield part if isinstance(images, Tokens) else self._run(program, part)
+
+    def _token_parts_with(
+        self, images: OneOrMany | Tokens, **lists: list[Any]
+    ) -> Iterator[tuple[np.ndarray, list[list[Any]]]]:
+        """(tokens of some images, for each of the lists what belongs to them). Raises InputError: of other images."""
+        done = 0
+        for tokens in self._token_parts(images):
+            end = done + len(tokens)
+            own = [values[done:end] for values in lists.values()]
+            done = end
+            if all(len(x) == len(tokens) for x in own):
+                yield tokens, own
+        for name, values in lists.items():
+            if len(values) != done:
+                raise InputError(
+                    f"{name}: got those of {len(values)} images, expected of {done}, as many as images"
+                )
+
+    def _run_in_parts(self, beams: int = 1) -> Callable[..., Any]:
+        """`_run` of the text decoder, for any number of rows, of which each has so many beams."""
+        most = max(1, MAX_BATCH // beams)
+        at_once = most * len(self._devices)
+
+        def run(program, *rows):
+            parts = [
+                self._run(
+                    program, *(x[i : i + at_once] for x in rows), part="text_decoder", most=most
+                )
+                for i in range(0, len(rows[0]), at_once)
+            ]
+            return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+        return run
+
+    def _asked(
+        self,
+        given: text_decoder.Given,
+        task: str,
+        texts: Sequence[Sequence[str]],
+        boxes: Sequence[np.ndarray] | None = None,
+    ) -> text_decoder.Sequences:
+        """The sequences of images; `texts` and `boxes` [n, 4] of each image, of equal number."""
+        counts = [len(x) for x in texts]
+        image = np.repeat(np.arange(len(texts)), counts)
+        flat = list(itertools.chain(*texts))
+        library = _tokenizer(self.model.text, self.folder)
+        words = text_decoder.words_of(library, flat, given, task)
+        corners = np.zeros((len(flat), 4), np.float32)
+        if boxes is not None:
+            corners = np.concatenate([corners[:0], *boxes])
+        return text_decoder.Sequences(image, words, corners)
+
+    def _write(
+        self,
+        given: text_decoder.Given,
+        task: str,
+        tokens: np.ndarray,
+        boxes: Sequence[np.ndarray],
+        beams: int,
+        max_tokens: int | None,
+    ) -> list[list[Written]]:
+        """For each image a text for each of its boxes."""
+        text_decoder.check_beams(beams)
+        steps = text_decoder.limit(max_tokens, given, task)
+        asked = self._asked(given, task, [[""] * len(x) for x in boxes], boxes)
+        run = self._run_in_parts(beams)
+        found = text_decoder.write(run, given, task, tokens, asked, beams, steps)
+        library = _tokenizer(self.model.text, self.folder)
+        texts = [Written(library.decode(ids), p) for ids, p in found]
+        return text_decoder.grouped(texts, [len(x) for x in boxes])
+
+    def _log_likelihoods(
+        self,
+        given: text_decoder.Given,
+        task: str,
+        tokens: np.ndarray,
+        texts: Sequence[Sequence[str]],
+        boxes: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        """For each image float32 [n], of its texts."""
+        asked = self._asked(given, task, texts, boxes)
+        run = self._run_in_parts()
+        found = text_decoder.log_likelihoods(run, given, task, tokens, asked)
+        ends = np.cumsum([len(x) for x in texts])
+        return np.split(found, ends[:-1])
+
     def _tokens(self, texts) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [N, L] and the positions [N] at which the texts end."""
         tower = self.model.text
@@ -727,6 +1035,33 @@ class Predictor:
             missing = ((0, 0), (0, context - tokens.shape[1]))
             tokens = np.pad(tokens, missing, constant_values=tower.pad_id)
         return tokens, ends
+
+
+def _checked_lists(texts: Any) -> list[Any]:
+    """A list for each image, of what it is asked about. Raises InputError."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: got {texts!r}, expected a list of texts for each image")
+    return list(texts)
+
+
+def _checked_texts(texts: Any, name: str = "texts", of: str = "image") -> list[list[str]]:
+    """For each image (or box) its texts. Raises InputError."""
+    found = []
+    for i, own in enumerate(_checked_lists(texts)):
+        is_list = isinstance(own, Iterable) and not isinstance(own, (str, bytes))
+        found.append(list(own) if is_list else [own])
+        if not is_list or not all(isinstance(text, str) for text in found[-1]):
+            raise InputError(f"{name}[{i}]: got {own!r}, expected a list of texts of one {of}")
+    return found
+
+
+def _check_a_text_a_box(texts: list[Any], boxes: list[np.ndarray], what: str) -> None:
+    """Raises InputError where an image has not as many of the texts as boxes."""
+    for i, (own, of_image) in enumerate(zip(texts, boxes)):
+        if len(own) != len(of_image):
+            raise InputError(
+                f"texts[{i}]: got {len(own)} {what} for {len(of_image)} boxes, expected one a box"
+            )
 
 
 def _pairs(

@@ -1,7 +1,8 @@
 """The losses: `total` has the table of their terms and the sum, `contrastive` and `box_loss` the terms.
 
 `shard` says what a term gets and gives; `matching` assigns queries to regions, `streaming` compares rows with the
-columns of all devices, which `ring` takes round them, `boxes` is box arithmetic.
+columns of all devices, which `ring` takes round them, `vocabulary` has the cross-entropy of tokens, `boxes` is box
+arithmetic.
 """
 
 from grain_jax.losses.layout import Layout, make_layout

@@ -17,21 +17,21 @@ logit in the products of the backward pass. Logits, exponentials and all sums ar
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grain_jax.losses import streaming
 from grain_jax.losses.streaming import MASKED
 
-ROWS, WIDTH = (
-    "tensor",
-    "fsdp",
-)  # the mesh axes that cut the table, as `config.sharding` does by default
+# The mesh axes that cut the table, as `config.sharding` does by default.
+ROWS, WIDTH = "tensor", "fsdp"
 LANES = 128  # a tile is a multiple, if `tile` is one
+NONE = np.iinfo(np.int32).min  # no target
 
 
 class CrossEntropy(NamedTuple):
@@ -39,9 +39,8 @@ class CrossEntropy(NamedTuple):
 
     loss: Float[Array, "*n"]
     highest: Float[Array, "*n"]  # the largest logit
-    own: Float[
-        Array, "*n"
-    ]  # the logit of the target: the same number as `highest` where that is the largest
+    # The logit of the target: the same number as `highest` where that is the largest.
+    own: Float[Array, "*n"]
 
 
 def cross_entropy(
@@ -72,9 +71,11 @@ def cross_entropy(
     Returns:
       float32 arrays like `targets`.
     """
-    given = _Given(tile, smoothing, size or len(table), mesh, batch_axes)
+    given = _Given(tile, smoothing, len(table) if size is None else size, mesh, batch_axes)
+    if WIDTH in batch_axes and table.shape[1] % given.devices(WIDTH) == 0:
+        given = given._replace(width=WIDTH)
     flat = features.reshape(-1, features.shape[-1])
-    found = _cross_entropy(given, flat, table, targets.reshape(-1))
+    found = cast(CrossEntropy, _cross_entropy(given, flat, table, targets.reshape(-1)))
     return CrossEntropy(*(x.reshape(targets.shape) for x in found))
 
 
@@ -86,20 +87,34 @@ class _Given(NamedTuple):
     size: int
     mesh: Mesh | None
     batch_axes: tuple[str, ...]
+    # The axis that cuts the width of the table; its devices have different tokens.
+    width: str | None = None
 
-    def cut(self, axis: str) -> str | None:
-        """The axis, where the mesh has more than one device along it."""
-        return axis if self.mesh is not None and self.mesh.shape.get(axis, 1) > 1 else None
+    def devices(self, axis: str | None) -> int:
+        """How many there are along an axis of the mesh."""
+        return 1 if self.mesh is None or axis is None else self.mesh.shape.get(axis, 1)
 
     @property
-    def rows(self) -> str | None:
-        """The axis that cuts the rows of the table."""
-        return self.cut(ROWS)
+    def of_tokens(self) -> PartitionSpec:
+        """How arrays of tokens are cut."""
+        return PartitionSpec(self.batch_axes)
 
-    def width(self, table: Array) -> str | None:
-        """The axis that cuts the width of the table: its devices have different tokens, and an equal share of it."""
-        axis = self.cut(WIDTH) if WIDTH in self.batch_axes else None
-        return axis if axis and table.shape[1] % self.mesh.shape[axis] == 0 else None
+    @property
+    def like_table(self) -> PartitionSpec:
+        """How the table and its gradient are cut."""
+        return PartitionSpec(ROWS if self.devices(ROWS) > 1 else None, self.width)
+
+    def on_mesh(self, function, takes: tuple[PartitionSpec, ...], gives: Any):
+        """The function of these settings and of arrays, on each device."""
+        run = functools.partial(function, self)
+        if self.mesh is None:
+            return run
+        return jax.shard_map(run, mesh=self.mesh, in_specs=takes, out_specs=gives, check_vma=False)
+
+    def padded(self, table: Array) -> Array:
+        """The table with rows of zeros, so that it divides over `ROWS`."""
+        rest = -len(table) % self.devices(ROWS)
+        return jnp.pad(table, ((0, rest), (0, 0))) if rest else table
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -108,46 +123,26 @@ def _cross_entropy(given: _Given, features: Array, table: Array, targets: Array)
 
 
 def _forward(given, features, table, targets):
-    width = given.width(table)
-    run = functools.partial(_forward_here, given, width)
-    found, total = _on_mesh(
-        given, width, run, (True, False, True), (CrossEntropy(*[True] * 3), True)
-    )(features, _padded(given, table), targets)
+    tokens, rows = given.of_tokens, given.like_table
+    run = given.on_mesh(_forward_here, (tokens, rows, tokens), tokens)
+    found, total = run(features, given.padded(table), targets)
     return found, (features, table, targets, found.highest, total)
 
 
 def _backward(given, residuals, cotangents):
-    features, table, *of_tokens = residuals
-    width = given.width(table)
-    run = functools.partial(_backward_here, given, width)
-    found = _on_mesh(given, width, run, (True, False, True, True, True, True), (True, False))
-    of_features, of_table = found(features, _padded(given, table), *of_tokens, cotangents.loss)
+    features, table, *numbers = residuals
+    tokens, rows = given.of_tokens, given.like_table
+    run = given.on_mesh(_backward_here, (tokens, rows, *[tokens] * 4), (tokens, rows))
+    of_features, of_table = run(features, given.padded(table), *numbers, cotangents.loss)
     return of_features, of_table[: len(table)], None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _on_mesh(given: _Given, width: str | None, function, takes: Any, gives: Any):
-    """`function` on each device; of its arrays True says that they are of tokens, False that they are like the table."""
-    if given.mesh is None:
-        return function
-    of_tokens, like_table = PartitionSpec(given.batch_axes), PartitionSpec(given.rows, width)
-    spec = functools.partial(jax.tree.map, lambda of_token: of_tokens if of_token else like_table)
-    return jax.shard_map(
-        function, mesh=given.mesh, in_specs=spec(takes), out_specs=spec(gives), check_vma=False
-    )
-
-
-def _padded(given: _Given, table: Array) -> Array:
-    """The table with rows of zeros, so that it divides over `ROWS`."""
-    rest = -len(table) % (given.mesh.shape[given.rows] if given.rows else 1)
-    return jnp.pad(table, ((0, rest), (0, 0))) if rest else table
-
-
-def _forward_here(given, width, features, table, targets):
+def _forward_here(given: _Given, features, table, targets):
     """(CrossEntropy of the tokens of this device, the sums of their exp(logit - highest))."""
-    tiles = _Tiles.of(given, width, features, table)
+    tiles = _Tiles.of(given, features, table)
 
     def one_tile(sums, number):
         highest, total, own, everything = sums
@@ -155,7 +150,7 @@ def _forward_here(given, width, features, table, targets):
         logits = jnp.where(rows.real, tiles.product("nd,vd->nv", features, rows.vectors), MASKED)
         higher = jnp.maximum(highest, logits.max(1))
         total = total * jnp.exp(highest - higher) + jnp.exp(logits - higher[:, None]).sum(1)
-        own += jnp.where(rows.are(targets), logits, 0).sum(1)
+        own += jnp.where(rows.token == targets[:, None], logits, 0).sum(1)
         if given.smoothing:
             everything += jnp.where(rows.real, logits, 0).sum(1)
         return (higher, total, own, everything), None
@@ -163,10 +158,10 @@ def _forward_here(given, width, features, table, targets):
     zeros = jnp.zeros(len(features))
     nothing = jnp.full(len(features), MASKED), zeros, zeros, zeros
     (highest, total, own, everything), _ = jax.lax.scan(one_tile, nothing, tiles.numbers)
-    if given.rows:
-        here, highest = highest, jax.lax.pmax(highest, given.rows)
+    if given.devices(ROWS) > 1:
+        here, highest = highest, jax.lax.pmax(highest, ROWS)
         sums = total * jnp.exp(here - highest), own, everything
-        total, own, everything = jax.lax.psum(sums, given.rows)
+        total, own, everything = jax.lax.psum(sums, ROWS)
     # Differences of logits first: they may be large.
     loss = jnp.log(total) + (1 - given.smoothing) * (highest - own)
     if given.smoothing:
@@ -174,9 +169,9 @@ def _forward_here(given, width, features, table, targets):
     return CrossEntropy(loss, highest, own), total
 
 
-def _backward_here(given, width, features, table, targets, highest, total, cotangent):
+def _backward_here(given: _Given, features, table, targets, highest, total, cotangent):
     """The gradients of the features of this device's tokens, and of its part of the table."""
-    tiles = _Tiles.of(given, width, features, table)
+    tiles = _Tiles.of(given, features, table)
     of_logits = (cotangent / total)[:, None]
     of_target = ((1 - given.smoothing) * cotangent)[:, None]
     of_all = (given.smoothing / given.size * cotangent)[:, None]
@@ -186,7 +181,7 @@ def _backward_here(given, width, features, table, targets, highest, total, cotan
         rows = tiles.rows(number)
         logits = tiles.product("nd,vd->nv", features, rows.vectors)
         share = of_logits * jnp.exp(logits - highest[:, None])
-        share -= jnp.where(rows.are(targets), of_target, 0) + of_all
+        share -= jnp.where(rows.token == targets[:, None], of_target, 0) + of_all
         share = jnp.where(rows.real, share, 0).astype(features.dtype)
         of_features += tiles.product("nv,vd->nd", share, rows.vectors)
         of_rows = tiles.product("nv,nd->vd", share, features)
@@ -196,11 +191,11 @@ def _backward_here(given, width, features, table, targets, highest, total, cotan
     # The last tile first: what it has of rows of the tile before it is written over.
     zeros = jnp.zeros(features.shape), jnp.zeros((len(table), features.shape[1]))
     (of_features, of_table), _ = jax.lax.scan(one_tile, zeros, tiles.numbers, reverse=True)
-    if given.rows:
-        of_features = jax.lax.psum(of_features, given.rows)
-    if width:
-        of_table = jax.lax.psum_scatter(of_table, width, scatter_dimension=1, tiled=True)
-    if rest := tuple(axis for axis in given.batch_axes if axis != width and given.cut(axis)):
+    if given.devices(ROWS) > 1:
+        of_features = jax.lax.psum(of_features, ROWS)
+    if given.devices(given.width) > 1:
+        of_table = jax.lax.psum_scatter(of_table, given.width, scatter_dimension=1, tiled=True)
+    if rest := tuple(x for x in given.batch_axes if x != given.width and given.devices(x) > 1):
         of_table = jax.lax.psum(of_table, rest)
     return of_features.astype(features.dtype), of_table
 
@@ -210,12 +205,8 @@ class _Rows(NamedTuple):
 
     start: Array  # int32 [], place of the first one
     vectors: Array  # [v, E], in the dtype of the features
-    id: Array  # int32 [v], token of the vocabulary
     real: Array  # bool [v], False: padding, or in the tile before
-
-    def are(self, targets):
-        """bool [n, v], where a row is the target of a token."""
-        return self.real & (self.id == targets[:, None])
+    token: Array  # int32 [v], its number in the vocabulary; NONE where it is not real
 
 
 class _Tiles(NamedTuple):
@@ -228,10 +219,11 @@ class _Tiles(NamedTuple):
     dtype: Any  # of products
 
     @classmethod
-    def of(cls, given: _Given, width: str | None, features: Array, table: Array) -> "_Tiles":
-        first = jax.lax.axis_index(given.rows) * len(table) if given.rows else 0
-        if width:
-            table = jax.lax.all_gather(table.astype(features.dtype), width, axis=1, tiled=True)
+    def of(cls, given: _Given, features: Array, table: Array) -> "_Tiles":
+        first = jax.lax.axis_index(ROWS) * len(table) if given.devices(ROWS) > 1 else 0
+        if given.devices(given.width) > 1:
+            rounded = table.astype(features.dtype)
+            table = jax.lax.all_gather(rounded, given.width, axis=1, tiled=True)
         unit = math.gcd(given.tile, LANES)
         share = len(table) / math.ceil(len(table) / given.tile)
         size = min(len(table), math.ceil(share / unit) * unit)
@@ -248,9 +240,8 @@ class _Tiles(NamedTuple):
         place = start + jnp.arange(self.size)
         vectors = jax.lax.dynamic_slice_in_dim(self.table, start, self.size).astype(self.dtype)
         token = self.first + place
-        return _Rows(
-            start, vectors, token, (place >= number * self.size) & (token < self.vocabulary)
-        )
+        real = (place >= number * self.size) & (token < self.vocabulary)
+        return _Rows(start, vectors, real, jnp.where(real, token, NONE))
 
     def product(self, equation: str, a: Array, b: Array) -> Array:
         """float32, of operands in the dtype of the features."""

@@ -1,0 +1,251 @@
+"""The text decoder in use: searches and likelihoods against whole forward passes, without the cache."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+import grain_jax
+from grain_jax import config as config_lib
+from grain_jax.models import text_decoder
+from grain_jax.runtime import checkpoint
+from tests import perturbed
+
+WORDS = "<unk> </s> a wren long beak red".split()
+SIZES = config_lib.TextDecoder(
+    width=24, depth=2, heads=3, mlp_dim=40, bins=10, row_length=24, leading_specials=0
+)
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
+ENDS = np.random.default_rng(1).random((2, 3, 2, 2), np.float32)
+BOXES = list(np.concatenate([ENDS.min(0), ENDS.max(0)], axis=-1))  # [2, 4] of each image
+CANDIDATES = [["a wren", "long red beak", "a"], [], ["red wren a long beak", "beak"]]
+
+
+def write_words(folder):
+    """A tokenizer.json that ends each text."""
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    library.save(f"{folder}/tokenizer.json")
+
+
+def random_decoder(model, sizes=SIZES, seed=2, scale=0.8) -> checkpoint.StoredDecoder:
+    """Random parameters of a text decoder beside this model."""
+    sizes = sizes.beside(model)
+    words = text_decoder.vocabulary(sizes, model)
+    module = text_decoder.TextDecoder(sizes, words, np.dtype("float32"))
+    zeros = jnp.zeros((1, 4), jnp.int32)
+    of = functools.partial(module.init, jax.random.key(0), method=module.start)
+    patches = jnp.zeros((1, 4, model.image.width))
+    shapes = jax.eval_shape(lambda: of(patches, zeros, jnp.ones(1, jnp.int32), 4)["params"])
+    rng = np.random.default_rng(seed)
+    draw = lambda x: np.float32(scale * rng.normal(size=x.shape))
+    return checkpoint.StoredDecoder(sizes, jax.tree.map(draw, nn.unbox(shapes)))
+
+
+@functools.cache
+def small_model(**changes) -> config_lib.Model:
+    return perturbed.tiny(
+        image__depth=1,
+        text__depth=1,
+        decoder__depth=1,
+        text__vocab_size=len(WORDS),
+        text__pad_id=1,
+        text__tokenizer="tokenizer.json",
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = small_model()
+    decoder = random_decoder(model)
+    checkpoint.save_model(folder, model, perturbed.params(model), decoder, source="test")
+    write_words(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(folder):
+    return grain_jax.load(folder)
+
+
+@functools.cache
+def _forward(model):
+    """The jitted (params, tokens, sequences [N, T]) -> log-probabilities, each sequence alone in its row."""
+    sizes = SIZES.beside(model)
+    words = text_decoder.vocabulary(sizes, model)
+    module = text_decoder.TextDecoder(sizes, words, np.dtype("float32"))
+
+    def run(params, tokens, sequences):
+        place = jnp.broadcast_to(jnp.arange(sequences.shape[1]), sequences.shape)
+        none = jnp.zeros_like(place)
+        rows = text_decoder.Rows(sequences, place, none + 1, none, none > 0, none, none)
+        patches = jnp.broadcast_to(tokens[1:], (len(sequences), *tokens[1:].shape))
+        with jax.default_matmul_precision("highest"):
+            found = module.apply({"params": params}, patches, rows, method=module.features)
+            logits = found @ params["head"].T
+        return jax.nn.log_softmax(logits[..., : words.size])
+
+    return jax.jit(run), words
+
+
+def log_probabilities(predictor, tokens, sequences):
+    """Of the tokens after each position of sequences of one image, float64 [N, T, V]."""
+    run, _ = _forward(predictor.model)
+    padded = np.zeros((64, 16), np.int32)
+    found = []
+    for first in range(0, len(sequences), 64):
+        part = sequences[first : first + 64]
+        for row, sequence in zip(padded, part):
+            row[: len(sequence)] = sequence
+        found.append(run(predictor.text_decoder.params, tokens, padded)[: len(part)])
+    return np.concatenate(found).astype(np.float64)
+
+
+def log_p(predictor, tokens, given, predicted):
+    """log p of the predicted tokens after the given ones."""
+    found = log_probabilities(predictor, tokens, [[*given, *predicted]])[0]
+    at = len(given) - 1 + np.arange(len(predicted))
+    return found[at, predicted].sum()
+
+
+def greedy(predictor, tokens, given, allowed, most, end=None):
+    """The likeliest token each time, by whole forward passes."""
+    written = []
+    while len(written) < most and (not written or written[-1] != end):
+        found = log_probabilities(predictor, tokens, [[*given, *written]])[0]
+        of_next = found[len(given) + len(written) - 1]
+        written.append(max(allowed, key=lambda i: of_next[i]))
+    return written, log_p(predictor, tokens, given, written)
+
+
+def ids_of(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+def givens(predictor):
+    """(vocabulary, words that may be written, tokens of the images)."""
+    words = _forward(predictor.model)[1]
+    texts = [i for i in range(len(WORDS)) if i != 1]
+    return words, [*texts, words.end], predictor.encode_tokens(PICTURES)
+
+
+def close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_greedy_captions_and_descriptions_equal_whole_forward_passes(predictor):
+    words, allowed, tokens = givens(predictor)
+    captions = predictor.caption(PICTURES, max_tokens=6)
+    described = predictor.describe(PICTURES, BOXES, max_tokens=6)
+    bins = np.asarray(words.quantise(jnp.array(BOXES)))
+    for i, of_image in enumerate(tokens.values):
+        givens_of = [([words.task("caption")], captions[i])]
+        start = words.task("describe")
+        givens_of += [([start, *box], one) for box, one in zip(bins[i], described[i])]
+        for given, one in givens_of:
+            written, score = greedy(predictor, of_image, given, allowed, 6, words.end)
+            text = [i for i in written if i != words.end]
+            assert one.text == " ".join(WORDS[i] for i in text)
+            close(one.log_probability, score)
+    assert len({one.text for of in described for one in of}) > 1
+
+
+def test_boxes_that_texts_point_at_equal_whole_forward_passes(predictor):
+    words, _, tokens = givens(predictor)
+    bins = range(words.first_bin, words.size)
+    pointed = predictor.point(PICTURES, CANDIDATES)
+    assert [len(x) for x in pointed] == [3, 0, 2]
+    for of_image, texts, found in zip(tokens.values, CANDIDATES, pointed):
+        for text, one in zip(texts, found):
+            given = [words.task("point"), *ids_of(text), words.end]
+            written, score = greedy(predictor, of_image, given, bins, 4)
+            x0, y0, x1, y1 = (np.array(written) - words.first_bin + 0.5) / 10
+            close(one.box_xyxy, [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)])
+            close(one.log_probability, score)
+
+
+def beam_search(predictor, tokens, given, allowed, beams, most, end):
+    """As the module says, by whole forward passes: [(score, written), ...]."""
+    found = [(0.0, [])]
+    for _ in range(most):
+        after = []
+        alive = [[*given, *w] for _, w in found]
+        of_next = log_probabilities(predictor, tokens, alive)
+        for (score, written), p in zip(found, of_next):
+            if written and written[-1] == end:
+                after.append((score, written))
+                continue
+            p = p[len(given) + len(written) - 1]
+            after += [(score + p[i], [*written, i]) for i in allowed]
+        found = sorted(after, key=lambda x: -x[0])[:beams]
+        if found[0][1][-1] == end:
+            break
+    return found[0]
+
+
+@pytest.mark.parametrize("beams", [2, 5])
+def test_beam_search_equals_one_in_numpy(predictor, beams):
+    words, allowed, tokens = givens(predictor)
+    captions = predictor.caption(PICTURES, beams, 5)
+    for of_image, one in zip(tokens.values, captions):
+        given = [words.task("caption")]
+        score, written = beam_search(predictor, of_image, given, allowed, beams, 5, words.end)
+        assert one.text == " ".join(WORDS[i] for i in written if i != words.end)
+        close(one.log_probability, score)
+
+
+def test_as_many_beams_as_there_are_texts_find_the_likeliest(predictor):
+    words, allowed, tokens = givens(predictor)
+    texts, most = allowed[:-1], 3
+    every = [list(x) for x in itertools.product(texts, repeat=most)]  # those that are cut
+    every += [[*x, words.end] for n in range(most) for x in itertools.product(texts, repeat=n)]
+    assert len(every) == 259
+    for of_image, one in zip(tokens.values, predictor.caption(PICTURES, 64, most)):
+        sequences = [[words.task("caption"), *x] for x in every]
+        found = log_probabilities(predictor, of_image, sequences)
+        scores = [p[np.arange(len(x)), x].sum() for p, x in zip(found, every)]
+        best = every[int(np.argmax(scores))]
+        assert one.text == " ".join(WORDS[i] for i in best if i != words.end)
+        close(one.log_probability, max(scores))
+
+
+def test_likelihoods_equal_the_sums_of_whole_forward_passes(predictor):
+    words, _, tokens = givens(predictor)
+    bins = np.asarray(words.quantise(jnp.array(BOXES)))
+    of_captions = predictor.caption_log_likelihood(PICTURES, CANDIDATES)
+    for_boxes = [[["a wren", "beak"], []], [["red"], ["a"]], [[], ["a long beak"]]]
+    of_boxes = predictor.description_log_likelihood(PICTURES, BOXES, for_boxes)
+    of_texts = [["a wren", "beak"], ["red", "a"], ["a", "a long beak"]]
+    pointed = predictor.box_log_likelihood(PICTURES, BOXES, of_texts)
+    for i, of_image in enumerate(tokens.values):
+        p = functools.partial(log_p, predictor, of_image)
+        text = lambda x: [*ids_of(x), words.end]
+        expected = [p([words.task("caption")], text(x)) for x in CANDIDATES[i]]
+        close(of_captions[i], expected)
+        for box, candidates, found in zip(bins[i], for_boxes[i], of_boxes[i], strict=True):
+            close(found, [p([words.task("describe"), *box], text(x)) for x in candidates])
+        given = [[words.task("point"), *text(x)] for x in of_texts[i]]
+        close(pointed[i], [p(x, box) for x, box in zip(given, bins[i])])
+        assert pointed[i].dtype == of_captions[i].dtype == np.float32
+
+
+def test_what_is_written_has_the_likelihood_of_its_text(predictor):
+    captions = predictor.caption(PICTURES, 5, 4)
+    found = predictor.caption_log_likelihood(PICTURES, [[one.text] for one in captions])
+    ended = [len(one.text.split()) < 4 for one in captions]
+    assert any(ended)
+    for one, p, has_end in zip(captions, found, ended):
+        if has_end:
+            close(one.log_probability, p[0])
