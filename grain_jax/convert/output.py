@@ -14,7 +14,6 @@ from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import checkpoint
-from grain_jax.runtime.saved_model import StoredDecoder
 
 
 def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
@@ -66,7 +65,7 @@ def save(
     source: epath.PathLike,
     proof: parity.Report,
     model_folder: epath.PathLike | None = None,
-    text_decoder: StoredDecoder | None = None,
+    text_decoder: checkpoint.StoredDecoder | None = None,
 ) -> None:
     """Writes a model for `grain_jax.load`, with its source and the verdict of the parity.
 
@@ -77,7 +76,7 @@ def save(
       source: what the model was made of, for its config.json.
       proof: the parity.
       model_folder: folder of a model of ours, whose tokenizer's file is copied, where it lies there.
-      text_decoder: that stands beside the model.
+      text_decoder: beside the model, or None.
 
     Raises:
       ConvertError: the folder cannot be written.
@@ -89,8 +88,7 @@ def save(
         text = dataclasses.replace(model.text, tokenizer=path.name)
         model = dataclasses.replace(model, text=text)
     with writing(folder):
-        checkpoint.save_model(
-            folder, model, params, text_decoder, source=str(source), parity=proof.verdict
-        )
+        notes = dict(source=str(source), parity=proof.verdict)
+        checkpoint.save_model(folder, model, params, text_decoder, **notes)
         if path is not None:
             (folder / path.name).write_bytes(tokenizer.content_of(path))

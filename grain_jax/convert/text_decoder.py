@@ -20,7 +20,6 @@ from grain_jax.models import grain, text_decoder
 from grain_jax.models.text_decoder import Rows
 from grain_jax.runtime.saved_model import StoredDecoder
 
-LEFT_OUT = "left behind: text decoder, which writes captions and points"
 _OF_WORDS = ("end_of_text", "special_ids")  # keys beside the sizes in config.json of to-hf
 _TABLES = ("token_embed", "head")  # with rows that stand for no token
 _LONGEST = 12  # tokens of a sequence of the parity

@@ -69,6 +69,7 @@ def towers_alone(source: Source) -> tuple[Source, list[str]]:
     params = flat(source)
     left = {name.partition("/")[0] for name in params.keys() - shapes.keys()}
     left |= {"image_projection"} if of_decoder else set()
+    left |= {"text decoder"} if source.text_decoder is not None else set()
     params = {name: x for name, x in params.items() if name in shapes}
     if of_decoder and model.image.projection != "none":
         params["image_projection/kernel"] = np.eye(
@@ -81,6 +82,11 @@ def towers_alone(source: Source) -> tuple[Source, list[str]]:
             " tokens, which nothing trained: take the image tower's tokens, or train on"
         )
     return Source(model, tables.nested(params), source.folder), lines
+
+
+def left_behind(source: Source) -> list[str]:
+    """A line where the model has a text decoder, of an exit that cannot hold one."""
+    return [] if source.text_decoder is None else ["left behind: text decoder"]
 
 
 def flat(source: Source) -> Arrays:
