@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,14 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Arrays, NamePair
-from grain_jax.inference import jitted
-from grain_jax.input_pipeline import tokenizer
+from grain_jax.inference import Predictor, jitted
+from grain_jax.inference import text_decoder as searches
+from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 from grain_jax.models import grain, text_decoder
-from grain_jax.models.text_decoder import Rows
+from grain_jax.models.text_decoder import BOX, Rows
 from grain_jax.runtime.saved_model import StoredDecoder
 
+NAME = "text_decoder"  # of the decoder in the files of others
 _OF_WORDS = ("end_of_text", "special_ids")  # keys beside the sizes in config.json of to-hf
 _TABLES = ("token_embed", "head")  # with rows that stand for no token
 _LONGEST = 12  # tokens of a sequence of the parity
@@ -113,24 +115,34 @@ def stored_sizes(
       folder: where the file of the tokenizer lies; None: there is none.
     """
     text, trailing = model.text, decoder.config.trailing_specials
-    specials: tuple[int, ...] = ()
     end = text.pad_id
     if text.pool == "end":
         end = text.vocab_size - 1 if text.end_id is None else text.end_id
-    if folder is not None:
+    if folder is not None and trailing:
         words = tokenizer.of_tower(text, folder)
-        specials = words.special_ids
-        if trailing:
-            end = int(words.encode(["a"], text.context_length).ids[-trailing])
-    return dataclasses.asdict(decoder.config) | {"end_of_text": end, "special_ids": list(specials)}
+        end = int(words.encode(["a"], text.context_length).ids[-trailing])
+    specials = [] if folder is None else list(_special_ids(text, folder))
+    return dataclasses.asdict(decoder.config) | {"end_of_text": end, "special_ids": specials}
 
 
-def ids_of(decoder: StoredDecoder, model: config_lib.Model) -> dict[str, int]:
-    """What a user of exported files must know of the tokens."""
+def _special_ids(text: config_lib.TextTower, folder: epath.PathLike | None) -> tuple[int, ...]:
+    """The ids that stand for no text; () where the tokenizer is not there."""
+    if text.tokenizer == "clip":
+        is_there = text.vocab_size == clip_tokenizer.VOCAB_SIZE
+    else:
+        is_there = tokenizer.own_file(text, folder) is not None
+    return tokenizer.of_tower(text, folder).special_ids if is_there else ()
+
+
+def ids_of(decoder: StoredDecoder, model: config_lib.Model) -> dict[str, Any]:
+    """What a user of exported files must know of the tokens, by the name of the decoder."""
     words = text_decoder.vocabulary(decoder.config, model)
     tasks = {name: words.task(name) for name in text_decoder.TASKS}
     own = {"end": words.end, **tasks, "first_bin": words.first_bin, "bins": words.bins}
-    return own | {"positions": decoder.config.row_length}
+    sizes = decoder.config
+    specials = {"leading_specials": sizes.leading_specials}
+    specials |= {"trailing_specials": sizes.trailing_specials}
+    return {NAME: own | specials | {"positions": sizes.row_length}}
 
 
 def sequences(
@@ -173,3 +185,54 @@ def patches_of(model: config_lib.Model, params: Any, images: np.ndarray) -> jax.
     """What the decoder sees of images, float32 [B, P, E of the image tower]."""
     tokens = jitted.program(model, "float32", "image_tokens")(params, images)
     return tokens[:, grain.leading_tokens(model) :]
+
+
+def of_model(params: Mapping[str, Any]) -> dict:
+    """Of flat parameters those of the model, nested, without those of its text decoder."""
+    return tables.nested({x: y for x, y in params.items() if not x.startswith(f"{NAME}/")})
+
+
+def search(
+    predictor: Predictor, task: str
+) -> tuple[Callable[..., dict[str, jax.Array]], dict[str, jax.ShapeDtypeStruct]]:
+    """A task of the text decoder, by greedy search.
+
+    Args:
+      predictor: a model with a text decoder.
+      task: a name of TASKS.
+
+    Returns:
+      (the function of flat parameters, images uint8 [B, S, S, 3] and the inputs, its inputs beside those, without the axis
+      of images). `caption` and `describe` (boxes_xyxy [4]) give the words as `tokens` int32 [B, n], of which `count` [B] are
+      real; `point` (`tokens`: `count` words of a text, without special tokens) gives `box_xyxy` [B, 4]; and each the
+      `log_probability` [B], in nats.
+    """
+    model, decoder = predictor.model, predictor.text_decoder
+    assert decoder is not None
+    specials = _special_ids(model.text, predictor.folder)
+    given = searches.Given(decoder.config, model, predictor.dtype, specials)
+    longest = searches.limit(None, given, task) - 1  # words, without the end
+    spec, inputs = jax.ShapeDtypeStruct, {}
+    if task == "describe":
+        inputs = {"boxes_xyxy": spec((BOX,), np.float32)}
+    if task == "point":
+        inputs = {"tokens": spec((longest,), np.int32), "count": spec((), np.int32)}
+    steps = BOX if task == "point" else longest + 1
+    program = searches.write_program(given, task, 1, steps)
+    encode = jitted.program(model, predictor.dtype, "image_tokens")
+
+    def run(params, image, *arrays):
+        asked, shape = dict(zip(inputs, arrays)), (image.shape[0], 1)
+        words = asked.get("tokens", jnp.zeros(shape, jnp.int32))[:, None]
+        count = asked.get("count", jnp.zeros(shape[:1], jnp.int32))[:, None]
+        boxes = asked.get("boxes_xyxy", jnp.zeros((shape[0], BOX)))[:, None]
+        is_there, tokens = jnp.ones(shape, bool), encode(of_model(params), image)
+        own = tables.nested(params)[NAME]
+        found, count, score = program(own, tokens, words, count, is_there, is_there, boxes)
+        if task != "point":
+            return {"tokens": found, "count": count, "log_probability": score}
+        corners = given.vocabulary.boxes(found).reshape(shape[0], 2, 2)
+        box = jnp.concatenate([corners.min(1), corners.max(1)], axis=1)
+        return {"box_xyxy": box, "log_probability": score}
+
+    return run, inputs

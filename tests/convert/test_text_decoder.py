@@ -1,18 +1,17 @@
 """The text decoder in the formats of others: the Hugging Face folder, ONNX, StableHLO; each has random weights."""
 
-import functools
 import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
+import grain_jax
 from grain_jax import config as config_lib
-from grain_jax.convert import huggingface, parity, text_decoder
+from grain_jax.convert import export, huggingface, parity, text_decoder
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.exits import folder as exits
 from grain_jax.input_pipeline import clip_tokenizer
@@ -79,68 +78,42 @@ def test_the_folder_comes_back(hf, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, back.params, stored.text_decoder.params)
 
 
-def greedy(stored, images, prompt, steps):
-    """Tokens by our cache, one after another: words and END, or after POINT location tokens, int32 [B, steps]."""
-    decoder, model = stored.text_decoder, stored.model
-    made, words = text_decoder.module(decoder.config, model), vocabulary(decoder.config, model)
-    apply = functools.partial(made.apply, {"params": jax.tree.map(jnp.asarray, decoder.params)})
-    patches = text_decoder.patches_of(model, stored.merged(), images)
-    ids = np.arange(words.rows)
-    allowed = ids <= words.end
-    if prompt[0, 0] == words.task("point"):
-        allowed = (ids >= words.first_bin) & (ids < words.size)
-    count = jnp.full(len(prompt), prompt.shape[1], jnp.int32)
-    capacity = prompt.shape[1] + steps
-    logits, state = apply(patches, jnp.asarray(prompt), count, capacity, method="start")
-    step, found = jax.jit(functools.partial(apply, method="step")), []
-    for _ in range(steps):
-        found.append(np.where(allowed, logits, -np.inf).argmax(1))
-        logits, state = step(state, jnp.asarray(found[-1]))
-    return np.stack(found, axis=1)
-
-
-def ended(tokens, end):
-    """Tokens after the first end are ends."""
-    return np.where(np.cumsum(tokens == end, axis=1) > 0, end, tokens)
-
-
 def test_captions_descriptions_and_boxes_are_ours(hf):
+    """Texts, boxes and their log-probabilities, greedy."""
     ours, folder, _ = hf
-    stored, module = checkpoint.load_stored(ours), loaded(folder)
-    words = vocabulary(stored.text_decoder.config, stored.model)
-    given = parity.inputs_of(stored.model)
-    pixels = foreign.torch_images(given.images)
-    prompt = np.full((4, 1), words.task("caption"), np.int32)
-    expected = ended(greedy(stored, given.images, prompt, 19), words.end)
-    found = module.caption(pixels)
-    np.testing.assert_array_equal(found, expected[:, : found.shape[1]])
-    assert set(expected[:, found.shape[1] :].flat) <= {words.end}
-
-    corners = np.array([[0, 0.1, 0.5, 1], [0.3, 0.3, 0.31, 0.99]], np.float32)
-    boxes = np.broadcast_to(corners, (4, 2, 4))
-    found = module.describe(pixels, torch.tensor(boxes), max_new_tokens=7)
-    for i in range(2):
-        prompt = np.full((4, 5), words.task("describe"), np.int32)
-        prompt[:, 1:] = words.quantise(boxes[:, i])
-        expected = ended(greedy(stored, given.images, prompt, 7), words.end)
-        np.testing.assert_array_equal(found[:, i], expected[:, : found.shape[2]])
-
+    predictor, module = grain_jax.load(ours), loaded(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder, **REMOTE)
-    texts = ["a wren", "two dogs and a cat", "x"]
-    asked = processor(text=texts)["input_ids"]
-    pointed = module.point(pixels, asked)
-    assert pointed.boxes_xyxy.shape == (4, 3, 4)
-    for i, text in enumerate(texts):
-        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompt = np.tile(np.array([[words.task("point"), *ids, words.end]], np.int32), (4, 1))
-        box = greedy(stored, given.images, prompt, 4)
-        np.testing.assert_allclose(pointed.boxes_xyxy[:, i], words.boxes(box), atol=1e-6)
-        whole = np.concatenate([prompt, box], axis=1)
-        params = stored.merged()
-        logits = text_decoder.logits(stored.text_decoder, stored.model, params, given.images, whole)
-        shares = np.asarray(jax.nn.log_softmax(logits))[:, prompt.shape[1] - 1 : -1]
-        expected = np.take_along_axis(shares, box[..., None], axis=2).sum((1, 2))
-        np.testing.assert_allclose(pointed.log_probs[:, i], expected, rtol=1e-5)
+    given = parity.inputs_of(predictor.model)
+    pixels = foreign.torch_images(given.images)
+
+    def log_probabilities(begun, written):
+        whole = torch.cat([begun.long(), written], dim=1)
+        shares = module.next_logits(pixels, whole[:, :-1]).log_softmax(-1)
+        shares = shares[:, begun.shape[1] - 1 :].gather(2, written[..., None])[..., 0]
+        is_end = written == module.text_decoder.config.end
+        return shares.masked_fill(is_end.cumsum(1) > is_end.int(), 0).sum(1)
+
+    with torch.no_grad():
+        expected, found = predictor.caption(list(given.images)), module.caption(pixels)
+        assert processor.batch_decode(found) == [x.text for x in expected]
+        assert len({x.text for x in expected}) > 1
+        begun = torch.full((4, 1), module.text_decoder.config.tasks["caption"])
+        scores = [x.log_probability for x in expected]
+        np.testing.assert_allclose(log_probabilities(begun, found), scores, rtol=1e-5)
+
+        boxes = np.float32([[0, 0.1, 0.5, 1], [0.3, 0.3, 0.31, 0.99]])
+        boxes = np.broadcast_to(boxes, (4, 2, 4))
+        expected = predictor.describe(list(given.images), boxes, max_tokens=7)
+        found = module.describe(pixels, torch.tensor(boxes), max_new_tokens=7)
+        assert processor.batch_decode(found) == [[x.text for x in each] for each in expected]
+
+        texts = ["a wren", "two dogs and a cat", "x"]
+        expected = predictor.point(list(given.images), [texts] * 4)
+        pointed = module.point(pixels, processor(text=texts)["input_ids"])
+    corners = [[x.box_xyxy for x in each] for each in expected]
+    np.testing.assert_allclose(pointed.boxes_xyxy, corners, atol=1e-6)
+    scores = [[x.log_probability for x in each] for each in expected]
+    np.testing.assert_allclose(pointed.log_probs, scores, rtol=1e-5)
 
 
 def test_generate_of_transformers_takes_its_options(hf):
@@ -151,14 +124,13 @@ def test_generate_of_transformers_takes_its_options(hf):
     cached, without = (module.generate(pixels, use_cache=x) for x in (True, False))
     assert torch.equal(cached, without) and cached.shape[1] > 3
     assert (cached[:, 0] == config.tasks["caption"]).all() and (cached[:, 1:] <= config.end).all()
-    scores = {}
-    for beams in (1, 3):
-        out = module.generate(pixels, num_beams=beams, max_new_tokens=5, length_penalty=0.0)
-        logits = module.next_logits(pixels, out[:, :-1]).log_softmax(-1)
-        shares = logits.gather(2, out[:, 1:, None])[..., 0]
-        after = (out[:, :-1] == config.end) & (torch.arange(out.shape[1] - 1) > 0)
-        scores[beams] = shares.masked_fill(after, 0).sum(1)
-    assert (scores[3] >= scores[1] - 1e-4).all() and (scores[3] > scores[1] + 1e-4).any()
+    ours = grain_jax.load(hf[0])
+    written = ours.caption(list(parity.inputs_of(ours.model).images), beams=3, max_tokens=5)
+    found = module.caption(pixels, num_beams=3, max_new_tokens=5)
+    processor = transformers.AutoProcessor.from_pretrained(folder, **REMOTE)
+    assert processor.batch_decode(found) == [x.text for x in written]
+    with pytest.raises(ValueError, match="max_new_tokens: got 21, expected 1 to 20"):
+        module.caption(pixels, max_new_tokens=21)
 
 
 def test_onnx_has_a_step_with_a_cache(tmp_path, capsys):
@@ -169,9 +141,18 @@ def test_onnx_has_a_step_with_a_cache(tmp_path, capsys):
     assert "parity: PROVEN" in printed
     assert "\ntext_decoder " in printed and "\ntext_decoder, one " in printed
     about = json.loads((out / "onnx.json").read_text())
-    assert about["text_decoder"] == {
-        **dict(end=60, caption=62, describe=63, point=64, first_bin=65, bins=13, positions=20)
-    }
+    tokens = dict(end=60, caption=62, describe=63, point=64, first_bin=65, bins=13)
+    others = dict(positions=20, leading_specials=1, trailing_specials=1)
+    assert about["text_decoder"] == tokens | others
     given = about["files"]["text_decoder.onnx"]
     assert given["inputs"]["past_keys"] == "float32[batch, 2, 3, past, 8]"
     assert given["outputs"]["logits"] == "float32[batch, tokens, 78]"
+
+
+def test_stablehlo_has_the_whole_search(tmp_path, capsys):
+    saved(tmp_path / "ours", decoder=None, image__pool="mean", text__vocab_size=60)
+    out = tmp_path / "out"
+    assert export.main(["--checkpoint", str(tmp_path / "ours"), "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "caption: tokens" in printed and "point: box_xyxy" in printed
+    params = jax.device_put(dict(np.load(out / "params.npz")))

@@ -130,7 +130,7 @@ def _description(source: folder.Source, path: epath.Path) -> dict[str, Any]:
         "image": image | {"normalised_by": f"you: {_PREPARE}"},
         "text": text | {"end": "found by the file"},
         **learnt,
-        **({} if decoder is None else {"text_decoder": text_decoder.ids_of(decoder, source.model)}),
+        **({} if decoder is None else text_decoder.ids_of(decoder, source.model)),
     }
 
 

@@ -929,7 +929,7 @@ class GrainModel(GrainPreTrainedModel):
         begun, mask = (x.repeat(images, 1) for x in self._asked(input_ids))
         of_patches = self._of_patches(pixel_values)
         found = self._written(
-            of_patches, begun, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, **options
+            of_patches, begun, attention_mask=mask, max_new_tokens=4, **options
         )
         box = found[:, -4:]
         seen = F.pad(mask, (0, 3), value=1)
