@@ -20,6 +20,7 @@ from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
+_DECODER = "text_decoder/"  # before the names of the arrays of a text decoder
 _CHECKED = 4096  # values of an array whose sum is compared with one in float64
 # Keys that may differ; the last two are compared in another way.
 _FREE = {
@@ -34,7 +35,9 @@ def average(
     """average: equal models -> the model of the weighted sum of their parameters, for `grain_jax.load`.
 
     Sums are float32, in the order of the models, so equal calls give equal bits. Factors of LoRA are folded in first. The
-    logit scale is summed as it is stored, as a logarithm. Two models at a time are in the host's memory, and a second copy of the matrices of one that has factors.
+    logit scale is summed as it is stored, as a logarithm. A text decoder is summed where all models have one of the same
+    sizes, and else left out. Two models at a time are in the host's memory, and a second copy of the matrices of one that
+    has factors.
 
     Args:
       sources: two or more workdirs, checkpoints or converted folders.
@@ -53,19 +56,29 @@ def average(
     folder = output.check_free(folder)
     first: checkpoint.Stored | None = None
     sums, exact, lines = {}, {}, []
+    sizes: list[config_lib.TextDecoder | None] = []
     for source, weight in zip(sources, weights or [1 / len(sources)] * len(sources)):
         stored = checkpoint.load_stored(source)
         arrays = grain.flat(stored.merged())
-        stored = stored._replace(params={})
+        of_decoder = stored.text_decoder
+        stored = stored._replace(params={}, text_decoder=None)
         first = first or stored
         raise_any([*_differences(first, stored), *_misfits(stored, arrays)])
+        sizes.append(of_decoder and dataclasses.replace(of_decoder.config, unroll=1))
+        if of_decoder is not None and sizes[-1] == sizes[0]:
+            flat = grain.flat(of_decoder.params)
+            arrays |= {_DECODER + name: x for name, x in flat.items()}
         for name, x in arrays.items():
             sums[name] = sums.get(name, np.float32(0)) + np.float32(weight) * x
             exact[name] = exact.get(name, 0.0) + weight * _some(x).astype(np.float64)
         merged = f", LoRA of rank {stored.lora.rank} folded in" if stored.lora.rank else ""
         lines.append(f"{weight:10.6g}  {stored.folder}, {_logit_scale(arrays)}{merged}")
-        del arrays  # before the next model is read
+        del arrays, of_decoder  # before the next model is read
     assert first is not None
+    of_decoder, said = _of_decoder(sizes)
+    if of_decoder is None:
+        for name in [name for name in sums if name.startswith(_DECODER)]:
+            del sums[name], exact[name]
     infinite = [name for name, x in sums.items() if not np.isfinite(x).all()]
     raise_any(
         [
@@ -82,10 +95,15 @@ def average(
         f"sums in float64 of up to {_CHECKED} values of each array",
     )
     made_of = ", ".join(map(str, sources))
-    output.save(folder, first.model, tables.nested(sums), made_of, proof, first.folder)
+    params = tables.nested(sums)
+    decoder = None
+    if of_decoder is not None:
+        decoder = checkpoint.StoredDecoder(of_decoder, params.pop(_DECODER.rstrip("/")))
+    output.save(folder, first.model, params, made_of, proof, first.folder, decoder)
     return proof.after(
         f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}",
         *lines,
+        *said,
         f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32",
     )
 
@@ -112,6 +130,16 @@ def _differences(first: checkpoint.Stored, other: checkpoint.Stored) -> Iterator
         got, wanted = theirs.get(key), ours.get(key)
         if got != wanted:
             yield f"{other.folder}: model.{key}: got {got!r}, expected {wanted!r} as {first.folder} has"
+
+
+def _of_decoder(
+    sizes: Sequence[config_lib.TextDecoder | None],
+) -> tuple[config_lib.TextDecoder | None, list[str]]:
+    """(what the text decoders of all models have, or None; what the report says of them)."""
+    if None not in sizes and len(set(sizes)) == 1:
+        return sizes[0], ["text decoder: averaged"]
+    missing = "text decoder: left out, as not all models have one of the same sizes"
+    return None, [missing] if any(sizes) else []
 
 
 def _misfits(stored: checkpoint.Stored, arrays: Mapping[str, np.ndarray]) -> Iterator[str]:

@@ -38,7 +38,8 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         apart = parity.outputs(stored.model, stored.params, given)
     found = parity.compare(parity.outputs(stored.model, merged, given), apart)
     proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
-    output.save(folder, stored.model, merged, source, proof, stored.folder)
+    given = source, proof, stored.folder, stored.text_decoder
+    output.save(folder, stored.model, merged, *given)
     count = len(list(low_rank.maps_in(stored.params)))
     return proof.after(
         f"merge: {stored.folder} -> {folder}",

@@ -5,6 +5,8 @@ random numbers that they began as: they become zeros, which compress to nothing.
 CLIP that is most of the file. Those of a run that starts from another text tower stay as they are.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,13 +35,17 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     folder = output.check_free(folder)
-    model, params, read_from = checkpoint.load_model(source)
+    stored = checkpoint.load_stored(source)
+    model, params, read_from = stored.model, stored.merged(), stored.folder
     trained = _trained_tokens(epath.Path(read_from), model)
-    packed = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
-    embedding = packed["text"][_TOKENS]["embedding"]
-    packed["text"][_TOKENS]["embedding"] = np.where(
-        trained[:, None], embedding, np.zeros_like(embedding)
-    )
+    packed = _rounded(params)
+    of_text = packed["text"][_TOKENS]
+    of_text["embedding"] = _of_trained(of_text["embedding"], trained)
+    text_decoder = stored.text_decoder
+    if text_decoder is not None:
+        arrays = _rounded(text_decoder.params)
+        arrays[_TOKENS] = _of_trained(arrays[_TOKENS], trained)
+        text_decoder = text_decoder._replace(params=arrays)
     given = _inputs(model, trained)
     rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
     found = parity.compare(
@@ -48,12 +54,25 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         tolerance=TOLERANCE,
     )
     proof = parity.report(found, f"{read_from} in float32", given)
-    output.save(folder, model, packed, source, proof, read_from)
+    output.save(folder, model, packed, source, proof, read_from, text_decoder)
     return proof.after(
         f"pack: {read_from} -> {folder}",
         f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
         f"{sum(x.size for x in jax.tree.leaves(packed)):,} values, bfloat16",
+        *(["with the text decoder, rounded like them"] if text_decoder else []),
     )
+
+
+def _rounded(params: Any) -> Any:
+    """The parameters in bfloat16."""
+    return jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
+
+
+def _of_trained(embedding: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Rows of tokens with zeros for those that were not trained; rows after the tokenizer's stay as they are."""
+    kept = np.ones(len(embedding), bool)
+    kept[: len(trained)] = trained
+    return np.where(kept[:, None], embedding, np.zeros_like(embedding))
 
 
 def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:

@@ -7,12 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 import grain_jax
 from grain_jax import config as config_lib
+from grain_jax import inference
 from grain_jax.models import text_decoder
 from grain_jax.runtime import checkpoint
 from tests import perturbed
@@ -103,10 +105,10 @@ def _forward(model):
 def log_probabilities(predictor, tokens, sequences):
     """Of the tokens after each position of sequences of one image, float64 [N, T, V]."""
     run, _ = _forward(predictor.model)
-    padded = np.zeros((64, 16), np.int32)
     found = []
     for first in range(0, len(sequences), 64):
         part = sequences[first : first + 64]
+        padded = np.zeros((64, 16), np.int32)
         for row, sequence in zip(padded, part):
             row[: len(sequence)] = sequence
         found.append(run(predictor.text_decoder.params, tokens, padded)[: len(part)])
@@ -249,3 +251,122 @@ def test_what_is_written_has_the_likelihood_of_its_text(predictor):
     for one, p, has_end in zip(captions, found, ended):
         if has_end:
             close(one.log_probability, p[0])
+
+
+def same(one, other):
+    """Texts equal, numbers close."""
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if isinstance(a, str):
+            assert a == b
+        else:
+            close(a, b)
+
+
+CALLS = {
+    "caption": (lambda p, x, *_: p.caption(x, 2, 3)),
+    "describe": (lambda p, x, boxes, _: p.describe(x, boxes, 2, 3)),
+    "point": (lambda p, x, _, texts: p.point(x, texts, 2)),
+    "caption_log_likelihood": (lambda p, x, _, texts: p.caption_log_likelihood(x, texts)),
+    "description_log_likelihood": (
+        lambda p, x, boxes, texts: p.description_log_likelihood(
+            x, boxes, [[one] * 2 for one in texts] if np.ndim(boxes) == 3 else [texts] * 2
+        )
+    ),
+    "box_log_likelihood": (
+        lambda p, x, boxes, texts: p.box_log_likelihood(
+            x, boxes, [["a wren", "red"]] * len(boxes) if np.ndim(boxes) == 3 else ["a wren", "red"]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_one_image_equals_a_batch_and_tokens_equal_images(predictor, call):
+    found = call(predictor, PICTURES, BOXES, CANDIDATES)
+    same(call(predictor, predictor.encode_tokens(PICTURES), BOXES, CANDIDATES), found)
+    one = call(predictor, PIL.Image.fromarray(PICTURES[0]), BOXES[0], CANDIDATES[0])
+    same(one, found[0])
+    assert len(found) == 3 and call(predictor, [], np.zeros((0, 2, 4)), []) == []
+
+
+def test_many_images_and_boxes_equal_few(predictor):
+    """More than a batch, on all devices: with beams fewer rows of a device."""
+    some = np.arange(70) % 3
+    few, many = (predictor.caption(PICTURES[x], 2, 3) for x in ([0, 1, 2], some))
+    same(many, [few[i] for i in some])
+    boxes = [np.repeat(BOXES[0], 40, axis=0)]
+    (described,) = predictor.describe(PICTURES[:1], boxes, 2, 3)
+    ((first, last),) = predictor.describe(PICTURES[:1], BOXES[:1], 2, 3)
+    same(described, [first] * 40 + [last] * 40)
+
+
+def test_many_candidates_fill_several_rows(predictor):
+    rng = np.random.default_rng(3)
+    texts = [
+        " ".join(rng.choice(WORDS[2:], n)) for n in rng.integers(1, 22, 90)
+    ]  # of more words than 256 positions, and more than 32 texts
+    (found,) = predictor.caption_log_likelihood(PICTURES[:1], [texts])
+    alone = [predictor.caption_log_likelihood(PICTURES[:1], [[x]])[0][0] for x in texts[:6]]
+    close(found[:6], alone)
+    turned = predictor.caption_log_likelihood(PICTURES[:1], [texts[::-1]])
+    close(turned[0][::-1], found)
+
+
+def test_a_text_that_does_not_fit_is_cut_as_in_training(predictor):
+    words, _, tokens = givens(predictor)
+    long = ["a"] * 25  # a row holds 23 words of a caption, and the context of the text tower 31
+    (found,) = predictor.caption_log_likelihood(PICTURES[0], [" ".join(long)])
+    given, predicted = [words.task("caption")], [WORDS.index("a")] * 23
+    run, _ = _forward(predictor.model)
+    sequence = np.array([[*given, *predicted]])
+    p = np.asarray(run(predictor.text_decoder.params, tokens.values[0], sequence), np.float64)[0]
+    close(found, p[np.arange(23), predicted].sum())
+
+
+def test_half_the_precision_is_near(predictor, folder):
+    rough = grain_jax.load(folder, "bfloat16")
+    found, expected = (p.caption_log_likelihood(PICTURES, CANDIDATES) for p in (rough, predictor))
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.5)
+    assert len(rough.caption(PICTURES, 2, 4)) == 3
+
+
+FAULTS = {
+    "beams: got 0, expected 1 to 64": lambda p: p.caption(PICTURES, 0),
+    "beams: got True, expected 1 to 64": lambda p: p.point(PICTURES[0], "a", True),
+    "max_tokens: got 25, expected 1 to 24": lambda p: p.caption(PICTURES, max_tokens=25),
+    "max_tokens: got 21, expected 1 to 20": lambda p: p.describe(PICTURES, BOXES, 1, 21),
+    "boxes_xyxy: got those of 2 images, expected of 3": lambda p: p.describe(PICTURES, BOXES[:2]),
+    "texts: got those of 4 images, expected of 3": lambda p: p.point(PICTURES, [["a"]] * 4),
+    "texts: got 'a wren', expected a list": lambda p: p.caption_log_likelihood(PICTURES, "a wren"),
+    r"texts\[1\]: got 'a', expected a list of texts of one image": lambda p: (
+        p.caption_log_likelihood(PICTURES, [["a"], "a", ["a"]])
+    ),
+    r"texts\[0\]: got \[3\], expected a list of texts": lambda p: p.point(PICTURES[0], [3]),
+    r"texts\[0\]: got 1 texts for 2 boxes, expected one a box": lambda p: p.box_log_likelihood(
+        PICTURES, BOXES, [["a"]] * 3
+    ),
+    r"texts\[0\]\[1\]: got 'a', expected a list of texts of one box": lambda p: (
+        p.description_log_likelihood(PICTURES, BOXES, [[["a"], "a"]] * 3)
+    ),
+    r"boxes_xyxy\[0\]: .* expected x1 <= x2": lambda p: p.describe(PICTURES[0], [[1, 0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("told", FAULTS)
+def test_what_cannot_be_asked_is_told_in_a_line(predictor, told):
+    with pytest.raises(inference.InputError, match=told) as error:
+        FAULTS[told](predictor)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_model_without_one_says_so(predictor, call):
+    none = inference.Predictor(predictor.model, predictor.params, folder=predictor.folder)
+    assert not none.has_text_decoder and "text decoder" not in repr(none)
+    with pytest.raises(inference.InputError, match="the model has no text decoder, expected one"):
+        call(none, PICTURES, BOXES, CANDIDATES)
+    assert predictor.has_text_decoder
+    assert "text decoder (depth 2, width 24; 22,928 parameters)" in repr(predictor)
+    with pytest.raises(inference.InputError, match="no box head"):
+        none.encode_tokens(PICTURES)

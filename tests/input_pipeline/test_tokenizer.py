@@ -156,3 +156,32 @@ def test_the_faster_backend_is_taken_where_it_is_installed(monkeypatch, huggingf
     monkeypatch.setattr(clip_tokenizer, "_installed", lambda package: True)
     monkeypatch.setitem(clip_tokenizer._BACKENDS, "instant", lambda: (None, None))
     assert clip_tokenizer.ClipTokenizer().backend == "instant"
+
+
+def test_ids_are_decoded_as_transformers_does(clip):
+    transformers = pytest.importorskip("transformers")
+    tokens, merges = clip_tokenizer._tokens()
+    theirs = transformers.CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, pad_token="!"
+    )
+    rng = np.random.default_rng(0)
+    rows = [golden["ids"] for golden in GOLDENS]
+    rows += [rng.integers(0, 49408, 20).tolist() for _ in range(100)]  # halves of characters, too
+    for ids in rows:
+        expected = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert clip.decode(ids) == expected
+    assert (clip.leading_specials, clip.trailing_specials) == (1, 1)
+    assert clip.special_ids == (START_OF_TEXT, END_OF_TEXT)
+    with pytest.raises(TokenizerError, match="ids: got 49408, expected 0 to 49407"):
+        clip.decode([320, 49408])
+
+
+def test_words_of_a_decoded_text_have_its_ids(clip):
+    texts = [text for text in TEXTS if "<" not in text]
+    for text, ids in zip(texts, np.split(*_ids_and_ends(clip, texts))):
+        assert clip.encode([clip.decode(ids)], 77).ids.tolist() == ids.tolist()
+
+
+def _ids_and_ends(clip, texts):
+    found = clip.encode(texts, 77)
+    return found.ids, np.cumsum(found.lengths)[:-1]
