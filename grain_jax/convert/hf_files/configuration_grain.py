@@ -27,7 +27,7 @@ class GrainTextDecoderConfig(PreTrainedConfig):
 
     Args:
       sizes: `GrainConfig.text_decoder`.
-      texts: ids of the tokenizer; END, MASK, three tasks and the location tokens come after them.
+      texts: ids of the tokenizer; END, MASK (which pads, too), three tasks and the location tokens come after them.
       memory_width: width of a patch.
     """
 
@@ -36,7 +36,7 @@ class GrainTextDecoderConfig(PreTrainedConfig):
     def __init__(self, sizes=None, texts=0, memory_width=0, **kwargs):
         sizes = sizes or {}
         self.sizes, self.texts, self.memory_width = sizes, texts, memory_width
-        self.end, self.first_bin = texts, texts + 5
+        self.end, self.pad, self.first_bin = texts, texts + 1, texts + 5
         self.tasks = {
             name: texts + 2 + i for i, name in enumerate(("caption", "describe", "point"))
         }

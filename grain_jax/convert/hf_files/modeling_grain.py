@@ -664,7 +664,7 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=sizes["norm_eps"])
         self.head = nn.Linear(width, config.vocab_size, bias=False)
-        self.generation_config = GenerationConfig(eos_token_id=config.end, pad_token_id=config.end)
+        self.generation_config = GenerationConfig(eos_token_id=config.end, pad_token_id=config.pad)
         self.post_init()
 
     @torch.no_grad()
@@ -685,7 +685,6 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
         patch_values,
         attention_mask=None,
         cache=None,
-        past_key_values=None,
         **kwargs,
     ):
         """Tokens [B, t], after those of the cache -> `GrainText`.
@@ -694,10 +693,9 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
           input_ids: [B, t].
           patch_keys, patch_values: of `of_patches`.
           attention_mask: [B, all positions], 0 at padding, which is on the left; None: there is none.
-          cache, past_key_values: a `Cache`, under either name, or None.
+          cache: a `Cache`, or None.
           kwargs: of `generate`; not read.
         """
-        cache = past_key_values if cache is None else cache
         seen = 0 if cache is None else cache.get_seq_length()
         places = torch.arange(seen + input_ids.shape[1], device=input_ids.device)
         at = places[seen:, None]
@@ -710,6 +708,14 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
         for i, block in enumerate(self.blocks):
             x = block(x, (patch_keys[:, i], patch_values[:, i]), mask[:, None], cache, i)
         return GrainText(logits=self.head(self.norm(x)))
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """Of `generate`: the arguments of `forward` for the tokens that are not in the cache."""
+        cache = next((kwargs[x] for x in ("cache", "past_key_values") if x in kwargs), None)
+        seen = 0 if cache is None else cache.get_seq_length()
+        names = ("patch_keys", "patch_values", "attention_mask")
+        found = {name: kwargs[name] for name in names if name in kwargs}
+        return {"input_ids": input_ids[:, seen:], "cache": cache} | found
 
 
 @dataclass
@@ -911,7 +917,7 @@ class GrainModel(GrainPreTrainedModel):
         return self._written(of_patches, input_ids, **options)
 
     def caption(self, pixel_values, **options):
-        """Images [B, 3, S, S] -> captions, token ids [B, n] filled with END; `batch_decode` of the processor reads them."""
+        """Images [B, 3, S, S] -> captions, token ids [B, n]; `batch_decode` of the processor reads them."""
         return self.generate(pixel_values, **options)[:, 1:]
 
     def describe(self, pixel_values, boxes_xyxy, **options):
@@ -928,9 +934,7 @@ class GrainModel(GrainPreTrainedModel):
         c, images = self.text_decoder.config, len(pixel_values)
         begun, mask = (x.repeat(images, 1) for x in self._asked(input_ids))
         of_patches = self._of_patches(pixel_values)
-        found = self._written(
-            of_patches, begun, attention_mask=mask, max_new_tokens=4, **options
-        )
+        found = self._written(of_patches, begun, attention_mask=mask, max_new_tokens=4, **options)
         box = found[:, -4:]
         seen = F.pad(mask, (0, 3), value=1)
         of_each = (x.repeat_interleave(len(input_ids), dim=0) for x in of_patches)
@@ -979,6 +983,7 @@ class GrainModel(GrainPreTrainedModel):
             raise ValueError(f"max_new_tokens: got {most}, expected 1 to {room}")
         if options.get("num_beams", 1) > 1:
             options.setdefault("length_penalty", 0.0)  # the most likely text, however long
+        options.setdefault("attention_mask", torch.ones_like(begun))
         own = options.pop("logits_processor", None) or []
         processors = LogitsProcessorList([TaskTokens(c), *own])
         return self.text_decoder.generate(
