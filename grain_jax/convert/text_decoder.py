@@ -75,19 +75,20 @@ def read(
     """
     sizes = {key: value for key, value in stored.items() if key not in _OF_WORDS}
     config = config_lib.text_decoder_from_dict(sizes).beside(model)
-    words, shapes = text_decoder.vocabulary(config, model), dict(_shapes(config, model))
+    words, expected = text_decoder.vocabulary(config, model), dict(shapes(config, model))
     for name in _TABLES:
-        shapes[name] = (words.size, *shapes[name][1:])
-    unknown = sorted(arrays.keys() - tables.used(_ROWS, shapes))
+        expected[name] = (words.size, *expected[name][1:])
+    unknown = sorted(arrays.keys() - tables.used(_ROWS, expected))
     raise_any([f"{name}: unknown key, shape {arrays[name].shape}" for name in unknown])
-    found = tables.read(_ROWS, arrays, shapes)
+    found = tables.read(_ROWS, arrays, expected)
     for name in _TABLES:
         found[name] = np.pad(found[name], ((0, words.rows - words.size), (0, 0)))
     return StoredDecoder(config, tables.nested(found))
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(config: config_lib.TextDecoder, model: config_lib.Model) -> Mapping[str, Any]:
+def shapes(config: config_lib.TextDecoder, model: config_lib.Model) -> Mapping[str, Any]:
+    """The name and shape of every parameter; nothing is computed."""
     decoder = module(config, model)
     patches = jnp.zeros((1, 1, model.image.width))
     made = lambda: decoder.init(

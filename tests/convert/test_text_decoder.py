@@ -1,4 +1,4 @@
-"""The text decoder in the formats of others: the Hugging Face folder, ONNX, StableHLO; each has random weights."""
+"""A text decoder in the Hugging Face folder, and where it stays behind; ONNX is in test_to_onnx.py."""
 
 import json
 from typing import Any
@@ -6,44 +6,29 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax import config as config_lib
-from grain_jax.convert import export, huggingface, parity, text_decoder
+from grain_jax.convert import huggingface, parity, text_decoder
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.exits import folder as exits
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.models.text_decoder import vocabulary
 from grain_jax.runtime import checkpoint
-from grain_jax.runtime.saved_model import StoredDecoder
 from tests import foreign, perturbed
 
 torch.set_num_threads(1)
 REMOTE = dict(trust_remote_code=True, local_files_only=True)
-SIZES = dict(width=24, depth=2, heads=3, mlp_dim=44, bins=13, row_length=20)
-DEPTH = dict(image__depth=1, text__depth=1, image__registers=2)
-WORDS = "unknown pad a photo of wren two dogs and cat s bowl long x & ; ! , ' </s>"
 
 
-def a_decoder(model, **changes) -> StoredDecoder:
-    sizes = config_lib.TextDecoder(**SIZES | changes).beside(model)
-    rng, shapes = np.random.default_rng(3), text_decoder._shapes(sizes, model)
-    draw = lambda shape: rng.normal(size=shape).astype(np.float32) * 0.3
-    params: Any = text_decoder.tables.nested({name: draw(shape) for name, shape in shapes.items()})
-    words = vocabulary(sizes, model)
-    for name in ("token_embed", "head"):
-        params[name][words.size :] = 0
-    return StoredDecoder(sizes, params)
-
-
-def saved(folder, decoder_changes=None, **changes):
-    """(model, decoder) of a new model in that folder."""
-    model = perturbed.tiny(**DEPTH | changes)
-    decoder = a_decoder(model, **decoder_changes or {})
+def saved(folder, sizes=None, **changes):
+    """The folder of a new model with a text decoder."""
+    model = perturbed.tiny(image__depth=1, text__depth=1, **changes)
+    decoder = perturbed.decoder(model, **sizes or {})
     checkpoint.save_model(folder, model, perturbed.params(model), decoder, source="test")
-    return model, decoder
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +36,7 @@ def hf(tmp_path_factory):
     """(our folder, folder of to-hf, what the command printed), with CLIP's vocabulary."""
     root = tmp_path_factory.mktemp("hf")
     sizes = dict(text__vocab_size=clip_tokenizer.VOCAB_SIZE, decoder__depth=1)
-    saved(root / "ours", **sizes)
+    saved(root / "ours", **sizes, image__registers=2)
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.verdict == "PROVEN", report.text
     return root / "ours", root / "hf", report.text
@@ -132,26 +117,86 @@ def test_generate_of_transformers_takes_its_options(hf):
         module.caption(pixels, max_new_tokens=21)
 
 
-def test_onnx_has_a_step_with_a_cache(tmp_path, capsys):
-    model, decoder = saved(tmp_path / "ours", decoder=None, image__pool="mean", text__vocab_size=60)
-    out = tmp_path / "onnx"
-    assert main(["to-onnx", "--checkpoint", str(tmp_path / "ours"), "--output", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "parity: PROVEN" in printed
-    assert "\ntext_decoder " in printed and "\ntext_decoder, one " in printed
-    about = json.loads((out / "onnx.json").read_text())
-    tokens = dict(end=60, caption=62, describe=63, point=64, first_bin=65, bins=13)
-    others = dict(positions=20, leading_specials=1, trailing_specials=1)
-    assert about["text_decoder"] == tokens | others
-    given = about["files"]["text_decoder.onnx"]
-    assert given["inputs"]["past_keys"] == "float32[batch, 2, 3, past, 8]"
-    assert given["outputs"]["logits"] == "float32[batch, tokens, 78]"
+CLIP = dict(
+    decoder=None,
+    image__pool="class",
+    image__pre_norm=True,
+    image__qk_norm=False,
+    image__activation="quick_gelu",
+    text__activation="quick_gelu",
+)
 
 
-def test_stablehlo_has_the_whole_search(tmp_path, capsys):
-    saved(tmp_path / "ours", decoder=None, image__pool="mean", text__vocab_size=60)
-    out = tmp_path / "out"
-    assert export.main(["--checkpoint", str(tmp_path / "ours"), "--output", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "caption: tokens" in printed and "point: box_xyxy" in printed
-    params = jax.device_put(dict(np.load(out / "params.npz")))
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Two towers that CLIPModel holds, with a text decoder."""
+    return saved(tmp_path_factory.mktemp("towers") / "ours", **CLIP)
+
+
+def test_a_damaged_folder_is_told_in_lines(towers, tmp_path, capsys):
+    report = huggingface.to_hf(towers, tmp_path / "hf")
+    assert "trust_remote_code: CLIPModel cannot hold the text decoder" in report.text
+    assert report.verdict == "PROVEN"
+    arrays = safetensors.load_file(tmp_path / "hf" / "model.safetensors")
+    arrays["text_decoder.norm.weight"] = np.zeros(7, np.float32)
+    del arrays["text_decoder.head.weight"]
+    safetensors.save_file(arrays, tmp_path / "hf" / "model.safetensors")
+    said = refused(capsys, "from-hf", tmp_path / "hf", tmp_path / "out")
+    file = f"{tmp_path / 'hf'}/model.safetensors: text_decoder"
+    assert said[:2] == [
+        f"{file} norm.weight: got shape (7,), expected (24,)",
+        f"{file} head.weight: missing",
+    ]
+    path = tmp_path / "hf" / "config.json"
+    stored = json.loads(path.read_text())
+    for sizes, fault in (
+        ({**stored["text_decoder"], "bins": 1}, "text_decoder.bins: got 1, expected"),
+        ("large", "text_decoder: got 'large', expected to-hf's config.json"),
+    ):
+        path.write_text(json.dumps(stored | {"text_decoder": sizes}))
+        assert fault in refused(capsys, "from-hf", tmp_path / "hf", tmp_path / "out")[0]
+
+
+def refused(capsys, command, source, out):
+    """The lines of the command on a wrong input."""
+    assert main([command, "--input", str(source), "--output", str(out)]) == 2
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    "command, line",
+    [
+        (["to-hf", "--part", "towers"], "left behind: text decoder"),
+        (["to-hf", "--part", "vision"], "left behind: text tower, text decoder"),
+        (["to-open-clip"], "left behind: text decoder"),
+    ],
+)
+def test_other_formats_leave_it_behind_in_a_line(command, line, towers, tmp_path, capsys):
+    arguments = ["--checkpoint", str(towers), "--output", str(tmp_path / "out")]
+    assert main([*command, *arguments]) == 0
+    assert f"\n{line}\n" in capsys.readouterr().out
+
+
+def test_the_table_says_where_it_goes(towers, capsys):
+    assert main(["table", "--checkpoint", str(towers)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "text decoder: in to-hf, to-onnx, export, pack; the others leave it behind"
+
+
+def test_the_id_that_follows_the_words_is_the_tokenizers(tmp_path):
+    model = perturbed.tiny(text__tokenizer="tokenizer.json", text__pad_id=1, text__end_id=5)
+    words = {word: i for i, word in enumerate("<unk> <pad> a </s> wren".split())}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(f"{tmp_path}/tokenizer.json")
+    of = lambda folder, **sizes: [
+        text_decoder.stored_sizes(perturbed.decoder(model, **sizes), model, folder)[key]
+        for key in ("end_of_text", "special_ids")
+    ]
+    assert of(tmp_path, leading_specials=0, trailing_specials=0) == [1, []]
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 3)]
+    )
+    library.save(f"{tmp_path}/tokenizer.json")
+    assert of(tmp_path, leading_specials=0) == [3, [3]]
+    assert of(None) == [5, []]
