@@ -1,5 +1,7 @@
 """Very small models for conversions; `params` gives them weights of which every one counts."""
 
+from typing import Any
+
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -27,11 +29,12 @@ def tiny(**changes) -> config_lib.Model:
 
 def decoder(model: config_lib.Model, **changes) -> checkpoint.StoredDecoder:
     """A very small text decoder beside a model; zeros in the rows that stand for no token."""
-    sizes = dict(width=24, depth=2, heads=3, mlp_dim=44, bins=13, row_length=20) | changes
+    sizes: Any = dict(width=24, depth=2, heads=3, mlp_dim=44, bins=13, row_length=20) | changes
     config = config_lib.TextDecoder(**sizes).beside(model)
     rng, size = np.random.default_rng(3), vocabulary(config, model).size
     shapes = text_decoder.shapes(config, model)
-    drawn = {name: np.float32(0.3 * rng.normal(size=shape)) for name, shape in shapes.items()}
+    draw = lambda shape: (0.3 * rng.normal(size=shape)).astype(np.float32)
+    drawn = {name: draw(shape) for name, shape in shapes.items()}
     for name in ("token_embed", "head"):
         drawn[name][size:] = 0
     return checkpoint.StoredDecoder(config, tables.nested(drawn))

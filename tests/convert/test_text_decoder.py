@@ -85,7 +85,7 @@ def test_captions_descriptions_and_boxes_are_ours(hf):
         scores = [x.log_probability for x in expected]
         np.testing.assert_allclose(log_probabilities(begun, found), scores, rtol=1e-5)
 
-        boxes = np.float32([[0, 0.1, 0.5, 1], [0.3, 0.3, 0.31, 0.99]])
+        boxes = np.array([[0, 0.1, 0.5, 1], [0.3, 0.3, 0.31, 0.99]], np.float32)
         boxes = np.broadcast_to(boxes, (4, 2, 4))
         expected = predictor.describe(list(given.images), boxes, max_tokens=7)
         found = module.describe(pixels, torch.tensor(boxes), max_new_tokens=7)

@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,8 +76,8 @@ def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_pat
         row[: end + 1] = [298, *rng.integers(1, 298, end - 1), 299]
     words, count = np.zeros((5, 15), np.int32), np.array([1, 3, 2, 15, 1], np.int32)
     words[:] = rng.integers(1, 298, words.shape)
-    boxes = np.float32([[0.1, 0.2, 0.3 + 0.1 * i, 0.9] for i in range(5)])
-    asked = dict(boxes=boxes, words=words, count=count)
+    boxes = np.array([[0.1, 0.2, 0.3 + 0.1 * i, 0.9] for i in range(5)], np.float32)
+    asked: Any = dict(boxes=boxes, words=words, count=count)
     np.savez(tmp_path / "given.npz", pictures=pictures, tokens=tokens, **asked)
     command = [sys.executable, "-c", ALONE, folder, tmp_path / "given.npz", tmp_path / "got.npz"]
     subprocess.run(list(map(str, command)), check=True, cwd=tmp_path, timeout=300)
