@@ -116,14 +116,15 @@ def stored_sizes(
       folder: where the file of the tokenizer lies; None: there is none.
     """
     text, trailing = model.text, decoder.config.trailing_specials
-    end = text.pad_id
-    if text.pool == "end":
-        end = text.vocab_size - 1 if text.end_id is None else text.end_id
-    if folder is not None and trailing:
+    end, specials = text.pad_id, ()
+    if folder is not None:
         words = tokenizer.of_tower(text, folder)
-        end = int(words.encode(["a"], text.context_length).ids[-trailing])
-    specials = [] if folder is None else list(_special_ids(text, folder))
-    return dataclasses.asdict(decoder.config) | {"end_of_text": end, "special_ids": specials}
+        specials = words.special_ids
+        if trailing:
+            end = int(words.encode(["a"], text.context_length).ids[-trailing])
+    elif text.pool == "end":
+        end = text.vocab_size - 1 if text.end_id is None else text.end_id
+    return dataclasses.asdict(decoder.config) | {"end_of_text": end, "special_ids": [*specials]}
 
 
 def _special_ids(text: config_lib.TextTower, folder: epath.PathLike | None) -> tuple[int, ...]:

@@ -27,8 +27,9 @@ _PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3
 def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-onnx: a model that `grain_jax.load` reads to image.onnx, text.onnx, and boxes.onnx, maps.onnx where it has them.
 
-    Of a text decoder patches.onnx and text_decoder.onnx, one program for the start and for each step, with its cache. The number of images, texts and boxes is free. `onnx.json` says what the files take, and the opset; the tokenizer's
-    files go with them.
+    Of a text decoder patches.onnx and text_decoder.onnx, one program for the start and each step, with its cache. The
+    number of images, texts and boxes is free. `onnx.json` says what the files take, and the opset; the tokenizer's files go
+    with them.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
