@@ -49,18 +49,20 @@ def loaded(folder) -> Any:
 def test_the_folder_comes_back(hf, tmp_path, capsys):
     ours, folder, said = hf
     assert "\ntext_decoder " in said
-    stored, again = (checkpoint.load_stored(x) for x in (ours, folder))
-    assert again.text_decoder.config == stored.text_decoder.config
-    jax.tree.map(
-        np.testing.assert_array_equal, again.text_decoder.params, stored.text_decoder.params
-    )
+    stored, again = decoder_of(ours), decoder_of(folder)
+    assert again.config == stored.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, stored.params)
     loaded(folder).save_pretrained(tmp_path / "tuned")
     arguments = ["--input", str(tmp_path / "tuned"), "--output", str(tmp_path / "back")]
     assert main(["from-hf", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "\ntext_decoder " in printed and "parity: PROVEN" in printed
-    back = checkpoint.load_stored(tmp_path / "back").text_decoder
-    jax.tree.map(np.testing.assert_array_equal, back.params, stored.text_decoder.params)
+    back = decoder_of(tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, back.params, stored.params)
+
+
+def decoder_of(folder) -> Any:
+    return checkpoint.load_stored(folder).text_decoder
 
 
 def test_captions_descriptions_and_boxes_are_ours(hf):
@@ -102,7 +104,8 @@ def test_captions_descriptions_and_boxes_are_ours(hf):
 
 def test_generate_of_transformers_takes_its_options(hf):
     _, folder, _ = hf
-    module = transformers.AutoModelForImageTextToText.from_pretrained(folder, **REMOTE).eval()
+    auto: Any = transformers.AutoModelForImageTextToText
+    module = auto.from_pretrained(folder, **REMOTE).eval()
     pixels = foreign.torch_images(parity.inputs_of(exits.read(hf[0]).model).images)
     config = module.text_decoder.config
     cached, without = (module.generate(pixels, use_cache=x) for x in (True, False))
@@ -141,6 +144,7 @@ def test_a_damaged_folder_is_told_in_lines(towers, tmp_path, capsys):
     arrays["text_decoder.norm.weight"] = np.zeros(7, np.float32)
     del arrays["text_decoder.head.weight"]
     safetensors.save_file(arrays, tmp_path / "hf" / "model.safetensors")
+    capsys.readouterr()
     said = refused(capsys, "from-hf", tmp_path / "hf", tmp_path / "out")
     file = f"{tmp_path / 'hf'}/model.safetensors: text_decoder"
     assert said[:2] == [

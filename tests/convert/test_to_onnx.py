@@ -66,7 +66,7 @@ def grain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
-    return convert(tmp_path_factory.mktemp("siglip"), **SIGLIP)
+    return convert(tmp_path_factory.mktemp("siglip"), False, **SIGLIP)
 
 
 @pytest.mark.parametrize("made", ["grain", "siglip"])

@@ -20,7 +20,8 @@ from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 
 DESCRIPTION = "onnx.json"  # marks the folder
-_PARTS = ("image", "text", "boxes", "maps", "patches", "text_decoder")
+_WRITING = ("patches", "text_decoder")
+_PARTS = ("image", "text", "boxes", "maps", *_WRITING)
 _PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3, size, size]"
 
 
@@ -158,15 +159,16 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
             for part in _PARTS
             if (epath.Path(path) / f"{part}.onnx").exists()
         }
-        of_decoder = [sessions.pop(part) for part in _PARTS[-2:] if part in sessions]
+        of_decoder = tuple(sessions.pop(part, None) for part in _WRITING)
         theirs = _run(sessions, given, slice(None))
         one = _run(sessions, given, slice(1))
-        if source.text_decoder is not None:
-            tokens = text_decoder.sequences(source.text_decoder, source.model, len(given.images))
+        tokens = text_decoder.sequences(source.text_decoder, source.model, len(given.images))
+        if source.text_decoder is not None and tokens is not None:
             of = source.text_decoder, source.model, source.params
             ours["text_decoder"] = text_decoder.logits(*of, given.images, tokens)
             for out, rows in ((theirs, slice(None)), (one, slice(1))):
-                out["text_decoder"] = _next_logits(*of_decoder, given.images[rows], tokens[rows])
+                inputs = given.images[rows], tokens[rows]
+                out["text_decoder"] = _next_logits(of_decoder, *inputs)
         ids = _token_ids(epath.Path(path), source.model.text)
     if "similarity_map" in theirs:
         texts = [ours["text_embed"]] * len(given.images)
@@ -184,8 +186,9 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
     return parity.report(found, f"onnxruntime {onnxruntime.__version__} on {target}", given)
 
 
-def _next_logits(patches: Any, decoder: Any, images: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def _next_logits(sessions: tuple[Any, Any], images: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """What follows each token of a sequence an image, [N, T, vocabulary]: from two tokens on, one after another."""
+    patches, decoder = sessions
     pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     keys, values = patches.run(None, {"pixel_values": pixels})
     past_keys, past_values, found = keys[..., :0, :], values[..., :0, :], []
