@@ -1160,7 +1160,8 @@ class GrainModel(GrainPreTrainedModel):
         if has_regions or of_decoder is None or decoder.boxes is not None:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
         # <text_decoder>
-        parts |= self._text_decoder_parts(pixels)
+        if self.text_decoder is not None:
+            parts |= self._text_decoder_parts(pixels)
         # </text_decoder>
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
