@@ -93,18 +93,7 @@ def take_towers(c, family, size):
 
 def take_folder(c, folder):
     """The model of a run or of a converted folder, and its weights as the start."""
-    from etils import epath  # slow to import, and needed for a folder only
-
-    file = epath.Path(folder) / "config.json"
-    model = json.loads(file.read_text()).get("model") if file.exists() else None
-    if model is None:
-        raise ValueError(
-            f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote (from-open-clip,"
-            f" from-big-vision, ...), or one of {', '.join(FAMILIES)}"
-        )
-    decoder = model.pop("decoder")
-    c.model.update(model)
-    c.init.image = c.init.text = folder
+    decoder = take_towers_of_folder(c, folder, FAMILIES)
     if decoder is not None:
         c.model.decoder.update(decoder)
         c.input.max_regions = c.model.decoder.queries
@@ -114,7 +103,24 @@ def take_folder(c, folder):
         c.model.logit_bias_init = None
     if c.model.logit_bias_init is not None:
         c.loss.contrast = "sigmoid"
+
+
+def take_towers_of_folder(c, folder, families):
+    """The model of a run or of a converted folder but for its decoder, which is returned; its towers as the start."""
+    from etils import epath  # slow to import, and needed for a folder only
+
+    file = epath.Path(folder) / "config.json"
+    model = json.loads(file.read_text()).get("model") if file.exists() else None
+    if model is None:
+        raise ValueError(
+            f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote (from-open-clip,"
+            f" from-big-vision, ...), or one of {', '.join(families)}"
+        )
+    decoder = model.pop("decoder")
+    c.model.update(model)
+    c.init.image = c.init.text = folder
     tokenizer = epath.Path(folder) / c.model.text.tokenizer
     if tokenizer.exists():  # it came with the weights
         c.model.text.tokenizer = str(tokenizer)
     c.text.packing = c.model.text.causal and c.model.text.pool == "end"
+    return decoder

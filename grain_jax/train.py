@@ -31,7 +31,7 @@ from grain_jax.convert import initialise, whole
 from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
-from grain_jax.input_pipeline import derived, device, sources, tokenizer
+from grain_jax.input_pipeline import derived, device, sources, text_cleaning, tokenizer
 from grain_jax.losses import total
 from grain_jax.models import attention, grain, lora, placement
 from grain_jax.report import figures, page
@@ -277,7 +277,7 @@ def set_up(
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
     if config.input.source == "records" or config.evals:
-        check_specials(config.loss, tokenizer.of_tower(config.model.text))
+        check_specials(config, tokenizer.of_tower(config.model.text))
     prepare_missing_data(config, handler)
     source = sources.open_source(config)
     config, derived_from = derive(config, mesh, source, workdir)
@@ -298,18 +298,18 @@ def set_up(
     return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
 
 
-def check_specials(loss: config_lib.Loss, library: tokenizer.Tokenizer) -> None:
-    """Raises UserError where a text decoder takes other special tokens off the texts than the tokenizer puts around them."""
-    specials = library.leading_specials, library.trailing_specials
-    for name, entry in total.local_entries(loss).items():
+def check_specials(config: config_lib.Config, words: text_cleaning.BaseTokenizer) -> None:
+    """Raises UserError where a text decoder expects other special tokens around a text than its tokenizer puts there."""
+    expected = words.leading_specials, words.trailing_specials
+    for name, entry in total.local_entries(config.loss).items():
         options = entry.options
         if not isinstance(options, config_lib.TextDecoder):
             continue
         got = options.leading_specials, options.trailing_specials
-        if got != specials:
-            keys = f"loss.terms.{name}.leading_specials, trailing_specials"
+        if got != expected:
             raise errors.UserError(
-                f"{keys}: got {got}, expected {specials}, the special tokens that the tokenizer puts before and after a text"
+                f"loss.terms.{name}.leading_specials, trailing_specials: got {got}, expected {expected}, what"
+                f" model.text.tokenizer={config.model.text.tokenizer} puts before and after a text"
             )
 
 
@@ -399,6 +399,7 @@ class Records:
             last_text_counts(state, self._lines()), config.text.max_dropped_share
         )
         self._advice = functools.cache(functools.partial(row_advice, config, run.source))
+        self._to_advise = total.local_entries(config.loss)  # terms that have said nothing yet
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line; of several processes, the first does."""
@@ -464,8 +465,19 @@ class Records:
             self._log.write(step, values | digests.chains(state.receipt))
         if due.logs and (warning := self._text_counts.check(step, self._advice)):
             self.say(warning)
+        if due.logs:
+            self._advise(values)
         if due.saves:
             self._save(state, values)
+
+    def _advise(self, values: Mapping[str, float]) -> None:
+        """Says what local terms advise, once each."""
+        for name, entry in list(self._to_advise.items()):
+            own = f"{name}/"
+            measures = {k.removeprefix(own): v for k, v in values.items() if k.startswith(own)}
+            if measures and (line := entry.cls.advice(entry.options, measures)):
+                self.say(f"loss.terms.{name}: {line}")
+                del self._to_advise[name]
 
     def _save(self, state: train_step.TrainState, values: Mapping[str, float]) -> None:
         if self._log:

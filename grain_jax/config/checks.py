@@ -283,9 +283,6 @@ def _regions(config: Config) -> Iterator[str]:
             f"input.max_regions: got {regions}, expected 0: a model without model.decoder and model.boxes has no"
             " regions, and loss.image_description, which reads their descriptions, is 0"
         )
-    if config.init.decoder is not None:
-        got = f"init.decoder: got {config.init.decoder!r}"
-        yield f"{got}, but model.decoder is None; expected no init.decoder"
     for name, entry in config.evals.items():
         if entry.needs_regions and not (entry.kind == "boxes" and head != "none"):
             yield (

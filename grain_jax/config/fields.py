@@ -323,7 +323,8 @@ class Init:
     text: str | None = key(None)
     # How image positions become those of another grid.
     resize: str = key("bilinear", choices=("bilinear", "bicubic"))
-    # Ours: the decoder, the projections of image and regions, the boxes, the logit scale, an equal box head.
+    # Ours: the decoder, the projections of image and regions, the boxes, the logit scale, an equal box head; of two
+    # towers the logit scale and bias, and that head.
     decoder: str | None = key(None)
 
 

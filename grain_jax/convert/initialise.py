@@ -155,14 +155,21 @@ def load(config: config_lib.Config) -> Loaded:
 
 
 def _load_decoder(model: config_lib.Model, path: str, shapes) -> Loaded:
-    """The parameters of a GRAIN checkpoint that are not of its towers; those of a box head where both have the same."""
+    """The parameters of a checkpoint of ours that are not of its towers; those of a box head where both have the same."""
     ours, flat = _read_ours(path)
-    if ours.decoder is None:
+    if ours.decoder is None and model.decoder is not None:
         raise ConvertError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN")
+    if ours.decoder is not None and model.decoder is None:
+        raise ConvertError(
+            f"{path}: has a region decoder, but model.decoder is None; expected two towers of ours"
+        )
     other = _TOWERS if ours.boxes == model.boxes else (*_TOWERS, *_BOX_HEAD)
+    if model.decoder is None:
+        other += _PREFIXES["image"][1]
     rest = lambda named: {name: x for name, x in named.items() if not name.startswith(other)}
     with prefixed(f"{path}: "):
-        raise_any(towers.differences("decoder", ours.decoder, model.decoder))
+        if model.decoder is not None:
+            raise_any(towers.differences("decoder", ours.decoder, model.decoder))
         unknown = sorted(rest(flat).keys() - shapes.keys())
         raise_any([f"{name} is not part of the model" for name in unknown])
         found = tables.read([NamePair(name, name) for name in flat], flat, rest(shapes))

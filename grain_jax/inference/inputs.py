@@ -71,6 +71,33 @@ def checked_boxes(index: int, boxes: Any) -> np.ndarray:
     return found
 
 
+def lists(texts: Any) -> list[Any]:
+    """A list for each image, of what it is asked about. Raises InputError."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: got {texts!r}, expected a list of texts for each image")
+    return list(texts)
+
+
+def checked_texts(texts: Any, name: str = "texts", of: str = "image") -> list[list[str]]:
+    """For each image (or box) its texts. Raises InputError."""
+    found = []
+    for i, own in enumerate(lists(texts)):
+        is_list = isinstance(own, Iterable) and not isinstance(own, (str, bytes))
+        found.append(list(own) if is_list else [own])
+        if not is_list or not all(isinstance(text, str) for text in found[-1]):
+            raise InputError(f"{name}[{i}]: got {own!r}, expected a list of texts of one {of}")
+    return found
+
+
+def check_a_text_a_box(texts: list[Any], boxes: list[np.ndarray], what: str) -> None:
+    """Raises InputError where an image has not as many of the texts as boxes."""
+    for i, (own, of_image) in enumerate(zip(texts, boxes)):
+        if len(own) != len(of_image):
+            raise InputError(
+                f"texts[{i}]: got {len(own)} {what} for {len(of_image)} boxes, expected one a box"
+            )
+
+
 def resize(index: int, image: Any, size: int) -> np.ndarray:
     """The image resized to uint8 [size, size, 3]; float32 [size, size, 3], normalised, as it is.
 

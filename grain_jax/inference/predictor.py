@@ -125,7 +125,6 @@ class Predictor:
             of_decoder = jax.tree.map(jnp.asarray, text_decoder.params)
             text_decoder = text_decoder._replace(params=of_decoder)
         self.text_decoder = text_decoder
-        self._replicated: dict[str, Any] = {}
         # Parameters that the caller has put on a mesh stay on it, and the programs run there.
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
@@ -588,35 +587,41 @@ class Predictor:
         self,
         program: Callable[..., Any],
         *rows: np.ndarray,
-        part: str = "model",
         most: int = MAX_BATCH,
+        of_text_decoder: bool = False,
     ) -> Any:
         """The results of `program` on `rows` (arrays of equal length), as numpy.
 
         The rows are padded to a power of two per device, so that few programs are compiled. Up to `most` rows
-        run on one device, more on all devices. `part` says whose parameters they are: "model" or "text_decoder".
+        run on one device, more on all devices. The parameters are those of the model, or of the text decoder.
         """
-        params, count = self._params_of(part), len(rows[0])
+        count = len(rows[0])
         if count > most:
-            params, sharding = self._on_all_devices(part)
+            params, sharding = (
+                self._decoder_on_all_devices if of_text_decoder else self._on_all_devices
+            )
             padded = [jax.device_put(_pad(x, len(self._devices)), sharding) for x in rows]
         else:
+            decoder = self.text_decoder if of_text_decoder else None
+            params = self.params if decoder is None else decoder.params
             padded = [_pad(x) for x in rows]
         return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *padded))
 
-    def _params_of(self, part: str) -> Any:
-        if part == "text_decoder":
-            assert self.text_decoder is not None
-            return self.text_decoder.params
-        return self.params
+    @functools.cached_property
+    def _on_all_devices(self) -> tuple[Any, NamedSharding]:
+        """The parameters replicated on every device, and the sharding of a batch."""
+        return self._spread(self.params)
 
-    def _on_all_devices(self, part: str) -> tuple[Any, NamedSharding]:
-        """The parameters replicated on every device, once, and the sharding of a batch."""
+    @functools.cached_property
+    def _decoder_on_all_devices(self) -> tuple[Any, NamedSharding]:
+        """As `_on_all_devices`, of the text decoder."""
+        assert self.text_decoder is not None
+        return self._spread(self.text_decoder.params)
+
+    def _spread(self, params: Any) -> tuple[Any, NamedSharding]:
         mesh = Mesh(self._devices, ("batch",))
-        if part not in self._replicated:
-            whole = NamedSharding(mesh, PartitionSpec())
-            self._replicated[part] = jax.device_put(self._params_of(part), whole)
-        return self._replicated[part], NamedSharding(mesh, PartitionSpec("batch"))
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        return params, NamedSharding(mesh, PartitionSpec("batch"))
 
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 [N, D], unit length; one text -> [D].
@@ -770,8 +775,8 @@ class Predictor:
         given = self._given_decoder("describe")
         boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
         found = []
-        for tokens, own in self._token_parts_with(images, boxes_xyxy=boxes):
-            found += self._write(given, "describe", tokens, *own, beams, max_tokens)
+        for tokens, (own,) in self._token_parts_with(images, boxes_xyxy=boxes):
+            found += self._write(given, "describe", tokens, own, beams, max_tokens)
         return found
 
     def point(self, images: OneOrMany | Tokens, texts: Any, beams: int = 1) -> Any:
@@ -796,14 +801,13 @@ class Predictor:
         given = self._given_decoder("point")
         text_decoder.check_beams(beams)
         found = []
-        for tokens, (own,) in self._token_parts_with(images, texts=_checked_texts(texts)):
+        for tokens, (own,) in self._token_parts_with(images, texts=inputs.checked_texts(texts)):
             asked = self._asked(given, "point", own)
             run = self._run_in_parts(beams)
             written = text_decoder.write(
                 run, given, "point", tokens, asked, beams, text_decoder.BOX
             )
-            bins = np.array([ids for ids, _ in written], np.int32).reshape(-1, text_decoder.BOX)
-            corners = text_decoder.in_order(np.asarray(given.vocabulary.boxes(bins), np.float32))
+            corners = text_decoder.boxes_of(given, [ids for ids, _ in written])
             pointed = [Pointed(box, p) for box, (_, p) in zip(corners, written)]
             found += text_decoder.grouped(pointed, [len(x) for x in own])
         return found
@@ -827,7 +831,7 @@ class Predictor:
             return self.caption_log_likelihood(inputs.one_image(images), [texts])[0]
         given = self._given_decoder("caption_log_likelihood")
         found = []
-        for tokens, (own,) in self._token_parts_with(images, texts=_checked_texts(texts)):
+        for tokens, (own,) in self._token_parts_with(images, texts=inputs.checked_texts(texts)):
             found += self._log_likelihoods(given, "caption", tokens, own)
         return found
 
@@ -852,9 +856,9 @@ class Predictor:
         given = self._given_decoder("description_log_likelihood")
         boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
         of_boxes = [
-            _checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(_checked_lists(texts))
+            inputs.checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(inputs.lists(texts))
         ]
-        _check_a_text_a_box(of_boxes, boxes, "lists of texts")
+        inputs.check_a_text_a_box(of_boxes, boxes, "lists of texts")
         found = []
         parts = self._token_parts_with(images, boxes_xyxy=boxes, texts=of_boxes)
         for tokens, (own, candidates) in parts:
@@ -888,8 +892,8 @@ class Predictor:
             return self.box_log_likelihood(inputs.one_image(images), [boxes_xyxy], [texts])[0]
         given = self._given_decoder("box_log_likelihood")
         boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
-        checked = _checked_texts(texts)
-        _check_a_text_a_box(checked, boxes, "texts")
+        checked = inputs.checked_texts(texts)
+        inputs.check_a_text_a_box(checked, boxes, "texts")
         found = []
         for tokens, (own, texts_of) in self._token_parts_with(
             images, boxes_xyxy=boxes, texts=checked
@@ -934,13 +938,12 @@ class Predictor:
         """`_run` of the text decoder, for any number of rows, of which each has so many beams."""
         most = max(1, MAX_BATCH // beams)
         at_once = most * len(self._devices)
+        options: Any = dict(most=most, of_text_decoder=True)
 
         def run(program, *rows):
+            starts = range(0, len(rows[0]), at_once)
             parts = [
-                self._run(
-                    program, *(x[i : i + at_once] for x in rows), part="text_decoder", most=most
-                )
-                for i in range(0, len(rows[0]), at_once)
+                self._run(program, *(x[i : i + at_once] for x in rows), **options) for i in starts
             ]
             return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
@@ -954,15 +957,8 @@ class Predictor:
         boxes: Sequence[np.ndarray] | None = None,
     ) -> text_decoder.Sequences:
         """The sequences of images; `texts` and `boxes` [n, 4] of each image, of equal number."""
-        counts = [len(x) for x in texts]
-        image = np.repeat(np.arange(len(texts)), counts)
-        flat = list(itertools.chain(*texts))
         library = _tokenizer(self.model.text, self.folder)
-        words = text_decoder.words_of(library, flat, given, task)
-        corners = np.zeros((len(flat), 4), np.float32)
-        if boxes is not None:
-            corners = np.concatenate([corners[:0], *boxes])
-        return text_decoder.Sequences(image, words, corners)
+        return text_decoder.sequences_of(library, given, task, texts, boxes)
 
     def _write(
         self,
@@ -1035,33 +1031,6 @@ class Predictor:
             missing = ((0, 0), (0, context - tokens.shape[1]))
             tokens = np.pad(tokens, missing, constant_values=tower.pad_id)
         return tokens, ends
-
-
-def _checked_lists(texts: Any) -> list[Any]:
-    """A list for each image, of what it is asked about. Raises InputError."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        raise InputError(f"texts: got {texts!r}, expected a list of texts for each image")
-    return list(texts)
-
-
-def _checked_texts(texts: Any, name: str = "texts", of: str = "image") -> list[list[str]]:
-    """For each image (or box) its texts. Raises InputError."""
-    found = []
-    for i, own in enumerate(_checked_lists(texts)):
-        is_list = isinstance(own, Iterable) and not isinstance(own, (str, bytes))
-        found.append(list(own) if is_list else [own])
-        if not is_list or not all(isinstance(text, str) for text in found[-1]):
-            raise InputError(f"{name}[{i}]: got {own!r}, expected a list of texts of one {of}")
-    return found
-
-
-def _check_a_text_a_box(texts: list[Any], boxes: list[np.ndarray], what: str) -> None:
-    """Raises InputError where an image has not as many of the texts as boxes."""
-    for i, (own, of_image) in enumerate(zip(texts, boxes)):
-        if len(own) != len(of_image):
-            raise InputError(
-                f"texts[{i}]: got {len(own)} {what} for {len(of_image)} boxes, expected one a box"
-            )
 
 
 def _pairs(

@@ -9,6 +9,7 @@ and the end, a box only location tokens.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,27 +68,43 @@ class Words(NamedTuple):
     is_whole: np.ndarray  # bool [N]; False: cut
 
 
-def words_of(
-    tokenizer: tokenizer_lib.Tokenizer, texts: Sequence[str], given: Given, task: str
-) -> Words:
-    """Texts cleaned and tokenized as in training, without special tokens, as many words as a sequence holds.
+class Sequences(NamedTuple):
+    """What is asked of images, those of an image one after another."""
+
+    image: np.ndarray  # int [n], the place of the image of each
+    words: Words
+    boxes_xyxy: np.ndarray  # float32 [n, 4]
+
+
+def sequences_of(
+    tokenizer: tokenizer_lib.Tokenizer,
+    given: Given,
+    task: str,
+    texts: Sequence[Sequence[str]],
+    boxes_xyxy: Sequence[np.ndarray] | None = None,
+) -> Sequences:
+    """The sequences of images; texts are cleaned and tokenized as in training, as many words as a sequence holds.
+
+    Args:
+      tokenizer: of the model.
+      given: the decoder.
+      task: a name of `text_decoder.TASKS`.
+      texts: of each image.
+      boxes_xyxy: float32 [n, 4] of each image, as many as texts; None: they do not count.
 
     Raises:
       TokenizerError: not texts.
     """
-    found = tokenizer.encode(texts, given.model.text.context_length)
-    by_text = np.split(found.ids, np.cumsum(found.lengths)[:-1]) if len(texts) else []
+    image = np.repeat(np.arange(len(texts)), [len(x) for x in texts])
+    flat = [*itertools.chain(*texts)]
+    found = tokenizer.encode(flat, given.model.text.context_length)
+    by_text = np.split(found.ids, np.cumsum(found.lengths)[:-1]) if flat else []
     ids = [x[~np.isin(x, given.excluded)] for x in by_text]
     most = given.sizes.row_length - BESIDE_WORDS[task]
-    return Words([x[:most] for x in ids], np.array([len(x) <= most for x in ids], bool))
-
-
-class Sequences(NamedTuple):
-    """What is asked of images, those of an image one after another."""
-
-    image: np.ndarray  # int32 [n], the place of the image of each
-    words: Words
-    boxes_xyxy: np.ndarray  # float32 [n, 4]
+    words = Words([x[:most] for x in ids], np.array([len(x) <= most for x in ids], bool))
+    none = np.zeros((len(flat), BOX), np.float32)
+    corners = none if boxes_xyxy is None else np.concatenate([none[:0], *boxes_xyxy])
+    return Sequences(image, words, corners)
 
 
 # (program, an array of rows, ...) -> the program's results of all rows
@@ -374,10 +391,12 @@ class _Search(NamedTuple):
         return state._replace(layers=state.layers._replace(keys=keys, values=values))
 
 
-def in_order(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Boxes [..., 4] with x1 <= x2 and y1 <= y2."""
-    first, last = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
-    return np.concatenate([np.minimum(first, last), np.maximum(first, last)], axis=-1)
+def boxes_of(given: Given, ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """The boxes [n, 4] of location tokens; corners are put in order where the decoder wrote them in another one."""
+    bins: Any = np.array(ids, np.int32).reshape(-1, BOX)
+    found = np.asarray(given.vocabulary.boxes(bins), np.float32)
+    first, last = found[:, :2], found[:, 2:]
+    return np.concatenate([np.minimum(first, last), np.maximum(first, last)], axis=1)
 
 
 def grouped(items: Iterable[Any], counts: Sequence[int]) -> list[list[Any]]:

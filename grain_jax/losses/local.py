@@ -103,6 +103,12 @@ class LocalTerm(nn.Module):
         del options, config
         return []
 
+    @classmethod
+    def advice(cls, options: Any, measures: Mapping[str, float]) -> str:
+        """A line for the user about what a step measured, such as an option that does not fit the data; "" if none."""
+        del options, measures
+        return ""
+
     def __call__(self, seen: Seen) -> LocalOutput:
         """The sums of each image."""
         raise NotImplementedError

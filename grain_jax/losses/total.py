@@ -111,14 +111,19 @@ def local_entries(config: Loss) -> dict[str, config_lib.LocalEntry]:
 def terms_of(config: Loss) -> list[tuple[LossTerm, Weight]]:
     """The loss terms of a run and their weights: those of `TERMS`, then those of `loss.terms`.
 
-    A term is there where its weight is not 0 in some step.
+    A term is there where its weight is not 0 in some step. Beside other terms that have a weight, image to caption,
+    boxes and region to description are there with a weight of 0, too, to be measured; where all of `TERMS` have 0, the
+    run trains `loss.terms` alone and computes none of them.
 
     Raises:
       UserError: an entry of `loss.terms` cannot be found, or has options that its term has not got.
     """
     weights = {name: getattr(config, name) for name in TERMS}
+    measured = any(weights.values()) or not config.terms
     found = [
-        (term, weights[name]) for name, term in TERMS.items() if weights[name] or not term.optional
+        (term, weights[name])
+        for name, term in TERMS.items()
+        if weights[name] or (measured and not term.optional)
     ]
     for name, entry in config.terms.items():
         function = config_lib.loss_term(f"loss.terms.{name}", entry, _FUNCTIONS)
@@ -126,6 +131,17 @@ def terms_of(config: Loss) -> list[tuple[LossTerm, Weight]]:
             function = functools.partial(local.of_shard, name, function)
         found.append((LossTerm(name, function, name, name, f"{name}/"), entry["weight"]))
     return found
+
+
+def reads_embeddings(config: Loss) -> bool:
+    """Whether a term of a run reads what the model gives; local terms that stay within their images do not.
+
+    Raises:
+      UserError: as `terms_of`.
+    """
+    entries = local_entries(config)
+    within = {name for name, entry in entries.items() if not entry.cls.is_global}
+    return any(term.name not in within for term, _ in terms_of(config))
 
 
 def weights_at(config: Loss, step: Int[Array, ""], total_steps: int) -> dict[str, Float[Array, ""]]:

@@ -6,7 +6,11 @@ The decoder of LocCa (Wan et al. 2024, arXiv 2403.19596), with three tasks, each
     describe    DESCRIBE x0 y0 x1 y1 | w1 .. wn END     box -> text
     point       POINT w1 .. wn END | x0 y0 x1 y1        text -> box
 
-What follows the bar is predicted. A row holds several sequences of one image, side by side; a position sees itself and
+What follows the bar is predicted; `together` has all boxes of an image in one sequence, which it predicts, too:
+
+    DESCRIBE | x0 y0 x1 y1 w1 .. wn END x0 y0 x1 y1 w1 .. wn END .. END
+
+A row holds several sequences of one image, side by side; a position sees itself and
 earlier ones of its sequence, and all patches. A coordinate is a location token, one of `bins` equal parts of the side.
 """
 
@@ -148,6 +152,40 @@ def point(vocabulary: Vocabulary, text: Text, boxes_xyxy: jax.Array) -> Sequence
     return Sequences(tokens, of_box(0), predicted, length, TASKS.index("point"))
 
 
+def together(
+    vocabulary: Vocabulary,
+    boxes_xyxy: jax.Array,
+    text: Text,
+    row_length: int,
+    space: jax.Array,
+) -> tuple[Sequences, jax.Array]:
+    """One sequence an image that predicts boxes [B, S, 4] and their texts, in order; its task is `describe`.
+
+    Args:
+      vocabulary: of the decoder.
+      boxes_xyxy: [B, S, 4] in [0, 1].
+      text: of the boxes; one that is cut is not there.
+      row_length: positions of the sequence, at most.
+      space: int32 [B], positions that the image has for it; a box that does not fit into what is left is not there.
+
+    Returns:
+      (Sequences of `row_length` positions, bool [B, S] the boxes that are there).
+    """
+    items = jnp.concatenate([vocabulary.quantise(boxes_xyxy), _ended(vocabulary, text)], axis=-1)
+    length = jnp.where(text.is_real & text.is_whole, BOX + text.count + 1, 0)
+    task = TASKS.index("describe")
+    side_by_side = Sequences(items, items, jnp.ones_like(items, bool), length, task)
+    found = pack([side_by_side], row_length - 1, space - 1)
+    count = (found.segments > 0).sum(1, keepdims=True)[..., None]  # [B, 1, 1]
+    first = jnp.full((len(items), 1, 1), vocabulary.task("describe"), jnp.int32)
+    tokens = jnp.concatenate([first, found.tokens[:, None]], axis=-1)
+    place = jnp.arange(row_length)
+    targets = jnp.pad(found.tokens[:, None], ((0, 0), (0, 0), (0, 1)))
+    targets = jnp.where(place == count, vocabulary.end, targets)
+    length = jnp.where(count > 0, count + 1, 0)[..., 0]
+    return Sequences(tokens, targets, place <= count, length, task), found.kept
+
+
 def _ended(vocabulary: Vocabulary, text: Text) -> jax.Array:
     """Texts [B, S, n] with the end after the last word, int32 [B, S, n + 1]."""
     ids = jnp.pad(text.ids, ((0, 0), (0, 0), (0, 1)))
@@ -167,12 +205,13 @@ class Rows(NamedTuple):
     kept: jax.Array  # bool [B, S], the sequences that are there and fit
 
 
-def pack(parts: list[Sequences], row_length: int) -> Rows:
+def pack(parts: list[Sequences], row_length: int, space: jax.Array | None = None) -> Rows:
     """The sequences of each image in one row, in order; one that does not fit into what is left is not there.
 
     Args:
       parts: the sequences of each kind.
       row_length: T.
+      space: int32 [B], positions that are used, at most; None: T.
     """
     longest = min(row_length, max(part.tokens.shape[-1] for part in parts))
 
@@ -187,8 +226,9 @@ def pack(parts: list[Sequences], row_length: int) -> Rows:
     numbers = [np.full(part.length.shape[1], part.task, np.int32) for part in parts]
     task = jnp.asarray(np.concatenate(numbers))
     start, kept, used = [], [], jnp.zeros_like(length[:, 0])
+    most = row_length if space is None else jnp.minimum(space, row_length)
     for one in length.T:
-        fits = (one > 0) & (used + one <= row_length)
+        fits = (one > 0) & (used + one <= most)
         start.append(used)
         kept.append(fits)
         used = used + jnp.where(fits, one, 0)
@@ -276,7 +316,7 @@ class _Shared(NamedTuple):
 class Block(nn.Module):
     """Pre-norm: causal self-attention, attention to the patches, MLP."""
 
-    config: Config  # resolved
+    config: Any  # a Config, resolved
     dtype: np.dtype
     program: str  # of self-attention (attention.choose)
     dropout: float = 0.0
@@ -291,7 +331,7 @@ class Block(nn.Module):
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
         drop = lambda x, site: layers.example_dropout(x, keys, site, self.dropout)
         norm = lambda name: layers.LayerNorm(c.norm_eps, name=name)
-        attend = self._cached_attention if self.capacity else self._attention
+        attend: Any = self._cached_attention if self.capacity else self._attention
         to_own, to_patches = attend(state, shared)
         y, own = to_own(norm("norm_1")(x))
         x = x + drop(y, 0)
@@ -344,10 +384,10 @@ class Block(nn.Module):
             write = jax.vmap(
                 lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 0)
             )
-            kept = tuple(write(old, new, count) for old, new in zip(kept, found))
+            keys, values = (write(old, new, count) for old, new in zip(kept, found))
             place = count[:, None] + jnp.arange(y.shape[1])
             sees = jnp.arange(self.capacity) <= place[:, None, :, None]  # [B, 1, t, capacity]
-            return own.attend(y, *kept, sees), kept
+            return own.attend(y, keys, values, sees), (keys, values)
 
         return to_own, lambda y: (to_patches.attend(y, *of_patches), of_patches)
 
@@ -360,7 +400,7 @@ class Block(nn.Module):
 class TextDecoder(nn.Module):
     """Patches and rows of tokens to the features that predict the next tokens."""
 
-    config: Config  # resolved
+    config: Any  # a Config, resolved
     vocabulary: Vocabulary
     dtype: np.dtype
     attention: str = "auto"  # as `model.attention`

@@ -1,6 +1,8 @@
 """The text decoder learns captions, descriptions of boxes, and boxes of descriptions (docs/method.md, Local terms)."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -25,6 +27,9 @@ class Options(config_lib.TextDecoder):
     caption_weight: float = fields.key(1.0, low=0)  # of a word of a caption
     describe_weight: float = fields.key(1.0, low=0)  # of a word of the description of a box
     point_weight: float = fields.key(1.0, low=0)  # of a coordinate of the box of a description
+    # All drawn boxes of an image in one sequence that predicts them and their descriptions, in the place of a sequence a box
+    # that is given; a coordinate has the weight of `point`.
+    together: bool = fields.key(False)
     # Share of the captions that are predicted all at once, without their words (CapPa).
     parallel_rate: float = fields.key(0.0, low=0, high=1)
     stop_gradient: bool = fields.key(False)  # whether the image tower learns nothing from it
@@ -49,7 +54,8 @@ class TextDecoderTerm(LocalTerm):
     The loss is the weighted mean of the cross-entropies of all predicted tokens. Each image has one row, with one of
     its captions and `regions` drawn regions; a sequence that does not fit into it is left out.
     Measures, for each task, `TASK` and `TASK_accuracy`, the mean cross-entropy and the share of tokens with the highest
-    logit; `filled`, the share of the row that is no padding; `left_out`, that of the sequences.
+    logit (with `together` also those of the predicted `boxes`); `filled`, the share of the row that is no padding;
+    `left_out`, that of the sequences; `needed`, the positions that all sequences of an image would take.
     """
 
     Options: ClassVar[type] = Options
@@ -57,7 +63,8 @@ class TextDecoderTerm(LocalTerm):
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """What it misses: patches, something to predict, sizes that fit."""
-        found, sizes = [], text_decoder.resolved(options, config.model)
+        found: list[str] = []
+        sizes: Any = text_decoder.resolved(options, config.model)
         if sizes.width % sizes.heads:
             found.append(
                 f"heads: got {sizes.heads}, expected a divisor of the width {sizes.width} (None: the text tower's)"
@@ -65,12 +72,31 @@ class TextDecoderTerm(LocalTerm):
         if towers.image_tower(config.model.image).pooled:
             got = f"model.image.tower: got {config.model.image.tower}, which pools its tokens"
             found.append(f"{got}, expected one with patches")
-        if not any(options.weights):
-            found.append("caption_weight: got 0 as all weights, expected a task with a weight")
+        regions = min(options.regions, config.input.max_regions)
+        if not any(options.weights[: None if regions else 1]):
+            without = "" if regions else " without regions (regions, input.max_regions)"
+            found.append(
+                f"caption_weight: got 0 as all weights{without}, expected a task with a weight"
+            )
         specials = options.leading_specials, options.trailing_specials
         if config.model.text.tokenizer == "clip" and specials != (1, 1):
             found.append(f"leading_specials, trailing_specials: got {specials}, expected (1, 1)")
         return found
+
+    @classmethod
+    def advice(cls, options: Any, measures: Mapping[str, float]) -> str:
+        """What to set where much of the rows is padding, or much is left out."""
+        filled, left_out, needed = (measures[x] for x in ("filled", "left_out", "needed"))
+        # A third more than the mean, since images differ.
+        enough = max(32, 32 * math.ceil(needed * 4 / 3 / 32))
+        too_short = left_out > 0.05 and enough > options.row_length
+        too_long = filled < 0.4 and left_out < 0.01 and enough < options.row_length
+        if not (too_short or too_long):
+            return ""
+        return (
+            f"{left_out:.0%} of the sequences do not fit into rows of {options.row_length} tokens, which are"
+            f" {filled:.0%} full; an image has {needed:.0f} on average: row_length={enough} would fit"
+        )
 
     def setup(self):
         sizes = text_decoder.resolved(self.options.sizes, self.model)
@@ -102,19 +128,22 @@ class TextDecoderTerm(LocalTerm):
             mesh=placement.mesh(),
             batch_axes=placement.batch_axes(),
         )
-        of_task = rows.predicted & (rows.task == np.arange(len(TASKS))[:, None, None])  # [3, B, T]
-        count = of_task.sum(2).astype(jnp.float32)  # [3, B]
+        names = _MEASURED if options.together else TASKS
+        of_task = rows.predicted & (rows.task == np.arange(len(names))[:, None, None])  # [n, B, T]
+        count = of_task.sum(2).astype(jnp.float32)  # [n, B]
         sums = lambda x: jnp.where(of_task, x, 0).sum(2)
-        weights = np.array(options.weights, np.float32)[:, None]
+        weights = np.array([*options.weights, options.point_weight], np.float32)
+        weights = weights[: len(names), None]
         loss = sums(found.loss)
         right = sums((found.own >= found.highest).astype(jnp.float32))
         measures = {}
-        for i, task in enumerate(TASKS):
+        for i, task in enumerate(names):
             measures[task] = PerImage(loss[i], count[i])
             measures[f"{task}_accuracy"] = PerImage(right[i], count[i])
         filled = (rows.segments > 0).mean(1)
         measures["filled"] = PerImage(filled, jnp.ones_like(filled))
-        measures["left_out"] = PerImage((drawn.real & ~rows.kept).sum(1), drawn.real.sum(1))
+        measures["left_out"] = PerImage(drawn.count - drawn.kept, drawn.count)
+        measures["needed"] = PerImage(drawn.needed, jnp.ones_like(filled))
         return LocalOutput(PerImage((weights * loss).sum(0), (weights * count).sum(0)), measures)
 
 
@@ -122,11 +151,16 @@ class Drawn(NamedTuple):
     """What the decoder reads of each image in a step."""
 
     rows: text_decoder.Rows
-    real: jax.Array  # bool [B, S], the sequences that there are
+    count: (
+        jax.Array
+    )  # int32 [B], the sequences that there are; with `together` each of its boxes is one
+    kept: jax.Array  # int32 [B], those that fit into the row
+    needed: jax.Array  # int32 [B], positions that all of them take
     in_parallel: jax.Array | None  # bool [B, T], of captions that are predicted all at once
 
 
 _CAPTION, _REGIONS, _PARALLEL, _DROPOUT = range(4)  # what is drawn
+_MEASURED = (*TASKS, "boxes")  # with `together`, which predicts boxes, too
 
 
 def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
@@ -145,29 +179,46 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
         which = _chosen(_folded(seen.keys, _CAPTION), batch.caption_mask, 1)
         at, real = _take(batch.caption_at, which), _take(batch.caption_mask, which)
         parts.append(text_decoder.caption(words, text(at, real, 1)))
-    regions = min(options.regions, batch.region_mask.shape[1])
+    captions = len(parts)
+    regions, boxed = min(options.regions, batch.region_mask.shape[1]), None
     if regions:
         which = _chosen(_folded(seen.keys, _REGIONS), batch.region_mask, regions)
         at, real = _take(batch.description_at, which), _take(batch.region_mask, which)
         boxes = boxes_lib.cxcywh_to_xyxy(_take(batch.region_boxes_cxcywh, which))
-        found = text(at, real, 1 + text_decoder.BOX)
+        found = text(at, real, 1 + text_decoder.BOX + options.together)
         both = []
-        if options.describe_weight:
+        if options.describe_weight and options.together:
+            space = length - sum(
+                (part.length[:, 0] for part in parts), start=jnp.zeros(len(at), jnp.int32)
+            )
+            one, boxed = text_decoder.together(words, boxes, found, length, space)
+            parts.append(one)
+        elif options.describe_weight:
             both.append(text_decoder.describe(words, boxes, found))
         if options.point_weight:
             both.append(text_decoder.point(words, found, boxes))
         # Of a row that is too short, the last regions are left out.
         parts += [part.of(i) for i in range(regions) for part in both]
     rows = text_decoder.pack(parts, length)
-    real = jnp.concatenate([part.length > 0 for part in parts], axis=1)
+    lengths = jnp.concatenate([part.length for part in parts], axis=1)
+    count, kept, needed = (lengths > 0).sum(1), rows.kept.sum(1), lengths.sum(1)
+    if boxed is not None:
+        # Each of its boxes counts, not the sequence itself.
+        itself = lengths[:, captions]
+        count += real.sum(1) - (itself > 0)
+        kept += boxed.sum(1) - rows.kept[:, captions]
+        every = jnp.where(real, text_decoder.BOX + 1 + found.count, 0).sum(1)
+        needed += jnp.where(real.any(1), 1 + every, 0) - itself
+        is_box = (rows.segments == captions + 1) & (rows.targets >= words.first_bin)
+        rows = rows._replace(task=jnp.where(is_box, _MEASURED.index("boxes"), rows.task))
     if not (options.parallel_rate and options.caption_weight):
-        return Drawn(rows, real, None)
+        return Drawn(rows, count, kept, needed, None)
     is_parallel = (
         jax.vmap(jax.random.uniform)(_folded(seen.keys, _PARALLEL)) < options.parallel_rate
     )
     in_parallel = is_parallel[:, None] & (rows.segments == 1)
     tokens = jnp.where(in_parallel, words.mask, rows.tokens)
-    return Drawn(rows._replace(tokens=tokens), real, in_parallel)
+    return Drawn(rows._replace(tokens=tokens), count, kept, needed, in_parallel)
 
 
 def _chosen(keys: jax.Array, mask: jax.Array, count: int) -> jax.Array:

@@ -11,8 +11,10 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+from jax.interpreters import partial_eval
 
 from grain_jax import config as config_lib
+from grain_jax import losses
 from grain_jax.config import Config
 from grain_jax.models import grain
 from grain_jax.training import forward as forward_lib
@@ -114,12 +116,15 @@ def per_image(config: Config) -> PerImage:
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 
-    for name, count in _by_module(jax.make_jaxpr(apply)(params, batch).jaxpr).items():
+    # Of local terms alone, what they read.
+    traced = _traced if losses.reads_embeddings(config.loss) else _needed
+    for name, count in _by_module(traced(apply, params, batch)).items():
         parts[_part(name, model)] += count / config.batch_size
     counted = None
     if config.optim.lora.rank or forward.terms:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
-        counted = matmul_flops(jax.grad(total), params, batch) / config.batch_size
+        both = _by_module(traced(jax.value_and_grad(total), params, batch))
+        counted = both.total() / config.batch_size
     return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
 
@@ -131,6 +136,8 @@ def of_phases(config: Config, total_steps: int) -> dict[int, float]:
 
 def of_losses(config: Config) -> int:
     """FLOPs of the similarities of the losses per image, forward: those of `PerImage.losses`."""
+    if losses.TERMS.keys().isdisjoint(term.name for term, _ in losses.terms_of(config.loss)):
+        return 0  # local terms alone
     regions, group = config.input.max_regions, config.loss.group_size or config.batch_size
     pairs = config.input.captions_per_image * config.batch_size + regions * (group * regions)
     if config.loss.image_description:
@@ -177,7 +184,18 @@ def matmul_flops(function, *arguments: Any) -> int:
     Raises:
       NotImplementedError: matrix products in a loop that ends on a condition.
     """
-    return sum(_by_module(jax.make_jaxpr(function)(*arguments).jaxpr).values())
+    return sum(_by_module(_traced(function, *arguments)).values())
+
+
+def _traced(function, *arguments: Any):
+    """The jaxpr of a function."""
+    return jax.make_jaxpr(function)(*arguments).jaxpr
+
+
+def _needed(function, *arguments: Any):
+    """The same without what its results do not need."""
+    jaxpr = _traced(function, *arguments)
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:

@@ -169,6 +169,9 @@ class Forward:
             with jax.named_scope(TERMS), jax.named_scope(name):
                 output: Any = term.apply({"params": of_terms.get(name, {})}, seen(name))
                 found[name] = _as_floats(output)
+        if not total.reads_embeddings(self.config.loss):
+            # So that they are not computed: a loop over micro-batches would keep them.
+            outputs = jax.tree.map(jnp.zeros_like, outputs)
         return outputs._replace(local=found)
 
     def _scene(

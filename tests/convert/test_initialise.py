@@ -316,11 +316,6 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
         ({"model.text.activation": "tanh"}, "model.text.activation: got 'tanh', expected one of"),
         ({"model.image.pool": "first"}, "model.image.pool: got 'first', expected one of none"),
         ({"optim.frozen": ("(",)}, "optim.frozen: got '(', no regular expression"),
-        (
-            {"init.decoder": "x", "model.decoder": None, "model.image.pool": "map"}
-            | {"input.max_regions": 0},
-            "init.decoder: got 'x', but model.decoder is None",
-        ),
         ({"init.resize": "nearest"}, "init.resize: got 'nearest', expected one of"),
         (
             {"model.text.cleaning": "none"},

@@ -100,7 +100,7 @@ def test_each_image_reads_one_caption_and_drawn_regions_of_its_own():
     for i in range(len(batch.image)):
         regions = int(batch.region_mask[i].sum())
         expected = int(batch.caption_mask[i].any()) + 2 * min(OPTIONS.regions, regions)
-        assert found.real[i].sum() == expected
+        assert found.count[i] == expected
         first = rows.tokens[i][(rows.positions[i] == 0) & (rows.segments[i] > 0)]
         assert set(first.tolist()) <= set(start)
         boxes = words.quantise(text_boxes(batch.region_boxes_cxcywh[i]))[batch.region_mask[i]]
@@ -129,7 +129,7 @@ def test_the_loss_of_a_part_has_the_sums_of_the_whole():
 
 
 def test_parallel_prediction_hides_the_words_of_captions_alone():
-    options = OPTIONS.__class__(**{**vars(OPTIONS), "parallel_rate": 1.0})
+    options = changed(parallel_rate=1.0)
     words, found = drawn(options)
     plain = drawn()[1].rows
     first = np.asarray(plain.segments == 1)
@@ -140,8 +140,88 @@ def test_parallel_prediction_hides_the_words_of_captions_alone():
     np.testing.assert_array_equal(found.rows.targets, plain.targets)
 
 
+def changed(**changes):
+    return OPTIONS.__class__(**{**vars(OPTIONS), **changes})
+
+
+def test_all_boxes_in_one_sequence():
+    """The sequence, its targets and what is counted, against lists made by hand."""
+    options = changed(together=True, regions=3, row_length=28, caption_weight=0.0)
+    words, found = drawn(options)
+    _, alone = drawn(changed(regions=3, row_length=200, caption_weight=0.0))
+    rows, end = found.rows, words.end
+    left_out = 0
+    for i in range(len(rows.tokens)):
+        # Descriptions of the same regions alone, in the same order: DESCRIBE x0 y0 x1 y1 w1 .. wn.
+        items, of_points = [], []
+        for segment in range(1, 7):
+            at = np.flatnonzero(alone.rows.segments[i] == segment)
+            sequence = np.asarray(alone.rows.tokens[i, at]).tolist()
+            if sequence and sequence[0] == words.task("describe"):
+                items.append([*sequence[1:], end])
+            elif sequence:
+                of_points.append(sequence)
+        stream = []
+        for item in items:
+            if 1 + len(stream) + len(item) <= options.row_length:
+                stream += item
+        sequence = [words.task("describe"), *stream]
+        at = np.flatnonzero(rows.segments[i] == 1)
+        if not stream:
+            assert not len(at)
+            continue
+        assert rows.tokens[i, at].tolist() == sequence
+        assert rows.targets[i, at].tolist() == [*stream, end]
+        assert rows.predicted[i, at].all()
+        is_box = np.array([*stream, end]) >= words.first_bin
+        np.testing.assert_array_equal(rows.task[i, at], np.where(is_box, 3, 1))
+        assert found.count[i] == len(items) + len(of_points) == 2 * len(items)
+        assert found.needed[i] == 1 + sum(map(len, items)) + sum(map(len, of_points))
+        boxes = sum(is_box) // 4
+        points = len({*rows.segments[i].tolist()} - {0, 1})
+        assert found.kept[i] == boxes + points
+        left_out += len(items) - boxes
+    assert left_out  # some row was too short
+
+
+def test_the_loss_of_all_boxes_in_one_sequence_equals_torchs():
+    """Its weights: those of `describe` for words and ends, of `point` for coordinates."""
+    options = changed(together=True, row_length=64, label_smoothing=0.0)
+    term, seen, params = case(options)
+    value, found = jax.jit(lambda: loss(term, params, seen))()
+    words, rows = drawn(options)
+    total = count = 0.0
+    p = jax.tree.map(lambda x: torch.tensor(np.array(x), dtype=torch.float64), params["decoder"])
+    weights = [*options.weights, options.point_weight]
+    rows = jax.tree.map(np.asarray, rows.rows)
+    for i, patches in enumerate(torch.tensor(np.array(seen.tokens), dtype=torch.float64)):
+        for segment in range(1, int(rows.segments[i].max()) + 1):
+            at = np.flatnonzero(rows.segments[i] == segment)
+            if not len(at):
+                continue
+            causal = np.tril(np.ones((len(at), len(at)), bool))
+            given = patches[1:], rows.tokens[i, at], np.arange(len(at)), causal
+            logits = of_decoder.replica(p, *given)[:, : words.size]
+            target = torch.tensor(rows.targets[i, at], dtype=torch.long)
+            cost = torch.nn.functional.cross_entropy(logits, target, reduction="none").numpy()
+            weight = np.array(weights)[rows.task[i, at]] * rows.predicted[i, at]
+            total, count = total + (weight * cost).sum(), count + weight.sum()
+    np.testing.assert_allclose(value, total / count, rtol=1e-6)
+    assert found.measures["boxes"].count.sum() > 0
+
+
+def test_advice_names_a_row_length_that_fits():
+    say = lambda **measures: TextDecoderTerm.advice(Options(), measures)
+    assert say(filled=0.7, left_out=0.0, needed=90.0) == ""
+    assert say(filled=0.97, left_out=0.25, needed=140.0) == (
+        "25% of the sequences do not fit into rows of 128 tokens, which are 97% full; an image has 140 on average:"
+        " row_length=192 would fit"
+    )
+    assert say(filled=0.2, left_out=0.0, needed=25.0).endswith("row_length=64 would fit")
+
+
 def test_a_stopped_gradient_reaches_no_token():
-    options = OPTIONS.__class__(**{**vars(OPTIONS), "stop_gradient": True})
+    options = changed(stop_gradient=True)
     term, seen, params = case(options)
     run = lambda tokens: loss(term, params, seen._replace(tokens=tokens))[0]
     assert not jax.jit(jax.grad(run))(jnp.asarray(seen.tokens)).any()
@@ -155,4 +235,7 @@ def test_faults_of_a_run_that_cannot_have_it():
     ]
     none = Options(caption_weight=0, describe_weight=0, point_weight=0)
     assert of(none) == ["caption_weight: got 0 as all weights, expected a task with a weight"]
+    assert of(Options(caption_weight=0), input__max_regions=0) == [
+        "caption_weight: got 0 as all weights without regions (regions, input.max_regions), expected a task with a weight"
+    ]
     assert isinstance(Options().sizes, config_lib.TextDecoder)
