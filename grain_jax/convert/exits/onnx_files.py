@@ -159,7 +159,7 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
             for part in _PARTS
             if (epath.Path(path) / f"{part}.onnx").exists()
         }
-        of_decoder = tuple(sessions.pop(part, None) for part in _WRITING)
+        patches, writer = (sessions.pop(part, None) for part in _WRITING)
         theirs = _run(sessions, given, slice(None))
         one = _run(sessions, given, slice(1))
         tokens = text_decoder.sequences(source.text_decoder, source.model, len(given.images))
@@ -168,7 +168,7 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
             ours["text_decoder"] = text_decoder.logits(*of, given.images, tokens)
             for out, rows in ((theirs, slice(None)), (one, slice(1))):
                 inputs = given.images[rows], tokens[rows]
-                out["text_decoder"] = _next_logits(of_decoder, *inputs)
+                out["text_decoder"] = _next_logits(patches, writer, *inputs)
         ids = _token_ids(epath.Path(path), source.model.text)
     if "similarity_map" in theirs:
         texts = [ours["text_embed"]] * len(given.images)
@@ -186,9 +186,8 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
     return parity.report(found, f"onnxruntime {onnxruntime.__version__} on {target}", given)
 
 
-def _next_logits(sessions: tuple[Any, Any], images: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def _next_logits(patches: Any, decoder: Any, images: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """What follows each token of a sequence an image, [N, T, vocabulary]: from two tokens on, one after another."""
-    patches, decoder = sessions
     pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     keys, values = patches.run(None, {"pixel_values": pixels})
     past_keys, past_values, found = keys[..., :0, :], values[..., :0, :], []
