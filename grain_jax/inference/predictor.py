@@ -908,7 +908,9 @@ class Predictor:
                 f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
                 " (loss.terms)"
             )
-        excluded = _tokenizer(self.model.text, self.folder).special_ids
+        library = _tokenizer(self.model.text, self.folder)
+        # A text tower may have more embeddings than its tokenizer has ids.
+        excluded = library.special_ids + (*range(library.vocab_size, self.model.text.vocab_size),)
         return text_decoder.Given(self.text_decoder.config, self.model, self.dtype, excluded)
 
     def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:

@@ -43,7 +43,7 @@ class Pointed(NamedTuple):
 
     box_xyxy: (
         np.ndarray
-    )  # float32 [4] in [0, 1]; corners in order, also where the decoder wrote them in another one
+    )  # float32 [4] in [0, 1]; corners that were written in another order are put in order
     log_probability: float  # of its coordinates, in nats
 
 
@@ -53,7 +53,7 @@ class Given(NamedTuple):
     sizes: config_lib.TextDecoder  # with a number for each key
     model: config_lib.Model
     dtype: str
-    excluded: tuple[int, ...]  # ids of the tokenizer that are no words
+    excluded: tuple[int, ...]  # ids of the text tower that are no words of the tokenizer
 
     @property
     def vocabulary(self) -> text_decoder.Vocabulary:

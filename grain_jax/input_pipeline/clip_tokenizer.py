@@ -52,6 +52,8 @@ class ClipTokenizer(BaseTokenizer):
       TokenizerError: there is no such backend, or it is not installed.
     """
 
+    vocab_size = VOCAB_SIZE
+
     def __init__(self, backend: str | None = None):
         if backend is None:
             backend = "instant" if _installed("instant_clip_tokenizer") else "huggingface"
@@ -99,7 +101,7 @@ class ClipTokenizer(BaseTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """As `BaseTokenizer.decode`: words with a space after each, as transformers' CLIPTokenizer writes them."""
         pieces = _pieces()
-        whole = b"".join(pieces[i] for i in self._text_ids_of(ids, VOCAB_SIZE))
+        whole = b"".join(pieces[i] for i in self._text_ids_of(ids))
         return whole.decode("utf-8", "replace").strip()
 
     def _find_specials(self) -> Specials:

@@ -113,7 +113,7 @@ class FileTokenizer(BaseTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `BaseTokenizer.decode`, by the library of the file."""
-        kept = self._text_ids_of(ids, self.vocab_size)
+        kept = self._text_ids_of(ids)
         with _a_line(self._path, "fails on ids"):
             return self._functions.decode(kept).strip()
 

@@ -42,10 +42,12 @@ class BaseTokenizer(abc.ABC):
     Attributes:
       cleaning: of the texts, a key of CLEANINGS.
       pad_id: the id of the padding.
+      vocab_size: the highest id + 1.
     """
 
     cleaning = "lower"
     pad_id = 0
+    vocab_size: int
 
     @abc.abstractmethod
     def _find_specials(self) -> Specials:
@@ -78,11 +80,11 @@ class BaseTokenizer(abc.ABC):
           TokenizerError: an id is none of the tokenizer's.
         """
 
-    def _text_ids_of(self, ids: Sequence[int], size: int) -> list[int]:
+    def _text_ids_of(self, ids: Sequence[int]) -> list[int]:
         """The ids that stand for text. Raises TokenizerError."""
         for i in ids:
-            if not 0 <= i < size:
-                raise TokenizerError(f"ids: got {i}, expected 0 to {size - 1}")
+            if not 0 <= i < self.vocab_size:
+                raise TokenizerError(f"ids: got {i}, expected 0 to {self.vocab_size - 1}")
         specials = set(self.special_ids)
         return [int(i) for i in ids if i not in specials]
 

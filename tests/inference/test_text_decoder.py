@@ -1,5 +1,6 @@
 """The text decoder in use: searches and likelihoods against whole forward passes, without the cache."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -329,6 +330,15 @@ def test_half_the_precision_is_near(predictor, folder):
     for a, b in zip(found, expected):
         np.testing.assert_allclose(a, b, rtol=0.05, atol=0.5)
     assert len(rough.caption(PICTURES, 2, 5)) == 3
+
+
+def test_ids_beyond_the_tokenizer_are_no_words(predictor):
+    text = dataclasses.replace(predictor.model.text, vocab_size=len(WORDS) + 2)
+    model = dataclasses.replace(predictor.model, text=text)
+    options = dict(folder=predictor.folder, text_decoder=predictor.text_decoder)
+    larger = inference.Predictor(model, predictor.params, **options)
+    assert larger._given_decoder("caption").excluded == (1, 7, 8)
+    assert predictor._given_decoder("caption").excluded == (1,)
 
 
 FAULTS = {
