@@ -22,7 +22,7 @@ from grain_jax.models.text_decoder import BOX, Rows
 from grain_jax.runtime.saved_model import StoredDecoder
 
 NAME = "text_decoder"  # of the decoder in the files of others
-_OF_WORDS = ("end_of_text", "special_ids")  # keys beside the sizes in config.json of to-hf
+_OF_WORDS = ("end_of_text", "special_ids", "words")  # keys beside the sizes in config.json of to-hf
 _TABLES = ("token_embed", "head")  # with rows that stand for no token
 _LONGEST = 12  # tokens of a sequence of the parity
 _LAYER = "blocks.{}."
@@ -116,24 +116,28 @@ def stored_sizes(
       folder: where the file of the tokenizer lies; None: there is none.
     """
     text, trailing = model.text, decoder.config.trailing_specials
-    end, specials = text.pad_id, ()
+    end, specials, count = text.pad_id, (), text.vocab_size
     if folder is not None:
         words = tokenizer.of_tower(text, folder)
-        specials = words.special_ids
+        specials, count = words.special_ids, words.vocab_size
         if trailing:
             end = int(words.encode(["a"], text.context_length).ids[-trailing])
     elif text.pool == "end":
         end = text.vocab_size - 1 if text.end_id is None else text.end_id
-    return dataclasses.asdict(decoder.config) | {"end_of_text": end, "special_ids": [*specials]}
+    of_words = {"end_of_text": end, "special_ids": [*specials], "words": count}
+    return dataclasses.asdict(decoder.config) | of_words
 
 
-def _special_ids(text: config_lib.TextTower, folder: epath.PathLike | None) -> tuple[int, ...]:
-    """The ids that stand for no text; () where the tokenizer is not there."""
+def _excluded(text: config_lib.TextTower, folder: epath.PathLike | None) -> tuple[int, ...]:
+    """The ids that are no words of the tokenizer; () where it is not there."""
     if text.tokenizer == "clip":
         is_there = text.vocab_size == clip_tokenizer.VOCAB_SIZE
     else:
         is_there = tokenizer.own_file(text, folder) is not None
-    return tokenizer.of_tower(text, folder).special_ids if is_there else ()
+    if not is_there:
+        return ()
+    words = tokenizer.of_tower(text, folder)
+    return words.special_ids + (*range(words.vocab_size, text.vocab_size),)
 
 
 def ids_of(decoder: StoredDecoder, model: config_lib.Model) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def search(
     """
     model, decoder = predictor.model, predictor.text_decoder
     assert decoder is not None
-    specials = _special_ids(model.text, predictor.folder)
+    specials = _excluded(model.text, predictor.folder)
     given = searches.Given(decoder.config, model, predictor.dtype, specials)
     longest = searches.limit(None, given, task) - 1  # words, without the end
     spec, inputs = jax.ShapeDtypeStruct, {}

@@ -195,12 +195,12 @@ def test_the_id_that_follows_the_words_is_the_tokenizers(tmp_path):
     library.save(f"{tmp_path}/tokenizer.json")
     of = lambda folder, **sizes: [
         text_decoder.stored_sizes(perturbed.decoder(model, **sizes), model, folder)[key]
-        for key in ("end_of_text", "special_ids")
+        for key in ("end_of_text", "special_ids", "words")
     ]
-    assert of(tmp_path, leading_specials=0, trailing_specials=0) == [1, []]
+    assert of(tmp_path, leading_specials=0, trailing_specials=0) == [1, [], 5]
     library.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 3)]
     )
     library.save(f"{tmp_path}/tokenizer.json")
-    assert of(tmp_path, leading_specials=0) == [3, [3]]
-    assert of(None) == [5, []]
+    assert of(tmp_path, leading_specials=0) == [3, [3], 5]
+    assert of(None) == [5, [], 300]

@@ -629,7 +629,7 @@ class TaskTokens(LogitsProcessor):
         ids = torch.arange(scores.shape[-1], device=scores.device)
         points = (input_ids == c.tasks["point"]).any(1, keepdim=True)
         specials = torch.tensor(c.sizes["special_ids"], device=ids.device)
-        is_word = (ids <= c.end) & ~torch.isin(ids, specials)
+        is_word = (ids < c.sizes["words"]) & ~torch.isin(ids, specials) | (ids == c.end)
         return scores.masked_fill(~torch.where(points, ids >= c.first_bin, is_word), -math.inf)
 
 
