@@ -133,7 +133,7 @@ class ToBigVision(_OfTowers, name="convert to-big-vision"):
 
 
 class ToOnnx(_OfCheckpoint, name="convert to-onnx"):
-    """A checkpoint -> a folder of ONNX files: image, text, boxes and similarity maps, as the model has them.
+    """A checkpoint -> a folder of ONNX files: image, text, boxes, similarity maps and text decoder, as the model has them.
 
     Example:
       grain-jax convert to-onnx --checkpoint runs/demo --output demo_onnx

@@ -19,12 +19,13 @@ from jax import export as jax_export
 
 from grain_jax import __version__, inference
 from grain_jax import config as config_lib
-from grain_jax.convert import parity, tables
+from grain_jax.convert import parity, text_decoder
 from grain_jax.convert.arguments import Export
 from grain_jax.core import errors
 from grain_jax.inference import jitted, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain
+from grain_jax.models.text_decoder import TASKS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
@@ -42,7 +43,8 @@ def export_model(
     """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
     A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
-    no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`.
+    no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`. Of a text decoder `caption`,
+    `describe` and `point` are greedy searches as a whole.
     What was written is read back and runs on this machine.
 
     Args:
@@ -51,7 +53,8 @@ def export_model(
       platforms: what the functions are lowered for, all in one file.
 
     Returns:
-      for each output of each function how far it is from the predictor's (`TOLERANCE` of its dtype).
+      for each output of each function how far it is from the predictor's (`TOLERANCE` of its dtype); of the text decoder in
+      float32 alone, since a search that rounds otherwise may take the other of two tokens that are almost as likely.
 
     Raises:
       ExportError: the folder cannot be written.
@@ -60,6 +63,9 @@ def export_model(
     params: dict[str, Any] = {
         name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
     }
+    if predictor.text_decoder is not None:
+        of_decoder = grain.flat({text_decoder.NAME: predictor.text_decoder.params})
+        params |= {name: np.asarray(x) for name, x in of_decoder.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
     try:
@@ -67,7 +73,7 @@ def export_model(
         for name, (function, inputs) in _functions(predictor).items():
             exported = jax_export.export(jax.jit(function), platforms=platforms)
             functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
-        for name in ("regions", "boxes", "maps"):
+        for name in ("regions", "boxes", "maps", *TASKS):
             (output / f"{name}.stablehlo").unlink(missing_ok=True)
         with (output / "params.npz").open("wb") as file:
             np.savez(file, **params)
@@ -88,7 +94,7 @@ def _functions(
     model, dtype = predictor.model, predictor.dtype
     encode_images = jitted.image_program(model, dtype)
     encode_texts = jitted.text_program(model, dtype)
-    nested = tables.nested
+    nested = text_decoder.of_model
 
     def regions(params, image):
         names = ("image_embed", "region_embed", "boxes_xyxy")
@@ -120,6 +126,10 @@ def _functions(
     if maps := _maps(predictor):
         asked = {"text_embed": spec((n, model.embed_dim), np.float32)}
         functions["maps"] = (maps, images | asked)
+    for task in TASKS if predictor.text_decoder is not None else ():
+        search, asked = text_decoder.search(predictor, task)
+        asked = {name: spec((b, *x.shape), x.dtype) for name, x in asked.items()}
+        functions[task] = (search, images | asked)
     return functions
 
 
@@ -136,7 +146,7 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
         return None
 
     def maps(params, image, text_embed):
-        found, params = [], tables.nested(params)
+        found, params = [], text_decoder.of_model(params)
         with jax.default_matmul_precision("highest"):  # of cosines
             if of_patches:
                 rest = ()
@@ -174,7 +184,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
             "outputs": {name: of(x) for name, x in outputs.items()},
         }
 
-    any_function = functions["image"][0]
+    any_function, decoder = functions["image"][0], predictor.text_decoder
     image, text, learnt = describe(predictor)
     return {
         "grain_jax": __version__,
@@ -186,6 +196,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         "image": image | {"normalised_by": "the function: give it the uint8 values"},
         "text": text | {"end": _end(predictor.model.text)},
         **learnt,
+        **(text_decoder.ids_of(decoder, predictor.model) if decoder is not None else {}),
     }
 
 
@@ -259,6 +270,10 @@ def _compare(
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     found = []
     for name, (_, names) in functions.items():
+        if name in TASKS and predictor.dtype == "float32":
+            found += _compare_search(predictor, output, name, params, given.images)
+        if name in TASKS:
+            continue
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
         got: Any = function.call(params, *(inputs[each] for each in names))
         compared = parity.compare(
@@ -266,6 +281,25 @@ def _compare(
         )
         found += [c._replace(name=f"{name}: {c.name}") for c in compared]
     return found
+
+
+def _compare_search(
+    predictor: inference.Predictor, output: epath.Path, task: str, params: Any, images: np.ndarray
+) -> list[parity.Comparison]:
+    """As `_compare`, of a search: against the program of the predictor."""
+    function = jax_export.deserialize(bytearray((output / f"{task}.stablehlo").read_bytes()))
+    search, asked = text_decoder.search(predictor, task)
+    rng = np.random.default_rng(0)
+    given = {
+        "boxes_xyxy": parity.BOXES[: len(images)],
+        "count": rng.integers(1, 4, len(images), np.int32),
+    }
+    if "tokens" in asked:
+        given["tokens"] = rng.integers(0, 9, (len(images), *asked["tokens"].shape), np.int32)
+    inputs = [given[name] for name in asked]
+    got: Any = function.call(params, images, *inputs)
+    found = parity.compare(got, jax.jit(search)(params, images, *inputs))
+    return [c._replace(name=f"{task}: {c.name}") for c in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

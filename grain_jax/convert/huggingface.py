@@ -15,7 +15,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config import weights as loss_weights
-from grain_jax.convert import archives, model_card, output, parity
+from grain_jax.convert import archives, model_card, output, parity, text_decoder
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, reasons, tokenizers
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
@@ -25,8 +25,10 @@ from grain_jax.core import atomic, regular_file
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import pretrained
 from grain_jax.runtime.pretrained import hub
+from grain_jax.runtime.saved_model import StoredDecoder
 
 WEIGHTS = "model.safetensors"
+_TEXT_DECODER = "text_decoder"  # key of config.json, and the first part of the names of its arrays
 _INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files
 _MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
@@ -88,10 +90,12 @@ def to_hf(
     lines = []
     if found.model.decoder is None:
         kind, faults = reasons.of_hugging_face(found.model)
-        if not faults:
+        keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
+        if found.text_decoder is not None:
+            keys.append("the text decoder")
+        if not keys:
             return hugging_face.write_towers(found, folder, repo, unknown)
-        keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
-        lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {keys}"]
+        lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {', '.join(keys)}"]
     reasons.refuse(found.model, names.faults(found.model, "to-hf"))
     return _write(found, output.check_free(folder, _MODELING), repo, lines, unknown)
 
@@ -121,10 +125,16 @@ def _write(
     if name != "clip":
         name = next((x for x in _TOKENIZER if x in words), name)
     text = dataclasses.replace(model.text, tokenizer=name)
-    files = code_of(model) | _files(dataclasses.replace(model, text=text), losses) | words
+    decoder, sizes = source.text_decoder, None
+    states = names.state_dicts(source.params)
+    if decoder is not None:
+        sizes = text_decoder.stored_sizes(decoder, model, source.folder if words else None)
+        states[_TEXT_DECODER] = text_decoder.state(decoder, model)
+    model_files = _files(dataclasses.replace(model, text=text), losses, sizes)
+    files = code_of(model, sizes is not None) | model_files | words
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
-        for module, state in names.state_dicts(source.params).items()
+        for module, state in states.items()
         for name, array in state.items()
     }
     with output.writing(folder), needing("safetensors", folder / WEIGHTS):
@@ -140,7 +150,7 @@ def _write(
         atomic.write_bytes(folder / WEIGHTS, content)
     proof = _prove_folder(folder, source, has_tokenizer=bool(words)).but(unknown)
     with output.writing(folder):
-        card = model_card.write(model, losses, run, proof, missing, repo)
+        card = model_card.write(model, losses, run, proof, missing, repo, decoder is not None)
         atomic.write_text(folder / "README.md", card)
     size = sum(array.size for array in weights.values())
     return proof.after(
@@ -151,7 +161,7 @@ def _write(
     )
 
 
-def code_of(model: config_lib.Model) -> dict[str, str]:
+def code_of(model: config_lib.Model, has_text_decoder: bool = False) -> dict[str, str]:
     """The Python files of a folder by name, without what the model lacks: the sections `# <PART>` to `# </PART>`."""
     parts = {
         "decoder": model.decoder is not None,
@@ -159,6 +169,7 @@ def code_of(model: config_lib.Model) -> dict[str, str]:
         "map": "map" in (model.image.pool, model.text.pool),
         "boxes": model.boxes.kind != "none",
         "rope": model.image.rope != "none",
+        "text_decoder": has_text_decoder,
     }
     texts = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
     for part, is_there in parts.items():
@@ -187,7 +198,7 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
     source, folder = pretrained.folder_of(source), output.check_free(folder)
-    model, params, states = _read(source)
+    model, params, decoder, states = _read(source)
     words, lines = {}, []
     if (name := model.text.tokenizer) != "clip":
         if path := tokenizer.own_file(model.text, source):
@@ -196,27 +207,31 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         else:
             lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / name}"]
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
-    proof = torch_module.prove(model, params, states)
-    output.save(folder, model, params, source, proof)
+    proof = torch_module.prove(model, params, states, decoder)
+    output.save(folder, model, params, source, proof, text_decoder=decoder)
     with output.writing(folder):
         for name, content in words.items():
             atomic.write_bytes(folder / name, content)
     return proof.after(f"from-hf: {source} -> {folder}", *lines)
 
 
-def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
-    """The model in a folder of to-hf, and its parameters; raises as `from_hf`."""
-    return _read(folder)[:2]
+def read(folder: epath.Path) -> tuple[config_lib.Model, Any, StoredDecoder | None]:
+    """The model in a folder of to-hf, its parameters, and its text decoder; raises as `from_hf`."""
+    return _read(folder)[:3]
 
 
-def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
-    """(model, our parameters, the same under the names of the reference); runs no code of the folder."""
-    model = read_config(folder / "config.json")
+def _read(
+    folder: epath.Path,
+) -> tuple[config_lib.Model, Any, StoredDecoder | None, dict[str, dict[str, np.ndarray]]]:
+    """(`read`, the same under the names of the modeling file); runs no code of the folder."""
+    model, sizes = _read_config(folder / "config.json")
     weights, index = folder / WEIGHTS, folder / _INDEX
     files = [weights]
     if not regular_file.is_one(weights) and regular_file.is_one(index):
         weights, files = index, archives.files_of_index(index)
     states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
+    if sizes is not None:
+        states[_TEXT_DECODER] = {}
     faults = []
     for file in files:
         if not regular_file.is_one(file):
@@ -228,13 +243,23 @@ def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str
             else:
                 faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
     raise_any(faults)
+    decoder = None
     with prefixed(f"{weights}: "):
-        return model, names.to_params(states["backbone"], states["decoder"], model), states
+        params = names.to_params(states["backbone"], states["decoder"], model)
+    if sizes is not None:
+        with prefixed(f"{weights}: {_TEXT_DECODER} "):
+            decoder = text_decoder.read(sizes, states[_TEXT_DECODER], model)
+    return model, params, decoder, states
 
 
-def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
+def _files(
+    model: config_lib.Model, losses: dict[str, Any], text_decoder: dict[str, Any] | None
+) -> dict[str, Any]:
     """The JSON files that tell transformers what is in the folder."""
     image = model.image
+    auto = ["AutoModel", "AutoModelForZeroShotImageClassification"]
+    if text_decoder is not None:
+        auto.append("AutoModelForImageTextToText")
     processors = {
         "AutoImageProcessor": "processing_grain.GrainImageProcessor",
         "AutoProcessor": "processing_grain.GrainProcessor",
@@ -245,12 +270,12 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
             "architectures": ["GrainModel"],
             "auto_map": {
                 "AutoConfig": "configuration_grain.GrainConfig",
-                "AutoModel": "modeling_grain.GrainModel",
-                "AutoModelForZeroShotImageClassification": "modeling_grain.GrainModel",
+                **dict.fromkeys(auto, "modeling_grain.GrainModel"),
             },
             "dtype": "float32",
             "towers": dataclasses.asdict(model),
             "losses": losses,
+            **({} if text_decoder is None else {_TEXT_DECODER: text_decoder}),
         },
         "preprocessor_config.json": {
             "image_processor_type": "GrainImageProcessor",
@@ -270,6 +295,11 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
 
 def read_config(path: epath.Path) -> config_lib.Model:
     """The model in the config.json of a folder of to-hf; raises as `from_hf`."""
+    return _read_config(path)[0]
+
+
+def _read_config(path: epath.Path) -> tuple[config_lib.Model, dict[str, Any] | None]:
+    """(the model, the sizes of its text decoder) in such a file."""
     expected = "to-hf's config.json"
     stored = regular_file.read_json(path, dict[str, Any], expected)
     towers = stored.get("towers")
@@ -287,7 +317,10 @@ def read_config(path: epath.Path) -> config_lib.Model:
         raise ConvertError(
             f"{path}: model.text.tokenizer: got {name!r}, expected clip or the name of a tokenizer's file beside it"
         )
-    return model
+    sizes = stored.get(_TEXT_DECODER)
+    if not isinstance(sizes, dict | None):
+        raise ConvertError(f"{path}: {_TEXT_DECODER}: got {sizes!r:.40}, expected {expected}")
+    return model, sizes
 
 
 @exits.needing_packages
@@ -298,14 +331,15 @@ def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool)
 
     model = source.model
     given = parity.inputs_of(model)
-    ours = torch_module.outputs(model, source.params, given)
+    sequences = text_decoder.sequences(source.text_decoder, model, len(given.images))
+    ours = torch_module.outputs(model, source.params, given, source.text_decoder)
     ours["pixels"] = exits.our_pixels(model.image)
     with output.on_disk(folder) as path:
         load = lambda auto: auto.from_pretrained(
             path, trust_remote_code=True, local_files_only=True
         )
         module = load(transformers.AutoModel).eval()
-        theirs = torch_module.run_module(module, given)
+        theirs = torch_module.run_module(module, given, sequences)
         pixels = load(transformers.AutoImageProcessor)(exits.raw_images())["pixel_values"]
         theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
         if has_tokenizer:

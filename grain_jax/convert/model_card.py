@@ -47,6 +47,7 @@ def write(
     proof: parity.Report,
     missing: str,
     repo: str | None = None,
+    has_text_decoder: bool = False,
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face hub.
 
@@ -57,8 +58,10 @@ def write(
       proof: the parity report of the conversion.
       missing: why the folder has no tokenizer, or "".
       repo: ORG/NAME on the Hub, for the code that loads the model.
+      has_text_decoder: whether the model writes texts.
     """
     regions = _REGIONS if model.decoder is not None else ""
+    regions += _WRITES if has_text_decoder else ""
     needs = "; SciPy for the loss" if model.decoder is not None else ""
     if not missing and model.text.tokenizer.endswith(".model"):
         needs += "; sentencepiece and protobuf for the tokenizer"
@@ -73,6 +76,11 @@ def write(
         lines.append(
             f"A box head, {model.boxes.kind}: `get_boxes(pixels, boxes)` embeds given boxes, `similarity_maps(pixels,"
             " texts)` shows where texts lie."
+        )
+    if has_text_decoder:
+        lines.append(
+            "A text decoder (LocCa, arXiv 2403.19596): `caption(pixels)`, `describe(pixels, boxes)`, `point(pixels, texts)`;"
+            " `generate` of transformers, which takes its options (`num_beams`, `do_sample`), as these do."
         )
     lines += ["", "## Data and training", ""]
     if "optim" in run.config:
@@ -95,6 +103,11 @@ def write(
     if model.decoder is not None:
         lines.append(
             f"- The model predicts {model.decoder.queries} regions for every image, also where there is no object."
+        )
+    if has_text_decoder:
+        lines.append(
+            "- Captions, descriptions and boxes of the text decoder are guesses, also where nothing fits; it may name what is"
+            " not there."
         )
     lines += [
         "- Images are resized to a square without keeping the aspect ratio; small objects may disappear.",
@@ -136,6 +149,9 @@ REGIONS
 
 Needs torch, transformers 5 and PillowNEEDS. With ftfy installed, texts with broken encodings are repaired as in training."""
 _REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
+_WRITES = """    captions = processor.batch_decode(model.caption(pixels))
+    pointed = model.point(pixels, texts[0])  # .boxes_xyxy in [0, 1], .log_probs
+"""
 _LICENCE = """## Licence
 
 The code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the

@@ -335,7 +335,7 @@ class _Search(NamedTuple):
           logits: [B, V], of the first token.
           state: of B sequences.
         """
-        shape = len(logits), 1
+        shape = logits.shape[0], 1  # a symbol in an export
         none = _Beams(
             jnp.zeros((*shape, self.steps), jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
         )
@@ -355,7 +355,7 @@ class _Search(NamedTuple):
             return at + 1, found, self._reordered(state, beam)
 
         _, found, _ = jax.lax.while_loop(goes_on, body, (jnp.int32(1), found, state))
-        ids, count = found.written[:, 0], jnp.full(len(logits), self.steps)
+        ids, count = found.written[:, 0], jnp.full(logits.shape[:1], self.steps)
         if self.end is not None:
             count = jnp.where(found.ended[:, 0], (ids == self.end).argmax(1), count)
         return ids, count, found.score[:, 0]
@@ -373,7 +373,7 @@ class _Search(NamedTuple):
         if self.end is not None:
             stays = jnp.where(np.arange(size) == self.end, score, -jnp.inf)
             total = jnp.where(found.ended[..., None], stays, total)
-        best, place = jax.lax.top_k(total.reshape(len(total), -1), self.beams)
+        best, place = jax.lax.top_k(total.reshape(total.shape[0], -1), self.beams)
         beam, token = place // size, place % size
         written = jnp.take_along_axis(found.written, beam[..., None], axis=1)
         written = jax.lax.dynamic_update_index_in_dim(written, token, at, axis=2)

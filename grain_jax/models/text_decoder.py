@@ -403,7 +403,7 @@ class Block(nn.Module):
     @nn.nowrap
     def _empty(self, x):
         """Keys [B, t, K, h] of no position yet."""
-        return jnp.zeros((len(x), self.capacity, *x.shape[2:]), x.dtype)
+        return jnp.zeros((x.shape[0], self.capacity, *x.shape[2:]), x.dtype)
 
 
 class TextDecoder(nn.Module):

@@ -33,7 +33,8 @@ def to_big_vision(
     path = epath.Path(path)
     if path.suffix != ".npz" or path.is_dir() or atomic.is_special(path):
         raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
-    found, left = folder.read(source), []
+    found = folder.read(source)
+    left = folder.left_behind(found)
     if part == "towers":
         found, left = folder.towers_alone(found)
     model = found.model

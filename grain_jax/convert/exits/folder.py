@@ -17,6 +17,7 @@ from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import atomic, images
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
+from grain_jax.runtime.saved_model import StoredDecoder
 
 # What an exit may write; of an older conversion, what it does not write again goes.
 _NAMES = (
@@ -33,12 +34,13 @@ class Source(NamedTuple):
     model: config_lib.Model
     params: Any
     folder: epath.Path  # that it was read from
+    text_decoder: StoredDecoder | None = None
 
 
 def read(path: epath.PathLike) -> Source:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
-    model, params, folder = checkpoint.load_model(path)
-    return Source(model, params, epath.Path(folder))
+    stored = checkpoint.load_stored(path)
+    return Source(stored.model, stored.merged(), epath.Path(stored.folder), stored.text_decoder)
 
 
 def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:
@@ -67,6 +69,7 @@ def towers_alone(source: Source) -> tuple[Source, list[str]]:
     params = flat(source)
     left = {name.partition("/")[0] for name in params.keys() - shapes.keys()}
     left |= {"image_projection"} if of_decoder else set()
+    left |= {"text decoder"} if source.text_decoder is not None else set()
     params = {name: x for name, x in params.items() if name in shapes}
     if of_decoder and model.image.projection != "none":
         params["image_projection/kernel"] = np.eye(
@@ -79,6 +82,11 @@ def towers_alone(source: Source) -> tuple[Source, list[str]]:
             " tokens, which nothing trained: take the image tower's tokens, or train on"
         )
     return Source(model, tables.nested(params), source.folder), lines
+
+
+def left_behind(source: Source) -> list[str]:
+    """A line where the model has a text decoder, of an exit that cannot hold one."""
+    return [] if source.text_decoder is None else ["left behind: text decoder"]
 
 
 def flat(source: Source) -> Arrays:

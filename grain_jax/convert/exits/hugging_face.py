@@ -90,7 +90,7 @@ def write_vision(
         f"to-hf --part vision: {source.folder} -> {target}, {kind.name}",
         _size(state),
         _PIXELS,
-        f"left behind: {_left_behind(model)}",
+        f"left behind: {_left_behind(source)}",
     )
 
 
@@ -126,8 +126,8 @@ def _size(state: Arrays) -> str:
     return f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32"
 
 
-def _left_behind(model: config_lib.Model) -> str:
-    parts = ["text tower"]
+def _left_behind(source: folder.Source) -> str:
+    model, parts = source.model, ["text tower"]
     if model.image.class_token and model.image.pool == "map":
         parts.append("pooling head")
     if model.decoder is not None:
@@ -136,6 +136,8 @@ def _left_behind(model: config_lib.Model) -> str:
         parts.append("image projection")
     if model.boxes.kind != "none":
         parts.append("box head")
+    if source.text_decoder is not None:
+        parts.append("text decoder")
     return ", ".join(parts)
 
 

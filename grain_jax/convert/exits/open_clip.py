@@ -33,7 +33,8 @@ def to_open_clip(
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, folder.MARK)
-    (found, unknown), left = tokenizers.with_end(folder.read(source)), []
+    found, unknown = tokenizers.with_end(folder.read(source))
+    left = folder.left_behind(found)
     if part == "towers":
         found, left = folder.towers_alone(found)
     kind, faults = reasons.of_open_clip(found.model)

@@ -15,6 +15,7 @@ EXITS = (
     "export",
 )
 _TOWERS = " --part towers"
+_WITH_TEXT_DECODER = ("to-hf", "to-onnx", "export", "pack")
 _SHOWN = 3  # keys of a reason; --checkpoint shows all
 
 
@@ -64,6 +65,10 @@ def report(checkpoint: str | None = None) -> parity.Report:
         except ConvertError as error:
             lines.append(str(error))
         lines += of_model(found.model)
+        if found.text_decoder is not None:
+            lines.append(
+                f"text decoder: in {', '.join(_WITH_TEXT_DECODER)}; the others leave it behind"
+            )
     else:
         models = {
             name: config_lib.model_from_dict(keys().to_dict()) for name, keys in STARTS.items()

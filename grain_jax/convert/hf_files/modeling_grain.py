@@ -12,10 +12,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    # <text_decoder>
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    # </text_decoder>
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput, is_scipy_available, requires_backends
 
-from .configuration_grain import GrainConfig
+from .configuration_grain import (
+    GrainConfig,
+    # <text_decoder>
+    GrainTextDecoderConfig,
+    # </text_decoder>
+)
 
 # <decoder>
 if is_scipy_available():  # the loss alone needs it
@@ -560,6 +573,165 @@ class PooledImage(nn.Module):
 
 
 # </pool>
+# <text_decoder>
+class TextDecoderAttention(nn.Module):
+    """Attention of positions [B, t, E] to given keys and values, [B, heads, L, E / heads] each."""
+
+    def __init__(self, width, heads, memory_width):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.k_proj, self.v_proj = (nn.Linear(memory_width, width) for _ in range(2))
+
+    def _split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, memory):
+        """[B, L, E of the memory] -> keys and values."""
+        return self._split(self.k_proj(memory)), self._split(self.v_proj(memory))
+
+    def forward(self, x, keys, values, mask=None):
+        q = self._split(self.q_proj(x))
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class TextDecoderBlock(nn.Module):
+    """Pre-norm: causal self-attention, attention to the patches, MLP."""
+
+    def __init__(self, sizes, memory_width):
+        super().__init__()
+        width, heads, eps = sizes["width"], sizes["heads"], sizes["norm_eps"]
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
+        self.self_attn = TextDecoderAttention(width, heads, width)
+        self.multihead_attn = TextDecoderAttention(width, heads, memory_width)
+        self.mlp = MLP(sizes, ("fc1", "fc2"))
+
+    def forward(self, x, of_patches, mask, cache, layer):
+        """x [B, t, E]; keys and values of the patches; bool [B or 1, 1, t, all positions]; a `Cache` or None."""
+        y = self.norm1(x)
+        own = self.self_attn.keys_values(y)
+        if cache is not None:
+            own = cache.update(*own, layer)
+        x = x + self.self_attn(y, *own, mask)
+        x = x + self.multihead_attn(self.norm2(x), *of_patches)
+        return x + self.mlp(self.norm3(x))
+
+
+class TaskTokens(LogitsProcessor):
+    """Lets the task that a sequence begins with have its tokens: words and END, or the location tokens of a box."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, input_ids, scores):
+        c = self.config
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        points = (input_ids == c.tasks["point"]).any(1, keepdim=True)
+        specials = torch.tensor(c.sizes["special_ids"], device=ids.device)
+        is_word = (ids < c.sizes["words"]) & ~torch.isin(ids, specials) | (ids == c.end)
+        return scores.masked_fill(~torch.where(points, ids >= c.first_bin, is_word), -math.inf)
+
+
+@dataclass
+class GrainText(ModelOutput):
+    """What the text decoder gives: logits [B, t, vocabulary] of the tokens that follow each position."""
+
+    logits: torch.FloatTensor | None = None
+
+
+class GrainTextDecoder(PreTrainedModel, GenerationMixin):
+    """A causal transformer that sees the patches of an image, and writes texts and boxes (LocCa, arXiv 2403.19596).
+
+    A sequence begins with the token of its task. CAPTION, or DESCRIBE x0 y0 x1 y1: words and END follow; POINT words END:
+    x0 y0 x1 y1 follow. A coordinate is a location token, one of `bins` equal parts of the side.
+    """
+
+    config_class = GrainTextDecoderConfig
+    base_model_prefix = "text_decoder"
+    main_input_name = "input_ids"
+    _no_split_modules = ["TextDecoderBlock"]
+    _supports_sdpa = True
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        sizes = config.sizes
+        width, length = sizes["width"], sizes["row_length"]
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(length, width))
+        blocks = (TextDecoderBlock(sizes, config.memory_width) for _ in range(sizes["depth"]))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, eps=sizes["norm_eps"])
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.generation_config = GenerationConfig(eos_token_id=config.end, pad_token_id=config.pad)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            nn.init.normal_(self.positional_embedding, std=0.02)
+
+    def of_patches(self, patches):
+        """Patches [B, P, E of the image] -> their keys and values in all layers, [B, depth, heads, P, E / heads] each."""
+        found = [block.multihead_attn.keys_values(patches) for block in self.blocks]
+        return tuple(torch.stack(each, dim=1) for each in zip(*found))
+
+    def forward(
+        self,
+        input_ids,
+        patch_keys,
+        patch_values,
+        attention_mask=None,
+        cache=None,
+        **kwargs,
+    ):
+        """Tokens [B, t], after those of the cache -> `GrainText`.
+
+        Args:
+          input_ids: [B, t].
+          patch_keys, patch_values: of `of_patches`.
+          attention_mask: [B, all positions], 0 at padding, which is on the left; None: there is none.
+          cache: a `Cache`, or None.
+          kwargs: of `generate`; not read.
+        """
+        seen = 0 if cache is None else cache.get_seq_length()
+        places = torch.arange(seen + input_ids.shape[1], device=input_ids.device)
+        at = places[seen:, None]
+        mask, positions = (places <= at)[None], places[None, seen:]
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            mask = mask & real[:, None] | (places == at)  # padding sees itself
+            positions = (real.cumsum(1) - 1).clamp(min=0)[:, seen:]
+        x = self.token_embedding(input_ids) + self.positional_embedding[positions]
+        for i, block in enumerate(self.blocks):
+            x = block(x, (patch_keys[:, i], patch_values[:, i]), mask[:, None], cache, i)
+        return GrainText(logits=self.head(self.norm(x)))
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """Of `generate`: the arguments of `forward` for the tokens that are not in the cache."""
+        cache = next((kwargs[x] for x in ("cache", "past_key_values") if x in kwargs), None)
+        seen = 0 if cache is None else cache.get_seq_length()
+        names = ("patch_keys", "patch_values", "attention_mask")
+        found = {name: kwargs[name] for name in names if name in kwargs}
+        return {"input_ids": input_ids[:, seen:], "cache": cache} | found
+
+
+@dataclass
+class GrainPointed(ModelOutput):
+    """The boxes that texts have in images.
+
+    Args:
+      boxes_xyxy: [B, N, 4], corners in [0, 1].
+      log_probs: [B, N], of the four location tokens, in nats.
+    """
+
+    boxes_xyxy: torch.FloatTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+
+
+# </text_decoder>
 @dataclass
 class GrainRegions(ModelOutput):
     """The predicted regions of the queries.
@@ -643,6 +815,13 @@ class GrainModel(GrainPreTrainedModel):
         if config.towers["decoder"] is None:
             self.decoder = PooledImage(config.towers)
         # </pool>
+        # <text_decoder>
+        self.text_decoder = None
+        if config.text_decoder is not None:
+            towers = config.towers
+            sizes = config.text_decoder, towers["text"]["vocab_size"], towers["image"]["width"]
+            self.text_decoder = GrainTextDecoder(GrainTextDecoderConfig(*sizes))
+        # </text_decoder>
         self.post_init()
 
     def get_image_features(self, pixel_values):
@@ -722,6 +901,96 @@ class GrainModel(GrainPreTrainedModel):
         """For each class the token ids of its texts, [n, L] -> [C, D], ready for `zero_shot_logits`."""
         return torch.stack([_unit(self.get_text_features(ids)).mean(0) for ids in input_ids])
 
+    # <text_decoder>
+    @torch.no_grad()
+    def generate(self, pixel_values, input_ids=None, **options):
+        """Images [B, 3, S, S] and the beginnings of sequences -> whole sequences; `generate` of transformers.
+
+        Args:
+          pixel_values: [B, 3, S, S].
+          input_ids: [B * n, t], n sequences an image, each begun as `GrainTextDecoder` says; None: captions.
+          options: of transformers, such as num_beams, do_sample, max_new_tokens.
+        """
+        of_patches = self._of_patches(pixel_values)
+        if input_ids is None:
+            input_ids = self._begun("caption", pixel_values.new_zeros(len(pixel_values), 0))
+        return self._written(of_patches, input_ids, **options)
+
+    def caption(self, pixel_values, **options):
+        """Images [B, 3, S, S] -> captions, token ids [B, n]; `batch_decode` of the processor reads them."""
+        return self.generate(pixel_values, **options)[:, 1:]
+
+    def describe(self, pixel_values, boxes_xyxy, **options):
+        """What is in boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> token ids [B, R, n], as `caption`."""
+        c = self.text_decoder.config
+        bins = (boxes_xyxy * c.sizes["bins"]).floor().clamp(0, c.sizes["bins"] - 1)
+        begun = self._begun("describe", bins.flatten(0, 1) + c.first_bin)
+        written = self.generate(pixel_values, begun, **options)[:, begun.shape[1] :]
+        return written.unflatten(0, boxes_xyxy.shape[:2])
+
+    @torch.no_grad()
+    def point(self, pixel_values, input_ids, **options):
+        """Where texts are: images [B, 3, S, S] and texts [N, L] of the processor -> `GrainPointed`."""
+        c, images = self.text_decoder.config, len(pixel_values)
+        begun, mask = (x.repeat(images, 1) for x in self._asked(input_ids))
+        of_patches = self._of_patches(pixel_values)
+        found = self._written(of_patches, begun, attention_mask=mask, max_new_tokens=4, **options)
+        box = found[:, -4:]
+        seen = F.pad(mask, (0, 3), value=1)
+        of_each = (x.repeat_interleave(len(input_ids), dim=0) for x in of_patches)
+        logits = self.text_decoder(found[:, :-1], *of_each, attention_mask=seen).logits[:, -4:]
+        log_probs = logits.float().log_softmax(-1).gather(-1, box[..., None]).sum((1, 2))
+        corners = ((box - c.first_bin + 0.5) / c.sizes["bins"]).unflatten(1, (2, 2))
+        boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
+        shape = images, len(input_ids)
+        return GrainPointed(boxes_xyxy=boxes.unflatten(0, shape), log_probs=log_probs.view(shape))
+
+    def next_logits(self, pixel_values, input_ids):
+        """Images [B, 3, S, S] and sequences [B, t] -> logits [B, t, vocabulary] of the token after each."""
+        return self.text_decoder(input_ids, *self._of_patches(pixel_values)).logits
+
+    def _of_patches(self, pixel_values):
+        tokens = self.backbone.visual(pixel_values)
+        return self.text_decoder.of_patches(tokens[:, _leading(self.config.towers["image"]) :])
+
+    def _begun(self, task, rest):
+        """The token of a task before the rest [N, n] of sequences."""
+        return F.pad(rest.long(), (1, 0), value=self.text_decoder.config.tasks[task])
+
+    def _asked(self, input_ids):
+        """Texts of the processor as POINT words END, padded on the left, and what is no padding."""
+        c = self.text_decoder.config
+        words = input_ids[:, c.sizes["leading_specials"] :]
+        ends = F.pad(words == c.sizes["end_of_text"], (0, 1), value=True)
+        lengths = ends.int().argmax(1, keepdim=True)
+        longest = int(lengths.max())
+        at = torch.arange(longest + 2, device=words.device) - longest + lengths
+        begun = F.pad(words, (1, 1), value=c.tasks["point"]).gather(1, at.clamp(min=0))
+        begun[:, -1] = c.end
+        return begun, (at >= 0).long()
+
+    def _written(self, of_patches, begun, **options):
+        """`generate` of transformers on sequences [B * n, t]; by default as many tokens as training had, at most."""
+        c, given = self.text_decoder.config, begun.shape[1]
+        keys, values = (x.repeat_interleave(len(begun) // len(x), dim=0) for x in of_patches)
+        room = c.sizes["row_length"] - given + 1  # nothing reads the last token
+        specials = c.sizes["leading_specials"] + c.sizes["trailing_specials"]
+        if "max_length" in options:
+            options["max_new_tokens"] = options.pop("max_length") - given
+        context = self.config.towers["text"]["context_length"]
+        most = options.setdefault("max_new_tokens", min(room, context - specials + 1))
+        if not 1 <= most <= room:
+            raise ValueError(f"max_new_tokens: got {most}, expected 1 to {room}")
+        if options.get("num_beams", 1) > 1:
+            options.setdefault("length_penalty", 0.0)  # the most likely text, however long
+        options.setdefault("attention_mask", torch.ones_like(begun))
+        own = options.pop("logits_processor", None) or []
+        processors = LogitsProcessorList([TaskTokens(c), *own])
+        return self.text_decoder.generate(
+            begun, patch_keys=keys, patch_values=values, logits_processor=processors, **options
+        )
+
+    # </text_decoder>
     def clip_logit_scale(self):
         """Keeps the factor within 1 and 100; call it after every step of the optimizer."""
         self.backbone.logit_scale.data.clamp_(0, math.log(100))
@@ -852,7 +1121,8 @@ class GrainModel(GrainPreTrainedModel):
         image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy. text.onnx: input_ids
         [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. maps.onnx:
         pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The numbers of images, texts and boxes are
-        dynamic. Needs the packages onnx and onnxscript.
+        dynamic. With a text decoder `patches.onnx` and `text_decoder.onnx`, see `_text_decoder_parts`. Needs the packages
+        onnx and onnxscript.
         """
         size = self.config.towers["image"]["image_size"]
         context = self.config.towers["text"]["context_length"]
@@ -889,6 +1159,10 @@ class GrainModel(GrainPreTrainedModel):
             parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
         if has_regions or of_decoder is None or decoder.boxes is not None:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
+        # <text_decoder>
+        if self.text_decoder is not None:
+            parts |= self._text_decoder_parts(pixels)
+        # </text_decoder>
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
         for name, (function, modules, given, gives) in parts.items():
@@ -904,6 +1178,37 @@ class GrainModel(GrainPreTrainedModel):
             )
         self.train(trains)
 
+    # <text_decoder>
+    def _text_decoder_parts(self, pixels):
+        """Of `export_onnx`. The shape of keys and values is [B, depth, heads, positions, E / heads].
+
+        patches.onnx: pixel_values -> patch_keys, patch_values. text_decoder.onnx: input_ids [B, t] after the tokens whose
+        keys and values are past_keys, past_values (of none: 0 positions) -> logits [B, t, vocabulary], keys, values, with
+        those of the past before them.
+        """
+        decoder = self.text_decoder
+        sizes = decoder.config.sizes
+        shape = 2, sizes["depth"], sizes["heads"]
+        batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
+        cache = lambda length: torch.rand(*shape, length, sizes["width"] // sizes["heads"])
+        grid = self.backbone.visual.image_size // self.config.towers["image"]["patch_size"]
+        given = {"input_ids": (torch.zeros(2, 4, dtype=torch.long), {0: batch, 1: tokens})}
+        given |= {f"patch_{x}": (cache(grid**2), {0: batch}) for x in ("keys", "values")}
+        given |= {f"past_{x}": (cache(3), {0: batch, 3: past}) for x in ("keys", "values")}
+
+        def of_tokens(input_ids, patch_keys, patch_values, past_keys, past_values):
+            cache = Past(past_keys, past_values)
+            logits = decoder(input_ids, patch_keys, patch_values, cache=cache).logits
+            return logits, *(torch.stack(x, dim=1) for x in zip(*cache.found))
+
+        modules = self.backbone.visual, decoder
+        return {
+            "patches": (self._of_patches, modules, pixels, ["patch_keys", "patch_values"]),
+            "text_decoder": (of_tokens, (decoder,), given, ["logits", "keys", "values"]),
+        }
+
+    # </text_decoder>
+
 
 class Part(nn.Module):
     """A function of some modules, as a module with their parameters, which the exporter asks for."""
@@ -916,6 +1221,24 @@ class Part(nn.Module):
         return self.function(*given)
 
 
+# <text_decoder>
+class Past:
+    """A `Cache` of given keys and values, as an ONNX file takes it; `found`: those of each layer with the new ones."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values, self.found = keys, values, []
+
+    def get_seq_length(self):
+        return self.keys.shape[3]
+
+    def update(self, keys, values, layer):
+        keys = torch.cat([self.keys[:, layer], keys], dim=2)
+        values = torch.cat([self.values[:, layer], values], dim=2)
+        self.found.append((keys, values))
+        return keys, values
+
+
+# </text_decoder>
 def _unit(x):
     return F.normalize(x.float(), dim=-1)
 

@@ -90,6 +90,23 @@ class GrainProcessor(ProcessorMixin):
             ]
         return out
 
+    def batch_decode(self, sequences, **kwargs):
+        """Token ids that the text decoder wrote, [..., n] -> texts, in lists where there are more axes than two.
+
+        Ids beyond the tokenizer's, as of tasks, ends and boxes, are left out.
+        """
+        rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
+        if rows and not isinstance(rows[0], int) and rows[0] and not isinstance(rows[0][0], int):
+            return [self.batch_decode(each, **kwargs) for each in rows]
+        return [self.decode(row, **kwargs) for row in rows]
+
+    def decode(self, token_ids, skip_special_tokens=True, **kwargs):
+        """The ids [n] of a text -> the text, as `batch_decode`."""
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        known = [i for i in ids if i < len(self.tokenizer)]
+        options = {"skip_special_tokens": skip_special_tokens} | kwargs
+        return self.tokenizer.decode(known, **options).strip()
+
 
 def _lower(text):
     if not (text.isascii() and text.isprintable() and "&" not in text):

@@ -8,12 +8,11 @@ import numpy as np
 from etils import epath
 
 from grain_jax.convert import archives, output, parity, towers
-from grain_jax.convert.exits import reasons
+from grain_jax.convert.exits import folder, reasons
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
 from grain_jax.core import atomic, regular_file
-from grain_jax.runtime import checkpoint
 
 KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
 
@@ -64,20 +63,21 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         raise ConvertError(
             f"{path}: is a folder, pipe or device; expected a file name such as grain.pth.tar"
         )
-    model, params, read_from = checkpoint.load_model(source)
+    found = folder.read(source)
+    model, params = found.model, found.params
     reasons.refuse(model, names.faults(model, "to-torch"))
     states = names.to_states(model, params)
     with output.writing(path), needing("torch", path):
         write(path, states)
     proof = prove(model, params, read(path))
-    lines = [f"to-torch: {read_from} -> {path}"]
+    lines = [f"to-torch: {found.folder} -> {path}"]
     for module, key in KEYS.items():
         size = sum(array.size for array in states[module].values())
         lines.append(f"{key}: {len(states[module])} entries, {size:,} values, names with module.")
     lines += [_heads_line(tower, getattr(model, tower)) for tower in names.TOWERS]
     zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
     lines.append(f"zeros, for the entries that the reference never uses: {zeros}")
-    return proof.after(*lines)
+    return proof.after(*lines, *folder.left_behind(found))
 
 
 def _heads_line(tower: str, config: Any) -> str:
