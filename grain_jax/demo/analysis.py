@@ -292,8 +292,8 @@ class Analyst:
         known = self._remembered("segmentation_classes", tuple(classes.items()), make)
         size = self.predictor.model.image.image_size
         windows = segmentation.windows_of(0, image, size, 0, 0, len(classes))
-        share = min(1, _LABELS_EDGE / max(image.size))
-        width, height = (max(1, round(share * edge)) for edge in image.size)
+        share = min(1, _LABELS_EDGE / max(windows.size))
+        width, height = (max(1, round(share * edge)) for edge in windows.size)
         maps = self.predictor.class_maps(windows.pixels, known)
         return segmentation.labels(maps, windows._replace(size=(width, height)))
 
@@ -317,7 +317,7 @@ class Analyst:
         return inference.ClassFeatures(
             tuple(classes),
             np.concatenate([part.features for part in parts]),
-            sum((part.descriptions for part in parts), ()) if any(classes.values()) else None,
+            sum((part.descriptions or () for part in parts), ()) if any(classes.values()) else None,
         )
 
     def _encode(self, image: PIL.Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -281,12 +281,12 @@ def segmented(image: PIL.Image.Image, labels: np.ndarray, names: Sequence[str]) 
       names: of the classes.
     """
     counts = np.bincount(labels.ravel(), minlength=len(names))
-    ranked = [c for c in np.argsort(-counts, kind="stable").tolist() if counts[c]]
+    ranked: list[int] = [c for c in np.argsort(-counts, kind="stable").tolist() if counts[c]]
     palette, below = masks.colours(len(names)), grey(image)
     places = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(below.shape, labels.shape))
     painted = palette[labels[np.ix_(*places)]]
     blended = (1 - _MASK) * below[:, :, None] + _MASK * painted
-    shares = counts / labels.size
+    shares = (counts / labels.size).tolist()
     told = ", ".join(f"{shares[c]:.1%} {names[c]}" for c in ranked[:_TOLD])
     alt = html.escape(f"the class of each pixel: {told}{', ...' if len(ranked) > _TOLD else ''}")
     picture = PIL.Image.fromarray(blended.round().astype(np.uint8))

@@ -504,7 +504,7 @@ def test_a_segmentation_is_coloured_by_its_classes(picture):
     )
     assert f'alt="{alt}"' in shown
 
-    uri = re.search(r'src="data:image/jpeg;base64,([^"]+)"', shown).group(1)
+    (uri,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', shown)
     pixels = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(uri))), float)
     assert pixels.shape == (360, 480, 3)
     swatches = [bytes.fromhex(x) for x in re.findall("--c:#([0-9a-f]{6})", shown)]
