@@ -137,7 +137,8 @@ def build(
             found = gr.HTML(elem_id="found")
         with gr.Column(visible=analyst.grid > 0):
             gr.Markdown("### Which class is each pixel?")
-            cut = gr.Button("Segment", size="sm", elem_id="segment")
+            with gr.Row():
+                cut = gr.Button("Segment", variant="primary", size="sm", scale=0, elem_id="segment")
             segmented = gr.HTML(elem_id="segmented")
         gr.Markdown("### Why")
         chosen = gr.Dropdown(

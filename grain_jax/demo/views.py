@@ -300,7 +300,7 @@ def segmented(image: PIL.Image.Image, labels: np.ndarray, names: Sequence[str]) 
     return (
         f'<div class="gj segmented"><div class="pair"><section class="map" style="--most:{_pixels(image):.0f}px">'
         f'<img alt="{alt}" src="{uri}"></section><section>{table}'
-        f"<p class=quiet>{len(ranked)} of {len(names)} classes have pixels.</p></section></div></div>"
+        f"<p class=quiet>Classes with pixels: {len(ranked)} of {len(names)}.</p></section></div></div>"
     )
 
 
