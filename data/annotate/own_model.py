@@ -22,7 +22,7 @@ with epy.lazy_imports():  # JAX: not needed with other models
 
     from grain_jax import inference
     from grain_jax.inference import predictor as predictor_lib
-    from grain_jax.runtime import compiled, pretrained, saved_model
+    from grain_jax.runtime import compiled, pretrained
 
 
 class ModelError(errors.UserError):
@@ -53,7 +53,7 @@ def settings(given: Annotate) -> dict[str, dict[str, Any]]:
     predictor = _checked(given)
     of_model = {
         "model": _path(given.model or "", predictor),
-        "digests": _digests(predictor),
+        "digests": predictor.digests,
         "beams": given.beams,
         "dtype": given.dtype,
     }
@@ -81,12 +81,6 @@ def _path(name: str, predictor: "inference.Predictor") -> str:
     """A name as it is; of a run, the checkpoint that was read."""
     named = name in pretrained.NAMES or "://" in name
     return name if named else str(epath.Path(predictor.folder or name).resolve())
-
-
-def _digests(predictor: "inference.Predictor") -> dict[str, str]:
-    of_model = saved_model.model_digests(predictor.model, jax.device_get(predictor.params))
-    decoder = predictor.text_decoder
-    return of_model | ({"text_decoder": decoder.digest()} if decoder else {})
 
 
 def score(text: str, log_probability: float) -> float:

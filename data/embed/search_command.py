@@ -108,7 +108,7 @@ def _weight(args: argparse.Namespace, model: inference.Predictor) -> tuple[float
             f"--rerank: {args.checkpoint or model.folder} has no text decoder, expected --checkpoint of the same model"
             " with one; or search without --rerank"
         )
-    return rerank.weight_of(model.folder, args.rerank_weight)
+    return rerank.weight_of(model, args.rerank_weight)
 
 
 def _images_of(hits: Sequence[Hit], folder: str | None) -> list[PIL.Image.Image]:

@@ -21,6 +21,7 @@ from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
     import numpy as np
+    from etils import epath
 
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates, second_pass, test_sets
@@ -100,10 +101,14 @@ class Retrieval(AnnotatedImages):
     def still_holds(self, result: Mapping[str, Any], predictor: Any) -> bool:
         if not self.rerank or self.rerank_weight is not None:
             return True
-        try:  # the weight may have been chosen again
-            return rerank.weight_of(predictor.folder, None)[0] == result.get("rerank_weight")
-        except errors.UserError:
-            return False
+
+        def holds() -> bool:
+            try:  # the weight may have been chosen again
+                return rerank.weight_of(predictor, None)[0] == result.get("rerank_weight")
+            except errors.UserError:
+                return False
+
+        return processes.of_first(holds)
 
     def usable(self, record: annotations_lib.Annotation) -> Any:
         return record.captions or record.synthetic_caption
@@ -161,12 +166,11 @@ class Retrieval(AnnotatedImages):
         if not self.rerank:
             return 0.0, ""
         second_pass.need_text_decoder(predictor, "rerank")
-        folder = getattr(predictor, "folder", None)
         if not self.choose_weight:
-            given = self.rerank_weight
-            found: Any = processes.of_first(lambda: rerank.weight_of(folder, given, self.paths[1]))
+            given, annotations = self.rerank_weight, self.paths[1]
+            found: Any = processes.of_first(lambda: rerank.weight_of(predictor, given, annotations))
             return found[0], found[1]
-        if folder is None:
+        if getattr(predictor, "folder", None) is None:
             raise errors.UserError(
                 "choose_weight: the model lies in no folder, expected one to store the weight in"
             )
@@ -200,11 +204,14 @@ class Retrieval(AnnotatedImages):
         """The weight with the best `weights`, the smallest of equal ones, once it is stored."""
         tried = {float(name): one["r1"] for name, one in out["weights"].items()}
         best = max(tried, key=lambda weight: (round(tried[weight], 9), -weight))
+        path = epath.Path(self.paths[1]).resolve()
         chosen = rerank.Chosen(
             weight=best,
             prior=rerank.PRIOR,
             top=self.rerank,
-            annotations=self.paths[1],
+            model=predictor.digest,
+            annotations=str(path),
+            annotations_digest=rerank.digest_of(path),
             pictures=out["pictures"],
             captions=out["captions"],
             measure=_MEASURE,
@@ -213,7 +220,7 @@ class Retrieval(AnnotatedImages):
             checkpoint=str(predictor.folder),
         )
         processes.of_first(lambda: str(rerank.write(predictor.folder, chosen)))
-        return best, chosen.said(predictor.folder)
+        return best, chosen.said(predictor.folder) + rerank.SAME
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ all devices of the process. Methods that return or use regions raise InputError 
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +35,7 @@ from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.inference.text_decoder import Pointed, Written
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain, lora, towers
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, receipt, saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
@@ -157,6 +158,19 @@ class Predictor:
         sizes = self.text_decoder.config
         count = sum(x.size for x in jax.tree.leaves(self.text_decoder.params))
         return f" text decoder (depth {sizes.depth}, width {sizes.width}; {count:,} parameters);"
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Of the model's configuration, of its parameters, and of its text decoder, if any."""
+        found = saved_model.model_digests(self.model, jax.device_get(self.params))
+        if self.text_decoder is not None:
+            found["text_decoder"] = self.text_decoder.digest()
+        return found
+
+    @property
+    def digest(self) -> str:
+        """One of all `digests`."""
+        return receipt.sha256(self.digests)
 
     @property
     def logit_scale(self) -> float:
@@ -919,7 +933,7 @@ class Predictor:
         """The best texts of each image and the best images of each text, by cosine and by likelihood.
 
         The first `top` by cosine are ordered by scale * cosine + weight * (log-likelihood - prior), where the prior of a
-        text is the mean of its log-likelihoods over other images of the call (docs/method.md, Reranking).
+        text is the median of its log-likelihoods over other images of the call (docs/method.md, Reranking).
 
         Args:
           images: two or more, as for `encode_image`, or the result of `encode_tokens`; their tokens are held at once.
@@ -931,9 +945,11 @@ class Predictor:
           InputError: as `encode_image` and `encode_text`; one image, no weight, or the model has no text decoder.
         """
         self._given_decoder("rerank")
-        if top < 1:
-            raise InputError(f"top: got {top}, expected at least 1")
-        weight, _ = rerank.weight_of(self.folder, weight)
+        if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1:
+            raise InputError(f"top: got {top!r}, expected a whole number of at least 1")
+        if weight is not None and not 0 <= weight < math.inf:
+            raise InputError(f"weight: got {weight!r}, expected a number of at least 0, in nats")
+        weight, _ = rerank.weight_of(self, weight)
         if inputs.is_one_image(images):
             images = inputs.one_image(images)
         tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)

@@ -29,6 +29,7 @@ class SpeakingStub(StubPredictor):
     has_text_decoder = True
     logit_scale = 20.0
     folder: str | None = None
+    digest = "of the stub"
 
     def __init__(self, *tables, log_p=None, of_boxes=None, points=None):
         super().__init__(*tables)

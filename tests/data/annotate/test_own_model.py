@@ -32,6 +32,7 @@ class FakePredictor:
     """Says of an image its number, of a box its left edge; counts what it is asked."""
 
     folder, model, params = "/models/own", None, None
+    digests: dict[str, str]
 
     def __init__(self, has_text_decoder=True, has_regions=True):
         self.has_text_decoder, self.has_regions = has_text_decoder, has_regions
@@ -66,8 +67,7 @@ class FakePredictor:
 def model(monkeypatch):
     found = FakePredictor()
     monkeypatch.setattr(own_model, "load", lambda name, dtype: found)
-    digests = {"params": "0123456789abcdef", "text_decoder": "fedcba9876543210"}
-    monkeypatch.setattr(own_model, "_digests", lambda predictor: digests)
+    found.digests = {"params": "0123456789abcdef", "text_decoder": "fedcba9876543210"}
     return found
 
 
@@ -177,7 +177,7 @@ def test_the_set_names_the_model(model, pictures, tmp_path, capsys, monkeypatch)
     )
     assert noted == ", annotated by caption: /models/own, describe: /models/own, store size 9"
     # Another state of the model is another annotator.
-    monkeypatch.setattr(own_model, "_digests", lambda predictor: {"params": "0"})
+    model.digests = {"params": "0"}
     annotate(pictures, out, *more, status=2)
     assert 'was begun with caption digests {"params": "0123' in capsys.readouterr().err
 
