@@ -119,6 +119,10 @@ class Evaluator(abc.ABC):
         del model
         return []
 
+    def not_in_a_suite(self) -> list[str]:
+        """Options that a suite, which measures test sets, may not have: lines that begin with the option."""
+        return []
+
     @property
     def needs_regions(self) -> bool:
         """Whether the model must have a region decoder."""

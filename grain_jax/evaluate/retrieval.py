@@ -94,6 +94,14 @@ class Retrieval(AnnotatedImages):
             ]
         return []
 
+    def not_in_a_suite(self) -> list[str]:
+        if self.choose_weight:
+            return [
+                "choose_weight: got True in a suite, expected it of one set of validation data: grain-jax evaluate"
+                " retrieval --rerank 10 --choose-weight"
+            ]
+        return []
+
     @property
     def needs_text_decoder(self) -> bool:
         return self.rerank > 0

@@ -239,7 +239,13 @@ def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):
     stub.folder = str(tmp_path)
     options = {key: str(value) for key, value in given.items()}
     entry = dict(kind="retrieval", rerank=10, **options)
-    both = {"val": entry | dict(choose_weight=True), "test": entry}
+    chooses = {"val": entry | dict(choose_weight=True)}
+    line = r"^evals.val.choose_weight: got True in a suite, expected it of one set of validation"
+    with pytest.raises(config.ConfigError, match=line):
+        config.suite_from_dict(dict(evals=chooses))
+    measure("retrieval", stub, **given, rerank=10, choose_weight=True)
+    capsys.readouterr()
+    both = {"again": entry, "test": entry}
     output = tmp_path / "suite.json"
 
     def ran(entries=both):
@@ -248,7 +254,7 @@ def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):
         return json.loads(output.read_text())["ran"], capsys.readouterr().err
 
     first, _ = ran()
-    assert first["test"]["reranked"] == first["val"]["reranked"]
+    assert first["test"]["reranked"] == first["again"]["reranked"]
     again, said = ran()
     assert again == first and said.count("is in") == 2
     chosen = rerank.read(tmp_path)
