@@ -24,6 +24,7 @@ NAMED = {
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
     "captions": "grain_jax.evaluate.written:Captions",
     "descriptions": "grain_jax.evaluate.written:Descriptions",
+    "pointing": "grain_jax.evaluate.pointing:Pointing",
     "maps": "grain_jax.evaluate.maps:Maps",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
