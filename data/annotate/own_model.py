@@ -21,6 +21,7 @@ with epy.lazy_imports():  # JAX: not needed with other models
     import jax
 
     from grain_jax import inference
+    from grain_jax.inference import inputs
     from grain_jax.inference import predictor as predictor_lib
     from grain_jax.runtime import compiled, pretrained
 
@@ -64,11 +65,8 @@ def settings(given: Annotate) -> dict[str, dict[str, Any]]:
 def _checked(given: Annotate) -> "inference.Predictor":
     """The model. Raises UserError."""
     predictor = load(given.model or "", given.dtype)
-    if set(OWN) & set(given.passes) and not predictor.has_text_decoder:
-        raise ModelError(
-            f"--model {given.model}: has no text decoder, expected a run with the loss term text_decoder"
-            " (loss.terms)"
-        )
+    if set(OWN) & set(given.passes):
+        inputs.need_text_decoder(predictor, f"--model {given.model}")
     if given.boxes in ("queries", "missing") and not predictor.has_regions:
         raise ModelError(
             f"--boxes {given.boxes}: --model {given.model} has no region queries, expected a model with"

@@ -25,7 +25,7 @@ with epy.lazy_imports():
 
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates, second_pass, test_sets
-    from grain_jax.inference import prompts, rerank, scores
+    from grain_jax.inference import inputs, prompts, rerank, scores
     from grain_jax.runtime import processes
 
 KS = (1, 5, 10)
@@ -173,7 +173,7 @@ class Retrieval(AnnotatedImages):
         """The weight and where it is from, before anything is computed; on the first process's word."""
         if not self.rerank:
             return 0.0, ""
-        second_pass.need_text_decoder(predictor, "rerank")
+        inputs.need_text_decoder(predictor, "rerank")
         if not self.choose_weight:
             given, annotations = self.rerank_weight, self.paths[1]
             found: Any = processes.of_first(lambda: rerank.weight_of(predictor, given, annotations))

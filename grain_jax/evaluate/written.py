@@ -26,7 +26,7 @@ with epy.lazy_imports():
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.core import atomic
     from grain_jax.evaluate import cider, encode, grounding, likelihood, rates
-    from grain_jax.inference import prompts, scores, stream
+    from grain_jax.inference import inputs, prompts, scores, stream
     from grain_jax.runtime import processes
 
 
@@ -47,7 +47,7 @@ class Written(AnnotatedImages):
 
         Returns: counts, and the numbers of `measured`.
         """
-        likelihood.need_text_decoder(predictor, self.kind)
+        inputs.need_text_decoder(predictor, self.kind)
         annotated = self.read()
         unreadable: dict[str, str] = {}
         here: list[dict[str, Any]] = []  # texts and numbers, not images

@@ -22,6 +22,15 @@ class InputError(errors.UserError):
     """Images, texts or classes that the model cannot take; the message is one line."""
 
 
+def need_text_decoder(model: Any, what: str) -> None:
+    """Raises InputError where a model has no text decoder; `what` asks for it."""
+    if not getattr(model, "has_text_decoder", False):
+        raise InputError(
+            f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
+            " (docs/howto/text_decoder.md)"
+        )
+
+
 def is_one_image(images: Any) -> bool:
     """Whether it is one image, and not a batch."""
     return isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3

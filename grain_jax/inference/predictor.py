@@ -968,15 +968,12 @@ class Predictor:
 
     def _given_decoder(self, what: str) -> text_decoder.Given:
         """What the programs of the text decoder depend on. Raises InputError where there is none."""
-        if self.text_decoder is None:
-            raise InputError(
-                f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
-                " (loss.terms)"
-            )
+        inputs.need_text_decoder(self, what)
+        stored = cast(checkpoint.StoredDecoder, self.text_decoder)
         library = _tokenizer(self.model.text, self.folder)
         # A text tower may have more embeddings than its tokenizer has ids.
         excluded = library.special_ids + (*range(library.vocab_size, self.model.text.vocab_size),)
-        return text_decoder.Given(self.text_decoder.config, self.model, self.dtype, excluded)
+        return text_decoder.Given(stored.config, self.model, self.dtype, excluded)
 
     def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
         """The tokens [b, N, E] of the image tower, of some images after others."""

@@ -276,7 +276,9 @@ def test_what_does_not_fit_is_one_line(data, tmp_path):
         return str(found.value)
 
     silent = StubPredictor(images, vectors)
-    assert "without a text decoder" in fault(stub=silent, rerank_weight=1.0)
+    assert "rerank: the model has no text decoder, expected" in fault(
+        stub=silent, rerank_weight=1.0
+    )
     assert "in no folder; give one (--rerank-weight, weight=), or choose it: grain-jax" in fault()
     assert "expected one to store the weight in" in fault(choose_weight=True)
     stub.folder = str(tmp_path)

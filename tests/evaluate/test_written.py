@@ -230,7 +230,7 @@ def test_of_one_image_there_is_no_chance(tmp_path):
 def test_faults_are_one_line(data, tmp_path):
     for kind in ("captions", "descriptions", "pointing"):
         without = Writer(has_text_decoder=False)
-        with pytest.raises(InputError, match=f"^{kind}: got a model without a text decoder, exp"):
+        with pytest.raises(InputError, match=f"^{kind}: the model has no text decoder, exp"):
             measure(kind, without, **data)
     predictor = Writer(captions={0: "x", 1: "x", 2: "x"}, cost=math.nan)
     with pytest.raises(InputError, match="not finite"):

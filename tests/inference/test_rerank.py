@@ -188,7 +188,10 @@ def test_what_a_search_cannot_rerank_is_one_line(embedded, images, tmp_path, cap
         return err
 
     asked = ["--text", "a wren", "--rerank", "2"]
-    assert "no weight is given" in fault(*asked)
+    assert "no weight is given" in fault(*asked, "--by", "images")
+    for by in ((), ("--by", "regions")):
+        line = "--rerank: the stored weight is of captions of whole images, and the search is by regions"
+        assert fault(*asked, *by).startswith(line)
     picture = str(images[0] / "0.png")
     assert "--rerank: got --image, expected --text" in fault("--image", picture, "--rerank", "2")
     assert "expected --rerank 10" in fault("--text", "a wren", "--rerank-weight", "1")

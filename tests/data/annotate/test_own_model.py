@@ -221,7 +221,7 @@ def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("", "--model runs/own: has no text decoder, expected a run with the loss term text_decoder"),
+        ("", "--model runs/own: the model has no text decoder, expected one that was trained with"),
         ("--boxes=queries", "--boxes queries: --model runs/own has no region queries, expected"),
         ("--boxes=all", "--boxes: got 'all', expected one of"),
         ("--passes=all,ground", "--passes: got ground with --model, whose pass describe has boxes"),
