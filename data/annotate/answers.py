@@ -16,6 +16,7 @@ MAX_CHARACTERS = 10_000  # of an answer; 256 tokens have some 1,000
 
 EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeated line"
 CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
+OUTSIDE = "box outside"
 
 # What stands before a line: bullets, quotation marks, Markdown; a number or a letter with its mark.
 _BULLET = re.compile(

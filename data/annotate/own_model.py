@@ -34,7 +34,9 @@ class Described(NamedTuple):
     """What the pass describe made of an image."""
 
     regions: list[annotations.Region]  # the source's order, or best first
-    left_out: list[answers.Refused]  # texts that are not used; their boxes are left out
+    left_out: list[
+        answers.Refused
+    ]  # texts that are not used, with their boxes; boxes outside of the image
     is_kept: bool  # the regions of the source stay as they are, and there are none here
 
 
@@ -163,20 +165,24 @@ class OwnModel:
     ) -> list[Described]:
         """Of each image, whether its boxes are those of the queries."""
         tokens = self._tokens([image for image, _ in items])
+        inside = [_inside(regions, image.size) for image, regions in items]
         queries: Any = [None] * len(items)
         if any(wants_queries):
             queries = self._predictor.encode_regions(tokens).boxes_xyxy
         shares = [
             np.clip(found, 0, 1) if wanted else _shares(regions, image.size)
-            for (image, regions), found, wanted in zip(items, queries, wants_queries, strict=True)
-        ]
-        written = self._predictor.describe(tokens, shares, beams=self._given.beams)
-        return [
-            self._regions(image, regions, boxes, texts, wanted)
-            for (image, regions), boxes, texts, wanted in zip(
-                items, shares, written, wants_queries, strict=True
+            for (image, _), (regions, _), found, wanted in zip(
+                items, inside, queries, wants_queries, strict=True
             )
         ]
+        written = self._predictor.describe(tokens, shares, beams=self._given.beams)
+        found = []
+        for (image, _), (regions, outside), boxes, texts, wanted in zip(
+            items, inside, shares, written, wants_queries, strict=True
+        ):
+            one = self._regions(image, regions, boxes, texts, wanted)
+            found.append(one if wanted else one._replace(left_out=outside + one.left_out))
+        return found
 
     def _regions(
         self,
@@ -217,6 +223,20 @@ class OwnModel:
             tokens = self._predictor.encode_tokens([np.asarray(image) for image in images])
             self._last = list(images), tokens
         return tokens
+
+
+def _inside(
+    regions: Sequence[annotations.Region], size: tuple[int, int]
+) -> tuple[list[annotations.Region], list[answers.Refused]]:
+    """The regions of which enough lies in the image, as everywhere, and a line for each of the others."""
+    kept, refused = [], []
+    for region in regions:
+        if annotations.clip_box(region.box_xyxy, *size).box_xyxy:
+            kept.append(region)
+        else:
+            detail = f"{list(region.box_xyxy)} of {size[0]} x {size[1]}"
+            refused.append(answers.Refused(answers.OUTSIDE, detail))
+    return kept, refused
 
 
 def _shares(regions: Sequence[annotations.Region], size: tuple[int, int]) -> np.ndarray:

@@ -55,11 +55,13 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     )
     proof = parity.report(found, f"{read_from} in float32", given)
     output.save(folder, model, packed, source, proof, read_from, text_decoder)
+    said = output.carry_weight(stored, folder)
     return proof.after(
         f"pack: {read_from} -> {folder}",
         f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
         f"{sum(x.size for x in jax.tree.leaves(packed)):,} values, bfloat16",
         *(["with the text decoder, rounded like them"] if text_decoder else []),
+        *said,
     )
 
 

@@ -26,7 +26,7 @@ with epy.lazy_imports():
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates, second_pass, test_sets
     from grain_jax.inference import inputs, prompts, rerank, scores
-    from grain_jax.runtime import processes
+    from grain_jax.runtime import pretrained, processes
 
 KS = (1, 5, 10)
 _MEASURE = "mean of R@1 of both directions"
@@ -212,6 +212,14 @@ class Retrieval(AnnotatedImages):
         """The weight with the best `weights`, the smallest of equal ones, once it is stored."""
         tried = {float(name): one["r1"] for name, one in out["weights"].items()}
         best = max(tried, key=lambda weight: (round(tried[weight], 9), -weight))
+        if best == max(tried) and processes.process_info()[0] == 0:
+            line = f"choose_weight: {best:g}, the largest that was tried, is best; a larger one may be better"
+            print(f"{self.kind}: {line}: --rerank-weight", file=sys.stderr)
+        if pretrained.is_of_name(predictor.folder):
+            return best, (
+                f"weight {best:g}, chosen now{rerank.SAME}; it is not stored with {predictor.folder}, which a name"
+                f" stands for: give --rerank-weight {best:g}"
+            )
         path = epath.Path(self.paths[1]).resolve()
         chosen = rerank.Chosen(
             weight=best,

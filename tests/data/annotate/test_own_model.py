@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from grain_jax.core import schema
+from grain_jax.core import annotations, schema
+from grain_jax.data import build
 from grain_jax.data.annotate import __main__ as command
 from grain_jax.data.annotate import own_model
+from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.inspect import page
 from grain_jax.inference import Tokens
 from grain_jax.runtime import checkpoint
@@ -135,6 +137,17 @@ def test_given_boxes_are_described_anew_and_queries_where_there_are_none(
     assert len(model.seen) == 2 and "0 of 2 shards in this run" in capsys.readouterr().out
 
 
+def test_a_given_box_outside_the_image_is_left_out(model):
+    boxes = [(0, 0, 20, 15), (60, 0, 70, 10), (30, 0, 48, 10), (30, 0, 60, 10)]  # of SIZE
+    given = [annotations.Region(box, "old", 1.0) for box in boxes]
+    parsed = Annotate(images="x", output="y", source="annotations", model="runs/own", boxes="given")
+    own = own_model.OwnModel(parsed)
+    (found,) = own.describe([(record_sets.picture(3, SIZE), given)])
+    assert [region.box_xyxy for region in found.regions] == [boxes[0], boxes[2]]
+    assert [line.cause for line in found.left_out] == ["box outside"] * 2
+    assert found.left_out[0].detail == "[60, 0, 70, 10] of 40 x 30"
+
+
 @pytest.mark.parametrize("boxes", ["given", "queries", "missing"])
 def test_which_boxes(model, pictures, tmp_path, boxes):
     more = ["--passes=describe", f"--boxes={boxes}", "--threshold=0.4", "--regions=2", "--beams=3"]
@@ -157,7 +170,7 @@ def test_which_boxes(model, pictures, tmp_path, boxes):
     assert bool(kept) == (boxes == "given")
 
 
-def test_the_set_names_the_model(model, pictures, tmp_path, capsys, monkeypatch):
+def test_the_set_names_the_model(model, pictures, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--max-faults=0.2", "--passes=caption,describe,negatives", "--name=own"]
     annotate(pictures, out, *more)
@@ -165,17 +178,33 @@ def test_the_set_names_the_model(model, pictures, tmp_path, capsys, monkeypatch)
     named["digests"] = {"params": "0123456789abcdef", "text_decoder": "fedcba9876543210"}
     boxes = {"boxes": None, "regions": 10, "threshold": 0.3}
     expected = {"caption": named, "describe": named | boxes}
-    for settings in (
-        json.loads((out / "summary.json").read_text())["settings"],
-        json.loads((out / "records/own/1.0.0/metadata.json").read_text())["annotated_by"],
-    ):
-        assert {name: settings[name] for name in expected} == expected
-        assert settings["negatives"]["negatives"] == 10
+    noted = json.loads((out / "records/own/1.0.0/metadata.json").read_text())["annotated_by"]
+    assert [one["annotations"] for one in noted] == [str(out / "A.jsonl")]
+    settings = json.loads((out / "summary.json").read_text())["settings"]
+    for found in (settings, noted[0]["passes"]):
+        assert {name: found[name] for name in expected} == expected
+        assert found["negatives"]["negatives"] == 10
     shards = {"count": 0}
-    noted = page._shards(
-        {"shards": shards, "metadata": {"annotated_by": settings, "store_size": 9}}
+    other = {"passes": {"describe": {"model": "/models/b"}}}
+    said = page._shards(
+        {"shards": shards, "metadata": {"annotated_by": [*noted, other], "store_size": 9}}
     )
-    assert noted == ", annotated by caption: /models/own, describe: /models/own, store size 9"
+    assert said == (
+        ", annotated by caption: /models/own, describe: /models/own, describe: /models/b, store size 9"
+    )
+    # Of a set of two annotated files each names its model.
+    other = tmp_path / "other"
+    model.digests = {"params": "2"}
+    annotate(pictures, other, "--max-faults=0.2", "--passes=describe")
+    lines = (other / "A.jsonl").read_text()
+    (other / "A.jsonl").write_text(lines.replace('"id": "id', '"id": "other'))
+    both = [f"--annotations={x / 'A.jsonl'}" for x in (out, other)]
+    built = tmp_path / "built"
+    given = [f"--images={pictures}", f"--output={built}", "--name=two", "--source=annotations"]
+    assert build.main([*given, *both]) == 0
+    noted = json.loads((built / "two/1.0.0/metadata.json").read_text())["annotated_by"]
+    digests = [one["passes"]["describe"]["digests"]["params"] for one in noted]
+    assert digests == ["0123456789abcdef", "2"]
     # Another state of the model is another annotator.
     model.digests = {"params": "0"}
     annotate(pictures, out, *more, status=2)
