@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 import pytest
@@ -14,9 +15,11 @@ import grain_jax
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.pack import pack
+from grain_jax.inference import rerank
 from grain_jax.runtime import checkpoint, checkpoint_files, digests, receipt
 from grain_jax.training import optim
 from tests import perturbed, tiny
+from tests.inference import test_text_decoder
 
 MET = [*range(100), 298, 299]  # tokens of training; the last two start and end a text
 
@@ -112,3 +115,37 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConvertError, match="in use by something else"):
         pack("aviary-tiny", tmp_path)
+
+
+def test_the_weight_of_reranking_goes_with_the_model(tmp_path):
+    model = test_text_decoder.small_model()
+    decoder = test_text_decoder.random_decoder(model)
+    ours = tmp_path / "ours"
+    checkpoint.save_model(ours, model, perturbed.params(model), decoder)
+    test_text_decoder.write_words(ours)
+    loaded = grain_jax.load(ours)
+    saved = json.loads((ours / "config.json").read_text())["digests"]
+    assert loaded.digests == saved and loaded.digest == receipt.sha256(saved)
+    chosen = rerank.Chosen(
+        weight=0.25,
+        prior=rerank.PRIOR,
+        top=10,
+        model=loaded.digest,
+        annotations="A.jsonl",
+        annotations_digest="",
+        pictures=9,
+        captions=9,
+        measure="R@1",
+        value=0.5,
+        without=0.25,
+        checkpoint=str(ours),
+    )
+    rerank.write(ours, chosen)
+    assert "with the weight of reranking, 0.25" in pack(ours, tmp_path / "small").text
+    small = grain_jax.load(tmp_path / "small")
+    assert small.digest != loaded.digest and rerank.weight_of(small, None)[0] == 0.25
+    # A weight of another model stays behind.
+    rerank.write(ours, msgspec.structs.replace(chosen, model="other"))
+    said = pack(ours, tmp_path / "again").text
+    assert f"without {ours / 'rerank.json'}: its weight is of another model" in said
+    assert not (tmp_path / "again" / "rerank.json").exists()

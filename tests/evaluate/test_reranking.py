@@ -233,6 +233,25 @@ def test_the_weight_is_chosen_stored_and_read(data, tmp_path, capsys):
     assert str(fault.value).endswith(f"; or give --rerank-weight {best}")
 
 
+def test_the_largest_weight_is_said_and_a_named_model_stores_none(
+    data, tmp_path, monkeypatch, capsys
+):
+    given, images, vectors, log_p = data
+    stub = SpeakingStub(images, vectors, log_p=log_p)
+    folder = tmp_path / "models--org--name" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    stub.folder = str(folder)
+    monkeypatch.setattr(rerank, "WEIGHTS", (0.0, 0.05))
+    found = measure("retrieval", stub, **given, rerank=10, choose_weight=True)
+    assert found["rerank_weight"] == 0.05 and not list(folder.iterdir())
+    assert found["rerank_from"].endswith("a name stands for: give --rerank-weight 0.05")
+    largest = "retrieval: choose_weight: 0.05, the largest that was tried, is best; a larger one"
+    assert capsys.readouterr().err.count(largest) == 1
+    stub.log_p = {pair: -nats for pair, nats in log_p.items()}  # the right ones are unlikely
+    measure("retrieval", stub, **given, rerank=10, choose_weight=True)
+    assert "largest" not in capsys.readouterr().err
+
+
 def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):
     given, images, vectors, log_p = data
     stub = SpeakingStub(images, vectors, log_p=log_p)
