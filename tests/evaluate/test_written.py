@@ -326,6 +326,24 @@ def real(tmp_path_factory):
     return folder
 
 
+def test_two_towers_are_measured_on_pointing(real, tmp_path):
+    """They have no regions, so `grounding` refuses them."""
+    model = dataclasses.replace(small_model(), decoder=None)
+    decoder = random_decoder(model)
+    towers = grain_jax.inference.Predictor(
+        model, perturbed.params(model), folder=real, text_decoder=decoder
+    )
+    given = annotate(tmp_path, [{"regions": [region([0, 0, 10, 10], "red beak")]}] * 2)
+    with pytest.raises(InputError, match="two towers and no region decoder"):
+        measure("grounding", towers, **given)
+    got = measure("pointing", towers, **given)
+    images = [PIL.Image.open(tmp_path / f"{i}.png") for i in range(2)]
+    found = [own[0].box_xyxy for own in towers.point(images, [["red beak"]] * 2)]
+    iou = [_iou(box, np.array([0, 0, 0.5, 1])) for box in found]
+    assert got["phrase_iou"] == pytest.approx(np.mean(iou), abs=1e-6)
+    assert got["chance_phrase_iou"] == pytest.approx(np.mean(iou), abs=1e-6)  # of equal boxes
+
+
 def test_the_commands_of_a_model(real, tmp_path, capsys):
     """Against the methods of the model, text by text."""
     negatives = ["a beak", "red"]
