@@ -14,7 +14,7 @@ from etils import epy
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import Annotated
 from grain_jax.evaluate.grounding import Grounding
-from grain_jax.evaluate.written import Written
+from grain_jax.evaluate.written import OfTextDecoder
 
 with epy.lazy_imports():
     import numpy as np
@@ -23,7 +23,7 @@ with epy.lazy_imports():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pointing(Written):
+class Pointing(OfTextDecoder):
     """Boxes that the text decoder points at for phrases: IoU, Acc@0.5."""
 
     table = tuple(row for row in Grounding.table if row.key.startswith("phrase_"))

@@ -159,7 +159,7 @@ class Retrieval(AnnotatedImages):
         }
         if self.rerank:
             images = [found.images[i] for i in seen.index]
-            again = self._second(predictor, images, texts, ways, context)
+            again = self._reranking(predictor, images, texts, ways, context)
             if self.choose_weight:
                 out["weights"] = again.tried()
                 weight, source = self._choose(predictor, out)
@@ -184,17 +184,17 @@ class Retrieval(AnnotatedImages):
             )
         return 0.0, ""
 
-    def _second(
+    def _reranking(
         self,
         predictor: Any,
         images: Sequence[test_sets.Image],
         texts: list[str],
         ways: dict[str, _Way],
         context: Context,
-    ) -> _Second:
+    ) -> _Reranking:
         """The likelihoods of the candidates; every pair of an image and a caption is asked once."""
         both = ways["image_to_text"].queries, ways["text_to_image"].queries
-        stage = rerank.second(*both, self.rerank)
+        stage = rerank.first_stage(*both, self.rerank)
 
         def of(index: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
             asked = [[texts[t] for t in stage.texts_of(i).tolist()] for i in index]
@@ -206,7 +206,7 @@ class Retrieval(AnnotatedImages):
             predictor, images, of, label=f"{self.kind}, again", batch_size=context.batch_size
         )["found"]
         parts = rerank.parts(stage, found, *both)
-        return _Second(ways, (stage.texts, stage.images), parts, float(predictor.logit_scale))
+        return _Reranking(ways, (stage.texts, stage.images), parts, float(predictor.logit_scale))
 
     def _choose(self, predictor: Any, out: dict[str, Any]) -> tuple[float, str]:
         """The weight with the best `weights`, the smallest of equal ones, once it is stored."""
@@ -256,23 +256,23 @@ class _Way:
     right: np.ndarray  # bool [Q, C]
     rows: np.ndarray  # of the queries that are averaged, int, with repetitions
 
-    def recalls(self, second: _Candidates | None = None) -> dict[str, float]:
+    def recalls(self, ahead: _Candidates | None = None) -> dict[str, float]:
         """R@k, with intervals and chance."""
         out = {}
-        for k, hits in zip(KS, self.hits(KS, second)):
+        for k, hits in zip(KS, self.hits(KS, ahead)):
             chance = rates.chance_of_topk(self.right, k)[self.rows]
             out |= {**rates.rate(f"r{k}", hits), f"chance_r{k}": float(chance.mean())}
         return out
 
-    def hits(self, ks: Sequence[int], second: _Candidates | None = None) -> list[np.ndarray]:
+    def hits(self, ks: Sequence[int], ahead: _Candidates | None = None) -> list[np.ndarray]:
         """`rates.topk_hits` for each of `ks`, of the rows."""
-        if second is None:
+        if ahead is None:
             found = rates.nearest_hits(self.queries, self.candidates, self.right, ks)
-        elif second.at.shape[1] >= min(len(self.candidates), max(ks)):  # no other one counts
-            right = np.take_along_axis(self.right, second.at, axis=1)
-            found = [rates.topk_hits(second.scores, right, k) for k in ks]
+        elif ahead.at.shape[1] >= min(len(self.candidates), max(ks)):  # no other one counts
+            right = np.take_along_axis(self.right, ahead.at, axis=1)
+            found = [rates.topk_hits(ahead.scores, right, k) for k in ks]
         else:
-            given = self.queries, self.right, second.at, second.scores
+            given = self.queries, self.right, ahead.at, ahead.scores
             found = scores.in_parts(_reordered(self.candidates, ks), *given)
         return [hits[self.rows] for hits in found]
 
@@ -290,7 +290,7 @@ def _reordered(candidates: np.ndarray, ks: Sequence[int]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Second:
+class _Reranking:
     """The second stage of both directions, for any weight."""
 
     ways: dict[str, _Way]

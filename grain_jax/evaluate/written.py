@@ -31,7 +31,7 @@ with epy.lazy_imports():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Written(AnnotatedImages):
+class OfTextDecoder(AnnotatedImages):
     """Base of the evaluators of what a text decoder writes."""
 
     writes_predictions = True
@@ -100,7 +100,7 @@ _CAPTIONS = "captions", "captions"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Captions(Written):
+class Captions(OfTextDecoder):
     """Captions that the text decoder writes: CIDEr-D, exact captions, the parts that they name."""
 
     left_out = "without_caption"
@@ -208,7 +208,7 @@ _BOXES = "boxes", "boxes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Descriptions(Written):
+class Descriptions(OfTextDecoder):
     """Descriptions of given boxes that the text decoder writes: exact ones, cosines, perplexity."""
 
     table = (

@@ -956,7 +956,7 @@ class Predictor:
         asked = [texts] if isinstance(texts, str) else list(texts)
         image_embed = self._encode(tokens)[0]
         text_embed = self.encode_text(asked)
-        stage = rerank.second(image_embed, text_embed, top)
+        stage = rerank.first_stage(image_embed, text_embed, top)
         likelihood: list[np.ndarray] = [np.zeros(0)]
         for first in range(0, len(image_embed), MAX_BATCH):
             part = Tokens(tokens.values[first : first + MAX_BATCH])

@@ -37,8 +37,8 @@ class Reranked(NamedTuple):
     image_scores: np.ndarray  # float64 [M, k], without the prior: of one text it is one number
 
 
-class Second(NamedTuple):
-    """What the second stage has to score."""
+class FirstStage(NamedTuple):
+    """What the first stage leaves for the second one."""
 
     texts: np.ndarray  # int [N, k], the candidates of each image
     images: np.ndarray  # int [M, k], those of each text
@@ -70,7 +70,7 @@ class Parts(NamedTuple):
         return scale * self.cosine + weight * self.gain
 
 
-def second(image_embed: np.ndarray, text_embed: np.ndarray, top: int) -> Second:
+def first_stage(image_embed: np.ndarray, text_embed: np.ndarray, top: int) -> FirstStage:
     """The first stage: the `top` nearest of each query, in both directions.
 
     Args:
@@ -94,7 +94,7 @@ def second(image_embed: np.ndarray, text_embed: np.ndarray, top: int) -> Second:
         images_of * texts + np.arange(texts)[:, None],
         sample[:, None] * texts + np.unique(texts_of),
     ]
-    return Second(
+    return FirstStage(
         texts_of, images_of, sample, np.unique(np.concatenate([x.ravel() for x in pairs]))
     )
 
@@ -116,7 +116,7 @@ def nearest(queries: np.ndarray, candidates: np.ndarray, top: int) -> np.ndarray
 
 
 def parts(
-    stage: Second, log_likelihood: np.ndarray, image_embed: np.ndarray, text_embed: np.ndarray
+    stage: FirstStage, log_likelihood: np.ndarray, image_embed: np.ndarray, text_embed: np.ndarray
 ) -> tuple[Parts, Parts]:
     """The summands of the candidate texts of images, [N, k], and of the candidate images of texts, [M, k].
 
@@ -125,9 +125,9 @@ def parts(
     result is without.
 
     Args:
-      stage: of `second`.
+      stage: of `first_stage`.
       log_likelihood: [P], log p(text | image) of its pairs, in nats.
-      image_embed, text_embed: as for `second`.
+      image_embed, text_embed: as for `first_stage`.
     """
     found = np.asarray(log_likelihood, np.float64)
     image, text = np.arange(len(stage.texts))[:, None], np.arange(len(stage.images))[:, None]
@@ -147,7 +147,7 @@ def parts(
     )
 
 
-def ordered(stage: Second, found: tuple[Parts, Parts], scale: float, weight: float) -> Reranked:
+def ordered(stage: FirstStage, found: tuple[Parts, Parts], scale: float, weight: float) -> Reranked:
     """The candidates in the order of their scores; equal ones in that of their positions."""
     out = []
     for at, part in zip((stage.texts, stage.images), found):

@@ -129,7 +129,7 @@ def test_prior_by_hand():
     """Three images, all of them in the sample; two texts."""
     image_embed = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
     text_embed = np.array([[1, 0], [0, 1]], np.float32)
-    stage = rerank.second(image_embed, text_embed, 2)
+    stage = rerank.first_stage(image_embed, text_embed, 2)
     assert stage.sample.tolist() == [0, 1, 2] and len(stage.keys) == 6
     log_p = np.array([[-1, -9], [-4, -5], [-10, -2]], float)
     of_images, of_texts = rerank.parts(stage, log_p.reshape(-1), image_embed, text_embed)
@@ -151,7 +151,7 @@ def test_prior_by_hand():
 def test_one_match_does_not_move_the_prior():
     """Five images with a text each, of which only the own one is likely: every prior is that of the others."""
     embed = np.eye(5, dtype=np.float32)
-    stage = rerank.second(embed, embed, 5)
+    stage = rerank.first_stage(embed, embed, 5)
     log_p = -50.0 + 40 * np.eye(5) - np.arange(5)  # a language prior of each text
     of_images, _ = rerank.parts(stage, log_p.reshape(-1), embed, embed)
     np.testing.assert_allclose(of_images.gain, 40 * np.eye(5), atol=1e-12)

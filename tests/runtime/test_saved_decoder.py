@@ -112,8 +112,11 @@ def test_an_average_has_it_where_all_models_have_one(run, tmp_path, capsys):
     write_run(tmp_path / "two", {"words": TERM}, seed=5)
     write_run(tmp_path / "three", {"words": TERM | {"bins": 11}})
     average = lambda out, *models: main(["average", *map(str, models), "--output", str(out)])
+    (tmp_path / "two" / "rerank.json").write_text("{}")
     assert average(tmp_path / "mean", root, tmp_path / "two") == 0
-    assert "text decoder: averaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "text decoder: averaged" in said and "without a weight of reranking" in said
+    assert not (tmp_path / "mean" / "rerank.json").exists()
     found = checkpoint.load_stored(tmp_path / "mean").text_decoder
     assert found is not None and found.config == decoders["words"].config
     other = checkpoint.load_stored(tmp_path / "two").text_decoder
