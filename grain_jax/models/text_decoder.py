@@ -72,8 +72,13 @@ class Vocabulary(NamedTuple):
         return -(-self.size // _PAD_TO) * _PAD_TO
 
     def quantise(self, boxes_xyxy: jax.Array) -> jax.Array:
-        """Boxes [..., 4] in [0, 1] -> location tokens int32 [..., 4]."""
-        part = jnp.floor(boxes_xyxy * self.bins).astype(jnp.int32)
+        """Boxes [..., 4] in [0, 1] -> location tokens int32 [..., 4].
+
+        A corner on the edge of two parts belongs to the second, also where its float32 is a little less, as that of a
+        box which was a centre and sides.
+        """
+        rounding = max(1e-3, 4e-7 * self.bins)  # in parts
+        part = jnp.floor(boxes_xyxy * self.bins + rounding).astype(jnp.int32)
         return self.first_bin + jnp.clip(part, 0, self.bins - 1)
 
     def boxes(self, tokens: jax.Array) -> jax.Array:

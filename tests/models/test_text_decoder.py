@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grain_jax import config as config_lib
+from grain_jax.losses import boxes as boxes_lib
 from grain_jax.models import text_decoder
 from grain_jax.models.text_decoder import Sequences, Text, Vocabulary
 
@@ -243,3 +244,19 @@ def test_texts_of_a_batch_lose_the_tokenizers_special_tokens():
     np.testing.assert_array_equal(found.ids, [[[5, 6, 0], [1, 2, 3]], [[7, 0, 0], [0, 0, 0]]])
     np.testing.assert_array_equal(found.count, [[2, 3], [1, 0]])
     np.testing.assert_array_equal(found.is_whole, [[True, False], [True, True]])
+
+@pytest.mark.parametrize("bins", [500, 100_000])
+@pytest.mark.parametrize("side", [(500, 375), (640, 480), (1000, 250)])
+def test_location_tokens_of_whole_pixels_are_those_of_whole_numbers(side, bins):
+    """Of corners as use has them, and of centres and sides as training has them."""
+    words = Vocabulary(texts=10, bins=bins)
+    size, rng = np.array([*side, *side]), np.random.default_rng(0)
+    pixels = np.sort(rng.integers(0, np.array(side) + 1, (4000, 2, 2)), axis=1).reshape(-1, 4)
+    expected = words.first_bin + np.minimum(pixels * bins // size, bins - 1)
+    corners = pixels / size
+    as_given = words.quantise(jnp.asarray(corners, jnp.float32))
+    np.testing.assert_array_equal(as_given, expected)
+    first, last = corners[:, :2], corners[:, 2:]
+    cxcywh = np.concatenate([(first + last) / 2, last - first], axis=1)
+    as_drawn = words.quantise(boxes_lib.cxcywh_to_xyxy(jnp.asarray(cxcywh, jnp.float32)))
+    np.testing.assert_array_equal(as_drawn, expected)
