@@ -99,9 +99,12 @@ def sequences_of(
     flat = [*itertools.chain(*texts)]
     found = tokenizer.encode(flat, given.model.text.context_length)
     by_text = np.split(found.ids, np.cumsum(found.lengths)[:-1]) if flat else []
-    ids = [x[~np.isin(x, given.excluded)] for x in by_text]
-    most = given.sizes.row_length - BESIDE_WORDS[task]
-    words = Words([x[:most] for x in ids], np.array([len(x) <= most for x in ids], bool))
+    sizes = given.sizes
+    # By number, not by what they are: of a text, too, an unknown word is a word.
+    ids = [x[sizes.leading_specials : max(len(x) - sizes.trailing_specials, 0)] for x in by_text]
+    most = sizes.row_length - BESIDE_WORDS[task]
+    is_whole = np.array([len(x) <= most for x in ids], bool) & ~found.too_long
+    words = Words([x[:most] for x in ids], is_whole)
     none = np.zeros((len(flat), BOX), np.float32)
     corners = none if boxes_xyxy is None else np.concatenate([none[:0], *boxes_xyxy])
     return Sequences(image, words, corners)

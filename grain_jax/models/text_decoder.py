@@ -437,7 +437,6 @@ class TextDecoder(nn.Module):
         patches: jax.Array,
         rows: Rows,
         dropout_keys: jax.Array | None = None,
-        in_parallel: jax.Array | None = None,
     ) -> jax.Array:
         """The features at every position of the rows.
 
@@ -445,19 +444,13 @@ class TextDecoder(nn.Module):
           patches: [B, P, E_image], the last tokens of the image tower.
           rows: of any length; a position is below `row_length`.
           dropout_keys: PRNG keys [B] (training), or None.
-          in_parallel: bool [B, T], positions whose sequence is seen whole, not only what is before; None: none.
 
         Returns:
           [B, T, E]; `head` times these are the logits.
         """
         within = attention.CausalWithin(rows.segments)
         program = attention.choose(self.attention, self.dtype, self.config.heads)
-        if in_parallel is not None:
-            program = "xla"
         mask: Any = within.mask() if program == "xla" else within
-        if in_parallel is not None:
-            same = rows.segments[:, :, None] == rows.segments[:, None]
-            mask = mask | (same & in_parallel[:, :, None])[:, None]
         x = self._embed(rows.tokens, rows.positions)
         shared = _Shared(patches, mask, dropout_keys, None)
         return self.norm(self._layers(x, None, shared, program, 0)[0])
@@ -529,6 +522,8 @@ def text_of_batch(
 ) -> Text:
     """The texts of a batch (`schema.Batch`) as sequences hold them.
 
+    One that fills its row counts as cut: nothing tells whether words are missing.
+
     Args:
       tokens: int32 [G, rows, L].
       positions: int32 [G, rows, L].
@@ -549,4 +544,4 @@ def text_of_batch(
     index = jnp.minimum(first[..., None] + jnp.arange(most), rows * length - 1)
     kept = jnp.minimum(count, most)
     ids = jnp.where(jnp.arange(most) < kept[..., None], read(tokens, index), 0)
-    return Text(ids, kept, count <= most, real)
+    return Text(ids, kept, (count <= most) & (last + 1 < length), real)

@@ -61,7 +61,8 @@ class TextDecoderTerm(LocalTerm):
     The loss is the weighted mean of the cross-entropies of all predicted tokens. Each image has one row, with one of
     its captions and `regions` drawn regions; a sequence that does not fit into it is left out.
     Measures, for each task, `TASK` and `TASK_accuracy`, the mean cross-entropy and the share of tokens with the highest
-    logit (with `together` also those of the predicted `boxes`); `filled`, the share of the row that is no padding;
+    logit (with `together` also of the predicted `boxes`; of captions in parallel as `caption_parallel`); `filled`, the
+    share of the row that is no padding;
     `left_out`, that of the sequences; `predicted`, the tokens that are predicted of an image; `needed`, the positions that all sequences of an image would take.
     """
 
@@ -125,7 +126,7 @@ class TextDecoderTerm(LocalTerm):
         if options.stop_gradient:
             patches = jax.lax.stop_gradient(patches)
         keys = _folded(seen.keys, _DROPOUT) if options.dropout else None
-        features = self.decoder.features(patches, rows, keys, drawn.in_parallel)
+        features = self.decoder.features(patches, rows, keys)
         if options.most_predictions < options.row_length:  # these alone
             at = jnp.argsort(~rows.predicted, axis=1, stable=True)[:, : options.most_predictions]
             features = jnp.take_along_axis(features, at[..., None], axis=1)
@@ -141,16 +142,18 @@ class TextDecoderTerm(LocalTerm):
             mesh=placement.mesh(),
             batch_axes=placement.batch_axes(),
         )
-        names = _MEASURED if options.together else TASKS
-        of_task = rows.predicted & (rows.task == np.arange(len(names))[:, None, None])  # [n, B, T]
+        of_task = rows.predicted & (rows.task == np.arange(len(_MEASURED))[:, None, None])  # [n, B, T]
         count = of_task.sum(2).astype(jnp.float32)  # [n, B]
         sums = lambda x: jnp.where(of_task, x, 0).sum(2)
-        weights = np.array([*options.weights, options.point_weight], np.float32)
-        weights = weights[: len(names), None]
+        weights = [*options.weights, options.point_weight, options.caption_weight]
+        weights = np.array(weights, np.float32)[:, None]
         loss = sums(found.loss)
         right = sums((found.own >= found.highest).astype(jnp.float32))
         measures = {}
-        for i, task in enumerate(names):
+        is_there = [True] * len(TASKS) + [options.together, options.parallel_rate > 0]
+        for i, task in enumerate(_MEASURED):
+            if not is_there[i]:
+                continue
             measures[task] = PerImage(loss[i], count[i])
             measures[f"{task}_accuracy"] = PerImage(right[i], count[i])
         filled = (rows.segments > 0).mean(1)
@@ -170,11 +173,11 @@ class Drawn(NamedTuple):
     )  # int32 [B], the sequences that there are; with `together` each of its boxes is one
     kept: jax.Array  # int32 [B], those that fit into the row
     needed: jax.Array  # int32 [B], positions that all of them take
-    in_parallel: jax.Array | None  # bool [B, T], of captions that are predicted all at once
 
 
 _CAPTION, _REGIONS, _PARALLEL, _DROPOUT = range(4)  # what is drawn
-_MEASURED = (*TASKS, "boxes")  # with `together`, which predicts boxes, too
+# What is measured: `together` predicts boxes, too; captions that are predicted all at once have a number of their own.
+_MEASURED = (*TASKS, "boxes", "caption_parallel")
 
 
 def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
@@ -227,13 +230,15 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
         is_box = (rows.segments == captions + 1) & (rows.targets >= words.first_bin)
         rows = rows._replace(task=jnp.where(is_box, _MEASURED.index("boxes"), rows.task))
     if not (options.parallel_rate and options.caption_weight):
-        return Drawn(rows, count, kept, needed, None)
+        return Drawn(rows, count, kept, needed)
     is_parallel = (
         jax.vmap(jax.random.uniform)(_folded(seen.keys, _PARALLEL)) < options.parallel_rate
     )
     in_parallel = is_parallel[:, None] & (rows.segments == 1)
+    # Attention stays causal: more of these, which all are the same, would tell the length of the caption alone.
     tokens = jnp.where(in_parallel, words.mask, rows.tokens)
-    return Drawn(rows._replace(tokens=tokens), count, kept, needed, in_parallel)
+    task = jnp.where(in_parallel, _MEASURED.index("caption_parallel"), rows.task)
+    return Drawn(rows._replace(tokens=tokens, task=task), count, kept, needed)
 
 
 def _chosen(keys: jax.Array, mask: jax.Array, count: int) -> jax.Array:

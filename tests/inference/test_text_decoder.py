@@ -17,6 +17,7 @@ import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.inference import text_decoder as in_use
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import text_decoder
 from grain_jax.runtime import checkpoint
 from tests import perturbed
@@ -322,6 +323,49 @@ def test_a_text_that_does_not_fit_is_cut_as_in_training(predictor):
     sequence = np.array([[*given, *predicted]])
     p = np.asarray(run(predictor.text_decoder.params, tokens.values[0], sequence), np.float64)[0]
     close(found, p[np.arange(23), predicted].sum())
+
+
+def words_of(folder, texts, unknown_is_special, **sizes):
+    """(the words that likelihoods read of texts, those that training does), each (ids of each text, whether whole)."""
+    write_words(folder)
+    if unknown_is_special:  # as in SentencePiece
+        library = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+        library.add_special_tokens(["<unk>"])
+        library.save(f"{folder}/tokenizer.json")
+    model = small_model()
+    text = dataclasses.replace(model.text, tokenizer=f"{folder}/tokenizer.json")
+    model, library = dataclasses.replace(model, text=text), tokenizer.of_tower(text)
+    of_decoder = dataclasses.replace(SIZES, **sizes).beside(model)
+    given = in_use.Given(of_decoder, model, "float32", library.special_ids)
+    used = in_use.sequences_of(library, given, "caption", [texts]).words
+    found, context = library.encode(texts, text.context_length), text.context_length
+    tokens = np.full((1, len(texts), context), text.pad_id, np.int32)
+    tokens[0][np.arange(context) < found.lengths[:, None]] = found.ids
+    positions = np.tile(np.arange(context), (1, len(texts), 1))
+    at = np.stack([np.arange(len(texts)), found.lengths - 1], axis=-1)[None]
+    real = np.ones(at.shape[:2], bool)
+    most = of_decoder.row_length - 1
+    given = map(jnp.asarray, (tokens, positions, at, real))
+    trained = text_decoder.text_of_batch(*given, of_decoder, most)
+    ids = [x[:n].tolist() for x, n in zip(trained.ids[0], trained.count[0])]
+    return ([x.tolist() for x in used.ids], used.is_whole), (ids, trained.is_whole[0])
+
+
+@pytest.mark.parametrize("unknown_is_special", [False, True])
+def test_unknown_words_count_in_likelihoods_as_in_training(tmp_path, unknown_is_special):
+    texts = ["a wren Ω beak", "", "red"]
+    (used, is_whole), (trained, trained_whole) = words_of(tmp_path, texts, unknown_is_special)
+    assert used == trained == [[2, 3, 0, 5], [1], [6]]  # the library pads the empty one to two tokens
+    assert is_whole.all() and trained_whole.all()
+
+
+def test_a_text_that_the_tokenizer_cuts_has_no_end(tmp_path):
+    """The context has 31 words and the special token; a row of the decoder has more."""
+    texts = ["wren " * 30, "wren " * 42, "a"]
+    (used, is_whole), (trained, trained_whole) = words_of(tmp_path, texts, False, row_length=64)
+    assert used == trained and list(map(len, used)) == [30, 31, 1]
+    np.testing.assert_array_equal(is_whole, [True, False, True])
+    np.testing.assert_array_equal(trained_whole, is_whole)
 
 
 def test_half_the_precision_is_near(predictor, folder):
