@@ -986,16 +986,18 @@ class Predictor:
                 )
 
     def _run_in_parts(self, beams: int = 1) -> Callable[..., Any]:
-        """`_run` of the text decoder, for any number of rows, of which each has so many beams."""
+        """`_run` of the text decoder (text_decoder.Run), for any number of rows, of which each has so many beams."""
         most = max(1, MAX_BATCH // beams)
         at_once = most * len(self._devices)
         options: Any = dict(most=most, of_text_decoder=True)
 
-        def run(program, *rows):
-            starts = range(0, len(rows[0]), at_once)
-            parts = [
-                self._run(program, *(x[i : i + at_once] for x in rows), **options) for i in starts
-            ]
+        def part(program, tokens, image, *rows):
+            # The tokens of an image are copied for each of its rows: of these rows alone.
+            return self._run(program, tokens[image], *rows, **options)
+
+        def run(program, tokens, image, *rows):
+            cuts = [slice(i, i + at_once) for i in range(0, len(image), at_once)]
+            parts = [part(program, tokens, image[x], *(row[x] for row in rows)) for x in cuts]
             return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
         return run

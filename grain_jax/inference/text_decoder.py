@@ -99,9 +99,10 @@ def sequences_of(
     flat = [*itertools.chain(*texts)]
     found = tokenizer.encode(flat, given.model.text.context_length)
     by_text = np.split(found.ids, np.cumsum(found.lengths)[:-1]) if flat else []
-    sizes = given.sizes
-    # By number, not by what they are: of a text, too, an unknown word is a word.
-    ids = [x[sizes.leading_specials : max(len(x) - sizes.trailing_specials, 0)] for x in by_text]
+    sizes, empty = given.sizes, tokenizer.encode([""], given.model.text.context_length).ids
+    # Special tokens by their number, as in training: an unknown word may be one. Padding makes two of an empty text.
+    cut = lambda x: x[sizes.leading_specials : max(len(x) - sizes.trailing_specials, 0)]
+    ids = [x[:0] if np.array_equal(x, empty) else cut(x) for x in by_text]
     most = sizes.row_length - BESIDE_WORDS[task]
     is_whole = np.array([len(x) <= most for x in ids], bool) & ~found.too_long
     words = Words([x[:most] for x in ids], is_whole)
@@ -110,7 +111,7 @@ def sequences_of(
     return Sequences(image, words, corners)
 
 
-# (program, an array of rows, ...) -> the program's results of all rows
+# (program, tokens of images, the place of the image of each row, an array of rows, ...) -> the program's results of all rows
 Run = Callable[..., Any]
 
 
@@ -157,7 +158,7 @@ def write(
     rows = np.arange(len(asked.image))
     arrays = _laid_out(asked, rows, np.zeros_like(rows))
     program = write_program(given, task, beams, steps)
-    ids, count, score = run(program, tokens[asked.image], *arrays)
+    ids, count, score = run(program, tokens, asked.image, *arrays)
     return [(x[:n].tolist(), float(p)) for x, n, p in zip(ids, count, score)]
 
 
@@ -175,7 +176,7 @@ def log_likelihoods(
     program = likelihood_program(given, task, _power_of_two(max(used, 32)))
     _, first = np.unique(rows, return_index=True)
     arrays = _laid_out(asked, rows, slots)
-    return run(program, tokens[asked.image[first]], *arrays)[rows, slots]
+    return run(program, tokens, asked.image[first], *arrays)[rows, slots]
 
 
 def _packed(image: list[int], lengths: list[int]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -343,7 +344,8 @@ class _Search(NamedTuple):
             jnp.zeros((*shape, self.steps), jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
         )
         found, _ = self._best(none, logits[:, None], 0)
-        layers = jax.tree.map(lambda x: jnp.repeat(x, self.beams, axis=1), state.layers)
+        keys, values = (jnp.repeat(x, self.beams, axis=1) for x in state.layers[:2])
+        layers = state.layers._replace(keys=keys, values=values)
         state = text_decoder.State(layers, jnp.repeat(state.count, self.beams))
 
         def goes_on(carry):

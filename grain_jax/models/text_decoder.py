@@ -271,7 +271,8 @@ class LayerState(NamedTuple):
 
     keys: jax.Array  # [B, t, K, E / K], t the capacity
     values: jax.Array
-    patch_keys: jax.Array  # [B, P, K, E / K]
+    # [b, P, K, E / K]; b divides B: so many sequences after each other share the patches of an image.
+    patch_keys: jax.Array
     patch_values: jax.Array
 
 
@@ -403,7 +404,11 @@ class Block(nn.Module):
             sees = jnp.arange(self.capacity) <= place[:, None, :, None]  # [B, 1, t, capacity]
             return own.attend(y, keys, values, sees), (keys, values)
 
-        return to_own, lambda y: (to_patches.attend(y, *of_patches), of_patches)
+        def to_shared(y):
+            of_image = y.reshape(len(of_patches[0]), -1, y.shape[-1])
+            return to_patches.attend(of_image, *of_patches).reshape(y.shape), of_patches
+
+        return to_own, to_shared
 
     @nn.nowrap
     def _empty(self, x):

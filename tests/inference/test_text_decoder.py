@@ -16,6 +16,7 @@ from tokenizers import models, pre_tokenizers, processors
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.inference import predictor as predictor_lib
 from grain_jax.inference import text_decoder as in_use
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import text_decoder
@@ -299,6 +300,24 @@ def test_many_images_equal_few(predictor):
     same(many, [few[i] for i in some])
 
 
+def test_the_tokens_of_an_image_are_copied_for_a_part_of_its_boxes_at_a_time(
+    predictor, monkeypatch
+):
+    monkeypatch.setattr(predictor_lib, "MAX_BATCH", 8)
+    boxes = [np.tile(own, (12, 1)) for own in BOXES]  # 72 in all, of 3 images
+    few, seen, run = predictor.describe(PICTURES, BOXES, 4, 3), [], predictor._run
+
+    def spied(program, tokens, *rows, **options):
+        seen.append(len(tokens))
+        return run(program, tokens, *rows, **options)
+
+    tokens = predictor.encode_tokens(PICTURES)
+    monkeypatch.setattr(predictor, "_run", spied)
+    many = predictor.describe(tokens, boxes, 4, 3)
+    assert seen == [16, 16, 16, 16, 8]  # of 8 devices 2 rows each, which have 4 beams
+    same(many, [one * 12 for one in few])
+
+
 def test_many_candidates_fill_several_rows(predictor, monkeypatch):
     monkeypatch.setattr(in_use, "_LONGEST_ROW", 60)
     monkeypatch.setattr(in_use, "_MOST_SEQUENCES", 7)
@@ -353,10 +372,11 @@ def words_of(folder, texts, unknown_is_special, **sizes):
 
 @pytest.mark.parametrize("unknown_is_special", [False, True])
 def test_unknown_words_count_in_likelihoods_as_in_training(tmp_path, unknown_is_special):
-    texts = ["a wren Ω beak", "", "red"]
+    texts = ["a wren Ω beak", "Ω", "red"]
     (used, is_whole), (trained, trained_whole) = words_of(tmp_path, texts, unknown_is_special)
-    assert used == trained == [[2, 3, 0, 5], [1], [6]]  # the library pads the empty one to two tokens
+    assert used == trained == [[2, 3, 0, 5], [0], [6]]
     assert is_whole.all() and trained_whole.all()
+    assert words_of(tmp_path, [""], unknown_is_special)[0][0] == [[]]  # not the padding
 
 
 def test_a_text_that_the_tokenizer_cuts_has_no_end(tmp_path):
