@@ -303,7 +303,7 @@ class Predictor:
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         whole, parts = [np.zeros((0, self.model.embed_dim), np.float32)], []
         for part in self._rows(images):
             own = boxes[len(parts) : len(parts) + len(part)]
@@ -755,10 +755,12 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.caption(inputs.one_image(images), beams, max_tokens)[0]
         given = self._given_decoder("caption")
+        steps = text_decoder.limit(max_tokens, given, "caption")
+        text_decoder.check_beams(beams)
         found = []
         for tokens in self._token_parts(images):
             none = [np.zeros((1, 4), np.float32)] * len(tokens)
-            found += self._write(given, "caption", tokens, none, beams, max_tokens)
+            found += self._write(given, "caption", tokens, none, beams, steps)
         return [written for (written,) in found]
 
     def describe(
@@ -781,10 +783,12 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.describe(inputs.one_image(images), [boxes_xyxy], beams, max_tokens)[0]
         given = self._given_decoder("describe")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        steps = text_decoder.limit(max_tokens, given, "describe")
+        text_decoder.check_beams(beams)
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         found = []
         for tokens, (own,) in self._token_parts_with(images, boxes_xyxy=boxes):
-            found += self._write(given, "describe", tokens, own, beams, max_tokens)
+            found += self._write(given, "describe", tokens, own, beams, steps)
         return found
 
     def point(self, images: OneOrMany | Tokens, texts: Any, beams: int = 1) -> Any:
@@ -815,8 +819,8 @@ class Predictor:
             written = text_decoder.write(
                 run, given, "point", tokens, asked, beams, text_decoder.BOX
             )
-            corners = text_decoder.boxes_of(given, [ids for ids, _ in written])
-            pointed = [Pointed(box, p) for box, (_, p) in zip(corners, written)]
+            corners = text_decoder.boxes_of(given, [ids for ids, _, _ in written])
+            pointed = [Pointed(box, p) for box, (_, p, _) in zip(corners, written)]
             found += text_decoder.grouped(pointed, [len(x) for x in own])
         return found
 
@@ -862,7 +866,7 @@ class Predictor:
             one = inputs.one_image(images)
             return self.description_log_likelihood(one, [boxes_xyxy], [texts])[0]
         given = self._given_decoder("description_log_likelihood")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         of_boxes = [
             inputs.checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(inputs.lists(texts))
         ]
@@ -899,7 +903,7 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.box_log_likelihood(inputs.one_image(images), [boxes_xyxy], [texts])[0]
         given = self._given_decoder("box_log_likelihood")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         checked = inputs.checked_texts(texts)
         inputs.check_a_text_a_box(checked, boxes, "texts")
         found = []
@@ -958,8 +962,7 @@ class Predictor:
                 " (loss.terms)"
             )
         library = _tokenizer(self.model.text, self.folder)
-        # A text tower may have more embeddings than its tokenizer has ids.
-        excluded = library.special_ids + (*range(library.vocab_size, self.model.text.vocab_size),)
+        excluded = text_decoder.excluded(library, self.model.text)
         return text_decoder.Given(self.text_decoder.config, self.model, self.dtype, excluded)
 
     def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
@@ -1020,16 +1023,14 @@ class Predictor:
         tokens: np.ndarray,
         boxes: Sequence[np.ndarray],
         beams: int,
-        max_tokens: int | None,
+        steps: int,
     ) -> list[list[Written]]:
         """For each image a text for each of its boxes."""
-        text_decoder.check_beams(beams)
-        steps = text_decoder.limit(max_tokens, given, task)
         asked = self._asked(given, task, [[""] * len(x) for x in boxes], boxes)
         run = self._run_in_parts(beams)
         found = text_decoder.write(run, given, task, tokens, asked, beams, steps)
         library = _tokenizer(self.model.text, self.folder)
-        texts = [Written(library.decode(ids), p) for ids, p in found]
+        texts = [Written(library.decode(ids), p, ended) for ids, p, ended in found]
         return text_decoder.grouped(texts, [len(x) for x in boxes])
 
     def _log_likelihoods(

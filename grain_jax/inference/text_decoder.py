@@ -35,7 +35,8 @@ class Written(NamedTuple):
     """A text that the decoder has written."""
 
     text: str
-    log_probability: float  # of its words and the end, in nats
+    log_probability: float  # of the tokens that were written and the end, where it came, in nats
+    is_whole: bool = True  # False: cut at the most tokens, before an end
 
 
 class Pointed(NamedTuple):
@@ -103,7 +104,7 @@ def sequences_of(
     # Special tokens by their number, as in training: an unknown word may be one. Padding makes two of an empty text.
     cut = lambda x: x[sizes.leading_specials : max(len(x) - sizes.trailing_specials, 0)]
     ids = [x[:0] if np.array_equal(x, empty) else cut(x) for x in by_text]
-    most = sizes.row_length - BESIDE_WORDS[task]
+    most = _most_words(given, task)
     is_whole = np.array([len(x) <= most for x in ids], bool) & ~found.too_long
     words = Words([x[:most] for x in ids], is_whole)
     none = np.zeros((len(flat), BOX), np.float32)
@@ -111,14 +112,25 @@ def sequences_of(
     return Sequences(image, words, corners)
 
 
+def excluded(library: tokenizer_lib.Tokenizer, text: config_lib.TextTower) -> tuple[int, ...]:
+    """The ids of a text tower that are no words of its tokenizer: a tower may have more than it."""
+    return library.special_ids + (*range(library.vocab_size, text.vocab_size),)
+
+
 # (program, tokens of images, the place of the image of each row, an array of rows, ...) -> the program's results of all rows
 Run = Callable[..., Any]
+
+
+def _most_words(given: Given, task: str) -> int:
+    """Of a sequence, as in training."""
+    sizes = given.sizes
+    return min(sizes.row_length - BESIDE_WORDS[task], sizes.most_predictions - 1)
 
 
 def limit(max_tokens: int | None, given: Given, task: str) -> int:
     """The most tokens that are written of a text, the end counted. Raises InputError."""
     sizes, text = given.sizes, given.model.text
-    room = sizes.row_length - BESIDE_WORDS[task] + 1
+    room = _most_words(given, task) + 1
     if max_tokens is None:
         specials = sizes.leading_specials + sizes.trailing_specials
         return min(room, text.context_length - specials + 1)
@@ -141,8 +153,8 @@ def _is_count(x: Any) -> bool:
 
 def write(
     run: Run, given: Given, task: str, tokens: np.ndarray, asked: Sequences, beams: int, steps: int
-) -> list[tuple[list[int], float]]:
-    """For each sequence (the ids that the decoder writes, without the end; their log-probability).
+) -> list[tuple[list[int], float, bool]]:
+    """For each sequence (the ids that the decoder writes, without the end; their log-probability; whether it ended).
 
     Args:
       run: of the Predictor.
@@ -159,7 +171,7 @@ def write(
     arrays = _laid_out(asked, rows, np.zeros_like(rows))
     program = write_program(given, task, beams, steps)
     ids, count, score = run(program, tokens, asked.image, *arrays)
-    return [(x[:n].tolist(), float(p)) for x, n, p in zip(ids, count, score)]
+    return [(x[:n].tolist(), float(p), bool(n < steps)) for x, n, p in zip(ids, count, score)]
 
 
 def log_likelihoods(

@@ -31,11 +31,6 @@ BOX = 4  # location tokens of a box
 _PAD_TO = 128  # rows of the embeddings are a multiple of this, so that a mesh may cut them
 
 
-def resolved(config: Config, model: config_lib.Model) -> Config:
-    """The keys with a number where they say None: what a decoder beside this model has."""
-    return config.beside(model)
-
-
 class Vocabulary(NamedTuple):
     """The ids of the decoder: those of the tokenizer, special tokens, location tokens."""
 

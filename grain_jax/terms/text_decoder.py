@@ -24,8 +24,6 @@ class Options(config_lib.TextDecoder):
 
     # Regions of an image that are drawn each step, each read in both directions.
     regions: int = fields.count(2, high=1000)
-    # Tokens of a row that are predicted, at most: the cross-entropy is computed for as many; None: for all of the row.
-    predictions: int | None = fields.count(None, low=8)
     caption_weight: float = fields.key(1.0, low=0)  # of a word of a caption
     describe_weight: float = fields.key(1.0, low=0)  # of a word of the description of a box
     point_weight: float = fields.key(1.0, low=0)  # of a coordinate of the box of a description
@@ -44,11 +42,6 @@ class Options(config_lib.TextDecoder):
         return self.caption_weight, self.describe_weight, self.point_weight
 
     @property
-    def most_predictions(self) -> int:
-        """Tokens of a row that are predicted, at most."""
-        return min(self.predictions or self.row_length, self.row_length)
-
-    @property
     def sizes(self) -> config_lib.TextDecoder:
         """The keys of the decoder itself."""
         names = (field.name for field in dataclasses.fields(config_lib.TextDecoder))
@@ -62,8 +55,8 @@ class TextDecoderTerm(LocalTerm):
     its captions and `regions` drawn regions; a sequence that does not fit into it is left out.
     Measures, for each task, `TASK` and `TASK_accuracy`, the mean cross-entropy and the share of tokens with the highest
     logit (with `together` also of the predicted `boxes`; of captions in parallel as `caption_parallel`); `filled`, the
-    share of the row that is no padding;
-    `left_out`, that of the sequences; `predicted`, the tokens that are predicted of an image; `needed`, the positions that all sequences of an image would take.
+    share of the row that is no padding; `left_out`, that of the sequences; `predicted`, the tokens that are predicted of
+    an image; `needed`, the positions that all sequences of an image would take.
     """
 
     Options: ClassVar[type] = Options
@@ -72,7 +65,7 @@ class TextDecoderTerm(LocalTerm):
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """What it misses: patches, something to predict, sizes that fit."""
         found: list[str] = []
-        sizes: Any = text_decoder.resolved(options, config.model)
+        sizes: Any = options.beside(config.model)
         if sizes.width % sizes.heads:
             found.append(
                 f"heads: got {sizes.heads}, expected a divisor of the width {sizes.width} (None: the text tower's)"
@@ -99,15 +92,24 @@ class TextDecoderTerm(LocalTerm):
         enough = max(32, 32 * math.ceil(needed * 4 / 3 / 32))
         too_short = left_out > 0.05 and enough > options.row_length
         too_long = filled < 0.4 and left_out < 0.01 and enough < options.row_length
+        most = options.most_predictions
+        too_few = left_out > 0.05 and most < options.row_length
+        too_few = too_few and measures["predicted"] > 0.75 * most
+        if too_few and not too_short:
+            return (
+                f"{left_out:.0%} of the sequences do not fit into predictions={most}, of which"
+                f" {measures['predicted']:.0f} are used on average: more, or None, would fit"
+            )
         if not (too_short or too_long):
             return ""
         return (
             f"{left_out:.0%} of the sequences do not fit into rows of {options.row_length} tokens, which are"
-            f" {filled:.0%} full; an image has {needed:.0f} on average: row_length={enough} would fit"
+            f" {filled:.0%} full; an image has {needed:.0f} on average: row_length={enough}"
+            f"{' with more predictions' if too_few else ''} would fit"
         )
 
     def setup(self):
-        sizes = text_decoder.resolved(self.options.sizes, self.model)
+        sizes = self.options.sizes.beside(self.model)
         self.decoder = text_decoder.TextDecoder(
             sizes,
             text_decoder.vocabulary(sizes, self.model),

@@ -250,11 +250,12 @@ def test_likelihoods_equal_the_sums_of_whole_forward_passes(predictor):
 def test_what_is_written_has_the_likelihood_of_its_text(predictor):
     captions = predictor.caption(PICTURES, 5, 5)
     found = predictor.caption_log_likelihood(PICTURES, [[one.text] for one in captions])
-    ended = [len(one.text.split()) < 5 for one in captions]
-    assert any(ended)
+    ended = [one.is_whole for one in captions]
+    assert any(ended) and ended == [len(one.text.split()) < 5 for one in captions]
     for one, p, has_end in zip(captions, found, ended):
         if has_end:
             close(one.log_probability, p[0])
+    assert not any(one.is_whole for one in predictor.caption(PICTURES, max_tokens=1) if one.text)
 
 
 def same(one, other):
@@ -384,6 +385,9 @@ def test_a_text_that_the_tokenizer_cuts_has_no_end(tmp_path):
     texts = ["wren " * 30, "wren " * 42, "a"]
     (used, is_whole), (trained, trained_whole) = words_of(tmp_path, texts, False, row_length=64)
     assert used == trained and list(map(len, used)) == [30, 31, 1]
+    (used, short), _ = words_of(tmp_path, texts, False, row_length=64, predictions=31)
+    assert list(map(len, used)) == [30, 30, 1]  # 30 words and the end were predicted in training
+    np.testing.assert_array_equal(short, is_whole)
     np.testing.assert_array_equal(is_whole, [True, False, True])
     np.testing.assert_array_equal(trained_whole, is_whole)
 
@@ -408,6 +412,9 @@ def test_ids_beyond_the_tokenizer_are_no_words(predictor):
 FAULTS = {
     "beams: got 0, expected 1 to 64": lambda p: p.caption(PICTURES, 0),
     "beams: got True, expected 1 to 64": lambda p: p.point(PICTURES[0], "a", True),
+    "beams: got 3.5, expected 1 to 64": lambda p: p.caption([], 3.5),
+    "boxes_xyxy: got None, expected boxes": lambda p: p.describe(PICTURES, None),
+    "boxes_xyxy: got 3, expected boxes": lambda p: p.box_log_likelihood(PICTURES, 3, [["a"]] * 3),
     "max_tokens: got 25, expected 1 to 24": lambda p: p.caption(PICTURES, max_tokens=25),
     "max_tokens: got 21, expected 1 to 20": lambda p: p.describe(PICTURES, BOXES, 1, 21),
     "boxes_xyxy: got those of 2 images, expected of 3": lambda p: p.describe(PICTURES, BOXES[:2]),

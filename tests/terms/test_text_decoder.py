@@ -265,6 +265,16 @@ def test_advice_names_a_row_length_that_fits():
     assert say(filled=0.2, left_out=0.0, needed=25.0).endswith("row_length=64 would fit")
 
 
+def test_advice_names_predictions_where_these_are_too_few():
+    few = functools.partial(TextDecoderTerm.advice, Options(predictions=16))
+    found = dict(filled=0.3, left_out=0.4, needed=60.0, predicted=15.0)
+    assert few(found) == (
+        "40% of the sequences do not fit into predictions=16, of which 15 are used on average: more, or None, would fit"
+    )
+    assert few(found | {"needed": 140.0}).endswith("row_length=192 with more predictions would fit")
+    assert few(found | {"predicted": 9.0}) == ""
+
+
 def test_a_stopped_gradient_reaches_no_token():
     options = changed(stop_gradient=True)
     term, seen, params = case(options)

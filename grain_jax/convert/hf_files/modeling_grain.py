@@ -976,6 +976,7 @@ class GrainModel(GrainPreTrainedModel):
         c, given = self.text_decoder.config, begun.shape[1]
         keys, values = (x.repeat_interleave(len(begun) // len(x), dim=0) for x in of_patches)
         room = c.sizes["row_length"] - given + 1  # nothing reads the last token
+        room = min(room, c.sizes["predictions"] or room)
         specials = c.sizes["leading_specials"] + c.sizes["trailing_specials"]
         if "max_length" in options:
             options["max_new_tokens"] = options.pop("max_length") - given
