@@ -827,7 +827,7 @@ class Predictor:
     def caption_log_likelihood(self, images: OneOrMany | Tokens, texts: Any) -> Any:
         """log p(text | image) by the text decoder, the sum over the words and the end, in nats.
 
-        A text that is longer than a row of the decoder is cut: its first words count.
+        A text that is longer than the context or a row of the decoder is cut: its first words count, and no end.
 
         Args:
           images: as for `caption`.

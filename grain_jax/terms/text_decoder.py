@@ -144,7 +144,9 @@ class TextDecoderTerm(LocalTerm):
             mesh=placement.mesh(),
             batch_axes=placement.batch_axes(),
         )
-        of_task = rows.predicted & (rows.task == np.arange(len(_MEASURED))[:, None, None])  # [n, B, T]
+        of_task = rows.predicted & (
+            rows.task == np.arange(len(_MEASURED))[:, None, None]
+        )  # [n, B, T]
         count = of_task.sum(2).astype(jnp.float32)  # [n, B]
         sums = lambda x: jnp.where(of_task, x, 0).sum(2)
         weights = [*options.weights, options.point_weight, options.caption_weight]

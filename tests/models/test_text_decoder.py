@@ -242,6 +242,7 @@ def test_a_text_that_fills_its_row_has_no_end():
     predicted = text_decoder.caption(WORDS, found).predicted
     np.testing.assert_array_equal(predicted.sum(-1), [[2, 2]])
 
+
 @pytest.mark.parametrize("bins", [500, 100_000])
 @pytest.mark.parametrize("side", [(500, 375), (640, 480), (1000, 250)])
 def test_location_tokens_of_whole_pixels_are_those_of_whole_numbers(side, bins):

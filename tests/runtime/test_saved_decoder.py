@@ -10,7 +10,7 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax.convert.__main__ import main
-from grain_jax.models import grain, text_decoder
+from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, digests, receipt
 from tests import perturbed, tiny
 from tests.convert.test_average import run_with_factors

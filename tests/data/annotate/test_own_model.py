@@ -193,7 +193,9 @@ def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
     model = test_text_decoder.small_model()
     decoder = test_text_decoder.random_decoder(model)
     bias, end = decoder.params["norm"]["bias"], text_decoder.vocabulary(decoder.config, model).end
-    decoder.params["head"][end] += 2.5 * bias / (bias @ bias)  # 2.5 more for the end: texts are whole
+    decoder.params["head"][end] += (
+        2.5 * bias / (bias @ bias)
+    )  # 2.5 more for the end: texts are whole
     checkpoint.save_model(folder, model, perturbed.params(model), decoder, source="test")
     test_text_decoder.write_words(folder)
     record_sets.write_annotations(pictures, 4, size=SIZE)
