@@ -116,9 +116,11 @@ def parse_descriptions(
     return dropped[0] if dropped else Refused(EMPTY, _show(text))
 
 
-def parse_text(text: str) -> str | Refused:
-    """A text of a model that writes one text and nothing around it."""
+def parse_text(text: str, *, cut_off: bool = False) -> str | Refused:
+    """A text of a model that writes one text and nothing around it; `cut_off`: the limit of tokens ended it."""
     text = " ".join(text.split())
+    if cut_off:
+        return Refused(CUT_OFF, _show(text))
     if not text:
         return Refused(EMPTY, _show(text))
     if len(text) > MAX_CHARACTERS:

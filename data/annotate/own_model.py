@@ -121,7 +121,7 @@ class OwnModel:
     def _caption(self, images: Sequence[PIL.Image.Image]) -> list[dict[str, Any] | answers.Refused]:
         found = []
         for written in self._predictor.caption(self._tokens(images), beams=self._given.beams):
-            text = answers.parse_text(written.text)
+            text = answers.parse_text(written.text, cut_off=not written.is_whole)
             if isinstance(text, str):
                 text = {"synthetic_caption": text, "log_probability": written.log_probability}
             found.append(text)
@@ -196,7 +196,7 @@ class OwnModel:
         given = [box * scale for box in boxes_xyxy] if of_queries else [r.box_xyxy for r in regions]
         found, left_out = [], []
         for box, one in zip(given, written, strict=True):
-            text = answers.parse_text(one.text)
+            text = answers.parse_text(one.text, cut_off=not one.is_whole)
             if isinstance(text, str):
                 found.append((score(text, one.log_probability), tuple(map(float, box)), text))
             else:

@@ -80,6 +80,13 @@ def checked_boxes(index: int, boxes: Any) -> np.ndarray:
     return found
 
 
+def boxes_of_images(boxes_xyxy: Any) -> list[np.ndarray]:
+    """The boxes of each image as float32 [n, 4]. Raises InputError."""
+    if isinstance(boxes_xyxy, (str, bytes)) or not isinstance(boxes_xyxy, Iterable):
+        raise InputError(f"boxes_xyxy: got {boxes_xyxy!r}, expected boxes [n, 4] for each image")
+    return [checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+
+
 def lists(texts: Any) -> list[Any]:
     """A list for each image, of what it is asked about. Raises InputError."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):

@@ -317,7 +317,7 @@ class Predictor:
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         whole, parts = [np.zeros((0, self.model.embed_dim), np.float32)], []
         for part in self._rows(images):
             own = boxes[len(parts) : len(parts) + len(part)]
@@ -769,10 +769,12 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.caption(inputs.one_image(images), beams, max_tokens)[0]
         given = self._given_decoder("caption")
+        steps = text_decoder.limit(max_tokens, given, "caption")
+        text_decoder.check_beams(beams)
         found = []
         for tokens in self._token_parts(images):
             none = [np.zeros((1, 4), np.float32)] * len(tokens)
-            found += self._write(given, "caption", tokens, none, beams, max_tokens)
+            found += self._write(given, "caption", tokens, none, beams, steps)
         return [written for (written,) in found]
 
     def describe(
@@ -795,10 +797,12 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.describe(inputs.one_image(images), [boxes_xyxy], beams, max_tokens)[0]
         given = self._given_decoder("describe")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        steps = text_decoder.limit(max_tokens, given, "describe")
+        text_decoder.check_beams(beams)
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         found = []
         for tokens, (own,) in self._token_parts_with(images, boxes_xyxy=boxes):
-            found += self._write(given, "describe", tokens, own, beams, max_tokens)
+            found += self._write(given, "describe", tokens, own, beams, steps)
         return found
 
     def point(self, images: OneOrMany | Tokens, texts: Any, beams: int = 1) -> Any:
@@ -829,15 +833,15 @@ class Predictor:
             written = text_decoder.write(
                 run, given, "point", tokens, asked, beams, text_decoder.BOX
             )
-            corners = text_decoder.boxes_of(given, [ids for ids, _ in written])
-            pointed = [Pointed(box, p) for box, (_, p) in zip(corners, written)]
+            corners = text_decoder.boxes_of(given, [ids for ids, _, _ in written])
+            pointed = [Pointed(box, p) for box, (_, p, _) in zip(corners, written)]
             found += text_decoder.grouped(pointed, [len(x) for x in own])
         return found
 
     def caption_log_likelihood(self, images: OneOrMany | Tokens, texts: Any) -> Any:
         """log p(text | image) by the text decoder, the sum over the words and the end, in nats.
 
-        A text that is longer than a row of the decoder is cut: its first words count.
+        A text that is longer than the context or a row of the decoder is cut: its first words count, and no end.
 
         Args:
           images: as for `caption`.
@@ -876,7 +880,7 @@ class Predictor:
             one = inputs.one_image(images)
             return self.description_log_likelihood(one, [boxes_xyxy], [texts])[0]
         given = self._given_decoder("description_log_likelihood")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         of_boxes = [
             inputs.checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(inputs.lists(texts))
         ]
@@ -913,7 +917,7 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.box_log_likelihood(inputs.one_image(images), [boxes_xyxy], [texts])[0]
         given = self._given_decoder("box_log_likelihood")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         checked = inputs.checked_texts(texts)
         inputs.check_a_text_a_box(checked, boxes, "texts")
         found = []
@@ -971,8 +975,7 @@ class Predictor:
         inputs.need_text_decoder(self, what)
         stored = cast(checkpoint.StoredDecoder, self.text_decoder)
         library = _tokenizer(self.model.text, self.folder)
-        # A text tower may have more embeddings than its tokenizer has ids.
-        excluded = library.special_ids + (*range(library.vocab_size, self.model.text.vocab_size),)
+        excluded = text_decoder.excluded(library, self.model.text)
         return text_decoder.Given(stored.config, self.model, self.dtype, excluded)
 
     def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
@@ -999,16 +1002,18 @@ class Predictor:
                 )
 
     def _run_in_parts(self, beams: int = 1) -> Callable[..., Any]:
-        """`_run` of the text decoder, for any number of rows, of which each has so many beams."""
+        """`_run` of the text decoder (text_decoder.Run), for any number of rows, of which each has so many beams."""
         most = max(1, MAX_BATCH // beams)
         at_once = most * len(self._devices)
         options: Any = dict(most=most, of_text_decoder=True)
 
-        def run(program, *rows):
-            starts = range(0, len(rows[0]), at_once)
-            parts = [
-                self._run(program, *(x[i : i + at_once] for x in rows), **options) for i in starts
-            ]
+        def part(program, tokens, image, *rows):
+            # The tokens of an image are copied for each of its rows: of these rows alone.
+            return self._run(program, tokens[image], *rows, **options)
+
+        def run(program, tokens, image, *rows):
+            cuts = [slice(i, i + at_once) for i in range(0, len(image), at_once)]
+            parts = [part(program, tokens, image[x], *(row[x] for row in rows)) for x in cuts]
             return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
         return run
@@ -1031,16 +1036,14 @@ class Predictor:
         tokens: np.ndarray,
         boxes: Sequence[np.ndarray],
         beams: int,
-        max_tokens: int | None,
+        steps: int,
     ) -> list[list[Written]]:
         """For each image a text for each of its boxes."""
-        text_decoder.check_beams(beams)
-        steps = text_decoder.limit(max_tokens, given, task)
         asked = self._asked(given, task, [[""] * len(x) for x in boxes], boxes)
         run = self._run_in_parts(beams)
         found = text_decoder.write(run, given, task, tokens, asked, beams, steps)
         library = _tokenizer(self.model.text, self.folder)
-        texts = [Written(library.decode(ids), p) for ids, p in found]
+        texts = [Written(library.decode(ids), p, ended) for ids, p, ended in found]
         return text_decoder.grouped(texts, [len(x) for x in boxes])
 
     def _log_likelihoods(

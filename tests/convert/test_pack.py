@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 import grain_jax
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.faults import ConvertError
-from grain_jax.convert.pack import pack
+from grain_jax.convert.pack import _trained_tokens, pack
 from grain_jax.inference import rerank
 from grain_jax.runtime import checkpoint, checkpoint_files, digests, receipt
 from grain_jax.training import optim
@@ -89,6 +90,21 @@ def test_a_run_from_another_text_tower_keeps_all_tokens(tmp_path):
     packed = grain_jax.load(tmp_path / "small").params["text"]["token_embed"]["embedding"]
     np.testing.assert_array_equal(packed, np.asarray(embedding, jnp.bfloat16).astype(np.float32))
     assert packed[100:298].any(axis=1).all()
+
+
+@pytest.mark.parametrize("of_decoder", [[], [3, 7, 298, 299]])
+def test_tokens_of_the_text_decoder_count_where_the_text_tower_learned_nothing(
+    workdir, monkeypatch, of_decoder
+):
+    """Of a run of the term alone; where nothing was trained, all are kept."""
+    arrays = lambda rows, of: np.isin(np.arange(rows), of)[:, None] * np.ones(4, np.float32)
+    nu = {"text": {"token_embed": {"embedding": arrays(300, [])}}}
+    nu["terms"] = {"words": {"decoder": {"token_embed": arrays(384, of_decoder)}}}
+    read = lambda folder, only: {"opt_state": [{"nu": nu}]}
+    monkeypatch.setattr(checkpoint_files, "read_arrays", read)
+    (folder,) = epath.Path(workdir / "checkpoints").iterdir()
+    found = _trained_tokens(folder, perturbed.tiny())
+    np.testing.assert_array_equal(np.flatnonzero(found), of_decoder or np.arange(300))
 
 
 def test_a_converted_folder_keeps_all_tokens(workdir, tmp_path):

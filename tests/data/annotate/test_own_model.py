@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,10 +9,12 @@ import pytest
 from grain_jax.core import annotations, schema
 from grain_jax.data import build
 from grain_jax.data.annotate import __main__ as command
-from grain_jax.data.annotate import own_model
+from grain_jax.data.annotate import answers, own_model
 from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.inspect import page
 from grain_jax.inference import Tokens
+from grain_jax.inference.text_decoder import Written
+from grain_jax.models import text_decoder
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets
 from tests.inference import test_text_decoder
@@ -25,11 +26,6 @@ QUERIES = np.array(  # float32 [Q, 4]: the second overlaps the first, the last r
 )  # fmt: skip
 
 
-class Written(NamedTuple):
-    text: str
-    log_probability: float
-
-
 class FakePredictor:
     """Says of an image its number, of a box its left edge; counts what it is asked."""
 
@@ -38,7 +34,7 @@ class FakePredictor:
 
     def __init__(self, has_text_decoder=True, has_regions=True):
         self.has_text_decoder, self.has_regions = has_text_decoder, has_regions
-        self.seen, self.beams = [], set()
+        self.seen, self.beams, self.cut = [], set(), ""
 
     def encode_tokens(self, images):
         assert all(image.shape == (*SIZE[::-1], 3) for image in images)
@@ -53,7 +49,7 @@ class FakePredictor:
     def caption(self, tokens, beams):
         self.beams.add(beams)
         texts = (" \n" if n == 1 else f" a  picture of {n}\n" for n in tokens.values)
-        return [Written(text, -1.5) for text in texts]
+        return [Written(text, -1.5, text != self.cut) for text in texts]
 
     def describe(self, tokens, boxes_xyxy, beams):
         self.beams.add(beams)
@@ -61,7 +57,8 @@ class FakePredictor:
         for number, boxes in zip(tokens.values, boxes_xyxy, strict=True):
             assert boxes.min(initial=0) >= 0 and boxes.max(initial=1) <= 1
             lefts = (int(100 * float(box[0]) + 0.01) for box in boxes)
-            found.append([Written(f"part {left} of {number}", -left / 10) for left in lefts])
+            texts = [(f"part {left} of {number}", -left / 10) for left in lefts]
+            found.append([Written(text, p, text != self.cut) for text, p in texts])
         return found
 
 
@@ -102,6 +99,15 @@ def of_queries(number):
     return [(boxes[x], f"part {x} of {number}", score(x)) for x in (0, 20, 50)] + (
         [(boxes[75], f"part 75 of {number}", score(75))]
     )
+
+
+def test_texts_that_were_cut_are_refused(model, pictures, tmp_path):
+    model.cut = "part 20 of 0"
+    options = ["--threshold=0", "--max-faults=0.5", "--shard-size=3"]
+    (first, *_), all_of = annotate(pictures, tmp_path / "out", *options), of_queries(0)
+    assert [r[1] for r in regions(first)] == [r[1] for r in all_of if r[1] != model.cut]
+    refused = answers.parse_text(" a\n picture", cut_off=True)
+    assert refused == answers.Refused(answers.CUT_OFF, "'a picture'")
 
 
 def test_given_boxes_are_described_anew_and_queries_where_there_are_none(
@@ -215,6 +221,10 @@ def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
     folder, pictures = tmp_path / "model", tmp_path / "in"
     model = test_text_decoder.small_model()
     decoder = test_text_decoder.random_decoder(model)
+    bias, end = decoder.params["norm"]["bias"], text_decoder.vocabulary(decoder.config, model).end
+    decoder.params["head"][end] += (
+        2.5 * bias / (bias @ bias)
+    )  # 2.5 more for the end: texts are whole
     checkpoint.save_model(folder, model, perturbed.params(model), decoder, source="test")
     test_text_decoder.write_words(folder)
     record_sets.write_annotations(pictures, 4, size=SIZE)
@@ -230,12 +240,12 @@ def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
     lines = map(json.loads, (tmp_path / "out" / "A.jsonl").read_text().splitlines())
     scores = []
     for number, line in enumerate(lines):
-        text = " ".join(captions[number].text.split())
+        text = " ".join(captions[number].text.split()) if captions[number].is_whole else ""
         assert line["synthetic_caption"] == (text or f"synthetic text of {number}")
         expected = [
             (r["box"], written.text, math.exp(written.log_probability / (len(words) + 1)))
             for r, written in zip(old[number], described[number], strict=True)
-            if (words := written.text.split())
+            if (words := written.text.split()) and written.is_whole
         ]
         found = [(r["box"], r["description"], r["score"]) for r in line["regions"]]
         assert [x[:2] for x in found] == [x[:2] for x in expected]
