@@ -1,5 +1,5 @@
 """Computes the numbers of the page: an image and classes -> scores, regions, and the terms of each score; what a box
-that the user drew is; where texts lie.
+that the user drew is; where texts lie; the class of each pixel.
 
 Embeddings come from a `Predictor` and are cached; the scores are those of `Predictor.classify`. This module needs
 no Gradio.
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +27,13 @@ from grain_jax.demo.class_lists import (
     check_lengths,
 )
 from grain_jax.evaluate import box_classes
-from grain_jax.inference import scores, text_decoder
+from grain_jax.inference import scores, segmentation, text_decoder
 
 DIGITS = 4  # decimals of the numbers shown
 SECONDS = 30.0  # limit for encoding classes, since all other users wait meanwhile
 _AT_ONCE = 16  # classes encoded between two checks of that limit
+_SLIM = 8  # longer by shorter side of an image that is segmented, at most: each window is a pass
+_LABELS_EDGE = 480  # longer side of a segmentation in pixels, at most
 _KEPT = 16  # cached images, and cached lists of classes
 
 
@@ -264,25 +266,58 @@ class Analyst:
             (pointed,) = self.predictor.point(self._encode_tokens(image), [phrases])
         return [Lying(*found) for found in zip(phrases, regions, maps, pointed)]
 
+    def segment(self, image: PIL.Image.Image, classes: Classes) -> np.ndarray:
+        """The class of every pixel, as `Predictor.segment`; an image above _LABELS_EDGE is labelled at that size.
+
+        Args:
+          image: RGB.
+          classes: the classes, from `class_lists.parse`.
+
+        Returns: int32 [h, w], positions in the classes.
+
+        Raises:
+          DemoError: the model has no maps, or the image is too slim.
+        """
+        if not self.grid:
+            raise DemoError(
+                "segmentation: the model has no maps, expected an image tower with patches,"
+                " and a box head or regions where it has a decoder"
+            )
+        if max(image.size) > _SLIM * min(image.size):
+            raise DemoError(
+                f"segmentation: got an image of {image.width} x {image.height} pixels, expected a longer side of at"
+                f" most {_SLIM} times the shorter; cut it"
+            )
+        make = lambda: self._segmentation_classes(classes)
+        known = self._remembered("segmentation_classes", tuple(classes.items()), make)
+        size = self.predictor.model.image.image_size
+        windows = segmentation.windows_of(0, image, size, 0, 0, len(classes))
+        share = min(1, _LABELS_EDGE / max(windows.size))
+        width, height = (max(1, round(share * edge)) for edge in windows.size)
+        maps = self.predictor.class_maps(windows.pixels, known)
+        return segmentation.labels(maps, windows._replace(size=(width, height)))
+
+    def _segmentation_classes(self, classes: Classes) -> segmentation.Classes:
+        """Embeds the classes, as `Predictor.segmentation_classes`. Raises DemoError as `_encode_classes`."""
+        parts = [self.predictor.segmentation_classes(some) for some in _in_time(classes)]
+        starts = np.cumsum([0] + [len(part.features) for part in parts])
+        return segmentation.Classes(
+            tuple(classes),
+            np.concatenate([part.features for part in parts]),
+            np.concatenate([part.first + start for part, start in zip(parts, starts)]),
+        )
+
     def _features(self, classes: Classes) -> inference.ClassFeatures:
-        make = lambda: self._encode_classes(classes, any(classes.values()))
+        make = lambda: self._encode_classes(classes)
         return self._remembered("classes", tuple(classes.items()), make)
 
-    def _encode_classes(self, classes: Classes, described: bool) -> inference.ClassFeatures:
+    def _encode_classes(self, classes: Classes) -> inference.ClassFeatures:
         """Embeds the classes. Raises DemoError if that takes longer than SECONDS."""
-        names, parts, start = list(classes), [], time.monotonic()
-        for first in range(0, len(names), _AT_ONCE):
-            if time.monotonic() - start > SECONDS:
-                raise DemoError(
-                    f"{first} of {len(names)} classes took {SECONDS:g} s; give fewer; {ELSEWHERE}"
-                )
-            some = names[first : first + _AT_ONCE]
-            given = {name: classes[name] for name in some} if described else some
-            parts.append(self.predictor.class_features(given))
+        parts = [self.predictor.class_features(some) for some in _in_time(classes)]
         return inference.ClassFeatures(
-            tuple(names),
+            tuple(classes),
             np.concatenate([part.features for part in parts]),
-            sum((part.descriptions for part in parts), ()) if described else None,
+            sum((part.descriptions or () for part in parts), ()) if any(classes.values()) else None,
         )
 
     def _encode(self, image: PIL.Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -316,6 +351,22 @@ class Analyst:
         if len(kept) > _KEPT:
             kept.popitem(last=False)
         return kept[key]
+
+
+def _in_time(classes: Classes) -> Iterator[Classes | list[str]]:
+    """The classes, or their names where none is described, a few at a time.
+
+    Raises:
+      DemoError: the caller takes longer than SECONDS for them.
+    """
+    names, start, described = list(classes), time.monotonic(), any(classes.values())
+    for first in range(0, len(names), _AT_ONCE):
+        if time.monotonic() - start > SECONDS:
+            raise DemoError(
+                f"{first} of {len(names)} classes took {SECONDS:g} s; give fewer; {ELSEWHERE}"
+            )
+        some = names[first : first + _AT_ONCE]
+        yield {name: classes[name] for name in some} if described else some
 
 
 def _key(image: PIL.Image.Image) -> Hashable:

@@ -135,6 +135,10 @@ def build(
                 elem_id="phrase",
             )
             found = gr.HTML(elem_id="found")
+        with gr.Column(visible=analyst.grid > 0):
+            gr.Markdown("### Which class is each pixel?")
+            cut = gr.Button("Segment", size="sm", elem_id="segment")
+            segmented = gr.HTML(elem_id="segmented")
         gr.Markdown("### Why")
         chosen = gr.Dropdown(
             [("the best one", "")], value="", label="Explain the class", elem_id="chosen"
@@ -179,12 +183,19 @@ def build(
             except errors.UserError as error:
                 return views.message(str(error))
 
+        def segment(path, text):
+            try:
+                image, classes = analysis.read_image(path), class_lists.parse(text)
+                return views.segmented(image, analyst.segment(image, classes), list(classes))
+            except errors.UserError as error:
+                return views.message(str(error))
+
         def clear(path):
             try:
                 empty = views.canvas(analysis.read_image(path))
             except errors.UserError:  # `everything` says so
                 empty = start
-            return empty, "", "", ""
+            return empty, "", "", "", ""
 
         def inside(path, text, box):
             if not box.strip():
@@ -217,10 +228,11 @@ def build(
         gr.on([alpha.change, softmax.change, chosen.input], numbers, given, shown[:3], **last)
         gr.on([most.change, threshold.change], regions, given, [message, boxes], **last)
         phrase.submit(find, [image, phrase], found, **one)
+        cut.click(segment, [image, text], segmented, **one)
         image.change(
             clear,
             image,
-            [canvas, box, boxed, found],
+            [canvas, box, boxed, found, segmented],
             api_visibility="private",
             show_progress="hidden",
         )

@@ -16,6 +16,7 @@ from grain_jax.core import html as html_lib
 from grain_jax.demo import analysis
 from grain_jax.inference import scores as scores_lib
 from grain_jax.inference import text_decoder
+from grain_jax.report import masks
 
 _EDGE = 900  # pixels of the longer edge that an image is sent with, at most
 _WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure
@@ -24,6 +25,8 @@ _BEST = 10  # classes and descriptions of a box that are listed
 _MAP_EDGE = 480  # pixels of the longer edge of a similarity map
 # Of the highest cosine of a map: orange, which the colour-blind tell from grey too. The lowest has opacity 0.
 _HOT, _OPAQUE = np.array([255, 140, 0]), 0.8
+_MASK = 0.55  # opacity of the classes of a segmentation
+_TOLD = 5  # of them that its alternative text names
 
 DRAW, CSS = ((epath.Path(__file__).parent / name).read_text() for name in ("draw.js", "page.css"))
 
@@ -266,6 +269,38 @@ def _map(blended: PIL.Image.Image, number: int, text: str, cosines: np.ndarray) 
     return (
         f'<img alt="{html.escape(about)}" src="{uri}"><p>{_tag(number)} {html.escape(text)}</p>'
         f"<p class=scale><span class=n>{_number(low)}</span><i></i><span class=n>{_number(high)}</span></p>"
+    )
+
+
+def segmented(image: PIL.Image.Image, labels: np.ndarray, names: Sequence[str]) -> str:
+    """The image in the colours of its classes, and the share of the pixels of each class that has some.
+
+    Args:
+      image: RGB.
+      labels: int [h, w], positions in `names`, of the whole image at any size.
+      names: of the classes.
+    """
+    counts = np.bincount(labels.ravel(), minlength=len(names))
+    ranked: list[int] = [c for c in np.argsort(-counts, kind="stable").tolist() if counts[c]]
+    palette, below = masks.colours(len(names)), grey(image)
+    places = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(below.shape, labels.shape))
+    painted = palette[labels[np.ix_(*places)]]
+    blended = (1 - _MASK) * below[:, :, None] + _MASK * painted
+    shares = (counts / labels.size).tolist()
+    told = ", ".join(f"{shares[c]:.1%} {names[c]}" for c in ranked[:_TOLD])
+    alt = html.escape(f"the class of each pixel: {told}{', ...' if len(ranked) > _TOLD else ''}")
+    picture = PIL.Image.fromarray(blended.round().astype(np.uint8))
+    rows = [
+        f'<tr><td><span class="swatch" style="--c:#{palette[c].tobytes().hex()}"></span>{html.escape(names[c])}</td>'
+        f'<td class="main">{shares[c]:.1%}{_bar(shares[c], 0.0, 1.0)}</td></tr>'
+        for c in ranked
+    ]
+    table = _folded("<th>class</th><th>share of the pixels</th>", rows, _ROWS)
+    uri = html_lib.data_uri(picture, quality=90, whole_colour=True)
+    return (
+        f'<div class="gj segmented"><div class="pair"><section class="map" style="--most:{_pixels(image):.0f}px">'
+        f'<img alt="{alt}" src="{uri}"></section><section>{table}'
+        f"<p class=quiet>{len(ranked)} of {len(names)} classes have pixels.</p></section></div></div>"
     )
 
 

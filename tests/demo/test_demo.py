@@ -1,6 +1,8 @@
+import base64
 import contextlib
 import html
 import importlib.util
+import io
 import json
 import os
 import re
@@ -244,6 +246,45 @@ def test_where_a_text_lies(kind, picture, monkeypatch, request):
     np.testing.assert_array_equal(analyst.find(picture, texts)[1].cosines, found[1].cosines)
 
 
+@pytest.mark.parametrize("kind", ["with_head", "analyst", "two_towers"])
+def test_the_class_of_each_pixel(kind, picture, monkeypatch, request):
+    analyst, many = request.getfixturevalue(kind), {f"{i}, {i} more": () for i in range(20)}
+    predictor, cosines = analyst.predictor, analyst.predictor.class_maps
+    centred = lambda maps: maps - maps.mean((0, 2, 3), keepdims=True)  # else one class has it all
+    monkeypatch.setattr(predictor, "class_maps", lambda *given: centred(cosines(*given)))
+    # Embedded in one part and in two; a comma divides two names of a class.
+    for classes in (CLASSES, many):
+        labels = analyst.segment(picture, classes)
+        given = classes if classes is CLASSES else list(classes)
+        np.testing.assert_array_equal(labels, predictor.segment(picture, given))
+        assert labels.shape == (30, 40) and len(np.unique(labels)) > 1
+    large = picture.resize((1200, 150), PIL.Image.Resampling.NEAREST)  # the slimmest that is taken
+    labels = analyst.segment(large, CLASSES)
+    nearest = lambda n: ((np.arange(n) + 0.5) * 2.5).astype(int)
+    expected = predictor.segment(large, CLASSES)[np.ix_(nearest(60), nearest(480))]
+    assert labels.shape == (60, 480) and (labels == expected).mean() > 0.98
+    monkeypatch.setattr(predictor, "encode_text", None)
+    np.testing.assert_array_equal(analyst.segment(large, CLASSES), labels)
+
+
+def test_what_is_not_segmented_is_one_line(analyst, picture, monkeypatch):
+    slim = picture.resize((401, 50))
+    with pytest.raises(
+        class_lists.DemoError, match="got an image of 401 x 50 pixels, expected"
+    ) as e:
+        analyst.segment(slim, CLASSES)
+    assert "\n" not in str(e.value)
+    monkeypatch.setattr(analyst, "grid", 0)
+    with pytest.raises(
+        class_lists.DemoError, match="the model has no maps, expected an image tower"
+    ):
+        analyst.segment(picture, CLASSES)
+    monkeypatch.undo()
+    monkeypatch.setattr(analysis, "SECONDS", -1.0)
+    with pytest.raises(class_lists.DemoError, match="0 of 1 classes took -1 s; give fewer"):
+        analyst.segment(picture, {"a new one": ()})
+
+
 def test_what_the_text_decoder_says_and_where_it_points(writer, picture, monkeypatch):
     predictor, texts, calls = writer.predictor, ["a short tail", "wings"], []
     (caption,) = predictor.caption([picture])
@@ -448,6 +489,35 @@ def test_a_similarity_map_is_one_colour_over_grey(picture):
     assert alt in shown and "\N{MINUS SIGN}0.2500" in shown and "0.3000" in shown
 
 
+def test_a_segmentation_is_coloured_by_its_classes(picture):
+    names = [f"<{i}>" for i in range(24)]
+    labels = np.repeat(np.arange(24), 10).reshape(12, 20)
+    labels[:6] = 3
+    shown = views.segmented(picture, labels, names)
+    tables = [cells(table)[1:] for table in shown.split("<table>")[1:]]
+    (rows,) = tables
+    assert rows[0] == ["<3>", "50.0%"] and [row[0] for row in rows[1:]] == names[12:]
+    np.testing.assert_allclose(sum(float(row[1][:-1]) for row in rows), 100, atol=0.7)
+    assert "13 of 24 classes have pixels" in shown
+    alt = html.escape(
+        "the class of each pixel: 50.0% <3>, 4.2% <12>, 4.2% <13>, 4.2% <14>, 4.2% <15>, ..."
+    )
+    assert f'alt="{alt}"' in shown
+
+    (uri,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', shown)
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(uri))), float)
+    assert pixels.shape == (360, 480, 3)
+    swatches = [bytes.fromhex(x) for x in re.findall("--c:#([0-9a-f]{6})", shown)]
+    assert len(set(swatches)) == 13
+    expected = 0.45 * views.grey(picture)[:, :, None] + 0.55 * np.array(list(swatches[0]))
+    np.testing.assert_allclose(pixels[:170].mean((0, 1)), expected[:170].mean((0, 1)), atol=2)
+    last = 0.45 * views.grey(picture)[340:, 250:, None] + 0.55 * np.array(list(swatches[-1]))
+    np.testing.assert_allclose(pixels[340:, 250:].mean((0, 1)), last.mean((0, 1)), atol=2)
+
+    every = views.segmented(picture, np.arange(24)[:, None], names)
+    assert "<summary>4 more classes</summary>" in every and every.count("4.2%<") == 24
+
+
 def test_what_the_page_says_of_a_box(picture):
     ranked = [analysis.Ranked(f"<{i}>", f"<{i}>", 0.3 - i / 10) for i in range(12)]
     described = [analysis.Ranked("a tail", "<1>", 0.4), analysis.Ranked("<b>", "<2>", -0.9)]
@@ -612,8 +682,11 @@ def test_a_box_that_is_drawn_on_the_page(tmp_path, with_head):
         page.mouse.click(*middle(page.locator("#canvas img")))  # draws nothing
         assert drawn.evaluate("e => [e.hidden, e.style.left]") == [False, "5%"]
 
+        page.click("#segment")
+        page.locator("#segmented td", has_text="sail").wait_for()
         page.locator("#examples button").nth(1).click()
         page.wait_for_function("!document.querySelector('#boxed').innerText.trim()")
+        page.wait_for_function("!document.querySelector('#segmented').innerText.trim()")
         assert not drawn.is_visible() and page.input_value("#box input, #box textarea") == ""
         find(page, "a white sail; blue water; a brown hull")
         page.locator("#found .map").nth(2).wait_for()
@@ -716,6 +789,9 @@ def use_the_page(page, folder):
     page.locator("#found .box").nth(1).wait_for()
     assert page.locator("#found .text").all_inner_texts() == ["long wings", "a tail"]
     assert page.locator("#found .map img").count() == 2
+    page.click("#segment")
+    page.locator("#segmented img[alt^='the class of each pixel: ']").wait_for()
+    assert "of 2 classes have pixels" in page.locator("#segmented").inner_text()
     draw_a_box(page, "The model has no box head")
     assert page.locator("#boxed td:first-child").first.inner_text() in ("${1}", "kite")
     page.fill("#alpha input[type=number]", "3")
