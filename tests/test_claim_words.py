@@ -21,6 +21,7 @@ from benchmarks.claim import (
 )
 from grain_jax import config as config_lib
 from grain_jax.core import annotations
+from grain_jax.data.annotate import __main__ as annotate_command
 from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
@@ -88,7 +89,7 @@ def test_arms_are_recipes_with_weights():
         assert words.changes(run) == of_recipe
         if "+" not in arm:
             assert words.terms_of(run) == {}
-    term = {arm: words.terms_of(words.run_of(arm, 0)).get("words") for arm in words.ARMS}
+    term = {arm: words.terms_of(words.run_of(arm, 0)).get("words", {}) for arm in words.ARMS}
     assert term["grain+10"] == term["grain+1"] | {"weight": 10.0}
     assert term["grain+stop"] == term["grain+1"] | {"stop_gradient": True}
     assert term["clip+1"] == term["grain+1"] and term["clip+stop"] == term["grain+stop"]
@@ -120,7 +121,7 @@ def test_every_arm_is_a_config(tmp_path, arm, name):
     assert {*entries} == ({"words"} if "+" in arm else set())
     for entry in entries.values():
         assert entry.cls.faults(entry.options, config) == []
-        assert entry.options.row_length == 64 and entry.options.bins == 64
+        assert (entry.options.row_length, entry.options.bins) == (72, 64)
     is_grain, has_words = arm.startswith("grain"), "+" in arm
     assert (config.model.boxes.kind != "none") == is_grain == (config.loss.box != 0)
     assert config.input.max_regions == 8  # CLIP's decoder learns boxes and descriptions, too
@@ -318,7 +319,7 @@ def test_the_second_round_is_annotated_by_the_model_of_its_seed(tmp_path, monkey
         return 0
 
     built = []
-    monkeypatch.setattr(words_data.annotate, "main", annotate)
+    monkeypatch.setattr(annotate_command, "main", annotate)
     monkeypatch.setattr(words_data.build, "main", lambda flags: built.append(flags) or 0)
     run = words.run_of(words.OURS, 2, 100, words.ANNOTATED)
     words_data.prepare_records(run, main, tmp_path)
@@ -356,3 +357,30 @@ def test_clothes_are_divided_in_turn(tmp_path, monkeypatch):
     assert "clothes" not in words_study.planned({}, args)
     args.clothes = fashion
     assert "clothes" in words_study.planned({}, args)
+
+
+@pytest.mark.slow
+def test_a_run_appends_its_row_and_its_model_annotates(tmp_path, monkeypatch):
+    """Data, training, evaluation, reranking and the second round end in rows; nothing is learnt at this size."""
+    for name in words.AVIARIES:
+        monkeypatch.setitem(words.AVIARIES, name, words.AVIARIES[name] | FEW | {"images": 128})
+    monkeypatch.setattr(words, "SHARE", 2)
+    shallow = {f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")}
+    for key, value in {"text.pack_group": 8, **shallow}.items():  # 8 devices
+        monkeypatch.setitem(design.SETTING, key, value)
+    args = argparse.Namespace(workdir=tmp_path, results=tmp_path / "results.tsv", steps=2)
+    args.clothes, args.command = None, "train"
+    for data_set in (words.TENTH, words.ANNOTATED):
+        run = words.run_of(words.OURS, 0, 2, data_set)
+        args.run = run.name
+        words_study.train(args)
+        made = words_study.read(args.results)[run.name]
+        assert made["steps"] == 2 and made["flops_per_step"] > 1e9
+        assert [name for name in words_study.COLUMNS if name not in made] == []
+        shares = {name: made[name] for name in words_study.MEASURED if "weight" not in name}
+        assert all(0 <= value <= 1 for value in shares.values())
+        stored = json.loads((tmp_path / "runs" / run.name / "rerank.json").read_text())
+        assert stored["weight"] == made["reranked_test/weight"]
+        assert stored["annotations"].endswith("both_validation.jsonl")
+    union = annotations.read(tmp_path / "second_round/annotated-0/A.jsonl").records
+    assert sum(bool(one.captions) for one in union) == 64 and len(union) > 64

@@ -6,11 +6,10 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
-from benchmarks.claim import data, dense_data, design, words
+from benchmarks.claim import data, dense, dense_data, design, words
 from benchmarks.claim.results import ClaimError
 from grain_jax.core import annotations, atomic
 from grain_jax.data import build, example
-from grain_jax.data.annotate import __main__ as annotate
 from grain_jax.input_pipeline import text_cleaning
 
 ANNOTATIONS = "A.jsonl"
@@ -43,7 +42,7 @@ def prepare(name: str, clothes: pathlib.Path | None, work: pathlib.Path) -> path
 
 def divide_clothes(main: pathlib.Path, views: pathlib.Path) -> None:
     """Divides the test images of clothes in turn, those of seen and of unseen kinds: both_SPLIT.jsonl, unseen_SPLIT.jsonl."""
-    for i, split in enumerate(("validation", "test")):
+    for i, split in enumerate(dense.SPLITS):
         lines = {
             group: (main / "test" / f"{group}.jsonl").read_text().splitlines(keepends=True)[i::2]
             for group in ("seen", "unseen")
@@ -123,6 +122,8 @@ def prepare_records(run: design.ClaimRun, main: pathlib.Path, work: pathlib.Path
     folder.mkdir(parents=True, exist_ok=True)
     true, others = divide(main / ANNOTATIONS)
     if run.data == words.ANNOTATED:
+        from grain_jax.data.annotate import __main__ as annotate  # Beam takes seconds
+
         source = folder / "images.jsonl"
         source.write_text("".join(others))
         model = work / "runs" / words.run_of(run.arm, run.seed, run.steps, words.TENTH).name

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.claim import (
     data,
+    dense,
     dense_plan,
     design,
     results,
@@ -74,12 +75,10 @@ def reranked(main: pathlib.Path, views: pathlib.Path, folder: pathlib.Path) -> d
 
     predictor = grain_jax.load(folder)
     row = {}
-    for split in ("validation", "test"):
-        entry = retrieval.Retrieval(
-            **words.annotated(main, views, f"both_{split}"),
-            rerank=words.RERANKED,
-            choose_weight=split == "validation",
-        )
+    for split in dense.SPLITS:
+        options: Any = words.annotated(main, views, f"both_{split}")
+        options |= {"rerank": words.RERANKED, "choose_weight": split == "validation"}
+        entry = retrieval.Retrieval(**options)
         found: Any = entry.evaluate(predictor)
         for way in ("image_to_text", "text_to_image"):
             row[f"reranked_{split}/{way}/r1"] = round(found["reranked"][way]["r1"], 6)
