@@ -67,7 +67,7 @@ def everything(steps=100, clothes=True):
     for _ in range(3):  # each round adds the runs that depend on the last
         for runs in words_plan.plan(found, steps=steps, clothes=clothes).values():
             for run in runs:
-                score = 0.3 if run.arm.startswith("clip") else 0.4
+                score = 0.4 if run.arm.startswith("grain") else 0.3
                 made = row(run, score + 0.01 * run.seed)
                 if run.arm == BEST:
                     made["reranked_validation/text_to_image/r1"] = 0.9
@@ -107,7 +107,7 @@ def test_settings_tell_all_runs_of_a_seed_apart(monkeypatch):
     assert changed == {run for run in runs if run.data in names[3:]}
 
 
-@pytest.mark.parametrize("arm", words.ARMS)
+@pytest.mark.parametrize("arm", [*words.ARMS, words.CLOTHES_ARM])
 @pytest.mark.parametrize("name", [words.POSES, words.CLOTHES, words.ANNOTATED])
 def test_every_arm_is_a_config(tmp_path, arm, name):
     write_tokenizer(tmp_path)
@@ -123,8 +123,11 @@ def test_every_arm_is_a_config(tmp_path, arm, name):
         assert entry.cls.faults(entry.options, config) == []
         assert (entry.options.row_length, entry.options.bins) == (72, 64)
     is_grain, has_words = arm.startswith("grain"), "+" in arm
-    assert (config.model.boxes.kind != "none") == is_grain == (config.loss.box != 0)
-    assert config.input.max_regions == 8  # CLIP's decoder learns boxes and descriptions, too
+    assert (config.model.boxes.kind != "none") == is_grain
+    assert arm == "words" or (config.loss.box != 0) == is_grain
+    assert config.input.max_regions == (
+        0 if arm == "words" else 8
+    )  # CLIP's decoder learns boxes and descriptions, too
     assert ("parts" in config.evals) == (is_grain and name != words.CLOTHES)
     assert ("hard_negatives" in config.evals) == (name != words.CLOTHES)
     assert ("grounding_all" in config.evals) == (is_grain or has_words)
@@ -188,7 +191,7 @@ def test_the_plan_grows_with_the_results():
     assert steps == {"grain": 140, "clip": 140, "grain+1": 100, "clip+1": 100, "clip+stop": 100}
     assert {run.data for run in studies["equal FLOPs"]} == {words.POSES}
     arms = {run.arm for run in studies["clothes"]}
-    assert arms == {"grain", "grain+1", BEST, "grain+stop", "clip", "clip+1", "clip+stop"}
+    assert arms == {"grain", "grain+1", BEST, "grain+stop", "clip", "clip+1", "clip+stop", "words"}
 
 
 def test_validation_chooses_the_arm_that_is_asked():

@@ -2,7 +2,7 @@
 
 An arm is named by a recipe, `grain` (that of design 3 with a box head) or `clip` (the best CLIP of design 3), and the
 weight of its text decoder's loss: `grain`, `grain+1`, `grain+10`; `grain+stop` has the weight 1, and its image tower
-learns nothing from it.
+learns nothing from it. `words` is the CLIP with the best retrieval on clothes in design 3.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ SEEDS, STEPS, RATE = dense.SEEDS, dense.STEPS, dense.RATE
 GRAIN, CLIP, STOP = dense.CONTROL, dense.CLIP, "stop"
 WEIGHTS = ("1", "3", "10", STOP)
 ARMS = (GRAIN, *(f"{GRAIN}+{weight}" for weight in WEIGHTS), CLIP, f"{CLIP}+1", f"{CLIP}+{STOP}")
+CLOTHES_ARM = dense.WORDS  # on clothes, besides those
 OURS = f"{GRAIN}+1"  # of equal FLOPs and of the second round
 
 # Data sets. Those of the second round have images of POSES: a tenth of the true annotations, and these with the rest as

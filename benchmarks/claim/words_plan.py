@@ -60,7 +60,7 @@ def plan(found: Results, *, steps: int, clothes: bool) -> dict[str, list[design.
     if clothes:
         asked = chosen(found, steps)
         arms = [a for a in words.ARMS if a == asked or not a.endswith(("+3", "+10"))]
-        studies["clothes"] = runs(arms, words.CLOTHES)
+        studies["clothes"] = runs([*arms, words.CLOTHES_ARM], words.CLOTHES)
     return studies
 
 

@@ -110,7 +110,7 @@ def bars(arm: str, arms: Groups) -> list[Bar]:
     if base != words.GRAIN or weight is None:
         return []
     ours = arms[arm]
-    clips = [rows for name, rows in arms.items() if words.parts_of(name)[0] == words.CLIP]
+    clips = [rows for name, rows in arms.items() if words.parts_of(name)[0] != words.GRAIN]
     return [
         *_of_every_seed(ours, clips),
         *_of_means(ours, clips),
