@@ -4,7 +4,7 @@ COMMAND   grain-jax evaluate suite --checkpoint DIR --config eval --output OUT.j
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)
           --config.evals.food101.split='test[:1000]' and the like for one set
           eval:probes adds linear probes of the TFDS sets, NAME_probe
-          eval:text_decoder adds captions and descriptions, NAME_captions and NAME_descriptions
+          eval:text_decoder adds NAME_captions, NAME_reranked, NAME_descriptions and NAME_pointing
 DATA      nothing is downloaded: a missing set is skipped, and a line says how to get it
 """
 

@@ -32,6 +32,8 @@ def get_config():
     c.remat = "full"
     c.mesh.fsdp = 4
     c.input.synthetic_caption_rate = 0.0
+    # The decoder alone reads descriptions, one an image, but all of a batch go through the text tower: the best one.
+    c.input.max_regions = 1
     c.loss.contrast = "sigmoid"
     c.loss.region_description = c.loss.box = 0.0
     c.loss.terms.words = dict(

@@ -11,7 +11,7 @@ TOWER     --config.optim.frozen="()" --config.loss.terms.words.stop_gradient=Fal
 HARDWARE  one GPU; the towers have no backward pass, and the text tower no forward pass either.
 """
 
-from grain_jax.config.recipe import own_images
+from grain_jax.config.recipe import evaluator, own_images
 from grain_jax.configs import finetune
 
 # Family -> how its towers pool, and what they were trained with.
@@ -44,6 +44,9 @@ def get_config(source="open_clip"):
             c.model.decoder.update(decoder)
     if c.model.decoder is None:
         del c.evals["grounding"]  # it needs a region decoder
+    for kind in ("captions", "descriptions", "pointing"):
+        how = f"--config.evals.{kind}.images=FOLDER --config.evals.{kind}.annotations=A.jsonl"
+        c.evals[kind] = evaluator(kind, missing="skip", get=how)
     if c.model.logit_bias_init is not None:
         c.loss.contrast = "sigmoid"
     c.input.max_regions = 8

@@ -197,11 +197,11 @@ def _write(
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
-    annotated_by = {
-        name: values
+    annotated_by = [
+        {"annotations": str(path), "passes": passes}
         for path in args.annotations
-        for name, values in outputs.annotated_by(path).items()
-    }
+        if (passes := outputs.annotated_by(path))
+    ]
     stored_anew: list[int] = []
     lengths = text_lengths.Sample(negatives=found.negatives > 0)
     tfds_writer.write(

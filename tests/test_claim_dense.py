@@ -238,7 +238,7 @@ def test_halves_share_no_species_and_no_image(tmp_path, monkeypatch):
     settings = Aviary.parse([f"--output={main}", *data.aviary_flags(dense.AVIARY)]).settings
     generate.write(main, settings)
     data.make_views(main, views)
-    dense_data.divide_tests(main, views)
+    dense_data.divide_tests(main, views, dense.AVIARY)
     species = {t.image: t.species.name for t in generate.tasks_of(settings) if t.split == "test"}
     held_out = [one.name for one in species_of(settings).held_out]
     found = {}

@@ -14,8 +14,8 @@ With your own data: --data DIR, a folder with
     test/A.jsonl, test/seen.jsonl, test/unseen.jsonl   annotations below DIR/test, for retrieval and grounding
 and --config FILE for a larger model (default: configs/demo.py).
 
-The fourth design, of the local loss terms (`dense`): run --design 4 and report --design 4; run also trains on clothes
-with --clothes DIR, a folder that `python -m benchmarks.fetch fashion` made.
+The fourth design, of the local loss terms (`dense`), and the fifth, of the text decoder (`words`): run --design N and
+report --design N; run also trains on clothes with --clothes DIR, a folder that `python -m benchmarks.fetch fashion` made.
 """
 
 import argparse
@@ -23,7 +23,18 @@ import pathlib
 import sys
 from collections.abc import Mapping
 
-from benchmarks.claim import data, dense, dense_study, design, report, results, runs, schedule
+from benchmarks.claim import (
+    data,
+    dense,
+    dense_study,
+    design,
+    report,
+    results,
+    runs,
+    schedule,
+    words,
+    words_study,
+)
 
 
 def train(run: design.ClaimRun, args: argparse.Namespace) -> int:
@@ -91,18 +102,27 @@ def print_report(args: argparse.Namespace) -> int:
 DESIGNS = {
     design.DESIGN: {"run": run_all, "report": print_report, "train": train_named},
     dense.DESIGN: dense_study.COMMANDS,
+    words.DESIGN: words_study.COMMANDS,
 }
 # Flag -> its default in each design, and below the folder of --data.
 PLACES = {
-    "workdir": ({design.DESIGN: "runs/claim", dense.DESIGN: "runs/claim_4"}, "claim"),
+    "workdir": (
+        {
+            design.DESIGN: "runs/claim",
+            dense.DESIGN: "runs/claim_4",
+            words.DESIGN: "runs/claim_5",
+        },
+        "claim",
+    ),
     "results": (
         {
             design.DESIGN: "benchmarks/claim/tables/claim.tsv",
             dense.DESIGN: "benchmarks/claim/tables/dense.tsv",
+            words.DESIGN: "benchmarks/claim/tables/words.tsv",
         },
         "claim/results.tsv",
     ),
-    "pictures": (dict.fromkeys((design.DESIGN, dense.DESIGN), "docs"), "claim"),
+    "pictures": (dict.fromkeys(DESIGNS, "docs"), "claim"),
 }
 
 
@@ -112,16 +132,15 @@ def main() -> int:
     parser.add_argument("--design", type=int, choices=DESIGNS, default=design.DESIGN)
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of your own data")
     parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
-    parser.add_argument("--clothes", type=pathlib.Path, metavar="DIR", help="of design 4")
+    parser.add_argument("--clothes", type=pathlib.Path, metavar="DIR", help="of designs 4 and 5")
     every = "report also clothes, pilots and the first two designs, as recorded"
     parser.add_argument("--all", action="store_true", help=every)
     for flag, (ours, own) in PLACES.items():
         said = f"default: {', '.join(dict.fromkeys(ours.values()))}; with --data: DIR/{own}"
         parser.add_argument(f"--{flag}", type=pathlib.Path, help=said)
     args = parser.parse_args()
-    is_dense = args.design == dense.DESIGN
     given = {"data": args.data, "config": args.config != design.CONFIG, "clothes": args.clothes}
-    for flag in ("data", "config") if is_dense else ("clothes",):
+    for flag in ("data", "config") if args.design != design.DESIGN else ("clothes",):
         if given[flag]:
             parser.error(f"--{flag}: got it with --design {args.design}, expected another design")
     for flag, (ours, own) in PLACES.items():

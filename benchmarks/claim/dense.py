@@ -148,19 +148,7 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> kind and options of each evaluation."""
     base, _ = parts_of(run.arm)
     regions = base == CONTROL
-    described = dict(names=False, descriptions=str(main / "unseen.json"))
-    sentence = dict(names=False, descriptions=str(views / "sentences.json"))
-    seen = dict(images=str(views / "seen_test"), alphas=(1.0,))
-    evals: dict[str, tuple[str, dict[str, Any]]] = {"seen_test": ("zeroshot", seen)}
-    for split in SPLITS:
-        unseen = dict(images=str(views / f"unseen_{split}"))
-        alphas = (1.0, 0.5) if regions and split == "test" else (1.0,)
-        ways = dict(
-            unseen=described | dict(alphas=alphas),
-            unit=described | dict(unit_features=True, alphas=(1.0,)),
-            sentence=sentence | dict(alphas=(1.0,)),
-        )
-        evals |= {f"{way}_{split}": ("zeroshot", unseen | options) for way, options in ways.items()}
+    evals = zero_shot(main, views, (1.0, 0.5) if regions else (1.0,))
     annotated = lambda name: dict(images=str(main / "test"), annotations=str(views / name))
     for split in SPLITS if run.data == MAIN else ("test",):
         evals[f"retrieval_{split}"] = ("retrieval", annotated(f"both_{split}.jsonl"))
@@ -168,15 +156,32 @@ def _entries(run, main, views) -> dict[str, tuple[str, dict[str, Any]]]:
         evals["grounding"] = ("grounding", annotated("unseen_test.jsonl"))
     if run.data == MAIN and base in (CONTROL, TOWERS):
         templates = str(main / masks.FOLDER / masks.TEMPLATES)
-        segmentations = _segmentations(views, regions)
+        found = segmentations(views, regions)
         evals |= {
             name: ("segmentation", options | dict(templates=templates))
-            for name, options in segmentations.items()
+            for name, options in found.items()
         }
     return evals
 
 
-def _segmentations(views, regions) -> dict[str, dict[str, Any]]:
+def zero_shot(main, views, alphas) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Seen classes by name, and unseen ones in each way (`design.WAYS`), those of the test at these alphas."""
+    described = dict(names=False, descriptions=str(main / "unseen.json"))
+    sentence = dict(names=False, descriptions=str(views / "sentences.json"))
+    seen = dict(images=str(views / "seen_test"), alphas=(1.0,))
+    evals: dict[str, tuple[str, dict[str, Any]]] = {"seen_test": ("zeroshot", seen)}
+    for split in SPLITS:
+        unseen = dict(images=str(views / f"unseen_{split}"))
+        ways = dict(
+            unseen=described | dict(alphas=alphas if split == "test" else (1.0,)),
+            unit=described | dict(unit_features=True, alphas=(1.0,)),
+            sentence=sentence | dict(alphas=(1.0,)),
+        )
+        evals |= {f"{way}_{split}": ("zeroshot", unseen | options) for way, options in ways.items()}
+    return evals
+
+
+def segmentations(views, regions) -> dict[str, dict[str, Any]]:
     """The part of each pixel that shows one, by patches, by regions and by both; and its look.
 
     The patches of a decoder without a box head lie in no space of texts, so CLIP with one has none of them.

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 
 from benchmarks.claim import data, dense
 from grain_jax.data.aviary import generate, masks
@@ -25,21 +26,26 @@ def prepare(name: str, clothes: pathlib.Path | None, work: pathlib.Path) -> path
         for ours, theirs in {"both_test": "A", "unseen_test": "unseen"}.items():
             data.link(main / "test" / f"{theirs}.jsonl", views / f"{ours}.jsonl")
         return main
-    main = work / name
-    data.draw(main, work / "records", name, dense.AVIARY)
+    return prepare_aviary(name, dense.AVIARY, work)
+
+
+def prepare_aviary(name: str, aviary: Mapping[str, object], work: pathlib.Path) -> pathlib.Path:
+    """Draws an aviary with these options of `grain-jax aviary` and divides it, unless it is there; returns its folder."""
+    main, views = work / name, work / "views" / name
+    data.draw(main, work / "records", name, aviary)
     data.make_views(main, views)
-    divide_tests(main, views)
+    divide_tests(main, views, aviary)
     return main
 
 
-def divide_tests(main: pathlib.Path, views: pathlib.Path) -> None:
+def divide_tests(main: pathlib.Path, views: pathlib.Path, aviary: Mapping[str, object]) -> None:
     """Divides the test images of an aviary in two: those of unseen species as `data.make_views` does, others in turn.
 
     Writes both_SPLIT.jsonl and unseen_SPLIT.jsonl, and links GROUP_SPLIT_masks, folders for `evaluate segmentation`.
     """
     if (views / DIVIDED).exists():
         return
-    halves = halves_of(main)
+    halves = halves_of(main, aviary)
     lines = (main / "test" / "A.jsonl").read_text().splitlines(keepends=True)
     of_half: dict[tuple[str, str], list[str]] = {}
     for line in lines:
@@ -54,9 +60,9 @@ def divide_tests(main: pathlib.Path, views: pathlib.Path) -> None:
     (views / DIVIDED).touch()
 
 
-def halves_of(main: pathlib.Path) -> dict[str, tuple[str, str]]:
+def halves_of(main: pathlib.Path, aviary: Mapping[str, object]) -> dict[str, tuple[str, str]]:
     """Test image -> its group of species and its split."""
-    settings = Aviary.parse([f"--output={main}", *data.aviary_flags(dense.AVIARY)]).settings
+    settings = Aviary.parse([f"--output={main}", *data.aviary_flags(aviary)]).settings
     names = [one.name for one in species_of(settings).held_out]  # in the order of unseen.json
     validation = set(names[: len(names) // 2])
     halves, seen = {}, 0

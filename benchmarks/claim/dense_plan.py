@@ -86,7 +86,7 @@ def plan(found: Results, *, steps: int, clothes: bool) -> dict[str, list[design.
         return studies
     arms = [dense.CONTROL, dense.CLIP, *alone, pairs[0], pairs[1], clip]
     studies["equal FLOPs"] = [
-        dense.run_of(arm, seed, _fair(found, arm, steps, ours["flops_per_step"]))
+        dense.run_of(arm, seed, fair(found, arm, steps, ours["flops_per_step"]))
         for seed in dense.SEEDS
         for arm in dict.fromkeys(arms)
         if of_arm(found, arm, steps)
@@ -94,10 +94,11 @@ def plan(found: Results, *, steps: int, clothes: bool) -> dict[str, list[design.
     return studies
 
 
-def _fair(found: Results, arm: str, steps: int, flops: float) -> int:
-    """Steps in which an arm needs the FLOPs of the pair; the same steps where these differ by 5% or less."""
-    fair = round(steps * flops / of_arm(found, arm, steps)[0]["flops_per_step"])
-    return fair if abs(fair / steps - 1) > 0.05 else steps
+def fair(found: Results, arm: str, steps: int, flops: float, data: str = dense.MAIN) -> int:
+    """Steps in which an arm needs these FLOPs a step of `steps`; the same steps where these differ by 5% or less."""
+    own = of_arm(found, arm, steps, data)[0]["flops_per_step"]
+    equal = round(steps * flops / own)
+    return equal if abs(equal / steps - 1) > 0.05 else steps
 
 
 def order(studies: Mapping[str, list[design.ClaimRun]]) -> list[design.ClaimRun]:

@@ -21,19 +21,8 @@ MEASURED = [name for name in COLUMNS if "/" in name]
 
 
 def read(path: pathlib.Path) -> dict[str, results.Result]:
-    """Name -> row of every finished run.
-
-    Raises:
-      ClaimError: see `results.rows`; or a row has other settings than `dense`.
-    """
-    found = {results.run_of(row).name: row for row in results.rows(path, COLUMNS)}
-    for name, row in found.items():
-        if dense.settings_of(results.run_of(row)) != row["settings"]:
-            raise results.ClaimError(
-                f"{path}: {name}: got a result of other settings than benchmarks/claim/dense.py, expected the same;"
-                " delete its row, or give another --results"
-            )
-    return found
+    """Name -> row of every finished run. Raises ClaimError, see `results.checked`."""
+    return results.checked(path, COLUMNS, dense.settings_of, "dense.py")
 
 
 def planned(

@@ -5,7 +5,7 @@ import fcntl
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from benchmarks.claim import design
@@ -34,7 +34,7 @@ COLUMNS = columns_of(TABLES / "claim.tsv")
 # Of the final evaluation: names of metrics.jsonl. What the plan, the report and docs/claim.md use.
 MEASURED = [name for name in COLUMNS if "/" in name]
 # Means over the last five lines of metrics.jsonl, of every table.
-_COLUMNS = [*COLUMNS, *columns_of(TABLES / "dense.tsv")]
+_COLUMNS = [*COLUMNS, *columns_of(TABLES / "dense.tsv"), *columns_of(TABLES / "words.tsv")]
 TRAINED = [name for name in dict.fromkeys(_COLUMNS) if name.startswith("loss_")]
 TRAINED += ["matched_iou", "logit_scale"]
 
@@ -52,6 +52,27 @@ def read(path: pathlib.Path) -> dict[str, Result]:
     """
     found = rows(path, COLUMNS)
     return {run_of(row).name: row for row in found if row["design"] == design.DESIGN}
+
+
+def checked(
+    path: pathlib.Path,
+    columns: Mapping[str, type],
+    settings_of: Callable[[design.ClaimRun], str],
+    module: str,
+) -> dict[str, Result]:
+    """Name -> row of every finished run of a table of one design.
+
+    Raises:
+      ClaimError: see `rows`; or a row has other settings than that file of benchmarks/claim.
+    """
+    found = {run_of(row).name: row for row in rows(path, columns)}
+    for name, row in found.items():
+        if settings_of(run_of(row)) != row["settings"]:
+            raise ClaimError(
+                f"{path}: {name}: got a result of other settings than benchmarks/claim/{module}, expected the same;"
+                " delete its row, or give another --results"
+            )
+    return found
 
 
 def rows(path: pathlib.Path, columns: Mapping[str, type]) -> list[Result]:

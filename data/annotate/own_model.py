@@ -21,8 +21,9 @@ with epy.lazy_imports():  # JAX: not needed with other models
     import jax
 
     from grain_jax import inference
+    from grain_jax.inference import inputs
     from grain_jax.inference import predictor as predictor_lib
-    from grain_jax.runtime import compiled, pretrained, saved_model
+    from grain_jax.runtime import compiled, pretrained
 
 
 class ModelError(errors.UserError):
@@ -33,7 +34,9 @@ class Described(NamedTuple):
     """What the pass describe made of an image."""
 
     regions: list[annotations.Region]  # the source's order, or best first
-    left_out: list[answers.Refused]  # texts that are not used; their boxes are left out
+    left_out: list[
+        answers.Refused
+    ]  # texts that are not used, with their boxes; boxes outside of the image
     is_kept: bool  # the regions of the source stay as they are, and there are none here
 
 
@@ -53,7 +56,7 @@ def settings(given: Annotate) -> dict[str, dict[str, Any]]:
     predictor = _checked(given)
     of_model = {
         "model": _path(given.model or "", predictor),
-        "digests": _digests(predictor),
+        "digests": predictor.digests,
         "beams": given.beams,
         "dtype": given.dtype,
     }
@@ -64,11 +67,8 @@ def settings(given: Annotate) -> dict[str, dict[str, Any]]:
 def _checked(given: Annotate) -> "inference.Predictor":
     """The model. Raises UserError."""
     predictor = load(given.model or "", given.dtype)
-    if set(OWN) & set(given.passes) and not predictor.has_text_decoder:
-        raise ModelError(
-            f"--model {given.model}: has no text decoder, expected a run with the loss term text_decoder"
-            " (loss.terms)"
-        )
+    if set(OWN) & set(given.passes):
+        inputs.need_text_decoder(predictor, f"--model {given.model}")
     if given.boxes in ("queries", "missing") and not predictor.has_regions:
         raise ModelError(
             f"--boxes {given.boxes}: --model {given.model} has no region queries, expected a model with"
@@ -81,12 +81,6 @@ def _path(name: str, predictor: "inference.Predictor") -> str:
     """A name as it is; of a run, the checkpoint that was read."""
     named = name in pretrained.NAMES or "://" in name
     return name if named else str(epath.Path(predictor.folder or name).resolve())
-
-
-def _digests(predictor: "inference.Predictor") -> dict[str, str]:
-    of_model = saved_model.model_digests(predictor.model, jax.device_get(predictor.params))
-    decoder = predictor.text_decoder
-    return of_model | ({"text_decoder": decoder.digest()} if decoder else {})
 
 
 def score(text: str, log_probability: float) -> float:
@@ -127,7 +121,7 @@ class OwnModel:
     def _caption(self, images: Sequence[PIL.Image.Image]) -> list[dict[str, Any] | answers.Refused]:
         found = []
         for written in self._predictor.caption(self._tokens(images), beams=self._given.beams):
-            text = answers.parse_text(written.text)
+            text = answers.parse_text(written.text, cut_off=not written.is_whole)
             if isinstance(text, str):
                 text = {"synthetic_caption": text, "log_probability": written.log_probability}
             found.append(text)
@@ -171,20 +165,24 @@ class OwnModel:
     ) -> list[Described]:
         """Of each image, whether its boxes are those of the queries."""
         tokens = self._tokens([image for image, _ in items])
+        inside = [_inside(regions, image.size) for image, regions in items]
         queries: Any = [None] * len(items)
         if any(wants_queries):
             queries = self._predictor.encode_regions(tokens).boxes_xyxy
         shares = [
             np.clip(found, 0, 1) if wanted else _shares(regions, image.size)
-            for (image, regions), found, wanted in zip(items, queries, wants_queries, strict=True)
-        ]
-        written = self._predictor.describe(tokens, shares, beams=self._given.beams)
-        return [
-            self._regions(image, regions, boxes, texts, wanted)
-            for (image, regions), boxes, texts, wanted in zip(
-                items, shares, written, wants_queries, strict=True
+            for (image, _), (regions, _), found, wanted in zip(
+                items, inside, queries, wants_queries, strict=True
             )
         ]
+        written = self._predictor.describe(tokens, shares, beams=self._given.beams)
+        found = []
+        for (image, _), (regions, outside), boxes, texts, wanted in zip(
+            items, inside, shares, written, wants_queries, strict=True
+        ):
+            one = self._regions(image, regions, boxes, texts, wanted)
+            found.append(one if wanted else one._replace(left_out=outside + one.left_out))
+        return found
 
     def _regions(
         self,
@@ -198,7 +196,7 @@ class OwnModel:
         given = [box * scale for box in boxes_xyxy] if of_queries else [r.box_xyxy for r in regions]
         found, left_out = [], []
         for box, one in zip(given, written, strict=True):
-            text = answers.parse_text(one.text)
+            text = answers.parse_text(one.text, cut_off=not one.is_whole)
             if isinstance(text, str):
                 found.append((score(text, one.log_probability), tuple(map(float, box)), text))
             else:
@@ -225,6 +223,20 @@ class OwnModel:
             tokens = self._predictor.encode_tokens([np.asarray(image) for image in images])
             self._last = list(images), tokens
         return tokens
+
+
+def _inside(
+    regions: Sequence[annotations.Region], size: tuple[int, int]
+) -> tuple[list[annotations.Region], list[answers.Refused]]:
+    """The regions of which enough lies in the image, as everywhere, and a line for each of the others."""
+    kept, refused = [], []
+    for region in regions:
+        if annotations.clip_box(region.box_xyxy, *size).box_xyxy:
+            kept.append(region)
+        else:
+            detail = f"{list(region.box_xyxy)} of {size[0]} x {size[1]}"
+            refused.append(answers.Refused(answers.OUTSIDE, detail))
+    return kept, refused
 
 
 def _shares(regions: Sequence[annotations.Region], size: tuple[int, int]) -> np.ndarray:

@@ -107,7 +107,7 @@ class Search(Command, name="search"):
       --[no-]faiss         search with FAISS, which holds all vectors in memory
       --rerank K           the first K of a text are ordered by its likelihood, too, by a model with a text decoder; their
         images are read
-      --rerank-weight W    of the likelihood (default: the one that is stored with the model)
+      --rerank-weight W    of the likelihood (default, with --by images: the one that is stored with the model)
 
     the page:
       --output PAGE.html   page with the images and their regions, one file

@@ -21,7 +21,7 @@ from grain_jax.core import images as images_lib
 from grain_jax.data import sources
 from grain_jax.data.embed import arguments, parts, search
 from grain_jax.data.embed.search import Hit, SearchError
-from grain_jax.inference import rerank
+from grain_jax.inference import inputs, rerank
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.runtime import compiled
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> str:
         index.check(model)
     else:
         model = index.model
-    weight, said = _weight(args, model) if args.rerank else (0.0, "")
+    weight, said = _weight(args, index, model) if args.rerank else (0.0, "")
     top = max(args.top, args.rerank)
     answers = functools.partial(
         search.search, index, top=top, by=args.by, model=model, faiss=args.faiss
@@ -69,10 +69,11 @@ def run(args: argparse.Namespace) -> str:
     questions = [Question(text) for text in args.text]
     found = answers(args.text) if args.text else []
     if args.rerank:
-        firsts = [_images_of(hits[: args.rerank], args.images) for hits in found]
-        found = [
-            search.reranked(model, text, hits, images, weight)[: args.top]
-            for text, hits, images in zip(args.text, found, firsts)
+        found = [  # the images of one text at a time
+            search.reranked(
+                model, text, hits, _images_of(hits[: args.rerank], args.images), weight
+            )[: args.top]
+            for text, hits in zip(args.text, found)
         ]
         print(f"--rerank: {args.rerank} by {said}", file=sys.stderr)
     if args.image:
@@ -101,14 +102,18 @@ def run(args: argparse.Namespace) -> str:
     return "\n\n".join(_table(question, hits) for question, hits in zip(questions, found))
 
 
-def _weight(args: argparse.Namespace, model: inference.Predictor) -> tuple[float, str]:
+def _weight(
+    args: argparse.Namespace, index: search.Index, model: inference.Predictor
+) -> tuple[float, str]:
     """The weight of the likelihood, and where it is from. Raises InputError."""
-    if not model.has_text_decoder:
+    inputs.need_text_decoder(model, f"--rerank, --checkpoint {args.checkpoint or model.folder}")
+    by_regions = args.by == "regions" or (args.by is None and index.has_regions)
+    if by_regions and args.rerank_weight is None:
         raise SearchError(
-            f"--rerank: {args.checkpoint or model.folder} has no text decoder, expected --checkpoint of the same model"
-            " with one; or search without --rerank"
+            "--rerank: the stored weight is of captions of whole images, and the search is by regions; expected"
+            " --rerank-weight W, or --by images"
         )
-    return rerank.weight_of(model.folder, args.rerank_weight)
+    return rerank.weight_of(model, args.rerank_weight)
 
 
 def _images_of(hits: Sequence[Hit], folder: str | None) -> list[PIL.Image.Image]:

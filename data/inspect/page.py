@@ -56,10 +56,13 @@ def _shards(described: dict[str, Any]) -> str:
 
 def _note(value: Any) -> str:
     """A note of a build; of the passes that annotated its images, their models."""
-    if not isinstance(value, dict):
+    each = value if isinstance(value, list) else [value]
+    passes = [one.get("passes") if isinstance(one, dict) else None for one in each]
+    if not all(isinstance(own, dict) for own in passes):
         return str(value)
-    noted = ((name, of) for name, of in value.items() if isinstance(of, dict) and "model" in of)
-    return ", ".join(f"{name}: {of['model']}" for name, of in noted)
+    noted = (item for own in passes if own for item in own.items())
+    models = (f"{k}: {of['model']}" for k, of in noted if isinstance(of, dict) and "model" in of)
+    return ", ".join(dict.fromkeys(models))
 
 
 def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:

@@ -46,7 +46,8 @@ def faults_of(part: Config | Model | Suite | Evaluator | TextDecoder, path: str 
         found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part), *_views(part)]
         found += list(_teacher(part))
     for name, entry in part.evals.items():
-        found += [f"evals.{name}.{fault}" for fault in entry.faults()]
+        own = entry.faults() + (entry.not_in_a_suite() if isinstance(part, Suite) else [])
+        found += [f"evals.{name}.{fault}" for fault in own]
     return found
 
 

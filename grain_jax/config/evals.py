@@ -24,6 +24,7 @@ NAMED = {
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
     "captions": "grain_jax.evaluate.written:Captions",
     "descriptions": "grain_jax.evaluate.written:Descriptions",
+    "pointing": "grain_jax.evaluate.pointing:Pointing",
     "maps": "grain_jax.evaluate.maps:Maps",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
@@ -117,6 +118,10 @@ class Evaluator(abc.ABC):
     def misses(self, model: Any) -> list[str]:
         """What a model (`config.Model`) lacks for these options: lines that begin with the option."""
         del model
+        return []
+
+    def not_in_a_suite(self) -> list[str]:
+        """Options that a suite, which measures test sets, may not have: lines that begin with the option."""
         return []
 
     @property

@@ -278,9 +278,17 @@ class TextDecoder:
     bins: int = count(500, low=2, high=100_000)  # location tokens along a side of the image
     # Positions of a row, which holds several sequences of an image; the longest one has as many.
     row_length: int = count(128, low=16, high=1_000_000)
+    # Tokens of a row that are predicted, at most, so the longest text and its end: the cross-entropy is computed for as
+    # many; None: for all of the row.
+    predictions: int | None = count(None, low=8)
     # Special tokens that the tokenizer puts before and after a text: CLIP's 1 and 1, SigLIP's 0 and 1.
     leading_specials: int = count(1, high=8)
     trailing_specials: int = count(1, high=8)
+
+    @property
+    def most_predictions(self) -> int:
+        """Tokens of a row that are predicted, at most."""
+        return min(self.predictions or self.row_length, self.row_length)
 
     def beside(self, model: "Model") -> "TextDecoder":
         """The keys with a number where they say None: what a decoder beside this model has."""

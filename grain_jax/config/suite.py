@@ -55,13 +55,20 @@ SEGMENTED = {
         "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
     ),
 }
-# Entry of `written` -> its kind, and the entry of ANNOTATED whose data it reads.
+# Entry of `written` -> its kind, the entry of ANNOTATED whose data it reads, and its options.
 WRITTEN = {
-    "flickr30k_captions": ("captions", "flickr30k"),
-    "mscoco_captions": ("captions", "mscoco"),
     **{
-        f"refcoco_{split}_descriptions": ("descriptions", f"refcoco_{split}")
+        f"{name}_{what}": (kind, name, options)
+        for name in ("flickr30k", "mscoco")
+        for what, kind, options in (
+            ("captions", "captions", {}),
+            ("reranked", "retrieval", {"rerank": 10}),  # by the stored weight
+        )
+    },
+    **{
+        f"refcoco_{split}_{kind}": (kind, f"refcoco_{split}", {})
         for split in ("val", "testA", "testB")
+        for kind in ("descriptions", "pointing")
     },
 }
 SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
@@ -137,8 +144,8 @@ def probes(
 def written(folders: Any = "~/grain_benchmarks", missing: str = "skip") -> dict[str, dict]:
     """What a text decoder writes of the annotated sets, as entries of `evals`; arguments as of `entries`."""
     return {
-        name: _annotated(of, folders, None, kind, missing=missing)
-        for name, (kind, of) in WRITTEN.items()
+        name: _annotated(of, folders, None, kind, missing=missing, **options)
+        for name, (kind, of, options) in WRITTEN.items()
     }
 
 

@@ -16,6 +16,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.faults import ConvertError, raise_any
+from grain_jax.inference import rerank
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
@@ -55,12 +56,13 @@ def average(
     _check(sources, weights)
     folder = output.check_free(folder)
     first: checkpoint.Stored | None = None
-    sums, exact, lines = {}, {}, []
+    sums, exact, lines, has_weight = {}, {}, [], False
     sizes: list[config_lib.TextDecoder | None] = []
     for source, weight in zip(sources, weights or [1 / len(sources)] * len(sources)):
         stored = checkpoint.load_stored(source)
         arrays = grain.flat(stored.merged())
         of_decoder = stored.text_decoder
+        has_weight |= of_decoder is not None and rerank.path_of(stored.folder).exists()
         stored = stored._replace(params={}, text_decoder=None)
         first = first or stored
         raise_any([*_differences(first, stored), *_misfits(stored, arrays)])
@@ -104,6 +106,8 @@ def average(
         f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}",
         *lines,
         *said,
+        *["without a weight of reranking: that of another model would not be its best"]
+        * has_weight,
         f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32",
     )
 

@@ -147,16 +147,20 @@ def load(config: config_lib.Config) -> Loaded:
         if path is not None:
             with prefixed(f"init.{part}: "):
                 if part == "decoder":
-                    loaded = _load_decoder(config.model, path, shapes)
+                    loaded = _load_decoder(config, path, shapes)
                 else:
                     loaded = _load_tower(config, part, path, shapes)
             whole = Loaded(whole.params | loaded.params, whole.report + loaded.report)
     return whole
 
 
-def _load_decoder(model: config_lib.Model, path: str, shapes) -> Loaded:
-    """The parameters of a checkpoint of ours that are not of its towers; those of a box head where both have the same."""
-    ours, flat = _read_ours(path)
+def _load_decoder(config: config_lib.Config, path: str, shapes) -> Loaded:
+    """The parameters of a checkpoint of ours that are not of its towers; those of a box head where both have the same.
+
+    And of its text decoder.
+    """
+    model = config.model
+    ours, flat, text_decoder = _read_ours(path)
     if ours.decoder is None and model.decoder is not None:
         raise ConvertError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN")
     if ours.decoder is not None and model.decoder is None:
@@ -173,13 +177,40 @@ def _load_decoder(model: config_lib.Model, path: str, shapes) -> Loaded:
         unknown = sorted(rest(flat).keys() - shapes.keys())
         raise_any([f"{name} is not part of the model" for name in unknown])
         found = tables.read([NamePair(name, name) for name in flat], flat, rest(shapes))
-    return Loaded(found, [f"init.decoder: {len(found)} arrays from {path}"])
+    words, report = _load_text_decoder(config, ours, text_decoder)
+    return Loaded(found | words, [*report, f"init.decoder: {len(found)} arrays from {path}"])
 
 
-def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
-    """The model in a workdir, checkpoint or converted folder, and its arrays by flat name."""
-    ours, params, _ = checkpoint.load_model(hub.local(path))
-    return ours, {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
+def _load_text_decoder(
+    config: config_lib.Config, ours: config_lib.Model, stored: checkpoint.StoredDecoder | None
+) -> Loaded:
+    """Of a text decoder beside the model `ours`: the run's first one goes on from it where both have the same keys."""
+    entries = config.loss.terms
+    names = sorted(name for name in entries if entries[name]["term"] == "text_decoder")
+    if stored is None or not names:
+        unused = ["init.decoder: not used: its text decoder"] if stored else []
+        return Loaded({}, unused)
+    of_arrays = lambda decoder, model: (
+        dataclasses.asdict(dataclasses.replace(decoder, predictions=None, unroll=1))
+        | {"vocab_size": model.text.vocab_size, "width of patches": model.image.width}
+    )
+    own = of_arrays(config_lib.text_decoder_of_term(entries[names[0]], config.model), config.model)
+    old, name = of_arrays(stored.config, ours), f"loss.terms.{names[0]}"
+    for key, value in own.items():
+        if value != old[key]:
+            line = f"init.decoder: {name} begins at random: {key}: got {value}, the checkpoint's has {old[key]}"
+            return Loaded({}, [line])
+    flat = {f"terms/{names[0]}/decoder/{x}": y for x, y in grain.flat(stored.params).items()}
+    return Loaded(flat, [f"init.decoder: {name} goes on from its text decoder, {len(flat)} arrays"])
+
+
+def _read_ours(
+    path: str,
+) -> tuple[config_lib.Model, dict[str, np.ndarray], checkpoint.StoredDecoder | None]:
+    """The model in a workdir, checkpoint or converted folder, its arrays by flat name, and its text decoder."""
+    stored = checkpoint.load_stored(hub.local(path))
+    flat = {name: np.asarray(x, np.float32) for name, x in grain.flat(stored.merged()).items()}
+    return stored.model, flat, stored.text_decoder
 
 
 def _load_tower(config, which: str, path: str, shapes) -> Loaded:
@@ -270,7 +301,7 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
     text, head = open_clip.split(path)
     folder = hub.local(text)
     if head is None and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
-        ours, flat = _read_ours(str(folder))
+        ours, flat, _ = _read_ours(str(folder))
         return Tower(getattr(ours, which), [NamePair(x, x) for x in flat], f"{which}/"), flat
     if named.is_external(wanted.tower):
         raise ConvertError(

@@ -40,8 +40,10 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
     given = source, proof, stored.folder, stored.text_decoder
     output.save(folder, stored.model, merged, *given)
+    said = output.carry_weight(stored, folder)
     count = len(list(low_rank.maps_in(stored.params)))
     return proof.after(
         f"merge: {stored.folder} -> {folder}",
         f"{count} maps, of all layers each; rank {stored.lora.rank}, alpha {stored.lora.alpha:g}",
+        *said,
     )

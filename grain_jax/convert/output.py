@@ -6,12 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
+from grain_jax.inference import predictor, rerank
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import checkpoint
 
@@ -56,6 +58,34 @@ def on_disk(folder: epath.Path) -> Iterator[str]:
         for path in folder.iterdir():
             path.copy(epath.Path(scratch) / path.name)
         yield scratch
+
+
+def carry_weight(source: checkpoint.Stored, folder: epath.Path) -> list[str]:
+    """Stores the weight of reranking of a model with one that was made of it and computes the same.
+
+    Args:
+      source: the model.
+      folder: of the other one, written.
+
+    Returns:
+      A line for the report; none where there is no weight.
+
+    Raises:
+      regular_file.FileError: the weight is damaged.
+    """
+    chosen = rerank.read(source.folder)
+    if chosen is None or source.text_decoder is None:
+        return []
+    if chosen.model != _digest(source):
+        return [f"without {rerank.path_of(source.folder)}: its weight is of another model"]
+    new = dict(model=_digest(checkpoint.load_stored(folder)), checkpoint=str(folder))
+    rerank.write(folder, msgspec.structs.replace(chosen, **new))
+    return [f"with the weight of reranking, {chosen.weight:g}"]
+
+
+def _digest(stored: checkpoint.Stored) -> str:
+    given = stored.model, stored.merged()
+    return predictor.Predictor(*given, text_decoder=stored.text_decoder).digest
 
 
 def save(

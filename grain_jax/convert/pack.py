@@ -5,6 +5,7 @@ random numbers that they began as: they become zeros, which compress to nothing.
 CLIP that is most of the file. Those of a run that starts from another text tower stay as they are.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -55,11 +56,13 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     )
     proof = parity.report(found, f"{read_from} in float32", given)
     output.save(folder, model, packed, source, proof, read_from, text_decoder)
+    said = output.carry_weight(stored, folder)
     return proof.after(
         f"pack: {read_from} -> {folder}",
         f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
         f"{sum(x.size for x in jax.tree.leaves(packed)):,} values, bfloat16",
         *(["with the text decoder, rounded like them"] if text_decoder else []),
+        *said,
     )
 
 
@@ -78,15 +81,19 @@ def _of_trained(embedding: np.ndarray, trained: np.ndarray) -> np.ndarray:
 def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
     """bool [V]: tokens whose embedding ever had a gradient, by the second moments of AdamW.
 
-    All where none are stored, as of a frozen tower, and where the run began from another text tower (`init.text`).
+    In the text tower or in a text decoder. All where none had, or those of the tower are not stored, as it is frozen,
+    and where the run began from another text tower (`init.text`).
     """
+    trained, of_tower = np.zeros(model.text.vocab_size, bool), f"nu/text/{_TOKENS}/embedding"
+    is_stored = False
     if (folder / "state").is_dir() and not _starts_from_text(folder):
         state = checkpoint_files.read_arrays(folder / "state", only="opt_state")
         for path, moments in jax.tree_util.tree_leaves_with_path(state):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if name.endswith(f"nu/text/{_TOKENS}/embedding"):
-                return np.any(np.asarray(moments, np.float32) != 0, axis=1)
-    return np.ones(model.text.vocab_size, bool)
+            if name.endswith(of_tower) or re.search(rf"nu/terms/[^/]+/decoder/{_TOKENS}$", name):
+                trained |= np.any(np.asarray(moments, np.float32) != 0, axis=1)[: len(trained)]
+                is_stored |= name.endswith(of_tower)
+    return trained if is_stored and trained.any() else np.ones_like(trained)
 
 
 def _starts_from_text(folder: epath.Path) -> bool:

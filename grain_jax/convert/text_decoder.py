@@ -136,8 +136,7 @@ def _excluded(text: config_lib.TextTower, folder: epath.PathLike | None) -> tupl
         is_there = tokenizer.own_file(text, folder) is not None
     if not is_there:
         return ()
-    words = tokenizer.of_tower(text, folder)
-    return words.special_ids + (*range(words.vocab_size, text.vocab_size),)
+    return searches.excluded(tokenizer.of_tower(text, folder), text)
 
 
 def ids_of(decoder: StoredDecoder, model: config_lib.Model) -> dict[str, Any]:

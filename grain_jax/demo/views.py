@@ -172,10 +172,10 @@ def canvas(image: PIL.Image.Image) -> str:
     )
 
 
-def said(text: str, log_probability: float) -> str:
-    """What the text decoder writes, and how likely it is (nats); HTML."""
+def said(text: str, log_probability: float, is_whole: bool = True) -> str:
+    """What the text decoder writes, with dots where it is cut, and how likely it is (nats); HTML."""
     value = f"log-probability {_number(log_probability)}"
-    return f'“{html.escape(text)}” <span class="quiet">{value}</span>'
+    return f'“{html.escape(text)}{"" if is_whole else " …"}” <span class="quiet">{value}</span>'
 
 
 def caption(written: text_decoder.Written) -> str:

@@ -61,6 +61,10 @@ class Predictor(Protocol):
         """Images and boxes [n, 4] of each, in [0, 1] -> for each image n texts with log-probabilities."""
         ...
 
+    def point(self, images: Any, texts: Any, /, *, beams: int) -> Any:
+        """Images and n texts of each -> for each image n boxes with log-probabilities."""
+        ...
+
     def caption_log_likelihood(self, images: Any, texts: Any, /) -> list[np.ndarray]:
         """Images and n captions of each -> float32 [n] of each, nats."""
         ...

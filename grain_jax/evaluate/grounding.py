@@ -32,6 +32,7 @@ with epy.lazy_imports():
 
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates, second_pass
+    from grain_jax.evaluate import likelihood as likelihood_lib
     from grain_jax.inference import prompts, rerank, scores
     from grain_jax.losses import boxes, matching
 
@@ -132,15 +133,17 @@ class Grounding(AnnotatedRegions):
         similarity = np.einsum("uqd,ud->uq", scores.unit(region_embed)[image], text_embed[text])
         answers_xyxy = pred_boxes_xyxy[phrases.image]  # [P, Q, 4]
         share = _best(similarity[phrases.pair], rates.TIE)
-        out = _phrase_rates(described, phrases, answers_xyxy, share)
+        of = lambda answers_xyxy, share: phrase_rates(
+            described.boxes_xyxy[phrases.boxes], phrases.counts, answers_xyxy, share
+        )
+        out = of(answers_xyxy, share)
         if not (self.text_decoder and getattr(predictor, "has_text_decoder", False)):
             return out
         found = self._said(predictor, seen, described, phrases, context)
         likelihood = found["likelihood"][phrases.pair]  # [P, Q]
-        tie = rates.TIE * np.maximum(1, np.abs(likelihood).max(axis=1, keepdims=True))
-        by_likelihood = _phrase_rates(described, phrases, answers_xyxy, _best(likelihood, tie))
+        by_likelihood = of(answers_xyxy, _best(likelihood, likelihood_lib.TIE))
         pointed_xyxy = found["boxes_xyxy"][phrases.pair][:, None]  # [P, 1, 4]
-        of_point = _phrase_rates(described, phrases, pointed_xyxy, np.ones((len(pointed_xyxy), 1)))
+        of_point = of(pointed_xyxy, np.ones((len(pointed_xyxy), 1)))
         return out | {
             "point": _without_chance(of_point),
             "likelihood": _without_chance(by_likelihood),
@@ -223,7 +226,6 @@ class _Phrases(NamedTuple):
 
     boxes: np.ndarray  # int [K], of one phrase after another: positions among the M
     counts: np.ndarray  # int [P], boxes of each
-    first: np.ndarray  # int [P], its first one among the K
     pairs: np.ndarray  # int [U, 2], the distinct (image, text), in rising order
     pair: np.ndarray  # int [P], which of them it is
 
@@ -241,27 +243,27 @@ def _phrases(described: Described) -> _Phrases | None:
     boxes, first = np.concatenate(described.phrases), np.cumsum(counts) - counts
     both = np.stack([described.image, described.text], axis=1)[boxes[first]]
     pairs, pair = np.unique(both, axis=0, return_inverse=True)
-    return _Phrases(boxes, counts, first, pairs, pair.reshape(-1))
+    return _Phrases(boxes, counts, pairs, pair.reshape(-1))
 
 
-def _best(values: np.ndarray, tie: float | np.ndarray) -> np.ndarray:
+def _best(values: np.ndarray, tie: float) -> np.ndarray:
     """[P, Q] -> the chance of each to be the highest, those within `tie` of it being drawn at random."""
     best = values >= values.max(axis=1, keepdims=True) - tie
     return best / best.sum(axis=1, keepdims=True)
 
 
-def _phrase_rates(
-    described: Described, phrases: _Phrases, answers_xyxy: np.ndarray, share: np.ndarray
+def phrase_rates(
+    true_boxes_xyxy: np.ndarray, counts: np.ndarray, answers_xyxy: np.ndarray, share: np.ndarray
 ) -> dict[str, Any]:
     """The part of the result about phrases.
 
     Args:
-      described, phrases: with the right boxes.
+      true_boxes_xyxy: float32 [K, 4], the boxes of one phrase after another.
+      counts: int [P], boxes of each.
       answers_xyxy: [P, Q, 4], the boxes to choose from.
       share: [P, Q], the chance of each to be chosen.
     """
-    box, counts, first = phrases.boxes, phrases.counts, phrases.first
-    true_boxes_xyxy = described.boxes_xyxy[box]  # [K, 4]
+    first = np.cumsum(counts) - counts
     each = _iou(np.repeat(answers_xyxy, counts, axis=0), true_boxes_xyxy[:, None])  # [K, Q]
     any_box = np.maximum.reduceat(each, first, axis=0)  # [P, Q]
     out = {"phrases": len(counts)} | _of_protocol("", any_box, share)

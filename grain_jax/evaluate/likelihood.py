@@ -8,19 +8,9 @@ import numpy as np
 
 from grain_jax.evaluate import rates
 from grain_jax.inference import text_decoder
-from grain_jax.inference.inputs import InputError
 from grain_jax.input_pipeline import tokenizer
 
 TIE = 1e-3  # nats: log-likelihoods in float32, sums over dozens of tokens, differ by less from rounding
-
-
-def need_text_decoder(predictor: Any, kind: str) -> None:
-    """Raises InputError where the model has no text decoder."""
-    if not predictor.has_text_decoder:
-        raise InputError(
-            f"{kind}: got a model without a text decoder, expected one that was trained with the term text_decoder"
-            " in loss.terms"
-        )
 
 
 def token_counts(predictor: Any, texts: Sequence[str], task: str) -> np.ndarray:

@@ -21,11 +21,12 @@ from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
     import numpy as np
+    from etils import epath
 
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.evaluate import encode, rates, second_pass, test_sets
-    from grain_jax.inference import prompts, rerank, scores
-    from grain_jax.runtime import processes
+    from grain_jax.inference import inputs, prompts, rerank, scores
+    from grain_jax.runtime import pretrained, processes
 
 KS = (1, 5, 10)
 _MEASURE = "mean of R@1 of both directions"
@@ -93,6 +94,14 @@ class Retrieval(AnnotatedImages):
             ]
         return []
 
+    def not_in_a_suite(self) -> list[str]:
+        if self.choose_weight:
+            return [
+                "choose_weight: got True in a suite, expected it of one set of validation data: grain-jax evaluate"
+                " retrieval --rerank 10 --choose-weight"
+            ]
+        return []
+
     @property
     def needs_text_decoder(self) -> bool:
         return self.rerank > 0
@@ -100,10 +109,14 @@ class Retrieval(AnnotatedImages):
     def still_holds(self, result: Mapping[str, Any], predictor: Any) -> bool:
         if not self.rerank or self.rerank_weight is not None:
             return True
-        try:  # the weight may have been chosen again
-            return rerank.weight_of(predictor.folder, None)[0] == result.get("rerank_weight")
-        except errors.UserError:
-            return False
+
+        def holds() -> bool:
+            try:  # the weight may have been chosen again
+                return rerank.weight_of(predictor, None)[0] == result.get("rerank_weight")
+            except errors.UserError:
+                return False
+
+        return processes.of_first(holds)
 
     def usable(self, record: annotations_lib.Annotation) -> Any:
         return record.captions or record.synthetic_caption
@@ -146,7 +159,7 @@ class Retrieval(AnnotatedImages):
         }
         if self.rerank:
             images = [found.images[i] for i in seen.index]
-            again = self._second(predictor, images, texts, ways, context)
+            again = self._reranking(predictor, images, texts, ways, context)
             if self.choose_weight:
                 out["weights"] = again.tried()
                 weight, source = self._choose(predictor, out)
@@ -160,29 +173,28 @@ class Retrieval(AnnotatedImages):
         """The weight and where it is from, before anything is computed; on the first process's word."""
         if not self.rerank:
             return 0.0, ""
-        second_pass.need_text_decoder(predictor, "rerank")
-        folder = getattr(predictor, "folder", None)
+        inputs.need_text_decoder(predictor, "rerank")
         if not self.choose_weight:
-            given = self.rerank_weight
-            found: Any = processes.of_first(lambda: rerank.weight_of(folder, given, self.paths[1]))
+            given, annotations = self.rerank_weight, self.paths[1]
+            found: Any = processes.of_first(lambda: rerank.weight_of(predictor, given, annotations))
             return found[0], found[1]
-        if folder is None:
+        if getattr(predictor, "folder", None) is None:
             raise errors.UserError(
                 "choose_weight: the model lies in no folder, expected one to store the weight in"
             )
         return 0.0, ""
 
-    def _second(
+    def _reranking(
         self,
         predictor: Any,
         images: Sequence[test_sets.Image],
         texts: list[str],
         ways: dict[str, _Way],
         context: Context,
-    ) -> _Second:
+    ) -> _Reranking:
         """The likelihoods of the candidates; every pair of an image and a caption is asked once."""
         both = ways["image_to_text"].queries, ways["text_to_image"].queries
-        stage = rerank.second(*both, self.rerank)
+        stage = rerank.first_stage(*both, self.rerank)
 
         def of(index: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
             asked = [[texts[t] for t in stage.texts_of(i).tolist()] for i in index]
@@ -194,17 +206,28 @@ class Retrieval(AnnotatedImages):
             predictor, images, of, label=f"{self.kind}, again", batch_size=context.batch_size
         )["found"]
         parts = rerank.parts(stage, found, *both)
-        return _Second(ways, (stage.texts, stage.images), parts, float(predictor.logit_scale))
+        return _Reranking(ways, (stage.texts, stage.images), parts, float(predictor.logit_scale))
 
     def _choose(self, predictor: Any, out: dict[str, Any]) -> tuple[float, str]:
         """The weight with the best `weights`, the smallest of equal ones, once it is stored."""
         tried = {float(name): one["r1"] for name, one in out["weights"].items()}
         best = max(tried, key=lambda weight: (round(tried[weight], 9), -weight))
+        if best == max(tried) and processes.process_info()[0] == 0:
+            line = f"choose_weight: {best:g}, the largest that was tried, is best; a larger one may be better"
+            print(f"{self.kind}: {line}: --rerank-weight", file=sys.stderr)
+        if pretrained.is_of_name(predictor.folder):
+            return best, (
+                f"weight {best:g}, chosen now{rerank.SAME}; it is not stored with {predictor.folder}, which a name"
+                f" stands for: give --rerank-weight {best:g}"
+            )
+        path = epath.Path(self.paths[1]).resolve()
         chosen = rerank.Chosen(
             weight=best,
             prior=rerank.PRIOR,
             top=self.rerank,
-            annotations=self.paths[1],
+            model=predictor.digest,
+            annotations=str(path),
+            annotations_digest=rerank.digest_of(path),
             pictures=out["pictures"],
             captions=out["captions"],
             measure=_MEASURE,
@@ -213,7 +236,7 @@ class Retrieval(AnnotatedImages):
             checkpoint=str(predictor.folder),
         )
         processes.of_first(lambda: str(rerank.write(predictor.folder, chosen)))
-        return best, chosen.said(predictor.folder)
+        return best, chosen.said(predictor.folder) + rerank.SAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,23 +256,23 @@ class _Way:
     right: np.ndarray  # bool [Q, C]
     rows: np.ndarray  # of the queries that are averaged, int, with repetitions
 
-    def recalls(self, second: _Candidates | None = None) -> dict[str, float]:
+    def recalls(self, ahead: _Candidates | None = None) -> dict[str, float]:
         """R@k, with intervals and chance."""
         out = {}
-        for k, hits in zip(KS, self.hits(KS, second)):
+        for k, hits in zip(KS, self.hits(KS, ahead)):
             chance = rates.chance_of_topk(self.right, k)[self.rows]
             out |= {**rates.rate(f"r{k}", hits), f"chance_r{k}": float(chance.mean())}
         return out
 
-    def hits(self, ks: Sequence[int], second: _Candidates | None = None) -> list[np.ndarray]:
+    def hits(self, ks: Sequence[int], ahead: _Candidates | None = None) -> list[np.ndarray]:
         """`rates.topk_hits` for each of `ks`, of the rows."""
-        if second is None:
+        if ahead is None:
             found = rates.nearest_hits(self.queries, self.candidates, self.right, ks)
-        elif second.at.shape[1] >= min(len(self.candidates), max(ks)):  # no other one counts
-            right = np.take_along_axis(self.right, second.at, axis=1)
-            found = [rates.topk_hits(second.scores, right, k) for k in ks]
+        elif ahead.at.shape[1] >= min(len(self.candidates), max(ks)):  # no other one counts
+            right = np.take_along_axis(self.right, ahead.at, axis=1)
+            found = [rates.topk_hits(ahead.scores, right, k) for k in ks]
         else:
-            given = self.queries, self.right, second.at, second.scores
+            given = self.queries, self.right, ahead.at, ahead.scores
             found = scores.in_parts(_reordered(self.candidates, ks), *given)
         return [hits[self.rows] for hits in found]
 
@@ -267,7 +290,7 @@ def _reordered(candidates: np.ndarray, ks: Sequence[int]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Second:
+class _Reranking:
     """The second stage of both directions, for any weight."""
 
     ways: dict[str, _Way]

@@ -10,15 +10,6 @@ from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
 
-def need_text_decoder(predictor: Any, what: str) -> None:
-    """Raises InputError where the model has no text decoder."""
-    if not getattr(predictor, "has_text_decoder", False):
-        raise InputError(
-            f"{what}: got a model without a text decoder, expected one that was trained with the loss term"
-            " text_decoder (docs/method.md, Local terms)"
-        )
-
-
 def gather(
     predictor: Any,
     images: Sequence[test_sets.Image],

@@ -2,7 +2,7 @@
 
 Two evaluators: `captions` (CIDEr-D, exact captions, descriptions that they hold) and `descriptions` (exact
 descriptions, and their cosines by the model's own text tower). Both say, too, how likely the model finds the
-annotators' texts, per token. Chance, of each number, is that of an annotator's text of the next image in the file.
+annotators' texts, per token. Chance, of each number, is that of an annotator's text of another image.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ with epy.lazy_imports():
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.core import atomic
     from grain_jax.evaluate import cider, encode, grounding, likelihood, rates
-    from grain_jax.inference import prompts, scores, stream
+    from grain_jax.inference import inputs, prompts, scores, stream
     from grain_jax.runtime import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Written(AnnotatedImages):
+class OfTextDecoder(AnnotatedImages):
     """Base of the evaluators of what a text decoder writes."""
 
     writes_predictions = True
@@ -47,7 +47,7 @@ class Written(AnnotatedImages):
 
         Returns: counts, and the numbers of `measured`.
         """
-        likelihood.need_text_decoder(predictor, self.kind)
+        inputs.need_text_decoder(predictor, self.kind)
         annotated = self.read()
         unreadable: dict[str, str] = {}
         here: list[dict[str, Any]] = []  # texts and numbers, not images
@@ -86,12 +86,21 @@ class Written(AnnotatedImages):
         """The numbers of all lines."""
 
 
+def others_of(count: int) -> np.ndarray:
+    """For each of so many images another one, whose texts give its chance: one cycle, drawn with a seed; int [count]."""
+    order = np.random.default_rng(_SEED).permutation(count)
+    others = np.empty(count, int)
+    others[order] = np.roll(order, -1)
+    return others
+
+
+_SEED = 0  # of the other images
 _PICTURES = "pictures", "pictures"
 _CAPTIONS = "captions", "captions"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Captions(Written):
+class Captions(OfTextDecoder):
     """Captions that the text decoder writes: CIDEr-D, exact captions, the parts that they name."""
 
     left_out = "without_caption"
@@ -124,7 +133,8 @@ class Captions(Written):
     ) -> Iterator[dict[str, Any]]:
         records = annotated.records
         own = [captions_of(records[i]) for i in batch.index]
-        others = [captions_of(records[(i + 1) % len(records)])[0] for i in batch.index]
+        other_of = others_of(len(records))
+        others = [captions_of(records[other_of[i]])[0] for i in batch.index]
         tokens = predictor.encode_tokens(batch.pixels)
         written = predictor.caption(tokens, beams=self.beams)
         candidates = [[*texts, other] for texts, other in zip(own, others)]
@@ -198,7 +208,7 @@ _BOXES = "boxes", "boxes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Descriptions(Written):
+class Descriptions(OfTextDecoder):
     """Descriptions of given boxes that the text decoder writes: exact ones, cosines, perplexity."""
 
     table = (
@@ -214,7 +224,8 @@ class Descriptions(Written):
             "description_perplexity",
             "perplexity of descriptions",
             "chance_description_perplexity",
-            *_BOXES,
+            "descriptions",
+            "descriptions",
             False,
         ),
     )
@@ -228,13 +239,19 @@ class Descriptions(Written):
             grounding.described_boxes([records[i]], [size])
             for i, size in zip(batch.index, batch.sizes)
         ]
-        boxes = [each.boxes_xyxy for each in found]
-        candidates = []  # of each box its description, and one of the next image
-        for i, each in zip(batch.index, found):
-            others = records[(i + 1) % len(records)].regions
-            own = [records[i].regions[place].description for place in each.region]
+        boxes, places = zip(*map(_distinct_boxes, found)) if found else ((), ())
+        other_of = others_of(len(records))
+        candidates = []  # of each box its descriptions, and one of another image
+        for i, of_boxes in zip(batch.index, places):
+            own, others = records[i].regions, records[other_of[i]].regions
             candidates.append(
-                [[text, others[j % len(others)].description] for j, text in enumerate(own)]
+                [
+                    [
+                        *(own[place].description for place in several),
+                        others[j % len(others)].description,
+                    ]
+                    for j, several in enumerate(of_boxes)
+                ]
             )
         tokens = predictor.encode_tokens(batch.pixels)
         written = predictor.describe(tokens, boxes, beams=self.beams)
@@ -243,16 +260,16 @@ class Descriptions(Written):
         for row, (i, each) in enumerate(zip(batch.index, found)):
             regions = [
                 {
-                    "box": list(records[i].regions[place].box_xyxy),
+                    "box": list(records[i].regions[several[0]].box_xyxy),
                     "description": said.text,
                     "log_probability": float(said.log_probability),
-                    "reference": text,
-                    "reference_log_p": float(log_p[0]),
+                    "references": texts,
+                    "references_log_p": log_p[:-1].tolist(),
                     "other": other,
-                    "other_log_p": float(log_p[1]),
+                    "other_log_p": float(log_p[-1]),
                 }
-                for place, said, (text, other), log_p in zip(
-                    each.region, written[row], candidates[row], likely[row], strict=True
+                for several, said, (*texts, other), log_p in zip(
+                    places[row], written[row], candidates[row], likely[row], strict=True
                 )
             ]
             yield {"picture": records[i].image, "regions": regions, "outside": each.outside}
@@ -260,26 +277,34 @@ class Descriptions(Written):
     def measured(self, predictor: Any, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Compares the descriptions of the boxes that lie in their images.
 
-        Returns: `boxes`, `boxes_outside`; `description_exact`, the share with the words of the annotators'
-          (`cider.words`), with a 95% interval (`_low`, `_high`); `description_cosine`, the mean cosine of the two by the
-          model's text tower; `description_nll`, of a token of the annotators', in nats, and `description_perplexity`. Each
-          has a `chance_`.
+        Regions with one box are one box with several descriptions: RefCOCO has one of each annotator.
+
+        Returns: `boxes`, distinct ones, `boxes_outside`, and `descriptions`, how many annotators gave;
+          `description_exact`, the share of the boxes with the words of one of them (`cider.words`), with a 95% interval
+          (`_low`, `_high`); `description_cosine`, the mean over boxes of the mean cosine with theirs by the model's text
+          tower; `description_nll`, of a token of theirs, in nats, and `description_perplexity`. Each has a `chance_`.
         """
         regions = [region for line in lines for region in line["regions"]]
         if not regions:
             raise errors.UserError(f"{self.annotations}: every box lies outside its image")
-        said, texts, others = (
-            [region[key] for region in regions] for key in ("description", "reference", "other")
-        )
-        distinct, at = prompts.distinct([*said, *texts, *others])
+        said, others = ([region[key] for region in regions] for key in ("description", "other"))
+        references = [region["references"] for region in regions]
+        texts = [text for own in references for text in own]
+        counts = np.array(list(map(len, references)))
+        distinct, at = prompts.distinct([*said, *others, *texts])
         embed = scores.unit(encode.encode_distinct(predictor, distinct))  # [T, D]
-        of_said, of_texts, of_others = embed[at].reshape(3, len(regions), -1)
-        cosine = lambda x: float((x * of_texts).sum(axis=1).mean())
-        words = [cider.words(text) for text in texts]
-        exact = lambda own: np.array([cider.words(x) == y for x, y in zip(own, words)], bool)
+        of_said, of_others, of_texts = np.split(embed[at], [len(said), 2 * len(said)])
+
+        def cosine(own: np.ndarray) -> float:
+            each = (np.repeat(own, counts, axis=0) * of_texts).sum(axis=1)
+            return float((np.add.reduceat(each, np.cumsum(counts) - counts) / counts).mean())
+
+        words = [[cider.words(text) for text in own] for own in references]
+        exact = lambda own: np.array([cider.words(x) in y for x, y in zip(own, words)], bool)
         return {
             "boxes": len(regions),
             "boxes_outside": sum(line["outside"] for line in lines),
+            "descriptions": len(texts),
             **rates.rate("description_exact", exact(said)),
             "chance_description_exact": float(exact(others).mean()),
             "description_cosine": cosine(of_said),
@@ -288,11 +313,19 @@ class Descriptions(Written):
                 predictor,
                 "description",
                 texts,
-                [region["reference_log_p"] for region in regions],
+                [x for region in regions for x in region["references_log_p"]],
                 others,
                 [region["other_log_p"] for region in regions],
             ),
         }
+
+
+def _distinct_boxes(described: grounding.Described) -> tuple[np.ndarray, list[list[int]]]:
+    """The boxes of an image, float32 [n, 4] in [0, 1], and for each its places among the regions of the record."""
+    places: dict[tuple[float, ...], list[int]] = {}
+    for box, place in zip(described.boxes_xyxy.tolist(), described.region.tolist()):
+        places.setdefault(tuple(box), []).append(place)
+    return np.array(list(places), np.float32).reshape(-1, 4), list(places.values())
 
 
 def captions_of(record: annotations_lib.Annotation) -> tuple[str, ...]:

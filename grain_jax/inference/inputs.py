@@ -22,6 +22,15 @@ class InputError(errors.UserError):
     """Images, texts or classes that the model cannot take; the message is one line."""
 
 
+def need_text_decoder(model: Any, what: str) -> None:
+    """Raises InputError where a model has no text decoder; `what` asks for it."""
+    if not getattr(model, "has_text_decoder", False):
+        raise InputError(
+            f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
+            " (docs/howto/text_decoder.md)"
+        )
+
+
 def is_one_image(images: Any) -> bool:
     """Whether it is one image, and not a batch."""
     return isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3
@@ -69,6 +78,13 @@ def checked_boxes(index: int, boxes: Any) -> np.ndarray:
             " image; divide pixels by its width and height"
         )
     return found
+
+
+def boxes_of_images(boxes_xyxy: Any) -> list[np.ndarray]:
+    """The boxes of each image as float32 [n, 4]. Raises InputError."""
+    if isinstance(boxes_xyxy, (str, bytes)) or not isinstance(boxes_xyxy, Iterable):
+        raise InputError(f"boxes_xyxy: got {boxes_xyxy!r}, expected boxes [n, 4] for each image")
+    return [checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
 
 
 def lists(texts: Any) -> list[Any]:

@@ -8,6 +8,7 @@ all devices of the process. Methods that return or use regions raise InputError 
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +35,7 @@ from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.inference.text_decoder import Pointed, Written
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain, lora, towers
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, receipt, saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
@@ -157,6 +158,19 @@ class Predictor:
         sizes = self.text_decoder.config
         count = sum(x.size for x in jax.tree.leaves(self.text_decoder.params))
         return f" text decoder (depth {sizes.depth}, width {sizes.width}; {count:,} parameters);"
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Of the model's configuration, of its parameters, and of its text decoder, if any."""
+        found = saved_model.model_digests(self.model, jax.device_get(self.params))
+        if self.text_decoder is not None:
+            found["text_decoder"] = self.text_decoder.digest()
+        return found
+
+    @property
+    def digest(self) -> str:
+        """One of all `digests`."""
+        return receipt.sha256(self.digests)
 
     @property
     def logit_scale(self) -> float:
@@ -303,7 +317,7 @@ class Predictor:
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         whole, parts = [np.zeros((0, self.model.embed_dim), np.float32)], []
         for part in self._rows(images):
             own = boxes[len(parts) : len(parts) + len(part)]
@@ -755,10 +769,12 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.caption(inputs.one_image(images), beams, max_tokens)[0]
         given = self._given_decoder("caption")
+        steps = text_decoder.limit(max_tokens, given, "caption")
+        text_decoder.check_beams(beams)
         found = []
         for tokens in self._token_parts(images):
             none = [np.zeros((1, 4), np.float32)] * len(tokens)
-            found += self._write(given, "caption", tokens, none, beams, max_tokens)
+            found += self._write(given, "caption", tokens, none, beams, steps)
         return [written for (written,) in found]
 
     def describe(
@@ -781,10 +797,12 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.describe(inputs.one_image(images), [boxes_xyxy], beams, max_tokens)[0]
         given = self._given_decoder("describe")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        steps = text_decoder.limit(max_tokens, given, "describe")
+        text_decoder.check_beams(beams)
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         found = []
         for tokens, (own,) in self._token_parts_with(images, boxes_xyxy=boxes):
-            found += self._write(given, "describe", tokens, own, beams, max_tokens)
+            found += self._write(given, "describe", tokens, own, beams, steps)
         return found
 
     def point(self, images: OneOrMany | Tokens, texts: Any, beams: int = 1) -> Any:
@@ -815,15 +833,15 @@ class Predictor:
             written = text_decoder.write(
                 run, given, "point", tokens, asked, beams, text_decoder.BOX
             )
-            corners = text_decoder.boxes_of(given, [ids for ids, _ in written])
-            pointed = [Pointed(box, p) for box, (_, p) in zip(corners, written)]
+            corners = text_decoder.boxes_of(given, [ids for ids, _, _ in written])
+            pointed = [Pointed(box, p) for box, (_, p, _) in zip(corners, written)]
             found += text_decoder.grouped(pointed, [len(x) for x in own])
         return found
 
     def caption_log_likelihood(self, images: OneOrMany | Tokens, texts: Any) -> Any:
         """log p(text | image) by the text decoder, the sum over the words and the end, in nats.
 
-        A text that is longer than a row of the decoder is cut: its first words count.
+        A text that is longer than the context or a row of the decoder is cut: its first words count, and no end.
 
         Args:
           images: as for `caption`.
@@ -862,7 +880,7 @@ class Predictor:
             one = inputs.one_image(images)
             return self.description_log_likelihood(one, [boxes_xyxy], [texts])[0]
         given = self._given_decoder("description_log_likelihood")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         of_boxes = [
             inputs.checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(inputs.lists(texts))
         ]
@@ -899,7 +917,7 @@ class Predictor:
         if inputs.is_one_image(images):
             return self.box_log_likelihood(inputs.one_image(images), [boxes_xyxy], [texts])[0]
         given = self._given_decoder("box_log_likelihood")
-        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = inputs.boxes_of_images(boxes_xyxy)
         checked = inputs.checked_texts(texts)
         inputs.check_a_text_a_box(checked, boxes, "texts")
         found = []
@@ -919,7 +937,7 @@ class Predictor:
         """The best texts of each image and the best images of each text, by cosine and by likelihood.
 
         The first `top` by cosine are ordered by scale * cosine + weight * (log-likelihood - prior), where the prior of a
-        text is the mean of its log-likelihoods over other images of the call (docs/method.md, Reranking).
+        text is the median of its log-likelihoods over other images of the call (docs/method.md, Reranking).
 
         Args:
           images: two or more, as for `encode_image`, or the result of `encode_tokens`; their tokens are held at once.
@@ -931,16 +949,18 @@ class Predictor:
           InputError: as `encode_image` and `encode_text`; one image, no weight, or the model has no text decoder.
         """
         self._given_decoder("rerank")
-        if top < 1:
-            raise InputError(f"top: got {top}, expected at least 1")
-        weight, _ = rerank.weight_of(self.folder, weight)
+        if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1:
+            raise InputError(f"top: got {top!r}, expected a whole number of at least 1")
+        if weight is not None and not 0 <= weight < math.inf:
+            raise InputError(f"weight: got {weight!r}, expected a number of at least 0, in nats")
+        weight, _ = rerank.weight_of(self, weight)
         if inputs.is_one_image(images):
             images = inputs.one_image(images)
         tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
         asked = [texts] if isinstance(texts, str) else list(texts)
         image_embed = self._encode(tokens)[0]
         text_embed = self.encode_text(asked)
-        stage = rerank.second(image_embed, text_embed, top)
+        stage = rerank.first_stage(image_embed, text_embed, top)
         likelihood: list[np.ndarray] = [np.zeros(0)]
         for first in range(0, len(image_embed), MAX_BATCH):
             part = Tokens(tokens.values[first : first + MAX_BATCH])
@@ -952,15 +972,11 @@ class Predictor:
 
     def _given_decoder(self, what: str) -> text_decoder.Given:
         """What the programs of the text decoder depend on. Raises InputError where there is none."""
-        if self.text_decoder is None:
-            raise InputError(
-                f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
-                " (loss.terms)"
-            )
+        inputs.need_text_decoder(self, what)
+        stored = cast(checkpoint.StoredDecoder, self.text_decoder)
         library = _tokenizer(self.model.text, self.folder)
-        # A text tower may have more embeddings than its tokenizer has ids.
-        excluded = library.special_ids + (*range(library.vocab_size, self.model.text.vocab_size),)
-        return text_decoder.Given(self.text_decoder.config, self.model, self.dtype, excluded)
+        excluded = text_decoder.excluded(library, self.model.text)
+        return text_decoder.Given(stored.config, self.model, self.dtype, excluded)
 
     def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
         """The tokens [b, N, E] of the image tower, of some images after others."""
@@ -986,16 +1002,18 @@ class Predictor:
                 )
 
     def _run_in_parts(self, beams: int = 1) -> Callable[..., Any]:
-        """`_run` of the text decoder, for any number of rows, of which each has so many beams."""
+        """`_run` of the text decoder (text_decoder.Run), for any number of rows, of which each has so many beams."""
         most = max(1, MAX_BATCH // beams)
         at_once = most * len(self._devices)
         options: Any = dict(most=most, of_text_decoder=True)
 
-        def run(program, *rows):
-            starts = range(0, len(rows[0]), at_once)
-            parts = [
-                self._run(program, *(x[i : i + at_once] for x in rows), **options) for i in starts
-            ]
+        def part(program, tokens, image, *rows):
+            # The tokens of an image are copied for each of its rows: of these rows alone.
+            return self._run(program, tokens[image], *rows, **options)
+
+        def run(program, tokens, image, *rows):
+            cuts = [slice(i, i + at_once) for i in range(0, len(image), at_once)]
+            parts = [part(program, tokens, image[x], *(row[x] for row in rows)) for x in cuts]
             return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
         return run
@@ -1018,16 +1036,14 @@ class Predictor:
         tokens: np.ndarray,
         boxes: Sequence[np.ndarray],
         beams: int,
-        max_tokens: int | None,
+        steps: int,
     ) -> list[list[Written]]:
         """For each image a text for each of its boxes."""
-        text_decoder.check_beams(beams)
-        steps = text_decoder.limit(max_tokens, given, task)
         asked = self._asked(given, task, [[""] * len(x) for x in boxes], boxes)
         run = self._run_in_parts(beams)
         found = text_decoder.write(run, given, task, tokens, asked, beams, steps)
         library = _tokenizer(self.model.text, self.folder)
-        texts = [Written(library.decode(ids), p) for ids, p in found]
+        texts = [Written(library.decode(ids), p, ended) for ids, p, ended in found]
         return text_decoder.grouped(texts, [len(x) for x in boxes])
 
     def _log_likelihoods(

@@ -4,6 +4,7 @@ docs/method.md, Reranking, has the equations. The weight of the likelihood is ch
 beside the model (`Chosen`). N images and M texts; all is numpy.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,14 +14,13 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax.config import evals
 from grain_jax.core import atomic, regular_file
 from grain_jax.inference import scores
 from grain_jax.inference.inputs import InputError
 from grain_jax.losses.contrastive import TIE
 
 TOP = 10  # candidates of a query
-SAMPLE = 32  # images that the prior of a text is a mean over
+SAMPLE = 32  # images that the prior of a text is the median over
 WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)  # that are tried
 FILE = "rerank.json"
 CHOOSE = "grain-jax evaluate retrieval --rerank 10 --choose-weight with --images and --annotations of VALIDATION data"
@@ -37,8 +37,8 @@ class Reranked(NamedTuple):
     image_scores: np.ndarray  # float64 [M, k], without the prior: of one text it is one number
 
 
-class Second(NamedTuple):
-    """What the second stage has to score."""
+class FirstStage(NamedTuple):
+    """What the first stage leaves for the second one."""
 
     texts: np.ndarray  # int [N, k], the candidates of each image
     images: np.ndarray  # int [M, k], those of each text
@@ -70,7 +70,7 @@ class Parts(NamedTuple):
         return scale * self.cosine + weight * self.gain
 
 
-def second(image_embed: np.ndarray, text_embed: np.ndarray, top: int) -> Second:
+def first_stage(image_embed: np.ndarray, text_embed: np.ndarray, top: int) -> FirstStage:
     """The first stage: the `top` nearest of each query, in both directions.
 
     Args:
@@ -83,7 +83,7 @@ def second(image_embed: np.ndarray, text_embed: np.ndarray, top: int) -> Second:
     count, texts = len(image_embed), len(text_embed)
     if count < 2:
         raise InputError(
-            f"rerank: got {count} image, expected 2 or more: the prior of a text is its mean over other images"
+            f"rerank: got {count} image, expected 2 or more: the prior of a text is a median over other images"
         )
     texts_of = nearest(image_embed, text_embed, top)
     images_of = nearest(text_embed, image_embed, top)
@@ -94,7 +94,7 @@ def second(image_embed: np.ndarray, text_embed: np.ndarray, top: int) -> Second:
         images_of * texts + np.arange(texts)[:, None],
         sample[:, None] * texts + np.unique(texts_of),
     ]
-    return Second(
+    return FirstStage(
         texts_of, images_of, sample, np.unique(np.concatenate([x.ravel() for x in pairs]))
     )
 
@@ -116,25 +116,28 @@ def nearest(queries: np.ndarray, candidates: np.ndarray, top: int) -> np.ndarray
 
 
 def parts(
-    stage: Second, log_likelihood: np.ndarray, image_embed: np.ndarray, text_embed: np.ndarray
+    stage: FirstStage, log_likelihood: np.ndarray, image_embed: np.ndarray, text_embed: np.ndarray
 ) -> tuple[Parts, Parts]:
     """The summands of the candidate texts of images, [N, k], and of the candidate images of texts, [M, k].
 
-    The prior of text t beside image i is the mean of log p(t | j) over the images j of the sample other than i. Of one
-    text it would be one number for all images, so the second result is without.
+    The prior of text t beside image i is the median of log p(t | j) over the images j of the sample other than i; a mean
+    would be moved by the one j to which t belongs. Of one text it would be one number for all images, so the second
+    result is without.
 
     Args:
-      stage: of `second`.
+      stage: of `first_stage`.
       log_likelihood: [P], log p(text | image) of its pairs, in nats.
-      image_embed, text_embed: as for `second`.
+      image_embed, text_embed: as for `first_stage`.
     """
     found = np.asarray(log_likelihood, np.float64)
     image, text = np.arange(len(stage.texts))[:, None], np.arange(len(stage.images))[:, None]
     own = found[stage.at(image, stage.texts)]  # [N, k]
     needed, which = np.unique(stage.texts, return_inverse=True)
-    total = found[stage.at(stage.sample[:, None], needed)].sum(0)[which.reshape(own.shape)]
-    is_in = np.isin(image, stage.sample)
-    prior = np.where(is_in, total - own, total) / (len(stage.sample) - is_in)
+    which = which.reshape(own.shape)
+    of_sample = found[stage.at(stage.sample[:, None], needed)]  # [S, texts]
+    prior = np.median(of_sample, axis=0)[which]
+    for row, i in enumerate(stage.sample):
+        prior[i] = np.median(np.delete(of_sample[:, which[i]], row, axis=0), axis=0)
     of = lambda queries, candidates, at: scores.in_parts(
         lambda q, i: (np.einsum("qd,qkd->qk", q, candidates[i], dtype=np.float64),), queries, at
     )[0]
@@ -144,7 +147,7 @@ def parts(
     )
 
 
-def ordered(stage: Second, found: tuple[Parts, Parts], scale: float, weight: float) -> Reranked:
+def ordered(stage: FirstStage, found: tuple[Parts, Parts], scale: float, weight: float) -> Reranked:
     """The candidates in the order of their scores; equal ones in that of their positions."""
     out = []
     for at, part in zip((stage.texts, stage.images), found):
@@ -195,7 +198,11 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
     weight: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
     prior: Annotated[str, msgspec.Meta(max_length=200)]
     top: Annotated[int, msgspec.Meta(ge=1)]
+    model: Annotated[
+        str, msgspec.Meta(max_length=64)
+    ]  # Predictor.digest of the model that was measured
     annotations: Annotated[str, msgspec.Meta(max_length=4096)]  # of the validation set
+    annotations_digest: Annotated[str, msgspec.Meta(max_length=64)]  # `digest_of` them
     pictures: Annotated[int, msgspec.Meta(ge=2)]
     captions: Annotated[int, msgspec.Meta(ge=1)]
     measure: Annotated[str, msgspec.Meta(max_length=200)]
@@ -205,17 +212,30 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
 
     def said(self, folder: epath.PathLike) -> str:
         """Which weight it is, and where it was chosen, for the model that lies in `folder`."""
-        line = f"weight {self.weight:g} of {path_of(folder)}, chosen on {self.annotations} ({self.pictures} images)"
-        return line + (f" for {self.checkpoint}" * (self.checkpoint != str(folder)))
+        return (
+            f"weight {self.weight:g} of {path_of(folder)}, chosen for the first {self.top} on"
+            f" {self.annotations} ({self.pictures} images)"
+        )
 
 
-PRIOR = f"mean log-likelihood over {SAMPLE} images"
+SAME = ", the annotations that are measured here: no test"  # at the end of `Chosen.said`
+PRIOR = f"median log-likelihood over {SAMPLE} images"
 
 
 def path_of(folder: epath.PathLike) -> epath.Path:
     """The file beside the model that was read from `folder`: of a checkpoint of a run, in the run's workdir."""
     folder = epath.Path(folder)
-    return (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / FILE
+    is_of_run = folder.parent.name == "checkpoints" and folder.name.isdigit()
+    return (folder.parent.parent if is_of_run else folder) / FILE
+
+
+def digest_of(annotations: epath.PathLike) -> str:
+    """SHA-256 of a file. Raises regular_file.FileError: it cannot be read."""
+    digest = hashlib.sha256()
+    with regular_file.opened(annotations, "annotations (A.jsonl)") as (file, _):
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read(folder: epath.PathLike) -> Chosen | None:
@@ -239,22 +259,21 @@ def write(folder: epath.PathLike, chosen: Chosen) -> epath.Path:
     return path
 
 
-def weight_of(
-    folder: epath.PathLike | None, given: float | None, measured: str = ""
-) -> tuple[float, str]:
+def weight_of(model: Any, given: float | None, measured: str = "") -> tuple[float, str]:
     """The weight, and where it is from: `given`, or the one beside the model.
 
     Args:
-      folder: of the model, or None.
+      model: a Predictor: its `folder`, if any, and its `digest`.
       given: the weight, or None.
       measured: the annotations that are measured with it, if any: a weight that was chosen on them says so.
 
     Raises:
-      InputError: there is none; one line says how to choose it.
+      InputError: there is none, or it was chosen for another model; one line says how to choose it.
       regular_file.FileError: the stored one is damaged.
     """
     if given is not None:
         return given, f"weight {given:g}, as given"
+    folder = getattr(model, "folder", None)
     chosen = None if folder is None else read(folder)
     if folder is None or chosen is None:
         where = "the model lies in no folder"
@@ -263,7 +282,10 @@ def weight_of(
         raise InputError(
             f"rerank: no weight is given, and {where}; give one (--rerank-weight, weight=), or choose it: {CHOOSE}"
         )
-    said = chosen.said(folder)
-    if measured and evals.same_place(measured, chosen.annotations):
-        said += ", which are measured here: expected others"
-    return chosen.weight, said
+    if chosen.model != model.digest:
+        raise InputError(
+            f"{path_of(folder)}: got the weight of another model ({chosen.checkpoint}), expected one that was chosen"
+            f" for this one; choose it again: {CHOOSE}; or give --rerank-weight {chosen.weight:g}"
+        )
+    is_same = measured and digest_of(measured) == chosen.annotations_digest
+    return chosen.weight, chosen.said(folder) + (SAME if is_same else "")

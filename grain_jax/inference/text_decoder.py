@@ -35,7 +35,8 @@ class Written(NamedTuple):
     """A text that the decoder has written."""
 
     text: str
-    log_probability: float  # of its words and the end, in nats
+    log_probability: float  # of the tokens that were written and the end, where it came, in nats
+    is_whole: bool = True  # False: cut at the most tokens, before an end
 
 
 class Pointed(NamedTuple):
@@ -99,22 +100,37 @@ def sequences_of(
     flat = [*itertools.chain(*texts)]
     found = tokenizer.encode(flat, given.model.text.context_length)
     by_text = np.split(found.ids, np.cumsum(found.lengths)[:-1]) if flat else []
-    ids = [x[~np.isin(x, given.excluded)] for x in by_text]
-    most = given.sizes.row_length - BESIDE_WORDS[task]
-    words = Words([x[:most] for x in ids], np.array([len(x) <= most for x in ids], bool))
+    sizes, empty = given.sizes, tokenizer.encode([""], given.model.text.context_length).ids
+    # Special tokens by their number, as in training: an unknown word may be one. Padding makes two of an empty text.
+    cut = lambda x: x[sizes.leading_specials : max(len(x) - sizes.trailing_specials, 0)]
+    ids = [x[:0] if np.array_equal(x, empty) else cut(x) for x in by_text]
+    most = _most_words(given, task)
+    is_whole = np.array([len(x) <= most for x in ids], bool) & ~found.too_long
+    words = Words([x[:most] for x in ids], is_whole)
     none = np.zeros((len(flat), BOX), np.float32)
     corners = none if boxes_xyxy is None else np.concatenate([none[:0], *boxes_xyxy])
     return Sequences(image, words, corners)
 
 
-# (program, an array of rows, ...) -> the program's results of all rows
+def excluded(library: tokenizer_lib.Tokenizer, text: config_lib.TextTower) -> tuple[int, ...]:
+    """The ids of a text tower that are no words of its tokenizer: a tower may have more than it."""
+    return library.special_ids + (*range(library.vocab_size, text.vocab_size),)
+
+
+# (program, tokens of images, the place of the image of each row, an array of rows, ...) -> the program's results of all rows
 Run = Callable[..., Any]
+
+
+def _most_words(given: Given, task: str) -> int:
+    """Of a sequence, as in training."""
+    sizes = given.sizes
+    return min(sizes.row_length - BESIDE_WORDS[task], sizes.most_predictions - 1)
 
 
 def limit(max_tokens: int | None, given: Given, task: str) -> int:
     """The most tokens that are written of a text, the end counted. Raises InputError."""
     sizes, text = given.sizes, given.model.text
-    room = sizes.row_length - BESIDE_WORDS[task] + 1
+    room = _most_words(given, task) + 1
     if max_tokens is None:
         specials = sizes.leading_specials + sizes.trailing_specials
         return min(room, text.context_length - specials + 1)
@@ -137,8 +153,8 @@ def _is_count(x: Any) -> bool:
 
 def write(
     run: Run, given: Given, task: str, tokens: np.ndarray, asked: Sequences, beams: int, steps: int
-) -> list[tuple[list[int], float]]:
-    """For each sequence (the ids that the decoder writes, without the end; their log-probability).
+) -> list[tuple[list[int], float, bool]]:
+    """For each sequence (the ids that the decoder writes, without the end; their log-probability; whether it ended).
 
     Args:
       run: of the Predictor.
@@ -154,8 +170,8 @@ def write(
     rows = np.arange(len(asked.image))
     arrays = _laid_out(asked, rows, np.zeros_like(rows))
     program = write_program(given, task, beams, steps)
-    ids, count, score = run(program, tokens[asked.image], *arrays)
-    return [(x[:n].tolist(), float(p)) for x, n, p in zip(ids, count, score)]
+    ids, count, score = run(program, tokens, asked.image, *arrays)
+    return [(x[:n].tolist(), float(p), bool(n < steps)) for x, n, p in zip(ids, count, score)]
 
 
 def log_likelihoods(
@@ -172,7 +188,7 @@ def log_likelihoods(
     program = likelihood_program(given, task, _power_of_two(max(used, 32)))
     _, first = np.unique(rows, return_index=True)
     arrays = _laid_out(asked, rows, slots)
-    return run(program, tokens[asked.image[first]], *arrays)[rows, slots]
+    return run(program, tokens, asked.image[first], *arrays)[rows, slots]
 
 
 def _packed(image: list[int], lengths: list[int]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -340,7 +356,8 @@ class _Search(NamedTuple):
             jnp.zeros((*shape, self.steps), jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
         )
         found, _ = self._best(none, logits[:, None], 0)
-        layers = jax.tree.map(lambda x: jnp.repeat(x, self.beams, axis=1), state.layers)
+        keys, values = (jnp.repeat(x, self.beams, axis=1) for x in state.layers[:2])
+        layers = state.layers._replace(keys=keys, values=values)
         state = text_decoder.State(layers, jnp.repeat(state.count, self.beams))
 
         def goes_on(carry):

@@ -31,11 +31,6 @@ BOX = 4  # location tokens of a box
 _PAD_TO = 128  # rows of the embeddings are a multiple of this, so that a mesh may cut them
 
 
-def resolved(config: Config, model: config_lib.Model) -> Config:
-    """The keys with a number where they say None: what a decoder beside this model has."""
-    return config.beside(model)
-
-
 class Vocabulary(NamedTuple):
     """The ids of the decoder: those of the tokenizer, special tokens, location tokens."""
 
@@ -72,8 +67,13 @@ class Vocabulary(NamedTuple):
         return -(-self.size // _PAD_TO) * _PAD_TO
 
     def quantise(self, boxes_xyxy: jax.Array) -> jax.Array:
-        """Boxes [..., 4] in [0, 1] -> location tokens int32 [..., 4]."""
-        part = jnp.floor(boxes_xyxy * self.bins).astype(jnp.int32)
+        """Boxes [..., 4] in [0, 1] -> location tokens int32 [..., 4].
+
+        A corner on the edge of two parts belongs to the second, also where its float32 is a little less, as that of a
+        box which was a centre and sides.
+        """
+        rounding = max(1e-3, 4e-7 * self.bins)  # in parts
+        part = jnp.floor(boxes_xyxy * self.bins + rounding).astype(jnp.int32)
         return self.first_bin + jnp.clip(part, 0, self.bins - 1)
 
     def boxes(self, tokens: jax.Array) -> jax.Array:
@@ -266,7 +266,8 @@ class LayerState(NamedTuple):
 
     keys: jax.Array  # [B, t, K, E / K], t the capacity
     values: jax.Array
-    patch_keys: jax.Array  # [B, P, K, E / K]
+    # [b, P, K, E / K]; b divides B: so many sequences after each other share the patches of an image.
+    patch_keys: jax.Array
     patch_values: jax.Array
 
 
@@ -398,7 +399,11 @@ class Block(nn.Module):
             sees = jnp.arange(self.capacity) <= place[:, None, :, None]  # [B, 1, t, capacity]
             return own.attend(y, keys, values, sees), (keys, values)
 
-        return to_own, lambda y: (to_patches.attend(y, *of_patches), of_patches)
+        def to_shared(y):
+            of_image = y.reshape(len(of_patches[0]), -1, y.shape[-1])
+            return to_patches.attend(of_image, *of_patches).reshape(y.shape), of_patches
+
+        return to_own, to_shared
 
     @nn.nowrap
     def _empty(self, x):
@@ -432,7 +437,6 @@ class TextDecoder(nn.Module):
         patches: jax.Array,
         rows: Rows,
         dropout_keys: jax.Array | None = None,
-        in_parallel: jax.Array | None = None,
     ) -> jax.Array:
         """The features at every position of the rows.
 
@@ -440,19 +444,13 @@ class TextDecoder(nn.Module):
           patches: [B, P, E_image], the last tokens of the image tower.
           rows: of any length; a position is below `row_length`.
           dropout_keys: PRNG keys [B] (training), or None.
-          in_parallel: bool [B, T], positions whose sequence is seen whole, not only what is before; None: none.
 
         Returns:
           [B, T, E]; `head` times these are the logits.
         """
         within = attention.CausalWithin(rows.segments)
         program = attention.choose(self.attention, self.dtype, self.config.heads)
-        if in_parallel is not None:
-            program = "xla"
         mask: Any = within.mask() if program == "xla" else within
-        if in_parallel is not None:
-            same = rows.segments[:, :, None] == rows.segments[:, None]
-            mask = mask | (same & in_parallel[:, :, None])[:, None]
         x = self._embed(rows.tokens, rows.positions)
         shared = _Shared(patches, mask, dropout_keys, None)
         return self.norm(self._layers(x, None, shared, program, 0)[0])
@@ -524,6 +522,8 @@ def text_of_batch(
 ) -> Text:
     """The texts of a batch (`schema.Batch`) as sequences hold them.
 
+    One that fills its row counts as cut: nothing tells whether words are missing.
+
     Args:
       tokens: int32 [G, rows, L].
       positions: int32 [G, rows, L].
@@ -544,4 +544,4 @@ def text_of_batch(
     index = jnp.minimum(first[..., None] + jnp.arange(most), rows * length - 1)
     kept = jnp.minimum(count, most)
     ids = jnp.where(jnp.arange(most) < kept[..., None], read(tokens, index), 0)
-    return Text(ids, kept, count <= most, real)
+    return Text(ids, kept, (count <= most) & (last + 1 < length), real)

@@ -234,6 +234,12 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
     return Stored(config.model, params, str(folder), config.optim.lora, decoder)
 
 
+@functools.cache
+def _say_first(folder: str, names: tuple[str, ...]) -> None:
+    """Once a process: a run reads its decoder at every evaluation."""
+    logging.warning("%s: trained the text decoders %s, reading the first", folder, ", ".join(names))
+
+
 def decoder_of_run(
     config: config_lib.Config, of_terms: Any, folder: epath.PathLike
 ) -> StoredDecoder | None:
@@ -243,8 +249,6 @@ def decoder_of_run(
     if not names:
         return None
     if names[1:]:
-        logging.warning(
-            "%s: trained the text decoders %s, reading the first", folder, ", ".join(names)
-        )
+        _say_first(str(folder), tuple(names))
     sizes = config_lib.text_decoder_of_term(entries[names[0]], config.model)
     return StoredDecoder(sizes, of_terms[names[0]]["decoder"])

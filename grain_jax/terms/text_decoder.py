@@ -24,8 +24,6 @@ class Options(config_lib.TextDecoder):
 
     # Regions of an image that are drawn each step, each read in both directions.
     regions: int = fields.count(2, high=1000)
-    # Tokens of a row that are predicted, at most: the cross-entropy is computed for as many; None: for all of the row.
-    predictions: int | None = fields.count(None, low=8)
     caption_weight: float = fields.key(1.0, low=0)  # of a word of a caption
     describe_weight: float = fields.key(1.0, low=0)  # of a word of the description of a box
     point_weight: float = fields.key(1.0, low=0)  # of a coordinate of the box of a description
@@ -44,11 +42,6 @@ class Options(config_lib.TextDecoder):
         return self.caption_weight, self.describe_weight, self.point_weight
 
     @property
-    def most_predictions(self) -> int:
-        """Tokens of a row that are predicted, at most."""
-        return min(self.predictions or self.row_length, self.row_length)
-
-    @property
     def sizes(self) -> config_lib.TextDecoder:
         """The keys of the decoder itself."""
         names = (field.name for field in dataclasses.fields(config_lib.TextDecoder))
@@ -61,8 +54,9 @@ class TextDecoderTerm(LocalTerm):
     The loss is the weighted mean of the cross-entropies of all predicted tokens. Each image has one row, with one of
     its captions and `regions` drawn regions; a sequence that does not fit into it is left out.
     Measures, for each task, `TASK` and `TASK_accuracy`, the mean cross-entropy and the share of tokens with the highest
-    logit (with `together` also those of the predicted `boxes`); `filled`, the share of the row that is no padding;
-    `left_out`, that of the sequences; `predicted`, the tokens that are predicted of an image; `needed`, the positions that all sequences of an image would take.
+    logit (with `together` also of the predicted `boxes`; of captions in parallel as `caption_parallel`); `filled`, the
+    share of the row that is no padding; `left_out`, that of the sequences; `predicted`, the tokens that are predicted of
+    an image; `needed`, the positions that all sequences of an image would take.
     """
 
     Options: ClassVar[type] = Options
@@ -71,7 +65,7 @@ class TextDecoderTerm(LocalTerm):
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
         """What it misses: patches, something to predict, sizes that fit."""
         found: list[str] = []
-        sizes: Any = text_decoder.resolved(options, config.model)
+        sizes: Any = options.beside(config.model)
         if sizes.width % sizes.heads:
             found.append(
                 f"heads: got {sizes.heads}, expected a divisor of the width {sizes.width} (None: the text tower's)"
@@ -98,15 +92,24 @@ class TextDecoderTerm(LocalTerm):
         enough = max(32, 32 * math.ceil(needed * 4 / 3 / 32))
         too_short = left_out > 0.05 and enough > options.row_length
         too_long = filled < 0.4 and left_out < 0.01 and enough < options.row_length
+        most = options.most_predictions
+        too_few = left_out > 0.05 and most < options.row_length
+        too_few = too_few and measures["predicted"] > 0.75 * most
+        if too_few and not too_short:
+            return (
+                f"{left_out:.0%} of the sequences do not fit into predictions={most}, of which"
+                f" {measures['predicted']:.0f} are used on average: more, or None, would fit"
+            )
         if not (too_short or too_long):
             return ""
         return (
             f"{left_out:.0%} of the sequences do not fit into rows of {options.row_length} tokens, which are"
-            f" {filled:.0%} full; an image has {needed:.0f} on average: row_length={enough} would fit"
+            f" {filled:.0%} full; an image has {needed:.0f} on average: row_length={enough}"
+            f"{' with more predictions' if too_few else ''} would fit"
         )
 
     def setup(self):
-        sizes = text_decoder.resolved(self.options.sizes, self.model)
+        sizes = self.options.sizes.beside(self.model)
         self.decoder = text_decoder.TextDecoder(
             sizes,
             text_decoder.vocabulary(sizes, self.model),
@@ -125,7 +128,7 @@ class TextDecoderTerm(LocalTerm):
         if options.stop_gradient:
             patches = jax.lax.stop_gradient(patches)
         keys = _folded(seen.keys, _DROPOUT) if options.dropout else None
-        features = self.decoder.features(patches, rows, keys, drawn.in_parallel)
+        features = self.decoder.features(patches, rows, keys)
         if options.most_predictions < options.row_length:  # these alone
             at = jnp.argsort(~rows.predicted, axis=1, stable=True)[:, : options.most_predictions]
             features = jnp.take_along_axis(features, at[..., None], axis=1)
@@ -141,16 +144,20 @@ class TextDecoderTerm(LocalTerm):
             mesh=placement.mesh(),
             batch_axes=placement.batch_axes(),
         )
-        names = _MEASURED if options.together else TASKS
-        of_task = rows.predicted & (rows.task == np.arange(len(names))[:, None, None])  # [n, B, T]
+        of_task = rows.predicted & (
+            rows.task == np.arange(len(_MEASURED))[:, None, None]
+        )  # [n, B, T]
         count = of_task.sum(2).astype(jnp.float32)  # [n, B]
         sums = lambda x: jnp.where(of_task, x, 0).sum(2)
-        weights = np.array([*options.weights, options.point_weight], np.float32)
-        weights = weights[: len(names), None]
+        weights = [*options.weights, options.point_weight, options.caption_weight]
+        weights = np.array(weights, np.float32)[:, None]
         loss = sums(found.loss)
         right = sums((found.own >= found.highest).astype(jnp.float32))
         measures = {}
-        for i, task in enumerate(names):
+        is_there = [True] * len(TASKS) + [options.together, options.parallel_rate > 0]
+        for i, task in enumerate(_MEASURED):
+            if not is_there[i]:
+                continue
             measures[task] = PerImage(loss[i], count[i])
             measures[f"{task}_accuracy"] = PerImage(right[i], count[i])
         filled = (rows.segments > 0).mean(1)
@@ -170,11 +177,11 @@ class Drawn(NamedTuple):
     )  # int32 [B], the sequences that there are; with `together` each of its boxes is one
     kept: jax.Array  # int32 [B], those that fit into the row
     needed: jax.Array  # int32 [B], positions that all of them take
-    in_parallel: jax.Array | None  # bool [B, T], of captions that are predicted all at once
 
 
 _CAPTION, _REGIONS, _PARALLEL, _DROPOUT = range(4)  # what is drawn
-_MEASURED = (*TASKS, "boxes")  # with `together`, which predicts boxes, too
+# What is measured: `together` predicts boxes, too; captions that are predicted all at once have a number of their own.
+_MEASURED = (*TASKS, "boxes", "caption_parallel")
 
 
 def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
@@ -227,13 +234,15 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
         is_box = (rows.segments == captions + 1) & (rows.targets >= words.first_bin)
         rows = rows._replace(task=jnp.where(is_box, _MEASURED.index("boxes"), rows.task))
     if not (options.parallel_rate and options.caption_weight):
-        return Drawn(rows, count, kept, needed, None)
+        return Drawn(rows, count, kept, needed)
     is_parallel = (
         jax.vmap(jax.random.uniform)(_folded(seen.keys, _PARALLEL)) < options.parallel_rate
     )
     in_parallel = is_parallel[:, None] & (rows.segments == 1)
+    # Attention stays causal: more of these, which all are the same, would tell the length of the caption alone.
     tokens = jnp.where(in_parallel, words.mask, rows.tokens)
-    return Drawn(rows._replace(tokens=tokens), count, kept, needed, in_parallel)
+    task = jnp.where(in_parallel, _MEASURED.index("caption_parallel"), rows.task)
+    return Drawn(rows._replace(tokens=tokens, task=task), count, kept, needed)
 
 
 def _chosen(keys: jax.Array, mask: jax.Array, count: int) -> jax.Array:

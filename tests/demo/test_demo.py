@@ -306,7 +306,10 @@ def test_what_the_text_decoder_says_and_where_it_points(writer, picture, monkeyp
 
     shown = views.inside(boxed)
     number = f"{said.log_probability:.4f}".replace("-", "\N{MINUS SIGN}")
-    assert f"“{html.escape(said.text)}” <span" in shown and f"log-probability {number}" in shown
+    dots = "" if said.is_whole else " …"
+    assert (
+        f"“{html.escape(said.text)}{dots}” <span" in shown and f"log-probability {number}" in shown
+    )
     assert "no class is ranked" in shown and "<table>" not in shown
     assert html.escape(caption.text) in views.caption(caption)
     assert "&lt;b&gt;" in views.caption(caption._replace(text="<b>"))

@@ -29,6 +29,7 @@ class SpeakingStub(StubPredictor):
     has_text_decoder = True
     logit_scale = 20.0
     folder: str | None = None
+    digest = "of the stub"
 
     def __init__(self, *tables, log_p=None, of_boxes=None, points=None):
         super().__init__(*tables)
@@ -56,7 +57,7 @@ class SpeakingStub(StubPredictor):
         self.calls.append((len(images), sum(len(own) for of in texts for own in of)))
         return out
 
-    def point(self, tokens, texts):
+    def point(self, tokens, texts, *, beams=1):
         images = tokens.values[:, 0, 0].astype(int).tolist()
         box = lambda i, text: Pointed(np.array(self.points[i, text], np.float32), -1.0)
         return [[box(i, text) for text in own] for i, own in zip(images, texts, strict=True)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from typing import Any
 
 import msgspec
@@ -58,7 +59,7 @@ def by_loops(images, vectors, log_p, top, weight, scale=20.0):
 
     def prior(i, text):
         others = [log_p[j, text] for j in sample if j != i]
-        return sum(others) / len(others)
+        return statistics.median(others)
 
     def ranked(items, pair, less):
         order = sorted(items, key=lambda x: -cosine[pair(x)])
@@ -128,11 +129,11 @@ def test_prior_by_hand():
     """Three images, all of them in the sample; two texts."""
     image_embed = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
     text_embed = np.array([[1, 0], [0, 1]], np.float32)
-    stage = rerank.second(image_embed, text_embed, 2)
+    stage = rerank.first_stage(image_embed, text_embed, 2)
     assert stage.sample.tolist() == [0, 1, 2] and len(stage.keys) == 6
     log_p = np.array([[-1, -9], [-4, -5], [-10, -2]], float)
     of_images, of_texts = rerank.parts(stage, log_p.reshape(-1), image_embed, text_embed)
-    # Text 0 beside image 0: -1 less the mean of -4 and -10; and so on.
+    # Text 0 beside image 0: -1 less the median of -4 and -10; and so on.
     gain = [[-1 + 7, -9 + 3.5], [-4 + 5.5, -5 + 5.5], [-10 + 2.5, -2 + 7]]
     for i in range(3):
         np.testing.assert_allclose(of_images.gain[i], np.array(gain[i])[stage.texts[i]])
@@ -145,6 +146,24 @@ def test_prior_by_hand():
     assert best.images.tolist() == [[0, 1], [2, 1]]
     assert best.text_scores[0] == pytest.approx([1 + 6, 0 - 5.5])
     assert best.image_scores[1] == pytest.approx([1 - 2, 0.8 - 5])
+
+
+def test_one_match_does_not_move_the_prior():
+    """Five images with a text each, of which only the own one is likely: every prior is that of the others."""
+    embed = np.eye(5, dtype=np.float32)
+    stage = rerank.first_stage(embed, embed, 5)
+    log_p = -50.0 + 40 * np.eye(5) - np.arange(5)  # a language prior of each text
+    of_images, _ = rerank.parts(stage, log_p.reshape(-1), embed, embed)
+    np.testing.assert_allclose(of_images.gain, 40 * np.eye(5), atol=1e-12)
+
+
+def test_the_weight_lies_beside_its_model():
+    for folder, expected in (
+        ("/runs/a/checkpoints/700", "/runs/a"),
+        ("/data/checkpoints/clip", "/data/checkpoints/clip"),
+        ("/data/siglip", "/data/siglip"),
+    ):
+        assert str(rerank.path_of(folder)) == f"{expected}/rerank.json"
 
 
 def test_equal_scores_are_ties(tmp_path):
@@ -186,22 +205,51 @@ def test_the_weight_is_chosen_stored_and_read(data, tmp_path, capsys):
     best = max(tried, key=lambda name: tried[name])
     assert found["rerank_weight"] == float(best) > 0
     path = tmp_path / "run" / "rerank.json"
-    said = f"weight {best} of {path}, chosen on {given['annotations']} (40 images)"
-    assert capsys.readouterr().err.endswith(f"retrieval: reranked 10 by {said}\n")
+    said = f"weight {best} of {path}, chosen for the first 10 on {given['annotations']} (40 images)"
+    same = said + ", the annotations that are measured here: no test"
+    assert capsys.readouterr().err.endswith(f"retrieval: reranked 10 by {same}\n")
+    assert found["rerank_from"] == same
     stored = json.loads(path.read_text())
     assert stored["value"] == pytest.approx(tried[best])
     assert stored["without"] == pytest.approx(tried["0"])
-    assert stored["prior"] == "mean log-likelihood over 32 images" and stored["captions"] == 80
-    # A later checkpoint of the run reads it, too, and says of which it is.
-    stub.folder = str(tmp_path / "run" / "checkpoints" / "900")
-    again = measure("retrieval", stub, **given, rerank=10)
-    assert again["reranked"] == found["reranked"]
-    said += f" for {tmp_path / 'run' / 'checkpoints' / '700'}"
-    assert again["rerank_from"] == said + ", which are measured here: expected others"
-    other = tmp_path / "test.jsonl"
-    other.write_bytes(given["annotations"].read_bytes())
-    again = measure("retrieval", stub, **given | dict(annotations=other), rerank=10)
+    assert stored["prior"] == "median log-likelihood over 32 images" and stored["captions"] == 80
+    # The same annotations are known by their bytes, under another name, too.
+    copy = tmp_path / "test.jsonl"
+    copy.write_bytes(given["annotations"].read_bytes())
+    for name in (given["annotations"], copy):
+        again = measure("retrieval", stub, **given | dict(annotations=name), rerank=10)
+        assert again["reranked"] == found["reranked"] and again["rerank_from"] == same
+    copy.write_bytes(copy.read_bytes().replace(b"own 0", b"own 1"))
+    again = measure("retrieval", stub, **given | dict(annotations=copy), rerank=10)
     assert again["rerank_from"] == said
+    # Another checkpoint of the run finds it, and is another model.
+    stub.folder = str(tmp_path / "run" / "checkpoints" / "900")
+    stub.digest = "of another"
+    with pytest.raises(InputError) as fault:
+        measure("retrieval", stub, **given, rerank=10)
+    assert str(fault.value).startswith(
+        f"{path}: got the weight of another model ({tmp_path / 'run' / 'checkpoints' / '700'}), expected"
+    )
+    assert str(fault.value).endswith(f"; or give --rerank-weight {best}")
+
+
+def test_the_largest_weight_is_said_and_a_named_model_stores_none(
+    data, tmp_path, monkeypatch, capsys
+):
+    given, images, vectors, log_p = data
+    stub = SpeakingStub(images, vectors, log_p=log_p)
+    folder = tmp_path / "models--org--name" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    stub.folder = str(folder)
+    monkeypatch.setattr(rerank, "WEIGHTS", (0.0, 0.05))
+    found = measure("retrieval", stub, **given, rerank=10, choose_weight=True)
+    assert found["rerank_weight"] == 0.05 and not list(folder.iterdir())
+    assert found["rerank_from"].endswith("a name stands for: give --rerank-weight 0.05")
+    largest = "retrieval: choose_weight: 0.05, the largest that was tried, is best; a larger one"
+    assert capsys.readouterr().err.count(largest) == 1
+    stub.log_p = dict.fromkeys(log_p, -3.0)  # all weights are equal, and the smallest is taken
+    measure("retrieval", stub, **given, rerank=10, choose_weight=True)
+    assert "that was tried" not in capsys.readouterr().err
 
 
 def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):
@@ -210,7 +258,13 @@ def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):
     stub.folder = str(tmp_path)
     options = {key: str(value) for key, value in given.items()}
     entry = dict(kind="retrieval", rerank=10, **options)
-    both = {"val": entry | dict(choose_weight=True), "test": entry}
+    chooses = {"val": entry | dict(choose_weight=True)}
+    line = r"^evals.val.choose_weight: got True in a suite, expected it of one set of validation"
+    with pytest.raises(config.ConfigError, match=line):
+        config.suite_from_dict(dict(evals=chooses))
+    measure("retrieval", stub, **given, rerank=10, choose_weight=True)
+    capsys.readouterr()
+    both = {"again": entry, "test": entry}
     output = tmp_path / "suite.json"
 
     def ran(entries=both):
@@ -219,7 +273,7 @@ def test_a_suite_measures_again_by_another_weight(data, tmp_path, capsys):
         return json.loads(output.read_text())["ran"], capsys.readouterr().err
 
     first, _ = ran()
-    assert first["test"]["reranked"] == first["val"]["reranked"]
+    assert first["test"]["reranked"] == first["again"]["reranked"]
     again, said = ran()
     assert again == first and said.count("is in") == 2
     chosen = rerank.read(tmp_path)
@@ -241,7 +295,9 @@ def test_what_does_not_fit_is_one_line(data, tmp_path):
         return str(found.value)
 
     silent = StubPredictor(images, vectors)
-    assert "without a text decoder" in fault(stub=silent, rerank_weight=1.0)
+    assert "rerank: the model has no text decoder, expected" in fault(
+        stub=silent, rerank_weight=1.0
+    )
     assert "in no folder; give one (--rerank-weight, weight=), or choose it: grain-jax" in fault()
     assert "expected one to store the weight in" in fault(choose_weight=True)
     stub.folder = str(tmp_path)
@@ -251,7 +307,9 @@ def test_what_does_not_fit_is_one_line(data, tmp_path):
         weight=0.5,
         prior=rerank.PRIOR,
         top=10,
+        model=stub.digest,
         annotations="A.jsonl",
+        annotations_digest="",
         pictures=9,
         captions=9,
         measure="R@1",

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import PIL.Image
 import pytest
+from ml_collections import ConfigDict
 
 import grain_jax
 from grain_jax import config as config_lib
@@ -13,10 +14,11 @@ from grain_jax import train
 from grain_jax.config import recipe, suite
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import cider, likelihood, tables
+from grain_jax.evaluate import cider, likelihood, tables, written
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import checkpoint
 from tests import perturbed, tiny
+from tests.evaluate.speaking import SpeakingStub
 from tests.evaluate.stub import annotate, measure, region
 from tests.evaluate.writer import Writer
 from tests.inference.test_text_decoder import random_decoder, small_model, write_words
@@ -24,6 +26,12 @@ from tests.inference.test_text_decoder import random_decoder, small_model, write
 TEXTS = {"a red wing": [1, 0], "a blue wing": [0, 1], "a red tail": [0.6, 0.8], "": [0, 1]}
 CAPTIONS = {0: "A bird with a red wing.", 1: "a bird with a blue wing, and a red tail", 2: "a cat"}
 DESCRIPTIONS = {0: ["a red wing", ""], 1: ["A blue wing!"], 2: ["a blue wing"]}
+
+
+@pytest.fixture
+def next_image(monkeypatch):
+    """Chance is of the next image of the file."""
+    monkeypatch.setattr(written, "others_of", lambda count: np.roll(np.arange(count), -1))
 
 
 @pytest.fixture
@@ -53,7 +61,7 @@ def data(tmp_path):
     return annotate(tmp_path, lines)
 
 
-def test_captions_by_hand(data, tmp_path):
+def test_captions_by_hand(data, next_image, tmp_path):
     path = tmp_path / "P.jsonl"
     predictor = Writer(captions=CAPTIONS, beams=3)
     got = measure("captions", predictor, **data, beams=3, batch_size=2, predictions=path)
@@ -88,7 +96,7 @@ def test_captions_by_hand(data, tmp_path):
     json.dumps(got)
 
 
-def test_descriptions_by_hand(data):
+def test_descriptions_by_hand(data, next_image):
     predictor = Writer(texts=TEXTS | {"A blue wing!": [0, 2], "A red tail.": [3, 4]})
     predictor.descriptions = DESCRIPTIONS | {2: ["a blue wing", "a red tail"]}
     got = measure("descriptions", predictor, **data)
@@ -105,6 +113,102 @@ def test_descriptions_by_hand(data):
     labels = [row.label for row in tables.rows_of(tables.scalars(got))]
     assert labels[0] == "exact descriptions" and len(labels) == 3
     json.dumps(got)
+
+
+def test_a_box_with_several_descriptions_is_described_once(tmp_path, next_image):
+    left, right = [0, 0, 10, 10], [10, 0, 20, 10]
+    lines = [
+        {
+            "regions": [
+                region(left, "a red wing"),
+                region(right, "a blue wing"),
+                region(left, "a red tail"),
+            ]
+        },
+        {"regions": [region(left, "a blue wing"), region(left, "a red tail", 0.5)]},
+    ]
+    given = annotate(tmp_path, lines)
+    predictor = Writer(texts=TEXTS)
+    predictor.descriptions = {0: ["a red tail", "a red wing"], 1: ["a blue wing"]}
+    path = tmp_path / "P.jsonl"
+    got = measure("descriptions", predictor, **given, predictions=path)
+    assert (got["boxes"], got["descriptions"]) == (3, 5)
+    assert got["description_exact"] == pytest.approx(2 / 3)
+    assert got["description_cosine"] == pytest.approx(((0.6 + 1) / 2 + 0 + (1 + 0.8) / 2) / 3)
+    # Of the next image: a blue wing, a red tail; and a red wing.
+    assert got["chance_description_exact"] == 0
+    chance = (0 + 0.8) / 2 + 0.8 + (0 + 0.6) / 2
+    assert got["chance_description_cosine"] == pytest.approx(chance / 3)
+    assert got["description_nll"] == pytest.approx(2 * 15 / (5 * 4))
+    first = json.loads(path.read_text().splitlines()[0])["regions"][0]
+    assert first["references"] == ["a red wing", "a red tail"] and first["other"] == "a blue wing"
+
+
+def test_other_images_are_one_cycle():
+    for count in (1, 2, 7, 40):
+        others = written.others_of(count)
+        seen = [0]
+        while others[seen[-1]] != 0:
+            seen.append(int(others[seen[-1]]))
+        assert sorted(seen) == list(range(count))
+        assert np.array_equal(others, written.others_of(count))
+
+
+POINTS = {
+    (0, "beak"): [0, 0, 0.5, 1],
+    (0, "tail"): [0, 0, 1, 1],
+    (2, "tail"): [0.5, 0, 1, 1],
+}
+
+
+@pytest.fixture
+def phrases(tmp_path):
+    """(options, a stub whose region decoder serves grounding): two beaks; a tail of both halves; one outside."""
+    left, right, outside = [0, 0, 10, 10], [10, 0, 20, 10], [30, 0, 40, 9]
+    lines = [
+        {
+            "regions": [region(left, "beak"), region(right, "tail"), region(left, "tail")],
+            "phrases": [[0], [1, 2], [0]],
+        },
+        {"regions": [region(outside, "beak")]},
+        {"regions": [region(right, "tail"), region(outside, "tail")]},
+    ]
+    regions = {i: ([[0, 0, 0.5, 1]], [[1, 0, 0]]) for i in range(3)}
+    texts = {"beak": [1, 0, 0], "tail": [0, 1, 0]}
+    of_boxes = {pair: [-1] for pair in POINTS}
+    images = {i: [1, 0, 0] for i in range(3)}
+    stub = SpeakingStub(images, texts, regions, points=POINTS, of_boxes=of_boxes)
+    return annotate(tmp_path, lines), stub
+
+
+def test_pointing_by_hand(phrases, next_image, tmp_path):
+    given, stub = phrases
+    path = tmp_path / "P.jsonl"
+    got = measure("pointing", stub, **given, batch_size=2, predictions=path)
+    assert (got["pictures"], got["phrases"], got["regions_outside"]) == (3, 4, 2)
+    assert got["phrases_of_several_boxes"] == 1
+    assert got["phrase_iou"] == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+    assert got["phrase_acc50"] == 1 == got["phrase_acc50_any_box"]
+    assert got["phrase_iou_merged_box"] == pytest.approx(1)
+    # By the box of the other image's phrase: the right half, thrice, and the left one.
+    assert got["chance_phrase_iou"] == pytest.approx((0 + 1 + 0 + 0) / 4)
+    assert got["chance_phrase_acc50"] == pytest.approx(1 / 4)
+    assert got["chance_phrase_iou_merged_box"] == pytest.approx(0.5 / 4)
+    first, second, _ = (json.loads(line) for line in path.read_text().splitlines())
+    assert first["phrases"][1]["boxes"] == [[0.5, 0, 1, 1], [0, 0, 0.5, 1]]
+    assert first["phrases"][1]["pointed"] == [0, 0, 1, 1] and second["phrases"] == []
+    rows = tables.rows_of(tables.scalars(got))
+    assert [row.label for row in rows][:2] == ["phrase to box IoU", "phrase to box Acc@0.5"]
+    assert rows[0].chance == "chance_phrase_iou" and len(rows) == 4
+    json.dumps(got)
+
+
+def test_pointing_has_the_numbers_of_grounding(phrases):
+    given, stub = phrases
+    of_grounding = measure("grounding", stub, **given)["point"]
+    got = measure("pointing", stub, **given)
+    assert {key: got[key] for key in of_grounding} == of_grounding
+    assert measure("pointing", stub, **given, batch_size=1) == got
 
 
 def test_batches_do_not_matter(data):
@@ -124,9 +228,9 @@ def test_of_one_image_there_is_no_chance(tmp_path):
 
 
 def test_faults_are_one_line(data, tmp_path):
-    for kind in ("captions", "descriptions"):
+    for kind in ("captions", "descriptions", "pointing"):
         without = Writer(has_text_decoder=False)
-        with pytest.raises(InputError, match=f"^{kind}: got a model without a text decoder, exp"):
+        with pytest.raises(InputError, match=f"^{kind}: the model has no text decoder, exp"):
             measure(kind, without, **data)
     predictor = Writer(captions={0: "x", 1: "x", 2: "x"}, cost=math.nan)
     with pytest.raises(InputError, match="not finite"):
@@ -136,6 +240,8 @@ def test_faults_are_one_line(data, tmp_path):
     outside = annotate(folder, [{"regions": [region([30, 0, 40, 9], "a red wing")]}])
     with pytest.raises(errors.UserError, match=r"A.jsonl: every box lies outside its image$"):
         measure("descriptions", Writer(descriptions={0: []}), **outside)
+    with pytest.raises(errors.UserError, match="A.jsonl: no phrase has a box that lies in its"):
+        measure("pointing", SpeakingStub(), **outside)
     with pytest.raises(errors.UserError, match="no line has a caption"):
         measure("captions", Writer(), **outside)
 
@@ -157,8 +263,12 @@ def test_the_suite_has_them_for_models_that_write():
     assert found["mscoco_captions"]["annotations"] == "D/mscoco/A.jsonl"
     assert found["mscoco_captions"]["kind"] == "captions" and found["mscoco_captions"]["beams"] == 1
     assert found["refcoco_testA_descriptions"]["images"] == "D/pictures/coco/train2014"
-    entries = [config_lib.evaluator_from_dict(entry) for entry in found.values()]
-    assert {entry.kind for entry in entries} == {"captions", "descriptions"}
+    entries = [config_lib.evaluator_from_dict(ConfigDict(entry)) for entry in found.values()]
+    kinds = {"captions", "descriptions", "pointing", "retrieval"}
+    assert {entry.kind for entry in entries} == kinds
+    assert all(entry.needs_text_decoder for entry in entries)
+    assert found["refcoco_testB_pointing"]["annotations"] == "D/refcoco_testB/A.jsonl"
+    assert found["flickr30k_reranked"]["rerank"] == 10
     assert all(entry.missing == "skip" and "--source" in str(entry.get) for entry in entries)
 
 
@@ -216,6 +326,24 @@ def real(tmp_path_factory):
     return folder
 
 
+def test_two_towers_are_measured_on_pointing(real, tmp_path):
+    """They have no regions, so `grounding` refuses them."""
+    model = dataclasses.replace(small_model(), decoder=None)
+    decoder = random_decoder(model)
+    towers = grain_jax.inference.Predictor(
+        model, perturbed.params(model), folder=real, text_decoder=decoder
+    )
+    given = annotate(tmp_path, [{"regions": [region([0, 0, 10, 10], "red beak")]}] * 2)
+    with pytest.raises(InputError, match="two towers and no region decoder"):
+        measure("grounding", towers, **given)
+    got = measure("pointing", towers, **given)
+    images = [PIL.Image.open(tmp_path / f"{i}.png") for i in range(2)]
+    found = [own[0].box_xyxy for own in towers.point(images, [["red beak"]] * 2)]
+    iou = [_iou(box, np.array([0, 0, 0.5, 1])) for box in found]
+    assert got["phrase_iou"] == pytest.approx(np.mean(iou), abs=1e-6)
+    assert got["chance_phrase_iou"] == pytest.approx(np.mean(iou), abs=1e-6)  # of equal boxes
+
+
 def test_the_commands_of_a_model(real, tmp_path, capsys):
     """Against the methods of the model, text by text."""
     negatives = ["a beak", "red"]
@@ -255,6 +383,15 @@ def test_the_commands_of_a_model(real, tmp_path, capsys):
     pairs = zip(predictor.encode_text(texts), predictor.encode_text(["long", "red beak"]))
     assert got["description_cosine"] == pytest.approx(np.mean([x @ y for x, y in pairs]), abs=1e-5)
 
+    got = run("pointing", "--beams", "2")
+    pointed = predictor.point(images, [["long"], ["red beak"]], beams=2)
+    pairs = [(own[0].box_xyxy, box) for own, box in zip(pointed, boxes)]
+    iou = [_iou(a, b[0]) for a, b in pairs]
+    assert got["phrase_iou"] == pytest.approx(np.mean(iou), abs=1e-6)
+    by_chance = [_iou(a, boxes[1 - i][0]) for i, (a, _) in enumerate(pairs)]
+    assert got["chance_phrase_iou"] == pytest.approx(np.mean(by_chance), abs=1e-6)
+    assert predictor.point(images, [[], []]) == [[], []]
+
     got = run("hard-negatives", "--negatives", "2", "--captions")
     asked = [["long", *negatives], ["red beak", "a", "b"]]
     log_p = predictor.description_log_likelihood(images, boxes, [[x] for x in asked])
@@ -264,4 +401,11 @@ def test_the_commands_of_a_model(real, tmp_path, capsys):
     best = [x.argmax() == 0 for x in predictor.caption_log_likelihood(images, asked)]
     assert got["captions"]["boxes"] == 2 and got["captions"]["likelihood"]["top1"] == np.mean(best)
     table = capsys.readouterr().out
+    assert "pointing: phrase to box Acc@0.5" in table
     assert "captions: CIDEr-D of captions" in table and "right caption, by the likelihood" in table
+
+
+def _iou(a, b):
+    overlap = np.prod(np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0))
+    area = lambda box: np.prod(box[2:] - box[:2])
+    return overlap / (area(a) + area(b) - overlap)

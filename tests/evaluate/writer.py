@@ -64,7 +64,7 @@ class Writer(StubPredictor):
         assert [len(x) for x in boxes_xyxy] == [len(x) for x in found]
         return found
 
-    def point(self, image, texts):
+    def point(self, image, texts, *, beams=1):
         return [Pointed(np.array([0, 0, 0.5, 1], np.float32), -2.0) for _ in texts]
 
     def log_p(self, image, text):

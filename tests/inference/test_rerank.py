@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -39,7 +40,9 @@ def images(tmp_path_factory):
 def test_rerank_is_the_sum_of_its_parts(predictor, top):  # noqa: F811
     cosine = predictor.encode_image(PICTURES) @ predictor.encode_text(TEXTS).T
     log_p = np.array(predictor.caption_log_likelihood(PICTURES, [TEXTS] * 4), np.float64)
-    prior = (log_p.sum(0) - log_p) / 3  # over the other images
+    prior = np.stack(
+        [np.median(np.delete(log_p, i, axis=0), axis=0) for i in range(4)]
+    )  # of others
     to_text = predictor.logit_scale * cosine + 0.3 * (log_p - prior)
     to_image = predictor.logit_scale * cosine + 0.3 * log_p
     for given in (PICTURES, predictor.encode_tokens(PICTURES)):
@@ -61,8 +64,12 @@ def test_rerank_is_the_sum_of_its_parts(predictor, top):  # noqa: F811
 def test_what_rerank_refuses(predictor):  # noqa: F811
     with pytest.raises(InputError, match="rerank.json: no such file; give one"):
         predictor.rerank(PICTURES, TEXTS)
-    with pytest.raises(InputError, match="top: got 0"):
-        predictor.rerank(PICTURES, TEXTS, 0, 1.0)
+    for top in (0, 2.5, True):
+        with pytest.raises(InputError, match=f"^top: got {top}, expected a whole number"):
+            predictor.rerank(PICTURES, TEXTS, top, 1.0)
+    for weight in (float("nan"), -1.0, float("inf")):
+        with pytest.raises(InputError, match=f"^weight: got {weight}, expected a number of at"):
+            predictor.rerank(PICTURES, TEXTS, 2, weight)
     with pytest.raises(InputError, match="got 1 image, expected 2 or more: the prior"):
         predictor.rerank(PICTURES[0], TEXTS, weight=1.0)
     silent = inference.Predictor(predictor.model, predictor.params)
@@ -86,7 +93,10 @@ def test_the_commands(folder, images, tmp_path, capsys):  # noqa: F811
     assert run("retrieval", folder, images, output, "--rerank", "2") == 0
     out, err = capsys.readouterr()
     assert "retrieval: image to text R@1, reranked" in out
-    assert f"retrieval: reranked 2 by weight {weight:g} of {stored}, chosen on {images[1]}" in err
+    assert (
+        f"retrieval: reranked 2 by weight {weight:g} of {stored}, chosen for the first 2 on {images[1]}"
+        in err
+    )
     got = json.loads(output.read_text())["reranked"]["text_to_image"]["r1"]
     # The method with the same weight, of the distinct captions.
     model = grain_jax.load(folder)
@@ -106,6 +116,16 @@ def test_the_commands(folder, images, tmp_path, capsys):  # noqa: F811
     best = [r[np.isclose(p, p.max(), rtol=1e-5)] for r, p in zip(regions, log_p)]
     iou = [np.mean([_iou(box, np.array([0, 0, 0.5, 0.75])) for box in of]) for of in best]
     assert result["likelihood"]["phrase_iou"] == pytest.approx(np.mean(iou), abs=1e-6)
+    # The model is another one, in the same folder.
+    params = jax.tree.map(lambda x: x, model.params) | {
+        "logit_scale": model.params["logit_scale"] * 2
+    }
+    other = inference.Predictor(
+        model.model, params, folder=model.folder, text_decoder=model.text_decoder
+    )
+    assert other.digests["text_decoder"] == model.digests["text_decoder"]
+    with pytest.raises(InputError, match="rerank.json: got the weight of another model"):
+        other.rerank(PICTURES, TEXTS)
     stored.unlink()
 
 
@@ -168,7 +188,10 @@ def test_what_a_search_cannot_rerank_is_one_line(embedded, images, tmp_path, cap
         return err
 
     asked = ["--text", "a wren", "--rerank", "2"]
-    assert "no weight is given" in fault(*asked)
+    assert "no weight is given" in fault(*asked, "--by", "images")
+    for by in ((), ("--by", "regions")):
+        line = "--rerank: the stored weight is of captions of whole images, and the search is by regions"
+        assert fault(*asked, *by).startswith(line)
     picture = str(images[0] / "0.png")
     assert "--rerank: got --image, expected --text" in fault("--image", picture, "--rerank", "2")
     assert "expected --rerank 10" in fault("--text", "a wren", "--rerank-weight", "1")

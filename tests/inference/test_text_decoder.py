@@ -16,7 +16,9 @@ from tokenizers import models, pre_tokenizers, processors
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.inference import predictor as predictor_lib
 from grain_jax.inference import text_decoder as in_use
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import text_decoder
 from grain_jax.runtime import checkpoint
 from tests import perturbed
@@ -248,11 +250,12 @@ def test_likelihoods_equal_the_sums_of_whole_forward_passes(predictor):
 def test_what_is_written_has_the_likelihood_of_its_text(predictor):
     captions = predictor.caption(PICTURES, 5, 5)
     found = predictor.caption_log_likelihood(PICTURES, [[one.text] for one in captions])
-    ended = [len(one.text.split()) < 5 for one in captions]
-    assert any(ended)
+    ended = [one.is_whole for one in captions]
+    assert any(ended) and ended == [len(one.text.split()) < 5 for one in captions]
     for one, p, has_end in zip(captions, found, ended):
         if has_end:
             close(one.log_probability, p[0])
+    assert not any(one.is_whole for one in predictor.caption(PICTURES, max_tokens=1) if one.text)
 
 
 def same(one, other):
@@ -298,6 +301,24 @@ def test_many_images_equal_few(predictor):
     same(many, [few[i] for i in some])
 
 
+def test_the_tokens_of_an_image_are_copied_for_a_part_of_its_boxes_at_a_time(
+    predictor, monkeypatch
+):
+    monkeypatch.setattr(predictor_lib, "MAX_BATCH", 8)
+    boxes = [np.tile(own, (12, 1)) for own in BOXES]  # 72 in all, of 3 images
+    few, seen, run = predictor.describe(PICTURES, BOXES, 4, 3), [], predictor._run
+
+    def spied(program, tokens, *rows, **options):
+        seen.append(len(tokens))
+        return run(program, tokens, *rows, **options)
+
+    tokens = predictor.encode_tokens(PICTURES)
+    monkeypatch.setattr(predictor, "_run", spied)
+    many = predictor.describe(tokens, boxes, 4, 3)
+    assert seen == [16, 16, 16, 16, 8]  # of 8 devices 2 rows each, which have 4 beams
+    same(many, [one * 12 for one in few])
+
+
 def test_many_candidates_fill_several_rows(predictor, monkeypatch):
     monkeypatch.setattr(in_use, "_LONGEST_ROW", 60)
     monkeypatch.setattr(in_use, "_MOST_SEQUENCES", 7)
@@ -324,6 +345,53 @@ def test_a_text_that_does_not_fit_is_cut_as_in_training(predictor):
     close(found, p[np.arange(23), predicted].sum())
 
 
+def words_of(folder, texts, unknown_is_special, **sizes):
+    """(the words that likelihoods read of texts, those that training does), each (ids of each text, whether whole)."""
+    write_words(folder)
+    if unknown_is_special:  # as in SentencePiece
+        library = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+        library.add_special_tokens(["<unk>"])
+        library.save(f"{folder}/tokenizer.json")
+    model = small_model()
+    text = dataclasses.replace(model.text, tokenizer=f"{folder}/tokenizer.json")
+    model, library = dataclasses.replace(model, text=text), tokenizer.of_tower(text)
+    of_decoder = dataclasses.replace(SIZES, **sizes).beside(model)
+    given = in_use.Given(of_decoder, model, "float32", library.special_ids)
+    used = in_use.sequences_of(library, given, "caption", [texts]).words
+    found, context = library.encode(texts, text.context_length), text.context_length
+    tokens = np.full((1, len(texts), context), text.pad_id, np.int32)
+    tokens[0][np.arange(context) < found.lengths[:, None]] = found.ids
+    positions = np.tile(np.arange(context), (1, len(texts), 1))
+    at = np.stack([np.arange(len(texts)), found.lengths - 1], axis=-1)[None]
+    real = np.ones(at.shape[:2], bool)
+    most = of_decoder.row_length - 1
+    given = map(jnp.asarray, (tokens, positions, at, real))
+    trained = text_decoder.text_of_batch(*given, of_decoder, most)
+    ids = [x[:n].tolist() for x, n in zip(trained.ids[0], trained.count[0])]
+    return ([x.tolist() for x in used.ids], used.is_whole), (ids, trained.is_whole[0])
+
+
+@pytest.mark.parametrize("unknown_is_special", [False, True])
+def test_unknown_words_count_in_likelihoods_as_in_training(tmp_path, unknown_is_special):
+    texts = ["a wren Ω beak", "Ω", "red"]
+    (used, is_whole), (trained, trained_whole) = words_of(tmp_path, texts, unknown_is_special)
+    assert used == trained == [[2, 3, 0, 5], [0], [6]]
+    assert is_whole.all() and trained_whole.all()
+    assert words_of(tmp_path, [""], unknown_is_special)[0][0] == [[]]  # not the padding
+
+
+def test_a_text_that_the_tokenizer_cuts_has_no_end(tmp_path):
+    """The context has 31 words and the special token; a row of the decoder has more."""
+    texts = ["wren " * 30, "wren " * 42, "a"]
+    (used, is_whole), (trained, trained_whole) = words_of(tmp_path, texts, False, row_length=64)
+    assert used == trained and list(map(len, used)) == [30, 31, 1]
+    (used, short), _ = words_of(tmp_path, texts, False, row_length=64, predictions=31)
+    assert list(map(len, used)) == [30, 30, 1]  # 30 words and the end were predicted in training
+    np.testing.assert_array_equal(short, is_whole)
+    np.testing.assert_array_equal(is_whole, [True, False, True])
+    np.testing.assert_array_equal(trained_whole, is_whole)
+
+
 def test_half_the_precision_is_near(predictor, folder):
     rough = grain_jax.load(folder, "bfloat16")
     found, expected = (p.caption_log_likelihood(PICTURES, CANDIDATES) for p in (rough, predictor))
@@ -344,6 +412,9 @@ def test_ids_beyond_the_tokenizer_are_no_words(predictor):
 FAULTS = {
     "beams: got 0, expected 1 to 64": lambda p: p.caption(PICTURES, 0),
     "beams: got True, expected 1 to 64": lambda p: p.point(PICTURES[0], "a", True),
+    "beams: got 3.5, expected 1 to 64": lambda p: p.caption([], 3.5),
+    "boxes_xyxy: got None, expected boxes": lambda p: p.describe(PICTURES, None),
+    "boxes_xyxy: got 3, expected boxes": lambda p: p.box_log_likelihood(PICTURES, 3, [["a"]] * 3),
     "max_tokens: got 25, expected 1 to 24": lambda p: p.caption(PICTURES, max_tokens=25),
     "max_tokens: got 21, expected 1 to 20": lambda p: p.describe(PICTURES, BOXES, 1, 21),
     "boxes_xyxy: got those of 2 images, expected of 3": lambda p: p.describe(PICTURES, BOXES[:2]),

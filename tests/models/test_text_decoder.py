@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grain_jax import config as config_lib
+from grain_jax.losses import boxes as boxes_lib
 from grain_jax.models import text_decoder
 from grain_jax.models.text_decoder import Sequences, Text, Vocabulary
 
@@ -61,10 +62,9 @@ def case():
     return module, jax.tree.map(draw, shapes), patches, rows
 
 
-def features(params, patches, rows, in_parallel=None):
+def features(params, patches, rows):
     module = case()[0]
-    run = functools.partial(module.apply, method=module.features)
-    return run({"params": params}, patches, rows, None, in_parallel)
+    return module.apply({"params": params}, patches, rows, method=module.features)
 
 
 def tensor(x):
@@ -118,20 +118,6 @@ def test_packed_rows_equal_each_sequence_alone_in_float64():
             np.testing.assert_allclose(found[i, at], expected, rtol=1e-5, atol=1e-5)
             compared += 1
     assert compared == 3 * 5 - 3  # of the first image a caption and a region are not there
-
-
-def test_parallel_prediction_sees_the_whole_sequence_and_no_word():
-    _, params, patches, rows = case()
-    parallel = (rows.segments == 1) & (jnp.arange(IMAGES) == 1)[:, None]
-    masked = rows._replace(tokens=jnp.where(parallel, WORDS.mask, rows.tokens))
-    found = logits(params, jax.jit(features)(params, patches, masked, parallel))
-    at = np.flatnonzero(rows.segments[1] == 1)
-    everything = np.ones((len(at), len(at)), bool)
-    expected = replica(params, patches[1], masked.tokens[1, at], np.arange(len(at)), everything)
-    np.testing.assert_allclose(found[1, at], expected, rtol=1e-5, atol=1e-5)
-    others = np.asarray(rows.segments[1] > 1)
-    plain = logits(params, jax.jit(features)(params, patches, rows))
-    np.testing.assert_allclose(found[1, others], plain[1, others], rtol=1e-5, atol=1e-5)
 
 
 def test_later_tokens_and_other_sequences_change_nothing():
@@ -243,3 +229,32 @@ def test_texts_of_a_batch_lose_the_tokenizers_special_tokens():
     np.testing.assert_array_equal(found.ids, [[[5, 6, 0], [1, 2, 3]], [[7, 0, 0], [0, 0, 0]]])
     np.testing.assert_array_equal(found.count, [[2, 3], [1, 0]])
     np.testing.assert_array_equal(found.is_whole, [[True, False], [True, True]])
+
+
+def test_a_text_that_fills_its_row_has_no_end():
+    """Such are those that the tokenizer cut to the context: nothing tells them from those that have its length."""
+    tokens = jnp.array([[[90, 5, 6, 99], [90, 7, 99, 0]]], jnp.int32)
+    positions = jnp.array([[[0, 1, 2, 3], [0, 1, 2, 0]]], jnp.int32)
+    at = jnp.array([[[0, 3], [1, 2]]])
+    found = text_decoder.text_of_batch(tokens, positions, at, jnp.ones((1, 2), bool), SIZES, 3)
+    np.testing.assert_array_equal(found.count, [[2, 1]])
+    np.testing.assert_array_equal(found.is_whole, [[False, True]])
+    predicted = text_decoder.caption(WORDS, found).predicted
+    np.testing.assert_array_equal(predicted.sum(-1), [[2, 2]])
+
+
+@pytest.mark.parametrize("bins", [500, 100_000])
+@pytest.mark.parametrize("side", [(500, 375), (640, 480), (1000, 250)])
+def test_location_tokens_of_whole_pixels_are_those_of_whole_numbers(side, bins):
+    """Of corners as use has them, and of centres and sides as training has them."""
+    words = Vocabulary(texts=10, bins=bins)
+    size, rng = np.array([*side, *side]), np.random.default_rng(0)
+    pixels = np.sort(rng.integers(0, np.array(side) + 1, (4000, 2, 2)), axis=1).reshape(-1, 4)
+    expected = words.first_bin + np.minimum(pixels * bins // size, bins - 1)
+    corners = pixels / size
+    as_given = words.quantise(jnp.asarray(corners, jnp.float32))
+    np.testing.assert_array_equal(as_given, expected)
+    first, last = corners[:, :2], corners[:, 2:]
+    cxcywh = np.concatenate([(first + last) / 2, last - first], axis=1)
+    as_drawn = words.quantise(boxes_lib.cxcywh_to_xyxy(jnp.asarray(cxcywh, jnp.float32)))
+    np.testing.assert_array_equal(as_drawn, expected)

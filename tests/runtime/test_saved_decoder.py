@@ -10,7 +10,7 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax.convert.__main__ import main
-from grain_jax.models import grain, text_decoder
+from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, digests, receipt
 from tests import perturbed, tiny
 from tests.convert.test_average import run_with_factors
@@ -65,7 +65,7 @@ def test_the_decoder_of_a_run_is_that_of_its_term(run, tmp_path, ema_decay):
     stored = checkpoint.load_stored(root)
     assert stored.text_decoder is not None
     assert stored.text_decoder.config == SIZES.beside(model)
-    assert stored.text_decoder.config == text_decoder.resolved(SIZES, model)
+    assert stored.text_decoder.config == SIZES.beside(model)
     sizes = stored.text_decoder.config
     assert (sizes.width, sizes.depth, sizes.heads, sizes.mlp_dim) == (24, 1, 3, 96)
     expected = decoders["words"].params
@@ -112,8 +112,11 @@ def test_an_average_has_it_where_all_models_have_one(run, tmp_path, capsys):
     write_run(tmp_path / "two", {"words": TERM}, seed=5)
     write_run(tmp_path / "three", {"words": TERM | {"bins": 11}})
     average = lambda out, *models: main(["average", *map(str, models), "--output", str(out)])
+    (tmp_path / "two" / "rerank.json").write_text("{}")
     assert average(tmp_path / "mean", root, tmp_path / "two") == 0
-    assert "text decoder: averaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "text decoder: averaged" in said and "without a weight of reranking" in said
+    assert not (tmp_path / "mean" / "rerank.json").exists()
     found = checkpoint.load_stored(tmp_path / "mean").text_decoder
     assert found is not None and found.config == decoders["words"].config
     other = checkpoint.load_stored(tmp_path / "two").text_decoder

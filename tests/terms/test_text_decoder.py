@@ -1,5 +1,6 @@
 """The loss of the text decoder against torch in float64; what is drawn of each image."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ OPTIONS = Options(
     **dict(width=24, depth=2, heads=3, mlp_dim=40, bins=10, row_length=40, dropout=0.0),
     **dict(caption_weight=0.5, describe_weight=1.5, point_weight=2.0, label_smoothing=0.1),
 )
+IN_PARALLEL = dataclasses.replace(OPTIONS, parallel_rate=0.5)
 
 
 @functools.cache
@@ -50,8 +52,8 @@ def replica(params, tokens, rows, words):
     """(loss, accuracy of each task, gradients of parameters and tokens), sequence after sequence."""
     tensor = lambda x: torch.tensor(np.array(x), dtype=torch.float64, requires_grad=True)
     p, tokens = jax.tree.map(tensor, params["decoder"]), tensor(tokens)
-    weights, smoothing = OPTIONS.weights, OPTIONS.label_smoothing
-    total, count, right = 0, 0, [[], [], []]
+    weights, smoothing = [*OPTIONS.weights, None, OPTIONS.caption_weight], OPTIONS.label_smoothing
+    total, count, right = 0, 0, [[], [], [], [], []]
     for i in range(len(tokens)):
         for segment in range(1, int(rows.segments[i].max()) + 1):
             at = np.flatnonzero(rows.segments[i] == segment)
@@ -69,18 +71,22 @@ def replica(params, tokens, rows, words):
             right[task] += (of_words[where].argmax(1) == target).tolist()
     (total / count).backward()
     gradients = {"decoder": jax.tree.map(lambda x: x.grad.numpy(), p)}, tokens.grad.numpy()
-    return (total / count).item(), [np.mean(x) for x in right], gradients
+    return (total / count).item(), [np.mean(x) if x else None for x in right], gradients
 
 
-def test_values_and_gradients_equal_torchs_cross_entropy():
-    term, seen, params = case()
+@pytest.mark.parametrize("options", [OPTIONS, IN_PARALLEL], ids=["causal", "in parallel"])
+def test_values_and_gradients_equal_torchs_cross_entropy(options):
+    term, seen, params = case(options)
     run = lambda params, tokens: loss(term, params, seen._replace(tokens=tokens))
     run = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
     (value, found), gradients = run(params, jnp.asarray(seen.tokens))
-    words, rows = drawn()
+    words, rows = drawn(options)
     expected, accuracy, expected_gradients = replica(params, seen.tokens, rows.rows, words)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for task, share in zip(text_decoder.TASKS, accuracy):
+    names = [*text_decoder.TASKS, "boxes", "caption_parallel"]
+    shares = {name: x for name, x in zip(names, accuracy) if x is not None}
+    assert ("caption_parallel" in shares) == ("caption_parallel" in found.measures)
+    for task, share in shares.items():
         measured = found.measures[f"{task}_accuracy"]
         np.testing.assert_allclose(measured.sum.sum() / measured.count.sum(), share, rtol=1e-6)
     for (path, a), b in zip(
@@ -139,7 +145,7 @@ def test_predictions_alone_have_the_same_loss_and_gradient():
     (a, of_all), (b, of_few) = step(term), step(few)
     np.testing.assert_allclose(b, a, rtol=1e-6)
     for x, y in zip(jax.tree.leaves(of_all), jax.tree.leaves(of_few), strict=True):
-        np.testing.assert_allclose(y, x, rtol=0, atol=2e-6 * np.abs(x).max() + 1e-9)
+        np.testing.assert_allclose(y, x, rtol=0, atol=2e-6 * np.abs(x).max() + 1e-8)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -155,15 +161,28 @@ def test_no_row_predicts_more_than_its_predictions(together):
 
 
 def test_parallel_prediction_hides_the_words_of_captions_alone():
-    options = changed(parallel_rate=1.0)
-    words, found = drawn(options)
+    words, found = drawn(changed(parallel_rate=1.0))
     plain = drawn()[1].rows
     first = np.asarray(plain.segments == 1)
-    is_caption = first & np.asarray(plain.task == 0)
-    np.testing.assert_array_equal(found.in_parallel, first)
-    np.testing.assert_array_equal(found.rows.tokens[is_caption], words.mask)
+    assert (plain.task[first] == text_decoder.TASKS.index("caption")).all()
+    np.testing.assert_array_equal(found.rows.tokens[first], words.mask)
     np.testing.assert_array_equal(found.rows.tokens[~first], plain.tokens[~first])
+    np.testing.assert_array_equal(found.rows.task, np.where(first, 4, plain.task))
     np.testing.assert_array_equal(found.rows.targets, plain.targets)
+
+
+def test_parallel_prediction_does_not_see_the_length_of_the_caption():
+    term, seen, params = case(changed(parallel_rate=1.0))
+    words, found = drawn(changed(parallel_rate=1.0))
+    captions = np.asarray(found.rows.segments == 1)
+    few = jax.tree.map(lambda x: jnp.asarray(x)[:2], found.rows)
+    shorter = few._replace(segments=jnp.where(captions[:2] & (few.positions > 1), 0, few.segments))
+    module = text_decoder.TextDecoder(OPTIONS.beside(term.model), words, np.dtype("float32"))
+    run = jax.jit(functools.partial(module.apply, method=module.features))
+    given, patches = {"params": params["decoder"]}, seen.tokens[:2, 1:]
+    a, b = (run(given, patches, rows)[:, :2] for rows in (few, shorter))
+    assert (captions[:2].sum(1) > 2).all()
+    np.testing.assert_array_equal(a, b)
 
 
 def changed(**changes):
@@ -244,6 +263,16 @@ def test_advice_names_a_row_length_that_fits():
         " row_length=192 would fit"
     )
     assert say(filled=0.2, left_out=0.0, needed=25.0).endswith("row_length=64 would fit")
+
+
+def test_advice_names_predictions_where_these_are_too_few():
+    few = functools.partial(TextDecoderTerm.advice, Options(predictions=16))
+    found = dict(filled=0.3, left_out=0.4, needed=60.0, predicted=15.0)
+    assert few(found) == (
+        "40% of the sequences do not fit into predictions=16, of which 15 are used on average: more, or None, would fit"
+    )
+    assert few(found | {"needed": 140.0}).endswith("row_length=192 with more predictions would fit")
+    assert few(found | {"predicted": 9.0}) == ""
 
 
 def test_a_stopped_gradient_reaches_no_token():

@@ -86,7 +86,10 @@ def test_meshes_and_micro_batches_change_nothing(mesh, changes):
 def test_what_a_step_measures_and_trains():
     metrics, _, gradient = run()
     names = {*text_decoder.TASKS, "filled", "left_out", "needed", "predicted"}
-    names |= {f"{task}_accuracy" for task in text_decoder.TASKS}
+    names |= {f"{x}_accuracy" for x in text_decoder.TASKS} | {
+        "caption_parallel",
+        "caption_parallel_accuracy",
+    }
     assert {x.removeprefix("words/") for x in metrics[0] if x.startswith("words/")} == names
     assert metrics[0]["grad_norm/terms"] > 0 and 0 < metrics[0]["words/filled"] < 1
     own = grain.flat(gradient["terms"])

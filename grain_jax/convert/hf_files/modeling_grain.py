@@ -923,7 +923,9 @@ class GrainModel(GrainPreTrainedModel):
     def describe(self, pixel_values, boxes_xyxy, **options):
         """What is in boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> token ids [B, R, n], as `caption`."""
         c = self.text_decoder.config
-        bins = (boxes_xyxy * c.sizes["bins"]).floor().clamp(0, c.sizes["bins"] - 1)
+        count = c.sizes["bins"]
+        # A corner on an edge belongs to the part after it, also where its float32 is a little less.
+        bins = (boxes_xyxy * count + max(1e-3, 4e-7 * count)).floor().clamp(0, count - 1)
         begun = self._begun("describe", bins.flatten(0, 1) + c.first_bin)
         written = self.generate(pixel_values, begun, **options)[:, begun.shape[1] :]
         return written.unflatten(0, boxes_xyxy.shape[:2])
@@ -974,6 +976,7 @@ class GrainModel(GrainPreTrainedModel):
         c, given = self.text_decoder.config, begun.shape[1]
         keys, values = (x.repeat_interleave(len(begun) // len(x), dim=0) for x in of_patches)
         room = c.sizes["row_length"] - given + 1  # nothing reads the last token
+        room = min(room, c.sizes["predictions"] or room)
         specials = c.sizes["leading_specials"] + c.sizes["trailing_specials"]
         if "max_length" in options:
             options["max_new_tokens"] = options.pop("max_length") - given

@@ -41,6 +41,14 @@ def folder_of(path: epath.PathLike) -> epath.Path:
     return _FOLDER / text if text in NAMES and not path.is_dir() else path
 
 
+def is_of_name(folder: epath.PathLike) -> bool:
+    """Whether a folder belongs to the package or to the cache of huggingface_hub, where nothing of ours is written."""
+    folder = epath.Path(folder)
+    snapshots = folder.parent
+    in_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return in_cache or folder.parent == _FOLDER
+
+
 def conversion(path: epath.PathLike) -> str:
     """The command that makes a model for `load` of the weights of others: of a file, by its name, or in a folder; or ""."""
     path = epath.Path(path)

@@ -2,16 +2,19 @@
 
 import json
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from grain_jax.core import schema
+from grain_jax.core import annotations, schema
+from grain_jax.data import build
 from grain_jax.data.annotate import __main__ as command
-from grain_jax.data.annotate import own_model
+from grain_jax.data.annotate import answers, own_model
+from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.inspect import page
 from grain_jax.inference import Tokens
+from grain_jax.inference.text_decoder import Written
+from grain_jax.models import text_decoder
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets
 from tests.inference import test_text_decoder
@@ -23,19 +26,15 @@ QUERIES = np.array(  # float32 [Q, 4]: the second overlaps the first, the last r
 )  # fmt: skip
 
 
-class Written(NamedTuple):
-    text: str
-    log_probability: float
-
-
 class FakePredictor:
     """Says of an image its number, of a box its left edge; counts what it is asked."""
 
     folder, model, params = "/models/own", None, None
+    digests: dict[str, str]
 
     def __init__(self, has_text_decoder=True, has_regions=True):
         self.has_text_decoder, self.has_regions = has_text_decoder, has_regions
-        self.seen, self.beams = [], set()
+        self.seen, self.beams, self.cut = [], set(), ""
 
     def encode_tokens(self, images):
         assert all(image.shape == (*SIZE[::-1], 3) for image in images)
@@ -50,7 +49,7 @@ class FakePredictor:
     def caption(self, tokens, beams):
         self.beams.add(beams)
         texts = (" \n" if n == 1 else f" a  picture of {n}\n" for n in tokens.values)
-        return [Written(text, -1.5) for text in texts]
+        return [Written(text, -1.5, text != self.cut) for text in texts]
 
     def describe(self, tokens, boxes_xyxy, beams):
         self.beams.add(beams)
@@ -58,7 +57,8 @@ class FakePredictor:
         for number, boxes in zip(tokens.values, boxes_xyxy, strict=True):
             assert boxes.min(initial=0) >= 0 and boxes.max(initial=1) <= 1
             lefts = (int(100 * float(box[0]) + 0.01) for box in boxes)
-            found.append([Written(f"part {left} of {number}", -left / 10) for left in lefts])
+            texts = [(f"part {left} of {number}", -left / 10) for left in lefts]
+            found.append([Written(text, p, text != self.cut) for text, p in texts])
         return found
 
 
@@ -66,8 +66,7 @@ class FakePredictor:
 def model(monkeypatch):
     found = FakePredictor()
     monkeypatch.setattr(own_model, "load", lambda name, dtype: found)
-    digests = {"params": "0123456789abcdef", "text_decoder": "fedcba9876543210"}
-    monkeypatch.setattr(own_model, "_digests", lambda predictor: digests)
+    found.digests = {"params": "0123456789abcdef", "text_decoder": "fedcba9876543210"}
     return found
 
 
@@ -100,6 +99,15 @@ def of_queries(number):
     return [(boxes[x], f"part {x} of {number}", score(x)) for x in (0, 20, 50)] + (
         [(boxes[75], f"part 75 of {number}", score(75))]
     )
+
+
+def test_texts_that_were_cut_are_refused(model, pictures, tmp_path):
+    model.cut = "part 20 of 0"
+    options = ["--threshold=0", "--max-faults=0.5", "--shard-size=3"]
+    (first, *_), all_of = annotate(pictures, tmp_path / "out", *options), of_queries(0)
+    assert [r[1] for r in regions(first)] == [r[1] for r in all_of if r[1] != model.cut]
+    refused = answers.parse_text(" a\n picture", cut_off=True)
+    assert refused == answers.Refused(answers.CUT_OFF, "'a picture'")
 
 
 def test_given_boxes_are_described_anew_and_queries_where_there_are_none(
@@ -135,6 +143,17 @@ def test_given_boxes_are_described_anew_and_queries_where_there_are_none(
     assert len(model.seen) == 2 and "0 of 2 shards in this run" in capsys.readouterr().out
 
 
+def test_a_given_box_outside_the_image_is_left_out(model):
+    boxes = [(0, 0, 20, 15), (60, 0, 70, 10), (30, 0, 48, 10), (30, 0, 60, 10)]  # of SIZE
+    given = [annotations.Region(box, "old", 1.0) for box in boxes]
+    parsed = Annotate(images="x", output="y", source="annotations", model="runs/own", boxes="given")
+    own = own_model.OwnModel(parsed)
+    (found,) = own.describe([(record_sets.picture(3, SIZE), given)])
+    assert [region.box_xyxy for region in found.regions] == [boxes[0], boxes[2]]
+    assert [line.cause for line in found.left_out] == ["box outside"] * 2
+    assert found.left_out[0].detail == "[60, 0, 70, 10] of 40 x 30"
+
+
 @pytest.mark.parametrize("boxes", ["given", "queries", "missing"])
 def test_which_boxes(model, pictures, tmp_path, boxes):
     more = ["--passes=describe", f"--boxes={boxes}", "--threshold=0.4", "--regions=2", "--beams=3"]
@@ -157,7 +176,7 @@ def test_which_boxes(model, pictures, tmp_path, boxes):
     assert bool(kept) == (boxes == "given")
 
 
-def test_the_set_names_the_model(model, pictures, tmp_path, capsys, monkeypatch):
+def test_the_set_names_the_model(model, pictures, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--max-faults=0.2", "--passes=caption,describe,negatives", "--name=own"]
     annotate(pictures, out, *more)
@@ -165,19 +184,35 @@ def test_the_set_names_the_model(model, pictures, tmp_path, capsys, monkeypatch)
     named["digests"] = {"params": "0123456789abcdef", "text_decoder": "fedcba9876543210"}
     boxes = {"boxes": None, "regions": 10, "threshold": 0.3}
     expected = {"caption": named, "describe": named | boxes}
-    for settings in (
-        json.loads((out / "summary.json").read_text())["settings"],
-        json.loads((out / "records/own/1.0.0/metadata.json").read_text())["annotated_by"],
-    ):
-        assert {name: settings[name] for name in expected} == expected
-        assert settings["negatives"]["negatives"] == 10
+    noted = json.loads((out / "records/own/1.0.0/metadata.json").read_text())["annotated_by"]
+    assert [one["annotations"] for one in noted] == [str(out / "A.jsonl")]
+    settings = json.loads((out / "summary.json").read_text())["settings"]
+    for found in (settings, noted[0]["passes"]):
+        assert {name: found[name] for name in expected} == expected
+        assert found["negatives"]["negatives"] == 10
     shards = {"count": 0}
-    noted = page._shards(
-        {"shards": shards, "metadata": {"annotated_by": settings, "store_size": 9}}
+    other = {"passes": {"describe": {"model": "/models/b"}}}
+    said = page._shards(
+        {"shards": shards, "metadata": {"annotated_by": [*noted, other], "store_size": 9}}
     )
-    assert noted == ", annotated by caption: /models/own, describe: /models/own, store size 9"
+    assert said == (
+        ", annotated by caption: /models/own, describe: /models/own, describe: /models/b, store size 9"
+    )
+    # Of a set of two annotated files each names its model.
+    other = tmp_path / "other"
+    model.digests = {"params": "2"}
+    annotate(pictures, other, "--max-faults=0.2", "--passes=describe")
+    lines = (other / "A.jsonl").read_text()
+    (other / "A.jsonl").write_text(lines.replace('"id": "id', '"id": "other'))
+    both = [f"--annotations={x / 'A.jsonl'}" for x in (out, other)]
+    built = tmp_path / "built"
+    given = [f"--images={pictures}", f"--output={built}", "--name=two", "--source=annotations"]
+    assert build.main([*given, *both]) == 0
+    noted = json.loads((built / "two/1.0.0/metadata.json").read_text())["annotated_by"]
+    digests = [one["passes"]["describe"]["digests"]["params"] for one in noted]
+    assert digests == ["0123456789abcdef", "2"]
     # Another state of the model is another annotator.
-    monkeypatch.setattr(own_model, "_digests", lambda predictor: {"params": "0"})
+    model.digests = {"params": "0"}
     annotate(pictures, out, *more, status=2)
     assert 'was begun with caption digests {"params": "0123' in capsys.readouterr().err
 
@@ -186,6 +221,10 @@ def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
     folder, pictures = tmp_path / "model", tmp_path / "in"
     model = test_text_decoder.small_model()
     decoder = test_text_decoder.random_decoder(model)
+    bias, end = decoder.params["norm"]["bias"], text_decoder.vocabulary(decoder.config, model).end
+    decoder.params["head"][end] += (
+        2.5 * bias / (bias @ bias)
+    )  # 2.5 more for the end: texts are whole
     checkpoint.save_model(folder, model, perturbed.params(model), decoder, source="test")
     test_text_decoder.write_words(folder)
     record_sets.write_annotations(pictures, 4, size=SIZE)
@@ -201,12 +240,12 @@ def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
     lines = map(json.loads, (tmp_path / "out" / "A.jsonl").read_text().splitlines())
     scores = []
     for number, line in enumerate(lines):
-        text = " ".join(captions[number].text.split())
+        text = " ".join(captions[number].text.split()) if captions[number].is_whole else ""
         assert line["synthetic_caption"] == (text or f"synthetic text of {number}")
         expected = [
             (r["box"], written.text, math.exp(written.log_probability / (len(words) + 1)))
             for r, written in zip(old[number], described[number], strict=True)
-            if (words := written.text.split())
+            if (words := written.text.split()) and written.is_whole
         ]
         found = [(r["box"], r["description"], r["score"]) for r in line["regions"]]
         assert [x[:2] for x in found] == [x[:2] for x in expected]
@@ -221,7 +260,7 @@ def test_a_stored_model_annotates_as_its_predictor_says(tmp_path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("", "--model runs/own: has no text decoder, expected a run with the loss term text_decoder"),
+        ("", "--model runs/own: the model has no text decoder, expected one that was trained with"),
         ("--boxes=queries", "--boxes queries: --model runs/own has no region queries, expected"),
         ("--boxes=all", "--boxes: got 'all', expected one of"),
         ("--passes=all,ground", "--passes: got ground with --model, whose pass describe has boxes"),
