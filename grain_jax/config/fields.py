@@ -281,9 +281,9 @@ class TextDecoder:
     # Tokens of a row that are predicted, at most, so the longest text and its end: the cross-entropy is computed for as
     # many; None: for all of the row.
     predictions: int | None = count(None, low=8)
-    # Special tokens that the tokenizer puts before and after a text: CLIP's 1 and 1, SigLIP's 0 and 1.
+    # Special tokens that the tokenizer puts before a text: CLIP's 1, SigLIP's 0 (and 1 after it).
     leading_specials: int = count(1, high=8)
-    trailing_specials: int = count(1, high=8)
+    trailing_specials: int = count(1, high=8)  # those after it
 
     @property
     def most_predictions(self) -> int:
