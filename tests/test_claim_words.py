@@ -368,6 +368,7 @@ def test_a_run_appends_its_row_and_its_model_annotates(tmp_path, monkeypatch):
     for name in words.AVIARIES:
         monkeypatch.setitem(words.AVIARIES, name, words.AVIARIES[name] | FEW | {"images": 128})
     monkeypatch.setattr(words, "SHARE", 2)
+    monkeypatch.setitem(words.ANNOTATE, "threshold", 0.0)
     shallow = {f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")}
     for key, value in {"text.pack_group": 8, **shallow}.items():  # 8 devices
         monkeypatch.setitem(design.SETTING, key, value)
