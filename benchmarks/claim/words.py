@@ -61,7 +61,7 @@ def images_of(data: str) -> str:
 
 def records_of(run: design.ClaimRun) -> str:
     """The name of its records: each seed has a model that annotates."""
-    return f"{run.data}-{run.seed}" if run.data == ANNOTATED else run.data
+    return f"{run.data}_{run.seed}" if run.data == ANNOTATED else run.data
 
 
 def changes(run: design.ClaimRun) -> dict[str, Any]:
