@@ -400,7 +400,7 @@ class Block(nn.Module):
             return own.attend(y, keys, values, sees), (keys, values)
 
         def to_shared(y):
-            of_image = y.reshape(len(of_patches[0]), -1, y.shape[-1])
+            of_image = y.reshape(of_patches[0].shape[0], -1, y.shape[-1])
             return to_patches.attend(of_image, *of_patches).reshape(y.shape), of_patches
 
         return to_own, to_shared

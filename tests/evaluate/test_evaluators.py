@@ -43,8 +43,8 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     names = (
-        "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Captions Descriptions Maps"
-        " Segmentation Diagnostics"
+        "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Captions Descriptions Pointing"
+        " Maps Segmentation Diagnostics"
     )
     assert done.stdout == f"{names}\n\n"
 
@@ -83,7 +83,7 @@ FAULTS = [
     (
         {"kind": "zeroshott"},
         "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, captions, descriptions,"
-        " diagnostics, grounding, hard_negatives, linear_probe, maps, retrieval, segmentation, zeroshot; or module:Name of your own",
+        " diagnostics, grounding, hard_negatives, linear_probe, maps, pointing, retrieval, segmentation, zeroshot; or module:Name of your own",
     ),
     (
         {"kind": "zeroshot", "descriptoins": "D.json"},

@@ -140,17 +140,17 @@ JOINS = [
     ("no example of that number", 0, [99], "data[0]: got 99, expected the number of an example"),
     ("an example below zero", 0, [-1], "expected the number of an example"),
     ("a path as example", 0, ["/etc/passwd"], "expected the number of an example"),
-    ("a file that is none", 6, [None], "expected a file that was uploaded here"),
-    ("a file outside", 6, [picture(path="/etc/passwd")], "expected a file that was uploaded here"),
+    ("a file that is none", 7, [None], "expected a file that was uploaded here"),
+    ("a file outside", 7, [picture(path="/etc/passwd")], "expected a file that was uploaded here"),
     ("a phrase of a number", 4, [None, 3], "data[1]: got 3, expected a text"),
-    ("a box of numbers", 8, [None, TEXT, [1, 2, 3, 4]], "data[2]: got [1, 2, 3, 4], expected a text"),
-    ("a box of an object", 8, [None, TEXT, {"x": 1}], 'data[2]: got {\\"x\\": 1}, expected a text'),
-    ("no box", 8, [None, TEXT, None], "data[2]: got null, expected a text"),
-    ("a box in an image outside", 8, [picture(path="/etc/passwd"), TEXT, "1 2 3 4"], ELSEWHERE),
-    ("a box and more", 8, [None, TEXT, "1 2 3 4", {}], "data: expected a list of 3 values"),
-    ("an image to draw on", 5, ["/etc/passwd"], ELSEWHERE),
-    ("an image to write about", 10, [picture(path="/etc/passwd")], ELSEWHERE),
-    ("no such function of a page that writes", 11, [], "fn_index: got 11"),
+    ("a box of numbers", 9, [None, TEXT, [1, 2, 3, 4]], "data[2]: got [1, 2, 3, 4], expected a text"),
+    ("a box of an object", 9, [None, TEXT, {"x": 1}], 'data[2]: got {\\"x\\": 1}, expected a text'),
+    ("no box", 9, [None, TEXT, None], "data[2]: got null, expected a text"),
+    ("a box in an image outside", 9, [picture(path="/etc/passwd"), TEXT, "1 2 3 4"], ELSEWHERE),
+    ("a box and more", 9, [None, TEXT, "1 2 3 4", {}], "data: expected a list of 3 values"),
+    ("an image to draw on", 6, ["/etc/passwd"], ELSEWHERE),
+    ("an image to write about", 11, [picture(path="/etc/passwd")], ELSEWHERE),
+    ("no such function of a page that writes", 12, [], "fn_index: got 12"),
 ]  # fmt: skip
 
 
@@ -365,11 +365,11 @@ def test_classes_that_take_too_long_are_given_up(monkeypatch):
     analyst = page_server.Analyst()
     analyst.predictor = Slow()
     classes = dict.fromkeys(map(str, range(100)), ())
-    found = analyst._encode_classes(classes, described=False)
+    found = analyst._encode_classes(classes)
     assert found.names == tuple(classes) and found.features.shape == (100, 4)
     monkeypatch.setattr(analysis, "SECONDS", 0.08)
     with pytest.raises(class_lists.DemoError, match="32 of 100 classes took 0.08 s; give fewer"):
-        analyst._encode_classes(classes, described=False)
+        analyst._encode_classes(classes)
 
 
 @pytest.mark.slow  # a browser, which CI has not
