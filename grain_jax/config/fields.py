@@ -275,7 +275,8 @@ class TextDecoder:
     activation: str = key("gelu_tanh", choices=ACTIVATIONS)  # of the MLP
     norm_eps: float = key(1e-6)  # epsilon of the LayerNorms
     unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
-    bins: int = count(500, low=2, high=100_000)  # location tokens along a side of the image
+    # Location tokens along a side of the image; few images want few (64).
+    bins: int = count(500, low=2, high=100_000)
     # Positions of a row, which holds several sequences of an image; the longest one has as many.
     row_length: int = count(128, low=16, high=1_000_000)
     # Tokens of a row that are predicted, at most, so the longest text and its end: the cross-entropy is computed for as
