@@ -1,6 +1,7 @@
 """8 virtual CPU devices for every test, compiled quickly rather than well; set before JAX starts."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -25,6 +26,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grain_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Tracing makes millions of objects that live for seconds, beside those of the modules, which live for ever.
+gc.set_threshold(100_000, 20, 50)
+
+
+def pytest_collection_finish():
+    """What the modules hold is never garbage: it need not be looked through again."""
+    gc.freeze()
+
 
 # Files with the most seconds of tests, the longest first: what starts last, ends last.
 LONG = (

@@ -46,12 +46,15 @@ def place(tmp_path_factory):
             shutil.copy(f"{PICTURES}/00003.png", folder / "Klassen ä" / name)
         words = ["--output", DATA, "--name", "tiny_set", "--num-shards", "4"]
         assert build.main([*ANNOTATED, *words]) == 0
-        train.train(tiny.config(**KEYS), epath.Path(RUN))
+        with pytest.MonkeyPatch.context() as devices:
+            one = jax.devices()[:1]
+            devices.setattr(jax, "devices", lambda: one)
+            train.train(tiny.config(**KEYS), epath.Path(RUN))
         yield folder
 
 
 KEYS = dict(input__source="records", input__data_dir=DATA, input__name="tiny_set")
-KEYS |= dict(total_steps=2, checkpoint_every=1)
+KEYS |= dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
 
 
 def test_the_run_is_where_it_was_asked_for():

@@ -97,6 +97,7 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_kernel_goes_on_from_a_checkpoint_of_xla_with_its_losses(finished, tmp_path):
     """The kernel runs in Pallas' interpreter, and rounds differently."""
     shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
@@ -201,7 +202,8 @@ def test_another_mesh_goes_on_with_the_same_batches_and_losses(
     _assert_goes_on(finished, workdir)
 
 
-@pytest.mark.parametrize("processes,devices", [(2, 4), pytest.param(1, 16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes,devices", [(2, 4), (1, 16)])
 def test_other_processes_go_on_and_one_goes_on_where_they_are_told_to_end(
     finished, workdir, processes, devices
 ):
@@ -221,11 +223,13 @@ def test_other_processes_go_on_and_one_goes_on_where_they_are_told_to_end(
     assert "10" in {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
-def test_two_processes_go_on_to_the_end(finished, workdir):
-    shutil.copytree(finished / "checkpoints/8", workdir / "checkpoints/8")
+def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):
     command = runs.command(workdir, RUN | runs.SMALL, processes=2, devices=4)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    _assert_goes_on(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints/10")
+    train.train(_config(), workdir)
     _assert_goes_on(finished, workdir)
 
 

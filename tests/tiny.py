@@ -52,12 +52,17 @@ class Once:
 
 
 # Keys of a config that its program does not depend on.
-_NOT_COMPILED = re.compile("(total|log|eval|checkpoint|profile)_.*|evals|pictures|wandb")
+_NOT_COMPILED = re.compile(
+    r"(total|log|eval|checkpoint|profile)_.*|evals|pictures|wandb|text\.max_dropped_share"
+    r"|input\.(source|options|data_dir|name|prepare|shards_per_block|reader_threads)"
+)
 
 
 def _compiled(config: config_lib.Config) -> str:
     """The keys of a config that its program depends on."""
     keys = json.loads(config_lib.to_json(config))
+    for part in ("input", "text"):
+        keys |= {f"{part}.{key}": value for key, value in keys.pop(part).items()}
     return json.dumps({k: v for k, v in keys.items() if not _NOT_COMPILED.fullmatch(k)})
 
 

@@ -94,7 +94,11 @@ def logits(ours, images, ids):
     "kind, changes",
     [
         ("CLIPModel", CLIP | dict(image__patch_bias=False, image__activation="quick_gelu")),
-        ("CLIPModel", CLIP | dict(image__patch_bias=True, text__projection="none", embed_dim=40)),
+        pytest.param(
+            "CLIPModel",
+            CLIP | dict(image__patch_bias=True, text__projection="none", embed_dim=40),
+            marks=pytest.mark.slow,
+        ),
         ("SiglipModel", SIGLIP | dict(text__projection="affine")),
         ("SiglipModel", SIGLIP | dict(image__patch_bias=False, logit_bias_init=None)),
     ],
@@ -140,6 +144,7 @@ for family in ("clip", "siglip"):
 """
 
 
+@pytest.mark.slow
 def test_pipelines_without_jax_give_our_scores(tmp_path, capsys):
     clip = CLIP | dict(text__vocab_size=clip_tokenizer.VOCAB_SIZE)
     siglip = SIGLIP | dict(text__pad_id=1, text__context_length=64)

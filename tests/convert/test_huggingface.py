@@ -208,7 +208,10 @@ def test_compiled_it_gives_the_same(small):
     assert report.ok, report.text
 
 
-@pytest.mark.parametrize("kind, bias", [("roi_align", None), ("prompter", -10.0)])
+@pytest.mark.parametrize(
+    "kind, bias",
+    [pytest.param("roi_align", None, marks=pytest.mark.slow), ("prompter", -10.0)],
+)
 def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path):
     depths = {f"{tower}__depth": 1 for tower in ("image", "text", "decoder")}
     model = perturbed.tiny(boxes__kind=kind, boxes__bins=2, logit_bias_init=bias, **depths)

@@ -298,6 +298,7 @@ def test_a_pool_of_the_towers_heads_may_say_so(tmp_path):
         _load(silent)
 
 
+@pytest.mark.slow
 def test_two_towers_train_without_regions():
     config = config_lib.from_dict(_two_towers(microbatches=2))
     model, batch = grain.GRAIN(config.model), tiny.batch(config)

@@ -184,6 +184,7 @@ def test_descriptions_are_the_caption_where_there_is_no_other(built):
     assert next(records.batches(config)).caption_mask.all()
 
 
+@pytest.mark.slow
 def test_a_detection_set_trains(tmp_path):
     """COCO's instances alone; tests/evaluate/test_retrieval.py has images without captions."""
     flags = write_all(tmp_path, captions=False)["coco"]

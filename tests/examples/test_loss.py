@@ -60,13 +60,9 @@ def test_the_term_equals_a_float64_replica():
     expected = sum(weight * found.terms[name] for name, weight in weights.items())
     np.testing.assert_allclose(found.total, expected, rtol=1e-6)
     # Its gradient on the sphere, against differences of the replica.
-    without = jax.grad(
-        lambda x: (
-            losses.total_loss(
-                outputs._replace(region_embed=x), batch, tiny.config(loss__box=1.5).loss
-            ).total
-        )
-    )(outputs.region_embed)
+    plain = tiny.config(loss__box=1.5).loss
+    of = lambda x: losses.total_loss(outputs._replace(region_embed=x), batch, plain).total
+    without = jax.jit(jax.grad(of))(outputs.region_embed)
     x = np.asarray(outputs.region_embed, np.float64)
     direction = np.random.default_rng(1).normal(size=x.shape)
     direction -= (direction * x).sum(-1, keepdims=True) * x
@@ -117,6 +113,7 @@ def test_the_local_term_equals_a_float64_replica():
     np.testing.assert_allclose(gradient[:, 1:], expected_gradient, rtol=0, atol=1e-5 * top)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_a_run_trains_on_it(tmp_path):
     c = tiny.small(

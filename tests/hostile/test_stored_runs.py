@@ -18,6 +18,7 @@ from grain_jax.verify import command as verify_command
 from tests import runs, tiny
 
 pytestmark = pytest.mark.usefixtures("no_curves")
+RUN = dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         device = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: device)
-        train.train(tiny.config(total_steps=2, checkpoint_every=1), workdir)
+        train.train(tiny.config(**RUN), workdir)
     return workdir
 
 
@@ -56,7 +57,7 @@ def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
         input__name="birds",
         input__prepare="hostile_module --output {data_dir}",
     )
-    runs.forge_config(copy, tiny.config(total_steps=2, checkpoint_every=1, **source))
+    runs.forge_config(copy, tiny.config(**RUN, **source))
     with pytest.raises(errors.MissingData, match="no record set 'birds' in .*missing") as error:
         verify_command.verify(copy)
     assert error.value.status == 2
@@ -67,9 +68,9 @@ def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
 def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path, capsys):
     secret = tmp_path / "secret.json"
     secret.write_text("the user's own")
-    config = tiny.config(total_steps=2, checkpoint_every=1, model__text__tokenizer=str(secret))
+    config = tiny.config(**RUN, model__text__tokenizer=str(secret))
     for name in (str(secret), "../../../secret.json", "link.json"):
-        runs.forge_config(copy, tiny.config(model__text__tokenizer=name))
+        runs.forge_config(copy, tiny.config(**RUN, model__text__tokenizer=name))
         link = copy / "checkpoints" / "2" / "link.json"
         if name == "link.json" and not link.exists():
             link.symlink_to(secret)
@@ -120,7 +121,7 @@ def flip_bits(folder, read, seed: int, count: int) -> dict[str, int]:
     return outcomes
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_a_checkpoint_is_loaded_unnoticed(copy, count, caplog):
     newest = copy / "checkpoints" / "2"
     with caplog.at_level(logging.ERROR):

@@ -125,7 +125,8 @@ def test_hostile_metrics_are_left_out_and_a_workdir_that_is_removed_is_a_line(
     monkeypatch.setattr(cases, "SECONDS", 300)  # it compiles
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: device)
-    config = tiny.small(total_steps=2, checkpoint_every=0)
+    # As in test_data_identity.py.
+    config = tiny.config(**tiny.SHALLOW, total_steps=2, checkpoint_every=0)
     outcome = cases.run(lambda _: train.train(config, workdir), [])
     cases.check(outcome, "run: the folder was removed", errors.StorageFault.status)
     cases.check(outcome, r"metrics.jsonl, line 1: got .* 3 of 3 lines do not count", 1)

@@ -152,7 +152,9 @@ def one_or_many(folder, mixed, **values):
     )
 
 
-@pytest.mark.parametrize("processes,mixed", [(2, False), (4, True)])
+@pytest.mark.parametrize(
+    "processes,mixed", [pytest.param(2, False, marks=pytest.mark.slow), (4, True)]
+)
 def test_the_global_batch_does_not_depend_on_processes(folder, processes, mixed):
     config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5)
     whole = take(config, 6, start_step=5)
@@ -165,7 +167,7 @@ def test_the_global_batch_does_not_depend_on_processes(folder, processes, mixed)
         record_sets.assert_batches_equal(joined, expected)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_resuming_gives_the_uninterrupted_stream(folder, mixed):
     config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
     whole = take(config, 24)

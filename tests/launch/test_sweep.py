@@ -471,6 +471,7 @@ def test_csv_and_picture(tmp_path):
     assert not sweep_table.draw([], metric, epath.Path(tmp_path / "none.png"))
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path, capsys):
     """A real run; the second call starts nothing and prints the same table."""
     file = tmp_path / "seeds.py"

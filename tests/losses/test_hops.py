@@ -116,7 +116,10 @@ def _losses_and_gradients(group_size):
     return run, run()
 
 
-@pytest.mark.parametrize("group_size,slices", [(0, 1), (8, 1), (0, 2), (0, 8)])
+@pytest.mark.parametrize(
+    "group_size,slices",
+    [(8, 1), (0, 2), *(pytest.param(0, n, marks=pytest.mark.slow) for n in (1, 8))],
+)
 def test_another_path_gives_the_same_losses(group_size, slices, monkeypatch):
     """Values and gradients on 8 devices, whatever path the ring takes, through one slice or several."""
     run, expected = _losses_and_gradients(group_size)

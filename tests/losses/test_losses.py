@@ -11,8 +11,11 @@ from grain_jax import losses
 from grain_jax.core import schema
 from grain_jax.losses import matching
 from tests import tiny
+from tests.grids import some_of
 
 D, Q = 16, 5
+CONTRASTS = ("softmax", "sigmoid")
+MISSING = {"none": (), "some": (3, 5, 15), "all": range(16)}  # images without a caption
 
 
 def _outputs(c, seed=0, layers=2, width=D):
@@ -26,6 +29,11 @@ def _outputs(c, seed=0, layers=2, width=D):
     boxes, negatives = unit(b, r, width), unit(b, r, h, width) if h else None
     out = schema.Outputs(*embeds, low, np.float64(12.0), np.float64(0), boxes, negatives)
     return jax.tree.map(lambda x: np.asarray(x, np.float32), out)
+
+
+def _total(outputs, batch, loss):
+    """`losses.total_loss` as one program: its operations one by one take longer to compile."""
+    return jax.jit(lambda *given: losses.total_loss(*given, loss))(outputs, batch)
 
 
 def _corners(box):
@@ -189,8 +197,12 @@ def hard_negative_replica(outputs, batch, c, *, queries=True):
     return np.mean(terms), {name: np.mean(of) for name, of in right.items() if of}
 
 
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("compared", ["queries", "boxes", "both"])
+@some_of(
+    dict(contrast=CONTRASTS, compared=("queries", "boxes", "both")),
+    ("softmax", "queries"),
+    ("sigmoid", "boxes"),
+    ("sigmoid", "both"),
+)
 def test_hard_negative_equals_float64_replica(contrast, compared):
     c = tiny.config(
         input__negatives_per_region=2,
@@ -209,13 +221,13 @@ def test_hard_negative_equals_float64_replica(contrast, compared):
         outputs = outputs._replace(
             region_embed=outputs.region_embed[:, :0], pred_boxes_cxcywh=boxes
         )
-    got = losses.total_loss(outputs, batch, c.loss)
+    got = _total(outputs, batch, c.loss)
     np.testing.assert_allclose(got.terms["hard_negative"], expected, rtol=1e-5)
     measures = {name: x for name, x in got.measures.items() if name.startswith("hard_negative")}
     assert measures.keys() == right.keys() and 0.2 < min(right.values()) < 1
     for name, value in right.items():
         np.testing.assert_allclose(measures[name], value, rtol=1e-6)
-    without = losses.total_loss(outputs, batch, dataclasses.replace(c.loss, hard_negative=0.0))
+    without = _total(outputs, batch, dataclasses.replace(c.loss, hard_negative=0.0))
     np.testing.assert_allclose(got.total, without.total + 0.5 * expected, rtol=1e-6)
     assert "hard_negative" not in without.terms
 
@@ -227,7 +239,7 @@ def test_hard_negatives_that_are_none_or_the_description_itself():
     same = np.repeat(outputs.region_text_embed[:, :, None], 2, axis=2)
     outputs = outputs._replace(negative_text_embed=same, box_embed=None)
     batch = batch._replace(negative_mask=batch.region_mask[..., None] & [True, False])
-    found = losses.total_loss(outputs, batch, c.loss)
+    found = _total(outputs, batch, c.loss)
     np.testing.assert_allclose(found.terms["hard_negative"], np.log(2), rtol=1e-6)
     assert found.measures["hard_negative_accuracy"] == 0
     batch = batch._replace(negative_mask=np.zeros_like(batch.negative_mask))
@@ -235,7 +247,7 @@ def test_hard_negatives_that_are_none_or_the_description_itself():
     def value(outputs):
         return losses.total_loss(outputs, batch, c.loss).terms["hard_negative"]
 
-    nothing, grads = jax.value_and_grad(value)(outputs)
+    nothing, grads = jax.jit(jax.value_and_grad(value))(outputs)
     assert nothing == 0 and not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -301,9 +313,12 @@ def assert_measures(got, expected):
         np.testing.assert_allclose(got.measures[name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("group_size", [0, 4])
-@pytest.mark.parametrize("mask_duplicates", [True, False])
-@pytest.mark.parametrize("iou_epsilon", [0.0, 1e-4])
+@some_of(
+    dict(group_size=(0, 4), mask_duplicates=(True, False), iou_epsilon=(0.0, 1e-4)),
+    (0, True, 0.0),
+    (4, True, 1e-4),
+    (4, False, 0.0),
+)
 def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
     c = tiny.config(
         loss__group_size=group_size,
@@ -315,7 +330,7 @@ def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
     batch, outputs = tiny.batch(c), _outputs(c)
     batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
     batch.region_mask[4:8] = False  # a group without regions
-    got = losses.total_loss(outputs, batch, c.loss)
+    got = _total(outputs, batch, c.loss)
     ic, box, rd = replica(outputs, batch, c.loss)
     np.testing.assert_allclose(
         [got.terms[name] for name in ("image_caption", "box", "region_description")],
@@ -336,7 +351,7 @@ def _of_type(contrast):
 
 def _assert_alone(c, batch, outputs, name, expected, right):
     """The only loss, of weight 0.5, and its accuracy are those of a replica."""
-    got = losses.total_loss(outputs, batch, c.loss)
+    got = _total(outputs, batch, c.loss)
     assert 0 < right < 1
     np.testing.assert_allclose(got.terms[name], expected, rtol=1e-5)
     np.testing.assert_allclose(got.measures[f"{name}_accuracy"], right, rtol=1e-6)
@@ -357,9 +372,13 @@ def test_image_description_equals_float64_replica(contrast, mask_duplicates):
     _assert_alone(c, batch, outputs, "image_description", *found)
 
 
-@pytest.mark.parametrize("captions", [2, 3])
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("mask_duplicates", [True, False])
+@some_of(
+    dict(captions=(2, 3), contrast=CONTRASTS, mask_duplicates=(True, False)),
+    (3, "softmax", True),
+    (2, "softmax", False),
+    (2, "sigmoid", True),
+    (3, "sigmoid", False),
+)
 def test_several_captions_equal_float64_replica(captions, contrast, mask_duplicates):
     weights = ALONE | dict(loss__image_caption=0.5, loss__mask_duplicates=mask_duplicates)
     c = tiny.config(input__captions_per_image=captions, **weights, **_of_type(contrast))
@@ -373,9 +392,13 @@ def test_several_captions_equal_float64_replica(captions, contrast, mask_duplica
     _assert_alone(c, batch, outputs, "image_caption", *found)
 
 
-@pytest.mark.parametrize("group_size", [0, 4])
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("mask_duplicates", [True, False])
+@some_of(
+    dict(group_size=(0, 4), contrast=CONTRASTS, mask_duplicates=(True, False)),
+    (4, "softmax", True),
+    (0, "softmax", False),
+    (0, "sigmoid", True),
+    (4, "sigmoid", False),
+)
 def test_box_description_equals_float64_replica(group_size, contrast, mask_duplicates):
     weights = ALONE | dict(loss__box_description=0.5, loss__mask_duplicates=mask_duplicates)
     boxes = dict(model__boxes__kind="roi_align", loss__group_size=group_size)
@@ -389,9 +412,13 @@ def test_box_description_equals_float64_replica(group_size, contrast, mask_dupli
     _assert_alone(c, batch, outputs, "box_description", *found)
 
 
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("missing", [(), (3, 5, 15), range(16)], ids=["none", "some", "all"])
-@pytest.mark.parametrize("mask_duplicates", [True, False])
+@some_of(
+    dict(contrast=CONTRASTS, missing=MISSING, mask_duplicates=(True, False)),
+    ("softmax", "some", True),
+    ("softmax", "none", False),
+    ("sigmoid", "some", False),
+    ("sigmoid", "all", True),
+)
 def test_one_caption_an_image_is_a_case_of_several(contrast, missing, mask_duplicates):
     """The two programs agree: with all but the first of three captions masked, the loss is that of one.
 
@@ -402,12 +429,12 @@ def test_one_caption_an_image_is_a_case_of_several(contrast, missing, mask_dupli
     )
     batch, outputs = tiny.batch(c), _outputs(c)
     batch.caption_mask[:] = [True, False, False]
-    gone = np.asarray(missing, int)
+    gone = np.asarray(MISSING[missing], int)
     batch.caption_mask[gone] = False
     batch.caption_id[gone] = 0  # as the input pipeline has it; a real text may have that id, too
     batch.caption_id[0, 0] = 0
-    value_and_grad = jax.value_and_grad(
-        lambda o, b: losses.total_loss(o, b, c.loss).terms["image_caption"]
+    value_and_grad = jax.jit(
+        jax.value_and_grad(lambda o, b: losses.total_loss(o, b, c.loss).terms["image_caption"])
     )
     several, of_several = value_and_grad(outputs, batch)
     outputs = outputs._replace(text_embed=np.array(outputs.text_embed[:, :1]))
@@ -416,7 +443,7 @@ def test_one_caption_an_image_is_a_case_of_several(contrast, missing, mask_dupli
     )
     one, of_one = value_and_grad(outputs, batch)
     np.testing.assert_allclose(several, one, rtol=1e-6)
-    assert (one == 0) == (len(missing) == 16)
+    assert (one == 0) == (missing == "all")
     assert not np.any(of_one.text_embed[gone])
     outputs.text_embed[gone] = np.roll(outputs.text_embed[gone], 1, axis=-1)
     again, of_again = value_and_grad(outputs, batch)
@@ -428,11 +455,11 @@ def test_one_caption_an_image_is_a_case_of_several(contrast, missing, mask_dupli
 
 def test_image_description_is_left_out_where_its_weight_is_zero():
     c = tiny.config()
-    assert "image_description" not in losses.total_loss(_outputs(c), tiny.batch(c), c.loss).terms
+    assert "image_description" not in _total(_outputs(c), tiny.batch(c), c.loss).terms
     c = tiny.config(loss__image_description=1.0)
     batch, outputs = tiny.batch(c), _outputs(c)
     batch.region_mask[:] = False
-    assert losses.total_loss(outputs, batch, c.loss).terms["image_description"] == 0
+    assert _total(outputs, batch, c.loss).terms["image_description"] == 0
 
 
 @pytest.mark.parametrize("group_size,mask_duplicates", [(0, True), (4, False)])
@@ -442,7 +469,7 @@ def test_measures_equal_the_replica(group_size, mask_duplicates):
     outputs = learnt(_outputs(c), batch)
     _, measures = replica_and_measures(outputs, batch, c.loss)
     assert all(0.2 < measures[name] < 0.9 for name in measures if name != "query_share"), measures
-    assert_measures(losses.total_loss(outputs, batch, c.loss), measures)
+    assert_measures(_total(outputs, batch, c.loss), measures)
 
 
 def test_an_iou_of_exactly_half_counts_as_in_evaluation():
@@ -450,7 +477,7 @@ def test_an_iou_of_exactly_half_counts_as_in_evaluation():
     batch, outputs = tiny.batch(c), _outputs(c)
     batch.region_boxes_cxcywh[:] = [0.5, 0.5, 1, 1]
     outputs.pred_boxes_cxcywh[:] = [0.25, 0.5, 0.5, 1]
-    got = losses.total_loss(outputs, batch, c.loss)
+    got = _total(outputs, batch, c.loss)
     assert (float(got.measures["matched_iou"]), float(got.measures["matched_iou50"])) == (0.5, 1.0)
 
 
@@ -464,7 +491,7 @@ def test_a_model_that_says_the_same_of_everything_is_never_right(contrast):
     outputs = outputs._replace(
         **{name: np.broadcast_to(first, getattr(outputs, name).shape) for name in names}
     )
-    got = losses.total_loss(outputs, batch, c.loss)
+    got = _total(outputs, batch, c.loss)
     assert got.measures["image_caption_accuracy"] == 0
     assert got.measures["region_description_accuracy"] == 0
 
@@ -484,13 +511,13 @@ WORDS = dict(loss__match_description=1.0)
 def test_matching_equals_the_replica(changes):
     c = tiny.config(**changes)
     batch, outputs = tiny.batch(c), _outputs(c)
-    got = losses.total_loss(outputs, batch, c.loss)
+    got = _total(outputs, batch, c.loss)
     _, box, rd = replica(outputs, batch, c.loss)
     found = [got.terms["box"], got.terms["region_description"]]
     np.testing.assert_allclose(found, [box, rd], rtol=1e-5)
     if c.loss.match_description:
         without = dataclasses.replace(c.loss, match_description=0.0, match_l1=5.0)
-        of_boxes = losses.total_loss(outputs, batch, without).terms["region_description"]
+        of_boxes = _total(outputs, batch, without).terms["region_description"]
         assert abs(of_boxes - rd) > 1e-3
 
 
@@ -498,9 +525,12 @@ def test_no_region_in_the_whole_batch_is_zero_with_zero_gradient():
     c = tiny.config()
     batch, outputs = tiny.batch(c), _outputs(c)
     batch = batch._replace(region_mask=np.zeros_like(batch.region_mask))
-    value, grads = jax.value_and_grad(
-        lambda o: (x := losses.total_loss(o, batch, c.loss).terms)["box"] + x["region_description"]
-    )(outputs)
+
+    def of_regions(outputs):
+        terms = losses.total_loss(outputs, batch, c.loss).terms
+        return terms["box"] + terms["region_description"]
+
+    value, grads = jax.jit(jax.value_and_grad(of_regions))(outputs)
     assert float(value) == 0
     for g in grads:
         assert not np.any(g)
@@ -514,11 +544,11 @@ def test_equal_texts_are_negatives_only_with_the_switch_off():
         description_id=np.zeros_like(batch.description_id),
     )
     # Every other text is the same text: nothing is left to tell apart.
-    got = losses.total_loss(outputs, batch, c.loss)
+    got = _total(outputs, batch, c.loss)
     np.testing.assert_allclose(
         [got.terms["image_caption"], got.terms["region_description"]], 0, atol=1e-6
     )
-    off = losses.total_loss(outputs, batch, dataclasses.replace(c.loss, mask_duplicates=False))
+    off = _total(outputs, batch, dataclasses.replace(c.loss, mask_duplicates=False))
     assert off.terms["image_caption"] > 1 and off.terms["region_description"] > 1
 
 
@@ -528,7 +558,7 @@ def test_deep_supervision_adds_the_earlier_layers_boxes():
     boxes = outputs.pred_boxes_cxcywh
     layers = [outputs._replace(pred_boxes_cxcywh=boxes[: n + 1]) for n in range(3)]
     expected = sum(replica(layer, batch, c.loss)[1] for layer in layers)
-    found = losses.total_loss(outputs, batch, c.loss)
+    found = _total(outputs, batch, c.loss)
     np.testing.assert_allclose(found.terms["box"], expected, rtol=1e-5)
 
 
@@ -543,13 +573,13 @@ def test_no_gradient_flows_through_the_matching():
 def test_padded_regions_and_captions_change_nothing():
     c = tiny.config(input__captions_per_image=3)
     batch, outputs = tiny.batch(c), _outputs(c)
-    first = losses.total_loss(outputs, batch, c.loss)
+    first = _total(outputs, batch, c.loss)
     junk, no_caption = np.random.default_rng(5), ~batch.caption_mask
 
     def changed(x, hidden):
         return np.where(hidden[..., None], junk.uniform(0, 1, x.shape), x).astype(np.float32)
 
-    second = losses.total_loss(
+    second = _total(
         outputs._replace(
             region_text_embed=changed(outputs.region_text_embed, ~batch.region_mask),
             text_embed=changed(outputs.text_embed, no_caption),

@@ -214,7 +214,7 @@ def _losses(c, batch, outputs, sizes):
         ((4, 2, 1), 16, 2, True, 1),  # a group is four devices
         ((8, 1, 1), 2, 4, False, 1),  # a device holds two groups
         ((2, 2, 2), 0, 2, True, 3),
-        ((8, 1, 1), 0, 1, False, 2),
+        pytest.param((8, 1, 1), 0, 1, False, 2, marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_gradients_are_the_same_on_every_mesh(
@@ -294,7 +294,7 @@ def test_sigmoid_equals_a_float64_loop(captions):
     _assert_gradients_equal(grads, _alone(c, batch, outputs))
 
 
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("contrast", [pytest.param("softmax", marks=pytest.mark.slow), "sigmoid"])
 def test_images_without_a_caption_equal_the_replica_on_a_mesh(contrast):
     bias = dict(model__logit_bias_init=-2.0) if contrast == "sigmoid" else {}
     c, batch, outputs = _case(loss__contrast=contrast, **bias)
@@ -359,7 +359,12 @@ def _program_of_gradient(gather, captions):
     return step.lower(outputs, batch).compile().as_text()
 
 
-@pytest.mark.parametrize("gather,captions", [(1, 1), (2, 1), (2, 3)])
+RINGS = pytest.mark.parametrize(
+    "gather,captions", [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)]
+)
+
+
+@RINGS
 def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
     """No buffer of the compiled value and gradient is as large as the batch, however its shape is spelt."""
     text = _program_of_gradient(gather, captions)
@@ -378,7 +383,7 @@ def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
     assert permutes and ("all-gather" in text) == (gather > 1)
 
 
-@pytest.mark.parametrize("gather,captions", [(1, 1), (2, 1), (2, 3)])
+@RINGS
 def test_the_plan_knows_the_vectors_that_the_rings_send(gather, captions):
     module, sent = hlo.parse(_program_of_gradient(gather, captions)), collections.Counter()
     # Of a scatter the operand counts.

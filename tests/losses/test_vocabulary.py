@@ -72,7 +72,9 @@ def _assert_equal(got, expected):
 
 
 @pytest.mark.parametrize("smoothing,size", [(0.0, V), (0.1, V), (0.1, 41), (0.0, 1)])
-@pytest.mark.parametrize("tile", [7, 25, 50, 4096])
+@pytest.mark.parametrize(
+    "tile", [7, *(pytest.param(x, marks=pytest.mark.slow) for x in (25, 50)), 4096]
+)
 def test_values_and_gradients_equal_those_of_all_logits(tile, smoothing, size):
     """Tiles that do and do not divide the table, one that is larger than it; rows that are padding."""
     problem = _problem(size=size)
@@ -115,13 +117,14 @@ def _places(mesh, table=("tensor", "fsdp")):
     return by_batch, place(*table), by_batch, by_batch
 
 
+BETWEEN = [((2, 1, 1), ()), ((2, 2, 2), ()), ((2, 2, 2), ("tensor",))]
+
+
 @pytest.mark.parametrize(
     "shape,table",
     [
         ((1, 1, 1), ()),
-        ((2, 1, 1), ()),
-        ((2, 2, 2), ()),
-        ((2, 2, 2), ("tensor",)),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in BETWEEN),
         ((2, 2, 2), ("tensor", "fsdp")),
         ((1, 1, 8), (None, "tensor")),
     ],

@@ -119,6 +119,7 @@ def test_parameters_are_those_of_the_configured_size(position_init):
         module.apply(own, _images(32)[:, :24])
 
 
+@pytest.mark.slow
 def test_the_kernel_takes_other_numbers_of_tokens_and_images():
     """17 tokens of 8 images by the config, 10 of 24 views: on a mesh, values and gradients as by XLA."""
     tower = _tower(image_size=32, heads=4, depth=1, qk_norm=True)

@@ -212,6 +212,7 @@ def _ended_by(survivor, victim):
     assert "The same command resumes the run." in lines[-1] and "stack trace" not in said
 
 
+@pytest.mark.slow
 def test_one_that_fails_alone_does_not_wait_for_the_other_which_names_it():
     pair = _pair(flags=(0, 1))
     said = pair[1].communicate(timeout=20)[1]  # an ordinary exit would take five minutes

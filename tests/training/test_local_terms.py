@@ -124,7 +124,7 @@ def run(mesh=(1, 1, 1), **changes):
         # The last one has more of all.
         pytest.param((1, 1, 1), {"microbatches": 4}, marks=pytest.mark.slow),
         pytest.param((2, 1, 1), {}, marks=pytest.mark.slow),
-        ((2, 2, 2), {"microbatches": 2, "remat": "full"}),
+        pytest.param((2, 2, 2), {"microbatches": 2, "remat": "full"}, marks=pytest.mark.slow),
     ],
 )
 def test_meshes_and_micro_batches_change_nothing(mesh, changes):

@@ -208,6 +208,7 @@ def test_commands_that_load_a_model_say_it(main, arguments, monkeypatch, capsys)
     assert lines[0].startswith("out of memory in ") and "Traceback" not in str(lines)
 
 
+@pytest.mark.slow
 def test_the_command_with_a_million_images(tmp_path):
     began = time.monotonic()
     command = [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]

@@ -112,8 +112,9 @@ def stepped(c, mesh=(1, 1, 1), steps=1):
     state = whole.place(c, state, program.shardings)
     batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     states, metrics = [jax.device_get(state)], []
+    step = program.step.lower(program.state, program.batch).compile()
     for _ in range(steps):
-        state, found = program.step(state, batch)
+        state, found = step(state, batch)
         states.append(jax.device_get(state))
         metrics.append({name: float(value) for name, value in found.items()})
     return states, metrics

@@ -19,7 +19,9 @@ def planted(tmp_path_factory):
     return folder, *drill.plant(folder, 24)
 
 
-@pytest.mark.parametrize("passes", [drill.local, drill.remote])
+@pytest.mark.parametrize(
+    "passes", [drill.local, pytest.param(drill.remote, marks=pytest.mark.slow)]
+)
 def test_each_picture_is_there_once_after_faults_and_a_kill(planted, passes):
     passes(*planted)
 
