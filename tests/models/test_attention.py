@@ -94,7 +94,7 @@ def test_kernel_equals_the_replica(name):
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
         expected = _with_gradients(
-            lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids),
+            jax.jit(lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids)),
             jax.tree.map(jnp.asarray, arrays),
             jnp.asarray(weight),
         )
@@ -155,8 +155,8 @@ def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
     weight = jax.random.normal(jax.random.key(2), x.shape)
     xla, pallas = (_layer(program, heads, qk_norm) for program in ("xla", "pallas"))
     mask = within and within.mask()
-    params = xla.init(jax.random.key(3), x, x, x, mask)
-    again = pallas.init(jax.random.key(3), x, x, x, within)
+    params = jax.jit(lambda: xla.init(jax.random.key(3), x, x, x, mask))()
+    again = jax.jit(lambda: pallas.init(jax.random.key(3), x, x, x, within))()
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
     expected = _loss(xla, mask, weight)(params, x)
@@ -188,7 +188,7 @@ def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, qk_norm):
     ids = jnp.sort(jax.random.randint(jax.random.key(1), (8, length), 0, 3))
     within = None if qk_norm else attention.CausalWithin(ids)
     xla, cudnn = (_layer(program, 4, qk_norm) for program in ("xla", "cudnn"))
-    params = xla.init(jax.random.key(3), x, x, x)
+    params = jax.jit(lambda: xla.init(jax.random.key(3), x, x, x))()
     weight = jax.random.normal(jax.random.key(2), x.shape)
 
     expected = _loss(xla, within and within.mask(), weight)(params, x)
