@@ -102,6 +102,7 @@ def test_every_parameter_of_a_term_learns():
         assert np.abs(x).max() > 0, name
 
 
+@pytest.mark.slow
 def test_terms_learn_beside_a_decoder_a_box_head_and_the_average_of_heads():
     """Each parameter of the terms has a gradient; with teacher.part=heads the teacher has the student's towers."""
     c = tiny.dictionary(**tiny.SHALLOW, teacher__kind="ema", teacher__part="heads")
