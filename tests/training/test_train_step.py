@@ -55,6 +55,7 @@ def _steps(c, program, step, state, count):
 ONE = (1, 1, 1)
 PLAIN = dict(loss__group_size=4)
 EVERY = dict(
+    **PLAIN,
     input__captions_per_image=3,
     input__negatives_per_region=2,
     text__pack_rows=10,
@@ -68,7 +69,7 @@ EVERY = dict(
 @pytest.mark.parametrize(
     "mesh,model,overrides",
     [
-        ((8, 1, 1), PLAIN, {}),
+        pytest.param((8, 1, 1), PLAIN, {}, marks=pytest.mark.slow),
         pytest.param((4, 2, 1), PLAIN, {}, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), PLAIN, {"remat": "full"}, marks=pytest.mark.slow),
         pytest.param(ONE, PLAIN, {"microbatches": 4}, marks=pytest.mark.slow),
@@ -202,7 +203,7 @@ def test_matching_has_no_collective_loop_or_host_callback():
 
 def test_texts_dropped_are_counted_from_the_start():
     c = tiny.config()
-    metrics, state, _, _ = _run(ONE, **PLAIN)
+    metrics, state, _, _ = _run((8, 1, 1), **PLAIN)
     a_step = int(tiny.batch(c).texts_dropped.sum())
     assert a_step > 0
     assert [m["texts_dropped"] for m in metrics] == [a_step, 2 * a_step]
@@ -214,7 +215,7 @@ def test_texts_dropped_are_counted_from_the_start():
 
 def test_metrics_of_modules_and_queries():
     c = tiny.config()
-    metrics, *_ = _run(ONE, **PLAIN)
+    metrics, *_ = _run((8, 1, 1), **PLAIN)
     for m in metrics:
         modules = [m[f"grad_norm/{name}"] for name in ("image", "text", "decoder", "heads")]
         assert min(modules) > 1e-3
