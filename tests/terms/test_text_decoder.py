@@ -45,7 +45,8 @@ def loss(term, params, seen):
 def drawn(options=OPTIONS):
     term, seen, _ = case(options)
     words = text_decoder.vocabulary(options, term.model)
-    return words, draw(options, words, seen)
+    run = lambda batch, keys: draw(options, words, seen._replace(batch=batch, keys=keys))
+    return words, jax.jit(run)(seen.batch, seen.keys)
 
 
 def replica(params, tokens, rows, words):
@@ -74,7 +75,11 @@ def replica(params, tokens, rows, words):
     return (total / count).item(), [np.mean(x) if x else None for x in right], gradients
 
 
-@pytest.mark.parametrize("options", [OPTIONS, IN_PARALLEL], ids=["causal", "in parallel"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(OPTIONS, marks=pytest.mark.slow), IN_PARALLEL],
+    ids=["causal", "in parallel"],
+)
 def test_values_and_gradients_equal_torchs_cross_entropy(options):
     term, seen, params = case(options)
     run = lambda params, tokens: loss(term, params, seen._replace(tokens=tokens))

@@ -118,7 +118,8 @@ def test_captions_are_read_from_every_layout_of_texts(changes, leading):
     c = config(**changes)
     seen, options = fake.seen(c), Options(**SIZES, leading_specials=leading, describe_weight=0)
     words = text_decoder.vocabulary(options, c.model)
-    found, batch = draw(options, words, seen), seen.batch
+    run = lambda batch, keys: draw(options, words, seen._replace(batch=batch, keys=keys))
+    found, batch = jax.jit(run)(seen.batch, seen.keys), seen.batch
     groups = len(batch.text_tokens)
     for i, mask in enumerate(batch.caption_mask):
         at = np.flatnonzero(
