@@ -65,23 +65,32 @@ def test_workdir_holds_what_the_contract_says(finished):
     assert lines[0]["learning_rate"] == pytest.approx(1e-6) and lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
-    few = dict(text__pack_group=2, text__pack_rows=2, total_steps=5, log_every=2)
+def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd, monkeypatch):
+    """The counts are those of batches with fewer rows: the step is that of the other runs."""
+    few = synthetic.batches(_config(text__pack_group=2, text__pack_rows=2))
+    lost = [batch for batch, _ in zip(few, range(10))]
+    counts = np.array([[b.text_counts[:, 0].sum(), b.texts_dropped.sum()] for b in lost])
+    real = train.sources.batches_of_run
+
+    def of_few_rows(*args, start_step, **options):
+        for step, batch in enumerate(real(*args, start_step=start_step, **options), start_step):
+            given = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
+            for name, x in given.items():
+                x[: len(getattr(lost[step], name))] = getattr(lost[step], name)
+            yield batch._replace(**given)
+
+    monkeypatch.setattr(train.sources, "batches_of_run", of_few_rows)
     said = r"^step 2: 25\.\d% of the texts .* ends the run"
     with pytest.raises(metrics_writer.TextsLost, match=said):
-        train.train(_config(**few), tmp_path)
+        train.train(_config(log_every=2), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
-    c = _config(checkpoint_every=3, text__max_dropped_share=1.0, **few)
-    with pytest.raises(SystemExit):  # at step 3, between two lines
-        train.train(c, tmp_path, handler=tiny.EndsAt(3))
+    c = _config(checkpoint_every=3, text__max_dropped_share=1.0, log_every=4)
+    with pytest.raises(SystemExit):  # at step 5, between two lines
+        train.train(c, tmp_path, handler=tiny.EndsAt(5))
     train.train(c, tmp_path)
-    batches = synthetic.batches(c)
-    counts = np.array(
-        [[b.text_counts[:, 0].sum(), b.texts_dropped.sum()] for b, _ in zip(batches, range(5))]
-    )
-    expected = [counts[:2].sum(0), counts[2:4].sum(0), counts[4]]
+    expected = [counts[:4].sum(0), counts[4:8].sum(0), counts[8:].sum(0)]
     lines = runs.lines(tmp_path)
-    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert [line["step"] for line in lines] == [4, 8, 10]
     assert [line["texts_dropped_share"] for line in lines] == [d / n for n, d in expected]
     assert lines[-1]["texts"] == counts[:, 0].sum()
     assert lines[-1]["texts_dropped"] == counts[:, 1].sum()
@@ -187,9 +196,8 @@ def _assert_goes_on(finished, workdir):
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "mesh", [*(pytest.param((n, 1, 1), marks=pytest.mark.slow) for n in (1, 4)), (2, 2, 2)]
-)
+@pytest.mark.slow  # test_verify.py resumes on fewer devices; test_train_step.py has all meshes
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
 def test_another_mesh_goes_on_with_the_same_batches_and_losses(
     finished, workdir, mesh, monkeypatch
 ):

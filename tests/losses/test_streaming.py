@@ -212,7 +212,8 @@ def _losses(c, batch, outputs, sizes):
     "sizes,group_size,gather,masked,captions",
     [
         ((4, 2, 1), 16, 2, True, 1),  # a group is four devices
-        ((8, 1, 1), 2, 4, False, 1),  # a device holds two groups
+        # A device holds two groups.
+        pytest.param((8, 1, 1), 2, 4, False, 1, marks=pytest.mark.slow),
         ((2, 2, 2), 0, 2, True, 3),
         pytest.param((8, 1, 1), 0, 1, False, 2, marks=pytest.mark.slow),
     ],

@@ -184,6 +184,7 @@ def test_what_is_frozen_has_no_gradient_to_compute(frozen, parts):
         assert gradient(config, frozen) == expected
 
 
+@pytest.mark.slow
 def test_train_step_is_xlas_own_count():
     """Within 2%: XLA counts element-wise work too, and leaves out the gradient of the pixels."""
 

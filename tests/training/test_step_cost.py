@@ -46,7 +46,7 @@ def _costs(name):
     }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [pytest.param("data", marks=pytest.mark.slow), "all_axes"])
 def test_the_step_costs_no_more_than_recorded(name):
     costs, version = _costs(name), metadata.version("jaxlib")
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}

@@ -94,6 +94,7 @@ def test_mesh_microbatches_and_remat_change_nothing(mesh, model, overrides):
         assert np.abs(a - b).max() / max(np.abs(a).max(), 1e-2) < 2e-5, name
 
 
+@pytest.mark.slow
 def test_two_towers_with_a_box_head_learn_boxes_and_descriptions():
     c = _config(
         (4, 1, 1),
@@ -249,6 +250,7 @@ def test_queries_have_metrics_only_where_they_tell_something(queries, entropy):
     assert not entropy or abs(metrics["query_usage_entropy"] - 1) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_without_regions_trains_on_captions_alone():
     """The CLIP baseline: no region is read."""
     captions = dict(input__max_regions=0, loss__box=0.0, loss__region_description=0.0)

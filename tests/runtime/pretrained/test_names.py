@@ -26,6 +26,7 @@ def _top1(model, drawn, alpha):
     return np.mean([list(classes)[i] == bird.name for i, bird in zip(scores.argmax(1), drawn)])
 
 
+@pytest.mark.slow
 def test_unseen_species_by_the_descriptions_and_seen_ones_by_name(model):
     unseen, seen = birds(40), birds(60, seen=True)
     assert len({bird.name for bird in unseen}) == 40 and len({bird.name for bird in seen}) == 60
