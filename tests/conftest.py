@@ -38,9 +38,9 @@ def pytest_collection_finish():
 
 # Files with the most seconds of tests, the longest first: what starts last, ends last.
 LONG = (
+    "tests/test_verify.py",
     "tests/training/test_train_step.py",
     "tests/test_train.py",
-    "tests/test_verify.py",
     "tests/losses/test_streaming.py",
     "tests/terms/test_text_decoder_runs.py",
     "tests/convert/test_to_onnx.py",
@@ -74,6 +74,16 @@ LONG = (
     "tests/data/test_tables.py",
     "tests/losses/test_matching.py",
     "tests/test_recipes.py",
+)
+
+# Files with runs of one program, which a process builds once (tests/tiny.py): one of the two processes has them all.
+TOGETHER = (
+    "tests/test_verify.py",
+    "tests/test_data_identity.py",
+    "tests/test_paths.py",
+    "tests/examples/test_data_source.py",
+    "tests/hostile/test_stored_runs.py",
+    "tests/hostile/test_trainer.py",
 )
 
 # `python -m pytest -m quick`: files and tests that together touch every package, chosen by their measured seconds.
@@ -140,6 +150,21 @@ def no_curves():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "curves", lambda _, file: file.touch())
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """That of `--dist loadfile`, for which `TOGETHER` is one file."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if file in TOGETHER else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):

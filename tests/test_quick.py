@@ -2,7 +2,7 @@
 
 import re
 
-from tests.conftest import LONG, QUICK
+from tests.conftest import LONG, QUICK, TOGETHER
 from tests.paths import ROOT
 
 
@@ -13,7 +13,7 @@ def test_entries_are_there():
 
 
 def test_long_files_are_there():
-    assert not [name for name in LONG if not (ROOT / name).exists()]
+    assert not [name for name in LONG + TOGETHER if not (ROOT / name).exists()]
 
 
 def test_every_package_has_an_entry():

@@ -180,7 +180,8 @@ def test_a_plan_has_the_phases_of_the_terms(monkeypatch, cached):
     monkeypatch.setattr(compiler, "missing", lambda chip: "no compiler")
     term = {"term": f"{Smooth.__module__}:Smooth", "weight": 1.0}
     topology, options = chips.parse_topology("h100:8"), plan.Options()
-    made = lambda **changes: plan.make(tiny.small(**changes), topology, options)
+    two = dict(model__decoder=None, model__image__pool="mean", input__max_regions=0)
+    made = lambda **changes: plan.make(tiny.small(**two, **changes), topology, options)
     on = made(loss__terms__x=term)
     found = made(loss__terms__x=term | {"weight": {"end": 1, "from": 0.7}})
     off = made()
