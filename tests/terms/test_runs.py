@@ -74,7 +74,7 @@ def run(mesh=(1, 1, 1), **changes):
 @pytest.mark.parametrize(
     "centre,mesh,changes",
     [
-        (False, (2, 2, 2), {"microbatches": 2}),
+        pytest.param(False, (2, 2, 2), {"microbatches": 2}, marks=pytest.mark.slow),
         pytest.param(False, (2, 1, 1), {"microbatches": 4}, marks=pytest.mark.slow),
         pytest.param(True, (1, 1, 1), {"microbatches": 4}, marks=pytest.mark.slow),
         pytest.param(True, (8, 1, 1), {}, marks=pytest.mark.slow),

@@ -160,6 +160,7 @@ def head(folder, **changes):
     return config_lib.from_dict(c)
 
 
+@pytest.mark.slow
 def test_a_head_on_a_run_moves_nothing_else_and_resumes_bit_for_bit(tmp_path, monkeypatch, capfd):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
