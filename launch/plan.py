@@ -109,7 +109,8 @@ def make(
     made = []
     for phase in phases.of(config, total_steps):
         part = phases.without(config, phase.off)
-        model_flops = round(flops.per_image(part).train * config.batch_size)
+        per_image = flops.per_image(part)
+        model_flops = round(per_image.train * config.batch_size)
         if not_compiled is None:
             lengths = dict(total_steps=total_steps, steps_per_epoch=per_epoch, step=phase.first)
             found = compiler.compile_step(
@@ -121,7 +122,7 @@ def make(
         else:
             line.show(f"estimating: {not_compiled}", now=True)
             found = estimate.of_gpus(config, topology, phase.off)
-            of_phase = _of_estimate(found, model_flops, part, topology)
+            of_phase = _of_estimate(found, per_image, part, topology)
         made.append((phase, {"model_flops": model_flops} | of_phase))
     plan |= _together(made, total_steps)
     plan["checkpoint"] = {
@@ -214,12 +215,20 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
     return out | _costs(out, config, topology, work, hlo_work.bytes_accessed(module), sums)
 
 
-def _of_estimate(guess: estimate.Estimate, model_flops, config, topology) -> dict[str, Any]:
-    """The same for GPUs, by arithmetic: FLOPs of the model, without memory traffic."""
+def _of_estimate(
+    guess: estimate.Estimate, per_image: flops.PerImage, config, topology
+) -> dict[str, Any]:
+    """The same for GPUs, by arithmetic: FLOPs of the model, without memory traffic.
+
+    `remat` computes the layers of the model again, not the local terms and the teacher.
+    """
     limit = round(topology.chip.hbm_bytes)
     arguments, temporaries = sum(guess.state_bytes.values()), sum(guess.temporaries.values())
-    again = {"none": 3, "full": 4}.get(config.remat, 3.5) / 3  # passes, against three without
-    done = round(model_flops * (again + (1 / 3 if config.microbatches > 1 else 0)))
+    layers = per_image.image + per_image.text + per_image.decoder
+    again = {"none": 0.0, "full": 1.0}.get(config.remat, 0.5) * layers
+    if config.microbatches > 1:
+        again += per_image.forward
+    done = round((per_image.train + again) * config.batch_size)
     memory = _memory(guess.state_bytes, limit, arguments, temporaries)
     memory["temporaries"] = guess.temporaries
     out = {"mesh": guess.mesh, "memory": memory, "flops": done, "traced_flops": None}

@@ -205,6 +205,10 @@ def place(
     if config.teacher.kind != "checkpoint":
         return state
     params = load(teacher.path_of(config)).params
+    for zeros in jax.tree.leaves(
+        state.teacher
+    ):  # of the first step: never two teachers on a device
+        zeros.delete()
     put = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
     placed = jax.tree.map(put, params, shardings.teacher)
     forget()
