@@ -278,10 +278,10 @@ class TextDecoder:
     # Location tokens along a side of the image; few images want few (64).
     bins: int = count(500, low=2, high=100_000)
     # Positions of a row, which holds several sequences of an image; the longest one has as many.
-    row_length: int = count(128, low=16, high=1_000_000)
+    row_length: int = count(96, low=16, high=1_000_000)
     # Tokens of a row that are predicted, at most, so the longest text and its end: the cross-entropy is computed for as
     # many; None: for all of the row.
-    predictions: int | None = count(None, low=8)
+    predictions: int | None = count(64, low=8)
     # Special tokens that the tokenizer puts before a text: CLIP's 1, SigLIP's 0 (and 1 after it).
     leading_specials: int = count(1, high=8)
     trailing_specials: int = count(1, high=8)  # those after it
