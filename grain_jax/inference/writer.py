@@ -19,8 +19,6 @@ from grain_jax.inference.inputs import InputError, OneOrMany
 from grain_jax.inference.text_decoder import Given, Pointed, Written
 from grain_jax.runtime import checkpoint
 
-_IMAGES_AT_ONCE = 64  # of reranking
-
 
 class Tokens(NamedTuple):
     """What the image tower gives for images, computed once for any number of boxes and texts."""
@@ -180,15 +178,11 @@ class Writer:
         found = []
         parts = self._token_parts(images, boxes_xyxy=boxes, texts=of_boxes)
         for tokens, (own, candidates) in parts:
-            repeated = [
-                np.repeat(x, [len(c) for c in of], axis=0) for x, of in zip(own, candidates)
-            ]
+            counts = [list(map(len, of)) for of in candidates]
+            repeated = [np.repeat(x, n, axis=0) for x, n in zip(own, counts)]
             flat = [list(itertools.chain(*of)) for of in candidates]
             values = self._log_likelihoods(given, "describe", tokens, flat, repeated)
-            found += [
-                np.split(x, np.cumsum([len(c) for c in of])[:-1]) if of else []
-                for x, of in zip(values, candidates)
-            ]
+            found += [np.split(x, np.cumsum(n)[:-1]) if n else [] for x, n in zip(values, counts)]
         return found
 
     def box_log_likelihood(
@@ -251,12 +245,11 @@ class Writer:
         image_embed = self._encode(tokens)[0]
         text_embed = self.encode_text(asked)
         stage = rerank.first_stage(image_embed, text_embed, top)
+        lists = [[asked[t] for t in stage.texts_of(i)] for i in range(len(image_embed))]
+        ask = lambda _, *given: self.caption_log_likelihood(*given)
         likelihood: list[np.ndarray] = [np.zeros(0)]
-        for first in range(0, len(image_embed), _IMAGES_AT_ONCE):
-            part = Tokens(tokens.values[first : first + _IMAGES_AT_ONCE])
-            lists = [[asked[t] for t in stage.texts_of(first + i)] for i in range(len(part.values))]
-            ask = lambda _, *given: self.caption_log_likelihood(*given)
-            likelihood += rerank.log_likelihoods(ask, part, lists)
+        for part, (own,) in self._token_parts(tokens, texts=lists):
+            likelihood += rerank.log_likelihoods(ask, Tokens(part), own)
         found = rerank.parts(stage, np.concatenate(likelihood), image_embed, text_embed)
         return rerank.ordered(stage, found, self.logit_scale, weight)
 
