@@ -404,6 +404,8 @@ class Input:
     # H, the hard negatives of a region that are read from the records, for loss.hard_negative. Of more, each visit of an
     # image takes others.
     negatives_per_region: int = count(0, high=1000)
+    # Whether batches hold the scores of regions, for a loss term that weighs by them (by_score of text_decoder).
+    region_scores: bool = key(False)
     # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.

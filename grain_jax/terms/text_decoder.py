@@ -31,6 +31,8 @@ class Options(config_lib.TextDecoder):
     caption_weight: float = fields.key(1.0, low=0)  # of a word of a caption
     describe_weight: float = fields.key(1.0, low=0)  # of a word of the description of a box
     point_weight: float = fields.key(1.0, low=0)  # of a coordinate of the box of a description
+    # Whether a word or coordinate of a region weighs as much as the score of its annotation; it needs input.region_scores.
+    by_score: bool = fields.key(False)
     # All drawn boxes of an image in one sequence that predicts them and their descriptions, in the place of a sequence a box
     # that is given; a coordinate has the weight of `point`.
     together: bool = fields.key(False)
@@ -88,6 +90,14 @@ class TextDecoderTerm(LocalTerm):
             found.append(
                 f"caption_weight: got 0 as all weights{without}, expected a task with a weight"
             )
+        if options.by_score and not config.input.region_scores:
+            found.append(
+                "by_score: got True, expected input.region_scores=True, which reads scores"
+            )
+        if options.by_score and options.together:
+            found.append(
+                "by_score: got True with together, expected False for boxes in one sequence"
+            )
         specials = options.leading_specials, options.trailing_specials
         if config.model.text.tokenizer == "clip" and specials != (1, 1):
             found.append(f"leading_specials, trailing_specials: got {specials}, expected (1, 1)")
@@ -140,7 +150,7 @@ class TextDecoderTerm(LocalTerm):
         if options.group > 1:
             is_read, read = _of_groups(seen.keys, options.group)
             drawn, patches, keys = jax.tree.map(read, (drawn, patches, keys))
-        rows = drawn.rows
+        rows, score = drawn.rows, drawn.score
         features = self.decoder.features(patches, rows, keys)
         if options.most_predictions < options.row_length:  # these alone
             at = jnp.argsort(~rows.predicted, axis=1, stable=True)[:, : options.most_predictions]
@@ -148,6 +158,7 @@ class TextDecoderTerm(LocalTerm):
             read = lambda x: jnp.take_along_axis(x, at, axis=1)
             read_of = {name: read(getattr(rows, name)) for name in ("targets", "predicted", "task")}
             rows = rows._replace(**read_of)
+            score = None if score is None else read(score)
         found = vocabulary.cross_entropy(
             features,
             self.decoder.head,
@@ -178,6 +189,8 @@ class TextDecoderTerm(LocalTerm):
         measures["filled"] = PerImage(filled, jnp.ones_like(filled))
         measures["left_out"] = PerImage(drawn.count - drawn.kept, drawn.count)
         measures["needed"] = PerImage(drawn.needed, jnp.ones_like(filled))
+        if score is not None:
+            loss, count = sums(found.loss * score), sums(score)
         of_read = LocalOutput(PerImage((weights * loss).sum(0), (weights * count).sum(0)), measures)
         return jax.tree.map(lambda x: _of_all(x, is_read), of_read)
 
@@ -191,6 +204,7 @@ class Drawn(NamedTuple):
     )  # int32 [B], the sequences that there are; with `together` each of its boxes is one
     kept: jax.Array  # int32 [B], those that fit into the row
     needed: jax.Array  # int32 [B], positions that all of them take
+    score: jax.Array | None = None  # float32 [B, T], with `by_score`; 1 of captions
 
 
 _CAPTION, _REGIONS, _PARALLEL, _DROPOUT, _READ = range(5)  # what is drawn
@@ -219,6 +233,7 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
         parts.append(text_decoder.caption(words, found._replace(is_whole=is_whole)))
     captions = len(parts)
     regions, boxed = min(options.regions, batch.region_mask.shape[1]), None
+    of_sequences = jnp.ones((len(batch.region_mask), captions))
     if regions:
         which = _chosen(_folded(seen.keys, _REGIONS), batch.region_mask, regions)
         at, real = _take(batch.description_at, which), _take(batch.region_mask, which)
@@ -237,6 +252,9 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
             both.append(text_decoder.point(words, found, boxes))
         # Of a row that is too short, the last regions are left out.
         parts += [part.of(i) for i in range(regions) for part in both]
+        if options.by_score:
+            own = jnp.repeat(_take(batch.region_scores, which), len(both), axis=1)
+            of_sequences = jnp.concatenate([of_sequences, own], axis=1)
     rows = text_decoder.pack(parts, length, predictions=options.most_predictions)
     lengths = jnp.concatenate([part.length for part in parts], axis=1)
     count, kept, needed = (lengths > 0).sum(1), rows.kept.sum(1), lengths.sum(1)
@@ -249,8 +267,12 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
         needed += jnp.where(real.any(1), 1 + every, 0) - itself
         is_box = (rows.segments == captions + 1) & (rows.targets >= words.first_bin)
         rows = rows._replace(task=jnp.where(is_box, _MEASURED.index("boxes"), rows.task))
+    score = None
+    if options.by_score:
+        of_sequences = jnp.pad(of_sequences, ((0, 0), (1, 0)))
+        score = jnp.take_along_axis(of_sequences, rows.segments, axis=1)
     if not (options.parallel_rate and options.caption_weight):
-        return Drawn(rows, count, kept, needed)
+        return Drawn(rows, count, kept, needed, score)
     is_parallel = (
         jax.vmap(jax.random.uniform)(_folded(seen.keys, _PARALLEL)) < options.parallel_rate
     )
@@ -258,7 +280,7 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
     # Attention stays causal: more of these, which all are the same, would tell the length of the caption alone.
     tokens = jnp.where(in_parallel, words.mask, rows.tokens)
     task = jnp.where(in_parallel, _MEASURED.index("caption_parallel"), rows.task)
-    return Drawn(rows._replace(tokens=tokens, task=task), count, kept, needed)
+    return Drawn(rows._replace(tokens=tokens, task=task), count, kept, needed, score)
 
 
 def _may_be_cut(batch: schema.Batch) -> jax.Array:

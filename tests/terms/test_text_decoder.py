@@ -50,7 +50,7 @@ def drawn(options=OPTIONS):
     return words, draw(options, words, seen)
 
 
-def replica(params, tokens, rows, words):
+def replica(params, tokens, rows, words, score=lambda i, at: 1.0):
     """(loss, accuracy of each task, gradients of parameters and tokens), sequence after sequence."""
     tensor = lambda x: torch.tensor(np.array(x), dtype=torch.float64, requires_grad=True)
     p, tokens = jax.tree.map(tensor, params["decoder"]), tensor(tokens)
@@ -69,7 +69,8 @@ def replica(params, tokens, rows, words):
             task = int(rows.task[i, at[0]])
             cost = torch.nn.functional.cross_entropy
             found = cost(of_words[where], target, reduction="sum", label_smoothing=smoothing)
-            total, count = total + weights[task] * found, count + weights[task] * len(where)
+            weight = weights[task] * score(i, at)
+            total, count = total + weight * found, count + weight * len(where)
             right[task] += (of_words[where].argmax(1) == target).tolist()
     (total / count).backward()
     gradients = {"decoder": jax.tree.map(lambda x: x.grad.numpy(), p)}, tokens.grad.numpy()
@@ -99,6 +100,34 @@ def test_values_and_gradients_equal_torchs_cross_entropy(options):
         np.testing.assert_allclose(
             b, a, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-9, err_msg=str(path)
         )
+
+
+def test_scores_of_annotations_weigh_their_regions():
+    options = changed(by_score=True, bins=500)
+    alone, seen, params = case(changed(bins=500))
+    term = TextDecoderTerm(options, alone.model)
+    batch, rng = seen.batch, np.random.default_rng(0)
+    scores = rng.uniform(0, 1, batch.region_mask.shape).astype(np.float32)
+    seen = seen._replace(batch=batch._replace(region_scores=scores))
+    words = text_decoder.vocabulary(options, term.model)
+    rows = jax.tree.map(np.asarray, draw(options, words, seen).rows)
+    boxes = np.asarray(words.quantise(text_boxes(batch.region_boxes_cxcywh.reshape(-1, 4))))
+    boxes = boxes.reshape(*scores.shape, 4)
+
+    def score(i, at):
+        box = {0: None, 1: rows.tokens[i, at][1:5], 2: rows.targets[i, at][-4:]}[
+            rows.task[i, at[0]]
+        ]
+        if box is None:
+            return 1.0
+        (place,) = np.flatnonzero((boxes[i] == box).all(1) & batch.region_mask[i])
+        return scores[i, place]
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(term, p, seen)[0]))(params)
+    expected, _, (of_params, _) = replica(params, seen.tokens, rows, words, score)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(of_params), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-8)
 
 
 def test_each_image_reads_one_caption_and_drawn_regions_of_its_own():
@@ -331,6 +360,11 @@ def test_faults_of_a_run_that_cannot_have_it():
     assert of(Options(heads=5)) == [
         "heads: got 5, expected a divisor of the width 32 (None: the text tower's)"
     ]
+    assert of(Options(by_score=True, together=True)) == [
+        "by_score: got True, expected input.region_scores=True, which reads scores",
+        "by_score: got True with together, expected False for boxes in one sequence",
+    ]
+    assert of(Options(by_score=True), input__region_scores=True) == []
     none = Options(caption_weight=0, describe_weight=0, point_weight=0)
     assert of(none) == ["caption_weight: got 0 as all weights, expected a task with a weight"]
     assert of(Options(caption_weight=0), input__max_regions=0) == [
