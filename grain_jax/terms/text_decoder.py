@@ -284,8 +284,9 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
 
 
 def _may_be_cut(batch: schema.Batch) -> jax.Array:
-    """The captions that packing may have cut, bool [B, C]: it cuts the longest of a group to one length, once the group's
-    regions are dropped (`input_pipeline/packing.py:pack`); one that was as long by itself cannot be told from these.
+    """The captions that packing may have cut, bool [B, C]; one that was as long by itself cannot be told from these.
+
+    `grain_jax/input_pipeline/packing.py:pack` cuts the longest of a group to one length, once its regions are dropped.
     """
     groups = len(batch.text_tokens)
     of_group = lambda x: jnp.reshape(x, (groups, math.prod(x.shape) // groups))  # also of none
