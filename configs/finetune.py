@@ -2,7 +2,7 @@
 
 COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
-FROM      your own run, e.g. runs/own: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
+FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
           size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
           --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), pe_core (:T/16,
           :S/16, :B/16, :L/14), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
@@ -107,19 +107,20 @@ def take_folder(c, folder):
 
 def take_towers_of_folder(c, folder, families):
     """The model of a run or of a converted folder but for its decoder, which is returned; its towers as the start."""
-    from etils import epath  # slow to import, and needed for a folder only
+    from grain_jax.runtime import pretrained  # slow to import, and needed for a folder only
 
-    file = epath.Path(folder) / "config.json"
+    place = pretrained.folder_of(folder)
+    file = place / "config.json"
     model = json.loads(file.read_text()).get("model") if file.exists() else None
     if model is None:
         raise ValueError(
             f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote (from-open-clip,"
-            f" from-big-vision, ...), or one of {', '.join(families)}"
+            f" from-big-vision, ...), or one of {', '.join((*pretrained.NAMES, *families))}"
         )
     decoder = model.pop("decoder")
     c.model.update(model)
     c.init.image = c.init.text = folder
-    tokenizer = epath.Path(folder) / c.model.text.tokenizer
+    tokenizer = place / c.model.text.tokenizer
     if tokenizer.exists():  # it came with the weights
         c.model.text.tokenizer = str(tokenizer)
     c.text.packing = c.model.text.causal and c.model.text.pool == "end"

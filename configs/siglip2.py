@@ -39,6 +39,7 @@ def get_config():
     c.loss.terms.words = dict(
         term="text_decoder",
         weight=1.0,
+        group=1,
         regions=1,
         parallel_rate=0.5,
         dropout=0.0,

@@ -2,7 +2,7 @@
 
 COMMAND   grain-jax train --config text_decoder:FROM --workdir runs/words \
               --config.input.data_dir=records --config.input.name=mine
-FROM      your own run, e.g. runs/own, with or without a region decoder. Or a folder that grain_jax.convert wrote, such
+FROM      your own run, e.g. runs/own, or aviary-tiny, with or without a region decoder. Or a folder that grain_jax.convert wrote, such
           as from-open-clip of CLIP, SigLIP or a model of the Hub: all of it is taken, its temperature too. Or a family
           of towers with --config.init.image=FILE --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14),
           siglip, siglip2 (:B/16, :L/16; --config.model.text.tokenizer=FILE): without the temperature of the file.
@@ -55,6 +55,7 @@ def get_config(source="open_clip"):
         term="text_decoder",
         weight=1.0,
         stop_gradient=True,
+        group=1,  # of frozen towers the decoder is the smaller part of a step
         leading_specials=int(c.model.text.pool == "end"),  # SigLIP's tokenizer puts none
     )
     c.optim.frozen = ("(?!terms/).*",)

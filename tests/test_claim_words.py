@@ -122,7 +122,8 @@ def test_every_arm_is_a_config(tmp_path, arm, name):
     assert {*entries} == ({"words"} if "+" in arm else set())
     for entry in entries.values():
         assert entry.cls.faults(entry.options, config) == []
-        assert (entry.options.row_length, entry.options.bins) == (72, 64)
+        options = entry.options
+        assert (options.row_length, options.bins, options.group) == (72, 64, 1)
     is_grain, has_words = arm.startswith("grain"), "+" in arm
     assert (config.model.boxes.kind != "none") == is_grain
     assert arm == "words" or (config.loss.box != 0) == is_grain

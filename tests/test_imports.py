@@ -82,8 +82,8 @@ def test_paths_go_through_epath():
 LAYERS = (
     ("core",),
     ("config",),
-    ("cli", "configs", "input_pipeline", "losses", "models", "runtime"),
-    ("terms",),
+    ("cli", "input_pipeline", "losses", "models", "runtime"),
+    ("configs", "terms"),
     ("inference", "training"),
     ("convert", "data", "evaluate"),
     ("report",),

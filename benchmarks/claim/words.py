@@ -106,6 +106,8 @@ def make_config(run: design.ClaimRun, main: pathlib.Path, work: pathlib.Path) ->
     c.model.text.vocab_size = len(json.loads(path.read_text())["model"]["vocab"])
     c.model.text.pad_id, c.model.text.end_id = map(SPECIALS.index, (PAD, END))
     c.loss.terms = recipe.ConfigDict(terms_of(run))
+    for term in c.loss.terms.values():
+        term.group = 1  # every image is read
     c.total_epochs = c.input.prepare = c.optim.warmup_epochs = None
     c.input.data_dir, c.input.name = str(work / "records"), records_of(run)
     entries = _entries(run, main, views)

@@ -278,10 +278,10 @@ class TextDecoder:
     # Location tokens along a side of the image; few images want few (64).
     bins: int = count(500, low=2, high=100_000)
     # Positions of a row, which holds several sequences of an image; the longest one has as many.
-    row_length: int = count(128, low=16, high=1_000_000)
+    row_length: int = count(96, low=16, high=1_000_000)
     # Tokens of a row that are predicted, at most, so the longest text and its end: the cross-entropy is computed for as
     # many; None: for all of the row.
-    predictions: int | None = count(None, low=8)
+    predictions: int | None = count(64, low=8)
     # Special tokens that the tokenizer puts before a text: CLIP's 1, SigLIP's 0 (and 1 after it).
     leading_specials: int = count(1, high=8)
     trailing_specials: int = count(1, high=8)  # those after it
@@ -404,6 +404,8 @@ class Input:
     # H, the hard negatives of a region that are read from the records, for loss.hard_negative. Of more, each visit of an
     # image takes others.
     negatives_per_region: int = count(0, high=1000)
+    # Whether batches hold the scores of regions, for a loss term that weighs by them (by_score of text_decoder).
+    region_scores: bool = key(False)
     # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.

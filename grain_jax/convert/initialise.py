@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy.ndimage
-from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import tables, towers
@@ -26,7 +25,7 @@ from grain_jax.convert.towers import Tower
 from grain_jax.core import named
 from grain_jax.models import grain
 from grain_jax.models import towers as built_in
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, pretrained
 from grain_jax.runtime.pretrained import hub
 from grain_jax.training import train_step
 
@@ -127,7 +126,7 @@ def check(init: config_lib.Init) -> None:
         path = getattr(init, which)
         file, _ = open_clip.split(path or ".")  # without the text head, or the sub-tree
         file = re.sub(r"(\.npz):[^/:].*$", r"\1", file)
-        if not hub.is_reference(file) and not epath.Path(file).exists():
+        if not hub.is_reference(file) and not pretrained.folder_of(file).exists():
             raise ConvertError(
                 f"init.{which}: {path}: no such file or folder, expected a checkpoint"
             )
@@ -208,7 +207,7 @@ def _read_ours(
     path: str,
 ) -> tuple[config_lib.Model, dict[str, np.ndarray], checkpoint.StoredDecoder | None]:
     """The model in a workdir, checkpoint or converted folder, its arrays by flat name, and its text decoder."""
-    stored = checkpoint.load_stored(hub.local(path))
+    stored = checkpoint.load_stored(path)
     flat = {name: np.asarray(x, np.float32) for name, x in grain.flat(stored.merged()).items()}
     return stored.model, flat, stored.text_decoder
 
@@ -299,7 +298,7 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
     wanted = getattr(model, which)
     settings = towers.Settings({which: wanted.heads}, {which: wanted.activation})
     text, head = open_clip.split(path)
-    folder = hub.local(text)
+    folder = pretrained.folder_of(text)
     if head is None and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
         ours, flat, _ = _read_ours(str(folder))
         return Tower(getattr(ours, which), [NamePair(x, x) for x in flat], f"{which}/"), flat

@@ -64,6 +64,8 @@ class Batch(NamedTuple):
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
     negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
     negative_mask: Images = None  # bool [B, R, H]; False where the region is not real
+    # float32 [B, R] in [0, 1], 0 where masked; None: without `input.region_scores`.
+    region_scores: ModelInput = None
     # Embeddings of a teacher, stored beside the records (teacher.kind=embeddings); None: there are none.
     teacher_image: ModelInput = None  # float32 [B, Dt]
     teacher_captions: ModelInput = None  # float32 [B, C, Dt], zeros where masked

@@ -157,7 +157,8 @@ class Captions(OfTextDecoder):
 
         Words are in lower case, without punctuation (`cider.words`).
 
-        Returns: `captions`, the references; `caption_cider`, the mean; `caption_exact`, the share of the captions that
+        Returns: `captions`, the references; `caption_cider`, the mean; `caption_words`, words of a caption, and
+          `reference_caption_words`, of the first reference, on average; `caption_exact`, the share of the captions that
           have the words of a reference; `caption_descriptions`, the distinct ones of each image's regions;
           `caption_parts`, the share of them that the caption holds word for word, and `reference_caption_parts`, the same
           of the first reference; `caption_nll`, of a token of the references, in nats, and `caption_perplexity`. Shares
@@ -191,6 +192,8 @@ class Captions(OfTextDecoder):
             "captions": len(texts),
             "caption_cider": float(scorer(said[""]).mean()),
             "chance_caption_cider": float(scorer(said["chance_"]).mean()),
+            "caption_words": float(np.mean([len(text) for text in said[""]])),
+            "reference_caption_words": float(np.mean([len(text) for text in said["reference_"]])),
             **rates.rate("caption_exact", exact[""]),
             "chance_caption_exact": float(exact["chance_"].mean()),
             "caption_descriptions": len(held[""]),

@@ -1,5 +1,6 @@
 """Images and boxes that a Predictor is given: what it takes, and one line for what it cannot take."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
@@ -9,6 +10,7 @@ import PIL.Image
 from grain_jax import config as config_lib
 from grain_jax.core import errors
 from grain_jax.core import images as image_files
+from grain_jax.input_pipeline import tokenizer
 
 _FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 
@@ -29,6 +31,12 @@ def need_text_decoder(model: Any, what: str) -> None:
             f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
             " (docs/howto/text_decoder.md)"
         )
+
+
+@functools.lru_cache(maxsize=8)
+def tokenizer_of(tower: config_lib.TextTower, folder: Any) -> tokenizer.Tokenizer:
+    """`tokenizer.of_tower`, read once."""
+    return tokenizer.of_tower(tower, folder)
 
 
 def is_one_image(images: Any) -> bool:

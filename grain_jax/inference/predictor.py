@@ -8,7 +8,6 @@ all devices of the process. Methods that return or use regions raise InputError 
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
@@ -22,18 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax.core import errors, named, schema
 from grain_jax.core import progress as progress_lib
-from grain_jax.inference import (
-    inputs,
-    jitted,
-    prompts,
-    rerank,
-    scores,
-    segmentation,
-    text_decoder,
-)
+from grain_jax.inference import inputs, jitted, prompts, scores, segmentation
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
-from grain_jax.inference.text_decoder import Pointed, Written
-from grain_jax.input_pipeline import tokenizer
+from grain_jax.inference.writer import Tokens, Writer
 from grain_jax.models import box_head, grain, lora, towers
 from grain_jax.runtime import checkpoint, receipt, saved_model
 
@@ -46,12 +36,6 @@ class Grounding(NamedTuple):
 
     box_xyxy: np.ndarray  # float32 [4] in [0, 1]
     score: float  # cosine of the text and the best region
-
-
-class Tokens(NamedTuple):
-    """What the image tower gives for images, computed once for any number of boxes."""
-
-    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
 
 
 class ClassFeatures(NamedTuple):
@@ -87,8 +71,8 @@ def load(
     return Predictor(*given, text_decoder=stored.text_decoder)
 
 
-class Predictor:
-    """Encodes images and texts; every result is float32 numpy.
+class Predictor(Writer):
+    """Encodes images and texts; every result is float32 numpy. With a text decoder, writes, too (`Writer`).
 
     Args:
       model: configuration of the model.
@@ -645,6 +629,18 @@ class Predictor:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         return params, NamedSharding(mesh, PartitionSpec("batch"))
 
+    def _run_text_decoder(
+        self, beams: int, program: Callable[..., Any], tokens: Any, image: Any, *rows: Any
+    ) -> Any:
+        """`_run` of the text decoder (text_decoder.Run), for any number of rows, of which each has so many beams."""
+        most = max(1, MAX_BATCH // beams)
+        at_once, parts = most * len(self._devices), []
+        for i in range(0, len(image), at_once):
+            # The tokens of an image are copied for each of its rows: of these rows alone.
+            part = [tokens[image[i : i + at_once]], *(row[i : i + at_once] for row in rows)]
+            parts.append(self._run(program, *part, most=most, of_text_decoder=True))
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 [N, D], unit length; one text -> [D].
 
@@ -748,319 +744,6 @@ class Predictor:
             Grounding(regions.boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)
         ]
 
-    @property
-    def has_text_decoder(self) -> bool:
-        """Whether the model has a text decoder: `caption`, `describe`, `point` and the likelihoods."""
-        return self.text_decoder is not None
-
-    def caption(
-        self, images: OneOrMany | Tokens, beams: int = 1, max_tokens: int | None = None
-    ) -> Any:
-        """A caption for each image, as the text decoder writes it: a list of `Written`; of one image, one.
-
-        Args:
-          images: as for `encode_image`, or the result of `encode_tokens`.
-          beams: of the search (inference/text_decoder.py), 1 to 64; 1: the likeliest token each time.
-          max_tokens: most tokens of a text, its end counted; None: as long as a text of the model.
-
-        Raises:
-          InputError: as `encode_image`; the model has no text decoder; `beams` or `max_tokens` out of range.
-        """
-        if inputs.is_one_image(images):
-            return self.caption(inputs.one_image(images), beams, max_tokens)[0]
-        given = self._given_decoder("caption")
-        steps = text_decoder.limit(max_tokens, given, "caption")
-        text_decoder.check_beams(beams)
-        found = []
-        for tokens in self._token_parts(images):
-            none = [np.zeros((1, 4), np.float32)] * len(tokens)
-            found += self._write(given, "caption", tokens, none, beams, steps)
-        return [written for (written,) in found]
-
-    def describe(
-        self,
-        images: OneOrMany | Tokens,
-        boxes_xyxy: Iterable[Any] | np.ndarray,
-        beams: int = 1,
-        max_tokens: int | None = None,
-    ) -> Any:
-        """What is in given boxes: for each image a list of `Written`, one a box; for one image that list alone.
-
-        Args:
-          images: as for `caption`.
-          boxes_xyxy: as for `encode_boxes`; what reaches over the edge of the image is cut.
-          beams, max_tokens: as for `caption`.
-
-        Raises:
-          InputError: as `caption`; boxes of another shape, or not of as many images.
-        """
-        if inputs.is_one_image(images):
-            return self.describe(inputs.one_image(images), [boxes_xyxy], beams, max_tokens)[0]
-        given = self._given_decoder("describe")
-        steps = text_decoder.limit(max_tokens, given, "describe")
-        text_decoder.check_beams(beams)
-        boxes = inputs.boxes_of_images(boxes_xyxy)
-        found = []
-        for tokens, (own,) in self._token_parts_with(images, boxes_xyxy=boxes):
-            found += self._write(given, "describe", tokens, own, beams, steps)
-        return found
-
-    def point(self, images: OneOrMany | Tokens, texts: Any, beams: int = 1) -> Any:
-        """Where the text decoder sees what a text says.
-
-        Args:
-          images: one: PIL, uint8 [H, W, 3], or float32 [S, S, 3] already normalised; or several, as for `caption`.
-          texts: of one image its texts, or one; of several a list of texts for each.
-          beams: as for `caption`.
-
-        Returns:
-          Of one image for each text a `Pointed`, of one text one; of several images a list for each.
-
-        Raises:
-          InputError: as `caption`; texts of another kind, or not of as many images.
-          TokenizerError: the tokenizer of the model cannot be read.
-        """
-        if inputs.is_one_image(images):
-            is_one = isinstance(texts, str)
-            (found,) = self.point(inputs.one_image(images), [[texts] if is_one else texts], beams)
-            return found[0] if is_one else found
-        given = self._given_decoder("point")
-        text_decoder.check_beams(beams)
-        found = []
-        for tokens, (own,) in self._token_parts_with(images, texts=inputs.checked_texts(texts)):
-            asked = self._asked(given, "point", own)
-            run = self._run_in_parts(beams)
-            written = text_decoder.write(
-                run, given, "point", tokens, asked, beams, text_decoder.BOX
-            )
-            corners = text_decoder.boxes_of(given, [ids for ids, _, _ in written])
-            pointed = [Pointed(box, p) for box, (_, p, _) in zip(corners, written)]
-            found += text_decoder.grouped(pointed, [len(x) for x in own])
-        return found
-
-    def caption_log_likelihood(self, images: OneOrMany | Tokens, texts: Any) -> Any:
-        """log p(text | image) by the text decoder, the sum over the words and the end, in nats.
-
-        A text that is longer than the context or a row of the decoder is cut: its first words count, and no end.
-
-        Args:
-          images: as for `caption`.
-          texts: for each image the texts that it is asked about; of one image its texts.
-
-        Returns:
-          For each image float32 [n], one a text; of one image [n].
-
-        Raises:
-          InputError, TokenizerError: as `point`.
-        """
-        if inputs.is_one_image(images):
-            return self.caption_log_likelihood(inputs.one_image(images), [texts])[0]
-        given = self._given_decoder("caption_log_likelihood")
-        found = []
-        for tokens, (own,) in self._token_parts_with(images, texts=inputs.checked_texts(texts)):
-            found += self._log_likelihoods(given, "caption", tokens, own)
-        return found
-
-    def description_log_likelihood(
-        self, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray, texts: Any
-    ) -> Any:
-        """log p(text | box of the image), as `caption_log_likelihood`.
-
-        Args:
-          images, boxes_xyxy: as for `describe`.
-          texts: for each image and each of its boxes the texts that it is asked about.
-
-        Returns:
-          For each image a list: float32 [n] for each box. For one image that list alone.
-
-        Raises:
-          InputError, TokenizerError: as `point` and `describe`.
-        """
-        if inputs.is_one_image(images):
-            one = inputs.one_image(images)
-            return self.description_log_likelihood(one, [boxes_xyxy], [texts])[0]
-        given = self._given_decoder("description_log_likelihood")
-        boxes = inputs.boxes_of_images(boxes_xyxy)
-        of_boxes = [
-            inputs.checked_texts(x, f"texts[{i}]", "box") for i, x in enumerate(inputs.lists(texts))
-        ]
-        inputs.check_a_text_a_box(of_boxes, boxes, "lists of texts")
-        found = []
-        parts = self._token_parts_with(images, boxes_xyxy=boxes, texts=of_boxes)
-        for tokens, (own, candidates) in parts:
-            repeated = [
-                np.repeat(x, [len(c) for c in of], axis=0) for x, of in zip(own, candidates)
-            ]
-            flat = [list(itertools.chain(*of)) for of in candidates]
-            values = self._log_likelihoods(given, "describe", tokens, flat, repeated)
-            found += [
-                np.split(x, np.cumsum([len(c) for c in of])[:-1]) if of else []
-                for x, of in zip(values, candidates)
-            ]
-        return found
-
-    def box_log_likelihood(
-        self, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray, texts: Any
-    ) -> Any:
-        """log p(box | text, image): of the location tokens of a box after the text, in nats.
-
-        Args:
-          images, boxes_xyxy: as for `describe`.
-          texts: for each image the text of each of its boxes.
-
-        Returns:
-          For each image float32 [n], one a box; of one image [n].
-
-        Raises:
-          InputError, TokenizerError: as `point` and `describe`.
-        """
-        if inputs.is_one_image(images):
-            return self.box_log_likelihood(inputs.one_image(images), [boxes_xyxy], [texts])[0]
-        given = self._given_decoder("box_log_likelihood")
-        boxes = inputs.boxes_of_images(boxes_xyxy)
-        checked = inputs.checked_texts(texts)
-        inputs.check_a_text_a_box(checked, boxes, "texts")
-        found = []
-        for tokens, (own, texts_of) in self._token_parts_with(
-            images, boxes_xyxy=boxes, texts=checked
-        ):
-            found += self._log_likelihoods(given, "point", tokens, texts_of, own)
-        return found
-
-    def rerank(
-        self,
-        images: OneOrMany | Tokens,
-        texts: str | Iterable[str],
-        top: int = rerank.TOP,
-        weight: float | None = None,
-    ) -> rerank.Reranked:
-        """The best texts of each image and the best images of each text, by cosine and by likelihood.
-
-        The first `top` by cosine are ordered by scale * cosine + weight * (log-likelihood - prior), where the prior of a
-        text is the median of its log-likelihoods over other images of the call (docs/method.md, Reranking).
-
-        Args:
-          images: two or more, as for `encode_image`, or the result of `encode_tokens`; their tokens are held at once.
-          texts: strings, or one.
-          top: k, candidates of an image or a text.
-          weight: of the log-likelihood, in nats; None: the one that is stored with the model.
-
-        Raises:
-          InputError: as `encode_image` and `encode_text`; one image, no weight, or the model has no text decoder.
-        """
-        self._given_decoder("rerank")
-        if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1:
-            raise InputError(f"top: got {top!r}, expected a whole number of at least 1")
-        if weight is not None and not 0 <= weight < math.inf:
-            raise InputError(f"weight: got {weight!r}, expected a number of at least 0, in nats")
-        weight, _ = rerank.weight_of(self, weight)
-        if inputs.is_one_image(images):
-            images = inputs.one_image(images)
-        tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
-        asked = [texts] if isinstance(texts, str) else list(texts)
-        image_embed = self._encode(tokens)[0]
-        text_embed = self.encode_text(asked)
-        stage = rerank.first_stage(image_embed, text_embed, top)
-        likelihood: list[np.ndarray] = [np.zeros(0)]
-        for first in range(0, len(image_embed), MAX_BATCH):
-            part = Tokens(tokens.values[first : first + MAX_BATCH])
-            lists = [[asked[t] for t in stage.texts_of(first + i)] for i in range(len(part.values))]
-            ask = lambda _, *given: self.caption_log_likelihood(*given)
-            likelihood += rerank.log_likelihoods(ask, part, lists)
-        found = rerank.parts(stage, np.concatenate(likelihood), image_embed, text_embed)
-        return rerank.ordered(stage, found, self.logit_scale, weight)
-
-    def _given_decoder(self, what: str) -> text_decoder.Given:
-        """What the programs of the text decoder depend on. Raises InputError where there is none."""
-        inputs.need_text_decoder(self, what)
-        stored = cast(checkpoint.StoredDecoder, self.text_decoder)
-        library = _tokenizer(self.model.text, self.folder)
-        excluded = text_decoder.excluded(library, self.model.text)
-        return text_decoder.Given(stored.config, self.model, self.dtype, excluded)
-
-    def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
-        """The tokens [b, N, E] of the image tower, of some images after others."""
-        program = jitted.program(self.model, self.dtype, "image_tokens")
-        for part in self._rows(images):
-            yield part if isinstance(images, Tokens) else self._run(program, part)
-
-    def _token_parts_with(
-        self, images: OneOrMany | Tokens, **lists: list[Any]
-    ) -> Iterator[tuple[np.ndarray, list[list[Any]]]]:
-        """(tokens of some images, for each of the lists what belongs to them). Raises InputError: of other images."""
-        done = 0
-        for tokens in self._token_parts(images):
-            end = done + len(tokens)
-            own = [values[done:end] for values in lists.values()]
-            done = end
-            if all(len(x) == len(tokens) for x in own):
-                yield tokens, own
-        for name, values in lists.items():
-            if len(values) != done:
-                raise InputError(
-                    f"{name}: got those of {len(values)} images, expected of {done}, as many as images"
-                )
-
-    def _run_in_parts(self, beams: int = 1) -> Callable[..., Any]:
-        """`_run` of the text decoder (text_decoder.Run), for any number of rows, of which each has so many beams."""
-        most = max(1, MAX_BATCH // beams)
-        at_once = most * len(self._devices)
-        options: Any = dict(most=most, of_text_decoder=True)
-
-        def part(program, tokens, image, *rows):
-            # The tokens of an image are copied for each of its rows: of these rows alone.
-            return self._run(program, tokens[image], *rows, **options)
-
-        def run(program, tokens, image, *rows):
-            cuts = [slice(i, i + at_once) for i in range(0, len(image), at_once)]
-            parts = [part(program, tokens, image[x], *(row[x] for row in rows)) for x in cuts]
-            return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-        return run
-
-    def _asked(
-        self,
-        given: text_decoder.Given,
-        task: str,
-        texts: Sequence[Sequence[str]],
-        boxes: Sequence[np.ndarray] | None = None,
-    ) -> text_decoder.Sequences:
-        """The sequences of images; `texts` and `boxes` [n, 4] of each image, of equal number."""
-        library = _tokenizer(self.model.text, self.folder)
-        return text_decoder.sequences_of(library, given, task, texts, boxes)
-
-    def _write(
-        self,
-        given: text_decoder.Given,
-        task: str,
-        tokens: np.ndarray,
-        boxes: Sequence[np.ndarray],
-        beams: int,
-        steps: int,
-    ) -> list[list[Written]]:
-        """For each image a text for each of its boxes."""
-        asked = self._asked(given, task, [[""] * len(x) for x in boxes], boxes)
-        run = self._run_in_parts(beams)
-        found = text_decoder.write(run, given, task, tokens, asked, beams, steps)
-        library = _tokenizer(self.model.text, self.folder)
-        texts = [Written(library.decode(ids), p, ended) for ids, p, ended in found]
-        return text_decoder.grouped(texts, [len(x) for x in boxes])
-
-    def _log_likelihoods(
-        self,
-        given: text_decoder.Given,
-        task: str,
-        tokens: np.ndarray,
-        texts: Sequence[Sequence[str]],
-        boxes: Sequence[np.ndarray] | None = None,
-    ) -> list[np.ndarray]:
-        """For each image float32 [n], of its texts."""
-        asked = self._asked(given, task, texts, boxes)
-        run = self._run_in_parts()
-        found = text_decoder.log_likelihoods(run, given, task, tokens, asked)
-        ends = np.cumsum([len(x) for x in texts])
-        return np.split(found, ends[:-1])
-
     def _tokens(self, texts) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [N, L] and the positions [N] at which the texts end."""
         tower = self.model.text
@@ -1070,7 +753,7 @@ class Predictor:
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             if not texts:
                 return np.zeros((0, context), np.int32), np.zeros(0, np.int32)
-            ids, lengths, *_ = _tokenizer(tower, self.folder).encode(texts, context)
+            ids, lengths, *_ = inputs.tokenizer_of(tower, self.folder).encode(texts, context)
             tokens = np.full((len(texts), context), tower.pad_id, np.int32)
             tokens[np.arange(context) < lengths[:, None]] = ids
             return tokens, lengths - 1
@@ -1117,11 +800,6 @@ def _pairs(
         if own is not None and not len(own):
             raise InputError(f"classes: {name!r} has no description")
     return pairs
-
-
-@functools.lru_cache(maxsize=8)
-def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tokenizer.Tokenizer:
-    return tokenizer.of_tower(tower, folder)
 
 
 def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:

@@ -36,6 +36,9 @@ class Example(NamedTuple):
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
     # Of each description, at most `input.negatives_per_region`; () where no description has any.
     negatives: Sequence[Sequence[str]] = ()
+    scores: Sequence[
+        float
+    ] = ()  # of its regions, in [0, 1], for `input.region_scores`; () for 1 each
 
 
 def of_examples(
@@ -56,6 +59,7 @@ def of_examples(
     captions: list[str] = []
     caption_mask = np.zeros((len(examples), most_captions), bool)
     boxes = np.zeros((len(examples), most, 4), np.float32)
+    scores = np.zeros((len(examples), most), np.float32)
     mask = np.zeros((len(examples), most), bool)
     most_negatives = config.input.negatives_per_region
     negatives: list[str] = []
@@ -70,6 +74,12 @@ def of_examples(
                 f"example {i}: got {count} descriptions and {len(example.boxes_cxcywh)} boxes, expected as"
                 f" many of both, at most input.max_regions = {most}"
             )
+        if len(example.scores) not in (0, count) or not all(0 <= x <= 1 for x in example.scores):
+            raise ValueError(
+                f"example {i}: got the scores {list(example.scores)} of {count} regions, expected a number from 0 to 1 for"
+                " each, or ()"
+            )
+        scores[i, :count] = example.scores or 1
         of_image = [example.caption] if isinstance(example.caption, str) else example.caption
         if len(of_image) > most_captions:
             raise ValueError(
@@ -98,7 +108,10 @@ def of_examples(
         descriptions=tokenize(descriptions, text_tokenizer, context_length),
         region_boxes_cxcywh=boxes,
         region_mask=mask,
-        region_scores=np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
+        # Without their scores, the last ones are dropped first.
+        region_scores=scores
+        if config.input.region_scores
+        else np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
         negatives=tokenize(negatives, text_tokenizer, context_length),
         negative_mask=negative_mask,
         config=config,
@@ -143,7 +156,8 @@ def assemble(
       descriptions: a text for each real region, in the order of `region_mask`, row by row.
       region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
       region_mask: bool [B, R].
-      region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first.
+      region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first. The batch has them with
+        `input.region_scores`.
       config: `text` and `model.text.context_length` are used.
       negatives: a text for each real negative, in the order of `negative_mask`, row by row; None: there are none. One
         that the tokenizer takes for the description itself is left out.
@@ -203,6 +217,9 @@ def assemble(
         text_counts=np.stack(counts[1:], axis=1),
         negative_at=places.negative_at if has_negatives else None,
         negative_mask=places.negative_mask if has_negatives else None,
+        region_scores=np.where(kept, region_scores, np.float32(0))
+        if config.input.region_scores
+        else None,
         teacher_image=teacher_image,
         teacher_captions=teacher_captions,
         teacher_descriptions=teacher_descriptions,

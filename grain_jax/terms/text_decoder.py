@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.config import fields
+from grain_jax.core import schema
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.losses import vocabulary
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
@@ -22,11 +23,16 @@ from grain_jax.models.text_decoder import TASKS
 class Options(config_lib.TextDecoder):
     """The keys of the term."""
 
+    # Consecutive images of a batch of which one is read each step, drawn anew; it divides the images of a device's
+    # micro-batch. 1: all.
+    group: int = fields.count(2, low=1, high=4096)
     # Regions of an image that are drawn each step, each read in both directions.
     regions: int = fields.count(2, high=1000)
     caption_weight: float = fields.key(1.0, low=0)  # of a word of a caption
     describe_weight: float = fields.key(1.0, low=0)  # of a word of the description of a box
     point_weight: float = fields.key(1.0, low=0)  # of a coordinate of the box of a description
+    # Whether a word or coordinate of a region weighs as much as the score of its annotation; it needs input.region_scores.
+    by_score: bool = fields.key(False)
     # All drawn boxes of an image in one sequence that predicts them and their descriptions, in the place of a sequence a box
     # that is given; a coordinate has the weight of `point`.
     together: bool = fields.key(False)
@@ -51,8 +57,8 @@ class Options(config_lib.TextDecoder):
 class TextDecoderTerm(LocalTerm):
     """The decoder of LocCa (Wan et al. 2024, arXiv 2403.19596), beside the contrastive losses as in SigLIP 2.
 
-    The loss is the weighted mean of the cross-entropies of all predicted tokens. Each image has one row, with one of
-    its captions and `regions` drawn regions; a sequence that does not fit into it is left out.
+    The loss is the weighted mean of the cross-entropies of all predicted tokens. One image of a group has a row, with one
+    of its captions and `regions` drawn regions; a sequence that does not fit into it is left out.
     Measures, for each task, `TASK` and `TASK_accuracy`, the mean cross-entropy and the share of tokens with the highest
     logit (with `together` also of the predicted `boxes`; of captions in parallel as `caption_parallel`); `filled`, the
     share of the row that is no padding; `left_out`, that of the sequences; `predicted`, the tokens that are predicted of
@@ -60,6 +66,11 @@ class TextDecoderTerm(LocalTerm):
     """
 
     Options: ClassVar[type] = Options
+
+    @classmethod
+    def group(cls, options: Any) -> int:
+        """See `Options.group`."""
+        return options.group
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
@@ -78,6 +89,14 @@ class TextDecoderTerm(LocalTerm):
             without = "" if regions else " without regions (regions, input.max_regions)"
             found.append(
                 f"caption_weight: got 0 as all weights{without}, expected a task with a weight"
+            )
+        if options.by_score and not config.input.region_scores:
+            found.append(
+                "by_score: got True, expected input.region_scores=True, which reads scores"
+            )
+        if options.by_score and options.together:
+            found.append(
+                "by_score: got True with together, expected False for boxes in one sequence"
             )
         specials = options.leading_specials, options.trailing_specials
         if config.model.text.tokenizer == "clip" and specials != (1, 1):
@@ -123,11 +142,15 @@ class TextDecoderTerm(LocalTerm):
         """The sums of each image."""
         options: Options = self.options
         drawn = draw(options, self.decoder.vocabulary, seen)
-        rows = drawn.rows
         patches = seen.tokens[:, seen.leading :]
         if options.stop_gradient:
             patches = jax.lax.stop_gradient(patches)
         keys = _folded(seen.keys, _DROPOUT) if options.dropout else None
+        is_read = jnp.ones(len(patches), bool)
+        if options.group > 1:
+            is_read, read = _of_groups(seen.keys, options.group)
+            drawn, patches, keys = jax.tree.map(read, (drawn, patches, keys))
+        rows, score = drawn.rows, drawn.score
         features = self.decoder.features(patches, rows, keys)
         if options.most_predictions < options.row_length:  # these alone
             at = jnp.argsort(~rows.predicted, axis=1, stable=True)[:, : options.most_predictions]
@@ -135,6 +158,7 @@ class TextDecoderTerm(LocalTerm):
             read = lambda x: jnp.take_along_axis(x, at, axis=1)
             read_of = {name: read(getattr(rows, name)) for name in ("targets", "predicted", "task")}
             rows = rows._replace(**read_of)
+            score = None if score is None else read(score)
         found = vocabulary.cross_entropy(
             features,
             self.decoder.head,
@@ -165,7 +189,10 @@ class TextDecoderTerm(LocalTerm):
         measures["filled"] = PerImage(filled, jnp.ones_like(filled))
         measures["left_out"] = PerImage(drawn.count - drawn.kept, drawn.count)
         measures["needed"] = PerImage(drawn.needed, jnp.ones_like(filled))
-        return LocalOutput(PerImage((weights * loss).sum(0), (weights * count).sum(0)), measures)
+        if score is not None:
+            loss, count = sums(found.loss * score), sums(score)
+        of_read = LocalOutput(PerImage((weights * loss).sum(0), (weights * count).sum(0)), measures)
+        return jax.tree.map(lambda x: _of_all(x, is_read), of_read)
 
 
 class Drawn(NamedTuple):
@@ -177,9 +204,10 @@ class Drawn(NamedTuple):
     )  # int32 [B], the sequences that there are; with `together` each of its boxes is one
     kept: jax.Array  # int32 [B], those that fit into the row
     needed: jax.Array  # int32 [B], positions that all of them take
+    score: jax.Array | None = None  # float32 [B, T], with `by_score`; 1 of captions
 
 
-_CAPTION, _REGIONS, _PARALLEL, _DROPOUT = range(4)  # what is drawn
+_CAPTION, _REGIONS, _PARALLEL, _DROPOUT, _READ = range(5)  # what is drawn
 # What is measured: `together` predicts boxes, too; captions that are predicted all at once have a number of their own.
 _MEASURED = (*TASKS, "boxes", "caption_parallel")
 
@@ -200,9 +228,12 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
     if options.caption_weight:
         which = _chosen(_folded(seen.keys, _CAPTION), batch.caption_mask, 1)
         at, real = _take(batch.caption_at, which), _take(batch.caption_mask, which)
-        parts.append(text_decoder.caption(words, text(at, real, 1)))
+        found = text(at, real, 1)
+        is_whole = found.is_whole & ~_take(_may_be_cut(batch), which)
+        parts.append(text_decoder.caption(words, found._replace(is_whole=is_whole)))
     captions = len(parts)
     regions, boxed = min(options.regions, batch.region_mask.shape[1]), None
+    of_sequences = jnp.ones((len(batch.region_mask), captions))
     if regions:
         which = _chosen(_folded(seen.keys, _REGIONS), batch.region_mask, regions)
         at, real = _take(batch.description_at, which), _take(batch.region_mask, which)
@@ -221,6 +252,9 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
             both.append(text_decoder.point(words, found, boxes))
         # Of a row that is too short, the last regions are left out.
         parts += [part.of(i) for i in range(regions) for part in both]
+        if options.by_score:
+            own = jnp.repeat(_take(batch.region_scores, which), len(both), axis=1)
+            of_sequences = jnp.concatenate([of_sequences, own], axis=1)
     rows = text_decoder.pack(parts, length, predictions=options.most_predictions)
     lengths = jnp.concatenate([part.length for part in parts], axis=1)
     count, kept, needed = (lengths > 0).sum(1), rows.kept.sum(1), lengths.sum(1)
@@ -233,8 +267,12 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
         needed += jnp.where(real.any(1), 1 + every, 0) - itself
         is_box = (rows.segments == captions + 1) & (rows.targets >= words.first_bin)
         rows = rows._replace(task=jnp.where(is_box, _MEASURED.index("boxes"), rows.task))
+    score = None
+    if options.by_score:
+        of_sequences = jnp.pad(of_sequences, ((0, 0), (1, 0)))
+        score = jnp.take_along_axis(of_sequences, rows.segments, axis=1)
     if not (options.parallel_rate and options.caption_weight):
-        return Drawn(rows, count, kept, needed)
+        return Drawn(rows, count, kept, needed, score)
     is_parallel = (
         jax.vmap(jax.random.uniform)(_folded(seen.keys, _PARALLEL)) < options.parallel_rate
     )
@@ -242,7 +280,22 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
     # Attention stays causal: more of these, which all are the same, would tell the length of the caption alone.
     tokens = jnp.where(in_parallel, words.mask, rows.tokens)
     task = jnp.where(in_parallel, _MEASURED.index("caption_parallel"), rows.task)
-    return Drawn(rows._replace(tokens=tokens, task=task), count, kept, needed)
+    return Drawn(rows._replace(tokens=tokens, task=task), count, kept, needed, score)
+
+
+def _may_be_cut(batch: schema.Batch) -> jax.Array:
+    """The captions that packing may have cut, bool [B, C]; one that was as long by itself cannot be told from these.
+
+    `grain_jax/input_pipeline/packing.py:pack` cuts the longest of a group to one length, once its regions are dropped.
+    """
+    groups = len(batch.text_tokens)
+    of_group = lambda x: jnp.reshape(x, (groups, math.prod(x.shape) // groups))  # also of none
+    at = batch.caption_at[..., 0] * batch.text_tokens.shape[2] + batch.caption_at[..., 1]
+    last = jnp.take_along_axis(of_group(batch.text_positions), of_group(at), axis=1)
+    last = jnp.where(of_group(batch.caption_mask), last, 0)
+    overflowed = (batch.texts_dropped > 0) & ~of_group(batch.region_mask).any(1)
+    is_longest = last == last.max(1, keepdims=True)
+    return (is_longest & overflowed[:, None]).reshape(batch.caption_mask.shape)
 
 
 def _chosen(keys: jax.Array, mask: jax.Array, count: int) -> jax.Array:
@@ -254,6 +307,19 @@ def _chosen(keys: jax.Array, mask: jax.Array, count: int) -> jax.Array:
 def _take(x: jax.Array, which: jax.Array) -> jax.Array:
     """[B, n, ...] at the places [B, k] -> [B, k, ...]."""
     return jnp.take_along_axis(x, which.reshape(*which.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def _of_groups(keys: jax.Array, group: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """(which images are read, bool [B], one of each group; the function that takes their part of an array [B, ...])."""
+    order = jax.vmap(jax.random.uniform)(_folded(keys, _READ)).reshape(-1, group)
+    which = order.argmax(1)[:, None]
+    read = lambda x: _take(x.reshape(-1, group, *x.shape[1:]), which)[:, 0]
+    return (np.arange(group) == which).reshape(-1), read
+
+
+def _of_all(x: jax.Array, is_read: jax.Array) -> jax.Array:
+    """Sums [b] of the images that are read -> [B], 0 of others."""
+    return jnp.where(is_read, jnp.repeat(x, len(is_read) // len(x)), 0)
 
 
 def _folded(keys: jax.Array, number: int) -> jax.Array:

@@ -85,8 +85,8 @@ class PerImage(NamedTuple):
     def train(self) -> float:
         """FLOPs of forward and backward pass without recomputation: a product has two in its backward pass.
 
-        What a local term computes again by its own is counted, as prototypes (6 products of logits for 4) and
-        text_pooled (4 of its attention for 3) do.
+        What a local term computes again by its own is counted, as prototypes (6 products of logits for 4), text_pooled (4
+        of its attention for 3) and text_decoder (4 of its logits for 3) do.
 
         A frozen part has none, except a decoder on a trained image tower: it has one, for the gradient of its
         input. A part that is frozen in parts counts as trained, except with LoRA: then a frozen matrix has no product for
@@ -112,7 +112,7 @@ def per_image(config: Config) -> PerImage:
     model = dataclasses.replace(config.model, attention="xla")
     module, batch = grain.GRAIN(model, config.dtype), forward_lib.abstract_batch(config)
     parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder", "terms"), 0.0)
-    forward = forward_lib.Forward(module, dataclasses.replace(config, model=model))
+    forward = forward_lib.Forward(module, dataclasses.replace(config, model=model, remat="none"))
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 

@@ -60,6 +60,7 @@ def abstract_batch(config: Config) -> schema.Batch:
         text_counts=of(jnp.int32, b // group, 2),
         negative_at=of(jnp.int32, b, r, h, 2) if h else None,
         negative_mask=of(jnp.bool_, b, r, h) if h else None,
+        region_scores=of(jnp.float32, b, r) if config.input.region_scores else None,
         **teacher_lib.of_batch(config),
     )
 

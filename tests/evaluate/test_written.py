@@ -81,6 +81,8 @@ def test_captions_by_hand(data, next_image, tmp_path):
     scorer = cider.Scorer([[text.split() for text in own] for own in references])
     said = [cider.words(CAPTIONS[i]) for i in range(3)]
     assert got["caption_cider"] == pytest.approx(scorer(said).mean())
+    assert got["caption_words"] == pytest.approx(np.mean([len(text) for text in said]))
+    assert got["reference_caption_words"] == pytest.approx((6 + 6 + 2) / 3)
     others = ["a bird with a red tail", "two birds", "not there"]
     chance = scorer([text.split() for text in others]).mean()
     assert got["chance_caption_cider"] == pytest.approx(chance) and chance > 0

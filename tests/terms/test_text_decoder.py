@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from grain_jax import config as config_lib
+from grain_jax.input_pipeline import assemble
+from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.models import text_decoder
 from grain_jax.terms.text_decoder import Options, TextDecoderTerm, draw
 from tests import tiny
@@ -17,7 +19,7 @@ from tests.models import test_text_decoder as of_decoder
 from tests.terms import fake
 
 OPTIONS = Options(
-    **dict(width=24, depth=2, heads=3, mlp_dim=40, bins=10, row_length=40, dropout=0.0),
+    **dict(width=24, depth=2, heads=3, mlp_dim=40, bins=10, row_length=40, dropout=0.0, group=1),
     **dict(caption_weight=0.5, describe_weight=1.5, point_weight=2.0, label_smoothing=0.1),
 )
 IN_PARALLEL = dataclasses.replace(OPTIONS, parallel_rate=0.5)
@@ -49,7 +51,7 @@ def drawn(options=OPTIONS):
     return words, jax.jit(run)(seen.batch, seen.keys)
 
 
-def replica(params, tokens, rows, words):
+def replica(params, tokens, rows, words, score=lambda i, at: 1.0):
     """(loss, accuracy of each task, gradients of parameters and tokens), sequence after sequence."""
     tensor = lambda x: torch.tensor(np.array(x), dtype=torch.float64, requires_grad=True)
     p, tokens = jax.tree.map(tensor, params["decoder"]), tensor(tokens)
@@ -68,7 +70,8 @@ def replica(params, tokens, rows, words):
             task = int(rows.task[i, at[0]])
             cost = torch.nn.functional.cross_entropy
             found = cost(of_words[where], target, reduction="sum", label_smoothing=smoothing)
-            total, count = total + weights[task] * found, count + weights[task] * len(where)
+            weight = weights[task] * score(i, at)
+            total, count = total + weight * found, count + weight * len(where)
             right[task] += (of_words[where].argmax(1) == target).tolist()
     (total / count).backward()
     gradients = {"decoder": jax.tree.map(lambda x: x.grad.numpy(), p)}, tokens.grad.numpy()
@@ -104,6 +107,34 @@ def test_values_and_gradients_equal_torchs_cross_entropy(options):
         )
 
 
+def test_scores_of_annotations_weigh_their_regions():
+    options = changed(by_score=True, bins=500)
+    alone, seen, params = case(changed(bins=500))
+    term = TextDecoderTerm(options, alone.model)
+    batch, rng = seen.batch, np.random.default_rng(0)
+    scores = rng.uniform(0, 1, batch.region_mask.shape).astype(np.float32)
+    seen = seen._replace(batch=batch._replace(region_scores=scores))
+    words = text_decoder.vocabulary(options, term.model)
+    rows = jax.tree.map(np.asarray, draw(options, words, seen).rows)
+    boxes = np.asarray(words.quantise(text_boxes(batch.region_boxes_cxcywh.reshape(-1, 4))))
+    boxes = boxes.reshape(*scores.shape, 4)
+
+    def score(i, at):
+        box = {0: None, 1: rows.tokens[i, at][1:5], 2: rows.targets[i, at][-4:]}[
+            rows.task[i, at[0]]
+        ]
+        if box is None:
+            return 1.0
+        (place,) = np.flatnonzero((boxes[i] == box).all(1) & batch.region_mask[i])
+        return scores[i, place]
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(term, p, seen)[0]))(params)
+    expected, _, (of_params, _) = replica(params, seen.tokens, rows, words, score)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(of_params), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-8)
+
+
 def test_each_image_reads_one_caption_and_drawn_regions_of_its_own():
     _, seen, _ = case()
     words, found = drawn()
@@ -125,6 +156,28 @@ def text_boxes(cxcywh):
     return jnp.asarray(np.concatenate([centre - half, centre + half], axis=1))
 
 
+def test_a_caption_that_packing_may_have_cut_has_no_end():
+    """Groups of two images, which share a row of 32 tokens."""
+    c = tiny.config(batch_size=8, text__pack_group=2, text__pack_rows=1, input__lanes=1)
+    count, no = np.array([20, 25, 10, 12, 20, 14, 12, 20], np.int32), c.input.max_regions
+    texts = lambda n: Texts(np.full(n.sum(), 7), n, np.zeros(len(n), bool), np.arange(len(n)))
+    mask = np.zeros((8, no), bool)
+    mask[6, 0] = True  # a description, which is dropped
+    batch = assemble.assemble(
+        **dict(image=np.zeros((8, 16, 16, 3), np.uint8), config=c),
+        **dict(captions=texts(count), caption_mask=np.ones((8, 1), bool)),
+        **dict(descriptions=texts(np.array([5])), region_boxes_cxcywh=np.zeros((8, no, 4))),
+        **dict(region_mask=mask, region_scores=np.zeros((8, no), np.float32)),
+    )
+    assert batch.texts_dropped.tolist() == [2, 0, 1, 1]
+    words = text_decoder.vocabulary(OPTIONS, c.model)
+    rows = draw(OPTIONS, words, fake.seen(tiny.config(batch_size=8))._replace(batch=batch)).rows
+    ends = (rows.predicted & (rows.targets == words.end)).any(1)
+    # Both to 16; none; the first to 18; the last one alone could have been cut.
+    assert ends.tolist() == [False, False, True, True, False, True, True, False]
+    assert rows.predicted.sum(1).tolist() == [14, 14, 9, 11, 16, 13, 11, 18]
+
+
 def test_the_loss_of_a_part_has_the_sums_of_the_whole():
     term, seen, params = case()
     whole = jax.jit(lambda: term.apply({"params": params}, seen))()
@@ -132,7 +185,7 @@ def test_the_loss_of_a_part_has_the_sums_of_the_whole():
     part = fake.part(seen, 8, 16)
     cut = {
         name: getattr(seen.batch, name)[groups // 2 :]
-        for name in ("text_tokens", "text_positions", "text_segments")
+        for name in ("text_tokens", "text_positions", "text_segments", "texts_dropped")
     }
     part = part._replace(batch=part.batch._replace(**cut))
     found = jax.jit(lambda: term.apply({"params": params}, part))()
@@ -163,6 +216,23 @@ def test_no_row_predicts_more_than_its_predictions(together):
         < np.asarray(drawn(changed(together=together))[1].rows.predicted.sum(1)).max()
     )
     assert (found.kept < found.count).any()
+
+
+def test_of_each_group_one_image_is_read_as_if_all_were():
+    """Its sums are those without groups, and so is the gradient of its tokens; others have none."""
+    term, seen, params = case(changed(label_smoothing=0.0))
+    grouped = case(changed(label_smoothing=0.0, group=2))[0]
+    sums = lambda term: lambda tokens: term.apply({"params": params}, seen._replace(tokens=tokens))
+    of_sum = lambda term: lambda tokens: (lambda x: (x.loss.sum.sum(), x))(sums(term)(tokens))
+    step = lambda term: jax.jit(jax.grad(of_sum(term), has_aux=True))(jnp.asarray(seen.tokens))
+    (gradient, every), (of_read, found) = step(term), step(grouped)
+    is_read = np.asarray(found.measures["filled"].count) > 0
+    assert (is_read.reshape(-1, 2).sum(1) == 1).all() and 0 < is_read[::2].sum() < len(is_read) / 2
+    for a, b in zip(jax.tree.leaves(every), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, np.where(is_read, a, 0), rtol=2e-6)
+    np.testing.assert_allclose(
+        of_read, np.where(is_read[:, None, None], gradient, 0), rtol=0, atol=1e-6
+    )
 
 
 def test_parallel_prediction_hides_the_words_of_captions_alone():
@@ -198,7 +268,7 @@ def test_all_boxes_in_one_sequence():
     """The sequence, its targets and what is counted, against lists made by hand."""
     options = changed(together=True, regions=3, row_length=28, caption_weight=0.0)
     words, found = drawn(options)
-    _, alone = drawn(changed(regions=3, row_length=200, caption_weight=0.0))
+    _, alone = drawn(changed(regions=3, row_length=200, predictions=None, caption_weight=0.0))
     rows, end = found.rows, words.end
     left_out = 0
     for i in range(len(rows.tokens)):
@@ -261,7 +331,9 @@ def test_the_loss_of_all_boxes_in_one_sequence_equals_torchs():
 
 
 def test_advice_names_a_row_length_that_fits():
-    say = lambda **measures: TextDecoderTerm.advice(Options(), measures)
+    say = lambda **measures: TextDecoderTerm.advice(
+        Options(row_length=128, predictions=None), measures
+    )
     assert say(filled=0.7, left_out=0.0, needed=90.0) == ""
     assert say(filled=0.97, left_out=0.25, needed=140.0) == (
         "25% of the sequences do not fit into rows of 128 tokens, which are 97% full; an image has 140 on average:"
@@ -293,6 +365,11 @@ def test_faults_of_a_run_that_cannot_have_it():
     assert of(Options(heads=5)) == [
         "heads: got 5, expected a divisor of the width 32 (None: the text tower's)"
     ]
+    assert of(Options(by_score=True, together=True)) == [
+        "by_score: got True, expected input.region_scores=True, which reads scores",
+        "by_score: got True with together, expected False for boxes in one sequence",
+    ]
+    assert of(Options(by_score=True), input__region_scores=True) == []
     none = Options(caption_weight=0, describe_weight=0, point_weight=0)
     assert of(none) == ["caption_weight: got 0 as all weights, expected a task with a weight"]
     assert of(Options(caption_weight=0), input__max_regions=0) == [

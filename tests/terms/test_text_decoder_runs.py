@@ -23,7 +23,9 @@ from tests import runs, tiny
 from tests.terms import fake, test_runs
 
 SIZES = dict(width=24, depth=1, heads=2, mlp_dim=32, bins=10, row_length=40)
-WORDS = dict(term="text_decoder", weight=1.0, parallel_rate=0.5, label_smoothing=0.1, **SIZES)
+WORDS = dict(
+    term="text_decoder", weight=1.0, parallel_rate=0.5, label_smoothing=0.1, group=2, **SIZES
+)
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
@@ -117,9 +119,11 @@ def test_a_mesh_that_does_not_divide_the_heads_is_named():
 def test_captions_are_read_from_every_layout_of_texts(changes, leading):
     c = config(**changes)
     seen, options = fake.seen(c), Options(**SIZES, leading_specials=leading, describe_weight=0)
+    batch = seen.batch._replace(texts_dropped=np.zeros_like(seen.batch.texts_dropped))
+    seen = seen._replace(batch=batch)
     words = text_decoder.vocabulary(options, c.model)
     run = lambda batch, keys: draw(options, words, seen._replace(batch=batch, keys=keys))
-    found, batch = jax.jit(run)(seen.batch, seen.keys), seen.batch
+    found = jax.jit(run)(batch, seen.keys)
     groups = len(batch.text_tokens)
     for i, mask in enumerate(batch.caption_mask):
         at = np.flatnonzero(
@@ -191,10 +195,8 @@ def test_a_head_costs_no_backward_pass_of_towers_and_no_text_tower(tmp_path):
     saved(tmp_path / "run")
     c = head(tmp_path / "run")
     assert not total.reads_embeddings(c.loss) and c.optim.frozen
-    alone, trained = (
-        flops.per_image(c),
-        flops.per_image(head(tmp_path / "run", **{"optim.frozen": ()})),
-    )
+    of = lambda **changes: flops.per_image(head(tmp_path / "run", **changes))
+    alone, trained = flops.per_image(c), of(**{"optim.frozen": (), "remat": "full"})
     assert alone.text == alone.decoder == alone.losses == 0 and alone.image > 0
     # A backward pass has two products for each of a forward pass, and the cross-entropy computes its logits again.
     of_logits = 2 * SIZES["row_length"] * SIZES["width"] * 640
@@ -231,6 +233,17 @@ def test_two_towers_keep_the_temperature_of_their_folder(tmp_path):
     c.model.decoder, c.input.max_regions = None, 0
     with pytest.raises(errors.UserError, match="has a region decoder, but model.decoder is None"):
         initialise.load(config_lib.from_dict(c))
+
+
+def test_a_head_on_the_model_of_the_package():
+    c = head("aviary-tiny")
+    initialise.check(c.init)
+    model, params, _ = checkpoint.load_model("aviary-tiny")
+    assert c.model == model and c.init.image == "aviary-tiny"
+    loaded = initialise.load(c).params
+    for name, x in grain.flat(params).items():
+        np.testing.assert_array_equal(loaded.pop(name), np.asarray(x, np.float32), err_msg=name)
+    assert not loaded
 
 
 def test_special_tokens_are_those_of_the_tokenizer():
