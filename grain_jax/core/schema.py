@@ -39,6 +39,14 @@ IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
+class Patches(NamedTuple):
+    """Images in their own shape, as patches of side P: those of an image row by row, then zeros."""
+
+    # uint8 [B, N, P * P * 3], or float32 and normalised; each patch by (y, x, channel)
+    pixels: Array
+    grid: Array  # int32 [B, 2], rows h and columns w of each image; h * w <= N
+
+
 class Batch(NamedTuple):
     """One batch, of a process (numpy) or the global one (jax, leading axis sharded over the data axes).
 
