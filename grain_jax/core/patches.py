@@ -18,7 +18,9 @@ _LOWEST, _HIGHEST, _STEPS = 1e-6, 100.0, 2**24
 LENGTHS = (64, 144, 256, 576, 784, 1024)  # patches, as NaFlex models have
 
 
-def grid(height: Any, width: Any, patch: int, length: int, xp: Any = np) -> tuple[Any, Any]:
+def grid(
+    height: Any, width: Any, patch: int, length: Any, xp: Any = np, most: int | None = None
+) -> tuple[Any, Any]:
     """The largest grid of at most `length` patches for images of these sizes.
 
     Rows and columns are ceil(s height / patch) and ceil(s width / patch) with the largest scale s at which their
@@ -30,15 +32,17 @@ def grid(height: Any, width: Any, patch: int, length: int, xp: Any = np) -> tupl
       patch: pixels of a side of a patch.
       length: patches, N.
       xp: numpy, or a module with its functions (TensorFlow's).
+      most: the largest `length`, where that is a tensor.
 
     Returns: rows and columns, int32 [...] each.
     """
     height, width = (xp.asarray(x, np.float64)[..., None] / patch for x in (height, width))
-    rows = np.arange(1, length + 1)
-    # With at most so many rows there are at most length // rows columns; the best scale is that of one of these.
-    scale = xp.max(xp.minimum(rows / height, length // rows / width), axis=-1, keepdims=True)
+    rows = xp.arange(1, (most or length) + 1, dtype=np.float64)
+    # With at most so many rows there are at most length / rows columns; the best scale is that of one of these.
+    columns = xp.floor(xp.asarray(length, np.float64) / rows)
+    scale = xp.max(xp.minimum(rows / height, columns / width), axis=-1, keepdims=True)
     step = (_HIGHEST - _LOWEST) / _STEPS
-    scale = _LOWEST + step * xp.clip(xp.floor((scale - _LOWEST) / step), 0, _STEPS - 1)
+    scale = _LOWEST + step * xp.clip(xp.floor((scale - _LOWEST) / step), 0.0, _STEPS - 1.0)
     found = (xp.maximum(1.0, xp.ceil(scale * side))[..., 0] for side in (height, width))
     rows, columns = (xp.asarray(x, np.int32) for x in found)
     return rows, columns

@@ -102,7 +102,8 @@ class Transform:
         sides = tf.cast(tf.reverse(window_xyxy[2:] - window_xyxy[:2], [0]), tf.float64)
         squashed = tf.size(original) == 2
         size = tf.cond(squashed, lambda: tf.maximum(tf.round(sides * original), 1), lambda: size)
-        grid = patches.grid(size[0], size[1], self.patch, length, tnp)
+        most = max(self.input.sequence_lengths or (0,))
+        grid = patches.grid(size[0], size[1], self.patch, length, tnp, most)
         return resize_to(image, self.patch * grid[0], self.patch * grid[1], "bilinear"), grid
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
