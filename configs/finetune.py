@@ -54,6 +54,7 @@ FAMILIES = {
 
 def get_config(source="open_clip"):
     c = own_images()
+    c.input.sequence_lengths = None  # by the shapes of the images: the trainer says which
     c.batch_size = 128
     c.total_epochs = 10.0
     c.optim.warmup_epochs = 1.0
