@@ -22,7 +22,6 @@ def get_config(size="tiny"):
         raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}")
     c = own_images(size)
     c.batch_size, c.optim.learning_rate, c.dtype = SIZES[size]
-    c.input.sequence_lengths = None  # by the shapes of the images: the trainer says which
     c.total_epochs = 50.0
     c.optim.warmup_epochs = 2.0
     if size == "tiny":  # as configs/demo.py, for a narrow model
