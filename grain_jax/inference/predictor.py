@@ -679,7 +679,7 @@ class Predictor:
         tower, most = self.model.image, MAX_BATCH * len(self._devices)
         if isinstance(images, Tokens):
             for first in range(0, len(images.values), most):
-                yield jax.tree.map(lambda x: x[first : first + most], images)
+                yield _part(images, first, most)
             return
         images = inputs.checked_images(images, 0 if self.sequence_length else tower.image_size)
         total = len(images) if isinstance(images, Sized) else None
@@ -1049,7 +1049,7 @@ class Predictor:
         stage = rerank.first_stage(image_embed, text_embed, top)
         likelihood: list[np.ndarray] = [np.zeros(0)]
         for first in range(0, len(image_embed), MAX_BATCH):
-            part = jax.tree.map(lambda x: x[first : first + MAX_BATCH], tokens)
+            part = _part(tokens, first, MAX_BATCH)
             lists = [[asked[t] for t in stage.texts_of(first + i)] for i in range(len(part.values))]
             ask = lambda _, *given: self.caption_log_likelihood(*given)
             likelihood += rerank.log_likelihoods(ask, part, lists)
@@ -1212,6 +1212,11 @@ def _pairs(
 @functools.lru_cache(maxsize=8)
 def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tokenizer.Tokenizer:
     return tokenizer.of_tower(tower, folder)
+
+
+def _part(rows: Any, first: int, count: int) -> Any:
+    """Some rows of a tree of arrays."""
+    return jax.tree.map(lambda x: x[first : first + count], rows)
 
 
 def _count(rows: Any) -> int:
