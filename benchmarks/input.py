@@ -10,7 +10,8 @@ its clock starts.
 
 With --shapes our pipeline alone: squares of 224 pixels, 196 patches, against images in their own shape with 196, and
 with 64, 144 or 256 by the step; of JPEGs with ratios from 1:4 to 4:1 and as many pixels, as they are, and stored as
-squares of 224 and by --fit inside at 448; images for a second of a core. And the padding of both sets of images, and of --pictures.
+squares of 224 and by --fit inside at 448; images for a second of a core. And the padding of these images, and of
+--pictures.
 """
 
 import os
