@@ -139,8 +139,9 @@ def test_rotary_positions_of_a_square_are_those_of_its_places():
 
 MODELS = {
     "queries and RoIAlign": dict(boxes__kind="roi_align", decoder__depth=1),
-    "map pool and prompter": dict(decoder=None, boxes__kind="prompter", image__pool="map"),
-    "mean pool, by the kernel": dict(decoder=None, image__pool="mean", attention="pallas"),
+    "map pool and prompter, by the kernel": dict(
+        decoder=None, boxes__kind="prompter", image__pool="map", attention="pallas"
+    ),
 }
 
 
