@@ -14,7 +14,7 @@ import tensorflow as tf
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers.models.siglip2 import image_processing_siglip2
 
-from grain_jax.core import errors, patches
+from grain_jax.core import errors, named, patches
 from grain_jax.core.schema import Patches
 from grain_jax.input_pipeline import (
     assemble,
@@ -25,7 +25,7 @@ from grain_jax.input_pipeline import (
     tokenizer,
     transforms,
 )
-from tests import record_sets
+from tests import record_sets, tiny
 from tests.core import test_patches as golden
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
@@ -214,3 +214,11 @@ def test_lengths_that_cannot_be(lengths):
         config(lengths=lengths)
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"input.sequence_lengths: got {lengths}, expected different numbers of")
+
+
+def test_a_tower_of_squares_refuses_lengths():
+    given = dict(model__image__tower="examples.tower.mixer:Mixer", input__sequence_lengths=(4,))
+    with named.importing(), pytest.raises(errors.UserError) as error:
+        tiny.config(**given)
+    expected = "input.sequence_lengths: got (4,) with the tower examples.tower.mixer:Mixer, which"
+    assert any(line.startswith(expected) for line in str(error.value).splitlines())
