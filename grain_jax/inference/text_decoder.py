@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.inference.inputs import InputError
+from grain_jax.inference.inputs import InputError, Tokens
 from grain_jax.input_pipeline import tokenizer as tokenizer_lib
 from grain_jax.losses import vocabulary
 from grain_jax.models import text_decoder, towers
@@ -152,7 +152,7 @@ def _is_count(x: Any) -> bool:
 
 
 def write(
-    run: Run, given: Given, task: str, tokens: np.ndarray, asked: Sequences, beams: int, steps: int
+    run: Run, given: Given, task: str, tokens: Tokens, asked: Sequences, beams: int, steps: int
 ) -> list[tuple[list[int], float, bool]]:
     """For each sequence (the ids that the decoder writes, without the end; their log-probability; whether it ended).
 
@@ -160,7 +160,7 @@ def write(
       run: of the Predictor.
       given: the decoder.
       task: a name of `text_decoder.TASKS`.
-      tokens: [B, N, E], of the image tower.
+      tokens: of the image tower.
       asked: sequences of these images; of their words those of `point` count, of their boxes those of `describe`.
       beams: of the search; 1: greedy.
       steps: most tokens of a text, the end counted; of a box, 4.
@@ -175,7 +175,7 @@ def write(
 
 
 def log_likelihoods(
-    run: Run, given: Given, task: str, tokens: np.ndarray, asked: Sequences
+    run: Run, given: Given, task: str, tokens: Tokens, asked: Sequences
 ) -> np.ndarray:
     """The log-likelihood of what each sequence predicts, float32 [n]; arguments as of `write`.
 
@@ -272,14 +272,15 @@ class _Applied(NamedTuple):
 def likelihood_program(given: Given, task: str, row_length: int) -> Callable[..., Any]:
     """The jitted (params, tokens [R, N, E], ids, count, is_whole, is_real, boxes) -> log-likelihoods float32 [R, S].
 
-    The sequences of a row, which all are of its image, fit into `row_length` positions.
+    A further argument is the Places of the tokens; without it all are real. The sequences of a row, which all are of its
+    image, fit into `row_length` positions.
     """
     decoder, words = _Applied(given), given.vocabulary
 
-    def log_likelihoods(params, tokens, ids, count, is_whole, is_real, boxes):
+    def log_likelihoods(params, tokens, ids, count, is_whole, is_real, boxes, places=None):
         text = text_decoder.Text(ids, count, is_whole, is_real)
         rows = text_decoder.pack([decoder.sequences(task, text, boxes)], row_length)
-        features = decoder(params, "features", decoder.patches(tokens), rows)
+        features = decoder(params, "features", decoder.patches(tokens), rows, None, places)
         predicted, targets, slot = rows.predicted, rows.targets, rows.segments
         if task == "point":  # few positions predict: the vocabulary is read for these alone
             _, at = jax.lax.top_k(predicted.astype(jnp.int32), min(row_length, BOX * ids.shape[1]))
@@ -298,6 +299,8 @@ def likelihood_program(given: Given, task: str, row_length: int) -> Callable[...
 def write_program(given: Given, task: str, beams: int, steps: int) -> Callable[..., Any]:
     """The jitted (params, tokens [B, N, E], ids, count, is_whole, is_real, boxes), of one sequence an image.
 
+    A further argument is the Places of the tokens; without it all are real.
+
     Returns:
       (ids int32 [B, steps], how many of them count, without the end, int32 [B], log-probability float32 [B]).
     """
@@ -309,7 +312,7 @@ def write_program(given: Given, task: str, beams: int, steps: int) -> Callable[.
         allowed = (place <= words.end) & ~np.isin(place, given.excluded)
     search = _Search(allowed, None if is_box else words.end, beams, steps)
 
-    def write(params, tokens, ids, count, is_whole, is_real, boxes):
+    def write(params, tokens, ids, count, is_whole, is_real, boxes, places=None):
         text = text_decoder.Text(ids, count, is_whole, is_real)
         sequences = decoder.sequences(task, text._replace(count=count * is_box), boxes)
         # Of a box all but the last coordinate are read, too; before them is what is given.
@@ -319,7 +322,7 @@ def write_program(given: Given, task: str, beams: int, steps: int) -> Callable[.
         given_count = sequences.length[:, 0] - (BOX - 1) * is_box
         capacity = given_tokens.shape[1] + (0 if is_box else steps - 1)
         patches = decoder.patches(tokens)
-        first = decoder(params, "start", patches, given_tokens, given_count, capacity)
+        first = decoder(params, "start", patches, given_tokens, given_count, capacity, places)
         return search(functools.partial(decoder, params, "step"), *first)
 
     return decoder.jitted(write)
@@ -358,7 +361,7 @@ class _Search(NamedTuple):
         found, _ = self._best(none, logits[:, None], 0)
         keys, values = (jnp.repeat(x, self.beams, axis=1) for x in state.layers[:2])
         layers = state.layers._replace(keys=keys, values=values)
-        state = text_decoder.State(layers, jnp.repeat(state.count, self.beams))
+        state = text_decoder.State(layers, jnp.repeat(state.count, self.beams), state.sees)
 
         def goes_on(carry):
             at, found, _ = carry

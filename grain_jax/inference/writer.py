@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -15,15 +15,9 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.inference import inputs, jitted, rerank
 from grain_jax.inference import text_decoder as decoding
-from grain_jax.inference.inputs import InputError, OneOrMany
+from grain_jax.inference.inputs import InputError, OneOrMany, Tokens
 from grain_jax.inference.text_decoder import Given, Pointed, Written
 from grain_jax.runtime import checkpoint
-
-
-class Tokens(NamedTuple):
-    """What the image tower gives for images, computed once for any number of boxes and texts."""
-
-    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
 
 
 class Writer:
@@ -67,7 +61,7 @@ class Writer:
         decoding.check_beams(beams)
         found = []
         for tokens, _ in self._token_parts(images):
-            none = [np.zeros((1, 4), np.float32)] * len(tokens)
+            none = [np.zeros((1, 4), np.float32)] * len(tokens.values)
             found += self._write(given, "caption", tokens, none, beams, steps)
         return [written for (written,) in found]
 
@@ -249,7 +243,7 @@ class Writer:
         ask = lambda _, *given: self.caption_log_likelihood(*given)
         likelihood: list[np.ndarray] = [np.zeros(0)]
         for part, (own,) in self._token_parts(tokens, texts=lists):
-            likelihood += rerank.log_likelihoods(ask, Tokens(part), own)
+            likelihood += rerank.log_likelihoods(ask, part, own)
         found = rerank.parts(stage, np.concatenate(likelihood), image_embed, text_embed)
         return rerank.ordered(stage, found, self.logit_scale, weight)
 
@@ -263,17 +257,18 @@ class Writer:
 
     def _token_parts(
         self, images: OneOrMany | Tokens, **lists: list[Any]
-    ) -> Iterator[tuple[np.ndarray, list[list[Any]]]]:
-        """(tokens [b, N, E] of some images, of each of the lists what belongs to them), some images after others.
+    ) -> Iterator[tuple[Tokens, list[list[Any]]]]:
+        """(the tokens of some images, of each of the lists what belongs to them), some images after others.
 
         Raises InputError: the lists are of another number of images.
         """
-        program, done = jitted.program(self.model, self.dtype, "image_tokens"), 0
+        program, done = jitted.tokens_program(self.model, self.dtype), 0
         for part in self._rows(images):
-            tokens = part if isinstance(images, Tokens) else self._run(program, part)
-            own = [values[done : done + len(tokens)] for values in lists.values()]
-            done += len(tokens)
-            if all(len(x) == len(tokens) for x in own):
+            tokens = part if isinstance(part, Tokens) else self._run(program, part)
+            count = len(tokens.values)
+            own = [values[done : done + count] for values in lists.values()]
+            done += count
+            if all(len(x) == count for x in own):
                 yield tokens, own
         for name, values in lists.items():
             if len(values) != done:

@@ -15,9 +15,9 @@ import tensorflow as tf
 from etils import epath
 
 from grain_jax.config import Config, TextTower
-from grain_jax.core import named
+from grain_jax.core import images, named
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
+from grain_jax.input_pipeline import assemble, image_shapes, order, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 from grain_jax.input_pipeline.text_cleaning import Texts
@@ -37,7 +37,7 @@ _TEXTS_OF_TEACHER = {  # field of a Batch -> texts and their mask, as transforms
 
 
 def check(config: Config) -> None:
-    """Warns where hard negatives are asked for and no set has any.
+    """Warns where hard negatives are asked for and no set has any, and where shapes are and a set has lost them.
 
     Raises:
       DataError: no set has any, and `loss.hard_negative` needs them.
@@ -46,6 +46,9 @@ def check(config: Config) -> None:
     """
     found = record_files.find(config)
     _teachers(config, found)
+    for one in found if config.input.sequence_lengths else ():
+        if one.squashed:
+            logging.warning("%s", lost_shape(one))
     if not config.input.negatives_per_region or any(one.has_negatives for one in found):
         return
     names = ", ".join(repr(one.source.name) for one in found)
@@ -56,6 +59,14 @@ def check(config: Config) -> None:
             " --passes negatives) and build the set again, or set loss.hard_negative=0"
         )
     logging.warning("%s", got)
+
+
+def lost_shape(one: record_files.RecordSet) -> str:
+    """A line about a set of squashed images."""
+    return (
+        f"{one.source.name!r} has images that were squashed to {one.squashed} x {one.squashed}, so their shape is lost and"
+        f" input.sequence_lengths sees squares; build it again with --store-size {one.squashed} --fit inside"
+    )
 
 
 def _teachers(config: Config, sets: Sequence[record_files.RecordSet]) -> list[Any]:
@@ -100,41 +111,76 @@ def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
     ]
 
 
+def image_sizes(config: Config) -> list[np.ndarray]:
+    """Height and width of a sample of the images of each set, int64 [n, 2]; none of a set that has lost them.
+
+    Raises: as `record_files.find`; DataError where a record cannot be read.
+    """
+    return [
+        np.zeros((0, 2), np.int64) if one.squashed else _sizes(one)
+        for one in record_files.find(config)
+    ]
+
+
+def _sizes(one: record_files.RecordSet) -> np.ndarray:
+    """Height and width of images, of their headers, where they were squashed of the record."""
+    names = {"image": transforms.FEATURES["image"]} | transforms.ORIGINAL_SIZE
+    found = []
+    for fields in _first_records(one, names, image_shapes.IMAGES):
+        original = fields["original_size"]
+        if len(original) == 2:
+            found.append(original)
+            continue
+        try:
+            found.append(images.header(fields["image"], orientation="file").size[::-1])
+        except images.ImageError as error:
+            raise DataError(f"{one.directory}: {error}; {_ADVICE}") from None
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
 def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
     """Lengths of the texts of the first records of shards that are spread over the set; no image is decoded."""
+    features = {k: v for k, v in transforms.FEATURES.items() if k not in ("image", "regions/bbox")}
+    if one.has_negatives:
+        features |= transforms.NEGATIVES
+    found = []
+    for fields in _first_records(one, features, text_lengths_lib.IMAGES):
+        names = ("captions", "synthetic_caption", "regions/description", "regions/score")
+        web, synthetic, descriptions, scores = (fields[name] for name in names)
+        best = text_lengths_lib.best_first(descriptions, scores)
+        texts = ([text for text in web if text], synthetic, best)
+        if one.has_negatives:
+            flat, counts = (fields[name] for name in transforms.NEGATIVES)
+            of_regions = np.split(flat, np.cumsum(counts)[:-1])
+            texts += (text_lengths_lib.best_first(of_regions, scores),)
+        found.append(texts)
+    return text_lengths_lib.of_texts(
+        found,
+        tokenizer.of_tower(tower),
+        name=repr(one.source.name),
+        tokenizer=tower.tokenizer,
+        records=sum(shard.num_records for shard in one.shards),
+    )
+
+
+def _first_records(
+    one: record_files.RecordSet, features: Mapping[str, Any], number: int
+) -> Iterator[dict[str, Any]]:
+    """These features of the first records of shards that are spread over the set, about so many. Raises DataError."""
     shards = [shard for shard in one.shards if shard.num_records]
     chosen = [
         shards[i] for i in np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int)
     ]
     chosen = list(dict.fromkeys(chosen))
-    each = -(-text_lengths_lib.IMAGES // len(chosen))
-    features = {k: v for k, v in transforms.FEATURES.items() if k not in ("image", "regions/bbox")}
-    if one.has_negatives:
-        features |= transforms.NEGATIVES
-    images = []
+    each = -(-number // len(chosen))
     for shard in chosen:
         try:
             for record in tf.data.TFRecordDataset(shard.path, buffer_size=_READ_BYTES).take(each):
-                fields = tf.io.parse_single_example(record, features)
-                names = ("captions", "synthetic_caption", "regions/description", "regions/score")
-                web, synthetic, descriptions, scores = (fields[name].numpy() for name in names)
-                best = text_lengths_lib.best_first(descriptions, scores)
-                texts = ([text for text in web if text], synthetic, best)
-                if one.has_negatives:
-                    flat, counts = (fields[name].numpy() for name in transforms.NEGATIVES)
-                    of_regions = np.split(flat, np.cumsum(counts)[:-1])
-                    texts += (text_lengths_lib.best_first(of_regions, scores),)
-                images.append(texts)
+                fields = tf.io.parse_single_example(record, dict(features))
+                yield {name: value.numpy() for name, value in fields.items()}
         except DAMAGE as error:
             reason = str(error.message).splitlines()[0][:200]
             raise DataError(f"{shard.path}: {reason}; {_ADVICE}") from None
-    return text_lengths_lib.of_texts(
-        images,
-        tokenizer.of_tower(tower),
-        name=repr(one.source.name),
-        tokenizer=tower.tokenizer,
-        records=sum(shard.num_records for shard in shards),
-    )
 
 
 def batches(
@@ -208,8 +254,7 @@ def _batches(
         try:
             columns: Any = next(iterator)  # arrays, typed as one
         except DAMAGE as error:
-            transform = transforms.Transform(config)
-            raise _damage(lanes, per_lane, step, transform, error) from None
+            raise _damage(lanes, per_lane, step, config, error) from None
         for fault in filter(None, (one.fault for one in comparisons.values())):
             raise DataError(fault)
         of_teacher = joined.embeddings(columns) if joined else {}
@@ -272,14 +317,20 @@ def _dataset(
     position = start_step * per_lane
     streams = [_mixed_stream(lane, position, comparisons, joined).batch(per_lane) for lane in lanes]
     transform = transforms.Transform(config)
+    # The length of a batch is known from its step, before an image is decoded.
+    given = {"length": _lengths(config, start_step)} if config.input.sequence_lengths else {}
 
-    def transformed(record, draws, *places):
-        columns = transform(record, draws)
+    def together(parts, given):
+        columns = tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
+        rows = tf.shape(columns[0])[:1]
+        return columns, {name: tf.broadcast_to(value, rows) for name, value in given.items()}
+
+    def transformed(columns, given):
+        record, draws, *places = columns
+        columns = transform(record, draws, **given)
         return columns | {"places": places[0]} if places else columns
 
-    dataset = tf.data.Dataset.zip(tuple(streams)).map(
-        lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
-    )
+    dataset = tf.data.Dataset.zip((tuple(streams), given)).map(together)
     dataset = dataset.unbatch().map(
         transformed,
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
@@ -291,6 +342,20 @@ def _dataset(
     if config.input.reader_threads:
         options.threading.private_threadpool_size = config.input.reader_threads
     return dataset.with_options(options)
+
+
+def _lengths(config: Config, start_step: int) -> tf.data.Dataset:
+    """`order.sequence_length` of each step from that one on, int32 []."""
+    if len(set(config.input.sequence_lengths or ())) == 1:
+        return tf.data.Dataset.from_tensors(order.sequence_length(config, 0)).repeat()
+
+    def of_step(step):
+        length = tf.numpy_function(
+            lambda step: np.int32(order.sequence_length(config, int(step))), [step], tf.int32
+        )
+        return tf.ensure_shape(length, [])
+
+    return tf.data.Dataset.range(start_step, _ENDLESS).map(of_step)
 
 
 def _mixed_stream(
@@ -387,11 +452,13 @@ def _damage(
     lanes: list[order.MixedLane],
     per_lane: int,
     step: int,
-    transform: transforms.Transform,
+    config: Config,
     error: tf.errors.OpError,
 ) -> DataError:
     """The error that names the record of the step that cannot be read; reads each again, one by one."""
     begin, end = step * per_lane, (step + 1) * per_lane
+    transform = transforms.Transform(config)
+    length = order.sequence_length(config, step) if config.input.sequence_lengths else None
     stretches = [
         (stream, range(first, last))
         for lane in lanes
@@ -415,7 +482,7 @@ def _damage(
         stream = _lane_stream(lane, positions.start)
         for position, (record, draws) in zip(positions, stream):
             try:
-                transform(record, draws)
+                transform(record, draws, length)
             except tf.errors.InvalidArgumentError as fault:
                 path, index = lane.locate(position)
                 reason = str(fault.message).splitlines()[0][:200]

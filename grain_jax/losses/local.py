@@ -65,6 +65,8 @@ class Seen(NamedTuple):
     views: Any  # terms.views.Views of the images: crops, flips, colours; None without `input.views`
     state: Mapping[str, Array]  # of the term, from `LocalTerm.initial_state` and `update`
     share: Array  # float32 [], of the steps since the term came on: 0 in its first one
+    # models.places.Places of the patch tokens, of images in their own shape or some of their patches; None: a full square
+    places: Any = None
 
 
 class LocalTerm(nn.Module):
@@ -90,6 +92,8 @@ class LocalTerm(nn.Module):
     Options: ClassVar[type] = config_lib.NoOptions
     # Whether `across` replaces the loss of `__call__`.
     is_global: ClassVar[bool] = False
+    # Whether it reads `Seen.places`: patch tokens may be no full square, and some of them not real.
+    any_grid: ClassVar[bool] = False
 
     @classmethod
     def group(cls, options: Any) -> int:

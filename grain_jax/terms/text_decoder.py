@@ -66,6 +66,7 @@ class TextDecoderTerm(LocalTerm):
     """
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
 
     @classmethod
     def group(cls, options: Any) -> int:
@@ -146,12 +147,12 @@ class TextDecoderTerm(LocalTerm):
         if options.stop_gradient:
             patches = jax.lax.stop_gradient(patches)
         keys = _folded(seen.keys, _DROPOUT) if options.dropout else None
-        is_read = jnp.ones(len(patches), bool)
+        is_read, places = jnp.ones(len(patches), bool), seen.places
         if options.group > 1:
             is_read, read = _of_groups(seen.keys, options.group)
-            drawn, patches, keys = jax.tree.map(read, (drawn, patches, keys))
+            drawn, patches, keys, places = jax.tree.map(read, (drawn, patches, keys, places))
         rows, score = drawn.rows, drawn.score
-        features = self.decoder.features(patches, rows, keys)
+        features = self.decoder.features(patches, rows, keys, places)
         if options.most_predictions < options.row_length:  # these alone
             at = jnp.argsort(~rows.predicted, axis=1, stable=True)[:, : options.most_predictions]
             features = jnp.take_along_axis(features, at[..., None], axis=1)

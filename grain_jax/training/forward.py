@@ -183,15 +183,21 @@ class Forward:
         outputs, features = apply("outputs_and_features", batch, keys)
         of_step = self.given_at_step_0(params) if given is None else given
         if keys is None:
-            keys = jax.vmap(jax.random.key)(jnp.zeros(batch.image.shape[0], jnp.uint32))
+            keys = jax.vmap(jax.random.key)(jnp.zeros(batch.caption_mask.shape[0], jnp.uint32))
         with jax.named_scope(TERMS), jax.named_scope(VIEWS):  # the same for all terms
             made = views.make(batch.image, _folded(keys, VIEWS), self.config.input.views)
         teacher = teacher_lib.of_step(self.config, of_step.teacher, params, batch)
 
         def seen(name: str) -> local.Seen:
+            if features.places is not None and not self.terms[name].any_grid:
+                raise errors.UserError(
+                    f"loss.terms.{name}: got images in their own shape, or some of their patches, expected full squares; a"
+                    " term with any_grid = True takes others"
+                )
             return local.Seen(
                 batch=batch,
                 tokens=features.tokens,
+                places=features.places,
                 hidden=features.hidden,
                 text_features=features.text,
                 outputs=outputs,

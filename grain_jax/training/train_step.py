@@ -243,7 +243,7 @@ def make_train_step(
     forward = forward_lib.Forward(model, part, mesh)
 
     def train_step(state: TrainState, batch: schema.Batch):
-        keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
+        keys = dropout_keys(config.seed, state.step, jnp.arange(batch.caption_mask.shape[0]))
         given = None
         if forward.terms:
             share = state.step.astype(jnp.float32) / total_steps

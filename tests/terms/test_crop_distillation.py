@@ -90,8 +90,8 @@ def case(name):
     model = GRAIN(c.model)
     of_model = {"image_projection": {"kernel": projection}, "logit_scale": np.float32(2)}
 
-    def student(method, tokens):
-        return model.apply({"params": of_model}, tokens, method=method)
+    def student(method, *tokens_and_places):
+        return model.apply({"params": of_model}, *tokens_and_places, method=method)
 
     seen = fake.seen(c, Teacher(width), student, leading)
     seen.batch.region_boxes_cxcywh[2, 0, 2:] = [0, 0.3]  # without an area
