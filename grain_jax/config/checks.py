@@ -258,14 +258,23 @@ def _views(config: Config) -> Iterator[str]:
         )
 
 
+def lengths_fault(lengths: Sequence[int]) -> str:
+    """What is wrong with these numbers of patches an image, or ""."""
+    if lengths and (
+        min(lengths) < 1 or max(lengths) > fields.WIDEST or len({*lengths}) < len(lengths)
+    ):
+        return f"got {tuple(lengths)}, expected different numbers of patches, each 1 to {fields.WIDEST}"
+    return ""
+
+
 def _lengths(config: Config) -> Iterator[str]:
     """Those of `input.sequence_lengths`."""
     lengths, image = config.input.sequence_lengths, config.model.image
     key = f"input.sequence_lengths: got {lengths}"
     if not lengths:
         return
-    if min(lengths) < 1 or max(lengths) > fields.WIDEST or len({*lengths}) < len(lengths):
-        yield f"{key}, expected different numbers of patches, each 1 to {fields.WIDEST}"
+    if fault := lengths_fault(lengths):
+        yield f"input.sequence_lengths: {fault}"
     if not _takes(image, "takes_shapes"):
         yield (
             f"{key} with the tower {image.tower}, which takes squares alone; expected (), or a tower with"
