@@ -55,7 +55,8 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         tolerance=TOLERANCE,
     )
     proof = parity.report(found, f"{read_from} in float32", given)
-    output.save(folder, model, packed, source, proof, read_from, text_decoder)
+    kept = proof, read_from, text_decoder, stored.sequence_lengths
+    output.save(folder, model, packed, source, *kept)
     said = output.carry_weight(stored, folder)
     return proof.after(
         f"pack: {read_from} -> {folder}",

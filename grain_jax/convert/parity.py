@@ -12,7 +12,8 @@ from jax import tree_util
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.core import errors
+from grain_jax.core import errors, patches, schema
+from grain_jax.inference import jitted
 
 TOLERANCE = 1e-5  # of max|b|, float32
 # Given boxes of every image, xyxy in [0, 1]: the image, a part of it, one over its edge, a point.
@@ -20,6 +21,9 @@ BOXES = np.array(
     [[0, 0, 1, 1], [0.1, 0.3, 0.45, 0.5], [0.7, 0.8, 1.2, 1.1], [0.5, 0.5, 0.5, 0.5]], np.float32
 )
 NOT_PROVEN = "NOT PROVEN"
+OWN_SHAPE = "image_embed, shapes"  # the output of images in their own shape
+_RATIOS = ((1, 1), (1, 2), (2, 1), (1, 4), (3, 1))  # height to width
+_LONGEST = 1024
 
 
 class ParityError(errors.UserError):
@@ -112,6 +116,27 @@ def inputs_of(model: config_lib.Model) -> Inputs:
         ids = given.token_ids
         given = given._replace(token_ids=np.where(ids == 0, np.int32(text.pad_id), ids))
     return given
+
+
+def own_shapes(model: config_lib.Model, length: int, seed: int = 0) -> schema.Patches:
+    """Random images of five aspect ratios from 1:4 to 3:1 in at most `length` patches each, float32, normalised.
+
+    Of more than 1024 patches 1024.
+    """
+    rng, patch, most = np.random.default_rng(seed), model.image.patch_size, min(length, _LONGEST)
+    sides = np.array(_RATIOS) * most
+    grid = np.stack(patches.grid(*sides.T, 1, most), axis=-1)
+    pixels = rng.standard_normal((len(grid), most, 3 * patch**2)).astype(np.float32)
+    pixels[np.arange(most) >= grid.prod(1, keepdims=True)] = 0
+    return schema.Patches(pixels, grid)
+
+
+def shaped_outputs(
+    model: config_lib.Model, params: Any, given: schema.Patches
+) -> dict[str, np.ndarray]:
+    """The image embeddings of our model for images in their own shape, by the name of the output."""
+    found, *_ = jitted.image_program(model, "float32")(params, given)
+    return {OWN_SHAPE: np.asarray(found)}
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
