@@ -89,7 +89,7 @@ def to_hf(
         return hugging_face.write_towers(alone, folder, repo, unknown).after(*lines)
     lines = []
     if found.model.decoder is None:
-        kind, faults = reasons.of_hugging_face(found.model)
+        kind, faults = reasons.of_hugging_face(found.model, found.sequence_lengths)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
         if found.text_decoder is not None:
             keys.append("the text decoder")

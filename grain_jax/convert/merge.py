@@ -33,7 +33,7 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
             " has, every other command takes this one as it is"
         )
     merged = stored.merged()
-    given = parity.inputs_of(stored.model)
+    given = parity.inputs_of(stored.model, stored.sequence_lengths)
     with lora.beside(stored.lora):
         apart = parity.outputs(stored.model, stored.params, given)
     found = parity.compare(parity.outputs(stored.model, merged, given), apart)

@@ -4,9 +4,10 @@ The other side is an independent implementation: transformers, open_clip, big_vi
 its package the report says NOT PROVEN; a round trip through our own code would prove nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import tree_util
 
@@ -21,7 +22,6 @@ BOXES = np.array(
     [[0, 0, 1, 1], [0.1, 0.3, 0.45, 0.5], [0.7, 0.8, 1.2, 1.1], [0.5, 0.5, 0.5, 0.5]], np.float32
 )
 NOT_PROVEN = "NOT PROVEN"
-OWN_SHAPE = "image_embed, shapes"  # the output of images in their own shape
 _RATIOS = ((1, 1), (1, 2), (2, 1), (1, 4), (3, 1))  # height to width
 _LONGEST = 1024
 
@@ -33,8 +33,14 @@ class ParityError(errors.UserError):
 class Inputs(NamedTuple):
     """The inputs of both sides."""
 
-    images: np.ndarray  # float32 [N, S, S, 3], normalised; or uint8
+    # float32 [N, S, S, 3], normalised; or uint8. Or Patches, float32: images in their own shape.
+    images: Any
     token_ids: np.ndarray  # int32 [N, L]: start (V - 2), words, end (V - 1), zeros
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(jax.tree.leaves(self.images)[0])
 
 
 class Comparison(NamedTuple):
@@ -107,14 +113,16 @@ def inputs(
     return Inputs(images.astype(np.float32), ids.astype(np.int32))
 
 
-def inputs_of(model: config_lib.Model) -> Inputs:
-    """`inputs` in the sizes of a model."""
+def inputs_of(model: config_lib.Model, sequence_lengths: Sequence[int] = ()) -> Inputs:
+    """`inputs` in the sizes of a model; of one of images in their own shape `own_shapes` of its longest length."""
     text = model.text
     sizes = model.image.image_size, text.vocab_size, text.context_length
     given = inputs(*sizes, end_id=text.end_id)
     if text.pool == "masked_mean":  # which does not see the padding
         ids = given.token_ids
         given = given._replace(token_ids=np.where(ids == 0, np.int32(text.pad_id), ids))
+    if sequence_lengths:
+        given = given._replace(images=own_shapes(model, max(sequence_lengths)))
     return given
 
 
@@ -131,14 +139,6 @@ def own_shapes(model: config_lib.Model, length: int, seed: int = 0) -> schema.Pa
     return schema.Patches(pixels, grid)
 
 
-def shaped_outputs(
-    model: config_lib.Model, params: Any, given: schema.Patches
-) -> dict[str, np.ndarray]:
-    """The image embeddings of our model for images in their own shape, by the name of the output."""
-    found, *_ = jitted.image_program(model, "float32")(params, given)
-    return {OWN_SHAPE: np.asarray(found)}
-
-
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
     """`outputs_of` a model with its parameters, in float32."""
     return outputs_of(inference.Predictor(model, params), given)
@@ -147,6 +147,8 @@ def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np
 def outputs_of(predictor: inference.Predictor, given: Inputs) -> dict[str, np.ndarray]:
     """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
     out = {"text_embed": predictor.encode_text(given.token_ids)}
+    if isinstance(given.images, schema.Patches):
+        return out | of_shapes(predictor, given.images)
     if predictor.model.boxes.kind != "none":
         boxes = np.repeat(BOXES[None], len(given.images), axis=0)
         out["box_embed"] = np.stack(predictor.encode_boxes(given.images, boxes))
@@ -155,6 +157,19 @@ def outputs_of(predictor: inference.Predictor, given: Inputs) -> dict[str, np.nd
     image_embed, regions = predictor.encode_image_and_regions(given.images)
     of_regions = dict(region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
     return out | of_regions | {"image_embed": image_embed}
+
+
+def of_shapes(predictor: inference.Predictor, given: schema.Patches) -> dict[str, np.ndarray]:
+    """The outputs of our model for images in their own shape, as `outputs_of` names them."""
+    sizes = predictor.model, predictor.dtype
+    found = jitted.image_program(*sizes)(predictor.params, given)
+    names = ("image_embed", *(("region_embed", "boxes_xyxy") if predictor.has_regions else ()))
+    out = dict(zip(names, found))
+    if predictor.model.boxes.kind != "none":
+        boxes = np.repeat(BOXES[None], len(given.grid), axis=0)
+        encode = jitted.program(*sizes, "encode_boxes")
+        out["box_embed"] = encode(predictor.params, given, boxes)
+    return {name: np.asarray(x, np.float32) for name, x in out.items()}
 
 
 def compare(
@@ -200,7 +215,7 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
       other_side: its name, such as "transformers 5.24.0".
       given: the inputs, where they come from `inputs`.
     """
-    of = f", {len(given.images)} images and {len(given.token_ids)} texts" if given else ""
+    of = f", {given.count} images and {len(given.token_ids)} texts" if given else ""
     lines = [
         f"parity: our outputs against {other_side}{of}",
         f"{'output':20} {'max|a-b|/max|b|':>15} {'cosine':>12} {'tolerance':>10}",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax import inference
 from grain_jax.convert import archives, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip.checkpoint import SCALARS, Checkpoint, group
@@ -24,7 +25,9 @@ _STEERING = (
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
     *("_experts_implementation", "quantization_config", "return_dict"),
 )
-_MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out
+_OWN_SHAPES = "image_embed, shapes"  # the output of images in their own shape
+_MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out_OWN_SHAPES = "image_embed, shapes"  # the output of images in their own shape
+
 
 class Built(NamedTuple):
     """The other side."""
@@ -32,7 +35,9 @@ class Built(NamedTuple):
     package: str
     module: Any  # of torch
     encode: Callable  # (module, images, ids) -> both embeddings
-    encode_shapes: Callable | None = None  # (module, pixels [B, N, p*p*3], grid [B, 2]) -> embeddings
+    encode_shapes: Callable | None = (
+        None  # (module, pixels [B, N, p*p*3], grid [B, 2]) -> embeddings
+    )
 
 
 def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
@@ -60,15 +65,16 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
     if not is_tips:
         _load(checkpoint, built.package, built.module)
     images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
-    module, ours = built.module.eval(), parity.outputs(model, params, given)
+    module, predictor = built.module.eval(), inference.Predictor(model, params)
+    ours = parity.outputs_of(predictor, given)
     with torch.no_grad():
         image, text = built.encode(module, images, torch.from_numpy(given.token_ids).long())
         theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
         if checkpoint.sequence_lengths and built.encode_shapes is not None:
             shapes = parity.own_shapes(model, checkpoint.sequence_lengths[0])
             found = built.encode_shapes(module, *map(torch.from_numpy, shapes))
-            theirs[parity.OWN_SHAPE] = found.numpy()
-            ours |= parity.shaped_outputs(model, params, shapes)
+            theirs[_OWN_SHAPES] = found.numpy()
+            ours[_OWN_SHAPES] = parity.of_shapes(predictor, shapes)["image_embed"]
     return parity.report(parity.compare(ours, theirs), built.package, given)
 
 

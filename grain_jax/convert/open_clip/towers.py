@@ -83,9 +83,7 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
     return prefix, rows, stated._replace(fields={**stated.fields, **dict(zip(keys, pixels))})
 
 
-def _naflex(
-    checkpoint: Checkpoint, cfg: Mapping[str, Any]
-) -> tuple[str, list[NamePair], Stated]:
+def _naflex(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> tuple[str, list[NamePair], Stated]:
     """As `_image`, of timm's NaFlex transformer inside open_clip: SigLIP 2's, whose positions are resized bilinearly."""
     name, options = cfg.get("timm_model_name"), cfg.get("timm_model_kwargs")
     if name is not None and not re.fullmatch(r"naflexvit_\w+_siglip(\..*)?", name):
