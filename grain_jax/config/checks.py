@@ -155,7 +155,7 @@ def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:
 
 
 def _takes(tower: fields.ImageTower, what: str) -> bool:
-    """Whether the tower's class says so (models/towers.py: any_size, takes_shapes), as far as it may be imported."""
+    """Whether the tower's class says so (models/towers.py: any_size, any_grid), as far as it may be imported."""
     if not named.is_external(tower.tower) or not named.may_import(tower.tower):
         return True
     return getattr(named.find("tower", tower.tower, {}), what, False)
@@ -275,10 +275,10 @@ def _lengths(config: Config) -> Iterator[str]:
         return
     if fault := lengths_fault(lengths):
         yield f"input.sequence_lengths: {fault}"
-    if not _takes(image, "takes_shapes"):
+    if not _takes(image, "any_grid"):
         yield (
             f"{key} with the tower {image.tower}, which takes squares alone; expected (), or a tower with"
-            " takes_shapes = True"
+            " any_grid = True"
         )
 
 

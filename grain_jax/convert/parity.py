@@ -14,7 +14,6 @@ from jax import tree_util
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import errors, patches, schema
-from grain_jax.inference import jitted
 
 TOLERANCE = 1e-5  # of max|b|, float32
 # Given boxes of every image, xyxy in [0, 1]: the image, a part of it, one over its edge, a point.
@@ -41,6 +40,12 @@ class Inputs(NamedTuple):
     def count(self) -> int:
         """The number of images."""
         return len(jax.tree.leaves(self.images)[0])
+
+    @property
+    def sequence_length(self) -> int:
+        """Patches an image of images in their own shape; 0: squares."""
+        is_shaped = isinstance(self.images, schema.Patches)
+        return self.images.pixels.shape[1] if is_shaped else 0
 
 
 class Comparison(NamedTuple):
@@ -141,35 +146,21 @@ def own_shapes(model: config_lib.Model, length: int, seed: int = 0) -> schema.Pa
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
     """`outputs_of` a model with its parameters, in float32."""
-    return outputs_of(inference.Predictor(model, params), given)
+    predictor = inference.Predictor(model, params, sequence_length=given.sequence_length)
+    return outputs_of(predictor, given)
 
 
 def outputs_of(predictor: inference.Predictor, given: Inputs) -> dict[str, np.ndarray]:
     """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
     out = {"text_embed": predictor.encode_text(given.token_ids)}
-    if isinstance(given.images, schema.Patches):
-        return out | of_shapes(predictor, given.images)
     if predictor.model.boxes.kind != "none":
-        boxes = np.repeat(BOXES[None], len(given.images), axis=0)
+        boxes = np.repeat(BOXES[None], given.count, axis=0)
         out["box_embed"] = np.stack(predictor.encode_boxes(given.images, boxes))
     if not predictor.has_regions:
         return out | {"image_embed": predictor.encode_image(given.images)}
     image_embed, regions = predictor.encode_image_and_regions(given.images)
     of_regions = dict(region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
     return out | of_regions | {"image_embed": image_embed}
-
-
-def of_shapes(predictor: inference.Predictor, given: schema.Patches) -> dict[str, np.ndarray]:
-    """The outputs of our model for images in their own shape, as `outputs_of` names them."""
-    sizes = predictor.model, predictor.dtype
-    found = jitted.image_program(*sizes)(predictor.params, given)
-    names = ("image_embed", *(("region_embed", "boxes_xyxy") if predictor.has_regions else ()))
-    out = dict(zip(names, found))
-    if predictor.model.boxes.kind != "none":
-        boxes = np.repeat(BOXES[None], len(given.grid), axis=0)
-        encode = jitted.program(*sizes, "encode_boxes")
-        out["box_embed"] = encode(predictor.params, given, boxes)
-    return {name: np.asarray(x, np.float32) for name, x in out.items()}
 
 
 def compare(

@@ -59,7 +59,11 @@ def of_batch(batch: schema.Batch) -> jax.Array:
         for name, value in batch._asdict().items()
         if value is not None and name not in ("image", "text_counts", "caption_mask")
     )
-    red, green, blue = jnp.moveaxis(batch.image.astype(jnp.uint32), -1, 0)  # a word a pixel
+    image = batch.image
+    if isinstance(image, schema.Patches):
+        examples += of_array(image.grid, "grid")
+        image = image.pixels.reshape(*image.pixels.shape[:2], -1, 3)
+    red, green, blue = jnp.moveaxis(image.astype(jnp.uint32), -1, 0)  # a word a pixel
     return jnp.stack([examples, of_array(red | green << 8 | blue << 16, "image")])
 
 

@@ -208,7 +208,8 @@ def our_patches(tower: config_lib.ImageTower, lengths: reasons.Lengths) -> schem
 
 def our_outputs(source: Source, given: parity.Inputs) -> dict[str, np.ndarray]:
     """The outputs of a two-tower model, and its logits [images, texts]."""
-    predictor = inference.Predictor(source.model, source.params)
+    sizes = source.model, source.params
+    predictor = inference.Predictor(*sizes, sequence_length=given.sequence_length)
     ours = parity.outputs_of(predictor, given)
     logits = predictor.logit_scale * ours["image_embed"] @ ours["text_embed"].T
     return ours | {"logits": logits + (predictor.logit_bias or 0.0)}

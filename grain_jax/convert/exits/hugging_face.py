@@ -381,7 +381,8 @@ def _prove_vision(
     model = source.model
 
     def outputs(module, given, images, path):
-        predictor = inference.Predictor(model, source.params)
+        length = given.sequence_length
+        predictor = inference.Predictor(model, source.params, sequence_length=length)
         program = jitted.program(model, "float32", "image_tokens")
         tokens = np.asarray(program(predictor.params, given.images))
         out = module(**images)
@@ -399,7 +400,7 @@ def _prove_vision(
         elif model.image.pool == "map" and model.image.projection == "none":
             pooled = out.pooler_output
             theirs["image_embed"] = (pooled / pooled.norm(dim=-1, keepdim=True)).numpy()
-            ours["image_embed"] = parity.outputs_of(predictor, given)["image_embed"]
+            ours["image_embed"] = predictor.encode_image(given.images)
         return ours, theirs
 
     return _prove(target, source, kind, outputs)

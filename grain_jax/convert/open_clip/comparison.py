@@ -65,8 +65,7 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
     if not is_tips:
         _load(checkpoint, built.package, built.module)
     images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
-    module, predictor = built.module.eval(), inference.Predictor(model, params)
-    ours = parity.outputs_of(predictor, given)
+    module, ours = built.module.eval(), parity.outputs(model, params, given)
     with torch.no_grad():
         image, text = built.encode(module, images, torch.from_numpy(given.token_ids).long())
         theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
@@ -74,7 +73,9 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
             shapes = parity.own_shapes(model, checkpoint.sequence_lengths[0])
             found = built.encode_shapes(module, *map(torch.from_numpy, shapes))
             theirs[_OWN_SHAPES] = found.numpy()
-            ours[_OWN_SHAPES] = parity.of_shapes(predictor, shapes)["image_embed"]
+            length = shapes.pixels.shape[1]
+            predictor = inference.Predictor(model, params, sequence_length=length)
+            ours[_OWN_SHAPES] = predictor.encode_image(shapes)
     return parity.report(parity.compare(ours, theirs), built.package, given)
 
 
