@@ -216,7 +216,7 @@ def search(
       task: a name of TASKS.
 
     Returns:
-      (the function of flat parameters, images uint8 [B, S, S, 3] and the inputs, its inputs beside those, without the axis
+      (the function of flat parameters, images uint8 [B, S, S, 3] or Patches and the inputs, its inputs beside those, without the axis
       of images). `caption` and `describe` (boxes_xyxy [4]) give the words as `tokens` int32 [B, n], of which `count` [B] are
       real; `point` (`tokens`: `count` words of a text, without special tokens) gives `box_xyxy` [B, 4]; and each the
       `log_probability` [B], in nats.
@@ -236,13 +236,15 @@ def search(
     encode = jitted.program(model, predictor.dtype, "image_tokens")
 
     def run(params, image, *arrays):
-        asked, shape = dict(zip(inputs, arrays)), (image.shape[0], 1)
+        asked, seen = dict(zip(inputs, arrays)), places.of_images(image, model.image.patch_size)
+        shape = (jax.tree.leaves(image)[0].shape[0], 1)
         words = asked.get("tokens", jnp.zeros(shape, jnp.int32))[:, None]
         count = asked.get("count", jnp.zeros(shape[:1], jnp.int32))[:, None]
         boxes = asked.get("boxes_xyxy", jnp.zeros((shape[0], BOX)))[:, None]
         is_there, tokens = jnp.ones(shape, bool), encode(of_model(params), image)
         own = tables.nested(params)[NAME]
-        found, count, score = program(own, tokens, words, count, is_there, is_there, boxes)
+        beside = [] if seen is None else [seen]
+        found, count, score = program(own, tokens, words, count, is_there, is_there, boxes, *beside)
         if task != "point":
             return {"tokens": found, "count": count, "log_probability": score}
         corners = given.vocabulary.boxes(found).reshape(shape[0], 2, 2)

@@ -11,10 +11,13 @@ import torch
 import transformers
 from timm.models import _registry, naflexvit
 
-from grain_jax.convert import towers
+import grain_jax
+from grain_jax.convert import export, huggingface, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.reference import names
 from grain_jax.core import patches, schema
 from grain_jax.inference import jitted
 from grain_jax.runtime import checkpoint
@@ -147,11 +150,12 @@ def test_naflex_of_open_clip_comes_in(naflex, tmp_path):
             from_open_clip(source / "m.pt", tmp_path / "wrong", NONE)
 
 
-def made(folder, **changes):
+def made(folder, has_text_decoder=False, **changes):
     """A saved model, of two lengths."""
     model = perturbed.tiny(**changes)
-    params = perturbed.params(model)
-    checkpoint.save_model(folder, model, params, source="test", sequence_lengths=(12, 24))
+    decoder = perturbed.decoder(model, depth=1) if has_text_decoder else None
+    lengths = dict(sequence_lengths=(12, 24))
+    checkpoint.save_model(folder, model, perturbed.params(model), decoder, **lengths)
     perturbed.write_words(folder, "unknown pad a photo of wren two dogs and cat s bowl long x")
     return folder
 
@@ -195,3 +199,74 @@ def test_lengths_that_are_none_are_refused(tmp_path):
     (source / "config.json").write_text(json.dumps(content | dict(sequence_lengths=[0])))
     with pytest.raises(checkpoint.CheckpointError, match=r"got \(0,\), expected different numbers"):
         checkpoint.load_stored(source)
+
+
+def test_grain_in_its_own_shapes(tmp_path, capsys):
+    """With regions, boxes and a text decoder: transformers, back, and StableHLO."""
+    source = made(
+        tmp_path / "ours",
+        image__depth=1,
+        text__depth=1,
+        image__registers=2,
+        text__causal=False,
+        text__pool="last",
+        boxes__kind="roi_align",
+        text__tokenizer="tokenizer.json",
+        has_text_decoder=True,
+    )
+    printed = run(capsys, "to-hf", source, tmp_path / "hf")
+    for name in ("pixels", "grid", "region_embed", "boxes_xyxy", "box_embed", "text_decoder"):
+        assert f"\n{name} " in printed
+    load: Any = lambda kind: kind.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, local_files_only=True
+    )
+    module, processor = load(transformers.AutoModel).eval(), load(transformers.AutoProcessor)
+    given = processor(images=images(), text=["a photo"])
+    predictor = grain_jax.load(tmp_path / "hf")
+    assert predictor.sequence_length == 24
+    with torch.no_grad():
+        found = module(**given)
+        written = module.caption(given["pixel_values"], spatial_shapes=given["spatial_shapes"])
+        image, regions = predictor.encode_image_and_regions(images())
+        foreign.close(image, found.image_embeds.numpy())
+        foreign.close(regions.embed, found.region_embeds.numpy())
+        for i, shape in enumerate(given["spatial_shapes"]):  # of each image alone, without padding
+            alone = given["pixel_values"][i, : shape.prod()][None]
+            caption = module.caption(alone, spatial_shapes=shape[None])[0].numpy()
+            assert (caption == written[i, : len(caption)].numpy()).all()
+    with pytest.raises(ValueError, match="spatial_shapes: got grids of more than the 24 patches"):
+        module.get_image_features(given["pixel_values"], torch.full((5, 2), 6))
+    run(capsys, "from-hf", tmp_path / "hf", tmp_path / "back")
+    assert checkpoint.load_stored(tmp_path / "back").sequence_lengths == (12, 24)
+    assert export.main(["--checkpoint", str(source), "--output", str(tmp_path / "hlo")]) == 0
+    printed = capsys.readouterr().out
+    for name in ("image: image_embed", "regions: region_embed", "boxes: box_embed"):
+        assert f"\n{name} " in printed
+    assert "\ncaption: tokens " in printed and "maps" not in printed
+    stated = json.loads((tmp_path / "hlo" / "model.json").read_text())
+    assert stated["functions"]["image"]["inputs"]["grid"] == "int32[b, 2]"
+    assert stated["image"]["sequence_length"] == 24
+
+
+OWN = dict(image__depth=1, text__depth=1, decoder=None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OWN | dict(image__pool="mean", image__rope="centres", boxes__kind="prompter"),
+        OWN | dict(image__pool="map", image__rope="grid", image__rope_grid=3),
+    ],
+    ids=["mean, centres, prompter", "map, grid"],
+)
+def test_the_torch_module_in_own_shapes(changes):
+    model = perturbed.tiny(**changes)
+    params = perturbed.params(model)
+    report = torch_module.prove(model, params, names.state_dicts(params), None, (24,))
+    assert report.verdict == "PROVEN" and "5 images" in report.text, report.text
+
+
+def test_squares_keep_their_files():
+    plain, shaped_too = (huggingface.code_of(perturbed.tiny(), has_shapes=x) for x in (False, True))
+    assert "Places" in shaped_too["modeling_grain.py"]
+    assert not any("Places" in text or "shapes>" in text for text in plain.values())
