@@ -117,14 +117,13 @@ def _functions(
         return {"text_embed": encode_texts(nested(params), tokens, end)}
 
     size, context = model.image.image_size, model.text.context_length
-    b, r, n = jax_export.symbolic_shape("b, r, n")
+    b, p, r, n = jax_export.symbolic_shape("b, p, r, n")
     rows, length = b, context
     if model.text.packable:  # another one sees its padding: rows as long as in training
         rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
     spec = jax.ShapeDtypeStruct
     images = {"image": spec((b, size, size, 3), np.uint8)}
     if predictor.sequence_length:
-        (p,) = jax_export.symbolic_shape("p", scope=b.scope)
         numbers = 3 * model.image.patch_size**2
         images = {"pixels": spec((b, p, numbers), np.uint8), "grid": spec((b, 2), np.int32)}
     texts = {"tokens": spec((rows, length), np.int32), "end": spec((rows,), np.int32)}

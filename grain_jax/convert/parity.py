@@ -137,8 +137,8 @@ def own_shapes(model: config_lib.Model, length: int, seed: int = 0) -> schema.Pa
     Of more than 1024 patches 1024.
     """
     rng, patch, most = np.random.default_rng(seed), model.image.patch_size, min(length, _LONGEST)
-    sides = np.array(_RATIOS) * most
-    grid = np.stack(patches.grid(*sides.T, 1, most), axis=-1)
+    height, width = np.array(_RATIOS).T * most
+    grid = np.stack(patches.grid(height, width, 1, most), axis=-1)
     pixels = rng.standard_normal((len(grid), most, 3 * patch**2)).astype(np.float32)
     pixels[np.arange(most) >= grid.prod(1, keepdims=True)] = 0
     return schema.Patches(pixels, grid)

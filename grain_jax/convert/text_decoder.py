@@ -168,7 +168,7 @@ def logits(
     decoder: StoredDecoder,
     model: config_lib.Model,
     params: Any,
-    images: np.ndarray | schema.Patches,
+    images: Any,
     tokens: Any,
 ) -> np.ndarray:
     """What follows each token of a sequence an image, float32 [B, T, vocabulary].

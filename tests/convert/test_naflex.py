@@ -101,8 +101,8 @@ def naflex(monkeypatch):
 
 
 def test_naflex_of_open_clip_comes_in(naflex, tmp_path):
-    vision = dict(timm_model_name=naflex, timm_pool="map", timm_proj="none", image_size=64)
-    text = dict(context_length=8, vocab_size=50, width=24, heads=2, layers=1, proj_bias=True)
+    vision: Any = dict(timm_model_name=naflex, timm_pool="map", timm_proj="none", image_size=64)
+    text: Any = dict(context_length=8, vocab_size=50, width=24, heads=2, layers=1, proj_bias=True)
     text |= dict(no_causal_mask=True, pool_type="last", norm_kwargs=dict(eps=1e-6))
     text |= dict(act_kwargs=dict(approximate="tanh"))
     module = foreign.perturb(open_clip.CustomTextCLIP(128, vision, text, init_logit_bias=-3.0))
@@ -150,12 +150,11 @@ def test_naflex_of_open_clip_comes_in(naflex, tmp_path):
             from_open_clip(source / "m.pt", tmp_path / "wrong", NONE)
 
 
-def made(folder, has_text_decoder=False, **changes):
-    """A saved model, of two lengths."""
+def made(folder, **changes: Any):
+    """A saved model, of two lengths; with a decoder it has a text decoder, too."""
     model = perturbed.tiny(**changes)
-    decoder = perturbed.decoder(model, depth=1) if has_text_decoder else None
-    lengths = dict(sequence_lengths=(12, 24))
-    checkpoint.save_model(folder, model, perturbed.params(model), decoder, **lengths)
+    decoder = perturbed.decoder(model, depth=1) if model.decoder is not None else None
+    checkpoint.save_model(folder, model, perturbed.params(model), decoder, (12, 24))
     perturbed.write_words(folder, "unknown pad a photo of wren two dogs and cat s bowl long x")
     return folder
 
@@ -201,7 +200,7 @@ def test_lengths_that_are_none_are_refused(tmp_path):
         checkpoint.load_stored(source)
 
 
-def test_grain_in_its_own_shapes(tmp_path, capsys):
+def test_grain_in_its_own_shapes(tmp_path, capsys, monkeypatch):
     """With regions, boxes and a text decoder: transformers, back, and StableHLO."""
     source = made(
         tmp_path / "ours",
@@ -212,7 +211,6 @@ def test_grain_in_its_own_shapes(tmp_path, capsys):
         text__pool="last",
         boxes__kind="roi_align",
         text__tokenizer="tokenizer.json",
-        has_text_decoder=True,
     )
     printed = run(capsys, "to-hf", source, tmp_path / "hf")
     for name in ("pixels", "grid", "region_embed", "boxes_xyxy", "box_embed", "text_decoder"):
@@ -238,11 +236,11 @@ def test_grain_in_its_own_shapes(tmp_path, capsys):
         module.get_image_features(given["pixel_values"], torch.full((5, 2), 6))
     run(capsys, "from-hf", tmp_path / "hf", tmp_path / "back")
     assert checkpoint.load_stored(tmp_path / "back").sequence_lengths == (12, 24)
-    assert export.main(["--checkpoint", str(source), "--output", str(tmp_path / "hlo")]) == 0
-    printed = capsys.readouterr().out
-    for name in ("image: image_embed", "regions: region_embed", "boxes: box_embed"):
-        assert f"\n{name} " in printed
-    assert "\ncaption: tokens " in printed and "maps" not in printed
+    monkeypatch.setattr(export, "TASKS", ("caption",))
+    compared = export.export_model(grain_jax.load(source), tmp_path / "hlo", ["cpu"])
+    assert all(c.ok for c in compared)
+    found = {c.name.partition(":")[0] for c in compared}
+    assert found == {"image", "text", "regions", "boxes", "caption"}
     stated = json.loads((tmp_path / "hlo" / "model.json").read_text())
     assert stated["functions"]["image"]["inputs"]["grid"] == "int32[b, 2]"
     assert stated["image"]["sequence_length"] == 24
