@@ -152,7 +152,8 @@ def _write(
         atomic.write_bytes(folder / WEIGHTS, content)
     proof = _prove_folder(folder, source, has_tokenizer=bool(words)).but(unknown)
     with output.writing(folder):
-        card = model_card.write(model, losses, run, proof, missing, repo, decoder is not None)
+        of_card = model, losses, run, proof, missing, repo, decoder is not None
+        card = model_card.write(*of_card, max(lengths, default=0))
         atomic.write_text(folder / "README.md", card)
     size = sum(array.size for array in weights.values())
     return proof.after(

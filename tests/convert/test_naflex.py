@@ -159,19 +159,22 @@ def made(folder, **changes: Any):
     return folder
 
 
+def card_of(folder) -> dict[str, Any]:
+    """The names that the code of a model card gives, on `images`."""
+    card = (folder / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(folder))
+    found: dict[str, Any] = {"pictures": images()}
+    exec(code.replace('Image.open("bird.jpg")', "list(map(Image.fromarray, pictures))"), found)
+    return found
+
+
 def test_two_towers_go_out_as_siglip2(tmp_path, capsys):
     source = made(tmp_path / "ours", **SIGLIP, text__projection="affine")
     printed = run(capsys, "to-hf", source, tmp_path / "hf")
     assert "Siglip2Model\n" in printed and "24 patches at most; trained with 12 or 24" in printed
     for name in ("pixels", "grid", "token_ids", "encode_text", "logits"):
         assert f"\n{name} " in printed
-    card = (tmp_path / "hf" / "README.md").read_text()
-    code = card.partition("```python\n")[2].partition("```")[0]
-    given: dict[str, Any] = {"pictures": images()}
-    code = code.replace("FOLDER", str(tmp_path / "hf")).replace(
-        'Image.open("bird.jpg")', "[Image.fromarray(x) for x in pictures]"
-    )
-    exec(code, given)
+    given = card_of(tmp_path / "hf")
     stored = checkpoint.load_stored(source)
     text = jitted.text_program(stored.model, "float32")
     row = np.zeros((1, stored.model.text.context_length), np.int32)
@@ -215,10 +218,8 @@ def test_grain_in_its_own_shapes(tmp_path, capsys, monkeypatch):
     printed = run(capsys, "to-hf", source, tmp_path / "hf")
     for name in ("pixels", "grid", "region_embed", "boxes_xyxy", "box_embed", "text_decoder"):
         assert f"\n{name} " in printed
-    load: Any = lambda kind: kind.from_pretrained(
-        tmp_path / "hf", trust_remote_code=True, local_files_only=True
-    )
-    module, processor = load(transformers.AutoModel).eval(), load(transformers.AutoProcessor)
+    by_card = card_of(tmp_path / "hf")
+    module, processor = by_card["model"], by_card["processor"]
     given = processor(images=images(), text=["a photo"])
     predictor = grain_jax.load(tmp_path / "hf")
     assert predictor.sequence_length == 24
@@ -228,6 +229,7 @@ def test_grain_in_its_own_shapes(tmp_path, capsys, monkeypatch):
         image, regions = predictor.encode_image_and_regions(images())
         foreign.close(image, found.image_embeds.numpy())
         foreign.close(regions.embed, found.region_embeds.numpy())
+        foreign.close(regions.embed, by_card["regions"].embeds.numpy())
         for i, shape in enumerate(given["spatial_shapes"]):  # of each image alone, without padding
             alone = given["pixel_values"][i, : shape.prod()][None]
             caption = module.caption(alone, spatial_shapes=shape[None])[0].numpy()

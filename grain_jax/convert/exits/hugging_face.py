@@ -1,4 +1,4 @@
-"""Two towers as transformers' CLIPModel or SiglipModel, and an image tower alone as its vision model.
+"""Two towers as transformers' CLIPModel or SiglipModel, an image tower alone as its vision model.
 
 Models of images in their own shape become Siglip2Model, with the longest of their lengths as `max_num_patches`.
 """
