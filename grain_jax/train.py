@@ -542,9 +542,7 @@ def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> i
     decoder = decoder and decoder._replace(params=of_decoder)
     merged = lora.merged(params, config.optim.lora)
     length = max(config.input.sequence_lengths or (0,))
-    return inference.Predictor(
-        config.model, merged, text_decoder=decoder, sequence_length=length
-    )
+    return inference.Predictor(config.model, merged, text_decoder=decoder, sequence_length=length)
 
 
 def evaluate_all(

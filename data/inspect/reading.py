@@ -66,7 +66,9 @@ class Source(NamedTuple):
     shard_lengths: tuple[int, ...]  # none for annotations
     metadata: dict[str, Any]
     orientation: str = "file"  # of its images, as of core.images
-    squashed: int = 0  # side of the squares that its images were squashed to, their shape lost; 0: it is known
+    squashed: int = (
+        0  # side of the squares that its images were squashed to, their shape lost; 0: it is known
+    )
 
 
 def open_set(

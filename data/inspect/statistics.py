@@ -279,9 +279,7 @@ def shape_lines(shapes: dict[str, Any]) -> list[str]:
     long = f"{shapes['long']:.0%} of the images are longer than {image_shapes.LONG:g} : 1"
     advice = f"{long}: squares suit (input.sequence_lengths=())"
     if image_shapes.keep_shape(shapes["long"]):
-        advice = (
-            f"{long}: keep their shape, input.sequence_lengths=(N,) with the N patches of the model's square"
-        )
+        advice = f"{long}: keep their shape, input.sequence_lengths=(N,) with the N patches of the model's square"
     return [
         f"width / height {ratios}",
         f"padding in own shape by patches of {counting.PATCH} pixels: {padding}",

@@ -34,13 +34,11 @@ from grain_jax.inference import (
 from grain_jax.inference.inputs import Images, InputError, OneOrMany, Tokens
 from grain_jax.inference.text_decoder import Pointed, Written
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.models import box_head, grain, lora, towers
+from grain_jax.models import box_head, grain, lora, places, towers
 from grain_jax.runtime import checkpoint, receipt, saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
-_NO_PATCHES = (
-    "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
-)
+_NO_PATCHES = "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
 
 
@@ -574,7 +572,12 @@ class Predictor:
         return np.float32(patch_weight) * maps[0] + np.float32(1 - patch_weight) * maps[1]
 
     def _class_maps_in_own_shape(
-        self, images: Images, classes: segmentation.Classes, by: str, patch_features: str, weight: float
+        self,
+        images: Images,
+        classes: segmentation.Classes,
+        by: str,
+        patch_features: str,
+        weight: float,
     ) -> list[np.ndarray]:
         """`class_maps` without "auto"."""
         # They may be read twice.
@@ -676,7 +679,7 @@ class Predictor:
         tower, most = self.model.image, MAX_BATCH * len(self._devices)
         if isinstance(images, Tokens):
             for first in range(0, len(images.values), most):
-                yield jax.tree.map(lambda x: x[first : first + most], images)
+                yield _part(images, first, most)
             return
         images = inputs.checked_images(images, 0 if self.sequence_length else tower.image_size)
         total = len(images) if isinstance(images, Sized) else None
@@ -856,7 +859,7 @@ class Predictor:
         text_decoder.check_beams(beams)
         found = []
         for tokens in self._token_parts(images):
-            none = [np.zeros((1, 4), np.float32)] * len(tokens)
+            none = [np.zeros((1, 4), np.float32)] * len(tokens.values)
             found += self._write(given, "caption", tokens, none, beams, steps)
         return [written for (written,) in found]
 
@@ -1046,7 +1049,7 @@ class Predictor:
         stage = rerank.first_stage(image_embed, text_embed, top)
         likelihood: list[np.ndarray] = [np.zeros(0)]
         for first in range(0, len(image_embed), MAX_BATCH):
-            part = jax.tree.map(lambda x: x[first : first + MAX_BATCH], tokens)
+            part = _part(tokens, first, MAX_BATCH)
             lists = [[asked[t] for t in stage.texts_of(first + i)] for i in range(len(part.values))]
             ask = lambda _, *given: self.caption_log_likelihood(*given)
             likelihood += rerank.log_likelihoods(ask, part, lists)
@@ -1056,31 +1059,27 @@ class Predictor:
     def _given_decoder(self, what: str) -> text_decoder.Given:
         """What the programs of the text decoder depend on. Raises InputError where there is none."""
         inputs.need_text_decoder(self, what)
-        if self.sequence_length:
-            raise InputError(
-                f"{what}: got a model of images in their own shape, expected squares: load(..., sequence_length=0)"
-            )
         stored = cast(checkpoint.StoredDecoder, self.text_decoder)
         library = _tokenizer(self.model.text, self.folder)
         excluded = text_decoder.excluded(library, self.model.text)
         return text_decoder.Given(stored.config, self.model, self.dtype, excluded)
 
-    def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
-        """The tokens [b, N, E] of the image tower, of some images after others."""
-        program = jitted.program(self.model, self.dtype, "image_tokens")
+    def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[Tokens]:
+        """The tokens of the image tower, of some images after others."""
+        program = jitted.tokens_program(self.model, self.dtype)
         for part in self._rows(images):
-            yield part.values if isinstance(part, Tokens) else self._run(program, part)
+            yield part if isinstance(part, Tokens) else self._run(program, part)
 
     def _token_parts_with(
         self, images: OneOrMany | Tokens, **lists: list[Any]
-    ) -> Iterator[tuple[np.ndarray, list[list[Any]]]]:
+    ) -> Iterator[tuple[Tokens, list[list[Any]]]]:
         """(tokens of some images, for each of the lists what belongs to them). Raises InputError: of other images."""
         done = 0
         for tokens in self._token_parts(images):
-            end = done + len(tokens)
+            end = done + len(tokens.values)
             own = [values[done:end] for values in lists.values()]
             done = end
-            if all(len(x) == len(tokens) for x in own):
+            if all(len(x) == len(tokens.values) for x in own):
                 yield tokens, own
         for name, values in lists.items():
             if len(values) != done:
@@ -1096,7 +1095,11 @@ class Predictor:
 
         def part(program, tokens, image, *rows):
             # The tokens of an image are copied for each of its rows: of these rows alone.
-            return self._run(program, tokens[image], *rows, **options)
+            values, grid = jax.tree.map(lambda x: x[image], tokens)
+            if grid is not None:
+                patches = values.shape[1] - grain.leading_tokens(self.model)
+                rows = *rows, jax.tree.map(np.asarray, places.of_grid(grid, patches))
+            return self._run(program, values, *rows, **options)
 
         def run(program, tokens, image, *rows):
             cuts = [slice(i, i + at_once) for i in range(0, len(image), at_once)]
@@ -1120,7 +1123,7 @@ class Predictor:
         self,
         given: text_decoder.Given,
         task: str,
-        tokens: np.ndarray,
+        tokens: Tokens,
         boxes: Sequence[np.ndarray],
         beams: int,
         steps: int,
@@ -1137,7 +1140,7 @@ class Predictor:
         self,
         given: text_decoder.Given,
         task: str,
-        tokens: np.ndarray,
+        tokens: Tokens,
         texts: Sequence[Sequence[str]],
         boxes: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
@@ -1209,6 +1212,11 @@ def _pairs(
 @functools.lru_cache(maxsize=8)
 def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tokenizer.Tokenizer:
     return tokenizer.of_tower(tower, folder)
+
+
+def _part(rows: Any, first: int, count: int) -> Any:
+    """Some rows of a tree of arrays."""
+    return jax.tree.map(lambda x: x[first : first + count], rows)
 
 
 def _count(rows: Any) -> int:

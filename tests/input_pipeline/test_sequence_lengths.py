@@ -16,8 +16,15 @@ from transformers.models.siglip2 import image_processing_siglip2
 
 from grain_jax.core import errors, patches
 from grain_jax.core.schema import Patches
-from grain_jax.input_pipeline import assemble, device, order, sources, synthetic, tokenizer
-from grain_jax.input_pipeline import transforms
+from grain_jax.input_pipeline import (
+    assemble,
+    device,
+    order,
+    sources,
+    synthetic,
+    tokenizer,
+    transforms,
+)
 from tests import record_sets
 from tests.core import test_patches as golden
 
