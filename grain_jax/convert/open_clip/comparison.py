@@ -26,7 +26,7 @@ _STEERING = (
     *("_experts_implementation", "quantization_config", "return_dict"),
 )
 _OWN_SHAPES = "image_embed, shapes"  # the output of images in their own shape
-_MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out_OWN_SHAPES = "image_embed, shapes"  # the output of images in their own shape
+_MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out
 
 
 class Built(NamedTuple):
@@ -35,9 +35,8 @@ class Built(NamedTuple):
     package: str
     module: Any  # of torch
     encode: Callable  # (module, images, ids) -> both embeddings
-    encode_shapes: Callable | None = (
-        None  # (module, pixels [B, N, p*p*3], grid [B, 2]) -> embeddings
-    )
+    # (module, pixels [B, N, p*p*3], grid [B, 2]) -> embeddings of images in their own shape
+    encode_shapes: Callable | None = None
 
 
 def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
