@@ -20,6 +20,7 @@ from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.core import patches, schema
 from grain_jax.inference import jitted
+from grain_jax.models import places, vit
 from grain_jax.runtime import checkpoint
 from tests import foreign, perturbed
 from tests.convert.test_exits import SIGLIP, run
@@ -64,6 +65,8 @@ def test_siglip2_comes_in_with_its_shapes(tmp_path):
     assert "own shape: at most 20 patches" in report.text
     assert checkpoint.load_stored(tmp_path / "ours").sequence_lengths == (20,)
     pil = transformers.AutoImageProcessor.from_pretrained(tmp_path / "theirs", backend="pil")
+    embeddings = module.vision_model.embeddings
+    table = embeddings.position_embedding.weight.detach()
     for length in (9, 20, 30):
         given = pil(images(), return_tensors="pt", max_num_patches=length)
         with torch.no_grad():
@@ -72,6 +75,11 @@ def test_siglip2_comes_in_with_its_shapes(tmp_path):
         found = shaped(length)
         assert found.grid.tolist() == given["spatial_shapes"].tolist()
         foreign.close(ours(tmp_path / "ours", found), theirs)
+        square = table.reshape(4, 4, -1)
+        positions = embeddings.resize_positional_embeddings(square, given["spatial_shapes"], length)
+        at = places.of_grid(found.grid, length)
+        own, real = (np.asarray(x) for x in (vit.positions_at(table.numpy(), at), at.mask))
+        foreign.close(own[real], positions.numpy()[real])
 
 
 @pytest.fixture
