@@ -24,7 +24,7 @@ MANY_BARS = 60  # bars that a histogram has at most
 PATCH = 16  # pixels
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _EXAMPLES = 5  # of copies
-_OCTAVE = 100  # steps of a ratio of 2
+_OCTAVE = 1000  # steps of a ratio of 2
 
 
 def digest(content: bytes) -> int:

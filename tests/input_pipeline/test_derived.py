@@ -9,6 +9,8 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import train
+from grain_jax.cli import config_file
+from grain_jax.configs import finetune
 from grain_jax.core import errors
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
@@ -316,3 +318,21 @@ def test_images_keep_their_shape_where_many_are_long(sizes, expected, said):
     stored = derived.resolve(config, ANYWHERE, list, got, "runs/a", lambda: [SHORT, WIDE])
     assert stored[0] == got and stored[1].endswith(": as in runs/a")
     assert derived.planned(config, ANYWHERE)[0].input.sequence_lengths == ()
+
+
+def test_the_configs_of_own_images_leave_lengths_open_and_flags_set_them(tmp_path):
+    load = lambda *words: config_file.load("own", ["--config.input.source=synthetic", *words])
+    assert load().input.sequence_lengths is None
+    for lengths in ((64, 100), ()):
+        flag = f"--config.input.sequence_lengths={lengths}"
+        assert load(flag).input.sequence_lengths == lengths
+    # Fine-tuning goes on with the lengths of a model that was trained on own shapes.
+    stored = dataclasses.asdict(tiny.config().model)
+    for name, more, expected in (
+        ("run", {"input": {"sequence_lengths": [4, 9]}}, (4, 9)),
+        ("converted", {"sequence_lengths": [9]}, (9,)),
+        ("squares", {"input": {"sequence_lengths": []}}, None),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model": stored, **more}))
+        assert finetune.get_config(str(tmp_path / name)).input.sequence_lengths == expected
