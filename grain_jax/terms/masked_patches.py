@@ -44,6 +44,7 @@ class MaskedPatches(LocalTerm):
     """iBOT (Zhou et al. 2022, arXiv 2111.07832), beside image and text as in TIPS (arXiv 2410.16512)."""
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:

@@ -139,8 +139,9 @@ def test_rotary_positions_of_a_square_are_those_of_its_places():
 
 MODELS = {
     "queries and RoIAlign": dict(boxes__kind="roi_align", decoder__depth=1),
-    "map pool and prompter": dict(decoder=None, boxes__kind="prompter", image__pool="map"),
-    "mean pool, by the kernel": dict(decoder=None, image__pool="mean", attention="pallas"),
+    "map pool and prompter, by the kernel": dict(
+        decoder=None, boxes__kind="prompter", image__pool="map", attention="pallas"
+    ),
 }
 
 
@@ -161,7 +162,8 @@ def test_a_padded_image_is_the_image_alone(name):
         if model.boxes.kind != "none":
             found["boxes"] = module.box_embeddings(tokens, boxes, at)
         if model.decoder is None:
-            found["patches"] = module.patch_embeddings(tokens, at)[:, :count]
+            values = module.image_values(image)
+            found["patches"] = module.patch_embeddings(values, at)[:, :count]
         return found
 
     @jax.jit

@@ -87,6 +87,15 @@ TERMS = {
 }
 
 
+def test_a_term_that_knows_no_places_refuses():
+    entry = dict(term="examples.loss.smoothness:Smoothness", weight=1.0)
+    c = tiny.small(model__image__patch_size=PATCH, loss__terms=dict(own=entry))
+    run = forward.Forward(grain.GRAIN(c.model), c)
+    batch = tiny.batch(c)._replace(image=_patches(_images() * 4))
+    with pytest.raises(errors.UserError, match="loss.terms.own: got images in their own shape"):
+        jax.eval_shape(lambda: run(forward.sharding.unbox(run.init()), batch))
+
+
 def test_terms_see_no_padding():
     """All terms of a step give the same sums of each image, whatever the padding is."""
     entries = {name: dict(term=name, weight=1.0, **options) for name, options in TERMS.items()}
