@@ -270,7 +270,7 @@ def shape_lines(shapes: dict[str, Any]) -> list[str]:
     """Aspect ratios, padding in own shape and what is recommended, in words; `shapes` of `pictures`."""
     if not shapes["count"]:
         return []
-    if side := shapes["squashed"]:
+    if side := shapes.get("squashed"):
         return [
             f"stored as squares of {side}, their own shape is lost; build again with --fit inside to keep it"
         ]
