@@ -10,6 +10,7 @@ from torchvision.transforms import functional
 from grain_jax import config as config_lib
 from grain_jax.core import errors
 from grain_jax.core.schema import Patches
+from grain_jax.losses import local
 from grain_jax.models import grain, places
 from grain_jax.terms import views
 from grain_jax.training import forward
@@ -87,13 +88,18 @@ TERMS = {
 }
 
 
+class Blind(local.LocalTerm):
+    """Knows no places."""
+
+
 def test_a_term_that_knows_no_places_refuses():
-    entry = dict(term="examples.loss.smoothness:Smoothness", weight=1.0)
+    entry = dict(term="tests.terms.test_own_shape:Blind", weight=1.0)
     c = tiny.small(model__image__patch_size=PATCH, loss__terms=dict(own=entry))
     run = forward.Forward(grain.GRAIN(c.model), c)
     batch = tiny.batch(c)._replace(image=_patches(_images() * 4))
     with pytest.raises(errors.UserError, match="loss.terms.own: got images in their own shape"):
-        jax.eval_shape(lambda: run(forward.sharding.unbox(run.init()), batch))
+        key = jax.random.key(0)
+        jax.eval_shape(lambda: run(forward.sharding.unbox(grain.init(run.model, key)), batch))
 
 
 def test_terms_see_no_padding():
