@@ -434,7 +434,8 @@ class Records:
         if said := teacher.line(self._config, state.teacher):
             self.say(said)
         if not start_step:
-            self.say(reasons.line(self._config.model, self._workdir))
+            lengths = self._config.input.sequence_lengths or ()
+            self.say(reasons.line(self._config.model, self._workdir, lengths))
 
     def _of_factors(self, state: train_step.TrainState) -> str:
         """How many parameters are factors of LoRA, in words; "" without."""

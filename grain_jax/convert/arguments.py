@@ -87,14 +87,14 @@ class ToTorch(_OfCheckpoint, name="convert to-torch"):
 
 
 class ToHf(_OfCheckpoint, name="convert to-hf"):
-    """A checkpoint -> a folder for transformers: CLIPModel or SiglipModel for two towers that fit, else AutoModel.
+    """A checkpoint -> a folder for transformers: CLIPModel, SiglipModel, Siglip2Model for towers that fit, or AutoModel.
 
     Example:
       grain-jax convert to-hf --checkpoint runs/demo --output demo_hf
 
     what of the model:
       --part PART  model; towers: without region decoder and box head, for CLIPModel or SiglipModel; or vision: the image
-        tower alone, for CLIPVisionModel or SiglipVisionModel
+        tower alone, as CLIPVisionModel, SiglipVisionModel or Siglip2VisionModel
 
     the Hugging Face Hub:
       --push ORG/NAME   upload the folder to this repository, which is made if it is not there

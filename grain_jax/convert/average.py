@@ -101,7 +101,8 @@ def average(
     decoder = None
     if of_decoder is not None:
         decoder = checkpoint.StoredDecoder(of_decoder, params.pop(_DECODER.rstrip("/")))
-    output.save(folder, first.model, params, made_of, proof, first.folder, decoder)
+    given = proof, first.folder, decoder, first.sequence_lengths
+    output.save(folder, first.model, params, made_of, *given)
     return proof.after(
         f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}",
         *lines,

@@ -21,7 +21,7 @@ from grain_jax import __version__, inference
 from grain_jax import config as config_lib
 from grain_jax.convert import parity, text_decoder
 from grain_jax.convert.arguments import Export
-from grain_jax.core import errors
+from grain_jax.core import errors, schema
 from grain_jax.inference import jitted, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain
@@ -30,6 +30,11 @@ from grain_jax.models.text_decoder import TASKS
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
 TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
+_IN_OWN_SHAPE = (
+    "RGB, resized by Pillow's bilinear filter (antialiased) to grid = (h, w) patches, the most of one scale of both sides, each"
+    " rounded up to whole patches, with h * w <= sequence_length; pixels: the patches row by row, each (y, x, channel), then"
+    " zeros to any number of patches"
+)
 _IMAGES = 3  # of the check; the Predictor pads them to another number
 
 
@@ -43,8 +48,9 @@ def export_model(
     """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
     A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
-    no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`. Of a text decoder `caption`,
-    `describe` and `point` are greedy searches as a whole.
+    no `boxes.stablehlo`, one whose images have no grid of patches, or are in their own shape, no `maps.stablehlo`. Of a text
+    decoder `caption`, `describe` and `point` are greedy searches as a whole. Images in their own shape are two inputs,
+    `pixels` and `grid` (`schema.Patches`).
     What was written is read back and runs on this machine.
 
     Args:
@@ -111,12 +117,15 @@ def _functions(
         return {"text_embed": encode_texts(nested(params), tokens, end)}
 
     size, context = model.image.image_size, model.text.context_length
-    b, r, n = jax_export.symbolic_shape("b, r, n")
+    b, p, r, n = jax_export.symbolic_shape("b, p, r, n")
     rows, length = b, context
     if model.text.packable:  # another one sees its padding: rows as long as in training
         rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
     spec = jax.ShapeDtypeStruct
     images = {"image": spec((b, size, size, 3), np.uint8)}
+    if predictor.sequence_length:
+        numbers = 3 * model.image.patch_size**2
+        images = {"pixels": spec((b, p, numbers), np.uint8), "grid": spec((b, 2), np.int32)}
     texts = {"tokens": spec((rows, length), np.int32), "end": spec((rows,), np.int32)}
     functions = {"image": (image, images), "text": (text, texts)}
     if model.decoder is not None and model.decoder.queries:
@@ -130,12 +139,27 @@ def _functions(
         search, asked = text_decoder.search(predictor, task)
         asked = {name: spec((b, *x.shape), x.dtype) for name, x in asked.items()}
         functions[task] = (search, images | asked)
+    if predictor.sequence_length:
+        return {
+            name: (function if name == "text" else _of_patches(function), given)
+            for name, (function, given) in functions.items()
+        }
     return functions
 
 
+def _of_patches(function: Callable) -> Callable:
+    """A function of (flat params, images, ...) as one of (flat params, pixels, grid, ...)."""
+    return lambda params, pixels, grid, *rest: function(params, schema.Patches(pixels, grid), *rest)
+
+
 def _maps(predictor: inference.Predictor) -> Callable | None:
-    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None: the model has none."""
+    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None: the model has none.
+
+    Nor has one of images in their own shape, each of whose maps has a grid of its own.
+    """
     model, dtype = predictor.model, predictor.dtype
+    if predictor.sequence_length:
+        return None
     has_head = model.boxes.kind != "none"
     of_patches = has_head or model.decoder is None
     if not (of_patches or predictor.has_regions):
@@ -216,6 +240,14 @@ def describe(predictor: inference.Predictor) -> tuple[dict[str, Any], ...]:
     image = {
         "size": model.image.image_size,
         "prepare": "RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
+    }
+    if length := predictor.sequence_length:
+        image = {
+            "patch_size": model.image.patch_size,
+            "sequence_length": length,
+            "prepare": _IN_OWN_SHAPE,
+        }
+    image |= {
         "pixel_mean": list(model.image.pixel_mean),
         "pixel_std": list(model.image.pixel_std),
     }
@@ -258,10 +290,15 @@ def _compare(
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
     given = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
-    shape = given.images.shape
-    given = given._replace(images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    draw = lambda shape: np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images: dict[str, Any] = {"image": draw(given.images.shape)}
+    given = given._replace(images=images["image"])
+    if length := predictor.sequence_length:
+        shaped = parity.own_shapes(predictor.model, length)
+        shaped = schema.Patches(draw(shaped.pixels.shape)[:_IMAGES], shaped.grid[:_IMAGES])
+        images, given = shaped._asdict(), given._replace(images=shaped)
     expected = parity.outputs_of(predictor, given)
-    inputs = {"image": given.images, "tokens": given.token_ids}
+    inputs = images | {"tokens": given.token_ids}
     inputs["end"] = text.ends(given.token_ids).astype(np.int32)
     if "maps" in functions:
         inputs["text_embed"] = expected["text_embed"]
@@ -271,7 +308,7 @@ def _compare(
     found = []
     for name, (_, names) in functions.items():
         if name in TASKS and predictor.dtype == "float32":
-            found += _compare_search(predictor, output, name, params, given.images)
+            found += _compare_search(predictor, output, name, params, images)
         if name in TASKS:
             continue
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
@@ -284,21 +321,26 @@ def _compare(
 
 
 def _compare_search(
-    predictor: inference.Predictor, output: epath.Path, task: str, params: Any, images: np.ndarray
+    predictor: inference.Predictor,
+    output: epath.Path,
+    task: str,
+    params: Any,
+    images: Mapping[str, np.ndarray],
 ) -> list[parity.Comparison]:
     """As `_compare`, of a search: against the program of the predictor."""
     function = jax_export.deserialize(bytearray((output / f"{task}.stablehlo").read_bytes()))
     search, asked = text_decoder.search(predictor, task)
     rng = np.random.default_rng(0)
     given = {
-        "boxes_xyxy": parity.BOXES[: len(images)],
-        "count": rng.integers(1, 4, len(images), np.int32),
+        "boxes_xyxy": parity.BOXES[:_IMAGES],
+        "count": rng.integers(1, 4, _IMAGES, np.int32),
     }
     if "tokens" in asked:
-        given["tokens"] = rng.integers(0, 9, (len(images), *asked["tokens"].shape), np.int32)
+        given["tokens"] = rng.integers(0, 9, (_IMAGES, *asked["tokens"].shape), np.int32)
     inputs = [given[name] for name in asked]
-    got: Any = function.call(params, images, *inputs)
-    found = parity.compare(got, jax.jit(search)(params, images, *inputs))
+    search = _of_patches(search) if predictor.sequence_length else search
+    got: Any = function.call(params, *images.values(), *inputs)
+    found = parity.compare(got, jax.jit(search)(params, *images.values(), *inputs))
     return [c._replace(name=f"{task}: {c.name}") for c in found]
 
 

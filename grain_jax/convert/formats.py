@@ -249,6 +249,17 @@ def timm_image_in_open_clip() -> list[NamePair]:
     ]
 
 
+def timm_naflex_in_open_clip() -> list[NamePair]:
+    """The image tower of open_clip around timm's NaFlex transformer."""
+    at = "visual.trunk.embeds."
+    own = ("image/patch_embed/", "image/class_token", "image/position_embed")
+    return [
+        *linear("image/patch_embed", f"{at}proj"),
+        NamePair("image/position_embed", f"{at}pos_embed", tables.GRID),
+        *(row for row in timm_image_in_open_clip() if not row.ours.startswith(own)),
+    ]
+
+
 def timm_dinov3(prefix: str, *, gated: bool) -> list[NamePair]:
     """DINOv3 in timm, alone; `gated`: with its gated MLP."""
     layer = prefix + "blocks.{}."

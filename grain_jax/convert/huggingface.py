@@ -29,6 +29,7 @@ from grain_jax.runtime.saved_model import StoredDecoder
 
 WEIGHTS = "model.safetensors"
 _TEXT_DECODER = "text_decoder"  # key of config.json, and the first part of the names of its arrays
+_LENGTHS = "sequence_lengths"  # key of config.json
 _INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files
 _MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
@@ -89,7 +90,7 @@ def to_hf(
         return hugging_face.write_towers(alone, folder, repo, unknown).after(*lines)
     lines = []
     if found.model.decoder is None:
-        kind, faults = reasons.of_hugging_face(found.model)
+        kind, faults = reasons.of_hugging_face(found.model, found.sequence_lengths)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
         if found.text_decoder is not None:
             keys.append("the text decoder")
@@ -130,8 +131,9 @@ def _write(
     if decoder is not None:
         sizes = text_decoder.stored_sizes(decoder, model, source.folder if words else None)
         states[_TEXT_DECODER] = text_decoder.state(decoder, model)
-    model_files = _files(dataclasses.replace(model, text=text), losses, sizes)
-    files = code_of(model, sizes is not None) | model_files | words
+    lengths = source.sequence_lengths
+    model_files = _files(dataclasses.replace(model, text=text), losses, sizes, lengths)
+    files = code_of(model, sizes is not None, bool(lengths)) | model_files | words
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
         for module, state in states.items()
@@ -150,7 +152,8 @@ def _write(
         atomic.write_bytes(folder / WEIGHTS, content)
     proof = _prove_folder(folder, source, has_tokenizer=bool(words)).but(unknown)
     with output.writing(folder):
-        card = model_card.write(model, losses, run, proof, missing, repo, decoder is not None)
+        of_card = model, losses, run, proof, missing, repo, decoder is not None
+        card = model_card.write(*of_card, max(lengths, default=0))
         atomic.write_text(folder / "README.md", card)
     size = sum(array.size for array in weights.values())
     return proof.after(
@@ -161,7 +164,9 @@ def _write(
     )
 
 
-def code_of(model: config_lib.Model, has_text_decoder: bool = False) -> dict[str, str]:
+def code_of(
+    model: config_lib.Model, has_text_decoder: bool = False, has_shapes: bool = False
+) -> dict[str, str]:
     """The Python files of a folder by name, without what the model lacks: the sections `# <PART>` to `# </PART>`."""
     parts = {
         "decoder": model.decoder is not None,
@@ -170,6 +175,7 @@ def code_of(model: config_lib.Model, has_text_decoder: bool = False) -> dict[str
         "boxes": model.boxes.kind != "none",
         "rope": model.image.rope != "none",
         "text_decoder": has_text_decoder,
+        "shapes": has_shapes,
     }
     texts = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
     for part, is_there in parts.items():
@@ -198,7 +204,7 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
     source, folder = pretrained.folder_of(source), output.check_free(folder)
-    model, params, decoder, states = _read(source)
+    model, params, decoder, lengths, states = _read(source)
     words, lines = {}, []
     if (name := model.text.tokenizer) != "clip":
         if path := tokenizer.own_file(model.text, source):
@@ -207,24 +213,33 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         else:
             lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / name}"]
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
-    proof = torch_module.prove(model, params, states, decoder)
-    output.save(folder, model, params, source, proof, text_decoder=decoder)
+    proof = torch_module.prove(model, params, states, decoder, lengths)
+    beside: dict[str, Any] = dict(text_decoder=decoder, sequence_lengths=lengths)
+    output.save(folder, model, params, source, proof, **beside)
     with output.writing(folder):
         for name, content in words.items():
             atomic.write_bytes(folder / name, content)
     return proof.after(f"from-hf: {source} -> {folder}", *lines)
 
 
-def read(folder: epath.Path) -> tuple[config_lib.Model, Any, StoredDecoder | None]:
-    """The model in a folder of to-hf, its parameters, and its text decoder; raises as `from_hf`."""
-    return _read(folder)[:3]
+def read(
+    folder: epath.Path,
+) -> tuple[config_lib.Model, Any, StoredDecoder | None, tuple[int, ...]]:
+    """The model in a folder of to-hf, its parameters, its text decoder and its `sequence_lengths`; raises as `from_hf`."""
+    return _read(folder)[:4]
 
 
 def _read(
     folder: epath.Path,
-) -> tuple[config_lib.Model, Any, StoredDecoder | None, dict[str, dict[str, np.ndarray]]]:
+) -> tuple[
+    config_lib.Model,
+    Any,
+    StoredDecoder | None,
+    tuple[int, ...],
+    dict[str, dict[str, np.ndarray]],
+]:
     """(`read`, the same under the names of the modeling file); runs no code of the folder."""
-    model, sizes = _read_config(folder / "config.json")
+    model, sizes, lengths = _read_config(folder / "config.json")
     weights, index = folder / WEIGHTS, folder / _INDEX
     files = [weights]
     if not regular_file.is_one(weights) and regular_file.is_one(index):
@@ -249,11 +264,14 @@ def _read(
     if sizes is not None:
         with prefixed(f"{weights}: {_TEXT_DECODER} "):
             decoder = text_decoder.read(sizes, states[_TEXT_DECODER], model)
-    return model, params, decoder, states
+    return model, params, decoder, lengths, states
 
 
 def _files(
-    model: config_lib.Model, losses: dict[str, Any], text_decoder: dict[str, Any] | None
+    model: config_lib.Model,
+    losses: dict[str, Any],
+    text_decoder: dict[str, Any] | None,
+    lengths: tuple[int, ...],
 ) -> dict[str, Any]:
     """The JSON files that tell transformers what is in the folder."""
     image = model.image
@@ -264,6 +282,9 @@ def _files(
         "AutoImageProcessor": "processing_grain.GrainImageProcessor",
         "AutoProcessor": "processing_grain.GrainProcessor",
     }
+    sizes: dict[str, Any] = {"size": {"height": image.image_size, "width": image.image_size}}
+    if lengths:
+        sizes = {"patch_size": image.patch_size, "max_num_patches": max(lengths)}
     return {
         "config.json": {
             "model_type": "grain",
@@ -276,12 +297,13 @@ def _files(
             "towers": dataclasses.asdict(model),
             "losses": losses,
             **({} if text_decoder is None else {_TEXT_DECODER: text_decoder}),
+            **({_LENGTHS: list(lengths)} if lengths else {}),
         },
         "preprocessor_config.json": {
             "image_processor_type": "GrainImageProcessor",
             "processor_class": "GrainProcessor",
             "auto_map": processors,
-            "size": {"height": image.image_size, "width": image.image_size},
+            **sizes,
             "image_mean": list(image.pixel_mean),
             "image_std": list(image.pixel_std),
         },
@@ -298,8 +320,10 @@ def read_config(path: epath.Path) -> config_lib.Model:
     return _read_config(path)[0]
 
 
-def _read_config(path: epath.Path) -> tuple[config_lib.Model, dict[str, Any] | None]:
-    """(the model, the sizes of its text decoder) in such a file."""
+def _read_config(
+    path: epath.Path,
+) -> tuple[config_lib.Model, dict[str, Any] | None, tuple[int, ...]]:
+    """(the model, the sizes of its text decoder, its `sequence_lengths`) in such a file."""
     expected = "to-hf's config.json"
     stored = regular_file.read_json(path, dict[str, Any], expected)
     towers = stored.get("towers")
@@ -320,7 +344,13 @@ def _read_config(path: epath.Path) -> tuple[config_lib.Model, dict[str, Any] | N
     sizes = stored.get(_TEXT_DECODER)
     if not isinstance(sizes, dict | None):
         raise ConvertError(f"{path}: {_TEXT_DECODER}: got {sizes!r:.40}, expected {expected}")
-    return model, sizes
+    lengths = stored.get(_LENGTHS) or []
+    fault = f"got {lengths!r:.40}, expected {expected}"
+    if isinstance(lengths, list) and all(type(x) is int for x in lengths):
+        fault = config_lib.lengths_fault(lengths)
+    if fault:
+        raise ConvertError(f"{path}: {_LENGTHS}: {fault}")
+    return model, sizes, tuple(lengths)
 
 
 @exits.needing_packages
@@ -329,19 +359,23 @@ def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool)
     import torch
     import transformers
 
-    model = source.model
-    given = parity.inputs_of(model)
-    sequences = text_decoder.sequences(source.text_decoder, model, len(given.images))
+    model, lengths = source.model, source.sequence_lengths
+    given = parity.inputs_of(model, lengths)
+    sequences = text_decoder.sequences(source.text_decoder, model, given.count)
     ours = torch_module.outputs(model, source.params, given, source.text_decoder)
-    ours["pixels"] = exits.our_pixels(model.image)
+    ours["pixels"] = exits.our_pixels(model.image, lengths)
     with output.on_disk(folder) as path:
         load = lambda auto: auto.from_pretrained(
             path, trust_remote_code=True, local_files_only=True
         )
         module = load(transformers.AutoModel).eval()
         theirs = torch_module.run_module(module, given, sequences)
-        pixels = load(transformers.AutoImageProcessor)(exits.raw_images())["pixel_values"]
-        theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
+        prepared = load(transformers.AutoImageProcessor)(exits.raw_images())
+        pixels = prepared["pixel_values"]
+        theirs["pixels"] = (pixels if lengths else pixels.permute(0, 2, 3, 1)).numpy()
+        if lengths:
+            theirs["grid"] = prepared["spatial_shapes"].numpy()
+            ours["grid"] = exits.our_patches(model.image, lengths).grid
         if has_tokenizer:
             processor = load(transformers.AutoProcessor)
             ids = lambda texts: processor(text=texts, padding="max_length")["input_ids"]

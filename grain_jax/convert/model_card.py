@@ -48,6 +48,7 @@ def write(
     missing: str,
     repo: str | None = None,
     has_text_decoder: bool = False,
+    sequence_length: int = 0,
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face hub.
 
@@ -59,6 +60,7 @@ def write(
       missing: why the folder has no tokenizer, or "".
       repo: ORG/NAME on the Hub, for the code that loads the model.
       has_text_decoder: whether the model writes texts.
+      sequence_length: the most patches of an image in its own shape; 0: squares.
     """
     regions = _REGIONS if model.decoder is not None else ""
     regions += _WRITES if has_text_decoder else ""
@@ -66,6 +68,8 @@ def write(
     if not missing and model.text.tokenizer.endswith(".model"):
         needs += "; sentencepiece and protobuf for the tokenizer"
     use = _USE.replace("REGIONS\n", regions).replace("NEEDS", needs)
+    use = use.replace("PIXELS", _PATCHES if sequence_length else _PIXELS)
+    use = use.replace("SHAPES", ", spatial_shapes=shapes" if sequence_length else "")
     lines = [use.replace("FOLDER", repo or "FOLDER")]
     if repo:
         lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
@@ -109,8 +113,11 @@ def write(
             "- Captions, descriptions and boxes of the text decoder are guesses, also where nothing fits; it may name what is"
             " not there."
         )
+    resized = "to a square without keeping the aspect ratio"
+    if sequence_length:
+        resized = f"in their own shape, to at most {sequence_length} patches"
     lines += [
-        "- Images are resized to a square without keeping the aspect ratio; small objects may disappear.",
+        f"- Images are resized {resized}; small objects may disappear.",
         f"- Texts are cut to {model.text.context_length} tokens. Scores are cosine similarities, not probabilities.",
         "- Captions and descriptions of such training sets come from the web and from other models. Their errors,"
         " gaps and biases are in this model. Do not use it for decisions about people.",
@@ -141,16 +148,19 @@ from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
 with torch.no_grad():
-    pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]
+    PIXELS
     texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]
-    scores = model.zero_shot_logits(pixels, model.class_features(texts))
+    scores = model.zero_shot_logits(pixels, model.class_features(texts)SHAPES)
 REGIONS
 ```
 
 Needs torch, transformers 5 and PillowNEEDS. With ftfy installed, texts with broken encodings are repaired as in training."""
-_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
-_WRITES = """    captions = processor.batch_decode(model.caption(pixels))
-    pointed = model.point(pixels, texts[0])  # .boxes_xyxy in [0, 1], .log_probs
+_PIXELS = 'pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]'
+_PATCHES = """given = processor(images=Image.open("bird.jpg"))
+    pixels, shapes = given["pixel_values"], given["spatial_shapes"]"""
+_REGIONS = "    regions = model.get_regions(pixelsSHAPES)  # .boxes_xyxy in [0, 1], .embeds\n"
+_WRITES = """    captions = processor.batch_decode(model.caption(pixelsSHAPES))
+    pointed = model.point(pixels, texts[0]SHAPES)  # .boxes_xyxy in [0, 1], .log_probs
 """
 _LICENCE = """## Licence
 

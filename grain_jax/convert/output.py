@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -96,6 +96,7 @@ def save(
     proof: parity.Report,
     model_folder: epath.PathLike | None = None,
     text_decoder: checkpoint.StoredDecoder | None = None,
+    sequence_lengths: Sequence[int] = (),
 ) -> None:
     """Writes a model for `grain_jax.load`, with its source and the verdict of the parity.
 
@@ -107,6 +108,7 @@ def save(
       proof: the parity.
       model_folder: folder of a model of ours, whose tokenizer's file is copied, where it lies there.
       text_decoder: beside the model, or None.
+      sequence_lengths: as `checkpoint.Stored` has them.
 
     Raises:
       ConvertError: the folder cannot be written.
@@ -119,6 +121,6 @@ def save(
         model = dataclasses.replace(model, text=text)
     with writing(folder):
         notes = dict(source=str(source), parity=proof.verdict)
-        checkpoint.save_model(folder, model, params, text_decoder, **notes)
+        checkpoint.save_model(folder, model, params, text_decoder, sequence_lengths, **notes)
         if path is not None:
             (folder / path.name).write_bytes(tokenizer.content_of(path))

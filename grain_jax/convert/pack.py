@@ -47,7 +47,7 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         arrays = _rounded(text_decoder.params)
         arrays[_TOKENS] = _of_trained(arrays[_TOKENS], trained)
         text_decoder = text_decoder._replace(params=arrays)
-    given = _inputs(model, trained)
+    given = _inputs(model, trained, stored.sequence_lengths)
     rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
     found = parity.compare(
         parity.outputs(model, rounded, given),
@@ -55,7 +55,8 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         tolerance=TOLERANCE,
     )
     proof = parity.report(found, f"{read_from} in float32", given)
-    output.save(folder, model, packed, source, proof, read_from, text_decoder)
+    kept = proof, read_from, text_decoder, stored.sequence_lengths
+    output.save(folder, model, packed, source, *kept)
     said = output.carry_weight(stored, folder)
     return proof.after(
         f"pack: {read_from} -> {folder}",
@@ -101,9 +102,11 @@ def _starts_from_text(folder: epath.Path) -> bool:
     return config_lib.from_dict(checkpoint_files.read_json(folder, "config")).init.text is not None
 
 
-def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
+def _inputs(
+    model: config_lib.Model, trained: np.ndarray, lengths: tuple[int, ...]
+) -> parity.Inputs:
     """The inputs of a parity report, with words of trained tokens alone."""
-    given = parity.inputs_of(model)
+    given = parity.inputs_of(model, lengths)
     words, end = np.flatnonzero(trained[:-2]), model.text.end_id
     words = words[words != end]
     is_word = (given.token_ids > 0) & (given.token_ids < model.text.vocab_size - 2)

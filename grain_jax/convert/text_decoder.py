@@ -14,10 +14,11 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Arrays, NamePair
+from grain_jax.core import schema
 from grain_jax.inference import Predictor, jitted
 from grain_jax.inference import text_decoder as searches
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
-from grain_jax.models import grain, text_decoder
+from grain_jax.models import grain, places, text_decoder
 from grain_jax.models.text_decoder import BOX, Rows
 from grain_jax.runtime.saved_model import StoredDecoder
 
@@ -164,7 +165,11 @@ def sequences(
 
 
 def logits(
-    decoder: StoredDecoder, model: config_lib.Model, params: Any, images: np.ndarray, tokens: Any
+    decoder: StoredDecoder,
+    model: config_lib.Model,
+    params: Any,
+    images: Any,
+    tokens: Any,
 ) -> np.ndarray:
     """What follows each token of a sequence an image, float32 [B, T, vocabulary].
 
@@ -172,7 +177,7 @@ def logits(
       decoder: whose logits they are.
       model: beside which it stands.
       params: of the model.
-      images: float32 [B, S, S, 3], normalised.
+      images: float32 [B, S, S, 3], normalised, or Patches.
       tokens: int32 [B, T].
     """
     made, size = module(decoder.config, model), text_decoder.vocabulary(decoder.config, model).size
@@ -180,13 +185,17 @@ def logits(
     @jax.jit
     def run(params, patches, tokens):
         with jax.default_matmul_precision("highest"):
-            found = made.apply({"params": params}, patches, _rows(tokens), method="features")
+            given = patches, _rows(tokens)
+            found = made.apply({"params": params}, *given, places=seen, method="features")
             return found @ params["head"][:size].T
 
+    seen = places.of_images(images, model.image.patch_size)
     return np.asarray(run(decoder.params, patches_of(model, params, images), tokens))
 
 
-def patches_of(model: config_lib.Model, params: Any, images: np.ndarray) -> jax.Array:
+def patches_of(
+    model: config_lib.Model, params: Any, images: np.ndarray | schema.Patches
+) -> jax.Array:
     """What the decoder sees of images, float32 [B, P, E of the image tower]."""
     tokens = jitted.program(model, "float32", "image_tokens")(params, images)
     return tokens[:, grain.leading_tokens(model) :]
@@ -207,7 +216,7 @@ def search(
       task: a name of TASKS.
 
     Returns:
-      (the function of flat parameters, images uint8 [B, S, S, 3] and the inputs, its inputs beside those, without the axis
+      (the function of flat parameters, images uint8 [B, S, S, 3] or Patches and the inputs, its inputs beside those, without the axis
       of images). `caption` and `describe` (boxes_xyxy [4]) give the words as `tokens` int32 [B, n], of which `count` [B] are
       real; `point` (`tokens`: `count` words of a text, without special tokens) gives `box_xyxy` [B, 4]; and each the
       `log_probability` [B], in nats.
@@ -227,13 +236,15 @@ def search(
     encode = jitted.program(model, predictor.dtype, "image_tokens")
 
     def run(params, image, *arrays):
-        asked, shape = dict(zip(inputs, arrays)), (image.shape[0], 1)
+        asked, seen = dict(zip(inputs, arrays)), places.of_images(image, model.image.patch_size)
+        shape = (jax.tree.leaves(image)[0].shape[0], 1)
         words = asked.get("tokens", jnp.zeros(shape, jnp.int32))[:, None]
         count = asked.get("count", jnp.zeros(shape[:1], jnp.int32))[:, None]
         boxes = asked.get("boxes_xyxy", jnp.zeros((shape[0], BOX)))[:, None]
         is_there, tokens = jnp.ones(shape, bool), encode(of_model(params), image)
         own = tables.nested(params)[NAME]
-        found, count, score = program(own, tokens, words, count, is_there, is_there, boxes)
+        beside = [] if seen is None else [seen]
+        found, count, score = program(own, tokens, words, count, is_there, is_there, boxes, *beside)
         if task != "point":
             return {"tokens": found, "count": count, "log_probability": score}
         corners = given.vocabulary.boxes(found).reshape(shape[0], 2, 2)

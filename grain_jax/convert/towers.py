@@ -173,7 +173,8 @@ def _grid(there: Entries, class_token: bool) -> int:
     """Patches a side, by the learned positions. Raises ConvertError: they are no square, or missing."""
     if not there.name("image/position_embed"):
         return _FREE_GRID
-    positions = there.shape("image/position_embed", 2, 3)[-2]
+    shape = there.shape("image/position_embed", 2, 3, 4)
+    positions = math.prod(shape[-3:-1])  # the first axis of three is 1
     grid = math.isqrt(positions)
     if class_token and grid * grid != positions:
         grid = math.isqrt(positions - 1)

@@ -178,8 +178,8 @@ def load_stored(path: epath.PathLike) -> Stored:
         return found
     weights = ("model.safetensors", "model.safetensors.index.json")
     if (path / "config.json").exists() and any((path / x).exists() for x in weights):
-        model, params, text_decoder = named.find("reader", _TRANSFORMERS, {})(path)
-        return Stored(model, params, str(path), text_decoder=text_decoder)
+        model, params, *beside = named.find("reader", _TRANSFORMERS, {})(path)
+        return Stored(model, params, str(path), config_lib.Lora(), *beside)
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)

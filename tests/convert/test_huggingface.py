@@ -222,7 +222,7 @@ def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path):
     assert ("\nlogit_bias " in report.text) == (bias is not None)
     contrast = json.loads((tmp_path / "hf" / "config.json").read_text())["losses"]["contrast"]
     assert contrast == ("softmax" if bias is None else "sigmoid")
-    again, back, _ = huggingface.read(epath.Path(tmp_path / "hf"))
+    again, back, *_ = huggingface.read(epath.Path(tmp_path / "hf"))
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
 

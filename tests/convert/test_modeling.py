@@ -113,7 +113,7 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
     has_words = "text__tokenizer" in KINDS[kind]
     assert ("\ntoken_ids " in said) == has_words
     model, params, _ = checkpoint.load_model(ours)
-    again, back, _ = huggingface.read(epath.Path(hf))
+    again, back, *_ = huggingface.read(epath.Path(hf))
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
     module, predictor = loaded(hf), grain_jax.load(hf)

@@ -38,7 +38,9 @@ def to_big_vision(
     if part == "towers":
         found, left = folder.towers_alone(found)
     model = found.model
-    reasons.refuse(model, reasons.of_big_vision(model))
+    lengths = found.sequence_lengths
+    faults = reasons.of_big_vision(model) + reasons.of_shapes(lengths, "to-big-vision")
+    reasons.refuse(model, faults, lengths)
     state = _state(folder.flat(found))
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}

@@ -14,7 +14,7 @@ from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.exits import reasons
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
-from grain_jax.core import atomic, images
+from grain_jax.core import atomic, images, patches, schema
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from grain_jax.runtime.saved_model import StoredDecoder
@@ -35,12 +35,14 @@ class Source(NamedTuple):
     params: Any
     folder: epath.Path  # that it was read from
     text_decoder: StoredDecoder | None = None
+    sequence_lengths: tuple[int, ...] = ()  # of images in their own shape; (): squares
 
 
 def read(path: epath.PathLike) -> Source:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
     stored = checkpoint.load_stored(path)
-    return Source(stored.model, stored.merged(), epath.Path(stored.folder), stored.text_decoder)
+    given = stored.model, stored.merged(), epath.Path(stored.folder), stored.text_decoder
+    return Source(*given, stored.sequence_lengths)
 
 
 def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:
@@ -81,7 +83,8 @@ def towers_alone(source: Source) -> tuple[Source, list[str]]:
             f"ATTENTION: the image embedding of the model came from its decoder; here it is the {model.image.pool} of the"
             " tokens, which nothing trained: take the image tower's tokens, or train on"
         )
-    return Source(model, tables.nested(params), source.folder), lines
+    lengths = source.sequence_lengths
+    return Source(model, tables.nested(params), source.folder, sequence_lengths=lengths), lines
 
 
 def left_behind(source: Source) -> list[str]:
@@ -170,6 +173,7 @@ def finish(
         if missing
         else "",
         library=library,
+        resized="in their own shape" if source.sequence_lengths else "to a square without a crop",
     )
     with output.writing(folder):
         atomic.write_text(folder / "README.md", card)
@@ -183,15 +187,29 @@ def raw_images() -> list[np.ndarray]:
     return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
 
 
-def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
-    """`raw_images` as the model gets them, [N, S, S, 3]."""
-    resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
-    return (resized / 255 - np.array(tower.pixel_mean)) / np.array(tower.pixel_std)
+def our_pixels(tower: config_lib.ImageTower, lengths: reasons.Lengths = ()) -> np.ndarray:
+    """`raw_images` as the model gets them, [N, S, S, 3]; in their own shape [N, length, p*p*3], then zeros."""
+    mean, std = np.array(tower.pixel_mean), np.array(tower.pixel_std)
+    if not lengths:
+        resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
+        return (resized / 255 - mean) / std
+    found = our_patches(tower, lengths)
+    pixels = found.pixels.reshape(*found.pixels.shape[:2], -1, 3)
+    real = np.arange(pixels.shape[1]) < found.grid.prod(1, keepdims=True)
+    pixels = (pixels / 255 - mean) / std * real[..., None, None]
+    return pixels.reshape(found.pixels.shape)
+
+
+def our_patches(tower: config_lib.ImageTower, lengths: reasons.Lengths) -> schema.Patches:
+    """`raw_images` in their own shape, uint8, of the longest length."""
+    size = tower.patch_size, max(lengths)
+    return patches.stack([patches.of_image(image, *size) for image in raw_images()])
 
 
 def our_outputs(source: Source, given: parity.Inputs) -> dict[str, np.ndarray]:
     """The outputs of a two-tower model, and its logits [images, texts]."""
-    predictor = inference.Predictor(source.model, source.params)
+    sizes = source.model, source.params
+    predictor = inference.Predictor(*sizes, sequence_length=given.sequence_length)
     ours = parity.outputs_of(predictor, given)
     logits = predictor.logit_scale * ours["image_embed"] @ ours["text_embed"].T
     return ours | {"logits": logits + (predictor.logit_bias or 0.0)}
@@ -210,7 +228,7 @@ license: other
 {use}
 ```
 
-{missing}Images are resized to a square without a crop. Texts with broken encodings or HTML entities, which training repaired, are
+{missing}Images are resized {resized}. Texts with broken encodings or HTML entities, which training repaired, are
 not repaired here.
 
 ## Model

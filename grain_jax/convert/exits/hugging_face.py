@@ -1,4 +1,7 @@
-"""Two towers as transformers' CLIPModel or SiglipModel, and an image tower alone as its vision model."""
+"""Two towers as transformers' CLIPModel or SiglipModel, an image tower alone as its vision model.
+
+Models of images in their own shape become Siglip2Model, with the longest of their lengths as `max_num_patches`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +13,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.convert import formats, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, reasons, tokenizers
-from grain_jax.convert.open_clip.comparison import hf_config
+from grain_jax.convert.open_clip.comparison import hf_config, siglip2_inputs
 from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.inference import jitted
 
@@ -18,12 +21,21 @@ WEIGHTS = "model.safetensors"
 _SCALARS = [NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias")]
 _SIGLIP_CONTEXT = 64
 _IMAGE_PARTS = ("image/", "image_pool/")
+# What is written -> its family in transformers.
+_FAMILIES = {
+    reasons.CLIP: "clip",
+    reasons.CLIP_VISION: "clip",
+    reasons.SIGLIP: "siglip",
+    reasons.SIGLIP_VISION: "siglip",
+    reasons.SIGLIP2: "siglip2",
+    reasons.SIGLIP2_VISION: "siglip2",
+}
 
 
 def write_towers(
     source: folder.Source, path: epath.PathLike, repo: str | None = None, unknown: str = ""
 ) -> parity.Report:
-    """A two-tower model as a folder for CLIPModel or SiglipModel.
+    """A two-tower model as a folder for CLIPModel, SiglipModel or Siglip2Model.
 
     Args:
       source: the model.
@@ -35,21 +47,28 @@ def write_towers(
       ConvertError: neither can express the model, or the folder holds something else.
     """
     target = output.check_free(path, folder.MARK)
-    kind, faults = reasons.of_hugging_face(source.model)
-    reasons.refuse(source.model, faults)
-    is_clip = kind is reasons.CLIP
+    kind, faults = reasons.of_hugging_face(source.model, source.sequence_lengths)
+    reasons.refuse(source.model, faults, source.sequence_lengths)
+    family = _FAMILIES[kind]
     words, missing, told = tokenizers.of_transformers(source.model.text, source.folder)
     files = {
-        "config.json": _config(source.model, is_clip),
-        "preprocessor_config.json": _preprocessor(source.model.image, is_clip, whole=True),
+        "config.json": _config(source.model, family, kind.name),
+        "preprocessor_config.json": _preprocessor(source, family, whole=True),
         **words,
     }
-    state = (_clip if is_clip else _siglip)(folder.flat(source), source.model)
+    state = _clip(source) if family == "clip" else _siglip(source, family)
     folder.write(target, WEIGHTS, state, files, source)
-    proof = _prove_towers(target, source, kind.name, has_tokenizer=bool(words)).but(unknown)
-    folder.finish(target, source, _USE.format(kind=kind.name), "transformers", proof, repo, missing)
-    lines = [f"to-hf: {source.folder} -> {target}, {kind.name}", _size(state), _PIXELS]
-    if not is_clip and source.model.text.context_length != _SIGLIP_CONTEXT:
+    tokenizer = words["tokenizer_config.json"]["tokenizer_class"] if words else ""
+    proof = _prove_towers(target, source, kind.name, tokenizer).but(unknown)
+    use = _USE_SHAPES if source.sequence_lengths else _USE
+    use = use.format(kind=kind.name, tokenizer=tokenizer or "AutoTokenizer", **_sizes(source))
+    folder.finish(target, source, use, "transformers", proof, repo, missing)
+    lines = [f"to-hf: {source.folder} -> {target}, {kind.name}", _size(state), *_pixels(source)]
+    if family == "siglip2":
+        lines.append(
+            "processor: made as the card shows; AutoProcessor takes other patches, lengths and, of texts, Siglip2Tokenizer"
+        )
+    if family == "siglip" and source.model.text.context_length != _SIGLIP_CONTEXT:
         lines.append(
             f"texts: the pipeline of transformers pads SigLIP's to {_SIGLIP_CONTEXT} tokens, this model has"
             f" {source.model.text.context_length}; call processor and model instead"
@@ -60,36 +79,36 @@ def write_towers(
 def write_vision(
     source: folder.Source, path: epath.PathLike, repo: str | None = None
 ) -> parity.Report:
-    """The image tower of any model as a folder for CLIPVisionModel or SiglipVisionModel.
+    """The image tower of any model as a folder for CLIPVisionModel, SiglipVisionModel or Siglip2VisionModel.
 
     Raises:
-      ConvertError: neither can express the tower, or the folder holds something else.
+      ConvertError: none of them can express the tower, or the folder holds something else.
     """
     target = output.check_free(path, folder.MARK)
     model = source.model
-    kind, faults = reasons.of_vision(model)
-    reasons.refuse(model, faults)
-    is_clip = kind is reasons.CLIP_VISION
-    family = "clip" if is_clip else "siglip"
-    config = _config(model, is_clip)["vision_config"]
+    kind, faults = reasons.of_vision(model, source.sequence_lengths)
+    reasons.refuse(model, faults, source.sequence_lengths)
+    family, is_clip = _FAMILIES[kind], kind is reasons.CLIP_VISION
+    config = _config(model, family, kind.name)["vision_config"]
     config |= {"architectures": [kind.name], "model_type": f"{family}_vision_model"}
     config["dtype"] = "float32"
     if not is_clip:
         config["vision_use_head"] = model.image.pool == "map"
     files = {
         "config.json": config,
-        "preprocessor_config.json": _preprocessor(model.image, is_clip, whole=False),
+        "preprocessor_config.json": _preprocessor(source, family, whole=False),
     }
     parts = _IMAGE_PARTS[:1] if is_clip else _IMAGE_PARTS  # CLIP has no pooling head
     named = {n: x for n, x in folder.flat(source).items() if n.startswith(parts)}
-    state = folder.entries(formats.hf_image(), _image(named, model, is_clip))
+    rows = formats.hf_image(flat_patches=family == "siglip2")
+    state = folder.entries(rows, _image(named, is_clip))
     folder.write(target, WEIGHTS, state, files, source)
     proof = _prove_vision(target, source, kind.name, is_clip)
     folder.finish(target, source, _USE_VISION.format(kind=kind.name), "transformers", proof, repo)
     return proof.after(
         f"to-hf --part vision: {source.folder} -> {target}, {kind.name}",
         _size(state),
-        _PIXELS,
+        *_pixels(source),
         f"left behind: {_left_behind(source)}",
     )
 
@@ -98,6 +117,27 @@ _PIXELS = (
     'images: AutoImageProcessor.from_pretrained(DIR, backend="pil") gives our pixels; the resize of torchvision, its'
     " default, differs by up to 1 of 255 levels"
 )
+
+
+def _pixels(source: folder.Source) -> list[str]:
+    """Lines of the report about the images."""
+    lengths = source.sequence_lengths
+    if not lengths:
+        return [_PIXELS]
+    trained = " or ".join(map(str, lengths))
+    return [
+        f"images: in their own shape, {max(lengths)} patches at most; trained with {trained}",
+        _PIXELS,
+    ]
+
+
+def _sizes(source: folder.Source) -> dict[str, int]:
+    """What Siglip2Processor has to be told: it has sizes of its own, whatever the files say."""
+    image, lengths = source.model.image, source.sequence_lengths
+    context = source.model.text.context_length
+    return dict(patch_size=image.patch_size, most=max(lengths, default=0), context=context)
+
+
 _USE = """
 import torch
 from PIL import Image
@@ -108,6 +148,19 @@ processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")
 with torch.no_grad():
     given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], padding="max_length", truncation=True,
                       return_tensors="pt")
+    scores = model(**given).logits_per_image
+"""
+_USE_SHAPES = """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, {kind}, Siglip2Processor, {tokenizer}
+
+model = {kind}.from_pretrained("FOLDER").eval()
+images = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")
+processor = Siglip2Processor(images, {tokenizer}.from_pretrained("FOLDER"))
+with torch.no_grad():
+    given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], max_num_patches={most},
+                      patch_size={patch_size}, max_length={context}, return_tensors="pt")
     scores = model(**given).logits_per_image
 """
 _USE_VISION = """
@@ -141,56 +194,70 @@ def _left_behind(source: folder.Source) -> str:
     return ", ".join(parts)
 
 
-def _config(model: config_lib.Model, is_clip: bool) -> dict[str, Any]:
-    """config.json of CLIPModel or SiglipModel."""
-    family, kind = ("clip", "CLIPModel") if is_clip else ("siglip", "SiglipModel")
+def _config(model: config_lib.Model, family: str, kind: str) -> dict[str, Any]:
+    """config.json of a class of transformers."""
     stated = hf_config(model)
+    del stated["vision_config"]["image_size" if family == "siglip2" else "num_patches"]
     for part in ("vision", "text"):
         stated[f"{part}_config"]["model_type"] = f"{family}_{part}_model"
     return {"model_type": family, "architectures": [kind], "dtype": "float32", **stated}
 
 
-def _preprocessor(tower: config_lib.ImageTower, is_clip: bool, whole: bool) -> dict[str, Any]:
-    name = "CLIP" if is_clip else "Siglip"
+def _preprocessor(source: folder.Source, family: str, whole: bool) -> dict[str, Any]:
+    tower, lengths = source.model.image, source.sequence_lengths
+    name = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}[family]
+    square = {"height": tower.image_size, "width": tower.image_size}
+    if lengths:
+        sizes = {
+            "resample": 2,  # Pillow's bilinear
+            "patch_size": tower.patch_size,
+            "max_num_patches": max(lengths),
+        }
+    else:
+        sizes = {
+            "do_center_crop": False,
+            "resample": 3,  # Pillow's bicubic
+            "size": square,
+            "crop_size": square,
+        }
     return {
         "image_processor_type": f"{name}ImageProcessor",
         **({"processor_class": f"{name}Processor"} if whole else {}),
         "do_convert_rgb": True,
         "do_resize": True,
-        "do_center_crop": False,
         "do_rescale": True,
         "do_normalize": True,
-        "resample": 3,  # Pillow's bicubic
         "rescale_factor": 1 / 255,
-        "size": {"height": tower.image_size, "width": tower.image_size},
-        "crop_size": {"height": tower.image_size, "width": tower.image_size},
+        **sizes,
         "image_mean": list(tower.pixel_mean),
         "image_std": list(tower.pixel_std),
     }
 
 
-def _image(flat: Arrays, model: config_lib.Model, is_clip: bool) -> Arrays:
+def _image(flat: Arrays, is_clip: bool) -> Arrays:
     """CLIP's patches have no bias, SigLIP's have one."""
     if is_clip:
         return arrays.without_patch_bias(flat, leading=1)
     return arrays.with_patch_bias(flat)
 
 
-def _clip(flat: Arrays, model: config_lib.Model) -> Arrays:
+def _clip(source: folder.Source) -> Arrays:
     """The arrays of CLIPModel."""
-    flat = _image(flat, model, is_clip=True)
+    flat = _image(folder.flat(source), is_clip=True)
     for tower in towers.TOWERS:
-        width = getattr(model, tower).width
+        width = getattr(source.model, tower).width
         flat = arrays.with_projection(flat, tower, width, bias=False)
     rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *_SCALARS]
     return folder.entries(rows, flat)
 
 
-def _siglip(flat: Arrays, model: config_lib.Model) -> Arrays:
-    """The arrays of SiglipModel."""
-    flat = {"logit_bias": np.zeros((), np.float32), **_image(flat, model, is_clip=False)}
-    flat = arrays.with_projection(flat, "text", model.text.width, bias=True)
-    rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *_SCALARS]
+def _siglip(source: folder.Source, family: str) -> Arrays:
+    """The arrays of SiglipModel or Siglip2Model."""
+    flat = _image(folder.flat(source), is_clip=False)
+    flat = {"logit_bias": np.zeros((), np.float32), **flat}
+    flat = arrays.with_projection(flat, "text", source.model.text.width, bias=True)
+    images = formats.hf_image(flat_patches=family == "siglip2")
+    rows = [*images, *formats.hf_text("text_model.head"), *_SCALARS]
     state = folder.entries(rows, flat)
     return state | {row.theirs: state[row.theirs].reshape(1) for row in _SCALARS}
 
@@ -215,13 +282,22 @@ def _versions() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def _their_pixels(path: str) -> np.ndarray:
+def _compare_pixels(source: folder.Source, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The pixels of raw images, ours and the processor's; in their own shape the grids of patches, too."""
     import transformers
 
     load = transformers.AutoImageProcessor.from_pretrained
     processor: Any = load(path, local_files_only=True, backend="pil")
-    pixels = processor(folder.raw_images(), return_tensors="pt")["pixel_values"]
-    return pixels.permute(0, 2, 3, 1).numpy()
+    found = processor(folder.raw_images(), return_tensors="pt")
+    tower, lengths = source.model.image, source.sequence_lengths
+    ours = {"pixels": folder.our_pixels(tower, lengths)}
+    if not lengths:
+        return ours, {"pixels": found["pixel_values"].permute(0, 2, 3, 1).numpy()}
+    ours["grid"] = folder.our_patches(tower, lengths).grid
+    return ours, {
+        "pixels": found["pixel_values"].numpy(),
+        "grid": found["spatial_shapes"].numpy(),
+    }
 
 
 @folder.needing_packages
@@ -234,50 +310,68 @@ def _prove(
       target: the folder.
       source: the model.
       kind: the class.
-      outputs: (module, inputs of the parity, the same as tensors, path) -> our outputs and theirs, by name.
+      outputs: (module, inputs of the parity, the images as the module takes them, path) -> our outputs and theirs, by
+        name.
     """
     import torch
     import transformers  # noqa: F401 (without torch it imports, but has no models)
 
-    given = parity.inputs_of(source.model)
+    given = parity.inputs_of(source.model, source.sequence_lengths)
     with output.on_disk(target) as path, torch.no_grad():
-        images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
-        tensors = images, torch.from_numpy(given.token_ids).long()
-        ours, theirs = outputs(_loaded(kind, path), given, tensors, path)
-        theirs["pixels"] = _their_pixels(path)
-    ours["pixels"] = folder.our_pixels(source.model.image)
+        if source.sequence_lengths:
+            pixels, grid = map(torch.from_numpy, given.images)
+            images = siglip2_inputs(pixels, grid.long())
+        else:
+            images = {"pixel_values": torch.tensor(given.images).permute(0, 3, 1, 2)}
+        both = outputs(_loaded(kind, path), given, images, path)
+        pixels = _compare_pixels(source, path)
+    ours, theirs = (one | other for one, other in zip(both, pixels))
     other = f"{kind}, {_versions()} on {target}"
     return parity.report(parity.compare(ours, theirs), other, given)
 
 
 def _prove_towers(
-    target: epath.Path, source: folder.Source, kind: str, has_tokenizer: bool
+    target: epath.Path, source: folder.Source, kind: str, tokenizer: str
 ) -> parity.Report:
-    """Embeddings and logits; of texts their ids, and their embeddings from end to end."""
+    """Embeddings and logits; of texts their ids, and their embeddings from end to end.
 
-    def outputs(module, given, tensors, path):
-        out = module(pixel_values=tensors[0], input_ids=tensors[1])
+    `tokenizer` is its class in transformers, "" where the folder has none.
+    """
+
+    def outputs(module, given, images, path):
+        import torch
+
+        out = module(input_ids=torch.from_numpy(given.token_ids).long(), **images)
         ours = folder.our_outputs(source, given)
         theirs = {
             "image_embed": out.image_embeds.numpy(),
             "text_embed": out.text_embeds.numpy(),
             "logits": out.logits_per_image.numpy(),
         }
-        if has_tokenizer:
-            import torch
-            import transformers
-
-            load = transformers.AutoProcessor.from_pretrained
-            processor: Any = load(path, local_files_only=True, backend="pil")
+        if tokenizer:
+            processor: Any = _processor(source, tokenizer, path)
             options: Any = dict(padding="max_length", truncation=True, return_tensors="np")
+            if source.sequence_lengths:
+                options["max_length"] = _sizes(source)["context"]
             ids = processor(text=tokenizers.TEXTS, **options)["input_ids"]
             ours["token_ids"] = tokenizers.our_ids(source.model.text, source.folder)
             ours["encode_text"] = tokenizers.our_embeddings(source)
-            out = module(pixel_values=tensors[0], input_ids=torch.from_numpy(ids).long())
+            out = module(input_ids=torch.from_numpy(ids).long(), **images)
             theirs |= {"token_ids": ids, "encode_text": out.text_embeds.numpy()}
         return ours, theirs
 
     return _prove(target, source, kind, outputs)
+
+
+def _processor(source: folder.Source, tokenizer: str, path: str) -> Any:
+    """The processor as the card says: AutoProcessor of SigLIP 2 would take a tokenizer of another class."""
+    import transformers
+
+    load = lambda kind, **options: kind.from_pretrained(path, local_files_only=True, **options)
+    if not source.sequence_lengths:
+        return load(transformers.AutoProcessor, backend="pil")
+    images = load(transformers.AutoImageProcessor, backend="pil")
+    return transformers.Siglip2Processor(images, load(getattr(transformers, tokenizer)))
 
 
 def _prove_vision(
@@ -286,13 +380,17 @@ def _prove_vision(
     """The tokens of our image tower, and what is pooled of them."""
     model = source.model
 
-    def outputs(module, given, tensors, path):
-        predictor = inference.Predictor(model, source.params)
+    def outputs(module, given, images, path):
+        length = given.sequence_length
+        predictor = inference.Predictor(model, source.params, sequence_length=length)
         program = jitted.program(model, "float32", "image_tokens")
         tokens = np.asarray(program(predictor.params, given.images))
-        ours = {"tokens": tokens}
-        out = module(pixel_values=tensors[0])
+        out = module(**images)
         last = out.last_hidden_state
+        if source.sequence_lengths:  # the others are anything
+            real = images["pixel_attention_mask"].bool()
+            tokens, last = tokens[real.numpy()], last[real]
+        ours = {"tokens": tokens}
         if is_clip:  # its last norm is on the class token alone
             last = getattr(module, "vision_model", module).post_layernorm(last)
             ours["class_token"] = tokens[:, 0]

@@ -42,7 +42,9 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """
     target = output.check_free(path, DESCRIPTION)
     found, unknown = tokenizers.with_end(folder.read(source))
-    reasons.refuse(found.model, reasons.of_onnx(found.model))
+    lengths = found.sequence_lengths
+    faults = reasons.of_onnx(found.model) + reasons.of_shapes(lengths, "to-onnx")
+    reasons.refuse(found.model, faults, lengths)
     with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

@@ -38,7 +38,8 @@ def to_open_clip(
     if part == "towers":
         found, left = folder.towers_alone(found)
     kind, faults = reasons.of_open_clip(found.model)
-    reasons.refuse(found.model, faults)
+    lengths = found.sequence_lengths
+    reasons.refuse(found.model, faults + reasons.of_shapes(lengths, "to-open-clip"), lengths)
     is_own = kind is reasons.OPEN_CLIP
     trunk = "" if is_own else timm_trunk.name_of(found.model.image)
     words, missing = tokenizers.files(found.model.text, found.folder)

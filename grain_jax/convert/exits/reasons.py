@@ -2,13 +2,16 @@
 
 import dataclasses
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from grain_jax import config as config_lib
 from grain_jax.convert import towers
 from grain_jax.convert.exits import timm_trunk
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.reference import names
+
+Lengths: TypeAlias = tuple[int, ...]  # of images in their own shape; (): squares
+_SQUARES = ("to-open-clip", "to-big-vision", "to-torch", "to-onnx")  # what else is no exit
 
 
 class Need(NamedTuple):
@@ -87,8 +90,10 @@ SIGLIP = Format(
         text__pool="last",
     ),
 )
+SIGLIP2 = Format("Siglip2Model", SIGLIP.needs)
 CLIP_VISION = Format("CLIPVisionModel", _needs(**_CLIP_VISION))
 SIGLIP_VISION = Format("SiglipVisionModel", _needs(**_SIGLIP_VISION))
+SIGLIP2_VISION = Format("Siglip2VisionModel", SIGLIP_VISION.needs)
 OPEN_CLIP = Format(
     "open_clip's own towers",
     _needs(
@@ -130,17 +135,31 @@ BIG_VISION = Format(
 )
 
 
-def of_hugging_face(model: config_lib.Model) -> tuple[Format, list[str]]:
-    """The class of transformers that a two-tower model is nearest to, and why it cannot hold the model."""
+def of_hugging_face(model: config_lib.Model, lengths: Lengths = ()) -> tuple[Format, list[str]]:
+    """The class of transformers that a two-tower model is nearest to, and why it cannot hold the model.
+
+    Of one of images in their own shape (`lengths`, as `checkpoint.Stored` has them) it is Siglip2Model.
+    """
+    if lengths:
+        return SIGLIP2, SIGLIP2.faults(model)
     kind, faults = _nearest(model, CLIP, SIGLIP)
     if kind is CLIP and model.text.end_id == 2:
         faults.append("model.text.end_id: got 2, with which CLIPModel takes the highest id")
     return kind, faults
 
 
-def of_vision(model: config_lib.Model) -> tuple[Format, list[str]]:
+def of_vision(model: config_lib.Model, lengths: Lengths = ()) -> tuple[Format, list[str]]:
     """The class of transformers that the image tower alone is nearest to, and why it cannot hold the tower."""
+    if lengths:
+        return SIGLIP2_VISION, SIGLIP2_VISION.faults(model)
     return _nearest(model, CLIP_VISION, SIGLIP_VISION)
+
+
+def of_shapes(lengths: Lengths, command: str) -> list[str]:
+    """A line where a model is of images in their own shape, of a command that writes models of squares alone."""
+    if not lengths:
+        return []
+    return [f"input.sequence_lengths: got {lengths}, {command} writes models of square images"]
 
 
 def of_open_clip(model: config_lib.Model, search: bool = True) -> tuple[Format, list[str]]:
@@ -194,15 +213,18 @@ def towers_alone(model: config_lib.Model) -> config_lib.Model:
     return dataclasses.replace(model, decoder=None, boxes=config_lib.BoxHead(), image=image)
 
 
-def of(model: config_lib.Model, search: bool = True) -> dict[str, list[str]]:
-    """Each exit, and a line for each thing of the model that it cannot hold; none: it works. `search`: as `of_open_clip`."""
+def of(model: config_lib.Model, search: bool = True, lengths: Lengths = ()) -> dict[str, list[str]]:
+    """Each exit, and a line for each thing of the model that it cannot hold; none: it works.
+
+    `search`: as `of_open_clip`; `lengths`: as `of_hugging_face`.
+    """
     is_whole = model.decoder is None and model.boxes.kind == "none"
     alone, flag = towers_alone(model), "" if is_whole else " --part towers"
     found = {"to-hf": names.faults(model, "to-hf")}
     if not is_whole:
-        found["to-hf --part towers"] = of_hugging_face(alone)[1]
-    return found | {
-        "to-hf --part vision": of_vision(model)[1],
+        found["to-hf --part towers"] = of_hugging_face(alone, lengths)[1]
+    found |= {
+        "to-hf --part vision": of_vision(model, lengths)[1],
         f"to-open-clip{flag}": of_open_clip(alone, search)[1],
         f"to-big-vision{flag}": of_big_vision(alone),
         "to-torch": names.faults(model, "to-torch"),
@@ -210,28 +232,33 @@ def of(model: config_lib.Model, search: bool = True) -> dict[str, list[str]]:
         "pack": [],
         "export": [],  # StableHLO
     }
+    for name in found:
+        if name.partition(" ")[0] in _SQUARES:
+            found[name] = found[name] + of_shapes(lengths, name)
+    return found
 
 
-def working(model: config_lib.Model) -> list[str]:
+def working(model: config_lib.Model, lengths: Lengths = ()) -> list[str]:
     """The commands of the exits that the model has."""
     return [
         f"grain-jax {'' if name == 'export' else 'convert '}{name}"
-        for name, faults in of(model).items()
+        for name, faults in of(model, lengths=lengths).items()
         if not faults
     ]
 
 
-def line(model: config_lib.Model, checkpoint: object) -> str:
+def line(model: config_lib.Model, checkpoint: object, lengths: Lengths = ()) -> str:
     """The exits of a model that is to be trained, in a line; imports neither torch nor timm."""
-    found = [name for name, faults in of(model, search=False).items() if not faults]
+    of_model = of(model, search=False, lengths=lengths)
+    found = [name for name, faults in of_model.items() if not faults]
     if of_open_clip(towers_alone(model), search=False)[0] is OPEN_CLIP_TIMM:
         found = [f"{name} (sizes of timm's)" if "open-clip" in name else name for name in found]
     return f"exits: {', '.join(found)} (all: grain-jax convert table --checkpoint {checkpoint})"
 
 
-def refuse(model: config_lib.Model, faults: list[str]) -> None:
+def refuse(model: config_lib.Model, faults: list[str], lengths: Lengths = ()) -> None:
     """Raises ConvertError with these lines, and with the exits that the model has as its hint; does nothing without lines."""
     if faults:
         error = ConvertError("\n".join(faults))
-        error.hint = f"what writes this model: {', '.join(working(model))}"
+        error.hint = f"what writes this model: {', '.join(working(model, lengths))}"
         raise error

@@ -64,7 +64,7 @@ def report(checkpoint: str | None = None) -> parity.Report:
             found, _ = tokenizers.with_end(found)
         except ConvertError as error:
             lines.append(str(error))
-        lines += of_model(found.model)
+        lines += of_model(found.model, found.sequence_lengths)
         if found.text_decoder is not None:
             lines.append(
                 f"text decoder: in {', '.join(_WITH_TEXT_DECODER)}; the others leave it behind"
@@ -77,10 +77,10 @@ def report(checkpoint: str | None = None) -> parity.Report:
     return parity.Report("\n".join(lines), True, parity.NOT_PROVEN)
 
 
-def of_model(model: config_lib.Model) -> list[str]:
+def of_model(model: config_lib.Model, lengths: reasons.Lengths = ()) -> list[str]:
     """A line for each exit of one model, and one for each thing of the model that it cannot hold."""
     lines = []
-    for name, faults in reasons.of(model).items():
+    for name, faults in reasons.of(model, lengths=lengths).items():
         lines.append(f"{name}: {'no' if faults else 'yes'}")
         lines += [f"  {fault}" for fault in faults]
     return lines

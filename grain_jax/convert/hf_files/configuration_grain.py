@@ -10,14 +10,18 @@ class GrainConfig(PreTrainedConfig):
       towers: sizes and options of the image tower, the text tower and the region decoder.
       losses: weights and options of the training losses.
       text_decoder: sizes of the text decoder; None: the model has none.
+      sequence_lengths: patches an image that the model was trained with, in its own shape; None: squares.
     """
 
     model_type = "grain"
 
-    def __init__(self, towers=None, losses=None, text_decoder=None, **kwargs):
+    def __init__(
+        self, towers=None, losses=None, text_decoder=None, sequence_lengths=None, **kwargs
+    ):
         self.towers = towers
         self.losses = losses
         self.text_decoder = text_decoder
+        self.sequence_lengths = sequence_lengths
         super().__init__(**kwargs)
 
 

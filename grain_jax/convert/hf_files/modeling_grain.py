@@ -63,6 +63,64 @@ def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
     return out.transpose(1, 2).flatten(2)
 
 
+# <shapes>
+class Places:
+    """Where the tokens of images in their own shape lie.
+
+    `grid` [B, 2], rows and columns of patches; `real` bool [B, P], which patches there are, row by row; `y`, `x` [B, P],
+    their rows and columns; `mask` bool [B, 1, 1, tokens], for attention to the leading tokens and the patches.
+    """
+
+    def __init__(self, pixel_values, spatial_shapes, leading):
+        patches = pixel_values.shape[1]
+        self.grid = spatial_shapes.to(pixel_values.device).long()
+        if self.grid.shape != (len(pixel_values), 2) or not (self.grid > 0).all():
+            raise ValueError(
+                f"spatial_shapes: got shape {list(self.grid.shape)}, expected [B, 2], rows and columns of patches"
+            )
+        if (self.grid.prod(1) > patches).any():
+            raise ValueError(f"spatial_shapes: got grids of more than the {patches} patches given")
+        number = torch.arange(patches, device=pixel_values.device)
+        self.real = number < self.grid.prod(1, keepdim=True)
+        self.y, self.x = (at * self.real for at in (number // self.columns, number % self.columns))
+        self.mask = F.pad(self.real, (leading, 0), value=True)[:, None, None]
+
+    @property
+    def rows(self):
+        return self.grid[:, :1]
+
+    @property
+    def columns(self):
+        return self.grid[:, 1:]
+
+    def boxes(self):
+        """The box of each patch, corners as shares of the image, [B, P, 4]."""
+        low = torch.stack([self.x / self.columns, self.y / self.rows], dim=-1)
+        high = torch.stack([(self.x + 1) / self.columns, (self.y + 1) / self.rows], dim=-1)
+        return torch.cat([low, high], dim=-1)
+
+    def resized(self, positions):
+        """Learned positions of a square [1, side * side, E], bilinear and antialiased, for the grid of each image."""
+        side = math.isqrt(positions.shape[1])
+        cells = torch.arange(side, device=positions.device) + 0.5
+
+        def shares(at, size):  # [B, P], [B, 1] -> [B, P, side]
+            step = side / size
+            distance = (cells - ((at + 0.5) * step)[..., None]).abs()
+            hats = (1 - distance / step.clamp(min=1)[..., None]).clamp(min=0)
+            return hats / hats.sum(-1, keepdim=True)
+
+        down, across = shares(self.y, self.rows), shares(self.x, self.columns)
+        weights = (down[..., :, None] * across[..., None, :]).flatten(2)
+        return (weights @ positions[0].float()).to(positions.dtype)
+
+
+# </shapes>
+def _mask(places):
+    """The mask of an attention to the image tokens; None: all of them are seen."""
+    return None if places is None else places.mask
+
+
 # <rope>
 class Rope(nn.Module):
     """Rotary positions of the patches: queries and keys are turned by angles of row and column.
@@ -77,27 +135,35 @@ class Rope(nn.Module):
         self.grid, self.trained = tower["image_size"] // tower["patch_size"], tower["rope_grid"]
         self.theta, self.head_dim = tower["rope_theta"], tower["width"] // tower["heads"]
 
-    def tables(self, device):
-        """Cosine and sine of each patch and channel, [patches, head_dim]."""
+    def tables(self, device, places=None):
+        """Cosine and sine of each patch and channel, [patches, head_dim]; of images in their own shape [B, ...]."""
         at = torch.arange(self.grid, dtype=torch.float64)  # some devices have no float64
         quarter = self.head_dim // 4
         waves = self.theta ** -(torch.arange(quarter, dtype=at.dtype) / quarter)
+        y, x = (a.flatten() for a in torch.meshgrid(at, at, indexing="ij"))
+        rows = columns = self.grid
+        # <shapes>
+        if places is not None:
+            y, x, rows, columns = (
+                a.cpu().double() for a in (places.y, places.x, places.rows, places.columns)
+            )
+        # </shapes>
         if self.kind == "centres":
-            at = 2 * math.pi * (2 * (at + 0.5) / self.grid - 1)
+            y, x = (2 * math.pi * (2 * (a + 0.5) / n - 1) for a, n in ((y, rows), (x, columns)))
         else:
-            at = (at + 1) * (self.trained / self.grid)
-        y, x = (a.reshape(-1, 1) * waves for a in torch.meshgrid(at, at, indexing="ij"))
+            y, x = ((a + 1) * (self.trained / n) for a, n in ((y, rows), (x, columns)))
+        y, x = (a[..., None] * waves for a in (y, x))
         if self.kind == "centres":
-            angles = torch.cat([y, x], dim=1).repeat(1, 2)
+            angles = torch.cat([y, x, y, x], dim=-1)
         else:
-            angles = torch.cat([x, y], dim=1).repeat_interleave(2, dim=1)
+            angles = torch.cat([x, y], dim=-1).repeat_interleave(2, dim=-1)
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
-    def forward(self, x):
+    def forward(self, x, places=None):
         """Queries or keys [B, tokens, E], turned but for the leading tokens, in float32."""
         heads = x.unflatten(-1, (-1, self.head_dim))
         y = heads[:, self.leading :].float()
-        cos, sin = (table[:, None] for table in self.tables(x.device))
+        cos, sin = (table.unsqueeze(-2) for table in self.tables(x.device, places))
         if self.kind == "centres":
             first, second = y.chunk(2, dim=-1)
             other = torch.cat([-second, first], dim=-1)
@@ -113,7 +179,7 @@ def _rope(tower):
     if tower["rope"] != "none":
         return Rope(tower)
     # </rope>
-    return nn.Identity()
+    return None
 
 
 def _leading(tower):
@@ -138,13 +204,15 @@ class ImageAttention(nn.Module):
             self.q_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
             self.k_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
 
-    def forward(self, x):
+    def forward(self, x, places=None):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.q_bias is not None:
             q, v = q + self.q_bias, v + self.v_bias
         q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
-        return self.proj(_attend(self.rope(q), self.rope(k), v, self.heads))
+        if self.rope is not None:
+            q, k = self.rope(q, places), self.rope(k, places)
+        return self.proj(_attend(q, k, v, self.heads, mask=_mask(places)))
 
 
 class Attention(nn.Module):
@@ -195,9 +263,10 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("fc1", "fc2"), tower.get("pool_mlp_dim", 0))
 
-    def forward(self, tokens):
+    def forward(self, tokens, places=None):
         """[B, tokens, E] -> [B, E]."""
-        x = self.attention(self.probe.expand(tokens.shape[0], -1, -1), tokens, tokens)
+        probe = self.probe.expand(tokens.shape[0], -1, -1)
+        x = self.attention(probe, tokens, tokens, mask=_mask(places))
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
@@ -245,8 +314,8 @@ class ImageBlock(nn.Module):
             LayerScale(tower) if tower["layer_scale"] else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x, places=None):
+        x = x + self.ls1(self.attn(self.norm1(x), places))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -272,25 +341,39 @@ class ImageTower(nn.Module):
         self.blocks = nn.ModuleList(ImageBlock(tower) for _ in range(tower["depth"]))
         self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
 
-    def forward(self, pixel_values):
-        """[B, 3, S, S] -> [B, tokens, E]."""
+    def forward(self, pixel_values, places=None):
+        """[B, 3, S, S], or patches of images in their own shape -> [B, tokens, E]."""
+        # <shapes>
+        if places is not None:
+            weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
+            patches = F.linear(pixel_values.to(weight.dtype), weight, self.patch_embed.proj.bias)
+            return self._tokens(patches, places)
+        # </shapes>
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"pixel_values: got shape {list(pixel_values.shape)}, expected"
                 f" [B, 3, {self.image_size}, {self.image_size}]; use the processor of this folder"
             )
-        x = self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2)
+        return self._tokens(self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2))
+
+    def _tokens(self, x, places=None):
+        """Embedded patches [B, P, E] -> [B, tokens, E]."""
         first = x[:, :0]
         if self.cls_token is not None:
             first = self.cls_token.expand(x.shape[0], -1, -1)
         if self.pos_embed is not None:
             own = first.shape[1]
-            first, x = first + self.pos_embed[:, :own], x + self.pos_embed[:, own:]
+            positions = self.pos_embed[:, own:]
+            # <shapes>
+            if places is not None:
+                positions = places.resized(positions)
+            # </shapes>
+            first, x = first + self.pos_embed[:, :own], x + positions
         if self.reg_token is not None:
             first = torch.cat([first, self.reg_token.expand(x.shape[0], -1, -1)], dim=1)
         x = self.norm_pre(torch.cat([first, x], dim=1))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, places)
         return self.norm(x)
 
 
@@ -402,11 +485,12 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         self.dropout = nn.Dropout(tower["dropout"])
 
-    def forward(self, x, memory, place):
+    def forward(self, x, memory, place, mask=None):
         """x [B, Q+1, E], memory [B, tokens, E], place [Q+1, E] (added to queries and keys, not values)."""
         y = self.norm1(x)
         x = x + self.dropout(self.self_attn(y + place, y + place, y))
-        x = x + self.dropout(self.multihead_attn(self.norm2(x) + place, memory, memory))
+        asked = self.multihead_attn(self.norm2(x) + place, memory, memory, mask=mask)
+        x = x + self.dropout(asked)
         hidden = self.dropout(F.relu(self.linear1(self.norm3(x))))
         return x + self.dropout(self.linear2(hidden))
 
@@ -432,11 +516,11 @@ class BoxHead(nn.Module):
             self.norm = norm()
         self.proj = nn.Parameter(torch.empty(inputs, towers["embed_dim"]))
 
-    def forward(self, tokens, boxes_xyxy):
+    def forward(self, tokens, boxes_xyxy, places=None):
         """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D]."""
         boxes_xyxy = boxes_xyxy.float()
         of_boxes = self._align if self.kind == "roi_align" else self._ask
-        return of_boxes(tokens, boxes_xyxy).to(self.proj.dtype) @ self.proj
+        return of_boxes(tokens, boxes_xyxy, places).to(self.proj.dtype) @ self.proj
 
     def patches(self, tokens):
         """Image tokens -> an embedding of the box of each patch, [B, patches, D]."""
@@ -448,32 +532,61 @@ class BoxHead(nn.Module):
         y, x = (a.flatten() for a in torch.meshgrid(low, low, indexing="ij"))
         return torch.stack([x, y, x + 1 / self.grid, y + 1 / self.grid], dim=-1)
 
-    def _align(self, tokens, boxes_xyxy):
+    def _align(self, tokens, boxes_xyxy, places=None):
         """RoIAlign (He et al. 2017) with aligned half-pixels: a bilinear sample is a product of two hat functions."""
         x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+        # <shapes>
+        if places is not None:
+            down = self._share_of_cells(y1, y2, places.rows, places.y)  # [B, R, bins, P]
+            across = self._share_of_cells(x1, x2, places.columns, places.x)
+            weights = (
+                down[..., :, None, :] * across[..., None, :, :] * places.real[:, None, None, None]
+            )
+            patches = tokens[:, self.leading :].float().masked_fill(~places.real[..., None], 0)
+            return torch.einsum("brijp,bpe->brije", weights, patches).flatten(2)
+        # </shapes>
         features = tokens[:, self.leading :].unflatten(1, (self.grid, self.grid)).float()
         lines = torch.einsum("brih,bhwe->briwe", self._share_of_cells(y1, y2), features)
         parts = torch.einsum("brjw,briwe->brije", self._share_of_cells(x1, x2), lines)
         return parts.flatten(2)
 
-    def _share_of_cells(self, start, end):
-        """The share of every cell in every bin of the sections from start to end, [B, R] -> [B, R, bins, cells]."""
+    def _share_of_cells(self, start, end, size=None, cells=None):
+        """The share of every cell in every bin of the sections from start to end, [B, R] -> [B, R, bins, cells].
+
+        With `size` [B, 1] of the side of each image and the numbers [B, P] of some cells, the share of those.
+        """
         count = self.bins * self.samples
         places = (torch.arange(count, device=start.device) + 0.5) / count
-        points = (start[..., None] + (end - start)[..., None] * places) * self.grid - 0.5
-        inside = (points >= -1) & (points <= self.grid)
-        points = points.clamp(0, self.grid - 1)[..., None]
-        hats = (1 - (points - torch.arange(self.grid, device=start.device)).abs()).clamp(min=0)
+        points = start[..., None] + (end - start)[..., None] * places
+        if size is None:
+            points = points * self.grid - 0.5
+            inside = (points >= -1) & (points <= self.grid)
+            points = points.clamp(0, self.grid - 1)
+            cells = torch.arange(self.grid, device=start.device)
+        # <shapes>
+        else:
+            size, cells = size[..., None], cells[:, None, None]
+            points = points * size - 0.5
+            inside = (points >= -1) & (points <= size)
+            points = points.clamp(min=0).minimum(size - 1.0)
+        # </shapes>
+        hats = (1 - (points[..., None] - cells).abs()).clamp(min=0)
         hats = hats * inside[..., None]
         return hats.unflatten(-2, (self.bins, self.samples)).mean(-2)
 
-    def _ask(self, tokens, boxes_xyxy):
+    def _ask(self, tokens, boxes_xyxy, places=None):
         """One layer of cross-attention and MLP."""
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=tokens.device).expand(self.leading, -1)
         memory = self.memory_norm(self.memory_proj(tokens))
-        of_tokens = self.place(_fourier(torch.cat([whole, self.cells()])).to(tokens.dtype))
+        cells = self.cells()
+        # <shapes>
+        if places is not None:
+            cells = places.boxes()
+            whole = whole.expand(len(cells), -1, -1)
+        # </shapes>
+        of_tokens = self.place(_fourier(torch.cat([whole, cells], dim=-2)).to(tokens.dtype))
         x = self.place(_fourier(boxes_xyxy).to(tokens.dtype))
-        x = x + self.attn(self.norm1(x), memory + of_tokens, memory)
+        x = x + self.attn(self.norm1(x), memory + of_tokens, memory, mask=_mask(places))
         return self.norm(x + self.mlp(self.norm2(x)))
 
 
@@ -516,14 +629,14 @@ class Decoder(nn.Module):
         self.obj_proj = nn.Parameter(torch.empty(width, out))
         self.boxes = _box_head(towers)
 
-    def forward(self, tokens):
+    def forward(self, tokens, places=None):
         """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
         memory = self.transformer.pre_norm(self.proj(tokens))
         place = self.query_embed.weight
         x = memory.new_zeros(memory.shape[0], *place.shape)
         hidden = []
         for layer in self.transformer.decoder.layers:
-            x = layer(x, memory, place)
+            x = layer(x, memory, place, _mask(places))
             hidden.append(self.transformer.decoder.norm(x))
         first, second, last = self.bbox_embed.layers
         queries = torch.stack(hidden)[:, :, :-1]
@@ -553,9 +666,9 @@ class PooledImage(nn.Module):
         )
         self.boxes = _box_head(towers)
 
-    def forward(self, tokens):
+    def forward(self, tokens, places=None):
         """Image tokens -> image [B, D], and no regions and no boxes."""
-        return self._embed(tokens, self.leading), None, None
+        return self._embed(tokens, self.leading, places), None, None
 
     def patches(self, tokens):
         """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone."""
@@ -564,9 +677,14 @@ class PooledImage(nn.Module):
         patches = tokens[:, self.leading :]
         return self._embed(patches.flatten(0, 1)[:, None], 0).unflatten(0, patches.shape[:2])
 
-    def _embed(self, tokens, leading):
+    def _embed(self, tokens, leading, places=None):
         if self.pool is not None:
-            x = self.pool(tokens)
+            x = self.pool(tokens, places)
+        # <shapes>
+        elif places is not None and self.kind != "class":
+            patches = tokens[:, leading:].masked_fill(~places.real[..., None], 0)
+            x = patches.sum(dim=1) / places.real.sum(dim=1, keepdim=True)
+        # </shapes>
         else:
             x = tokens[:, 0] if self.kind == "class" else tokens[:, leading:].mean(dim=1)
         return _projected(x, self.img_proj, self.img_proj_bias)
@@ -607,14 +725,16 @@ class TextDecoderBlock(nn.Module):
         self.multihead_attn = TextDecoderAttention(width, heads, memory_width)
         self.mlp = MLP(sizes, ("fc1", "fc2"))
 
-    def forward(self, x, of_patches, mask, cache, layer):
-        """x [B, t, E]; keys and values of the patches; bool [B or 1, 1, t, all positions]; a `Cache` or None."""
+    def forward(self, x, of_patches, mask, cache, layer, seen=None):
+        """x [B, t, E]; keys and values of the patches; bool [B or 1, 1, t, all positions]; a `Cache` or None; a mask of the
+        patches or None.
+        """
         y = self.norm1(x)
         own = self.self_attn.keys_values(y)
         if cache is not None:
             own = cache.update(*own, layer)
         x = x + self.self_attn(y, *own, mask)
-        x = x + self.multihead_attn(self.norm2(x), *of_patches)
+        x = x + self.multihead_attn(self.norm2(x), *of_patches, seen)
         return x + self.mlp(self.norm3(x))
 
 
@@ -685,6 +805,7 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
         patch_values,
         attention_mask=None,
         cache=None,
+        patch_mask=None,
         **kwargs,
     ):
         """Tokens [B, t], after those of the cache -> `GrainText`.
@@ -694,6 +815,7 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
           patch_keys, patch_values: of `of_patches`.
           attention_mask: [B, all positions], 0 at padding, which is on the left; None: there is none.
           cache: a `Cache`, or None.
+          patch_mask: bool [B, 1, 1, P], the patches that are seen; None: all.
           kwargs: of `generate`; not read.
         """
         seen = 0 if cache is None else cache.get_seq_length()
@@ -706,14 +828,15 @@ class GrainTextDecoder(PreTrainedModel, GenerationMixin):
             positions = (real.cumsum(1) - 1).clamp(min=0)[:, seen:]
         x = self.token_embedding(input_ids) + self.positional_embedding[positions]
         for i, block in enumerate(self.blocks):
-            x = block(x, (patch_keys[:, i], patch_values[:, i]), mask[:, None], cache, i)
+            of_patches = patch_keys[:, i], patch_values[:, i]
+            x = block(x, of_patches, mask[:, None], cache, i, patch_mask)
         return GrainText(logits=self.head(self.norm(x)))
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Of `generate`: the arguments of `forward` for the tokens that are not in the cache."""
         cache = next((kwargs[x] for x in ("cache", "past_key_values") if x in kwargs), None)
         seen = 0 if cache is None else cache.get_seq_length()
-        names = ("patch_keys", "patch_values", "attention_mask")
+        names = ("patch_keys", "patch_values", "attention_mask", "patch_mask")
         found = {name: kwargs[name] for name in names if name in kwargs}
         return {"input_ids": input_ids[:, seen:], "cache": cache} | found
 
@@ -824,28 +947,42 @@ class GrainModel(GrainPreTrainedModel):
         # </text_decoder>
         self.post_init()
 
-    def get_image_features(self, pixel_values):
+    def _tokens(self, pixel_values, spatial_shapes=None):
+        """The tokens of images, and their places; None: squares.
+
+        `pixel_values` [B, 3, S, S]; or, with `spatial_shapes` [B, 2], patches [B, N, p * p * 3] of images in their own shape.
+        """
+        places = None
+        # <shapes>
+        if spatial_shapes is not None:
+            leading = _leading(self.config.towers["image"])
+            places = Places(pixel_values, spatial_shapes, leading)
+        # </shapes>
+        return self.backbone.visual(pixel_values, places), places
+
+    def get_image_features(self, pixel_values, spatial_shapes=None):
         """Images [B, 3, S, S] -> [B, D], not normalised."""
-        return self.decoder(self.backbone.visual(pixel_values))[0]
+        return self.decoder(*self._tokens(pixel_values, spatial_shapes))[0]
 
     def get_text_features(self, input_ids):
         """Token ids [N, L] -> [N, D], not normalised. A tower read at its end token ignores what comes after it."""
         return self.backbone.encode_text(input_ids)
 
-    def get_regions(self, pixel_values):
+    def get_regions(self, pixel_values, spatial_shapes=None):
         """Images [B, 3, S, S] -> `GrainRegions`; needs a region decoder."""
-        _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
+        _, embeds, boxes = self.decoder(*self._tokens(pixel_values, spatial_shapes))
         if embeds is None:
             raise ValueError("the model has no region decoder, and so no regions")
         return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
 
-    def get_boxes(self, pixel_values, boxes_xyxy):
+    def get_boxes(self, pixel_values, boxes_xyxy, spatial_shapes=None):
         """Embeddings of given boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""
         if self.decoder.boxes is None:
             raise ValueError(
                 "the model has no box head: it was trained without loss.box_description"
             )
-        return _unit(self.decoder.boxes(self.backbone.visual(pixel_values), boxes_xyxy))
+        tokens, places = self._tokens(pixel_values, spatial_shapes)
+        return _unit(self.decoder.boxes(tokens, boxes_xyxy, places))
 
     def similarity_maps(self, pixel_values, input_ids):
         """Where texts lie: a cosine for each patch, [B, N, h, w].
@@ -873,7 +1010,9 @@ class GrainModel(GrainPreTrainedModel):
             raise ValueError("the model has neither regions nor a box head, expected either")
         return torch.stack(maps).mean(0)
 
-    def zero_shot_logits(self, pixel_values, class_features, descriptions=None, alpha=1.0):
+    def zero_shot_logits(
+        self, pixel_values, class_features, descriptions=None, alpha=1.0, spatial_shapes=None
+    ):
         """Scores of every class, [B, C]: alpha * global + (1 - alpha) * region cosines.
 
         Args:
@@ -881,12 +1020,13 @@ class GrainModel(GrainPreTrainedModel):
           class_features: [C, D], as `class_features` returns; not normalised again.
           descriptions: for each class the features [n, D] of its descriptions; needed for alpha < 1, as are regions.
           alpha: weight of the global score.
+          spatial_shapes: as the processor gives them for images in their own shape; None: squares.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1 and descriptions is None:
             raise ValueError(f"alpha {alpha} needs the descriptions' features of every class")
-        image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
+        image, regions, _ = self.decoder(*self._tokens(pixel_values, spatial_shapes))
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
             if regions is None:
@@ -903,15 +1043,16 @@ class GrainModel(GrainPreTrainedModel):
 
     # <text_decoder>
     @torch.no_grad()
-    def generate(self, pixel_values, input_ids=None, **options):
+    def generate(self, pixel_values, input_ids=None, spatial_shapes=None, **options):
         """Images [B, 3, S, S] and the beginnings of sequences -> whole sequences; `generate` of transformers.
 
         Args:
           pixel_values: [B, 3, S, S].
           input_ids: [B * n, t], n sequences an image, each begun as `GrainTextDecoder` says; None: captions.
+          spatial_shapes: as the processor gives them for images in their own shape; None: squares.
           options: of transformers, such as num_beams, do_sample, max_new_tokens.
         """
-        of_patches = self._of_patches(pixel_values)
+        of_patches = self._of_patches(pixel_values, spatial_shapes)
         if input_ids is None:
             input_ids = self._begun("caption", pixel_values.new_zeros(len(pixel_values), 0))
         return self._written(of_patches, input_ids, **options)
@@ -931,29 +1072,37 @@ class GrainModel(GrainPreTrainedModel):
         return written.unflatten(0, boxes_xyxy.shape[:2])
 
     @torch.no_grad()
-    def point(self, pixel_values, input_ids, **options):
+    def point(self, pixel_values, input_ids, spatial_shapes=None, **options):
         """Where texts are: images [B, 3, S, S] and texts [N, L] of the processor -> `GrainPointed`."""
         c, images = self.text_decoder.config, len(pixel_values)
         begun, mask = (x.repeat(images, 1) for x in self._asked(input_ids))
-        of_patches = self._of_patches(pixel_values)
+        of_patches = self._of_patches(pixel_values, spatial_shapes)
         found = self._written(of_patches, begun, attention_mask=mask, max_new_tokens=4, **options)
         box = found[:, -4:]
         seen = F.pad(mask, (0, 3), value=1)
-        of_each = (x.repeat_interleave(len(input_ids), dim=0) for x in of_patches)
-        logits = self.text_decoder(found[:, :-1], *of_each, attention_mask=seen).logits[:, -4:]
+        of_each = {x: y.repeat_interleave(len(input_ids), dim=0) for x, y in of_patches.items()}
+        logits = self.text_decoder(found[:, :-1], attention_mask=seen, **of_each).logits[:, -4:]
         log_probs = logits.float().log_softmax(-1).gather(-1, box[..., None]).sum((1, 2))
         corners = ((box - c.first_bin + 0.5) / c.sizes["bins"]).unflatten(1, (2, 2))
         boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
         shape = images, len(input_ids)
         return GrainPointed(boxes_xyxy=boxes.unflatten(0, shape), log_probs=log_probs.view(shape))
 
-    def next_logits(self, pixel_values, input_ids):
+    def next_logits(self, pixel_values, input_ids, spatial_shapes=None):
         """Images [B, 3, S, S] and sequences [B, t] -> logits [B, t, vocabulary] of the token after each."""
-        return self.text_decoder(input_ids, *self._of_patches(pixel_values)).logits
+        return self.text_decoder(input_ids, **self._of_patches(pixel_values, spatial_shapes)).logits
 
-    def _of_patches(self, pixel_values):
-        tokens = self.backbone.visual(pixel_values)
-        return self.text_decoder.of_patches(tokens[:, _leading(self.config.towers["image"]) :])
+    def _of_patches(self, pixel_values, spatial_shapes=None):
+        """What the text decoder sees of images, by the names of its arguments."""
+        tokens, places = self._tokens(pixel_values, spatial_shapes)
+        patches = tokens[:, _leading(self.config.towers["image"]) :]
+        keys, values = self.text_decoder.of_patches(patches)
+        found = {"patch_keys": keys, "patch_values": values}
+        # <shapes>
+        if places is not None:
+            found["patch_mask"] = places.real[:, None, None]
+        # </shapes>
+        return found
 
     def _begun(self, task, rest):
         """The token of a task before the rest [N, n] of sequences."""
@@ -974,7 +1123,7 @@ class GrainModel(GrainPreTrainedModel):
     def _written(self, of_patches, begun, **options):
         """`generate` of transformers on sequences [B * n, t]; by default as many tokens as training had, at most."""
         c, given = self.text_decoder.config, begun.shape[1]
-        keys, values = (x.repeat_interleave(len(begun) // len(x), dim=0) for x in of_patches)
+        each = {x: y.repeat_interleave(len(begun) // len(y), dim=0) for x, y in of_patches.items()}
         room = c.sizes["row_length"] - given + 1  # nothing reads the last token
         room = min(room, c.sizes["predictions"] or room)
         specials = c.sizes["leading_specials"] + c.sizes["trailing_specials"]
@@ -989,9 +1138,7 @@ class GrainModel(GrainPreTrainedModel):
         options.setdefault("attention_mask", torch.ones_like(begun))
         own = options.pop("logits_processor", None) or []
         processors = LogitsProcessorList([TaskTokens(c), *own])
-        return self.text_decoder.generate(
-            begun, patch_keys=keys, patch_values=values, logits_processor=processors, **options
-        )
+        return self.text_decoder.generate(begun, logits_processor=processors, **each, **options)
 
     # </text_decoder>
     def clip_logit_scale(self):
@@ -1006,6 +1153,8 @@ class GrainModel(GrainPreTrainedModel):
         region_boxes_cxcywh=None,
         region_mask=None,
         return_loss=False,
+        spatial_shapes=None,
+        pixel_attention_mask=None,
     ):
         """Images and texts -> `GrainOutput`.
 
@@ -1017,10 +1166,11 @@ class GrainModel(GrainPreTrainedModel):
           region_mask: bool [B, R], True where there is a region.
           return_loss: whether to compute the loss; of a model with a region decoder it needs the three above, which
             others do not read.
+          spatial_shapes: [B, 2], rows and columns of patches, of images in their own shape; None: squares.
+          pixel_attention_mask: of the processor; not read, as the shapes say it.
         """
         described = (description_ids, region_boxes_cxcywh, region_mask)
-        tokens = self.backbone.visual(pixel_values)
-        image, regions, boxes = self.decoder(tokens)
+        image, regions, boxes = self.decoder(*self._tokens(pixel_values, spatial_shapes))
         if return_loss and regions is not None and any(x is None for x in described):
             raise ValueError(
                 "return_loss needs description_ids, region_boxes_cxcywh and region_mask"
@@ -1205,8 +1355,9 @@ class GrainModel(GrainPreTrainedModel):
             return logits, *(torch.stack(x, dim=1) for x in zip(*cache.found))
 
         modules = self.backbone.visual, decoder
+        of_images = lambda pixels: tuple(self._of_patches(pixels).values())
         return {
-            "patches": (self._of_patches, modules, pixels, ["patch_keys", "patch_values"]),
+            "patches": (of_images, modules, pixels, ["patch_keys", "patch_values"]),
             "text_decoder": (of_tokens, (decoder,), given, ["logits", "keys", "values"]),
         }
 

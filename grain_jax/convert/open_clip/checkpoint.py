@@ -1,5 +1,6 @@
 """Reading of a CLIP or SigLIP checkpoint: its arrays, and the configs beside it, whose types are checked."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from grain_jax import config as config_lib
 from grain_jax.convert import archives, torchscript
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip import families
@@ -30,12 +32,21 @@ _NOT_PARAMETERS = re.compile(
 )
 # model_type of config.json, in front of _vision_model and _text_model for a tower alone.
 _FAMILIES = "clip|siglip2?|metaclip_2|fgclip2|tipsv2|dinov3_vit"
+# Positions of the towers that may be NaFlex -> the weights of patches that are a linear layer then.
+_NAFLEX = {
+    "vision_model.embeddings.position_embedding.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.trunk.embeds.pos_embed": None,
+}
 _PREFIXES = ("vision_model", "text_model", "vision_encoder", "text_encoder")
 _REGISTERS = "embeddings.register_tokens"
 _MAX_NESTING = 3  # state dicts in state dicts, as trainers save them; one may contain itself
 _GROUP = "an object", lambda x: isinstance(x, Mapping)
 _TEXT = "a text", lambda x: isinstance(x, str)
 _SIZE = "a whole number from 1 to 10^6", lambda x: type(x) is int and 0 < x <= 10**6
+_PATCHES = (
+    "a number of patches of an image",
+    lambda x: type(x) is int and not config_lib.lengths_fault((x,)),
+)
 _POSITIVE = "a number from 0 to 1", lambda x: isinstance(x, int | float) and 0 < x < 1
 _COUNT = "a whole number from 0 to 10^6", lambda x: type(x) is int and 0 <= x <= 10**6
 _IDS = (
@@ -56,6 +67,7 @@ _ANY = "at most 10^6", lambda x: not isinstance(x, int | float) or abs(x) <= 10*
 # Keys that are read of config.json, preprocessor_config.json and open_clip_config.json, in any group.
 _TYPES = {
     **dict.fromkeys(("vision_config", "text_config", "model_cfg", "preprocess_cfg"), _GROUP),
+    **dict.fromkeys(("image_processor", "timm_model_kwargs"), _GROUP),
     **dict.fromkeys(
         ("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs", "pretrained_cfg"), _GROUP
     ),
@@ -68,6 +80,7 @@ _TYPES = {
     **dict.fromkeys(("num_attention_heads", "width", "head_width", "heads"), _SIZE),
     **dict.fromkeys(("layer_norm_eps", "eps", "temperature_init_value"), _POSITIVE),
     **dict.fromkeys(("max_position_embeddings", "longtext_len"), _SIZE),
+    **dict.fromkeys(("max_num_patches", "image_seq_len"), _PATCHES),
     **dict.fromkeys(("keep_len", "eos_id", "pad_id"), _COUNT),
     **dict.fromkeys(("scale_sqrt_depth", "use_swiglu_ffn"), _YES),
     **dict.fromkeys(("eos_token_id", "pad_token_id"), _IDS),
@@ -88,6 +101,7 @@ class Checkpoint(NamedTuple):
     tokenizers: tuple[epath.Path, ...]  # tokenizer files beside it
     timm: Mapping[str, Any] = {}  # config.json of timm, or {}
     notes: tuple[str, ...] = ()  # for the report: which parts were taken, and which left out
+    sequence_lengths: tuple[int, ...] = ()  # of a NaFlex tower, one: the most patches of an image
 
 
 def read(path: epath.PathLike) -> Checkpoint:
@@ -116,7 +130,9 @@ def read(path: epath.PathLike) -> Checkpoint:
         state = _pickled(path)
     beside = path.parent
     hf, native = _json(beside / "config.json"), _json(beside / "open_clip_config.json")
-    preprocessor = _json(beside / "preprocessor_config.json")
+    # A processor of transformers 5 keeps that of images in its own file.
+    whole = group(_json(beside / "processor_config.json"), "image_processor")
+    preprocessor = _json(beside / "preprocessor_config.json") or whole
     state = _whole_names(state, hf)
     timm = hf if "architecture" in hf else {}
     if not re.fullmatch(f"({_FAMILIES})(_(vision|text)_model)?", hf.get("model_type") or ""):
@@ -142,7 +158,27 @@ def read(path: epath.PathLike) -> Checkpoint:
         tuple(beside / name for name in _TOKENIZERS if regular_file.is_one(beside / name)),
         timm,
         taken.notes,
+        _lengths(state, preprocessor, group(native, "model_cfg")),
     )
+
+
+def _lengths(
+    state: Mapping[str, np.ndarray], preprocessor: Mapping[str, Any], cfg: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """The most patches of an image where the tower takes images in their own shape (NaFlex), else ().
+
+    Where no file says it, as many as the tower has positions.
+    """
+    for positions, patches in _NAFLEX.items():
+        if positions in state and (patches is None or _is_flat(state, patches)):
+            stated = preprocessor.get("max_num_patches")
+            stated = stated or group(cfg, "vision_cfg").get("image_seq_len")
+            return (stated or math.prod(state[positions].shape[:-1]),)
+    return ()
+
+
+def _is_flat(state: Mapping[str, np.ndarray], name: str) -> bool:
+    return name in state and state[name].ndim == 2
 
 
 def split(path: epath.PathLike) -> tuple[str, str | None]:

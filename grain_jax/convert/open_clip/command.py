@@ -24,8 +24,11 @@ def from_open_clip(
     with prefixed(f"{checkpoint.path}: "):
         model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
     proof = comparison.prove(checkpoint, model, params)
-    output.save(folder, model, params, source, proof)
+    lengths = checkpoint.sequence_lengths
+    output.save(folder, model, params, source, proof, sequence_lengths=lengths)
     lines = towers.describe(model, {"image": image.assumed, "text": text.assumed})
+    if lengths:
+        lines.append(f"images in their own shape: at most {lengths[0]} patches each")
     lines += checkpoint.notes
     if (scale := np.exp(params["logit_scale"])) > 100.5:  # CLIP stops near 100
         lines.append(

@@ -4,11 +4,12 @@ import functools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax import inference
 from grain_jax.convert import archives, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip.checkpoint import SCALARS, Checkpoint, group
@@ -24,8 +25,18 @@ _STEERING = (
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
     *("_experts_implementation", "quantization_config", "return_dict"),
 )
+_OWN_SHAPES = "image_embed, shapes"  # the output of images in their own shape
 _MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out
-Built = tuple[str, Any, Callable]  # package, torch module, (module, images, ids) -> both embeddings
+
+
+class Built(NamedTuple):
+    """The other side."""
+
+    package: str
+    module: Any  # of torch
+    encode: Callable  # (module, images, ids) -> both embeddings
+    # (module, pixels [B, N, p*p*3], grid [B, 2]) -> embeddings of images in their own shape
+    encode_shapes: Callable | None = None
 
 
 def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
@@ -45,20 +56,26 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
             checkpoint.path, "what its own package takes, by the config beside it"
         ):
             build = _build_hf if is_hf else _build_tips if is_tips else _build_open_clip
-            package, module, encode = build(checkpoint, model)
+            built = build(checkpoint, model)
     except ImportError as error:
         return parity.not_proven(
             params, f"{error.name or error} is not installed, so nothing could be compared."
         )
     if not is_tips:
-        _load(checkpoint, package, module)
+        _load(checkpoint, built.package, built.module)
     images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
+    module, ours = built.module.eval(), parity.outputs(model, params, given)
     with torch.no_grad():
-        image, text = encode(module.eval(), images, torch.from_numpy(given.token_ids).long())
-    theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
-    return parity.report(
-        parity.compare(parity.outputs(model, params, given), theirs), package, given
-    )
+        image, text = built.encode(module, images, torch.from_numpy(given.token_ids).long())
+        theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
+        if checkpoint.sequence_lengths and built.encode_shapes is not None:
+            shapes = parity.own_shapes(model, checkpoint.sequence_lengths[0])
+            found = built.encode_shapes(module, *map(torch.from_numpy, shapes))
+            theirs[_OWN_SHAPES] = found.numpy()
+            length = shapes.pixels.shape[1]
+            predictor = inference.Predictor(model, params, sequence_length=length)
+            ours[_OWN_SHAPES] = predictor.encode_image(shapes)
+    return parity.report(parity.compare(ours, theirs), built.package, given)
 
 
 def _load(checkpoint: Checkpoint, package: str, module: Any) -> None:
@@ -146,7 +163,7 @@ def _build_tips(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         out = module(input_ids=ids, pixel_values=images, attention_mask=real)
         return out.image_embeds, out.text_embeds
 
-    return f"transformers {transformers.__version__}'s Tipsv2Model", module, encode
+    return Built(f"transformers {transformers.__version__}'s Tipsv2Model", module, encode)
 
 
 def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
@@ -168,18 +185,36 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     def encode(module, images, ids):
         inputs = dict(pixel_values=images)
         if flat_patches:
-            import torch
-
             p = image.patch_size
             x = images.unfold(2, p, p).unfold(3, p, p)  # [N, 3, grid, grid, p, p]
             x = x.permute(0, 2, 3, 4, 5, 1).reshape(len(x), grid * grid, -1)
-            inputs = dict(pixel_values=x, spatial_shapes=torch.tensor([[grid, grid]] * len(x)))
-            inputs |= dict(pixel_attention_mask=torch.ones(x.shape[:2], dtype=torch.int32))
+            inputs = siglip2_inputs(x, ids.new_full((len(x), 2), grid))
         out = module(input_ids=ids, **inputs)
         return out.image_embeds, out.text_embeds
 
+    def encode_shapes(module, pixels, grid):
+        x = module.vision_model(**siglip2_inputs(pixels, grid.long())).pooler_output
+        return x / x.norm(dim=-1, keepdim=True)
+
     head = ", with this text head" if checkpoint.notes else ""  # of FG-CLIP
-    return f"transformers {transformers.__version__}'s {kind}Model{head}", module, encode
+    package = f"transformers {transformers.__version__}'s {kind}Model{head}"
+    return Built(package, module, encode, encode_shapes if flat_patches else None)
+
+
+def siglip2_inputs(pixels: Any, grid: Any) -> dict[str, Any]:
+    """Patches [B, N, p*p*3] of images with these grids, int64 [B, 2], as Siglip2Model takes them; tensors."""
+    return dict(
+        pixel_values=pixels,
+        spatial_shapes=grid,
+        pixel_attention_mask=_real(pixels, grid).int(),
+    )
+
+
+def _real(pixels: Any, grid: Any) -> Any:
+    """Which patches are real, bool [B, N]."""
+    import torch
+
+    return torch.arange(pixels.shape[1]) < grid.prod(1, keepdim=True)
 
 
 def _without(stated: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -233,6 +268,7 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     if stated:
         vision_cfg = {**group(stated, "vision_cfg"), "timm_model_pretrained": False}
         vision_cfg |= {"image_size": image.image_size}
+        vision_cfg.pop("image_seq_len", None)  # of open_clip 4: how images are prepared
         text_cfg, quick_gelu = group(stated, "text_cfg"), bool(stated.get("quick_gelu"))
     custom = "text.token_embedding.weight" in checkpoint.state
     module = (library.CustomTextCLIP if custom else library.CLIP)(
@@ -244,11 +280,22 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     )
     if "visual.trunk.patch_embed.proj.weight" in checkpoint.state and not stated:
         module.add_module("visual", _timm_trunk(image, model.embed_dim))
+    if "visual.trunk.embeds.proj.weight" in checkpoint.state and not stated:
+        module.add_module("visual", _naflex_trunk(image))
 
     def encode(module, images, ids):
         return module.encode_image(images, normalize=True), module.encode_text(ids, normalize=True)
 
-    return f"open_clip {open_clip.__version__}", module, encode
+    def encode_shapes(module, pixels, grid):
+        import torch
+
+        valid, at = _real(pixels, grid), torch.arange(pixels.shape[1])
+        yx = torch.stack([at // grid[:, 1:], at % grid[:, 1:]], dim=-1)
+        shaped = dict(patches=pixels, patch_valid=valid, patch_coord=yx * valid[..., None])
+        return module.encode_image(shaped, normalize=True)
+
+    naflex = encode_shapes if checkpoint.sequence_lengths else None
+    return Built(f"open_clip {open_clip.__version__}", module, encode, naflex)
 
 
 def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -302,6 +349,26 @@ def _pe_core(image: config_lib.ImageTower, features: int) -> Any:
         ref_feat_shape=grid,
         num_classes=0 if image.projection == "none" else features,
     )
+
+
+def _naflex_trunk(image: config_lib.ImageTower) -> Any:
+    """timm's NaFlex transformer of SigLIP 2 by our sizes."""
+    import torch
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    grid = image.image_size // image.patch_size
+    cfg = NaFlexVitCfg(
+        patch_size=image.patch_size,
+        embed_dim=image.width,
+        depth=image.depth,
+        num_heads=image.heads,
+        mlp_ratio=image.mlp_dim / image.width,
+        act_layer=image.activation,
+        global_pool="map",
+        pos_embed_grid_size=(grid, grid),
+        pos_embed_interp_mode="bilinear",
+    )
+    return torch.nn.Sequential(OrderedDict(trunk=NaFlexVit(cfg, num_classes=0)))
 
 
 def _timm_trunk(image: config_lib.ImageTower, features: int):

@@ -54,6 +54,8 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
         prefix, rows, stated = _tips_of_timm(checkpoint)
     elif "patch_embed.proj.weight" in state:  # timm's alone
         prefix, rows, stated = rotary_towers.of_bare_timm(checkpoint, assumed)
+    elif "visual.trunk.embeds.proj.weight" in state:
+        prefix, rows, stated = _naflex(checkpoint, cfg)
     elif "visual.trunk.patch_embed.proj.weight" in state:  # timm's inside open_clip
         prefix, rows = "visual.", formats.timm_image_in_open_clip()
         norm_eps = 1e-5 if "visual.trunk.norm_pre.weight" in state else 1e-6  # CLIP towers; others
@@ -79,6 +81,23 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
             pixels, who = tuple(stated.fields[key] for key in keys), "such towers do"
         assumed.append(f"pixels normalised as {who}, mean {pixels[0]}")
     return prefix, rows, stated._replace(fields={**stated.fields, **dict(zip(keys, pixels))})
+
+
+def _naflex(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> tuple[str, list[NamePair], Stated]:
+    """As `_image`, of timm's NaFlex transformer inside open_clip: SigLIP 2's, whose positions are resized bilinearly."""
+    name, options = cfg.get("timm_model_name"), cfg.get("timm_model_kwargs")
+    if name is not None and not re.fullmatch(r"naflexvit_\w+_siglip(\..*)?", name):
+        raise ConvertError(
+            f"vision_cfg.timm_model_name: got {name[:100]}, expected naflexvit_*_siglip: other NaFlex towers of timm resize"
+            " positions bicubically or pool otherwise"
+        )
+    if options:
+        raise ConvertError(
+            f"vision_cfg.timm_model_kwargs: got {', '.join(options)[:100]}, expected none with {name}"
+        )
+    activation = "gelu_tanh" if name is not None else None
+    stated = Stated(1e-6, "gelu_tanh", activation, pool="map")
+    return "visual.", formats.timm_naflex_in_open_clip(), stated
 
 
 def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:

@@ -65,7 +65,9 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         )
     found = folder.read(source)
     model, params = found.model, found.params
-    reasons.refuse(model, names.faults(model, "to-torch"))
+    lengths = found.sequence_lengths
+    faults = names.faults(model, "to-torch") + reasons.of_shapes(lengths, "to-torch")
+    reasons.refuse(model, faults, lengths)
     states = names.to_states(model, params)
     with output.writing(path), needing("torch", path):
         write(path, states)

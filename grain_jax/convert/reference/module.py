@@ -10,6 +10,7 @@ from grain_jax import config as config_lib
 from grain_jax.convert import parity, text_decoder
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.names import StateDicts
+from grain_jax.core import schema
 from grain_jax.runtime.saved_model import StoredDecoder
 
 
@@ -54,7 +55,7 @@ def outputs(
     """`parity.outputs`, and the scale (and bias) of the logits, of our model; of its text decoder the logits."""
     out = parity.outputs(model, params, given) | {"logit_scale": np.exp(params["logit_scale"])}
     if decoder is not None:
-        tokens = text_decoder.sequences(decoder, model, len(given.images))
+        tokens = text_decoder.sequences(decoder, model, given.count)
         out["text_decoder"] = text_decoder.logits(decoder, model, params, given.images, tokens)
     return out | {name: params[name] for name in ("logit_bias",) if name in params}
 
@@ -66,22 +67,28 @@ def run_module(
     import torch
 
     with torch.no_grad():
-        pixels = torch.tensor(given.images).permute(0, 3, 1, 2)
+        shaped = {}
+        if isinstance(given.images, schema.Patches):
+            pixels, shapes = map(torch.from_numpy, given.images)
+            shaped = {"spatial_shapes": shapes}
+        else:
+            pixels = torch.tensor(given.images).permute(0, 3, 1, 2)
         unit = torch.nn.functional.normalize
         out = dict(
-            image_embed=unit(module.get_image_features(pixels), dim=-1),
+            image_embed=unit(module.get_image_features(pixels, **shaped), dim=-1),
             text_embed=unit(module.get_text_features(torch.tensor(given.token_ids).long()), dim=-1),
             logit_scale=module.backbone.logit_scale.exp(),
         )
         decoder = module.config.towers["decoder"]
         if decoder is not None and decoder["queries"]:
-            regions = module.get_regions(pixels)
+            regions = module.get_regions(pixels, **shaped)
             out |= dict(region_embed=regions.embeds, boxes_xyxy=regions.boxes_xyxy)
         if module.decoder.boxes is not None:
             boxes = torch.tensor(parity.BOXES).expand(len(pixels), -1, -1)
-            out["box_embed"] = module.get_boxes(pixels, boxes)
+            out["box_embed"] = module.get_boxes(pixels, boxes, **shaped)
         if sequences is not None:
-            out["text_decoder"] = module.next_logits(pixels, torch.tensor(sequences).long())
+            asked = torch.tensor(sequences).long()
+            out["text_decoder"] = module.next_logits(pixels, asked, **shaped)
         if module.backbone.logit_bias is not None:
             out["logit_bias"] = module.backbone.logit_bias
     return {name: value.detach().numpy() for name, value in out.items()}
@@ -92,6 +99,7 @@ def prove(
     params: Any,
     states: StateDicts,
     decoder: StoredDecoder | None = None,
+    lengths: tuple[int, ...] = (),
 ) -> parity.Report:
     """Compares our model with `params` and the torch module with `states`, the arrays of the file."""
     try:
@@ -99,8 +107,8 @@ def prove(
     except ImportError as error:
         return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
     load_states(module, states)
-    given = parity.inputs_of(model)
-    sequences = text_decoder.sequences(decoder, model, len(given.images))
+    given = parity.inputs_of(model, lengths)
+    sequences = text_decoder.sequences(decoder, model, given.count)
     ours = outputs(model, params, given, decoder)
     found = parity.compare(ours, run_module(module, given, sequences))
     return parity.report(found, f"the torch module, {torch_versions()}", given)
