@@ -89,17 +89,17 @@ def of_examples(
         caption_mask[i, : len(of_image)] = True
         mask[i, :count] = True
         boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
-    context_length = config.model.text.context_length
+    length = config.text_length
     descriptions = [text for example in examples for text in example.descriptions]
     return assemble(
         image=np.stack([example.image for example in examples]),
-        captions=tokenize(captions, text_tokenizer, context_length),
+        captions=tokenize(captions, text_tokenizer, length),
         caption_mask=caption_mask,
-        descriptions=tokenize(descriptions, text_tokenizer, context_length),
+        descriptions=tokenize(descriptions, text_tokenizer, length),
         region_boxes_cxcywh=boxes,
         region_mask=mask,
         region_scores=np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
-        negatives=tokenize(negatives, text_tokenizer, context_length),
+        negatives=tokenize(negatives, text_tokenizer, length),
         negative_mask=negative_mask,
         config=config,
     )
@@ -144,7 +144,7 @@ def assemble(
       region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
       region_mask: bool [B, R].
       region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first.
-      config: `text` and `model.text.context_length` are used.
+      config: `text` and `row_length` are used.
       negatives: a text for each real negative, in the order of `negative_mask`, row by row; None: there are none. One
         that the tokenizer takes for the description itself is left out.
       negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
@@ -164,7 +164,7 @@ def assemble(
         description_lengths=lengths[1],
         negative_lengths=lengths[2],
         region_mask=region_mask,
-        row_length=config.model.text.context_length,
+        row_length=config.row_length,
     )
     if config.text.packing:
         group, rows = config.text_layout

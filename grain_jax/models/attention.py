@@ -9,7 +9,7 @@
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,20 @@ from grain_jax import config as config_lib
 from grain_jax.models import placement
 
 
+class Within(NamedTuple):
+    """A mask: each position sees all of the same text."""
+
+    ids: jax.Array  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
+
+    def mask(self) -> jax.Array:
+        """The same as bool [B, 1, L, L]."""
+        return (self.ids[:, :, None] == self.ids[:, None, :])[:, None]
+
+
 class CausalWithin(NamedTuple):
     """A mask: each position sees itself and earlier ones of the same text."""
 
-    ids: jax.Array  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
+    ids: jax.Array  # int32 [B, L], as of `Within`
 
     def mask(self) -> jax.Array:
         """The same as bool [B, 1, L, L]."""
@@ -32,17 +42,17 @@ class CausalWithin(NamedTuple):
         return (causal & (self.ids[:, :, None] == self.ids[:, None, :]))[:, None]
 
 
-def choose(attention: str, dtype: np.dtype, heads: int, masks_padding: bool = False) -> str:
+Mask: TypeAlias = Within | CausalWithin
+
+
+def choose(attention: str, dtype: np.dtype, heads: int) -> str:
     """The program for the self-attention of a tower: "xla", "pallas" or "cudnn".
 
     Args:
       attention: `model.attention`.
       dtype: of the activations.
       heads: of the tower; a tensor axis that does not divide them leaves them to XLA.
-      masks_padding: no position attends to the padding, which XLA's program alone can do.
     """
-    if masks_padding:
-        return "xla"
     mesh = placement.mesh()
     if attention != "auto":
         return attention
@@ -58,16 +68,13 @@ def choose(attention: str, dtype: np.dtype, heads: int, masks_padding: bool = Fa
 def of_towers(model: config_lib.Model, dtype: str) -> str:
     """The programs of both towers in words, on the mesh of `placement`."""
     towers = (("image", model.image), ("text", model.text))
-    chosen = {
-        n: choose(model.attention, jnp.dtype(dtype), t.heads, t.pool == "masked_mean")
-        for n, t in towers
-    }
+    chosen = {n: choose(model.attention, jnp.dtype(dtype), t.heads) for n, t in towers}
     if len(set(chosen.values())) == 1:
         return chosen["image"]
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
 
 
-def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | None) -> jax.Array:
+def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) -> jax.Array:
     """Attention by cuDNN.
 
     Its backward pass takes even lengths alone, so an odd one grows by a position that no other sees.
@@ -84,12 +91,13 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | 
     if odd:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
         if within is not None:  # a text of its own
-            within = CausalWithin(jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1))
+            ids = jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1)
+            within = within._replace(ids=ids)
 
     def attend(q, k, v, *ids):
         seen = {}
-        if ids:
-            seen["mask"] = CausalWithin(*ids).mask()
+        if within is not None:
+            seen["mask"] = within._replace(ids=ids[0]).mask()
         elif odd:
             seen["key_value_seq_lengths"] = jnp.full(len(q), length, jnp.int32)
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
@@ -105,10 +113,11 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | 
 
 
 def with_pallas(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, within: CausalWithin | None, **options
+    q: jax.Array, k: jax.Array, v: jax.Array, *, within: Mask | None, **options
 ) -> jax.Array:
     """Attention by the kernel; shapes and `options` as of `attention_kernel.attend`."""
     from grain_jax.models import attention_kernel  # a fifth of a second to import
 
     ids = None if within is None else within.ids
-    return attention_kernel.attend(q, k, v, ids=ids, **options)
+    causal = isinstance(within, CausalWithin)
+    return attention_kernel.attend(q, k, v, ids=ids, causal=causal, **options)
