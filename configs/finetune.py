@@ -13,6 +13,7 @@ HARDWARE  one GPU; docs/own_images.md lists what fits where.
 
 import json
 
+from grain_jax.config import shares_rows
 from grain_jax.config.recipe import own_images, towers_of
 
 _LARGE = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
@@ -127,5 +128,5 @@ def take_towers_of_folder(c, folder, families):
     tokenizer = place / c.model.text.tokenizer
     if tokenizer.exists():  # it came with the weights
         c.model.text.tokenizer = str(tokenizer)
-    c.text.packing = c.model.text.causal and c.model.text.pool == "end"
+    c.text.packing = shares_rows(c.model.text)
     return decoder

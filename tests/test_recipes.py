@@ -10,6 +10,7 @@ import pytest
 from benchmarks.claim import design as claim_design
 from grain_jax import config as config_lib
 from grain_jax import losses
+from grain_jax.config import recipe
 from grain_jax.configs import (
     claim,
     demo,
@@ -81,6 +82,12 @@ def test_every_family_of_towers_resolves(source):
         "siglip2": "gelu_tanh",
     }.get(source.split(":")[0], "gelu")
     assert config.text.packing == (not source.startswith("siglip"))
+
+
+@pytest.mark.parametrize("family, packing", [("siglip", False), ("tipsv2", True), ("clip", True)])
+def test_the_towers_whose_texts_share_rows(family, packing):
+    c = recipe.towers_of(recipe.base(), family)
+    assert config_lib.from_dict(c).text.packing == packing
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from grain_jax.config.fields import (
     TextTower,
     Views,
     Wandb,
+    shares_rows,
 )
 from grain_jax.config.parse import (
     ConfigError,
@@ -83,6 +84,7 @@ __all__ = [
     "Views",
     "WEIGHTS",
     "Wandb",
+    "shares_rows",
     "Weight",
     "divisors",
     "evaluator_from_dict",

@@ -395,17 +395,26 @@ def _teacher(config: Config) -> Iterator[str]:
 
 
 def _text_rows(config: Config) -> Iterator[str]:
-    text = config.model.text
+    text, length = config.model.text, config.input.text_length
+    if length and not 3 <= length <= text.context_length:
+        most = f"model.text.context_length = {text.context_length}"
+        yield f"input.text_length: got {length}, expected 3 to {most}, or 0"
     external = named.is_external(text.tower)
     if config.text.packing and not (external and not named.may_import(text.tower)):
         which = f"the text tower {text.tower} is not packable"
+        masked = ", or model.text.mask_padding=True too, which changes the function of the tower: train it"
         if not external:
             which = f"a text tower with causal={text.causal} and pool={text.pool} sees its padding"
         if not text.packable:
             yield (
-                f"text.packing: got True, but {which}, so that each text needs a row of its own;"
-                " set text.packing=False"
+                f"text.packing: got True, but {which}, so that each text needs a row of its own; set"
+                f" text.packing=False{'' if external else masked}"
             )
+    if text.mask_padding and fields.shares_rows(dataclasses.replace(text, mask_padding=False)):
+        yield (
+            f"model.text.mask_padding: got True with causal={text.causal} and pool={text.pool}, of which nothing depends"
+            " on the padding; expected False"
+        )
 
 
 def _divisions(config: Config) -> Iterator[str]:

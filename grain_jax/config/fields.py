@@ -201,6 +201,9 @@ class TextTower:
     # "end": the end token; "last": the last position of the row; "map" (attention pooling) and "mean": all of
     # the row. "masked_mean": all but the padding, to which no position attends.
     pool: str = key("end", choices=TEXT_POOLS)
+    # Whether no position attends to the padding and no pooling sees it ("last" is the end token): then texts may share
+    # rows (text.packing). It changes the function of a tower such as SigLIP's, and needs the end (end_id).
+    mask_padding: bool = key(False)
     # "learned", or "sinusoidal": constants, wavelengths from 2 pi to 2 pi 10^4 tokens.
     position_kind: str = key("learned", choices=TEXT_POSITIONS)
     scale_tokens: bool = key(False)  # the embeddings of tokens times the square root of the width
@@ -211,7 +214,8 @@ class TextTower:
     cleaning: str = key("lower", choices=TEXT_CLEANINGS)
     # The token of the padding; it matters only to towers that are not packable.
     pad_id: int = count(0)
-    # The token that ends a text, by which pool="end" finds the end in token ids; None: the highest id of the text.
+    # The token that ends a text, by which pool="end" and mask_padding find the end in token ids; None: the highest id of
+    # the text.
     end_id: int | None = count(None)
 
     @property
@@ -223,11 +227,29 @@ class TextTower:
         """
         if named.is_external(self.tower):
             return named.find("model.text.tower", self.tower, {}).packable(self)
-        return self.causal and self.pool == "end"
+        return shares_rows(self)
+
+    @property
+    def masks_padding(self) -> bool:
+        """Whether no position attends to the padding, and no pooling sees it."""
+        return self.mask_padding or self.pool == "masked_mean"
+
+    @property
+    def seeks_end(self) -> bool:
+        """Whether it matters where in token ids a text ends."""
+        return self.mask_padding or self.pool == "end"
 
     def ends(self, tokens: Any) -> Any:
         """Where the texts of token ids [N, L] end, [N]; 0 for one without the token `end_id`."""
+        if self.pool == "masked_mean":  # the last one that is no padding
+            return tokens.shape[1] - 1 - (tokens != self.pad_id)[:, ::-1].argmax(axis=1)
         return (tokens if self.end_id is None else tokens == self.end_id).argmax(axis=1)
+
+
+def shares_rows(text: Any) -> bool:
+    """Whether texts may share the rows of the built-in tower of these keys, a TextTower or a ConfigDict."""
+    masks = text.mask_padding or text.pool == "masked_mean"
+    return masks or (text.causal and text.pool == "end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,6 +423,9 @@ class Input:
     # whatever the rate; 3 are these and the descriptions of the best `descriptions_in_captions` regions, joined (0: of
     # all).
     captions_per_image: int = count(1, low=1, high=3)
+    # Most tokens of a text, shorter than the tower's (CLIPA); without text.packing a row is as long. 0: those of
+    # model.text.context_length.
+    text_length: int = count(0, high=1_000_000)
     # H, the hard negatives of a region that are read from the records, for loss.hard_negative. Of more, each visit of an
     # image takes others.
     negatives_per_region: int = count(0, high=1000)
@@ -668,6 +693,16 @@ class Config:
         towers = {"image": image, "text": "text(_norm|_pool|_projection)?"}
         of_lora = [parts for tower, parts in towers.items() if self.optim.lora.has(tower)]
         return (*self.optim.frozen, *(f"{parts}/(?!.*/lora_[ab]$).*" for parts in of_lora))
+
+    @property
+    def text_length(self) -> int:
+        """Most tokens of a text in training."""
+        return self.input.text_length or self.model.text.context_length
+
+    @property
+    def row_length(self) -> int:
+        """L, the tokens of a row in training."""
+        return self.model.text.context_length if self.text.packing else self.text_length
 
     @property
     def text_layout(self) -> tuple[int, int]:

@@ -248,8 +248,7 @@ def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text"))
                 f"family of towers: got {family!r}, which has no {tower} tower; expected towers=('image',)"
             )
         c.model[tower].update(FAMILIES[family][tower])
-    if not c.model.text.causal:
-        c.text.packing = False
+    c.text.packing = c.text.packing and fields.shares_rows(c.model.text)
     return c
 
 

@@ -226,7 +226,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
 
 def _end(text: config_lib.TextTower) -> str:
     """What `model.json` says of the input `end`."""
-    if text.pool != "end":
+    if not text.seeks_end:
         return "not looked at: zeros will do"
     which = (
         "; for CLIP's ids tokens.argmax(1)" if text.end_id is None else f", the id {text.end_id}"

@@ -249,9 +249,26 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
             for field in ("cleaning", "pad_id", "end_id")
             if getattr(wanted, field) != getattr(tower.config, field)
         ]
+        report += _of_padding(wanted, tower.config)
     if unused:
         report.append(f"init.{which}: not used: {', '.join(_in_short(unused, tower.prefix))}")
     return Loaded(params, report)
+
+
+def _of_padding(wanted: config_lib.TextTower, stored: config_lib.TextTower) -> list[str]:
+    """A line where the tower attends to its padding, in the run or in the checkpoint."""
+    if wanted.mask_padding != stored.mask_padding:
+        sees = "attends to its padding" if wanted.mask_padding else "masks its padding"
+        return [
+            f"init.text: model.text.mask_padding: got {wanted.mask_padding}; such a tower {sees}, so that its function is"
+            " another one until it is trained"
+        ]
+    if named.is_external(wanted.tower) or wanted.packable:
+        return []
+    return [
+        "init.text: this tower attends to its padding, so that each text has a row of its own;"
+        " model.text.mask_padding=True and text.packing=True train it on shared rows, which changes its function"
+    ]
 
 
 def _resize_positions(

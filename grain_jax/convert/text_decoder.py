@@ -123,7 +123,7 @@ def stored_sizes(
         specials, count = words.special_ids, words.vocab_size
         if trailing:
             end = int(words.encode(["a"], text.context_length).ids[-trailing])
-    elif text.pool == "end":
+    elif text.seeks_end:
         end = text.vocab_size - 1 if text.end_id is None else text.end_id
     of_words = {"end_of_text": end, "special_ids": [*specials], "words": count}
     return dataclasses.asdict(decoder.config) | of_words

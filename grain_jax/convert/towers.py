@@ -27,7 +27,7 @@ OF_TRAINING = (
 # Config fields that may differ from the checkpoint's: those, sizes that are resized, tokenizer.
 _NOT_COMPARED = {
     *OF_TRAINING,
-    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id"),
+    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id", "mask_padding"),
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

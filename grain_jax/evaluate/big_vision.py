@@ -124,7 +124,8 @@ class Model(nn.Module):
         tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # one group per text
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
-        (embed,) = self.grain.encode_text(tokens, positions, jnp.ones_like(positions), at)
+        segments = real[:, None] if tower.mask_padding else jnp.ones_like(positions)
+        (embed,) = self.grain.encode_text(tokens, positions, segments.astype(jnp.int32), at)
         known = ((tokens >= 0) & (tokens < tower.vocab_size)).all(axis=(1, 2))
         return jnp.where(known[:, None], embed, jnp.nan)
 

@@ -84,7 +84,7 @@ def load(
     """
     predictor = inference.load(pretrained)
     tower = predictor.model.text
-    if tower.pool == "end" and tower.tokenizer != "clip" and tower.end_id is None:
+    if tower.seeks_end and tower.tokenizer != "clip" and tower.end_id is None:
         raise ClipBenchmarkError(
             f"{pretrained}: got a text tower that is read at its end token, with {tower.tokenizer};"
             " expected CLIP's tokenizer there, whose end token is its highest id, or model.text.end_id"

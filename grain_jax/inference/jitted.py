@@ -67,6 +67,8 @@ def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
         segments = jnp.ones_like(positions)
+        if model.text.mask_padding:
+            segments = (positions <= ends[:, None, None]).astype(jnp.int32)
         (embed,) = apply(params, tokens, positions, segments, at)
         return embed
 

@@ -213,7 +213,7 @@ class Predictor(Writer):
             return self.tokenizer([texts])[0]
         tokens, ends = self._tokens(list(texts))
         tower = self.model.text
-        if tower.pool == "end" and (tower.ends(tokens) != ends).any():
+        if tower.seeks_end and (tower.ends(tokens) != ends).any():
             which = "the highest id" if tower.end_id is None else f"the id {tower.end_id}"
             raise InputError(
                 f"tokenizer: of {tower.tokenizer} the end of a text has not {which}, by which encode_text finds it;"
@@ -868,11 +868,7 @@ class Predictor(Writer):
             )
         tokens = tokens.astype(np.int32)
         ends = tower.ends(tokens)
-        if (
-            tower.pool == "end"
-            and tower.end_id is not None
-            and (tokens != tower.end_id).all(1).any()
-        ):
+        if tower.seeks_end and tower.end_id is not None and (tokens != tower.end_id).all(1).any():
             raise InputError(
                 f"texts: got token ids without {tower.end_id}, the end of a text (model.text.end_id)"
             )

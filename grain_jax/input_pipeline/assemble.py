@@ -117,7 +117,7 @@ def of_examples(
         caption_mask[i, : len(of_image)] = True
         mask[i, :count] = True
         boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
-    context_length = config.model.text.context_length
+    text_length = config.text_length
     descriptions = [text for example in examples for text in example.descriptions]
     images = [example.image for example in examples]
     if lengths:
@@ -128,16 +128,16 @@ def of_examples(
         image = np.stack(images)
     return assemble(
         image=image,
-        captions=tokenize(captions, text_tokenizer, context_length),
+        captions=tokenize(captions, text_tokenizer, text_length),
         caption_mask=caption_mask,
-        descriptions=tokenize(descriptions, text_tokenizer, context_length),
+        descriptions=tokenize(descriptions, text_tokenizer, text_length),
         region_boxes_cxcywh=boxes,
         region_mask=mask,
         # Without their scores, the last ones are dropped first.
         region_scores=scores
         if config.input.region_scores
         else np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
-        negatives=tokenize(negatives, text_tokenizer, context_length),
+        negatives=tokenize(negatives, text_tokenizer, text_length),
         negative_mask=negative_mask,
         config=config,
     )
@@ -183,7 +183,7 @@ def assemble(
       region_mask: bool [B, R].
       region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first. The batch has them with
         `input.region_scores`.
-      config: `text` and `model.text.context_length` are used.
+      config: `text` and `row_length` are used.
       negatives: a text for each real negative, in the order of `negative_mask`, row by row; None: there are none. One
         that the tokenizer takes for the description itself is left out.
       negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
@@ -203,7 +203,7 @@ def assemble(
         description_lengths=lengths[1],
         negative_lengths=lengths[2],
         region_mask=region_mask,
-        row_length=config.model.text.context_length,
+        row_length=config.row_length,
     )
     if config.text.packing:
         group, rows = config.text_layout

@@ -156,7 +156,9 @@ def _with_numbers(
         names = ", ".join(f"{len(one.synthetic)} images of {one.name}" for one in of)
         source = f": from {names}; {_percent(misfits)} of their texts do not fit"
         if too_long:
-            source += f", {_percent(too_long)} of their captions are cut to a row's length"
+            source += (
+                f", {_percent(too_long)} of their captions are cut to {config.text_length} tokens"
+            )
     line = ", ".join(derived) + source
     if taken:
         line = "; ".join(filter(None, (f"{', '.join(taken)}: as in {where}", line)))
@@ -249,7 +251,7 @@ def rows_of(config: Config, group: int, lengths: Sequence[TextLengths]) -> Rows:
     """
     # Cut captions come many in one group, so their share needs many groups.
     images = max(_GROUPS * group, text_lengths.IMAGES // group * group)
-    row_length = config.model.text.context_length
+    row_length = config.row_length
     draws, too_long = [], []
     for seed in range(_DRAWS):
         texts, cut = draw(config, lengths, images, np.random.default_rng(seed))
@@ -266,7 +268,7 @@ def draw(
 
     Where the lengths are of a part of the set, the draw is with replacement: draws differ as samples do.
     """
-    regions, row_length = config.input.max_regions, config.model.text.context_length
+    regions, longest = config.input.max_regions, config.text_length
     wanted = config.input.captions_per_image
     weights = np.array([one.weight for one in config.input.sets[: len(lengths)]])
     ends = np.round(np.cumsum(weights) / weights.sum() * images).astype(int)
@@ -308,14 +310,14 @@ def draw(
     caption = np.concatenate(captions)[mixed]
     description = np.concatenate(descriptions)[mixed]
     texts = dict(
-        caption_lengths=np.where(caption, caption.clip(packing.MIN_TEXT_LENGTH, row_length), 0),
-        description_lengths=description.clip(packing.MIN_TEXT_LENGTH, row_length),
+        caption_lengths=np.where(caption, caption.clip(packing.MIN_TEXT_LENGTH, longest), 0),
+        description_lengths=description.clip(packing.MIN_TEXT_LENGTH, longest),
         region_mask=description > 0,
         region_scores=np.broadcast_to(-np.arange(regions, dtype=np.float32), description.shape),
     )
     if negatives:
         texts["negative_lengths"] = np.concatenate(negatives)[mixed]
-    return texts, float((caption > row_length).sum() / max((caption > 0).sum(), 1))
+    return texts, float((caption > longest).sum() / max((caption > 0).sum(), 1))
 
 
 def _negatives(
@@ -333,8 +335,8 @@ def _negatives(
     place = np.where(column < count, (start + column) % np.maximum(count, 1), 0)
     there = np.where(column < count, np.take_along_axis(found, place, axis=2), 0)
     drawn[:, : found.shape[1]] = there
-    row_length = config.model.text.context_length
-    return np.where(drawn, drawn.clip(packing.MIN_TEXT_LENGTH, row_length), 0)
+    longest = config.text_length
+    return np.where(drawn, drawn.clip(packing.MIN_TEXT_LENGTH, longest), 0)
 
 
 def smallest_rows(

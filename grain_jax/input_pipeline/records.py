@@ -436,7 +436,7 @@ def _to_batch(
         mask = columns[mask_name]
         texts, flipped = columns.pop(name)[mask], of_flipped[np.nonzero(mask)[0]]
         texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
-        return assemble.tokenize(texts, text_tokenizer, config.model.text.context_length)
+        return assemble.tokenize(texts, text_tokenizer, config.text_length)
 
     of_flipped = columns.pop("flipped")
     return assemble.assemble(

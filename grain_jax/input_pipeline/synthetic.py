@@ -141,7 +141,7 @@ def _caption_lengths(
 def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> Texts:
     """Random texts of so many tokens; the last two ids of the vocabulary are start and end."""
     text = config.model.text
-    lengths = lengths.clip(max=text.context_length)
+    lengths = lengths.clip(max=config.text_length)
     ids = rng.integers(1, text.vocab_size - 2, size=lengths.sum(), dtype=np.int32)
     ends = np.cumsum(lengths) - 1
     ids[ends] = text.vocab_size - 1

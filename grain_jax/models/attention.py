@@ -45,17 +45,14 @@ class CausalWithin(NamedTuple):
 Mask: TypeAlias = Within | CausalWithin
 
 
-def choose(attention: str, dtype: np.dtype, heads: int, masks_padding: bool = False) -> str:
+def choose(attention: str, dtype: np.dtype, heads: int) -> str:
     """The program for the self-attention of a tower: "xla", "pallas" or "cudnn".
 
     Args:
       attention: `model.attention`.
       dtype: of the activations.
       heads: of the tower; a tensor axis that does not divide them leaves them to XLA.
-      masks_padding: no position attends to the padding, which XLA's program alone can do.
     """
-    if masks_padding:
-        return "xla"
     mesh = placement.mesh()
     if attention != "auto":
         return attention
@@ -71,10 +68,7 @@ def choose(attention: str, dtype: np.dtype, heads: int, masks_padding: bool = Fa
 def of_towers(model: config_lib.Model, dtype: str) -> str:
     """The programs of both towers in words, on the mesh of `placement`."""
     towers = (("image", model.image), ("text", model.text))
-    chosen = {
-        n: choose(model.attention, jnp.dtype(dtype), t.heads, t.pool == "masked_mean")
-        for n, t in towers
-    }
+    chosen = {n: choose(model.attention, jnp.dtype(dtype), t.heads) for n, t in towers}
     if len(set(chosen.values())) == 1:
         return chosen["image"]
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())

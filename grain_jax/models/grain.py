@@ -257,31 +257,42 @@ class GRAIN(nn.Module):
     def _read_texts(self, features, tokens, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """As `text_features`, from the features of every position."""
         config, tower = self.config.text, self.text
-        row_is_text = tower.pooled or config.pool in ("map", "mean", "masked_mean")
+        pools = not tower.pooled and config.pool in ("map", "mean", "masked_mean")
+        project = lambda x: x if config.projection == "none" else self.text_projection(x)
+        if pools and config.masks_padding:
+            return tuple(map(project, self._pooled_texts(features, tokens, segments, at)))
+        row_is_text = tower.pooled or pools
         if row_is_text:
-            if not tower.pooled:
+            if pools:
                 x = self.text_norm(features)
                 rows = x.reshape(-1, *x.shape[2:])
-                if config.pool == "map":
-                    rows = self.text_pool(rows)
-                elif config.pool == "mean":
-                    rows = rows.mean(axis=1)
-                else:
-                    real = text.unpadded(config, tokens, segments).reshape(-1, tokens.shape[-1])
-                    rows = text.masked_mean(rows, real)
+                rows = self.text_pool(rows) if config.pool == "map" else rows.mean(axis=1)
                 features = rows.reshape(*x.shape[:2], -1)
             features = features[:, :, None]  # [G, rows, 1, E]
             at = tuple(a * np.array([1, 0]) for a in at)
-        elif config.pool == "last":
+        elif config.pool == "last" and not config.masks_padding:
             at = tuple(a.at[..., 1].set(features.shape[2] - 1) for a in map(jnp.asarray, at))
 
         def read(a: jax.Array) -> jax.Array:
             x = text.gather_texts(features, a)
-            if not row_is_text:
-                x = self.text_norm(x)
-            return x if config.projection == "none" else self.text_projection(x)
+            return project(x if row_is_text else self.text_norm(x))
 
         return tuple(read(a) for a in at)
+
+    def _pooled_texts(self, features, tokens, segments, at) -> list[jax.Array]:
+        """As `text_features` before the projection: each text pooled of its own tokens, several texts a row."""
+        config, shape = self.config.text, features.shape
+        normed = self.text_norm(features)
+        own = text.own_tokens(config, tokens, segments)
+        if config.pool != "map":
+            return [text.means_of_texts(normed, own, a) for a in at]
+        of_groups = [a.reshape(shape[0], -1, 2) for a in at]
+        every = jnp.concatenate(of_groups, axis=1)
+        read = lambda x: text.gather_texts(x.reshape(shape), every)
+        # [G, texts of a group, E]
+        pooled = self.text_pool(normed.reshape(-1, *shape[2:]), own[:, None], read)
+        parts = jnp.split(pooled, np.cumsum([a.shape[1] for a in of_groups])[:-1], axis=1)
+        return [x.reshape(*a.shape[:-1], shape[-1]) for x, a in zip(parts, at, strict=True)]
 
     def encode_text(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """As `text_features`, of unit length."""

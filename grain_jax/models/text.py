@@ -1,7 +1,7 @@
 """The text tower "transformer": CLIP's causal transformer over packed rows (docs/method.md, Packing).
 
-The features of a text are read at its end token. A tower that attends to its padding, such as SigLIP's, is not
-packable: each text has a row of its own.
+The features of a text are read at its end token, or pooled of its own positions. A tower that attends to its padding,
+such as SigLIP's, is not packable: each text has a row of its own. With `mask_padding` it is.
 """
 
 import math
@@ -32,8 +32,17 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 def unpadded(config: config_lib.TextTower, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """Rows of one text each, int32 [..., L] -> bool [..., L], the tokens that are no padding."""
-    return (segments > 0) & (tokens != config.pad_id)
+    """Rows int32 [..., L] of a tower that masks its padding -> bool [..., L], the tokens that are none."""
+    real = segments > 0
+    return real & (tokens != config.pad_id) if config.pool == "masked_mean" else real
+
+
+def own_tokens(config: config_lib.TextTower, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """Rows int32 [..., L] -> bool [N, L, L]: what the text of each position is pooled of, its tokens but for padding."""
+    real, segments = (
+        x.reshape(-1, 1, x.shape[-1]) for x in (unpadded(config, tokens, segments), segments)
+    )
+    return real & (segments == segments.mT)
 
 
 def masked_mean(rows: jax.Array, real: jax.Array) -> jax.Array:
@@ -49,7 +58,7 @@ class TextTransformer(towers.TextTower):
     @classmethod
     def packable(cls, config: config_lib.TextTower) -> bool:
         """Whether no feature depends on the padding."""
-        return config.causal and config.pool == "end"
+        return config_lib.shares_rows(config)
 
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
@@ -59,9 +68,6 @@ class TextTransformer(towers.TextTower):
         tokens, positions, segments = (
             a.reshape(-1, shape[-1]) for a in (tokens, positions, segments)
         )
-        real = None
-        if t.pool == "masked_mean":
-            real = unpadded(t, tokens, segments)[:, None, None]  # [G*rows, 1, 1, L]
         if not self.packable(t):  # the padding is a token of the text, with positions that count on
             tokens = jnp.where(segments > 0, tokens, t.pad_id)
             positions = jnp.broadcast_to(jnp.arange(shape[-1]), tokens.shape)
@@ -78,11 +84,14 @@ class TextTransformer(towers.TextTower):
             x = x * math.sqrt(t.width)
         x = x + self._positions()[positions]
         x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
-        program = attention.choose(self.attention, self.dtype, t.heads, t.pool == "masked_mean")
-        mask = real
+        program = attention.choose(self.attention, self.dtype, t.heads)
+        mask = None
         if t.causal:
-            within = attention.CausalWithin(segments)
-            mask = within.mask() if program == "xla" else within  # once for all layers
+            mask = attention.CausalWithin(segments)
+        elif t.masks_padding:
+            mask = attention.Within(jnp.where(unpadded(t, tokens, segments), segments, 0))
+        if mask is not None and program == "xla":
+            mask = mask.mask()  # once for all layers
         blocks = layers.scan_layers(
             layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
         )(t, self.dtype, _inits(t), program, name="blocks")
@@ -120,3 +129,21 @@ def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:
         axis=1,
     )
     return picked.reshape(*index.shape, width)
+
+
+def means_of_texts(features: jax.Array, own: jax.Array, at: jax.Array) -> jax.Array:
+    """The mean of the features of each text.
+
+    Args:
+      features: [G, rows, L, E].
+      own: bool [G * rows, L, L], of `own_tokens`.
+      at: as of `gather_texts`.
+
+    Returns:
+      [B, ..., E].
+    """
+    groups, rows, length, width = features.shape
+    row = at[..., 0].reshape(groups, -1, 1, 1)
+    of_rows = jnp.take_along_axis(features, row, axis=1).reshape(-1, length, width)
+    real = gather_texts(own.reshape(groups, rows, length, length), at).reshape(-1, length)
+    return masked_mean(of_rows, real).reshape(*at.shape[:-1], width)

@@ -43,7 +43,7 @@ def abstract_batch(config: Config) -> schema.Batch:
     h = config.input.negatives_per_region
     group, rows = config.text_layout
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    row = of(jnp.int32, b // group, rows, config.model.text.context_length)
+    row = of(jnp.int32, b // group, rows, config.row_length)
     return schema.Batch(
         image=of(jnp.uint8, b, size, size, 3),
         text_tokens=row,

@@ -205,6 +205,8 @@ def _text_fault(config: Config, found: Described) -> str:
         return f"its tokenizer {own.tokenizer} is not the run's {run.tokenizer}"
     if config.text.packing and not own.packable:
         return "its text tower sees the padding of a row; set text.packing=False"
+    if config.row_length != own.context_length and not own.packable:
+        return "its text tower sees the padding, of rows as long as its context; set input.text_length=0"
     return ""
 
 

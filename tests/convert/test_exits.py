@@ -384,6 +384,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         norm_eps=dict(norm_eps=1e-3),
         causal=dict(causal=None),
         activation=dict(activation="relu"),
+        mask_padding=dict(pool="last", causal=False, mask_padding=True),
         pool=dict(pool="masked_mean", causal=False),
         position_kind=dict(position_kind="sinusoidal"),
         scale_tokens=dict(scale_tokens=True),

@@ -204,6 +204,13 @@ def test_what_the_config_says_otherwise_and_what_lies_inside_a_tower_is_told(tmp
         "init.text: CHECK model.text.cleaning: got 'none'; such a tower's is 'canonical'",
         "init.text: CHECK model.text.pad_id: got 2; such a tower's is 0",
     ]
+    rows = "init.text: this tower attends to its padding, so that each text has a row of its own;"
+    assert [x for x in report if x.startswith(rows)]
+    report = _load(_siglip(path, **{"model.text.mask_padding": True})).report
+    assert [x for x in report if "padding" in x] == [
+        "init.text: model.text.mask_padding: got True; such a tower attends to its padding, so that its function is another"
+        " one until it is trained"
+    ]
     # Layer scale, say: without it the tower would compute something else.
     for name in ("a", "b"):
         params[f"params/img/Transformer/encoderblock/gamma_{name}"] = np.ones((2, 32), np.float32)
@@ -338,6 +345,15 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
             "text.packing: got True, but a text tower with causal=False and pool=end",
         ),
         ({"model.text.pool": "last"}, "text.packing: got True, but a text tower with causal=True"),
+        (
+            {"model.text.pool": "map"},
+            "set text.packing=False, or model.text.mask_padding=True too, which changes the function",
+        ),
+        (
+            {"model.text.mask_padding": True},
+            "model.text.mask_padding: got True with causal=True and pool=end, of which nothing depends",
+        ),
+        ({"input.text_length": 33}, "input.text_length: got 33, expected 3 to model.text.context"),
         ({"model.image.pool": "map"}, "model.image.pool, model.image.projection: got map, matrix"),
         ({"model.text.activation": "tanh"}, "model.text.activation: got 'tanh', expected one of"),
         ({"model.image.pool": "first"}, "model.image.pool: got 'first', expected one of none"),

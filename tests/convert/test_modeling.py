@@ -49,7 +49,8 @@ KINDS = {
     "own": TWO | dict(image__pool="class", image__projection="affine", text__causal=False),
     "maps": TWO
     | dict(image__pool="map", image__activation="quick_gelu", image__projection="none")
-    | dict(image__width=40, embed_dim=40, text__pool="map", text__projection="none", logit_bias_init=-2.0),
+    | dict(image__width=40, embed_dim=40, text__pool="map", text__projection="none", logit_bias_init=-2.0)
+    | dict(text__causal=False, text__mask_padding=True),
     "means": TWO | dict(image__pool="mean", text__pool="mean", boxes__kind="prompter"),
     "options": DEPTH
     | dict(decoder__depth=1, boxes__kind="roi_align", image__positions=False, image__rope="centres", image__registers=2)

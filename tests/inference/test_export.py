@@ -241,6 +241,10 @@ def test_towers_with_every_option(tmp_path):
         (dict(), "position of each text's last token; for CLIP's ids tokens.argmax(1)"),
         (dict(causal=False, end_id=2), "position of each text's last token, the id 2"),
         (dict(pool="last", end_id=2), "not looked at: zeros will do"),
+        (
+            dict(pool="last", end_id=2, mask_padding=True),
+            "position of each text's last token, the id 2",
+        ),
     ],
 )
 def test_what_the_description_says_of_the_end(changes, said):

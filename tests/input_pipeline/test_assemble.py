@@ -6,6 +6,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.input_pipeline import assemble, tokenizer
+from grain_jax.training import forward
 from tests import record_sets
 
 
@@ -122,3 +123,21 @@ def test_several_captions_of_an_example():
     )
     assert none.caption_mask.tolist() == [[False] * 3, [True, False, False]]
     assert none.text_counts.tolist() == [[1, 0]] and not none.caption_at[0].any()
+
+
+@pytest.mark.parametrize("packing, shape", [(False, (2, 2, 8)), (True, (1, 2, 77))])
+def test_texts_of_a_run_may_be_shorter_than_the_towers(packing, shape):
+    """CLIPA's: cut, with their end token; rows of one text are as short."""
+    keys = {"batch_size": 2, "input.lanes": 1, "input.max_regions": 1, "input.text_length": 8}
+    keys |= {"text.packing": packing, "text.pack_group": 2, "text.pack_rows": 2}
+    values = recipe.base("tiny")
+    values.total_steps, values.optim.warmup_steps = 10, 1
+    values.update_from_flattened_dict(keys)
+    config = config_lib.from_dict(values)
+    image = np.zeros((64, 64, 3), np.uint8)
+    examples = [assemble.Example(image, "a " * n, ["b " * n], [[0.5] * 4]) for n in (3, 20)]
+    batch = assemble.of_examples(examples, config, tokenizer.ClipTokenizer())
+    assert batch.text_tokens.shape == shape == forward.abstract_batch(config).text_tokens.shape
+    assert batch.text_positions.max() == 7 and (batch.text_tokens == 49407).sum() == 4
+    assert batch.caption_at[:, 0, 1].tolist() == ([20, 7] if packing else [4, 7])
+    assert batch.text_counts[:, 1].tolist() == ([2] if packing else [0, 2])

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax.models import attention, attention_kernel, layers, placement
 
 
-def _replica(q, k, v, heads, norms, eps, ids):
+def _replica(q, k, v, heads, norms, eps, ids, causal):
     """The same in float64, a head at a time; float64 must be enabled."""
     batch, length, lanes = q.shape
     width = lanes // heads
@@ -26,21 +26,24 @@ def _replica(q, k, v, heads, norms, eps, ids):
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(width)
     if ids is not None:
         at = np.arange(length)
-        allowed = (ids[:, :, None] == ids[:, None, :]) & (at[:, None] >= at[None])
+        earlier = (at[:, None] >= at[None]) | (not causal)
+        allowed = (ids[:, :, None] == ids[:, None, :]) & earlier
         scores = jnp.where(allowed[:, None], scores, -1e300)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True)
     return (weights @ v).transpose(0, 2, 1, 3).reshape(batch, length, lanes)
 
 
-# Batch, length, heads, width of a head, norms inside, texts in a row.
+CAUSAL, WITHIN = attention.CausalWithin, attention.Within
+# Batch, length, heads, width of a head, norms inside, the mask of several texts in a row.
 SHAPES = {
-    "B/16": (1, 197, 2, 64, True, False),
-    "text": (3, 77, 4, 64, False, True),
-    "S/16": (4, 50, 8, 32, True, False),
-    "H/14": (1, 10, 8, 80, False, False),
-    "g/14": (1, 10, 3, 88, True, False),
-    "tiny": (8, 17, 2, 16, True, True),
+    "B/16": (1, 197, 2, 64, True, None),
+    "text": (3, 77, 4, 64, False, CAUSAL),
+    "SigLIP's text": (2, 64, 2, 64, False, WITHIN),
+    "S/16": (4, 50, 8, 32, True, None),
+    "H/14": (1, 10, 8, 80, False, None),
+    "g/14": (1, 10, 3, 88, True, None),
+    "tiny": (8, 17, 2, 16, True, CAUSAL),
 }
 
 
@@ -49,7 +52,7 @@ def _inputs(shape):
     rng = np.random.default_rng(0)
     q, k, v, weight = rng.normal(size=(4, batch, length, heads * width))
     norms = tuple(rng.normal(size=(4, width)) + [[1], [0], [1], [0]]) if normed else None
-    ids = np.sort(rng.integers(0, 4, (batch, length))) if texts else None
+    ids = np.sort(rng.integers(0, 4, (batch, length))) if texts is not None else None
     return (q * 2, k, v, norms), ids, weight
 
 
@@ -90,16 +93,18 @@ BETWEEN = ("B/16", "S/16", "H/14")  # two sizes of heads, and one block of keys,
 )
 def test_kernel_equals_the_replica(name):
     """Values and all gradients: as near to float64 as those of XLA's program, in float32 and, of three, in bfloat16."""
-    heads, eps = SHAPES[name][2], 1e-6
+    heads, eps, kind = SHAPES[name][2], 1e-6, SHAPES[name][-1]
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
         expected = _with_gradients(
-            jax.jit(lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids)),
+            jax.jit(
+                lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids, kind is CAUSAL)
+            ),
             jax.tree.map(jnp.asarray, arrays),
             jnp.asarray(weight),
         )
         expected = jax.tree.map(np.asarray, expected)
-    within = None if ids is None else attention.CausalWithin(jnp.asarray(ids, jnp.int32))
+    within = None if ids is None else kind(jnp.asarray(ids, jnp.int32))
 
     def kernel(q, k, v, norms):
         return attention.with_pallas(q, k, v, heads=heads, norms=norms, eps=eps, within=within)
@@ -172,10 +177,10 @@ def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
 
 
 @pytest.mark.parametrize(
-    "mesh_shape,length,qk_norm",
-    [(None, 9, True), (None, 9, False), (None, 10, False), ((2, 2, 2), 9, False)],
+    "mesh_shape,length,kind",
+    [(None, 9, None), (None, 9, CAUSAL), (None, 10, CAUSAL), ((2, 2, 2), 9, WITHIN)],
 )
-def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, qk_norm):
+def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, kind):
     """Odd lengths have no backward pass in cuDNN; the layer is that of XLA at every length."""
     given, real = [], jax.nn.dot_product_attention
 
@@ -186,8 +191,8 @@ def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, qk_norm):
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     x = jax.random.normal(jax.random.key(0), (8, length, 32))
     ids = jnp.sort(jax.random.randint(jax.random.key(1), (8, length), 0, 3))
-    within = None if qk_norm else attention.CausalWithin(ids)
-    xla, cudnn = (_layer(program, 4, qk_norm) for program in ("xla", "cudnn"))
+    within = kind and kind(ids)
+    xla, cudnn = (_layer(program, 4, kind is None) for program in ("xla", "cudnn"))
     params = jax.jit(lambda: xla.init(jax.random.key(3), x, x, x))()
     weight = jax.random.normal(jax.random.key(2), x.shape)
 

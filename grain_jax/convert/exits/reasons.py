@@ -61,6 +61,7 @@ _TWO_TOWERS = dict(
     text__tower="transformer",
     text__position_kind="learned",
     text__scale_tokens=False,
+    text__mask_padding=False,
 )
 _CLIP_VISION = _VIT | dict(image__class_token=True, image__pre_norm=True)
 _SIGLIP_VISION = _VIT | dict(image__class_token=False, image__pre_norm=False)

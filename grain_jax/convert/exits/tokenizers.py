@@ -72,7 +72,7 @@ def with_end(source: Source) -> tuple[Source, str]:
       UserError: the file of the tokenizer cannot be read.
     """
     tower = source.model.text
-    if tower.pool != "end" or tower.tokenizer == "clip":
+    if not tower.seeks_end or tower.tokenizer == "clip":
         return source, ""
     path = tokenizer.own_file(tower, source.folder)
     if path is None:
@@ -103,7 +103,7 @@ def of_transformers(
 ) -> tuple[dict[str, Any], str, list[str]]:
     """As `files`, but for a tower that sees its padding none of CLIP's; and lines for the report."""
     words, missing = files(tower, folder)
-    if tower.tokenizer == "clip" and words and not tower.packable:
+    if words and _knows_padding(tower):
         missing = (
             "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
             f" padding, the id {tower.pad_id}; give the model token ids"
@@ -112,6 +112,11 @@ def of_transformers(
         return {}, missing, [missing]
     needs = "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
     return words, "", [needs] if "spiece.model" in words else []
+
+
+def _knows_padding(tower: config_lib.TextTower) -> bool:
+    """Whether it matters to a tower with CLIP's tokenizer which id the padding has."""
+    return tower.tokenizer == "clip" and not (tower.packable and tower.seeks_end)
 
 
 def _no_pad(tower: config_lib.TextTower, path: epath.Path) -> str:
@@ -202,7 +207,7 @@ def our_ids(
 ) -> np.ndarray:
     """As `own_ids`, with the padding of the files."""
     ids = own_ids(tower, folder, texts)
-    if tower.tokenizer != "clip" or not tower.packable:
+    if tower.tokenizer != "clip" or _knows_padding(tower):
         return ids
     # Ours pads with 0, transformers with the end token; the model reads neither.
     after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]

@@ -263,10 +263,9 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("fc1", "fc2"), tower.get("pool_mlp_dim", 0))
 
-    def forward(self, tokens, places=None):
-        """[B, tokens, E] -> [B, E]."""
-        probe = self.probe.expand(tokens.shape[0], -1, -1)
-        x = self.attention(probe, tokens, tokens, mask=_mask(places))
+    def forward(self, tokens, mask=None):
+        """[B, tokens, E] -> [B, E], of the tokens where the mask, bool [B, 1, 1, tokens], is true."""
+        x = self.attention(self.probe.expand(tokens.shape[0], -1, -1), tokens, tokens, mask=mask)
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
@@ -414,8 +413,9 @@ class Backbone(nn.Module):
             text["projection"], text["width"], towers["embed_dim"]
         )
         self.pool, self.pad_id, self.end_id = text["pool"], text["pad_id"], text["end_id"]
-        self.causal = text["causal"]
-        self.sees_padding = not (self.causal and self.pool == "end")
+        self.causal, self.mask_padding = text["causal"], text["mask_padding"]
+        self.seeks_end = self.mask_padding or self.pool == "end"
+        self.sees_padding = not (self.mask_padding or (self.causal and self.pool == "end"))
         # In log space; the factor is its exponential.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(towers["logit_scale_init"])))
         self.logit_bias = None
@@ -425,9 +425,10 @@ class Backbone(nn.Module):
     def encode_text(self, input_ids):
         """[N, L] -> [N, D], read as the tower is: at the end token (the first one, or the first place of the highest id where
         the tower names none), at the last position, or pooled of all positions, or of all but the padding.
-        A tower that sees its padding gets texts filled to the context.
+        A tower that sees its padding gets texts filled to the context. One with `mask_padding` looks at no position after the
+        end token, and its last position is the end token.
         """
-        least = int(self.pool == "end")
+        least = int(self.seeks_end)
         if input_ids.ndim != 2 or not least <= input_ids.shape[1] <= self.context:
             raise ValueError(
                 f"input_ids: got shape {list(input_ids.shape)}, expected [N, {least} to {self.context}];"
@@ -438,24 +439,29 @@ class Backbone(nn.Module):
             input_ids = F.pad(input_ids, (0, self.context - input_ids.shape[1]), value=self.pad_id)
         x = self.token_embedding(input_ids) * self.token_scale
         x = x + self._positions(x)[: x.shape[1]]
-        real, mask = input_ids != self.pad_id, None
-        if self.pool == "masked_mean" and not self.causal:
+        real = mask = end = None
+        if self.seeks_end:
+            end = (ids if self.end_id is None else (ids == self.end_id).long()).argmax(dim=-1)
+        if self.pool == "masked_mean":
+            real = input_ids != self.pad_id
+        elif self.mask_padding:
+            real = torch.arange(x.shape[1], device=x.device) <= end[:, None]
+        if real is not None:
             mask = (real | ~real.any(dim=1, keepdim=True))[
                 :, None, None
             ]  # a text of padding alone sees it
         for block in self.transformer.resblocks:
-            x = block(x, mask)
-        if self.pool == "end":
-            end = (ids if self.end_id is None else (ids == self.end_id).long()).argmax(dim=-1)
+            x = block(x, None if self.causal else mask)
+        if end is not None and self.pool in ("end", "last"):
             x = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
         elif self.pool == "last":
             x = x[:, -1]
         x = self.ln_final(x)
         if self.text_pool is not None:
-            x = self.text_pool(x)
-        elif self.pool == "mean":
+            x = self.text_pool(x, mask)
+        elif self.pool == "mean" and real is None:
             x = x.mean(dim=1)
-        elif self.pool == "masked_mean":
+        elif self.pool in ("mean", "masked_mean"):
             x = (x * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
         return _projected(x, self.text_projection, self.text_projection_bias)
 
@@ -679,7 +685,7 @@ class PooledImage(nn.Module):
 
     def _embed(self, tokens, leading, places=None):
         if self.pool is not None:
-            x = self.pool(tokens, places)
+            x = self.pool(tokens, _mask(places))
         # <shapes>
         elif places is not None and self.kind != "class":
             patches = tokens[:, leading:].masked_fill(~places.real[..., None], 0)

@@ -120,6 +120,7 @@ _FIXED = (
     ("text.causal", True, False),
     ("text.activation", "quick_gelu", False),
     ("text.pool", "end", False),
+    ("text.mask_padding", False, False),
     ("text.projection", "matrix", False),
     ("text.tokenizer", "clip", False),
     ("text.position_kind", "learned", False),

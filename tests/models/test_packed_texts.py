@@ -1,0 +1,173 @@
+"""Text towers that are not causal, several texts a row: each text alone with its padding masked, as torch has it."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from grain_jax import inference
+from grain_jax.convert import formats, tables
+from grain_jax.input_pipeline import packing
+from grain_jax.models import grain
+from tests import perturbed
+
+LENGTHS = np.array([[9, 4, 16, 5], [12, 3, 2, 7]])  # of the texts of two images
+SIZES = dict(text__depth=1, text__causal=False, text__activation="gelu_tanh", text__projection="affine")  # fmt: skip
+POOLED = {
+    "last": dict(text__mask_padding=True),
+    "mean": dict(text__mask_padding=True),
+    "map": dict(text__mask_padding=True),
+    "masked_mean": {},
+}
+
+
+@functools.cache
+def texts():
+    """Ids of all texts, one after another; the highest ends each."""
+    ids = np.random.default_rng(1).integers(1, 299, LENGTHS.sum(), dtype=np.int32)
+    ids[np.cumsum(LENGTHS) - 1] = 299
+    return ids
+
+
+def rows(length, packed):
+    """(tokens, positions, segments, at) of the texts, captions [2, 4]."""
+    given: dict = dict(caption_lengths=LENGTHS, row_length=length)
+    none = np.zeros((2, 0), np.int32)
+    given |= dict(description_lengths=none, region_mask=none.astype(bool))
+    if packed:
+        scores = np.zeros((2, 0), np.float32)
+        places = packing.pack(**given, region_scores=scores, pack_group=2, rows=3)
+    else:
+        places = packing.one_text_per_row(**given)
+    lengths = [LENGTHS, none, np.zeros((2, 0, 0), np.int32)]
+    return *packing.fill(places, texts(), lengths), places.caption_at
+
+
+def embeddings(module, params, given):
+    """Those of the texts before unit length, [8, D]; two kinds of texts are asked for, as captions and descriptions are."""
+    *given, at = given
+    kinds = at[:, :1], at[:, 1:]
+    found = module.apply({"params": params}, *given, *kinds, method="text_features")
+    return jax.numpy.concatenate(found, axis=1).reshape(8, -1)
+
+
+def with_gradients(module, params, given, weights):
+    """`embeddings`, and the gradients of their sum times `weights`, by flat name."""
+
+    def total(params):
+        embed = embeddings(module, params, given)
+        return (embed * weights).sum(), embed
+
+    (_, embed), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    flat = {name: np.asarray(x) for name, x in grain.flat(gradients).items()}
+    return np.asarray(embed), {name: x for name, x in flat.items() if name.startswith("text")}
+
+
+def map_pool(flat, heads, hidden, real):
+    """SigLIP's head of torch modules over the real positions, [N, L, E] -> [N, E], and its parameters by our names."""
+    width = hidden.shape[-1]
+    of = lambda name: torch.tensor(
+        flat[f"text_pool/{name}"], dtype=torch.float64, requires_grad=True
+    )
+    names = [name.removeprefix("text_pool/") for name in flat if name.startswith("text_pool/")]
+    own = {name: of(name) for name in names}
+    stacked = lambda part: [own[f"attention/{x}/{part}"] for x in ("query", "key", "value")]
+    attend: Any = torch.nn.functional.multi_head_attention_forward
+    out, _ = attend(
+        own["probe"].expand(1, len(hidden), width),
+        *[hidden.transpose(0, 1)] * 2,
+        width,
+        heads,
+        torch.cat([x.reshape(width, width).T for x in stacked("kernel")]),
+        torch.cat([x.reshape(width) for x in stacked("bias")]),
+        None,
+        None,
+        False,
+        0.0,
+        own["attention/out/kernel"].reshape(width, width).T,
+        own["attention/out/bias"],
+        key_padding_mask=~real,
+        need_weights=False,
+    )
+    x = out[0]
+    y = torch.nn.functional.layer_norm(x, (width,), own["norm/scale"], own["norm/bias"], eps=1e-5)
+    y = y @ own["mlp/in/kernel"] + own["mlp/in/bias"]
+    y = torch.nn.functional.gelu(y, approximate="tanh") @ own["mlp/out/kernel"]
+    return x + y + own["mlp/out/bias"], {f"text_pool/{name}": x for name, x in own.items()}
+
+
+def by_transformers(model, params, pool, weights):
+    """As `with_gradients`, in float64: SigLIP's text tower of transformers with an attention mask, each text padded alone."""
+    text, flat = model.text, {n: np.asarray(x) for n, x in grain.flat(params).items()}
+    table = formats.hf_text("text_model.head")
+    state = {n.removeprefix("text_model."): torch.tensor(x) for n, x in tables.write(table, flat).items()}  # fmt: skip
+    config_of: Any = transformers.SiglipTextConfig
+    config = config_of(
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        intermediate_size=text.mlp_dim,
+        num_hidden_layers=text.depth,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.context_length,
+        layer_norm_eps=text.norm_eps,
+        projection_size=model.embed_dim,
+        attn_implementation="eager",
+    )
+    module: Any = transformers.SiglipTextModel(config).double()
+    module.load_state_dict(state)
+    tokens, _, segments, _ = rows(text.context_length, packed=False)
+    ids, real = (torch.tensor(x.reshape(8, -1)) for x in (tokens, segments > 0))
+    hidden = module(ids.long(), attention_mask=real.long()).last_hidden_state
+    own: dict = {}
+    if pool == "map":
+        pooled, own = map_pool(flat, text.heads, hidden, real)
+    elif pool == "last":
+        pooled = hidden[torch.arange(8), real.sum(1) - 1]
+    else:
+        pooled = torch.stack([x[: int(n)].mean(0) for x, n in zip(hidden, real.sum(1))])
+    embed = module.head(pooled)
+    (embed * torch.tensor(weights)).sum().backward()
+    named = {f"text_model.{n}": x.grad.numpy() for n, x in module.named_parameters()}
+    text_of = {n: x.shape for n, x in flat.items() if n.startswith("text") and n not in own}
+    gradients = tables.read(table, named, text_of) | {n: x.grad.numpy() for n, x in own.items()}
+    return embed.detach().numpy(), gradients
+
+
+@pytest.mark.parametrize("pool", POOLED)
+def test_packed_texts_are_texts_alone_with_masked_padding(pool):
+    model = perturbed.tiny(
+        **SIZES, text__pool=pool, **POOLED[pool], decoder=None, image__pool="mean"
+    )
+    assert model.text.packable
+    params, module = perturbed.params(model), grain.GRAIN(model)
+    weights = np.random.default_rng(2).normal(size=(8, model.embed_dim))
+    expected, gradients = by_transformers(model, params, pool, weights)
+    relative = lambda got: np.abs(got - expected).max() / np.abs(expected).max()
+
+    given = rows(model.text.context_length, packed=True)
+    assert given[0].shape == (1, 3, 32)
+    embed, found = with_gradients(module, params, given, weights.astype(np.float32))
+    assert relative(embed) < 1e-6
+    assert found.keys() == gradients.keys()
+    # The bias of the keys has no gradient but rounding.
+    floor = 0.01 * max(np.abs(x).max() for x in gradients.values())
+    for name, x in gradients.items():
+        assert np.abs(found[name] - x).max() < 1e-5 * max(np.abs(x).max(), floor), name
+
+    given = rows(model.text.context_length, packed=False)
+    assert given[0].shape == (2, 4, 32)
+    assert relative(jax.jit(lambda p: embeddings(module, p, given))(params)) < 1e-6
+
+
+def test_a_loaded_model_reads_nothing_after_the_end():
+    model = perturbed.tiny(**SIZES, text__pool="last", text__mask_padding=True)
+    predictor = inference.Predictor(model, perturbed.params(model))
+    given = rows(model.text.context_length, packed=True)
+    embed = jax.jit(lambda p: embeddings(grain.GRAIN(model), p, given))(predictor.params)
+    tokens, _, segments, _ = rows(model.text.context_length, packed=False)
+    other = np.where(segments > 0, tokens, 7).reshape(8, -1)
+    np.testing.assert_allclose(predictor.encode_text(other), grain.normalize(embed), atol=1e-6)
