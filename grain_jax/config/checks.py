@@ -44,7 +44,7 @@ def faults_of(part: Config | Model | Suite | Evaluator | TextDecoder, path: str 
     if isinstance(part, Config):
         found += [*_of_model(part.model), *_of_run(part), *_data(part.input), *_regions(part)]
         found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part), *_views(part)]
-        found += list(_teacher(part))
+        found += [*_teacher(part), *_lengths(part)]
     for name, entry in part.evals.items():
         own = entry.faults() + (entry.not_in_a_suite() if isinstance(part, Suite) else [])
         found += [f"evals.{name}.{fault}" for fault in own]
@@ -154,11 +154,11 @@ def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:
     return getattr(named.find("tower", tower.tower, {}), "pooled", False)
 
 
-def _any_size(tower: fields.ImageTower) -> bool:
-    """Whether the tower takes other images than of `image_size`, as far as its class may be imported."""
+def _takes(tower: fields.ImageTower, what: str) -> bool:
+    """Whether the tower's class says so (models/towers.py: any_size, takes_shapes), as far as it may be imported."""
     if not named.is_external(tower.tower) or not named.may_import(tower.tower):
         return True
-    return getattr(named.find("tower", tower.tower, {}), "any_size", False)
+    return getattr(named.find("tower", tower.tower, {}), what, False)
 
 
 def _of_run(config: Config) -> Iterator[str]:
@@ -251,10 +251,25 @@ def _views(config: Config) -> Iterator[str]:
             f"input.views.size: got {views.size}, expected a multiple of model.image.patch_size ="
             f" {image.patch_size}, such as {' or '.join(good)}"
         )
-    if views.size != image.image_size and not _any_size(image):
+    if views.size != image.image_size and not _takes(image, "any_size"):
         yield (
             f"input.views.size: got {views.size} with the tower {image.tower}, which takes no other size than"
             f" model.image.image_size = {image.image_size}; expected that, or a tower with any_size = True"
+        )
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    """Those of `input.sequence_lengths`."""
+    lengths, image = config.input.sequence_lengths, config.model.image
+    key = f"input.sequence_lengths: got {lengths}"
+    if not lengths:
+        return
+    if min(lengths) < 1 or max(lengths) > fields.WIDEST or len({*lengths}) < len(lengths):
+        yield f"{key}, expected different numbers of patches, each 1 to {fields.WIDEST}"
+    if not _takes(image, "takes_shapes"):
+        yield (
+            f"{key} with the tower {image.tower}, which takes squares alone; expected (), or a tower with"
+            " takes_shapes = True"
         )
 
 

@@ -415,6 +415,10 @@ class Input:
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.
     crop_min_area: float = key(1.0, low=0.01, high=1)
+    # Images in their own shape: patches an image, N. It is resized so that its grid fits N, and keeps its ratio; of
+    # several lengths each step draws one. (): squares of model.image.image_size. None: derived from the images
+    # (input_pipeline/derived.py).
+    sequence_lengths: tuple[int, ...] | None = key(())
     reader_threads: int = count(0, role="free")  # of tf.data; 0 = it chooses
     views: Views = key(Views)
     # A mixture, instead of `data_dir` and `name`.

@@ -235,6 +235,28 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
+def of_array(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+    """A PIL image as it is, and uint8 [H, W, 3] or [H, W] as one. Raises ImageError: another array."""
+    if isinstance(image, PIL.Image.Image):
+        return image
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ImageError(
+            f"got an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
+        )
+    return PIL.Image.fromarray(image)
+
+
+def fit_inside(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """The image as RGB, its longer side `size` pixels at most and its ratio kept; antialiased bicubic, never enlarged."""
+    image = to_rgb(image)
+    factor = size / max(image.size)
+    if factor >= 1:
+        return image
+    sides = [max(1, round(factor * side)) for side in image.size]
+    return image.resize((sides[0], sides[1]), PIL.Image.Resampling.BICUBIC)
+
+
 def resize(
     image: PIL.Image.Image | np.ndarray, size: int, *, convert_first: bool = True
 ) -> np.ndarray:
@@ -253,13 +275,7 @@ def resize(
 
     Returns: uint8 [S, S, 3].
     """
-    if not isinstance(image, PIL.Image.Image):
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-            raise ImageError(
-                f"got an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
-            )
-        image = PIL.Image.fromarray(image)
+    image = of_array(image)
     if convert_first:
         image = to_rgb(image)
     if image.size != (size, size):

@@ -39,6 +39,13 @@ IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
+class Patches(NamedTuple):
+    """Images in their own shape: the patches of each one row by row, then zeros. h * w <= N patches are real."""
+
+    pixels: Array  # uint8 [B, N, p*p*3], a patch row-major (y, x, channel); or float32, already normalised
+    grid: Array  # int32 [B, 2], rows h and columns w of patches
+
+
 class Batch(NamedTuple):
     """One batch, of a process (numpy) or the global one (jax, leading axis sharded over the data axes).
 
@@ -46,7 +53,7 @@ class Batch(NamedTuple):
     within the group and the position of its end token. Without packing a group is one image and a row one text.
     """
 
-    image: ModelInput  # uint8 [B, H, W, 3]
+    image: ModelInput  # uint8 [B, H, W, 3], or Patches (`input.sequence_lengths`)
     text_tokens: ModelInput  # int32 [G, rows, L], 0 = padding
     text_positions: ModelInput  # int32 [G, rows, L], restart at 0 for each text
     text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
@@ -95,6 +102,7 @@ class Features(NamedTuple):
     tokens: Array  # [B, N, E] of the image tower, after the last norm; [B, E] of a pooled one
     hidden: Array | None  # [B, Q+1, E], the last layer of the decoder; None without one
     text: Array  # [G, rows, L, E], every position of the rows, before the last norm; [G, rows, E] of a pooled tower
+    places: Any = None  # models.places.Places of the patch tokens; None: a full square
 
 
 def fields(of: type[Batch] | type[Outputs]) -> dict[str, Field]:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax.config import Config
-from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import packing, tokenizer
+from grain_jax.core import patches
+from grain_jax.core.schema import Batch, Patches
+from grain_jax.input_pipeline import order, packing, tokenizer
 from grain_jax.input_pipeline.text_cleaning import Texts
 
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNORECASE)
@@ -30,7 +31,8 @@ def tokenize(
 class Example(NamedTuple):
     """An image with its texts and boxes, as a data source has them."""
 
-    image: np.ndarray  # uint8 [S, S, 3], S = model.image.image_size
+    # uint8 [S, S, 3], S = model.image.image_size; with input.sequence_lengths uint8 [H, W, 3] of any size
+    image: np.ndarray
     caption: str | Sequence[str]  # or several, at most `input.captions_per_image`; () for none
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
@@ -39,18 +41,30 @@ class Example(NamedTuple):
 
 
 def of_examples(
-    examples: Sequence[Example], config: Config, text_tokenizer: tokenizer.Tokenizer
+    examples: Sequence[Example],
+    config: Config,
+    text_tokenizer: tokenizer.Tokenizer,
+    step: int | None = None,
 ) -> Batch:
     """A Batch of the examples, in their order: texts tokenised and laid out as `config.text` says.
+
+    With `input.sequence_lengths` each image is resized to the grid of its shape, as records are.
 
     Args:
       examples: B, a multiple of `text.pack_group`.
       config: the run's, with numbers for the rows.
       text_tokenizer: `tokenizer.of_tower(config.model.text)`.
+      step: of the batch; needed where `input.sequence_lengths` has several.
 
     Raises:
-      ValueError: an image of another shape or type, other numbers of boxes than descriptions, or too many texts.
+      ValueError: an image of another shape or type, other numbers of boxes than descriptions, too many texts, or no
+        step where it is needed.
     """
+    lengths = config.input.sequence_lengths
+    if lengths and len(lengths) > 1 and step is None:
+        raise ValueError(
+            f"step: got None with input.sequence_lengths={lengths}, expected the step, which draws one of them"
+        )
     size, most = config.model.image.image_size, config.input.max_regions
     most_captions = config.input.captions_per_image
     captions: list[str] = []
@@ -62,9 +76,13 @@ def of_examples(
     negative_mask = np.zeros((len(examples), most, most_negatives), bool)
     for i, example in enumerate(examples):
         count = len(example.descriptions)
-        if example.image.shape != (size, size, 3) or example.image.dtype != np.uint8:
-            got = f"{example.image.dtype} {list(example.image.shape)}"
-            raise ValueError(f"example {i}: image is {got}, expected uint8 [{size}, {size}, 3]")
+        shape, expected = example.image.shape, f"[{size}, {size}, 3]"
+        good = shape == (size, size, 3)
+        if lengths:
+            good, expected = len(shape) == 3 and shape[2] == 3 and 0 not in shape, "[H, W, 3]"
+        if not good or example.image.dtype != np.uint8:
+            got = f"{example.image.dtype} {list(shape)}"
+            raise ValueError(f"example {i}: image is {got}, expected uint8 {expected}")
         if count != len(example.boxes_cxcywh) or count > most:
             raise ValueError(
                 f"example {i}: got {count} descriptions and {len(example.boxes_cxcywh)} boxes, expected as"
@@ -91,8 +109,15 @@ def of_examples(
         boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
     context_length = config.model.text.context_length
     descriptions = [text for example in examples for text in example.descriptions]
+    images = [example.image for example in examples]
+    if lengths:
+        length = order.sequence_length(config, step or 0)
+        patch = config.model.image.patch_size
+        image = patches.stack([patches.of_image(x, patch, length) for x in images])
+    else:
+        image = np.stack(images)
     return assemble(
-        image=np.stack([example.image for example in examples]),
+        image=image,
         captions=tokenize(captions, text_tokenizer, context_length),
         caption_mask=caption_mask,
         descriptions=tokenize(descriptions, text_tokenizer, context_length),
@@ -120,7 +145,7 @@ def exchange_sides(text: str) -> str:
 
 def assemble(
     *,
-    image: np.ndarray,
+    image: np.ndarray | Patches,
     captions: Texts,
     caption_mask: np.ndarray,
     descriptions: Texts,
@@ -137,7 +162,7 @@ def assemble(
     """Lays out the texts of consecutive images, packed or one per row as `config.text` says.
 
     Args:
-      image: uint8 [B, H, W, 3].
+      image: uint8 [B, H, W, 3], or Patches of B images.
       captions: a text for each real caption, in the order of `caption_mask`, row by row.
       caption_mask: bool [B, C], C = `input.captions_per_image`.
       descriptions: a text for each real region, in the order of `region_mask`, row by row.

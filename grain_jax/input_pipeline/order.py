@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grain_jax.config import Config
 from grain_jax.core import errors
 
 
@@ -174,6 +175,18 @@ def mix(
         MixedLane(streams, weights, lanes=lanes, seed=seed)
         for streams in zip(*lanes_of_sets, strict=True)
     ]
+
+
+def sequence_length(config: Config, step: int) -> int:
+    """Patches of an image in the batch of that step, N: one of `input.sequence_lengths`, each equally often.
+
+    A function of the seed and the step, the same on all processes and after a resume.
+    """
+    lengths = config.input.sequence_lengths
+    if len(lengths) == 1:
+        return lengths[0]
+    drawn = uniforms(hash_key(config.seed, *lengths), np.array([step]), 1)
+    return lengths[int(drawn[0, 0] * len(lengths))]
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:

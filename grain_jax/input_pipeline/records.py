@@ -208,8 +208,7 @@ def _batches(
         try:
             columns: Any = next(iterator)  # arrays, typed as one
         except DAMAGE as error:
-            transform = transforms.Transform(config)
-            raise _damage(lanes, per_lane, step, transform, error) from None
+            raise _damage(lanes, per_lane, step, config, error) from None
         for fault in filter(None, (one.fault for one in comparisons.values())):
             raise DataError(fault)
         of_teacher = joined.embeddings(columns) if joined else {}
@@ -272,14 +271,20 @@ def _dataset(
     position = start_step * per_lane
     streams = [_mixed_stream(lane, position, comparisons, joined).batch(per_lane) for lane in lanes]
     transform = transforms.Transform(config)
+    # The length of a batch is known from its step, before an image is decoded.
+    given = {"length": _lengths(config, start_step)} if config.input.sequence_lengths else {}
 
-    def transformed(record, draws, *places):
-        columns = transform(record, draws)
+    def together(parts, given):
+        columns = tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
+        rows = tf.shape(columns[0])[:1]
+        return columns, {name: tf.broadcast_to(value, rows) for name, value in given.items()}
+
+    def transformed(columns, given):
+        record, draws, *places = columns
+        columns = transform(record, draws, **given)
         return columns | {"places": places[0]} if places else columns
 
-    dataset = tf.data.Dataset.zip(tuple(streams)).map(
-        lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
-    )
+    dataset = tf.data.Dataset.zip((tuple(streams), given)).map(together)
     dataset = dataset.unbatch().map(
         transformed,
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
@@ -291,6 +296,20 @@ def _dataset(
     if config.input.reader_threads:
         options.threading.private_threadpool_size = config.input.reader_threads
     return dataset.with_options(options)
+
+
+def _lengths(config: Config, start_step: int) -> tf.data.Dataset:
+    """`order.sequence_length` of each step from that one on, int32 []."""
+    if len(set(config.input.sequence_lengths or ())) == 1:
+        return tf.data.Dataset.from_tensors(order.sequence_length(config, 0)).repeat()
+
+    def of_step(step):
+        length = tf.numpy_function(
+            lambda step: np.int32(order.sequence_length(config, int(step))), [step], tf.int32
+        )
+        return tf.ensure_shape(length, [])
+
+    return tf.data.Dataset.range(start_step, _ENDLESS).map(of_step)
 
 
 def _mixed_stream(
@@ -387,11 +406,13 @@ def _damage(
     lanes: list[order.MixedLane],
     per_lane: int,
     step: int,
-    transform: transforms.Transform,
+    config: Config,
     error: tf.errors.OpError,
 ) -> DataError:
     """The error that names the record of the step that cannot be read; reads each again, one by one."""
     begin, end = step * per_lane, (step + 1) * per_lane
+    transform = transforms.Transform(config)
+    length = order.sequence_length(config, step) if config.input.sequence_lengths else None
     stretches = [
         (stream, range(first, last))
         for lane in lanes
@@ -415,7 +436,7 @@ def _damage(
         stream = _lane_stream(lane, positions.start)
         for position, (record, draws) in zip(positions, stream):
             try:
-                transform(record, draws)
+                transform(record, draws, length)
             except tf.errors.InvalidArgumentError as fault:
                 path, index = lane.locate(position)
                 reason = str(fault.message).splitlines()[0][:200]

@@ -19,7 +19,7 @@ from etils import epath
 
 from grain_jax.config import Config
 from grain_jax.core import errors, named
-from grain_jax.core.schema import Batch
+from grain_jax.core.schema import Batch, Patches
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
 # Name -> the module, or class in one, that is the source; imported when it is chosen (records need TensorFlow).
@@ -112,7 +112,8 @@ class LaneSource(DataSource):
         """The `batch_size / input.lanes` images of that lane in the batch of that step, as numpy arrays.
 
         A function of the arguments alone; `order.hash_key(config.seed, lane, step)` seeds random choices, and
-        `assemble.of_examples` lays out images, texts and boxes as a Batch.
+        `assemble.of_examples` lays out images, texts and boxes as a Batch (with `input.sequence_lengths` it needs the
+        step).
         """
 
     def batches(
@@ -122,8 +123,14 @@ class LaneSource(DataSource):
         served = range(num_lanes(config)) if lanes is None else lanes
         for step in itertools.count(start_step):
             parts = [self.lane_batch(config, lane, step) for lane in served]
-            fields = zip(*parts, strict=True)  # None in each part, or in none
-            yield Batch(*(None if field[0] is None else np.concatenate(field) for field in fields))
+            yield Batch(*map(_joined, zip(*parts, strict=True)))
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """A field of a batch from its lanes' parts: arrays, Patches, or None in each part."""
+    if isinstance(parts[0], Patches):
+        return Patches(*map(np.concatenate, zip(*parts, strict=True)))
+    return None if parts[0] is None else np.concatenate(parts)
 
 
 def batches_of_run(

@@ -4,9 +4,15 @@ Every random choice reads one of the `draws` of the record (uniform in [0, 1), s
 depends on the record and its position in the stream alone. Images stay uint8: the device normalises them.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import tensorflow as tf
+import tensorflow.experimental.numpy as tnp
 
 from grain_jax.config import Config
+from grain_jax.core import patches
+from grain_jax.core.schema import Patches
 
 NUM_DRAWS = 8
 _NO_LIMIT = 2**31 - 1  # of a number of regions
@@ -34,21 +40,30 @@ NEGATIVES = {
 }
 
 
+# Height and width before grain-jax build squashed the image to a square; sets without squashed images have none.
+ORIGINAL_SIZE = {"original_size": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)}
+
+
 class Transform:
     """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes, not yet flipped.
 
-    image uint8 [S, S, 3]; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
+    image uint8 [S, S, 3], or with `input.sequence_lengths` its Patches; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
     float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; flipped bool [], whether left and
     right must change places in the texts; negatives string [R, H] and negative_mask bool [R, H].
     """
 
     def __init__(self, config: Config):
         self.input, self.size = config.input, config.model.image.image_size
+        self.patch = config.model.image.patch_size
 
-    def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Args: record string [], draws float32 [NUM_DRAWS]."""
-        negatives = NEGATIVES if self.input.negatives_per_region else {}
-        fields = tf.io.parse_single_example(record, FEATURES | negatives)
+    def __call__(
+        self, record: tf.Tensor, draws: tf.Tensor, length: tf.Tensor | int | None = None
+    ) -> dict[str, Any]:
+        """Args: record string [], draws float32 [NUM_DRAWS], length of the step with `input.sequence_lengths`, []."""
+        features = FEATURES if length is None else FEATURES | ORIGINAL_SIZE
+        if self.input.negatives_per_region:
+            features = features | NEGATIVES
+        fields = tf.io.parse_single_example(record, features)
         boxes_xyxy = tf.gather(fields["regions/bbox"], [1, 0, 3, 2], axis=1)
         scores = fields["regions/score"]
         kept = tf.ones_like(scores, tf.bool)
@@ -56,8 +71,11 @@ class Transform:
             image, window_xyxy = decode_cropped(fields["image"], draws, self.input.crop_min_area)
             boxes_xyxy, kept = crop_boxes(boxes_xyxy, window_xyxy)
         else:
-            image = decode(fields["image"])
-        image = resize(image, self.size)
+            image, window_xyxy = decode(fields["image"]), tf.constant([0.0, 0.0, 1.0, 1.0])
+        if length is None:
+            image = resize(image, self.size)
+        else:
+            image, grid = self._resize(image, fields, window_xyxy, length)
         flipped = draws[_FLIP] < self.input.flip_rate
         if self.input.flip_rate > 0:
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
@@ -68,7 +86,7 @@ class Transform:
         regions = top_regions(descriptions, boxes_xyxy, scores, kept, self.input.max_regions)
         names = ("descriptions", "region_boxes_cxcywh", "region_mask", "region_scores")
         return dict(
-            image=image,
+            image=image if length is None else to_patches(image, grid, self.patch, length),
             captions=captions,
             caption_mask=caption_mask,
             **dict(zip(names, regions)),
@@ -76,6 +94,17 @@ class Transform:
             negatives=negatives,
             negative_mask=negative_mask,
         )
+
+    def _resize(self, image, fields, window_xyxy, length) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The image, of that window of the whole one, resized to the grid of its ratio; the grid's rows and columns."""
+        size = tf.cast(tf.shape(image)[:2], tf.float64)
+        original = tf.cast(fields["original_size"], tf.float64)
+        sides = tf.cast(tf.reverse(window_xyxy[2:] - window_xyxy[:2], [0]), tf.float64)
+        squashed = tf.size(original) == 2
+        size = tf.cond(squashed, lambda: tf.maximum(tf.round(sides * original), 1), lambda: size)
+        most = max(self.input.sequence_lengths or (0,))
+        grid = patches.grid(size[0], size[1], self.patch, length, tnp, most)
+        return resize_to(image, self.patch * grid[0], self.patch * grid[1], "bilinear"), grid
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
         """Those of the kept regions, string [R, H], and which of them the record has, bool [R, H].
@@ -241,24 +270,45 @@ def mirror_boxes(boxes_xyxy: tf.Tensor) -> tf.Tensor:
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size is returned as it is.
+    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size is returned as it is."""
+    image = resize_to(image, size, size, "bicubic")
+    image.set_shape([size, size, 3])
+    return image
+
+
+def resize_to(
+    image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int, method: str
+) -> tf.Tensor:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3], antialiased; an image of that size is returned as it is.
 
     The bits are those of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time.
     Here each pass goes over whole lines, in about half of the time (docs/input.md).
     """
 
-    def resize_rows(image):
-        """[H, W, 3] -> [S, W, 3]: an image of one pixel a line, which has 3 W channels."""
+    def resize_rows(image, rows):
+        """[H, W, 3] -> [rows, W, 3]: an image of one pixel a line, which has 3 W channels."""
         height, width, _ = tf.unstack(tf.shape(image))
         lines = tf.reshape(image, [height, 1, 3 * width])
-        lines = tf.image.resize(lines, (size, 1), "bicubic", antialias=True)
-        return tf.reshape(lines, [size, width, 3])
+        lines = tf.image.resize(lines, (rows, 1), method, antialias=True)
+        return tf.reshape(lines, [rows, width, 3])
 
     def resize():
-        turned = resize_rows(tf.transpose(resize_rows(image), [1, 0, 2]))
+        turned = resize_rows(tf.transpose(resize_rows(image, height), [1, 0, 2]), width)
         return tf.transpose(tf.saturate_cast(tf.round(turned), tf.uint8), [1, 0, 2])
 
-    fits = tf.reduce_all(tf.equal(tf.shape(image)[:2], size))
+    fits = tf.reduce_all(tf.equal(tf.shape(image)[:2], tf.stack([height, width])))
     image = tf.cond(fits, lambda: image, resize)
-    image.set_shape([size, size, 3])
+    image.set_shape([None, None, 3])
     return image
+
+
+def to_patches(
+    image: tf.Tensor, grid: Sequence[tf.Tensor], patch: int, length: tf.Tensor | int
+) -> Patches:
+    """As `core.patches.of_pixels`: uint8 [rows P, columns P, 3] -> pixels [N, P * P * 3] and grid int32 [2]."""
+    rows, columns = grid
+    parts = tf.reshape(image, [rows, patch, columns, patch, 3])
+    parts = tf.reshape(tf.transpose(parts, [0, 2, 1, 3, 4]), [rows * columns, 3 * patch**2])
+    pixels = tf.pad(parts, [[0, length - rows * columns], [0, 0]])
+    pixels.set_shape([length if isinstance(length, int) else None, 3 * patch**2])
+    return Patches(pixels, tf.stack(grid))
