@@ -358,7 +358,7 @@ class _Search(NamedTuple):
         found, _ = self._best(none, logits[:, None], 0)
         keys, values = (jnp.repeat(x, self.beams, axis=1) for x in state.layers[:2])
         layers = state.layers._replace(keys=keys, values=values)
-        state = text_decoder.State(layers, jnp.repeat(state.count, self.beams))
+        state = text_decoder.State(layers, jnp.repeat(state.count, self.beams), state.sees)
 
         def goes_on(carry):
             at, found, _ = carry

@@ -65,6 +65,8 @@ class Seen(NamedTuple):
     views: Any  # terms.views.Views of the images: crops, flips, colours; None without `input.views`
     state: Mapping[str, Array]  # of the term, from `LocalTerm.initial_state` and `update`
     share: Array  # float32 [], of the steps since the term came on: 0 in its first one
+    # models.places.Places of the patch tokens, of images in their own shape or some of their patches; None: a full square
+    places: Any = None
 
 
 class LocalTerm(nn.Module):

@@ -11,7 +11,10 @@ import numpy as np
 
 from grain_jax.config import BoxHead, ImageTower
 from grain_jax.core import errors
+from grain_jax.core.schema import Array
 from grain_jax.models import layers, placement
+from grain_jax.models import places as places_lib
+from grain_jax.models.places import Places
 
 _OCTAVES = 6  # of the box coordinates in `fourier`: waves of 1, 1/2 ... 1/32 of the image
 PLACE = 2 * 4 * _OCTAVES  # numbers that say where a box is
@@ -36,26 +39,80 @@ def roi_align(features: jax.Array, boxes_xyxy: jax.Array, *, bins: int, samples:
     _, rows, columns, _ = features.shape
     product = lambda equation, a, b: jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
     x1, y1, x2, y2 = jnp.moveaxis(boxes_xyxy.astype(jnp.float32), -1, 0)
-    down = _bin_weights(y1, y2, rows, bins, samples)
-    across = _bin_weights(x1, x2, columns, bins, samples)
+    down = _bin_weights(y1, y2, rows, np.arange(rows), bins, samples)
+    across = _bin_weights(x1, x2, columns, np.arange(columns), bins, samples)
     lines = product("brih,bhwe->briwe", down, features.astype(jnp.float32))
     return product("brjw,briwe->brije", across, lines)
 
 
-def _bin_weights(start, end, cells: int, bins: int, samples: int):
-    """The share of every cell in every bin of the sections from `start` to `end`, [B, R] each: [B, R, bins, cells]."""
+def roi_align_at(
+    patches: jax.Array, places: Places, boxes_xyxy: jax.Array, *, bins: int, samples: int
+) -> jax.Array:
+    """`roi_align` of patches [B, P, E] at these places: that of the map of each image, whatever its sides.
+
+    The weight of a patch in a bin is the product of those of its row and of its column. Of an image that lacks some of
+    its patches the weights are divided by their sum in the bin; a bin without any of them is 0.
+    """
+    x1, y1, x2, y2 = jnp.moveaxis(boxes_xyxy.astype(jnp.float32), -1, 0)
+    of_axis = lambda start, end, axis: _bin_weights(
+        *(start, end, places.grid[:, axis, None, None]),
+        *(places.yx[:, None, None, :, axis], bins, samples),
+    )
+    down, across = of_axis(y1, y2, 0), of_axis(x1, x2, 1)  # [B, R, bins, P]
+    weights = down[:, :, :, None] * across[:, :, None]
+    weights = jnp.where(places.mask[:, None, None, None], weights, 0)  # [B, R, bins, bins, P]
+    total = weights.sum(-1, keepdims=True)
+    is_whole = places.mask.sum(1) == places.grid.prod(1)
+    divisor = jnp.where(is_whole.reshape(-1, 1, 1, 1, 1) | (total <= 0), 1, total)
+    precision = jax.lax.Precision.HIGHEST
+    patches = jnp.where(places.mask[..., None], patches.astype(jnp.float32), 0)
+    return jnp.einsum("brijp,bpe->brije", weights / divisor, patches, precision=precision)
+
+
+def of_patches(
+    patches: jax.Array, boxes_xyxy: jax.Array, places: Places | None, *, bins: int, samples: int
+) -> jax.Array:
+    """RoIAlign of patch tokens [B, P, E] at their places, None a full square: float32 [B, R, bins, bins, E]."""
+    if places is not None:
+        return roi_align_at(patches, places, boxes_xyxy, bins=bins, samples=samples)
+    batch, count, width = patches.shape
+    grid = grid_size(count, 0)
+    features = patches.reshape(batch, grid, grid, width)
+    return roi_align(features, boxes_xyxy, bins=bins, samples=samples)
+
+
+def _bin_weights(start, end, cells, at, bins: int, samples: int):
+    """The share of cells in every bin of the sections from `start` to `end`.
+
+    Args:
+      start, end: [B, R], as shares of the side.
+      cells: of the side; a number, or int32 [B, 1, 1].
+      at: the numbers of n cells, int32 [n], or [B, 1, 1, n].
+      bins: of a section.
+      samples: of a bin.
+
+    Returns:
+      float32 [B, R, bins, n].
+    """
     places = (np.arange(bins * samples) + 0.5) / (bins * samples)
     points = start[..., None] + (end - start)[..., None] * places  # [B, R, bins * samples]
     points = points * cells - 0.5  # 0 = the centre of the first cell
     inside = (points >= -1) & (points <= cells)
     points = jnp.clip(points, 0, cells - 1)
-    hats = jnp.maximum(0, 1 - jnp.abs(points[..., None] - np.arange(cells)))
+    hats = jnp.maximum(0, 1 - jnp.abs(points[..., None] - at))
     hats = jnp.where(inside[..., None], hats, 0)
-    return hats.reshape(*hats.shape[:-2], bins, samples, cells).mean(-2)
+    return hats.reshape(*hats.shape[:-2], bins, samples, hats.shape[-1]).mean(-2)
 
 
-def token_boxes(tokens: int, leading: int) -> np.ndarray:
-    """The place of each of so many tokens, float32 xyxy [N, 4]: that of its patch; of the `leading` ones the image."""
+def token_boxes(tokens: int, leading: int, places: Places | None = None) -> Array:
+    """The box of each of so many tokens, float32 xyxy [N, 4]: that of its patch; of the `leading` ones the image.
+
+    With places [B, N, 4].
+    """
+    if places is not None:
+        own = places_lib.boxes(places)
+        whole = jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), (len(own), leading, 4))
+        return jnp.concatenate([whole, own], axis=1)
     grid = grid_size(tokens, leading)
     y, x = np.divmod(np.arange(grid * grid), grid)
     patches = np.stack([x, y, x + 1, y + 1], axis=1) / grid
@@ -88,15 +145,17 @@ class RoIAlign(nn.Module):
     dtype: np.dtype
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, boxes_xyxy: jax.Array, leading: int) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        boxes_xyxy: jax.Array,
+        leading: int,
+        places: Places | None = None,
+    ) -> jax.Array:
         """tokens [B, N, E], `leading` of them without a place, and boxes [B, R, 4] -> [B, R, bins * bins * E]."""
-        batch, count, width = tokens.shape
-        grid = grid_size(count, leading)
-        features = tokens[:, leading:].reshape(batch, grid, grid, width)
-        found = roi_align(
-            features, boxes_xyxy, bins=self.head.bins, samples=self.head.samples
-        ).astype(self.dtype)
-        return found.reshape(*found.shape[:2], self.head.bins**2 * width)
+        sizes = dict(bins=self.head.bins, samples=self.head.samples)
+        found = of_patches(tokens[:, leading:], boxes_xyxy, places, **sizes).astype(self.dtype)
+        return found.reshape(*found.shape[:2], self.head.bins**2 * tokens.shape[2])
 
 
 class Prompter(nn.Module):
@@ -111,7 +170,13 @@ class Prompter(nn.Module):
     dtype: np.dtype
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, boxes_xyxy: jax.Array, leading: int) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        boxes_xyxy: jax.Array,
+        leading: int,
+        places: Places | None = None,
+    ) -> jax.Array:
         """tokens [B, N, E], `leading` of them without a place, and boxes [B, R, 4] -> [B, R, width]."""
         t = self.tower
         xavier = nn.initializers.xavier_uniform()
@@ -121,12 +186,13 @@ class Prompter(nn.Module):
         )
         place = to_width("place", "vector")
         memory = norm("memory_norm")(to_width("memory_projection", "width")(tokens))
-        of_tokens = place(fourier(jnp.asarray(token_boxes(tokens.shape[1], leading))))
+        of_tokens = place(fourier(jnp.asarray(token_boxes(tokens.shape[1], leading, places))))
         x = place(fourier(boxes_xyxy.astype(jnp.float32)))
         attention = layers.Attention(
             t.width, t.heads, self.dtype, kernel_init=xavier, out_init=xavier, name="attention"
         )
-        x = x + attention(norm("norm_1")(x), memory + of_tokens, memory)
+        sees = places_lib.keys(places, tokens.shape[1])
+        x = x + attention(norm("norm_1")(x), memory + of_tokens, memory, sees)
         mlp = layers.MLP(
             t.width,
             t.mlp_dim,

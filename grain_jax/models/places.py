@@ -71,16 +71,20 @@ def keys(places: Places | None, tokens: int) -> jax.Array | None:
     return None if places is None else real(places, tokens)[:, None, None]
 
 
+def mean(patches: jax.Array, places: Places | None) -> jax.Array:
+    """The mean of the real ones of the patches [B, P, E]: [B, E]."""
+    if places is None:
+        return patches.mean(axis=1)
+    count = jnp.maximum(places.mask.sum(1, keepdims=True), 1).astype(jnp.float32)
+    total = jnp.where(places.mask[..., None], patches, 0).astype(jnp.float32).sum(1)
+    return (total / count).astype(patches.dtype)
+
+
 def boxes(places: Places) -> jax.Array:
     """The box of each patch, xyxy as shares of the image, float32 [B, P, 4]."""
     yx, sides = places.yx.astype(jnp.float32), jnp.maximum(places.grid, 1)[:, None]
     low, high = yx / sides, (yx + 1) / sides
     return jnp.concatenate([low[..., ::-1], high[..., ::-1]], axis=-1)
-
-
-def count(image: jax.Array | schema.Patches) -> int:
-    """The images of a batch."""
-    return image[0].shape[0] if isinstance(image, schema.Patches) else image.shape[0]
 
 
 def check(image: schema.Patches, patch_size: int) -> None:

@@ -24,6 +24,8 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import TextDecoder as Config
 from grain_jax.models import attention, layers, placement
+from grain_jax.models import places as places_lib
+from grain_jax.models.places import Places
 
 xavier = nn.initializers.xavier_uniform()
 TASKS = ("caption", "describe", "point")
@@ -276,6 +278,7 @@ class State(NamedTuple):
 
     layers: LayerState  # each array with a leading axis of layers
     count: jax.Array  # int32 [B], positions that are filled
+    sees: jax.Array | None = None  # bool [b, 1, 1, P], the patches that are real; None: all
 
 
 class _Heads(nn.Module):
@@ -321,6 +324,7 @@ class _Shared(NamedTuple):
     mask: Any  # of self-attention (layers.Attention)
     keys: Any  # of dropout [B], or None
     count: Any  # int32 [B], positions before these; None in training
+    sees: Any  # bool [b, 1, 1, P], the patches that are real; None: all
 
 
 class Block(nn.Module):
@@ -371,7 +375,7 @@ class Block(nn.Module):
         )
         return (
             lambda y: (own(y, y, y, shared.mask), None),
-            lambda y: (to_patches(y, shared.patches, shared.patches), None),
+            lambda y: (to_patches(y, shared.patches, shared.patches, shared.sees), None),
         )
 
     @nn.nowrap
@@ -401,7 +405,8 @@ class Block(nn.Module):
 
         def to_shared(y):
             of_image = y.reshape(of_patches[0].shape[0], -1, y.shape[-1])
-            return to_patches.attend(of_image, *of_patches).reshape(y.shape), of_patches
+            found = to_patches.attend(of_image, *of_patches, shared.sees)
+            return found.reshape(y.shape), of_patches
 
         return to_own, to_shared
 
@@ -437,6 +442,7 @@ class TextDecoder(nn.Module):
         patches: jax.Array,
         rows: Rows,
         dropout_keys: jax.Array | None = None,
+        places: Places | None = None,
     ) -> jax.Array:
         """The features at every position of the rows.
 
@@ -444,6 +450,7 @@ class TextDecoder(nn.Module):
           patches: [B, P, E_image], the last tokens of the image tower.
           rows: of any length; a position is below `row_length`.
           dropout_keys: PRNG keys [B] (training), or None.
+          places: of the patches; None: all are real.
 
         Returns:
           [B, T, E]; `head` times these are the logits.
@@ -452,11 +459,17 @@ class TextDecoder(nn.Module):
         program = attention.choose(self.attention, self.dtype, self.config.heads)
         mask: Any = within.mask() if program == "xla" else within
         x = self._embed(rows.tokens, rows.positions)
-        shared = _Shared(patches, mask, dropout_keys, None)
+        sees = places_lib.keys(places, patches.shape[1])
+        shared = _Shared(patches, mask, dropout_keys, None, sees)
         return self.norm(self._layers(x, None, shared, program, 0)[0])
 
     def start(
-        self, patches: jax.Array, tokens: jax.Array, count: jax.Array, capacity: int
+        self,
+        patches: jax.Array,
+        tokens: jax.Array,
+        count: jax.Array,
+        capacity: int,
+        places: Places | None = None,
     ) -> tuple[jax.Array, State]:
         """Reads the first tokens of a sequence an image.
 
@@ -465,23 +478,26 @@ class TextDecoder(nn.Module):
           tokens: int32 [B, t], padded with anything.
           count: int32 [B], those that are real, 1 or more.
           capacity: positions of the cache, at least t and at most `row_length`.
+          places: of the patches; None: all are real.
 
         Returns:
           (logits float32 [B, rows of the vocabulary] of what follows, the cache).
         """
         nothing = jnp.zeros_like(count)
         x = self._embed(tokens, jnp.arange(tokens.shape[1]))
-        x, state = self._layers(x, None, _Shared(patches, None, None, nothing), "xla", capacity)
+        sees = places_lib.keys(places, patches.shape[1])
+        shared = _Shared(patches, None, None, nothing, sees)
+        x, state = self._layers(x, None, shared, "xla", capacity)
         last = jnp.take_along_axis(x, (count - 1)[:, None, None], axis=1)[:, 0]
-        return self._logits(last), State(state, count)
+        return self._logits(last), State(state, count, sees)
 
     def step(self, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
         """Reads the next token int32 [B] of each sequence; returns as `start`."""
         x = self._embed(tokens[:, None], state.count[:, None])
         capacity = state.layers.keys.shape[2]
-        shared = _Shared(None, None, None, state.count)
+        shared = _Shared(None, None, None, state.count, state.sees)
         x, found = self._layers(x, state.layers, shared, "xla", capacity)
-        return self._logits(x[:, 0]), State(found, state.count + 1)
+        return self._logits(x[:, 0]), State(found, state.count + 1, state.sees)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, t, E] of the decoder's dtype."""

@@ -50,6 +50,9 @@ class ImageTower(nn.Module):
     any_size: ClassVar[bool] = False
     # True: `__call__` takes `masked` as well, (bool [B, P], float [E]): the patches whose embeddings that one replaces.
     maskable: ClassVar[bool] = False
+    # True: it takes `schema.Patches`, too, images in their own shape; and `kept` as well, int32 [B, n]: the numbers of the
+    # patches that it sees. Its tokens have the places of `places.of_images`; those that are not real reach no other.
+    any_grid: ClassVar[bool] = False
 
     @classmethod
     def leading_tokens(cls, config: config_lib.ImageTower) -> int:

@@ -74,7 +74,7 @@ def patches_seen(config: Config) -> int:
     """The patch tokens of an image in a step that computes most, with padding."""
     tower = config.model.image
     patches = (tower.image_size // tower.patch_size) ** 2
-    return kept_lib.seen(tower, max(config.input.sequence_lengths, default=patches))
+    return kept_lib.seen(tower, max(config.input.sequence_lengths or (), default=patches))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +212,7 @@ class Forward:
             return local.Seen(
                 batch=batch,
                 tokens=features.tokens,
+                places=features.places,
                 hidden=features.hidden,
                 text_features=features.text,
                 outputs=outputs,
