@@ -379,7 +379,7 @@ class Records:
         self._checkpoints, terms = checkpoints, run.terms
         self._terms = [term.metric for term in terms]
         self._last_good_step, self._last_save = start_step, time.monotonic()
-        self._log, self._logged, self._flops = None, start_step, []
+        self._log, self._logged, self._flops = None, start_step, {}
         if jax.process_index() == 0:
             atomic.write_text(workdir / "config.json", config_lib.to_json(config))
             tokenizer.keep_copy(config.model.text, workdir)

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -129,22 +129,15 @@ def per_image(config: Config) -> PerImage:
     return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
 
-class OfPhase(NamedTuple):
-    """FLOPs of training an image in a phase of a run."""
-
-    key: tuple[int, int | None]  # of the phase (phases.Phase)
-    train: float
-
-
-def of_phases(config: Config, total_steps: int) -> list[OfPhase]:
-    """FLOPs of training an image in each phase of a run."""
+def of_phases(config: Config, total_steps: int) -> dict[phases.Key, float]:
+    """FLOPs of training an image in each phase of a run, by the key of the phase."""
     found = phases.of(config, total_steps)
-    return [OfPhase(x.key, per_image(phases.at(config, x)).train) for x in found]
+    return {phase.key: per_image(phases.at(config, phase)).train for phase in found}
 
 
-def of_steps(found: Sequence[OfPhase], config: Config, steps: Iterable[int]) -> float:
+def of_steps(found: Mapping[phases.Key, float], config: Config, steps: Iterable[int]) -> float:
     """The mean of `of_phases` over these steps of a run, from 0 on; 0 of none."""
-    counts = [phases.of_step(found, config, step).train for step in steps]
+    counts = [found[phases.of_step(found, config, step)] for step in steps]
     return sum(counts) / max(len(counts), 1)
 
 

@@ -6,8 +6,8 @@ the others. The state is the same in all phases.
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -39,6 +39,9 @@ def _trained_by(config: Config) -> dict[str, set[str]]:
     }
 
 
+Key: TypeAlias = tuple[int, int | None]  # the first step and the length of a phase
+
+
 class Phase(NamedTuple):
     """The steps from `first` on, up to those of the next phase; with a `length`, those of them that have it."""
 
@@ -48,7 +51,7 @@ class Phase(NamedTuple):
     length: int | None = None  # N, the patches of an image and their padding; None: squares of `image_size`
 
     @property
-    def key(self) -> tuple[int, int | None]:
+    def key(self) -> Key:
         """What tells it from the other phases of its run."""
         return self.first, self.length
 
@@ -95,22 +98,12 @@ def shares(found: Sequence[Phase], total_steps: int) -> list[float]:
     return [len(own) / total_steps / lengths for own in steps(found, total_steps)]
 
 
-class _Keyed(Protocol):
-    @property
-    def key(self) -> tuple[int, int | None]: ...
-
-
-T = TypeVar("T", bound=_Keyed)
-
-
-def of_step(found: Sequence[T], config: Config, step: int) -> T:
-    """That of the phases of a run, or of what has their keys, which has the `step`, from 0 on."""
-    first = max(one.key[0] for one in found if one.key[0] <= step)
-    own = [one for one in found if one.key[0] == first]
-    if len(own) == 1:
-        return own[0]
-    length = order.sequence_length(config, step)
-    return next(one for one in own if one.key[1] == length)
+def of_step(keys: Iterable[Key], config: Config, step: int) -> Key:
+    """That of the keys of the phases of a run which has the `step`, from 0 on."""
+    keys = list(keys)
+    first = max(first for first, _ in keys if first <= step)
+    lengths = {length for begin, length in keys if begin == first}
+    return first, lengths.pop() if len(lengths) == 1 else order.sequence_length(config, step)
 
 
 def largest(found: Sequence[Phase]) -> int:

@@ -297,7 +297,7 @@ class PhaseStep(NamedTuple):
     step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
 
     @property
-    def key(self) -> tuple[int, int | None]:
+    def key(self) -> phases.Key:
         """Of the phase."""
         return self.phase.key
 
@@ -316,7 +316,8 @@ class Program(NamedTuple):
 
     def phase(self, step: int) -> PhaseStep:
         """The phase of a step, from 0 on."""
-        return phases.of_step(self.phases, self.config, step)
+        found = {phase.key: phase for phase in self.phases}
+        return found[phases.of_step(found, self.config, step)]
 
 
 def check_groups(config: Config, mesh: Mesh) -> None:

@@ -160,9 +160,9 @@ class _Replay:
         self._exact = self._exact and not self._reasons
         say(f"{steps_in_words(self.step + 1, end)} again", f"on {_where(now)}")
 
-        found = {phase.key: phase for phase in program.phases}
+        of_key = {phase.key: phase for phase in program.phases}
         compiled = functools.cache(
-            lambda key: found[key].step.lower(program.state, found[key].batch).compile()
+            lambda key: of_key[key].step.lower(program.state, of_key[key].batch).compile()
         )
         batches, found = self._place.batches(config, program, self.step), {}
         try:
