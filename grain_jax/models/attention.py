@@ -9,7 +9,7 @@
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,24 @@ class CausalWithin(NamedTuple):
         length = self.ids.shape[-1]
         causal = jnp.tril(jnp.ones((length, length), bool))
         return (causal & (self.ids[:, :, None] == self.ids[:, None, :]))[:, None]
+
+
+class Within(NamedTuple):
+    """A mask: each position sees all of its group, such as the real tokens of an image."""
+
+    ids: jax.Array  # int32 [B, L], the group of each position; every position is in one
+
+    def mask(self) -> jax.Array:
+        """The same as bool [B, 1, L, L]."""
+        return (self.ids[:, :, None] == self.ids[:, None, :])[:, None]
+
+
+Mask: TypeAlias = CausalWithin | Within
+
+
+def of_real(real: jax.Array, program: str) -> jax.Array | Within:
+    """The mask of self-attention among the real positions, bool [B, L], as the program takes it."""
+    return real[:, None, None] if program == "xla" else Within(real.astype(jnp.int32))
 
 
 def choose(attention: str, dtype: np.dtype, heads: int, masks_padding: bool = False) -> str:
@@ -67,7 +85,7 @@ def of_towers(model: config_lib.Model, dtype: str) -> str:
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
 
 
-def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | None) -> jax.Array:
+def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) -> jax.Array:
     """Attention by cuDNN.
 
     Its backward pass takes even lengths alone, so an odd one grows by a position that no other sees.
@@ -84,12 +102,14 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | 
     if odd:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
         if within is not None:  # a text of its own
-            within = CausalWithin(jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1))
+            within = type(within)(jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1))
+
+    kind: Any = type(within)
 
     def attend(q, k, v, *ids):
         seen = {}
         if ids:
-            seen["mask"] = CausalWithin(*ids).mask()
+            seen["mask"] = kind(*ids).mask()
         elif odd:
             seen["key_value_seq_lengths"] = jnp.full(len(q), length, jnp.int32)
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
@@ -105,10 +125,11 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | 
 
 
 def with_pallas(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, within: CausalWithin | None, **options
+    q: jax.Array, k: jax.Array, v: jax.Array, *, within: Mask | None, **options
 ) -> jax.Array:
     """Attention by the kernel; shapes and `options` as of `attention_kernel.attend`."""
     from grain_jax.models import attention_kernel  # a fifth of a second to import
 
     ids = None if within is None else within.ids
-    return attention_kernel.attend(q, k, v, ids=ids, **options)
+    causal = isinstance(within, CausalWithin)
+    return attention_kernel.attend(q, k, v, ids=ids, causal=causal, **options)

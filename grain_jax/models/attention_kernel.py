@@ -128,23 +128,25 @@ def _weights(heads, head, q, k, allowed):
     return exp / jnp.sum(exp, -1, keepdims=True)
 
 
-def _allowed(segments, row):
-    """bool [L, L]: causal within the same text; None where all see all."""
+def _allowed(causal, segments, row):
+    """bool [L, L]: within the same text, `causal` or not; None where all see all."""
     if not segments:
         return None
     column, line = segments[0][row], segments[1][row]  # [L, 1], [1, L]
+    if not causal:
+        return column == line
     length = line.shape[1]
     at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (length, length), axis)
     return (column == line) & (at(0) >= at(1))
 
 
-def _forward_kernel(heads, eps, q_ref, k_ref, v_ref, norm_ref, *rest):
+def _forward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, *rest):
     *segments, out_ref = rest
 
     def one_row(row, _):
         q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
         v = [v_ref[row, :, tile] for tile in heads.tiles]
-        allowed = _allowed(segments, row)
+        allowed = _allowed(causal, segments, row)
         out = [jnp.zeros(x.shape, jnp.float32) for x in v]
         for head in range(heads.count):
             weights = _weights(heads, head, q, k, allowed).astype(v[0].dtype)
@@ -169,7 +171,7 @@ def _norm_backward(heads, d, kept, scale):
     return d, d_scale, d_bias
 
 
-def _backward_kernel(heads, eps, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
+def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
     *segments, dq_ref, dk_ref, dv_ref, dnorm_ref = rest
     dtype = v_ref.dtype
     tiles = heads.tiles
@@ -181,7 +183,7 @@ def _backward_kernel(heads, eps, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
     def one_row(row, _):
         q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
         v, do = ([ref[row, :, tile] for tile in tiles] for ref in (v_ref, do_ref))
-        allowed = _allowed(segments, row)
+        allowed = _allowed(causal, segments, row)
         dq, dk, dv = ([jnp.zeros(x.shape, jnp.float32) for x in v] for _ in range(3))
         for head in range(heads.count):
             parts = heads.parts(head)
@@ -222,6 +224,7 @@ class _Call:
     mesh: Mesh | None  # of the devices; None: one
     batch: tuple[str, ...]  # its axes that cut the leading axis
     cut_heads: str | None  # the axis that cuts the heads, or None
+    causal: bool = True  # whether a position of a text sees earlier ones alone
 
     def _layout(self, q, segments):
         batch, length, lanes = q.shape
@@ -255,7 +258,7 @@ class _Call:
         """[B, L, lanes] each, norm float32 [8, lanes of a program], of one device -> [B, L, lanes]."""
         heads, grid, block, of_norm, of_segments = self._layout(q, segments)
         return pl.pallas_call(
-            functools.partial(_forward_kernel, heads, self.eps),
+            functools.partial(_forward_kernel, heads, self.eps, self.causal),
             grid=grid,
             in_specs=[block, block, block, of_norm, *of_segments],
             out_specs=block,
@@ -271,7 +274,7 @@ class _Call:
         heads, grid, block, of_norm, of_segments = self._layout(q, segments)
         like = jax.ShapeDtypeStruct(q.shape, q.dtype)
         return pl.pallas_call(
-            functools.partial(_backward_kernel, heads, self.eps),
+            functools.partial(_backward_kernel, heads, self.eps, self.causal),
             grid=grid,
             in_specs=[block, block, block, of_norm, block, *of_segments],
             out_specs=[
@@ -313,6 +316,7 @@ def attend(
     norms: tuple[jax.Array, ...] | None = None,
     eps: float | None = None,
     ids: jax.Array | None = None,
+    causal: bool = True,
 ) -> jax.Array:
     """Softmax(q k^T / sqrt(width)) v of each head, on the mesh of `placement`.
 
@@ -322,6 +326,7 @@ def attend(
       norms: scale and bias of the queries' LayerNorm, then of the keys', float32 [width] each; None: no norms.
       eps: of the norms.
       ids: int32 [B, L]: a position sees itself and earlier ones of its id; None: all of its row.
+      causal: False: it sees later ones of its id, too.
 
     Returns:
       [B, L, heads * width], of the dtype of v.
@@ -331,7 +336,8 @@ def attend(
     if mesh is not None and "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0:
         local, cut_heads = heads // mesh.shape["tensor"], "tensor"
     eps = None if norms is None else eps
-    call = _Call(local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads)
+    axes = placement.batch_axes()
+    call = _Call(local, eps, platform != "tpu", mesh, axes, cut_heads, causal or ids is None)
     count = _heads_of_a_program(local, q.shape[-1] // heads).count
     if norms is None:
         rows = jnp.zeros((8, count * (q.shape[-1] // heads)), jnp.float32)

@@ -193,24 +193,35 @@ class Attention(nn.Module):
     key_bias: bool = True
 
     @nn.compact
-    def __call__(self, query, key, value, mask=None, dropout_keys=None, site: int = 0, alone=None):
+    def __call__(
+        self,
+        query,
+        key,
+        value,
+        mask=None,
+        dropout_keys=None,
+        site: int = 0,
+        alone=None,
+        turns: rotary.Turns | None = None,
+    ):
         """Attention of `query` to `key` and `value`.
 
         Args:
           query: [B, Lq, E].
           key: [B, Lk, E*].
           value: as `key`.
-          mask: bool broadcastable to [B, K, Lq, Lk], or an attention.CausalWithin where `program` is not "xla".
+          mask: bool broadcastable to [B, K, Lq, Lk], or an attention.Mask where `program` is not "xla".
           dropout_keys: see `example_dropout`.
           site: see `example_dropout`.
           alone: bool [], whether each position attends to itself alone; None: no. Of self-attention by "xla".
+          turns: of `rope` where the images are no full squares.
 
         Returns:
           [B, Lq, E].
         """
         head_dim = self.width // self.heads
         if self.program == "pallas":
-            return self._heads_side_by_side(query, mask)
+            return self._heads_side_by_side(query, mask, turns)
         project = lambda name, x: dense(
             (self.heads, head_dim),
             ("width",),
@@ -225,7 +236,7 @@ class Attention(nn.Module):
         k = project("key", key)
         v = project("value", value)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        q, k = self._normed_and_rotated(q, k)
+        q, k = self._normed_and_rotated(turns, q, k)
         if self.program == "cudnn":
             out = attention.with_cudnn(q, k, v, mask)
         else:
@@ -250,16 +261,16 @@ class Attention(nn.Module):
         )(out)
 
     @nn.nowrap
-    def _normed_and_rotated(self, *queries_and_keys: jax.Array) -> list[jax.Array]:
+    def _normed_and_rotated(self, turns, *queries_and_keys: jax.Array) -> list[jax.Array]:
         """Queries and keys [B, L, K, head_dim] as their product takes them."""
         out = []
         for name, x in zip(("query_norm", "key_norm"), queries_and_keys, strict=True):
             if self.qk_norm_eps is not None:
                 x = LayerNorm(self.qk_norm_eps, name=name)(x)
-            out.append(x if self.rope is None else self.rope.rotate(x))
+            out.append(x if self.rope is None else self.rope.rotate(x, turns))
         return out
 
-    def _heads_side_by_side(self, x: jax.Array, within) -> jax.Array:
+    def _heads_side_by_side(self, x: jax.Array, within, turns) -> jax.Array:
         """Self-attention by the kernel: the same parameters, activations [B, L, E] with the heads side by side.
 
         A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
@@ -280,7 +291,7 @@ class Attention(nn.Module):
         norms, eps = None, self.qk_norm_eps
         if self.rope is not None:  # it follows the norm, which is inside the kernel without it
             split = lambda x: x.reshape(*x.shape[:2], heads, head_dim)
-            q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(split(q), split(k)))
+            q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(turns, split(q), split(k)))
             eps = None
         elif eps is not None:
             norms = tuple(
@@ -404,8 +415,8 @@ class TowerLayer(nn.Module):
     layer_scale: float | None = None  # the initial factors; None: no layer scale
 
     @nn.compact
-    def __call__(self, x, mask=None, alone=None):
-        """x [B, L, E], mask and alone as of `Attention` -> (carry [B, L, E], no per-layer output)."""
+    def __call__(self, x, mask=None, alone=None, turns=None):
+        """x [B, L, E], mask, alone and turns as of `Attention` -> (carry [B, L, E], no per-layer output)."""
         t, inits = self.tower, self.inits
         y = LayerNorm(t.norm_eps, name="norm_1")(x)
         y = Attention(
@@ -420,7 +431,7 @@ class TowerLayer(nn.Module):
             rope=self.rope,
             key_bias=self.key_bias,
             name="attention",
-        )(y, y, y, mask, alone=alone)
+        )(y, y, y, mask, alone=alone, turns=turns)
         x = x + self._scaled("layer_scale_1", y)
         y = LayerNorm(t.norm_eps, name="norm_2")(x)
         y = MLP(
@@ -454,14 +465,15 @@ class AttentionPool(nn.Module):
     mlp_dim: int = 0  # 0: the tower's
 
     @nn.compact
-    def __call__(self, x):
-        """Normed tokens [B, L, E] -> [B, E]."""
+    def __call__(self, x, mask=None):
+        """Normed tokens [B, L, E], mask as of `Attention` -> [B, E]."""
         t = self.tower
         xavier = nn.initializers.xavier_uniform()
         probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
         heads, mlp_dim = self.heads or t.heads, self.mlp_dim or t.mlp_dim
-        x = Attention(t.width, heads, self.dtype, xavier, xavier, name="attention")(probe, x, x)
+        attend = Attention(t.width, heads, self.dtype, xavier, xavier, name="attention")
+        x = attend(probe, x, x, mask)
         y = LayerNorm(t.norm_eps, name="norm")(x)
         mlp = MLP(t.width, mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
         return (x + mlp(y))[:, 0]
