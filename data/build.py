@@ -63,7 +63,9 @@ def default_num_shards(num_examples: int, num_bytes: int) -> int:
 def _default_shards(found: survey.Survey, ids: dict[int, str], encoding: Encoding) -> int:
     """By the size of the files, or by what photographs of the stored size take."""
     bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
-    bytes_each = encoding.size**2 * bytes_per_pixel or found.image_bytes / len(found.ids)
+    bytes_each = found.image_bytes / len(found.ids)
+    if encoding.size:
+        bytes_each = encoding.size**2 * bytes_per_pixel
     return default_num_shards(len(ids), int(len(ids) * bytes_each))
 
 
@@ -185,7 +187,7 @@ def _write(
     target: epath.Path,
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises BuildError."""
-    encoding = dataclasses.replace(args.encoding, size=args.store_size or 0)
+    encoding = args.stored
     num_shards = args.num_shards or _default_shards(found, divided.train, encoding)
     if num_shards > len(divided.train):
         raise BuildError(
@@ -219,6 +221,7 @@ def _write(
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
+            **({"fit": encoding.fit} if encoding.size else {}),
             "encoding": str(encoding),
             "orientation": lines.orientation,
             "faulty_lines": found.faulty_lines,
@@ -227,6 +230,7 @@ def _write(
             **({"annotated_by": annotated_by} if annotated_by else {}),
         },
         negatives=found.negatives > 0,
+        original_size=encoding.squashes,
         files=lambda: {
             duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(

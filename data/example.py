@@ -150,6 +150,7 @@ def encode(
     width, height = image.size
     stored, stored_anew = encode_image(image, checked.encoded, encoding)
     features = {
+        **({"original_size": [height, width]} if encoding.squashes else {}),
         "id": found.id,
         "image": stored,
         "captions": list(found.captions),
@@ -178,15 +179,19 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
 
     Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
     """
-    fits = encoding.size in (0, image.width) and encoding.size in (0, image.height)
+    fits = encoding.size == 0 or image.size == (encoding.size, encoding.size)
+    if encoding.fit == "inside":
+        fits = fits or max(image.size) <= encoding.size
     stored_anew = False
     if encoding.kind == "original" and fits:
         if image.mode in _STORED_AS_THEY_ARE.get(image.format, ()):
             if _is_read_by_training(encoded, image.size):
                 return encoded, False
             stored_anew = True
-    if encoding.size:
+    if encoding.squashes:
         image = PIL.Image.fromarray(images.resize(image, encoding.size))
+    elif encoding.size:
+        image = images.fit_inside(image, encoding.size)
     if encoding.kind != "jpeg":
         return images.encode_png(image), stored_anew
     out = io.BytesIO()

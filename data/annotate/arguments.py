@@ -116,6 +116,7 @@ class Annotate(Stored, name="annotate"):
     beam: list[str] = many()  # flags of none of the above
 
     def __post_init__(self):
+        super().__post_init__()
         named = set(self.passes)
         if "all" in named:
             named |= set(OWN if self.model else ALL)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax.core import errors, regular_file
+from grain_jax.core import errors
 from grain_jax.core import images as images_lib
 from grain_jax.data import example, parallel
 from grain_jax.data.sources import tfds
@@ -151,9 +151,9 @@ def _records(path: epath.Path) -> Source:
         raise InspectError(f"{path}: got {what}, expected a set that grain-jax build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InspectError(f"{path}: got {info.file_format} files, expected TFRecord")
-    split, notes = info.splits[SPLIT], path / "metadata.json"
+    split = info.splits[SPLIT]
     shards = list(zip(map(str, split.filepaths), split.shard_lengths, strict=True))
-    metadata = regular_file.read_json(notes, dict, "notes of a build") if notes.exists() else {}
+    metadata = record_files.notes_of_build(path)
     items, lengths = _read_records(shards), tuple(split.shard_lengths)
     return Source(path, "TFDS records", items, split.num_examples, lengths, metadata)
 

@@ -50,6 +50,8 @@ class RecordSet(NamedTuple):
     shards: tuple[order.ShardFile, ...]
     has_negatives: bool
     written: dict[str, Any]  # its entry in DIGEST_FILE; {}: it has none
+    # Side of the squares that its images were squashed to, without a note of their shape; 0: their shape is known.
+    squashed: int = 0
 
     @property
     def shard_digests(self) -> dict[str, str]:
@@ -91,7 +93,21 @@ def _find(source: Dataset) -> RecordSet:
     written = _of_split(directory, source.split)
     if written.get("shard_lengths") != [shard.num_records for shard in split_shards]:
         written = {}  # of other shards
-    return RecordSet(source, directory, split_shards, has_negatives, written)
+    squashed = 0 if "original_size" in features else _squashed(directory)
+    return RecordSet(source, directory, split_shards, has_negatives, written, squashed)
+
+
+def notes_of_build(directory: epath.Path) -> dict[str, Any]:
+    """What grain-jax build notes of a set; {} where nothing is noted. Raises FileError: it is damaged."""
+    path = directory / "metadata.json"
+    return regular_file.read_json(path, dict, "notes of a build") if path.exists() else {}
+
+
+def _squashed(directory: epath.Path) -> int:
+    """`store_size` of a set whose images were resized to squares."""
+    notes = notes_of_build(directory)
+    size = notes.get("store_size", 0)
+    return size if isinstance(size, int) and notes.get("fit", "square") == "square" else 0
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:

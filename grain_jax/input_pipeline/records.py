@@ -37,7 +37,7 @@ _TEXTS_OF_TEACHER = {  # field of a Batch -> texts and their mask, as transforms
 
 
 def check(config: Config) -> None:
-    """Warns where hard negatives are asked for and no set has any.
+    """Warns where hard negatives are asked for and no set has any, and where shapes are and a set has lost them.
 
     Raises:
       DataError: no set has any, and `loss.hard_negative` needs them.
@@ -46,6 +46,9 @@ def check(config: Config) -> None:
     """
     found = record_files.find(config)
     _teachers(config, found)
+    for one in found if config.input.sequence_lengths else ():
+        if one.squashed:
+            logging.warning("%s", lost_shape(one))
     if not config.input.negatives_per_region or any(one.has_negatives for one in found):
         return
     names = ", ".join(repr(one.source.name) for one in found)
@@ -56,6 +59,14 @@ def check(config: Config) -> None:
             " --passes negatives) and build the set again, or set loss.hard_negative=0"
         )
     logging.warning("%s", got)
+
+
+def lost_shape(one: record_files.RecordSet) -> str:
+    """A line about a set of squashed images."""
+    return (
+        f"{one.source.name!r} has images that were squashed to {one.squashed} x {one.squashed}, so their shape is lost and"
+        f" input.sequence_lengths sees squares; build it again with --store-size {one.squashed} --fit inside"
+    )
 
 
 def _teachers(config: Config, sets: Sequence[record_files.RecordSet]) -> list[Any]:
