@@ -13,8 +13,8 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import keep as keep_lib
 from grain_jax.core import schema
-from grain_jax.models import places as places_lib
 from grain_jax.models import placement
+from grain_jax.models import places as places_lib
 
 
 def count(keep: float, patches: int) -> int:

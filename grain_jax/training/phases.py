@@ -48,7 +48,9 @@ class Phase(NamedTuple):
     first: int
     off: frozenset[str]  # the terms that are not computed, by name
     keep: float = 1.0  # the share of its patches that the image tower sees of an image
-    length: int | None = None  # N, the patches of an image and their padding; None: squares of `image_size`
+    length: int | None = (
+        None  # N, the patches of an image and their padding; None: squares of `image_size`
+    )
 
     @property
     def key(self) -> Key:
