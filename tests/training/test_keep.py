@@ -24,10 +24,14 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 SIDE, PATCH = 4, 8
 TWO_TOWERS = {
     "model__decoder": None,
-    "model__boxes__kind": "roi_align",
-    "loss__box_description": 1.0,
     "model__image__pool": "mean",
     "model__image__image_size": SIDE * PATCH,
+    "input__max_regions": 0,
+}
+BOXES = {
+    "model__boxes__kind": "roi_align",
+    "loss__box_description": 1.0,
+    "input__max_regions": 5,
 }
 HALF = [[0, 0.5], [0.5, 1]]
 LENGTHS = (12, 16)
@@ -133,7 +137,7 @@ def _boxes_in_torch(p, tokens, at, corners):
 @pytest.fixture(scope="module")
 def case():
     """(config, parameters, batch, keys, kept patches)."""
-    c = config(model__image__keep=0.5, model__image__qk_norm=False)
+    c = config(model__image__keep=0.5, model__image__qk_norm=False, **BOXES)
     keys = keys_of(8)
     at = kept.draw(forward._folded(keys, forward.KEEP), square(8), c.model.image)
     return c, perturbed.params(c.model), tiny.batch(c), keys, np.asarray(at)
@@ -168,31 +172,28 @@ def test_the_gradient_is_that_of_the_kept_patches(case):
     for one, other in zip(found, expected):
         np.testing.assert_allclose(one, other.detach(), atol=2e-6)
     of_images = {k: v for k, v in grain.flat(grads).items() if not k.startswith(("text", "logit"))}
+    most = max(abs(theirs[name].grad.numpy()).max() for name in of_images)
     for name, grad in of_images.items():
-        other = theirs[name].grad.numpy()
-        np.testing.assert_allclose(grad, other, atol=1e-5 * abs(other).max() + 1e-9, err_msg=name)
+        other = theirs[name].grad.numpy()  # that of the biases of keys is 0
+        np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-6 * most, err_msg=name)
 
 
-def test_micro_batches_and_meshes_keep_the_same_patches(case):
-    c, params, batch, keys, _ = case
+def test_micro_batches_and_meshes_keep_the_same_patches():
+    """Two parts on two devices, and all at once: another patch would change the gradient by far more than rounding."""
+    whole, parts = (config(model__image__keep=0.5, microbatches=n) for n in (1, 2))
+    params, given = perturbed.params(whole.model), (tiny.batch(whole), keys_of(8))
+    mesh = sharding.make_mesh(parts.mesh, jax.devices()[:2])
 
-    def gradient(parts, devices):
-        one = config(
-            **{"model__image__keep": 0.5, "model__image__qk_norm": False, "microbatches": parts}
-        )
-        mesh = None if not devices else sharding.make_mesh(one.mesh, jax.devices()[:devices])
-        step = lambda *given: train_step.loss_and_grads(grain.GRAIN(c.model), one, mesh, *given)
-        given = params, batch, keys
-        if mesh is not None:
-            place = sharding.batch_sharding(mesh)
-            given = params, *jax.device_put((batch, keys), place)
-        losses, grads = jax.jit(step)(*given)
-        return jax.device_get((losses.total, grads))
+    def gradient(c, mesh, *given):
+        step = lambda *given: train_step.loss_and_grads(grain.GRAIN(c.model), c, mesh, *given)
+        losses, grads = jax.jit(step)(params, *given)
+        return jax.device_get((losses.total, grads["image"]))
 
-    expected, of_mesh = gradient(1, 0), gradient(2, 2)
-    for found in (of_mesh, gradient(2, 0)):
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-            np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * abs(other).max() + 1e-9)
+    expected = gradient(whole, None, *given)
+    found = gradient(parts, mesh, *jax.device_put(given, sharding.batch_sharding(mesh)))
+    most = max(abs(x).max() for x in jax.tree.leaves(expected[1]))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6 * most)
 
 
 class Counts(tiny.EndsAt):
@@ -215,19 +216,25 @@ def of_run(**changes):
     return config(**given | dict(checkpoint_every=1, checkpoint_keep=STEPS) | changes)
 
 
+def on_one_device(patch):
+    """And without a count of FLOPs."""
+    devices = jax.devices()[:1]
+    patch.setattr(jax, "devices", lambda: devices)
+    patch.setattr(train.flops, "per_image", lambda c: flops.PerImage(1.0, 0, 0, 0))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run with two shares and two lengths that nothing interrupts, and what it compiled."""
-    workdir, counts, devices = tmp_path_factory.mktemp("whole"), Counts(), jax.devices
+    workdir, counts = tmp_path_factory.mktemp("whole"), Counts()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: devices()[:1])
-        patch.setattr(train.flops, "per_image", lambda c: flops.PerImage(1.0, 0, 0, 0))
+        on_one_device(patch)
         jax.monitoring.register_event_duration_secs_listener(counts.heard)
         try:
             train.train(of_run(), workdir, handler=counts)
         finally:
             jax.monitoring.unregister_event_duration_listener(counts.heard)
-        yield workdir, counts
+    return workdir, counts
 
 
 def test_a_program_for_each_share_and_length_and_none_in_the_run(whole):
@@ -240,8 +247,9 @@ def test_a_program_for_each_share_and_length_and_none_in_the_run(whole):
     assert counts.compiled >= 4 and counts.after[0] == counts.after[-1], counts.after
 
 
-def test_a_run_that_resumes_before_the_switch_is_the_same(whole, tmp_path, capfd):
+def test_a_run_that_resumes_before_the_switch_is_the_same(whole, tmp_path, capfd, monkeypatch):
     workdir, _ = whole
+    on_one_device(monkeypatch)
     shutil.copytree(workdir / "checkpoints" / "1", tmp_path / "checkpoints" / "1")
     train.train(of_run(), tmp_path)
     assert "4 programs, compiled in" in capfd.readouterr().err
@@ -257,10 +265,12 @@ def test_a_run_that_resumes_before_the_switch_is_the_same(whole, tmp_path, capfd
 
 def test_the_phases_of_shares_and_lengths():
     c = of_run(
-        loss__box_description={"end": 1, "from": 0.3}, model__image__keep=[[0, 0.25], [0.5, 1]]
+        loss__image_description={"end": 1, "from": 0.3},
+        model__image__keep=[[0, 0.25], [0.5, 1]],
+        input__max_regions=5,
     )
     found = phases.of(c, 10)
-    off = frozenset({"box_description"})
+    off = frozenset({"image_description"})
     assert found[::2] == [
         phases.Phase(0, off, 0.25, 12),
         phases.Phase(3, frozenset(), 0.25, 12),
