@@ -272,14 +272,14 @@ class _Applied(NamedTuple):
 def likelihood_program(given: Given, task: str, row_length: int) -> Callable[..., Any]:
     """The jitted (params, tokens [R, N, E], ids, count, is_whole, is_real, boxes) -> log-likelihoods float32 [R, S].
 
-    The sequences of a row, which all are of its image, fit into `row_length` positions.
+    A further argument is the Places of the tokens; without it all are real. The sequences of a row, which all are of its image, fit into `row_length` positions.
     """
     decoder, words = _Applied(given), given.vocabulary
 
-    def log_likelihoods(params, tokens, ids, count, is_whole, is_real, boxes):
+    def log_likelihoods(params, tokens, ids, count, is_whole, is_real, boxes, places=None):
         text = text_decoder.Text(ids, count, is_whole, is_real)
         rows = text_decoder.pack([decoder.sequences(task, text, boxes)], row_length)
-        features = decoder(params, "features", decoder.patches(tokens), rows)
+        features = decoder(params, "features", decoder.patches(tokens), rows, None, places)
         predicted, targets, slot = rows.predicted, rows.targets, rows.segments
         if task == "point":  # few positions predict: the vocabulary is read for these alone
             _, at = jax.lax.top_k(predicted.astype(jnp.int32), min(row_length, BOX * ids.shape[1]))
@@ -298,6 +298,8 @@ def likelihood_program(given: Given, task: str, row_length: int) -> Callable[...
 def write_program(given: Given, task: str, beams: int, steps: int) -> Callable[..., Any]:
     """The jitted (params, tokens [B, N, E], ids, count, is_whole, is_real, boxes), of one sequence an image.
 
+    A further argument is the Places of the tokens; without it all are real.
+
     Returns:
       (ids int32 [B, steps], how many of them count, without the end, int32 [B], log-probability float32 [B]).
     """
@@ -309,7 +311,7 @@ def write_program(given: Given, task: str, beams: int, steps: int) -> Callable[.
         allowed = (place <= words.end) & ~np.isin(place, given.excluded)
     search = _Search(allowed, None if is_box else words.end, beams, steps)
 
-    def write(params, tokens, ids, count, is_whole, is_real, boxes):
+    def write(params, tokens, ids, count, is_whole, is_real, boxes, places=None):
         text = text_decoder.Text(ids, count, is_whole, is_real)
         sequences = decoder.sequences(task, text._replace(count=count * is_box), boxes)
         # Of a box all but the last coordinate are read, too; before them is what is given.
@@ -319,7 +321,7 @@ def write_program(given: Given, task: str, beams: int, steps: int) -> Callable[.
         given_count = sequences.length[:, 0] - (BOX - 1) * is_box
         capacity = given_tokens.shape[1] + (0 if is_box else steps - 1)
         patches = decoder.patches(tokens)
-        first = decoder(params, "start", patches, given_tokens, given_count, capacity)
+        first = decoder(params, "start", patches, given_tokens, given_count, capacity, places)
         return search(functools.partial(decoder, params, "step"), *first)
 
     return decoder.jitted(write)

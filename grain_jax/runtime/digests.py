@@ -59,16 +59,12 @@ def of_batch(batch: schema.Batch) -> jax.Array:
         for name, value in batch._asdict().items()
         if value is not None and name not in ("image", "text_counts", "caption_mask")
     )
-    return jnp.stack([examples, _of_images(batch.image)])
-
-
-def _of_images(image: jax.Array | schema.Patches) -> jax.Array:
-    """The digest of images, or of those in their own shape with their grids."""
+    image = batch.image
     if isinstance(image, schema.Patches):
-        pixels = image.pixels.reshape(*image.pixels.shape[:2], -1, 3)
-        return _of_images(pixels) + of_array(image.grid, "grid")
+        examples += of_array(image.grid, "grid")
+        image = image.pixels.reshape(*image.pixels.shape[:2], -1, 3)
     red, green, blue = jnp.moveaxis(image.astype(jnp.uint32), -1, 0)  # a word a pixel
-    return of_array(red | green << 8 | blue << 16, "image")
+    return jnp.stack([examples, of_array(red | green << 8 | blue << 16, "image")])
 
 
 def extend(chains: jax.Array, digests: jax.Array, step: jax.Array) -> jax.Array:

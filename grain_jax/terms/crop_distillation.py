@@ -117,7 +117,7 @@ class CropDistillation(LocalTerm):
         if self.is_initializing():
             return jnp.zeros((*boxes.shape[:2], config.embed_dim))
         grown = grow(boxes, self.options.margin)
-        image = seen.batch.image.astype(jnp.float32) / 255
+        image = views.as_floats(seen.batch.image)
         size = config.image.image_size
         crops = views.crops(image, grown, (size, size))
         embed = seen.teacher.embed(crops.reshape(-1, *crops.shape[2:]))
@@ -126,14 +126,11 @@ class CropDistillation(LocalTerm):
     def _of_map(self, seen: Seen, boxes: jax.Array) -> jax.Array:
         """RoIAlign of the dense map, [B, n, Dt]."""
         if self.model.decoder is None:
-            features = seen.student("patch_embeddings", seen.tokens)
+            features = seen.student("patch_embeddings", seen.tokens, seen.places)
         else:
             features = seen.tokens[:, seen.leading :]
-        batch, patches, width = features.shape
-        grid = box_head.grid_size(patches, 0)
-        features = features.reshape(batch, grid, grid, width)
-        found = box_head.roi_align(features, boxes, bins=1, samples=SAMPLES)[:, :, 0, 0]
-        return self.map_projection(found)
+        found = box_head.of_patches(features, boxes, seen.places, bins=1, samples=SAMPLES)
+        return self.map_projection(found[:, :, 0, 0])
 
 
 def draw(keys: jax.Array, usable: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

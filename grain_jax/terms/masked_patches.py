@@ -1,6 +1,7 @@
 """Masked patches: the student learns the teacher's patches where its own are masked (docs/method.md, Local terms)."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 
 from grain_jax import config as config_lib
 from grain_jax.config import fields
+from grain_jax.core.schema import Patches
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
-from grain_jax.models import layers, towers
+from grain_jax.models import layers, places, towers
+from grain_jax.models.places import Places
 from grain_jax.terms import prototypes, views
 
 TRIALS = 40  # blocks that are drawn for a mask
@@ -65,14 +68,18 @@ class MaskedPatches(LocalTerm):
         image = global_images(seen)
         of_teacher = seen.teacher.tokens(image)[:, seen.teacher.leading :]
         images, patches, _ = of_teacher.shape
-        chosen = jax.vmap(lambda key: draw_mask(options, math.isqrt(patches), key))(seen.keys)
+        if isinstance(image, Patches):
+            at = places.of_grid(image.grid, patches)
+        else:
+            at = places.of_square(images, math.isqrt(patches))
+        chosen = jax.vmap(functools.partial(draw_mask, options))(at, seen.keys)
         of_student = seen.student(
             "image_tokens",
             views.normalised(image, self.model.image),
             masked=(chosen.mask, self.mask_token),
         )[:, seen.leading :]
         if options.visible:
-            weight = jnp.full((images, patches), 1 / patches)
+            weight = at.mask / at.mask.sum(1, keepdims=True).astype(jnp.float32)
         else:
             read = lambda x: jnp.take_along_axis(x, chosen.at[..., None], axis=1)
             of_student, of_teacher, weight = read(of_student), read(of_teacher), chosen.weight
@@ -98,55 +105,58 @@ class MaskedPatches(LocalTerm):
         return prototypes.update(self.options, state, statistics)
 
 
-def global_images(seen: Seen) -> jax.Array:
-    """What student and teacher see, float32 [B, S, S, 3] in [0, 1]: the global view, or without views the image itself."""
+def global_images(seen: Seen) -> jax.Array | Patches:
+    """What student and teacher see, in [0, 1]: the global view, or without views the image itself.
+
+    float32 [B, S, S, 3], or Patches of these.
+    """
     if seen.views is None:
-        return seen.batch.image.astype(jnp.float32) / 255
-    return seen.views.global_view.image[:, 0]
+        return views.as_floats(seen.batch.image)
+    return jax.tree.map(lambda x: x[:, 0], seen.views.global_view.image)
 
 
 class Mask(NamedTuple):
-    """The masked patches of an image, of P patches row by row."""
+    """The masked patches of an image, of P patches; those that are not real are none of them."""
 
     mask: jax.Array  # bool [P]
     at: jax.Array  # int32 [n], the masked patches first; n is the largest number that is masked
     weight: jax.Array  # float32 [n], of those at `at`: 1 / their number, 0 of the visible ones
 
 
-def draw_mask(options: Options, grid: int, key: jax.Array) -> Mask:
-    """A mask of an image with grid x grid patches, a function of its key.
+def draw_mask(options: Options, at: Places, key: jax.Array) -> Mask:
+    """A mask of an image whose patches lie at these places, [P] without an axis of images; a function of its key.
 
     The number of masked patches is drawn first. Blocks fill it as far as they fit; single patches fill the rest.
     """
-    patches = grid * grid
+    patches, real = len(at.mask), at.mask.sum()
     of_share, of_block, of_patch = jax.random.split(key, 3)
     share = jax.random.uniform(of_share, (), jnp.float32, options.min_share, options.max_share)
-    count = jnp.clip(jnp.round(share * patches).astype(jnp.int32), 1, patches)
+    count = jnp.clip(jnp.round(share * real).astype(jnp.int32), 1, real)
     order = jax.random.uniform(of_patch, (patches,))
     if options.mask == "block":
-        order = order + _blocks(grid, count, of_block).reshape(-1)
-    found = jnp.argsort(-order)
+        order = order + _blocks(at, count, of_block)
+    found = jnp.argsort(jnp.where(at.mask, -order, 1))
     first = jnp.arange(patches) < count
     most = min(patches, max(1, round(options.max_share * patches)))
     mask = jnp.zeros(patches, bool).at[found].set(first)
     return Mask(mask, found[:most], first[:most] / count.astype(jnp.float32))
 
 
-def _blocks(grid: int, count: jax.Array, key: jax.Array) -> jax.Array:
-    """bool [grid, grid]: rectangles, drawn `TRIALS` times, that together cover `count` patches or fewer."""
-    row, column = jnp.arange(grid)[:, None], jnp.arange(grid)[None]
+def _blocks(at: Places, count: jax.Array, key: jax.Array) -> jax.Array:
+    """bool [P]: rectangles, drawn `TRIALS` times, that together cover `count` patches or fewer."""
+    (row, column), (rows, columns) = at.yx.T, at.grid
 
     def draw(i, mask):
         area, aspect, top, left = jax.random.uniform(jax.random.fold_in(key, i), (4,))
         rest = (count - mask.sum()).astype(jnp.float32)
         area = LEAST_PATCHES + area * jnp.maximum(rest - LEAST_PATCHES, 0)
         aspect = jnp.exp((2 * aspect - 1) * math.log(1 / LEAST_ASPECT))
-        height = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, grid)
-        width = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, grid)
-        top = jnp.floor(top * (grid - height + 1))
-        left = jnp.floor(left * (grid - width + 1))
+        height = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, rows)
+        width = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, columns)
+        top = jnp.floor(top * (rows - height + 1))
+        left = jnp.floor(left * (columns - width + 1))
         block = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
-        joined = mask | block
+        joined = mask | (block & at.mask)
         return jnp.where(joined.sum() <= count, joined, mask)
 
-    return jax.lax.fori_loop(0, TRIALS, draw, jnp.zeros((grid, grid), bool))
+    return jax.lax.fori_loop(0, TRIALS, draw, jnp.zeros(len(at.mask), bool))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from grain_jax import config as config_lib
 from grain_jax.config import fields
+from grain_jax.core.schema import Patches
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
 from grain_jax.losses.shard import Mean, Shard, TermOutput
-from grain_jax.models import towers
+from grain_jax.models import places, towers
 from grain_jax.terms import prototypes, views
 
 
@@ -135,21 +136,25 @@ class SelfDistillation(LocalTerm):
         found = self._read(found, seen.leading).reshape(b, n, -1)
         if not self.options.image:
             return found
-        return jnp.concatenate([found, self._read(own, seen.leading)[:, None]], axis=1)
+        own = self._read(own, seen.leading, seen.places)
+        return jnp.concatenate([found, own[:, None]], axis=1)
 
     def _teacher(self, seen: Seen) -> jax.Array:
         """What the head reads of the teacher's view, [B, 1, E]."""
-        image = seen.views.global_view.image[:, 0]
+        image = jax.tree.map(lambda x: x[:, 0], seen.views.global_view.image)
         teacher = seen.teacher
         embedding = self.options.reads == "embedding"
         found = teacher.embed(image) if embedding else teacher.tokens(image)
-        return self._read(found, teacher.leading)[:, None]
+        at = None
+        if isinstance(image, Patches):
+            at = places.of_grid(image.grid, image.pixels.shape[1])
+        return self._read(found, teacher.leading, at)[:, None]
 
-    def _read(self, x: jax.Array, leading: int) -> jax.Array:
+    def _read(self, x: jax.Array, leading: int, at: places.Places | None = None) -> jax.Array:
         """Embeddings [n, D], or tokens [n, N, E] -> [n, E]; an embedding with entries of the size of a token's."""
         if self.options.reads == "embedding":
             return x * x.shape[-1] ** 0.5
-        return x[:, 0] if self.options.reads == "class" else x[:, leading:].mean(axis=1)
+        return x[:, 0] if self.options.reads == "class" else places.mean(x[:, leading:], at)
 
 
 def _as_means(found: prototypes.Compared, images: int, names: tuple[str, ...]) -> TermOutput:

@@ -128,7 +128,7 @@ class TextDecoderTerm(LocalTerm):
         if options.stop_gradient:
             patches = jax.lax.stop_gradient(patches)
         keys = _folded(seen.keys, _DROPOUT) if options.dropout else None
-        features = self.decoder.features(patches, rows, keys)
+        features = self.decoder.features(patches, rows, keys, seen.places)
         if options.most_predictions < options.row_length:  # these alone
             at = jnp.argsort(~rows.predicted, axis=1, stable=True)[:, : options.most_predictions]
             features = jnp.take_along_axis(features, at[..., None], axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.config import fields
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
-from grain_jax.models import layers, towers
+from grain_jax.models import layers, places, towers
 from grain_jax.models.grain import normalize
 
 xavier = nn.initializers.xavier_uniform()
@@ -105,14 +105,15 @@ class TextPooled(LocalTerm):
         group = self.options.group
         in_groups = lambda x: x.reshape(-1, group, *x.shape[1:])
         patches = seen.tokens[:, seen.leading :]
+        real_patches = places.keys(seen.places, patches.shape[1])
         query = self.query(self.text_norm(text))  # [B, S, K, D / K]
         keys, values = self.key(self.key_norm(patches)), self.value(self.value_norm(patches))
 
         @jax.checkpoint
         def cosines(shift):
             """Those of each text and what it pools of the image `shift` places on in the group, [B, S]."""
-            on = lambda x, places: jnp.roll(in_groups(x), places, axis=1).reshape(x.shape)
-            pooled = self._out(_attend(on(query, shift), keys, values))
+            on = lambda x, by: jnp.roll(in_groups(x), by, axis=1).reshape(x.shape)
+            pooled = self._out(_attend(on(query, shift), keys, values, real_patches))
             return on(jnp.sum(normalize(pooled) * on(text, shift), -1), -shift)
 
         cosine = jax.lax.map(cosines, jnp.arange(group))  # [group, B, S]
@@ -141,12 +142,17 @@ def _texts(seen: Seen, captions: bool):
     return found
 
 
-def _attend(query, keys, values):
-    """Attention of each text of an image to its patches and the empty token, [B, S, K, h], [B, P, K, h] twice."""
+def _attend(query, keys, values, real):
+    """Attention of each text of an image to its patches and the empty token, [B, S, K, h], [B, P, K, h] twice.
+
+    `real` are the patches that are there, bool [B, 1, 1, P]; None: all.
+    """
     size = query.shape[-1]
     logits = jnp.einsum(
         "bskh,bpkh->bksp", query * size**-0.5, keys, preferred_element_type=jnp.float32
     )
+    if real is not None:
+        logits = jnp.where(real, logits, jnp.finfo(jnp.float32).min)
     empty = jnp.zeros((*logits.shape[:-1], 1))
     weights: Any = layers.softmax(jnp.concatenate([logits, empty], axis=-1), values.dtype)
     return jnp.einsum("bksp,bpkh->bskh", weights[..., :-1], values)

@@ -24,6 +24,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.config import Config
 from grain_jax.core import errors, named, schema
+from grain_jax.core.schema import Patches
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain, placement, towers
 from grain_jax.terms import views
@@ -279,9 +280,9 @@ class Teacher:
         if self.config is None:
             return self._batch.teacher_image
         image = self._batch.image
-        if image.shape[1] == self.config.image.image_size:
+        if not isinstance(image, Patches) and image.shape[1] == self.config.image.image_size:
             return self._apply("encode_image", image)[0]
-        return self.embed(image.astype(jnp.float32) / 255.0)
+        return self.embed(views.as_floats(image))
 
     @property
     def text_embed(self) -> jax.Array:
@@ -304,26 +305,34 @@ class Teacher:
             )
         return jnp.float32(self._found.logit_scale)
 
-    def tokens(self, image01: jax.Array) -> jax.Array:
-        """Tokens [n, N, Et] of images float32 [n, S, S, 3] in [0, 1], resized to the teacher's size.
+    def tokens(self, image01: jax.Array | Patches) -> jax.Array:
+        """Tokens [n, N, Et] of images float32 [n, S, S, 3] in [0, 1], resized to the teacher's size; or of Patches.
 
         Raises:
-          UserError: there is no model.
+          UserError: there is no model, or it takes no Patches of this size.
         """
         return self._apply("image_tokens", self._input(image01))
 
-    def embed(self, image01: jax.Array) -> jax.Array:
+    def embed(self, image01: jax.Array | Patches) -> jax.Array:
         """Embeddings float32 [n, Dt] of images, unit length; as `tokens`."""
         return self._apply("encode_image", self._input(image01))[0]
 
-    def _input(self, image01: jax.Array) -> jax.Array:
-        """Images in [0, 1] as the image tower takes them."""
+    def _input(self, image01: Any) -> Any:
+        """Images in [0, 1], or Patches, as the image tower takes them."""
         if self.config is None:
             raise errors.UserError(
                 "teacher.kind: got embeddings, which are stored of whole images and texts, where a term of loss.terms asks"
                 " for other images; expected checkpoint or ema"
             )
         tower = self.config.image
+        if isinstance(image01, Patches):
+            own = self._run.model.image.patch_size
+            if own != tower.patch_size:
+                raise errors.UserError(
+                    f"teacher.path: {self._run.teacher.path} has model.image.patch_size = {tower.patch_size}, the run {own};"
+                    " expected the same, as images in their own shape come cut into patches"
+                )
+            return views.normalised(image01, tower)
         if image01.shape[1:3] != (tower.image_size,) * 2:
             shape = (len(image01), tower.image_size, tower.image_size, 3)
             # Bilinear; an image that shrinks is antialiased.

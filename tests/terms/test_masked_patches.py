@@ -10,6 +10,7 @@ import torch
 from grain_jax import config as config_lib
 from grain_jax.config import ConfigError
 from grain_jax.config.parse import loss_term
+from grain_jax.models.places import of_grid, of_square
 from grain_jax.terms import masked_patches
 from grain_jax.terms.masked_patches import MaskedPatches, Options
 from tests import tiny
@@ -69,7 +70,7 @@ def test_it_is_the_loss_of_the_paper(options):
 
     (loss, output), grads = jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(own, p)
     keys = linear.seen(MODEL, p, its).keys
-    masks = [np.asarray(masked_patches.draw_mask(term.options, 4, key).mask) for key in keys]
+    masks = [np.asarray(_drawn(term.options, 4, key).mask) for key in keys]
     expected, expected_grads, z, target = _in_torch(term, own, p, its, teacher, state, masks)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert linear.worst(grads, expected_grads) < 1e-5
@@ -79,11 +80,36 @@ def test_it_is_the_loss_of_the_paper(options):
     assert set(output.measures) == {"kl", "entropy", "entropy_of_one"}
 
 
+def _drawn(options, side, key):
+    """The mask of a square."""
+    return masked_patches.draw_mask(options, jax.tree.map(lambda x: x[0], of_square(1, side)), key)
+
+
+@pytest.mark.parametrize("kind", ("block", "random"))
+def test_masks_of_images_in_their_own_shape(kind):
+    """No padding is masked; blocks are rectangles of the grid; the rest of what holds for a square."""
+    options = Options(mask=kind, min_share=0.2, max_share=0.4, visible=True)
+    grids = jnp.asarray([(3, 20), (20, 3), (8, 8), (1, 7)])
+    at, key = of_grid(grids, 70), jax.random.split(jax.random.key(0), 4)
+    found = jax.jit(jax.vmap(lambda *x: masked_patches.draw_mask(options, *x)))(at, key)
+    count = np.asarray(found.mask.sum(1))
+    share = count / np.asarray(grids.prod(1))
+    assert not (found.mask & ~at.mask).any() and share.min() >= 0.14 and share.max() <= 0.43
+    np.testing.assert_allclose(found.weight.sum(1), 1, rtol=1e-5)
+    for i in range(4):
+        np.testing.assert_array_equal(
+            np.sort(found.at[i, : count[i]]), np.flatnonzero(found.mask[i])
+        )
+    if kind == "block":
+        tall = np.asarray(found.mask[1, :60]).reshape(20, 3)
+        assert (tall[1:] & tall[:-1]).sum() > 0.5 * count[1]
+
+
 @pytest.mark.parametrize("kind", ("block", "random"))
 def test_masks(kind):
     """Their sizes are uniform between the shares, they depend on the key alone, and blocks hang together."""
     options = Options(mask=kind, min_share=0.1, max_share=0.5)
-    draw = jax.jit(jax.vmap(lambda key: masked_patches.draw_mask(options, 14, key)))
+    draw = jax.jit(jax.vmap(lambda key: _drawn(options, 14, key)))
     keys = jax.random.split(jax.random.key(0), 400)
     mask, at, weight = map(np.asarray, draw(keys))
     np.testing.assert_array_equal(mask[7:9], draw(keys[7:9]).mask)
@@ -101,9 +127,9 @@ def test_masks(kind):
 
 def test_the_smallest_masks():
     """Of a single patch, and of all of them."""
-    one = masked_patches.draw_mask(Options(min_share=0, max_share=0.001), 4, jax.random.key(0))
+    one = _drawn(Options(min_share=0, max_share=0.001), 4, jax.random.key(0))
     assert one.mask.sum() == 1 and one.at.shape == (1,) and one.weight[0] == 1
-    every = masked_patches.draw_mask(Options(min_share=1, max_share=1), 4, jax.random.key(0))
+    every = _drawn(Options(min_share=1, max_share=1), 4, jax.random.key(0))
     assert every.mask.all() and every.at.shape == (16,)
 
 
