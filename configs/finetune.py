@@ -117,6 +117,8 @@ def take_towers_of_folder(c, folder, families):
             f" from-big-vision, ...), or one of {', '.join(families)}"
         )
     decoder = model.pop("decoder")
+    for key in ("keep", "keep_by"):  # of that training
+        model["image"].pop(key, None)
     c.model.update(model)
     c.init.image = c.init.text = folder
     tokenizer = epath.Path(folder) / c.model.text.tokenizer
