@@ -31,6 +31,7 @@ LONG = (
     "tests/test_train.py",
     "tests/training/test_train_step.py",
     "tests/training/test_phases.py",
+    "tests/training/test_keep.py",
     "tests/terms/test_runs.py",
     "tests/terms/test_text_decoder_runs.py",
     "tests/test_verify.py",

@@ -14,7 +14,7 @@ EXPECTED = (
 
 def of_steps(keep: Keep, total_steps: int) -> list[tuple[int, float]]:
     """(The first step, the share from there on) for each share of a run that has steps."""
-    if isinstance(keep, float):
+    if not isinstance(keep, tuple):
         return [(0, keep)]
     found: dict[int, float] = {}
     for begin, share in keep:  # of two that begin with one step the second
@@ -24,10 +24,10 @@ def of_steps(keep: Keep, total_steps: int) -> list[tuple[int, float]]:
 
 def most(keep: Keep) -> float:
     """The largest share of a run."""
-    return keep if isinstance(keep, float) else max(share for _, share in keep)
+    return max(share for _, share in keep) if isinstance(keep, tuple) else keep
 
 
-def parsed(value: Any, path: str, faults: list[str]) -> Keep:
+def parsed(value: Any, path: str, faults: list[str]) -> Any:
     """A share as a float, or pairs as tuples of floats.
 
     Args:
