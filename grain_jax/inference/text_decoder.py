@@ -272,7 +272,8 @@ class _Applied(NamedTuple):
 def likelihood_program(given: Given, task: str, row_length: int) -> Callable[..., Any]:
     """The jitted (params, tokens [R, N, E], ids, count, is_whole, is_real, boxes) -> log-likelihoods float32 [R, S].
 
-    A further argument is the Places of the tokens; without it all are real. The sequences of a row, which all are of its image, fit into `row_length` positions.
+    A further argument is the Places of the tokens; without it all are real. The sequences of a row, which all are of its
+    image, fit into `row_length` positions.
     """
     decoder, words = _Applied(given), given.vocabulary
 

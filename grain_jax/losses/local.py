@@ -92,6 +92,8 @@ class LocalTerm(nn.Module):
     Options: ClassVar[type] = config_lib.NoOptions
     # Whether `across` replaces the loss of `__call__`.
     is_global: ClassVar[bool] = False
+    # Whether it reads `Seen.places`: patch tokens may be no full square, and some of them not real.
+    any_grid: ClassVar[bool] = False
 
     @classmethod
     def group(cls, options: Any) -> int:

@@ -9,7 +9,7 @@
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,20 @@ from grain_jax import config as config_lib
 from grain_jax.models import placement
 
 
+class Within(NamedTuple):
+    """A mask: each position sees all of the same text."""
+
+    ids: jax.Array  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
+
+    def mask(self) -> jax.Array:
+        """The same as bool [B, 1, L, L]."""
+        return (self.ids[:, :, None] == self.ids[:, None, :])[:, None]
+
+
 class CausalWithin(NamedTuple):
     """A mask: each position sees itself and earlier ones of the same text."""
 
-    ids: jax.Array  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
+    ids: jax.Array  # int32 [B, L], as of `Within`
 
     def mask(self) -> jax.Array:
         """The same as bool [B, 1, L, L]."""
@@ -32,22 +42,7 @@ class CausalWithin(NamedTuple):
         return (causal & (self.ids[:, :, None] == self.ids[:, None, :]))[:, None]
 
 
-class Within(NamedTuple):
-    """A mask: each position sees all of its group, such as the real tokens of an image."""
-
-    ids: jax.Array  # int32 [B, L], the group of each position; every position is in one
-
-    def mask(self) -> jax.Array:
-        """The same as bool [B, 1, L, L]."""
-        return (self.ids[:, :, None] == self.ids[:, None, :])[:, None]
-
-
-Mask: TypeAlias = CausalWithin | Within
-
-
-def of_real(real: jax.Array, program: str) -> jax.Array | Within:
-    """The mask of self-attention among the real positions, bool [B, L], as the program takes it."""
-    return real[:, None, None] if program == "xla" else Within(real.astype(jnp.int32))
+Mask: TypeAlias = Within | CausalWithin
 
 
 def choose(attention: str, dtype: np.dtype, heads: int, masks_padding: bool = False) -> str:
@@ -102,14 +97,13 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
     if odd:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
         if within is not None:  # a text of its own
-            within = type(within)(jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1))
-
-    kind: Any = type(within)
+            ids = jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1)
+            within = within._replace(ids=ids)
 
     def attend(q, k, v, *ids):
         seen = {}
-        if ids:
-            seen["mask"] = kind(*ids).mask()
+        if within is not None:
+            seen["mask"] = within._replace(ids=ids[0]).mask()
         elif odd:
             seen["key_value_seq_lengths"] = jnp.full(len(q), length, jnp.int32)
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
@@ -133,3 +127,8 @@ def with_pallas(
     ids = None if within is None else within.ids
     causal = isinstance(within, CausalWithin)
     return attention_kernel.attend(q, k, v, ids=ids, causal=causal, **options)
+
+
+def of_real(real: jax.Array, program: str) -> jax.Array | Within:
+    """The mask of self-attention among the real positions, bool [B, L], as the program takes it."""
+    return real[:, None, None] if program == "xla" else Within(real.astype(jnp.int32))

@@ -128,8 +128,8 @@ def _weights(heads, head, q, k, allowed):
     return exp / jnp.sum(exp, -1, keepdims=True)
 
 
-def _allowed(causal, segments, row):
-    """bool [L, L]: within the same text, `causal` or not; None where all see all."""
+def _allowed(segments, row, causal):
+    """bool [L, L]: within the same text, where `causal` itself and earlier ones; None where all see all."""
     if not segments:
         return None
     column, line = segments[0][row], segments[1][row]  # [L, 1], [1, L]
@@ -146,7 +146,7 @@ def _forward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, *rest):
     def one_row(row, _):
         q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
         v = [v_ref[row, :, tile] for tile in heads.tiles]
-        allowed = _allowed(causal, segments, row)
+        allowed = _allowed(segments, row, causal)
         out = [jnp.zeros(x.shape, jnp.float32) for x in v]
         for head in range(heads.count):
             weights = _weights(heads, head, q, k, allowed).astype(v[0].dtype)
@@ -183,7 +183,7 @@ def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, 
     def one_row(row, _):
         q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
         v, do = ([ref[row, :, tile] for tile in tiles] for ref in (v_ref, do_ref))
-        allowed = _allowed(causal, segments, row)
+        allowed = _allowed(segments, row, causal)
         dq, dk, dv = ([jnp.zeros(x.shape, jnp.float32) for x in v] for _ in range(3))
         for head in range(heads.count):
             parts = heads.parts(head)
@@ -224,7 +224,7 @@ class _Call:
     mesh: Mesh | None  # of the devices; None: one
     batch: tuple[str, ...]  # its axes that cut the leading axis
     cut_heads: str | None  # the axis that cuts the heads, or None
-    causal: bool = True  # whether a position of a text sees earlier ones alone
+    causal: bool  # with ids: no position sees later ones
 
     def _layout(self, q, segments):
         batch, length, lanes = q.shape
@@ -325,8 +325,8 @@ def attend(
       heads: their number.
       norms: scale and bias of the queries' LayerNorm, then of the keys', float32 [width] each; None: no norms.
       eps: of the norms.
-      ids: int32 [B, L]: a position sees itself and earlier ones of its id; None: all of its row.
-      causal: False: it sees later ones of its id, too.
+      ids: int32 [B, L]: a position sees those of its id; None: all of its row.
+      causal: with ids: of these itself and earlier ones.
 
     Returns:
       [B, L, heads * width], of the dtype of v.
@@ -336,8 +336,7 @@ def attend(
     if mesh is not None and "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0:
         local, cut_heads = heads // mesh.shape["tensor"], "tensor"
     eps = None if norms is None else eps
-    axes = placement.batch_axes()
-    call = _Call(local, eps, platform != "tpu", mesh, axes, cut_heads, causal or ids is None)
+    call = _Call(local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads, causal)
     count = _heads_of_a_program(local, q.shape[-1] // heads).count
     if norms is None:
         rows = jnp.zeros((8, count * (q.shape[-1] // heads)), jnp.float32)

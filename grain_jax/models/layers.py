@@ -210,7 +210,8 @@ class Attention(nn.Module):
           query: [B, Lq, E].
           key: [B, Lk, E*].
           value: as `key`.
-          mask: bool broadcastable to [B, K, Lq, Lk], or an attention.Mask where `program` is not "xla".
+          mask: bool broadcastable to [B, K, Lq, Lk], or an attention.Mask where `program` is not "xla". One query [B, 1, E]
+            with a mask of Lq > 1 is the query of them all.
           dropout_keys: see `example_dropout`.
           site: see `example_dropout`.
           alone: bool [], whether each position attends to itself alone; None: no. Of self-attention by "xla".
@@ -465,8 +466,17 @@ class AttentionPool(nn.Module):
     mlp_dim: int = 0  # 0: the tower's
 
     @nn.compact
-    def __call__(self, x, mask=None):
-        """Normed tokens [B, L, E], mask as of `Attention` -> [B, E]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        read: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """Normed tokens [B, L, E] -> [B, E].
+
+        With a mask, bool [B, 1, n, L], it pools n times, each time the tokens where its line is true, and returns those that
+        `read` takes of them, [B, n, E] -> [..., E].
+        """
         t = self.tower
         xavier = nn.initializers.xavier_uniform()
         probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
@@ -474,9 +484,12 @@ class AttentionPool(nn.Module):
         heads, mlp_dim = self.heads or t.heads, self.mlp_dim or t.mlp_dim
         attend = Attention(t.width, heads, self.dtype, xavier, xavier, name="attention")
         x = attend(probe, x, x, mask)
+        if read is not None:
+            x = read(x)
         y = LayerNorm(t.norm_eps, name="norm")(x)
         mlp = MLP(t.width, mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
-        return (x + mlp(y))[:, 0]
+        x = x + mlp(y)
+        return x[:, 0] if read is None else x
 
 
 REMAT = {

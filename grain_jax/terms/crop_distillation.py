@@ -48,6 +48,7 @@ class CropDistillation(LocalTerm):
     """
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:

@@ -44,6 +44,7 @@ class MaskedPatches(LocalTerm):
     """iBOT (Zhou et al. 2022, arXiv 2111.07832), beside image and text as in TIPS (arXiv 2410.16512)."""
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
@@ -79,7 +80,8 @@ class MaskedPatches(LocalTerm):
             masked=(chosen.mask, self.mask_token),
         )[:, seen.leading :]
         if options.visible:
-            weight = at.mask / at.mask.sum(1, keepdims=True).astype(jnp.float32)
+            count = jnp.maximum(at.mask.sum(1, keepdims=True), 1)
+            weight = at.mask / count.astype(jnp.float32)
         else:
             read = lambda x: jnp.take_along_axis(x, chosen.at[..., None], axis=1)
             of_student, of_teacher, weight = read(of_student), read(of_teacher), chosen.weight
@@ -139,7 +141,7 @@ def draw_mask(options: Options, at: Places, key: jax.Array) -> Mask:
     first = jnp.arange(patches) < count
     most = min(patches, max(1, round(options.max_share * patches)))
     mask = jnp.zeros(patches, bool).at[found].set(first)
-    return Mask(mask, found[:most], first[:most] / count.astype(jnp.float32))
+    return Mask(mask, found[:most], first[:most] / jnp.maximum(count, 1).astype(jnp.float32))
 
 
 def _blocks(at: Places, count: jax.Array, key: jax.Array) -> jax.Array:

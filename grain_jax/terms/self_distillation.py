@@ -33,6 +33,7 @@ class SelfDistillation(LocalTerm):
     """SILC (Naeem et al. 2023, arXiv 2310.13355), whose loss is that of DINO (Caron et al. 2021)."""
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
     is_global: ClassVar[bool] = True
 
     @classmethod

@@ -34,6 +34,7 @@ class TeacherSimilarity(LocalTerm):
     """
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
     is_global: ClassVar[bool] = True
 
     @classmethod

@@ -60,6 +60,7 @@ class TextDecoderTerm(LocalTerm):
     """
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:

@@ -51,6 +51,7 @@ class TextPooled(LocalTerm):
     """
 
     Options: ClassVar[type] = Options
+    any_grid: ClassVar[bool] = True
 
     @classmethod
     def group(cls, options: Any) -> int:

@@ -209,6 +209,11 @@ class Forward:
         teacher = teacher_lib.of_step(self.config, of_step.teacher, params, batch)
 
         def seen(name: str) -> local.Seen:
+            if features.places is not None and not self.terms[name].any_grid:
+                raise errors.UserError(
+                    f"loss.terms.{name}: got images in their own shape, or some of their patches, expected full squares; a"
+                    " term with any_grid = True takes others"
+                )
             return local.Seen(
                 batch=batch,
                 tokens=features.tokens,

@@ -204,3 +204,27 @@ def test_programs_for_rows_and_heads():
     assert [of(*shape).lanes for shape in shapes] == [128, 192, 640, 1408, 32]
     rows = attention_kernel._rows_of_a_program
     assert [rows(128, 197, 128, 2), rows(6, 77, 128, 2), rows(32, 257, 1408, 2)] == [8, 6, 1]
+
+
+@pytest.mark.parametrize("program,mesh_shape", [("pallas", (2, 2, 2)), ("cudnn", None)])
+def test_no_position_sees_what_is_not_real(monkeypatch, program, mesh_shape):
+    """By each program, whatever is there; rows without padding see all."""
+    real_program = jax.nn.dot_product_attention
+    of_xla = lambda *qkv, implementation, **seen: real_program(*qkv, implementation="xla", **seen)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)  # a CPU has no cuDNN
+    x = jax.random.normal(jax.random.key(0), (8, 9, 32))
+    real = jnp.arange(9) < jnp.array([9, 4, 1, 7, 9, 2, 8, 5])[:, None]
+    weight = jax.random.normal(jax.random.key(2), x.shape) * real[..., None]
+    xla, other = (_layer(name, 4, False) for name in ("xla", program))
+    params = xla.init(jax.random.key(3), x, x, x)
+    expected = _loss(xla, attention.of_real(real, "xla"), weight)(params, x)
+    within = attention.of_real(real, program)
+    noise = jnp.where(real[..., None], x, 5.0)
+    if mesh_shape is None:
+        got = _loss(other, within, weight)(params, noise)
+    else:
+        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
+        noise = jax.device_put(noise, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+        with placement.on(mesh, ("data", "fsdp")):
+            got = _loss(other, within, weight)(params, noise)
+    _assert_near(got, expected)

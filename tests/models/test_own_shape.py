@@ -13,7 +13,7 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.core import errors
 from grain_jax.core.schema import Patches
-from grain_jax.models import box_head, grain, places, rotary, text_decoder, vit
+from grain_jax.models import box_head, grain, places, rotary, vit
 from tests import foreign, perturbed
 from tests.models import test_text_decoder as of_decoder
 from tests.models.test_rotary import DINOV3, _shapes, _tower
@@ -41,20 +41,14 @@ def _images():
     return [rng.normal(size=(h * PATCH, w * PATCH, 3)).astype(np.float32) for h, w in GRIDS]
 
 
-def _alone(image: Patches, i: int) -> Patches:
-    """One image without its padding."""
-    count = int(image.grid[i].prod())
-    return Patches(image.pixels[i : i + 1, :count], image.grid[i : i + 1])
-
-
 def _near(found, expected, atol=1e-5):
-    """Leaves in parts of the largest value of their array, or of 1% of the largest of all."""
+    """Leaves in parts of the largest value of their array, or of 5% of the largest of all."""
     found, expected = (jax.tree.map(np.asarray, x) for x in (found, expected))
     largest = lambda x: np.abs(x).max(initial=0)
     most = max(map(largest, jax.tree.leaves(expected)))
 
     def compare(a, b):
-        np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(largest(b), 0.01 * most))
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(largest(b), 0.05 * most))
 
     jax.tree.map(compare, found, expected)
 
@@ -145,66 +139,48 @@ def test_rotary_positions_of_a_square_are_those_of_its_places():
 
 MODELS = {
     "queries and RoIAlign": dict(boxes__kind="roi_align", decoder__depth=1),
-    "map pool and prompter": dict(decoder=None, boxes__kind="prompter", image__pool="map"),
-    "mean pool, by the kernel": dict(decoder=None, image__pool="mean", attention="pallas"),
-    "class pool and rotary positions": dict(
-        decoder=None, image__pool="class", image__rope="centres", image__registers=2
+    "map pool and prompter, by the kernel": dict(
+        decoder=None, boxes__kind="prompter", image__pool="map", attention="pallas"
     ),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_padded_image_is_the_image_alone(name):
-    """Values and gradients of what the model says of images, boxes and patches; of each ratio once, then of two."""
-    which = range(5) if name == "queries and RoIAlign" else (1, 4)
+    """Values and gradients of what the model says of images, boxes and patches, of five ratios."""
     model = perturbed.tiny(image__depth=1, **MODELS[name])
     params, module = perturbed.params(model), grain.GRAIN(model)
-    images, rng = len(which), np.random.default_rng(3)
-    image = _of_maps([_images()[i] for i in which])
-    corners = np.sort(rng.uniform(-0.2, 1.2, (images, 2, 2, 2)), axis=2)
-    boxes = corners.reshape(images, 2, 4).astype(np.float32)
+    rng, count = np.random.default_rng(3), 12
+    padded = rng.normal(size=(5, LENGTH, PATCH**2 * 3)).astype(np.float32)
+    grid = np.array([(1, 12), (2, 6), (3, 4), (4, 3), (6, 2)], np.int32)
+    corners = np.sort(rng.uniform(-0.2, 1.2, (5, 3, 2, 2)), axis=2)
+    boxes = corners.reshape(5, 3, 4).astype(np.float32)
 
-    def all_of(module, image, boxes):
+    def all_of(module, image):
         tokens, at = module.image_tokens(image), module.places(image)
         found = dict(embeddings=module.embeddings(tokens, places=at))
         if model.boxes.kind != "none":
             found["boxes"] = module.box_embeddings(tokens, boxes, at)
         if model.decoder is None:
-            found["patches"] = module.patch_embeddings(tokens, at)
+            found["patches"] = module.patch_embeddings(tokens, at)[:, :count]
         return found
 
     @jax.jit
-    def with_gradients(params, image, boxes, weights):
+    def with_gradients(params, image):
         def scalar(params):
-            found = module.apply({"params": params}, image, boxes, method=all_of)
-            products = jax.tree.map(lambda x, w: jnp.sum(x * w), found, weights)
-            return sum(jax.tree.leaves(products)), found
+            found = module.apply({"params": params}, image, method=all_of)
+            wave = lambda x: jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape))
+            return sum(map(wave, jax.tree.leaves(found))), found
 
-        (_, found), grads = jax.value_and_grad(scalar, has_aux=True)(params)
-        return found, grads
+        return jax.grad(scalar, has_aux=True)(params)
 
-    shapes = jax.eval_shape(lambda: module.apply({"params": params}, image, boxes, method=all_of))
-    weights = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    found, grads = with_gradients(params, image, boxes, weights)
-    total = jax.tree.map(jnp.zeros_like, params)
-    for i, count in enumerate(image.grid.prod(1)):
-
-        def part(x, i=i, count=count):
-            x = x[:, i : i + 1] if x.shape[1:2] == (images,) else x[i : i + 1]
-            return x[:, :count] if x.shape[1:2] == (LENGTH,) else x
-
-        one = with_gradients(
-            params, _alone(image, i), boxes[i : i + 1], jax.tree.map(part, weights)
-        )
-        _near(jax.tree.map(part, found), one[0])
-        total = jax.tree.map(jnp.add, total, one[1])
-    _near(grads, total)
+    alone = with_gradients(params, Patches(padded[:, :count], grid))
+    _near(with_gradients(params, Patches(padded, grid)), alone)
 
 
-@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
-def test_a_square_is_the_same_image(kind):
+def test_a_square_is_the_same_image():
     """Given as patches, with padding, or as all patches that are kept."""
-    model = perturbed.tiny(image__depth=1, decoder__depth=1, boxes__kind=kind)
+    model = perturbed.tiny(image__depth=1, decoder__depth=1, boxes__kind="roi_align")
     params, rng = perturbed.params(model), np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 40, 40, 3)).astype(np.uint8)
     own = np.pad(places.of_pixels(image, PATCH), ((0, 0), (0, 3), (0, 0)))
@@ -219,6 +195,8 @@ def test_a_square_is_the_same_image(kind):
     expected = run(image)
     for other in (run(Patches(own, jnp.full((2, 2), 5))), run(image, every)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, expected)
+    own_boxes = box_head.token_boxes(27, 2, places.of_square(1, 5))
+    np.testing.assert_allclose(own_boxes[0], box_head.token_boxes(27, 2), atol=1e-7)
 
 
 def test_roi_align_of_maps_is_torchvisions():
@@ -253,25 +231,23 @@ def test_roi_align_of_some_patches_is_their_weighted_mean():
 
 def test_the_text_decoder_sees_real_patches_alone():
     """In training, and as it writes."""
+    size = of_decoder.WORDS.size
     module, params, patches, rows = of_decoder.case()
     real, rest = patches.shape[1], 4
     noise = jax.random.normal(jax.random.key(0), (len(patches), rest, patches.shape[2]))
     padded = jnp.concatenate([patches, noise], 1)
     at = places.of_grid(jnp.full((len(patches), 2), 3), real + rest)
     apply = functools.partial(module.apply, {"params": params})
-    features = functools.partial(apply, method=module.features)
-    found = jax.jit(features)(padded, rows, None, at)
-    np.testing.assert_allclose(found, jax.jit(features)(patches, rows), atol=1e-5)
-    tokens = jnp.tile(jnp.arange(3), (len(patches), 1))
-    count = jnp.full(len(patches), 3)
+    tokens, count = jnp.tile(jnp.arange(3), (len(patches), 1)), jnp.full(len(patches), 3)
 
-    def written(patches, *at):
-        _, state = apply(patches, tokens, count, 5, *at, method=text_decoder.TextDecoder.start)
-        return apply(state, tokens[:, 0], method=text_decoder.TextDecoder.step)[0]
+    @jax.jit
+    def both(patches, at=None):
+        features = apply(patches, rows, None, at, method=module.features)
+        _, state = apply(patches, tokens, count, 5, at, method=module.start)
+        return features, apply(state, tokens[:, 0], method=module.step)[0][:, :size]
 
-    expected, found = jax.jit(written)(patches), jax.jit(written)(padded, at)
-    size = of_decoder.WORDS.size
-    np.testing.assert_allclose(found[:, :size], expected[:, :size], atol=1e-5)
+    for found, expected in zip(both(padded, at), both(patches)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_what_a_tower_does_not_take_is_a_line():
