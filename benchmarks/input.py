@@ -1,12 +1,16 @@
 """Compares our input pipeline with a torch DataLoader, in turns in one run, and our images with those of PIL.
 
-    python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
+    python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--shapes] [--json OUT.json]
 
 Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions, and builds
 records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of `records.batches`:
 read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
 and resize, and open_clip's tokenizer. Each side runs in its own process; a turn consumes the prefetched batches before
 its clock starts.
+
+With --shapes our pipeline alone: squares of 224 pixels, 196 patches, against images in their own shape with 196, and
+with 64, 144 or 256 by the step; of JPEGs with ratios from 1:4 to 4:1 and as many pixels, as they are, and stored as
+squares of 224 and by --fit inside at 448. And the padding of both sets of images, and of --pictures.
 """
 
 import os
@@ -22,6 +26,8 @@ from etils import epath
 from benchmarks import harness, made, stopwatch
 from grain_jax.core import images
 from grain_jax.data import example
+from grain_jax.data.inspect import counting
+from grain_jax.data.inspect import statistics as statistics_lib
 
 STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
 AHEAD = 6  # batches that a side may prefetch while others run
@@ -46,11 +52,15 @@ def timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
     return turn
 
 
-def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
+def our_side(
+    folder: str, name: str, count: int, sequence_lengths: tuple[int, ...] = ()
+) -> dict[str, Callable]:
     """Our pipeline on one of the sets."""
     from grain_jax.input_pipeline import records
 
-    return {name: timed(records.batches(made.config(folder, name)), count)}
+    config = made.config(folder, name, sequence_lengths)
+    words = f" {' '.join(map(str, sequence_lengths))}" if sequence_lengths else ""
+    return {name + words: timed(records.batches(config), count)}
 
 
 def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
@@ -117,6 +127,42 @@ def throughput(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
     return table.rows
 
 
+def shapes(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
+    """Times squares and images in their own shape, prints their table and returns its rows."""
+    squares = (made.SIZE // made.PATCH) ** 2
+    sides = {}
+    for name in made.OF_SHAPES:
+        for lengths in ((), (squares,), (64, 144, 256)):
+            if lengths and name == "square":
+                continue
+            given = dict(folder=folder, name=name, count=batches, sequence_lengths=lengths)
+            sides[f"{name} {lengths}"] = (our_side, given)
+    timings = stopwatch.measure(sides, turns).values()
+    table = harness.Table(
+        dict(pipeline="24", images_per_second=">24.0f", of_squares=">11.2f", milliseconds=">13.2f")
+    )
+    first = None
+    for side, timing in zip(sides, timings, strict=True):
+        rates = [batches * made.BATCH / seconds for seconds in timing.value[1:]]
+        first = first or statistics.median(rates)
+        table.add(
+            pipeline=side,
+            images_per_second=rates,
+            of_squares=statistics.median(rates) / first,
+            milliseconds=1000 / statistics.median(rates),
+        )
+    return table.rows
+
+
+def padding(paths: Sequence[epath.Path], name: str) -> dict[str, Any]:
+    """Prints the aspect ratios of images, and the padding that they leave in their own shape; returns them."""
+    found = counting.Shapes()
+    found.add(images.header(images.read_file(path), str(path)).size for path in paths)
+    result = found.result()
+    print("\n".join([f"{name}, {len(paths)} images:", *statistics_lib.shape_lines(result)]))
+    return result
+
+
 def main() -> None:
     """Makes the data, and prints throughput and quality."""
     args = harness.arguments(
@@ -125,13 +171,26 @@ def main() -> None:
         batches=(20, dict(help=f"of {made.BATCH} images, a turn")),
         turns=5,
         pictures=(epath.Path, dict(help="folder of real images, for the comparison with PIL")),
+        shapes=(False, dict(help="squares against images in their own shape")),
     )
+    suffixes = (".jpg", ".jpeg", ".png")
+    real: list[epath.Path] = []
+    if args.pictures:
+        real = sorted(p for p in args.pictures.iterdir() if p.suffix.lower() in suffixes)
     # As in records.py; the processes of the sides inherit it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     result: dict[str, Any] = dict(machine=harness.machine(*PACKAGES), batch=made.BATCH)
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
+        if args.shapes:
+            made.make(folder, args.count, of_shapes=True)
+            result["throughput"] = shapes(str(folder), args.batches, args.turns)
+            ours = sorted((folder / "images").glob("*.jpg"))
+            both = {"made": ours} | ({str(args.pictures): real} if real else {})
+            result["padding"] = {name: padding(paths, name) for name, paths in both.items()}
+            harness.write(args.json, result)
+            return
         made.make(folder, args.count)
         paths = sorted((folder / "images").glob("*.jpg"))
         result["bytes"] = round(statistics.mean(path.stat().length for path in paths))
@@ -139,9 +198,7 @@ def main() -> None:
         result["throughput"] = throughput(str(folder), args.batches, args.turns)
         result["quality"] = {"made": quality(paths[:100], "made")}
         if args.pictures:
-            suffixes = (".jpg", ".jpeg", ".png")
-            real = [p for p in args.pictures.iterdir() if p.suffix.lower() in suffixes]
-            result["quality"]["real"] = quality(sorted(real), "real")
+            result["quality"]["real"] = quality(real, "real")
     harness.write(args.json, result)
 
 

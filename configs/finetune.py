@@ -110,7 +110,8 @@ def take_towers_of_folder(c, folder, families):
     from etils import epath  # slow to import, and needed for a folder only
 
     file = epath.Path(folder) / "config.json"
-    model = json.loads(file.read_text()).get("model") if file.exists() else None
+    content = json.loads(file.read_text()) if file.exists() else {}
+    model = content.get("model")
     if model is None:
         raise ValueError(
             f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote (from-open-clip,"
@@ -121,6 +122,9 @@ def take_towers_of_folder(c, folder, families):
         model["image"].pop(key, None)
     c.model.update(model)
     c.init.image = c.init.text = folder
+    lengths = content.get("sequence_lengths") or content.get("input", {}).get("sequence_lengths")
+    if lengths:  # it was trained on images in their own shape
+        c.input.sequence_lengths = tuple(lengths)
     tokenizer = epath.Path(folder) / c.model.text.tokenizer
     if tokenizer.exists():  # it came with the weights
         c.model.text.tokenizer = str(tokenizer)

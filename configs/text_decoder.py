@@ -24,6 +24,7 @@ FAMILIES = {"openai": CLIP, "open_clip": CLIP, "siglip": SIGLIP, "siglip2": SIGL
 
 def get_config(source="open_clip"):
     c = own_images()
+    c.input.sequence_lengths = ()  # frozen towers see what they were trained on
     c.batch_size = 128
     c.total_epochs = 10.0
     c.optim.warmup_epochs = 0.5

@@ -89,7 +89,9 @@ class Stored(Command):
     def __post_init__(self):
         """Raises ValueError for flags that contradict each other."""
         if self.fit != FITS[0] and not self.store_size:
-            raise ValueError(f"--fit: got {self.fit} without --store-size, expected the size to fit")
+            raise ValueError(
+                f"--fit: got {self.fit} without --store-size, expected the size to fit"
+            )
 
     @property
     def stored(self) -> Encoding:

@@ -9,7 +9,6 @@ anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys

@@ -119,12 +119,22 @@ def derive(
             sharding.lanes_needed(sharding.batch_sharding(mesh), config.batch_size),
             source.num_shards(config),
         )
+        sizes = getattr(source, "image_sizes", lambda config: ())
         found, line = derived.resolve(
-            config, place, lambda: source.text_lengths(config), stored, where
+            config,
+            place,
+            lambda: source.text_lengths(config),
+            stored,
+            where,
+            lambda: sizes(config),
         )
-        return found.input.lanes, found.text.pack_group, found.text.pack_rows, line
+        numbers = found.input.lanes, found.text.pack_group, found.text.pack_rows
+        return numbers, found.input.sequence_lengths, line
 
-    *numbers, line = processes.of_first(resolve)
+    numbers, lengths, line = processes.of_first(resolve)
+    config = dataclasses.replace(
+        config, input=dataclasses.replace(config.input, sequence_lengths=tuple(lengths))
+    )
     return derived.with_numbers(config, *numbers), line
 
 
@@ -530,7 +540,8 @@ def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> i
         params, of_decoder = multihost_utils.process_allgather((params, of_decoder), tiled=True)
     decoder = decoder and decoder._replace(params=of_decoder)
     merged = lora.merged(params, config.optim.lora)
-    return inference.Predictor(config.model, merged, text_decoder=decoder)
+    length = max(config.input.sequence_lengths or (0,))
+    return inference.Predictor(config.model, merged, text_decoder=decoder, sequence_length=length)
 
 
 def evaluate_all(

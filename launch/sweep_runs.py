@@ -179,7 +179,7 @@ def check_folders(runs: Sequence[SweepRun]) -> None:
             # derives, and config.json has the numbers.
             if key.startswith("evals.") and key.endswith((".get", ".missing")):
                 continue
-            if key in derived.KEYS and new[key] is None:
+            if key in (*derived.KEYS, derived.LENGTHS) and new[key] is None:
                 continue
             faults.append(
                 f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"

@@ -1,10 +1,12 @@
 """Small folders of embeddings for tests: by a stand-in for the model, and what reads them."""
 
+import functools
 import tarfile
 
 import numpy as np
 import pyarrow.parquet
 
+from grain_jax.core import images
 from grain_jax.data.embed import embeddings, output, parts, pipeline
 
 
@@ -66,7 +68,7 @@ def go(job, mine=None, encode=stand_in, most_faults=float("inf")):
         job,
         mine,
         encode,
-        size=8,
+        resize=functools.partial(images.resize, size=8),
         threads=2,
         label="test",
         known=True,

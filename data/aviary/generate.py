@@ -37,7 +37,8 @@ class Task:
 def drawing_of(settings: Settings, split: str, index: int, species: Species) -> drawing.Drawing:
     """Image `index` of `split` ("training", "seen", "unseen" or "test")."""
     rng = random.Random(f"aviary {settings.seed}/{split}/{index}")
-    return drawing.draw(species, rng=rng, size=settings.size, pose=settings.pose)
+    given = dict(size=settings.size, pose=settings.pose, ratios=settings.ratios)
+    return drawing.draw(species, rng=rng, **given)
 
 
 def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | None:
@@ -80,8 +81,10 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     output = epath.Path(output)
     aviary = species_of(settings)
     values = dataclasses.asdict(settings)
-    if not settings.negatives:  # a data set of before this setting is that of its default
-        del values["negatives"]
+    # A data set of before these settings is that of their defaults.
+    for name in ("negatives", "ratios"):
+        if values[name] == getattr(DEFAULT, name):
+            del values[name]
     if is_complete(output, values):
         _add_masks(output, settings, processes)
         return False

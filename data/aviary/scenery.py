@@ -59,8 +59,8 @@ class Scene:
         ]
 
 
-def make_scene(rng: random.Random, size: int) -> tuple[Scene, Image.Image]:
-    """A scene, and its background as an RGB image of `size` x `size` pixels."""
+def make_scene(rng: random.Random, width: int, height: int) -> tuple[Scene, Image.Image]:
+    """A scene, and its background as an RGB image of that size."""
     kind = rng.choice(tuple(_KINDS))
     above, below, places, backgrounds = _KINDS[kind]
     image = _background(kind, vary(above, rng, 0.05), vary(below, rng, 0.03), rng)
@@ -73,7 +73,7 @@ def make_scene(rng: random.Random, size: int) -> tuple[Scene, Image.Image]:
             for _ in range(rng.choice((0, 1, 1, 2, 2)))
         ),
     )
-    return scene, image.resize((size, size), Image.Resampling.BICUBIC)
+    return scene, image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _background(kind, above, below, rng):

@@ -9,17 +9,18 @@ DIR is a folder that all of them see.
 import argparse
 import collections
 import contextlib
+import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import msgspec
 
 from grain_jax import inference
-from grain_jax.core import atomic, errors, printable
+from grain_jax.core import atomic, errors, images, patches, printable
 from grain_jax.data.embed import arguments, embeddings, output, parts, pipeline
 from grain_jax.runtime import compiled, distributed, processes, saved_model
 from grain_jax.runtime.pretrained import NAMES
@@ -48,7 +49,7 @@ def embed(args: argparse.Namespace) -> str:
             job,
             mine,
             pipeline.encoder(predictor, args.boxes, args.texts),
-            size=predictor.model.image.image_size,
+            resize=_resize(predictor),
             threads=args.threads or max(2, os.cpu_count() or 1),
             label=args.source,
             known=found.total is not None,
@@ -71,6 +72,14 @@ def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
         texts=args.texts,
         orientation=args.orientation,
     )
+
+
+def _resize(predictor: Any) -> Callable[[Any], Any]:
+    """Gives what the model gets of an image: a square, or its Patches."""
+    image, length = predictor.model.image, predictor.sequence_length
+    if length:
+        return functools.partial(patches.of_image, patch=image.patch_size, length=length)
+    return functools.partial(images.resize, size=image.image_size)
 
 
 def _load(args: argparse.Namespace) -> inference.Predictor:
@@ -103,6 +112,7 @@ def _settings(
         format=args.format,
         texts=args.texts,
         logit_scale=predictor.logit_scale,
+        sequence_length=predictor.sequence_length,
     )
 
 

@@ -85,6 +85,8 @@ class Settings(msgspec.Struct, frozen=True):
     format: Literal["parquet", "npy"] = "parquet"
     texts: bool = False  # whether there are embeddings of the texts of each image
     logit_scale: float | None = None  # of the model: the factor of the cosines in its loss
+    # Patches an image of images in their own shape, at most; 0: squares of `image_size`
+    sequence_length: _Count = 0
 
     @property
     def arrays(self) -> dict[str, bool]:

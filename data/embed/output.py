@@ -279,6 +279,9 @@ def card(settings: embeddings.Settings, parts: Sequence[embeddings.Part], folder
     table = "".join(x for x, is_there in zip(tables, there) if is_there)
     table, read = (x.format(stored=settings.store, dim=settings.embed_dim) for x in (table, read))
     split = f", split {plain(source.split)}" if source.split else ""
+    size = f"{settings.image_size} pixels a side, resized without keeping the aspect ratio"
+    if settings.sequence_length:
+        size = f"at most {settings.sequence_length} patches, resized with the aspect ratio kept"
     return f"""---
 configs:
 - config_name: default
@@ -293,7 +296,7 @@ in `{settings.data}/`; {faults:,} images were left out, and `faults.jsonl` names
 |---|---|
 | source | `{plain(source.path)}` ({source.kind}{split}), digest {source.digest} |
 | model | `{plain(settings.checkpoint)}`, digest of its parameters {settings.model.params} |
-| image size | {settings.image_size} pixels a side, resized without keeping the aspect ratio |
+| image size | {size} |
 | orientation | {settings.orientation} (exif: as a viewer shows the image; file: as its pixels are stored) |
 | activations | {settings.dtype} |
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import PIL.Image
 
 from grain_jax.core import errors, images, progress
 from grain_jax.data import sources
@@ -89,14 +90,16 @@ def _text_embeds(predictor: Any, batch: list[Ready]) -> list[tuple[list[int], np
     ]
 
 
-def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:
-    """Reads an image, decodes it and resizes it to `size` pixels."""
+def prepare(
+    read: Callable[[], sources.Image | sources.Fault], resize: Callable[[PIL.Image.Image], Any]
+) -> Ready | sources.Fault:
+    """Reads an image, decodes it and resizes it."""
     found = read()
     if isinstance(found, sources.Fault):
         return found
     try:
         image = images.decode_image(found.encoded, found.image, found.orientation)
-        pixels = images.resize(image, size)
+        pixels = resize(image)
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)
         return sources.Fault(found.image, "too large" if too_large else "unreadable", str(error))
@@ -113,7 +116,7 @@ def run(
     mine: Sequence[int],
     encode: Encode,
     *,
-    size: int,
+    resize: Callable[[PIL.Image.Image], Any],
     threads: int,
     label: str,
     known: bool,
@@ -126,7 +129,7 @@ def run(
       job: the output.
       mine: numbers of the parts.
       encode: the model.
-      size: S, pixels of a side.
+      resize: gives what the model gets of an image; may raise ImageError.
       threads: that read and decode.
       label: of the line of progress.
       known: whether the sizes of the parts are numbers of images; else they are bytes.
@@ -150,7 +153,7 @@ def run(
 
         def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
             index, read = task
-            return index, read and prepare(read, size)
+            return index, read and prepare(read, resize)
 
         def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
             ready = [entry for _, entry in batch if isinstance(entry, Ready)]

@@ -71,6 +71,8 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     if images["turned"]:
         what = example.TURNED[images["orientation"]]
         lines.append(f"turned        {images['turned']:,} images {what}")
+    for line in statistics.shape_lines(images["shapes"]):
+        lines.append(f"shapes        {line}")
     web, synthetic = (captions[f"pictures_with_{kind}"] for kind in ("web", "synthetic"))
     an_image = f"{regions['count'] / count:.2f} regions an image"
     for name, texts, some in (

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from grain_jax.input_pipeline import derived, text_lengths
+from grain_jax.core import patches
+from grain_jax.input_pipeline import derived, image_shapes, text_lengths
 
 DISTINCT_LIMIT = 250_000  # distinct items held in memory, about 50 MB
 FREQUENT_LIMIT = 50_000
@@ -20,7 +21,10 @@ GROUPS = (1, 8, 16, 32, 64, 128)
 MAX_REGIONS = 5  # input.max_regions
 ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
 MANY_BARS = 60  # bars that a histogram has at most
+PATCH = 16  # pixels
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _EXAMPLES = 5  # of copies
+_OCTAVE = 1000  # steps of a ratio of 2
 
 
 def digest(content: bytes) -> int:
@@ -145,6 +149,43 @@ class Sample:
     def things(self) -> list[Any]:
         """The items of the sample, in the order in which they were added."""
         return [thing for _, _, thing in sorted(self._heap, key=lambda entry: -entry[1])]
+
+
+class Shapes:
+    """Aspect ratios of images, and the padding that they leave in their own shape at each of `patches.LENGTHS`."""
+
+    def __init__(self):
+        self.count = self.long = 0
+        self._ratios: collections.Counter[int] = collections.Counter()  # log2 of width / height
+        self._real = dict.fromkeys(patches.LENGTHS, 0)
+
+    def add(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Counts images, by width and height in pixels."""
+        width, height = (side := np.array(list(sizes), np.int64).reshape(-1, 2)).T
+        self.count += len(side)
+        if len(side):
+            self.long += round(image_shapes.share_of_long(side) * len(side))
+        self._ratios.update(np.rint(_OCTAVE * np.log2(width / height)).astype(int).tolist())
+        for length in self._real:
+            rows, columns = patches.grid(height, width, PATCH, length)
+            self._real[length] += int((rows * columns).sum())
+
+    def result(self) -> dict[str, Any]:
+        """count; `ratios`, quantile -> width / height; `long`, the share of images longer than `image_shapes.LONG`;
+        `padding`, patches an image -> share of them that is no image, for patches of PATCH pixels."""
+        if not self.count:
+            return {"count": 0}
+        values, counts = np.array(sorted(self._ratios.items())).T
+        ends = np.cumsum(counts)
+        at = {q: values[np.searchsorted(ends, q * self.count)] for q in QUANTILES}
+        return {
+            "count": self.count,
+            "ratios": {f"{q:.0%}": round(float(2 ** (x / _OCTAVE)), 2) for q, x in at.items()},
+            "long": self.long / self.count,
+            "padding": {
+                str(length): 1 - real / (length * self.count) for length, real in self._real.items()
+            },
+        }
 
 
 class Padding:

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax.core import html
-from grain_jax.data.inspect import panels, problems
+from grain_jax.data.inspect import panels, problems, statistics
 
 _FREQUENT = 12  # texts listed of each kind, if several images have them
 
@@ -216,6 +216,7 @@ def _images(result: dict[str, Any]) -> str:
     return (
         f'<div class="charts">{figures}</div><p>{formats}. Most frequent sizes: {sizes}.</p>'
         f"<p>{copies['copies']:,} images are copies of earlier ones, byte by byte ({_exact(copies)}).</p>"
+        f"{''.join(f'<p>{escape(line)}.</p>' for line in statistics.shape_lines(images['shapes']))}"
     )
 
 

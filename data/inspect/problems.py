@@ -47,7 +47,7 @@ _ISSUES = {
     "tiny box": (f"boxes under {statistics.TINY:.1%} of their image", "regions", "drop them: at 224 pixels they are less than 7 x 7"),
     "whole-image box": (f"boxes of {statistics.WHOLE:.0%} of their image or more", "regions", "drop them if the description is of a part"),
     "odd score": ("scores that are not in [0, 1]", "regions", "set them: training keeps the regions of the highest score"),
-    "long image": (f"images over {statistics.LONG_SHAPE:g} times as long as wide, or the other way round", "images", "crop or drop them: training resizes them to a square"),
+    "long image": (f"images over {statistics.LONG_SHAPE:g} times as long as wide, or the other way round", "images", "crop or drop them, or set input.sequence_lengths: a square squashes them"),
 }  # fmt: skip
 
 

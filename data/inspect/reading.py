@@ -40,6 +40,12 @@ class Item(NamedTuple):
     negatives: tuple[tuple[str, ...], ...]  # of each region
     turned: bool = False  # its file has an EXIF orientation other than upright
     orientation: str = "file"  # in which it is decoded, as of core.images
+    original: tuple[int, int] | None = None  # width, height before grain-jax build squashed it
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Width and height in its own ratio, as far as that is known."""
+        return self.original or self.size
 
 
 class Fault(NamedTuple):
@@ -60,6 +66,9 @@ class Source(NamedTuple):
     shard_lengths: tuple[int, ...]  # none for annotations
     metadata: dict[str, Any]
     orientation: str = "file"  # of its images, as of core.images
+    squashed: int = (
+        0  # side of the squares that its images were squashed to, their shape lost; 0: it is known
+    )
 
 
 def open_set(
@@ -155,7 +164,9 @@ def _records(path: epath.Path) -> Source:
     shards = list(zip(map(str, split.filepaths), split.shard_lengths, strict=True))
     metadata = record_files.notes_of_build(path)
     items, lengths = _read_records(shards), tuple(split.shard_lengths)
-    return Source(path, "TFDS records", items, split.num_examples, lengths, metadata)
+    squashed = record_files.squashed(path, info.features)
+    given = path, "TFDS records", items, split.num_examples, lengths, metadata
+    return Source(*given, squashed=squashed)
 
 
 def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
@@ -165,7 +176,8 @@ def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
     from grain_jax.input_pipeline import transforms
 
     identity = tf.io.FixedLenFeature([], tf.string, default_value="")
-    features = transforms.FEATURES | transforms.NEGATIVES | {"id": identity}
+    features = transforms.FEATURES | transforms.NEGATIVES | transforms.ORIGINAL_SIZE
+    features |= {"id": identity}
     # As many numbers as there are, so that one wrong record is one fault.
     features["regions/bbox"] = tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True)
     for path, expected in shards:
@@ -206,6 +218,9 @@ def _to_item(where: str, fields: dict[str, Any]) -> Item | Fault:
         got = f"got {len(negatives)} negatives, {sum(counts)} by their counts"
         return Fault(where, "regions", f"{got}, expected the same number")
     texts = iter(negatives)
+    original = tuple(fields["original_size"].tolist()[::-1])
+    if original and (len(original) != 2 or min(original) < 1):
+        return Fault(where, "original_size", f"got {original[::-1]}, expected height and width")
     return Item(
         name=_text(fields["id"]) or where,
         where=where,
@@ -219,6 +234,7 @@ def _to_item(where: str, fields: dict[str, Any]) -> Item | Fault:
         scores=scores,
         negatives=tuple(tuple(itertools.islice(texts, count)) for count in counts),
         turned=header.turned,
+        original=original or None,
     )
 
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from grain_jax.data.annotate import answers
 from grain_jax.data.inspect import counting, reading
-from grain_jax.input_pipeline import order, tokenizer
+from grain_jax.input_pipeline import image_shapes, order, tokenizer
 
 ROW_LENGTH = counting.ROW_LENGTH
 LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 LONGEST = 256  # tokens; longer texts count as this long
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
 WHOLE = 0.95  # share of the image
-LONG_SHAPE = 3.0  # longer side / shorter side; training resizes images to a square, without keeping the ratio
+LONG_SHAPE = 3.0  # longer side / shorter side
 GRID = 24  # cells a side of the heat maps
 AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the image
 SCORE_BINS = 20
@@ -79,6 +79,7 @@ class Statistics:
         self.formats: collections.Counter[str] = collections.Counter()
         self.sizes, self.copies = counting.Frequent(), counting.Distinct()
         self.widths, self.heights = counting.Numbers(), counting.Numbers()
+        self.aspects = counting.Shapes()
         self.regions_per_image = counting.Numbers()
         self.negatives_per_region = counting.Numbers()
         self.texts = {kind: Texts() for kind in ("web", "synthetic", "description")}
@@ -107,6 +108,7 @@ class Statistics:
             self._add_texts(item, of_item, list(itertools.islice(lengths, len(of_item))))
         self.widths.add(item.size[0] for item in items)
         self.heights.add(item.size[1] for item in items)
+        self.aspects.add(item.shape for item in items)
         self.regions_per_image.add(len(item.descriptions) for item in items)
         self.negatives_per_region.add(len(texts) for item in items for texts in item.negatives)
         self._add_boxes(items)
@@ -230,6 +232,7 @@ class Statistics:
                 "width": self.widths.result(),
                 "height": self.heights.result(),
                 "sizes": self.sizes.top(TOP),
+                "shapes": {**self.aspects.result(), "squashed": source.squashed},
             },
             "captions": {
                 "pictures_with_web": web.images,
@@ -261,6 +264,27 @@ class Statistics:
             "padding": self.padding.result(),
             "duplicate_pictures": self.copies.result(),
         }
+
+
+def shape_lines(shapes: dict[str, Any]) -> list[str]:
+    """Aspect ratios, padding in own shape and what is recommended, in words; `shapes` of `pictures`."""
+    if not shapes["count"]:
+        return []
+    if side := shapes["squashed"]:
+        return [
+            f"stored as squares of {side}, their own shape is lost; build again with --fit inside to keep it"
+        ]
+    ratios = ", ".join(f"{x:g} ({quantile})" for quantile, x in shapes["ratios"].items())
+    padding = ", ".join(f"{length}: {share:.0%}" for length, share in shapes["padding"].items())
+    long = f"{shapes['long']:.0%} of the images are longer than {image_shapes.LONG:g} : 1"
+    advice = f"{long}: squares suit (input.sequence_lengths=())"
+    if image_shapes.keep_shape(shapes["long"]):
+        advice = f"{long}: keep their shape, input.sequence_lengths=(N,) with the N patches of the model's square"
+    return [
+        f"width / height {ratios}",
+        f"padding in own shape by patches of {counting.PATCH} pixels: {padding}",
+        f"{advice}; the configs own and finetune choose so themselves",
+    ]
 
 
 def flaws(kind: str, plain: str, tokens: int) -> list[str]:

@@ -4,7 +4,7 @@ contradicts itself (`checks`).
 Needs neither JAX nor ml_collections, so that a config can be checked anywhere.
 """
 
-from grain_jax.config.checks import divisors, flags_of
+from grain_jax.config.checks import divisors, flags_of, lengths_fault
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import (
     ACTIVATIONS,
@@ -89,6 +89,7 @@ __all__ = [
     "flags_of",
     "flatten",
     "from_dict",
+    "lengths_fault",
     "loss_term",
     "model_from_dict",
     "select",

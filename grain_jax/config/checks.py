@@ -155,7 +155,7 @@ def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:
 
 
 def _takes(tower: fields.ImageTower, what: str) -> bool:
-    """Whether the tower's class says so (models/towers.py: any_size, takes_shapes), as far as it may be imported."""
+    """Whether the tower's class says so (models/towers.py: any_size, any_grid), as far as it may be imported."""
     if not named.is_external(tower.tower) or not named.may_import(tower.tower):
         return True
     return getattr(named.find("tower", tower.tower, {}), what, False)
@@ -258,6 +258,15 @@ def _views(config: Config) -> Iterator[str]:
         )
 
 
+def lengths_fault(lengths: Sequence[int]) -> str:
+    """What is wrong with these numbers of patches an image, or ""."""
+    if lengths and (
+        min(lengths) < 1 or max(lengths) > fields.WIDEST or len({*lengths}) < len(lengths)
+    ):
+        return f"got {tuple(lengths)}, expected different numbers of patches, each 1 to {fields.WIDEST}"
+    return ""
+
+
 def _lengths(config: Config) -> Iterator[str]:
     """Those of `input.sequence_lengths` and `model.image.keep`."""
     lengths, image = config.input.sequence_lengths, config.model.image
@@ -269,12 +278,12 @@ def _lengths(config: Config) -> Iterator[str]:
     key = f"input.sequence_lengths: got {lengths}"
     if not lengths:
         return
-    if min(lengths) < 1 or max(lengths) > fields.WIDEST or len({*lengths}) < len(lengths):
-        yield f"{key}, expected different numbers of patches, each 1 to {fields.WIDEST}"
-    if not _takes(image, "takes_shapes"):
+    if fault := lengths_fault(lengths):
+        yield f"input.sequence_lengths: {fault}"
+    if not _takes(image, "any_grid"):
         yield (
             f"{key} with the tower {image.tower}, which takes squares alone; expected (), or a tower with"
-            " takes_shapes = True"
+            " any_grid = True"
         )
 
 

@@ -55,6 +55,8 @@ def defaults(cls: type) -> Keys:
             c[name] = FieldReference(default, field_type=object)
         elif default is None:
             c[name] = placeholder(parse.inner_of(kind))
+        elif kind == tuple[int, ...] | None:
+            c[name] = FieldReference(default, field_type=tuple)
         elif dataclasses.is_dataclass(default):
             c[name] = defaults(type(default))
         elif default == {}:
@@ -114,6 +116,7 @@ def own_images(size: str = "B/16") -> Keys:
     c.checkpoint_every = 0
     c.checkpoint_every_minutes = 10.0
     c.pictures = 12
+    c.input.sequence_lengths = None  # by the shapes of the images: the trainer says which
     c.input.flip_rate = 0.5
     c.input.crop_min_area = 0.5
     # As docs/claim.md measures: as many queries as an image has described regions (set both), and a box loss

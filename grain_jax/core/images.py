@@ -248,7 +248,7 @@ def of_array(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
 
 
 def fit_inside(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """The image as RGB, its longer side `size` pixels at most and its ratio kept; antialiased bicubic, never enlarged."""
+    """The image as RGB, its longer side `size` pixels at most, its ratio kept; antialiased bicubic, never enlarged."""
     image = to_rgb(image)
     factor = size / max(image.size)
     if factor >= 1:

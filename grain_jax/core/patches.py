@@ -1,8 +1,7 @@
 """Images in their own shape: the grid of patches that fits a length, and an image as its patches.
 
-The rule is that of SigLIP 2's NaFlex (Tschannen et al. 2025, arXiv 2502.14786, section 2.4.2) as the image processor
-of transformers has it (models/siglip2/image_processing_siglip2.py): one scale for both sides, each then rounded up to
-whole patches. Needs neither TensorFlow nor JAX.
+The rule is that of SigLIP 2's NaFlex (Tschannen et al. 2025, arXiv 2502.14786, section 2.4.2) as Siglip2ImageProcessor
+of transformers has it: one scale for both sides, each then rounded up to whole patches. Needs no TensorFlow, no JAX.
 """
 
 from typing import Any

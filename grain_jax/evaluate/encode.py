@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax.core import errors, progress, schema
+from grain_jax.core import errors, patches, progress, schema
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import test_sets
 from grain_jax.inference import prompts, stream
@@ -164,6 +164,7 @@ def encode_images(
         stretch = images.images(mine)
     model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
     size = model.image.image_size if model else None
+    length = getattr(predictor, "sequence_length", 0)  # of images in their own shape
     silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
     counter = progress.Counter(label, len(images), "images", silent=silent, times=times)
     left_out: dict[str, str] = {}
@@ -178,7 +179,10 @@ def encode_images(
         except image_files.ImageError as error:
             return _Read(position, image, fault=str(error))
         # Resizing here keeps a batch small in memory, and the threads share the work.
-        pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
+        if model and length:
+            pixels = patches.of_image(loaded, model.image.patch_size, length)
+        else:
+            pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
         return _Read(position, image, loaded.size, pixels)
 
     try:

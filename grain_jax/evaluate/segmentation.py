@@ -192,7 +192,8 @@ class Segmentation(config.Evaluator):
     def segmenter(self, predictor: Any, found: segmentation_sets.Segmented) -> Segmenter:
         """Embeds the classes of a set. Raises errors.UserError where the model cannot use the options."""
         size = predictor.model.image.image_size
-        segmenting.check_stride(size, self.short_side, self.stride)
+        length = getattr(predictor, "sequence_length", 0)
+        segmenting.check_stride(size, self.short_side, self.stride, length)
         predictor.maps_by(self.by, self.patch_features)
         classes = segmenting.embed_classes(
             functools.partial(encode.encode_distinct, predictor),
@@ -263,7 +264,9 @@ class Segmenter(NamedTuple):
     skip: int | None  # the class that the threshold gives
 
     def cutter(self, size: int) -> Any:
-        """A PIL image -> its windows of `size` pixels."""
+        """A PIL image -> its windows of `size` pixels; whole, where the model takes images in their own shape."""
+        if getattr(self.predictor, "sequence_length", 0):
+            return functools.partial(segmenting.whole, classes=len(self.classes.names))
         sides = dict(short_side=self.entry.short_side, stride=self.entry.stride)
         return functools.partial(
             segmenting.cut, size=size, classes=len(self.classes.names), **sides
@@ -272,22 +275,22 @@ class Segmenter(NamedTuple):
     def labels(self, windows: Any) -> Iterator[np.ndarray]:
         """For each image, given by its windows, the class of each pixel, int32 [H, W]."""
         entry = self.entry
-        pixels = np.concatenate([each.pixels for each in windows])
-
-        def maps_of(part: np.ndarray) -> tuple[np.ndarray]:
-            maps = self.predictor.class_maps(
-                part,
-                self.classes,
-                by=entry.by,
-                patch_features=entry.patch_features,
-                patch_weight=entry.patch_weight,
-            )
-            return (maps,)
-
-        (maps,) = scores.in_parts(maps_of, pixels)
-        stream.check_finite(maps)
-        ends = np.cumsum([len(each.pixels) for each in windows])
-        pairs = zip(np.split(maps, ends[:-1]), windows, strict=True)
+        maps_of = functools.partial(
+            self.predictor.class_maps,
+            classes=self.classes,
+            by=entry.by,
+            patch_features=entry.patch_features,
+            patch_weight=entry.patch_weight,
+        )
+        if getattr(self.predictor, "sequence_length", 0):
+            maps = [one[None] for one in maps_of([each.pixels[0] for each in windows])]
+            stream.check_finite(*maps)
+        else:
+            pixels = np.concatenate([each.pixels for each in windows])
+            (maps,) = scores.in_parts(lambda part: (maps_of(part),), pixels)
+            stream.check_finite(maps)
+            maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
+        pairs = zip(maps, windows, strict=True)
 
         def labels_of(pair: tuple[np.ndarray, Any]) -> np.ndarray:
             found = segmenting.labels(

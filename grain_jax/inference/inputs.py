@@ -1,21 +1,31 @@
 """Images and boxes that a Predictor is given: what it takes, and one line for what it cannot take."""
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors
+from grain_jax.core import errors, patches
 from grain_jax.core import images as image_files
+from grain_jax.core.schema import Patches
 
 _FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 
 # PIL images, uint8 [H, W, 3] or float32 [S, S, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, S, S, 3]. PIL
-# images are turned by their EXIF orientation, as a viewer shows them; arrays are taken as they are.
-Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
+# images are turned by their EXIF orientation, as a viewer shows them; arrays are taken as they are. Patches, of one
+# image ([N, D] and [2]) or of a batch, take the place of the floats where the model takes images in their own shape.
+Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray | Patches] | np.ndarray | Patches
 OneOrMany: TypeAlias = Images | PIL.Image.Image  # an array of three axes is one image
+
+
+class Tokens(NamedTuple):
+    """What the image tower gives for images, computed once for any number of boxes."""
+
+    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
+    # int32 [B, 2], rows and columns of patches of images in their own shape; None: squares
+    grid: np.ndarray | None = None
 
 
 class InputError(errors.UserError):
@@ -33,6 +43,8 @@ def need_text_decoder(model: Any, what: str) -> None:
 
 def is_one_image(images: Any) -> bool:
     """Whether it is one image, and not a batch."""
+    if isinstance(images, Patches):
+        return images.pixels.ndim == 2
     return isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3
 
 
@@ -50,6 +62,8 @@ def one_image(image: Any) -> Images:
     """An image as a batch of one. Raises InputError."""
     if isinstance(image, PIL.Image.Image):
         return [image]
+    if isinstance(image, Patches):
+        return patches.stack([image])
     image = np.asarray(image)
     if image.ndim != 3:
         raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
@@ -78,6 +92,13 @@ def checked_boxes(index: int, boxes: Any) -> np.ndarray:
             " image; divide pixels by its width and height"
         )
     return found
+
+
+def boxes_of_grid(rows: int, columns: int) -> np.ndarray:
+    """The box of each patch of a grid, row by row, float32 xyxy [rows * columns, 4] in [0, 1]."""
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    corners = np.stack([x, y, x + 1, y + 1], axis=1)
+    return (corners / np.array([columns, rows, columns, rows])).astype(np.float32)
 
 
 def boxes_of_images(boxes_xyxy: Any) -> list[np.ndarray]:
@@ -120,13 +141,7 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
     Raises InputError, which names the image by `index`.
     """
     if isinstance(image, PIL.Image.Image):
-        try:
-            image = image_files.to_rgb(image_files.upright(image))
-        # PIL reads the pixels of a file only here, and raises many types of error.
-        except Exception as error:
-            raise InputError(
-                f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
-            ) from None
+        image = _readable(index, image)
     elif getattr(image, "dtype", None) != np.uint8:
         dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
         if dtype == np.float32 and shape == (size, size, 3):
@@ -142,8 +157,61 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
         raise InputError(f"images[{index}]: {error}") from None
 
 
-def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
-    """uint8 [S, S, 3] as float32, as the model normalises it; float32 as it is."""
+def _readable(index: int, image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image upright and RGB. Raises InputError."""
+    try:
+        return image_files.to_rgb(image_files.upright(image))
+    # PIL reads the pixels of a file only here, and raises many types of error.
+    except Exception as error:
+        raise InputError(
+            f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
+        ) from None
+
+
+def in_own_shape(index: int, image: Any, patch: int, length: int) -> Patches:
+    """The image resized to its grid of at most `length` patches, [N, D] and [2]; Patches of one image as they are.
+
+    Raises InputError, which names the image by `index`.
+    """
+    if isinstance(image, Patches):
+        if image.pixels.ndim == 2 and image.pixels.shape[1] == 3 * patch**2:
+            return image
+        got = f"patches {list(image.pixels.shape)}"
+    elif isinstance(image, PIL.Image.Image):
+        return patches.of_image(_readable(index, image), patch, length)
+    elif getattr(image, "dtype", None) == np.uint8 and 0 not in image.shape:
+        try:
+            return patches.of_image(image, patch, length)
+        except image_files.ImageError as error:
+            raise InputError(f"images[{index}]: {error}") from None
+    else:
+        dtype = getattr(image, "dtype", None)
+        got = f"{dtype} {list(image.shape)}" if dtype else type(image).__name__
+    raise InputError(
+        f"images[{index}]: got {got}, expected a PIL image, uint8 [H, W, 3], or patches [N, {3 * patch**2}] with their"
+        " grid, as preprocess gives them"
+    )
+
+
+def together(images: list[Any], tower: config_lib.ImageTower) -> Any:
+    """Prepared images as a batch, an array or Patches; normalised where some are. Raises InputError: of other lengths."""
+    pixels = [x.pixels if isinstance(x, Patches) else x for x in images]
+    if len({x.dtype for x in pixels}) > 1:
+        images = [normalised(x, tower) for x in images]
+    if not isinstance(images[0], Patches):
+        return np.stack(images)
+    lengths = sorted({len(x) for x in pixels})
+    if len(lengths) > 1:
+        raise InputError(f"images: got patches of lengths {lengths}, expected one length a call")
+    return patches.stack(images)
+
+
+def normalised(image: Any, tower: config_lib.ImageTower) -> Any:
+    """uint8 [S, S, 3], or Patches, as float32, as the model normalises it; float32 as it is."""
+    if isinstance(image, Patches):
+        shape = image.pixels.shape
+        pixels = normalised(image.pixels.reshape(*shape[:-1], -1, 3), tower).reshape(shape)
+        return image._replace(pixels=pixels)
     if image.dtype != np.uint8:
         return image
     mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
@@ -151,9 +219,18 @@ def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
 
 
 def checked_images(images: Any, size: int) -> Images:
-    """The images, if their type and shape are right; an array of floats as float32. Raises InputError."""
+    """The images, if their type and shape are right; an array of floats as float32. Raises InputError.
+
+    Args:
+      images: any.
+      size: of the squares that the model takes; 0: it takes images in their own shape.
+    """
     if isinstance(images, PIL.Image.Image):
         raise InputError("images: got one PIL image, expected a list of them")
+    if isinstance(images, Patches):
+        if size:
+            raise InputError("images: got patches, expected images of a model of squares")
+        return [Patches(*of_one) for of_one in zip(images.pixels, images.grid, strict=True)]
     if not hasattr(images, "dtype"):
         if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
             raise InputError(
@@ -169,6 +246,11 @@ def checked_images(images: Any, size: int) -> Images:
         return images
     if images.dtype.kind != "f":
         raise InputError(f"images: got {images.dtype}, expected uint8, or float32 normalised")
+    if not size:
+        raise InputError(
+            f"images: got {images.dtype}, expected uint8 or PIL images, or the patches of preprocess: the model takes"
+            " images in their own shape"
+        )
     if images.shape[1:3] != (size, size):
         raise InputError(
             f"images: got float32 of {images.shape[1]} x {images.shape[2]} pixels, expected"

@@ -8,19 +8,28 @@ import jax
 import jax.numpy as jnp
 
 from grain_jax import config as config_lib
+from grain_jax.inference.inputs import Tokens
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.models import grain
+from grain_jax.models import places as places_lib
 
 
 def _applied(model: config_lib.Model, dtype: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """(params, *arguments) -> what the method of the model returns."""
+    """(params, *arguments) -> what the method of the model returns; of Tokens it gets the values and their places."""
     module = grain.GRAIN(model, dtype)
     # "highest": full float32 also on devices that by default round the operands of a matrix product.
     precision = "highest" if dtype == "float32" else None
 
     def apply(params: Any, *arguments: Any) -> Any:
+        places = {}
+        if isinstance(arguments[0], Tokens):
+            tokens, grid = arguments[0]
+            if grid is not None:
+                patches = tokens.shape[1] - grain.leading_tokens(model)
+                places = {"places": places_lib.of_grid(grid, patches)}
+            arguments = tokens, *arguments[1:]
         with jax.default_matmul_precision(precision):
-            return module.apply({"params": params}, *arguments, method=method)
+            return module.apply({"params": params}, *arguments, method=method, **places)
 
     apply.__name__ = method.__name__  # of the compiled program, in profiles
     return apply
@@ -32,7 +41,7 @@ def image_program(
 ) -> Callable[..., Any]:
     """The jitted encode_images(params, image) -> image_embed [B, D], region_embed [B, Q, D], boxes_xyxy [B, Q, 4].
 
-    `image` is [B, S, S, 3], uint8, or float32 normalised. With `of_tokens`, it is the tokens [B, N, E].
+    `image` is [B, S, S, 3], uint8, or float32 normalised; or Patches. With `of_tokens`, it is their Tokens.
     """
     method = grain.GRAIN.embeddings if of_tokens else grain.GRAIN.encode_image
     apply = _applied(model, dtype, method)
@@ -68,3 +77,12 @@ def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
 def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., Any]:
     """The jitted (params, *arguments) -> what that method of `models.grain.GRAIN` returns."""
     return jax.jit(_applied(model, dtype, getattr(grain.GRAIN, method)))
+
+
+@functools.lru_cache(maxsize=8)
+def tokens_program(
+    model: config_lib.Model, dtype: str, method: str = "image_tokens"
+) -> Callable[..., Tokens]:
+    """The jitted (params, images) -> Tokens, by `image_tokens` or `image_values` of the model."""
+    apply = _applied(model, dtype, getattr(grain.GRAIN, method))
+    return jax.jit(lambda params, image: Tokens(apply(params, image), getattr(image, "grid", None)))

@@ -31,13 +31,14 @@ from grain_jax.inference import (
     segmentation,
     text_decoder,
 )
-from grain_jax.inference.inputs import Images, InputError, OneOrMany
+from grain_jax.inference.inputs import Images, InputError, OneOrMany, Tokens
 from grain_jax.inference.text_decoder import Pointed, Written
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.models import box_head, grain, lora, towers
+from grain_jax.models import box_head, grain, lora, places, towers
 from grain_jax.runtime import checkpoint, receipt, saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
+_NO_PATCHES = "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
 
 
@@ -46,12 +47,6 @@ class Grounding(NamedTuple):
 
     box_xyxy: np.ndarray  # float32 [4] in [0, 1]
     score: float  # cosine of the text and the best region
-
-
-class Tokens(NamedTuple):
-    """What the image tower gives for images, computed once for any number of boxes."""
-
-    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
 
 
 class ClassFeatures(NamedTuple):
@@ -68,6 +63,7 @@ def load(
     dtype: str = "float32",
     templates: Sequence[str] | None = None,
     progress: bool = False,
+    sequence_length: int | None = None,
 ) -> "Predictor":
     """Loads the model of a training workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
 
@@ -76,6 +72,8 @@ def load(
         name; or one of the Hugging Face Hub ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"): a folder of `convert to-hf`, or
         any other conversion. No code of the Hub is downloaded.
       dtype, templates, progress: as in `Predictor`.
+      sequence_length: patches an image, for images in their own shape; 0: squares. None: the longest that the model was
+        trained with, squares where there is none.
 
     Raises:
       checkpoint.CheckpointError: there is no such model, or it is damaged.
@@ -83,8 +81,10 @@ def load(
       InputError: unknown `dtype`.
     """
     stored = checkpoint.load_stored(path)
+    if sequence_length is None:
+        sequence_length = max(stored.sequence_lengths, default=0)
     given = stored.model, stored.merged(), dtype, templates, stored.folder, progress
-    return Predictor(*given, text_decoder=stored.text_decoder)
+    return Predictor(*given, text_decoder=stored.text_decoder, sequence_length=sequence_length)
 
 
 class Predictor:
@@ -98,9 +98,10 @@ class Predictor:
       folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
       text_decoder: that a run trained beside the model (`checkpoint.load_stored`), or None.
+      sequence_length: patches an image, N: images keep their ratio, and their grids fit N; 0: squares.
 
     Raises:
-      InputError: unknown `dtype`, or factors of LoRA among the parameters.
+      InputError: unknown `dtype`, a `sequence_length` that the model does not take, or factors of LoRA among the parameters.
     """
 
     def __init__(
@@ -113,20 +114,29 @@ class Predictor:
         progress: bool = False,
         *,
         text_decoder: checkpoint.StoredDecoder | None = None,
+        sequence_length: int = 0,
     ):
         if dtype not in config_lib.DTYPES:
             names = " or ".join(config_lib.DTYPES)
             raise InputError(f"dtype: got {dtype!r}, expected {names}")
         # Raises early if a stored config names towers that may not be imported.
-        towers.image_tower(model.image)
+        image_tower = towers.image_tower(model.image)
         towers.text_tower(model.text)
         if lora.left_out(params):
             raise InputError(
                 "params: got factors of LoRA, which a Predictor does not apply; expected them folded in, as"
                 " grain_jax.load does and grain_jax.models.lora.merged"
             )
+        if sequence_length and (fault := config_lib.lengths_fault([sequence_length])):
+            raise InputError(f"sequence_length: {fault}")
+        if sequence_length and not image_tower.any_grid:
+            raise InputError(
+                f"sequence_length: got {sequence_length} with the tower {model.image.tower}, which takes squares alone;"
+                " expected 0"
+            )
         self.model = model
         self.dtype = dtype
+        self.sequence_length = sequence_length
         self.folder = folder
         self.progress = progress
         self.params = jax.tree.map(jnp.asarray, params)
@@ -144,9 +154,12 @@ class Predictor:
     def __repr__(self) -> str:
         image, text, decoder = self.model.image, self.model.text, self.model.decoder
         size, count = image.image_size, sum(x.size for x in jax.tree.leaves(self.params))
+        shape = f"{size} x {size}"
+        if self.sequence_length:
+            shape = f"of {self.sequence_length} patches in its own shape"
         return (
             f"<Predictor of {self.folder or 'given parameters'}:"
-            f" image {size} x {size} ({image.tower}, depth {image.depth}, width {image.width});"
+            f" image {shape} ({image.tower}, depth {image.depth}, width {image.width});"
             f" text of {text.context_length} tokens ({text.tower}, depth {text.depth}, width {text.width});"
             f" {decoder.queries if decoder else 0} regions; box head {self.model.boxes.kind};"
             f"{self._described_decoder()} embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
@@ -182,14 +195,22 @@ class Predictor:
         """What a sigmoid model adds to the scaled cosines; None for others."""
         return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
 
-    def preprocess(self, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
+    def preprocess(self, image: PIL.Image.Image | np.ndarray) -> Any:
         """A PIL image or uint8 [H, W, 3] -> float32 [S, S, 3], resized and normalised, as `encode_image` takes it.
+
+        With `sequence_length` the normalised Patches of the image, [N, D] and [2].
 
         Raises:
           InputError: another kind of image, or one that cannot be read.
         """
+        return inputs.normalised(self.resized(image), self.model.image)
+
+    def resized(self, image: PIL.Image.Image | np.ndarray, index: int = 0) -> Any:
+        """As `preprocess`, not normalised: uint8 [S, S, 3], or the Patches of an image; an error names the `index`."""
         tower = self.model.image
-        return inputs.normalised(inputs.resize(0, image, tower.image_size), tower)
+        if self.sequence_length:
+            return inputs.in_own_shape(index, image, tower.patch_size, self.sequence_length)
+        return inputs.resize(index, image, tower.image_size)
 
     def tokenizer(self, texts: str | Iterable[str]) -> np.ndarray:
         """Texts -> token ids int32 [N, L], padded, as `encode_text` takes them; one text -> [L].
@@ -216,8 +237,9 @@ class Predictor:
         Args:
           images: PIL images of any mode, uint8 [H, W, 3] of any size or float32 [S, S, 3] of the model's size, already
             normalised (`preprocess`), as a list, a generator or anything else to iterate over; uint8 [B, H, W, 3] or
-            float32 [B, S, S, 3]; or one image. What is not normalised is resized to the model's size. PIL images are
-            turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as they are.
+            float32 [B, S, S, 3]; or one image. What is not normalised is resized to the model's size; with
+            `sequence_length` to the grid of its ratio, and Patches take the place of the floats. PIL images are turned by
+            their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as they are.
 
         Raises:
           InputError: images of another kind or shape, or one that cannot be read.
@@ -271,7 +293,10 @@ class Predictor:
         """
         if not self.has_text_decoder:
             self._need_box_head()
-        return Tokens(self._all(jitted.program(self.model, self.dtype, "image_tokens"), images))
+        return self._tokens_of(images)
+
+    def _tokens_of(self, images: OneOrMany, method: str = "image_tokens") -> Tokens:
+        return Tokens(*self._all(jitted.tokens_program(self.model, self.dtype, method), images))
 
     def _need_box_head(self) -> None:
         if self.model.boxes.kind == "none":
@@ -320,8 +345,9 @@ class Predictor:
         boxes = inputs.boxes_of_images(boxes_xyxy)
         whole, parts = [np.zeros((0, self.model.embed_dim), np.float32)], []
         for part in self._rows(images):
-            own = boxes[len(parts) : len(parts) + len(part)]
-            own += [np.zeros((0, 4), np.float32)] * (len(part) - len(own))
+            count = _count(part)
+            own = boxes[len(parts) : len(parts) + count]
+            own += [np.zeros((0, 4), np.float32)] * (count - len(own))
             # A power of two of boxes an image, so that few programs are compiled.
             most = 1 << (max(map(len, own)) - 1).bit_length()
             padded = np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in own])
@@ -357,10 +383,10 @@ class Predictor:
         embeds = self.encode_boxes(images, boxes_xyxy)
         return [scores.global_scores(embed, classes.features) for embed in embeds]
 
-    def encode_patches(self, images: OneOrMany | Tokens) -> np.ndarray:
+    def encode_patches(self, images: OneOrMany | Tokens) -> Any:
         """Images, as for `encode_boxes` -> an embedding of each patch, float32 [B, h, w, D], unit length.
 
-        One image -> [h, w, D].
+        One image -> [h, w, D]. With `sequence_length` a list, for each image [h, w, D] of its own grid.
 
         With a box head a patch is a box; of a model of two towers each patch is pooled alone, as in MaskCLIP (Zhou et al.
         2022).
@@ -370,19 +396,35 @@ class Predictor:
         """
         if inputs.is_one_image(images):
             return self.encode_patches(inputs.one_image(images))[0]
+        if self.sequence_length:
+            return self._patches_in_own_shape(images)
         grid = self.grid
         if self.model.boxes.kind != "none":
             tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
             boxes = [box_head.token_boxes(grid * grid, 0)] * len(tokens.values)
             patches = np.array(self.encode_boxes(tokens, boxes))
         elif self.model.decoder is not None:
-            raise InputError(
-                "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
-            )
+            raise InputError(_NO_PATCHES)
         else:
             method = "patch_embeddings" if isinstance(images, Tokens) else "encode_patches"
             patches = self._all(jitted.program(self.model, self.dtype, method), images)
         return patches.astype(np.float32).reshape(-1, grid, grid, self.model.embed_dim)
+
+    def _patches_in_own_shape(self, images: OneOrMany | Tokens) -> list[np.ndarray]:
+        """For each image the embeddings of its patches, float32 [h, w, D]."""
+        has_head = self.model.boxes.kind != "none"
+        if self.model.decoder is not None and not has_head:
+            raise InputError(_NO_PATCHES)
+        tokens = images if isinstance(images, Tokens) else self._tokens_of(images)
+        assert tokens.grid is not None
+        if has_head:
+            found = self.encode_boxes(tokens, [inputs.boxes_of_grid(*grid) for grid in tokens.grid])
+        else:
+            found = self._all(jitted.program(self.model, self.dtype, "patch_embeddings"), tokens)
+        return [
+            x[: rows * columns].astype(np.float32).reshape(rows, columns, -1)
+            for x, (rows, columns) in zip(found, tokens.grid, strict=True)
+        ]
 
     def similarity_map(
         self, image: PIL.Image.Image | np.ndarray, texts: str | Iterable[str] | np.ndarray
@@ -417,9 +459,10 @@ class Predictor:
         Raises:
           InputError: the images cannot be used, or the image tower has no grid of patches.
         """
-        grid, has_head = self.grid, self.model.boxes.kind != "none"
-        if has_head and not isinstance(images, Tokens):
-            images = self.encode_tokens(images)
+        has_head = self.model.boxes.kind != "none"
+        if not isinstance(images, Tokens) and (has_head or self.sequence_length):
+            images = self._tokens_of(images)
+        grids = [self.grid] * len(text_embeds) if not self.sequence_length else images.grid
         patches = regions = [None] * len(text_embeds)
         if has_head or self.model.decoder is None:
             patches = self.encode_patches(images)
@@ -427,7 +470,7 @@ class Predictor:
             regions = list(zip(*self.encode_regions(images)))
         return [
             scores.similarity_map(text, patch, region, grid)
-            for text, patch, region in zip(text_embeds, patches, regions, strict=True)
+            for text, patch, region, grid in zip(text_embeds, patches, regions, grids, strict=True)
         ]
 
     def segment(
@@ -448,25 +491,31 @@ class Predictor:
             class: "sofa, couch".
           background: pixels are -1 where the best class has a smaller share of the softmax of scaled cosines; None: none.
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
-          stride: pixels between windows of the model's size; 0: half of it.
+          stride: pixels between windows of the model's size; 0: half of it. With `sequence_length` there are no windows,
+            and the image is seen whole.
           **maps: `by`, `patch_features` and `patch_weight`, as of `class_maps`.
 
         Raises:
           InputError: images, classes or options cannot be used.
         """
         size = self.model.image.image_size
-        segmentation.check_stride(size, short_side, stride)
+        segmentation.check_stride(size, short_side, stride, self.sequence_length)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
         is_one = inputs.is_one_image(images)
         found, several = [], [images] if is_one else images
         for i, image in enumerate(cast(Iterable[Any], several)):
             options = size, short_side, stride, len(classes.names)
-            windows = segmentation.windows_of(i, image, *options)
+            if self.sequence_length:
+                windows = segmentation.whole_of(i, image)
+            else:
+                windows = segmentation.windows_of(i, image, *options)
             of_windows = self.class_maps(windows.pixels, classes, **maps)
             scale = self.logit_scale
             found.append(
-                segmentation.labels(of_windows, windows, background=background, scale=scale)
+                segmentation.labels(
+                    np.asarray(of_windows), windows, background=background, scale=scale
+                )
             )
         return found[0] if is_one else found
 
@@ -486,8 +535,10 @@ class Predictor:
         by: str = "auto",
         patch_features: str = "auto",
         patch_weight: float = 0.5,
-    ) -> np.ndarray:
+    ) -> Any:
         """Where every class lies in each image of a batch: cosines at the patches, float32 [B, C, h, w].
+
+        With `sequence_length` a list, for each image [C, h, w] of its own grid.
 
         Args:
           images: as for `encode_image`.
@@ -502,11 +553,12 @@ class Predictor:
           InputError: as `encode_image`; an unknown option; the model has no such patches or regions.
         """
         by, patch_features = self.maps_by(by, patch_features)
+        if self.sequence_length:
+            return self._class_maps_in_own_shape(images, classes, by, patch_features, patch_weight)
         grid, maps, tokens = self.grid, [], None
         images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
         if by != "regions":
-            program = jitted.program(self.model, self.dtype, f"image_{patch_features}")
-            tokens = Tokens(self._all(program, images))
+            tokens = self._tokens_of(images, f"image_{patch_features}")
             patches = classes.cosines(self.encode_patches(tokens)).transpose(0, 3, 1, 2)
             maps.append(patches)
         if by != "patches":
@@ -518,6 +570,36 @@ class Predictor:
         if len(maps) == 1:
             return maps[0]
         return np.float32(patch_weight) * maps[0] + np.float32(1 - patch_weight) * maps[1]
+
+    def _class_maps_in_own_shape(
+        self,
+        images: Images,
+        classes: segmentation.Classes,
+        by: str,
+        patch_features: str,
+        weight: float,
+    ) -> list[np.ndarray]:
+        """`class_maps` without "auto"."""
+        # They may be read twice.
+        images = images if isinstance(images, schema.Patches) else list(images)
+        tokens = self._tokens_of(images)
+        assert tokens.grid is not None
+        shares, parts = [], []
+        if by != "regions":
+            seen = tokens
+            if patch_features == "values":
+                seen = self._tokens_of(images, "image_values")
+            shares.append(weight)
+            parts.append([classes.cosines(x).transpose(2, 0, 1) for x in self.encode_patches(seen)])
+        if by != "patches":
+            regions = self.encode_regions(tokens)
+            cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
+            each = zip(cosines, regions.boxes_xyxy, tokens.grid)
+            shares.append(1 - weight)
+            parts.append([scores.region_map(*one) for one in each])
+        if len(parts) == 1:
+            return parts[0]
+        return [np.float32(shares[0]) * x + np.float32(shares[1]) * y for x, y in zip(*parts)]
 
     def maps_by(self, by: str, patch_features: str) -> tuple[str, str]:
         """The options of `class_maps` without "auto". Raises InputError where the model cannot use them."""
@@ -580,53 +662,57 @@ class Predictor:
         parts = [self._run(program, part) for part in self._rows(images)]
         if not parts:  # of no image, the shapes
             size = self.model.image.image_size
-            none = np.zeros((0, size, size, 3), np.uint8)
-            none = images.values if isinstance(images, Tokens) else none
-            one = jax.ShapeDtypeStruct((1, *none.shape[1:]), none.dtype)
+            none: Any = np.zeros((0, size, size, 3), np.uint8)
+            if isinstance(images, Tokens):
+                none = images
+            elif self.sequence_length:
+                numbers = 3 * self.model.image.patch_size**2
+                none = np.zeros((0, self.sequence_length, numbers), np.uint8)
+                none = schema.Patches(none, np.zeros((0, 2), np.int32))
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), none)
             shapes = jax.eval_shape(program, self.params, one)
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
-    def _rows(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
-        """Images, checked, or tokens, in arrays of at most MAX_BATCH rows per device. Raises InputError."""
+    def _rows(self, images: OneOrMany | Tokens) -> Iterator[Any]:
+        """Images, checked, an array or Patches, or Tokens, at most MAX_BATCH rows per device. Raises InputError."""
         tower, most = self.model.image, MAX_BATCH * len(self._devices)
         if isinstance(images, Tokens):
             for first in range(0, len(images.values), most):
-                yield images.values[first : first + most]
+                yield _part(images, first, most)
             return
-        images = inputs.checked_images(images, tower.image_size)
+        images = inputs.checked_images(images, 0 if self.sequence_length else tower.image_size)
         total = len(images) if isinstance(images, Sized) else None
         counter = progress_lib.Counter("images", total, silent=not self.progress)
-        resized = (inputs.resize(i, x, tower.image_size) for i, x in enumerate(images))
+        resized = (self.resized(x, i) for i, x in enumerate(images))
         while part := list(itertools.islice(resized, most)):
-            if len({x.dtype for x in part}) > 1:
-                part = [inputs.normalised(x, tower) for x in part]
-            yield np.stack(part)
+            yield inputs.together(part, tower)
             counter.add(len(part))
         counter.close(stays=True)
 
     def _run(
         self,
         program: Callable[..., Any],
-        *rows: np.ndarray,
+        *rows: Any,
         most: int = MAX_BATCH,
         of_text_decoder: bool = False,
     ) -> Any:
-        """The results of `program` on `rows` (arrays of equal length), as numpy.
+        """The results of `program` on `rows` (arrays, or trees of them, of equal length), as numpy.
 
         The rows are padded to a power of two per device, so that few programs are compiled. Up to `most` rows
         run on one device, more on all devices. The parameters are those of the model, or of the text decoder.
         """
-        count = len(rows[0])
+        count = _count(rows)
         if count > most:
             params, sharding = (
                 self._decoder_on_all_devices if of_text_decoder else self._on_all_devices
             )
-            padded = [jax.device_put(_pad(x, len(self._devices)), sharding) for x in rows]
+            wide = jax.tree.map(lambda x: _pad(x, len(self._devices)), rows)
+            padded = jax.device_put(wide, sharding)
         else:
             decoder = self.text_decoder if of_text_decoder else None
             params = self.params if decoder is None else decoder.params
-            padded = [_pad(x) for x in rows]
+            padded = jax.tree.map(_pad, rows)
         return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *padded))
 
     @functools.cached_property
@@ -773,7 +859,7 @@ class Predictor:
         text_decoder.check_beams(beams)
         found = []
         for tokens in self._token_parts(images):
-            none = [np.zeros((1, 4), np.float32)] * len(tokens)
+            none = [np.zeros((1, 4), np.float32)] * len(tokens.values)
             found += self._write(given, "caption", tokens, none, beams, steps)
         return [written for (written,) in found]
 
@@ -963,7 +1049,7 @@ class Predictor:
         stage = rerank.first_stage(image_embed, text_embed, top)
         likelihood: list[np.ndarray] = [np.zeros(0)]
         for first in range(0, len(image_embed), MAX_BATCH):
-            part = Tokens(tokens.values[first : first + MAX_BATCH])
+            part = _part(tokens, first, MAX_BATCH)
             lists = [[asked[t] for t in stage.texts_of(first + i)] for i in range(len(part.values))]
             ask = lambda _, *given: self.caption_log_likelihood(*given)
             likelihood += rerank.log_likelihoods(ask, part, lists)
@@ -978,22 +1064,22 @@ class Predictor:
         excluded = text_decoder.excluded(library, self.model.text)
         return text_decoder.Given(stored.config, self.model, self.dtype, excluded)
 
-    def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
-        """The tokens [b, N, E] of the image tower, of some images after others."""
-        program = jitted.program(self.model, self.dtype, "image_tokens")
+    def _token_parts(self, images: OneOrMany | Tokens) -> Iterator[Tokens]:
+        """The tokens of the image tower, of some images after others."""
+        program = jitted.tokens_program(self.model, self.dtype)
         for part in self._rows(images):
-            yield part if isinstance(images, Tokens) else self._run(program, part)
+            yield part if isinstance(part, Tokens) else self._run(program, part)
 
     def _token_parts_with(
         self, images: OneOrMany | Tokens, **lists: list[Any]
-    ) -> Iterator[tuple[np.ndarray, list[list[Any]]]]:
+    ) -> Iterator[tuple[Tokens, list[list[Any]]]]:
         """(tokens of some images, for each of the lists what belongs to them). Raises InputError: of other images."""
         done = 0
         for tokens in self._token_parts(images):
-            end = done + len(tokens)
+            end = done + len(tokens.values)
             own = [values[done:end] for values in lists.values()]
             done = end
-            if all(len(x) == len(tokens) for x in own):
+            if all(len(x) == len(tokens.values) for x in own):
                 yield tokens, own
         for name, values in lists.items():
             if len(values) != done:
@@ -1009,7 +1095,11 @@ class Predictor:
 
         def part(program, tokens, image, *rows):
             # The tokens of an image are copied for each of its rows: of these rows alone.
-            return self._run(program, tokens[image], *rows, **options)
+            values, grid = jax.tree.map(lambda x: x[image], tokens)
+            if grid is not None:
+                patches = values.shape[1] - grain.leading_tokens(self.model)
+                rows = *rows, jax.tree.map(np.asarray, places.of_grid(grid, patches))
+            return self._run(program, values, *rows, **options)
 
         def run(program, tokens, image, *rows):
             cuts = [slice(i, i + at_once) for i in range(0, len(image), at_once)]
@@ -1033,7 +1123,7 @@ class Predictor:
         self,
         given: text_decoder.Given,
         task: str,
-        tokens: np.ndarray,
+        tokens: Tokens,
         boxes: Sequence[np.ndarray],
         beams: int,
         steps: int,
@@ -1050,7 +1140,7 @@ class Predictor:
         self,
         given: text_decoder.Given,
         task: str,
-        tokens: np.ndarray,
+        tokens: Tokens,
         texts: Sequence[Sequence[str]],
         boxes: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
@@ -1122,6 +1212,16 @@ def _pairs(
 @functools.lru_cache(maxsize=8)
 def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tokenizer.Tokenizer:
     return tokenizer.of_tower(tower, folder)
+
+
+def _part(rows: Any, first: int, count: int) -> Any:
+    """Some rows of a tree of arrays."""
+    return jax.tree.map(lambda x: x[first : first + count], rows)
+
+
+def _count(rows: Any) -> int:
+    """The rows of arrays, or of a tree of them."""
+    return len(jax.tree.leaves(rows)[0])
 
 
 def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.inference.inputs import InputError
+from grain_jax.inference.inputs import InputError, Tokens
 from grain_jax.input_pipeline import tokenizer as tokenizer_lib
 from grain_jax.losses import vocabulary
 from grain_jax.models import text_decoder, towers
@@ -152,7 +152,7 @@ def _is_count(x: Any) -> bool:
 
 
 def write(
-    run: Run, given: Given, task: str, tokens: np.ndarray, asked: Sequences, beams: int, steps: int
+    run: Run, given: Given, task: str, tokens: Tokens, asked: Sequences, beams: int, steps: int
 ) -> list[tuple[list[int], float, bool]]:
     """For each sequence (the ids that the decoder writes, without the end; their log-probability; whether it ended).
 
@@ -160,7 +160,7 @@ def write(
       run: of the Predictor.
       given: the decoder.
       task: a name of `text_decoder.TASKS`.
-      tokens: [B, N, E], of the image tower.
+      tokens: of the image tower.
       asked: sequences of these images; of their words those of `point` count, of their boxes those of `describe`.
       beams: of the search; 1: greedy.
       steps: most tokens of a text, the end counted; of a box, 4.
@@ -175,7 +175,7 @@ def write(
 
 
 def log_likelihoods(
-    run: Run, given: Given, task: str, tokens: np.ndarray, asked: Sequences
+    run: Run, given: Given, task: str, tokens: Tokens, asked: Sequences
 ) -> np.ndarray:
     """The log-likelihood of what each sequence predicts, float32 [n]; arguments as of `write`.
 

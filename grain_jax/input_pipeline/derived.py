@@ -1,7 +1,8 @@
 """Numbers for the keys that a config leaves open: `input.lanes`, `text.pack_group`, `text.pack_rows` set to None.
 
 Lanes and group follow from batch, micro-batches and devices. The rows follow from the lengths of the texts of
-the data set, so that at most `MISFITS` of them are dropped or cut. config.json and the checkpoints of a run hold
+the data set, so that at most `MISFITS` of them are dropped or cut. `input.sequence_lengths` set to None follows from the
+shapes of its images (image_shapes.py). config.json and the checkpoints of a run hold
 the numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFlow.
 """
 
@@ -15,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.config import Config
+from grain_jax.config import Config, checks
 from grain_jax.core import errors
-from grain_jax.input_pipeline import packing, synthetic, text_lengths
+from grain_jax.input_pipeline import image_shapes, packing, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
 KEYS = ("input.lanes", "text.pack_group", "text.pack_rows")
+LENGTHS = "input.sequence_lengths"
 LANES = 16  # unless the processes, shards or batch ask for another number
 LANE_IMAGES = 16  # images of a lane in a small batch: smaller packing groups leave much padding
 LARGEST_GROUP = 64  # images; larger groups save little more padding
@@ -57,7 +59,7 @@ class Rows(NamedTuple):
 
 def is_open(config: Config) -> bool:
     """Whether the config has a number left to derive."""
-    return None in _numbers(config).values()
+    return config.input.sequence_lengths is None or None in _numbers(config).values()
 
 
 def resolve(
@@ -66,6 +68,7 @@ def resolve(
     lengths: Callable[[], Sequence[TextLengths]],
     stored: Config | None = None,
     where: str = "",
+    sizes: Callable[[], Sequence[np.ndarray]] = lambda: (),
 ) -> tuple[Config, str]:
     """The config with numbers, and a line that says which were derived from what ("": none).
 
@@ -75,11 +78,60 @@ def resolve(
       lengths: gives the text lengths of each data set; called where rows must be derived.
       stored: the config of the checkpoint that the run resumes from; its numbers are taken.
       where: that checkpoint, in words.
+      sizes: gives height and width of images of each data set, [n, 2]; called where `input.sequence_lengths` is open.
+        Of none, images are squares.
 
     Raises:
       DerivedError: no number is possible.
     """
     if not is_open(config):
+        return config, ""
+    config, said = _with_lengths(config, stored, where, sizes)
+    found, line = _with_numbers(config, place, lengths, stored, where)
+    return found, "; ".join(filter(None, (said, line)))
+
+
+def _with_lengths(
+    config: Config,
+    stored: Config | None,
+    where: str,
+    sizes: Callable[[], Sequence[np.ndarray]],
+) -> tuple[Config, str]:
+    """The config with `input.sequence_lengths`, and why these ("": they were given)."""
+    if config.input.sequence_lengths is not None:
+        return config, ""
+    with_lengths = lambda lengths: dataclasses.replace(
+        config, input=dataclasses.replace(config.input, sequence_lengths=lengths)
+    )
+    if stored is not None:
+        lengths = stored.input.sequence_lengths
+        return with_lengths(lengths), f"{LENGTHS}={lengths}: as in {where}"
+    of_sets = [of for of in sizes() if len(of)]
+    if not of_sets:
+        return with_lengths(()), f"{LENGTHS}=(): squares, since no shapes of images are known here"
+    image = config.model.image
+    own = with_lengths(((image.image_size // image.patch_size) ** 2,))
+    weights = [one.weight for one in config.input.sets[: len(of_sets)]]
+    weights = weights if len(weights) == len(of_sets) else None
+    long = float(np.average([image_shapes.share_of_long(x) for x in of_sets], weights=weights))
+    why = f"of {sum(map(len, of_sets))} images {_percent(long)} are longer than {image_shapes.LONG:g} : 1"
+    if not image_shapes.keep_shape(long):
+        return with_lengths(()), f"{LENGTHS}=(): squares, {why}"
+    if faults := checks.faults_of(own):
+        return with_lengths(()), f"{LENGTHS}=(): squares, though {why} ({faults[0]})"
+    lengths = own.input.sequence_lengths
+    return own, f"{LENGTHS}={lengths}: images keep their shape, {why}; squares with {LENGTHS}=()"
+
+
+def _with_numbers(
+    config: Config,
+    place: Place,
+    lengths: Callable[[], Sequence[TextLengths]],
+    stored: Config | None,
+    where: str,
+) -> tuple[Config, str]:
+    """`resolve` of the numbers alone."""
+    if None not in _numbers(config).values():
         return config, ""
     before = dict.fromkeys(KEYS)  # those of the checkpoint
     # One of another batch size is another run, which `checkpoint.check_same_run` refuses.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
@@ -93,8 +93,8 @@ def _find(source: Dataset) -> RecordSet:
     written = _of_split(directory, source.split)
     if written.get("shard_lengths") != [shard.num_records for shard in split_shards]:
         written = {}  # of other shards
-    squashed = 0 if "original_size" in features else _squashed(directory)
-    return RecordSet(source, directory, split_shards, has_negatives, written, squashed)
+    lost = squashed(directory, features)
+    return RecordSet(source, directory, split_shards, has_negatives, written, lost)
 
 
 def notes_of_build(directory: epath.Path) -> dict[str, Any]:
@@ -103,8 +103,10 @@ def notes_of_build(directory: epath.Path) -> dict[str, Any]:
     return regular_file.read_json(path, dict, "notes of a build") if path.exists() else {}
 
 
-def _squashed(directory: epath.Path) -> int:
-    """`store_size` of a set whose images were resized to squares."""
+def squashed(directory: epath.Path, features: Container[str]) -> int:
+    """Side of the squares that the images of a set were squashed to without a note of their shape; 0: of none."""
+    if "original_size" in features:
+        return 0
     notes = notes_of_build(directory)
     size = notes.get("store_size", 0)
     return size if isinstance(size, int) and notes.get("fit", "square") == "square" else 0

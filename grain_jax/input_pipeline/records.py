@@ -15,9 +15,9 @@ import tensorflow as tf
 from etils import epath
 
 from grain_jax.config import Config, TextTower
-from grain_jax.core import named
+from grain_jax.core import images, named
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
+from grain_jax.input_pipeline import assemble, image_shapes, order, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 from grain_jax.input_pipeline.text_cleaning import Texts
@@ -111,41 +111,75 @@ def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
     ]
 
 
+def image_sizes(config: Config) -> list[np.ndarray]:
+    """Height and width of a sample of the images of each set, int64 [n, 2]; none of a set that has lost them.
+
+    Raises: as `record_files.find`; DataError where a record cannot be read.
+    """
+    return [
+        np.zeros((0, 2), np.int64) if one.squashed else _sizes(one)
+        for one in record_files.find(config)
+    ]
+
+
+def _sizes(one: record_files.RecordSet) -> np.ndarray:
+    """Height and width of images, of their headers, where they were squashed of the record."""
+    names = {"image": transforms.FEATURES["image"]} | transforms.ORIGINAL_SIZE
+    found = []
+    for fields in _first_records(one, names, image_shapes.IMAGES):
+        original = fields["original_size"].numpy()
+        if len(original) == 2:
+            found.append(original)
+            continue
+        try:
+            found.append(images.header(fields["image"].numpy(), orientation="file").size[::-1])
+        except images.ImageError as error:
+            raise DataError(f"{one.directory}: {error}; {_ADVICE}") from None
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
 def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
     """Lengths of the texts of the first records of shards that are spread over the set; no image is decoded."""
+    features = {k: v for k, v in transforms.FEATURES.items() if k not in ("image", "regions/bbox")}
+    if one.has_negatives:
+        features |= transforms.NEGATIVES
+    found = []
+    for fields in _first_records(one, features, text_lengths_lib.IMAGES):
+        names = ("captions", "synthetic_caption", "regions/description", "regions/score")
+        web, synthetic, descriptions, scores = (fields[name].numpy() for name in names)
+        best = text_lengths_lib.best_first(descriptions, scores)
+        texts = ([text for text in web if text], synthetic, best)
+        if one.has_negatives:
+            flat, counts = (fields[name].numpy() for name in transforms.NEGATIVES)
+            of_regions = np.split(flat, np.cumsum(counts)[:-1])
+            texts += (text_lengths_lib.best_first(of_regions, scores),)
+        found.append(texts)
+    return text_lengths_lib.of_texts(
+        found,
+        tokenizer.of_tower(tower),
+        name=repr(one.source.name),
+        tokenizer=tower.tokenizer,
+        records=sum(shard.num_records for shard in one.shards),
+    )
+
+
+def _first_records(
+    one: record_files.RecordSet, features: Mapping[str, Any], number: int
+) -> Iterator[dict[str, tf.Tensor]]:
+    """These features of the first records of shards that are spread over the set, about so many. Raises DataError."""
     shards = [shard for shard in one.shards if shard.num_records]
     chosen = [
         shards[i] for i in np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int)
     ]
     chosen = list(dict.fromkeys(chosen))
-    each = -(-text_lengths_lib.IMAGES // len(chosen))
-    features = {k: v for k, v in transforms.FEATURES.items() if k not in ("image", "regions/bbox")}
-    if one.has_negatives:
-        features |= transforms.NEGATIVES
-    images = []
+    each = -(-number // len(chosen))
     for shard in chosen:
         try:
             for record in tf.data.TFRecordDataset(shard.path, buffer_size=_READ_BYTES).take(each):
-                fields = tf.io.parse_single_example(record, features)
-                names = ("captions", "synthetic_caption", "regions/description", "regions/score")
-                web, synthetic, descriptions, scores = (fields[name].numpy() for name in names)
-                best = text_lengths_lib.best_first(descriptions, scores)
-                texts = ([text for text in web if text], synthetic, best)
-                if one.has_negatives:
-                    flat, counts = (fields[name].numpy() for name in transforms.NEGATIVES)
-                    of_regions = np.split(flat, np.cumsum(counts)[:-1])
-                    texts += (text_lengths_lib.best_first(of_regions, scores),)
-                images.append(texts)
+                yield tf.io.parse_single_example(record, dict(features))
         except DAMAGE as error:
             reason = str(error.message).splitlines()[0][:200]
             raise DataError(f"{shard.path}: {reason}; {_ADVICE}") from None
-    return text_lengths_lib.of_texts(
-        images,
-        tokenizer.of_tower(tower),
-        name=repr(one.source.name),
-        tokenizer=tower.tokenizer,
-        records=sum(shard.num_records for shard in shards),
-    )
 
 
 def batches(

@@ -81,6 +81,13 @@ class DataSource(Protocol):
             " its texts; set text.pack_group and text.pack_rows, or text.packing=False"
         )
 
+    def image_sizes(self, config: Config) -> Sequence[np.ndarray]:
+        """Height and width of a sample of the images of each data set, int [n, 2]; (): not known.
+
+        `input.sequence_lengths` is derived from them. A source need not have this method.
+        """
+        return ()
+
     def batches(
         self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
     ) -> Iterator[Batch]:

@@ -4,7 +4,6 @@ Every random choice reads one of the `draws` of the record (uniform in [0, 1), s
 depends on the record and its position in the stream alone. Images stay uint8: the device normalises them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -75,18 +74,20 @@ class Transform:
         if length is None:
             image = resize(image, self.size)
         else:
-            image, grid = self._resize(image, fields, window_xyxy, length)
+            image = self._resize(image, fields, window_xyxy, length)
         flipped = draws[_FLIP] < self.input.flip_rate
         if self.input.flip_rate > 0:
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
+        if length is not None:
+            image = to_patches(image, self.patch, length)
         descriptions = fields["regions/description"]
         captions, caption_mask = self._captions(fields, draws, kept)
         negatives, negative_mask = self._negatives(fields, draws, kept)
         regions = top_regions(descriptions, boxes_xyxy, scores, kept, self.input.max_regions)
         names = ("descriptions", "region_boxes_cxcywh", "region_mask", "region_scores")
         return dict(
-            image=image if length is None else to_patches(image, grid, self.patch, length),
+            image=image,
             captions=captions,
             caption_mask=caption_mask,
             **dict(zip(names, regions)),
@@ -95,16 +96,16 @@ class Transform:
             negative_mask=negative_mask,
         )
 
-    def _resize(self, image, fields, window_xyxy, length) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """The image, of that window of the whole one, resized to the grid of its ratio; the grid's rows and columns."""
+    def _resize(self, image, fields, window_xyxy, length) -> tf.Tensor:
+        """The image, which is that window of the whole one, resized to the grid of its ratio."""
         size = tf.cast(tf.shape(image)[:2], tf.float64)
         original = tf.cast(fields["original_size"], tf.float64)
         sides = tf.cast(tf.reverse(window_xyxy[2:] - window_xyxy[:2], [0]), tf.float64)
-        squashed = tf.size(original) == 2
-        size = tf.cond(squashed, lambda: tf.maximum(tf.round(sides * original), 1), lambda: size)
+        is_squashed = tf.size(original) == 2
+        size = tf.cond(is_squashed, lambda: tf.maximum(tf.round(sides * original), 1), lambda: size)
         most = max(self.input.sequence_lengths or (0,))
         grid = patches.grid(size[0], size[1], self.patch, length, tnp, most)
-        return resize_to(image, self.patch * grid[0], self.patch * grid[1], "bilinear"), grid
+        return resize_to(image, self.patch * grid[0], self.patch * grid[1], "bilinear")
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
         """Those of the kept regions, string [R, H], and which of them the record has, bool [R, H].
@@ -302,13 +303,12 @@ def resize_to(
     return image
 
 
-def to_patches(
-    image: tf.Tensor, grid: Sequence[tf.Tensor], patch: int, length: tf.Tensor | int
-) -> Patches:
+def to_patches(image: tf.Tensor, patch: int, length: tf.Tensor | int) -> Patches:
     """As `core.patches.of_pixels`: uint8 [rows P, columns P, 3] -> pixels [N, P * P * 3] and grid int32 [2]."""
-    rows, columns = grid
+    grid = tf.shape(image)[:2] // patch
+    rows, columns = tf.unstack(grid)
     parts = tf.reshape(image, [rows, patch, columns, patch, 3])
     parts = tf.reshape(tf.transpose(parts, [0, 2, 1, 3, 4]), [rows * columns, 3 * patch**2])
     pixels = tf.pad(parts, [[0, length - rows * columns], [0, 0]])
     pixels.set_shape([length if isinstance(length, int) else None, 3 * patch**2])
-    return Patches(pixels, tf.stack(grid))
+    return Patches(pixels, grid)

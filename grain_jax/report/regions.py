@@ -188,7 +188,10 @@ def _annotated(described, matched, image: int) -> list[dict[str, Any]]:
 
 def _say_given_boxes(predictor, files: Sequence[test_sets.Image], cards, text_embed) -> None:
     """Adds to each annotated box of `cards` its nearest descriptions by the box head, `best`."""
-    pixels = _resized(predictor.model, files)
+    if predictor.sequence_length:
+        pixels: Any = [predictor.resized(file.load()) for file in files]
+    else:
+        pixels = _resized(predictor.model, files)
     boxes = [[box["box"] for box in card["true"]] for card in cards]
     for card, embed in zip(cards, predictor.encode_boxes(pixels, boxes), strict=True):
         for box, row in zip(card["true"], scores.unit(embed) @ text_embed.T, strict=True):
@@ -244,10 +247,11 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
 def _attention(predictor, files: Sequence[test_sets.Image]) -> dict[str, Any] | None:
     """The attention of the decoder over some of the shown images, as 8-bit shares of the largest weight of each query.
 
-    None with an external image tower (`module:Class`), whose tokens need not be the patches of a grid.
+    None with an external image tower (`module:Class`), whose tokens need not be the patches of a grid, and of images in
+    their own shape, which have no grid in common.
     """
     model = predictor.model
-    if named.is_external(model.image.tower):
+    if named.is_external(model.image.tower) or predictor.sequence_length:
         return None
     decoder = model.decoder
     first, side = attention.grid(model)

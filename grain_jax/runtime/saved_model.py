@@ -1,6 +1,7 @@
 """A model alone on disk: a folder with `params/` and `config.json`, as conversions write it.
 
-A model with a text decoder (models/text_decoder.py) has its parameters in `text_decoder/`, its sizes in `config.json`.
+A model with a text decoder (models/text_decoder.py) has its parameters in `text_decoder/`, its sizes in `config.json`;
+one of images in their own shape their lengths.
 `load_model` also reads the model of the checkpoint of a run and a folder of `convert to-hf`, by path or by name.
 """
 
@@ -8,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
@@ -31,6 +33,7 @@ class _Converted(TypedDict):
 
     model: dict[str, Any]
     text_decoder: NotRequired[dict[str, Any] | None]
+    sequence_lengths: NotRequired[list[int]]
     digests: NotRequired[dict[str, str]]
 
 
@@ -51,11 +54,12 @@ def save_model(
     model: config_lib.Model,
     params: Any,
     text_decoder: StoredDecoder | None = None,
+    sequence_lengths: Sequence[int] = (),
     **notes: Any,
 ) -> None:
     """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests.
 
-    Of a text decoder `text_decoder/`, too.
+    Of a text decoder `text_decoder/`, too. `sequence_lengths` as `Stored` has them.
     """
     folder = files.absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +74,8 @@ def save_model(
         found[_TEXT_DECODER] = text_decoder.digest()
     elif (folder / _TEXT_DECODER).is_dir():  # of the conversion that this one replaces
         (folder / _TEXT_DECODER).rmtree()
+    if sequence_lengths:
+        content["sequence_lengths"] = list(sequence_lengths)
     content |= {**notes, "digests": found}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -124,6 +130,8 @@ class Stored(NamedTuple):
     folder: str  # that was read
     lora: config_lib.Lora = config_lib.Lora()  # of the run
     text_decoder: StoredDecoder | None = None  # that the run trained
+    # `input.sequence_lengths` of the run; (): images are squares of model.image.image_size
+    sequence_lengths: tuple[int, ...] = ()
 
     def merged(self) -> Any:
         """The parameters with the factors folded in."""
@@ -216,7 +224,16 @@ def _read_converted(folder: epath.Path) -> Stored:
     as_float32 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float32))
     if text_decoder is not None:
         text_decoder = text_decoder._replace(params=as_float32(text_decoder.params))
-    return Stored(model, as_float32(params), str(folder), text_decoder=text_decoder)
+    lengths = tuple(content.get("sequence_lengths", ()))
+    if fault := config_lib.lengths_fault(lengths):
+        raise CheckpointError(f"sequence_lengths: {fault}")
+    return Stored(
+        model,
+        as_float32(params),
+        str(folder),
+        text_decoder=text_decoder,
+        sequence_lengths=lengths,
+    )
 
 
 def _read_checkpoint(folder: epath.Path) -> Stored:
@@ -231,7 +248,8 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
     of_terms = params.pop("terms", {})  # of local loss terms: no part of the model
     decoder = decoder_of_run(config, of_terms, folder)
-    return Stored(config.model, params, str(folder), config.optim.lora, decoder)
+    lengths = config.input.sequence_lengths or ()
+    return Stored(config.model, params, str(folder), config.optim.lora, decoder, lengths)
 
 
 @functools.cache

@@ -410,3 +410,28 @@ def test_wrong_usage_is_one_line_and_status_2(tmp_path, capsys, arguments, messa
     assert main([*output, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_canvases_of_many_ratios_and_squares_to_the_bit(aviary):
+    settings, sizes, bottoms = Settings(ratios=3.0, size=48), [], 0
+    for number, species in enumerate(aviary.training[:24]):
+        found = generate.drawing_of(settings, "training", number, species)
+        width, height = found.image.size
+        assert min(width, height) == 48 and max(width, height) <= 144
+        sizes.append(width / height)
+        assert len(found.boxes_xyxy) >= 6
+        mask = found.part_mask()
+        assert mask.shape == (height, width)
+        for part, (x1, y1, x2, y2) in found.boxes_xyxy.items():
+            assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+            shown = found.labels == PARTS.index(part) + 1
+            rows, columns = (np.flatnonzero(shown.any(axis)) / 4 for axis in (1, 0))
+            assert (columns[0], rows[0], columns[-1] + 0.25, rows[-1] + 0.25) == (x1, y1, x2, y2)
+            # Areas are as those of squares: of the bird's square, not of the longer canvas.
+            assert found.areas[part] == pytest.approx(shown.sum() / (4 * 48) ** 2)
+        if height > width:
+            bottoms += min(y1 for _, y1, _, _ in found.boxes_xyxy.values()) >= height - 60
+    assert min(sizes) < 0.5 and max(sizes) > 2 and bottoms == sum(x < 1 for x in sizes)
+    # Off, no random number is drawn for it.
+    before = hashlib.sha256(_draw(aviary.training[0]).image.tobytes()).hexdigest()
+    assert before == "10820c9d88156247932d23ea204aa1ccdba16005825349c441aee241c4ed0fbf"
