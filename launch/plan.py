@@ -149,8 +149,8 @@ def _together(
 ) -> dict[str, Any]:
     """The phases of a run as one: the largest memory; FLOPs and rooflines are means over the steps.
 
-    Of several phases, `phases` has the steps, the terms that are off, the share of patches, the sequence length, memory,
-    FLOPs and the time of a step at best of each.
+    Of several phases, `phases` has the steps, the terms that are off, the share of patches, the sequence length,
+    memory, FLOPs and the time of a step at best of each.
     """
     if len(made) == 1:
         return made[0][1]

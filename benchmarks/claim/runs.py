@@ -68,9 +68,7 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images_per_second": round(rate, 1),
-        "flops_per_step": round(
-            sum(share * count(phase) for share, phase in zip(shares, found))
-        ),
+        "flops_per_step": round(sum(share * count(phase) for share, phase in zip(shares, found))),
     }
     for key in (key for key in TRAINED if key in lines[-1]):
         row[key] = round(statistics.mean(line[key] for line in lines[-5:]), 6)

@@ -29,7 +29,7 @@ def seen(tower: config_lib.ImageTower, patches: int) -> int:
 
 
 def cell(keep: float) -> int:
-    """Patches along the side of a cell of keep_by=grid: one of a cell is kept, or with a keep above 1/4 more of 2 x 2."""
+    """Patches along the side of a cell of keep_by=grid: one of it is kept, or with a keep above 1/4 more of 2 x 2."""
     return max(2, math.floor(keep**-0.5 + 1e-9))
 
 

@@ -124,7 +124,7 @@ def _tower_in_torch(p, pixels, at):
 
 
 def _boxes_in_torch(p, tokens, at, corners):
-    """RoIAlign of the kept tokens: torchvision's weights of each patch, divided by their sum; 0 where there are none."""
+    """RoIAlign of the kept tokens: torchvision's weights of each patch, divided by their sum; 0 without any."""
     one_hot = torch.eye(SIDE**2, dtype=torch.float64).reshape(1, SIDE**2, SIDE, SIDE)
     found = []
     for image, i, boxes in zip(tokens, at, corners):

@@ -40,7 +40,9 @@ class Centred(Smooth):
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: ALL()[:1])
-        patch.setattr(train.flops, "of_phases", lambda *_: {(0, None): 1.0, (2, None): 1.0})  # of the runs
+        patch.setattr(
+            train.flops, "of_phases", lambda *_: {(0, None): 1.0, (2, None): 1.0}
+        )  # of the runs
         yield
 
 
@@ -137,7 +139,10 @@ def test_a_step_costs_what_it_costs_without_the_terms_that_are_off():
         for one in (found, plain)
     ]
     assert 1 <= costs[0] / costs[1] < 1.00003  # the moments of the parameters of the term
-    assert [phase.key for phase in found.phases] == [(0, None), (2, None)] and found.step is found.phases[0].step
+    assert [phase.key for phase in found.phases] == [
+        (0, None),
+        (2, None),
+    ] and found.step is found.phases[0].step
 
 
 def test_flops_are_those_of_the_terms_that_are_on(monkeypatch):
