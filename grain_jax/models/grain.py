@@ -100,7 +100,7 @@ class GRAIN(nn.Module):
           [B, E_image] with a tower that pools them itself.
         """
         some = {} if kept is None else {"kept": kept}
-        if isinstance(image, schema.Patches) or some:
+        if some:
             self._check_grid(image)
         image = self._normalised(image)
         if masked is None:
@@ -124,6 +124,7 @@ class GRAIN(nn.Module):
 
     @nn.nowrap
     def _check_grid(self, image: Images) -> None:
+        """Whether the tower takes images in their own shape, or some patches, and these. Raises UserError."""
         config = self.config.image
         if not self.image.any_grid:
             raise errors.UserError(
@@ -135,10 +136,11 @@ class GRAIN(nn.Module):
 
     @nn.nowrap
     def _normalised(self, image: Images) -> Any:
-        """Images as the tower takes them. Raises UserError: of a size that it does not take."""
+        """Images as the tower takes them. Raises UserError: of a size or shape that it does not take."""
         config = self.config.image
         mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
         if isinstance(image, schema.Patches):
+            self._check_grid(image)
             if image.pixels.dtype != jnp.uint8:
                 return image
             pixels = image.pixels.astype(jnp.float32) / 255.0

@@ -162,7 +162,8 @@ def test_a_padded_image_is_the_image_alone(name):
         if model.boxes.kind != "none":
             found["boxes"] = module.box_embeddings(tokens, boxes, at)
         if model.decoder is None:
-            found["patches"] = module.patch_embeddings(tokens, at)[:, :count]
+            values = module.image_values(image)
+            found["patches"] = module.patch_embeddings(values, at)[:, :count]
         return found
 
     @jax.jit
