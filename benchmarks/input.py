@@ -10,7 +10,8 @@ its clock starts.
 
 With --shapes our pipeline alone: squares of 224 pixels, 196 patches, against images in their own shape with 196, and
 with 64, 144 or 256 by the step; of JPEGs with ratios from 1:4 to 4:1 and as many pixels, as they are, and stored as
-squares of 224 and by --fit inside at 448. And the padding of both sets of images, and of --pictures.
+squares of 224 and by --fit inside at 448; images for a second of a core. And the padding of these images, and of
+--pictures.
 """
 
 import os
@@ -32,6 +33,7 @@ from grain_jax.data.inspect import statistics as statistics_lib
 STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
 AHEAD = 6  # batches that a side may prefetch while others run
 SETTLE_SECONDS = 1.5  # time to prefetch them
+QUIET_SECONDS = 0.02  # of processor time in SETTLE_SECONDS: nothing is prefetched any more
 PACKAGES = "tensorflow-cpu jax torch torchvision open_clip_torch pillow numpy".split()
 
 
@@ -52,15 +54,35 @@ def timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
     return turn
 
 
-def our_side(
-    folder: str, name: str, count: int, sequence_lengths: tuple[int, ...] = ()
-) -> dict[str, Callable]:
+def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
     """Our pipeline on one of the sets."""
     from grain_jax.input_pipeline import records
 
-    config = made.config(folder, name, sequence_lengths)
-    words = f" {' '.join(map(str, sequence_lengths))}" if sequence_lengths else ""
-    return {name + words: timed(records.batches(config), count)}
+    return {name: timed(records.batches(made.config(folder, name)), count)}
+
+
+def cpu_timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
+    """As `timed`, in seconds of processor time of `count` batches, whatever else runs on the machine."""
+    seconds: list[float] = []
+
+    def settle() -> None:
+        before = None
+        while before is None or time.process_time() > before + QUIET_SECONDS:
+            before = time.process_time()
+            time.sleep(SETTLE_SECONDS)
+
+    def turn() -> list[float]:
+        if not seconds:
+            next(batches)  # starts the pipeline
+            settle()
+        began = time.process_time()
+        for _ in range(count):
+            next(batches)
+        settle()  # as many are prefetched as were taken
+        seconds.append(time.process_time() - began)
+        return seconds
+
+    return turn
 
 
 def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
@@ -129,28 +151,27 @@ def throughput(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
 
 def shapes(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
     """Times squares and images in their own shape, prints their table and returns its rows."""
+    from grain_jax.input_pipeline import records
+
     squares = (made.SIZE // made.PATCH) ** 2
     sides = {}
     for name in made.OF_SHAPES:
         for lengths in ((), (squares,), (64, 144, 256)):
-            if lengths and name == "square":
-                continue
-            given = dict(folder=folder, name=name, count=batches, sequence_lengths=lengths)
-            sides[f"{name} {lengths}"] = (our_side, given)
-    timings = stopwatch.measure(sides, turns).values()
-    table = harness.Table(
-        dict(pipeline="24", images_per_second=">24.0f", of_squares=">11.2f", milliseconds=">13.2f")
-    )
-    first = None
-    for side, timing in zip(sides, timings, strict=True):
-        rates = [batches * made.BATCH / seconds for seconds in timing.value[1:]]
-        first = first or statistics.median(rates)
-        table.add(
-            pipeline=side,
-            images_per_second=rates,
-            of_squares=statistics.median(rates) / first,
-            milliseconds=1000 / statistics.median(rates),
-        )
+            if not lengths or name != "square":
+                config = made.config(folder, name, lengths)
+                words = " or ".join(map(str, lengths)) or "squares"
+                sides[f"{name} {words}"] = cpu_timed(records.batches(config), batches)
+    timings = stopwatch.in_turns(sides, turns)
+    columns = dict(pipeline="32", images_per_core_second=">24.0f")
+    table = harness.Table(columns | dict(of_full_size_squares=">22.2f"))
+    rates = {
+        side: [batches * made.BATCH / seconds for seconds in timing.value[1:]]
+        for side, timing in timings.items()
+    }
+    base = statistics.median(rates["full_size squares"])
+    for side, values in rates.items():
+        ratio = statistics.median(values) / base
+        table.add(pipeline=side, images_per_core_second=values, of_full_size_squares=ratio)
     return table.rows
 
 

@@ -129,7 +129,7 @@ def derive(
             lambda: sizes(config),
         )
         numbers = found.input.lanes, found.text.pack_group, found.text.pack_rows
-        return numbers, found.input.sequence_lengths, line
+        return numbers, found.input.sequence_lengths or (), line
 
     numbers, lengths, line = processes.of_first(resolve)
     config = dataclasses.replace(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ def _applied(model: config_lib.Model, dtype: str, method: Callable[..., Any]) ->
     precision = "highest" if dtype == "float32" else None
 
     def apply(params: Any, *arguments: Any) -> Any:
-        places = {}
+        places: dict[str, Any] = {}
         if isinstance(arguments[0], Tokens):
-            tokens, grid = arguments[0]
+            tokens, grid = cast(Any, arguments[0])
             if grid is not None:
                 patches = tokens.shape[1] - grain.leading_tokens(model)
                 places = {"places": places_lib.of_grid(grid, patches)}

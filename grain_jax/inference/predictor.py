@@ -462,7 +462,9 @@ class Predictor:
         has_head = self.model.boxes.kind != "none"
         if not isinstance(images, Tokens) and (has_head or self.sequence_length):
             images = self._tokens_of(images)
-        grids = [self.grid] * len(text_embeds) if not self.sequence_length else images.grid
+        grids: Any = images.grid if isinstance(images, Tokens) and self.sequence_length else None
+        if grids is None:
+            grids = [self.grid] * len(text_embeds)
         patches = regions = [None] * len(text_embeds)
         if has_head or self.model.decoder is None:
             patches = self.encode_patches(images)

@@ -182,7 +182,7 @@ def sequence_length(config: Config, step: int) -> int:
 
     A function of the seed and the step, the same on all processes and after a resume.
     """
-    lengths = config.input.sequence_lengths
+    lengths = config.input.sequence_lengths or ()
     if len(lengths) == 1:
         return lengths[0]
     drawn = uniforms(hash_key(config.seed, *lengths), np.array([step]), 1)

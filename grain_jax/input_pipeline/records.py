@@ -127,12 +127,12 @@ def _sizes(one: record_files.RecordSet) -> np.ndarray:
     names = {"image": transforms.FEATURES["image"]} | transforms.ORIGINAL_SIZE
     found = []
     for fields in _first_records(one, names, image_shapes.IMAGES):
-        original = fields["original_size"].numpy()
+        original = fields["original_size"]
         if len(original) == 2:
             found.append(original)
             continue
         try:
-            found.append(images.header(fields["image"].numpy(), orientation="file").size[::-1])
+            found.append(images.header(fields["image"], orientation="file").size[::-1])
         except images.ImageError as error:
             raise DataError(f"{one.directory}: {error}; {_ADVICE}") from None
     return np.array(found, np.int64).reshape(-1, 2)
@@ -146,11 +146,11 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
     found = []
     for fields in _first_records(one, features, text_lengths_lib.IMAGES):
         names = ("captions", "synthetic_caption", "regions/description", "regions/score")
-        web, synthetic, descriptions, scores = (fields[name].numpy() for name in names)
+        web, synthetic, descriptions, scores = (fields[name] for name in names)
         best = text_lengths_lib.best_first(descriptions, scores)
         texts = ([text for text in web if text], synthetic, best)
         if one.has_negatives:
-            flat, counts = (fields[name].numpy() for name in transforms.NEGATIVES)
+            flat, counts = (fields[name] for name in transforms.NEGATIVES)
             of_regions = np.split(flat, np.cumsum(counts)[:-1])
             texts += (text_lengths_lib.best_first(of_regions, scores),)
         found.append(texts)
@@ -165,7 +165,7 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
 
 def _first_records(
     one: record_files.RecordSet, features: Mapping[str, Any], number: int
-) -> Iterator[dict[str, tf.Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """These features of the first records of shards that are spread over the set, about so many. Raises DataError."""
     shards = [shard for shard in one.shards if shard.num_records]
     chosen = [
@@ -176,7 +176,8 @@ def _first_records(
     for shard in chosen:
         try:
             for record in tf.data.TFRecordDataset(shard.path, buffer_size=_READ_BYTES).take(each):
-                yield tf.io.parse_single_example(record, dict(features))
+                fields = tf.io.parse_single_example(record, dict(features))
+                yield {name: value.numpy() for name, value in fields.items()}
         except DAMAGE as error:
             reason = str(error.message).splitlines()[0][:200]
             raise DataError(f"{shard.path}: {reason}; {_ADVICE}") from None

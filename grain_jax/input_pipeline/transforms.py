@@ -7,7 +7,6 @@ depends on the record and its position in the stream alone. Images stay uint8: t
 from typing import Any
 
 import tensorflow as tf
-import tensorflow.experimental.numpy as tnp
 
 from grain_jax.config import Config
 from grain_jax.core import patches
@@ -104,7 +103,8 @@ class Transform:
         is_squashed = tf.size(original) == 2
         size = tf.cond(is_squashed, lambda: tf.maximum(tf.round(sides * original), 1), lambda: size)
         most = max(self.input.sequence_lengths or (0,))
-        grid = patches.grid(size[0], size[1], self.patch, length, tnp, most)
+        xp = tf.experimental.numpy
+        grid = patches.grid(size[0], size[1], self.patch, length, xp, most)
         return resize_to(image, self.patch * grid[0], self.patch * grid[1], "bilinear")
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
