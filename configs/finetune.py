@@ -120,6 +120,8 @@ def take_towers_of_folder(c, folder, families):
             f" from-big-vision, ...), or one of {', '.join((*pretrained.NAMES, *families))}"
         )
     decoder = model.pop("decoder")
+    for key in ("keep", "keep_by"):  # of that training
+        model["image"].pop(key, None)
     c.model.update(model)
     c.init.image = c.init.text = folder
     lengths = content.get("sequence_lengths") or content.get("input", {}).get("sequence_lengths")

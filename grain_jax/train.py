@@ -221,7 +221,7 @@ def _train(
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
                 batch = next(batches)
-                step_fn = step_fns[program.phase(step - 1).first]
+                step_fn = step_fns[program.phase(step - 1).key]
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 trace.end(step, metrics)
@@ -339,27 +339,27 @@ def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
 
 
 def compile_steps(run: SetUp, program: train_step.Program, records: "Records", start_step: int):
-    """The compiled steps, by the first step of their phase: each fits into memory, and some measures what the best
-    checkpoint is chosen by. Those of phases that are over are left out.
+    """The compiled steps, by the key of their phase: each fits into memory, and some measures what the best checkpoint
+    is chosen by. Those of phases that are over are left out.
     """
     began = time.monotonic()
-    current = program.phase(min(start_step, run.total_steps - 1)).first
+    current, _ = program.phase(min(start_step, run.total_steps - 1)).key
     with records.pause():
         lowered = {
-            phase.first: phase.step.lower(program.state, program.batch)
+            phase.key: phase.step.lower(program.state, phase.batch)
             for phase in program.phases
-            if phase.first >= current
+            if phase.key[0] >= current
         }
         if not schedule.best_is_evaluated(run.config):
             measured = {name for one in lowered.values() for name in one.out_info[1]}
             if (
                 run.config.checkpoint_best_metric not in measured
             ):  # it may be of a phase that is over
-                given = program.state, program.batch
-                over = [phase for phase in program.phases if phase.first < current]
-                measured |= {x for phase in over for x in phase.step.eval_shape(*given)[1]}
+                over = [phase for phase in program.phases if phase.key[0] < current]
+                shapes = (phase.step.eval_shape(program.state, phase.batch)[1] for phase in over)
+                measured |= {name for found in shapes for name in found}
             schedule.check_best_metric(run.config, measured)
-        step_fns = {first: one.compile() for first, one in lowered.items()}
+        step_fns = {key: one.compile() for key, one in lowered.items()}
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
@@ -389,7 +389,7 @@ class Records:
         self._checkpoints, terms = checkpoints, run.terms
         self._terms = [term.metric for term in terms]
         self._last_good_step, self._last_save = start_step, time.monotonic()
-        self._log, self._flops = None, {}
+        self._log, self._logged, self._flops = None, start_step, {}
         if jax.process_index() == 0:
             atomic.write_text(workdir / "config.json", config_lib.to_json(config))
             tokenizer.keep_copy(config.model.text, workdir)
@@ -400,7 +400,6 @@ class Records:
                 start_step,
                 run.total_steps,
                 config.batch_size,
-                flops_per_image=self._flops[0],
                 peak_flops=peak and peak * jax.device_count(),
                 config=config,
                 terms={term.metric: term.short for term in terms},
@@ -466,7 +465,8 @@ class Records:
         if due.logs:
             values |= self._text_counts.add(values)
         if self._log and due.logs:
-            self._log.flops_per_image = self._flops[max(x for x in self._flops if x < step)]
+            since, self._logged = range(self._logged, step), step
+            self._log.flops_per_image = flops.of_steps(self._flops, self._config, since)
             values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
             self._log.progress(step, values)
         if due.evaluates:

@@ -86,7 +86,7 @@ def compile_step(
     *,
     total_steps: int,
     steps_per_epoch: float,
-    step: int = 0,
+    phase: tuple[int, int | None] | None = None,
     timeout: float,
     line: progress.Line,
 ) -> Compiled:
@@ -96,7 +96,7 @@ def compile_step(
       config: the run.
       topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
-      step: whose program it is, where terms are on in a part of the run.
+      phase: the key of the phase whose program it is (training.phases.Phase); None: that which computes most.
       timeout: seconds that it may take.
       line: shows the progress.
 
@@ -119,7 +119,7 @@ def compile_step(
         options=_topology_options(topology),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        step=step,
+        phase=phase,
         cache=str(cache.resolve()),
     )
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
@@ -278,8 +278,12 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh, devices)
     lengths = {key: request[key] for key in ("total_steps", "steps_per_epoch")}
     program = train_step.build(config, mesh, **lengths)
-    step = program.phase(request["step"]).step
-    lowered = step.lower(program.state, program.batch)
+    step, batch = program.step, program.batch
+    if request["phase"] is not None:
+        own = next(one for one in program.phases if one.key == tuple(request["phase"]))
+        step, batch = own.step, own.batch
+        program = program._replace(batch=batch)
+    lowered = step.lower(program.state, batch)
     versions = {"jax": jax.__version__, **_versions(platform)}
     flags = {flag: os.environ.get(flag) for flag in _FLAGS}
     # An entry that was written with other fields is another entry.
@@ -313,7 +317,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         state_bytes=memory_need.state_bytes(program),
         checkpoint_bytes=memory_need.checkpoint_bytes(config, program),
         memory=memory,
-        traced_flops=flops.matmul_flops(step, program.state, program.batch),
+        traced_flops=flops.matmul_flops(step, program.state, batch),
         out_of_memory=out_of_memory,
         program=hashlib.sha256(text.encode()).hexdigest(),
         hlo=hlo,

@@ -6,7 +6,6 @@ program. XLA adds buffers that are not counted here and fuses others away; docs/
 
 import dataclasses
 import math
-from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -48,9 +47,9 @@ def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
 
 
 def of_gpus(
-    config: config_lib.Config, topology: chips.Topology, off: Collection[str] = ()
+    config: config_lib.Config, topology: chips.Topology, phase: phases.Phase | None = None
 ) -> Estimate:
-    """Estimates a step on these GPUs, in which the loss terms `off` are not computed.
+    """Estimates a step of a phase on these GPUs; by default of that which computes most.
 
     Assumed: where cuDNN makes the attention, its scores are not kept; activations are cut over data and fsdp, not
     over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).
@@ -69,7 +68,9 @@ def of_gpus(
         total_steps=1,
         steps_per_epoch=1.0,
     )
-    config = phases.without(config, off)  # the state has all terms
+    if phase is not None:
+        config = phases.at(config, phase)  # the state has all terms
+        program = program._replace(batch=forward.abstract_batch(config))
     state = memory_need.state_bytes(program)
     trained = memory_need.trained_bytes(program, config.frozen)
     shards = sizes["data"] * sizes["fsdp"]
@@ -191,7 +192,7 @@ def _tensor_sums(config, sizes) -> tuple[int, int]:
     batch = forward.abstract_batch(config)
     rows = math.prod(batch.text_tokens.shape) / config.batch_size  # text positions an image
     image, decoder = config.model.image, config.model.decoder
-    tokens = image.class_token + image.registers + (image.image_size // image.patch_size) ** 2
+    tokens = image.class_token + image.registers + forward.patches_seen(config)
     towers = [(image, tokens), (config.model.text, rows)]
     if decoder is not None:
         towers.append((decoder, decoder.queries + 1))

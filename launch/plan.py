@@ -108,20 +108,20 @@ def make(
     }
     made = []
     for phase in phases.of(config, total_steps):
-        part = phases.without(config, phase.off)
+        part = phases.at(config, phase)
         per_image = flops.per_image(part)
         model_flops = round(per_image.train * config.batch_size)
         if not_compiled is None:
-            lengths = dict(total_steps=total_steps, steps_per_epoch=per_epoch, step=phase.first)
+            of_run = dict(total_steps=total_steps, steps_per_epoch=per_epoch, phase=phase.key)
             found = compiler.compile_step(
-                config, topology, **lengths, timeout=options.timeout, line=line
+                config, topology, **of_run, timeout=options.timeout, line=line
             )
             cached = ", from the cache" if found.cached else ""
             line.show(f"compiled in {found.seconds:.0f} s{cached}", now=True)
             of_phase = _of_compiled(found, part, topology) | {"versions": found.versions}
         else:
             line.show(f"estimating: {not_compiled}", now=True)
-            found = estimate.of_gpus(config, topology, phase.off)
+            found = estimate.of_gpus(config, topology, phase)
             of_phase = _of_estimate(found, per_image, part, topology)
         made.append((phase, {"model_flops": model_flops} | of_phase))
     plan |= _together(made, total_steps)
@@ -150,12 +150,13 @@ def _together(
 ) -> dict[str, Any]:
     """The phases of a run as one: the largest memory; FLOPs and rooflines are means over the steps.
 
-    Of several phases, `phases` has the first step, the terms that are off, memory and FLOPs of each.
+    Of several phases, `phases` has the steps, the terms that are off, the share of patches, the sequence length,
+    memory, FLOPs and the time of a step at best of each.
     """
     if len(made) == 1:
         return made[0][1]
-    ends = [*(phase.first for phase, _ in made[1:]), total_steps]
-    shares = phases.shares([phase for phase, _ in made], total_steps)
+    found = [phase for phase, _ in made]
+    steps, shares = phases.steps(found, total_steps), phases.shares(found, total_steps)
     plans = [plan for _, plan in made]
 
     def mean(values):
@@ -179,13 +180,16 @@ def _together(
         out["roofline"] = None
     out["phases"] = [
         {
-            "steps": [phase.first, end - 1],
+            "steps": [own.start, own.stop - 1],
             "off": sorted(phase.off),
+            "keep": phase.keep,
+            "length": phase.length,
             "total_bytes": plan["memory"]["total_bytes"],
             "model_flops": plan["model_flops"],
             "flops": plan["flops"],
+            "step_s": plan["roofline"] and plan["roofline"]["step_s"],
         }
-        for (phase, plan), end in zip(made, ends)
+        for (phase, plan), own in zip(made, steps)
     ]
     return out
 

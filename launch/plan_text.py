@@ -146,7 +146,14 @@ def _phases(plan) -> list[str]:
     for phase in plan["phases"]:
         first, last = phase["steps"]
         done = phase["flops"] or phase["model_flops"]
-        note = f"{amount(done, 'FLOP')} a step; off: {', '.join(phase['off']) or 'nothing'}"
+        what = [f"{amount(done, 'FLOP')} a step"]
+        if phase["step_s"] is not None:
+            what.append(f"at best {seconds(phase['step_s'])}")
+        if phase["length"] is not None:
+            what.append(f"length {phase['length']:,}")
+        if phase["keep"] != 1:
+            what.append(f"keep {phase['keep']:g}")
+        note = "; ".join([*what, f"off: {', '.join(phase['off']) or 'nothing'}"])
         rows.append(f"steps {first:,} to {last:,}|{gigabytes(phase['total_bytes'])}|{note}")
     what = "Phases: above is the largest memory, below are means over the steps"
     return [_section(what, plan), *_rows(*rows)]

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -51,14 +51,14 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
     found = phases.of(resolved, steps)
     shares = phases.shares(found, steps)
 
-    def count(off: Collection[str]) -> int:
-        """FLOPs of a step without these terms."""
-        part = phases.without(resolved, off)
-        on = dict.fromkeys({*resolved.loss.schedules} - {*off}, 1.0)
+    def count(phase: phases.Phase) -> int:
+        """FLOPs of a step of that phase."""
+        part = phases.at(resolved, phase)
+        on = dict.fromkeys({*resolved.loss.schedules} - {*phase.off}, 1.0)
         return flops.matmul_flops(
             lambda p, b: train_step.loss_and_grads(model, part, None, p, b, None, None, on),
             state.params,
-            forward.abstract_batch(resolved),
+            forward.abstract_batch(part),
         )
 
     rate = statistics.median_high(line["images_per_second"] for line in lines)
@@ -68,9 +68,7 @@ def train(config: Any, workdir: pathlib.Path, measures: Mapping[str, str]) -> di
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images_per_second": round(rate, 1),
-        "flops_per_step": round(
-            sum(share * count(phase.off) for share, phase in zip(shares, found))
-        ),
+        "flops_per_step": round(sum(share * count(phase) for share, phase in zip(shares, found))),
     }
     for key in (key for key in TRAINED if key in lines[-1]):
         row[key] = round(statistics.mean(line[key] for line in lines[-5:]), 6)

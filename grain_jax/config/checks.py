@@ -268,8 +268,13 @@ def lengths_fault(lengths: Sequence[int]) -> str:
 
 
 def _lengths(config: Config) -> Iterator[str]:
-    """Those of `input.sequence_lengths`."""
+    """Those of `input.sequence_lengths` and `model.image.keep`."""
     lengths, image = config.input.sequence_lengths, config.model.image
+    if image.keep != 1 and not _takes(image, "any_grid"):
+        yield (
+            f"model.image.keep: got {image.keep} with the tower {image.tower}, which sees all patches; expected 1, or a"
+            " tower with any_grid = True"
+        )
     key = f"input.sequence_lengths: got {lengths}"
     if not lengths:
         return

@@ -9,7 +9,9 @@ import math
 import re
 from typing import Any, Literal
 
+from grain_jax.config import keep as keep_lib
 from grain_jax.config.evals import Evaluator
+from grain_jax.config.keep import Keep
 from grain_jax.config.weights import Schedule, Weight
 from grain_jax.core import named
 
@@ -167,6 +169,11 @@ class ImageTower:
     pool: str = key("none", choices=IMAGE_POOLS)
     pool_heads: int = count(0, high=WIDEST)  # of pool=map; 0: heads
     pool_mlp_dim: int = count(0, high=4 * WIDEST)  # of pool=map; 0: mlp_dim
+    # Share of the patches that training sees: a number, or pairs of the share of the run where it begins and the number,
+    # [[0, 0.5], [0.9, 1]]. Evaluations and exports see all.
+    keep: Keep = key(1.0)
+    # Which patches of an image: "random", or "grid", as many of every cell of 2 x 2 (of 3 x 3 at 1/9, and so on).
+    keep_by: str = key("random", choices=keep_lib.BY)
     # To the joint space: "matrix", "affine" (with a bias) or "none".
     projection: str = key("matrix", choices=PROJECTIONS)
     # Of pixels in [0, 1], a number a channel; the defaults are ImageNet's.

@@ -104,6 +104,8 @@ def _words(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind == fields.Weight:
         return "float or schedule"
+    if kind == fields.Keep:
+        return "float or pairs"
     if origin in (typing.Union, types.UnionType):
         return f"{_words(parse.inner_of(kind))} or None"
     if origin is tuple:

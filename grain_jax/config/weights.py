@@ -29,7 +29,7 @@ class Schedule(dict[str, float]):
 
     def changes(self, total_steps: int) -> tuple[int, int]:
         """The first steps whose shares are at least `from` and at least `to`."""
-        begin, until = (math.ceil(_exact(self[key]) * total_steps) for key in ("from", "to"))
+        begin, until = (first_step(self[key], total_steps) for key in ("from", "to"))
         return begin, until
 
     def on(self, total_steps: int) -> range:
@@ -46,6 +46,11 @@ class Schedule(dict[str, float]):
 
 
 Weight = float | Schedule
+
+
+def first_step(share: float, total_steps: int) -> int:
+    """The first step whose share of the run is at least this one; shares are compared as decimal fractions."""
+    return math.ceil(_exact(share) * total_steps)
 
 
 def _exact(share: float) -> Fraction:

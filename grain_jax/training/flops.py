@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -128,10 +129,16 @@ def per_image(config: Config) -> PerImage:
     return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
 
-def of_phases(config: Config, total_steps: int) -> dict[int, float]:
-    """FLOPs of training an image in each phase of a run, by the first step of the phase (phases.Phase)."""
+def of_phases(config: Config, total_steps: int) -> dict[phases.Key, float]:
+    """FLOPs of training an image in each phase of a run, by the key of the phase."""
     found = phases.of(config, total_steps)
-    return {x.first: per_image(phases.without(config, x.off)).train for x in found}
+    return {phase.key: per_image(phases.at(config, phase)).train for phase in found}
+
+
+def of_steps(found: Mapping[phases.Key, float], config: Config, steps: Iterable[int]) -> float:
+    """The mean of `of_phases` over these steps of a run, from 0 on; 0 of none."""
+    counts = [found[phases.of_step(found, config, step)] for step in steps]
+    return sum(counts) / max(len(counts), 1)
 
 
 def of_losses(config: Config) -> int:

@@ -21,11 +21,13 @@ from grain_jax.core import errors, schema
 from grain_jax.losses import local, total
 from grain_jax.models import grain, lora, placement
 from grain_jax.terms import views
+from grain_jax.training import kept as kept_lib
 from grain_jax.training import optim, sharding
 from grain_jax.training import teacher as teacher_lib
 
 TERMS = teacher_lib.TERMS
 VIEWS = "input.views"  # no name of a term has a point
+KEEP = "model.image.keep"
 
 
 class Given(NamedTuple):
@@ -37,15 +39,19 @@ class Given(NamedTuple):
 
 
 def abstract_batch(config: Config) -> schema.Batch:
-    """The shapes of the config's global Batch, as ShapeDtypeStructs."""
-    b, size = config.batch_size, config.model.image.image_size
+    """The shapes of the config's global Batch, as ShapeDtypeStructs; of several sequence lengths of the longest."""
+    b, size, patch = config.batch_size, config.model.image.image_size, config.model.image.patch_size
     captions, r = config.input.captions_per_image, config.input.max_regions
     h = config.input.negatives_per_region
     group, rows = config.text_layout
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     row = of(jnp.int32, b // group, rows, config.row_length)
+    image: Any = of(jnp.uint8, b, size, size, 3)
+    if config.input.sequence_lengths:
+        length = max(config.input.sequence_lengths)
+        image = schema.Patches(of(jnp.uint8, b, length, 3 * patch**2), of(jnp.int32, b, 2))
     return schema.Batch(
-        image=of(jnp.uint8, b, size, size, 3),
+        image=image,
         text_tokens=row,
         text_positions=row,
         text_segments=row,
@@ -63,6 +69,13 @@ def abstract_batch(config: Config) -> schema.Batch:
         region_scores=of(jnp.float32, b, r) if config.input.region_scores else None,
         **teacher_lib.of_batch(config),
     )
+
+
+def patches_seen(config: Config) -> int:
+    """The patch tokens of an image in a step that computes most, with padding."""
+    tower = config.model.image
+    patches = (tower.image_size // tower.patch_size) ** 2
+    return kept_lib.seen(tower, max(config.input.sequence_lengths or (), default=patches))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,15 +166,24 @@ class Forward:
 
         Args:
           params: parameter tree.
-          batch: of the images.
-          keys: PRNG keys [B], or None: no dropout.
+          batch: of the images; with `model.image.keep` the model sees some of their patches, teacher and views all.
+          keys: PRNG keys [B], or None: no dropout, and the same draws for all images.
           given: None: no teacher, the terms' state of step 0.
         """
         params = optim.stop_frozen(params, self.config.frozen)
         with placement.on(self.mesh, sharding.BATCH_AXES), lora.beside(self.config.optim.lora):
             if not self.terms:
-                return self.model.apply({"params": params}, batch, keys)  # type: ignore[return-value]
+                kept = self._kept(batch, keys)
+                return self.model.apply({"params": params}, batch, keys, kept)  # type: ignore[return-value]
             return self._with_terms(params, batch, keys, given)
+
+    def _kept(self, batch: schema.Batch, keys: jax.Array | None) -> jax.Array | None:
+        """The patches that the model sees (`GRAIN.image_tokens`); None: all."""
+        tower = self.config.model.image
+        if tower.keep == 1:
+            return None
+        with jax.named_scope(KEEP):
+            return kept_lib.draw(_folded(_or_equal(keys, batch), KEEP), batch.image, tower)
 
     def _with_terms(self, params, batch, keys, given) -> schema.Outputs:
         outputs, seen = self._scene(params, batch, keys, given)
@@ -180,10 +202,9 @@ class Forward:
     ) -> tuple[schema.Outputs, Callable[[str], local.Seen]]:
         """The outputs of the model, and what the term of a name sees."""
         apply = functools.partial(_apply, self.model, without_terms(params))
-        outputs, features = apply("outputs_and_features", batch, keys)
+        outputs, features = apply("outputs_and_features", batch, keys, self._kept(batch, keys))
         of_step = self.given_at_step_0(params) if given is None else given
-        if keys is None:
-            keys = jax.vmap(jax.random.key)(jnp.zeros(batch.caption_mask.shape[0], jnp.uint32))
+        keys = _or_equal(keys, batch)
         with jax.named_scope(TERMS), jax.named_scope(VIEWS):  # the same for all terms
             made = views.make(batch.image, _folded(keys, VIEWS), self.config.input.views)
         teacher = teacher_lib.of_step(self.config, of_step.teacher, params, batch)
@@ -231,6 +252,13 @@ def _as_floats(output: local.LocalOutput) -> local.LocalOutput:
     found = local.LocalOutput(*jax.tree.map(lambda x: as_float(jnp.asarray(x)), tuple(output)))
     stop = jax.lax.stop_gradient
     return found._replace(measures=stop(found.measures), statistics=stop(found.statistics))
+
+
+def _or_equal(keys: jax.Array | None, batch: schema.Batch) -> jax.Array:
+    """The keys of the images, or equal ones."""
+    if keys is not None:
+        return keys
+    return jax.vmap(jax.random.key)(jnp.zeros(batch.caption_mask.shape[0], jnp.uint32))
 
 
 def _folded(keys: jax.Array, name: str) -> jax.Array:

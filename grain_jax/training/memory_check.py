@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from grain_jax import config as config_lib
 from grain_jax.core import errors, named
 from grain_jax.input_pipeline import derived
-from grain_jax.training import memory_need, sharding, train_step
+from grain_jax.training import forward, memory_need, sharding, train_step
 from grain_jax.training.memory_need import Need
 
 HOST_BATCHES = 2  # at least, while one is put together of its parts
@@ -99,10 +99,12 @@ def check(
     """
     image, images = config.model.image, _images(config, mesh)
     pixels = 3 * image.image_size**2  # bytes
+    if config.input.sequence_lengths:
+        pixels = 3 * image.patch_size**2 * max(config.input.sequence_lengths)
     own = config.batch_size // jax.process_count() * pixels  # of this process
     layers = 0
     if not config.frozen and not named.is_external(image.tower):
-        tokens = (image.image_size // image.patch_size) ** 2
+        tokens = forward.patches_seen(config)
         layers = tokens * image.width * image.depth * jnp.dtype(config.dtype).itemsize
     needs = images * pixels + images // config.microbatches * layers
     if program is not None:

@@ -1,18 +1,21 @@
-"""The phases of a run: stretches of steps in which the same loss terms are on, each with a program of its own.
+"""The phases of a run: steps with the same loss terms, share of patches and sequence length, each with its program.
 
-A step in which the weight of a term is 0 computes nothing of it. The state is the same in all phases.
+A step in which the weight of a term is 0 computes nothing of it, and one that keeps a share of the patches nothing of
+the others. The state is the same in all phases.
 """
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from grain_jax import losses
 from grain_jax.config import Config
+from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors
+from grain_jax.input_pipeline import order
 
 _OF_TEXTS = {name for name in losses.TERMS if name != "box"}
 _OF_IMAGES = {"image_caption", "image_description"}
@@ -36,26 +39,43 @@ def _trained_by(config: Config) -> dict[str, set[str]]:
     }
 
 
+Key: TypeAlias = tuple[int, int | None]  # the first step and the length of a phase
+
+
 class Phase(NamedTuple):
-    """The steps from `first` on, up to those of the next phase."""
+    """The steps from `first` on, up to those of the next phase; with a `length`, those of them that have it."""
 
     first: int
     off: frozenset[str]  # the terms that are not computed, by name
+    keep: float = 1.0  # the share of its patches that the image tower sees of an image
+    length: int | None = (
+        None  # N, the patches of an image and their padding; None: squares of `image_size`
+    )
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other phases of its run."""
+        return self.first, self.length
 
 
 def of(config: Config, total_steps: int) -> list[Phase]:
-    """The phases of a run in their order; of one without schedules (config.Schedule) a single one.
+    """The phases of a run in their order, those of one stretch by length.
+
+    Of a run without schedules (config.Schedule), and with one share of patches and one length, a single one.
 
     Raises:
       UserError: a phase has no loss term.
     """
     on = {name: one.on(total_steps) for name, one in config.loss.schedules.items()}
+    shares = keep_lib.of_steps(config.model.image.keep, total_steps)
     starts = {0, *(x for steps in on.values() if steps for x in (steps.start, steps.stop))}
+    starts |= {first for first, _ in shares}
     found: list[Phase] = []
     for first in sorted(start for start in starts if start < total_steps):
         off = frozenset(name for name, steps in on.items() if first not in steps)
-        if not found or found[-1].off != off:
-            found.append(Phase(first, off))
+        keep = [share for begin, share in shares if begin <= first][-1]
+        if not found or found[-1][1:3] != (off, keep):
+            found.append(Phase(first, off, keep))
     names = {term.name for term, _ in losses.terms_of(config.loss)} if on else set()
     for phase in found:
         if on and names <= phase.off:
@@ -63,13 +83,47 @@ def of(config: Config, total_steps: int) -> list[Phase]:
                 f"loss: got weights that are all 0 in step {phase.first} of {total_steps}, expected a loss term that is"
                 f" on; off are {', '.join(sorted(phase.off))}"
             )
-    return found
+    lengths = config.input.sequence_lengths or (None,)
+    return [phase._replace(length=length) for phase in found for length in lengths]
+
+
+def steps(found: Sequence[Phase], total_steps: int) -> list[range]:
+    """The steps of each phase of a run; those of one stretch share theirs, and each step has one of their lengths."""
+    firsts = sorted({phase.first for phase in found})
+    ends = dict(zip(firsts, [*firsts[1:], total_steps]))
+    return [range(phase.first, ends[phase.first]) for phase in found]
 
 
 def shares(found: Sequence[Phase], total_steps: int) -> list[float]:
-    """The share of the steps of a run that each of its phases has."""
-    ends = [*(phase.first for phase in found[1:]), total_steps]
-    return [(end - phase.first) / total_steps for phase, end in zip(found, ends)]
+    """The share of the steps of a run that each of its phases has; each length is drawn as often as the others."""
+    lengths = len({phase.length for phase in found})
+    return [len(own) / total_steps / lengths for own in steps(found, total_steps)]
+
+
+def of_step(keys: Iterable[Key], config: Config, step: int) -> Key:
+    """That of the keys of the phases of a run which has the `step`, from 0 on."""
+    keys = list(keys)
+    first = max(first for first, _ in keys if first <= step)
+    lengths = {length for begin, length in keys if begin == first}
+    return first, lengths.pop() if len(lengths) == 1 else order.sequence_length(config, step)
+
+
+def largest(found: Sequence[Phase]) -> int:
+    """The place of the phase that computes most: with most terms, then patches."""
+    size = lambda phase: (-len(phase.off), phase.keep, phase.length or 0)
+    return max(range(len(found)), key=lambda i: size(found[i]))
+
+
+def at(config: Config, phase: Phase) -> Config:
+    """The config of a step of a phase, for all but the weights of its terms."""
+    part = without(config, phase.off)
+    if part.model.image.keep != phase.keep:
+        image = dataclasses.replace(part.model.image, keep=phase.keep)
+        part = dataclasses.replace(part, model=dataclasses.replace(part.model, image=image))
+    if phase.length is not None:
+        own = dataclasses.replace(part.input, sequence_lengths=(phase.length,))
+        part = dataclasses.replace(part, input=own)
+    return part
 
 
 def without(config: Config, off: Collection[str]) -> Config:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -232,15 +232,20 @@ def make_train_step(
     schedule: optax.Schedule,
     mesh: Mesh | None = None,
     *,
-    total_steps: int = 1,
-    off: Collection[str] = (),
+    total_steps: int,
+    phase: phases.Phase,
 ):
-    """The function (state, batch) -> (state, metrics) that the trainer compiles, of a run of so many steps.
+    """The function (state, batch) -> (state, metrics) that the trainer compiles, of a phase of a run of so many steps.
 
-    The terms that are `off` are not computed; what they alone train keeps its bits (`phases.held`).
+    The terms that are off are not computed; what they alone train keeps its bits (`phases.held`).
     """
-    part = phases.without(config, off)
+    part, off = phases.at(config, phase), phase.off
     forward = forward_lib.Forward(model, part, mesh)
+    of_phase = {}
+    if config.model.image.keep != 1:
+        of_phase["keep"] = phase.keep
+    if phase.length is not None:
+        of_phase["sequence_length"] = phase.length
 
     def train_step(state: TrainState, batch: schema.Batch):
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.caption_mask.shape[0]))
@@ -268,6 +273,7 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             **grad_norms(grads, config.frozen),
             **{f"weight/{name}": weight for name, weight in weights.items()},
+            **{name: jnp.float32(value) for name, value in of_phase.items()},
             "texts_dropped": dropped,
             "texts": text_counts[0],
             "texts_too_long": text_counts[1],
@@ -285,9 +291,15 @@ def make_train_step(
 class PhaseStep(NamedTuple):
     """The step of a phase (phases.Phase)."""
 
-    first: int  # the phase has the steps from this one on, up to the next phase
-    config: Config  # of the run, without the terms that are off
+    phase: phases.Phase
+    config: Config  # of the run, as it is in this phase (phases.at)
+    batch: schema.Batch  # ShapeDtypeStructs
     step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
+
+    @property
+    def key(self) -> phases.Key:
+        """Of the phase."""
+        return self.phase.key
 
 
 class Program(NamedTuple):
@@ -295,15 +307,17 @@ class Program(NamedTuple):
 
     state: TrainState  # ShapeDtypeStructs
     shardings: TrainState  # NamedShardings
-    batch: schema.Batch  # ShapeDtypeStructs
+    batch: schema.Batch  # ShapeDtypeStructs, of the longest sequences
     batch_sharding: NamedSharding
     init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
-    step: Callable  # that of the phase with most terms
+    step: Callable  # that of the phase that computes most
     phases: tuple[PhaseStep, ...]
+    config: Config  # of the run
 
     def phase(self, step: int) -> PhaseStep:
         """The phase of a step, from 0 on."""
-        return [phase for phase in self.phases if phase.first <= step][-1]
+        found = {phase.key: phase for phase in self.phases}
+        return found[phases.of_step(found, self.config, step)]
 
 
 def check_groups(config: Config, mesh: Mesh) -> None:
@@ -339,11 +353,14 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
         make_train_step, model, config, tx, schedule, mesh, total_steps=total_steps
     )
     found = phases.of(config, total_steps)
-    steps = tuple(
-        PhaseStep(phase.first, phases.without(config, phase.off), compiled(made(off=phase.off)))
-        for phase in found
-    )
-    most = min(range(len(found)), key=lambda i: len(found[i].off))
+    steps = []
+    for phase in found:
+        part = phases.at(config, phase)
+        batch = forward_lib.abstract_batch(part)
+        steps.append(PhaseStep(phase, part, batch, compiled(made(phase=phase))))
+    most = steps[phases.largest(found)]
     fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
-    batch = forward_lib.abstract_batch(config)
-    return Program(state, shardings, batch, batch_sharding, fresh, steps[most].step, steps)
+    return Program(
+        *(state, shardings, forward_lib.abstract_batch(config), batch_sharding, fresh),
+        *(most.step, tuple(steps), config),
+    )

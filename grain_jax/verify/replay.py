@@ -160,12 +160,14 @@ class _Replay:
         self._exact = self._exact and not self._reasons
         say(f"{steps_in_words(self.step + 1, end)} again", f"on {_where(now)}")
 
-        compiled = functools.cache(lambda step: step.lower(program.state, program.batch).compile())
+        of_key = {phase.key: phase for phase in program.phases}
+        compiled = functools.cache(
+            lambda key: of_key[key].step.lower(program.state, of_key[key].batch).compile()
+        )
         batches, found = self._place.batches(config, program, self.step), {}
         try:
             for step in range(self.step + 1, end + 1):
-                step_fn = compiled(program.phase(step - 1).step)
-                state, metrics = step_fn(state, next(batches))
+                state, metrics = compiled(program.phase(step - 1).key)(state, next(batches))
                 self._same_batches(step, state)
                 if step in self.run.metrics:
                     found[step] = _loss_error(metrics, self.run.metrics[step])

@@ -89,14 +89,14 @@ def _show(capsys, *words):
 
 def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
     lines = _show(capsys, "train", "--help-config")
-    assert lines[0] == "183 config keys with their defaults; --config.KEY=VALUE sets one."
+    assert lines[0] == "186 config keys with their defaults; --config.KEY=VALUE sets one."
     assert "optim.learning_rate = 0.001  (float)" in lines
     place = lines.index("batch_size = 2048  (int, at least 1)")
     assert lines[place + 1] == "    images a step, over all devices"
     assert max(map(len, lines)) <= 80
     some = ["--config", "own:S/16", "--config.seed=7"]
     lines = _show(capsys, "plan", *some, "--help-config", "model.image")
-    assert lines[0] == "33 config keys of own:S/16; --config.KEY=VALUE sets one."
+    assert lines[0] == "35 config keys of own:S/16; --config.KEY=VALUE sets one."
     assert "model.image.width = 384  (int, 1 to 131,072; default 768)" in lines
     assert _show(capsys, "sweep", *some, "--help-config=seed")[2] == "seed = 7  (int; default 0)"
     lines = _show(capsys, "train", "--config=demo", "--help-config=evals.unseen")

@@ -197,6 +197,23 @@ def test_a_plan_has_the_phases_of_the_terms(monkeypatch, cached):
     assert "steps 0 to 6" in text and "off: x" in text and "means over the steps" in text
 
 
+def test_a_plan_has_a_line_for_each_share_of_patches_and_length(monkeypatch, cached):
+    monkeypatch.setattr(compiler, "missing", lambda chip: "no compiler")
+    c = tiny.small(model__image__keep=[[0, 0.5], [0.7, 1]], input__sequence_lengths=(16, 64))
+    found = plan.make(c, chips.parse_topology("h100:8"), plan.Options())
+    rows = [(one["steps"], one["keep"], one["length"]) for one in found["phases"]]
+    early, late = [0, 6], [7, 9]
+    assert rows == [(early, 0.5, 16), (early, 0.5, 64), (late, 1, 16), (late, 1, 64)]
+    sizes = [one["total_bytes"] for one in found["phases"]]
+    assert max(sizes) == sizes[3] == found["memory"]["total_bytes"]
+    assert sizes[0] < sizes[2] and sizes[0] < sizes[1]
+    counts = [one["model_flops"] for one in found["phases"]]
+    mean = sum(share * count for share, count in zip((0.35, 0.35, 0.15, 0.15), counts))
+    assert found["model_flops"] == pytest.approx(mean, rel=1e-7)
+    text = page(found, "h100:8")
+    assert "length 64; keep 0.5; off: nothing" in text and "at best" in text
+
+
 def test_gpus_are_described_as_the_plan_knows_them():
     found = {chip.name: chip for chip in chips.CHIPS.values() if not chip.is_tpu}
     assert set(found) == {"a100-40", "a100-80", "h100", "h200", "b200"}

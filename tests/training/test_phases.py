@@ -40,7 +40,9 @@ class Centred(Smooth):
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: ALL()[:1])
-        patch.setattr(train.flops, "of_phases", lambda *_: {0: 1.0, 2: 1.0})  # of the runs
+        patch.setattr(
+            train.flops, "of_phases", lambda *_: {(0, None): 1.0, (2, None): 1.0}
+        )  # of the runs
         yield
 
 
@@ -137,7 +139,10 @@ def test_a_step_costs_what_it_costs_without_the_terms_that_are_off():
         for one in (found, plain)
     ]
     assert 1 <= costs[0] / costs[1] < 1.00003  # the moments of the parameters of the term
-    assert [phase.first for phase in found.phases] == [0, 2] and found.step is found.phases[0].step
+    assert [phase.key for phase in found.phases] == [
+        (0, None),
+        (2, None),
+    ] and found.step is found.phases[0].step
 
 
 def test_flops_are_those_of_the_terms_that_are_on(monkeypatch):
@@ -145,7 +150,7 @@ def test_flops_are_those_of_the_terms_that_are_on(monkeypatch):
     c = config(optim__frozen=("terms/smooth/.*",))
     assert flops.per_image(phases.without(c, {"smooth"})).terms == 0
     monkeypatch.setattr(flops, "per_image", lambda c: types.SimpleNamespace(train=[*c.loss.terms]))
-    assert OF_PHASES(c, STEPS) == {0: [], 2: ["smooth"]}
+    assert OF_PHASES(c, STEPS) == {(0, None): [], (2, None): ["smooth"]}
     assert phases.shares(phases.of(c, STEPS), STEPS) == [0.5, 0.5]
 
 

@@ -306,7 +306,7 @@ def test_a_teacher_that_no_term_reads_is_a_line():
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     monkeypatch.setattr(train, "report", lambda *_: None)
-    monkeypatch.setattr(train.flops, "of_phases", lambda *_: {0: 1.0})
+    monkeypatch.setattr(train.flops, "of_phases", lambda *_: {(0, None): 1.0})
 
 
 def trained(c, workdir):
