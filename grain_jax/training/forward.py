@@ -229,6 +229,7 @@ class Forward:
                 views=made,
                 state=of_step.state.get(name, {}),
                 share=self.share_of_term(name, of_step.share),
+                text_length=self.config.text_length,
             )
 
         return outputs, seen
