@@ -79,6 +79,10 @@ FAULTS = [
         {"input.negatives_per_region": 2, "input.max_regions": 0},
         "input.negatives_per_region: got 2, expected 0: with input.max_regions=0 no region has",
     ),
+    (
+        {"input.text_length": 16, "model.text.causal": False, "text.packing": False},
+        "input.text_length: got 16 with a text tower that sees its padding",
+    ),
     ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
     ({"text.pack_rows": 0}, "text.pack_rows: got 0, expected at least 1"),
     ({"input.flip_rate": 7.0}, "input.flip_rate: got 7.0, expected 0 to 1"),

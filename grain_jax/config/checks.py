@@ -240,6 +240,11 @@ def _views(config: Config) -> Iterator[str]:
             f"input.views.local: got {views.local} without loss.terms, whose terms alone read views; expected 0, or"
             " such a term"
         )
+    if config.input.sequence_lengths and views.global_min_area < 1:
+        yield (
+            f"input.views.global_min_area: got {views.global_min_area} with input.sequence_lengths ="
+            f" {config.input.sequence_lengths}; expected 1: the global view of an image in its own shape is whole"
+        )
     if views.min_area > views.max_area:
         yield (
             f"input.views.min_area: got {views.min_area}, expected at most input.views.max_area = {views.max_area}"
@@ -405,7 +410,14 @@ def _text_rows(config: Config) -> Iterator[str]:
         most = f"model.text.context_length = {text.context_length}"
         yield f"input.text_length: got {length}, expected 3 to {most}, or 0"
     external = named.is_external(text.tower)
-    if config.text.packing and not (external and not named.may_import(text.tower)):
+    is_known = not external or named.may_import(text.tower)
+    if is_known and 0 < length < text.context_length and not text.packable:
+        yield (
+            f"input.text_length: got {length} with a text tower that sees its padding: evaluations and exports fill its rows to"
+            f" model.text.context_length = {text.context_length}; expected 0, that length as context_length, or"
+            " model.text.mask_padding=True"
+        )
+    if config.text.packing and is_known:
         which = f"the text tower {text.tower} is not packable"
         masked = ", or model.text.mask_padding=True too, which changes the function of the tower: train it"
         if not external:

@@ -67,6 +67,7 @@ class Seen(NamedTuple):
     share: Array  # float32 [], of the steps since the term came on: 0 in its first one
     # models.places.Places of the patch tokens, of images in their own shape or some of their patches; None: a full square
     places: Any = None
+    text_length: int = 0  # most tokens of a text (`Config.text_length`); 0: those of a row
 
 
 class LocalTerm(nn.Module):

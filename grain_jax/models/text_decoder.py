@@ -535,10 +535,11 @@ def text_of_batch(
     real: jax.Array,
     config: Config,
     most: int,
+    longest: int = 0,
 ) -> Text:
     """The texts of a batch (`schema.Batch`) as sequences hold them.
 
-    One that fills its row counts as cut: nothing tells whether words are missing.
+    One that is as long as the tokenizer lets it be counts as cut: nothing tells whether words are missing.
 
     Args:
       tokens: int32 [G, rows, L].
@@ -547,6 +548,7 @@ def text_of_batch(
       real: bool [B, S].
       config: for the special tokens around a text.
       most: n, words that are kept.
+      longest: tokens that the tokenizer cuts a text to; 0: those of a row.
     """
     groups, rows, length = tokens.shape
     images, texts = real.shape
@@ -560,4 +562,4 @@ def text_of_batch(
     index = jnp.minimum(first[..., None] + jnp.arange(most), rows * length - 1)
     kept = jnp.minimum(count, most)
     ids = jnp.where(jnp.arange(most) < kept[..., None], read(tokens, index), 0)
-    return Text(ids, kept, (count <= most) & (last + 1 < length), real)
+    return Text(ids, kept, (count <= most) & (last + 1 < (longest or length)), real)

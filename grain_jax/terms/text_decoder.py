@@ -223,7 +223,8 @@ def draw(options: Options, words: text_decoder.Vocabulary, seen: Seen) -> Drawn:
     def text(at, real, others):
         fits = min(most, length - others)
         return text_decoder.text_of_batch(
-            batch.text_tokens, batch.text_positions, at, real, options, fits
+            *(batch.text_tokens, batch.text_positions, at, real, options, fits),
+            longest=seen.text_length,
         )
 
     if options.caption_weight:

@@ -212,8 +212,8 @@ class Forward:
         def seen(name: str) -> local.Seen:
             if features.places is not None and not self.terms[name].any_grid:
                 raise errors.UserError(
-                    f"loss.terms.{name}: got images in their own shape, or some of their patches, expected full squares; a"
-                    " term with any_grid = True takes others"
+                    f"loss.terms.{name}: got images in their own shape, or some of their patches, expected full squares"
+                    " (input.sequence_lengths=(), model.image.keep=1); a term with any_grid = True takes others"
                 )
             return local.Seen(
                 batch=batch,
@@ -229,6 +229,7 @@ class Forward:
                 views=made,
                 state=of_step.state.get(name, {}),
                 share=self.share_of_term(name, of_step.share),
+                text_length=self.config.text_length,
             )
 
         return outputs, seen

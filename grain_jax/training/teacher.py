@@ -332,7 +332,7 @@ class Teacher:
             if own != tower.patch_size:
                 raise errors.UserError(
                     f"teacher.path: {self._run.teacher.path} has model.image.patch_size = {tower.patch_size}, the run {own};"
-                    " expected the same, as images in their own shape come cut into patches"
+                    " expected the same, as images in their own shape come cut into patches, or input.sequence_lengths=()"
                 )
             return views.normalised(image01, tower)
         if image01.shape[1:3] != (tower.image_size,) * 2:

@@ -99,6 +99,15 @@ def test_texts_of_another_tokenizer(other):
         close(predict(state, {"labels": shorter})[1], ztxt)
 
 
+def test_a_tower_that_masks_its_padding_sees_none_of_another_op(tmp_path):
+    masked = dict(text__causal=False, text__mask_padding=True, text__vocab_size=49408)
+    folder = perturbed.saved(tmp_path / "model", **masked)
+    predict, state = made(folder)
+    ids, expected = labels(folder), inference.load(folder).encode_text(TEXTS)
+    for padding in (-1, 0):
+        close(predict(state, {"labels": np.where(ids < 0, padding, ids)})[1], expected)
+
+
 def test_pictures_are_resized_as_ours(clip):
     op = big_vision.grain_image(clip)
     picture = np.random.default_rng(1).integers(0, 256, (50, 70, 3)).astype(np.uint8)

@@ -178,6 +178,15 @@ def test_a_caption_that_packing_may_have_cut_has_no_end():
     assert rows.predicted.sum(1).tolist() == [14, 14, 9, 11, 16, 13, 11, 18]
 
 
+def test_a_text_as_long_as_those_of_the_run_may_be_has_no_end():
+    """Those of input.text_length are cut before they share rows, which are longer; all have 7 tokens here."""
+    _, seen, _ = case()
+    words = text_decoder.vocabulary(OPTIONS, tiny.config(model__text__vocab_size=50).model)
+    for longest in (0, 8, 7):
+        rows = draw(OPTIONS, words, seen._replace(text_length=longest)).rows
+        assert (rows.predicted & (rows.targets == words.end)).any() == (longest != 7)
+
+
 def test_the_loss_of_a_part_has_the_sums_of_the_whole():
     term, seen, params = case()
     whole = jax.jit(lambda: term.apply({"params": params}, seen))()

@@ -242,6 +242,10 @@ TOWER = f"{test_towers.__name__}:Colours"
         (dict(size=3), "model.image.patch_size = 8, such as 8"),
         (dict(terms=False), "input.views.local: got 2 without loss.terms, whose terms alone read"),
         (dict(local=65), "input.views.local: got 65, expected 0 to 64"),
+        (
+            dict(global_min_area=0.5, lengths=(4,)),
+            "input.views.global_min_area: got 0.5 with input.sequence_lengths = (4,); expected 1",
+        ),
         (dict(max_aspect=0.5), "input.views.max_aspect: got 0.5, expected 1 to 10"),
         (
             dict(size=8, tower=TOWER),
@@ -255,6 +259,7 @@ def test_what_views_cannot_is_a_line(changes, message):
         c.loss.terms["seeing"] = {"term": f"{__name__}:Seeing", "weight": 1.0}
     if tower := changes.pop("tower", None):
         c.model.decoder, c.model.image.tower, c.input.max_regions = None, tower, 0
+    c.input.sequence_lengths = changes.pop("lengths", ())
     c.input.views.update(changes)
     with pytest.raises(config_lib.ConfigError) as error:
         config_lib.from_dict(c)
