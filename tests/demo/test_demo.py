@@ -320,20 +320,20 @@ def test_an_image_is_seen_in_its_own_shape(picture, monkeypatch):
     c = tiny.config(model__boxes__kind="roi_align", loss__box_description=1.0, **tiny.SHALLOW)
     analyst, texts = writer_of(c, sequence_length=12), ["a short tail", "wings"]
     predictor, maps = analyst.predictor, analyst.predictor.class_maps
-    wide = picture.resize((120, 20), PIL.Image.Resampling.NEAREST)
+    wide = picture.resize((120, 40), PIL.Image.Resampling.NEAREST)
     result = analyst.analyse(wide, CLASSES, 0.5)
     expected = predictor.classify([wide], CLASSES, alpha=0.5)[0]
     np.testing.assert_array_equal(result.combined, expected)
     found = analyst.find(wide, texts)
     cosines, pointed = predictor.similarity_map(wide, texts), predictor.point(wide, texts)
-    assert cosines.shape[1:] == tuple(predictor.preprocess(wide).grid) == (1, 8)
+    assert cosines.shape[1:] == tuple(predictor.preprocess(wide).grid) == (2, 6)
     for lying, own, expected in zip(found, cosines, pointed, strict=True):
         np.testing.assert_allclose(lying.cosines, own, atol=3e-6)
         np.testing.assert_array_equal(lying.pointed.box_xyxy, expected.box_xyxy)
     (shown,) = re.findall(
         r'similarity map of wings[^>]* src="data:[^,]*,([^"]*)"', views.places(wide, found)
     )
-    assert PIL.Image.open(io.BytesIO(base64.b64decode(shown))).size == (480, 80)
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(shown))).size == (480, 160)
     check_ranked(
         analyst.inside(wide, CLASSES, BOX), predictor, predictor.encode_boxes([wide], [[BOX]])[0]
     )
@@ -344,7 +344,7 @@ def test_an_image_is_seen_in_its_own_shape(picture, monkeypatch):
         labels = analyst.segment(image, CLASSES)
         np.testing.assert_array_equal(labels, predictor.segment(image, CLASSES))
         assert labels.shape == image.size[::-1] and len(np.unique(labels)) > 1
-    assert analyst.segment(wide.resize((960, 160)), CLASSES).shape == (80, 480)
+    assert analyst.segment(wide.resize((960, 320)), CLASSES).shape == (160, 480)
 
 
 def test_a_box_that_is_pointed_at_lies_beside_the_region_of_a_text(picture):

@@ -122,15 +122,15 @@ def test_pictures_keep_their_shape_where_the_model_takes_it(tmp_path):
         rows += [one["image"] for one in dataset.as_numpy_iterator()]
     zimg = predict(state, {"image": np.stack(rows)})[0]
     close(zimg, inference.load(folder).encode_image(pictures))
-    # A square is a shape; rows that another op has changed are none.
-    square = random.integers(0, 256, (1, 40, 40, 3)).astype(np.uint8)
-    close(
-        predict(state, {"image": square})[0],
-        inference.load(folder, sequence_length=0).encode_image(square),
-    )
-    changed = np.stack(rows).astype(np.float32) / 255
-    assert np.isnan(predict(state, {"image": changed})[0]).all()
-    init = jax.eval_shape(big_vision.Model(checkpoint=folder).init, jax.random.key(0), changed[:1])
+    changed = np.stack(rows)
+    changed[0, -1] = 0  # no grid
+    found = predict(state, {"image": changed})[0]
+    assert np.isnan(found).all(1).tolist() == [True, False]
+    # A square is a shape; and init as its trainers call it.
+    square = np.zeros((1, 40, 40, 3), np.uint8)
+    assert jax.eval_shape(predict, state, {"image": square})[0].shape == (1, 28)
+    model, floats = big_vision.Model(checkpoint=folder), changed[:1].astype(np.float32)
+    init = jax.eval_shape(model.init, jax.random.key(0), floats)
     assert "image" in init["params"]
 
 
