@@ -13,7 +13,7 @@ from grain_jax.convert import tables, text_decoder
 from grain_jax.models.text_decoder import vocabulary
 from grain_jax.runtime import checkpoint
 
-__all__ = ["decoder", "params", "saved", "tiny", "write_words"]
+__all__ = ["decoder", "in_own_shape", "params", "saved", "tiny", "write_words"]
 
 
 def tiny(**changes) -> config_lib.Model:
@@ -44,6 +44,13 @@ def saved(folder, **changes) -> str:
     """The folder of a saved model of depth 1."""
     model = tiny(image__depth=1, text__depth=1, **changes)
     checkpoint.save_model(folder, model, params(model), source="test")
+    return str(folder)
+
+
+def in_own_shape(folder, **changes) -> str:
+    """The folder of a saved model of depth 1 that takes images in their own shape, of 4 or 12 patches."""
+    model = tiny(image__depth=1, text__depth=1, **changes)
+    checkpoint.save_model(folder, model, params(model), sequence_lengths=(4, 12), source="test")
     return str(folder)
 
 

@@ -87,6 +87,22 @@ def of_image(image: PIL.Image.Image | np.ndarray, patch: int, length: int) -> Pa
     return Patches(pixels, np.array([rows, columns], np.int32))
 
 
+def as_rows(image: Patches) -> np.ndarray:
+    """The patches of an image, uint8 [N, D] and [2], as one array for those who pass on arrays alone.
+
+    Returns: uint8 [N + 1, D]; the last row begins with the bytes of the grid, int32, the lowest first.
+    """
+    last = np.zeros((1, image.pixels.shape[1]), np.uint8)
+    last[0, :8] = image.grid.astype("<i4").view(np.uint8)
+    return np.concatenate([image.pixels, last])
+
+
+def of_rows(rows: Any) -> Patches:
+    """What `as_rows` gave, for a batch: uint8 [B, N + 1, D], numpy or jax -> [B, N, D] and int32 [B, 2]."""
+    found = rows[:, -1, :8].astype(np.int32).reshape(-1, 2, 4)
+    return Patches(rows[:, :-1], (found << np.array([0, 8, 16, 24], np.int32)).sum(2, np.int32))
+
+
 def stack(parts: list[Patches]) -> Patches:
     """Patches of single images as those of a batch."""
     return Patches(*(np.stack(field) for field in zip(*parts, strict=True)))

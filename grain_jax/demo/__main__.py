@@ -56,7 +56,10 @@ def _serve(arguments: Demo, uploads: epath.Path, folder: epath.Path) -> None:
     classes = classes or class_lists.of_run(predictor.folder or "")
     classes = classes or {one.name: tuple(one.descriptions) for one in _species()}
     analyst = analysis.Analyst(predictor)
-    about = f"`{arguments.checkpoint}`: images of {predictor.model.image.image_size} pixels,"
+    seen = f"images of {predictor.model.image.image_size} pixels"
+    if predictor.sequence_length:
+        seen = f"images in their own shape, of at most {predictor.sequence_length} patches"
+    about = f"`{arguments.checkpoint}`: {seen},"
     about += f" {analyst.queries or 'no'} regions{', a text decoder' if analyst.writes else ''}."
     blocks = page.build(analyst, about, classes, examples)
     url = page.launch(

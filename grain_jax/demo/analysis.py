@@ -19,6 +19,7 @@ from etils import epath
 
 from grain_jax import inference
 from grain_jax.core import annotations, images
+from grain_jax.core import patches as patches_lib
 from grain_jax.demo.class_lists import (
     ELSEWHERE,
     MANY_DESCRIPTIONS,
@@ -32,7 +33,7 @@ from grain_jax.inference import scores, segmentation, text_decoder
 DIGITS = 4  # decimals of the numbers shown
 SECONDS = 30.0  # limit for encoding classes, since all other users wait meanwhile
 _AT_ONCE = 16  # classes encoded between two checks of that limit
-_SLIM = 8  # longer by shorter side of an image that is segmented, at most: each window is a pass
+_SLIM = 8  # longer by shorter side of an image that windows segment, at most: each is a pass
 _LABELS_EDGE = 480  # longer side of a segmentation in pixels, at most
 _KEPT = 16  # cached images, and cached lists of classes
 
@@ -148,7 +149,8 @@ class Analyst:
         self.writes = predictor.has_text_decoder
         self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
         try:
-            self.grid = predictor.grid  # cells along a side of a similarity map; 0: it has none
+            # Cells along a side of the similarity map of a square; 0: it has none.
+            self.grid = predictor.grid
         except inference.InputError:
             self.grid = 0
         if decoder is not None and not self.queries and not self.box_head:
@@ -260,7 +262,7 @@ class Analyst:
             ]
         if self.grid:
             patches = self._encode_patches(image) if self.box_head or not self.queries else None
-            maps = list(scores.similarity_map(text, patches, of_regions, self.grid))
+            maps = list(scores.similarity_map(text, patches, of_regions, self._grid_of(image)))
         pointed: Sequence[text_decoder.Pointed | None] = [None] * len(phrases)
         if self.writes:
             (pointed,) = self.predictor.point(self._encode_tokens(image), [phrases])
@@ -268,6 +270,8 @@ class Analyst:
 
     def segment(self, image: PIL.Image.Image, classes: Classes) -> np.ndarray:
         """The class of every pixel, as `Predictor.segment`; an image above _LABELS_EDGE is labelled at that size.
+
+        A model that takes images in their own shape sees the whole image, of any shape.
 
         Args:
           image: RGB.
@@ -283,18 +287,23 @@ class Analyst:
                 "segmentation: the model has no maps, expected an image tower with patches,"
                 " and a box head or regions where it has a decoder"
             )
-        if max(image.size) > _SLIM * min(image.size):
+        in_own_shape = self.predictor.sequence_length > 0
+        if not in_own_shape and max(image.size) > _SLIM * min(image.size):
             raise DemoError(
                 f"segmentation: got an image of {image.width} x {image.height} pixels, expected a longer side of at"
                 f" most {_SLIM} times the shorter; cut it"
             )
         make = lambda: self._segmentation_classes(classes)
         known = self._remembered("segmentation_classes", tuple(classes.items()), make)
-        size = self.predictor.model.image.image_size
-        windows = segmentation.windows_of(0, image, size, 0, 0, len(classes))
-        share = min(1, _LABELS_EDGE / max(windows.size))
-        width, height = (max(1, round(share * edge)) for edge in windows.size)
-        maps = self.predictor.class_maps(windows.pixels, known)
+        share = min(1, _LABELS_EDGE / max(image.size))
+        width, height = (max(1, round(share * edge)) for edge in image.size)
+        if in_own_shape:
+            windows = segmentation.whole(image.resize((width, height)), len(classes))
+            maps = self.predictor.class_maps([image], known)
+        else:
+            size = self.predictor.model.image.image_size
+            windows = segmentation.windows_of(0, image, size, 0, 0, len(classes))
+            maps = self.predictor.class_maps(windows.pixels, known)
         return segmentation.labels(maps, windows._replace(size=(width, height)))
 
     def _segmentation_classes(self, classes: Classes) -> segmentation.Classes:
@@ -331,6 +340,14 @@ class Analyst:
             return image_embed, np.zeros((1, 0, 4)), np.zeros((1, 0, image_embed.shape[1]))
 
         return self._remembered("image", _key(image), encode)
+
+    def _grid_of(self, image: PIL.Image.Image) -> int | tuple[int, int]:
+        """Cells along a side of the maps of an image; in its own shape rows and columns."""
+        if not (length := self.predictor.sequence_length):
+            return self.grid
+        patch = self.predictor.model.image.patch_size
+        rows, columns = patches_lib.grid(image.height, image.width, patch, length)
+        return int(rows), int(columns)
 
     def _encode_patches(self, image: PIL.Image.Image) -> np.ndarray:
         """Embeddings of the patches, [h, w, D]."""

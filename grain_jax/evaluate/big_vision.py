@@ -14,7 +14,7 @@ import TensorFlow.
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors
+from grain_jax.core import errors, patches
 from grain_jax.core import images as image_files
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
@@ -70,7 +70,7 @@ class Model(nn.Module):
     dtype: str = "float32"
 
     def setup(self):
-        self.grain = grain.GRAIN(_sizes(self.checkpoint)[0], self.dtype)
+        self.grain = grain.GRAIN(_sizes(self.checkpoint).model, self.dtype)
         nn.share_scope(self, self.grain)  # parameters are named as in the checkpoint
 
     @nn.nowrap
@@ -82,7 +82,9 @@ class Model(nn.Module):
         """Embeds images, texts or both; either may be None.
 
         Args:
-          image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
+          image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`; in their
+            own shape [B, N + 1, 3 P^2] from `grain_image`. Such an image gets NaN where another op has changed it so
+            that its last row holds no grid.
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
             by the op of big_vision; or other token ids, padded with -1. A text with another id than those
             of the embedding table gets NaN.
@@ -102,7 +104,7 @@ class Model(nn.Module):
         out = {}
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
             if image is not None:
-                zimg, _, _ = self.grain.encode_image(image)
+                zimg = self._encode_image(jnp.asarray(image))
                 out["img/normalized"] = zimg
             if text is not None:
                 ztxt = self._encode_text(jnp.asarray(text))
@@ -112,6 +114,16 @@ class Model(nn.Module):
         if self.grain.config.logit_bias_init is not None:
             out["b"] = jnp.asarray(self.grain.logit_bias)[None]
         return zimg, ztxt, out
+
+    def _encode_image(self, image):
+        if image.ndim == 4:
+            return self.grain.encode_image(image)[0]
+        found = patches.of_rows(image.astype(jnp.uint8))  # `init` gets floats
+        embed, _, _ = self.grain.encode_image(found)
+        length = found.pixels.shape[1]
+        known = ((found.grid >= 1) & (found.grid <= length)).all(1)
+        known &= found.grid.prod(1) <= length
+        return jnp.where(known[:, None], embed, jnp.nan)
 
     def _encode_text(self, tokens):
         tower = self.grain.config.text
@@ -151,7 +163,7 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
         raise BigVisionError(
             f"model_init: got {init_file!r}, expected the path of one checkpoint of grain_jax"
         )
-    if _sizes(init_file)[0] != _sizes(model_cfg["checkpoint"])[0]:
+    if _sizes(init_file).model != _sizes(model_cfg["checkpoint"]).model:
         raise BigVisionError(
             f"model_init: {init_file} has another model than model.checkpoint,"
             f" {model_cfg['checkpoint']}; expected the same towers"
@@ -170,20 +182,29 @@ def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]],
 
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
-    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
-    size = _sizes(checkpoint)[0].image.image_size
+    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`.
+
+    Of a model that was trained on images in their own shape [N + 1, 3 P^2], patches and their grid (`patches.as_rows`),
+    with the longest N of that run.
+    """
+    sizes = _sizes(checkpoint)
+    tower, length = sizes.model.image, sizes.sequence_length
+    size, patch = tower.image_size, tower.patch_size
 
     def resize(image):
         if isinstance(image, bytes):
             image = image_files.decode_image(image, orientation="file")  # as big_vision does
+        if length:
+            return patches.as_rows(patches.of_image(image, patch, length))
         return image_files.resize(image, size)
 
-    return _op(resize, key, key, "uint8", (size, size, 3))
+    shape = (length + 1, 3 * patch**2) if length else (size, size, 3)
+    return _op(resize, key, key, "uint8", shape)
 
 
 def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
     """Preprocessing op: a string -> int32 [context length] by the tokenizer of the text tower, padded with -1."""
-    model, folder = _sizes(checkpoint)
+    model, folder, _ = _sizes(checkpoint)
     library, context = tokenizer.of_tower(model.text, folder), model.text.context_length
 
     def tokenize(text):
@@ -204,8 +225,14 @@ def _op(function: Callable, inkey: str, outkey: str, dtype: str, shape: tuple) -
     return op
 
 
+class _Sizes(NamedTuple):
+    model: config_lib.Model
+    folder: str
+    sequence_length: int  # the longest of the run; 0: squares
+
+
 @functools.lru_cache(maxsize=8)
-def _sizes(path: str) -> tuple[config_lib.Model, str]:
-    """The model in a checkpoint without its parameters, and the folder of the checkpoint."""
-    model, _, folder = checkpoint_lib.load_model(path)
-    return model, folder
+def _sizes(path: str) -> _Sizes:
+    """The model in a checkpoint without its parameters, the folder of the checkpoint, and patches an image."""
+    stored = checkpoint_lib.load_stored(path)
+    return _Sizes(stored.model, stored.folder, max(stored.sequence_lengths, default=0))

@@ -65,12 +65,13 @@ def with_head():
     return analysis.Analyst(predictor_of(c))
 
 
-def writer_of(c):
+def writer_of(c, **options):
     """A model with a text decoder of random parameters."""
     sizes = config_lib.TextDecoder(width=24, depth=1, heads=3, mlp_dim=40, bins=10, row_length=24)
     parameters = workdirs.parameters(c.model)
     decoder = test_text_decoder.random_decoder(c.model, sizes)
-    return analysis.Analyst(inference.Predictor(c.model, parameters, text_decoder=decoder))
+    predictor = inference.Predictor(c.model, parameters, text_decoder=decoder, **options)
+    return analysis.Analyst(predictor)
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +314,37 @@ def test_what_the_text_decoder_says_and_where_it_points(writer, picture, monkeyp
     assert "no class is ranked" in shown and "<table>" not in shown
     assert html.escape(caption.text) in views.caption(caption)
     assert "&lt;b&gt;" in views.caption(caption._replace(text="<b>"))
+
+
+def test_an_image_is_seen_in_its_own_shape(picture, monkeypatch):
+    c = tiny.config(model__boxes__kind="roi_align", loss__box_description=1.0, **tiny.SHALLOW)
+    analyst, texts = writer_of(c, sequence_length=12), ["a short tail", "wings"]
+    predictor, maps = analyst.predictor, analyst.predictor.class_maps
+    wide = picture.resize((120, 40), PIL.Image.Resampling.NEAREST)
+    result = analyst.analyse(wide, CLASSES, 0.5)
+    expected = predictor.classify([wide], CLASSES, alpha=0.5)[0]
+    np.testing.assert_array_equal(result.combined, expected)
+    found = analyst.find(wide, texts)
+    cosines, pointed = predictor.similarity_map(wide, texts), predictor.point(wide, texts)
+    assert cosines.shape[1:] == tuple(predictor.preprocess(wide).grid) == (2, 6)
+    for lying, own, expected in zip(found, cosines, pointed, strict=True):
+        np.testing.assert_allclose(lying.cosines, own, atol=3e-6)
+        np.testing.assert_array_equal(lying.pointed.box_xyxy, expected.box_xyxy)
+    (shown,) = re.findall(
+        r'similarity map of wings[^>]* src="data:[^,]*,([^"]*)"', views.places(wide, found)
+    )
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(shown))).size == (480, 160)
+    check_ranked(
+        analyst.inside(wide, CLASSES, BOX), predictor, predictor.encode_boxes([wide], [[BOX]])[0]
+    )
+    assert analyst.caption(wide) == predictor.caption([wide])[0]
+    centred = lambda maps: [x - x.mean((1, 2), keepdims=True) for x in maps]
+    monkeypatch.setattr(predictor, "class_maps", lambda *given: centred(maps(*given)))
+    for image in (wide, wide.resize((300, 10))):  # windows would be too many
+        labels = analyst.segment(image, CLASSES)
+        np.testing.assert_array_equal(labels, predictor.segment(image, CLASSES))
+        assert labels.shape == image.size[::-1] and len(np.unique(labels)) > 1
+    assert analyst.segment(wide.resize((960, 320)), CLASSES).shape == (160, 480)
 
 
 def test_a_box_that_is_pointed_at_lies_beside_the_region_of_a_text(picture):
