@@ -351,8 +351,8 @@ def test_a_trunk_that_timm_has_not_is_refused(tmp_path, capsys):
 # Of a tower: keys whose values every exit takes from the arrays, or that matter to new weights and speed alone.
 SIZES = {
     *("options", "width", "depth", "heads", "mlp_dim", "unroll", "image_size", "patch_size"),
-    *("position_init", "position_period", "block_init", "layer_scale_init"),
     *("vocab_size", "context_length"),
+    *towers.OF_TRAINING,
 }
 # Of the others, a value that a plain tower has not, with what it needs beside it; None: the other one of the two.
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
