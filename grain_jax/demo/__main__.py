@@ -56,7 +56,10 @@ def _serve(arguments: Demo, uploads: epath.Path, folder: epath.Path) -> None:
     classes = classes or class_lists.of_run(predictor.folder or "")
     classes = classes or {one.name: tuple(one.descriptions) for one in _species()}
     analyst = analysis.Analyst(predictor)
-    about = f"`{arguments.checkpoint}`: images of {predictor.model.image.image_size} pixels,"
+    size = f"{predictor.model.image.image_size} pixels"
+    if predictor.sequence_length:
+        size = f"{predictor.sequence_length} patches in their own shape"
+    about = f"`{arguments.checkpoint}`: images of {size},"
     about += f" {analyst.queries or 'no'} regions{', a text decoder' if analyst.writes else ''}."
     blocks = page.build(analyst, about, classes, examples)
     url = page.launch(

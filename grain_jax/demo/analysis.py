@@ -19,6 +19,7 @@ from etils import epath
 
 from grain_jax import inference
 from grain_jax.core import annotations, images
+from grain_jax.core import patches as patches_lib
 from grain_jax.demo.class_lists import (
     ELSEWHERE,
     MANY_DESCRIPTIONS,
@@ -148,7 +149,7 @@ class Analyst:
         self.writes = predictor.has_text_decoder
         self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
         try:
-            self.grid = predictor.grid  # cells along a side of a similarity map; 0: it has none
+            self.grid = predictor.grid  # cells along a side of the map of a square; 0: it has none
         except inference.InputError:
             self.grid = 0
         if decoder is not None and not self.queries and not self.box_head:
@@ -260,7 +261,7 @@ class Analyst:
             ]
         if self.grid:
             patches = self._encode_patches(image) if self.box_head or not self.queries else None
-            maps = list(scores.similarity_map(text, patches, of_regions, self.grid))
+            maps = list(scores.similarity_map(text, patches, of_regions, self._grid_of(image)))
         pointed: Sequence[text_decoder.Pointed | None] = [None] * len(phrases)
         if self.writes:
             (pointed,) = self.predictor.point(self._encode_tokens(image), [phrases])
@@ -290,12 +291,22 @@ class Analyst:
             )
         make = lambda: self._segmentation_classes(classes)
         known = self._remembered("segmentation_classes", tuple(classes.items()), make)
-        size = self.predictor.model.image.image_size
-        windows = segmentation.windows_of(0, image, size, 0, 0, len(classes))
+        tower, length = self.predictor.model.image, self.predictor.sequence_length
+        if length:
+            windows = segmentation.whole_of(0, image, tower.patch_size, length)
+        else:
+            windows = segmentation.windows_of(0, image, tower.image_size, 0, 0, len(classes))
         share = min(1, _LABELS_EDGE / max(windows.size))
         width, height = (max(1, round(share * edge)) for edge in windows.size)
         maps = self.predictor.class_maps(windows.pixels, known)
-        return segmentation.labels(maps, windows._replace(size=(width, height)))
+        return segmentation.labels(np.asarray(maps), windows._replace(size=(width, height)))
+
+    def _grid_of(self, image: PIL.Image.Image) -> Any:
+        """The cells of the maps of an image, as `scores.region_map` takes them."""
+        if length := self.predictor.sequence_length:
+            patch = self.predictor.model.image.patch_size
+            return patches_lib.grid(image.height, image.width, patch, length)
+        return self.grid
 
     def _segmentation_classes(self, classes: Classes) -> segmentation.Classes:
         """Embeds the classes, as `Predictor.segmentation_classes`. Raises DemoError as `_encode_classes`."""

@@ -119,13 +119,19 @@ class Model(nn.Module):
             missing = tower.context_length - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, missing)), constant_values=_PADDING)
         real = tokens != _PADDING
-        # With CLIP the end token has the highest id; with other tokenizers it is the last token before the padding.
+        # With CLIP the end token has the highest id; with other tokenizers it is the last token before the padding, or
+        # the first of its id, which may pad, too.
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
+        if tower.tokenizer != "clip" and tower.seeks_end and tower.end_id is not None:
+            is_end = tokens == tower.end_id
+            ends = jnp.where(is_end.any(1), is_end.argmax(1), ends)
         tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # one group per text
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
-        segments = real[:, None] if tower.mask_padding else jnp.ones_like(positions)
-        (embed,) = self.grain.encode_text(tokens, positions, segments.astype(jnp.int32), at)
+        segments = jnp.ones_like(positions)
+        if tower.mask_padding:
+            segments = (positions <= ends[:, None, None]).astype(jnp.int32)
+        (embed,) = self.grain.encode_text(tokens, positions, segments, at)
         known = ((tokens >= 0) & (tokens < tower.vocab_size)).all(axis=(1, 2))
         return jnp.where(known[:, None], embed, jnp.nan)
 

@@ -99,6 +99,16 @@ def test_texts_of_another_tokenizer(other):
         close(predict(state, {"labels": shorter})[1], ztxt)
 
 
+def test_a_tower_that_masks_its_padding_sees_none(tmp_path):
+    own = dict(text__mask_padding=True, text__causal=False, text__pool="last")
+    folder = perturbed.saved(tmp_path / "clip", text__vocab_size=49408, **own)
+    predict, state = made(folder)
+    ids, expected = labels(folder), inference.load(folder).encode_text(TEXTS)
+    for padding in (-1, 0, 49407):
+        given = np.where(ids < 0, padding, ids)
+        close(predict(state, {"labels": given})[1], expected)
+
+
 def test_pictures_are_resized_as_ours(clip):
     op = big_vision.grain_image(clip)
     picture = np.random.default_rng(1).integers(0, 256, (50, 70, 3)).astype(np.uint8)
