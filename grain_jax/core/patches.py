@@ -87,6 +87,19 @@ def of_image(image: PIL.Image.Image | np.ndarray, patch: int, length: int) -> Pa
     return Patches(pixels, np.array([rows, columns], np.int32))
 
 
+def as_bytes(one: Patches) -> np.ndarray:
+    """The uint8 Patches of one image in one array, for packages that have one an image: [N * P * P * 3 + 8]."""
+    grid = np.asarray(one.grid, "<i4").view(np.uint8)
+    return np.concatenate([one.pixels.reshape(-1), grid])
+
+
+def of_bytes(given: Any, patch: int) -> Patches:
+    """The Patches of a batch of `as_bytes`, uint8 [B, n], of numpy or JAX."""
+    pixels, grid = given[:, :-8], given[:, -8:].reshape(-1, 2, 4).astype(np.int32)
+    grid = (grid << np.arange(0, 32, 8, dtype=np.int32)).sum(-1).astype(np.int32)
+    return Patches(pixels.reshape(len(given), -1, 3 * patch**2), grid)
+
+
 def stack(parts: list[Patches]) -> Patches:
     """Patches of single images as those of a batch."""
     return Patches(*(np.stack(field) for field in zip(*parts, strict=True)))

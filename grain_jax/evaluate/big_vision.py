@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors
+from grain_jax.core import errors, patches
 from grain_jax.core import images as image_files
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
@@ -82,7 +82,8 @@ class Model(nn.Module):
         """Embeds images, texts or both; either may be None.
 
         Args:
-          image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
+          image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`; or uint8
+            [B, n] as `grain_image` gives images in their own shape.
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
             by the op of big_vision; or other token ids, padded with -1. A text with another id than those
             of the embedding table gets NaN.
@@ -102,6 +103,8 @@ class Model(nn.Module):
         out = {}
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
             if image is not None:
+                if image.ndim == 2:
+                    image = patches.of_bytes(image, self.grain.config.image.patch_size)
                 zimg, _, _ = self.grain.encode_image(image)
                 out["img/normalized"] = zimg
             if text is not None:
@@ -172,20 +175,27 @@ def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]],
 
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
-    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
-    size = _sizes(checkpoint)[0].image.image_size
+    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`.
+
+    Of a model of images in their own shape uint8 [n], `patches.as_bytes` with its longest length.
+    """
+    model, _, length = _sizes(checkpoint)
+    size, patch = model.image.image_size, model.image.patch_size
 
     def resize(image):
         if isinstance(image, bytes):
             image = image_files.decode_image(image, orientation="file")  # as big_vision does
+        if length:
+            return patches.as_bytes(patches.of_image(image, patch, length))
         return image_files.resize(image, size)
 
-    return _op(resize, key, key, "uint8", (size, size, 3))
+    shape = (length * patch**2 * 3 + 8,) if length else (size, size, 3)
+    return _op(resize, key, key, "uint8", shape)
 
 
 def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
     """Preprocessing op: a string -> int32 [context length] by the tokenizer of the text tower, padded with -1."""
-    model, folder = _sizes(checkpoint)
+    model, folder, _ = _sizes(checkpoint)
     library, context = tokenizer.of_tower(model.text, folder), model.text.context_length
 
     def tokenize(text):
@@ -207,7 +217,7 @@ def _op(function: Callable, inkey: str, outkey: str, dtype: str, shape: tuple) -
 
 
 @functools.lru_cache(maxsize=8)
-def _sizes(path: str) -> tuple[config_lib.Model, str]:
-    """The model in a checkpoint without its parameters, and the folder of the checkpoint."""
-    model, _, folder = checkpoint_lib.load_model(path)
-    return model, folder
+def _sizes(path: str) -> tuple[config_lib.Model, str, int]:
+    """The model in a checkpoint without its parameters, its folder, and its longest length; 0: squares."""
+    stored = checkpoint_lib.load_stored(path)
+    return stored.model, stored.folder, max(stored.sequence_lengths, default=0)

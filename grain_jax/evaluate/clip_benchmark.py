@@ -9,14 +9,14 @@ itself runs in JAX.
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
 from grain_jax import inference
-from grain_jax.core import errors
-from grain_jax.core import images as image_files
+from grain_jax.core import errors, patches, schema
 from grain_jax.input_pipeline import tokenizer
 
 NAME = "grain_jax"  # value of --model_type in clip-benchmark
@@ -58,8 +58,11 @@ class Model(torch.nn.Module):
         self.predictor = predictor
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Images, uint8 [B, S, S, 3] from the transform -> float32 [B, D], unit length."""
-        embed = self.predictor.encode_image(images.cpu().numpy())
+        """Images, uint8 [B, S, S, 3] or [B, n] from the transform -> float32 [B, D], unit length."""
+        given: Any = images.cpu().numpy()
+        if self.predictor.sequence_length:
+            given = patches.of_bytes(given, self.predictor.model.image.patch_size)
+        embed = self.predictor.encode_image(given)
         return torch.from_numpy(embed).to(images.device)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -95,9 +98,11 @@ def load(
         texts = [texts] if isinstance(texts, str) else list(texts)
         return torch.from_numpy(np.asarray(library(texts, tower.context_length), np.int32))
 
-    def resize(image: PIL.Image.Image) -> torch.Tensor:  # as `grain_jax.evaluate`; uint8 [S, S, 3]
-        size = predictor.model.image.image_size
-        return torch.from_numpy(image_files.resize(image_files.upright(image), size).copy())
+    # As `grain_jax.evaluate`: uint8 [S, S, 3], or `patches.as_bytes`.
+    def resize(image: PIL.Image.Image) -> torch.Tensor:
+        found = predictor.resized(image)
+        found = patches.as_bytes(found) if isinstance(found, schema.Patches) else found.copy()
+        return torch.from_numpy(found)
 
     return Model(predictor), resize, ids
 

@@ -4,10 +4,12 @@ import types
 import numpy as np
 import PIL.Image
 import pytest
+import tensorflow as tf
 import torch
 
 from grain_jax import inference
-from grain_jax.evaluate import clip_benchmark
+from grain_jax.evaluate import big_vision, clip_benchmark
+from grain_jax.runtime import checkpoint
 from tests import perturbed
 
 TEXTS = ["a wren", "a red kite with a long forked tail", "", "wren"]
@@ -62,6 +64,23 @@ def test_gives_what_the_predictor_gives(folder):
     np.testing.assert_array_equal(image.numpy(), predictor.encode_image(pictures))
     np.testing.assert_array_equal(text.numpy(), predictor.encode_text(TEXTS))
     assert tokenizer("a wren").tolist() == tokenizer(TEXTS).tolist()[:1]
+
+
+def test_images_in_their_own_shape(tmp_path):
+    stored = perturbed.tiny(image__depth=1, text__depth=1, text__vocab_size=49408)
+    checkpoint.save_model(tmp_path, stored, perturbed.params(stored), sequence_lengths=(6, 12))
+    model, transform, _ = clip_benchmark.load(pretrained=str(tmp_path))
+    noise = np.random.default_rng(0).integers(256, size=(30, 90, 3), dtype=np.uint8)
+    pictures = [PIL.Image.fromarray(noise), PIL.Image.new("L", (5, 7), 200)]
+    batch = torch.utils.data.default_collate([transform(picture) for picture in pictures])
+    expected = inference.load(tmp_path).encode_image(pictures)
+    np.testing.assert_array_equal(model.encode_image(batch).numpy(), expected)
+    predict = big_vision.predict_fn(big_vision.Model(checkpoint=str(tmp_path)))
+    params = big_vision.load(None, str(tmp_path), {"checkpoint": str(tmp_path)})
+    op = big_vision.grain_image(str(tmp_path))
+    (given,) = tf.data.Dataset.from_tensors({"image": noise}).map(op).batch(1).as_numpy_iterator()
+    zimg, _, _ = predict({"params": params}, {"image": given["image"]})
+    np.testing.assert_allclose(zimg, expected[:1], atol=2e-6)
 
 
 def test_texts_whose_end_is_not_known_are_refused(tmp_path):
