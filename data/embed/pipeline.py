@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import PIL.Image
 
-from grain_jax.core import errors, images, progress
+from grain_jax.core import errors, images, patches, progress, schema
 from grain_jax.data import sources
 from grain_jax.data.embed import embeddings, output, parts
 from grain_jax.inference import predictor as predictor_lib
@@ -36,7 +36,7 @@ class Ready(NamedTuple):
     width: int
     height: int
     boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
-    pixels: np.ndarray  # uint8 [S, S, 3]
+    pixels: Any  # uint8 [S, S, 3], or the Patches of one image
     caption: str = ""  # the first that the source has
     texts: tuple[str, ...] = ()  # its captions and descriptions, each once
 
@@ -54,7 +54,8 @@ def encoder(predictor: Any, boxes: str = "queries", texts: bool = False) -> Enco
     """
 
     def encode(batch: list[Ready]) -> list[output.EmbeddedImage]:
-        pixels = np.stack([ready.pixels for ready in batch])
+        each = [ready.pixels for ready in batch]
+        pixels = patches.stack(each) if isinstance(each[0], schema.Patches) else np.stack(each)
         embeds: Sequence[Any] = [None] * len(batch)  # of the regions of each image
         corners: Sequence[Any] = embeds
         if boxes == "given":

@@ -119,7 +119,8 @@ class Index:
                 f"{self.folder}: was made by {checkpoint}, and nothing that a file names is fetched; give"
                 f" --checkpoint {checkpoint} (in Python model=grain_jax.load({checkpoint!r})) to fetch it"
             )
-        found = predictor.load(checkpoint, self.settings.dtype)
+        length = self.settings.sequence_length
+        found = predictor.load(checkpoint, self.settings.dtype, sequence_length=length)
         self.check(found)
         return found
 

@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> str:
         files = f"{index.missing} of {index.missing + len(index.parts)} files"
         print(f"{args.folder}: {files} are not there yet", file=sys.stderr)
     if args.checkpoint:
-        model = inference.load(args.checkpoint, index.settings.dtype)
+        dtype, length = index.settings.dtype, index.settings.sequence_length
+        model = inference.load(args.checkpoint, dtype, sequence_length=length)
         index.check(model)
     else:
         model = index.model

@@ -188,6 +188,10 @@ def _of_run(config: Config) -> Iterator[str]:
     terms = [entry.get("term") for entry in config.loss.terms.values()]
     for name, entry in config.evals.items():
         yield from (f"evals.{name}.{line}" for line in entry.misses(config.model))
+        windows = {key: getattr(entry, key, 0) for key in ("short_side", "stride")}
+        if config.input.sequence_lengths and any(windows.values()):
+            got = " and ".join(f"{key}={value}" for key, value in windows.items())
+            yield f"evals.{name}: got {got}, expected 0: with input.sequence_lengths an image is seen whole"
         if entry.needs_text_decoder and "text_decoder" not in terms:
             yield (
                 f"evals.{name}: got kind={entry.kind}, which needs a text decoder, expected a term text_decoder in"

@@ -69,7 +69,8 @@ def write(
         needs += "; sentencepiece and protobuf for the tokenizer"
     use = _USE.replace("REGIONS\n", regions).replace("NEEDS", needs)
     use = use.replace("PIXELS", _PATCHES if sequence_length else _PIXELS)
-    use = use.replace("SHAPES", ", spatial_shapes=shapes" if sequence_length else "")
+    shapes = ", spatial_shapes=shapes" if sequence_length else ""
+    use = use.replace("SHAPES", shapes)
     lines = [use.replace("FOLDER", repo or "FOLDER")]
     if repo:
         lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
@@ -77,14 +78,15 @@ def write(
         lines.append(f"The folder has {missing}. Process images with `AutoImageProcessor`.")
     lines += ["", "## Model", "", "```", *towers.describe(model, {}), "```"]
     if model.boxes.kind != "none":
+        maps = "`similarity_maps(pixels, texts)` shows where texts lie"
         lines.append(
-            f"A box head, {model.boxes.kind}: `get_boxes(pixels, boxes)` embeds given boxes, `similarity_maps(pixels,"
-            " texts)` shows where texts lie."
+            f"A box head, {model.boxes.kind}: `get_boxes(pixels, boxes{shapes})` embeds given boxes"
+            f"{'' if shapes else f', {maps}'}."
         )
     if has_text_decoder:
         lines.append(
-            "A text decoder (LocCa, arXiv 2403.19596): `caption(pixels)`, `describe(pixels, boxes)`, `point(pixels, texts)`;"
-            " `generate` of transformers, which takes its options (`num_beams`, `do_sample`), as these do."
+            f"A text decoder (LocCa, arXiv 2403.19596): `caption(pixels{shapes})`, `describe(pixels, boxes{shapes})`,"
+            f" `point(pixels, texts{shapes})`; `generate` of transformers, which takes its options (`num_beams`, `do_sample`), as these do."
         )
     lines += ["", "## Data and training", ""]
     if "optim" in run.config:

@@ -149,8 +149,7 @@ class Analyst:
         self.writes = predictor.has_text_decoder
         self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
         try:
-            # Cells along a side of the similarity map of a square; 0: it has none.
-            self.grid = predictor.grid
+            self.grid = predictor.grid  # cells along a side of the map of a square; 0: it has none
         except inference.InputError:
             self.grid = 0
         if decoder is not None and not self.queries and not self.box_head:
@@ -287,24 +286,22 @@ class Analyst:
                 "segmentation: the model has no maps, expected an image tower with patches,"
                 " and a box head or regions where it has a decoder"
             )
-        in_own_shape = self.predictor.sequence_length > 0
-        if not in_own_shape and max(image.size) > _SLIM * min(image.size):
+        tower, length = self.predictor.model.image, self.predictor.sequence_length
+        if not length and max(image.size) > _SLIM * min(image.size):
             raise DemoError(
                 f"segmentation: got an image of {image.width} x {image.height} pixels, expected a longer side of at"
                 f" most {_SLIM} times the shorter; cut it"
             )
         make = lambda: self._segmentation_classes(classes)
         known = self._remembered("segmentation_classes", tuple(classes.items()), make)
-        share = min(1, _LABELS_EDGE / max(image.size))
-        width, height = (max(1, round(share * edge)) for edge in image.size)
-        if in_own_shape:
-            windows = segmentation.whole(image.resize((width, height)), len(classes))
-            maps = self.predictor.class_maps([image], known)
+        if length:
+            windows = segmentation.whole_of(0, image, tower.patch_size, length)
         else:
-            size = self.predictor.model.image.image_size
-            windows = segmentation.windows_of(0, image, size, 0, 0, len(classes))
-            maps = self.predictor.class_maps(windows.pixels, known)
-        return segmentation.labels(maps, windows._replace(size=(width, height)))
+            windows = segmentation.windows_of(0, image, tower.image_size, 0, 0, len(classes))
+        share = min(1, _LABELS_EDGE / max(windows.size))
+        width, height = (max(1, round(share * edge)) for edge in windows.size)
+        maps = self.predictor.class_maps(windows.pixels, known)
+        return segmentation.labels(np.asarray(maps), windows._replace(size=(width, height)))
 
     def _segmentation_classes(self, classes: Classes) -> segmentation.Classes:
         """Embeds the classes, as `Predictor.segmentation_classes`. Raises DemoError as `_encode_classes`."""

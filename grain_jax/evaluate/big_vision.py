@@ -131,7 +131,8 @@ class Model(nn.Module):
             missing = tower.context_length - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, missing)), constant_values=_PADDING)
         real = tokens != _PADDING
-        # With CLIP the end token has the highest id; with other tokenizers it is the last token before the padding.
+        # With CLIP the end token has the highest id; with other tokenizers it is the last token before the padding, or
+        # the first of its id, which may pad, too.
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
         if tower.mask_padding and tower.end_id is not None:
             ends = tower.ends(tokens)

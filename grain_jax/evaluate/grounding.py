@@ -170,8 +170,7 @@ class Grounding(AnnotatedRegions):
             pointed = []
             for first in range(0, len(texts), _IMAGES):
                 some = slice(first, first + _IMAGES)
-                part = tokens._replace(values=tokens.values[some])
-                for own in predictor.point(part, texts[some]):
+                for own in predictor.point(tokens.at(some), texts[some]):
                     pointed += [answer.box_xyxy for answer in own]
             likelihood = rerank.log_likelihoods(
                 lambda rows, tokens, some: _of_boxes(

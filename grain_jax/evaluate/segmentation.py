@@ -30,6 +30,7 @@ from grain_jax.evaluate.evaluators import Faults
 with epy.lazy_imports():
     import numpy as np
 
+    from grain_jax.core import schema
     from grain_jax.evaluate import confusion, encode, segmentation_sets, zeroshot
     from grain_jax.inference import prompts, scores, stream
     from grain_jax.inference import segmentation as segmenting
@@ -265,8 +266,9 @@ class Segmenter(NamedTuple):
 
     def cutter(self, size: int) -> Any:
         """A PIL image -> its windows of `size` pixels; whole, where the model takes images in their own shape."""
-        if getattr(self.predictor, "sequence_length", 0):
-            return functools.partial(segmenting.whole, classes=len(self.classes.names))
+        if length := getattr(self.predictor, "sequence_length", 0):
+            patch = self.predictor.model.image.patch_size
+            return functools.partial(segmenting.whole, patch=patch, length=length)
         sides = dict(short_side=self.entry.short_side, stride=self.entry.stride)
         return functools.partial(
             segmenting.cut, size=size, classes=len(self.classes.names), **sides
@@ -283,7 +285,8 @@ class Segmenter(NamedTuple):
             patch_weight=entry.patch_weight,
         )
         if getattr(self.predictor, "sequence_length", 0):
-            maps = [one[None] for one in maps_of([each.pixels[0] for each in windows])]
+            of_all = zip(*(each.pixels for each in windows), strict=True)
+            maps = [one[None] for one in maps_of(schema.Patches(*map(np.concatenate, of_all)))]
             stream.check_finite(*maps)
         else:
             pixels = np.concatenate([each.pixels for each in windows])

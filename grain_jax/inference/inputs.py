@@ -29,6 +29,10 @@ class Tokens(NamedTuple):
     # int32 [B, 2], rows and columns of patches of images in their own shape; None: squares
     grid: np.ndarray | None = None
 
+    def at(self, index: Any) -> "Tokens":
+        """Those of some of the images, by a slice or positions."""
+        return Tokens(self.values[index], None if self.grid is None else self.grid[index])
+
 
 class InputError(errors.UserError):
     """Images, texts or classes that the model cannot take; the message is one line."""

@@ -490,7 +490,7 @@ class Predictor(Writer):
         Raises:
           InputError: images, classes or options cannot be used.
         """
-        size = self.model.image.image_size
+        size, patch = self.model.image.image_size, self.model.image.patch_size
         segmentation.check_stride(size, short_side, stride, self.sequence_length)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
@@ -499,7 +499,7 @@ class Predictor(Writer):
         for i, image in enumerate(cast(Iterable[Any], several)):
             options = size, short_side, stride, len(classes.names)
             if self.sequence_length:
-                windows = segmentation.whole_of(i, image)
+                windows = segmentation.whole_of(i, image, patch, self.sequence_length)
             else:
                 windows = segmentation.windows_of(i, image, *options)
             of_windows = self.class_maps(windows.pixels, classes, **maps)

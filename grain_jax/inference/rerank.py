@@ -183,7 +183,7 @@ def log_likelihoods(
         few = max(1, _AT_ONCE >> (len(rows) * math.prod(shape) - 1).bit_length())
         last = first + few
         some = [list(texts[i][first:last]) for i in rows.tolist()]
-        for i, values in zip(rows, ask(rows, tokens._replace(values=tokens.values[rows]), some)):
+        for i, values in zip(rows, ask(rows, tokens.at(rows), some)):
             found[i].append(np.asarray(values, np.float64))
         first = last
     out = [np.concatenate([np.zeros((0, *shape)), *own]) for own in found]

@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 
 from grain_jax.core import images as image_files
+from grain_jax.core import patches
 from grain_jax.inference import prompts, scores
 from grain_jax.inference.inputs import InputError
 
@@ -80,11 +81,11 @@ def embed_classes(
 
 
 class Windows(NamedTuple):
-    """The windows of an image; without corners the whole image is the only one, uint8 [1, H, W, 3]."""
+    """The windows of an image; without corners the whole image is the only one."""
 
-    pixels: np.ndarray  # uint8 [n, S, S, 3]
+    pixels: Any  # uint8 [n, S, S, 3]; of a whole image Patches of a batch of one
     corners: np.ndarray  # int [n, 2], row and column of the first pixel of each
-    canvas: tuple[int, int]  # rows and columns of the resized image
+    canvas: tuple[int, int]  # rows and columns of the resized image; of a whole one, of its patches
     size: tuple[int, int]  # width and height of the image
 
 
@@ -125,21 +126,16 @@ def cut(
     return Windows(windows, np.array(corners), (rows, columns), (width, height))
 
 
-def whole(image: PIL.Image.Image, classes: int = 1) -> Windows:
-    """The whole image as its only window. Raises ImageError: it has more than MAX_NUMBERS pixels for all classes."""
-    width, height = image.size
-    most = min(MAX_CANVAS, MAX_NUMBERS // classes)
-    if width * height > most:
-        raise image_files.TooLargeError(
-            f"got {width} x {height} pixels, expected at most {most:,} in all of {classes} classes"
-        )
-    pixels = np.asarray(image_files.to_rgb(image))[None]
-    return Windows(pixels, np.zeros((0, 2), int), (height, width), (width, height))
+def whole(image: PIL.Image.Image, patch: int, length: int) -> Windows:
+    """The whole image of any mode and size as its only window, in its own shape (arguments of `patches.of_image`)."""
+    found = patches.stack([patches.of_image(image, patch, length)])
+    rows, columns = found.grid[0].tolist()
+    return Windows(found, np.zeros((0, 2), int), (rows, columns), image.size)
 
 
-def whole_of(index: int, image: Any) -> Windows:
+def whole_of(index: int, image: Any, patch: int, length: int) -> Windows:
     """`whole` of an image, PIL or uint8 [H, W, 3]; raises as `windows_of`."""
-    return _of_image(index, image, whole)
+    return _of_image(index, image, lambda image: whole(image, patch, length))
 
 
 def windows_of(index: int, image: Any, *options: int) -> Windows:

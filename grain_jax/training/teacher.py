@@ -186,10 +186,12 @@ def line(config: Config, state: Any) -> str:
         texts = "images and texts" if found.has_texts else "images, without texts"
         return f"teacher: stored embeddings of {teacher.path}, D {found.embed_dim}, of {texts}"
     assert found.model is not None
-    size = found.model.image.image_size
+    size = f"of {found.model.image.image_size} px"
+    if config.input.sequence_lengths:
+        size = "in the run's own shapes"
     fault = _text_fault(config, found)
     texts = f"no texts ({fault})" if fault else "texts"
-    return f"teacher: {teacher.path}, {millions}, images of {size} px, D {found.embed_dim}, {texts}"
+    return f"teacher: {teacher.path}, {millions}, images {size}, D {found.embed_dim}, {texts}"
 
 
 def _text_fault(config: Config, found: Described) -> str:

@@ -228,6 +228,9 @@ def test_grain_in_its_own_shapes(tmp_path, capsys, monkeypatch):
         assert f"\n{name} " in printed
     by_card = card_of(tmp_path / "hf")
     module, processor = by_card["model"], by_card["processor"]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "`describe(pixels, boxes, spatial_shapes=shapes)`" in card and "maps" not in card
+    assert processor(images=images(), max_num_patches=9)["pixel_values"].shape[1] == 9
     given = processor(images=images(), text=["a photo"])
     predictor = grain_jax.load(tmp_path / "hf")
     assert predictor.sequence_length == 24

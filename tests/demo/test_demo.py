@@ -21,7 +21,7 @@ from grain_jax.demo import __main__ as command
 from grain_jax.demo import analysis, class_lists, views
 from grain_jax.inference import text_decoder as in_use
 from grain_jax.runtime import checkpoint
-from tests import tiny
+from tests import perturbed, tiny
 from tests.inference import test_text_decoder
 from tests.paths import ROOT
 from tests.report import workdirs
@@ -266,6 +266,22 @@ def test_the_class_of_each_pixel(kind, picture, monkeypatch, request):
     assert labels.shape == (60, 480) and (labels == expected).mean() > 0.98
     monkeypatch.setattr(predictor, "encode_text", None)
     np.testing.assert_array_equal(analyst.segment(large, CLASSES), labels)
+
+
+@pytest.mark.parametrize("head", ["roi_align", "none"])
+def test_an_image_in_its_own_shape_has_maps_of_it(picture, head):
+    changes = dict(boxes__kind=head, image__depth=1, text__depth=1, decoder__depth=1)
+    model = perturbed.tiny(text__vocab_size=49408, **changes)
+    predictor = inference.Predictor(model, perturbed.params(model), sequence_length=13)
+    analyst, texts = analysis.Analyst(predictor), ["a short tail", "long wings"]
+    wide = picture.crop((0, 0, 40, 12))
+    maps = predictor.similarity_map(wide, texts)
+    assert maps.shape == (2, 2, 6)
+    found = [lying.cosines for lying in analyst.find(wide, texts)]
+    np.testing.assert_allclose(found, maps, atol=3e-6)
+    labels = analyst.segment(wide, CLASSES)
+    np.testing.assert_array_equal(labels, predictor.segment(wide, CLASSES))
+    assert labels.shape == (12, 40)
 
 
 def test_what_is_not_segmented_is_one_line(analyst, picture, monkeypatch):

@@ -104,7 +104,7 @@ def test_a_tower_that_masks_its_padding_sees_none_of_another_op(tmp_path):
     folder = perturbed.saved(tmp_path / "model", **masked)
     predict, state = made(folder)
     ids, expected = labels(folder), inference.load(folder).encode_text(TEXTS)
-    for padding in (-1, 0):
+    for padding in (-1, 0, 49407):
         close(predict(state, {"labels": np.where(ids < 0, padding, ids)})[1], expected)
 
 

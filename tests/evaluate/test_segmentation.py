@@ -560,6 +560,10 @@ def test_an_entry_of_a_run():
     ):
         with pytest.raises(config.ConfigError, match=line):
             parsed("auto", options)
+    shaped = dict(input__sequence_lengths=(16,))
+    assert parsed("auto", **shaped).stride == 0
+    with pytest.raises(config.ConfigError, match="evals.parts: got short_side=0 and stride=2, exp"):
+        parsed("auto", dict(stride=2), **shaped)
     entry, none = segmentation.Segmentation, types.SimpleNamespace(kind="none")
     image: Any = types.SimpleNamespace(image_size=16, tower="module:Class")
     model = types.SimpleNamespace(image=image, decoder=None, boxes=none)

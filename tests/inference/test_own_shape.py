@@ -12,6 +12,7 @@ import grain_jax
 from grain_jax import inference
 from grain_jax.core import patches
 from grain_jax.core.schema import Patches
+from grain_jax.evaluate import segmentation as evaluation
 from grain_jax.inference import scores, segmentation
 from grain_jax.models import grain
 from grain_jax.runtime import saved_model
@@ -101,6 +102,16 @@ def test_segmentation_sees_the_whole_image(predictor):
         large = scores.resize_map(own, *found.shape[::-1])
         agree = large.argmax(axis=0) == found
         assert agree[np.abs(large[0] - large[1]) > 1e-5].all()
+    # The same as an evaluation, of a batch.
+    entry = evaluation.Segmentation(images="x", masks="y", classes="z")
+    segmenter = evaluation.Segmenter(entry, predictor, classes, None)
+    cut = segmenter.cutter(predictor.model.image.image_size)
+    windows = [cut(PIL.Image.fromarray(x)) for x in PICTURES]
+    for found, expected in zip(segmenter.labels(windows), labels, strict=True):
+        assert (found == expected).mean() > 0.99
+    # An image of any size: its map is small.
+    large = PIL.Image.fromarray(PICTURES[0]).resize((2400, 2000))
+    assert predictor.segment(large, classes).shape == (2000, 2400)
     with pytest.raises(inference.InputError, match="short_side, stride: got 0, 4 with a model"):
         predictor.segment(PICTURES, classes, stride=4)
 

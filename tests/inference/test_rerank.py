@@ -13,6 +13,7 @@ from grain_jax import inference
 from grain_jax.data.embed import __main__ as embed
 from grain_jax.data.embed import search, search_command
 from grain_jax.evaluate import __main__ as evaluate
+from grain_jax.inference import rerank
 from grain_jax.inference.inputs import InputError
 from tests.evaluate.stub import write_lines
 from tests.inference.test_text_decoder import folder, predictor  # noqa: F401 (fixtures)
@@ -34,6 +35,18 @@ def images(tmp_path_factory):
     ]
     write_lines(root / "A.jsonl", lines)
     return root, root / "A.jsonl"
+
+
+def test_likelihoods_of_images_in_their_own_shape(folder, monkeypatch):  # noqa: F811
+    """Of fewer and fewer images, each with its own grid."""
+    monkeypatch.setattr(rerank, "_AT_ONCE", 1)
+    model = grain_jax.load(folder, sequence_length=9)
+    pictures = [PICTURES[0], PICTURES[1][:10], PICTURES[2][:, :8]]
+    texts = [TEXTS[:1], TEXTS[:2], TEXTS[:3]]
+    ask = lambda _, *given: model.caption_log_likelihood(*given)
+    found = rerank.log_likelihoods(ask, model.encode_tokens(pictures), texts)
+    for picture, own, got in zip(pictures, texts, found, strict=True):
+        np.testing.assert_allclose(got, model.caption_log_likelihood(picture, own), rtol=1e-5)
 
 
 @pytest.mark.parametrize("top", [2, 10])

@@ -117,17 +117,17 @@ class GrainProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
         self.cleaning = cleaning
 
-    def __call__(self, images=None, text=None, return_tensors="pt", **kwargs):
+    def __call__(self, images=None, text=None, return_tensors="pt", max_num_patches=None, **kwargs):
         """Images, texts (a string or a list), or both -> pixel_values and input_ids.
 
         Args:
-          images: as for `GrainImageProcessor`.
+          images, max_num_patches: as for `GrainImageProcessor`.
           text: cut to the context length of the model; padded to the longest text.
           kwargs: options of the tokenizer, such as padding.
         """
         out = BatchFeature()
         if images is not None:
-            out.update(self.image_processor(images, return_tensors=return_tensors))
+            out.update(self.image_processor(images, return_tensors, max_num_patches))
         if text is not None:
             clean = CLEANINGS[self.cleaning]
             texts = [clean(t) for t in ([text] if isinstance(text, str) else text)]

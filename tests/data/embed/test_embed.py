@@ -20,7 +20,7 @@ from grain_jax.core import errors
 from grain_jax.data.embed import __main__ as command
 from grain_jax.data.embed import embeddings, pipeline, search
 from grain_jax.runtime import processes
-from tests import record_sets
+from tests import perturbed, record_sets
 from tests.embedded import go, job_of, read, settings, stand_in, write_tars
 from tests.paths import ROOT
 
@@ -341,6 +341,16 @@ def test_a_model_without_regions_has_no_columns_of_them(many, tmp_path):
     rows = read(tmp_path)
     assert [row["image_embed"] for row in rows] == [[0.5] * 3] * 30
     assert list(rows[0]) == ["id", "path", "width", "height", "image_embed"]
+
+
+def test_images_in_their_own_shape():
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder=None, image__pool="map")
+    predictor = inference.Predictor(model, perturbed.params(model), sequence_length=9)
+    encode, resize = pipeline.encoder(predictor), command._resize(predictor)
+    pictures = [PIL.Image.new("RGB", size, "teal") for size in ((30, 90), (64, 40))]
+    ready = [pipeline.Ready(str(i), "", *x.size, None, resize(x)) for i, x in enumerate(pictures)]
+    found = [one.image_embed for one in encode(ready)]
+    np.testing.assert_allclose(found, predictor.encode_image(pictures), atol=1e-6)
 
 
 def test_numbers_that_are_not_finite_end_it(many, tmp_path):
