@@ -20,6 +20,7 @@ from grain_jax.input_pipeline import (
     assemble,
     device,
     order,
+    records,
     sources,
     synthetic,
     tokenizer,
@@ -158,6 +159,9 @@ def test_a_set_that_lost_its_shapes_says_so(folder, tmp_path, caplog):
     assert "squashed" not in caplog.text
     sources.open_source(config(tmp_path, name="old"))
     assert "'old' has images that were squashed to 24 x 24" in caplog.text
+    caplog.clear()  # where the lengths are derived, a set that is left out says so
+    (none,) = records.image_sizes(config(tmp_path, lengths=None, name="old"))
+    assert none.shape == (0, 2) and "'old' has images that were squashed" in caplog.text
 
 
 def test_damage_is_found_at_its_length(folder, tmp_path):
