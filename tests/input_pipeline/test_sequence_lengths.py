@@ -81,6 +81,20 @@ def test_the_pixels_of_training_are_those_of_siglip_2s_processor(shape, length):
     assert np.abs(found["image"].pixels.numpy() - expected).max() <= 1
 
 
+def test_grids_in_a_graph_are_those_of_numpy():
+    """TensorFlow rewrites the arithmetic of a graph, and training is one; 784 patches of 25:8 are 49 rows of 16."""
+    cases = [(h, 96, n) for h in (96, 300, 1200, 4704, 9000) for n in (49, 196, 784)]
+    xp = tf.experimental.numpy
+
+    @tf.function
+    def graph(height, width, length):
+        return patches.grid(tf.cast(height, tf.float64), width, 16, length, xp, most=784)
+
+    found = [tuple(int(x) for x in graph(*map(tf.constant, case))) for case in cases]
+    assert found == [tuple(map(int, patches.grid(h, w, 16, n))) for h, w, n in cases]
+    assert (49, 16) in found
+
+
 def test_a_length_is_drawn_by_seed_and_step():
     c, other = config(), config(seed=1, lanes=2)
     drawn = [order.sequence_length(c, step) for step in range(3000)]
