@@ -129,11 +129,11 @@ def make_runs(
             inside = [name for name in known if name.startswith(f"{key}.")]
             if inside:
                 found.append(f"{key}: is a group of keys; set them one by one, such as {inside[0]}")
-            elif not isinstance(value, (bool, int, float, str, tuple)) and not (
+            elif not isinstance(value, (bool, int, float, str, tuple, list)) and not (
                 isinstance(value, dict) and config_file.is_weight(key)
             ):
                 found.append(
-                    f"{key}: got {value!r}, expected a number, a string, a bool or a tuple"
+                    f"{key}: got {value!r}, expected a number, a string, a bool, a tuple or a list"
                 )
         try:
             if found:

@@ -36,9 +36,11 @@ def grid(
     Returns: rows and columns, int32 [...] each.
     """
     height, width = (xp.asarray(x, np.float64)[..., None] / patch for x in (height, width))
-    rows = xp.arange(1, (most or length) + 1, dtype=np.float64)
-    # With at most so many rows there are at most length / rows columns; the best scale is that of one of these.
-    columns = xp.floor(xp.asarray(length, np.float64) / rows)
+    rows = xp.arange(1, (most or length) + 1, dtype=np.int64)
+    # With at most so many rows there are at most length / rows columns; the best scale is that of one of these. Of
+    # integers: in a graph, TensorFlow makes a product with 1 / rows of a division of floats, 48.99.. for 49.
+    columns = xp.asarray(length, np.int64) // rows
+    rows, columns = (xp.asarray(x, np.float64) for x in (rows, columns))
     scale = xp.max(xp.minimum(rows / height, columns / width), axis=-1, keepdims=True)
     step = (_HIGHEST - _LOWEST) / _STEPS
     scale = _LOWEST + step * xp.clip(xp.floor((scale - _LOWEST) / step), 0.0, _STEPS - 1.0)

@@ -38,9 +38,8 @@ class Example(NamedTuple):
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
     # Of each description, at most `input.negatives_per_region`; () where no description has any.
     negatives: Sequence[Sequence[str]] = ()
-    scores: Sequence[
-        float
-    ] = ()  # of its regions, in [0, 1], for `input.region_scores`; () for 1 each
+    # Of its regions, in [0, 1], for `input.region_scores`; () for 1 each.
+    scores: Sequence[float] = ()
 
 
 def of_examples(
@@ -97,7 +96,7 @@ def of_examples(
                 f"example {i}: got the scores {list(example.scores)} of {count} regions, expected a number from 0 to 1 for"
                 " each, or ()"
             )
-        scores[i, :count] = example.scores or 1
+        scores[i, :count] = example.scores if len(example.scores) else 1
         of_image = [example.caption] if isinstance(example.caption, str) else example.caption
         if len(of_image) > most_captions:
             raise ValueError(

@@ -106,15 +106,18 @@ def _with_lengths(
     if stored is not None:
         lengths = stored.input.sequence_lengths
         return with_lengths(lengths), f"{LENGTHS}={lengths}: as in {where}"
-    of_sets = [of for of in sizes() if len(of)]
-    if not of_sets:
+    found = list(sizes())
+    weights = [one.weight for one in config.input.sets]
+    if len(weights) != len(found):  # a source of its own kind
+        weights = [1.0] * len(found)
+    known = [(of, weight) for of, weight in zip(found, weights) if len(of)]
+    if not known:
         return with_lengths(()), f"{LENGTHS}=(): squares, since no shapes of images are known here"
     image = config.model.image
     own = with_lengths(((image.image_size // image.patch_size) ** 2,))
-    weights = [one.weight for one in config.input.sets[: len(of_sets)]]
-    weights = weights if len(weights) == len(of_sets) else None
-    long = float(np.average([image_shapes.share_of_long(x) for x in of_sets], weights=weights))
-    why = f"of {sum(map(len, of_sets))} images {_percent(long)} are longer than {image_shapes.LONG:g} : 1"
+    shares, weights = zip(*((image_shapes.share_of_long(of), weight) for of, weight in known))
+    long = float(np.average(shares, weights=weights))
+    why = f"of {sum(len(of) for of, _ in known)} images {_percent(long)} are longer than {image_shapes.LONG:g} : 1"
     if not image_shapes.keep_shape(long):
         return with_lengths(()), f"{LENGTHS}=(): squares, {why}"
     if faults := checks.faults_of(own):

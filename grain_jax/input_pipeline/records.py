@@ -112,14 +112,16 @@ def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
 
 
 def image_sizes(config: Config) -> list[np.ndarray]:
-    """Height and width of a sample of the images of each set, int64 [n, 2]; none of a set that has lost them.
+    """Height and width of a sample of the images of each set, int64 [n, 2]; none, and a warning, of a set that has lost
+    them.
 
     Raises: as `record_files.find`; DataError where a record cannot be read.
     """
-    return [
-        np.zeros((0, 2), np.int64) if one.squashed else _sizes(one)
-        for one in record_files.find(config)
-    ]
+    found = record_files.find(config)
+    for one in found:
+        if one.squashed:
+            logging.warning("%s", lost_shape(one))
+    return [np.zeros((0, 2), np.int64) if one.squashed else _sizes(one) for one in found]
 
 
 def _sizes(one: record_files.RecordSet) -> np.ndarray:

@@ -69,6 +69,9 @@ def test_scores_of_an_example():
     config = dataclasses.replace(config, input=wants)
     batch = assemble.of_examples([scored, example], config, clip)
     assert batch.region_scores[:, :3].tolist() == [[0.75, 0.5, 0], [1, 1, 0]]
+    as_array = example._replace(scores=np.array([0.0, 0.5]))
+    batch = assemble.of_examples([as_array, as_array], config, clip)
+    assert batch.region_scores[:, :3].tolist() == [[0, 0.5, 0]] * 2
     with pytest.raises(ValueError, match=r"example 1: got the scores \[2\] of 2 regions, expected"):
         assemble.of_examples([example, example._replace(scores=[2])], config, clip)
 

@@ -320,6 +320,16 @@ def test_images_keep_their_shape_where_many_are_long(sizes, expected, said):
     assert derived.planned(config, ANYWHERE)[0].input.sequence_lengths == ()
 
 
+def test_the_shapes_of_a_mixture_count_by_the_weights_of_their_own_sets():
+    sets = [dict(name=name, data_dir="d", weight=weight) for name, weight in zip("abc", (8, 1, 1))]
+    config = tiny.config(
+        input__sequence_lengths=None, input__source="records", input__datasets=tuple(sets)
+    )
+    lost = WIDE[:0]  # squares without a note of their shape
+    _, line = derived.resolve(config, ANYWHERE, list, sizes=lambda: [lost, SHORT, WIDE])
+    assert "of 23 images 36% are longer" in line  # (5% + 67%) / 2
+
+
 def test_the_configs_of_own_images_leave_lengths_open_and_flags_set_them(tmp_path):
     load = lambda *words: config_file.load("own", ["--config.input.source=synthetic", *words])
     assert load().input.sequence_lengths is None

@@ -20,6 +20,7 @@ from grain_jax.input_pipeline import (
     assemble,
     device,
     order,
+    records,
     sources,
     synthetic,
     tokenizer,
@@ -78,6 +79,20 @@ def test_the_pixels_of_training_are_those_of_siglip_2s_processor(shape, length):
     expected, grid = golden.processed(image_processing_siglip2, pixels, length)
     np.testing.assert_array_equal(found["image"].grid, grid)
     assert np.abs(found["image"].pixels.numpy() - expected).max() <= 1
+
+
+def test_grids_in_a_graph_are_those_of_numpy():
+    """TensorFlow rewrites the arithmetic of a graph, and training is one; 784 patches of 25:8 are 49 rows of 16."""
+    cases = [(h, 96, n) for h in (96, 300, 1200, 4704, 9000) for n in (49, 196, 784)]
+    xp = tf.experimental.numpy
+
+    @tf.function
+    def graph(height, width, length):
+        return patches.grid(tf.cast(height, tf.float64), width, 16, length, xp, most=784)
+
+    found = [tuple(int(x) for x in graph(*map(tf.constant, case))) for case in cases]
+    assert found == [tuple(map(int, patches.grid(h, w, 16, n))) for h, w, n in cases]
+    assert (49, 16) in found
 
 
 def test_a_length_is_drawn_by_seed_and_step():
@@ -158,6 +173,9 @@ def test_a_set_that_lost_its_shapes_says_so(folder, tmp_path, caplog):
     assert "squashed" not in caplog.text
     sources.open_source(config(tmp_path, name="old"))
     assert "'old' has images that were squashed to 24 x 24" in caplog.text
+    caplog.clear()  # where the lengths are derived, a set that is left out says so
+    (none,) = records.image_sizes(config(tmp_path, lengths=None, name="old"))
+    assert none.shape == (0, 2) and "'old' has images that were squashed" in caplog.text
 
 
 def test_damage_is_found_at_its_length(folder, tmp_path):

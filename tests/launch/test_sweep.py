@@ -90,6 +90,12 @@ def test_every_point_is_checked_as_the_trainer_reads_it(tmp_path):
     assert sum(line.endswith(" and 1 more)") for line in lines) == 1
 
 
+def test_lists_are_values_as_on_the_command_line(tmp_path):
+    points = [{"model.image.keep": keep} for keep in (0.5, [[0, 0.5], [0.9, 1]])]
+    of = [run.config.model.image.keep for run in make(tmp_path, points)]
+    assert of == [0.5, ((0, 0.5), (0.9, 1))]
+
+
 def test_a_point_unsets_the_other_length(tmp_path):
     point = {"total_epochs": 0.5, "optim.warmup_epochs": 0.1, "input.name": "two words"}
     (run,) = make(tmp_path, [point])  # the file has total_steps
