@@ -135,6 +135,9 @@ def _differences(first: checkpoint.Stored, other: checkpoint.Stored) -> Iterator
         got, wanted = theirs.get(key), ours.get(key)
         if got != wanted:
             yield f"{other.folder}: model.{key}: got {got!r}, expected {wanted!r} as {first.folder} has"
+    got, wanted = other.sequence_lengths, first.sequence_lengths
+    if bool(got) != bool(wanted):  # one has learned from squares
+        yield f"{other.folder}: sequence_lengths: got {got}, expected {wanted} as {first.folder} has"
 
 
 def _of_decoder(

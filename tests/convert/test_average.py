@@ -167,6 +167,14 @@ def test_models_that_differ_are_refused_with_a_line_a_difference(models, tmp_pat
     assert len(said) == 3 and not (tmp_path / "out").exists()
 
 
+def test_squares_and_own_shapes_do_not_average(tmp_path, capsys):
+    squares = perturbed.saved(tmp_path / "squares")
+    shapes = perturbed.in_own_shape(tmp_path / "shapes")
+    assert main(["average", squares, shapes, "--output", str(tmp_path / "out")]) != 0
+    line = f"{shapes}: sequence_lengths: got (4, 12), expected () as {squares} has"
+    assert line in capsys.readouterr().err
+
+
 def test_a_model_whose_arrays_are_not_those_of_its_config_is_refused(models, tmp_path, capsys):
     """Without digests, as of a config.json that a hand wrote: one array is missing, two have another shape or name."""
     model, params, _ = checkpoint.load_model(models[0])
