@@ -86,8 +86,7 @@ def test_every_family_of_towers_resolves(source):
 
 @pytest.mark.parametrize("family, packing", [("siglip", False), ("tipsv2", True), ("clip", True)])
 def test_the_towers_whose_texts_share_rows(family, packing):
-    c = recipe.towers_of(recipe.base(), family)
-    assert config_lib.from_dict(c).text.packing == packing
+    assert recipe.towers_of(recipe.base(), family).text.packing == packing
 
 
 @pytest.mark.parametrize(
