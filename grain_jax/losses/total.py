@@ -302,5 +302,7 @@ def _average(value: Mean | GroupMean, layout: Layout) -> Float[Array, "*n"]:
         total, count = (x.reshape(-1, layout.shards_per_group).sum(1) for x in (total, count))
     else:
         total, count = total.sum(0), count.sum()
-    means = jnp.where(count > 0, total / jnp.maximum(count, 1), 0.0)
+    means = jnp.where(
+        count > 0, total / jnp.where(count > 0, count, 1), 0.0
+    )  # weights may sum to less than 1
     return means.mean() if isinstance(value, GroupMean) else means

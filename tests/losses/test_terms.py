@@ -11,6 +11,7 @@ import pytest
 
 from grain_jax import config, losses
 from grain_jax.core import errors
+from grain_jax.losses import shard, total
 from grain_jax.training import sharding
 from tests import tiny
 from tests.losses.test_losses import _outputs
@@ -166,3 +167,9 @@ def test_the_documents_have_every_term():
     assert all(f"`{term.metric}`" in text for term in losses.TERMS.values())
     keys = {field.name for field in dataclasses.fields(config.Loss)}
     assert set(losses.TERMS) <= keys
+
+
+def test_weights_that_sum_to_less_than_one_are_a_mean():
+    sums = shard.Mean(jnp.array([0.25, 0.05]), jnp.array([0.5, 0.1]))
+    assert total._average(sums, None) == np.float32(0.5)
+    assert total._average(shard.Mean(jnp.zeros(2), jnp.zeros(2)), None) == 0
