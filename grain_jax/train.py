@@ -127,6 +127,7 @@ def derive(
             stored,
             where,
             lambda: sizes(config),
+            forward.shape_faults,
         )
         numbers = found.input.lanes, found.text.pack_group, found.text.pack_rows
         return numbers, found.input.sequence_lengths or (), line

@@ -1,6 +1,7 @@
 """The flags of `grain-jax annotate`; further ones go to Beam."""
 
 from grain_jax.cli.flags import flag, many, share
+from grain_jax.cli.parser import Loads
 from grain_jax.config import DTYPES
 from grain_jax.config.evals import ORIENTATIONS
 from grain_jax.data.arguments import Stored, label_text, option, set_name
@@ -21,7 +22,7 @@ def _passes(text: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-class Annotate(Stored, name="annotate"):
+class Annotate(Loads, Stored, name="annotate"):
     """Writes captions, descriptions and boxes of images, by models, on Apache Beam.
 
     The same command again resumes an interrupted job. Further flags, such as --runner, go to Beam.
@@ -125,6 +126,8 @@ class Annotate(Stored, name="annotate"):
             self._check_model()
         elif self.boxes:
             raise ValueError("--boxes: got no --model, expected the one that describes them")
+        elif self.sequence_length is not None:
+            raise ValueError("--sequence-length: got no --model, expected the one that takes it")
         if self.endpoint and not self.chat:
             raise ValueError("--endpoint: got no --chat, expected the model's name at the endpoint")
 

@@ -41,10 +41,10 @@ class Described(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def load(name: str, dtype: str) -> "inference.Predictor":
+def load(name: str, dtype: str, length: int | None = None) -> "inference.Predictor":
     """The model of --model, once a process. Raises UserError."""
     compiled.use()
-    return inference.load(name, dtype)
+    return inference.load(name, dtype, sequence_length=length)
 
 
 def settings(given: Annotate) -> dict[str, dict[str, Any]]:
@@ -66,7 +66,7 @@ def settings(given: Annotate) -> dict[str, dict[str, Any]]:
 
 def _checked(given: Annotate) -> "inference.Predictor":
     """The model. Raises UserError."""
-    predictor = load(given.model or "", given.dtype)
+    predictor = load(given.model or "", given.dtype, given.sequence_length)
     if set(OWN) & set(given.passes):
         inputs.need_text_decoder(predictor, f"--model {given.model}")
     if given.boxes in ("queries", "missing") and not predictor.has_regions:

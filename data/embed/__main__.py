@@ -83,7 +83,8 @@ def _resize(predictor: Any) -> Callable[[Any], Any]:
 
 
 def _load(args: argparse.Namespace) -> inference.Predictor:
-    predictor = inference.load(args.checkpoint, args.dtype)
+    length = args.sequence_length
+    predictor = inference.load(args.checkpoint, args.dtype, sequence_length=length)
     if args.boxes == "given":
         predictor.encode_boxes([], [])  # refuses a model without a box head
     return predictor

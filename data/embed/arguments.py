@@ -3,7 +3,7 @@
 from typing import Literal
 
 from grain_jax.cli.flags import flag, many, share
-from grain_jax.cli.parser import Command, Processes
+from grain_jax.cli.parser import Loads, Processes
 from grain_jax.config import DTYPES
 from grain_jax.config.evals import ORIENTATIONS
 
@@ -19,7 +19,7 @@ def _activations(text: str) -> str:
     return text
 
 
-class Embed(Processes, name="embed"):
+class Embed(Loads, Processes, name="embed"):
     """Writes embeddings of images and their regions as Parquet files or NumPy arrays.
 
     SOURCE is a folder of images (sub-folders included), a .tar or a folder of them (webdataset), a record set, or an
@@ -81,7 +81,7 @@ def _box(text: str) -> tuple[float, float, float, float]:
     raise ValueError(f"got {text!r}, expected X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2")
 
 
-class Search(Command, name="search"):
+class Search(Loads, name="search"):
     """Finds images by texts, images or regions in embeddings of embed.
 
     FOLDER is one that grain-jax embed wrote. Every vector is compared. Each image is found once, with its best

@@ -125,7 +125,7 @@ class Index:
         return found
 
     def check(self, model: predictor.Predictor) -> None:
-        """Raises SearchError unless the model is the one that made the index, by its digests."""
+        """Raises SearchError unless the model made the index, by its digests, and sees images in the same shape."""
         if model is self._checked:
             return
         digests = saved_model.model_digests(model.model, jax.device_get(model.params))
@@ -135,7 +135,16 @@ class Index:
                 f"{self.folder}: was made by another model: {self.settings.checkpoint}, parameters"
                 f" {expected.params}, got parameters {got.params}"
             )
+        self.check_length(model.sequence_length)
         self._checked = model
+
+    def check_length(self, length: int) -> None:
+        """Raises SearchError unless the index was made with so many patches an image, at most (0: squares)."""
+        if length != self.settings.sequence_length:
+            raise SearchError(
+                f"{self.folder}: was made with sequence_length={self.settings.sequence_length}, got {length} (0: squares);"
+                " expected the same, or another --output of grain-jax embed"
+            )
 
     def vectors(self, by: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """All vectors in order, in blocks.

@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> str:
     if index.missing:
         files = f"{index.missing} of {index.missing + len(index.parts)} files"
         print(f"{args.folder}: {files} are not there yet", file=sys.stderr)
+    if args.sequence_length is not None:
+        index.check_length(args.sequence_length)
     if args.checkpoint:
         dtype, length = index.settings.dtype, index.settings.sequence_length
         model = inference.load(args.checkpoint, dtype, sequence_length=length)

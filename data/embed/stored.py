@@ -62,11 +62,11 @@ def of_sets(
     found = [Stored(_folder(path, one[0] if apart else ""), *one) for one in sets]
     first = found[0].settings
     for one in found[1:]:
-        for key in ("model", "texts", "embed_dim"):
+        for key in ("model", "texts", "embed_dim", "sequence_length"):
             if getattr(one.settings, key) != getattr(first, key):
                 raise EmbeddingsError(
                     f"{one.folder}: {key} is not that of {found[0].folder}; expected all sets embedded by one command"
-                    " of grain-jax embed with the same --checkpoint and --texts"
+                    " of grain-jax embed with the same --checkpoint, --sequence-length and --texts"
                 )
     return found
 
@@ -78,6 +78,7 @@ def digest(path: epath.PathLike, names: Sequence[str] = ()) -> str:
         folder = _folder(path, name)
         settings = embeddings.read_settings(folder)
         made_of = [settings.model, settings.source.digest, settings.store, settings.texts]
+        made_of += [settings.sequence_length] if settings.sequence_length else []
         rows = [(p.name, p.rows, p.texts) for p in _parts(folder, settings)]
         said.append([made_of, rows])
     return hashlib.sha256(msgspec.json.encode(said)).hexdigest()[:16]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from grain_jax.cli.flags import flag, many
-from grain_jax.cli.parser import Command
+from grain_jax.cli.parser import Command, Loads
 from grain_jax.config import ACTIVATIONS, DTYPES
 
 
@@ -236,7 +236,7 @@ class Convert(Command, name="convert", kinds={kind.command: kind for kind in _KI
         return super().parse(["table" if word == "--table" else word for word in words])
 
 
-class Export(Command, name="export"):
+class Export(Loads, name="export"):
     """Writes a model as StableHLO, which runs without grain_jax.
 
     Every function takes any number of images or texts and runs on CPUs, CUDA and TPUs.

@@ -349,7 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = Export.parse(arguments)
         with errors.out_of_memory_in_a_line("export"):
-            compared = export_model(inference.load(args.checkpoint, args.dtype), args.output)
+            model = inference.load(
+                args.checkpoint, args.dtype, sequence_length=args.sequence_length
+            )
+            compared = export_model(model, args.output)
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return 2

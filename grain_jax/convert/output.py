@@ -85,7 +85,9 @@ def carry_weight(source: checkpoint.Stored, folder: epath.Path) -> list[str]:
 
 def _digest(stored: checkpoint.Stored) -> str:
     given = stored.model, stored.merged()
-    return predictor.Predictor(*given, text_decoder=stored.text_decoder).digest
+    length = max(stored.sequence_lengths, default=0)  # as `grain_jax.load` takes it
+    more: Any = dict(text_decoder=stored.text_decoder, sequence_length=length)
+    return predictor.Predictor(*given, **more).digest
 
 
 def save(

@@ -52,7 +52,8 @@ def _serve(arguments: Demo, uploads: epath.Path, folder: epath.Path) -> None:
 
     classes = class_lists.read(arguments.classes) if arguments.classes else None
     examples = _examples(arguments.examples, folder)
-    predictor = inference.load(arguments.checkpoint)
+    length = arguments.sequence_length
+    predictor = inference.load(arguments.checkpoint, sequence_length=length)
     classes = classes or class_lists.of_run(predictor.folder or "")
     classes = classes or {one.name: tuple(one.descriptions) for one in _species()}
     analyst = analysis.Analyst(predictor)

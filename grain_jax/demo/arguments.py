@@ -1,10 +1,10 @@
 """The flags of `grain-jax demo`."""
 
 from grain_jax.cli.flags import flag
-from grain_jax.cli.parser import Command
+from grain_jax.cli.parser import Loads
 
 
-class Demo(Command, name="demo"):
+class Demo(Loads, name="demo"):
     """Serves an interactive page: drop an image, type classes, see regions.
 
     Example:

@@ -85,7 +85,7 @@ def _ready(args: argparse.Namespace, entry_of: Callable[[], Any] = lambda: None)
 
 
 def _load(args: argparse.Namespace):
-    predictor = inference.load(args.checkpoint)
+    predictor = inference.load(args.checkpoint, sequence_length=args.sequence_length)
     return text_cache.CachedTexts(predictor, args.cache) if args.cache else predictor
 
 
@@ -110,6 +110,8 @@ def _one(args: argparse.Namespace) -> int:
     result |= entry.on_top(result)
     told = ("checkpoint", "images", "orientation", "train", "annotations")
     result = {key: getattr(args, key) for key in told if key in args} | result
+    if length := getattr(predictor, "sequence_length", 0):
+        result = {"sequence_length": length} | result
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # the numbers have been printed

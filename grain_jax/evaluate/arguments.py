@@ -6,11 +6,11 @@ import typing
 from typing import Any
 
 from grain_jax.cli.flags import flag, many
-from grain_jax.cli.parser import Command, Processes
+from grain_jax.cli.parser import Command, Loads, Processes
 from grain_jax.config import evals, listing
 
 
-class _Kind(Processes):
+class _Kind(Loads, Processes):
     """What all kinds have.
 
     what is measured:

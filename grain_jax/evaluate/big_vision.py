@@ -11,6 +11,7 @@ Written for commit 0127fb6 of big_vision. Only `register` imports big_vision, an
 import TensorFlow.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -164,12 +165,22 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
         raise BigVisionError(
             f"model_init: got {init_file!r}, expected the path of one checkpoint of grain_jax"
         )
-    if _sizes(init_file).model != _sizes(model_cfg["checkpoint"]).model:
+    ours, theirs = (
+        _without_keep(_sizes(path).model) for path in (init_file, model_cfg["checkpoint"])
+    )
+    if ours != theirs:
         raise BigVisionError(
             f"model_init: {init_file} has another model than model.checkpoint,"
             f" {model_cfg['checkpoint']}; expected the same towers"
         )
     return checkpoint_lib.load_model(init_file)[1]
+
+
+def _without_keep(model: config_lib.Model) -> config_lib.Model:
+    """The model with the defaults of the keys that say which patches training sees."""
+    default = config_lib.ImageTower()
+    image = dataclasses.replace(model.image, keep=default.keep, keep_by=default.keep_by)
+    return dataclasses.replace(model, image=image)
 
 
 def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:

@@ -66,7 +66,8 @@ def run(
     predictor = processes.run_together(load)
     results = _identity(checkpoint, predictor) | results
     if before:
-        if before["digest"] == results["digest"]:
+        other = [key for key in ("digest", "sequence_length") if before.get(key) != results[key]]
+        if not other:
             results["ran"] = {
                 name: result
                 for name, result in before["ran"].items()
@@ -78,9 +79,12 @@ def run(
                 )
             }
         elif not again:
+            what, key = "checkpoint", "folder"
+            if "digest" not in other:
+                what = key = "sequence_length"
             raise InputError(
-                f"--output: {output}: holds the results of another checkpoint ({before['folder']}, now"
-                f" {results['folder']}); expected another file, or --again to start over"
+                f"--output: {output}: holds the results of another {what} ({before.get(key)}, now"
+                f" {results[key]}); expected another file, or --again to start over"
             )
     for number, (name, (entry, inputs)) in enumerate(tasks.items(), 1):
         of = f"{name} ({number} of {len(tasks)})"
@@ -177,7 +181,7 @@ def _digest_of_file(path: str) -> str | None:
 
 
 def _identity(path: str, predictor: Any) -> dict[str, Any]:
-    """The checkpoint, the package versions and the devices of the results."""
+    """The checkpoint, the shape of its images, the package versions and the devices of the results."""
     folder = str(getattr(predictor, "folder", None) or path)
     step = re.fullmatch(r"\d+", epath.Path(folder).name)
     params = getattr(predictor, "params", None)  # test doubles have none
@@ -190,6 +194,7 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
         "folder": folder,
         "step": int(step.group()) if step else None,
         "digest": None if params is None else text_cache.digest_of(params),
+        "sequence_length": getattr(predictor, "sequence_length", 0),
         "versions": versions,
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "processes": processes.process_info()[1],

@@ -68,11 +68,16 @@ def load(
     Raises:
       checkpoint.CheckpointError: there is no such model, or it is damaged.
       pretrained.hub.HubError: it cannot be downloaded.
-      InputError: unknown `dtype`.
+      InputError: unknown `dtype`, or a `sequence_length` that the model does not take, as one that was trained with squares.
     """
     stored = checkpoint.load_stored(path)
     if sequence_length is None:
         sequence_length = max(stored.sequence_lengths, default=0)
+    elif sequence_length and not stored.sequence_lengths:
+        raise InputError(
+            f"sequence_length: got {sequence_length} with {path}, which was trained with squares; expected 0, or a model"
+            " that was trained with input.sequence_lengths"
+        )
     given = stored.model, stored.merged(), dtype, templates, stored.folder, progress
     return Predictor(*given, text_decoder=stored.text_decoder, sequence_length=sequence_length)
 
@@ -164,10 +169,12 @@ class Predictor(Writer):
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """Of the model's configuration, of its parameters, and of its text decoder, if any."""
+        """Of the model's configuration, of its parameters, and of its text decoder, if any; of own shapes the length."""
         found = saved_model.model_digests(self.model, jax.device_get(self.params))
         if self.text_decoder is not None:
             found["text_decoder"] = self.text_decoder.digest()
+        if self.sequence_length:
+            found["sequence_length"] = str(self.sequence_length)
         return found
 
     @property

@@ -69,6 +69,7 @@ def resolve(
     stored: Config | None = None,
     where: str = "",
     sizes: Callable[[], Sequence[np.ndarray]] = lambda: (),
+    refusals: Callable[[Config], Sequence[str]] = lambda config: (),
 ) -> tuple[Config, str]:
     """The config with numbers, and a line that says which were derived from what ("": none).
 
@@ -80,13 +81,14 @@ def resolve(
       where: that checkpoint, in words.
       sizes: gives height and width of images of each data set, [n, 2]; called where `input.sequence_lengths` is open.
         Of none, images are squares.
+      refusals: gives why a config with own shapes cannot be trained, as this package does not see; [] where it can be.
 
     Raises:
       DerivedError: no number is possible.
     """
     if not is_open(config):
         return config, ""
-    config, said = _with_lengths(config, stored, where, sizes)
+    config, said = _with_lengths(config, stored, where, sizes, refusals)
     found, line = _with_numbers(config, place, lengths, stored, where)
     return found, "; ".join(filter(None, (said, line)))
 
@@ -96,6 +98,7 @@ def _with_lengths(
     stored: Config | None,
     where: str,
     sizes: Callable[[], Sequence[np.ndarray]],
+    refusals: Callable[[Config], Sequence[str]],
 ) -> tuple[Config, str]:
     """The config with `input.sequence_lengths`, and why these ("": they were given)."""
     if config.input.sequence_lengths is not None:
@@ -111,18 +114,19 @@ def _with_lengths(
     if len(weights) != len(found):  # a source of its own kind
         weights = [1.0] * len(found)
     known = [(of, weight) for of, weight in zip(found, weights) if len(of)]
-    if not known:
-        return with_lengths(()), f"{LENGTHS}=(): squares, since no shapes of images are known here"
     image = config.model.image
     own = with_lengths(((image.image_size // image.patch_size) ** 2,))
+    lengths = own.input.sequence_lengths
+    if not known:
+        said = "squares, since no shapes of images are known here"
+        return with_lengths(()), f"{LENGTHS}=(): {said}; own shapes with {LENGTHS}={lengths}"
     shares, weights = zip(*((image_shapes.share_of_long(of), weight) for of, weight in known))
     long = float(np.average(shares, weights=weights))
     why = f"of {sum(len(of) for of, _ in known)} images {_percent(long)} are longer than {image_shapes.LONG:g} : 1"
     if not image_shapes.keep_shape(long):
         return with_lengths(()), f"{LENGTHS}=(): squares, {why}"
-    if faults := checks.faults_of(own):
+    if faults := checks.faults_of(own) or refusals(own):
         return with_lengths(()), f"{LENGTHS}=(): squares, though {why} ({faults[0]})"
-    lengths = own.input.sequence_lengths
     return own, f"{LENGTHS}={lengths}: images keep their shape, {why}; squares with {LENGTHS}=()"
 
 

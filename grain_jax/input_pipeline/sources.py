@@ -20,6 +20,7 @@ from etils import epath
 from grain_jax.config import Config
 from grain_jax.core import errors, named
 from grain_jax.core.schema import Batch, Patches
+from grain_jax.input_pipeline import order
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
 # Name -> the module, or class in one, that is the source; imported when it is chosen (records need TensorFlow).
@@ -143,10 +144,40 @@ def _joined(parts: Sequence[Any]) -> Any:
 def batches_of_run(
     source: DataSource, config: Config, *, notes: epath.Path, **arguments: Any
 ) -> Iterator[Batch]:
-    """`source.batches` with the `arguments`, and with `notes` where it takes them."""
+    """`source.batches` with the `arguments`, and with `notes` where it takes them.
+
+    Raises, where a batch of a source of one's own is asked for:
+      UserError: its images have not the shape that the config says.
+    """
     if "notes" in inspect.signature(source.batches).parameters:
         arguments["notes"] = notes
-    return source.batches(config, **arguments)
+    batches = source.batches(config, **arguments)
+    if config.input.source in BUILT_IN:
+        return batches
+    return _in_shape(batches, config, arguments.get("start_step", 0))
+
+
+def _in_shape(batches: Iterator[Batch], config: Config, start_step: int) -> Iterator[Batch]:
+    """The batches from `start_step` on; one whose images have another shape than the config says ends it in a line."""
+    tower, lengths = config.model.image, config.input.sequence_lengths
+    for step, batch in enumerate(batches, start_step):
+        is_own = isinstance(batch.image, Patches)
+        got = (batch.image.pixels if is_own else batch.image).shape[1:]
+        wanted, squares = (tower.image_size, tower.image_size, 3), ""
+        if lengths:
+            wanted = order.sequence_length(config, step), 3 * tower.patch_size**2
+            squares = ", or set input.sequence_lengths=()"
+        if is_own != bool(lengths) or got != wanted:
+            raise errors.UserError(
+                f"input.source: {config.input.source}: got images {_in_words(is_own, got)} in step {step}, expected"
+                f" {_in_words(bool(lengths), wanted)} with input.sequence_lengths={lengths}; make batches by"
+                f" assemble.of_examples, which takes the step{squares}"
+            )
+        yield batch
+
+
+def _in_words(is_own: bool, shape: Sequence[int]) -> str:
+    return f"{'Patches ' * is_own}[B, {', '.join(map(str, shape))}]"
 
 
 def num_lanes(config: Config) -> int:

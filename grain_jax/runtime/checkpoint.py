@@ -6,6 +6,7 @@ config), `receipt` (its record) and `data` (the identities of its record sets).
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,7 +166,8 @@ def restore_newest(
     Args:
       checkpoints, config: of the run.
       abstract_state: ShapeDtypeStructs with shardings.
-      say: gets a line for each damaged checkpoint, and one where the data cannot be compared.
+      say: gets a line for each damaged checkpoint, one where the data cannot be compared, and one that names the keys
+        that change what a step computes.
       data: the identities of the run's record sets (input_pipeline/records.py).
 
     Raises:
@@ -183,6 +185,8 @@ def restore_newest(
             fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
         if fault is None:
             check_same_data(step, stored, data, say)
+            if changed := _other_numbers(folder, config):
+                say(f"goes on with other values than checkpoint {step}: {', '.join(changed)}")
             _move_aside(checkpoints, list(damaged))
             return state
         say(f"checkpoint {step} is damaged, trying the one before ({fault})")
@@ -219,11 +223,25 @@ def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
     checkpoints.reload()
 
 
+def _without_evals(content: dict[str, Any]) -> config_lib.Config:
+    """The config in JSON; its evaluations decide nothing, and may be of classes that are gone."""
+    return config_lib.from_dict(content | {"evals": {}, "checkpoint_best_metric": ""})
+
+
+def _other_numbers(folder: epath.Path, config: config_lib.Config) -> list[str]:
+    """`KEY OLD -> NEW` of each key of the role "numbers" that has another value than in the checkpoint `folder`."""
+    contents = read_json(folder, "config"), json.loads(config_lib.to_json(config))
+    old, new = (config_lib.select(_without_evals(one), {"numbers"}) for one in contents)
+    return [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in old | new  # options of a class may be in one of them alone
+        if old.get(key) != new.get(key)
+    ]
+
+
 def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
     """Raises CheckpointError where the checkpoint `folder` has another order of the data, or scale of LoRA, than `config`."""
-    # Its evaluations decide nothing, and may be of classes that are gone.
-    content = read_json(folder, "config") | {"evals": {}, "checkpoint_best_metric": ""}
-    of_run = config_lib.from_dict(content)
+    of_run = _without_evals(read_json(folder, "config"))
     stored = config_lib.select(of_run, {"order"})
     new = config_lib.select(config, {"order"})
     faults = [

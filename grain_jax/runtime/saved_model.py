@@ -76,6 +76,7 @@ def save_model(
         (folder / _TEXT_DECODER).rmtree()
     if sequence_lengths:
         content["sequence_lengths"] = list(sequence_lengths)
+        found["sequence_lengths"] = receipt.sha256(content["sequence_lengths"])
     content |= {**notes, "digests": found}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -214,25 +215,27 @@ def _read_converted(folder: epath.Path) -> Stored:
             config_lib.text_decoder_from_dict(sizes).beside(model),
             files.read_arrays(folder / _TEXT_DECODER),
         )
+    lengths = content.get("sequence_lengths", [])
+    if fault := config_lib.lengths_fault(lengths):
+        raise CheckpointError(f"sequence_lengths: {fault}")
     if "digests" in content:
         found = model_digests(model, params)
         if text_decoder is not None:
             found[_TEXT_DECODER] = text_decoder.digest()
-        for part, digest in found.items():
-            if content["digests"].get(part) != digest:
+        if lengths:
+            found["sequence_lengths"] = receipt.sha256(lengths)
+        for part in {**found, **content["digests"]}:  # a part may be missing
+            if content["digests"].get(part) != found.get(part):
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
     as_float32 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float32))
     if text_decoder is not None:
         text_decoder = text_decoder._replace(params=as_float32(text_decoder.params))
-    lengths = tuple(content.get("sequence_lengths", ()))
-    if fault := config_lib.lengths_fault(lengths):
-        raise CheckpointError(f"sequence_lengths: {fault}")
     return Stored(
         model,
         as_float32(params),
         str(folder),
         text_decoder=text_decoder,
-        sequence_lengths=lengths,
+        sequence_lengths=tuple(lengths),
     )
 
 

@@ -78,6 +78,20 @@ def patches_seen(config: Config) -> int:
     return kept_lib.seen(tower, max(config.input.sequence_lengths or (), default=patches))
 
 
+def shape_faults(config: Config) -> list[str]:
+    """Why a term or the teacher of the run takes no images in their own shape, a line each. Raises UserError."""
+    found = total.local_entries(config.loss).items()
+    faults = [_squares_alone(name) for name, entry in found if not entry.cls.any_grid]
+    return [*faults, *filter(None, [teacher_lib.shape_fault(config)])]
+
+
+def _squares_alone(name: str) -> str:
+    return (
+        f"loss.terms.{name}: got images in their own shape, or some of their patches, expected full squares"
+        " (input.sequence_lengths=(), model.image.keep=1); a term with any_grid = True takes others"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Forward:
     """The forward pass of a run.
@@ -211,10 +225,7 @@ class Forward:
 
         def seen(name: str) -> local.Seen:
             if features.places is not None and not self.terms[name].any_grid:
-                raise errors.UserError(
-                    f"loss.terms.{name}: got images in their own shape, or some of their patches, expected full squares"
-                    " (input.sequence_lengths=(), model.image.keep=1); a term with any_grid = True takes others"
-                )
+                raise errors.UserError(_squares_alone(name))
             return local.Seen(
                 batch=batch,
                 tokens=features.tokens,

@@ -212,6 +212,26 @@ def _text_fault(config: Config, found: Described) -> str:
     return ""
 
 
+def shape_fault(config: Config) -> str:
+    """Why the teacher takes no images in the run's own shapes, or ""; raises as `describe`."""
+    if config.teacher.kind != "checkpoint":
+        return ""
+    model = model_of(config)
+    assert model is not None
+    own, run = model.image, config.model.image
+    if own.patch_size != run.patch_size:
+        return (
+            f"teacher.path: {config.teacher.path} has model.image.patch_size = {own.patch_size}, the run {run.patch_size};"
+            " expected the same, as images in their own shape come cut into patches, or input.sequence_lengths=()"
+        )
+    if not towers.image_tower(own).any_grid:
+        return (
+            f"teacher.path: {config.teacher.path} has the image tower {own.tower}, which takes squares alone; expected a"
+            " tower with any_grid = True, or input.sequence_lengths=()"
+        )
+    return ""
+
+
 @functools.lru_cache(maxsize=8)
 def _words(tower: config_lib.TextTower) -> bytes | str:
     """What tells the tokenizer of a tower from others: the content of its file where it is there."""
@@ -330,12 +350,8 @@ class Teacher:
             )
         tower = self.config.image
         if isinstance(image01, Patches):
-            own = self._run.model.image.patch_size
-            if own != tower.patch_size:
-                raise errors.UserError(
-                    f"teacher.path: {self._run.teacher.path} has model.image.patch_size = {tower.patch_size}, the run {own};"
-                    " expected the same, as images in their own shape come cut into patches, or input.sequence_lengths=()"
-                )
+            if fault := shape_fault(self._run):
+                raise errors.UserError(fault)
             return views.normalised(image01, tower)
         if image01.shape[1:3] != (tower.image_size,) * 2:
             shape = (len(image01), tower.image_size, tower.image_size, 3)

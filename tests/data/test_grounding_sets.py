@@ -19,7 +19,7 @@ def grounding(folder, source, files, regions, monkeypatch, texts):
     given += [f"--images={folder / 'images'}", f"--output={folder / 'out'}"]
     assert annotate.main(given) == 0
     predictor = StubPredictor(dict.fromkeys(regions, [1, 0, 0]), texts, regions)
-    monkeypatch.setattr(inference, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
     given = ["grounding", "--checkpoint=RUN", f"--images={folder / 'images'}", "--cache="]
     given += [f"--annotations={folder / 'out/A.jsonl'}", f"--output={folder / 'g.json'}"]

@@ -143,6 +143,15 @@ def test_pictures_keep_their_shape_where_the_model_takes_it(tmp_path):
     assert "image" in init["params"]
 
 
+def test_the_patches_that_training_saw_make_no_other_model(clip, tmp_path):
+    given = dict(text__vocab_size=49408, image__keep=0.5, image__keep_by="grid")
+    folder = perturbed.saved(tmp_path / "kept", **given)
+    params = big_vision.load(None, clip, {"checkpoint": folder})
+    jax.tree.map(
+        np.testing.assert_array_equal, params, big_vision.load(None, clip, {"checkpoint": clip})
+    )
+
+
 def test_register_needs_big_vision(monkeypatch):
     monkeypatch.setitem(sys.modules, "big_vision", None)
     said = "^big_vision: not on the path; clone github.com/google-research/big_vision and add"

@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     ]
     write_lines(tmp_path / "A.jsonl", lines)
     predictor = StubPredictor({0: [1, 0], 1: [0, 1]}, TEXTS, regions)
-    monkeypatch.setattr(inference, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     monkeypatch.setattr(command.saved_model, "find", lambda path: path)
     return tmp_path
 

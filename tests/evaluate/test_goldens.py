@@ -45,7 +45,7 @@ def test_the_command_gives_the_references_accuracies_and_logits(golden, tmp_path
     (tmp_path / "D.json").write_text(json.dumps(meta["class_file"]))
     regions = {i: (np.zeros((5, 4)), embed) for i, embed in enumerate(golden["inputs/obj_embeds"])}
     predictor = StubPredictor(dict(enumerate(golden["inputs/img_embed"])), _texts(golden), regions)
-    monkeypatch.setattr(inference, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
     arguments = ["zeroshot", "--checkpoint", "RUN", "--images", str(tmp_path / "classes")]
     arguments += ["--templates", str(tmp_path / "templates.txt"), "--batch-size", "7"]

@@ -135,7 +135,7 @@ def _command(folder, *arguments):
 
 def test_the_command(noisy, monkeypatch, capsys):
     folder, predictor, _, _ = noisy
-    monkeypatch.setattr(inference, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     assert _command(folder, f"--train={folder / 'train'}", "--shots=2,all", "--seeds=1") == 0
     result = json.loads((folder / "p.json").read_text())
     assert list(result["shots_2"]["per_class"]) == list(result["shots_all"]["per_class"])

@@ -364,7 +364,7 @@ def test_command(data, tmp_path, monkeypatch, capsys):
     given, images, vectors, log_p = data
     stub = SpeakingStub(images, vectors, log_p=log_p)
     stub.folder = str(tmp_path)
-    monkeypatch.setattr(inference, "load", lambda path: stub)
+    monkeypatch.setattr(inference, "load", lambda path, **_: stub)
     monkeypatch.setattr(command.saved_model, "find", lambda path: path)
     words = ["retrieval", "--checkpoint", "RUN", "--images", str(given["images"]), "--cache", ""]
     words += ["--annotations", str(given["annotations"]), "--output", str(tmp_path / "r.json")]

@@ -588,7 +588,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "load", lambda path: Coloured())
+    monkeypatch.setattr(inference, "load", lambda path, **_: Coloured())
     monkeypatch.setattr(command.saved_model, "find", lambda path: path)
     folder(tmp_path)
     _break(tmp_path / "masks" / "3.png", "missing")

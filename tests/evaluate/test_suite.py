@@ -85,7 +85,7 @@ def suite(data, tmp_path, monkeypatch):
 
     def run(*arguments):
         run.predictor.asked.clear()
-        monkeypatch.setattr(inference, "load", lambda path: run.predictor)
+        monkeypatch.setattr(inference, "load", lambda path, **_: run.predictor)
         monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
         status = command.main(
             ["suite", "--checkpoint", "RUN", "--config", str(ROOT / "configs" / "eval.py")]
@@ -211,6 +211,10 @@ def test_usage_and_inputs_that_cannot_be_used_are_status_2(suite, capsys):
     assert suite("--only", "products2023")[0] == 2
     assert "holds the results of another checkpoint (OLD, now RUN)" in capsys.readouterr().err
     assert suite("--only", "products2023", "--again")[0] == 0
+    suite.predictor.sequence_length = 9
+    assert suite("--only", "products2023")[0] == 2
+    assert "holds the results of another sequence_length (0, now 9)" in capsys.readouterr().err
+    assert suite("--only", "products2023", "--again")[1]["sequence_length"] == 9
 
 
 def test_entries_serve_a_training_config():

@@ -1,5 +1,6 @@
 """examples/data_source: an online source of a user through the real trainer."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -12,7 +13,8 @@ import pytest
 from examples.data_source import shapes
 from grain_jax import config as config_lib
 from grain_jax import inference, train
-from grain_jax.input_pipeline import sources, tokenizer
+from grain_jax.core import errors
+from grain_jax.input_pipeline import order, sources, tokenizer
 from grain_jax.training import sharding
 from tests import record_sets, runs, tiny
 
@@ -71,6 +73,39 @@ def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatc
     monkeypatch.delitem(sys.modules, "examples.data_source.shapes")
     assert inference.load(tmp_path / "cut").model == config().model
     assert "examples.data_source.shapes" not in sys.modules
+
+
+class Squares(shapes.Shapes):
+    """Knows nothing of shapes."""
+
+    def lane_batch(self, config, lane, step):
+        own = dataclasses.replace(config.input, sequence_lengths=())
+        return super().lane_batch(dataclasses.replace(config, input=own), lane, step)
+
+
+class OneLength(shapes.Shapes):
+    """Draws no length by the step."""
+
+    def lane_batch(self, config, lane, step):
+        return super().lane_batch(config, lane, 0)
+
+
+def test_a_source_of_other_shapes_is_one_line(tmp_path):
+    lengths, size = (4, 6), config().model.image.image_size
+    for source, got in ((Squares, f"[B, {size}, {size}, 3]"), (OneLength, "Patches [B, ")):
+        name = f"{__name__}:{source.__name__}"
+        c = dataclasses.replace(config(), input=config(input__sequence_lengths=lengths).input)
+        c = dataclasses.replace(c, input=dataclasses.replace(c.input, source=name))
+        batches = sources.batches_of_run(source(), c, notes=tmp_path)
+        with pytest.raises(errors.UserError) as error:
+            list(itertools.islice(batches, 9))
+        (line,) = str(error.value).splitlines()
+        assert line.startswith(f"input.source: {name}: got images {got}")
+        assert "with input.sequence_lengths=(4, 6); make batches by assemble.of_examples" in line
+    c = config(input__sequence_lengths=lengths)
+    batches = sources.batches_of_run(shapes.Shapes(), c, notes=tmp_path, start_step=3)
+    found = [batch.image.pixels.shape[1] for batch in itertools.islice(batches, 4)]
+    assert found == [order.sequence_length(c, step) for step in range(3, 7)]
 
 
 def test_its_options_are_checked():

@@ -65,7 +65,7 @@ def test_a_suite_has_it_beside_the_evaluators_of_the_package(
     folder, predictor, monkeypatch, capsys
 ):
     (folder / "suite.py").write_text(SUITE % (KIND, f"{folder}/test", f"{folder}/train"))
-    monkeypatch.setattr(inference, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
     given = ["suite", "--checkpoint", "RUN", "--cache", "", "--output", str(folder / "o.json")]
     given += ["--config", str(folder / "suite.py"), "--config.evals.mine.k=1"]

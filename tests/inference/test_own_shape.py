@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -10,12 +11,18 @@ import pytest
 
 import grain_jax
 from grain_jax import inference
-from grain_jax.core import patches
+from grain_jax.convert import arguments as export
+from grain_jax.convert import output
+from grain_jax.core import errors, patches
 from grain_jax.core.schema import Patches
+from grain_jax.data.annotate import arguments as annotate
+from grain_jax.data.embed import arguments as embed
+from grain_jax.demo import arguments as demo
+from grain_jax.evaluate import arguments as evaluate
 from grain_jax.evaluate import segmentation as evaluation
 from grain_jax.inference import scores, segmentation
 from grain_jax.models import grain
-from grain_jax.runtime import saved_model
+from grain_jax.runtime import checkpoint, saved_model
 from tests import perturbed
 
 SHAPES = [(24, 60), (40, 40), (70, 16)]  # height, width
@@ -145,8 +152,45 @@ def test_a_stored_model_knows_its_lengths(predictor, tmp_path):
     loaded = grain_jax.load(tmp_path)
     assert loaded.sequence_length == LENGTH
     np.testing.assert_array_equal(loaded.encode_image(PICTURES), predictor.encode_image(PICTURES))
-    assert grain_jax.load(tmp_path, sequence_length=4).sequence_length == 4
+    short = grain_jax.load(tmp_path, sequence_length=4)
+    assert short.sequence_length == 4
     squares = grain_jax.load(tmp_path, sequence_length=0)
+    # The model is the same, and what it sees is not.
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert squares.digests == {x: described["digests"][x] for x in ("model", "params")}
+    assert short.digests == squares.digests | {"sequence_length": "4"}
+    assert len({x.digest for x in (loaded, short, squares)}) == 3
+    assert output._digest(checkpoint.load_stored(tmp_path)) == loaded.digest  # of conversions
     size = predictor.model.image.image_size
     assert squares.preprocess(PICTURES[0]).shape == (size, size, 3)
     assert dataclasses.asdict(squares.model) == dataclasses.asdict(predictor.model)
+    for lengths in ({"sequence_lengths": [4, 9]}, {"sequence_lengths": []}):
+        (tmp_path / "config.json").write_text(json.dumps(described | lengths))
+        with pytest.raises(checkpoint.CheckpointError, match="sequence_lengths: not what config"):
+            grain_jax.load(tmp_path)
+    saved_model.save_model(tmp_path, predictor.model, params)
+    assert grain_jax.load(tmp_path, sequence_length=0).digests == squares.digests
+    said = (
+        f"^sequence_length: got 4 with {tmp_path}, which was trained with squares; expected 0, or"
+    )
+    with pytest.raises(inference.InputError, match=said):
+        grain_jax.load(tmp_path, sequence_length=4)
+
+
+def test_commands_that_load_a_model_take_the_length():
+    model, out = "--checkpoint=x", "--output=y"
+    for command, words in (
+        (evaluate.Evaluate, ["zeroshot", model, "--images=z", out]),
+        (evaluate.Evaluate, ["suite", model, "--config=eval", out]),
+        (embed.Embed, ["z", model, out]),
+        (embed.Search, ["z", "--text=a"]),
+        (export.Export, [model, out]),
+        (demo.Demo, [model]),
+        (annotate.Annotate, ["--model=x", "--images=z", out]),
+    ):
+        assert command.parse(words).sequence_length is None
+        assert command.parse([*words, "--sequence-length", "9"]).sequence_length == 9
+        with pytest.raises(errors.UserError, match="--sequence-length: got '-1', expected a whole"):
+            command.parse([*words, "--sequence-length=-1"])
+    with pytest.raises(errors.UserError, match="--sequence-length: got no --model, expected the"):
+        annotate.Annotate.parse(["--images=z", out, "--sequence-length=9"])

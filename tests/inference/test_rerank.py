@@ -15,6 +15,7 @@ from grain_jax.data.embed import search, search_command
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.inference import rerank
 from grain_jax.inference.inputs import InputError
+from grain_jax.runtime import checkpoint
 from tests.evaluate.stub import write_lines
 from tests.inference.test_text_decoder import folder, predictor  # noqa: F401 (fixtures)
 
@@ -40,7 +41,9 @@ def images(tmp_path_factory):
 def test_likelihoods_of_images_in_their_own_shape(folder, monkeypatch):  # noqa: F811
     """Of fewer and fewer images, each with its own grid."""
     monkeypatch.setattr(rerank, "_AT_ONCE", 1)
-    model = grain_jax.load(folder, sequence_length=9)
+    stored = checkpoint.load_stored(folder)
+    more = dict(text_decoder=stored.text_decoder, sequence_length=9)
+    model = inference.Predictor(stored.model, stored.params, folder=folder, **more)
     pictures = [PICTURES[0], PICTURES[1][:10], PICTURES[2][:, :8]]
     texts = [TEXTS[:1], TEXTS[:2], TEXTS[:3]]
     ask = lambda _, *given: model.caption_log_likelihood(*given)

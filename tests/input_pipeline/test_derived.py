@@ -304,8 +304,12 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     [
         ([SHORT], (), "squares, of 20 images 5.00% are longer than 1.25 : 1"),
         ([WIDE], (4,), "images keep their shape, of 3 images 67% are longer than 1.25 : 1"),
-        ([], (), "squares, since no shapes of images are known here"),
-        ([WIDE[:0]], (), "squares, since no shapes of images are known here"),
+        (
+            [],
+            (),
+            "squares, since no shapes of images are known here; own shapes with input.sequence",
+        ),
+        ([WIDE[:0]], (), "are known here; own shapes with input.sequence_lengths=(4,)"),
     ],
 )
 def test_images_keep_their_shape_where_many_are_long(sizes, expected, said):
@@ -318,6 +322,22 @@ def test_images_keep_their_shape_where_many_are_long(sizes, expected, said):
     stored = derived.resolve(config, ANYWHERE, list, got, "runs/a", lambda: [SHORT, WIDE])
     assert stored[0] == got and stored[1].endswith(": as in runs/a")
     assert derived.planned(config, ANYWHERE)[0].input.sequence_lengths == ()
+
+
+def test_what_takes_squares_alone_leaves_squares():
+    config, seen = tiny.config(input__sequence_lengths=None), []
+
+    def refusals(own):
+        seen.append(own.input.sequence_lengths)
+        return ["loss.terms.x: got images in their own shape"]
+
+    given = dict(sizes=lambda: [WIDE], refusals=refusals)
+    got, line = derived.resolve(config, ANYWHERE, list, **given)
+    assert got.input.sequence_lengths == () and seen == [(4,)]
+    assert line == (
+        "input.sequence_lengths=(): squares, though of 3 images 67% are longer than 1.25 : 1 (loss.terms.x: got images in"
+        " their own shape)"
+    )
 
 
 def test_the_shapes_of_a_mixture_count_by_the_weights_of_their_own_sets():
@@ -333,6 +353,8 @@ def test_the_shapes_of_a_mixture_count_by_the_weights_of_their_own_sets():
 def test_the_configs_of_own_images_leave_lengths_open_and_flags_set_them(tmp_path):
     load = lambda *words: config_file.load("own", ["--config.input.source=synthetic", *words])
     assert load().input.sequence_lengths is None
+    none = ["--config.input.sequence_lengths=None"]
+    assert config_file.load("demo", none).input.sequence_lengths is None
     for lengths in ((64, 100), ()):
         flag = f"--config.input.sequence_lengths={lengths}"
         assert load(flag).input.sequence_lengths == lengths

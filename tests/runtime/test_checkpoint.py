@@ -1,5 +1,6 @@
 """Checkpoints on disk: which are kept, what happens to damaged ones and on a full disk, what a mismatch says."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -200,6 +201,18 @@ def test_a_mismatch_names_each_array(saved):
     ]
     with pytest.raises(checkpoint.CheckpointError, match=r"seed: the run .* has 0, got 1"):
         restore(saved, tiny.config(seed=1))
+
+
+def test_what_a_step_computes_otherwise_is_said(saved):
+    changes = dict(model__image__keep=[[0, 0.5], [0.5, 1]], input__sequence_lengths=(16, 64))
+    given = dict(checkpoint_every=77, microbatches=2)  # of the same run
+    restored, said = restore(saved, dataclasses.replace(MEASURED, **given))
+    assert int(restored.step) == 8 and said == []
+    _, said = restore(saved, tiny.config(**changes))
+    assert said == [
+        "goes on with other values than checkpoint 8: model.image.keep 1.0 -> ((0.0, 0.5), (0.5, 1.0)),"
+        " input.sequence_lengths () -> (16, 64)"
+    ]
 
 
 def test_a_full_disk_for_real(tmp_path):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import types
 import zlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
+from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.losses import local
 from grain_jax.losses.shard import Mean, TermOutput
@@ -88,6 +90,23 @@ class Bare(local.LocalTerm):
     def __call__(self, seen):
         loss = seen.outputs.image_embed[:, 0]
         return local.LocalOutput(local.PerImage(loss, jnp.ones(len(loss))))
+
+
+def test_a_term_of_squares_is_why_own_shapes_are_not_taken(tmp_path):
+    c = config()
+    entry = {"term": "masked_patches", "weight": 1.0}
+    c = dataclasses.replace(
+        c, loss=dataclasses.replace(c.loss, terms={"masks": entry, **c.loss.terms})
+    )
+    across, smooth = sorted(forward.shape_faults(c))
+    assert across.startswith("loss.terms.across: got images in their own shape, or some of their")
+    assert smooth.startswith("loss.terms.smooth: ")
+    # A run that leaves the lengths open takes squares, and says why.
+    c = config(input__sequence_lengths=None)
+    mesh, long = sharding.make_mesh(c.mesh, jax.devices()[:1]), [np.array([[16, 64]])]
+    source: Any = types.SimpleNamespace(num_shards=lambda _: {}, image_sizes=lambda _: long)
+    found, line = train.derive(c, mesh, source, tmp_path)
+    assert found.input.sequence_lengths == () and f"are longer than 1.25 : 1 ({across})" in line
 
 
 def config(mesh=(1, 1, 1), **changes):

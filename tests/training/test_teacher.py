@@ -142,6 +142,18 @@ def made(folder, seed=0, **changes):
     return model, params
 
 
+def test_a_teacher_of_other_patches_is_why_own_shapes_are_not_taken(other):
+    c = config("checkpoint", path=other[0], model__image__patch_size=4)
+    fault = teacher.shape_fault(c)
+    assert fault == (
+        f"teacher.path: {other[0]} has model.image.patch_size = 8, the run 4; expected the same, as images in their own"
+        " shape come cut into patches, or input.sequence_lengths=()"
+    )
+    assert fault in forward.shape_faults(c)
+    same = config("checkpoint", path=other[0], model__image__patch_size=8)
+    assert teacher.shape_fault(same) == teacher.shape_fault(config("ema")) == ""
+
+
 def test_the_decay_is_a_cosine_over_the_run():
     c = config("ema").teacher
     share = np.arange(TOTAL) / (TOTAL - 1)

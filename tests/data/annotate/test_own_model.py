@@ -65,7 +65,7 @@ class FakePredictor:
 @pytest.fixture
 def model(monkeypatch):
     found = FakePredictor()
-    monkeypatch.setattr(own_model, "load", lambda name, dtype: found)
+    monkeypatch.setattr(own_model, "load", lambda *_: found)
     found.digests = {"params": "0123456789abcdef", "text_decoder": "fedcba9876543210"}
     return found
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from grain_jax import inference
-from grain_jax.core import schema
+from grain_jax.core import errors, schema
 from grain_jax.data.aviary.samples import birds
 from grain_jax.data.embed import __main__ as embed
-from grain_jax.data.embed import parts
+from grain_jax.data.embed import embeddings, parts, search, stored
 from grain_jax.data.embed import search_command as command
-from tests import browser, embedded, record_sets
+from tests import browser, embedded, perturbed, record_sets
 
 COUNT = 12
 
@@ -132,6 +132,44 @@ def test_images_of_tars_and_records_are_read_again(kind, tmp_path):
     assert {image.encoded for image in found.values()} == originals and len(found) == 9
     gone = parts.read_again(wanted)
     assert {fault.cause for fault in gone.values()} == {"no such file"} and len(gone) == 9
+
+
+def test_a_library_answers_at_the_length_that_it_was_made_with(
+    folders, tmp_path, capsys, monkeypatch
+):
+    model = perturbed.in_own_shape(tmp_path / "own", text__vocab_size=49408)
+    short, long = tmp_path / "short", tmp_path / "long"
+    words = ["embed", folders[0], f"--checkpoint={model}", f"--output={long}"]
+    assert embed.main(list(map(str, words[1:]))) == 0
+    words = [*map(str, words[1:3]), f"--output={short}", "--sequence-length=4"]
+    assert embed.main(words) == 0
+    image = f"--image={folders[0] / '00003.png'}"
+    for folder in (short, long):
+        assert run(folder, image, "--by=images", "--top=1") == 0
+        ((name, score, _),) = rows(capsys.readouterr().out)
+        assert name.endswith("00003.png") and score == pytest.approx(1)
+    told = f"{short}: was made with sequence_length=4, got 12 (0: squares); expected the same, or"
+    assert run(short, image, "--sequence-length=12") == 2
+    assert told in capsys.readouterr().err
+    index = search.Index(short)
+    with pytest.raises(search.SearchError, match=re.escape(told)):
+        search.search(index, "a beak", model=inference.load(model))
+    # As embeddings of a teacher they are two.
+    assert stored.digest(short) != stored.digest(long)
+    opened = lambda folder, *_: types.SimpleNamespace(
+        folder=folder, settings=embeddings.read_settings(folder)
+    )
+    monkeypatch.setattr(stored, "Stored", opened)
+    sets = [("short", short, "train"), ("long", long, "train")]
+    with pytest.raises(errors.UserError, match="long: sequence_length is not that of .*short;"):
+        stored.of_sets(tmp_path, sets, apart=True)
+    # Squares, and a model that has seen nothing else.
+    words = [str(folders[0]), "--checkpoint=aviary-tiny", f"--output={tmp_path / 'out'}"]
+    assert embed.main([*words, "--sequence-length=64"]) == 2
+    err = capsys.readouterr().err
+    assert "sequence_length: got 64 with aviary-tiny, which was trained with squares" in err
+    assert run(folders[1], "--text=a beak", "--sequence-length=64") == 2
+    assert "was made with sequence_length=0, got 64 (0: squares)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
