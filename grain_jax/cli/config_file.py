@@ -24,7 +24,7 @@ from grain_jax.core import errors, named, nearest
 _PACKAGE = "grain_jax.configs"
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
 _OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
-_KEEP = "model.image.keep"  # a number or pairs (config/keep.py)
+_PAIRS = ("model.image.keep", "input.sequence_lengths")  # or what they have pairs of
 # A weight of the loss, and a key of its schedule.
 _WEIGHT = re.compile(rf"(loss\.(?:{'|'.join(config_lib.WEIGHTS)}|terms\.\w+\.weight))(?:\.(\w+))?")
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
@@ -119,7 +119,7 @@ def is_weight(key: str) -> bool:
 
 def _is_literal(key: str) -> bool:
     """Whether the value of a key is of no single type of ml_collections."""
-    return key == _KEEP or bool(_WEIGHT.fullmatch(key))
+    return key in _PAIRS or bool(_WEIGHT.fullmatch(key))
 
 
 def _is_open(key: str) -> bool:

@@ -150,11 +150,12 @@ def _allowed(masks, row, causal, size, count):
     return (column == line) & (at(0) >= at(1))
 
 
-def _for_each_row(rows: int, length: int, masks, run) -> None:
+def _for_each_row(q_ref, masks, run) -> None:
     """Calls `run(row, n, count)` for each row of a program: n positions that it computes, and how many of them are seen.
 
     `masks` are none; the ids of texts as columns and as lines; or the counts of all rows of the batch, in SMEM.
     """
+    rows, length, _ = q_ref.shape
     first = pl.program_id(1) * rows
 
     def one_row(row, _):
@@ -193,7 +194,7 @@ def _forward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, *rest):
                 out[i] += _dot(weights, _only(mask, v[i]), ((1,), (0,)))
         _write(out_ref, row, heads.tiles, size, out)
 
-    _for_each_row(*q_ref.shape[:2], masks, one_row)
+    _for_each_row(q_ref, masks, one_row)
 
 
 def _norm_backward(heads, d, kept, scale):
@@ -246,7 +247,7 @@ def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, 
         for ref, d in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
             _write(ref, row, tiles, size, d)
 
-    _for_each_row(*q_ref.shape[:2], masks, one_row)
+    _for_each_row(q_ref, masks, one_row)
 
 
 @dataclasses.dataclass(frozen=True)
