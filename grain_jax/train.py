@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from grain_jax import config as config_lib
 from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
-from grain_jax.config import lengths as lengths_lib
+from grain_jax.config import keep as keep_lib
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise, whole
 from grain_jax.convert.exits import reasons
@@ -133,7 +133,7 @@ def derive(
         return numbers, found.input.sequence_lengths or (), line
 
     numbers, lengths, line = processes.of_first(resolve)
-    lengths = lengths_lib.parsed(lengths, derived.LENGTHS, [])  # JSON has lists for tuples
+    lengths = keep_lib.parsed_lengths(lengths, derived.LENGTHS, [])  # JSON has lists for tuples
     config = dataclasses.replace(
         config, input=dataclasses.replace(config.input, sequence_lengths=lengths)
     )
@@ -302,7 +302,7 @@ def set_up(
         process_index=jax.process_index(),
     )
     steps = resolve_steps(config, source.num_examples(config))
-    if len(lengths_lib.stretches(config.input.sequence_lengths)) > 1:
+    if len(keep_lib.stretches(config.input.sequence_lengths)) > 1:
         # The input finds the lengths of a step by its share of the run.
         config = dataclasses.replace(config, total_steps=steps[0], total_epochs=None)
     data = processes.of_first(

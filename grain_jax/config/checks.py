@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from grain_jax.config import fields, values
-from grain_jax.config import lengths as lengths_lib
+from grain_jax.config import fields, keep, values
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Input, Loss, Model, Optim, Suite, TextDecoder
 from grain_jax.core import named
@@ -288,7 +287,7 @@ def _lengths(config: Config) -> Iterator[str]:
     key = f"input.sequence_lengths: got {lengths}"
     if not lengths:
         return
-    for _, own in lengths_lib.stretches(lengths):
+    for _, own in keep.stretches(lengths):
         if fault := lengths_fault(own):
             yield f"input.sequence_lengths: {fault}"
     if not _takes(image, "any_grid"):

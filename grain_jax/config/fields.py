@@ -10,10 +10,8 @@ import re
 from typing import Any, Literal
 
 from grain_jax.config import keep as keep_lib
-from grain_jax.config import lengths as lengths_lib
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.keep import Keep
-from grain_jax.config.lengths import Lengths
+from grain_jax.config.keep import Keep, Lengths
 from grain_jax.config.weights import Schedule, Weight
 from grain_jax.core import named
 
@@ -461,13 +459,13 @@ class Input:
     @property
     def every_length(self) -> tuple[int, ...]:
         """The different `sequence_lengths` of the run, ascending; () where images are squares."""
-        of_stretches = [own for _, own in lengths_lib.stretches(self.sequence_lengths)]
+        of_stretches = [own for _, own in keep_lib.stretches(self.sequence_lengths)]
         return tuple(sorted({n for own in of_stretches for n in own}))
 
     @property
     def last_lengths(self) -> tuple[int, ...]:
         """The `sequence_lengths` at the end of the run, with which its model is used; () where images are squares."""
-        return lengths_lib.stretches(self.sequence_lengths)[-1][1] if self.sequence_lengths else ()
+        return keep_lib.stretches(self.sequence_lengths)[-1][1] if self.sequence_lengths else ()
 
     @property
     def texts_per_image(self) -> int:

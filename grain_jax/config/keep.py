@@ -1,15 +1,23 @@
-"""The share of the patches that the image tower sees in training: a number, or one after another (docs/method.md)."""
+"""What the image tower sees of an image in a step of training (docs/method.md): a share of its patches, and N of them.
 
-from collections.abc import Callable
+Both are one for the run, or pairs of [begin, what] by the share of the run.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from grain_jax.config import weights
 
 Keep = float | tuple[tuple[float, float], ...]
+Lengths = tuple[int, ...] | tuple[tuple[float, tuple[int, ...]], ...]
 BY = ("random", "grid")
 EXPECTED = (
     "a share above 0 and at most 1, or pairs [[begin, share], ...] by the share of the run, the first begin 0, such as"
     " [[0, 0.5], [0.9, 1]]"
+)
+EXPECTED_LENGTHS = (
+    "numbers of patches (N, ...), or pairs [[begin, [N, ...]], ...] by the share of the run, the first begin 0, such as"
+    " [[0, [64]], [0.8, [64, 196]]]"
 )
 
 
@@ -56,6 +64,27 @@ def pairs(value: Any, is_good: Callable[[Any], bool]) -> list[tuple[float, Any]]
     if begins[0] != 0 or begins != sorted({*begins}):
         return None
     return [(float(begin), what) for begin, what in value]
+
+
+def stretches(lengths: Lengths | None) -> Sequence[tuple[float, tuple[int, ...]]]:
+    """(Begin, numbers) of each stretch of a run, of `input.sequence_lengths`; () of squares."""
+    found: Any = lengths or ()
+    return found if not found or isinstance(found[0], tuple) else ((0.0, found),)
+
+
+def parsed_lengths(value: Any, path: str, faults: list[str]) -> Any:
+    """Numbers as a tuple, or pairs as tuples; arguments as of `parsed`."""
+    if value is None or _are_numbers(value):
+        return None if value is None else tuple(value)
+    found = pairs(value, lambda own: _are_numbers(own) and len(own) > 0)
+    if found is None:
+        faults.append(f"{path}: got {value!r}, expected {EXPECTED_LENGTHS}")
+        return ()
+    return tuple((begin, tuple(own)) for begin, own in found)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(x) is int for x in value)
 
 
 def _is_share(value: Any) -> bool:

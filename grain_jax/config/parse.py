@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grain_jax.config import checks, evals, fields, keep, lengths, weights
+from grain_jax.config import checks, evals, fields, keep, weights
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Model, Suite, TextDecoder
 from grain_jax.core import errors, named, nearest
@@ -258,8 +258,8 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         return weights.parsed(value, path, unknown_key, faults)
     if kind == keep.Keep:
         return keep.parsed(value, path, faults)
-    if kind == lengths.Lengths | None:
-        return lengths.parsed(value, path, faults)
+    if kind == keep.Lengths | None:
+        return keep.parsed_lengths(value, path, faults)
     if kind is fields.TermEntry:
         return _term_entry(value, path, faults)
     if dataclasses.is_dataclass(kind):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grain_jax.config import Config
-from grain_jax.config import lengths as lengths_lib
+from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors
 
 
@@ -184,14 +184,14 @@ def sequence_length(config: Config, step: int) -> int:
     A function of the seed and the step, the same on all processes and after a resume. Those of the step's share of the
     run, where they change in it: `total_steps` is a number then.
     """
-    found = lengths_lib.stretches(config.input.sequence_lengths)
+    found = keep_lib.stretches(config.input.sequence_lengths)
     if len(found) > 1:
         if config.total_steps is None:
             raise ValueError(
                 f"total_steps: got None with input.sequence_lengths={config.input.sequence_lengths}, expected the steps of"
                 " the run"
             )
-        of_run = lengths_lib.of_steps(config.input.sequence_lengths, config.total_steps)
+        of_run = keep_lib.of_steps(tuple(found), config.total_steps)
         found = [(first, own) for first, own in of_run if first <= step]
     lengths = found[-1][1]
     if len(lengths) == 1:

@@ -15,7 +15,6 @@ import jax
 from grain_jax import losses
 from grain_jax.config import Config
 from grain_jax.config import keep as keep_lib
-from grain_jax.config import lengths as lengths_lib
 from grain_jax.core import errors
 from grain_jax.input_pipeline import order
 
@@ -70,7 +69,8 @@ def of(config: Config, total_steps: int) -> list[Phase]:
     """
     on = {name: one.on(total_steps) for name, one in config.loss.schedules.items()}
     shares = keep_lib.of_steps(config.model.image.keep, total_steps)
-    lengths = lengths_lib.of_steps(config.input.sequence_lengths, total_steps) or [(0, (None,))]
+    by_share = keep_lib.stretches(config.input.sequence_lengths) or ((0.0, (None,)),)
+    lengths = keep_lib.of_steps(by_share, total_steps)
     starts = {0, *(x for steps in on.values() if steps for x in (steps.start, steps.stop))}
     starts |= {first for first, _ in (*shares, *lengths)}
     found: list[Phase] = []

@@ -80,6 +80,17 @@ def test_a_grid_keeps_as_many_of_every_cell(keep, of_a_cell):
     assert [kept.cell(x) for x in (0.9, 0.25, 0.2, 1 / 9, 1 / 16)] == [2, 2, 2, 3, 4]
 
 
+def test_a_grid_with_an_odd_side_favours_no_patch():
+    """Cells of 2 x 2 on 5 x 5 patches are cut to 2 and to 1 at two edges."""
+    found = drawn(0.25, "grid", square(1024, 5), 1024)
+    assert found.shape == (1024, 6)
+    shares = np.bincount(found.ravel(), minlength=25).reshape(5, 5) / 1024
+    assert abs(shares / 0.24 - 1).max() < 0.2
+    cells = found // 5 // 2 * 3 + found % 5 // 2
+    whole = np.stack([(cells == cell).sum(1) for cell in (0, 1, 3, 4)])
+    assert (whole <= 1).mean() > 0.95 and (whole == 1).mean() > 0.8
+
+
 @pytest.mark.parametrize("by", keep_lib.BY)
 def test_images_in_their_own_shape_keep_the_same_share(by):
     grids = np.array([(2, 6), (3, 5), (4, 4), (1, 9), (1, 1)] * 8, np.int32)
