@@ -263,6 +263,7 @@ def test_a_program_for_each_share_and_length_and_none_in_the_run(whole):
     lengths = [order.sequence_length(of_run(), step) for step in range(STEPS)]
     assert [line["sequence_length"] for line in lines] == lengths
     assert lengths == [12, 12, 12, 16]
+    assert checkpoint.load_stored(workdir).sequence_lengths == (16, 12)
     assert counts.compiled >= 3 and counts.after[0] == counts.after[-1], counts.after
 
 
