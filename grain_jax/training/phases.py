@@ -78,7 +78,8 @@ def of(config: Config, total_steps: int) -> list[Phase]:
         off = frozenset(name for name, steps in on.items() if first not in steps)
         at = lambda pairs, first=first: [what for begin, what in pairs if begin <= first][-1]
         own = [Phase(first, off, at(shares), length) for length in at(lengths)]
-        if [one[1:] for one in found[-len(own) :]] != [one[1:] for one in own]:
+        last = [one for one in found if one.first == found[-1].first]
+        if [one[1:] for one in last] != [one[1:] for one in own]:
             found += own
     names = {term.name for term, _ in losses.terms_of(config.loss)} if on else set()
     for phase in found:

@@ -327,6 +327,9 @@ def test_the_phases_of_lengths_by_the_share_of_the_run():
     keys = [phase.key for phase in found]
     assert phases.of_step(keys, c, 99) == (75, lengths[99])
     assert forward.patches_seen(c) == 16 and c.input.last_lengths == (16, 12)
+    alone_first = [[0, [12]], [0.3, [16]], [0.6, [12, 16]]]
+    found = phases.of(of_run(input__sequence_lengths=alone_first, model__image__keep=1), 10)
+    assert [phase.key for phase in found] == [(0, 12), (3, 16), (6, 12), (6, 16)]
     with pytest.raises(ValueError, match="total_steps: got None with input.sequence_lengths="):
         order.sequence_length(of_epochs(), 0)
 
