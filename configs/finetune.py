@@ -125,6 +125,10 @@ def take_towers_of_folder(c, folder, families):
     c.model.update(model)
     c.init.image = c.init.text = folder
     lengths = content.get("sequence_lengths") or content.get("input", {}).get("sequence_lengths")
+    if lengths and isinstance(
+        lengths[-1], list
+    ):  # pairs by the share of the run, whose end made the model
+        lengths = lengths[-1][1]
     if lengths:  # it was trained on images in their own shape
         c.input.sequence_lengths = tuple(lengths)
     tokenizer = place / c.model.text.tokenizer

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from grain_jax import config as config_lib
 from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
+from grain_jax.config import keep as keep_lib
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise, whole
 from grain_jax.convert.exits import reasons
@@ -133,8 +134,9 @@ def derive(
         return numbers, found.input.sequence_lengths or (), line
 
     numbers, lengths, line = processes.of_first(resolve)
+    lengths = keep_lib.parsed_lengths(lengths, derived.LENGTHS, [])  # JSON has lists for tuples
     config = dataclasses.replace(
-        config, input=dataclasses.replace(config.input, sequence_lengths=tuple(lengths))
+        config, input=dataclasses.replace(config.input, sequence_lengths=lengths)
     )
     return derived.with_numbers(config, *numbers), line
 
@@ -301,6 +303,9 @@ def set_up(
         process_index=jax.process_index(),
     )
     steps = resolve_steps(config, source.num_examples(config))
+    if len(keep_lib.stretches(config.input.sequence_lengths)) > 1:
+        # The input finds the lengths of a step by its share of the run.
+        config = dataclasses.replace(config, total_steps=steps[0], total_epochs=None)
     data = processes.of_first(
         lambda: [*source.identities(config), *whole.identity_of_teacher(config)]
     )
@@ -434,7 +439,7 @@ class Records:
         if said := teacher.line(self._config, state.teacher):
             self.say(said)
         if not start_step:
-            lengths = self._config.input.sequence_lengths or ()
+            lengths = self._config.input.last_lengths
             self.say(reasons.line(self._config.model, self._workdir, lengths))
 
     def _of_factors(self, state: train_step.TrainState) -> str:
@@ -542,7 +547,7 @@ def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> i
         params, of_decoder = multihost_utils.process_allgather((params, of_decoder), tiled=True)
     decoder = decoder and decoder._replace(params=of_decoder)
     merged = lora.merged(params, config.optim.lora)
-    length = max(config.input.sequence_lengths or (0,))
+    length = max(config.input.last_lengths, default=0)
     return inference.Predictor(config.model, merged, text_decoder=decoder, sequence_length=length)
 
 

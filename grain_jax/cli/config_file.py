@@ -24,8 +24,7 @@ from grain_jax.core import errors, named, nearest
 _PACKAGE = "grain_jax.configs"
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
 _OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
-_KEEP = "model.image.keep"  # a number or pairs (config/keep.py)
-_LENGTHS = "input.sequence_lengths"  # a tuple, or None
+_PAIRS = ("model.image.keep", "input.sequence_lengths")  # or what they have pairs of
 # A weight of the loss, and a key of its schedule.
 _WEIGHT = re.compile(rf"(loss\.(?:{'|'.join(config_lib.WEIGHTS)}|terms\.\w+\.weight))(?:\.(\w+))?")
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
@@ -74,14 +73,14 @@ def load(
         plain = [
             word
             for word, (key, _, _) in zip(overrides, pairs)
-            if key in known and key not in whole and not _is_literal(key, texts[key])
+            if key in known and key not in whole and not _is_literal(key)
         ]
         config = _parse([*words, *plain]).value.copy_and_resolve_references().unlock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, errors.UserError):
             raise
         raise errors.UserError(" ".join(str(error).split())) from None
-    for key in (key for key in texts if key not in known or _is_literal(key, texts[key])):
+    for key in (key for key in texts if key not in known or _is_literal(key)):
         *groups, option = key.split(".")
         part = config
         for group in groups:
@@ -118,9 +117,9 @@ def is_weight(key: str) -> bool:
     return bool(found and not found[2])
 
 
-def _is_literal(key: str, text: str) -> bool:
+def _is_literal(key: str) -> bool:
     """Whether the value of a key is of no single type of ml_collections."""
-    return key == _KEEP or bool(_WEIGHT.fullmatch(key)) or (key == _LENGTHS and text == "None")
+    return key in _PAIRS or bool(_WEIGHT.fullmatch(key))
 
 
 def _is_open(key: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from grain_jax.config import fields, values
+from grain_jax.config import fields, keep, values
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Input, Loss, Model, Optim, Suite, TextDecoder
 from grain_jax.core import named
@@ -287,8 +287,9 @@ def _lengths(config: Config) -> Iterator[str]:
     key = f"input.sequence_lengths: got {lengths}"
     if not lengths:
         return
-    if fault := lengths_fault(lengths):
-        yield f"input.sequence_lengths: {fault}"
+    for _, own in keep.stretches(lengths):
+        if fault := lengths_fault(own):
+            yield f"input.sequence_lengths: {fault}"
     if not _takes(image, "any_grid"):
         yield (
             f"{key} with the tower {image.tower}, which takes squares alone; expected (), or a tower with"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grain_jax.config import keep as keep_lib
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.keep import Keep
+from grain_jax.config.keep import Keep, Lengths
 from grain_jax.config.weights import Schedule, Weight
 from grain_jax.core import named
 
@@ -443,9 +443,9 @@ class Input:
     # Smallest share of the image that a random crop keeps; 1 = no crop.
     crop_min_area: float = key(1.0, low=0.01, high=1)
     # Images in their own shape: patches an image, N. It is resized so that its grid fits N, and keeps its ratio; of
-    # several lengths each step draws one. (): squares of model.image.image_size. None: derived from the images
-    # (input_pipeline/derived.py).
-    sequence_lengths: tuple[int, ...] | None = key(())
+    # several lengths each step draws one; or pairs [[begin, lengths], ...] by the share of the run. (): squares of
+    # model.image.image_size. None: derived from the images (input_pipeline/derived.py).
+    sequence_lengths: Lengths | None = key(())
     reader_threads: int = count(0, role="free")  # of tf.data; 0 = it chooses
     views: Views = key(Views)
     # A mixture, instead of `data_dir` and `name`.
@@ -455,6 +455,17 @@ class Input:
     def sets(self) -> tuple[Dataset, ...]:
         """The sets of the mixture, or the single one."""
         return self.datasets or (Dataset(self.name, self.data_dir, 1.0),)
+
+    @property
+    def every_length(self) -> tuple[int, ...]:
+        """The different `sequence_lengths` of the run, ascending; () where images are squares."""
+        of_stretches = [own for _, own in keep_lib.stretches(self.sequence_lengths)]
+        return tuple(sorted({n for own in of_stretches for n in own}))
+
+    @property
+    def last_lengths(self) -> tuple[int, ...]:
+        """The `sequence_lengths` at the end of the run, with which its model is used; () where images are squares."""
+        return keep_lib.stretches(self.sequence_lengths)[-1][1] if self.sequence_lengths else ()
 
     @property
     def texts_per_image(self) -> int:

@@ -106,6 +106,8 @@ def _words(kind: Any) -> str:
         return "float or schedule"
     if kind == fields.Keep:
         return "float or pairs"
+    if kind == fields.Lengths | None:
+        return "tuple of int, pairs or None"
     if origin in (typing.Union, types.UnionType):
         return f"{_words(parse.inner_of(kind))} or None"
     if origin is tuple:

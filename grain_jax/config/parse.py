@@ -258,6 +258,8 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         return weights.parsed(value, path, unknown_key, faults)
     if kind == keep.Keep:
         return keep.parsed(value, path, faults)
+    if kind == keep.Lengths | None:
+        return keep.parsed_lengths(value, path, faults)
     if kind is fields.TermEntry:
         return _term_entry(value, path, faults)
     if dataclasses.is_dataclass(kind):

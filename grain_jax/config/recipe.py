@@ -45,18 +45,20 @@ SIZES = {
 def defaults(cls: type) -> Keys:
     """The keys of a dataclass with their defaults; those without one are left out.
 
-    A key whose default is None is a placeholder, so that the command line can set it. A weight of the loss and
-    `model.image.keep` take any value, which `parse` checks.
+    A key whose default is None is a placeholder, so that the command line can set it. A weight of the loss,
+    `model.image.keep` and `input.sequence_lengths` take any value, which `parse` checks.
     """
     c = ConfigDict()
     for name, (field, kind) in parse.types_of(cls).items():
         default = fields.default_of(field)
-        if kind in (fields.Weight, fields.Keep):  # which no single type of ml_collections is
+        if kind in (
+            fields.Weight,
+            fields.Keep,
+            fields.Lengths | None,
+        ):  # which no single type of ml_collections is
             c[name] = FieldReference(default, field_type=object)
         elif default is None:
             c[name] = placeholder(parse.inner_of(kind))
-        elif kind == tuple[int, ...] | None:
-            c[name] = FieldReference(default, field_type=tuple)
         elif dataclasses.is_dataclass(default):
             c[name] = defaults(type(default))
         elif default == {}:

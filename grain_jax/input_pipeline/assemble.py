@@ -62,10 +62,10 @@ def of_examples(
       ValueError: an image of another shape or type, other numbers of boxes than descriptions, too many texts, or no
         step where it is needed.
     """
-    lengths = config.input.sequence_lengths
-    if lengths and len(lengths) > 1 and step is None:
+    lengths = config.input.every_length
+    if len(lengths) > 1 and step is None:
         raise ValueError(
-            f"step: got None with input.sequence_lengths={lengths}, expected the step, which draws one of them"
+            f"step: got None with input.sequence_lengths={config.input.sequence_lengths}, expected the step, which draws one of them"
         )
     size, most = config.model.image.image_size, config.input.max_regions
     most_captions = config.input.captions_per_image

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grain_jax.config import Config
+from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors
 
 
@@ -180,9 +181,19 @@ def mix(
 def sequence_length(config: Config, step: int) -> int:
     """Patches of an image in the batch of that step, N: one of `input.sequence_lengths`, each equally often.
 
-    A function of the seed and the step, the same on all processes and after a resume.
+    A function of the seed and the step, the same on all processes and after a resume. Those of the step's share of the
+    run, where they change in it: `total_steps` is a number then.
     """
-    lengths = config.input.sequence_lengths or ()
+    found = keep_lib.stretches(config.input.sequence_lengths)
+    if len(found) > 1:
+        if config.total_steps is None:
+            raise ValueError(
+                f"total_steps: got None with input.sequence_lengths={config.input.sequence_lengths}, expected the steps of"
+                " the run"
+            )
+        of_run = keep_lib.of_steps(tuple(found), config.total_steps)
+        found = [(first, own) for first, own in of_run if first <= step]
+    lengths = found[-1][1]
     if len(lengths) == 1:
         return lengths[0]
     drawn = uniforms(hash_key(config.seed, *lengths), np.array([step]), 1)

@@ -348,7 +348,7 @@ def _dataset(
 
 def _lengths(config: Config, start_step: int) -> tf.data.Dataset:
     """`order.sequence_length` of each step from that one on, int32 []."""
-    if len(set(config.input.sequence_lengths or ())) == 1:
+    if len(config.input.every_length) == 1:
         return tf.data.Dataset.from_tensors(order.sequence_length(config, 0)).repeat()
 
     def of_step(step):

@@ -102,7 +102,7 @@ class Transform:
         sides = tf.cast(tf.reverse(window_xyxy[2:] - window_xyxy[:2], [0]), tf.float64)
         is_squashed = tf.size(original) == 2
         size = tf.cond(is_squashed, lambda: tf.maximum(tf.round(sides * original), 1), lambda: size)
-        most = max(self.input.sequence_lengths or (0,))
+        most = max(self.input.every_length)
         xp = tf.experimental.numpy
         grid = patches.grid(size[0], size[1], self.patch, length, xp, most)
         return resize_to(image, self.patch * grid[0], self.patch * grid[1], "bilinear")

@@ -192,22 +192,24 @@ def _region_description_of_group(
 def box_description(shard: Shard) -> TermOutput:
     """L_bd: each annotated box and its description, against those of its group; a mean over the group's boxes.
 
-    The embeddings are those of the box head, so no query need have found the box. The mean of both directions for
-    "softmax". "sigmoid" is symmetric, so one direction suffices.
+    The embeddings are those of the box head, so no query need have found the box. One that has none (`Shard.embedded`) is
+    left out, its description stays a negative of the others. The mean of both directions for "softmax". "sigmoid" is
+    symmetric, so one direction suffices.
     Measures `box_description_accuracy`, the share of boxes nearest to their own description.
     """
     outputs, targets = shard.outputs, shard.targets
     scale, bias = outputs.logit_scale, outputs.logit_bias
 
-    def of_group(boxes, texts, id_, real):
+    def of_group(boxes, texts, id_, real, described):
         own = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
-        rows, columns = (Columns(*map(_flat, (x, id_, real))) for x in (boxes, texts))
+        rows = Columns(*map(_flat, (boxes, id_, real)))
+        columns = Columns(*map(_flat, (texts, id_, described)))
         loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own)
         return jnp.where(real, loss, 0), real & right
 
-    given = outputs.box_embed, outputs.region_text_embed, targets.description_id, targets.box_mask
-    loss, right = _of_groups(shard, of_group, *given)
-    real = shard.layout.per_group(targets.box_mask).sum((1, 2)).astype(jnp.float32)
+    given = outputs.box_embed, outputs.region_text_embed, targets.description_id
+    loss, right = _of_groups(shard, of_group, *given, shard.embedded, targets.box_mask)
+    real = shard.layout.per_group(shard.embedded).sum((1, 2)).astype(jnp.float32)
     accuracy = Mean(right.sum().astype(jnp.float32), real.sum())
     return TermOutput(GroupMean(loss.sum((1, 2)), real), {"box_description_accuracy": accuracy})
 
@@ -234,7 +236,7 @@ def hard_negative(shard: Shard) -> TermOutput:
         query = jnp.take_along_axis(outputs.region_embed, match.query_index[..., None], axis=1)
         embeds["hard_negative_accuracy"] = query, match.valid
     if outputs.box_embed is not None:
-        embeds["hard_negative_box_accuracy"] = outputs.box_embed, targets.box_mask
+        embeds["hard_negative_box_accuracy"] = outputs.box_embed, shard.embedded
     for name, (embed, valid) in embeds.items():
         loss, right = _among_own_negatives(shard, embed, text, negatives, negative_mask)
         real = valid & negative_mask.any(-1)

@@ -66,6 +66,11 @@ class Shard(NamedTuple):
     layout: Layout
     config: Loss
 
+    @property
+    def embedded(self) -> Bool[Array, "b R"]:
+        """The boxes of `box_mask` that the box head embeds: a box without a kept patch (`model.image.keep`) has zeros."""
+        return self.targets.box_mask & (self.outputs.box_embed != 0).any(-1)
+
 
 class Term(Protocol):
     """A loss term: contrastive.image_caption is one."""

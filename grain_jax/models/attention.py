@@ -42,7 +42,13 @@ class CausalWithin(NamedTuple):
         return (causal & (self.ids[:, :, None] == self.ids[:, None, :]))[:, None]
 
 
-Mask: TypeAlias = Within | CausalWithin
+class First(NamedTuple):
+    """A mask: each position sees the first ones of its row, the real ones of a padded image."""
+
+    count: jax.Array  # int32 [B], at least 1
+
+
+Mask: TypeAlias = Within | CausalWithin | First
 
 
 def choose(attention: str, dtype: np.dtype, heads: int) -> str:
@@ -88,28 +94,30 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
     """
     length, heads = q.shape[1:3]
     odd = length % 2
+    if within is None and odd:
+        within = First(jnp.full(len(q), length, jnp.int32))
     if odd:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-        if within is not None:  # a text of its own
+        if within is not None and not isinstance(within, First):  # a text of its own
             ids = jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1)
             within = within._replace(ids=ids)
 
-    def attend(q, k, v, *ids):
+    def attend(q, k, v, *of_mask):
         seen = {}
-        if within is not None:
-            seen["mask"] = within._replace(ids=ids[0]).mask()
-        elif odd:
-            seen["key_value_seq_lengths"] = jnp.full(len(q), length, jnp.int32)
+        if isinstance(within, First):
+            seen["key_value_seq_lengths"] = of_mask[0]
+        elif within is not None:
+            seen["mask"] = within._replace(ids=of_mask[0]).mask()
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
 
-    ids = () if within is None else (within.ids,)
+    of_mask = () if within is None else tuple(within)
     mesh = placement.mesh()
     if mesh is not None:  # JAX does not make sure that a mask is cut as the queries are
         batch, tensor = placement.batch_axes(), mesh.shape.get("tensor", 1)
         both = PartitionSpec(batch, None, "tensor" if tensor > 1 and heads % tensor == 0 else None)
-        specs = (both, both, both, *[PartitionSpec(batch)] * len(ids))
+        specs = (both, both, both, *[PartitionSpec(batch)] * len(of_mask))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=both, check_vma=False)
-    return attend(q, k, v, *ids)[:, :length]
+    return attend(q, k, v, *of_mask)[:, :length]
 
 
 def with_pallas(
@@ -118,11 +126,16 @@ def with_pallas(
     """Attention by the kernel; shapes and `options` as of `attention_kernel.attend`."""
     from grain_jax.models import attention_kernel  # a fifth of a second to import
 
-    ids = None if within is None else within.ids
-    causal = isinstance(within, CausalWithin)
-    return attention_kernel.attend(q, k, v, ids=ids, causal=causal, **options)
+    masks = {}
+    if isinstance(within, First):
+        masks = dict(count=within.count)
+    elif within is not None:
+        masks = dict(ids=within.ids, causal=isinstance(within, CausalWithin))
+    return attention_kernel.attend(q, k, v, **masks, **options)
 
 
-def of_real(real: jax.Array, program: str) -> jax.Array | Within:
-    """The mask of self-attention among the real positions, bool [B, L], as the program takes it."""
-    return real[:, None, None] if program == "xla" else Within(real.astype(jnp.int32))
+def of_real(real: jax.Array, program: str) -> jax.Array | First:
+    """The mask of self-attention to the real positions, bool [B, L], as the program takes it; they come first."""
+    if program == "xla":
+        return real[:, None, None]
+    return First(jnp.maximum(real.sum(-1, dtype=jnp.int32), 1))

@@ -5,7 +5,8 @@ lanes of a register. A program has a few heads (a multiple of 128 lanes where th
 the batch. It works on tiles of 128 lanes: a head that shares a tile with others reads it through a mask, which costs
 no extra pass of the matrix unit, since that has 128 lanes as well. LayerNorm of queries and keys is inside. The
 backward pass keeps the inputs alone and computes norms and weights again (as FlashAttention does, Dao et al. 2022;
-whole rows of scores fit into VMEM here, so no softmax is pieced together).
+whole rows of scores fit into VMEM here, so no softmax is pieced together). Of a row whose first positions alone are
+real, it computes the shortest of a few prefixes that has them (`_prefixes`).
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
 """
@@ -70,6 +71,14 @@ def _rows_of_a_program(batch: int, length: int, lanes: int, itemsize: int) -> in
     return max(n for n in range(1, min(MOST_ROWS, fit) + 1) if batch % n == 0)
 
 
+def _prefixes(length: int) -> list[int]:
+    """The parts of a row that a program can compute: whole tiles of keys above 7/8 of the row, and all of it.
+
+    Images of up to 1:4 or 4:1 fill more than that from 256 patches on. Each part is compiled, for seconds.
+    """
+    return [n for n in range(TILE, length, TILE) if n > 0.875 * length] + [length]
+
+
 def _dot(a, b, contract):
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
@@ -105,9 +114,9 @@ def _normed(heads: _Heads, tiles: list, scale: list, bias: list, eps: float):
     return out, normed, rstd
 
 
-def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row):
+def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row, size):
     """Tiles of the normed queries and keys, and what their backward pass needs."""
-    q, k = ([ref[row, :, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
+    q, k = ([ref[row, :size, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
     if eps is None:
         return q, k, None, None
     of = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]
@@ -117,7 +126,7 @@ def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row):
 
 
 def _weights(heads, head, q, k, allowed):
-    """Softmax of the scores of a head, float32 [L, L]."""
+    """Softmax of the scores of a head, float32 [n, n]."""
     parts = heads.parts(head)
     scaled = [_only(mask, q[i] * heads.width**-0.5) for i, mask in parts]
     scores = [_dot(a.astype(k[0].dtype), k[i], ((1,), (1,))) for a, (i, _) in zip(scaled, parts)]
@@ -128,35 +137,64 @@ def _weights(heads, head, q, k, allowed):
     return exp / jnp.sum(exp, -1, keepdims=True)
 
 
-def _allowed(segments, row, causal):
-    """bool [L, L]: within the same text, where `causal` itself and earlier ones; None where all see all."""
-    if not segments:
+def _allowed(masks, row, causal, size, count):
+    """bool [n, n]: the first `count`, or within the same text, where `causal` itself and earlier ones; None: all."""
+    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
+    if count is not None:
+        return at(1) < count
+    if not masks:
         return None
-    column, line = segments[0][row], segments[1][row]  # [L, 1], [1, L]
+    column, line = masks[0][row], masks[1][row]  # [L, 1], [1, L]
     if not causal:
         return column == line
-    length = line.shape[1]
-    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (length, length), axis)
     return (column == line) & (at(0) >= at(1))
 
 
-def _forward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, *rest):
-    *segments, out_ref = rest
+def _for_each_row(q_ref, masks, run) -> None:
+    """Calls `run(row, n, count)` for each row of a program: n positions that it computes, and how many of them are seen.
+
+    `masks` are none; the ids of texts as columns and as lines; or the counts of all rows of the batch, in SMEM.
+    """
+    rows, length, _ = q_ref.shape
+    first = pl.program_id(1) * rows
 
     def one_row(row, _):
-        q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
-        v = [v_ref[row, :, tile] for tile in heads.tiles]
-        allowed = _allowed(segments, row, causal)
+        if len(masks) != 1:
+            run(row, length, None)
+            return 0
+        count, low = masks[0][first + row], 0
+        for size in _prefixes(length):
+            pl.when((low < count) & (count <= size))(functools.partial(run, row, size, count))
+            low = size
+        return 0
+
+    jax.lax.fori_loop(0, rows, one_row, 0)
+
+
+def _write(ref, row, tiles: list[slice], size: int, values: list) -> None:
+    """Writes the first positions of a row, and zeros behind them."""
+    rest = ref.shape[1] - size
+    for tile, x in zip(tiles, values):
+        ref[row, :size, tile] = x.astype(ref.dtype)
+        if rest:
+            ref[row, size:, tile] = jnp.zeros((rest, tile.stop - tile.start), ref.dtype)
+
+
+def _forward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, *rest):
+    *masks, out_ref = rest
+
+    def one_row(row, size, count):
+        q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row, size)
+        v = [v_ref[row, :size, tile] for tile in heads.tiles]
+        allowed = _allowed(masks, row, causal, size, count)
         out = [jnp.zeros(x.shape, jnp.float32) for x in v]
         for head in range(heads.count):
             weights = _weights(heads, head, q, k, allowed).astype(v[0].dtype)
             for i, mask in heads.parts(head):
                 out[i] += _dot(weights, _only(mask, v[i]), ((1,), (0,)))
-        for tile, x in zip(heads.tiles, out):
-            out_ref[row, :, tile] = x.astype(out_ref.dtype)
-        return 0
+        _write(out_ref, row, heads.tiles, size, out)
 
-    jax.lax.fori_loop(0, q_ref.shape[0], one_row, 0)
+    _for_each_row(q_ref, masks, one_row)
 
 
 def _norm_backward(heads, d, kept, scale):
@@ -172,7 +210,7 @@ def _norm_backward(heads, d, kept, scale):
 
 
 def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
-    *segments, dq_ref, dk_ref, dv_ref, dnorm_ref = rest
+    *masks, dq_ref, dk_ref, dv_ref, dnorm_ref = rest
     dtype = v_ref.dtype
     tiles = heads.tiles
 
@@ -180,10 +218,10 @@ def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, 
     def _():
         dnorm_ref[...] = jnp.zeros(dnorm_ref.shape, jnp.float32)
 
-    def one_row(row, _):
-        q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
-        v, do = ([ref[row, :, tile] for tile in tiles] for ref in (v_ref, do_ref))
-        allowed = _allowed(segments, row, causal)
+    def one_row(row, size, count):
+        q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row, size)
+        v, do = ([ref[row, :size, tile] for tile in tiles] for ref in (v_ref, do_ref))
+        allowed = _allowed(masks, row, causal, size, count)
         dq, dk, dv = ([jnp.zeros(x.shape, jnp.float32) for x in v] for _ in range(3))
         for head in range(heads.count):
             parts = heads.parts(head)
@@ -207,11 +245,9 @@ def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, 
                 for tile, part in zip(tiles, parts):
                     dnorm_ref[0, i : i + 1, tile] += part
         for ref, d in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
-            for tile, part in zip(tiles, d):
-                ref[row, :, tile] = part.astype(dtype)
-        return 0
+            _write(ref, row, tiles, size, d)
 
-    jax.lax.fori_loop(0, q_ref.shape[0], one_row, 0)
+    _for_each_row(q_ref, masks, one_row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,18 +262,19 @@ class _Call:
     cut_heads: str | None  # the axis that cuts the heads, or None
     causal: bool  # with ids: no position sees later ones
 
-    def _layout(self, q, segments):
+    def _layout(self, q, masks):
         batch, length, lanes = q.shape
         heads = _heads_of_a_program(self.heads, lanes // self.heads)
         rows = _rows_of_a_program(batch, length, heads.lanes, q.dtype.itemsize)
         grid = (self.heads // heads.count, batch // rows)
         block = pl.BlockSpec((rows, length, heads.lanes), lambda h, b: (b, 0, h))
         norm = pl.BlockSpec((8, heads.lanes), lambda h, b: (0, 0))
-        of_segments = [
+        of_ids = [
             pl.BlockSpec((rows, length, 1), lambda h, b: (b, 0, 0)),
             pl.BlockSpec((rows, 1, length), lambda h, b: (b, 0, 0)),
         ]
-        return heads, grid, block, norm, of_segments if segments else []
+        of_counts = [pl.BlockSpec(memory_space=pltpu.SMEM)]
+        return heads, grid, block, norm, {0: [], 1: of_counts, 2: of_ids}[len(masks)]
 
     def _cost(self, q, products, arrays):
         """FLOPs and bytes as the compiler and `grain-jax plan` count them: products of all L x L scores."""
@@ -254,29 +291,29 @@ class _Call:
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         )
 
-    def forward(self, q, k, v, norm, *segments):
+    def forward(self, q, k, v, norm, *masks):
         """[B, L, lanes] each, norm float32 [8, lanes of a program], of one device -> [B, L, lanes]."""
-        heads, grid, block, of_norm, of_segments = self._layout(q, segments)
+        heads, grid, block, of_norm, of_masks = self._layout(q, masks)
         return pl.pallas_call(
             functools.partial(_forward_kernel, heads, self.eps, self.causal),
             grid=grid,
-            in_specs=[block, block, block, of_norm, *of_segments],
+            in_specs=[block, block, block, of_norm, *of_masks],
             out_specs=block,
             out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
             compiler_params=self._params(),
             cost_estimate=self._cost(q, products=2, arrays=4),
             interpret=self.interpret,
             name="attention_forward",
-        )(q, k, v, norm, *segments)
+        )(q, k, v, norm, *masks)
 
-    def backward(self, q, k, v, norm, do, *segments):
+    def backward(self, q, k, v, norm, do, *masks):
         """As `forward`, and the gradient of its output -> gradients of q, k, v and of the norms, float32 [1, 8, lanes]."""
-        heads, grid, block, of_norm, of_segments = self._layout(q, segments)
+        heads, grid, block, of_norm, of_masks = self._layout(q, masks)
         like = jax.ShapeDtypeStruct(q.shape, q.dtype)
         return pl.pallas_call(
             functools.partial(_backward_kernel, heads, self.eps, self.causal),
             grid=grid,
-            in_specs=[block, block, block, of_norm, block, *of_segments],
+            in_specs=[block, block, block, of_norm, block, *of_masks],
             out_specs=[
                 *[block] * 3,
                 pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h)),
@@ -286,7 +323,7 @@ class _Call:
             cost_estimate=self._cost(q, products=5, arrays=7),
             interpret=self.interpret,
             name="attention_backward",
-        )(q, k, v, norm, do, *segments)
+        )(q, k, v, norm, do, *masks)
 
     def on_each_device(self, function, cut: Sequence[str], results: Sequence[str]):
         """`function` on the shard of each device.
@@ -317,6 +354,7 @@ def attend(
     eps: float | None = None,
     ids: jax.Array | None = None,
     causal: bool = True,
+    count: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax(q k^T / sqrt(width)) v of each head, on the mesh of `placement`.
 
@@ -327,9 +365,10 @@ def attend(
       eps: of the norms.
       ids: int32 [B, L]: a position sees those of its id; None: all of its row.
       causal: with ids: of these itself and earlier ones.
+      count: int32 [B], at least 1, instead of ids: a position sees the first so many of its row.
 
     Returns:
-      [B, L, heads * width], of the dtype of v.
+      [B, L, heads * width], of the dtype of v; behind the count anything finite, whose gradient must be 0.
     """
     mesh, local, cut_heads = placement.mesh(), heads, None
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -337,34 +376,37 @@ def attend(
         local, cut_heads = heads // mesh.shape["tensor"], "tensor"
     eps = None if norms is None else eps
     call = _Call(local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads, causal)
-    count = _heads_of_a_program(local, q.shape[-1] // heads).count
+    width = q.shape[-1] // heads
+    together = _heads_of_a_program(local, width).count
     if norms is None:
-        rows = jnp.zeros((8, count * (q.shape[-1] // heads)), jnp.float32)
+        rows = jnp.zeros((8, together * width), jnp.float32)
     else:  # eight rows: float32 comes in registers of 8 x 128
-        rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, count)), ((0, 4), (0, 0)))
-    segments = () if ids is None else (ids[:, :, None], ids[:, None, :])
-    return _attend(call, q, k, v, rows, segments)
+        rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, together)), ((0, 4), (0, 0)))
+    masks = () if count is None else (count,)
+    if ids is not None:
+        masks = ids[:, :, None], ids[:, None, :]
+    return _attend(call, q, k, v, rows, masks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, q, k, v, norm, segments):
-    return _attend_forward(call, q, k, v, norm, segments)[0]
+def _attend(call: _Call, q, k, v, norm, masks):
+    return _attend_forward(call, q, k, v, norm, masks)[0]
 
 
-def _attend_forward(call, q, k, v, norm, segments):
-    cut = ["both"] * 3 + [""] + ["batch"] * len(segments)
-    out = call.on_each_device(call.forward, cut, ["both"])(q, k, v, norm, *segments)
-    return out, (q, k, v, norm, segments)
+def _attend_forward(call, q, k, v, norm, masks):
+    cut = ["both"] * 3 + [""] + ["batch"] * len(masks)
+    out = call.on_each_device(call.forward, cut, ["both"])(q, k, v, norm, *masks)
+    return out, (q, k, v, norm, masks)
 
 
 def _attend_backward(call, kept, do):
-    q, k, v, norm, segments = kept
-    cut = ["both"] * 3 + ["", "both"] + ["batch"] * len(segments)
+    q, k, v, norm, masks = kept
+    cut = ["both"] * 3 + ["", "both"] + ["batch"] * len(masks)
     backward = call.on_each_device(call.backward, cut, ["both"] * 4)
-    dq, dk, dv, dnorm = backward(q, k, v, norm, do, *segments)
+    dq, dk, dv, dnorm = backward(q, k, v, norm, do, *masks)
     # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
     dnorm = dnorm.sum(0).reshape(8, -1, norm.shape[1]).sum(1)
-    return dq, dk, dv, dnorm, tuple(None for _ in segments)
+    return dq, dk, dv, dnorm, tuple(None for _ in masks)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -51,19 +51,27 @@ def roi_align_at(
     """`roi_align` of patches [B, P, E] at these places: that of the map of each image, whatever its sides.
 
     The weight of a patch in a bin is the product of those of its row and of its column. Of an image that lacks some of
-    its patches the weights are divided by their sum in the bin; a bin without any of them is 0.
+    its patches, those that are there have the weight of all in the bin; a bin without any of them is 0.
     """
     x1, y1, x2, y2 = jnp.moveaxis(boxes_xyxy.astype(jnp.float32), -1, 0)
+    cells = lambda axis: places.grid[:, axis, None, None]
     of_axis = lambda start, end, axis: _bin_weights(
-        *(start, end, places.grid[:, axis, None, None]),
-        *(places.yx[:, None, None, :, axis], bins, samples),
+        start, end, cells(axis), places.yx[:, None, None, :, axis], bins, samples
     )
-    down, across = of_axis(y1, y2, 0), of_axis(x1, x2, 1)  # [B, R, bins, P]
-    weights = down[:, :, :, None] * across[:, :, None]
+    outer = lambda down, across: down[:, :, :, None] * across[:, :, None]
+    weights = outer(of_axis(y1, y2, 0), of_axis(x1, x2, 1))
     weights = jnp.where(places.mask[:, None, None, None], weights, 0)  # [B, R, bins, bins, P]
+    # All patches together have the share of the samples that lies inside of the image.
+    inside = lambda start, end, axis: (
+        _points(start, end, cells(axis), bins * samples)[1]
+        .reshape(*start.shape, bins, samples)
+        .mean(-1)
+    )
+    of_all = outer(inside(y1, y2, 0), inside(x1, x2, 1))[..., None]
     total = weights.sum(-1, keepdims=True)
     is_whole = places.mask.sum(1) == places.grid.prod(1)
-    divisor = jnp.where(is_whole.reshape(-1, 1, 1, 1, 1) | (total <= 0), 1, total)
+    as_it_is = is_whole.reshape(-1, 1, 1, 1, 1) | (total <= 0)
+    divisor = jnp.where(as_it_is, 1, total / jnp.where(of_all > 0, of_all, 1))
     precision = jax.lax.Precision.HIGHEST
     patches = jnp.where(places.mask[..., None], patches.astype(jnp.float32), 0)
     return jnp.einsum("brijp,bpe->brije", weights / divisor, patches, precision=precision)
@@ -94,14 +102,19 @@ def _bin_weights(start, end, cells, at, bins: int, samples: int):
     Returns:
       float32 [B, R, bins, n].
     """
-    places = (np.arange(bins * samples) + 0.5) / (bins * samples)
-    points = start[..., None] + (end - start)[..., None] * places  # [B, R, bins * samples]
-    points = points * cells - 0.5  # 0 = the centre of the first cell
-    inside = (points >= -1) & (points <= cells)
+    points, inside = _points(start, end, cells, bins * samples)
     points = jnp.clip(points, 0, cells - 1)
     hats = jnp.maximum(0, 1 - jnp.abs(points[..., None] - at))
     hats = jnp.where(inside[..., None], hats, 0)
     return hats.reshape(*hats.shape[:-2], bins, samples, hats.shape[-1]).mean(-2)
+
+
+def _points(start, end, cells, count: int):
+    """So many samples of the sections, 0 the centre of the first cell, and which lie inside: [B, R, count] each."""
+    places = (np.arange(count) + 0.5) / count
+    points = start[..., None] + (end - start)[..., None] * places
+    points = points * cells - 0.5
+    return points, (points >= -1) & (points <= cells)
 
 
 def token_boxes(tokens: int, leading: int, places: Places | None = None) -> Array:

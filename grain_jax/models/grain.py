@@ -93,7 +93,7 @@ class GRAIN(nn.Module):
           image: uint8 [B, H, W, 3], or float32 already normalised; or Patches.
           masked: (bool [B, P], float [E_image]): the embeddings of these patches are replaced by this one, before
             positions.
-          kept: int32 [B, n], the numbers of the patches that the tower sees, the others are not there; None: all.
+          kept: int32 [B, n], the numbers of the patches that the tower sees, padding last, the others are not there; None: all.
 
         Returns:
           [B, N, E_image], of the places `places.of_images(image, patch_size, kept)`; what is not real is anything.

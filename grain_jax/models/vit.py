@@ -46,6 +46,8 @@ def positions_at(positions: jax.Array, places: Places) -> jax.Array:
     Rows and columns have weights of their own, as in SigLIP 2 (Tschannen et al. 2025). Their products, [B, P, side * side],
     are smaller than a grid of rows that may be as long as P; the backward pass makes them again.
     """
+    # For a square that lacks some patches a gather of rows would do; its gradient is a scatter of B P rows. By the
+    # compiler's estimate for a v5e both products take 0.45 ms for 128 images of 98 patches of B/16.
     side = round(len(positions) ** 0.5)
 
     def resized(positions, yx, grid):
@@ -109,7 +111,7 @@ class ImageTransformer(towers.ImageTower):
           masked: (bool [B, P], float [E]): the embeddings of these patches are replaced by this one, before positions.
           values: each token attends to itself alone in the last layer: its value goes through the output map, and
             residual, MLP and norm follow as ever (MaskCLIP, Zhou et al. 2022, arXiv 2112.01071).
-          kept: int32 [B, n], the numbers of the patches that are there; None: all.
+          kept: int32 [B, n], the numbers of the patches that are there, padding last; None: all.
 
         Returns:
           [B, N, E], after the final norm; of tokens that are not real, anything.

@@ -131,7 +131,7 @@ class Stored(NamedTuple):
     folder: str  # that was read
     lora: config_lib.Lora = config_lib.Lora()  # of the run
     text_decoder: StoredDecoder | None = None  # that the run trained
-    # `input.sequence_lengths` of the run; (): images are squares of model.image.image_size
+    # `input.sequence_lengths` of the run, at its end; (): images are squares of model.image.image_size
     sequence_lengths: tuple[int, ...] = ()
 
     def merged(self) -> Any:
@@ -251,7 +251,7 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
     of_terms = params.pop("terms", {})  # of local loss terms: no part of the model
     decoder = decoder_of_run(config, of_terms, folder)
-    lengths = config.input.sequence_lengths or ()
+    lengths = config.input.last_lengths
     return Stored(config.model, params, str(folder), config.optim.lora, decoder, lengths)
 
 

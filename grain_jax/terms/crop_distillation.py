@@ -104,13 +104,15 @@ class CropDistillation(LocalTerm):
         if self.has_head:
             embed = of_slot(seen.outputs.box_embed)
             found["box_cosine"] = self.box_projection(embed)
-        count = drawn.sum(1).astype(jnp.float32)
-        total, measures = jnp.zeros_like(count), {}
+        total = count = jnp.zeros(len(drawn))
+        measures = {}
         for name, embed in found.items():
+            real = drawn & (embed != 0).any(-1)  # zeros: a box without a kept patch
+            own = real.sum(1).astype(jnp.float32)
             cosine = jnp.sum(normalize(embed) * target, axis=-1)
-            measures[name] = PerImage(jnp.where(drawn, cosine, 0).sum(1), count)
-            total += jnp.where(drawn, 1 - cosine, 0).sum(1)
-        return LocalOutput(PerImage(total, len(found) * count), measures)
+            measures[name] = PerImage(jnp.where(real, cosine, 0).sum(1), own)
+            total, count = total + jnp.where(real, 1 - cosine, 0).sum(1), count + own
+        return LocalOutput(PerImage(total, count), measures)
 
     def _target(self, seen: Seen, boxes: jax.Array) -> jax.Array:
         """The teacher's embeddings of the crops, [B, n, Dt], of unit length."""

@@ -48,7 +48,7 @@ def abstract_batch(config: Config) -> schema.Batch:
     row = of(jnp.int32, b // group, rows, config.row_length)
     image: Any = of(jnp.uint8, b, size, size, 3)
     if config.input.sequence_lengths:
-        length = max(config.input.sequence_lengths)
+        length = max(config.input.every_length)
         image = schema.Patches(of(jnp.uint8, b, length, 3 * patch**2), of(jnp.int32, b, 2))
     return schema.Batch(
         image=image,
@@ -75,7 +75,7 @@ def patches_seen(config: Config) -> int:
     """The patch tokens of an image in a step that computes most, with padding."""
     tower = config.model.image
     patches = (tower.image_size // tower.patch_size) ** 2
-    return kept_lib.seen(tower, max(config.input.sequence_lengths or (), default=patches))
+    return kept_lib.seen(tower, max(config.input.every_length, default=patches))
 
 
 def shape_faults(config: Config) -> list[str]:

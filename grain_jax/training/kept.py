@@ -53,9 +53,12 @@ def draw(
     else:
         places = places_lib.of_square(image.shape[0], image.shape[1] // tower.patch_size)
     patches = places.mask.shape[1]
-    order = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
+    drawn = lambda keys: jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
+    order = drawn(keys)
     if tower.keep_by == "grid":
-        order = order + _rank_in_cell(places, order, cell(keep))
+        rank, size = _in_cells(places, order, cell(keep))
+        # A whole cell gives one after another; of one that an odd side cuts, a patch is as likely as of any.
+        order = (rank + drawn(jax.vmap(jax.random.fold_in, (0, None))(keys, 1))) / size
     # Not top_k, for which XLA would gather the patches of all devices.
     found = jnp.argsort(jnp.where(places.mask, order, jnp.inf), axis=1)
     most = count(keep, patches)
@@ -65,8 +68,11 @@ def draw(
     return placement.by_batch(jnp.sort(chosen, axis=1).astype(jnp.int32))
 
 
-def _rank_in_cell(places: places_lib.Places, order: jax.Array, side: int) -> jax.Array:
-    """How many real patches of its own cell of side x side come before each patch, float32 [B, P]."""
+def _in_cells(
+    places: places_lib.Places, order: jax.Array, side: int
+) -> tuple[jax.Array, jax.Array]:
+    """How many real patches of its own cell of side x side come before each patch, and how many there are, [B, P] each."""
     cells = places.yx // side
     same = (cells[:, :, None] == cells[:, None]).all(-1) & places.mask[:, None]
-    return (same & (order[:, None] < order[:, :, None])).sum(2).astype(jnp.float32)
+    before = same & (order[:, None] < order[:, :, None])
+    return before.sum(2), jnp.maximum(same.sum(2), 1)

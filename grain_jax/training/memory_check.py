@@ -100,7 +100,7 @@ def check(
     image, images = config.model.image, _images(config, mesh)
     pixels = 3 * image.image_size**2  # bytes
     if config.input.sequence_lengths:
-        pixels = 3 * image.patch_size**2 * max(config.input.sequence_lengths)
+        pixels = 3 * image.patch_size**2 * max(config.input.every_length)
     own = config.batch_size // jax.process_count() * pixels  # of this process
     layers = 0
     if not config.frozen and not named.is_external(image.tower):

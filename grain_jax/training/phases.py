@@ -4,6 +4,7 @@ A step in which the weight of a term is 0 computes nothing of it, and one that k
 the others. The state is the same in all phases.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -68,14 +69,18 @@ def of(config: Config, total_steps: int) -> list[Phase]:
     """
     on = {name: one.on(total_steps) for name, one in config.loss.schedules.items()}
     shares = keep_lib.of_steps(config.model.image.keep, total_steps)
+    by_share = keep_lib.stretches(config.input.sequence_lengths) or ((0.0, (None,)),)
+    lengths = keep_lib.of_steps(by_share, total_steps)
     starts = {0, *(x for steps in on.values() if steps for x in (steps.start, steps.stop))}
-    starts |= {first for first, _ in shares}
+    starts |= {first for first, _ in (*shares, *lengths)}
     found: list[Phase] = []
     for first in sorted(start for start in starts if start < total_steps):
         off = frozenset(name for name, steps in on.items() if first not in steps)
-        keep = [share for begin, share in shares if begin <= first][-1]
-        if not found or found[-1][1:3] != (off, keep):
-            found.append(Phase(first, off, keep))
+        at = lambda pairs, first=first: [what for begin, what in pairs if begin <= first][-1]
+        own = [Phase(first, off, at(shares), length) for length in at(lengths)]
+        last = [one for one in found if one.first == found[-1].first]
+        if [one[1:] for one in last] != [one[1:] for one in own]:
+            found += own
     names = {term.name for term, _ in losses.terms_of(config.loss)} if on else set()
     for phase in found:
         if on and names <= phase.off:
@@ -83,8 +88,7 @@ def of(config: Config, total_steps: int) -> list[Phase]:
                 f"loss: got weights that are all 0 in step {phase.first} of {total_steps}, expected a loss term that is"
                 f" on; off are {', '.join(sorted(phase.off))}"
             )
-    lengths = config.input.sequence_lengths or (None,)
-    return [phase._replace(length=length) for phase in found for length in lengths]
+    return found
 
 
 def steps(found: Sequence[Phase], total_steps: int) -> list[range]:
@@ -95,9 +99,10 @@ def steps(found: Sequence[Phase], total_steps: int) -> list[range]:
 
 
 def shares(found: Sequence[Phase], total_steps: int) -> list[float]:
-    """The share of the steps of a run that each of its phases has; each length is drawn as often as the others."""
-    lengths = len({phase.length for phase in found})
-    return [len(own) / total_steps / lengths for own in steps(found, total_steps)]
+    """The share of the steps of a run that each of its phases has; each length of a stretch is drawn equally often."""
+    lengths = collections.Counter(phase.first for phase in found)
+    stretches = zip(found, steps(found, total_steps))
+    return [len(own) / total_steps / lengths[phase.first] for phase, own in stretches]
 
 
 def of_step(keys: Iterable[Key], config: Config, step: int) -> Key:

@@ -362,6 +362,7 @@ def test_the_configs_of_own_images_leave_lengths_open_and_flags_set_them(tmp_pat
     stored = dataclasses.asdict(tiny.config().model)
     for name, more, expected in (
         ("run", {"input": {"sequence_lengths": [4, 9]}}, (4, 9)),
+        ("stretches", {"input": {"sequence_lengths": [[0, [4]], [0.5, [4, 9]]]}}, (4, 9)),
         ("converted", {"sequence_lengths": [9]}, (9,)),
         ("squares", {"input": {"sequence_lengths": []}}, None),
     ):

@@ -284,10 +284,11 @@ def box_description_replica(outputs, batch, c):
     means, right = [], []
     for start in range(0, len(e), size):
         real = batch.region_mask & (batch.region_boxes_cxcywh[..., 2:] > 0).all(-1)
-        pairs = [(i, k) for i, k in np.argwhere(real) if start <= i < start + size]
+        described = [(i, k) for i, k in np.argwhere(real) if start <= i < start + size]
+        pairs = [p for p in described if e[p].any()]  # of zeros: no patch of the box was kept
         losses_ = []
         for pair in pairs:
-            others = [p for p in pairs if p != pair]
+            others = [p for p in described if p != pair]
             if c.mask_duplicates:
                 own_id = batch.description_id[pair]
                 others = [p for p in others if batch.description_id[p] != own_id]
@@ -295,7 +296,7 @@ def box_description_replica(outputs, batch, c):
             own, texts, boxes = (
                 z(pair, pair),
                 [z(pair, p) for p in others],
-                [z(p, pair) for p in others],
+                [z(p, pair) for p in others if p in pairs],
             )
             if c.contrast == "softmax":
                 losses_.append(
@@ -408,6 +409,7 @@ def test_box_description_equals_float64_replica(group_size, contrast, mask_dupli
     batch.region_mask[4:8] = False  # a group without regions
     batch.region_boxes_cxcywh[3, 0, 2] = 0  # a box without area has no embedding
     batch.description_id[1, 0] = batch.description_id[3, 1]  # two images with one text
+    outputs.box_embed[2, :2] = 0  # boxes without a kept patch
     found = box_description_replica(outputs, batch, c.loss)
     _assert_alone(c, batch, outputs, "box_description", *found)
 

@@ -215,18 +215,23 @@ def test_roi_align_of_maps_is_torchvisions():
 
 
 def test_roi_align_of_some_patches_is_their_weighted_mean():
-    """The weights are those of torchvision, which says by a map of ones at a patch what it has in each bin."""
+    """The weights are those of torchvision, which says by a map of ones at a patch what it has in each bin.
+
+    What is kept has the weight of all patches, less than 1 in a bin that reaches over the edge.
+    """
     rng, (h, w) = np.random.default_rng(1), (4, 3)
-    kept, box = np.array([0, 4, 5, 11]), np.array([0.1, 0.05, 0.9, 0.8], np.float32)
+    kept, box = np.array([0, 4, 5, 11]), np.array([-0.3, 0.05, 0.9, 0.8], np.float32)
     patches = rng.normal(size=(1, 4, 6)).astype(np.float32)
     at = places.at(places.of_grid(jnp.array([[h, w]]), 12), jnp.asarray(kept)[None])
     found = box_head.roi_align_at(patches, at, box[None, None], bins=4, samples=2)[0, 0]
-    ones = torch.eye(12).reshape(12, 1, h, w)[kept]
-    pixels = [torch.tensor(box * [w, h, w, h], dtype=torch.float32)[None]] * 4
+    ones = torch.eye(12).reshape(12, 1, h, w)
+    pixels = [torch.tensor(box * [w, h, w, h], dtype=torch.float32)[None]] * 12
     weights = torchvision.ops.roi_align(ones, pixels, 4, 1.0, 2, aligned=True)[:, 0].numpy()
+    of_all, weights = weights.sum(0), weights[kept]
     total = weights.sum(0)
+    assert (of_all[total > 0] < 0.9).any()
     assert (total == 0).any() and (total > 0).any()
-    share = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    share = np.divide(weights * of_all, total, out=np.zeros_like(weights), where=total > 0)
     np.testing.assert_allclose(found, np.einsum("nij,ne->ije", share, patches[0]), atol=1e-5)
 
 

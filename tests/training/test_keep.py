@@ -16,7 +16,7 @@ from grain_jax import train
 from grain_jax.cli import config_file
 from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors, schema
-from grain_jax.input_pipeline import order
+from grain_jax.input_pipeline import order, synthetic
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from grain_jax.training import flops, forward, kept, phases, sharding, train_step
@@ -37,12 +37,12 @@ BOXES = {
     "input__max_regions": 5,
 }
 HALF = [[0, 0.5], [0.5, 1]]
-LENGTHS = (12, 16)
+LENGTHS = [[0, [12]], [0.5, [16, 12]]]
 STEPS = 4
 
 
 def config(**changes):
-    return tiny.small(batch_size=8, total_steps=STEPS, **TWO_TOWERS | changes)
+    return tiny.small(batch_size=8, **TWO_TOWERS | dict(total_steps=STEPS) | changes)
 
 
 def keys_of(images):
@@ -78,6 +78,17 @@ def test_a_grid_keeps_as_many_of_every_cell(keep, of_a_cell):
     counts = np.bincount(found.ravel(), minlength=16)
     assert abs(counts / counts.mean() - 1).max() < 1.2 - keep
     assert [kept.cell(x) for x in (0.9, 0.25, 0.2, 1 / 9, 1 / 16)] == [2, 2, 2, 3, 4]
+
+
+def test_a_grid_with_an_odd_side_favours_no_patch():
+    """Cells of 2 x 2 on 5 x 5 patches are cut to 2 and to 1 at two edges."""
+    found = drawn(0.25, "grid", square(1024, 5), 1024)
+    assert found.shape == (1024, 6)
+    shares = np.bincount(found.ravel(), minlength=25).reshape(5, 5) / 1024
+    assert abs(shares / 0.24 - 1).max() < 0.2
+    cells = found // 5 // 2 * 3 + found % 5 // 2
+    whole = np.stack([(cells == cell).sum(1) for cell in (0, 1, 3, 4)])
+    assert (whole <= 1).mean() > 0.95 and (whole == 1).mean() > 0.8
 
 
 @pytest.mark.parametrize("by", keep_lib.BY)
@@ -219,6 +230,11 @@ def of_run(**changes):
     return config(**given | dict(checkpoint_every=1, checkpoint_keep=STEPS) | changes)
 
 
+def of_epochs():
+    """The same run, whose steps follow from its data set."""
+    return of_run(total_steps=None, total_epochs=STEPS * 8 / synthetic.NUM_EXAMPLES)
+
+
 def on_one_device(patch):
     """And without a count of FLOPs."""
     devices = jax.devices()[:1]
@@ -234,7 +250,7 @@ def whole(tmp_path_factory):
         on_one_device(patch)
         jax.monitoring.register_event_duration_secs_listener(counts.heard)
         try:
-            train.train(of_run(), workdir, handler=counts)
+            train.train(of_epochs(), workdir, handler=counts)
         finally:
             jax.monitoring.unregister_event_duration_listener(counts.heard)
     return workdir, counts
@@ -246,16 +262,17 @@ def test_a_program_for_each_share_and_length_and_none_in_the_run(whole):
     assert [line["keep"] for line in lines] == [0.5, 0.5, 1, 1]
     lengths = [order.sequence_length(of_run(), step) for step in range(STEPS)]
     assert [line["sequence_length"] for line in lines] == lengths
-    assert {*lengths} == {*LENGTHS}
-    assert counts.compiled >= 4 and counts.after[0] == counts.after[-1], counts.after
+    assert lengths == [12, 12, 12, 16]
+    assert checkpoint.load_stored(workdir).sequence_lengths == (16, 12)
+    assert counts.compiled >= 3 and counts.after[0] == counts.after[-1], counts.after
 
 
 def test_a_run_that_resumes_before_the_switch_is_the_same(whole, tmp_path, capfd, monkeypatch):
     workdir, _ = whole
     on_one_device(monkeypatch)
     shutil.copytree(workdir / "checkpoints" / "1", tmp_path / "checkpoints" / "1")
-    train.train(of_run(), tmp_path)
-    assert "4 programs, compiled in" in capfd.readouterr().err
+    train.train(of_epochs(), tmp_path)
+    assert "3 programs, compiled in" in capfd.readouterr().err
     assert runs.lines(tmp_path) == runs.lines(workdir)[1:]
     stored = [
         checkpoint.read_json(folder / "checkpoints" / str(STEPS), "receipt")["state"]
@@ -268,6 +285,7 @@ def test_a_run_that_resumes_before_the_switch_is_the_same(whole, tmp_path, capfd
 
 def test_the_phases_of_shares_and_lengths():
     c = of_run(
+        input__sequence_lengths=(12, 16),
         loss__image_description={"end": 1, "from": 0.3},
         model__image__keep=[[0, 0.25], [0.5, 1]],
         input__max_regions=5,
@@ -295,6 +313,27 @@ def test_the_phases_of_shares_and_lengths():
     assert keep_lib.of_steps(((0.0, 0.5), (0.07, 1.0)), 100) == [(0, 0.5), (7, 1.0)]
 
 
+def test_the_phases_of_lengths_by_the_share_of_the_run():
+    c = of_run(model__image__keep=[[0, 0.5], [0.75, 1]], total_steps=100)
+    found = phases.of(c, 100)
+    assert [(x.first, x.keep, x.length) for x in found] == [
+        (0, 0.5, 12),
+        *((50, 0.5, 16), (50, 0.5, 12)),
+        *((75, 1.0, 16), (75, 1.0, 12)),
+    ]
+    assert phases.shares(found, 100) == [0.5, *[0.125] * 4]
+    lengths = [order.sequence_length(c, step) for step in range(100)]
+    assert lengths[:50] == [12] * 50 and 15 < lengths[50:].count(16) < 35
+    keys = [phase.key for phase in found]
+    assert phases.of_step(keys, c, 99) == (75, lengths[99])
+    assert forward.patches_seen(c) == 16 and c.input.last_lengths == (16, 12)
+    alone_first = [[0, [12]], [0.3, [16]], [0.6, [12, 16]]]
+    found = phases.of(of_run(input__sequence_lengths=alone_first, model__image__keep=1), 10)
+    assert [phase.key for phase in found] == [(0, 12), (3, 16), (6, 12), (6, 16)]
+    with pytest.raises(ValueError, match="total_steps: got None with input.sequence_lengths="):
+        order.sequence_length(of_epochs(), 0)
+
+
 def test_flops_are_those_of_the_kept_tokens():
     """By hand, of one layer: 4 maps, the MLP, two products of attention; embedding, positions, projection."""
     c = config()
@@ -312,6 +351,8 @@ def test_flops_are_those_of_the_kept_tokens():
 def test_pairs_on_the_command_line_and_in_a_stored_config():
     c = config_file.load("demo", ["--config.model.image.keep=[[0, 0.5], [0.9, 1]]"])
     assert c.model.image.keep == ((0, 0.5), (0.9, 1))
+    c = config_file.load("demo", ["--config.input.sequence_lengths=[[0, [64]], [0.8, [64, 196]]]"])
+    assert c.input.sequence_lengths == ((0, (64,)), (0.8, (64, 196)))
     assert config_lib.from_dict(json.loads(config_lib.to_json(c))) == c
 
 
@@ -322,3 +363,13 @@ def test_pairs_on_the_command_line_and_in_a_stored_config():
 def test_other_shares_are_refused(keep):
     with pytest.raises(errors.UserError, match=r"^model\.image\.keep: got .*, expected a share"):
         config(model__image__keep=keep)
+
+
+@pytest.mark.parametrize(
+    "lengths", [64, [1.5], [[0.1, [4]]], [[0, []]], [[0, 4]], [[0, [4]], [0, [9]]]]
+)
+def test_other_lengths_are_refused(lengths):
+    with pytest.raises(
+        errors.UserError, match=r"^input\.sequence_lengths: got .*, expected numbers of"
+    ):
+        config(input__sequence_lengths=lengths)
