@@ -1,7 +1,7 @@
-"""Images and boxes that a Predictor is given: what it takes, and one line for what it cannot take."""
+"""Images, boxes and classes that a Predictor is given: what it takes, and one line for what it cannot take."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -269,3 +269,22 @@ def checked_images(images: Any, size: int) -> Images:
             f" {size} x {size}; give uint8 or PIL images to have them resized"
         )
     return images.astype(np.float32)
+
+
+def class_pairs(
+    classes: Iterable[str] | Mapping[str, Sequence[str]],
+) -> list[tuple[str, Sequence[str] | None]]:
+    """Classes, as `Predictor.class_features` takes them -> names with their descriptions, or None. Raises InputError."""
+    pairs: list[tuple[str, Sequence[str] | None]]
+    if isinstance(classes, Mapping):
+        pairs = [*classes.items()]
+    else:
+        pairs = [] if isinstance(classes, str) else [(name, None) for name in classes]
+    if not pairs:
+        raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
+    for name, own in pairs:
+        if not isinstance(name, str) or isinstance(own, str):
+            raise InputError(f"classes: at {name!r}, expected a name or name: [description, ...]")
+        if own is not None and not len(own):
+            raise InputError(f"classes: {name!r} has no description")
+    return pairs
