@@ -106,13 +106,6 @@ def checked_boxes(index: int, boxes: Any) -> np.ndarray:
     return found
 
 
-def boxes_of_grid(rows: int, columns: int) -> np.ndarray:
-    """The box of each patch of a grid, row by row, float32 xyxy [rows * columns, 4] in [0, 1]."""
-    y, x = np.divmod(np.arange(rows * columns), columns)
-    corners = np.stack([x, y, x + 1, y + 1], axis=1)
-    return (corners / np.array([columns, rows, columns, rows])).astype(np.float32)
-
-
 def boxes_of_images(boxes_xyxy: Any) -> list[np.ndarray]:
     """The boxes of each image as float32 [n, 4]. Raises InputError."""
     if isinstance(boxes_xyxy, (str, bytes)) or not isinstance(boxes_xyxy, Iterable):

@@ -18,6 +18,9 @@ from grain_jax.inference.inputs import Images, InputError, OneOrMany, Tokens
 from grain_jax.models import box_head, grain, towers
 
 _NO_PATCHES = "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
+# A box of one patch is smaller than any part that a box head has learnt, and it takes it for a small one
+# (docs/claim.md, the fourth design).
+_SIDES = (1, 2, 3)
 
 
 class Mapper:
@@ -39,26 +42,26 @@ class Mapper:
     _need_regions: Any
     _all: Any
 
-    def encode_patches(self, images: OneOrMany | Tokens) -> Any:
+    def encode_patches(self, images: OneOrMany | Tokens, sides: Sequence[int] = (1,)) -> Any:
         """Images, as for `encode_boxes` -> an embedding of each patch, float32 [B, h, w, D], unit length.
 
         One image -> [h, w, D]. With `sequence_length` a list, for each image [h, w, D] of its own grid.
 
-        With a box head a patch is a box; of a model of two towers each patch is pooled alone, as in MaskCLIP (Zhou et al.
-        2022).
+        With a box head a patch is a box, or the mean of boxes around it, `sides` patches wide; of a model of two towers
+        each patch is pooled alone, as in MaskCLIP (Zhou et al. 2022).
 
         Raises:
           InputError: as `encode_image`; the image tower has no grid of patches; the model has a decoder and no box head.
         """
         if inputs.is_one_image(images):
-            return self.encode_patches(inputs.one_image(images))[0]
+            return self.encode_patches(inputs.one_image(images), sides)[0]
         if self.sequence_length:
-            return self._patches_in_own_shape(images)
+            return self._patches_in_own_shape(images, sides)
         grid = self.grid
         if self.model.boxes.kind != "none":
             tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
-            boxes = [box_head.token_boxes(grid * grid, 0)] * len(tokens.values)
-            patches = np.array(self.encode_boxes(tokens, boxes))
+            boxes = [_around(grid, grid, sides)] * len(tokens.values)
+            patches = np.array([_means(x, sides) for x in self.encode_boxes(tokens, boxes)])
         elif self.model.decoder is not None:
             raise InputError(_NO_PATCHES)
         else:
@@ -66,7 +69,9 @@ class Mapper:
             patches = self._all(jitted.program(self.model, self.dtype, method), images)
         return patches.astype(np.float32).reshape(-1, grid, grid, self.model.embed_dim)
 
-    def _patches_in_own_shape(self, images: OneOrMany | Tokens) -> list[np.ndarray]:
+    def _patches_in_own_shape(
+        self, images: OneOrMany | Tokens, sides: Sequence[int]
+    ) -> list[np.ndarray]:
         """For each image the embeddings of its patches, float32 [h, w, D]."""
         has_head = self.model.boxes.kind != "none"
         if self.model.decoder is not None and not has_head:
@@ -74,7 +79,8 @@ class Mapper:
         tokens = images if isinstance(images, Tokens) else self._tokens_of(images)
         assert tokens.grid is not None
         if has_head:
-            found = self.encode_boxes(tokens, [inputs.boxes_of_grid(*grid) for grid in tokens.grid])
+            boxes = [_around(rows, columns, sides) for rows, columns in tokens.grid]
+            found = [_means(x, sides) for x in self.encode_boxes(tokens, boxes)]
         else:
             found = self._all(jitted.program(self.model, self.dtype, "patch_embeddings"), tokens)
         return [
@@ -203,8 +209,9 @@ class Mapper:
           classes: the result of `segmentation_classes`.
           by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto", what the
             model has, as `similarity_maps`.
-          patch_features: "tokens", the last ones (`encode_patches`); "values", where in the last layer each token
-            attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
+          patch_features: "tokens", the last ones (`encode_patches`, with a box head of the sides 1, 2 and 3); "values",
+            where in the last layer each token attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else
+            values.
           patch_weight: share of the patches in "both"; the regions have the rest.
 
         Raises:
@@ -217,7 +224,7 @@ class Mapper:
         images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
         if by != "regions":
             tokens = self._tokens_of(images, f"image_{patch_features}")
-            patches = classes.cosines(self.encode_patches(tokens)).transpose(0, 3, 1, 2)
+            patches = classes.cosines(self.encode_patches(tokens, _SIDES)).transpose(0, 3, 1, 2)
             maps.append(patches)
         if by != "patches":
             shared = tokens if tokens is not None and patch_features == "tokens" else images
@@ -248,7 +255,9 @@ class Mapper:
             if patch_features == "values":
                 seen = self._tokens_of(images, "image_values")
             shares.append(weight)
-            parts.append([classes.cosines(x).transpose(2, 0, 1) for x in self.encode_patches(seen)])
+            parts.append(
+                [classes.cosines(x).transpose(2, 0, 1) for x in self.encode_patches(seen, _SIDES)]
+            )
         if by != "patches":
             regions = self.encode_regions(tokens)
             cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
@@ -307,3 +316,18 @@ class Mapper:
             return box_head.grid_size(shape[1], tower.leading_tokens(self.model.image))
         except errors.UserError as error:
             raise InputError(str(error)) from None
+
+
+def _around(rows: int, columns: int, sides: Sequence[int]) -> np.ndarray:
+    """Boxes around each patch of a grid, so many patches wide, float32 xyxy [S * rows * columns, 4], cut at the image."""
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    middle = np.stack([x, y], axis=1) + 0.5
+    half = np.array(sides)[:, None, None] / 2
+    corners = np.concatenate([middle - half, middle + half], axis=-1).reshape(-1, 4)
+    return np.clip(corners / [columns, rows, columns, rows], 0, 1).astype(np.float32)
+
+
+def _means(embeds: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+    """Embeddings of the boxes of each of `sides` [S * P, D] -> their means, [P, D], unit length."""
+    total = embeds.astype(np.float32).reshape(len(sides), -1, embeds.shape[-1]).sum(axis=0)
+    return total / np.linalg.norm(total, axis=-1, keepdims=True)

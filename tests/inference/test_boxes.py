@@ -120,6 +120,11 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
     cell = np.array([[3, 1, 4, 2]]) / 5  # column 3, row 1
     (embed,) = predictor.encode_boxes(PICTURES[:1], [cell])
     np.testing.assert_allclose(predictor.encode_patches(PICTURES[:1])[0, 1, 3], embed[0], atol=3e-6)
+    around = np.array([[3, 1, 4, 2], [2, 0, 5, 3]]) / 5
+    (both,) = predictor.encode_boxes(PICTURES[:1], [around])
+    mean = both.sum(axis=0) / np.linalg.norm(both.sum(axis=0))
+    patches = predictor.encode_patches(PICTURES[:1], sides=(1, 3))
+    np.testing.assert_allclose(patches[0, 1, 3], mean, atol=3e-6)
     regions = predictor.encode_regions(PICTURES[:1])
     of_regions = scores.region_map(text @ regions.embed[0].T, regions.boxes_xyxy[0], 5)
     expected = ((text @ embed.T)[:, 0] + of_regions[:, 1, 3]) / 2

@@ -110,13 +110,11 @@ def test_ways_of_a_model_with_queries_and_a_box_head():
             {},
         )
     )
-    # The box head reads the tokens, and the maps of one name each are those of `similarity_maps`.
     np.testing.assert_allclose(both, (patches + regions) / 2, atol=1e-6)
     np.testing.assert_allclose(weighted, 0.25 * patches + 0.75 * regions, atol=1e-6)
     np.testing.assert_array_equal(auto, both)
-    texts = classes.features[classes.first[1:]]
-    similar = np.stack(predictor.similarity_maps(PICTURES, [texts, texts]))
-    np.testing.assert_allclose(both[:, 1:], similar, atol=1e-5)
+    around = classes.cosines(predictor.encode_patches(PICTURES, sides=(1, 2, 3)))
+    np.testing.assert_allclose(patches, around.transpose(0, 3, 1, 2), atol=1e-6)
     values = predictor.class_maps(PICTURES, classes, by="patches", patch_features="values")
     assert np.abs(values - patches).max() > 1e-3
     each = (picture for picture in PICTURES)
