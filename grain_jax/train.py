@@ -32,7 +32,7 @@ from grain_jax.convert import initialise, whole
 from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
-from grain_jax.input_pipeline import derived, device, sources, text_cleaning, tokenizer
+from grain_jax.input_pipeline import derived, device, order, sources, text_cleaning, tokenizer
 from grain_jax.losses import total
 from grain_jax.models import attention, grain, lora, placement
 from grain_jax.report import figures, page
@@ -207,7 +207,11 @@ def _train(
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
     on_host = sources.batches_of_run(
-        run.source, config, notes=workdir / "shards", lanes=run.lanes, start_step=start_step
+        run.source,
+        program.config,
+        notes=workdir / "shards",
+        lanes=run.lanes,
+        start_step=start_step,
     )
     batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
@@ -303,9 +307,6 @@ def set_up(
         process_index=jax.process_index(),
     )
     steps = resolve_steps(config, source.num_examples(config))
-    if len(keep_lib.stretches(config.input.sequence_lengths)) > 1:
-        # The input finds the lengths of a step by its share of the run.
-        config = dataclasses.replace(config, total_steps=steps[0], total_epochs=None)
     data = processes.of_first(
         lambda: [*source.identities(config), *whole.identity_of_teacher(config)]
     )
@@ -472,7 +473,8 @@ class Records:
             values |= self._text_counts.add(values)
         if self._log and due.logs:
             since, self._logged = range(self._logged, step), step
-            self._log.flops_per_image = flops.of_steps(self._flops, self._config, since)
+            of_steps = order.with_steps(self._config, self._run.total_steps)
+            self._log.flops_per_image = flops.of_steps(self._flops, of_steps, since)
             values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
             self._log.progress(step, values)
         if due.evaluates:

@@ -31,6 +31,15 @@ def of_steps(keep: Any, total_steps: int) -> list[tuple[int, Any]]:
     return [(first, share) for first, share in found.items() if first < total_steps]
 
 
+def together(keep: Keep, lengths: Lengths) -> list[tuple[float, tuple[int, ...]]]:
+    """(Share, lengths) of each stretch of a run in which both stay."""
+    shares = keep if isinstance(keep, tuple) else ((0.0, keep),)
+    of_lengths = stretches(lengths)
+    at = lambda pairs, begin: [what for first, what in pairs if first <= begin][-1]
+    begins = sorted({begin for begin, _ in (*shares, *of_lengths)})
+    return [(at(shares, begin), at(of_lengths, begin)) for begin in begins]
+
+
 def most(keep: Keep) -> float:
     """The largest share of a run."""
     return max(share for _, share in keep) if isinstance(keep, tuple) else keep

@@ -66,6 +66,7 @@ def run(
     predictor = processes.run_together(load)
     results = _identity(checkpoint, predictor) | results
     if before:
+        before.setdefault("sequence_length", 0)  # without a length it is of squares
         other = [key for key in ("digest", "sequence_length") if before.get(key) != results[key]]
         if not other:
             results["ran"] = {

@@ -11,6 +11,7 @@ Random numbers come from the integer hash below, so the order does not change wi
 TensorFlow.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -178,11 +179,16 @@ def mix(
     ]
 
 
+def with_steps(config: Config, total_steps: int) -> Config:
+    """The config of a run of so many steps, from which `sequence_length` finds the share of the run of a step."""
+    return dataclasses.replace(config, total_steps=total_steps, total_epochs=None)
+
+
 def sequence_length(config: Config, step: int) -> int:
     """Patches of an image in the batch of that step, N: one of `input.sequence_lengths`, each equally often.
 
     A function of the seed and the step, the same on all processes and after a resume. Those of the step's share of the
-    run, where they change in it: `total_steps` is a number then.
+    run, where they change in it: `total_steps` is a number then (`with_steps`).
     """
     found = keep_lib.stretches(config.input.sequence_lengths)
     if len(found) > 1:

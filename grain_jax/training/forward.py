@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
 from grain_jax.config import Config
+from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors, schema
 from grain_jax.losses import local, total
 from grain_jax.models import grain, lora, placement
@@ -74,8 +75,9 @@ def abstract_batch(config: Config) -> schema.Batch:
 def patches_seen(config: Config) -> int:
     """The patch tokens of an image in a step that computes most, with padding."""
     tower = config.model.image
-    patches = (tower.image_size // tower.patch_size) ** 2
-    return kept_lib.seen(tower, max(config.input.every_length, default=patches))
+    square = ((tower.image_size // tower.patch_size) ** 2,)
+    found = keep_lib.together(tower.keep, config.input.sequence_lengths or square)
+    return max(kept_lib.count(keep, max(lengths)) for keep, lengths in found)
 
 
 def shape_faults(config: Config) -> list[str]:

@@ -22,12 +22,6 @@ def count(keep: float, patches: int) -> int:
     return max(1, math.floor(keep * patches + 0.5))
 
 
-def seen(tower: config_lib.ImageTower, patches: int) -> int:
-    """The patch tokens of an image of so many patches in a step that computes most."""
-    keep = keep_lib.most(tower.keep)
-    return patches if keep == 1 else count(keep, patches)
-
-
 def cell(keep: float) -> int:
     """Patches along the side of a cell of keep_by=grid: one of it is kept, or with a keep above 1/4 more of 2 x 2."""
     return max(2, math.floor(keep**-0.5 + 1e-9))

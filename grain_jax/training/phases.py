@@ -114,8 +114,8 @@ def of_step(keys: Iterable[Key], config: Config, step: int) -> Key:
 
 
 def largest(found: Sequence[Phase]) -> int:
-    """The place of the phase that computes most: with most terms, then patches."""
-    size = lambda phase: (-len(phase.off), phase.keep, phase.length or 0)
+    """The place of the phase that computes most: that of most kept patches, then of most terms."""
+    size = lambda phase: (phase.keep * (phase.length or 1), -len(phase.off))
     return max(range(len(found)), key=lambda i: size(found[i]))
 
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
 from grain_jax.core import schema
+from grain_jax.input_pipeline import order
 from grain_jax.losses import local
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
@@ -312,7 +313,7 @@ class Program(NamedTuple):
     init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
     step: Callable  # that of the phase that computes most
     phases: tuple[PhaseStep, ...]
-    config: Config  # of the run
+    config: Config  # of the run, with its `total_steps`
 
     def phase(self, step: int) -> PhaseStep:
         """The phase of a step, from 0 on."""
@@ -362,5 +363,5 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
     return Program(
         *(state, shardings, forward_lib.abstract_batch(config), batch_sharding, fresh),
-        *(most.step, tuple(steps), config),
+        *(most.step, tuple(steps), order.with_steps(config, total_steps)),
     )

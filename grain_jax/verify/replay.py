@@ -93,7 +93,7 @@ class Place:
         )
         source = sources.open_source(config)
         return device.Prefetch(
-            source.batches(config, lanes=lanes, start_step=step), program.batch_sharding
+            source.batches(program.config, lanes=lanes, start_step=step), program.batch_sharding
         )
 
 

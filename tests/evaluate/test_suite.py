@@ -211,6 +211,11 @@ def test_usage_and_inputs_that_cannot_be_used_are_status_2(suite, capsys):
     assert suite("--only", "products2023")[0] == 2
     assert "holds the results of another checkpoint (OLD, now RUN)" in capsys.readouterr().err
     assert suite("--only", "products2023", "--again")[0] == 0
+    out = suite.folder / "out.json"
+    results = json.loads(out.read_text())
+    assert results.pop("sequence_length") == 0
+    out.write_text(json.dumps(results))  # of squares, too
+    assert suite("--only", "products2023")[0] == 0
     suite.predictor.sequence_length = 9
     assert suite("--only", "products2023")[0] == 2
     assert "holds the results of another sequence_length (0, now 9)" in capsys.readouterr().err

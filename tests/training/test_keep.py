@@ -17,6 +17,7 @@ from grain_jax.cli import config_file
 from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors, schema
 from grain_jax.input_pipeline import order, synthetic
+from grain_jax.launch import sweep_runs
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from grain_jax.training import flops, forward, kept, phases, sharding, train_step
@@ -265,6 +266,10 @@ def test_a_program_for_each_share_and_length_and_none_in_the_run(whole):
     assert lengths == [12, 12, 12, 16]
     assert checkpoint.load_stored(workdir).sequence_lengths == (16, 12)
     assert counts.compiled >= 3 and counts.after[0] == counts.after[-1], counts.after
+    # The steps that follow from the data set make no other config, as for a sweep that goes on.
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored["total_steps"] is None and stored["total_epochs"] == of_epochs().total_epochs
+    sweep_runs.check_folders([sweep_runs.SweepRun("point", {}, of_epochs(), (), workdir)])
 
 
 def test_a_run_that_resumes_before_the_switch_is_the_same(whole, tmp_path, capfd, monkeypatch):
@@ -327,6 +332,9 @@ def test_the_phases_of_lengths_by_the_share_of_the_run():
     keys = [phase.key for phase in found]
     assert phases.of_step(keys, c, 99) == (75, lengths[99])
     assert forward.patches_seen(c) == 16 and c.input.last_lengths == (16, 12)
+    short_last = [[0, [16]], [0.75, [6]]]  # half of 16 patches, then all of 6
+    c = of_run(model__image__keep=[[0, 0.5], [0.75, 1]], input__sequence_lengths=short_last)
+    assert phases.largest(phases.of(c, 100)) == 0 and forward.patches_seen(c) == 8
     alone_first = [[0, [12]], [0.3, [16]], [0.6, [12, 16]]]
     found = phases.of(of_run(input__sequence_lengths=alone_first, model__image__keep=1), 10)
     assert [phase.key for phase in found] == [(0, 12), (3, 16), (6, 12), (6, 16)]
