@@ -216,7 +216,7 @@ def test_a_plan_has_a_line_for_each_share_of_patches_and_length(monkeypatch, cac
 
 def test_gpus_are_described_as_the_plan_knows_them():
     found = {chip.name: chip for chip in chips.CHIPS.values() if not chip.is_tpu}
-    assert set(found) == {"a100-40", "a100-80", "h100", "h200", "b200"}
+    assert set(found) == {"a100-40", "a100-80", "h100", "h200", "b200", "gb200"}
     for chip in found.values():
         gpu = chip.gpu
         assert 0.9 < gpu.memory * 2**20 * 0.75 / chip.hbm_bytes <= 1.01
