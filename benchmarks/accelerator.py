@@ -47,7 +47,9 @@ def parts(platform: str, kind: str, sizes: list[str], batch: int, folder: epath.
         steps.append(Part(f"step of {size}", [*timed, "--attention", *TIMED[platform]], 120.0))
         if chip is not None:
             topology = f"{chip.name}:{'x'.join('1' * (chip.axes or 1))}"
-            keys = {"batch_size": batch, "input.source": "synthetic", "mesh.data": 1}
+            # A whole chip, each device of which does the work that is timed on one.
+            of_chip = {"batch_size": batch * chip.devices, "mesh.data": chip.devices}
+            keys = of_chip | {"input.source": "synthetic"}
             below = folder / size.replace("/", "_")
             below.mkdir()
             file = harness.config_file(below, size, keys | {"dtype": "bfloat16"})

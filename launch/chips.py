@@ -1,15 +1,20 @@
 """The chips that a run can be planned for, and the names of their slices and nodes.
 
 Peak rates are those of the makers, so a time computed from them is a lower bound. Sources:
-https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (FLOPs, HBM, ICI, chips a machine); the table "TPU
+https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (FLOPs, HBM, ICI, chips a machine); the table "TPU
 specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cloud prints none);
 https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs
-and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g, a3-ultragpu-8g and a4-highgpu-8g);
-NVIDIA's data sheets and architecture white papers of A100, H100 SXM, H200 SXM and HGX B200 (memory, NVLink,
-multiprocessors, clock, L2 cache), the tables of compute capabilities in the CUDA C++ programming guide (limits of a
-block and of a multiprocessor); peak FLOPs are those of `grain_jax.training.flops`. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most
+and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g, a3-ultragpu-8g, a4-highgpu-8g and
+a4x-highgpu-4g); NVIDIA's data sheets and architecture white papers of A100, H100 SXM, H200 SXM, HGX B200 and GB200
+NVL72 (memory, NVLink, multiprocessors, clock, L2 cache; of GB200 the last three and its usable memory as it reports
+them, in gb200.txtpb of https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs), the tables of
+compute capabilities in the CUDA C++ programming guide (limits of a block and of a multiprocessor); peak FLOPs are
+those of `grain_jax.training.flops`. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most
 often a little less than is printed; of a GPU, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 otherwise.
+
+A *device* is what JAX sees: a chip, but on tpu7x half of one. Images, memory, traffic and rates are those of a device,
+prices and hours those of a chip.
 """
 
 import dataclasses
@@ -24,7 +29,10 @@ _JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memor
 
 
 class Gpu(NamedTuple):
-    """What XLA must know of a GPU that is not there; memory is a little less than is printed, as `nvidia-smi` has it."""
+    """What XLA must know of a GPU that is not there; memory is a little less than is printed, as `nvidia-smi` has it.
+
+    `machine` and `node` are what a plan must know.
+    """
 
     capability: tuple[int, int]
     cores: int  # streaming multiprocessors
@@ -33,6 +41,8 @@ class Gpu(NamedTuple):
     l2_cache: int  # MiB
     memory: int  # MiB
     memory_rate: float  # bytes a second
+    machine: int = 8  # GPUs of a machine
+    node: int = 8  # GPUs that NVLink joins, at most: those of a machine, or of a rack
 
     def description(self, name: str) -> str:
         """The text of its GpuTargetConfigProto, for `get_topology_desc(platform="cuda", target_config=...)`."""
@@ -62,18 +72,20 @@ device_description_str: "{name}"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator and its share of the machine that it is in; bandwidths are bytes a second, one way.
+    """One device of a chip and its share of the machine that it is in; bandwidths are bytes a second, one way.
 
     Attributes:
       name: as in a topology, "v5e".
       device_kind: as `jax.Device.device_kind` has it.
       memory: GiB; of a TPU what a program may use, of a GPU what is printed.
       hbm_bytes_per_second: of its own memory.
-      link_bytes_per_second: what a chip sends to one neighbour: one link of the torus; on a GPU all of NVLink.
+      link_bytes_per_second: what it sends to one neighbour: one link of the torus; on a GPU all of NVLink.
       dcn_bytes_per_second: its share of the machine's network between slices, or between GPU nodes.
       host_cores: vCPUs of that machine.
       axes: axes of its torus: 2 or 3; of GPUs 0.
       libtpu: its name in TPU_ACCELERATOR_TYPE, and what that counts of a chip (2 TensorCores, or itself).
+      devices: of a chip. A ring runs through both, one after the other, so that a link of the chip carries one hop of
+        it. The path between the two is faster than a link; a hop takes as long as the slowest.
       gpu: what XLA must know of a GPU; None of TPUs.
     """
 
@@ -86,6 +98,7 @@ class Chip:
     host_cores: int
     axes: int = 0
     libtpu: tuple[str, int] = ("", 0)
+    devices: int = 1
     gpu: Gpu | None = None
 
     @property
@@ -105,7 +118,7 @@ class Chip:
 
     @property
     def ici_bytes_per_second(self) -> float:
-        """What a chip sends in a ring. TPU: two links, since a ring over one axis of the torus runs both ways round.
+        """What it sends in a ring. TPU: two links, since a ring over one axis of the torus runs both ways round.
 
         An axis that does not close on itself gives about half.
         """
@@ -114,7 +127,7 @@ class Chip:
     @property
     def chips_per_host(self) -> int:
         """Chips of one machine (TPU: of one VM of a slice of many machines)."""
-        return 4 if self.is_tpu else 8
+        return 4 if self.gpu is None else self.gpu.machine
 
 
 _A100_40 = Gpu((8, 0), 108, 1.41, 164 * 1024, 40, 40_370, 1555e9)
@@ -122,22 +135,25 @@ _A100_80 = _A100_40._replace(memory=81_157, memory_rate=2039e9)
 _H100 = Gpu((9, 0), 132, 1.98, 228 * 1024, 50, 81_008, 3352e9)
 _H200 = _H100._replace(memory=144_384, memory_rate=4800e9)
 _B200 = Gpu((10, 0), 148, 1.965, 228 * 1024, 126, 182_642, 8000e9)
+_GB200 = Gpu((10, 0), 152, 2.062, 228 * 1024, 129, 188_730, 8000e9, machine=4, node=72)
 _ALL = (
     Chip("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 240, 3, ("v4", 2)),
     Chip("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 112, 2, ("v5litepod", 1)),
     Chip("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 208, 3, ("v5p", 2)),
     Chip("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 180, 2, ("v6e", 1)),
+    Chip("tpu7x", "TPU7x", 94.75, 3690e9, 100e9, 6.25e9, 224, 3, ("tpu7x", 2), devices=2),
     Chip("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, 96, gpu=_A100_40),
     Chip("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96, gpu=_A100_80),
     Chip("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208, gpu=_H100),
     Chip("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224, gpu=_H200),
     Chip("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, 224, gpu=_B200),
+    Chip("gb200", "NVIDIA GB200", 186, 8000e9, 900e9, 50e9, 140, gpu=_GB200),
 )
 CHIPS = {chip.name: chip for chip in _ALL}
 
 
 class Topology(NamedTuple):
-    """Chips that work together: `count` in all, in `slices` equal slices (TPU) or nodes (GPU) of `shape`."""
+    """Chips that work together: `count` devices in `slices` equal slices (TPU) or nodes (GPU) of `shape`, in chips."""
 
     chip: Chip
     count: int
@@ -145,9 +161,14 @@ class Topology(NamedTuple):
     slices: int
 
     @property
+    def chips(self) -> int:
+        """Chips in all."""
+        return self.count // self.chip.devices
+
+    @property
     def hosts(self) -> int:
         """Machines that hold the chips."""
-        a_slice = self.count // self.slices
+        a_slice = self.chips // self.slices
         return self.slices * math.ceil(a_slice / self.chip.chips_per_host)
 
 
@@ -156,11 +177,12 @@ class TopologyError(errors.UserError):
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "v4:4x4x8" or "h100:8x2" (8 GPUs a node, 2 nodes).
+    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs a node, 2 nodes).
 
     Args:
       text: chip, colon, shape; "*n" for n TPU slices that the data-centre network joins. Of GPUs the first
-        number is the GPUs of a node, the second (1 where left out) the nodes; `shape` is then (GPUs a node,).
+        number is the GPUs of a node, which NVLink joins (8 at most, of gb200 72), the second (1 where left out) the
+        nodes; `shape` is then (GPUs a node,).
 
     Raises:
       TopologyError: an unknown chip, or a shape that such chips do not come in.
@@ -174,14 +196,15 @@ def parse_topology(text: str) -> Topology:
     chip = CHIPS[match[1]]
     shape = tuple(int(n) for n in match[2].split("x"))
     slices = int(match[3] or 1)
-    if chip.is_tpu:
+    if chip.gpu is None:
         good = len(shape) == chip.axes and min(shape) > 0 and slices > 0
         expected = f"{chip.axes} numbers, such as {chip.name}:{'x'.join('448'[: chip.axes])}"
     else:
-        good = match[3] is None and len(shape) <= 2 and 0 < shape[0] <= chip.chips_per_host
+        node = chip.gpu.node
+        good = match[3] is None and len(shape) <= 2 and 0 < shape[0] <= node
         good = good and min(shape) > 0
-        expected = f"at most {chip.chips_per_host} GPUs a node x nodes, such as {chip.name}:8x2"
+        expected = f"at most {node} GPUs a node x nodes, such as {chip.name}:{node}x2"
         shape, slices = shape[:1], math.prod(shape[1:])
     if not good:
         raise TopologyError(f"topology: got {text!r}, expected {expected}")
-    return Topology(chip, math.prod(shape) * slices, shape, slices)
+    return Topology(chip, math.prod(shape) * slices * chip.devices, shape, slices)

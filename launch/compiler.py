@@ -38,7 +38,12 @@ _GPU_FLAGS = (
 )
 _CUDA_PLUGINS = {"jax_cuda12_plugin": "jax-cuda12-plugin", "jax_cuda13_plugin": "jax-cuda13-plugin"}
 # Variables that change what the compiler makes of the same program.
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# What compiles for a platform.
+_PACKAGES = {
+    "tpu": ("libtpu",),
+    "cuda": (*_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+}
 
 
 class TookTooLong(errors.UserError):
@@ -149,6 +154,13 @@ def missing(chip: chips.Chip) -> str | None:
         what = "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU"
         extra = "cuda12"
     return f'{what} is needed); pip install "grain_jax[{extra}]"'
+
+
+def versions_of(*platforms: str) -> dict[str, str]:
+    """Package -> version of what compiles for "tpu" or "cuda", as far as it is installed."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    wanted = [name for platform in platforms for name in _PACKAGES[platform]]
+    return {name: found[name] for name in wanted if name in found}
 
 
 def _environment(topology: chips.Topology) -> dict[str, str]:
@@ -284,8 +296,8 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         step, batch = own.step, own.batch
         program = program._replace(batch=batch)
     lowered = step.lower(program.state, batch)
-    versions = {"jax": jax.__version__, **_versions(platform)}
-    flags = {flag: os.environ.get(flag) for flag in _FLAGS}
+    versions = {"jax": jax.__version__, **versions_of(platform)}
+    flags = {flag: os.environ.get(flag) for flag in FLAGS}
     # An entry that was written with other fields is another entry.
     fields = [field.name for field in dataclasses.fields(Compiled)]
     identity = json.dumps([fields, name, request["options"], versions, flags], sort_keys=True)
@@ -330,15 +342,6 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     partial.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(answer)).encode(), 4))
     partial.replace(path)
     return {"path": str(path), "cached": False}
-
-
-def _versions(platform: str) -> dict[str, str]:
-    """Package -> version of what compiles."""
-    if platform == "tpu":
-        return {"libtpu": importlib.metadata.version("libtpu")}
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    wanted = (*_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
-    return {name: found[name] for name in wanted if name in found}
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
             # Of the gradients the first hop carries zeros, and the last one takes them to their device.
             back = hops + 2 if gradients else 0
             # A group's ring leaves its node only where the group is larger.
-            slices = min(topology.slices, -(-ring.size * together // topology.chip.chips_per_host))
+            slices = min(topology.slices, -(-ring.size * together // math.prod(topology.shape)))
             args = ("collective-permute", True, True, ring.size, slices, sharding.BATCH_AXES)
             sent = (hops * vectors + back * gradients) * size
             out.append(hlo_collectives.Collective(*args, 2 * hops + back, sent))

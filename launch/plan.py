@@ -2,11 +2,16 @@
 
 The very step that `grain_jax.train` runs is compiled for them on this machine's CPU: by libtpu for TPUs, by the
 CUDA plugin of JAX for GPUs (h100:8x2). Without that plugin a plan for GPUs is arithmetic, labelled ESTIMATE.
+`--all-chips` plans for one topology of each kind, and tabulates.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +21,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.cli import config_file, process
-from grain_jax.core import atomic, errors, progress
+from grain_jax.core import atomic, errors, nearest, progress
 from grain_jax.input_pipeline import derived
 from grain_jax.launch import (
     chips,
@@ -45,6 +50,18 @@ LEVERS = (
     "optim.moment_dtype",
     "loss.tile",
     "loss.gather",
+)
+# What --all-chips plans for.
+ALL_CHIPS = (
+    "v5e:16x16",
+    "v6e:8x8",
+    "v6e:16x16",
+    "v5p:4x4x4",
+    "tpu7x:4x4x4",
+    "h100:8",
+    "h200:8",
+    "b200:8",
+    "gb200:72",
 )
 # Of a step that was compiled for GPUs without one.
 NOT_KNOWN = (
@@ -95,7 +112,8 @@ def make(
     total_steps, per_epoch, examples, made_up = length(config, options.examples)
     not_compiled = None if topology.chip.is_tpu else compiler.missing(topology.chip)
     plan: dict[str, Any] = {
-        "chips": topology.count,
+        "chips": topology.chips,
+        "devices": topology.count,
         "hosts": topology.hosts,
         "slices": topology.slices,
         "chip": topology.chip.name,
@@ -302,8 +320,8 @@ def _times(plan, topology, options: Options) -> dict[str, Any]:
     roof = plan["roofline"]
     of_phases = plan.pop("rooflines", [(1.0, roof)])
     if roof is None:
-        keys = ("images_per_second", "images_per_second_at_most", "input", "bill")
-        return dict.fromkeys(keys)
+        speed = ("images_per_second", "images_per_second_at_most", "mfu_at_most")
+        return dict.fromkeys((*speed, "input", "bill"))
     step = 0.0
     for share, one in of_phases:
         work = max(one["compute_s"], one["hbm_s"]) / options.efficiency + one["exposed_s"]
@@ -312,11 +330,12 @@ def _times(plan, topology, options: Options) -> dict[str, Any]:
     seconds = plan["run"]["images"] / rate
     a_host = rate / topology.hosts
     makes = topology.chip.host_cores * options.input_rate
-    hours = topology.count * seconds / 3600
+    peak = topology.count * topology.chip.bf16_flops
     return {
         "efficiency": options.efficiency,
         "step_seconds": step,
         "images_per_second_at_most": plan["batch_size"] / roof["step_s"],
+        "mfu_at_most": plan["model_flops"] / (roof["step_s"] * peak),
         "images_per_second": rate,
         "run": plan["run"] | {"days": seconds / 86400},
         "input": {
@@ -331,12 +350,14 @@ def _times(plan, topology, options: Options) -> dict[str, Any]:
             "cores_are_enough": makes >= a_host,
             "storage_is_enough": a_host * options.image_bytes <= options.storage_rate,
         },
-        "bill": {
-            "chip_hours": hours,
-            "price_per_chip_hour": options.price,
-            "cost": None if options.price is None else hours * options.price,
-        },
+        "bill": _bill(topology.chips * seconds / 3600, options.price_of(topology.chip.name)),
     }
+
+
+def _bill(hours: float, price: float | None) -> dict[str, Any]:
+    """The chip-hours of the run, and what they cost at the price of one."""
+    cost = None if price is None else hours * price
+    return {"chip_hours": hours, "price_per_chip_hour": price, "cost": cost}
 
 
 def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict[str, Any]:
@@ -376,13 +397,109 @@ def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict
     }
 
 
+def sized(config: config_lib.Config, topology: chips.Topology, images: int | None):
+    """The config with so many images a device (None: as it is). Raises ShardingError: the mesh does not fit."""
+    if images is None:
+        return config
+    mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
+    return dataclasses.replace(config, batch_size=images * mesh["data"] * mesh["fsdp"])
+
+
+def everywhere(config: config_lib.Config, args: Plan) -> dict[str, Any]:
+    """The plans for `ALL_CHIPS`, as `--output` has them; written there after each.
+
+    Returns:
+      `request`, all that the plans depend on but prices; `plans`, topology -> plan, or {"failed": why there is none}.
+    """
+    if args.output:
+        with _writing(args.output):
+            atomic.check(args.output)
+    request = _request(config, args)
+    plans = _known(args.output, request)
+    found: dict[str, Any] = {"request": request, "plans": plans}
+    to_do = [name for name in ALL_CHIPS if name not in plans]
+    began = time.monotonic()
+    for done, name in enumerate(to_do):
+        spent = time.monotonic() - began
+        left = f", ETA {progress.duration(spent / done * (len(to_do) - done))}" if done else ""
+        line = progress.Line(f"{done + 1}/{len(to_do)}{left}: ")
+        topology = chips.parse_topology(name)
+        line.show(f"planning for {name}", now=True)
+        try:
+            own = sized(config, topology, args.images_per_device)
+            plan = make(own, topology, args.assumptions, line)
+        except (errors.UserError, compiler.CompilerFailed) as error:
+            plan = {"failed": "; ".join(str(error).splitlines())}
+        line.close()
+        plans[name] = {"topology": name, "overrides": args.overrides} | plan
+        _write(args.output, found)
+    for plan in plans.values():  # those of an earlier start may have had other prices
+        if plan.get("bill"):
+            price = args.assumptions.price_of(plan["chip"])
+            plan["bill"] = _bill(plan["bill"]["chip_hours"], price)
+    found["plans"] = {name: plans[name] for name in ALL_CHIPS}
+    _write(args.output, found)
+    return found
+
+
+def _request(config: config_lib.Config, args: Plan) -> dict[str, Any]:
+    """All that plans depend on but prices: config, assumptions, this package, what compiles, and its flags."""
+    options = dataclasses.asdict(args.assumptions)
+    sources = hashlib.sha256()
+    for pattern in ("grain_jax/*.py", "grain_jax/*/*.py", "launch/*.py"):
+        for path in sorted(compiler.ROOT.glob(pattern)):
+            sources.update(path.read_bytes())
+    request = {
+        "config": json.loads(config_lib.to_json(config)),
+        "images_per_device": args.images_per_device,
+        "assumptions": {key: options[key] for key in options if key not in ("price", "timeout")},
+        "sources": sources.hexdigest(),
+        "versions": {"jax": jax.__version__, **compiler.versions_of("tpu", "cuda")},
+        "flags": {flag: os.environ.get(flag) for flag in compiler.FLAGS},
+    }
+    return json.loads(json.dumps(request))
+
+
+def _known(output: str | None, request: dict[str, Any]) -> dict[str, Any]:
+    """The plans that an earlier start wrote for the same request; what failed is tried again."""
+    try:
+        found = json.loads(epath.Path(output).read_text()) if output else {}
+        plans = found["plans"] if found.get("request") == request else {}
+    except (OSError, ValueError, AttributeError, KeyError):
+        plans = {}
+    return {name: plan for name, plan in plans.items() if "failed" not in plan}
+
+
+def _write(output: str | None, found: dict[str, Any]) -> None:
+    if output:
+        with _writing(output):
+            atomic.write_text(output, json.dumps(found, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(output: str):
+    """Errors inside become one line."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.UserError(f"--output: cannot write {output}: {error}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, plans, prints."""
     args = Plan.parse(arguments)
+    for chip in args.assumptions.price or {}:
+        if chip and chip not in chips.CHIPS:
+            raise errors.UserError(f"--price: {nearest.choice(chip, chips.CHIPS)}")
     # JAX would look for TPUs here, since libtpu is there.
     jax.config.update("jax_platforms", "cpu")
     config = config_file.load(args.config, args.overrides)
+    if args.all_chips:
+        plans = everywhere(config, args)["plans"]
+        print(plan_text.table(plans.values()))
+        return 0 if any("failed" not in plan for plan in plans.values()) else 1
     topology = chips.parse_topology(args.topology)
+    config = sized(config, topology, args.images_per_device)
     line = progress.Line()
     try:
         plan = {
@@ -398,12 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     line.close()
     print(plan_text.page(plan))
-    if args.output:
-        path = epath.Path(args.output)
-        try:
-            atomic.write_text(path, json.dumps(plan, indent=2) + "\n")
-        except OSError as error:
-            raise errors.UserError(f"--output: cannot write {path}: {error}") from None
+    _write(args.output, plan)
     return 0
 
 

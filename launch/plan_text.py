@@ -1,6 +1,7 @@
 """Formats a plan (`grain-jax plan`) as text."""
 
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from grain_jax.core import progress
@@ -66,6 +67,46 @@ def page(plan: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def table(plans: Iterable[dict[str, Any]]) -> str:
+    """A row for each plan of `--all-chips`; that of one that failed, or does not fit, says so in words."""
+    form = "{:<12}{:>8}{:>10}{:>10}{:>12}{:>5}{:>17}{:>11}{}"
+    above = ("", "", "images", "step, at", "images/s", "MFU", "GB of the", "cost of", "")
+    below = ("topology", "devices", "a device", "best", "at most", "", "limit", "1 G images", "")
+    lines, estimated, unpriced = [form.format(*above), form.format(*below)], False, False
+    for plan in plans:
+        if "failed" in plan:
+            text = f"{plan['topology']:<12}  failed: {plan['failed']}"
+            lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 14)
+            continue
+        memory, parts = plan["memory"], plan["mesh"]["data"] * plan["mesh"]["fsdp"]
+        of_limit = f"{memory['total_bytes'] / 1e9:.2f} of {memory['limit_bytes'] / 1e9:.2f}"
+        first = (plan["topology"], plan["devices"], plan["batch_size"] // parts)
+        note = "  ESTIMATE" if plan["estimate"] else ""
+        estimated |= plan["estimate"]
+        if not plan["fits"]:
+            row = "{:<12}{:>8}{:>10}{:>27}{:>17}{:>11}{}"
+            lines.append(row.format(*first, "does not fit", of_limit, "", note).rstrip())
+            continue
+        rate, price = plan["images_per_second_at_most"], plan["bill"]["price_per_chip_hour"]
+        cost = "-" if price is None else f"{plan['chips'] * price / 3600 * 1e9 / rate:,.0f}"
+        unpriced |= price is None
+        step, mfu = seconds(plan["roofline"]["step_s"]), f"{plan['mfu_at_most']:.0%}"
+        lines.append(form.format(*first, step, f"{rate:,.0f}", mfu, of_limit, cost, note).rstrip())
+    lines += ["", "Times, rates and costs are bounds: no run can beat them. A device is a chip, of"]
+    lines.append("tpu7x half of one; prices are of a chip.")
+    if estimated:
+        lines.append(
+            "ESTIMATE: by arithmetic, without the traffic with HBM, which may bound it instead."
+        )
+    if unpriced:
+        lines.append("No price, no cost: --price v5e=1.2,v6e=2.7 gives those of a chip-hour.")
+    return "\n".join(lines)
+
+
+def _unit(plan) -> str:
+    return "chip" if plan["devices"] == plan["chips"] else "device"
+
+
 def _section(title: str, plan=None) -> str:
     label = " (ESTIMATE)" if plan and plan["estimate"] else ""
     return f"-- {title}{label} ".ljust(WIDTH, "-")
@@ -79,15 +120,15 @@ def _rows(*rows: str) -> list[str]:
 
 
 def _heading(plan) -> list[str]:
-    memory, mesh = plan["memory"], plan["mesh"]
+    memory, mesh, unit = plan["memory"], plan["mesh"], _unit(plan)
     total, limit = memory["total_bytes"], memory["limit_bytes"]
     free = gigabytes(abs(limit - total))
     if plan["fits"]:
-        verdict = f"FITS: {gigabytes(total)} of {gigabytes(limit)} a chip, {free} free"
+        verdict = f"FITS: {gigabytes(total)} of {gigabytes(limit)} a {unit}, {free} free"
     else:
         there = f"{free} more than the {gigabytes(limit)} there are"
-        verdict = f"DOES NOT FIT: {gigabytes(total)} a chip, {there}"
-    a_chip = plan["batch_size"] // (mesh["data"] * mesh["fsdp"])
+        verdict = f"DOES NOT FIT: {gigabytes(total)} a {unit}, {there}"
+    images = plan["batch_size"] // (mesh["data"] * mesh["fsdp"])
     slices = f" in {plan['slices']} slices or nodes" if plan["slices"] > 1 else ""
     if plan["estimate"]:
         how = ["ESTIMATE by arithmetic: nothing was compiled; within a fifth of what was"]
@@ -102,9 +143,10 @@ def _heading(plan) -> list[str]:
         how.append("given: " + " ".join(plan["overrides"]))
     levers = " ".join(f"{key}={value}" for key, value in plan["levers"].items())
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
+    devices = f", {plan['devices']} devices," if unit == "device" else ""
     lines = [
-        f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} host(s){slices}",
-        f"mesh {axes}; {plan['batch_size']} images a step, {a_chip} a chip",
+        f"{plan['topology']}: {plan['chips']} chips{devices} on {plan['hosts']} host(s){slices}",
+        f"mesh {axes}; {plan['batch_size']} images a step, {images} a {unit}",
         *(line for text in (levers, *how) for line in textwrap.wrap(text, WIDTH)),
         "",
         verdict,
@@ -137,8 +179,8 @@ def _memory(plan) -> list[str]:
     if "peak_bytes" in memory:
         note = f"the compiler's own peak is {size('peak')}: it reuses some of it"
     rows.append(f"total|{size('total')}|{note}")
-    rows.append(f"limit|{size('limit')}|of a chip, what a program may use")
-    return [_section("Memory of one chip", plan), *_rows(*rows)]
+    rows.append(f"limit|{size('limit')}|of a {_unit(plan)}, what a program may use")
+    return [_section(f"Memory of one {_unit(plan)}", plan), *_rows(*rows)]
 
 
 def _phases(plan) -> list[str]:
@@ -194,9 +236,9 @@ def _work(plan) -> list[str]:
 
 
 def _collectives(plan) -> list[str]:
-    title = _section("What a chip sends in a step", plan)
+    title = _section(f"What a {_unit(plan)} sends in a step", plan)
     if not plan["collectives"]:
-        return [title, "  nothing: no chip waits for another"]
+        return [title, f"  nothing: no {_unit(plan)} waits for another"]
     lines = [f"  {'':<20}{'count':>7}{'bytes':>12}   {'overlapped':>12}{'waited for':>12}   over"]
     for kind, entry in plan["collectives"].items():
         hidden, waited = (amount(entry[key]["bytes"], "B") for key in ("overlapped", "sync"))
@@ -225,6 +267,7 @@ def _speed(plan) -> list[str]:
         f"waiting|{seconds(roof['exposed_s'])}|of these transfers, not hidden behind work",
         f"step, at best|{seconds(roof['step_s'])}|bound by {roof['bound']}",
         f"images/s, at most|{plan['images_per_second_at_most']:,.0f}|no run can beat it",
+        f"MFU, at most|{plan['mfu_at_most']:.1%}|the model's products at the peak, of that step",
     ]
     if _is_short(plan):
         rows.append("images/s, expected|?|starting the operations of so short a step takes longer")

@@ -43,6 +43,7 @@ _GPU_PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
 }
 
 

@@ -81,6 +81,12 @@ def test_step_is_never_shorter_than_its_slowest_link():
         ("a100-40:4", "a100-40", 4, (4,), 1, 1),
         ("h100:4x4", "h100", 16, (4,), 4, 4),
         ("v5e:1x1*4", "v5e", 4, (1, 1), 4, 4),
+        ("v6e:16x16", "v6e", 256, (16, 16), 1, 64),
+        ("tpu7x:2x2x1", "tpu7x", 8, (2, 2, 1), 1, 1),  # two devices a chip
+        ("tpu7x:4x4x4*2", "tpu7x", 256, (4, 4, 4), 2, 32),
+        ("gb200:72", "gb200", 72, (72,), 1, 18),  # one NVLink domain, machines of four
+        ("gb200:72x2", "gb200", 144, (72,), 2, 36),
+        ("gb200:8", "gb200", 8, (8,), 1, 2),
     ],
 )
 def test_topology(text, name, count, shape, slices, hosts):
@@ -92,7 +98,7 @@ def test_topology(text, name, count, shape, slices, hosts):
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("v7x:4x4", "one of v4, v5e, v5p, v6e, a100-40, a100-80, h100, h200"),
+        ("v7x:4x4", "one of v4, v5e, v5p, v6e, tpu7x, a100-40, a100-80, h100, h200"),
         ("v5e", "CHIP:SHAPE such as v5e:16x16"),
         ("v5e:256", "2 numbers, such as v5e:4x4"),
         ("v4:16x16", "3 numbers, such as v4:4x4x8"),
@@ -100,6 +106,8 @@ def test_topology(text, name, count, shape, slices, hosts):
         ("v5e:4x4*0", "2 numbers"),
         ("h100:16", "at most 8 GPUs a node x nodes, such as h100:8x2"),
         ("h100:8*2", "at most 8 GPUs a node"),
+        ("gb200:80", "at most 72 GPUs a node x nodes, such as gb200:72x2"),
+        ("tpu7x:8", "3 numbers, such as tpu7x:4x4x8"),
     ],
 )
 def test_unknown_topologies_are_told_in_one_line(text, advice):
@@ -111,8 +119,15 @@ def test_unknown_topologies_are_told_in_one_line(text, advice):
 
 def test_links_add_up_to_what_google_prints():
     """Bidirectional ICI bandwidth of a chip, bytes a second, over all of its links (Cloud TPU's pages)."""
-    for name, printed in {"v5e": 400e9, "v5p": 1200e9, "v6e": 800e9}.items():
+    for name, printed in {"v5e": 400e9, "v5p": 1200e9, "v6e": 800e9, "tpu7x": 1200e9}.items():
         chip = chips.CHIPS[name]
         assert 2 * chip.axes * 2 * chip.link_bytes_per_second == printed
+    ironwood = chips.CHIPS[
+        "tpu7x"
+    ]  # its other rates are of a device: what is printed of the chip is twice as much
+    printed = (2307e12, 7380e9, 100e9 / 8)
+    rates = (ironwood.bf16_flops, ironwood.hbm_bytes_per_second, ironwood.dcn_bytes_per_second)
+    assert tuple(2 * rate for rate in rates) == printed
+    assert 0.98 * 192 < 2 * ironwood.memory < 192  # GiB
     # v5e: 6.4 Tbit/s between pods of 256 chips
     assert 256 * V5E.dcn_bytes_per_second * 8 == 6.4e12

@@ -16,7 +16,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import losses, train
 from grain_jax.core import errors, progress
-from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
+from grain_jax.launch import arguments, chips, compiler, estimate, plan, plan_text, search
 from grain_jax.losses import hops
 from grain_jax.models import grain
 from grain_jax.training import flops, forward, memory_need, sharding, train_step
@@ -216,13 +216,111 @@ def test_a_plan_has_a_line_for_each_share_of_patches_and_length(monkeypatch, cac
 
 def test_gpus_are_described_as_the_plan_knows_them():
     found = {chip.name: chip for chip in chips.CHIPS.values() if not chip.is_tpu}
-    assert set(found) == {"a100-40", "a100-80", "h100", "h200", "b200"}
+    assert set(found) == {"a100-40", "a100-80", "h100", "h200", "b200", "gb200"}
     for chip in found.values():
         gpu = chip.gpu
         assert 0.9 < gpu.memory * 2**20 * 0.75 / chip.hbm_bytes <= 1.01
         assert abs(gpu.memory_rate / chip.hbm_bytes_per_second - 1) < 0.01
         text = gpu.description(chip.device_kind)
         assert text.count("{") == text.count("}") and f"core_count: {gpu.cores} " in text
+
+
+def test_prices_and_hours_are_of_a_chip_and_memory_of_a_device(monkeypatch):
+    assert arguments._prices("v5e=1.2, tpu7x=3,2") == {"v5e": 1.2, "tpu7x": 3.0, "": 2.0}
+    with pytest.raises(errors.UserError, match="--price: got 'x', expected a number of at least 0"):
+        arguments.Plan.parse(["--config=demo", "--topology=v5e:2x2", "--price=v5e=x"])
+    with pytest.raises(errors.UserError, match="--price: got 'v6', expected one of v4, .*v6e"):
+        plan.main(["--config=demo", "--topology=v5e:2x2", "--price=v6=1"])
+
+    # Ironwood has no arithmetic of its own: that of GPUs, with one device a chip and with two.
+    monkeypatch.setattr(compiler, "missing", lambda chip: "no compiler")
+    monkeypatch.setattr(chips.Chip, "is_tpu", False)
+    options = plan.Options(price={"tpu7x": 3.0})
+    two = chips.parse_topology("tpu7x:2x2x1")
+    one = two._replace(chip=dataclasses.replace(two.chip, devices=1))
+    found, other = (plan.make(tiny.small(), topology, options) for topology in (two, one))
+    assert (found["chips"], found["devices"], found["hosts"]) == (4, 8, 1)
+    assert (other["chips"], other["devices"], other["hosts"]) == (8, 8, 2)
+    for key in ("memory", "flops", "roofline", "images_per_second_at_most", "mfu_at_most"):
+        assert found[key] == other[key], key
+    assert 2 * found["bill"]["cost"] == pytest.approx(other["bill"]["cost"])
+    done = found["model_flops"] / (found["roofline"]["step_s"] * 8 * 2307e12 / 2)
+    assert found["mfu_at_most"] == pytest.approx(done)
+    text = page(found, "tpu7x:2x2x1")
+    assert "tpu7x:2x2x1: 4 chips, 8 devices, on 1 host(s)" in text
+    assert "16 images a step, 2 a device" in text and "Memory of one device" in text
+
+
+def test_all_chips_are_one_table_that_goes_on_where_it_was_left(monkeypatch, tmp_path, capsys):
+    file, made = tmp_path / "plans.json", []
+
+    def make(config, topology, options, line):
+        name = topology.chip.name
+        made.append((name, topology.count, config.batch_size))
+        if name == "v6e" and topology.count == 64:
+            raise compiler.TookTooLong("--timeout: took more than 1 s")
+        fits, price = name != "v5e", options.price_of(name)
+        rate = 1000 * topology.chips
+        return {
+            "chips": topology.chips,
+            "devices": topology.count,
+            "chip": name,
+            "estimate": not topology.chip.is_tpu,
+            "mesh": {"data": topology.count, "fsdp": 1},
+            "batch_size": config.batch_size,
+            "memory": {"total_bytes": 20e9, "limit_bytes": 16e9},
+            "fits": fits,
+            "roofline": {"step_s": 0.01} if fits else None,
+            "images_per_second_at_most": rate if fits else None,
+            "mfu_at_most": 0.5,
+            "bill": plan._bill(10.0, price) if fits else None,
+        }
+
+    monkeypatch.setattr(plan, "make", make)
+    words = ["--config=tests/run_config.py", "--all-chips", f"--output={file}"]
+    words.append("--images-per-device=4")
+    assert plan.main([*words, "--price=tpu7x=3.6"]) == 0
+    table = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if ":" in line}
+    assert list(rows)[: len(plan.ALL_CHIPS)] == list(plan.ALL_CHIPS)
+    assert made[4] == ("tpu7x", 128, 512) and made[8] == ("gb200", 72, 288)
+    speed = ["4", "10", "ms", "64,000", "50%", "20.00", "of", "16.00"]
+    assert rows["tpu7x:4x4x4"] == ["128", *speed, "1,000"]  # 64 chips at 3.6 an hour
+    assert rows["v5e:16x16"] == "256 4 does not fit 20.00 of 16.00".split()
+    assert rows["v6e:8x8"] == "failed: --timeout: took more than 1 s".split()
+    assert rows["gb200:72"][-2:] == ["-", "ESTIMATE"]
+    assert all(len(line) <= plan_text.WIDTH for line in table.splitlines())
+    stored = json.loads(file.read_text())["plans"]
+    assert stored["tpu7x:4x4x4"]["bill"] == plan._bill(10.0, 3.6)
+
+    made.clear()  # what failed is tried again, the others are not; prices may be others
+    assert plan.main([*words, "--price=2"]) == 0
+    assert made == [("v6e", 64, 256)]
+    stored = json.loads(file.read_text())["plans"]
+    assert list(stored) == list(plan.ALL_CHIPS) and stored["gb200:72"]["bill"]["cost"] == 20.0
+    assert capsys.readouterr().out != table
+
+    for other in (["--config.remat=full"], ["--efficiency=0.4"]):
+        made.clear()
+        plan.main([*words, *other])
+        assert len(made) == len(plan.ALL_CHIPS)
+    made.clear()
+    monkeypatch.setattr(compiler, "versions_of", lambda *platforms: {"libtpu": "another"})
+    plan.main([*words, *other])
+    assert len(made) == len(plan.ALL_CHIPS)
+
+    def fail(*args):
+        raise compiler.CompilerFailed("it crashed")
+
+    monkeypatch.setattr(plan, "make", fail)
+    assert plan.main(words[:2]) == 1
+    with pytest.raises(
+        errors.UserError, match="--output: cannot write"
+    ):  # before anything is planned
+        plan.main([*words[:2], f"--output={tmp_path / 'none' / 'x.json'}"])
+    for flag in ("--topology=v5e:2x2", "--search"):
+        with pytest.raises(errors.UserError, match=f"got --all-chips and {flag[:8]}"):
+            plan.main([*words, flag])
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from tests import tiny
 from tests.losses.test_losses import _outputs
 
 
-def _chip(coords, slice_index=0):
+def _chip(coords, slice_index=0, core=0):
     return types.SimpleNamespace(
-        platform="tpu", coords=coords, slice_index=slice_index, core_on_chip=0
+        platform="tpu", coords=coords, slice_index=slice_index, core_on_chip=core
     )
 
 
@@ -42,6 +42,18 @@ def test_every_hop_is_a_link(sizes):
     (order,) = hops.along_links(np.array([chips], object))
     assert sorted(order) == list(range(len(chips)))
     assert set(_steps(chips, order)) == {1}
+
+
+def test_every_hop_is_a_link_where_a_chip_is_two_devices():
+    """On Ironwood: to the other half of the chip, or over a link; no link carries two hops one way."""
+    devices = [_chip(c, core=core) for c in np.ndindex(4, 4, 4) for core in (0, 1)]
+    (order,) = hops.along_links(np.array([devices], object))
+    assert sorted(order) == list(range(128))
+    pairs = [(devices[i].coords, devices[j].coords) for i, j in zip(order, order[1:] + order[:1])]
+    steps = [sum(abs(a - b) for a, b in zip(*pair)) for pair in pairs]
+    assert set(steps) == {0, 1}
+    links = [pair for pair, step in zip(pairs, steps) if step]
+    assert len(links) == len(set(links))
 
 
 def test_each_slice_has_a_path():
