@@ -208,7 +208,7 @@ def _train(
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
     on_host = sources.batches_of_run(
         run.source,
-        program.config,
+        order.with_steps(config, run.total_steps),
         notes=workdir / "shards",
         lanes=run.lanes,
         start_step=start_step,

@@ -12,7 +12,7 @@ from grain_jax import config as config_lib
 from grain_jax import train
 from grain_jax.convert import initialise, whole
 from grain_jax.core import errors
-from grain_jax.input_pipeline import device, sources
+from grain_jax.input_pipeline import device, order, sources
 from grain_jax.runtime import checkpoint, digests, receipt
 from grain_jax.training import sharding, train_step
 from grain_jax.verify.workdir import Kept, Mismatch, Told, say, steps_in_words
@@ -91,10 +91,10 @@ class Place:
             lanes=config.input.lanes,
             process_index=0,
         )
-        source = sources.open_source(config)
-        return device.Prefetch(
-            source.batches(program.config, lanes=lanes, start_step=step), program.batch_sharding
-        )
+        assert program.config.total_steps is not None
+        of_steps = order.with_steps(config, program.config.total_steps)
+        batches = sources.open_source(config).batches(of_steps, lanes=lanes, start_step=step)
+        return device.Prefetch(batches, program.batch_sharding)
 
 
 def _where(record: Mapping[str, Any]) -> str:
