@@ -223,7 +223,7 @@ def test_figures_of_the_page_are_those_of_the_stored_results():
     checked = 0
     for line in (paths.ROOT / "docs/claim.md").read_text().splitlines():
         cells = [cell.strip(" *") for cell in line.split("|")]
-        if len(cells) > 3 and cells[2] in known:
+        if len(cells) > 3 and "," in cells[2] and cells[2] in known:
             figures = {cells[3], *(x for x in cells if "/" in x or "±" in x)}
             assert figures <= known[cells[2]], line
             checked += 1

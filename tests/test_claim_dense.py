@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import statistics
 import sys
 
 import pytest
@@ -16,12 +18,14 @@ from benchmarks.claim import (
     dense_study,
     design,
     results,
+    schedule,
 )
 from grain_jax import config as config_lib
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
 from grain_jax.data.aviary.species import species_of
 from grain_jax.losses import total as losses
+from tests import paths
 
 PAIR = ("masked_patches", "crop_distillation")
 BEST_CLIP = "clip+teacher_similarity"  # without the terms of the pair
@@ -301,3 +305,29 @@ def test_a_run_appends_its_row(tmp_path, monkeypatch):
         *("loss_masked_patches", "loss_teacher_similarity", "loss_text_pooled"),
     }
     assert all(0 <= made[name] <= 1 for name in dense_study.MEASURED)
+
+
+def test_figures_of_the_page_are_those_of_the_stored_results():
+    """The rows of the fourth design in docs/claim.md: means of three seeds at equal steps."""
+    found = dense_study.read(dense_study.TABLE)
+    page = (paths.ROOT / "docs/claim.md").read_text().split("## The fourth design")[1]
+    bases = {"GRAIN": dense.CONTROL, "CLIP": dense.CLIP, "CLIP without a decoder": dense.TOWERS}
+    base, checked = "", 0
+    for line in page.split("* **Data**")[0].splitlines():
+        if not line.startswith("| ") or line.startswith("| |"):
+            continue
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if not name.startswith("and"):
+            base = bases[name.removesuffix(", the control")]
+        arm = dense.arm_of(base, re.findall("`(.*?)`", name))
+        rows = dense_plan.of_arm(found, arm, dense.STEPS)
+        assert len(rows) == 3, arm
+        keys = ("parts/miou", "parts_both/miou", "", "", "grounding/region_to_description_r1")
+        mean = lambda key: f"{100 * statistics.fmean(row[key] for row in rows):.1f}"
+        both = ("retrieval_test/image_to_text/r1", "retrieval_test/text_to_image/r1")
+        expected = [mean(key) if key in rows[0] else "" for key in keys]
+        unseen = statistics.fmean(schedule.by_description(row, "test") for row in rows)
+        expected[2:4] = f"{100 * unseen:.1f}", " / ".join(map(mean, both))
+        assert cells == expected, name
+        checked += 1
+    assert checked == 14
