@@ -217,6 +217,7 @@ def test_a_row_without_a_measure_of_its_arm_is_refused(tmp_path, arm, name):
     terms = dense.parts_of(arm)[1]
     made = row(run) | {f"loss_{term}": 1.0 for term in terms}
     assert dense_study.lacking(run, made, evals) == []
+    assert all(one.patch_sides == (1,) for one in evals.values() if one.kind == "segmentation")
     wanted = ["retrieval_test/image_to_text/r1", *(f"loss_{term}" for term in terms)]
     if name == "main" and not arm.startswith("clip"):
         wanted.append(dense_plan.VALIDATION_MIOU)

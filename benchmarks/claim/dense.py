@@ -139,7 +139,11 @@ def make_config(run: design.ClaimRun, main: pathlib.Path, work: pathlib.Path) ->
     c.total_epochs = c.input.prepare = c.optim.warmup_epochs = None
     c.input.data_dir, c.input.name = str(work / "records"), run.data
     entries = _entries(run, main, work / "views" / run.data)
-    made = {name: recipe.evaluator(kind, **options) for name, (kind, options) in entries.items()}
+    one = {"segmentation": {"patch_sides": (1,)}}  # a box a patch, as the design was fixed
+    made = {
+        name: recipe.evaluator(kind, **options, **one.get(kind, {}))
+        for name, (kind, options) in entries.items()
+    }
     c.evals = recipe.ConfigDict(made)
     return c
 

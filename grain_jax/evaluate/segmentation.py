@@ -46,6 +46,13 @@ _THREADS = 2  # that make maps as large as images, where they take at most segme
 _PIXELS = "pictures", "pictures"  # of the rows of the table
 
 
+def _parse_sides(text: str) -> tuple[int, ...]:
+    sides = tuple(int(side) for side in text.split(",") if side.strip().isdecimal())
+    if not sides or len(sides) != text.count(",") + 1:
+        raise ValueError(f"got {text!r}, expected numbers of patches, such as 1,2,3")
+    return sides
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segmentation(config.Evaluator):
     """Classes of pixels by the classes' names: mIoU and pixel accuracy."""
@@ -81,6 +88,8 @@ class Segmentation(config.Evaluator):
     by: str = option(WAYS[0], choices=WAYS)
     # values: the last layer attends to the patch alone (MaskCLIP); tokens; auto: tokens with a box head, else values
     patch_features: str = option(PATCHES[0], choices=PATCHES)
+    # of a model with a box head: a patch is the mean of the boxes around it that are so many patches wide
+    patch_sides: tuple[int, ...] = option((1, 2, 3), "N,N", parse=_parse_sides)
     # share of the patches in both
     patch_weight: float = option(0.5, "W", low=0, high=1)
     # pixels of the shorter side after resizing; 0: the model's image size
@@ -93,6 +102,8 @@ class Segmentation(config.Evaluator):
     def faults(self) -> list[str]:
         if self.format == FORMATS[0] and self.split is not None:
             return [f"split: got {self.split!r} with format='folder', expected none"]
+        if not self.patch_sides or min(self.patch_sides) < 1:
+            return [f"patch_sides: got {self.patch_sides}, expected numbers of patches, 1 or more"]
         if self.masks and (self.split is not None or self.format in LISTED):
             return [
                 f"masks: got {self.masks!r} with format={self.format!r}, expected none: the split is found below images"
@@ -283,6 +294,7 @@ class Segmenter(NamedTuple):
             by=entry.by,
             patch_features=entry.patch_features,
             patch_weight=entry.patch_weight,
+            patch_sides=entry.patch_sides,
         )
         if getattr(self.predictor, "sequence_length", 0):
             of_all = zip(*(each.pixels for each in windows), strict=True)

@@ -18,9 +18,6 @@ from grain_jax.inference.inputs import Images, InputError, OneOrMany, Tokens
 from grain_jax.models import box_head, grain, towers
 
 _NO_PATCHES = "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
-# A box of one patch is smaller than any part that a box head has learnt, and it takes it for a small one
-# (docs/claim.md, the fourth design).
-_SIDES = (1, 2, 3)
 
 
 class Mapper:
@@ -157,7 +154,7 @@ class Mapper:
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
           stride: pixels between windows of the model's size; 0: half of it. With `sequence_length` there are no windows,
             and the image is seen whole.
-          **maps: `by`, `patch_features` and `patch_weight`, as of `class_maps`.
+          **maps: `by`, `patch_features`, `patch_weight` and `patch_sides`, as of `class_maps`.
 
         Raises:
           InputError: images, classes or options cannot be used.
@@ -199,6 +196,7 @@ class Mapper:
         by: str = "auto",
         patch_features: str = "auto",
         patch_weight: float = 0.5,
+        patch_sides: Sequence[int] = (1, 2, 3),
     ) -> Any:
         """Where every class lies in each image of a batch: cosines at the patches, float32 [B, C, h, w].
 
@@ -209,22 +207,26 @@ class Mapper:
           classes: the result of `segmentation_classes`.
           by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto", what the
             model has, as `similarity_maps`.
-          patch_features: "tokens", the last ones (`encode_patches`, with a box head of the sides 1, 2 and 3); "values",
-            where in the last layer each token attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else
-            values.
+          patch_features: "tokens", the last ones (`encode_patches`); "values", where in the last layer each token
+            attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
           patch_weight: share of the patches in "both"; the regions have the rest.
+          patch_sides: `sides` of `encode_patches`. A box of one patch is smaller than any part that a box head has learnt,
+            and it takes it for a small one (docs/claim.md, the fourth design).
 
         Raises:
           InputError: as `encode_image`; an unknown option; the model has no such patches or regions.
         """
         by, patch_features = self.maps_by(by, patch_features)
         if self.sequence_length:
-            return self._class_maps_in_own_shape(images, classes, by, patch_features, patch_weight)
+            options = by, patch_features, patch_weight, patch_sides
+            return self._class_maps_in_own_shape(images, classes, *options)
         grid, maps, tokens = self.grid, [], None
         images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
         if by != "regions":
             tokens = self._tokens_of(images, f"image_{patch_features}")
-            patches = classes.cosines(self.encode_patches(tokens, _SIDES)).transpose(0, 3, 1, 2)
+            patches = classes.cosines(self.encode_patches(tokens, patch_sides)).transpose(
+                0, 3, 1, 2
+            )
             maps.append(patches)
         if by != "patches":
             shared = tokens if tokens is not None and patch_features == "tokens" else images
@@ -243,6 +245,7 @@ class Mapper:
         by: str,
         patch_features: str,
         weight: float,
+        sides: Sequence[int],
     ) -> list[np.ndarray]:
         """`class_maps` without "auto"."""
         # They may be read twice.
@@ -256,7 +259,7 @@ class Mapper:
                 seen = self._tokens_of(images, "image_values")
             shares.append(weight)
             parts.append(
-                [classes.cosines(x).transpose(2, 0, 1) for x in self.encode_patches(seen, _SIDES)]
+                [classes.cosines(x).transpose(2, 0, 1) for x in self.encode_patches(seen, sides)]
             )
         if by != "patches":
             regions = self.encode_regions(tokens)

@@ -203,7 +203,9 @@ def test_a_folder(tmp_path):
         patch_features="tokens",
     )
     assert sub["miou"] == got["miou"] and any("stone wall" in text for text in predictor.asked)
-    assert predictor.options == dict(by="patches", patch_features="tokens", patch_weight=0.5)
+    assert predictor.options == dict(
+        by="patches", patch_features="tokens", patch_weight=0.5, patch_sides=(1, 2, 3)
+    )
 
 
 def test_a_model_in_the_evaluation(tmp_path):
@@ -469,6 +471,11 @@ def test_data_that_cannot_be_used(tmp_path):
     assert found == "split: got '../../x', expected one such as val"
     (line,) = segmentation.Segmentation(images="x", split="val").faults()
     assert line == "split: got 'val' with format='folder', expected none"
+    (line,) = segmentation.Segmentation(images="x", patch_sides=(1, 0)).faults()
+    assert line == "patch_sides: got (1, 0), expected numbers of patches, 1 or more"
+    assert segmentation._parse_sides("1,3") == (1, 3)
+    with pytest.raises(ValueError, match="got '1,x', expected numbers of patches, such as 1,2,3"):
+        segmentation._parse_sides("1,x")
     for options in (dict(format="voc"), dict(format="ade20k", split="training")):
         (line,) = segmentation.Segmentation(images="x", masks="y", **options).faults()
         assert line.startswith(f"masks: got 'y' with format='{options['format']}', expected none")
