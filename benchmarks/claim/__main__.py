@@ -14,8 +14,9 @@ With your own data: --data DIR, a folder with
     test/A.jsonl, test/seen.jsonl, test/unseen.jsonl   annotations below DIR/test, for retrieval and grounding
 and --config FILE for a larger model (default: configs/demo.py).
 
-The fourth design, of the local loss terms (`dense`), and the fifth, of the text decoder (`words`): run --design N and
-report --design N; run also trains on clothes with --clothes DIR, a folder that `python -m benchmarks.fetch fashion` made.
+The fourth design, of the local loss terms (`dense`), the fifth, of the text decoder (`words`), and the sixth, of own
+shapes and fewer tokens (`shapes`): run --design N and report --design N. With --clothes DIR, a folder that
+`python -m benchmarks.fetch fashion` made, run of the fourth and fifth also trains on clothes.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from benchmarks.claim import (
     results,
     runs,
     schedule,
+    shapes,
     words,
     words_study,
 )
@@ -103,6 +105,7 @@ DESIGNS = {
     design.DESIGN: {"run": run_all, "report": print_report, "train": train_named},
     dense.DESIGN: dense_study.COMMANDS,
     words.DESIGN: words_study.COMMANDS,
+    shapes.DESIGN: shapes.COMMANDS,
 }
 # Flag -> its default in each design, and below the folder of --data.
 PLACES = {
@@ -111,6 +114,7 @@ PLACES = {
             design.DESIGN: "runs/claim",
             dense.DESIGN: "runs/claim_4",
             words.DESIGN: "runs/claim_5",
+            shapes.DESIGN: "runs/claim_6",
         },
         "claim",
     ),
@@ -119,6 +123,7 @@ PLACES = {
             design.DESIGN: "benchmarks/claim/tables/claim.tsv",
             dense.DESIGN: "benchmarks/claim/tables/dense.tsv",
             words.DESIGN: "benchmarks/claim/tables/words.tsv",
+            shapes.DESIGN: "benchmarks/claim/tables/shapes.tsv",
         },
         "claim/results.tsv",
     ),
@@ -140,7 +145,8 @@ def main() -> int:
         parser.add_argument(f"--{flag}", type=pathlib.Path, help=said)
     args = parser.parse_args()
     given = {"data": args.data, "config": args.config != design.CONFIG, "clothes": args.clothes}
-    for flag in ("data", "config") if args.design != design.DESIGN else ("clothes",):
+    flags = {design.DESIGN: ("clothes",), shapes.DESIGN: tuple(given)}
+    for flag in flags.get(args.design, ("data", "config")):
         if given[flag]:
             parser.error(f"--{flag}: got it with --design {args.design}, expected another design")
     for flag, (ours, own) in PLACES.items():

@@ -96,7 +96,11 @@ def plan(found: Results, *, steps: int, clothes: bool) -> dict[str, list[design.
 
 def fair(found: Results, arm: str, steps: int, flops: float, data: str = dense.MAIN) -> int:
     """Steps in which an arm needs these FLOPs a step of `steps`; the same steps where these differ by 5% or less."""
-    own = of_arm(found, arm, steps, data)[0]["flops_per_step"]
+    return equal_steps(steps, flops, of_arm(found, arm, steps, data)[0]["flops_per_step"])
+
+
+def equal_steps(steps: int, flops: float, own: float) -> int:
+    """Steps of `own` FLOPs that cost what `steps` of `flops` cost; the same steps where these differ by 5% or less."""
     equal = round(steps * flops / own)
     return equal if abs(equal / steps - 1) > 0.05 else steps
 

@@ -41,26 +41,23 @@ def plan(found: Results, *, steps: int, clothes: bool) -> dict[str, list[design.
         words.run_of(arm, seed, steps, data) for seed in words.SEEDS for arm in arms
     ]
     studies = {"harder poses": runs(words.ARMS, words.POSES)}
-    studies["eased poses"] = runs(words.ARMS, words.MAIN)
     studies[SECOND] = _second_round(found, steps)
-    ours = found.get(words.run_of(words.OURS, words.SEEDS[0], steps, words.POSES).name)
-    if ours is not None:
-        arms = (words.GRAIN, words.OURS, *(arm for arm in words.ARMS if arm.startswith(words.CLIP)))
-        studies["equal FLOPs"] = [
-            words.run_of(
-                arm,
-                seed,
-                dense_plan.fair(found, arm, steps, ours["flops_per_step"], words.POSES),
-                words.POSES,
-            )
-            for seed in words.SEEDS
-            for arm in arms
-            if dense_plan.of_arm(found, arm, steps, words.POSES)
-        ]
+    asked = chosen(found, steps)
+    if asked is None:
+        return studies
+    arms = (words.GRAIN, asked, words.CLIP, f"{words.CLIP}+1")
+    studies["eased poses"] = runs(arms, words.MAIN)
+    ours = found[words.run_of(asked, words.SEEDS[0], steps, words.POSES).name]
+    fair = {
+        arm: dense_plan.fair(found, arm, steps, ours["flops_per_step"], words.POSES)
+        for arm in arms
+        if dense_plan.of_arm(found, arm, steps, words.POSES)
+    }
+    studies["equal FLOPs"] = [
+        words.run_of(arm, seed, fair[arm], words.POSES) for seed in words.SEEDS for arm in fair
+    ]
     if clothes:
-        asked = chosen(found, steps)
-        arms = [a for a in words.ARMS if a == asked or not a.endswith(("+3", "+10"))]
-        studies["clothes"] = runs([*arms, words.CLOTHES_ARM], words.CLOTHES)
+        studies["clothes"] = runs((*arms, words.CLOTHES_ARM), words.CLOTHES)
     return studies
 
 
