@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.claim import __main__ as claim
 from benchmarks.claim import (
+    compared,
     data,
     dense,
     dense_data,
@@ -309,26 +310,29 @@ def test_a_run_appends_its_row(tmp_path, monkeypatch):
 
 
 def test_figures_of_the_page_are_those_of_the_stored_results():
-    """The rows of the fourth design in docs/claim.md: means of three seeds at equal steps."""
+    """The tables of the fourth design in docs/claim.md, one a study: means of three seeds."""
     found = dense_study.read(dense_study.TABLE)
+    studies = dense_plan.plan(found, steps=dense.STEPS, clothes=True)
     page = (paths.ROOT / "docs/claim.md").read_text().split("## The fourth design")[1]
+    tables = page.split("* **Data**")[0].split("| | part mIoU |")
     bases = {"GRAIN": dense.CONTROL, "CLIP": dense.CLIP, "CLIP without a decoder": dense.TOWERS}
-    base, checked = "", 0
-    for line in page.split("* **Data**")[0].splitlines():
-        if not line.startswith("| ") or line.startswith("| |"):
-            continue
-        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        if not name.startswith("and"):
-            base = bases[name.removesuffix(", the control")]
-        arm = dense.arm_of(base, re.findall("`(.*?)`", name))
-        rows = dense_plan.of_arm(found, arm, dense.STEPS)
-        assert len(rows) == 3, arm
-        keys = ("parts/miou", "parts_both/miou", "", "", "grounding/region_to_description_r1")
-        mean = lambda key: f"{100 * statistics.fmean(row[key] for row in rows):.1f}"
-        both = ("retrieval_test/image_to_text/r1", "retrieval_test/text_to_image/r1")
-        expected = [mean(key) if key in rows[0] else "" for key in keys]
-        unseen = statistics.fmean(schedule.by_description(row, "test") for row in rows)
-        expected[2:4] = f"{100 * unseen:.1f}", " / ".join(map(mean, both))
-        assert cells == expected, name
-        checked += 1
-    assert checked == 14
+    bases["CLIP, descriptions in its captions"] = dense.WORDS
+    keys = ("parts/miou", "parts_both/miou", "", "", "grounding/region_to_description_r1")
+    both = ("retrieval_test/image_to_text/r1", "retrieval_test/text_to_image/r1")
+    for before, table, study in zip(tables, tables[1:], ("equal steps", "equal FLOPs", "clothes")):
+        assert study in before.split("\n\n")[-2]
+        groups, base = compared.grouped(studies[study], found), ""
+        for line in table.splitlines()[2:]:
+            if not line.startswith("| "):
+                break
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            if not name.startswith("and"):
+                base = bases[name.removesuffix(", the control")]
+            rows = groups.pop(dense.arm_of(base, re.findall("`(.*?)`", name)))
+            assert len(rows) == 3, name
+            mean = lambda key, rows=rows: f"{statistics.fmean(100 * row[key] for row in rows):.1f}"
+            expected = [mean(key) if key in rows[0] else "" for key in keys]
+            unseen = statistics.fmean(schedule.by_description(row, "test") for row in rows)
+            expected[2:4] = f"{100 * unseen:.1f}", " / ".join(map(mean, both))
+            assert cells == expected, name
+        assert not groups, (study, groups.keys())
