@@ -99,8 +99,9 @@ def print_measures(
     by_seed = [shown[key] for key in asked if key in shown]
     rows = []
     for arm, of_arm in arms.items():
-        each = [values(of_arm, measure) for measure in by_seed]
-        rows.append([label(arm), *(", ".join(f"{v[s]:.1f}" for s in sorted(v)) for v in each)])
+        each = [(values(of_arm, measure), measure.digits) for measure in by_seed]
+        cells = (", ".join(f"{v[seed]:.{d}f}" for seed in sorted(v)) for v, d in each)
+        rows.append([label(arm), *cells])
     print(table(["by seed", *(m.title for m in by_seed)], rows) + "\n")
 
 
