@@ -519,7 +519,7 @@ class TowerLayer(nn.Module):
         )(y, y, y, mask, alone=alone, turns=turns)
         x = x + self._scaled("layer_scale_1", y)
         norm = LayerNorm(t.norm_eps, name="norm_2")
-        of_mlp = dict(
+        of_mlp: dict[str, Any] = dict(
             in_init=inits.mlp_in,
             out_init=inits.mlp_out,
             in_bias_init=inits.mlp_bias(t.width),

@@ -12,6 +12,7 @@ On other platforms the kernel runs in Pallas' interpreter, for tests.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ class _Call:
         )
         return (batch // rows,), block, whole
 
-    def _options(self, x, mlp_dim, products, inner):
+    def _options(self, x, mlp_dim, products, inner) -> dict[str, Any]:
         batch, length, width = x.shape
         weights = 2 * width * mlp_dim * x.dtype.itemsize
         traffic = batch * length * (inner * width + mlp_dim) * x.dtype.itemsize

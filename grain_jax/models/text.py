@@ -4,48 +4,15 @@ The features of a text are read at its end token, or pooled of its own positions
 such as SigLIP's, is not packable: each text has a row of its own. With `mask_padding` it is.
 """
 
-import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.models import attention, layers, placement, towers
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _looked_up(size: int, dtype: np.dtype, table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The rows of a table, float32 [size, E], for tokens int32 [N, L] -> [N, L, E].
-
-    Each device sums its part of the gradient in float32, and all together sum these in `dtype`, as of every product.
-    """
-    del size, dtype
-    return table[tokens]
-
-
-def _looked_up_forward(size, dtype, table, tokens):
-    del size, dtype
-    return table[tokens], tokens
-
-
-def _looked_up_backward(size, dtype, tokens, d):
-    def of_device(tokens, d):
-        sums = jnp.zeros((size, d.shape[-1]), d.dtype).at[tokens].add(d)
-        return jax.lax.optimization_barrier(sums.astype(dtype))[None]
-
-    mesh, batch = placement.mesh(), PartitionSpec(placement.batch_axes())
-    if mesh is not None:
-        of_device = jax.shard_map(
-            of_device, mesh=mesh, in_specs=(batch, batch), out_specs=batch, check_vma=False
-        )
-    return of_device(tokens, d).sum(0).astype(d.dtype), None
-
-
-_looked_up.defvjp(_looked_up_forward, _looked_up_backward)
 
 
 def _inits(tower: config_lib.TextTower) -> layers.LayerInits:
@@ -112,7 +79,7 @@ class TextTransformer(towers.TextTower):
             name="token_embed",
         ).embedding
         # Looked up in float32: the gradient of a frequent token is a sum over thousands of positions.
-        x = _looked_up(t.vocab_size, self.dtype, placement.whole(token_embed), tokens)
+        x = placement.whole(token_embed)[tokens]
         if t.scale_tokens:
             x = x * math.sqrt(t.width)
         x = x + self._positions()[positions]
