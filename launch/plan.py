@@ -43,6 +43,7 @@ LARGEST = 6  # buffers named when memory runs out
 # Keys that trade memory against time.
 LEVERS = (
     "model.attention",
+    "model.mlp",
     "remat",
     "microbatches",
     "mesh.fsdp",

@@ -29,6 +29,7 @@ IMAGE_TOWERS = ("vit",)
 TEXT_TOWERS = ("transformer",)
 SOURCES = ("records", "synthetic")
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
+MLP_PROGRAMS = ("auto", "xla", "pallas")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 ROPES = ("none", "centres", "grid")
 MLPS = ("plain", "gated")
@@ -143,8 +144,9 @@ class ImageTower:
     position_period: float = key(1e4, low=1)  # of sincos2d: longest wave / shortest wave
     # "trunc_normal" (0.02, zero biases) or "torch" (as the reference, quirk 13).
     block_init: str = key("trunc_normal", choices=("trunc_normal", "torch"))
-    # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU).
-    unroll: int = layers(1)
+    # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU). 0: all of up to 24 where a
+    # Pallas kernel writes what the backward pass keeps, since a loop would copy it; else 1.
+    unroll: int = count(0, high=DEEPEST)
     class_token: bool = key(True)  # a learned token before the patches
     patch_bias: bool = key(True)  # a bias in the projection of the patches
     # LayerNorm between the positions and the first layer (CLIP's ln_pre).
@@ -201,7 +203,7 @@ class TextTower:
     heads: int = size(8)  # of attention; must divide width
     mlp_dim: int = count(2048, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
     norm_eps: float = key(1e-5)  # epsilon of the LayerNorms
-    unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
+    unroll: int = count(0, high=DEEPEST)  # as of the image tower
     causal: bool = key(True)  # False: every position sees all of the row
     # As that of the image tower.
     activation: str = key("quick_gelu", choices=ACTIVATIONS)
@@ -349,6 +351,9 @@ class Model:
     # The program of the towers' self-attention, for the same numbers up to rounding (docs/speed.md). "auto": a Pallas
     # kernel on TPUs, cuDNN on CUDA in bfloat16, else XLA's.
     attention: str = key("auto", choices=ATTENTIONS, role="free")
+    # The program of norm, MLP and residual of the layers of the towers, likewise. "auto": a Pallas kernel on TPUs whose
+    # memory holds the weights of a layer, else XLA's.
+    mlp: str = key("auto", choices=MLP_PROGRAMS, role="free")
 
 
 @dataclasses.dataclass(frozen=True)

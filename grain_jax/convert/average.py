@@ -26,7 +26,7 @@ _CHECKED = 4096  # values of an array whose sum is compared with one in float64
 # Keys that may differ; the last two are compared in another way.
 _FREE = {
     *towers.OF_TRAINING,
-    *("attention", "logit_scale_init", "logit_bias_init", "tokenizer"),
+    *("attention", "mlp", "logit_scale_init", "logit_bias_init", "tokenizer"),
 }
 
 

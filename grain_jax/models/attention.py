@@ -9,6 +9,7 @@
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -74,9 +75,13 @@ def choose(attention: str, dtype: np.dtype, heads: int) -> str:
 def of_towers(model: config_lib.Model, dtype: str) -> str:
     """The programs of both towers in words, on the mesh of `placement`."""
     towers = (("image", model.image), ("text", model.text))
-    chosen = {n: choose(model.attention, jnp.dtype(dtype), t.heads) for n, t in towers}
+    return in_words({n: choose(model.attention, jnp.dtype(dtype), t.heads) for n, t in towers})
+
+
+def in_words(chosen: Mapping[str, str]) -> str:
+    """Programs by tower: "pallas", or where they differ "pallas (image tower), xla (text tower)"."""
     if len(set(chosen.values())) == 1:
-        return chosen["image"]
+        return next(iter(chosen.values()))
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
 
 
@@ -120,10 +125,8 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
     return attend(q, k, v, *of_mask)[:, :length]
 
 
-def with_pallas(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, within: Mask | None, **options
-) -> jax.Array:
-    """Attention by the kernel; shapes and `options` as of `attention_kernel.attend`."""
+def with_pallas(*given: jax.Array, within: Mask | None, **options) -> jax.Array:
+    """Attention by the kernel; what is `given` and `options` as of `attention_kernel.attend`."""
     from grain_jax.models import attention_kernel  # a fifth of a second to import
 
     masks = {}
@@ -131,7 +134,7 @@ def with_pallas(
         masks = dict(count=within.count)
     elif within is not None:
         masks = dict(ids=within.ids, causal=isinstance(within, CausalWithin))
-    return attention_kernel.attend(q, k, v, **masks, **options)
+    return attention_kernel.attend(*given, **masks, **options)
 
 
 def of_real(real: jax.Array, program: str) -> jax.Array | First:

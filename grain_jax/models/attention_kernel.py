@@ -1,7 +1,7 @@
 """Self-attention as a Pallas TPU kernel, forward and backward: the scores of a head stay in VMEM.
 
 Queries, keys and values are [B, L, heads * width] with the heads side by side, so that no head is padded to the 128
-lanes of a register. A program has a few heads (a multiple of 128 lanes where the widths allow it) of a few rows of
+lanes of a register; or one array, the result of one product (`arranged`). A program has a few heads (a multiple of 128 lanes where the widths allow it) of a few rows of
 the batch. It works on tiles of 128 lanes: a head that shares a tile with others reads it through a mask, which costs
 no extra pass of the matrix unit, since that has 128 lanes as well. LayerNorm of queries and keys is inside. The
 backward pass keeps the inputs alone and computes norms and weights again (as FlashAttention does, Dao et al. 2022;
@@ -209,8 +209,8 @@ def _norm_backward(heads, d, kept, scale):
     return d, d_scale, d_bias
 
 
-def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
-    *masks, dq_ref, dk_ref, dv_ref, dnorm_ref = rest
+def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
+    masks, d_refs, dnorm_ref = rest[: -4 + 2 * together], rest[-4 + 2 * together : -1], rest[-1]
     dtype = v_ref.dtype
     tiles = heads.tiles
 
@@ -244,8 +244,10 @@ def _backward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, do_ref, 
             for i, parts in enumerate([*d_query_norm, *d_key_norm]):
                 for tile, part in zip(tiles, parts):
                     dnorm_ref[0, i : i + 1, tile] += part
-        for ref, d in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
-            _write(ref, row, tiles, size, d)
+        for i, d in enumerate((dq, dk, dv)):
+            at = i * heads.lanes if together else 0
+            places = [slice(at + tile.start, at + tile.stop) for tile in tiles]
+            _write(d_refs[0 if together else i], row, places, size, d)
 
     _for_each_row(q_ref, masks, one_row)
 
@@ -261,27 +263,35 @@ class _Call:
     batch: tuple[str, ...]  # its axes that cut the leading axis
     cut_heads: str | None  # the axis that cuts the heads, or None
     causal: bool  # with ids: no position sees later ones
+    together: bool  # queries, keys and values are one array (`arranged`)
 
-    def _layout(self, q, masks):
-        batch, length, lanes = q.shape
-        heads = _heads_of_a_program(self.heads, lanes // self.heads)
-        rows = _rows_of_a_program(batch, length, heads.lanes, q.dtype.itemsize)
+    def _layout(self, given, masks):
+        batch, length, lanes = given[0].shape
+        heads = _heads_of_a_program(self.heads, lanes // (3 if self.together else 1) // self.heads)
+        rows = _rows_of_a_program(batch, length, heads.lanes, given[0].dtype.itemsize)
         grid = (self.heads // heads.count, batch // rows)
         block = pl.BlockSpec((rows, length, heads.lanes), lambda h, b: (b, 0, h))
+        parts = [block] * 3
+        if self.together:
+            parts = [
+                pl.BlockSpec(block.block_shape, lambda h, b, i=i: (b, 0, 3 * h + i))
+                for i in range(3)
+            ]
         norm = pl.BlockSpec((8, heads.lanes), lambda h, b: (0, 0))
         of_ids = [
             pl.BlockSpec((rows, length, 1), lambda h, b: (b, 0, 0)),
             pl.BlockSpec((rows, 1, length), lambda h, b: (b, 0, 0)),
         ]
         of_counts = [pl.BlockSpec(memory_space=pltpu.SMEM)]
-        return heads, grid, block, norm, {0: [], 1: of_counts, 2: of_ids}[len(masks)]
+        of_masks = {0: [], 1: of_counts, 2: of_ids}[len(masks)]
+        return heads, grid, block, parts, norm, of_masks
 
-    def _cost(self, q, products, arrays):
+    def _cost(self, like, products, arrays):
         """FLOPs and bytes as the compiler and `grain-jax plan` count them: products of all L x L scores."""
-        batch, length, lanes = q.shape
+        batch, length, lanes = like.shape
         return pl.CostEstimate(
             flops=2 * products * batch * lanes * length * length,
-            bytes_accessed=arrays * q.size * q.dtype.itemsize,
+            bytes_accessed=arrays * like.size * like.dtype.itemsize,
             transcendentals=batch * self.heads * length * length,
         )
 
@@ -291,39 +301,56 @@ class _Call:
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         )
 
-    def forward(self, q, k, v, norm, *masks):
-        """[B, L, lanes] each, norm float32 [8, lanes of a program], of one device -> [B, L, lanes]."""
-        heads, grid, block, of_norm, of_masks = self._layout(q, masks)
+    def _like(self, given):
+        """Of the queries alone, and of the result."""
+        *shape, lanes = given[0].shape
+        lanes = lanes // 3 if self.together else lanes
+        return jax.ShapeDtypeStruct((*shape, lanes), given[0].dtype)
+
+    def forward(self, *arrays):
+        """Of one device: [B, L, lanes] each or one, norm float32 [8, lanes of a program], masks -> [B, L, lanes]."""
+        given, norm, masks = self._split(arrays)
+        heads, grid, block, parts, of_norm, of_masks = self._layout(given, masks)
+        like = self._like(given)
         return pl.pallas_call(
             functools.partial(_forward_kernel, heads, self.eps, self.causal),
             grid=grid,
-            in_specs=[block, block, block, of_norm, *of_masks],
+            in_specs=[*parts, of_norm, *of_masks],
             out_specs=block,
-            out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+            out_shape=like,
             compiler_params=self._params(),
-            cost_estimate=self._cost(q, products=2, arrays=4),
+            cost_estimate=self._cost(like, products=2, arrays=4),
             interpret=self.interpret,
             name="attention_forward",
-        )(q, k, v, norm, *masks)
+        )(*(given * 3 if self.together else given), norm, *masks)
 
-    def backward(self, q, k, v, norm, do, *masks):
-        """As `forward`, and the gradient of its output -> gradients of q, k, v and of the norms, float32 [1, 8, lanes]."""
-        heads, grid, block, of_norm, of_masks = self._layout(q, masks)
-        like = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    def backward(self, do, *arrays):
+        """The gradient of the result, then as of `forward` -> gradients of what is given, and of the norms, [1, 8, lanes]."""
+        given, norm, masks = self._split(arrays)
+        heads, grid, block, parts, of_norm, of_masks = self._layout(given, masks)
+        like = self._like(given)
+        of_given = [block] * 3
+        if self.together:
+            rows, length, lanes = block.block_shape
+            of_given = [pl.BlockSpec((rows, length, 3 * lanes), lambda h, b: (b, 0, h))]
         return pl.pallas_call(
-            functools.partial(_backward_kernel, heads, self.eps, self.causal),
+            functools.partial(_backward_kernel, heads, self.eps, self.causal, self.together),
             grid=grid,
-            in_specs=[block, block, block, of_norm, block, *of_masks],
-            out_specs=[
-                *[block] * 3,
-                pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h)),
+            in_specs=[*parts, of_norm, block, *of_masks],
+            out_specs=[*of_given, pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h))],
+            out_shape=[
+                *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given),
+                jax.ShapeDtypeStruct((1, 8, like.shape[-1]), jnp.float32),
             ],
-            out_shape=[*[like] * 3, jax.ShapeDtypeStruct((1, 8, q.shape[-1]), jnp.float32)],
             compiler_params=self._params(),
-            cost_estimate=self._cost(q, products=5, arrays=7),
+            cost_estimate=self._cost(like, products=5, arrays=7),
             interpret=self.interpret,
             name="attention_backward",
-        )(q, k, v, norm, do, *masks)
+        )(*(given * 3 if self.together else given), norm, do, *masks)
+
+    def _split(self, arrays):
+        count = 1 if self.together else 3
+        return arrays[:count], arrays[count], arrays[count + 1 :]
 
     def on_each_device(self, function, cut: Sequence[str], results: Sequence[str]):
         """`function` on the shard of each device.
@@ -344,11 +371,38 @@ class _Call:
         )
 
 
+def _local_heads(heads: int) -> tuple[int, str | None]:
+    """The heads of one device on the mesh of `placement`, and the axis that cuts them, or None."""
+    mesh = placement.mesh()
+    if mesh is not None and "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0:
+        return heads // mesh.shape["tensor"], "tensor"
+    return heads, None
+
+
+def arranges(heads: int, width: int) -> bool:
+    """Whether queries, keys and values can be `arranged`: the heads of a program fill whole tiles."""
+    return _heads_of_a_program(_local_heads(heads)[0], width).lanes % TILE == 0
+
+
+def arranged(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """[..., heads * width] each -> [..., 3 * heads * width] as `attend` takes it: of each program queries, keys, values.
+
+    Matrices and biases that make queries, keys and values are arranged so that one product makes all.
+    """
+    lanes = _heads_of_a_program(_local_heads(heads)[0], q.shape[-1] // heads).lanes
+    parts = [x.reshape(*x.shape[:-1], -1, lanes) for x in (q, k, v)]
+    return jnp.stack(parts, -2).reshape(*q.shape[:-1], -1)
+
+
+def apart(qkv: jax.Array, heads: int) -> tuple[jax.Array, ...]:
+    """What is `arranged`, as queries, keys and values."""
+    lanes = _heads_of_a_program(_local_heads(heads)[0], qkv.shape[-1] // 3 // heads).lanes
+    parts = qkv.reshape(*qkv.shape[:-1], -1, 3, lanes)
+    return tuple(parts[..., i, :].reshape(*qkv.shape[:-1], -1) for i in range(3))
+
+
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
+    *given: jax.Array,
     heads: int,
     norms: tuple[jax.Array, ...] | None = None,
     eps: float | None = None,
@@ -359,7 +413,7 @@ def attend(
     """Softmax(q k^T / sqrt(width)) v of each head, on the mesh of `placement`.
 
     Args:
-      q, k, v: [B, L, heads * width], heads side by side.
+      given: queries, keys and values [B, L, heads * width], heads side by side; or one array of all (`arranged`).
       heads: their number.
       norms: scale and bias of the queries' LayerNorm, then of the keys', float32 [width] each; None: no norms.
       eps: of the norms.
@@ -368,45 +422,46 @@ def attend(
       count: int32 [B], at least 1, instead of ids: a position sees the first so many of its row.
 
     Returns:
-      [B, L, heads * width], of the dtype of v; behind the count anything finite, whose gradient must be 0.
+      [B, L, heads * width], of the dtype of the values; behind the count anything finite, whose gradient must be 0.
     """
-    mesh, local, cut_heads = placement.mesh(), heads, None
+    mesh, together = placement.mesh(), len(given) == 1
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if mesh is not None and "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0:
-        local, cut_heads = heads // mesh.shape["tensor"], "tensor"
+    local, cut_heads = _local_heads(heads)
     eps = None if norms is None else eps
-    call = _Call(local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads, causal)
-    width = q.shape[-1] // heads
-    together = _heads_of_a_program(local, width).count
+    call = _Call(
+        local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads, causal, together
+    )
+    width = given[0].shape[-1] // (3 if together else 1) // heads
+    count_of_program = _heads_of_a_program(local, width).count
     if norms is None:
-        rows = jnp.zeros((8, together * width), jnp.float32)
+        rows = jnp.zeros((8, count_of_program * width), jnp.float32)
     else:  # eight rows: float32 comes in registers of 8 x 128
-        rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, together)), ((0, 4), (0, 0)))
+        rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, count_of_program)), ((0, 4), (0, 0)))
     masks = () if count is None else (count,)
     if ids is not None:
         masks = ids[:, :, None], ids[:, None, :]
-    return _attend(call, q, k, v, rows, masks)
+    return _attend(call, given, rows, masks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, q, k, v, norm, masks):
-    return _attend_forward(call, q, k, v, norm, masks)[0]
+def _attend(call: _Call, given, norm, masks):
+    return _attend_forward(call, given, norm, masks)[0]
 
 
-def _attend_forward(call, q, k, v, norm, masks):
-    cut = ["both"] * 3 + [""] + ["batch"] * len(masks)
-    out = call.on_each_device(call.forward, cut, ["both"])(q, k, v, norm, *masks)
-    return out, (q, k, v, norm, masks)
+def _attend_forward(call, given, norm, masks):
+    cut = ["both"] * len(given) + [""] + ["batch"] * len(masks)
+    out = call.on_each_device(call.forward, cut, ["both"])(*given, norm, *masks)
+    return out, (given, norm, masks)
 
 
 def _attend_backward(call, kept, do):
-    q, k, v, norm, masks = kept
-    cut = ["both"] * 3 + ["", "both"] + ["batch"] * len(masks)
-    backward = call.on_each_device(call.backward, cut, ["both"] * 4)
-    dq, dk, dv, dnorm = backward(q, k, v, norm, do, *masks)
+    given, norm, masks = kept
+    cut = ["both"] * (1 + len(given)) + [""] + ["batch"] * len(masks)
+    backward = call.on_each_device(call.backward, cut, ["both"] * (len(given) + 1))
+    *d_given, dnorm = backward(do, *given, norm, *masks)
     # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
     dnorm = dnorm.sum(0).reshape(8, -1, norm.shape[1]).sum(1)
-    return dq, dk, dv, dnorm, tuple(None for _ in masks)
+    return tuple(d_given), dnorm, tuple(None for _ in masks)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -4,8 +4,10 @@ Every parameter names its logical axes (`config.sharding` maps them to mesh axes
 float32; activations have the module's `dtype`; softmax and norm statistics are float32.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from grain_jax.config import ImageTower, TextTower
+from grain_jax.config import ImageTower, Model, TextTower
+from grain_jax.core import errors
 from grain_jax.models import attention, placement, rotary
 
 Init: TypeAlias = Callable[..., Any]
@@ -177,6 +180,19 @@ def example_dropout(x, keys, site: int, rate: float):
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
+_apart: contextvars.ContextVar[bool] = contextvars.ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def maps_apart() -> Iterator[None]:
+    """Inside, each dense map is a call of its own module, to which others can add; none shares a product or a kernel."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 class Attention(nn.Module):
     """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
 
@@ -276,31 +292,39 @@ class Attention(nn.Module):
 
         A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
         """
+        from grain_jax.models import attention_kernel  # a fifth of a second to import
+
         heads, head_dim = self.heads, self.width // self.heads
         side_by_side = lambda name, **options: SideBySide(
             self.width, heads, self.dtype, bias_init=self.bias_init, name=name, **options
         )
-        q, k, v = (
-            checkpoint_name(
-                side_by_side(
-                    name, kernel_init=self.kernel_init, use_bias=name != "key" or self.key_bias
-                )(x),
-                "qkv",
+        maps = [
+            side_by_side(name, kernel_init=self.kernel_init, use_bias=use_bias)
+            for name, use_bias in (("query", True), ("key", self.key_bias), ("value", True))
+        ]
+        together = attention_kernel.arranges(heads, head_dim) and not _apart.get()
+        if together:  # one product reads x once
+            kernel, bias = (
+                attention_kernel.arranged(*parts, heads)
+                for parts in zip(*(one.parameters() for one in maps))
             )
-            for name in ("query", "key", "value")
-        )
+            qkv = [maps[0].product(x, kernel, bias)]
+        else:
+            qkv = [one(x) for one in maps]
+        qkv = [checkpoint_name(one, "qkv") for one in qkv]
         norms, eps = None, self.qk_norm_eps
         if self.rope is not None:  # it follows the norm, which is inside the kernel without it
+            q, k, v = attention_kernel.apart(qkv[0], heads) if together else qkv
             split = lambda x: x.reshape(*x.shape[:2], heads, head_dim)
             q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(turns, split(q), split(k)))
-            eps = None
+            qkv, eps = [q, k, v], None
         elif eps is not None:
             norms = tuple(
                 part
                 for name in ("query_norm", "key_norm")
                 for part in LayerNorm(eps, name=name).parameters(head_dim)
             )
-        out = attention.with_pallas(q, k, v, heads=heads, norms=norms, eps=eps, within=within)
+        out = attention.with_pallas(*qkv, heads=heads, norms=norms, eps=eps, within=within)
         return side_by_side("out", kernel_init=self.out_init, back=True)(out)
 
 
@@ -315,9 +339,18 @@ class SideBySide(nn.Module):
     back: bool = False  # the map that follows the heads, from them to the width
     use_bias: bool = True  # of the map to the heads
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E]."""
+        return self.product(x, *self.parameters())
+
+    @nn.nowrap
+    def product(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        """[..., E] -> [..., E*], by a matrix and a bias of the dtype."""
+        return jnp.einsum("...e,ef->...f", x.astype(self.dtype), kernel) + bias
+
+    @nn.compact
+    def parameters(self) -> tuple[jax.Array, jax.Array]:
+        """(matrix [E, E], bias [E]) of the dtype, for a product with others."""
         width, of_heads = self.width, (self.heads, self.width // self.heads)
         shape = (*of_heads, width) if self.back else (width, *of_heads)
         axes = ("heads", "head_dim", "width") if self.back else ("width", "heads", "head_dim")
@@ -332,10 +365,7 @@ class SideBySide(nn.Module):
             bias = parameter(self, "bias", as_matrix(self.bias_init, (width,)), axes[1:], of_heads)
         else:
             bias = jnp.zeros(width)
-        kernel, bias = (
-            a.astype(self.dtype) for a in (kernel.reshape(width, width), bias.reshape(-1))
-        )
-        return jnp.einsum("...e,ef->...f", x.astype(self.dtype), kernel) + bias
+        return kernel.reshape(width, width).astype(self.dtype), bias.reshape(-1).astype(self.dtype)
 
 
 class MLP(nn.Module):
@@ -388,6 +418,59 @@ class MLP(nn.Module):
         return nn.remat(from_hidden, prevent_cse=False)(self, *hidden)
 
 
+class FusedMLP(nn.Module):
+    """LayerNorm, `MLP` and residual by a kernel (mlp_kernel.py): x -> x + MLP(LayerNorm(x)); the parameters of `MLP`."""
+
+    width: int
+    mlp_dim: int
+    activation: str
+    in_init: Init
+    out_init: Init
+    in_bias_init: Init
+    out_bias_init: Init
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: tuple[jax.Array, jax.Array], eps: float) -> jax.Array:
+        """[B, L, E] -> [B, L, E]; `norm` has scale and bias, float32 [E]."""
+        from grain_jax.models import mlp_kernel  # a fifth of a second to import
+
+        w_in, b_in = Affine(
+            (self.width, self.mlp_dim), ("width", "mlp"), self.in_init, self.in_bias_init, name="in"
+        )()
+        w_out, b_out = Affine(
+            (self.mlp_dim, self.width),
+            ("mlp", "width"),
+            self.out_init,
+            self.out_bias_init,
+            name="out",
+        )()
+        weights = dict(w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
+        return mlp_kernel.half_layer(
+            x,
+            scale=norm[0],
+            bias=norm[1],
+            eps=eps,
+            activation=ACTIVATIONS[self.activation],
+            **weights,
+        )
+
+
+class Affine(nn.Module):
+    """The parameters of `dense` between two axes, for a program that has the product inside."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]  # logical axes
+    kernel_init: Init
+    bias_init: Init
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """(kernel, bias), float32."""
+        kernel = parameter(self, "kernel", self.kernel_init, self.axes, self.shape)
+        axis = "vector" if self.axes[1] == "width" else self.axes[1]
+        return kernel, parameter(self, "bias", self.bias_init, (axis,), self.shape[1:])
+
+
 class LayerInits(NamedTuple):
     """Initialisers of a `TowerLayer`; those of biases are functions of the size of the input."""
 
@@ -409,6 +492,7 @@ class TowerLayer(nn.Module):
     dtype: np.dtype  # of activations
     inits: LayerInits  # the initialisers
     program: str = "xla"  # as of `Attention`
+    mlp_program: str = "xla"  # or "pallas", of the half with the MLP (`choose_mlp`)
     qk_norm: bool = False  # whether the queries and keys of each head have a LayerNorm
     rope: rotary.Rope | None = None  # rotary positions
     key_bias: bool = True  # whether the projection to the keys has a bias
@@ -434,19 +518,19 @@ class TowerLayer(nn.Module):
             name="attention",
         )(y, y, y, mask, alone=alone, turns=turns)
         x = x + self._scaled("layer_scale_1", y)
-        y = LayerNorm(t.norm_eps, name="norm_2")(x)
-        y = MLP(
-            t.width,
-            t.mlp_dim,
-            t.activation,
-            self.dtype,
+        norm = LayerNorm(t.norm_eps, name="norm_2")
+        of_mlp: dict[str, Any] = dict(
             in_init=inits.mlp_in,
             out_init=inits.mlp_out,
             in_bias_init=inits.mlp_bias(t.width),
             out_bias_init=inits.mlp_bias(t.mlp_dim),
-            gated=self.gated,
             name="mlp",
-        )(y)
+        )
+        if self.mlp_program == "pallas":
+            fused = FusedMLP(t.width, t.mlp_dim, t.activation, **of_mlp)
+            return placement.by_batch(fused(x, norm.parameters(t.width), t.norm_eps)), None
+        mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, gated=self.gated, **of_mlp)
+        y = mlp(norm(x))
         return placement.by_batch(x + self._scaled("layer_scale_2", y)), None
 
     @nn.nowrap
@@ -455,6 +539,45 @@ class TowerLayer(nn.Module):
             return x
         init = nn.initializers.constant(self.layer_scale)
         return x * parameter(self, name, init, ("vector",), (x.shape[-1],)).astype(x.dtype)
+
+
+def choose_mlp(program: str, dtype: np.dtype, tower: ImageTower | TextTower) -> str:
+    """The program for the half of a tower's layer that has the MLP: "xla" or "pallas" (mlp_kernel.py).
+
+    "auto" takes the kernel in training on TPUs, in bfloat16, where the weights of a layer and their gradients fit into the
+    core's memory; it serves no gated MLP, no layer scale, no LoRA, and no mesh with a tensor axis.
+
+    Args:
+      program: `model.mlp`.
+      dtype: of the activations.
+      tower: its sizes.
+
+    Raises:
+      UserError: "pallas" of a tower that it does not serve.
+    """
+    mesh = placement.mesh()
+    cut = mesh is not None and mesh.shape.get("tensor", 1) > 1
+    served = not (cut or _apart.get()) and getattr(tower, "mlp", "plain") == "plain"
+    served = served and not getattr(tower, "layer_scale", False)
+    if program == "pallas" and not served:
+        raise errors.UserError(
+            "model.mlp: got pallas with a gated MLP, layer scale, LoRA or mesh.tensor above 1, expected auto or xla"
+        )
+    if program != "auto":
+        return program
+    if mesh is None or mesh.devices.flat[0].platform != "tpu" or not served:
+        return "xla"
+    from grain_jax.models import mlp_kernel
+
+    fits = mlp_kernel.fits(tower.width, tower.mlp_dim, mesh.devices.flat[0].device_kind)
+    return "pallas" if fits and dtype == jnp.bfloat16 else "xla"
+
+
+def mlp_of_towers(model: Model, dtype: str) -> str:
+    """The programs of `choose_mlp` of both towers in words, on the mesh of `placement`."""
+    towers = dict(image=model.image, text=model.text)
+    chosen = {name: choose_mlp(model.mlp, jnp.dtype(dtype), t) for name, t in towers.items()}
+    return attention.in_words(chosen)
 
 
 class AttentionPool(nn.Module):
@@ -492,11 +615,24 @@ class AttentionPool(nn.Module):
         return x[:, 0] if read is None else x
 
 
+UNROLLED = 24  # layers: the compile time grows with them
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "qkv": jax.checkpoint_policies.save_only_these_names("qkv"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def unrolled(tower: ImageTower | TextTower, remat: str, *programs: str) -> int:
+    """`unroll` of `scan_layers` for the layers of a tower whose parts have these programs.
+
+    Results of a kernel that the backward pass keeps are copied into the stack of a loop, and out of it: more traffic
+    with main memory than the layers have without (docs/scaling.md). XLA's own programs write into the stack.
+    """
+    if tower.unroll:
+        return tower.unroll
+    copies = remat == "none" and "pallas" in programs
+    return tower.depth if copies and tower.depth <= UNROLLED else 1
 
 
 def scan_layers(

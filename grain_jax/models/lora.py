@@ -147,7 +147,7 @@ def beside(lora: config_lib.Lora) -> Iterator[None]:
         return
     token = _scale.set(lora.scale)
     try:
-        with nn.intercept_methods(_add):
+        with layers.maps_apart(), nn.intercept_methods(_add):
             yield
     finally:
         _scale.reset(token)

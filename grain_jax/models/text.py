@@ -92,9 +92,14 @@ class TextTransformer(towers.TextTower):
             mask = attention.Within(jnp.where(unpadded(t, tokens, segments), segments, 0))
         if mask is not None and program == "xla":
             mask = mask.mask()  # once for all layers
+        mlp = layers.choose_mlp(self.mlp, self.dtype, t)
         blocks = layers.scan_layers(
-            layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
-        )(t, self.dtype, _inits(t), program, name="blocks")
+            layers.TowerLayer,
+            t.depth,
+            remat=self.remat,
+            unroll=layers.unrolled(t, self.remat, program, mlp),
+            in_axes=(nn.broadcast,),
+        )(t, self.dtype, _inits(t), program, mlp, name="blocks")
         x, _ = blocks(x, mask)
         return x.reshape(*shape, t.width)
 

@@ -36,12 +36,14 @@ class ImageTower(nn.Module):
       dtype: of activations.
       remat: what the backward pass keeps, "none" or a key of `layers.REMAT`.
       attention: `model.attention`; `layers.Attention` takes it.
+      mlp: `model.mlp`; `layers.TowerLayer` takes it.
     """
 
     config: config_lib.ImageTower
     dtype: np.dtype
     remat: str = "none"
     attention: str = "auto"
+    mlp: str = "auto"
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector an image, [B, E]. It needs `model.decoder=None` and `pool="none"`.
@@ -74,12 +76,14 @@ class TextTower(nn.Module):
       dtype: of activations.
       remat: as of `ImageTower`.
       attention: as of `ImageTower`.
+      mlp: as of `ImageTower`.
     """
 
     config: config_lib.TextTower
     dtype: np.dtype
     remat: str = "none"
     attention: str = "auto"
+    mlp: str = "auto"
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector a row, [G, rows, E], which is only projected. It is not packable.

@@ -141,6 +141,7 @@ class ImageTransformer(towers.ImageTower):
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
         program = "xla" if values else attention.choose(self.attention, self.dtype, t.heads)
+        mlp = "xla" if values else layers.choose_mlp(self.mlp, self.dtype, t)
         leading = self.leading_tokens(t)
         rope = rotary.of_tower(t, leading, 0 if places is not None else grid)
         inputs = self._inputs(image, places, rope, x.shape[1], program, values)
@@ -148,13 +149,14 @@ class ImageTransformer(towers.ImageTower):
             layers.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=t.unroll,
+            unroll=layers.unrolled(t, self.remat, program, mlp),
             in_axes=(nn.broadcast, 0 if values else nn.broadcast, nn.broadcast)[: len(inputs)],
         )(
             t,
             self.dtype,
             _inits(t),
             program,
+            mlp,
             t.qk_norm,
             rope=rope,
             key_bias=t.key_bias,

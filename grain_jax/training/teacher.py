@@ -127,7 +127,8 @@ def initial(config: Config, params: Any) -> Any:
 
 def _module(config: Config, model: config_lib.Model) -> grain.GRAIN:
     """The module of a teacher; the run says how attention is computed, and in which type."""
-    return grain.GRAIN(dataclasses.replace(model, attention=config.model.attention), config.dtype)
+    of_run = dict(attention=config.model.attention, mlp=config.model.mlp)
+    return grain.GRAIN(dataclasses.replace(model, **of_run), config.dtype)
 
 
 def _averaged(config: Config, params: Mapping[str, Any]) -> Mapping[str, Any]:

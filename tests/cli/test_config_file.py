@@ -89,7 +89,7 @@ def _show(capsys, *words):
 
 def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
     lines = _show(capsys, "train", "--help-config")
-    assert lines[0] == "186 config keys with their defaults; --config.KEY=VALUE sets one."
+    assert lines[0] == "187 config keys with their defaults; --config.KEY=VALUE sets one."
     assert "optim.learning_rate = 0.001  (float)" in lines
     place = lines.index("batch_size = 2048  (int, at least 1)")
     assert lines[place + 1] == "    images a step, over all devices"

@@ -432,6 +432,10 @@ ROW, ALL = 4 * 1024, 4 * 16 * 1024
         ("(f32[16,1024]{1,0:S(1)}, f32[16,1024]{1,0}, u32[]{:S(2)}) copy-start(%p)", ALL),
         ("((f32[16,1024]{1,0}), f32[1,1024]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p)", ROW),
         ('f32[16,1024]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        (
+            'f32[1024]{0} custom-call(%p, %p, %p), custom_call_target="tpu_custom_call"',
+            ALL + ROW,  # the kernel reads a part of %p each time
+        ),
         ("f32[16,1024]{1,0} all-reduce(%p), replica_groups={}, to_apply=%add", 2 * ALL),
     ],
 )

@@ -138,29 +138,34 @@ def _assert_near(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
 
 
-def _layer(program, heads, qk_norm):
-    init = layers.normal(0.3)
-    eps = 1e-6 if qk_norm else None
-    return layers.Attention(32, heads, jnp.dtype("float32"), init, init, init, eps, program=program)
+def _layer(program, heads, qk_norm, width=32):
+    init = layers.normal(0.3 if width == 32 else 0.05)
+    eps, dtype = 1e-6 if qk_norm else None, jnp.dtype("float32")
+    return layers.Attention(width, heads, dtype, init, init, init, eps, program=program)
 
 
 @pytest.mark.parametrize(
-    "mesh_shape,qk_norm",
+    "mesh_shape,qk_norm,width",
     [
-        (None, True),
-        ((2, 2, 2), True),
-        pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
-        ((1, 1, 8), False),
+        (None, True, 32),
+        (None, False, 256),
+        ((2, 2, 2), True, 32),
+        ((2, 2, 2), True, 256),
+        pytest.param((8, 1, 1), False, 256, marks=pytest.mark.slow),
+        ((1, 1, 8), False, 32),
     ],
 )
-def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
-    """The same parameters and their gradients; cut by a tensor axis where that divides the heads."""
+def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm, width):
+    """The same parameters and their gradients; cut by a tensor axis where that divides the heads.
+
+    At width 256 the kernel takes queries, keys and values as the result of one product.
+    """
     heads = 4
-    x = jax.random.normal(jax.random.key(0), (8, 10, 32))
+    x = jax.random.normal(jax.random.key(0), (8, 10, width))
     ids = jnp.sort(jax.random.randint(jax.random.key(1), (8, 10), 0, 3))
     within = None if qk_norm else attention.CausalWithin(ids)
     weight = jax.random.normal(jax.random.key(2), x.shape)
-    xla, pallas = (_layer(program, heads, qk_norm) for program in ("xla", "pallas"))
+    xla, pallas = (_layer(program, heads, qk_norm, width) for program in ("xla", "pallas"))
     mask = within and within.mask()
     params = jax.jit(lambda: xla.init(jax.random.key(3), x, x, x, mask))()
     again = jax.jit(lambda: pallas.init(jax.random.key(3), x, x, x, within))()
@@ -176,6 +181,32 @@ def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
         with placement.on(mesh, axes):
             got = _loss(pallas, within, weight)(params, x)
     _assert_near(got, expected)
+
+
+@pytest.mark.parametrize("heads,width", [(6, 64), (16, 8), (16, 88), (2, 128)])
+def test_one_array_is_the_same_as_three(heads, width):
+    """Values and gradients, up to rounding; it can be taken apart again."""
+    rng = np.random.default_rng(0)
+    given = tuple(jnp.asarray(rng.normal(size=(3, 2, 9, heads * width)), jnp.float32))
+    norms = tuple(rng.normal(size=(4, width)).astype(np.float32))
+    weight = rng.normal(size=given[0].shape)
+    kernel = lambda *arrays: attention.with_pallas(
+        *arrays, heads=heads, norms=norms, eps=1e-6, within=None
+    )
+
+    def together(*arrays):
+        return kernel(attention_kernel.arranged(*arrays, heads))
+
+    qkv = attention_kernel.arranged(*given, heads)
+    jax.tree.map(np.testing.assert_array_equal, attention_kernel.apart(qkv, heads), given)
+    expected = _with_gradients(kernel, given, weight)
+    assert _worst(_with_gradients(together, given, weight), expected) < 1e-6
+
+
+def test_heads_that_fill_no_tiles_stay_three_arrays():
+    assert not attention_kernel.arranges(6, 32) and attention_kernel.arranges(6, 64)
+    with placement.on(Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")), ("data",)):
+        assert not attention_kernel.arranges(4, 64)  # a head a device
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
 
 @pytest.mark.parametrize(
     "more",
-    [{}, dict(model__attention="pallas"), ROTARY],
+    [{}, dict(model__attention="pallas", model__image__width=128), ROTARY],
     ids=["xla", "pallas", "rotary"],
 )
 def test_folded_in_is_beside(more):
