@@ -270,13 +270,12 @@ class _Call:
         heads = _heads_of_a_program(self.heads, lanes // (3 if self.together else 1) // self.heads)
         rows = _rows_of_a_program(batch, length, heads.lanes, given[0].dtype.itemsize)
         grid = (self.heads // heads.count, batch // rows)
-        block = pl.BlockSpec((rows, length, heads.lanes), lambda h, b: (b, 0, h))
-        parts = [block] * 3
+        of = lambda lanes, at: pl.BlockSpec((rows, length, lanes), at)
+        block = of(heads.lanes, lambda h, b: (b, 0, h))
+        parts = gradients = [block] * 3
         if self.together:
-            parts = [
-                pl.BlockSpec(block.block_shape, lambda h, b, i=i: (b, 0, 3 * h + i))
-                for i in range(3)
-            ]
+            parts = [of(heads.lanes, lambda h, b, i=i: (b, 0, 3 * h + i)) for i in range(3)]
+            gradients = [of(3 * heads.lanes, lambda h, b: (b, 0, h))]
         norm = pl.BlockSpec((8, heads.lanes), lambda h, b: (0, 0))
         of_ids = [
             pl.BlockSpec((rows, length, 1), lambda h, b: (b, 0, 0)),
@@ -284,7 +283,7 @@ class _Call:
         ]
         of_counts = [pl.BlockSpec(memory_space=pltpu.SMEM)]
         of_masks = {0: [], 1: of_counts, 2: of_ids}[len(masks)]
-        return heads, grid, block, parts, norm, of_masks
+        return heads, grid, block, parts, gradients, norm, of_masks
 
     def _cost(self, like, products, arrays):
         """FLOPs and bytes as the compiler and `grain-jax plan` count them: products of all L x L scores."""
@@ -310,7 +309,7 @@ class _Call:
     def forward(self, *arrays):
         """Of one device: [B, L, lanes] each or one, norm float32 [8, lanes of a program], masks -> [B, L, lanes]."""
         given, norm, masks = self._split(arrays)
-        heads, grid, block, parts, of_norm, of_masks = self._layout(given, masks)
+        heads, grid, block, parts, _, of_norm, of_masks = self._layout(given, masks)
         like = self._like(given)
         return pl.pallas_call(
             functools.partial(_forward_kernel, heads, self.eps, self.causal),
@@ -327,17 +326,13 @@ class _Call:
     def backward(self, do, *arrays):
         """The gradient of the result, then as of `forward` -> gradients of what is given, and of the norms, [1, 8, lanes]."""
         given, norm, masks = self._split(arrays)
-        heads, grid, block, parts, of_norm, of_masks = self._layout(given, masks)
+        heads, grid, block, parts, gradients, of_norm, of_masks = self._layout(given, masks)
         like = self._like(given)
-        of_given = [block] * 3
-        if self.together:
-            rows, length, lanes = block.block_shape
-            of_given = [pl.BlockSpec((rows, length, 3 * lanes), lambda h, b: (b, 0, h))]
         return pl.pallas_call(
             functools.partial(_backward_kernel, heads, self.eps, self.causal, self.together),
             grid=grid,
             in_specs=[*parts, of_norm, block, *of_masks],
-            out_specs=[*of_given, pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h))],
+            out_specs=[*gradients, pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h))],
             out_shape=[
                 *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given),
                 jax.ShapeDtypeStruct((1, 8, like.shape[-1]), jnp.float32),

@@ -305,8 +305,8 @@ class Attention(nn.Module):
         together = attention_kernel.arranges(heads, head_dim) and not _apart.get()
         if together:  # one product reads x once
             kernel, bias = (
-                attention_kernel.arranged(*parts, heads)
-                for parts in zip(*(one.parameters() for one in maps))
+                attention_kernel.arranged(q, k, v, heads)
+                for q, k, v in zip(*(one.parameters() for one in maps))
             )
             qkv = [maps[0].product(x, kernel, bias)]
         else:
