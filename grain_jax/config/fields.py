@@ -145,7 +145,7 @@ class ImageTower:
     # "trunc_normal" (0.02, zero biases) or "torch" (as the reference, quirk 13).
     block_init: str = key("trunc_normal", choices=("trunc_normal", "torch"))
     # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU). 0: all of up to 24 where a
-    # Pallas kernel writes what the backward pass keeps, since a loop would copy it; else 1.
+    # Pallas kernel writes what the backward pass keeps, since a loop would copy it, and mesh.fsdp is 1; else 1.
     unroll: int = count(0, high=DEEPEST)
     class_token: bool = key(True)  # a learned token before the patches
     patch_bias: bool = key(True)  # a bias in the projection of the patches
@@ -352,7 +352,7 @@ class Model:
     # kernel on TPUs, cuDNN on CUDA in bfloat16, else XLA's.
     attention: str = key("auto", choices=ATTENTIONS, role="free")
     # The program of norm, MLP and residual of the layers of the towers, likewise. "auto": a Pallas kernel on TPUs whose
-    # memory holds the weights of a layer, else XLA's.
+    # memory holds the weights of a layer, with mesh.fsdp=1, else XLA's.
     mlp: str = key("auto", choices=MLP_PROGRAMS, role="free")
 
 

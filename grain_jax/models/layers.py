@@ -545,7 +545,8 @@ def choose_mlp(program: str, dtype: np.dtype, tower: ImageTower | TextTower) -> 
     """The program for the half of a tower's layer that has the MLP: "xla" or "pallas" (mlp_kernel.py).
 
     "auto" takes the kernel in training on TPUs, in bfloat16, where the weights of a layer and their gradients fit into the
-    core's memory; it serves no gated MLP, no layer scale, no LoRA, and no mesh with a tensor axis.
+    core's memory and are not cut over fsdp: a gather of the next layer does not run beside a kernel. It serves no gated
+    MLP, no layer scale, no LoRA, and no mesh with a tensor axis.
 
     Args:
       program: `model.mlp`.
@@ -565,7 +566,7 @@ def choose_mlp(program: str, dtype: np.dtype, tower: ImageTower | TextTower) -> 
         )
     if program != "auto":
         return program
-    if mesh is None or mesh.devices.flat[0].platform != "tpu" or not served:
+    if mesh is None or mesh.devices.flat[0].platform != "tpu" or not served or _gathered():
         return "xla"
     from grain_jax.models import mlp_kernel
 
@@ -623,15 +624,22 @@ REMAT = {
 }
 
 
+def _gathered() -> bool:
+    """Whether each layer gathers its weights over fsdp."""
+    mesh = placement.mesh()
+    return mesh is not None and mesh.shape.get("fsdp", 1) > 1
+
+
 def unrolled(tower: ImageTower | TextTower, remat: str, *programs: str) -> int:
     """`unroll` of `scan_layers` for the layers of a tower whose parts have these programs.
 
     Results of a kernel that the backward pass keeps are copied into the stack of a loop, and out of it: more traffic
-    with main memory than the layers have without (docs/scaling.md). XLA's own programs write into the stack.
+    with main memory than the layers have without (docs/scaling.md). XLA's own programs write into the stack. With fsdp
+    the loop stays: more gathers run beside work in it.
     """
     if tower.unroll:
         return tower.unroll
-    copies = remat == "none" and "pallas" in programs
+    copies = remat == "none" and "pallas" in programs and not _gathered()
     return tower.depth if copies and tower.depth <= UNROLLED else 1
 
 

@@ -148,3 +148,5 @@ def test_kernels_whose_results_are_kept_stand_in_no_loop():
     assert of(deep(12), "none", "xla", "xla") == of(deep(12), "full", "pallas", "pallas") == 1
     assert of(deep(32), "none", "pallas", "pallas") == 1
     assert of(deep(12, 3), "none", "pallas", "pallas") == 3
+    with placement.on(Mesh(np.array(jax.devices()).reshape(2, 4), AXES), AXES):  # gathers
+        assert of(deep(12), "none", "pallas", "pallas") == 1
