@@ -1,13 +1,15 @@
 """The sixth design of `benchmarks.claim` on made-up results: arms, the plan, its tables; and one tiny run."""
 
 import argparse
+import statistics
 import sys
 
 import pytest
 
 from benchmarks.claim import __main__ as claim
-from benchmarks.claim import dense, design, results, shapes
+from benchmarks.claim import compared, dense, design, results, schedule, shapes
 from grain_jax import config as config_lib
+from tests import paths
 
 FEW = dict(genera=2, species_per_genus=2, held_out_genera=2, held_out_species_per_genus=2)
 FEW |= dict(images=128, seen_per_species=2, unseen_per_species=2, test_images=16, parts_changed=8)
@@ -68,9 +70,30 @@ def test_the_table_and_the_report(tmp_path, monkeypatch, capsys):
     assert "--clothes: got it with --design 6" in capsys.readouterr().err
 
 
-def test_the_settings_are_those_of_the_table():
+def test_figures_of_the_page_are_those_of_the_stored_results():
+    """The rows of the sixth design in docs/claim.md: means of three seeds."""
     found = shapes.read(shapes.TABLE)
-    assert all(results.run_of(made).name == name for name, made in found.items())
+    studies = shapes.plan(found, shapes.STEPS)
+    groups = {
+        (study, arm): rows
+        for study, runs in studies.items()
+        for arm, rows in compared.grouped(runs, found).items()
+    }
+    page = (paths.ROOT / "docs/claim.md").read_text().split("## The sixth design")[1]
+    lines = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    arms = [("equal steps", arm) for arm in shapes.ARMS] + [("equal FLOPs", shapes.KEEP)]
+    for (study, arm), line in zip(arms, lines, strict=True):
+        rows = groups[study, arm]
+        assert len(rows) == 3
+        mean = lambda key, rows=rows: statistics.fmean(100 * row[key] for row in rows)
+        both = ("retrieval_test/image_to_text/r1", "retrieval_test/text_to_image/r1")
+        unseen = statistics.fmean(100 * schedule.by_description(row, "test") for row in rows)
+        expected = [f"{mean(key):.1f}" for key in ("parts/miou", "parts_both/miou")]
+        expected += [f"{unseen:.1f}", f"{mean('seen_test/alpha_1.0/top1'):.1f}"]
+        expected += [" / ".join(f"{mean(key):.1f}" for key in both)]
+        expected += [f"{mean('grounding/box_iou') / 100:.3f}"]
+        expected += [f"{mean('grounding/region_to_description_r1'):.1f}"]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == expected, arm
 
 
 @pytest.mark.slow
