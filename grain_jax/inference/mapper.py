@@ -322,7 +322,13 @@ class Mapper:
 
 
 def _around(rows: int, columns: int, sides: Sequence[int]) -> np.ndarray:
-    """Boxes around each patch of a grid, so many patches wide, float32 xyxy [S * rows * columns, 4], cut at the image."""
+    """Boxes around each patch of a grid, so many patches wide, float32 xyxy [S * rows * columns, 4], cut at the image.
+
+    Raises:
+      InputError: there are no `sides`, or one is below 1.
+    """
+    if min(sides, default=0) < 1:
+        raise InputError(f"sides: got {tuple(sides)}, expected numbers of patches, 1 or more")
     y, x = np.divmod(np.arange(rows * columns), columns)
     middle = np.stack([x, y], axis=1) + 0.5
     half = np.array(sides)[:, None, None] / 2
