@@ -9,6 +9,7 @@ anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -82,6 +83,10 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
     """
     start = time.monotonic()
     target = epath.Path(args.output) / args.name / example.VERSION
+    if (
+        importlib.util.find_spec("tensorflow_datasets") is None
+    ):  # said before a check that may take hours
+        raise BuildError("grain-jax build needs tensorflow_datasets: pip install 'grain_jax[data]'")
     _check_places(args)
     with contextlib.ExitStack() as stack:
         stack.enter_context(staging.locked(target))

@@ -126,7 +126,9 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
     patches = predictor.encode_patches(PICTURES[:1], sides=(1, 3))
     np.testing.assert_allclose(patches[0, 1, 3], mean, atol=3e-6)
     for wrong in ((), (2, 0)):
-        with pytest.raises(inference.InputError, match="sides: got .* expected numbers of patches, 1 or more"):
+        with pytest.raises(
+            inference.InputError, match="sides: got .* expected numbers of patches, 1 or more"
+        ):
             predictor.encode_patches(PICTURES[:1], sides=wrong)
     regions = predictor.encode_regions(PICTURES[:1])
     of_regions = scores.region_map(text @ regions.embed[0].T, regions.boxes_xyxy[0], 5)
