@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grain_jax import __version__
-from grain_jax.cli import process
+from grain_jax.cli import huge_pages, process
 from grain_jax.cli.parser import Command, Parser
 from grain_jax.core import nearest
 
@@ -62,6 +62,8 @@ def parsers() -> dict[str, Parser]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`grain-jax SUB ...`; exits with the command's status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and words:
+        huge_pages.ask(words[0])
     if "" not in sys.path:  # the folder that it is started in
         sys.path.append("")  # last: `module:Name` of a user is found, and hides nothing
     process.run(lambda given: _main(given or []), words)
