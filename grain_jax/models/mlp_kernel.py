@@ -128,7 +128,7 @@ class _Call:
     mesh: Mesh | None  # of the devices; None: one
     batch: tuple[str, ...]  # its axes that cut the leading axis
 
-    def _layout(self, x, mlp_dim):
+    def _layout(self, x):
         batch, length, width = x.shape
         fit = max(1, BLOCK_BYTES // (length * width * x.dtype.itemsize))
         rows = max(n for n in range(1, min(MOST_ROWS, fit) + 1) if batch % n == 0)
@@ -158,7 +158,7 @@ class _Call:
     def forward(self, x, vectors, bias, w_in, w_out):
         """Of one device: x [B, L, E], float32 vectors [8, E] and bias [8, H], weights -> (result, hidden values)."""
         width, mlp_dim = w_in.shape
-        grid, block, whole = self._layout(x, mlp_dim)
+        grid, block, whole = self._layout(x)
         return pl.pallas_call(
             functools.partial(_forward_kernel, self.eps, self.activation),
             grid=grid,
@@ -181,7 +181,7 @@ class _Call:
     def backward(self, x, vectors, w_in, w_out, hidden, dy):
         """Gradients of x, vectors, bias and weights; all but the first with a leading axis for the devices."""
         width, mlp_dim = w_in.shape
-        grid, block, whole = self._layout(x, mlp_dim)
+        grid, block, whole = self._layout(x)
         shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
         return pl.pallas_call(
             functools.partial(_backward_kernel, self.eps, self.activation),
