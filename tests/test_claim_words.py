@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import sys
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from benchmarks.claim import __main__ as claim
 from benchmarks.claim import (
+    compared,
     data,
     dense,
+    dense_plan,
     design,
     results,
     words,
@@ -28,6 +31,7 @@ from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import total as losses
+from tests import paths
 
 FEW = dict(genera=2, species_per_genus=2, held_out_genera=2, held_out_species_per_genus=2)
 FEW |= dict(seen_per_species=2, unseen_per_species=2, test_images=16, parts_changed=8)
@@ -260,7 +264,27 @@ def test_the_table_and_the_report(tmp_path, monkeypatch, capsys):
     results.append(table, row(words.run_of("grain", 5), settings="x"), words_study.COLUMNS)
     with pytest.raises(results.ClaimError, match="of other settings than benchmarks/claim/words"):
         words_study.read(table)
-    assert words_study.read(results.TABLES / "words.tsv") == {}
+
+
+def test_figures_of_the_page_are_those_of_the_stored_results():
+    """The rows of the fifth design in docs/claim.md: means of three seeds, harder poses."""
+    found = words_study.read(words_study.TABLE)
+    page = (paths.ROOT / "docs/claim.md").read_text().split("## The fifth design")[1]
+    lines = [line for line in page.split("* **Data**")[0].splitlines() if line.startswith("| ")]
+    for arm, line in zip(words.ARMS, lines[1:], strict=True):
+        rows = dense_plan.of_arm(found, arm, words.STEPS, words.POSES)
+        assert len(rows) == 3
+        of = lambda key, rows=rows: compared.values(rows, words_report.MEASURES[key]).values()
+        keys = (
+            ("retrieval to text", "retrieval to image"),
+            ("reranked to text", "reranked to image"),
+        )
+        keys += tuple((key,) for key in ("point", "exact", "unseen", "miou"))
+        expected = [
+            " / ".join(f"{statistics.fmean(of(key)):.1f}" for key in group if of(key))
+            for group in keys
+        ]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == expected, arm
 
 
 @pytest.mark.parametrize("arm", ["grain", "grain+3", "clip", "clip+stop"])
