@@ -83,9 +83,8 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
     """
     start = time.monotonic()
     target = epath.Path(args.output) / args.name / example.VERSION
-    if (
-        importlib.util.find_spec("tensorflow_datasets") is None
-    ):  # said before a check that may take hours
+    # Said before a check that may take hours.
+    if importlib.util.find_spec("tensorflow_datasets") is None:
         raise BuildError("grain-jax build needs tensorflow_datasets: pip install 'grain_jax[data]'")
     _check_places(args)
     with contextlib.ExitStack() as stack:

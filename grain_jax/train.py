@@ -34,7 +34,7 @@ from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
 from grain_jax.input_pipeline import derived, device, order, sources, text_cleaning, tokenizer
 from grain_jax.losses import total
-from grain_jax.models import attention, grain, layers, lora, placement
+from grain_jax.models import attention, grain, lora, placement
 from grain_jax.report import figures, page
 from grain_jax.runtime import (
     checkpoint,
@@ -367,9 +367,8 @@ def compile_steps(run: SetUp, program: train_step.Program, records: "Records", s
                 measured |= {name for found in shapes for name in found}
             schedule.check_best_metric(run.config, measured)
         step_fns = {key: one.compile() for key, one in lowered.items()}
-    with placement.on(run.mesh, sharding.BATCH_AXES), lora.beside(run.config.optim.lora):
-        given = run.config.model, run.config.dtype
-        programs = f"{attention.of_towers(*given)}, MLP: {layers.mlp_of_towers(*given)}"
+    with placement.on(run.mesh, sharding.BATCH_AXES):
+        programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
     several = f"{len(step_fns)} programs, " if len(step_fns) > 1 else ""
     records.say(f"{several}compiled in {took}; attention of the towers: {programs}")

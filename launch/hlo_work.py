@@ -133,9 +133,8 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
     if opcode in hlo.FREE or instruction.target in hlo.FREE_CALLS:
         return 0.0
     names = instruction.operands
-    if (
-        instruction.target == "tpu_custom_call"
-    ):  # a kernel that is given an array twice reads a part each time
+    # A kernel that is given an array twice reads a part of it each time.
+    if instruction.target == "tpu_custom_call":
         names = tuple(dict.fromkeys(names))
     operands = [computation.instructions[n].shapes for n in names]
     inputs = [s for shapes in operands for s in shapes]

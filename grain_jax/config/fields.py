@@ -352,7 +352,7 @@ class Model:
     # kernel on TPUs, cuDNN on CUDA in bfloat16, else XLA's.
     attention: str = key("auto", choices=ATTENTIONS, role="free")
     # The program of norm, MLP and residual of the layers of the towers, likewise. "auto": a Pallas kernel on TPUs whose
-    # memory holds the weights of a layer, with mesh.fsdp=1, else XLA's.
+    # memory holds the weights of a layer, with remat=none and mesh.fsdp=1, else XLA's.
     mlp: str = key("auto", choices=MLP_PROGRAMS, role="free")
 
 

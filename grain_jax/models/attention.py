@@ -9,7 +9,6 @@
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -75,13 +74,9 @@ def choose(attention: str, dtype: np.dtype, heads: int) -> str:
 def of_towers(model: config_lib.Model, dtype: str) -> str:
     """The programs of both towers in words, on the mesh of `placement`."""
     towers = (("image", model.image), ("text", model.text))
-    return in_words({n: choose(model.attention, jnp.dtype(dtype), t.heads) for n, t in towers})
-
-
-def in_words(chosen: Mapping[str, str]) -> str:
-    """Programs by tower: "pallas", or where they differ "pallas (image tower), xla (text tower)"."""
+    chosen = {n: choose(model.attention, jnp.dtype(dtype), t.heads) for n, t in towers}
     if len(set(chosen.values())) == 1:
-        return next(iter(chosen.values()))
+        return chosen["image"]
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
 
 

@@ -1,8 +1,8 @@
 """Self-attention as a Pallas TPU kernel, forward and backward: the scores of a head stay in VMEM.
 
 Queries, keys and values are [B, L, heads * width] with the heads side by side, so that no head is padded to the 128
-lanes of a register; or one array, the result of one product (`arranged`). A program has a few heads (a multiple of 128 lanes where the widths allow it) of a few rows of
-the batch. It works on tiles of 128 lanes: a head that shares a tile with others reads it through a mask, which costs
+lanes of a register; or one array, the result of one product (`arranged`). A program has a few heads (a multiple of 128
+lanes where the widths allow it) of a few rows of the batch. It works on tiles of 128 lanes: a head that shares a tile with others reads it through a mask, which costs
 no extra pass of the matrix unit, since that has 128 lanes as well. LayerNorm of queries and keys is inside. The
 backward pass keeps the inputs alone and computes norms and weights again (as FlashAttention does, Dao et al. 2022;
 whole rows of scores fit into VMEM here, so no softmax is pieced together). Of a row whose first positions alone are
@@ -210,7 +210,9 @@ def _norm_backward(heads, d, kept, scale):
 
 
 def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
-    masks, d_refs, dnorm_ref = rest[: -4 + 2 * together], rest[-4 + 2 * together : -1], rest[-1]
+    *rest, dnorm_ref = rest
+    results = 1 if together else 3  # gradients of queries, keys and values
+    masks, d_refs = rest[:-results], rest[-results:]
     dtype = v_ref.dtype
     tiles = heads.tiles
 

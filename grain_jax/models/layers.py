@@ -4,10 +4,8 @@ Every parameter names its logical axes (`config.sharding` maps them to mesh axes
 float32; activations have the module's `dtype`; softmax and norm statistics are float32.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
@@ -16,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from grain_jax.config import ImageTower, Model, TextTower
-from grain_jax.core import errors
-from grain_jax.models import attention, placement, rotary
+from grain_jax.config import ImageTower, TextTower
+from grain_jax.models import attention, placement, programs, rotary
 
 Init: TypeAlias = Callable[..., Any]
 zeros = nn.initializers.zeros_init()
@@ -180,19 +177,6 @@ def example_dropout(x, keys, site: int, rate: float):
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-_apart: contextvars.ContextVar[bool] = contextvars.ContextVar("apart", default=False)
-
-
-@contextlib.contextmanager
-def maps_apart() -> Iterator[None]:
-    """Inside, each dense map is a call of its own module, to which others can add; none shares a product or a kernel."""
-    token = _apart.set(True)
-    try:
-        yield
-    finally:
-        _apart.reset(token)
-
-
 class Attention(nn.Module):
     """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
 
@@ -302,7 +286,7 @@ class Attention(nn.Module):
             side_by_side(name, kernel_init=self.kernel_init, use_bias=use_bias)
             for name, use_bias in (("query", True), ("key", self.key_bias), ("value", True))
         ]
-        together = attention_kernel.arranges(heads, head_dim) and not _apart.get()
+        together = attention_kernel.arranges(heads, head_dim) and not programs.are_apart()
         if together:  # one product reads x once
             kernel, bias = (
                 attention_kernel.arranged(q, k, v, heads)
@@ -492,7 +476,7 @@ class TowerLayer(nn.Module):
     dtype: np.dtype  # of activations
     inits: LayerInits  # the initialisers
     program: str = "xla"  # as of `Attention`
-    mlp_program: str = "xla"  # or "pallas", of the half with the MLP (`choose_mlp`)
+    mlp_program: str = "xla"  # or "pallas", of the half with the MLP (`programs.of_mlp`)
     qk_norm: bool = False  # whether the queries and keys of each head have a LayerNorm
     rope: rotary.Rope | None = None  # rotary positions
     key_bias: bool = True  # whether the projection to the keys has a bias
@@ -541,46 +525,6 @@ class TowerLayer(nn.Module):
         return x * parameter(self, name, init, ("vector",), (x.shape[-1],)).astype(x.dtype)
 
 
-def choose_mlp(program: str, dtype: np.dtype, tower: ImageTower | TextTower) -> str:
-    """The program for the half of a tower's layer that has the MLP: "xla" or "pallas" (mlp_kernel.py).
-
-    "auto" takes the kernel in training on TPUs, in bfloat16, where the weights of a layer and their gradients fit into the
-    core's memory and are not cut over fsdp: a gather of the next layer does not run beside a kernel. It serves no gated
-    MLP, no layer scale, no LoRA, and no mesh with a tensor axis.
-
-    Args:
-      program: `model.mlp`.
-      dtype: of the activations.
-      tower: its sizes.
-
-    Raises:
-      UserError: "pallas" of a tower that it does not serve.
-    """
-    mesh = placement.mesh()
-    cut = mesh is not None and mesh.shape.get("tensor", 1) > 1
-    served = not (cut or _apart.get()) and getattr(tower, "mlp", "plain") == "plain"
-    served = served and not getattr(tower, "layer_scale", False)
-    if program == "pallas" and not served:
-        raise errors.UserError(
-            "model.mlp: got pallas with a gated MLP, layer scale, LoRA or mesh.tensor above 1, expected auto or xla"
-        )
-    if program != "auto":
-        return program
-    if mesh is None or mesh.devices.flat[0].platform != "tpu" or not served or _gathered():
-        return "xla"
-    from grain_jax.models import mlp_kernel
-
-    fits = mlp_kernel.fits(tower.width, tower.mlp_dim, mesh.devices.flat[0].device_kind)
-    return "pallas" if fits and dtype == jnp.bfloat16 else "xla"
-
-
-def mlp_of_towers(model: Model, dtype: str) -> str:
-    """The programs of `choose_mlp` of both towers in words, on the mesh of `placement`."""
-    towers = dict(image=model.image, text=model.text)
-    chosen = {name: choose_mlp(model.mlp, jnp.dtype(dtype), t) for name, t in towers.items()}
-    return attention.in_words(chosen)
-
-
 class AttentionPool(nn.Module):
     """One learned query attends to all tokens: the MAP head of SigLIP and big_vision (Zhai et al. 2022)."""
 
@@ -616,31 +560,11 @@ class AttentionPool(nn.Module):
         return x[:, 0] if read is None else x
 
 
-UNROLLED = 24  # layers: the compile time grows with them
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "qkv": jax.checkpoint_policies.save_only_these_names("qkv"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-def _gathered() -> bool:
-    """Whether each layer gathers its weights over fsdp."""
-    mesh = placement.mesh()
-    return mesh is not None and mesh.shape.get("fsdp", 1) > 1
-
-
-def unrolled(tower: ImageTower | TextTower, remat: str, *programs: str) -> int:
-    """`unroll` of `scan_layers` for the layers of a tower whose parts have these programs.
-
-    Results of a kernel that the backward pass keeps are copied into the stack of a loop, and out of it: more traffic
-    with main memory than the layers have without (docs/scaling.md). XLA's own programs write into the stack. With fsdp
-    the loop stays: more gathers run beside work in it.
-    """
-    if tower.unroll:
-        return tower.unroll
-    copies = remat == "none" and "pallas" in programs and not _gathered()
-    return tower.depth if copies and tower.depth <= UNROLLED else 1
 
 
 def scan_layers(

@@ -19,7 +19,7 @@ from flax.linen import dtypes
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, low_rank, named
-from grain_jax.models import grain, layers
+from grain_jax.models import grain, layers, programs
 
 _scale: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=0.0)
 
@@ -147,7 +147,7 @@ def beside(lora: config_lib.Lora) -> Iterator[None]:
         return
     token = _scale.set(lora.scale)
     try:
-        with layers.maps_apart(), nn.intercept_methods(_add):
+        with programs.maps_apart(), nn.intercept_methods(_add):
             yield
     finally:
         _scale.reset(token)

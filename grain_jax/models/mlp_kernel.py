@@ -27,16 +27,22 @@ CHUNK = 1024  # hidden values that are worked on at a time, at most
 BLOCK_BYTES = 2**20  # of the input of one program
 MOST_ROWS = 8  # of the batch, in one program
 
-# MiB of VMEM by `jax.Device.device_kind`, of chips whose devices have one core: the gradients are summed by one.
-VMEM = {"TPU v5 lite": 128, "TPU v6 lite": 128, "TPU7x": 64}
+# Bytes of VMEM that a program may take, by `jax.Device.device_kind`, of chips whose devices have one core: the gradients
+# are summed by one. 5/6 of what there is, and at most VMEM_BYTES.
+VMEM = {"TPU v5 lite": VMEM_BYTES, "TPU v6 lite": VMEM_BYTES, "TPU7x": 53 * 2**20}
 
 Activation = Callable[[jax.Array], jax.Array]
 
 
-def fits(width: int, mlp_dim: int, device_kind: str) -> bool:
-    """Whether a layer's weights and gradients in bfloat16, and their sums, fill at most 5/8 of the VMEM of a device."""
-    needed = 2 * width * mlp_dim * (2 + 2 + 4)
-    return needed <= 0.625 * VMEM.get(device_kind, 0) * 2**20
+def fits(width: int, mlp_dim: int, length: int, device_kind: str) -> bool:
+    """Whether the backward program fits into the memory of a core, in bfloat16, by an estimate.
+
+    The weights, their gradients and the sums of these take 8 bytes a weight. A row of `length` positions takes two buffers
+    of input, result and gradients, twice the hidden values, and float32 values of a chunk: the factors are of compiles for
+    v5e. B/16 compiles with 1400 positions and not with 2048, L/14 with 600.
+    """
+    of_row = length * (24 * width + 4 * mlp_dim + 16 * CHUNK)
+    return 16 * width * mlp_dim + of_row <= VMEM.get(device_kind, 0)
 
 
 def _dot(a, b, contract):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.models import attention, layers, placement, towers
+from grain_jax.models import attention, layers, placement, programs, towers
 
 
 def _inits(tower: config_lib.TextTower) -> layers.LayerInits:
@@ -92,12 +92,12 @@ class TextTransformer(towers.TextTower):
             mask = attention.Within(jnp.where(unpadded(t, tokens, segments), segments, 0))
         if mask is not None and program == "xla":
             mask = mask.mask()  # once for all layers
-        mlp = layers.choose_mlp(self.mlp, self.dtype, t)
+        mlp = programs.of_mlp(self.mlp, self.dtype, t, length=shape[-1], remat=self.remat)
         blocks = layers.scan_layers(
             layers.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=layers.unrolled(t, self.remat, program, mlp),
+            unroll=programs.unrolled(t, self.remat, program, mlp),
             in_axes=(nn.broadcast,),
         )(t, self.dtype, _inits(t), program, mlp, name="blocks")
         x, _ = blocks(x, mask)

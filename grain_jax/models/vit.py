@@ -11,7 +11,7 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, schema
-from grain_jax.models import attention, layers, placement, rotary, towers
+from grain_jax.models import attention, layers, placement, programs, rotary, towers
 from grain_jax.models import places as places_lib
 from grain_jax.models.places import Places
 
@@ -141,7 +141,9 @@ class ImageTransformer(towers.ImageTower):
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
         program = "xla" if values else attention.choose(self.attention, self.dtype, t.heads)
-        mlp = "xla" if values else layers.choose_mlp(self.mlp, self.dtype, t)
+        mlp = "xla"
+        if not values:
+            mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
         leading = self.leading_tokens(t)
         rope = rotary.of_tower(t, leading, 0 if places is not None else grid)
         inputs = self._inputs(image, places, rope, x.shape[1], program, values)
@@ -149,7 +151,7 @@ class ImageTransformer(towers.ImageTower):
             layers.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=layers.unrolled(t, self.remat, program, mlp),
+            unroll=programs.unrolled(t, self.remat, program, mlp),
             in_axes=(nn.broadcast, 0 if values else nn.broadcast, nn.broadcast)[: len(inputs)],
         )(
             t,

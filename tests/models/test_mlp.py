@@ -1,6 +1,8 @@
 """The kernel of norm, MLP and residual against a float64 replica and against XLA's program, in Pallas' interpreter."""
 
 import dataclasses
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors
-from grain_jax.models import layers, mlp_kernel, placement
+from grain_jax.models import layers, mlp_kernel, placement, programs
 from grain_jax.training import sharding, train_step
 from tests import tiny
 
@@ -111,30 +113,53 @@ def test_layer_is_the_same_by_each_program(mesh_shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
 
 
+def _chosen(program, tower=TOWER, dtype=BFLOAT16, length=17, remat="none"):
+    return programs.of_mlp(program, dtype, tower, length=length, remat=remat)
+
+
 def test_auto_is_xla_without_a_mesh_and_on_a_cpu():
-    assert layers.choose_mlp("auto", BFLOAT16, TOWER) == "xla"
+    assert _chosen("auto") == "xla"
     with placement.on(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), AXES), AXES):
-        assert layers.choose_mlp("auto", BFLOAT16, TOWER) == "xla"
-        assert layers.choose_mlp("pallas", BFLOAT16, TOWER) == "pallas"
+        assert _chosen("auto") == "xla"
+        assert _chosen("pallas") == "pallas"
+
+
+def test_what_auto_takes_on_a_tpu():
+    """The kernel in bfloat16, with whole weights, where nothing is computed again and a row fits."""
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+
+    def on(fsdp=1, tensor=1, **given):
+        shape = dict(data=2, fsdp=fsdp, tensor=tensor)
+        mesh: Any = types.SimpleNamespace(shape=shape, devices=np.array([tpu]))
+        with placement.on(mesh, AXES):
+            return _chosen("auto", **given)
+
+    b16 = dict(tower=config_lib.ImageTower(), length=197)
+    assert on(**b16) == "pallas"
+    others = [dict(remat="full"), dict(length=2048), dict(fsdp=4), dict(tensor=2)]
+    others += [dict(dtype=jnp.dtype("float32"))]
+    assert [on(**b16 | one) for one in others] == ["xla"] * 5
+    with programs.maps_apart():
+        assert on(**b16) == "xla"
 
 
 @pytest.mark.parametrize("changed", [dict(mlp="gated"), dict(layer_scale=True)])
 def test_what_the_kernel_does_not_serve(changed):
     tower = dataclasses.replace(TOWER, **changed)
     with pytest.raises(errors.UserError, match="model.mlp: got pallas with a gated MLP, layer"):
-        layers.choose_mlp("pallas", BFLOAT16, tower)
-    assert layers.choose_mlp("auto", BFLOAT16, tower) == "xla"
+        _chosen("pallas", tower)
+    assert _chosen("auto", tower) == "xla"
 
 
 def test_weights_must_fit_into_the_memory_of_a_core():
-    v5e, v5p, ironwood = "TPU v5 lite", "TPU v5", "TPU7x"
-    assert [mlp_kernel.fits(768, 3072, kind) for kind in (v5e, v5p, ironwood)] == [
-        True,
-        False,  # two cores a device
-        True,
-    ]
-    assert mlp_kernel.fits(1024, 4096, v5e) and not mlp_kernel.fits(1664, 8192, v5e)
-    assert not mlp_kernel.fits(1024, 4096, ironwood)
+    """Sizes that compile, and a length that does not; v5p has two cores a device."""
+    sizes = {"B/16": (768, 3072), "L/14": (1024, 4096), "g/14": (1664, 8192)}
+    kinds = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "tpu7x": "TPU7x"}
+    fits = lambda size, length, kind: mlp_kernel.fits(*sizes[size], length, kinds[kind])
+    assert fits("B/16", 1370, "v5e") and fits("L/14", 577, "v5e") and fits("B/16", 256, "tpu7x")
+    for wrong in (("B/16", 2048, "v5e"), ("B/16", 197, "v5p"), ("g/14", 257, "v5e")):
+        assert not fits(*wrong), wrong
+    assert not fits("L/14", 257, "tpu7x") and not fits("B/16", 577, "tpu7x")
 
 
 def test_the_parts_of_the_hidden_values():
@@ -144,7 +169,7 @@ def test_the_parts_of_the_hidden_values():
 
 def test_kernels_whose_results_are_kept_stand_in_no_loop():
     """`unroll` of the tower wins; XLA's programs, recomputed layers and deep towers are loops."""
-    of = lambda tower, remat, *programs: layers.unrolled(tower, remat, *programs)
+    of = programs.unrolled
     deep = lambda depth, unroll=0: dataclasses.replace(TOWER, depth=depth, unroll=unroll)
     assert of(deep(12), "none", "xla", "pallas") == of(deep(12), "none", "pallas", "xla") == 12
     assert of(deep(12), "none", "xla", "xla") == of(deep(12), "full", "pallas", "pallas") == 1
