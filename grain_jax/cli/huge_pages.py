@@ -11,8 +11,8 @@ _MODE = "/sys/kernel/mm/transparent_hugepage/enabled"
 def ask(command: str) -> None:
     """Starts this process anew with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which glibc reads at the start alone.
 
-    A process keeps its number, arguments and files. Nothing happens where the variable is set already, to whatever; of
-    other commands; and where the kernel gives huge pages to all, or to none.
+    The process keeps its number, arguments and open files. It goes on as it is where the command is none of COMMANDS, where
+    the variable is set already, and where the kernel gives huge pages to all processes or to none.
     """
     if command not in COMMANDS or _TUNABLES in os.environ:
         return

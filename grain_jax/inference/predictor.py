@@ -6,6 +6,7 @@ batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predicto
 all devices of the process. Methods that return or use regions raise InputError if the model has no region queries.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -129,7 +130,8 @@ class Predictor(Mapper, Writer):
                 f"sequence_length: got {sequence_length} with the tower {model.image.tower}, which takes squares alone;"
                 " expected 0"
             )
-        self.model = model
+        # The programs that the run was told to take are of its training and its devices.
+        self.model = model = dataclasses.replace(model, attention="auto", mlp="auto")
         self.dtype = dtype
         self.sequence_length = sequence_length
         self.folder = folder

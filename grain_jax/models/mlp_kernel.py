@@ -37,9 +37,13 @@ Activation = Callable[[jax.Array], jax.Array]
 def fits(width: int, mlp_dim: int, length: int, device_kind: str) -> bool:
     """Whether the backward program fits into the memory of a core, in bfloat16, by an estimate.
 
-    The weights, their gradients and the sums of these take 8 bytes a weight. A row of `length` positions takes two buffers
-    of input, result and gradients, twice the hidden values, and float32 values of a chunk: the factors are of compiles for
-    v5e. B/16 compiles with 1400 positions and not with 2048, L/14 with 600.
+    Args:
+      width, mlp_dim: E and H, of the layer.
+      length: L, positions of a row.
+      device_kind: as `jax.Device.device_kind`.
+
+    Weights, gradients and the float32 sums of these take 8 bytes a weight. The factors of what a row takes are chosen so that
+    the estimate agrees with compiles for v5e: B/16 fits with 1400 positions and not with 2048, L/14 with 600.
     """
     of_row = length * (24 * width + 4 * mlp_dim + 16 * CHUNK)
     return 16 * width * mlp_dim + of_row <= VMEM.get(device_kind, 0)

@@ -253,6 +253,13 @@ def test_parameters_stay_where_they_are_and_programs_are_shared(predictor):
     assert predictor._encode_images._cache_size() == programs
 
 
+def test_programs_of_the_training_are_not_taken(predictor):
+    """A run on GPUs may have asked for cuDNN; its model is read on a machine that has none."""
+    told = dataclasses.replace(predictor.model, attention="cudnn", mlp="pallas")
+    other = inference.Predictor(told, predictor.params)
+    assert other.model == predictor.model and other._encode_images is predictor._encode_images
+
+
 def test_bfloat16_is_near(predictor):
     half = inference.Predictor(predictor.model, predictor.params, dtype="bfloat16")
     image = half.encode_image(FEW)
