@@ -1,4 +1,4 @@
-"""Tables that designs 4 and 5 share: costs, measures, leads by seed, and bars; rows are grouped by arm."""
+"""Tables that designs 4 to 6 share: costs, measures, leads by seed, and bars; rows are grouped by arm."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
