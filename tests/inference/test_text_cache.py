@@ -46,7 +46,7 @@ def test_a_hit_is_the_miss_and_a_damaged_file_is_written_anew(model, tmp_path):
         assert file.read_bytes() == whole
     assert hits.calls == 4
     # All else is the predictor's own.
-    assert hits.model is model[0] and hasattr(hits, "encode_image_and_regions")
+    assert hits.model == model[0] and hasattr(hits, "encode_image_and_regions")
     assert not hasattr(hits, "no_such_thing")
 
 
