@@ -229,9 +229,16 @@ def _without_evals(content: dict[str, Any]) -> config_lib.Config:
 
 
 def _other_numbers(folder: epath.Path, config: config_lib.Config) -> list[str]:
-    """`KEY OLD -> NEW` of each key of the role "numbers" that has another value than in the checkpoint `folder`."""
+    """`KEY OLD -> NEW` of each key that has another value than in the checkpoint `folder` and changes later steps.
+
+    Those are of the role "numbers", and the length of the run, over which schedules stretch.
+    """
     contents = read_json(folder, "config"), json.loads(config_lib.to_json(config))
-    old, new = (config_lib.select(_without_evals(one), {"numbers"}) for one in contents)
+    old, new = (
+        config_lib.select(found, {"numbers"})
+        | dict(total_steps=found.total_steps, total_epochs=found.total_epochs)
+        for found in map(_without_evals, contents)
+    )
     return [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}"
         for key in old | new  # options of a class may be in one of them alone

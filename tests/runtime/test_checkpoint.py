@@ -213,6 +213,9 @@ def test_what_a_step_computes_otherwise_is_said(saved):
         "goes on with other values than checkpoint 8: model.image.keep 1.0 -> ((0.0, 0.5), (0.5, 1.0)),"
         " input.sequence_lengths () -> (16, 64)"
     ]
+    longer = dataclasses.replace(MEASURED, total_steps=99, total_epochs=None)
+    (line,) = restore(saved, longer)[1]
+    assert f"total_steps {MEASURED.total_steps} -> 99" in line
 
 
 def test_a_full_disk_for_real(tmp_path):
