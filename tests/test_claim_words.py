@@ -13,7 +13,6 @@ from benchmarks.claim import (
     compared,
     data,
     dense,
-    dense_plan,
     design,
     results,
     words,

@@ -1,6 +1,6 @@
 """Where a text decoder points for phrases: IoU and Acc@0.5, by the protocol of `grounding`, of any model with one.
 
-Chance is the box that the model points at for a phrase of another image.
+Chance is the box that the model points at for the same phrase in another image: what the phrase alone tells.
 """
 
 from __future__ import annotations
@@ -41,9 +41,17 @@ class Pointing(OfTextDecoder):
             [record.regions[each.region[own[0]]].description for own in each.phrases]
             for record, each in zip(records, found)
         ]
+        others = written.others_of(len(annotated.records))[batch.index]
+        asked = [  # none where there is one image alone
+            list(dict.fromkeys(x.description for x in annotated.records[j].regions if j != i))
+            for i, j in zip(batch.index, others)
+        ]
         tokens = predictor.encode_tokens(batch.pixels)
-        pointed = predictor.point(tokens, texts, beams=self.beams)
-        for record, each, said, answers in zip(records, found, texts, pointed, strict=True):
+        both = [own + more for own, more in zip(texts, asked, strict=True)]
+        pointed = predictor.point(tokens, both, beams=self.beams)
+        for i, other, record, each, said, more, answers in zip(
+            batch.index, others, records, found, texts, asked, pointed, strict=True
+        ):
             phrases = [
                 {
                     "text": text,
@@ -51,41 +59,56 @@ class Pointing(OfTextDecoder):
                     "pointed": answer.box_xyxy.tolist(),
                     "log_probability": float(answer.log_probability),
                 }
-                for text, own, answer in zip(said, each.phrases, answers, strict=True)
+                for text, own, answer in zip(said, each.phrases, answers)
             ]
-            yield {"picture": record.image, "phrases": phrases, "outside": each.outside}
+            boxes = [answer.box_xyxy.tolist() for answer in answers[len(said) :]]
+            yield {
+                "picture": record.image,
+                "record": int(i),
+                "phrases": phrases,
+                "outside": each.outside,
+                "other": {"record": int(other), "pointed": dict(zip(more, boxes, strict=True))},
+            }
 
     def measured(self, predictor: Any, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Compares the boxes.
 
         Returns: `regions_outside`, boxes that are left out; `phrases`, their number; `phrase_iou`, `phrase_acc50` and,
-          where a phrase has several boxes, the rest as of `Grounding.evaluate`; each with a `chance_`, unless one image
-          alone has phrases.
+          where a phrase has several boxes, the rest as of `Grounding.evaluate`; each with a `chance_`, of the phrases
+          that another image was asked.
         """
-        of_images = [line["phrases"] for line in lines if line["phrases"]]
-        if not of_images:
+        own = [(line["record"], phrase) for line in lines for phrase in line["phrases"]]
+        if not own:
             raise errors.UserError(
                 f"{self.annotations}: no phrase has a box that lies in its image"
             )
-        own = [phrase for phrases in of_images for phrase in phrases]
-        others = [
-            of_images[other][j % len(of_images[other])]
-            for other, phrases in zip(written.others_of(len(of_images)), of_images)
-            for j in range(len(phrases))
+        elsewhere = {
+            (line["other"]["record"], text): box
+            for line in lines
+            for text, box in line["other"]["pointed"].items()
+        }
+        answers = [(phrase, phrase["pointed"]) for _, phrase in own]
+        by_chance = [
+            (phrase, elsewhere[record, phrase["text"]])
+            for record, phrase in own
+            if (record, phrase["text"]) in elsewhere
         ]
-        counts = np.array([len(phrase["boxes"]) for phrase in own])
-        true_boxes_xyxy = np.array([box for phrase in own for box in phrase["boxes"]], np.float32)
-
-        def rates_of(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-            boxes_xyxy = np.array([[answer["pointed"]] for answer in answers], np.float32)
-            share = np.ones((len(counts), 1))
-            return grounding.phrase_rates(true_boxes_xyxy, counts, boxes_xyxy, share)
-
-        found, by_chance = rates_of(own), rates_of(others)
         out: dict[str, Any] = {"regions_outside": sum(line["outside"] for line in lines)}
+        found = _rates(answers)
+        chance = _rates(by_chance) if by_chance else {}
         for key, value in found.items():
             if not key.startswith("chance_"):
                 out[key] = value
-            elif len(of_images) > 1:
-                out[key] = by_chance[key.removeprefix("chance_")]
+            elif (rate := key.removeprefix("chance_")) in chance:
+                out[key] = chance[rate]
         return out
+
+
+def _rates(answers: Sequence[tuple[dict[str, Any], list[float]]]) -> dict[str, Any]:
+    """`grounding.phrase_rates` of (phrase, the box that is the answer to it)."""
+    counts = np.array([len(phrase["boxes"]) for phrase, _ in answers])
+    true_boxes_xyxy = np.array(
+        [box for phrase, _ in answers for box in phrase["boxes"]], np.float32
+    )
+    boxes_xyxy = np.array([[box] for _, box in answers], np.float32)
+    return grounding.phrase_rates(true_boxes_xyxy, counts, boxes_xyxy, np.ones((len(counts), 1)))

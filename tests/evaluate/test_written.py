@@ -160,6 +160,10 @@ POINTS = {
     (0, "beak"): [0, 0, 0.5, 1],
     (0, "tail"): [0, 0, 1, 1],
     (2, "tail"): [0.5, 0, 1, 1],
+    # What an image is asked for the chance of another one.
+    (1, "tail"): [0, 0, 0.5, 1],
+    (1, "beak"): [0, 0, 0.5, 1],
+    (2, "beak"): [0.5, 0, 1, 1],
 }
 
 
@@ -192,7 +196,7 @@ def test_pointing_by_hand(phrases, next_image, tmp_path):
     assert got["phrase_iou"] == pytest.approx((1 + 0.5 + 1 + 1) / 4)
     assert got["phrase_acc50"] == 1 == got["phrase_acc50_any_box"]
     assert got["phrase_iou_merged_box"] == pytest.approx(1)
-    # By the box of the other image's phrase: the right half, thrice, and the left one.
+    # By the box of the same phrase in another image: the right half, thrice, and the left one.
     assert got["chance_phrase_iou"] == pytest.approx((0 + 1 + 0 + 0) / 4)
     assert got["chance_phrase_acc50"] == pytest.approx(1 / 4)
     assert got["chance_phrase_iou_merged_box"] == pytest.approx(0.5 / 4)
