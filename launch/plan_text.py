@@ -225,7 +225,7 @@ def _work(plan) -> list[str]:
         parts = plan["levers"]["microbatches"]
         parts = f", {parts} micro-batches" if parts > 1 else ""
         again = f"recomputed (remat={plan['levers']['remat']}{parts})"
-        if traced < model:
+        if traced < model and plan["not_known"]:  # of GPUs
             again = "nothing is counted inside of library calls, such as cuDNN's attention"
         again = f"{traced / model - 1:+.1%}: {again}"
         rows.append(f"as written|{amount(traced, 'FLOP')}|{again}")

@@ -24,7 +24,10 @@ with epy.lazy_imports():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pointing(OfTextDecoder):
-    """Boxes that the text decoder points at for phrases: IoU, Acc@0.5."""
+    """Boxes that the text decoder points at for phrases: IoU, Acc@0.5.
+
+    Each image is asked its own phrases, and for chance the descriptions of one other image (`written.others_of`).
+    """
 
     table = tuple(row for row in Grounding.table if row.key.startswith("phrase_"))
     kind: str = "pointing"

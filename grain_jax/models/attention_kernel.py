@@ -2,11 +2,11 @@
 
 Queries, keys and values are [B, L, heads * width] with the heads side by side, so that no head is padded to the 128
 lanes of a register; or one array, the result of one product (`arranged`). A program has a few heads (a multiple of 128
-lanes where the widths allow it) of a few rows of the batch. It works on tiles of 128 lanes: a head that shares a tile with others reads it through a mask, which costs
-no extra pass of the matrix unit, since that has 128 lanes as well. LayerNorm of queries and keys is inside. The
-backward pass keeps the inputs alone and computes norms and weights again (as FlashAttention does, Dao et al. 2022;
-whole rows of scores fit into VMEM here, so no softmax is pieced together). Of a row whose first positions alone are
-real, it computes the shortest of a few prefixes that has them (`_prefixes`).
+lanes where the widths allow it) of a few rows of the batch. It works on tiles of 128 lanes: a head that shares a tile
+with others reads it through a mask, which costs no extra pass of the matrix unit, since that has 128 lanes as well.
+LayerNorm of queries and keys is inside. The backward pass keeps the inputs alone and computes norms and weights again
+(as FlashAttention does, Dao et al. 2022; whole rows of scores fit into VMEM here, so no softmax is pieced together). Of
+a row whose first positions alone are real, it computes the shortest of a few prefixes that has them (`_prefixes`).
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
 """

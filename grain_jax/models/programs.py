@@ -1,4 +1,4 @@
-"""Which programs compute the layers of a tower beside attention (attention.py): the MLP's, and whether they stand in a loop."""
+"""Programs of the layers of a tower beside attention (attention.py): that of the MLP, and whether there is a loop."""
 
 import contextlib
 import contextvars

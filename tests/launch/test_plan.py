@@ -619,3 +619,12 @@ def test_length_of_a_run():
     assert plan.length(config, 320) == (40, 20.0, 320, False)
     assert plan.length(config, None) == (125_000, 62_500.0, 1_000_000, True)
     assert plan.length(tiny.config(), None) == (10, 10.0, 160, False)
+
+
+def test_products_that_cudnn_hides_are_not_called_recomputed():
+    made = dict(model_flops=100e12, flops=100e12, traced_flops=96e12)
+    made |= dict(levers={"remat": "none", "microbatches": 1}, not_known=["rates"])
+    row = plan_text._work(made)[2]
+    assert "-4.0%: nothing is counted inside of library calls" in row and "recomputed" not in row
+    made |= dict(traced_flops=130e12, levers={"remat": "full", "microbatches": 2})
+    assert "+30.0%: recomputed (remat=full, 2 micro-batches)" in plan_text._work(made)[2]
