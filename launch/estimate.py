@@ -145,11 +145,7 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
 
     # (ring, vectors that travel forward or backward, gradients that travel behind those, gathers of half of them):
     # losses/streaming.py. XLA gathers once what is gathered forward and backward, or by two terms.
-    terms = [
-        (layout.everywhere, 2 * images * (2 if softmax else 1), 0, 2)
-        if captions == 1
-        else of_both(layout.everywhere, images, images * captions),
-    ]
+    terms = [of_both(layout.everywhere, images, images * captions)]
     has_queries = config.model.decoder is not None and config.model.decoder.queries > 0
     if has_queries:
         terms.append((layout.in_group, 2 * images * regions, 0, 2))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from grain_jax.losses import streaming
 from grain_jax.losses.ring import Ring
 from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput
-from grain_jax.losses.streaming import Columns
+from grain_jax.losses.streaming import MASKED, Columns
 
 TIE = 1e-5  # cosines nearer than this are equal but for rounding
 
@@ -57,28 +57,18 @@ def _images_and_one_text_each(shard: Shard, text, text_id, real):
 
     Args: text [b, D], its id [b], and where the image has one, bool [b].
     """
-    outputs, config = shard.outputs, shard.config
-    image = outputs.image_embed
-    own = outputs.logit_scale * jnp.sum(image * text, axis=-1) + outputs.logit_bias
-    directions = 1 if config.contrast == "sigmoid" else 2
-    rows, columns = jnp.stack([image, text]), jnp.stack([text, image])
-    columns_real = jnp.stack([real, jnp.ones_like(real)])
+    outputs = shard.outputs
+    image, scale, bias = outputs.image_embed, outputs.logit_scale, outputs.logit_bias
+    own = scale * jnp.sum(image * text, axis=-1) + bias
+    own = jnp.where(real, own, -MASKED)  # costs nothing: its text is no positive
     text_id = jnp.where(real, text_id, -1)  # which no text has
-    negatives = functools.partial(
-        streaming.negatives, config.contrast, config.tile, shard.layout.everywhere
-    )
-    # Both directions at once, so that their columns travel together.
-    negative = jax.vmap(negatives, in_axes=(0, None, Columns._make((0, None, 0)), None, None))(
-        rows[:directions],
-        text_id,
-        Columns(columns[:directions], text_id, columns_real[:directions]),
-        outputs.logit_scale,
-        outputs.logit_bias,
-    )
-    loss = streaming.loss_of_rows(config.contrast, own, negative.cost).mean(0)
-    without = negative.cost[0] if config.contrast == "sigmoid" else 0.0
-    loss = jnp.where(real, loss, without)
-    return loss, _is_nearest(own, negative.highest[0], outputs.logit_scale)
+    images = Columns(image, text_id, jnp.ones_like(real))
+    texts = Columns(text, text_id, real)
+    loss, right = _both_ways(shard, shard.layout.everywhere, images, texts, own[:, None])
+    loss, right = loss[:, 0], right[:, 0]
+    if shard.config.contrast == "softmax":
+        loss = jnp.where(real, loss, 0)
+    return loss, right
 
 
 def _images_and_their_texts(shard: Shard, texts, ids, real):

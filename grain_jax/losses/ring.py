@@ -5,6 +5,9 @@ of the hops, each of g times the size. Along the links of a torus half of a bloc
 carries as much in both directions as in one. Of several slices, blocks go round each; then each chip sends one block to
 the next slice, until all have been everywhere. What was found out about a block travels a hop behind it and at last to
 the device that the block is of. All of this runs inside `jax.shard_map`.
+
+Where products take three passes of bfloat16 (`loss.precision=high` on TPUs), which read 16 bits of a mantissa, vectors
+travel as floats of three bytes, which have as many.
 """
 
 import functools
@@ -13,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 
 class Ring(NamedTuple):
@@ -83,10 +86,14 @@ def stream_and_return(
     halves = ring.loops and length > 2 and len(block.vectors) > 1
     ways = (1, -1) if halves else (1,)  # forward and back along the path
     parts, found = _parts(block, ways), _parts(found, ways)
+    packs = ring.precision == jax.lax.Precision.HIGH and block.vectors.dtype == jnp.float32
+    pack, unpack = (packed, unpacked) if packs else (lambda x: x, lambda x: x)
+    parts = [part._replace(vectors=pack(part.vectors)) for part in parts]
 
     def use(state, parts, found):
         # What was found of these parts before comes beside the tiles, a hop behind the parts.
         before = [_send(ring, part, 0, way) for part, way in zip(found, ways)]
+        parts = [part._replace(vectors=unpack(part.vectors)) for part in parts]
         state, found = visit(state, _whole(parts))
         return state, [join(x, y) for x, y in zip(before, _parts(found, ways))]
 
@@ -108,6 +115,18 @@ def stream_and_return(
     # A part has gone once round each slice but for one hop, and once round the slices but for one.
     found = [_send(ring, part, 1, way * slices) for part, way in zip(found, ways)]
     return state, _whole(found)
+
+
+def packed(x: Float[Array, "*n"]) -> UInt8[Array, "3 *n"]:
+    """Float32 without the last byte of the mantissa, rounded to the nearest: a relative error of at most 2^-16."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + 0x80
+    return jnp.stack([(bits >> shift).astype(jnp.uint8) for shift in (24, 16, 8)])
+
+
+def unpacked(x: UInt8[Array, "3 *n"]) -> Float[Array, "*n"]:
+    """The float32 numbers of `packed`."""
+    high, middle, low = x.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(high << 24 | middle << 16 | low << 8, jnp.float32)
 
 
 def _loops(ring: Ring) -> tuple[tuple[int, ...], ...]:

@@ -6,9 +6,12 @@ should gather the weights of a layer.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _mesh_and_axes: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None]
@@ -45,6 +48,41 @@ def by_batch(x: jax.Array) -> jax.Array:
 def whole(x: jax.Array) -> jax.Array:
     """`x` whole on every device, such as a table before a lookup."""
     return _constrain(x, PartitionSpec())
+
+
+def lookup(table: jax.Array, ids: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Rows of a table, whole on every device: float32 [N, E], int32 [B, ...] -> float32 [B, ..., E].
+
+    The gradient is summed in float32 on a device, since that of a frequent token is a sum over thousands of positions,
+    and over the devices in `dtype`, as those of the layers' products are.
+    """
+    return _lookup(whole(table), ids, len(table), dtype, mesh(), batch_axes())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _lookup(table, ids, rows, dtype, mesh, axes):
+    return table[ids]
+
+
+def _lookup_forward(table, ids, rows, dtype, mesh, axes):
+    return table[ids], ids
+
+
+def _lookup_backward(rows, dtype, mesh, axes, ids, d):
+    def of_device(ids, d):
+        return jnp.zeros((rows, d.shape[-1]), d.dtype).at[ids].add(d)
+
+    def of_all(ids, d):
+        return jax.lax.psum(of_device(ids, d).astype(dtype), axes).astype(d.dtype)
+
+    if mesh is None:
+        return of_device(ids, d), None
+    batch = PartitionSpec(axes)
+    specs = dict(in_specs=(batch, batch), out_specs=PartitionSpec(), check_vma=False)
+    return jax.shard_map(of_all, mesh=mesh, **specs)(ids, d), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -78,8 +78,7 @@ class TextTransformer(towers.TextTower):
             embedding_init=nn.with_logical_partitioning(layers.normal(0.02), ("vocab", "width")),
             name="token_embed",
         ).embedding
-        # Looked up in float32: the gradient of a frequent token is a sum over thousands of positions.
-        x = placement.whole(token_embed)[tokens]
+        x = placement.lookup(token_embed, tokens, self.dtype)
         if t.scale_tokens:
             x = x * math.sqrt(t.width)
         x = x + self._positions()[positions]

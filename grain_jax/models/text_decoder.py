@@ -501,8 +501,7 @@ class TextDecoder(nn.Module):
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, t, E] of the decoder's dtype."""
-        # Looked up in float32: the gradient of a frequent token is a sum over thousands of positions.
-        x = placement.whole(self.token_embed)[tokens]
+        x = placement.lookup(self.token_embed, tokens, self.dtype)
         return placement.by_batch(
             (x + placement.whole(self.position_embed)[positions]).astype(self.dtype)
         )

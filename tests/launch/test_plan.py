@@ -553,8 +553,8 @@ def test_gpu_estimate_by_hand():
     assert softmax not in [k.shape for k in kept]
     reduce, captions, regions = found.collectives
     assert (reduce.kind, reduce.bytes, reduce.slices) == ("all-reduce", size, 2)
-    # 15 hops of 2 images' captions and embeddings, and of 5 descriptions each, 16 wide, float32; twice.
-    assert (captions.count, captions.bytes) == (30, 30 * 2 * 2 * 16 * 4)
+    # 15 hops of 2 images' captions, twice, and 17 of their gradients; 15 of 5 descriptions each, twice; 16 wide, float32.
+    assert (captions.count, captions.bytes) == (2 * 15 + 17, (15 * 2 * 2 + 17 * 2) * 16 * 4)
     assert (regions.count, regions.bytes, regions.slices) == (30, 30 * 2 * 5 * 16 * 4, 2)
 
     # What the other terms and a gather send: tests/losses/test_streaming.py, against the compiled program.

@@ -1,5 +1,7 @@
 """The derivatives that `models/layers.py` spells out, against Flax's, JAX's and torch's; and what a block keeps."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 import torch
 from flax import linen as nn
 
-from grain_jax.models import layers, vit
+from grain_jax import config as config_lib
+from grain_jax.models import layers, placement, vit
+from grain_jax.training import sharding
 from tests import tiny
 
 
@@ -64,3 +68,29 @@ def test_what_an_image_block_keeps_for_the_backward_pass():
     assert shapes.count((4, tower.heads, 17, 17)) == 1
     # The block's input, the second norm's, what the first product takes; q, k, v, normed q and k, attended values.
     assert sum(a.size == x.size for a in kept) <= 9
+
+
+@pytest.mark.parametrize(
+    "axes", [{}, {"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "tensor": 4}]
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(
+    draw, dtype, tolerance, axes
+):
+    table, ids, d = draw(11, 6), np.random.default_rng(1).integers(0, 4, (8, 5)), draw(8, 5, 6)
+    mesh = sharding.make_mesh(config_lib.Mesh(**axes)) if axes else None
+
+    def gradient(table, ids, d):
+        with placement.on(mesh, sharding.BATCH_AXES if axes else ()):
+            rows, backward = jax.vjp(lambda x: placement.lookup(x, ids, jnp.dtype(dtype)), table)
+            return rows, *backward(d)
+
+    program = jax.jit(gradient).lower(table, ids, d)
+    rows, found = program.compile()(table, ids, d)
+    expected = np.zeros(table.shape)
+    np.add.at(expected, ids, d.astype(np.float64))
+    np.testing.assert_array_equal(rows, table[ids])
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    summed = {"float32": "tensor<11x6xf32>", "bfloat16": "tensor<11x6xbf16>"}[dtype]
+    sums = re.findall(r"all_reduce.*?-> (tensor<\S+>)", program.as_text(), re.DOTALL)
+    assert sums == ([summed] if axes else [])
