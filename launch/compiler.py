@@ -127,7 +127,9 @@ def compile_step(
         phase=phase,
         cache=str(cache.resolve()),
     )
-    variables = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
+    # Whole tracebacks: their last line is what went wrong.
+    told = {"JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
+    variables = {**os.environ, **told, **_environment(topology)}
     out, log, status = _run(json.dumps(request), variables, timeout, f"compiling for {name}", line)
     try:
         answer = json.loads(out.strip().splitlines()[-1])

@@ -294,6 +294,11 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs():
     c = _parsed(*given, "--config.optim.warmup_steps=5")
     assert (c.total_steps, c.total_epochs) == (100, None)
     assert (c.optim.warmup_steps, c.optim.warmup_epochs) == (5, None)
+    assert _parsed(*given, "--config.total_epochs=None").total_steps == 100
+    with pytest.raises(
+        errors.UserError, match="total_steps, total_epochs: exactly one must be set"
+    ):
+        _parsed(*given[:2], "--config.total_epochs=None")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ ml_collections loads the file and parses the overrides by the types of their key
 import ast
 import contextlib
 import importlib.util
+import itertools
 import re
 import sys
 import traceback
@@ -73,14 +74,14 @@ def load(
         plain = [
             word
             for word, (key, _, _) in zip(overrides, pairs)
-            if key in known and key not in whole and not _is_literal(key)
+            if key in known and key not in whole and not _is_literal(key, texts[key])
         ]
         config = _parse([*words, *plain]).value.copy_and_resolve_references().unlock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, errors.UserError):
             raise
         raise errors.UserError(" ".join(str(error).split())) from None
-    for key in (key for key in texts if key not in known or _is_literal(key)):
+    for key in (key for key, text in texts.items() if key not in known or _is_literal(key, text)):
         *groups, option = key.split(".")
         part = config
         for group in groups:
@@ -95,7 +96,7 @@ def load(
             config.evals[name].missing = "error"
     for pair in config_lib.EITHER_OR:
         for key, other in (pair, pair[::-1]):
-            if key in texts and other not in texts:
+            if texts.get(key, "None") != "None" and other not in texts:
                 config.update_from_flattened_dict({other: None})
     for entry in list(config.get("evals", ())):
         if {"evals", f"evals.{entry}"} & whole:
@@ -117,9 +118,10 @@ def is_weight(key: str) -> bool:
     return bool(found and not found[2])
 
 
-def _is_literal(key: str) -> bool:
+def _is_literal(key: str, text: str) -> bool:
     """Whether the value of a key is of no single type of ml_collections."""
-    return key in _PAIRS or bool(_WEIGHT.fullmatch(key))
+    unset = text == "None" and key in itertools.chain(*config_lib.EITHER_OR)
+    return unset or key in _PAIRS or bool(_WEIGHT.fullmatch(key))
 
 
 def _is_open(key: str) -> bool:
