@@ -52,7 +52,7 @@ def of_gpus(
     """Estimates a step of a phase on these GPUs; by default of that which computes most.
 
     Assumed: where cuDNN makes the attention, its scores are not kept; activations are cut over data and fsdp, not
-    over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).
+    over tensor; gradients are float32, and summed so over devices, twice with micro-batches (their sum, and a part's).
 
     Raises:
       ShardingError: the mesh does not fit the chips, or the batch does not fit the mesh.

@@ -295,6 +295,8 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs():
     assert (c.total_steps, c.total_epochs) == (100, None)
     assert (c.optim.warmup_steps, c.optim.warmup_epochs) == (5, None)
     assert _parsed(*given, "--config.total_epochs=None").total_steps == 100
+    twice = "--config.total_epochs=None", "--config.total_epochs=3"
+    assert _parsed(*given[:2], *twice).total_epochs == 3
     with pytest.raises(
         errors.UserError, match="total_steps, total_epochs: exactly one must be set"
     ):

@@ -39,7 +39,7 @@ def load(
     """The config of a file, with overrides.
 
     `total_steps` of the overrides wins over the file's `total_epochs`, and the other way round; so do the two lengths
-    of the warm-up. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
+    of the warm-up; None leaves that one unset. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
     `--config.evals.NAME.KEY` sets `missing` of that entry to "error", where it is not set there too.
     `--config.loss.terms.NAME.KEY` may be a key that the file has not got. A weight of the loss is a number or a whole
     schedule; `--config.loss.NAME.KEY` sets one key of a schedule, of a new one where the file has a number.
@@ -73,8 +73,8 @@ def load(
         _check_unset({key: texts[key] for key in whole})
         plain = [
             word
-            for word, (key, _, _) in zip(overrides, pairs)
-            if key in known and key not in whole and not _is_literal(key, texts[key])
+            for word, (key, _, text) in zip(overrides, pairs)
+            if key in known and key not in whole and not _is_literal(key, text)
         ]
         config = _parse([*words, *plain]).value.copy_and_resolve_references().unlock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -119,7 +119,7 @@ def is_weight(key: str) -> bool:
 
 
 def _is_literal(key: str, text: str) -> bool:
-    """Whether the value of a key is of no single type of ml_collections."""
+    """Whether the value of a key is of no single type of ml_collections, or leaves one of a pair unset."""
     unset = text == "None" and key in itertools.chain(*config_lib.EITHER_OR)
     return unset or key in _PAIRS or bool(_WEIGHT.fullmatch(key))
 

@@ -523,10 +523,10 @@ class Loss:
     shift_labels_after_empty_box: bool = key(False)
     # Rows and columns of a tile of similarities (losses/streaming.py); no effect on the result.
     tile: int = count(1024, low=1, role="free")
-    # Neighbouring devices that gather their columns before these go round the ring; no effect on the result.
+    # Neighbouring devices that gather their columns before these go round the ring; no effect but on rounding.
     gather: int = count(1, low=1, role="free")
-    # Of the products of float32 embeddings on TPUs: "high" (three passes of bfloat16; embeddings travel with 16 bits of
-    # a mantissa) or "highest" (six). GPUs and CPUs multiply float32.
+    # Of the products of float32 embeddings on TPUs: "high" (three passes of bfloat16; the ring sends 16 bits of a
+    # mantissa) or "highest" (six). GPUs and CPUs multiply float32.
     precision: str = key("high", choices=("high", "highest"), role="free")
     # Further loss terms by name: {"term": "module:function or Class", "weight": 0.1, and its own options}
     # (losses/total.py), or the name of a local one of the package (docs/howto/dense.md).

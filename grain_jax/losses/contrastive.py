@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from grain_jax.losses import streaming
 from grain_jax.losses.ring import Ring
 from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput
-from grain_jax.losses.streaming import MASKED, Columns
+from grain_jax.losses.streaming import Columns
 
 TIE = 1e-5  # cosines nearer than this are equal but for rounding
 
@@ -60,15 +60,14 @@ def _images_and_one_text_each(shard: Shard, text, text_id, real):
     outputs = shard.outputs
     image, scale, bias = outputs.image_embed, outputs.logit_scale, outputs.logit_bias
     own = scale * jnp.sum(image * text, axis=-1) + bias
-    own = jnp.where(real, own, -MASKED)  # costs nothing: its text is no positive
+    own = jnp.where(
+        real, own, -streaming.MASKED
+    )  # of no text: a softmax is then 0, a sigmoid all negatives
     text_id = jnp.where(real, text_id, -1)  # which no text has
     images = Columns(image, text_id, jnp.ones_like(real))
     texts = Columns(text, text_id, real)
     loss, right = _both_ways(shard, shard.layout.everywhere, images, texts, own[:, None])
-    loss, right = loss[:, 0], right[:, 0]
-    if shard.config.contrast == "softmax":
-        loss = jnp.where(real, loss, 0)
-    return loss, right
+    return loss[:, 0], right[:, 0]
 
 
 def _images_and_their_texts(shard: Shard, texts, ids, real):

@@ -6,8 +6,8 @@ carries as much in both directions as in one. Of several slices, blocks go round
 the next slice, until all have been everywhere. What was found out about a block travels a hop behind it and at last to
 the device that the block is of. All of this runs inside `jax.shard_map`.
 
-Where products take three passes of bfloat16 (`loss.precision=high` on TPUs), which read 16 bits of a mantissa, vectors
-travel as floats of three bytes, which have as many.
+Where products take three passes of bfloat16 (`loss.precision=high` on TPUs), which read 17 bits of a mantissa, the hops
+carry vectors with 16, as three bytes a number.
 """
 
 import functools
@@ -118,7 +118,10 @@ def stream_and_return(
 
 
 def packed(x: Float[Array, "*n"]) -> UInt8[Array, "3 *n"]:
-    """Float32 without the last byte of the mantissa, rounded to the nearest: a relative error of at most 2^-16."""
+    """Float32 without the last byte of the mantissa, rounded to the nearest.
+
+    The relative error of normal numbers is at most 2^-16. Infinity stays, so does the NaN of arithmetic.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + 0x80
     return jnp.stack([(bits >> shift).astype(jnp.uint8) for shift in (24, 16, 8)])
 

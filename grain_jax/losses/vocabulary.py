@@ -12,7 +12,8 @@ the axes of the batch. A table whose width is cut over `fsdp` is gathered in the
 is scattered back.
 
 With bfloat16 features these are rounded to bfloat16: the table in its products, and the derivative of the loss by each
-logit in the products of the backward pass. Logits, exponentials and all sums are float32.
+logit in the products of the backward pass; and the gradient of the table, summed over the devices of the batch.
+Logits, exponentials and all other sums are float32.
 """
 
 import functools
@@ -196,7 +197,7 @@ def _backward_here(given: _Given, features, table, targets, highest, total, cota
     if given.devices(given.width) > 1:
         of_table = jax.lax.psum_scatter(of_table, given.width, scatter_dimension=1, tiled=True)
     if rest := tuple(x for x in given.batch_axes if x != given.width and given.devices(x) > 1):
-        of_table = jax.lax.psum(of_table, rest)
+        of_table = jax.lax.psum(of_table.astype(features.dtype), rest).astype(of_table.dtype)
     return of_features.astype(features.dtype), of_table
 
 

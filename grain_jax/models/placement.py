@@ -20,7 +20,7 @@ _mesh_and_axes = contextvars.ContextVar("mesh_and_axes", default=None)
 
 @contextlib.contextmanager
 def on(mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Iterator[None]:
-    """Inside, `by_batch` and `whole` constrain arrays to the mesh; outside, or with mesh None, they do nothing."""
+    """Inside, `by_batch`, `whole` and `lookup` place arrays on the mesh; outside, or with mesh None, they do nothing."""
     token = _mesh_and_axes.set(None if mesh is None else (mesh, batch_axes))
     try:
         yield
@@ -52,6 +52,8 @@ def whole(x: jax.Array) -> jax.Array:
 
 def lookup(table: jax.Array, ids: jax.Array, dtype: np.dtype) -> jax.Array:
     """Rows of a table, whole on every device: float32 [N, E], int32 [B, ...] -> float32 [B, ..., E].
+
+    On a mesh B divides over the axes of the batch.
 
     The gradient is summed in float32 on a device, since that of a frequent token is a sum over thousands of positions,
     and over the devices in `dtype`, as those of the layers' products are.

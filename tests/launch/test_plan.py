@@ -343,6 +343,11 @@ def child(monkeypatch, tmp_path, cached):
     [
         ("kill -SEGV $$", compiler.CompilerFailed, "crashed with SIGSEGV on v5e:2x4"),
         ("echo 'F: no such flag' >&2; exit 1", compiler.CompilerFailed, "F: no such flag"),
+        (
+            'echo "frames hidden: $JAX_TRACEBACK_FILTERING" >&2; exit 1',
+            compiler.CompilerFailed,
+            "frames hidden: off",
+        ),
         ("exec sleep 30", errors.UserError, "--timeout: compiling for v5e:2x4 took more than 1 s"),
     ],
 )
@@ -553,7 +558,8 @@ def test_gpu_estimate_by_hand():
     assert softmax not in [k.shape for k in kept]
     reduce, captions, regions = found.collectives
     assert (reduce.kind, reduce.bytes, reduce.slices) == ("all-reduce", size, 2)
-    # 15 hops of 2 images' captions, twice, and 17 of their gradients; 15 of 5 descriptions each, twice; 16 wide, float32.
+    # 15 hops of 2 images' captions, twice, and 17 of their gradients; 15 of 5 descriptions each, twice. They are 16
+    # wide, float32.
     assert (captions.count, captions.bytes) == (2 * 15 + 17, (15 * 2 * 2 + 17 * 2) * 16 * 4)
     assert (regions.count, regions.bytes, regions.slices) == (30, 30 * 2 * 5 * 16 * 4, 2)
 

@@ -60,10 +60,12 @@ def _exact(contrast, rows, columns, cotangent, scale, bias):
     return value, np.where(allowed, z, -np.inf).max(1), *grads, share.sum()
 
 
-def _streamed(contrast, tile, devices, gather, rows, columns, cotangent, scale, bias):
+def _program(contrast, tile, devices, gather, scale, bias, precision="highest", loops=()):
+    """Of (rows, columns, cotangent): values, highest logits and the gradients of `_exact`, those of scalars apart."""
     grid = np.array(jax.devices()[:devices]).reshape(-1, gather)
     mesh = jax.sharding.Mesh(grid, ("ring", "gather"))
-    ring = Ring(("ring",), devices // gather, "gather" if gather > 1 else None)
+    passes = jax.lax.Precision(precision)
+    ring = Ring(("ring",), devices // gather, "gather" if gather > 1 else None, loops, passes)
     spec = PartitionSpec(("ring", "gather"))
 
     def value_and_pull(rows, columns, cotangent):
@@ -78,7 +80,12 @@ def _streamed(contrast, tile, devices, gather, rows, columns, cotangent, scale, 
         return value, highest, rows_bar, embed_bar, *(x[None] for x in scalars)
 
     run = jax.shard_map(value_and_pull, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    *arrays, scale_bar, bias_bar = jax.jit(run)(rows, columns, cotangent)
+    return jax.jit(run)
+
+
+def _streamed(contrast, tile, devices, gather, rows, columns, cotangent, scale, bias, **options):
+    run = _program(contrast, tile, devices, gather, scale, bias, **options)
+    *arrays, scale_bar, bias_bar = run(rows, columns, cotangent)
     return *arrays, scale_bar.sum(), bias_bar.sum()
 
 
@@ -165,6 +172,25 @@ def test_both_sides_in_one_pass_equal_the_whole_matrix(
         np.testing.assert_allclose(
             b, a, rtol=tolerance, atol=tolerance * np.abs(a).max(), err_msg=name
         )
+
+
+@pytest.mark.parametrize(
+    "gather,loops", [(1, ()), (1, ((0, 2, 1, 3), (4, 6, 5, 7))), (2, ((0, 2, 1, 3),))]
+)
+def test_rings_of_three_passes_send_three_bytes_a_number(gather, loops):
+    problem = (*_problem(8), 20.0, -1.5)
+    options = dict(precision="high", loops=loops)
+    expected = _exact("softmax", *problem)
+    got = _streamed("softmax", 10, 8, gather, *problem, **options)
+    for a, b in zip(expected, got, strict=True):
+        np.testing.assert_allclose(b, a, rtol=3e-4, atol=3e-4 * np.abs(a).max())
+    for precision, vectors in (("high", "ui8"), ("highest", "f32")):
+        program = _program(
+            "softmax", 10, 8, gather, 20.0, -1.5, **options | {"precision": precision}
+        )
+        text = program.lower(*problem[:3]).as_text()
+        sent = re.findall(r"collective_permute.*?-> tensor<\S+x(\w+)>", text)
+        assert set(sent) == {vectors, "i32"}
 
 
 def test_vectors_of_three_bytes_are_the_nearest_ones():
@@ -320,7 +346,7 @@ def test_sigmoid_equals_a_float64_loop(captions):
     _assert_gradients_equal(grads, _alone(c, batch, outputs))
 
 
-@pytest.mark.parametrize("contrast", [pytest.param("softmax", marks=pytest.mark.slow), "sigmoid"])
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 def test_images_without_a_caption_equal_the_replica_on_a_mesh(contrast):
     bias = dict(model__logit_bias_init=-2.0) if contrast == "sigmoid" else {}
     c, batch, outputs = _case(loss__contrast=contrast, **bias)

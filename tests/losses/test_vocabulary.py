@@ -201,7 +201,8 @@ def test_bfloat16():
     of_features, of_table = share @ w, share.T @ x
     far = half * (np.abs(share) @ np.abs(w) + np.abs(of_features))  # it is rounded, too
     assert (np.abs(np.asarray(got[3], np.float64) - of_features) <= 1.01 * far).all()
-    assert (np.abs(got[4] - of_table) <= 1.01 * half * (np.abs(share).T @ np.abs(x))).all()
+    # Rounded are the softmax, the sum of each device and that of them all.
+    assert (np.abs(got[4] - of_table) <= 3.03 * half * (np.abs(share).T @ np.abs(x))).all()
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
