@@ -17,7 +17,7 @@ from grain_jax.training import sharding
 
 MAX_COMPILES = 10
 GOAL = 0.97  # of the limit: what a prediction aims at
-GATHER = 4  # chips that share columns before the ring: what is tried against none
+GATHERS = (4, 16)  # chips that share columns before the ring: tried while each is faster
 FSDP = 4  # chips that share parameters: what is tried against none
 DERIVED_GROUP = (
     8  # images of a packing group, at least, of batches that are tried where it is derived
@@ -114,8 +114,12 @@ def search(
                 yield tried[-1].levers._replace(fsdp=fsdp), start
             other = "auto" if own.attention == "xla" else "xla"
             yield _best(tried, start).levers._replace(attention=other), start
-            if own.gather == 1 and _can_gather(config, shards):
-                yield _best(tried, start).levers._replace(gather=GATHER), start
+            for gather in GATHERS:
+                if own.gather > 1 or not _can_gather(config, shards, gather):
+                    break
+                yield _best(tried, start).levers._replace(gather=gather), start
+                if _best(tried, start).levers.gather != gather:
+                    break
         # The policy that needs least memory carries the largest batch, and the fewest columns at a time.
         best = _best(tried, start) or tried[-1]
         levers = best.levers._replace(remat=config_lib.REMAT_POLICIES[-1], gather=own.gather)
@@ -173,10 +177,10 @@ def _other_fsdp(config: config_lib.Config, chips: int) -> int:
     return FSDP if divides else 1
 
 
-def _can_gather(config: config_lib.Config, shards: int) -> bool:
-    """Whether more than one group of `GATHER` neighbours remains for the ring."""
+def _can_gather(config: config_lib.Config, shards: int, gather: int) -> bool:
+    """Whether more than one group of so many neighbours remains for the ring."""
     group = (config.loss.group_size or config.batch_size) * shards // config.batch_size
-    return shards > GATHER and shards % GATHER == 0 and (group <= 1 or group % GATHER == 0)
+    return shards > gather and shards % gather == 0 and (group <= 1 or group % gather == 0)
 
 
 def _groups_fit(config: config_lib.Config, images: int, shards: int) -> bool:

@@ -457,6 +457,16 @@ def test_search_finds_the_cheapest_policy_and_the_largest_batch():
     assert found.at_batch.levers == ("dots", "auto", 4, 4)
     assert found.largest.levers == ("full", "auto", 4, 1)  # a gather costs memory
 
+    for faster, tried, best in (
+        ([4, 16, 16], [4, 16], 16),
+        ([4], [4, 16], 4),
+        ([16], [4], 1),
+    ):
+        config, calls = tiny.config(batch_size=512, input__lanes=1), []
+        ask = _linear(1000, SLOPES, 10_000, calls, faster=[("gather", n) for n in faster])
+        assert search.search(config, 64, ask).at_batch.levers.gather == best
+        assert [call[3] for call in calls if call[3] > 1] == tried
+
 
 def test_search_cuts_the_parameters_or_goes_down_where_no_policy_fits():
     found, calls = _search(1500)
