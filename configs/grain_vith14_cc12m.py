@@ -9,7 +9,7 @@ from grain_jax.config.recipe import model, on_hardware
 from grain_jax.configs import grain_vitb16_cc12m
 
 # 32 images a chip; parameters, moments and all activations fit.
-HARDWARE = {"v5p-64": {"mesh.fsdp": 1, "remat": "none"}}
+HARDWARE = {"v5p-64": {"mesh.fsdp": 1, "remat": "none", "loss.gather": 4}}
 
 
 def get_config(hardware=None):
