@@ -145,7 +145,7 @@ class ImageTower:
     # "trunc_normal" (0.02, zero biases) or "torch" (as the reference, quirk 13).
     block_init: str = key("trunc_normal", choices=("trunc_normal", "torch"))
     # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU). 0: all of up to 24 where a
-    # kernel (Pallas, cuDNN) writes what the backward pass keeps, since a loop would copy it, and mesh.fsdp is 1; else 1.
+    # Pallas kernel writes what the backward pass keeps, since a loop would copy it, and mesh.fsdp is 1; else 1.
     unroll: int = count(0, high=DEEPEST)
     class_token: bool = key(True)  # a learned token before the patches
     patch_bias: bool = key(True)  # a bias in the projection of the patches

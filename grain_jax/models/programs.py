@@ -78,7 +78,7 @@ def unrolled(tower: ImageTower | TextTower, remat: str, *programs: str) -> int:
     """
     if tower.unroll:
         return tower.unroll
-    copies = remat == "none" and {"pallas", "cudnn"} & set(programs) and not _gathers()
+    copies = remat == "none" and "pallas" in programs and not _gathers()
     return tower.depth if copies and tower.depth <= UNROLLED else 1
 
 
