@@ -80,8 +80,10 @@ def _lookup_backward(rows, dtype, mesh, axes, ids, d):
     if mesh is None:
         return of_device(ids, d), None
     batch = PartitionSpec(axes)
-    specs = dict(in_specs=(batch, batch), out_specs=PartitionSpec(), check_vma=False)
-    return jax.shard_map(of_all, mesh=mesh, **specs)(ids, d), None
+    summed = jax.shard_map(
+        of_all, mesh=mesh, in_specs=(batch, batch), out_specs=PartitionSpec(), check_vma=False
+    )
+    return summed(ids, d), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
