@@ -39,7 +39,8 @@ def load(
     """The config of a file, with overrides.
 
     `total_steps` of the overrides wins over the file's `total_epochs`, and the other way round; so do the two lengths
-    of the warm-up; None leaves that one unset. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
+    of the warm-up; None leaves that one unset. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None`
+    all.
     `--config.evals.NAME.KEY` sets `missing` of that entry to "error", where it is not set there too.
     `--config.loss.terms.NAME.KEY` may be a key that the file has not got. A weight of the loss is a number or a whole
     schedule; `--config.loss.NAME.KEY` sets one key of a schedule, of a new one where the file has a number.

@@ -60,9 +60,8 @@ def _images_and_one_text_each(shard: Shard, text, text_id, real):
     outputs = shard.outputs
     image, scale, bias = outputs.image_embed, outputs.logit_scale, outputs.logit_bias
     own = scale * jnp.sum(image * text, axis=-1) + bias
-    own = jnp.where(
-        real, own, -streaming.MASKED
-    )  # of no text: a softmax is then 0, a sigmoid all negatives
+    # Without a text the loss is then 0 for a softmax, and that of the negatives for a sigmoid.
+    own = jnp.where(real, own, -streaming.MASKED)
     text_id = jnp.where(real, text_id, -1)  # which no text has
     images = Columns(image, text_id, jnp.ones_like(real))
     texts = Columns(text, text_id, real)

@@ -20,7 +20,7 @@ _mesh_and_axes = contextvars.ContextVar("mesh_and_axes", default=None)
 
 @contextlib.contextmanager
 def on(mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Iterator[None]:
-    """Inside, `by_batch`, `whole` and `lookup` place arrays on the mesh; outside, or with mesh None, they do nothing."""
+    """Inside, `by_batch`, `whole` and `lookup` place arrays on the mesh; outside, or with mesh None, nowhere."""
     token = _mesh_and_axes.set(None if mesh is None else (mesh, batch_axes))
     try:
         yield
