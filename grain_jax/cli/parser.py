@@ -245,9 +245,7 @@ class Parser:
 
     def _parse_kind(self, words: list[str]) -> Any:
         kinds = self._declared.kinds
-        place = next((i for i, word in enumerate(words) if word in kinds), None)
-        if words and not words[0].startswith("-"):
-            place = 0
+        place = self._place_of_kind(words)
         if place is None:
             if {"-h", "--help"} & set(words):
                 self._help()
@@ -256,6 +254,23 @@ class Parser:
         if name not in kinds:
             self._error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
         return self._kind(name).parse_args(words)
+
+    def _place_of_kind(self, words: Sequence[str]) -> int | None:
+        """The index of the first word that is neither a flag nor a value of one."""
+        index = 0
+        while index < len(words) and words[index].startswith("-"):
+            word, index = words[index], index + 1
+            flags = [
+                parser._flags[name]
+                for parser in self.kinds.values()
+                if (name := parser._declared_as(word)) in parser._flags
+            ]
+            if any(flag and flag.many for flag in flags):
+                while index < len(words) and not words[index].startswith("-"):
+                    index += 1
+            elif "=" not in word and not (flags and all(map(_is_switch, flags))):
+                index += 1
+        return index if index < len(words) else None
 
     def _help(self) -> NoReturn:
         print(self.format_help(), end="")
@@ -275,7 +290,7 @@ class Parser:
             hint = f"did you mean {near}?" if near else f"{self.prog} --help lists them"
             self._error(f"{spelled}: no such flag; {hint}")
         shown = self._flags[flag]
-        if shown is not None and shown.field.type is bool:
+        if shown is not None and _is_switch(shown):
             truth = _TRUTH.get(value.lower()) if equals else True
             if truth is None:
                 self._error(f"{flag}: got {value!r}, expected true or false, or {flag} alone")
@@ -383,6 +398,11 @@ def _fields(declared: type) -> Iterator[dataclasses.Field]:
     """The fields that declare flags, those of groups included."""
     for field in dataclasses.fields(declared):
         yield from _fields(_kind_of(field)) if _is_group(field) else [field]
+
+
+def _is_switch(flag: Flag | None) -> bool:
+    """Whether a flag takes no value, as those for help (None) do."""
+    return flag is None or flag.field.type is bool
 
 
 def _is_group(field: dataclasses.Field) -> bool:

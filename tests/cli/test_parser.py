@@ -107,10 +107,16 @@ class Two(Command, name="k two"):
     """Is two.
 
     what:
-      --depth N  how deep
+      --depth N              how deep
+      --name NAME            its name
+      --files FILE [FILE ...]  its files
+      --[no-]again           again
     """
 
     depth: int | None = None
+    name: str = ""
+    files: list[str] = many()
+    again: bool = False
 
 
 class Kinds(Command, name="k", kinds={"one": One, "two": Two}):
@@ -120,12 +126,21 @@ class Kinds(Command, name="k", kinds={"one": One, "two": Two}):
 def test_kinds_have_flags_of_their_own():
     found = Kinds.parse(["two", "--depth", "3"])
     assert isinstance(found, Two) and (found.command, found.depth) == ("two", 3)
-    assert Kinds.parse(["--depth=3", "two"]).depth == 3  # the kind may stand elsewhere
+    for words, expected in (  # flags may stand before the kind, and their values are no kinds
+        ("--depth=3 two", (3, "", [], False)),
+        ("--name one two", (None, "one", [], False)),
+        ("--again --name=one two --files one", (None, "one", ["one"], True)),
+    ):
+        found = Kinds.parse(words.split())
+        assert isinstance(found, Two), words
+        assert (found.depth, found.name, found.files, found.again) == expected
     assert "  two  Is two\n" in Parser(Kinds).format_help()
     for words, message in (
         (["tow"], "grain-jax k: tow: no such kind; did you mean two?"),
         ([], "grain-jax k: expected a kind first: one, two"),
         (["one", "--depth=3"], "grain-jax k one: --depth: no such flag"),
+        (["--files", "a", "two"], "grain-jax k: expected a kind first: one, two"),
+        (["--nmae", "one", "two"], "grain-jax k two: --nmae: no such flag; did you mean --name?"),
     ):
         with pytest.raises(errors.UserError) as caught:
             Kinds.parse(words)
