@@ -125,10 +125,8 @@ def _find_cluster(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] 
         if int(environment["SLURM_NTASKS"]) == 1:
             return None
         arguments: dict[str, Any] = dict(cluster_detection_method="slurm")
-        # JAX would take one GPU, that of the process's number on its node, also where a process has a node.
-        gpus = environment.get("CUDA_VISIBLE_DEVICES")
-        if gpus:
-            arguments["local_device_ids"] = list(range(len(gpus.split(","))))
+        if devices := _gpus_of_task(environment):
+            arguments["local_device_ids"] = devices
         return f"SLURM job {environment['SLURM_JOB_ID']}", arguments
 
     cpu_only = environment.get("JAX_PLATFORMS") == "cpu"
@@ -149,6 +147,29 @@ def _find_cluster(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] 
     if "TPU_SKIP_MDS_QUERY" in environment or cpu_only:
         return None  # JAX sets it where there are no TPU chips
     return "TPU metadata", dict(cluster_detection_method="gcetpu")
+
+
+def _gpus_of_task(environment: Mapping[str, str]) -> list[int]:
+    """The GPUs of a SLURM task, among those that it sees; [] leaves the choice to JAX.
+
+    JAX takes one GPU, with the number of the task on its node. That is right only where the tasks of a node see the
+    same GPUs, as many as there are tasks.
+
+    Raises:
+      UserError: the tasks of a node see the same GPUs, and there is not one for each task.
+    """
+    visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    tasks = int(environment["SLURM_NTASKS"]) / int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    bound = environment.get("SLURM_GPUS_PER_TASK", "1").rpartition(":")[2] == str(len(visible))
+    if tasks <= 1 or bound:
+        return list(range(len(visible)))
+    if visible and len(visible) != tasks:
+        raise errors.UserError(
+            f"SLURM: {tasks:g} tasks on a node see the same {len(visible)} GPUs"
+            f" (CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']}); expected one task a node, a task"
+            " for each GPU, or srun --gpus-per-task"
+        )
+    return []
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ SRUN = {
     "SLURM_NTASKS": "2",
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
     **NO_TPU,
 }
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **NO_TPU}
@@ -33,6 +34,8 @@ SLICE = {**POD, "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0", "JOB_COMPLE
 
 
 _SLURM = {"cluster_detection_method": "slurm"}
+_EIGHT = {"SLURM_NTASKS": "16"}  # tasks a node
+_TWO_GPUS = {"SLURM_GPUS_PER_TASK": "a100:2"}
 _GKE = ("GKE's TPU slice", {"cluster_detection_method": "gketpu"})
 _ALONE = {**SLICE, "TPU_WORKER_HOSTNAMES": "localhost"}
 
@@ -45,6 +48,16 @@ _ALONE = {**SLICE, "TPU_WORKER_HOSTNAMES": "localhost"}
         (
             {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
             ("SLURM job 12", {**_SLURM, "local_device_ids": [0, 1, 2, 3]}),
+        ),
+        # A task for each of the node's GPUs, which every task sees: JAX takes that of the task's number.
+        ({**SRUN, **_EIGHT, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, ("SLURM job 12", _SLURM)),
+        (
+            {**SRUN, **_EIGHT, "CUDA_VISIBLE_DEVICES": "5"},
+            ("SLURM job 12", {**_SLURM, "local_device_ids": [0]}),
+        ),
+        (
+            {**SRUN, "SLURM_NTASKS": "4", "CUDA_VISIBLE_DEVICES": "4,5", **_TWO_GPUS},
+            ("SLURM job 12", {**_SLURM, "local_device_ids": [0, 1]}),
         ),
         ({**SRUN, "SLURM_NTASKS": "1"}, None),
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, None),  # a shell of salloc
@@ -61,6 +74,13 @@ def test_what_the_environment_says(environment, expected):
     if expected:
         names = [cluster.name for cluster in clusters.ClusterEnv._cluster_types]
         assert expected[1]["cluster_detection_method"] in names
+
+
+def test_slurm_tasks_that_share_their_gpus_are_refused():
+    shared = {**SRUN, **_EIGHT, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    with pytest.raises(errors.UserError, match="8 tasks on a node see the same 4 GPUs") as caught:
+        distributed.find(None, 1, 0, shared)
+    assert str(caught.value).endswith("or srun --gpus-per-task") and caught.value.status == 2
 
 
 def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):
