@@ -196,14 +196,8 @@ def last_step(folder: epath.Path) -> int:
 
 
 def finished(run: SweepRun) -> bool:
-    """Whether the last step is logged and saved, and the report of the trainer is complete."""
-    evals = run.config.evals.values()
-    report = ["curves.png"]
-    if evals:
-        report.append("results.json")
-    if run.config.pictures and any(entry.kind == "grounding" for entry in evals):
-        report.append("regions.png")
-    if not all((run.folder / name).exists() for name in report):
+    """Whether the last step is logged and saved, and the trainer has written its report."""
+    if not (run.folder / "report.html").exists():
         return False
     from grain_jax.runtime import checkpoint  # JAX: seconds, and only for what may be finished
 
