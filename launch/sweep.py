@@ -71,11 +71,12 @@ def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) 
     rows = sweep_table.read(runs, [finished(run) for run in runs])
     metric = metric or sweep_table.default_metric(rows)
     sweep_table.check(rows, metric)
-    print(sweep_table.text(rows, metric))
+    lower = sweep_table.lower_is_better(metric, runs[0].config)
+    print(sweep_table.text(rows, metric, lower))
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(workdir / "sweep.csv", sweep_table.csv_text(rows, metric))
+    atomic.write_text(workdir / "sweep.csv", sweep_table.csv_text(rows, metric, lower))
     written = "sweep.csv"
-    if sweep_table.draw(rows, metric, workdir / "sweep.png"):
+    if sweep_table.draw(rows, metric, lower, workdir / "sweep.png"):
         written += " and sweep.png"
     print(f"{workdir}: {written}", file=sys.stderr)
 

@@ -24,6 +24,8 @@ _HEADLINES = (
     "/box_iou",
     "/miou",
 )  # endings of the keys that a table is sorted by unasked
+# Metrics of training, beside the losses, that rank by their least value.
+LOWER = ("grad_norm", "input_wait_fraction", "input_wait_steps", "texts_dropped", "texts_too_long")
 _LAST = 5  # logged steps that a training metric is averaged over: a single batch is noisy
 _MOST_LINES = 6  # of a panel that a legend still tells apart
 
@@ -68,9 +70,12 @@ def default_metric(rows: Sequence[SweepRow]) -> str:
     return next((k for k in keys if k.startswith("eval/") and k.endswith(_HEADLINES)), "loss")
 
 
-def smaller_is_better(metric: str) -> bool:
-    """True for losses; of other metrics larger is better."""
-    return "loss" in metric
+def lower_is_better(metric: str, config: config_lib.Config) -> bool:
+    """Whether a metric ranks by its least value: of evaluators those that they declare, and losses and LOWER."""
+    if metric.startswith("eval/"):
+        name, last = metric.split("/")[1], metric.rpartition("/")[2]
+        return name in config.evals and last in config.evals[name].lower_is_better
+    return metric.startswith("loss") or metric.partition("/")[0] in LOWER
 
 
 def check(rows: Sequence[SweepRow], metric: str) -> None:
@@ -80,9 +85,9 @@ def check(rows: Sequence[SweepRow], metric: str) -> None:
         raise errors.UserError(f"--metric: {metric}: {config_lib.unknown_key(metric, keys)}")
 
 
-def ranked(rows: Sequence[SweepRow], metric: str) -> list[SweepRow]:
-    """Best first; runs that are not finished after those that are."""
-    sign = 1 if smaller_is_better(metric) else -1
+def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]:
+    """Best first, which is the lowest or the highest; runs that are not finished after those that are."""
+    sign = 1 if lower else -1
     value = lambda row: sign * row.values.get(metric, sign * math.inf)
     return sorted(rows, key=lambda row: (row.state != "finished", value(row)))
 
@@ -118,8 +123,8 @@ def _over_seeds(rows: Sequence[SweepRow], metric: str, axes: Sequence[str]):
     return groups
 
 
-def text(rows: Sequence[SweepRow], metric: str) -> str:
-    """The table, and below it the means over seeds where there are several."""
+def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
+    """The table, best first, and below it the means over seeds where there are several."""
     axes = _axes(rows)
     shown = [metric] if metric == "loss" else [metric, "loss"]
     cells = [
@@ -129,16 +134,15 @@ def text(rows: Sequence[SweepRow], metric: str) -> str:
             *(f"{row.values[key]:.4f}" if key in row.values else "" for key in shown),
             row.state,
         ]
-        for row in ranked(rows, metric)
+        for row in ranked(rows, metric, lower)
     ]
-    page = tables.table(["run", *_labels(axes), *shown, "state"], cells)
+    page = f"by {metric}, {'lower' if lower else 'higher'} is better\n"
+    page += tables.table(["run", *_labels(axes), *shown, "state"], cells)
     others = [axis for axis in axes if axis != SEED]
     groups = _over_seeds([row for row in rows if _counts(row, metric)], metric, others)
     if SEED in axes and others and groups:
         header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]
-        best_first = sorted(
-            groups.items(), key=lambda group: fmean(group[1]), reverse=not smaller_is_better(metric)
-        )
+        best_first = sorted(groups.items(), key=lambda group: fmean(group[1]), reverse=not lower)
         means = [
             [_title(others, key), *(f"{of(x):.4f}" for of in (fmean, min, max)), str(len(x))]
             for key, x in best_first
@@ -147,21 +151,21 @@ def text(rows: Sequence[SweepRow], metric: str) -> str:
     return page
 
 
-def csv_text(rows: Sequence[SweepRow], metric: str) -> str:
+def csv_text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     """The table with every metric that the runs have, the sorting one first."""
     axes = _axes(rows)
     keys = dict.fromkeys([metric, *(key for row in rows for key in row.values)])
     page = io.StringIO()
     writer = csv.writer(page, lineterminator="\n")
     writer.writerow(["run", "state", "step", *axes, *keys])
-    for row in ranked(rows, metric):
+    for row in ranked(rows, metric, lower):
         swept = (row.swept.get(axis, "") for axis in axes)
         values = (row.values.get(key, "") for key in keys)
         writer.writerow([row.name, row.state, row.step, *swept, *values])
     return page.getvalue()
 
 
-def draw(rows: Sequence[SweepRow], metric: str, path: epath.Path) -> bool:
+def draw(rows: Sequence[SweepRow], metric: str, lower: bool, path: epath.Path) -> bool:
     """Draws the metric against each swept axis: a dot per run, and a line through the means over seeds with their range.
 
     Returns:
@@ -174,7 +178,7 @@ def draw(rows: Sequence[SweepRow], metric: str, path: epath.Path) -> bool:
     if not done:
         return False
     axes = [axis for axis in _axes(rows) if axis != SEED] or [SEED]
-    better = "lower" if smaller_is_better(metric) else "higher"
+    better = "lower" if lower else "higher"
     page = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False}):  # values are texts, not formulas
         figure = Figure(figsize=(1 + 5 * len(axes), 4.2), layout="constrained", dpi=110)

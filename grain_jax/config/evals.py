@@ -82,6 +82,7 @@ class Evaluator(abc.ABC):
     example: ClassVar[str] = ""  # flags of the command, to copy
     writes_predictions: ClassVar[bool] = False  # whether `evaluate` takes `Context.predictions`
     table: ClassVar[Sequence[TableRow]] = ()  # rows of the table, of an evaluator of the package
+    lower_is_better: ClassVar[Sequence[str]] = ()  # last words of such metrics: mean_rank
 
     # Which evaluator this is: a name of the package, or module:Class.
     kind: str = ""

@@ -40,6 +40,7 @@ class HardNegatives(AnnotatedImages):
         "no region has {negatives} negatives or more; expected regions with `negatives`, which grain-jax"
         " annotate --passes negatives makes; or ask for fewer"
     )
+    lower_is_better = ("mean_rank", "median_rank")
     kind: str = "hard_negatives"
     # negatives of a box, 10 as in FG-OVD; boxes with fewer are left out
     negatives: int = option(10, "N", low=1)

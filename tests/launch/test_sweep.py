@@ -103,11 +103,11 @@ def test_a_point_unsets_the_other_length(tmp_path):
     assert run.config.input.name == "two words"
 
 
-def make(tmp_path, points, overrides=(), evaluator="", **base):
+def make(tmp_path, points, overrides=(), evaluator="", name="birds", **base):
     """Runs of the tiny config with changes and perhaps an evaluator, of arguments in code, which a config file has."""
     tmp_path.mkdir(exist_ok=True)
     file = tmp_path / f"config{len(list(tmp_path.glob('config*.py')))}.py"
-    evals = f", evals={{'birds': recipe.evaluator({evaluator})}}" if evaluator else ""
+    evals = f", evals={{{name!r}: recipe.evaluator({evaluator})}}" if evaluator else ""
     head = "from grain_jax.config import recipe\nfrom tests import tiny\n\ndef get_config():\n"
     file.write_text(f"{head}    return tiny.dictionary(**{base!r}{evals})\n")
     return sweep_runs.make_runs(str(file), overrides, points, epath.Path(tmp_path))
@@ -430,7 +430,8 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
     _, rows = table_of(tmp_path)
     metric = sweep_table.default_metric(rows)
     assert metric == "eval/seen/alpha_1.0/top1"
-    lines = sweep_table.text(rows, metric).splitlines()
+    first, *lines = sweep_table.text(rows, metric, False).splitlines()
+    assert first == f"by {metric}, higher is better"
     cells = [line.split() for line in lines]
     assert cells[0] == ["run", "learning_rate", "seed", metric, "loss", "state"]
     assert cells[2] == ["learning_rate=0.002,seed=0", "0.002", "0", "0.8000", "1.0000", "finished"]
@@ -439,10 +440,35 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
     assert lines[5].endswith("step 4 of 10")
     assert cells[9] == ["learning_rate=0.002", "0.8000", "0.8000", "0.8000", "1"]
     assert cells[10] == ["learning_rate=0.001", "0.6000", "0.5000", "0.7000", "2"]
-    by_loss = sweep_table.ranked(rows, "loss")  # the mean of the last five; smaller is better
+    by_loss = sweep_table.ranked(rows, "loss", True)  # the mean of the last five; smaller is better
     assert [row.values["loss"] for row in by_loss] == [1.0, 1.0, 1.0, 6.5]
     with pytest.raises(errors.UserError, match="did you mean eval/seen/chance"):
         sweep_table.check(rows, "eval/seen/chanse")
+
+
+@pytest.mark.parametrize(
+    "metric, best",
+    [
+        ("grad_norm", 0),
+        ("eval/hard/region/mean_rank", 0),
+        ("eval/hard/region/top1", 1),
+        ("eval/birds/lossless", 1),
+        ("input_wait_fraction", 0),
+        ("loss_box", 0),
+        ("images_per_second", 1),
+    ],
+)
+def test_the_best_run_comes_first(tmp_path, capsys, metric, best):
+    hard = "'hard_negatives', 'hard', annotations='a.jsonl'"
+    runs = make(tmp_path, [{"seed": 0}, {"seed": 1}], evaluator=hard, name="hard")
+    for value, run in enumerate(runs):
+        pretend(run, 10, **{metric: float(value)})
+    sweep.tabulate(runs, epath.Path(tmp_path), metric)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"by {metric}, {('lower', 'higher')[best]} is better"
+    assert printed[3].startswith(f"seed={best} ")
+    with (tmp_path / "sweep.csv").open() as file:
+        assert next(csv.DictReader(file))["run"] == f"seed={best}"
 
 
 def test_the_values_of_a_run(tmp_path):
@@ -459,20 +485,20 @@ def test_the_values_of_a_run(tmp_path):
 def test_csv_and_picture(tmp_path):
     _, rows = table_of(tmp_path)
     metric = sweep_table.default_metric(rows)
-    table = list(csv.DictReader(sweep_table.csv_text(rows, metric).splitlines()))
+    table = list(csv.DictReader(sweep_table.csv_text(rows, metric, False).splitlines()))
     assert table[0]["run"] == "learning_rate=0.002,seed=0"
     assert float(table[0]["optim.learning_rate"]) == 2e-3 and float(table[0][metric]) == 0.8
     assert [row["step"] for row in table] == ["10", "10", "10", "4"]
     assert float(table[1]["eval/seen/chance"]) == 0.1
-    assert sweep_table.draw(rows, metric, epath.Path(tmp_path / "sweep.png"))
+    assert sweep_table.draw(rows, metric, False, epath.Path(tmp_path / "sweep.png"))
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     mixed = [
         dataclasses.replace(row, swept={**row.swept, "dtype": kind, "text.packing": True})
         for row in rows
         for kind in ("float32", "bfloat16")
     ]
-    assert sweep_table.draw(mixed, metric, epath.Path(tmp_path / "mixed.png"))
-    assert not sweep_table.draw([], metric, epath.Path(tmp_path / "none.png"))
+    assert sweep_table.draw(mixed, metric, False, epath.Path(tmp_path / "mixed.png"))
+    assert not sweep_table.draw([], metric, False, epath.Path(tmp_path / "none.png"))
 
 
 @pytest.mark.slow
