@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from shlex import join
 from shutil import which
+from statistics import fmean
 from typing import NamedTuple
 
 from etils import epath
@@ -25,7 +26,6 @@ from grain_jax.core import errors, progress
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
 SLOW_POLL = 5.0  # between two looks at files
-LEAST_FOR_ETA = 0.1  # jobs' worth of work; before it, starting and compiling are most of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _gpus() -> list[str]:
 
 @dataclasses.dataclass
 class _State:
-    """What is known of a job; the last three are of the try that runs."""
+    """What is known of a job; the last four are of the try that runs."""
 
     job: Job
     done: bool = False
@@ -103,6 +103,7 @@ class _State:
     process: subprocess.Popen | None = None
     slot: int = -1
     began: float = 0.0
+    before: float = 0.0  # share that earlier tries have done
 
 
 @dataclasses.dataclass
@@ -135,17 +136,18 @@ class Runner:
     def __post_init__(self):
         self._states: dict[str, _State] = {}  # in the order in which they should start
         self._stopped_by: int | None = None
-        self._given = 0.0  # jobs' worth of work that calls before this one did
+        self._took: list[
+            float
+        ] = []  # seconds of each whole run, as far as this call has seen one end
 
     def run(self) -> Outcome:
         """Runs the jobs. Passes SIGTERM and SIGINT on to them and returns when they have ended."""
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._refresh()
-            self._given = len(self._done())
-            if self._given:
-                self.screen.say(f"{self._given} of {len(self._states)} runs finished before")
-            began = shown = looked = time.monotonic()
+            if complete := len(self._done()):
+                self.screen.say(f"{complete} of {len(self._states)} runs finished before")
+            shown = looked = time.monotonic()
             while True:
                 now = time.monotonic()
                 if self._reap() or now - looked > SLOW_POLL:
@@ -155,7 +157,7 @@ class Runner:
                 if not self._running() and (self._stopped_by or not self._waiting()):
                     break
                 if now - shown > SLOW_POLL:
-                    self._show(now - began)
+                    self._show(now)
                     shown = now
                 time.sleep(POLL)
             self.screen.close(stays=True)
@@ -245,8 +247,7 @@ class Runner:
         state.slot, state.began = slot, time.monotonic()
         if self._stopped_by:  # the signal came while it was being started
             state.process.send_signal(self._stopped_by)
-        if not state.started:
-            self._given += self.share_done(job)
+        state.before = self.share_done(job)
         self.screen.say(f"{job.name}: started{' again' if state.started else ''}")
         state.started = True
 
@@ -255,9 +256,12 @@ class Runner:
         ended = [state for state in self._running() if state.process.poll() is not None]
         for state in ended:
             status, state.process = state.process.returncode, None
-            took = progress.duration(time.monotonic() - state.began)
+            seconds = time.monotonic() - state.began
+            took = progress.duration(seconds)
             if status == 0:
                 state.done = True
+                if state.before < 1:
+                    self._took.append(seconds / (1 - state.before))
                 result = self.result(state.job)
                 how = f"finished after {took}{result and f', {result}'}"
             elif status == PREEMPTED:
@@ -280,15 +284,35 @@ class Runner:
         for state in self._running():
             state.process.send_signal(number)
 
-    def _show(self, elapsed: float) -> None:
+    def _show(self, now: float) -> None:
         shares = {state.job.name: self.share_done(state.job) for state in self._running()}
-        total, finished = len(self._states), len(self._done())
-        done, eta = finished + sum(shares.values()), ""
-        if done - self._given > LEAST_FOR_ETA:
-            left = elapsed / (done - self._given) * (total - done)
+        eta = ""
+        if self._took:
+            ran = [(now - state.began, state.before) for state in self._running()]
+            left = time_left(self._took, ran, len(self._waiting()), len(self.slots))
             eta = f", ETA {progress.duration(left)}"
         at = ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
-        self.screen.show(f"{finished} of {total} runs finished{eta}{at and f'; running: {at}'}")
+        counts = f"{len(self._done())} of {len(self._states)} runs finished"
+        self.screen.show(f"{counts}{eta}{at and f'; running: {at}'}")
+
+
+def time_left(
+    took: Sequence[float], running: Sequence[tuple[float, float]], waiting: int, slots: int
+) -> float:
+    """Seconds until all jobs are done, if each takes as long as those that have finished.
+
+    Steps alone predict no time: starting, compiling, evaluating and the report take a share that no step shows.
+
+    Args:
+      took: seconds of the jobs that have finished; at least one.
+      running: for each job that runs, its seconds so far, and the share that earlier tries have done.
+      waiting: jobs that have not started.
+      slots: jobs that run at a time.
+    """
+    mean = fmean(took)
+    left = [max(mean * (1 - before) - seconds, 0.0) for seconds, before in running]
+    left += [mean] * waiting
+    return max(sum(left) / slots, max(left, default=0.0))
 
 
 def _cause(log: epath.Path) -> str:

@@ -292,13 +292,30 @@ def test_a_signal_while_the_jobs_are_listed_reaches_those_that_run(tmp_path):
     assert any(line.startswith("a: preempted and saved") for line in scripts.said)
 
 
-def test_eta_counts_what_running_jobs_have_done(tmp_path):
-    scripts = Scripts(tmp_path, a="time.sleep(0.5)\n" + DONE, b=DONE)
-    scripts.run(share_done=lambda job: 0.25)
-    assert any(
-        line.startswith("0 of 2 runs finished") and line.endswith("; running: a (25%)")
-        for line in scripts.said
-    )
+def test_the_progress_has_no_eta_before_a_run_has_finished(tmp_path):
+    """All steps of `a` are done early; what it does after them would let an estimate from steps grow."""
+    scripts = Scripts(tmp_path, a="time.sleep(0.5)\n" + DONE, b="time.sleep(0.5)\n" + DONE)
+    begun = set()
+
+    def steps(job):  # none when it starts, then all
+        known = job.name in begun
+        begun.add(job.name)
+        return float(known)
+
+    scripts.run(share_done=steps)
+    ended = next(i for i, line in enumerate(scripts.said) if line.startswith("a: finished"))
+    before = [line for line in scripts.said[:ended] if "runs finished" in line]
+    after = [line for line in scripts.said[ended:] if "runs finished" in line]
+    assert before and not any("ETA" in line for line in before)
+    assert any(line.startswith("1 of 2 runs finished, ETA ") for line in after)
+
+
+def test_the_time_left_is_that_of_the_runs_that_finished():
+    assert jobs.time_left([10.0, 20.0], [], 4, 1) == 60.0
+    assert jobs.time_left([10.0, 20.0], [(5.0, 0.0)], 2, 1) == 40.0
+    assert jobs.time_left([10.0], [(5.0, 0.0), (5.0, 0.5)], 3, 2) == 17.5
+    assert jobs.time_left([10.0], [(99.0, 0.0)], 1, 4) == 10.0  # one that is late adds nothing
+    assert jobs.time_left([10.0], [(25.0, 0.0)], 0, 1) == 0.0
 
 
 def test_runs_that_share_a_data_set_wait_for_the_first_to_make_it(tmp_path, monkeypatch):
