@@ -1,6 +1,7 @@
 """A command as a process: faults of its user become lines on stderr, and its exit status."""
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -69,6 +70,9 @@ def run(
       arguments: without the program's name; those of this process by default.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):  # what an encoding has not got becomes an escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with (
         contextlib.redirect_stdout(_Plain(sys.stdout)),
         contextlib.redirect_stderr(_Plain(sys.stderr)),

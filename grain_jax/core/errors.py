@@ -116,6 +116,8 @@ def of_system(error: BaseException | None) -> UserError | None:
             said = os.strerror(code)
             if getattr(cause, "errno", None) == code or said in text:
                 return StorageFault(f"{where}{said}; {advice}")
+        if "Error executing an HTTP request" in text:  # TensorFlow's, of gs://
+            return StorageFault(f"{' '.join(text.split())}; expected a network and access to it")
         if isinstance(cause, OSError) and path is not None:
             return UserError(f"{where}{cause.strerror or text}")
         if isinstance(cause, RuntimeError) and text == "can't start new thread":

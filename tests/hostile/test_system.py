@@ -51,6 +51,11 @@ REFUSED = [  # error; line; status
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/a"), "^/dev/null/a: Not", 2),
     (FileExistsError(errno.EEXIST, "File exists", "/dev/null"), "^/dev/null: File exists", 2),
     (FileNotFoundError(errno.ENOENT, "No such file", "a\x1b[2J"), r"^a\\x1b\[2J: No such", 2),
+    (
+        RuntimeError("Error executing an HTTP request: no such host\n\t when reading gs://b/c"),
+        "^Error executing an HTTP request: no such host when reading gs://b/c; expected a network",
+        1,
+    ),
     (RuntimeError("can't start new thread"), "no more threads: raise .*ulimit -u", 2),
 ]
 
