@@ -4,7 +4,7 @@
 #   export TPU=grain ZONE=us-central1-a TYPE=v5litepod-64 RUNTIME=v2-alpha-tpuv5-lite
 #   launch/tpu_vm.sh create [--spot]   asks for the pod and waits until it is there
 #   launch/tpu_vm.sh install           this checkout, as committed, and its packages, on every worker
-#   launch/tpu_vm.sh run --config configs/X.py --workdir gs://BUCKET/RUN
+#   launch/tpu_vm.sh run --config demo --workdir gs://BUCKET/RUN
 #   launch/tpu_vm.sh tail [WORKER]     a worker's log, as it grows; worker 0 prints the progress
 #   launch/tpu_vm.sh stop              every worker saves and ends
 #   launch/tpu_vm.sh delete

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ import time
 import pytest
 import yaml
 
+from grain_jax.cli import config_file
 from grain_jax.core import errors
 from grain_jax.launch import files
 from tests.paths import ROOT
@@ -41,12 +41,14 @@ def test_launch_files_copies_those_of_the_package_and_replaces_none(tmp_path, ca
     folder = tmp_path / "new" / "cluster"
     files.main([str(folder)])
     printed = capsys.readouterr().out.split()
-    assert {path.name for path in folder.iterdir()} == expected and len(expected) == 4
+    assert {path.name for path in folder.iterdir()} == expected and len(expected) == 5
     assert sorted(printed) == sorted(str(path) for path in folder.iterdir())
     for name in expected:
         assert (folder / name).read_bytes() == (LAUNCH / name).read_bytes()
     (folder / "gke.yaml").write_text("mine")
-    with pytest.raises(errors.UserError, match="holds Dockerfile, gke.yaml, slurm.sbatch, tpu_vm"):
+    with pytest.raises(
+        errors.UserError, match="holds Dockerfile, gke.yaml, gke_gpu.yaml, slurm.sbatch, t"
+    ):
         files.main([str(folder)])
     assert (folder / "gke.yaml").read_text() == "mine"
     with pytest.raises(errors.UserError, match="cannot be written"):
@@ -211,41 +213,95 @@ def test_tpu_vm_says_what_is_missing(stand_in):
     assert stand_in.called() == []
 
 
-def test_the_jobset_as_rendered_not_run():
-    page = string.Template((LAUNCH / "gke.yaml").read_text())
-    values = dict(NAME="grain", IMAGE="r/grain:tpu", ACCELERATOR="tpu-v5-lite-podslice")
-    values |= dict(TOPOLOGY="4x8", HOSTS="8", CHIPS="4", SLICES="2")
-    values |= dict(ARGS="--config configs/demo.py --workdir gs://b/r: # --config.optim.b1=0.9")
-    assert set(page.get_identifiers()) == set(values)
-    jobset = yaml.safe_load(page.substitute(values))
+def _jobset(file, **values):
+    """The JobSet of a file of launch/ with these values, which are all that it takes, and its one Job."""
+    text = (LAUNCH / file).read_text()
+    values |= dict(NAME="grain", IMAGE="r/grain:1", HOSTS="8", CHIPS="4")
+    values |= dict(ARGS="--config demo --workdir gs://b/r: # --config.optim.b1=0.9")
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
+    jobset = yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda name: values[name[1]], text))
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    return jobset, replicated, replicated["template"]["spec"], values["ARGS"]
+
+
+TPU_JOBSET = ("gke.yaml", dict(ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x8", SLICES="2"))
+GPU_JOBSET = ("gke_gpu.yaml", dict(ACCELERATOR="nvidia-h100-80gb"))
+
+
+@pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
+def test_a_jobset_as_rendered_not_run(file, values):
+    jobset, _, job, _ = _jobset(file, **values)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"]["name"] == "grain"
-    policy = jobset["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] == 3
-    action = "RestartJobSetAndIgnoreMaxRestarts"
-    assert policy["rules"] == [{"action": action, "onJobFailureReasons": ["PodFailurePolicy"]}]
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    assert replicated["replicas"] == 2
-    job = replicated["template"]["spec"]
     assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 8, 8)
     assert job["backoffLimit"] == 0
     exits, disrupted = job["podFailurePolicy"]["rules"]
     assert exits["action"] == disrupted["action"] == "FailJob"
-    assert exits["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [75, 134]}
+    statuses = {"containerName": "train", "operator": "In", "values": [2, 75, 134]}
+    assert exits["onExitCodes"] == statuses
     assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
     assert pod["terminationGracePeriodSeconds"] == 120
-    gke = "cloud.google.com/gke-tpu-"
-    assert pod["nodeSelector"] == {
-        f"{gke}accelerator": "tpu-v5-lite-podslice",
-        f"{gke}topology": "4x8",
-    }
     (container,) = pod["containers"]
-    assert container["name"] == "train" and container["image"] == "r/grain:tpu"
-    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["name"] == "train" and container["image"] == "r/grain:1"
     assert container["command"] == ["sh", "-c"]
-    assert container["args"] == [f"exec {TRAINER} {values['ARGS']}"]
+
+
+@pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
+@pytest.mark.parametrize(
+    "cause, action",
+    [
+        ("failed with exit code 2 matching", "FailJobSet"),
+        ("failed with exit code 75 matching", "RestartJobSetAndIgnoreMaxRestarts"),
+        ("failed with exit code 134 matching", "RestartJobSetAndIgnoreMaxRestarts"),
+        ("has condition DisruptionTarget matching", "RestartJobSetAndIgnoreMaxRestarts"),
+    ],
+)
+def test_wrong_input_ends_a_jobset_and_a_preemption_starts_it_again(file, values, cause, action):
+    """`cause` is in the message of a Job that Kubernetes ended by its podFailurePolicy."""
+    policy = _jobset(file, **values)[0]["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 3  # of a Job that ended for another reason
+    assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in policy["rules"])
+    message = f"Container train for pod default/grain-0 {cause} FailJob rule at index 0"
+    applies = lambda rule: any(
+        re.search(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [""])
+    )
+    assert next(rule["action"] for rule in policy["rules"] if applies(rule)) == action
+
+
+def test_the_jobset_of_tpu_slices():
+    _, replicated, job, arguments = _jobset(TPU_JOBSET[0], **TPU_JOBSET[1])
+    assert replicated["replicas"] == 2
+    pod = job["template"]["spec"]
+    gke = "cloud.google.com/gke-tpu-"
+    chips = {f"{gke}accelerator": "tpu-v5-lite-podslice", f"{gke}topology": "4x8"}
+    assert pod["nodeSelector"] == chips
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["args"] == [f"exec {TRAINER} {arguments}"]
+
+
+def test_the_jobset_of_gpus_joins_its_pods_by_the_name_of_the_first():
+    _, replicated, job, arguments = _jobset(GPU_JOBSET[0], **GPU_JOBSET[1])
+    assert (replicated["name"], replicated["replicas"]) == ("node", 1)
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/dev/shm"}
+    joins = (
+        "--coordinator=grain-node-0-0.grain:8476 --processes=8 --process-id=$(JOB_COMPLETION_INDEX)"
+    )
+    assert container["args"] == [f"exec {TRAINER} {arguments} {joins}"]
+
+
+def test_the_files_name_configs_that_a_wheel_has():
+    for path in LAUNCH.iterdir():
+        if path.suffix in (".yaml", ".sbatch", ".sh") or path.name == "Dockerfile":
+            named = re.findall(r"--config[= ](\S+)", path.read_text())
+            assert named and set(named) <= set(config_file.packaged()), path
 
 
 def test_the_image_has_what_it_copies_and_installs():
