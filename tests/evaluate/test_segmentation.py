@@ -187,7 +187,7 @@ def test_a_folder(tmp_path):
     assert got["miou"] == pytest.approx(miou) and got["mean_class_accuracy"] == pytest.approx(mean)
     assert got["miou_low"] <= miou <= got["miou_high"]
     assert got["per_class"]["wall"]["pixels"] == 2 * 17 * 18 + 17
-    rows = tables.rows_of(tables.scalars(got))
+    rows = tables.rows_of(got["kind"], tables.scalars(got))
     assert [row.key for row in rows] == ["miou", "pixel_accuracy", "mean_class_accuracy"]
     json.dumps(got)
     # Two folders, in sub-folders; the class file beside them or named.
