@@ -576,7 +576,7 @@ def report(config, workdir, predictor, results) -> None:
     figures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-        figures.print_table(results)
+        figures.print_table(results, {name: entry.kind for name, entry in config.evals.items()})
     grounded = (e for e in config.evals.values() if isinstance(e, grounding.Grounding))
     if config.pictures and (entry := next(grounded, None)):
         images, annotations = entry.paths

@@ -8,6 +8,7 @@ import tempfile
 
 import pytest
 
+from grain_jax.core import progress
 from tests import compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grain_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# How long compiling takes is no matter of the code: tests that read stderr see no line about it.
+progress.COMPILING_SECONDS = 1e6
 
 # Tracing makes millions of objects that live for seconds, beside those of the modules, which live for ever.
 gc.set_threshold(50_000, 10, 10)

@@ -17,7 +17,9 @@ from etils import epath
 from grain_jax.cli import process
 from grain_jax.core import errors
 from grain_jax.data.aviary import generate, settings  # pyright: ignore[reportMissingImports]
+from grain_jax.demo import class_lists
 from grain_jax.demo.arguments import Demo
+from grain_jax.runtime import pretrained
 
 _EXAMPLES = 12
 _EDGE = 240  # pixels of those that are drawn
@@ -45,24 +47,26 @@ def main(words: Sequence[str] | None = None) -> None:
 def _serve(arguments: Demo, uploads: epath.Path, folder: epath.Path) -> None:
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
-    from grain_jax.demo import analysis, class_lists, page
+    from grain_jax.demo import analysis, page
     from grain_jax.runtime import compiled
 
     compiled.use()
 
     classes = class_lists.read(arguments.classes) if arguments.classes else None
-    examples = _examples(arguments.examples, folder)
+    examples = _copies(arguments.examples, folder) if arguments.examples else []
     length = arguments.sequence_length
     predictor = inference.load(arguments.checkpoint, sequence_length=length)
+    examples = examples or _examples(predictor.folder or "", folder)
     classes = classes or class_lists.of_run(predictor.folder or "")
-    classes = classes or {one.name: tuple(one.descriptions) for one in _species()}
+    if classes is None and _is_of_birds(predictor.folder):
+        classes = {one.name: tuple(one.descriptions) for one in _species()}
     analyst = analysis.Analyst(predictor)
     seen = f"images of {predictor.model.image.image_size} pixels"
     if predictor.sequence_length:
         seen = f"images in their own shape, of at most {predictor.sequence_length} patches"
     about = f"`{arguments.checkpoint}`: {seen},"
     about += f" {analyst.queries or 'no'} regions{', a text decoder' if analyst.writes else ''}."
-    blocks = page.build(analyst, about, classes, examples)
+    blocks = page.build(analyst, about, classes or {}, examples)
     url = page.launch(
         blocks, arguments.host, arguments.port, uploads=str(uploads), examples=str(folder)
     )
@@ -78,16 +82,28 @@ def _check_address(host: str, port: int | None) -> None:
         socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
         reason = error.strerror or error
-        raise errors.UserError(f"--host {host} --port {port}: {reason}; give others") from None
+        address = f"--host {host}" if port is None else f"--host {host} --port {port}"
+        raise errors.UserError(f"{address}: {reason}; expected another address") from None
 
 
-def _examples(source: str | None, folder: epath.Path) -> list[str]:
-    """Writes the example images to `folder`; returns their paths.
+def _is_of_birds(model: epath.PathLike | None) -> bool:
+    """Whether the folder of a model is that of aviary-tiny, which knows nothing but drawn birds."""
+    return str(model) == str(pretrained.folder_of("aviary-tiny"))
 
-    They are copies of at most _EXAMPLES images of the folder `source`, evenly spaced, or drawn if it is None.
-    """
-    if source is None:
+
+def _examples(model: epath.PathLike, folder: epath.Path) -> list[str]:
+    """Writes examples for the model in a folder to `folder`: images that its run is evaluated on, or none."""
+    if _is_of_birds(model):
         return [str(path) for path in _draw(folder)]
+    images = class_lists.images_of_run(model)
+    try:
+        return _copies(images, folder) if images else []
+    except errors.UserError:  # nobody asked for that folder
+        return []
+
+
+def _copies(source: str, folder: epath.Path) -> list[str]:
+    """Copies at most _EXAMPLES images of the folder `source`, evenly spaced, to `folder`; returns their paths."""
     root = epath.Path(source)
     if not root.is_dir():
         raise errors.UserError(f"--examples: {source}: no such folder; expected one of images")

@@ -14,7 +14,7 @@ class Demo(Loads, name="demo"):
       --checkpoint DIR  workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
       --classes FILE    {"class name": ["description", ...]} as JSON, or one class a line; the page can edit them
         (default: those of the run's evaluations, where they have descriptions)
-      --examples DIR    folder of images, or of folders of them (default: a few that are drawn)
+      --examples DIR    folder of images, or of folders of them (default: of the run's evaluations)
 
     the server:
       --port N          (default: the first free one from 7860)

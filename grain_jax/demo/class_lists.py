@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -26,15 +27,26 @@ class DemoError(errors.UserError):
     """Bad input from the user; the message is one line."""
 
 
+def _evals(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """The evaluations in the config of a checkpoint; a converted model has none."""
+    if not (epath.Path(folder) / "config").is_dir():
+        return []
+    return list((checkpoint.read_json(folder, "config").get("evals") or {}).values())
+
+
+def images_of_run(folder: epath.PathLike) -> str | None:
+    """The first folder of images that the run of a checkpoint is evaluated on and that is on this machine."""
+    folders = (entry.get("images") or "://" for entry in _evals(folder))
+    return next((x for x in folders if "://" not in x and epath.Path(x).is_dir()), None)
+
+
 def of_run(folder: epath.PathLike) -> Classes | None:
     """The classes that a run is evaluated on: the first descriptions of its config, in JSON, that can be read here.
 
     Args:
       folder: of the checkpoint. None: it has no config, as a converted model, or names no such local file.
     """
-    config = epath.Path(folder) / "config"
-    evals = checkpoint.read_json(folder, "config").get("evals") if config.is_dir() else None
-    for entry in (evals or {}).values():
+    for entry in _evals(folder):
         path = entry.get("descriptions") or "://"
         if "://" not in path:
             with contextlib.suppress(errors.UserError, UnicodeDecodeError):

@@ -70,9 +70,10 @@ def build(
                     elem_id="image",
                 )
                 written = gr.HTML(elem_id="caption") if analyst.writes else None
-                gr.Examples(list(examples), image, examples_per_page=12, elem_id="examples")
+                if examples:
+                    gr.Examples(list(examples), image, examples_per_page=12, elem_id="examples")
                 text = gr.Textbox(
-                    class_lists.format(classes),
+                    class_lists.format(classes) if classes else "",
                     label="Classes",
                     info="One a line: name: description; description. Or names alone.",
                     lines=6,

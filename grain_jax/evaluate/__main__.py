@@ -101,10 +101,10 @@ def _one(args: argparse.Namespace) -> int:
     predictor = processes.run_together(lambda: _load(args))
     began = time.monotonic()
     result = entry.evaluate(predictor, Context(args.batch_size, predictions=predictions))
-    result["seconds"] = round(time.monotonic() - began, 1)
+    result |= {"kind": entry.kind, "seconds": round(time.monotonic() - began, 1)}
     if processes.process_info()[0]:
         return 0
-    print(tables.describe({args.command: tables.scalars(result)}), flush=True)
+    print(tables.describe({args.command: (entry.kind, tables.scalars(result))}), flush=True)
     for reason in result.get("unreadable_pictures", ()):
         print(f"left out: {reason}", file=sys.stderr)
     result |= entry.on_top(result)

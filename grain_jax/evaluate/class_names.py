@@ -17,6 +17,14 @@ from grain_jax.core import errors, regular_file
 SHIPPED = epath.Path(__file__).parent / "classes"
 # A value of `classes`: the ImageNet class names of the package open_clip. Two names occur twice (missile, sunglasses).
 OPEN_CLIP = "open_clip"
+_IMAGENET = "imagenet2012"
+# Where open_clip names a class of ImageNet otherwise than classes/imagenet2012.txt, by WordNet id.
+OPEN_CLIP_NAMES = {
+    "n01631663": "newt",  # eft
+    "n03710637": "tights",  # maillot
+    "n04008634": "missile",  # projectile
+    "n04355933": "sunglasses",  # sunglass
+}
 
 # Prefixes of labels that no name has: 001.Laysan_Albatross, n02085620-chihuahua, /a/abbey (SUN397).
 _SORTED = re.compile(r"\A(\d+\.|n\d{8}-|/([a-z]/)?)")
@@ -119,16 +127,24 @@ def shipped() -> str:
 
 
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
-    """The labels without their prefix (see `_stem`): the names that published files of descriptions use.
+    """Second names of the classes, by which files of descriptions may call them: the labels without prefix.
 
-    A class with the label `apartment_building/outdoor` is found there by it, whatever its name in prompts is.
+    A class with the label `apartment_building/outdoor` is found there by it, whatever its name in prompts is. For
+    a WordNet id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have that one.
 
     Arguments as of `for_labels`, which has accepted them. Returns None where neither data set nor file has labels.
     """
     found = _texts(labels)
     if found is None and classes is not None:
         found = [line.label for line in read(classes) if line.label is not None]
-    return [_stem(label) for label in found] if found else None
+    if not found:
+        return None
+    if not _WNID.fullmatch(found[0]):
+        return [_stem(label) for label in found]
+    second = {str(line.label): line.name for line in read(_IMAGENET)}
+    if classes == _IMAGENET:
+        second |= OPEN_CLIP_NAMES
+    return [second.get(label, _stem(label)) for label in found]
 
 
 def readable(label: str) -> str:
@@ -181,5 +197,5 @@ def _open_clip() -> list[Line]:
             f"classes {OPEN_CLIP}: got no package open_clip, expected it;"
             " pip install 'grain_jax[interop]'"
         ) from None
-    wnids = [line.label for line in read("imagenet2012")]  # sorted, as the names of open_clip are
+    wnids = [line.label for line in read(_IMAGENET)]  # sorted, as the names of open_clip are
     return [Line(*pair) for pair in zip(wnids, IMAGENET_CLASSNAMES, strict=True)]

@@ -15,6 +15,7 @@ import numpy as np
 from grain_jax.runtime import processes
 
 DRAWS = 200
+LEAST_IMAGES = 5  # for an interval over images
 _SEED = 18
 
 
@@ -71,27 +72,34 @@ class Confusion:
 
     Attributes:
       matrix: int64 [C, C], rows by the true class.
+      images: how many were added that have a pixel that counts.
     """
 
     def __init__(self, classes: int):
         self.matrix = np.zeros((classes, classes), np.int64)
         self._drawn = np.zeros((DRAWS, 3, classes), np.int64)
+        self.images = 0
 
     def add(self, position: int, matrix: np.ndarray) -> None:
         """Adds the matrix of an image, of that position in the set."""
         self.matrix += matrix
+        self.images += int(matrix.any())
         weights = np.random.default_rng((_SEED, position)).poisson(1, DRAWS)
         self._drawn += weights[:, None, None] * parts(matrix)
 
     def gathered(self) -> Confusion:
         """The sum over all processes, the same on each; all of them call it."""
-        found = processes.allgather({"matrix": self.matrix[None], "drawn": self._drawn[None]})
+        parts = {"matrix": self.matrix, "drawn": self._drawn, "images": np.array(self.images)}
+        sums = processes.allgather({key: part[None] for key, part in parts.items()})
         out = Confusion(len(self.matrix))
-        out.matrix, out._drawn = found["matrix"].sum(0), found["drawn"].sum(0)
+        out.matrix, out._drawn = sums["matrix"].sum(0), sums["drawn"].sum(0)
+        out.images = int(sums["images"].sum())
         return out
 
     def measures(self, without: int | None = None) -> dict[str, float]:
-        """`miou`, `pixel_accuracy`, `mean_class_accuracy` with 95% intervals, and those of a guess that is uniform.
+        """`miou`, `pixel_accuracy`, `mean_class_accuracy`, and those of a guess that is uniform.
+
+        The first three have 95% intervals if there are LEAST_IMAGES or more: of one image all draws are alike.
 
         Args:
           without: a class that no pixel gets, so that nobody guesses it; None: none.
@@ -99,11 +107,10 @@ class Confusion:
         own, out = parts(self.matrix), {}
         ways = dict(miou=miou, pixel_accuracy=accuracy, mean_class_accuracy=class_accuracy)
         for name, measure in ways.items():
-            drawn = measure(self._drawn)
-            low, high = np.nanpercentile(drawn, (2.5, 97.5))
-            value = float(measure(own))
-            out |= {name: value, f"{name}_low": min(float(low), value)}
-            out[f"{name}_high"] = max(float(high), value)
+            out[name] = value = float(measure(own))
+            if self.images >= LEAST_IMAGES:
+                low, high = np.nanpercentile(measure(self._drawn), (2.5, 97.5))
+                out |= {f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
         true = own[1].astype(np.float64)
         guess = np.ones(len(true))  # the chance of each class to be guessed
         if without is not None:

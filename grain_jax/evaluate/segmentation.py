@@ -224,7 +224,7 @@ class Segmentation(config.Evaluator):
 
         Returns: counts; `miou`, the mean IoU over the `classes_seen`, those with a true or a predicted pixel;
           `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel; each with a 95% interval (`_low`,
-          `_high`) over the images; `chance_miou` and `chance_pixel_accuracy`, of a class drawn for each pixel; and
+          `_high`) over the images if there are five or more; `chance_miou` and `chance_pixel_accuracy`, of a class drawn for each pixel; and
           `per_class`, name -> `iou`, `accuracy`, `pixels`. Pixels of the ignored id count nowhere.
         """
         found, unreadable = self.open(), {}

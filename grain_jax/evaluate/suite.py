@@ -102,8 +102,8 @@ def run(
         else:
             seconds = round(time.monotonic() - began, 1)
             about = {"entry": dataclasses.asdict(entry), "inputs": inputs}
-            about |= {"seconds": seconds, "kind": entry.kind}
-            results["ran"][name] = about | result
+            about |= {"seconds": seconds}
+            results["ran"][name] = about | result | {"kind": entry.kind}
             _say(f"{of}: {inputs['pictures']} images in {seconds:.0f} s")
         _write(output, results, suite)
     saved = _write(output, results, suite)
@@ -252,7 +252,8 @@ def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite)
 
 def _show(results: Mapping[str, Any]) -> None:
     """Prints the tables, then the notes and the failed and skipped entries."""
-    others = {n: tables.scalars(r) for n, r in results["ran"].items() if r["kind"] != "zeroshot"}
+    ran = results["ran"].items()
+    others = {n: (r["kind"], tables.scalars(r)) for n, r in ran if r["kind"] != "zeroshot"}
     if len(others) < len(results["ran"]):
         print(tables.suite(results["ran"], results["averages"]))
     if others:

@@ -24,19 +24,23 @@ def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
-def describe(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The table of several results: name -> its numbers as of `scalars`, {"alpha_0.5/top1": 0.78, "chance": 0.025}."""
+def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
+    """The table of several results.
+
+    Args:
+      results: name -> the kind of its evaluator, and its numbers as of `scalars`, {"alpha_0.5/top1": 0.78}.
+    """
     rows: list[tuple[str, ...]] = []
-    for name, numbers in results.items():
-        rows += [cells(name.replace("_", " "), numbers, row) for row in rows_of(numbers)]
+    for name, (kind, numbers) in results.items():
+        rows += [cells(name.replace("_", " "), numbers, row) for row in rows_of(kind, numbers)]
     return table(HEADER, rows)
 
 
-def rows_of(numbers: Mapping[str, float]) -> list[TableRow]:
-    """The rows of the numbers of an evaluation, of whichever evaluator of the package; else one row per number."""
-    known = [row for kind in evals.NAMED for row in evals.find(kind).rows(numbers)]
-    found = {row.key: row for row in known if row.key in numbers}
-    return list(found.values()) or [TableRow(key, key, None, "", "", False) for key in numbers]
+def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
+    """The rows that an evaluator of the package declares for its numbers; of any other kind one row per number."""
+    known = evals.find(kind).rows(numbers) if kind in evals.NAMED else ()
+    rows = [row for row in known if row.key in numbers]
+    return rows or [TableRow(key, key, None, "", "", False) for key in numbers]
 
 
 def _ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -7,6 +7,7 @@ for class names that mean nothing to the model, or descriptions that are whole s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
@@ -293,7 +294,7 @@ def read_descriptions(
 
     In names `_` stands for a space. If a file does not have a name as it is spelt, letters and digits are compared
     without case ("Black-footed albatross" matches "black_footed Albatross"), first those of the name, then those of
-    the stem. Published files have empty lists for a few classes, which are then described by their name alone.
+    the stem; of two classes with the same name, first those of the stem. Published files have empty lists for a few classes, which are then described by their name alone.
 
     `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
 
@@ -315,10 +316,12 @@ def read_descriptions(
             )
     known: dict[Any, list[str]] = {_letters(name): texts for name, texts in value.items()}
     known |= {name: value[key] for name, key in spelt.items()}
-    found = [
-        next((known[key] for key in (name, _letters(name), _letters(stem)) if key in known), None)
-        for name, stem in zip(classes, stems or classes)
-    ]
+    found, often = [], collections.Counter(classes)
+    for name, stem in zip(classes, stems or classes):
+        keys = [name, _letters(name), _letters(stem)]
+        if often[name] > 1:
+            keys.reverse()
+        found.append(next((known[key] for key in keys if key in known), None))
     missing = [n for n, texts in zip(classes, found) if texts is None or not (texts or names)]
     if missing:
         raise errors.UserError(f"{path}: no description of the classes {test_sets.listed(missing)}")

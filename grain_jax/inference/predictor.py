@@ -30,6 +30,7 @@ from grain_jax.models import grain, lora, places, towers
 from grain_jax.runtime import checkpoint, receipt, saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
+_COMPILING = "usually under a minute, on few CPU cores a few; once for each number of rows"
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
 
 
@@ -445,7 +446,13 @@ class Predictor(Mapper, Writer):
             decoder = self.text_decoder if of_text_decoder else None
             params = self.params if decoder is None else decoder.params
             padded = jax.tree.map(_pad, rows)
-        return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *padded))
+        with progress_lib.while_compiling(
+            f"{program.__name__} for {_count(padded)} rows",
+            _COMPILING,
+            silent=jax.process_index() > 0,
+        ):
+            results = program(params, *padded)  # returns before it is computed
+        return jax.tree.map(lambda x: np.asarray(x)[:count], results)
 
     @functools.cached_property
     def _on_all_devices(self) -> tuple[Any, NamedSharding]:

@@ -38,13 +38,15 @@ _PIXELS = 360  # least longer side of an image as drawn
 _texts_as_they_are = matplotlib.rc_context({"text.parse_math": False})
 
 
-def print_table(results: Mapping[str, float]) -> None:
+def print_table(results: Mapping[str, float], kinds: Mapping[str, str]) -> None:
     """Prints the final table of a run.
 
     Args:
       results: `eval/NAME/KEY`, as in metrics.jsonl -> value.
+      kinds: NAME -> the kind of its evaluator.
     """
-    print(tables.describe(run_files.by_evaluation(results)))
+    numbers = run_files.by_evaluation(results)
+    print(tables.describe({name: (kinds.get(name, ""), of) for name, of in numbers.items()}))
 
 
 @_texts_as_they_are

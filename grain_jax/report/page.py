@@ -181,7 +181,7 @@ def _results(runs, names) -> str:
     for i, run in enumerate(runs):
         for result in run.results:
             rows = groups.setdefault(result.source, {})
-            for row in tables.rows_of(result.numbers):
+            for row in tables.rows_of(result.kind, result.numbers):
                 what, *cells = tables.cells(result.name.replace("_", " "), result.numbers, row)
                 _, columns = rows.setdefault((result.name, row.key), (what, [""] * len(runs)))
                 columns[i] = _cell(result.numbers, row, *cells)

@@ -24,6 +24,7 @@ class Result(NamedTuple):
     """One evaluation of a run."""
 
     name: str
+    kind: str  # of its evaluator; "" where the files do not say
     source: str  # name of the file
     numbers: dict[str, float]  # as `evaluate.tables.scalars` returns them
     per_class: dict[str, dict[str, float]]  # alpha -> class -> accuracy
@@ -70,7 +71,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
     step = lines[-1].step if lines else None
-    found = _training_results(workdir, series)
+    found = _training_results(workdir, series, evals)
     if not found:
         unmeasured.append(
             "the run has not evaluated yet (no results.json, no eval/... in its metrics)"
@@ -126,14 +127,21 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float
     return list(steps[first::every]), [float(f"{v:.5g}") for v in values[first::every]]
 
 
-def _training_results(workdir: epath.Path, series: Mapping[str, Any]) -> list[Result]:
+def _training_results(
+    workdir: epath.Path, series: Mapping[str, Any], evals: Mapping[str, Mapping[str, Any]]
+) -> list[Result]:
     stored = _json(workdir / "results.json")
     source = "results.json"
     if stored is None:
         source = "metrics.jsonl"
         stored = {key: s[1][-1] for key, s in series.items() if key.startswith("eval/")}
+    kinds = {name: str(entry.get("kind", "")) for name, entry in evals.items()}
     groups = by_evaluation(stored).items()
-    return [r for name, numbers in groups for r in _results(name, source, numbers)]
+    return [
+        result
+        for name, numbers in groups
+        for result in _results(name, kinds.get(name, ""), source, numbers)
+    ]
 
 
 def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
@@ -152,16 +160,16 @@ def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -
         found += _of_file(file.stem, file, value)
 
 
-def _results(name: str, source: str, numbers: Mapping[str, float]) -> list[Result]:
+def _results(name: str, kind: str, source: str, numbers: Mapping[str, float]) -> list[Result]:
     """The result of an evaluation; then, if it has one, the result by class names alone."""
     out = []
     alone = {k: v for k, v in numbers.items() if k.startswith(_BY_NAME)}
     own = {k: v for k, v in numbers.items() if k not in alone}
-    out.append(Result(name, source, own, {}, {}))
+    out.append(Result(name, kind, source, own, {}, {}))
     if alone:
         shared = {k: own[k] for k in ("chance", "chance_top5", "pictures") if k in own}
         alone = {k.removeprefix(_BY_NAME): v for k, v in alone.items()}
-        out.append(Result(f"{name}, by name", source, shared | alone, {}, {}))
+        out.append(Result(f"{name}, by name", kind, source, shared | alone, {}, {}))
     return out
 
 
@@ -179,7 +187,9 @@ def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> list[Resu
             },
             counts=value.get("pictures_per_class", {}),
         )
-        for result, part in zip(_results(name, file.name, numbers), parts)
+        for result, part in zip(
+            _results(name, str(value.get("kind", "")), file.name, numbers), parts
+        )
     ]
 
 

@@ -20,7 +20,7 @@ from grain_jax.core import errors
 from grain_jax.demo import __main__ as command
 from grain_jax.demo import analysis, class_lists, views
 from grain_jax.inference import text_decoder as in_use
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, pretrained
 from tests import perturbed, tiny
 from tests.inference import test_text_decoder
 from tests.paths import ROOT
@@ -609,21 +609,34 @@ def test_the_page_opens_with_the_classes_of_the_run(tmp_path, monkeypatch):
     assert class_lists.of_run(tmp_path) is None  # a converted model
 
 
-def test_examples_are_copied_or_drawn(tmp_path, picture):
+def test_examples_are_of_the_dataset_of_the_run(tmp_path, picture):
     (tmp_path / "drawn").mkdir()
-    drawn = command._examples(None, tmp_path / "drawn")
+    drawn = command._examples(pretrained.folder_of("aviary-tiny"), tmp_path / "drawn")
     assert [analysis.read_image(path).size for path in drawn] == [(240, 240)] * 3
+    assert command._examples(tmp_path, tmp_path / "none") == []  # a converted model
+    (tmp_path / "mine").mkdir()
+    picture.save(tmp_path / "mine" / "cat.png")
+    (tmp_path / "run" / "config").mkdir(parents=True)
+    (tmp_path / "copy").mkdir()
+    for images, expected in ((tmp_path / "mine", ["00_cat.png"]), (tmp_path / "gone", [])):
+        stored = json.dumps({"evals": {"a": {"kind": "zeroshot", "images": str(images)}}})
+        (tmp_path / "run" / "config" / "metadata").write_text(stored)
+        shown = command._examples(tmp_path / "run", command.epath.Path(tmp_path / "copy"))
+        assert [os.path.basename(path) for path in shown] == expected
+
+
+def test_examples_are_copied(tmp_path, picture):
     for i in range(20):
         (tmp_path / "birds" / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "birds" / f"c{i % 2}" / f"{i:02}.png")
     (tmp_path / "copies").mkdir()
-    copied = command._examples(str(tmp_path / "birds"), command.epath.Path(tmp_path / "copies"))
+    copied = command._copies(str(tmp_path / "birds"), command.epath.Path(tmp_path / "copies"))
     assert len(copied) == 12 and copied[0].endswith("00_00.png") and copied[6].endswith("06_01.png")
     with pytest.raises(errors.UserError, match="no such folder"):
-        command._examples(str(tmp_path / "gone"), tmp_path)
+        command._copies(str(tmp_path / "gone"), tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.UserError, match="holds no image"):
-        command._examples(str(tmp_path / "empty"), tmp_path)
+        command._copies(str(tmp_path / "empty"), tmp_path)
 
 
 def test_without_gradio_it_is_one_line(monkeypatch, capsys):
@@ -641,7 +654,7 @@ def test_a_taken_address_is_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(errors.UserError, match=f"--port {port}: Address already in use"):
             command._check_address("127.0.0.1", port)
-    with pytest.raises(errors.UserError, match="--host 192.0.2.1 --port None: "):
+    with pytest.raises(errors.UserError, match="^--host 192.0.2.1: "):
         command._check_address("192.0.2.1", None)
     with pytest.raises(errors.UserError, match="--port: got '99999', expected a whole number in 1"):
         command.main(["--checkpoint", "none", "--port", "99999"])

@@ -1,12 +1,15 @@
 import collections
+import hashlib
 import importlib.util
+import json
 import sys
 import types
 
 import pytest
 import tensorflow_datasets as tfds
 
-from grain_jax.evaluate import class_names
+from grain_jax.evaluate import class_names, zeroshot
+from grain_jax.inference import prompts
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
@@ -37,7 +40,8 @@ def test_shipped_names_are_those_of_the_tfds_set(name, count, tmp_path):
     assert names == class_names.for_labels(None, count, name)  # its order is TFDS's
     assert len(names) == count
     assert collections.Counter(n.lower() for n in names).most_common(1)[0][1] == 1
-    assert not [n for n in names if set(n) & set("_/?\t") or n != " ".join(n.split())]
+    assert not [n for n in names if set(n) & set("_?\t") or n != " ".join(n.split())]
+    assert [prompts.class_texts(n, ["{}"])[0] for n in names] == names  # no PARENT/CLASS
 
 
 def test_lvis_has_groups():
@@ -53,8 +57,7 @@ NAMES = {
     ("cifar100", 1): "aquarium fish",
     ("caltech_birds2011", 8): "Brewer's Blackbird",
     ("imagenet2012", 134): "crane bird",
-    ("imagenet2012", 517): "construction crane",
-    ("imagenet2012", 639): "one-piece swimsuit",
+    ("imagenet2012", 639): "one-piece bathing suit",
     ("sun397", 8): "outdoor apartment building",
     ("places365_small", 234): "snowy mountain",
     ("cars196", 173): "2012 Ram C-V Cargo Van Minivan",
@@ -80,7 +83,7 @@ def test_stems_are_what_published_descriptions_are_called_by(tmp_path):
     assert class_names.stems(["/a/apse/indoor", "b_c"], None) == ["apse/indoor", "b_c"]
     assert class_names.stems(["0", "1"], None) is None
     assert class_names.stems(None, "caltech_birds2011")[8] == "Brewer_Blackbird"
-    assert class_names.stems(["n01440764"], "open_clip") == ["n01440764"]
+    assert class_names.stems(["n01440764"], "open_clip") == ["tench"]
     assert class_names.stems(None, file(tmp_path, "dog", "cat")) is None  # names alone
 
 
@@ -101,7 +104,7 @@ def test_names_are_found_by_label(tmp_path):
     assert "got no name for 1 of the data set's 2 labels, the first: 'pig'" in got
     # Two of ImageNet's classes, as in TFDS's imagenette.
     names = class_names.for_labels(["n01440764", "n02102040"], 2, "imagenet2012")
-    assert names == ["tench", "English springer spaniel"]
+    assert names == ["tench", "English Springer Spaniel"]
 
 
 def test_a_shifted_order_is_a_fault(tmp_path):
@@ -127,13 +130,42 @@ def test_faulty_files(tmp_path, lines, expected):
     assert expected in fault(None, 2, file(tmp_path, *lines))
 
 
-def test_published_names(monkeypatch):
-    package = types.ModuleType("open_clip")  # without torch, which its __init__ imports
+@pytest.fixture
+def open_clip(monkeypatch):
+    """The package without torch, which its __init__ imports."""
+    package = types.ModuleType("open_clip")
     found = importlib.util.find_spec("open_clip")
     package.__path__ = found.submodule_search_locations
     monkeypatch.setitem(sys.modules, "open_clip", package)
+
+
+def test_names_of_open_clip(open_clip, monkeypatch):
     wnids = [line.label for line in class_names.read("imagenet2012")]
     names = class_names.for_labels(wnids, 1000, "open_clip")
     assert names[134] == "crane bird" and names[-1] == "toilet paper"
     monkeypatch.setitem(sys.modules, "open_clip.zero_shot_metadata", None)
     assert "pip install 'grain_jax[interop]'" in fault(wnids, 1000, "open_clip")
+
+
+def test_imagenet_takes_the_published_descriptions(open_clip, tmp_path):
+    published = [line.name for line in class_names.read("imagenet2012")]
+    # The keys, in order, of descriptors_imagenet.json in sachit-menon/classify_by_description_release at d1a3d89.
+    digest = hashlib.sha256("\n".join(published).encode()).hexdigest()
+    assert digest == "3f33991cc57a5c65c4361866171b6fad1a49d93385c7e1948a351d6ed2daaf07"
+    later = [line.name for line in class_names.read("open_clip")]
+    differ = {old: new for old, new in zip(published, later) if old != new}
+    assert differ == {
+        "eft": "newt",
+        "maillot": "tights",
+        "projectile": "missile",
+        "sunglass": "sunglasses",
+    }
+    wnids = [line.label for line in class_names.read("imagenet2012")]
+    for of_file in (published, later):
+        path = tmp_path / "D.json"
+        path.write_text(json.dumps({name: [f"like {name}"] for name in of_file}))
+        for classes in ("imagenet2012", "open_clip"):
+            names = class_names.for_labels(wnids, 1000, classes)
+            stems = class_names.stems(wnids, classes)
+            described = zeroshot.read_descriptions(path, names, stems)
+            assert described == [[f"like {name}"] for name in of_file]

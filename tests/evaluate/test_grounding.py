@@ -198,7 +198,7 @@ def test_several_boxes_of_a_phrase_are_pointed_at(tmp_path):
     # The whole image: half of either box, all of both.
     assert result["likelihood"]["phrase_iou"] == 0.5
     assert result["likelihood"]["phrase_iou_merged_box"] == pytest.approx((1 + 0.5) / 2)
-    rows = [row.label for row in tables.rows_of(tables.scalars(result))]
+    rows = [row.label for row in tables.rows_of(result["kind"], tables.scalars(result))]
     at = rows.index("phrase to box Acc@0.5")
     assert rows[at + 1 : at + 3] == [
         "phrase to box Acc@0.5, pointed at",

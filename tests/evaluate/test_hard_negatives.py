@@ -45,7 +45,7 @@ def test_hand_computed(data):
     assert got["region"]["median_rank"] == 2
     assert got["image"]["top1"] == pytest.approx((1 + 0 + 0.5) / 3)  # of two alike, one at random
     assert "box_head" not in got
-    labels = [row.label for row in tables.rows_of(tables.scalars(got))]
+    labels = [row.label for row in tables.rows_of(got["kind"], tables.scalars(got))]
     assert labels[0] == "right description, by the region"
     json.dumps(got)
 
@@ -94,7 +94,10 @@ def test_by_likelihood(liker, monkeypatch):
             ]
             == likely
         )
-    labels = [row.label for row in tables.rows_of(tables.scalars(got | {"likelihood": likely}))]
+    labels = [
+        row.label
+        for row in tables.rows_of(got["kind"], tables.scalars(got | {"likelihood": likely}))
+    ]
     assert labels == [f"right description, by the {x}" for x in ("region", "image", "likelihood")]
     monkeypatch.setattr(predictor, "log_p", lambda *_: float("nan"))
     with pytest.raises(InputError, match="not finite"):
@@ -118,7 +121,7 @@ def test_captions_with_a_negative_in_place_of_the_description(tmp_path):
     assert got["boxes"] == 2 and got["captions"]["boxes"] == 1
     assert got["captions"]["likelihood"]["top1"] == 1 == got["captions"]["likelihood"]["mean_rank"]
     assert got["captions"]["image"]["mean_rank"] == 2 and got["captions"]["image"]["top1"] == 0
-    labels = [row.label for row in tables.rows_of(tables.scalars(got))]
+    labels = [row.label for row in tables.rows_of(got["kind"], tables.scalars(got))]
     assert labels[-2:] == ["right caption, by the image", "right caption, by the likelihood"]
     without = Liker(texts, regions=predictor.regions, has_text_decoder=False)
     without.images = predictor.images

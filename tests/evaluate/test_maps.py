@@ -49,7 +49,7 @@ def test_hand_computed(data):
     assert got["pointing"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert got["chance_pointing"] == pytest.approx((0.5 + 0.25 + 0.5) / 3)
     assert got["chance_map_iou"] == pytest.approx((0.5 + 0.25 + 0.5) / 3)
-    assert tables.rows_of(tables.scalars(got))[0].key == "pointing"
+    assert tables.rows_of(got["kind"], tables.scalars(got))[0].key == "pointing"
     json.dumps(got)
 
 

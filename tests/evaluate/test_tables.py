@@ -1,6 +1,13 @@
 """Results as numbers and as tables of text."""
 
-from grain_jax.evaluate import tables
+import dataclasses
+import json
+
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.config import evals
+from grain_jax.evaluate import suite, tables
 
 
 def test_scalars():
@@ -16,7 +23,8 @@ def test_scalars():
 def test_boxes_and_diagnostics_have_rows_of_their_own():
     numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "boxes": 100.0, "chance": 0.1}
     numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "found_boxes/boxes": 50.0}
-    table = tables.describe({"lvis": numbers, "run": {"matched_iou": 0.3, "regions_matched": 7.0}})
+    matched = {"matched_iou": 0.3, "regions_matched": 7.0}
+    table = tables.describe({"lvis": ("boxes", numbers), "run": ("diagnostics", matched)})
     rows = [" ".join(line.split()) for line in table.splitlines()[2:]]
     assert rows == [
         "lvis: found by a query, IoU >= 0.5 50.0% 40.0 - 60.0% 100 boxes",
@@ -24,3 +32,26 @@ def test_boxes_and_diagnostics_have_rows_of_their_own():
         "lvis: the same of those found 50.0% 10.0% 50 boxes",
         "run: matched box IoU 0.300 7 boxes",
     ]
+
+
+def test_an_evaluator_from_outside_keeps_all_its_rows(tmp_path, monkeypatch, capsys):
+    """Its keys may be those of an evaluator of the package, `kind` among them."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(config_lib.Evaluator):
+        kind: str = "my.module:Mine"
+
+        def check(self):
+            return 1
+
+        def evaluate(self, predictor, context=evals.STANDALONE):
+            return {"kind": "boxes", "miou": 0.5, "sharpness": 2.0, "found": 0.25, "pictures": 1}
+
+    monkeypatch.setattr("grain_jax.evaluate.suite._identity", lambda *_: {"digest": "0"})
+    output = epath.Path(tmp_path / "o.json")
+    mine = config_lib.Suite({"mine": Mine()})
+    assert suite.run(mine, output, checkpoint="RUN", load=lambda: None) == 0
+    assert json.loads(output.read_text())["ran"]["mine"]["kind"] == "my.module:Mine"
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for row in ("mine: miou 0.500", "mine: sharpness 2.000", "mine: found 0.250"):
+        assert row in rows

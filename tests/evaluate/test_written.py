@@ -94,7 +94,7 @@ def test_captions_by_hand(data, next_image, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["caption"] for line in lines] == list(CAPTIONS.values())
     assert lines[0]["references_log_p"] == [-12, -6] and lines[2]["references"] == ["two birds"]
-    assert len(tables.rows_of(tables.scalars(got))) == 4
+    assert len(tables.rows_of(got["kind"], tables.scalars(got))) == 4
     json.dumps(got)
 
 
@@ -112,7 +112,7 @@ def test_descriptions_by_hand(data, next_image):
     # "A red tail." has a token more than words.
     assert got["description_nll"] == pytest.approx(2 * 15 / (5 * 4 + 1))
     assert got["chance_description_nll"] == pytest.approx(2 * 15 / (5 * 4))
-    labels = [row.label for row in tables.rows_of(tables.scalars(got))]
+    labels = [row.label for row in tables.rows_of(got["kind"], tables.scalars(got))]
     assert labels[0] == "exact descriptions" and len(labels) == 3
     json.dumps(got)
 
@@ -203,7 +203,7 @@ def test_pointing_by_hand(phrases, next_image, tmp_path):
     first, second, _ = (json.loads(line) for line in path.read_text().splitlines())
     assert first["phrases"][1]["boxes"] == [[0.5, 0, 1, 1], [0, 0, 0.5, 1]]
     assert first["phrases"][1]["pointed"] == [0, 0, 1, 1] and second["phrases"] == []
-    rows = tables.rows_of(tables.scalars(got))
+    rows = tables.rows_of(got["kind"], tables.scalars(got))
     assert [row.label for row in rows][:2] == ["phrase to box IoU", "phrase to box Acc@0.5"]
     assert rows[0].chance == "chance_phrase_iou" and len(rows) == 4
     json.dumps(got)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import io
 import re
@@ -11,7 +12,7 @@ import pytest
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.core import images, schema
+from grain_jax.core import images, progress, schema
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
@@ -258,6 +259,25 @@ def test_programs_of_the_training_are_not_taken(predictor):
     told = dataclasses.replace(predictor.model, attention="cudnn", mlp="pallas")
     other = inference.Predictor(told, predictor.params)
     assert other.model == predictor.model and other._encode_images is predictor._encode_images
+
+
+def test_the_first_call_says_what_it_compiles(predictor, monkeypatch):
+    """Where that takes long: tests/core/test_progress.py."""
+    lines = []
+
+    def while_compiling(what, usually, *, silent):
+        lines.append((what, silent))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(progress, "while_compiling", while_compiling)
+    predictor.classify(FEW, ["wren", "kite"])
+    predictor.ground(ONE, "a tail")
+    rows = {"encode_texts": [4, 1], "encode_images": [4, 1]}  # of classify and of ground
+    for name, counts in rows.items():
+        assert [x for x in lines if name in x[0]] == [
+            (f"{name} for {n} rows", False) for n in counts
+        ]
+    assert len(lines) == 4
 
 
 def test_bfloat16_is_near(predictor):

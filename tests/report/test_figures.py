@@ -32,7 +32,9 @@ RESULTS = {
 
 
 def test_table(capsys):
-    figures.print_table(RESULTS)
+    kinds = dict.fromkeys(["seen_by_name", "unseen"], "zeroshot")
+    kinds |= {"test": "retrieval", "boxes": "grounding", "other": "my.module:Mine"}
+    figures.print_table(RESULTS, kinds)
     lines = capsys.readouterr().out.splitlines()
     words = [line.split() for line in lines]
     assert words[0] == ["measured", "value", "95%", "interval", "chance", "of"]
