@@ -370,7 +370,9 @@ def compile_steps(run: SetUp, program: train_step.Program, records: "Records", s
                 shapes = (phase.step.eval_shape(program.state, phase.batch)[1] for phase in over)
                 measured |= {name for found in shapes for name in found}
             schedule.check_best_metric(run.config, measured)
-        step_fns = {key: one.compile() for key, one in lowered.items()}
+        usually = "usually under a minute for a small model, 2 to 5 minutes for a large one"
+        with progress.while_compiling("the training step", usually, silent=jax.process_index() > 0):
+            step_fns = {key: one.compile() for key, one in lowered.items()}
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
