@@ -222,19 +222,23 @@ def _train(
         closes.callback(records.close)
         closes.callback(trace.close)
         closes.callback(checkpoints.close)
-        closes.callback(checkpoints.wait_until_finished)  # the save under way is finished
-        closes.callback(batches.close)
+        # The save under way is finished.
+        waits = "waiting for a checkpoint to be written"
+        closes.callback(watch.doing(waits)(checkpoints.wait_until_finished))
+        closes.callback(watch.doing("waiting for the input to stop")(batches.close))
         with watch.running(start_step), ending.in_a_line(workdir):
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
-                batch = next(batches)
+                with watch.doing("waiting for the next batch (input)"):
+                    batch = next(batches)
                 step_fn = step_fns[program.phase(step - 1).key]
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 trace.end(step, metrics)
                 watch.stepped(step)
                 if mark:
-                    mark.check()
+                    with watch.doing("asking whether the workdir is still its own (trainer.lock)"):
+                        mark.check()
                 preempted = handler.reached()
                 due = plan.due(step, preempted=preempted, minutes_are_over=records.minutes_are_over)
                 records.after_step(step, due, state, metrics, batches, watch)
@@ -366,7 +370,9 @@ def compile_steps(run: SetUp, program: train_step.Program, records: "Records", s
                 shapes = (phase.step.eval_shape(program.state, phase.batch)[1] for phase in over)
                 measured |= {name for found in shapes for name in found}
             schedule.check_best_metric(run.config, measured)
-        step_fns = {key: one.compile() for key, one in lowered.items()}
+        usually = "usually under a minute for a small model, 2 to 5 minutes for a large one"
+        with progress.while_compiling("the training step", usually, silent=jax.process_index() > 0):
+            step_fns = {key: one.compile() for key, one in lowered.items()}
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
@@ -485,13 +491,15 @@ class Records:
                 schedule.check_best_metric(self._config, self.results)
         if self._log and due.logs:
             # Before the save: what is restored has its lines.
-            self._log.write(step, values | digests.chains(state.receipt))
+            with watch.doing("writing metrics.jsonl"):
+                self._log.write(step, values | digests.chains(state.receipt))
         if due.logs and (warning := self._text_counts.check(step, self._advice)):
             self.say(warning)
         if due.logs:
             self._advise(values)
         if due.saves:
-            self._save(state, values)
+            with watch.doing("saving a checkpoint"):
+                self._save(state, values)
 
     def _advise(self, values: Mapping[str, float]) -> None:
         """Says what local terms advise, once each."""

@@ -1,1 +1,1 @@
-"""Starting runs. Thin: every launcher ends in `python -m grain_jax.train`."""
+"""Starts runs on one machine, TPU VMs, GKE and SLURM; sweeps; and plans of runs without their devices."""

@@ -227,8 +227,8 @@ def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, mon
     shutil.copytree(workdir / "checkpoints/2", tmp_path / "2")
     monkeypatch.setattr(checkpoint, "restore", lambda *_: "the state")
     read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)
-    state, _, data = read()
-    assert state == "the state" and data[0]["name"] == "tiny_set"
+    state, items = read()
+    assert state == "the state" and items.data[0]["name"] == "tiny_set"
     (tmp_path / "2/data/metadata").write_text('{"sets": [')
     with pytest.raises(json.JSONDecodeError):
         read()

@@ -14,7 +14,7 @@ import pytest
 import grain_jax
 from grain_jax import config, train
 from grain_jax.config import recipe
-from grain_jax.core import errors
+from grain_jax.core import errors, progress
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending, metrics_writer
 from grain_jax.training import schedule, sharding
@@ -156,7 +156,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(finished, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, tmp_path, capfd):
+def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(
+    finished, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(progress, "COMPILING_SECONDS", 0.0)
     handler = ending.PreemptionHandler()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts
         handler.tell(number)
@@ -164,6 +167,7 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
         train.train(_config(), tmp_path, handler)
     assert end.value.code == ending.INTERRUPTED == 130
     said = capfd.readouterr().err
+    assert "compiling the training step, usually under a minute for a small model" in said
     assert "saved at step 1 of 10" in said
     assert f" (all: grain-jax convert table --checkpoint {tmp_path})" in said
     assert said.count("\nexits: to-hf, ") == 1

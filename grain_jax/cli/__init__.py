@@ -1,1 +1,1 @@
-"""The command line: `grain-jax SUB ...`. The flags of every command, and what reads them; imports nothing heavy."""
+"""The command line: `grain-jax SUB ...`: the one parser, the list of commands, and what reads a config file."""

@@ -1,1 +1,1 @@
-"""Users' files: annotations, images, and writes that are whole or absent."""
+"""What every other package may import: errors, the contract of a batch, images, files, text for terminals and HTML."""

@@ -28,14 +28,16 @@ from grain_jax.core import errors
 from grain_jax.runtime import receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
+    Items,
     absolute,
     attempt,
     finished_steps,
     metadata_of,
     open_reader,
-    read_data,
-    read_json,
+    read_items,
 )
+from grain_jax.runtime.checkpoint_files import read_data as read_data
+from grain_jax.runtime.checkpoint_files import read_json as read_json
 from grain_jax.runtime.saved_model import Stored as Stored
 from grain_jax.runtime.saved_model import StoredDecoder as StoredDecoder
 from grain_jax.runtime.saved_model import decoder_of_run as decoder_of_run
@@ -64,11 +66,11 @@ class Manager(ocp.CheckpointManager):
 
 
 def newest_config(workdir: epath.PathLike) -> tuple[config_lib.Config | None, str]:
-    """The config of the newest checkpoint whose config can be read, and the name of that checkpoint; or (None, "")."""
+    """The config of the newest checkpoint whose config is whole, and the name of that checkpoint; or (None, "")."""
     for step in reversed(finished_steps(workdir)):
         try:
-            stored = read_json(absolute(workdir) / "checkpoints" / str(step), "config")
-            return config_lib.from_dict(stored), f"checkpoint {step}"
+            stored = read_items(absolute(workdir) / "checkpoints" / str(step))
+            return config_lib.from_dict(stored.config), f"checkpoint {step}"
         except Exception:  # damaged; `restore_newest` says so, and takes the one before
             continue
     return None, ""
@@ -131,17 +133,18 @@ def save(
       checkpoints: of the run.
       state: the TrainState.
       config: of the run.
-      record: of this save (receipt.py); that of the first process is stored.
+      record: of this save (receipt.py); that of the first process is stored, with the hashes of config and data.
       metrics: those of this step, of which `checkpoint_best_metric` is stored; the same on all processes.
       data: the identities of the run's record sets (input_pipeline/records.py).
     """
     step, name = int(state.step), config.checkpoint_best_metric
+    hashes = {"config": receipt.config_sha256(config), "data": receipt.sha256(list(data))}
     checkpoints.save(
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(held(state, config)._asdict()),
             config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            receipt=ocp.args.JsonSave(dict(record)),
+            receipt=ocp.args.JsonSave({**record, **hashes}),
             data=ocp.args.JsonSave({"sets": list(data)}),
         ),
         metrics={name: metrics[name]} if metrics and name in metrics else None,
@@ -159,7 +162,8 @@ def restore_newest(
 
     It has no parameters of a teacher that lies elsewhere (`held`).
 
-    A checkpoint is damaged where it cannot be read or its digests are not those of its record. Damaged ones are
+    A checkpoint is damaged where it cannot be read or its digests are not those of its record; only a whole one is
+    compared with the config. Damaged ones are
     moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that the storage works. All
     processes call this, and get the same checkpoint.
 
@@ -178,14 +182,14 @@ def restore_newest(
         folder = checkpoints.directory / str(step)
         read = functools.partial(_read_saved, folder, config, abstract_state)
         found, fault = attempt(read, folder, errors.UserError)
-        state, record, stored = found or (None, {}, [])
+        state, stored = found or (None, None)
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
-        if fault is None and (wrong := receipt.contradictions(record, state)):
+        if fault is None and (wrong := receipt.contradictions(stored.record, state)):
             fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
         if fault is None:
-            check_same_data(step, stored, data, say)
-            if changed := _other_numbers(folder, config):
+            check_same_data(step, stored.data, data, say)
+            if changed := _other_numbers(stored.config, config):
                 say(f"goes on with other values than checkpoint {step}: {', '.join(changed)}")
             _move_aside(checkpoints, list(damaged))
             return state
@@ -201,11 +205,11 @@ def restore_newest(
 
 def _read_saved(
     folder: epath.Path, config: config_lib.Config, abstract_state: Any
-) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
-    """(state, record, identities of its data) of a checkpoint."""
-    check_same_run(folder, config)
-    state = restore(folder, held(abstract_state, config))
-    return state, read_json(folder, "receipt"), read_data(folder)
+) -> tuple[Any, Items]:
+    """(state, all else) of a checkpoint."""
+    items = read_items(folder)
+    check_same_run(items.config, config)
+    return restore(folder, held(abstract_state, config)), items
 
 
 def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
@@ -228,12 +232,12 @@ def _without_evals(content: dict[str, Any]) -> config_lib.Config:
     return config_lib.from_dict(content | {"evals": {}, "checkpoint_best_metric": ""})
 
 
-def _other_numbers(folder: epath.Path, config: config_lib.Config) -> list[str]:
-    """`KEY OLD -> NEW` of each key that has another value than in the checkpoint `folder` and changes later steps.
+def _other_numbers(stored: dict[str, Any], config: config_lib.Config) -> list[str]:
+    """`KEY OLD -> NEW` of each key that has another value than in the `stored` config and changes later steps.
 
     Those are of the role "numbers", and the length of the run, over which schedules stretch.
     """
-    contents = read_json(folder, "config"), json.loads(config_lib.to_json(config))
+    contents = stored, json.loads(config_lib.to_json(config))
     old, new = (
         config_lib.select(found, {"numbers"})
         | dict(total_steps=found.total_steps, total_epochs=found.total_epochs)
@@ -246,9 +250,9 @@ def _other_numbers(folder: epath.Path, config: config_lib.Config) -> list[str]:
     ]
 
 
-def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
-    """Raises CheckpointError where the checkpoint `folder` has another order of the data, or scale of LoRA, than `config`."""
-    of_run = _without_evals(read_json(folder, "config"))
+def check_same_run(content: dict[str, Any], config: config_lib.Config) -> None:
+    """Raises CheckpointError where a stored config has another order of the data, or scale of LoRA, than `config`."""
+    of_run = _without_evals(content)
     stored = config_lib.select(of_run, {"order"})
     new = config_lib.select(config, {"order"})
     faults = [

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax.core import errors, regular_file
+from grain_jax.runtime import receipt
 
 
 class CheckpointError(errors.UserError):
@@ -56,6 +57,27 @@ def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
     check_files(absolute(folder) / item)
     with open_reader(ocp.JsonCheckpointHandler) as reader:
         return reader.restore(absolute(folder) / item)
+
+
+class Items(NamedTuple):
+    """What a checkpoint has beside its state."""
+
+    record: dict[str, Any]
+    config: dict[str, Any]  # as it is stored
+    data: list[dict[str, Any]]  # the identities of the record sets
+
+
+def read_items(folder: epath.PathLike) -> Items:
+    """The items of the checkpoint `folder`, which are what its record has the hashes of.
+
+    Raises:
+      ValueError: an item is damaged; so does any error of a reader say.
+    """
+    record, config, data = (read_json(folder, item) for item in ("receipt", "config", "data"))
+    hashes = {"config": receipt.sha256(config), "data": receipt.sha256(data["sets"])}
+    if wrong := [item for item, found in hashes.items() if record[item] != found]:
+        raise ValueError(f"it was read, but is not what was saved: {', '.join(wrong)}")
+    return Items(record, config, data["sets"])
 
 
 def read_data(folder: epath.PathLike) -> list[dict[str, Any]]:

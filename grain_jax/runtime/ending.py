@@ -21,8 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 from etils import epath
@@ -40,19 +39,6 @@ FAULT_SECONDS = 60  # after a fault, for the save under way and the threads
 _SAME_SECONDS = 1.0  # a terminal's Ctrl-C reaches a process twice, also from its launcher
 # That process 0 stays, so that the others get the signal: JAX aborts them once it is gone.
 _LAST_SECONDS = 2.0
-
-# Where the main thread may stand: (file, function) -> words.
-_PLACES = {
-    ("device.py", "__next__"): "waiting for the next batch (input)",
-    ("device.py", "close"): "waiting for the input to stop",
-    ("checkpoint.py", "save"): "saving a checkpoint",
-    ("checkpoint_manager.py", "wait_until_finished"): "waiting for a checkpoint to be written",
-    ("metrics_writer.py", "write"): "writing metrics.jsonl",
-    ("metrics_writer.py", "flush"): "uploading the metrics",
-    ("receipt.py", "add"): "writing the receipt",
-    ("lock.py", "check"): "asking whether the workdir is still its own (trainer.lock)",
-    ("train.py", "_train"): "waiting for the devices (a step)",
-}
 
 _actions: list[Callable[[], None]] = []
 _jax_handler: Callable[[int], None] | None = None  # of SIGTERM, under `jax.distributed`
@@ -238,14 +224,15 @@ class Watchdog:
 
     def __init__(self, stall_seconds: int = 0):
         self._limit = stall_seconds
-        self._idle = self._step = self._paused = self._watched = 0
+        self._idle = self._step = self._paused = 0
+        self._activity = "waiting for the devices (a step)"
         self._fault: BaseException | None = None
         self._stopped = threading.Event()
 
     @contextlib.contextmanager
     def running(self, step: int) -> Iterator[None]:
         """Watches from `step` on until `stop`; after a fault inside, `stop` must come within FAULT_SECONDS."""
-        self._step, self._watched = step, threading.get_ident()
+        self._step = step
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             yield
@@ -268,6 +255,15 @@ class Watchdog:
             self._paused -= 1
             self._idle = 0
 
+    @contextlib.contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Names what the block does, for the message; outside any, the loop waits for the devices."""
+        outer, self._activity = self._activity, activity
+        try:
+            yield
+        finally:
+            self._activity = outer
+
     def stop(self) -> None:
         """Ends the watch: the run is over."""
         self._stopped.set()
@@ -280,8 +276,7 @@ class Watchdog:
                 self._end(limit)
 
     def _end(self, limit: int) -> None:
-        frame = sys._current_frames().get(self._watched)
-        where = f"{_place(frame)}, last step {self._step}. Stacks of all threads: {_dump()}"
+        where = f"{self._activity}, last step {self._step}. Stacks of all threads: {_dump()}"
         if self._fault is not None:
             status, text = end_by(self._fault)
             leave(status, f"{text}\nending: not over {limit} s after this fault; {where}")
@@ -290,18 +285,6 @@ class Watchdog:
             f"ending: no step for {limit} s (--stall-seconds); {where}\n"
             "The same command goes on from the newest checkpoint.",
         )
-
-
-def _place(innermost: Any) -> str:
-    """In words, the innermost known place on a thread's stack."""
-    if innermost is None:
-        return "its thread is gone"
-    for frame, _ in traceback.walk_stack(innermost):
-        words = _PLACES.get((Path(frame.f_code.co_filename).name, frame.f_code.co_name))
-        if words:
-            return words
-    code = innermost.f_code
-    return f"in {code.co_name} ({code.co_filename}:{innermost.f_lineno})"
 
 
 def _dump() -> str:

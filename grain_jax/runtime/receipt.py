@@ -4,6 +4,7 @@ A record holds digests of the batches so far, of the saved state and of the logg
 run. Each checkpoint has its own record too. `grain-jax verify WORKDIR` checks all of it.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -48,8 +49,8 @@ def sha256(value: Any) -> str:
 
 
 def config_sha256(config: config_lib.Config) -> str:
-    """The hash of a config; keys with their default do not count."""
-    return sha256(config_lib.without_defaults(config))
+    """The hash of a config as a checkpoint stores it."""
+    return sha256(dataclasses.asdict(config))
 
 
 def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:

@@ -117,10 +117,10 @@ def read_model(path: epath.PathLike) -> config_lib.Model:
         if not steps:
             raise CheckpointError(f"{path}: holds no finished checkpoint yet")
         path = path / "checkpoints" / str(steps[-1])
-    stored, fault = files.attempt(lambda: files.read_json(path, "config"), path, MemoryError)
+    items, fault = files.attempt(lambda: files.read_items(path), path, MemoryError)
     if fault:
         raise CheckpointError(f"{path}: damaged: {fault}; put back a copy")
-    return config_lib.from_dict(stored).model
+    return config_lib.from_dict(items.config).model
 
 
 class Stored(NamedTuple):
@@ -241,13 +241,11 @@ def _read_converted(folder: epath.Path) -> Stored:
 
 def _read_checkpoint(folder: epath.Path) -> Stored:
     """The model of a checkpoint, compared with its record."""
-    record = files.read_json(folder, "receipt")
-    config = config_lib.from_dict(files.read_json(folder, "config"))
-    if receipt.config_sha256(config) != record["config"]:
-        raise CheckpointError("config: not what the receipt has the hash of")
+    items = files.read_items(folder)
+    config = config_lib.from_dict(items.config)
     which = "ema_params" if files.metadata_of(folder / "state").get("ema_params") else "params"
     params = files.read_arrays(folder / "state", only=which)[which]
-    if digests.of_arrays(params) != record["state"][which]:
+    if digests.of_arrays(params) != items.record["state"][which]:
         raise CheckpointError(f"{which}: not what the receipt has the digest of")
     of_terms = params.pop("terms", {})  # of local loss terms: no part of the model
     decoder = decoder_of_run(config, of_terms, folder)

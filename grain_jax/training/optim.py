@@ -11,6 +11,7 @@ import optax
 
 from grain_jax.config import Optim
 from grain_jax.core import errors
+from grain_jax.runtime import digests
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 
@@ -140,6 +141,43 @@ def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) ->
     return schedule
 
 
+def scale_by_adam(b1: float, b2: float, eps: float, moment_dtype: str):
+    """`optax.scale_by_adam`, computed in float32, which stores the first moment as `moment_dtype`.
+
+    optax multiplies `b1` in the type that it stores, where 0.9 is 0.8984. To the nearest bfloat16 a moment that
+    moves by less than half a unit stands still: 2 to 7% below a constant gradient. So it is rounded at random.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+    if moment_dtype == "float32":
+        return adam
+
+    def init(params):
+        state = adam.init(params)
+        return state._replace(mu=optax.tree.cast(state.mu, jnp.bfloat16))
+
+    def update(updates, state, params=None):
+        state = state._replace(mu=optax.tree.cast(state.mu, jnp.float32))
+        scaled, state = adam.update(updates, state, params)
+        round_leaf = lambda mu, gradient: _bfloat16_at_random(mu, gradient, state.count)
+        return scaled, state._replace(mu=jax.tree.map(round_leaf, state.mu, updates))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _bfloat16_at_random(x, gradient, step):
+    """`x` as one of the two bfloat16 around it, which is `x` on average.
+
+    The random bits are a hash of the gradient and the step, so they are the same on every mesh.
+    """
+    hashes = digests.scramble(
+        digests.scramble(jax.lax.bitcast_convert_type(gradient.astype(jnp.float32), jnp.uint32))
+        + step.astype(jnp.uint32)
+    )
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + (digests.scramble(hashes) >> 16)) & np.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
 def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping by global norm (if on), Adam moments, decoupled decay, the schedule, layer-wise decay (if on).
 
@@ -149,7 +187,7 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adam = optax.chain(
         clip,
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype),
+        scale_by_adam(config.b1, config.b2, config.eps, config.moment_dtype),
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: decay_mask(params, config.decay_groups)
         ),

@@ -272,16 +272,15 @@ def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     assert status == 0 and "bit for bit" in out, out + err
 
 
-def test_a_run_on_one_set_is_not_one_on_several(folder, tmp_path, monkeypatch):
+def test_a_run_on_one_set_is_not_one_on_several(folder):
     config = record_sets.config(folder, name="birds")
-    monkeypatch.setattr(checkpoint, "read_json", lambda *_: dataclasses.asdict(config))
-    checkpoint.check_same_run(tmp_path, config)
+    stored = dataclasses.asdict(config)
+    checkpoint.check_same_run(stored, config)
     gone = {"mine": {"kind": "no_such_module:Gone", "option": 3}}  # decides no order
-    stored = dataclasses.asdict(config) | {"evals": gone, "checkpoint_best_metric": "eval/mine/x"}
-    monkeypatch.setattr(checkpoint, "read_json", lambda *_: stored)
-    checkpoint.check_same_run(tmp_path, config)
+    stored |= {"evals": gone, "checkpoint_best_metric": "eval/mine/x"}
+    checkpoint.check_same_run(stored, config)
     with pytest.raises(checkpoint.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"):
-        checkpoint.check_same_run(tmp_path, mixture(folder))
+        checkpoint.check_same_run(stored, mixture(folder))
 
 
 def test_a_damaged_record_is_named(folder, tmp_path):

@@ -15,6 +15,16 @@ from grain_jax.core import errors
 from grain_jax.runtime import checkpoint, digests, ending
 from tests import tiny
 
+DATA = [
+    {
+        "name": "birds",
+        "split": "train",
+        "shard_lengths": [4, 4, 3],
+        "digest": "0f" * 16,
+        "digest_of": "records",
+    }
+]
+
 
 class State(NamedTuple):
     """What `save` needs of a TrainState."""
@@ -43,7 +53,7 @@ def save_steps(workdir, steps, config, metrics=None, width=8):
     for step in steps:
         saved = state(step, width)
         record = {"step": step, **digests.chains(saved.receipt), "state": digests.of_state(saved)}
-        checkpoint.save(checkpoints, saved, config, record, metrics and metrics(step))
+        checkpoint.save(checkpoints, saved, config, record, metrics and metrics(step), DATA)
     checkpoints.wait_until_finished()
     checkpoints.close()
 
@@ -53,7 +63,7 @@ def restore(workdir, config, like=None):
     said = []
     checkpoints = checkpoint.manager(workdir, config)
     restored = checkpoint.restore_newest(
-        checkpoints, config, abstract(like or state(0)), said.append
+        checkpoints, config, abstract(like or state(0)), said.append, DATA
     )
     checkpoints.close()
     return restored, said
@@ -146,6 +156,23 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, damage):
         save_steps(workdir, (8,), MEASURED, LOSS)
         restored, said = restore(workdir, MEASURED)
         assert int(restored.step) == 8 and not said
+
+
+@pytest.mark.parametrize("item, count", [("config", 14), ("data", 60)])
+def test_a_flipped_bit_beside_the_state_is_damage_too(saved, tmp_path, item, count):
+    """Before, it was a key that the user never wrote, other data, or a KeyError; the run ended."""
+    for i in range(count):
+        workdir = tmp_path / str(i)
+        shutil.copytree(saved, workdir)
+        path = workdir / "checkpoints" / "8" / item / "metadata"
+        content = bytearray(path.read_bytes())
+        bit = i * 8 * len(content) // count + i % 8
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        assert checkpoint.newest_config(workdir) == (MEASURED, "checkpoint 4"), bit
+        restored, said = restore(workdir, MEASURED)
+        assert int(restored.step) == 4 and len(said) == 1, bit
+        assert said[0].startswith("checkpoint 8 is damaged"), said
 
 
 def test_all_damaged_is_one_line_and_moves_nothing(saved, tmp_path):

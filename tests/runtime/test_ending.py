@@ -97,7 +97,8 @@ with watch.running(7):
     with watch.pause():
         time.sleep(3)
     watch.stepped(8)
-    next(waiting)
+    with watch.doing("waiting for the next batch (input)"):
+        next(waiting)
 """)
     said = _ends(process, 124)
     found = re.fullmatch(

@@ -66,6 +66,32 @@ def test_update_equals_adamw_in_float64(clip_norm):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, p)
 
 
+@pytest.mark.parametrize("b1", [0.9, 0.95])
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+def test_the_first_moment_in_bfloat16_has_no_bias(b1, noise):
+    """Before, it was 2 to 7% too small after 300 steps."""
+    rng = np.random.default_rng(0)
+    mean = (10 ** rng.uniform(-6, 0, 20_000)).astype(np.float32)
+    states = {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny.config(optim__b1=b1, optim__moment_dtype=dtype).optim
+        tx = optim.optimizer(config, lambda step: 1e-2)
+
+        def step(state, key, tx=tx):
+            grads = mean * (1 + noise * jax.random.normal(key, mean.shape))
+            return tx.update(grads, state, mean)[1], None
+
+        keys = jax.random.split(jax.random.key(0), 300)
+        states[dtype] = jax.jit(
+            lambda tx=tx, step=step: jax.lax.scan(step, tx.init(mean), keys)[0]
+        )()
+    adam = [states[dtype][1] for dtype in ("float32", "bfloat16")]
+    ratio = [np.asarray(state.mu, np.float64) / mean for state in adam]
+    assert adam[1].mu.dtype == "bfloat16" and adam[1].nu.dtype == np.float32
+    assert abs((ratio[1] - ratio[0]).mean()) < 3e-4
+    assert abs(ratio[1] - ratio[0]).std() < (0.01 if noise else 0.003)
+
+
 def _layer(name, depth):
     """How many layers lie above, and of which layer, by the name of a parameter: written down once more."""
     tower, _, rest = name.partition("/")
