@@ -177,6 +177,7 @@ def divide(
         note(index, "exact", f"line {lines[twins[index]]}", False)
 
     aside = kept & (prints[:, 0] < holdout * 2.0**64)
+    drawn = int(aside.sum())
     while (more := duplicates.matches(prints, prints[aside])[1] & kept & ~aside).any():
         aside |= more
     splits = [
@@ -190,10 +191,12 @@ def divide(
             " validation, expected at least one; no records were written"
         )
     left_out = int((~kept).sum())
+    held_out = len(splits[1])
+    why = f"{drawn} by the hash of their file, {held_out - drawn} as near copies of one of these"
     for what, count in (
         ("are of other sets and left out", left_out),
         ("are the file of an earlier line", len(listed) - left_out),
-        ("go to validation", len(splits[1])),
+        (f"go to validation: {why}", held_out),
     ):
         if count:
             print(f"{found.file_name}: {count} of {len(lines)} images {what}", file=sys.stderr)

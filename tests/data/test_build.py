@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import importlib.util
 import json
 import signal
@@ -414,9 +415,15 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     write_lines(tmp_path / "in", lines)
     arguments = ("--holdout=0.3", "--store-size=16")
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
-    assert "20 of 140 images are the file of an earlier line" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "20 of 140 images are the file of an earlier line" in said
     splits = ids_of(tmp_path / "out")
     held_out = set(splits["validation"])
+    digests = [hashlib.sha256((tmp_path / "in" / line["image"]).read_bytes()) for line in lines]
+    drawn = sum(int.from_bytes(digest.digest()[:8]) < 0.3 * 2**64 for digest in digests)
+    why = f"{drawn} by the hash of their file, {len(held_out) - drawn} as near copies of one of"
+    assert f"{len(held_out)} of 140 images go to validation: {why} these" in said
+    assert len(held_out) > drawn
     assert splits["train"] == sorted({line["id"] for line in lines} - held_out)
     share = sum(str(number) in held_out for number in range(80))
     assert 12 <= share <= 36  # 24 expected; 4 standard deviations of 80 draws are 16
