@@ -83,7 +83,7 @@ def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
     described = [region for line in lines for region in line["regions"]]
     assert len(described) == 12
     for region in described:  # "the upper part 0 of 1"
-        side = region["description"].replace("left", "right")
+        side = region["description"].replace("upper", "lower")
         assert region["negatives"] == [side]
     # A later job keeps them, and those of the source stay.
     again = make_job(tmp_path, names=())
