@@ -34,7 +34,7 @@ SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal sha
 
 
 def examples(
-    lines: survey.Lines, ids: dict[int, str], encoding: Encoding, stored_anew: list[int]
+    lines: survey.Lines, ids: dict[int, str], encoding: Encoding, stored_anew: list[str]
 ) -> Iterator[dict]:
     """The lines of `ids` as examples. Raises BuildError where the input has changed after the check.
 
@@ -42,15 +42,15 @@ def examples(
       lines: all lines.
       ids: number -> id.
       encoding: of the images.
-      stored_anew: gets the numbers of the lines whose images are stored as PNG, since training cannot read their files.
+      stored_anew: gets the ids of the images that are stored as PNG, since training cannot read their files.
     """
     encoded = lines.map(example.encode, ids, encoding=encoding)
     good = progress.over(encoded, total=len(ids), what="writing")
-    for (number, identity), item in zip(ids.items(), good, strict=True):
+    for identity, item in zip(ids.values(), good, strict=True):
         if isinstance(item, list):
-            raise BuildError(f"{lines.path}:{number}: {item[0]} (it was right when checked)")
+            raise BuildError(f"{item[0]} (it was right when checked)")
         features, anew = item
-        stored_anew += [number] * anew
+        stored_anew += [identity] * anew
         yield features | {"id": identity}
 
 
@@ -77,7 +77,7 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
       read_lines: gives the lines of `args.annotations`, with their images where these are no files.
 
     Raises:
-      BuildError: wrong usage or wrong input.
+      errors.UserError: wrong usage or wrong input.
       staging.BusyError: another process builds the same set.
       OSError: the output cannot be written.
     """
@@ -128,11 +128,9 @@ def _check_places(args: Build) -> None:
 
 
 def _lines_of_file(args: Build, read_lines: survey.ReadLines) -> tuple[survey.Lines, int]:
-    """The lines of A.jsonl, and their number. Raises BuildError: there are none."""
+    """The lines of A.jsonl, and their number. Raises errors.UserError: there are none."""
     path = epath.Path(args.annotations[0])
-    total = sum(1 for _ in example.read_lines(path))
-    if not total:
-        raise BuildError(f"{path}: the file is empty, expected one JSON object a line")
+    total = example.count_lines(path)
     workers = args.workers or parallel.default_workers(total)
     return survey.Lines(path, epath.Path(args.images), args.orientation, workers, read_lines), total
 
@@ -207,7 +205,7 @@ def _write(
         for path in args.annotations
         if (passes := outputs.annotated_by(path))
     ]
-    stored_anew: list[int] = []
+    stored_anew: list[str] = []
     lengths = text_lengths.Sample(negatives=found.negatives > 0)
     tfds_writer.write(
         target,
@@ -245,7 +243,7 @@ def _write(
     if stored_anew:
         print(
             f"{found.file_name}: {len(stored_anew)} of {len(found.ids)} images stored as PNG, since training"
-            f" cannot read their files; the first is in line {min(stored_anew)}",
+            f" cannot read their files; the first is {printable.plain(stored_anew[0], 200)}",
             file=sys.stderr,
         )
     return num_shards

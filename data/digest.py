@@ -1,7 +1,7 @@
 """A digest of the records of a split, for `digest.json` beside them, which training reads.
 
-The bytes of a record are not reproducible (the order of a proto map), so it counts by what it holds. The
-order of the records is TFDS's, a function of their ids and of the shards' lengths, so it needs no place here.
+A record counts by what it holds. The order of the records is TFDS's, a function of their ids and of the shards'
+lengths, so it needs no place here.
 """
 
 import hashlib

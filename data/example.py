@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import PIL.Image
 from etils import epath
 
-from grain_jax.core import annotations, images, regular_file
+from grain_jax.core import annotations, errors, images, regular_file
 from grain_jax.data import duplicates
 from grain_jax.data.arguments import Encoding
 
@@ -20,6 +20,9 @@ VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 # What tf.data decodes to the same RGB pixels as PIL: (format, modes). The rest is stored as PNG.
 _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA", "LA")}
 
+
+# How the name of a table ends -> the data source that reads it.
+_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 # What becomes of images with an EXIF orientation other than upright, by the orientation that was asked for.
 TURNED = {
@@ -38,6 +41,7 @@ class Line(NamedTuple):
     encoded_image: bytes | None = None  # where it is no file in the images' folder
     faults: tuple[str, ...] = ()  # for which a data source has no text here
     left_out: tuple[str, ...] = ()  # faults of regions that a data source has left out
+    where: str = ""  # in messages: FILE:LINE, or the number of the image in its data source
 
 
 class Checked(NamedTuple):
@@ -66,6 +70,7 @@ def check_line(
         got = f"image: got {annotations.show(parsed.image)}"
         path = epath.Path(folder) / parsed.image
         try:
+            path = regular_file.named(folder, parsed.image)
             encoded = images.read_file(path, got) if encoded is None else encoded
             image = images.decode_image(encoded, got, orientation)
             header = images.header(encoded, got, orientation)
@@ -116,12 +121,14 @@ class Verdict(NamedTuple):
     unknown_keys: list[str]
     fingerprint: duplicates.Fingerprint | None  # None of a faulty line
     left_out: tuple[str, ...] = ()  # as of its line
+    where: str = ""  # as of its line
 
 
 def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
     """Checks a line and decodes its image, with `orientation` as of `decode_image`."""
     if line.faults:
-        return Verdict(line.number, None, [*line.faults], 0, 0, False, [], None)
+        faults = [*line.faults]
+        return Verdict(line.number, None, faults, 0, 0, False, [], None, where=line.where)
     found = check_line(line.text, folder, line.encoded_image, orientation)
     good = found.annotation is not None
     return Verdict(
@@ -134,6 +141,7 @@ def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
         unknown_keys=found.unknown_keys,
         fingerprint=duplicates.fingerprint(found.encoded, found.image) if good else None,
         left_out=line.left_out,
+        where=line.where,
     )
 
 
@@ -142,11 +150,11 @@ def encode(
 ) -> tuple[dict[str, Any], bool] | list[str]:
     """The line as features of data/SCHEMA.md (`id` may be None), and whether its image is stored anew; or its faults."""
     if line.faults:
-        return [*line.faults]
+        return [f"{line.where}: {fault}" for fault in line.faults]
     checked = check_line(line.text, folder, line.encoded_image, orientation)
     found, image = checked.annotation, checked.image
     if found is None:
-        return checked.faults
+        return [f"{line.where}: {fault}" for fault in checked.faults]
     width, height = image.size
     stored, stored_anew = encode_image(image, checked.encoded, encoding)
     features = {
@@ -211,6 +219,21 @@ def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
     except tf.errors.InvalidArgumentError:
         return False
     return (width, height) == size
+
+
+def count_lines(path: epath.Path) -> int:
+    """The number of lines of an annotation file that are not blank.
+
+    Raises errors.UserError: there are none, or the file is a table by its name; regular_file.FileError.
+    """
+    expected = f"expected {annotations.EXPECTED}"
+    if source := _TABLES.get(path.suffix.lower()):
+        advice = f"grain-jax build --source {source} makes records of it"
+        raise errors.UserError(f"{path}: got a table, {expected}; {advice}")
+    count = sum(1 for _ in read_lines(path))
+    if not count:
+        raise errors.UserError(f"{path}: the file is empty, {expected}")
+    return count
 
 
 def read_lines(path: epath.PathLike):

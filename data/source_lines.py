@@ -33,15 +33,17 @@ def line(item: sources.Image) -> dict[str, Any]:
 
 def lines(shards: Sequence[sources.SourceShard]) -> Iterator[example.Line]:
     """A line for each image of the shards, with the faults of the source, numbered from 1 through all of them."""
-    items = (item for shard in shards for item in sources.read(shard))
-    for number, item in enumerate(items, 1):
+    items = ((shard.source, item) for shard in shards for item in sources.read(shard))
+    for number, (source, item) in enumerate(items, 1):
+        where = item.where or f"source {source}, image {number}"
         if isinstance(item, sources.Fault):
-            yield example.Line(number, b"", faults=(_told(item),))
+            yield example.Line(number, b"", faults=(_in_words(item),), where=where)
         else:
             text = json.dumps(line(item)).encode()
-            left_out = tuple(map(_told, item.left_out))
-            yield example.Line(number, text, item.encoded, left_out=left_out)
+            left_out = tuple(map(_in_words, item.left_out))
+            yield example.Line(number, text, item.encoded, left_out=left_out, where=where)
 
 
-def _told(fault: sources.Fault) -> str:
-    return f"{fault.image}: {fault.cause}: {fault.detail}"
+def _in_words(fault: sources.Fault) -> str:
+    image = "" if fault.image == fault.where else f"{fault.image}: "
+    return f"{image}{fault.cause}: {fault.detail}"

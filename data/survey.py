@@ -17,6 +17,7 @@ from etils import epath
 from grain_jax.core import atomic, errors, printable, progress
 from grain_jax.data import duplicates, example, parallel
 
+MOST_PRINTED = 20  # faults
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
 
@@ -35,7 +36,11 @@ class Lines(NamedTuple):
 
     def map(self, function: Callable, among: Container[int] | None = None, **named) -> Iterator:
         """`function` of `example` of each line, or of those with the numbers `among`, in order."""
-        lines = (line for line in self.read(self.path) if among is None or line.number in among)
+        lines = (
+            line if line.where else line._replace(where=f"{self.path}:{line.number}")
+            for line in self.read(self.path)
+            if among is None or line.number in among
+        )
         of_line = functools.partial(
             function, folder=str(self.folder), orientation=self.orientation, **named
         )
@@ -48,7 +53,7 @@ class Survey:
     def __init__(self, file_name: str):
         self.file_name = file_name
         self.ids: dict[int, str] = {}  # line -> id, of the good lines
-        self.faults: list[tuple[int, str]] = []  # (line, what)
+        self.faults: list[tuple[str, str]] = []  # (where, what)
         self.left_out = self.without_caption = 0  # regions of good lines; good lines
         self.lines = self.image_bytes = self.boxes_clipped = self.negatives = self.turned = 0
         self.regions = array.array("I")  # of each good line
@@ -62,7 +67,7 @@ class Survey:
         return self.lines - len(self.ids)
 
     def add(self, verdict: example.Verdict) -> None:
-        """Counts a line; its faults go to stderr at once."""
+        """Counts a line; the first MOST_PRINTED faults go to stderr at once."""
         self.lines += 1
         self.turned += verdict.turned
         self.unknown_keys.update(verdict.unknown_keys)
@@ -78,7 +83,7 @@ class Survey:
                     f"which line {self._line_of_id[identity]} has already, expected one of its own"
                 )
                 faults = [f"id: got {json.dumps(identity)}, {other}"]
-        self._list(verdict.number, [*faults, *verdict.left_out])
+        self._list(verdict.where, [*faults, *verdict.left_out])
         if faults:
             return
         self.left_out += len(verdict.left_out)
@@ -91,14 +96,18 @@ class Survey:
         self.negatives += sum(len(region.negatives) for region in found.regions)
         self.boxes_clipped += verdict.boxes_clipped
 
-    def _list(self, number: int, faults: Iterable[str]) -> None:
+    def _list(self, where: str, faults: Iterable[str]) -> None:
         for fault in faults:
-            self.faults.append((number, fault))
-            print(printable.plain(f"{self.file_name}:{number}: {fault}"), file=sys.stderr)
+            self.faults.append((where, fault))
+            if len(self.faults) <= MOST_PRINTED:
+                print(printable.plain(f"{where}: {fault}"), file=sys.stderr)
 
     def summary(self) -> str:
         """One line about all that was left out or changed."""
-        parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults)"]
+        more = len(self.faults) - MOST_PRINTED
+        shown = f", {more} of them not shown" if more > 0 else ""
+        count = f"{len(self.faults)} faults{shown}"
+        parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({count})"]
         if self.left_out:
             parts.append(f"{self.left_out} regions left out")
         if self.without_caption:
@@ -115,9 +124,9 @@ class Survey:
         return f"{self.file_name}: " + "; ".join(parts)
 
     def write_faults(self, path: epath.Path) -> None:
-        """One JSON object a fault: file, line, fault."""
+        """One JSON object a fault: where, fault."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        faults = ({"file": self.file_name, "line": line, "fault": x} for line, x in self.faults)
+        faults = ({"where": where, "fault": fault} for where, fault in self.faults)
         atomic.write_text(path, "".join(json.dumps(fault) + "\n" for fault in faults))
 
 
@@ -163,8 +172,7 @@ def divide(
     kept, listed = np.ones(len(lines), bool), []
 
     def note(index: int, kind: str, of: str, left_out: bool) -> None:
-        line = {"file": found.file_name, "line": lines[index], "id": ids[index]}
-        listed.append(line | {"kind": kind, "of": of, "left_out": left_out})
+        listed.append({"id": ids[index], "kind": kind, "of": of, "left_out": left_out})
 
     for other in exclude_duplicates_of:
         known = duplicates.of_set(other, workers=workers)
@@ -174,9 +182,10 @@ def divide(
         kept &= ~near
     twins = duplicates.earlier_twins(prints)
     for index in np.nonzero((twins >= 0) & kept)[0]:
-        note(index, "exact", f"line {lines[twins[index]]}", False)
+        note(index, "exact", ids[twins[index]], False)
 
     aside = kept & (prints[:, 0] < holdout * 2.0**64)
+    drawn = int(aside.sum())
     while (more := duplicates.matches(prints, prints[aside])[1] & kept & ~aside).any():
         aside |= more
     splits = [
@@ -190,10 +199,12 @@ def divide(
             " validation, expected at least one; no records were written"
         )
     left_out = int((~kept).sum())
+    held_out = len(splits[1])
+    why = f"{drawn} by the hash of their file, {held_out - drawn} as near copies of one of these"
     for what, count in (
         ("are of other sets and left out", left_out),
         ("are the file of an earlier line", len(listed) - left_out),
-        ("go to validation", len(splits[1])),
+        (f"go to validation: {why}", held_out),
     ):
         if count:
             print(f"{found.file_name}: {count} of {len(lines)} images {what}", file=sys.stderr)

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core import writer
 from tensorflow_datasets.core.utils import shard_utils
 
 from grain_jax.data import digest, example, staging
@@ -46,6 +48,16 @@ def features(
     )
 
 
+class _SortedFields(writer.ExampleWriter):
+    """Writes the fields of each record in the order of their names: protobuf's own differs between processes."""
+
+    def write(self, path: epath.PathLike, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """Writes a shard: (key, serialized example) of each record."""
+        parsed = ((key, tf.train.Example.FromString(record)) for key, record in examples)
+        written = ((key, item.SerializeToString(deterministic=True)) for key, item in parsed)
+        return super().write(path, written)
+
+
 def _builder(
     target: epath.Path,
     folder: epath.PathLike,
@@ -69,6 +81,9 @@ def _builder(
                 features=features(encoding_format, negatives, original_size),
                 metadata=tfds.core.MetadataDict(metadata),
             )
+
+        def _example_writer(self) -> writer.ExampleWriter:
+            return _SortedFields(self.info.file_format)
 
         def _split_generators(self, dl_manager):
             del dl_manager  # nothing is downloaded

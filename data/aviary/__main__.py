@@ -25,16 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.status
     try:
         made = generate.write(given.output, given.settings, processes=given.processes)
+        print(f"{given.output}: " + ("written" if made else "already complete"), file=sys.stderr)
+        if not given.records or (not made and _is_built(given)):
+            return 0
     except (ValueError, OSError) as error:
         print(f"grain-jax aviary: {error}", file=sys.stderr)
         return 2
-    print(f"{given.output}: " + ("written" if made else "already complete"), file=sys.stderr)
-    if not given.records:
-        return 0
-    target = epath.Path(given.records) / given.name / example.VERSION
-    staging.recover(target)
-    if not made and target.exists():  # exists only after a complete build
-        return 0
     from grain_jax.data import build  # its imports take seconds
 
     return build.main(
@@ -46,6 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--workers={given.processes}",
         ]
     )
+
+
+def _is_built(given: Aviary) -> bool:
+    """Whether the records are there: the folder of a set exists only after a complete build."""
+    target = epath.Path(given.records) / given.name / example.VERSION
+    if not target.exists():
+        with staging.locked(target):
+            staging.recover(target)
+    return target.exists()
 
 
 if __name__ == "__main__":

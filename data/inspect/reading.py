@@ -82,7 +82,7 @@ def open_set(
       orientation: of the images of an A.jsonl, as of core.images; those of records are read as they are stored.
 
     Raises:
-      InspectError: there is no such set, or its records have other features.
+      errors.UserError: there is no such set, it has no line, or its records have other features.
       data.sources.SourceError: the folder holds no record set.
     """
     path = epath.Path(path)
@@ -98,9 +98,7 @@ def open_set(
     folder = epath.Path(path.parent if images is None else images)
     if not folder.is_dir():
         raise InspectError(f"--images {folder}: no such folder, expected the images of {path}")
-    total = sum(1 for _ in example.read_lines(path))
-    if not total:
-        raise InspectError(f"{path}: the file is empty, expected one JSON object a line")
+    total = example.count_lines(path)
     given = dict(file=path.name, folder=str(folder), orientation=orientation)
     read = functools.partial(_read_line, **given)
     workers = parallel.default_workers(total)

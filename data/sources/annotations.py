@@ -41,7 +41,8 @@ class Annotations:
     def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         for line, where in lines(shard):
-            yield image(line, where, shard.arguments["images"], shard.arguments["orientation"])
+            found = image(line, where, shard.arguments["images"], shard.arguments["orientation"])
+            yield found._replace(where=where)
 
 
 def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:

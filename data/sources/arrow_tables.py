@@ -73,7 +73,7 @@ class ArrowTables(columns.Columns):
         options = base.Options(given["images"], label_text=given["label_text"])
         seen: set[str] = set()
         for where, value, found in self.items(self._rows(given, named), named, options.described):
-            yield _image(where, value, found, given, seen)
+            yield _image(where, value, found, given, seen)._replace(where=where)
 
     def _rows(
         self, given: Mapping[str, Any], named: columns.Named

@@ -66,6 +66,7 @@ class Fault(NamedTuple):
     image: str  # as Image.image; where there is none, what stands in its place (FILE:LINE, a tar)
     cause: str  # one of CAUSES: counters have these names
     detail: str  # what was got, what expected
+    where: str = ""  # FILE:LINE that says so, in formats that have lines
 
 
 class Image(NamedTuple):
@@ -81,6 +82,7 @@ class Image(NamedTuple):
     left_out: tuple[Fault, ...] = ()  # regions that the source has and that cannot be used
     phrases: tuple[tuple[int, ...], ...] | None = None  # as annotations.Annotation.phrases
     orientation: str = "exif"  # in which `encoded` is to be decoded
+    where: str = ""  # as Fault.where
 
 
 class SourceShard(NamedTuple):
@@ -129,6 +131,7 @@ class Entry(NamedTuple):
     id: str | None = None
     left_out: Sequence[tuple[str, str]] = ()  # (cause, detail) of regions
     phrases: Sequence[Sequence[int]] | None = None  # as annotations.Annotation.phrases
+    where: str = ""  # as Fault.where
 
 
 def shard_name(number: int, content: bytes) -> str:

@@ -7,6 +7,8 @@ struct of a list. `boxes=x1,y1,x2,y2` names four columns: a row is one box then,
 
 import dataclasses
 import itertools
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -24,6 +26,12 @@ MAX_LINE = 4 << 20  # bytes of a line of text
 MAX_CAPTIONS = 1_000  # of an image
 _MAX_NAMES = 1 << 20  # bytes of a file of names
 
+# Names of columns that hold lists of boxes, and of columns that hold one side of a box.
+_LISTS = re.compile(r"b?box(es)?|objects|regions", re.IGNORECASE)
+_SIDES = re.compile(
+    r"(b?box[_.]?)?([xy][12]?|[xy]_?(min|max|center)|c[xy]|left|top|right|bottom|w|h|width|height)",
+    re.IGNORECASE,
+)
 Describe = Callable[[str], str]
 _Text = Annotated[str, msgspec.Meta(max_length=webdataset.MAX_TEXT)]
 _Box = Annotated[list[float | None], msgspec.Meta(max_length=16)]
@@ -205,6 +213,20 @@ class Columns:
             x, y, width, height = box
             box = x - width / 2, y - height / 2, width, height
         return base.xywh(box)
+
+
+def warn_of_boxes(where: object, known: Sequence[str], named: Named) -> None:
+    """Says on stderr which columns of the table look like boxes, where none is read as boxes."""
+    if "boxes" in named.paths:
+        return
+    unread = [name for name in known if name not in named.columns]
+    lists = list(filter(_LISTS.fullmatch, unread))
+    sides = list(filter(_SIDES.fullmatch, unread))
+    option = f"boxes={','.join(sides)}" if len(sides) == 4 else "boxes=COLUMN"
+    if looking := lists + (sides if len(sides) >= 4 else []):
+        got = f"the columns {', '.join(looking)} look like boxes and are not read"
+        advice = f"--option {option} descriptions=COLUMN (or labels=COLUMN) reads them"
+        print(printable.plain(f"{where}: {got}; {advice}"), file=sys.stderr)
 
 
 def _listed(known: Sequence[str]) -> str:

@@ -41,6 +41,7 @@ class Csv(columns.Columns, staged.ListedSource):
         _, header = next(rows, ("", []))
         named, faults = self.named(path, header), []
         self.check_labels(path, named, options.label_text)
+        columns.warn_of_boxes(path, header, named)
 
         def whole() -> Iterator[tuple[str, Mapping[str, Any]]]:
             for where, cells in rows:
@@ -48,12 +49,14 @@ class Csv(columns.Columns, staged.ListedSource):
                     yield where, self._row(dict(zip(header, cells)), named)
                 else:
                     got = f"got {len(cells)} cells, expected {len(header)} as in the first row"
-                    faults.append(base.Fault(where, "bad annotation", got))
+                    faults.append(base.Fault(where, "bad annotation", got, where))
 
         for where, image, found in self.items(whole(), named, options.described):
             if isinstance(found, base.Entry) and not image:
                 found = base.Fault(where, "bad annotation", "got no image, expected a path")
-            yield found._replace(image=image) if isinstance(found, base.Entry) else found
+            if isinstance(found, base.Entry):
+                found = found._replace(image=image)
+            yield found._replace(where=where)
             yield from faults
             faults.clear()
         yield from faults

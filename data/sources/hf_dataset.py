@@ -14,7 +14,7 @@ from etils import epath
 
 from grain_jax.core import printable, regular_file
 from grain_jax.data.embed import embeddings
-from grain_jax.data.sources import arrow_tables, base
+from grain_jax.data.sources import arrow_tables, base, columns
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _EXPECTED = "a folder that datasets saved with save_to_disk"
@@ -49,6 +49,8 @@ class HfDataset(arrow_tables.ArrowTables):
         for path in files:
             with _opened(path) as reader:
                 named = self.checked(str(path), reader.schema)
+                if path == files[0]:
+                    columns.warn_of_boxes(path, reader.schema.names, named)
             if named.row_is_box and len(files) > 1:
                 raise base.SourceError(f"{folder}: a box a row in several files, expected one file")
             given = arrow_tables.of_file(path, files)

@@ -20,6 +20,7 @@ def load(entry: Entry, folder: epath.PathLike, orientation: str = "exif") -> Ima
         return Fault(entry.image, "bad annotation", "expected a path below the images' folder")
     file = epath.Path(folder) / path
     try:
+        file = regular_file.named(folder, path)
         encoded = images.read_file(file)
     except FileNotFoundError:
         return Fault(path, "no such file", f"there is no {file}")

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax.data.embed import embeddings
-from grain_jax.data.sources import arrow_tables, base
+from grain_jax.data.sources import arrow_tables, base, columns
 
 _ADVICE = "fetch it again, or write it again in fewer groups of rows"
 
@@ -27,6 +27,8 @@ class Parquet(arrow_tables.ArrowTables):
         for path in files:
             with embeddings.open_file(path, _ADVICE) as file:
                 named, told = self.checked(str(path), file.schema_arrow), file.metadata
+                if path == files[0]:
+                    columns.warn_of_boxes(path, file.schema_arrow.names, named)
                 if named.row_is_box and len(files) > 1:
                     raise base.SourceError(
                         f"{path}: a box a row in several files, expected one file"

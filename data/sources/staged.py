@@ -60,5 +60,8 @@ class ListedSource(abc.ABC):
         where = shard.arguments["images"], shard.arguments["orientation"]
         with epath.Path(shard.arguments["list"]).open("r") as file:
             for kind, values in map(json.loads, file):
-                fault = kind == "Fault"
-                yield base.Fault(*values) if fault else join.load(base.Entry(*values), *where)
+                if kind == "Fault":
+                    yield base.Fault(*values)
+                    continue
+                entry = base.Entry(*values)
+                yield join.load(entry, *where)._replace(where=entry.where)

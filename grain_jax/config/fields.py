@@ -443,7 +443,7 @@ class Input:
     negatives_per_region: int = count(0, high=1000)
     # Whether batches hold the scores of regions, for a loss term that weighs by them (by_score of text_decoder).
     region_scores: bool = key(False)
-    # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
+    # Chance that an image is mirrored, with its boxes; an image whose texts say left or right never is.
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.
     crop_min_area: float = key(1.0, low=0.01, high=1)

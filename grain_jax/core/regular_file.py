@@ -8,6 +8,7 @@ import functools
 import os
 import posixpath
 import stat
+import unicodedata
 from collections.abc import Iterator
 from typing import IO, Any, TypeVar
 
@@ -164,6 +165,19 @@ def inside(name: str) -> str:
     path = posixpath.normpath(name)
     outside = posixpath.isabs(path) or path.split("/")[0] == ".."
     return "" if outside or "\0" in name or "://" in name else path
+
+
+def named(folder: epath.PathLike, name: str) -> epath.Path:
+    """The path of a file's `name` in a folder; in another Unicode form where the folder has the name in that one alone.
+
+    macOS and archives write "ü" as two characters (NFD), keyboards as one (NFC); on a screen both look the same.
+    """
+    folder = epath.Path(folder)
+    if not name.isascii() and not (folder / name).exists():
+        for form in ("NFC", "NFD"):
+            if (found := folder / unicodedata.normalize(form, name)).exists():
+                return found
+    return folder / name
 
 
 def below(folder: epath.PathLike, name: str, where: str) -> epath.Path:

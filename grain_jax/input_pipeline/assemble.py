@@ -3,7 +3,6 @@
 Every data source makes its batches with this; numpy only.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +13,6 @@ from grain_jax.core import patches
 from grain_jax.core.schema import Batch, Patches
 from grain_jax.input_pipeline import order, packing, tokenizer
 from grain_jax.input_pipeline.text_cleaning import Texts
-
-_SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNORECASE)
-
 
 _NO_TEXTS = Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
 
@@ -140,19 +136,6 @@ def of_examples(
         negative_mask=negative_mask,
         config=config,
     )
-
-
-def exchange_sides(text: str) -> str:
-    """The text of the mirrored image: left and right change places ("leftmost" too, "bright" not)."""
-
-    def other(match: re.Match) -> str:
-        word = match.group()
-        swapped = "right" if word.lower() == "left" else "left"
-        if word.isupper():
-            return swapped.upper()
-        return swapped.capitalize() if word[0].isupper() else swapped
-
-    return _SIDE.sub(other, text)
 
 
 def assemble(

@@ -436,11 +436,8 @@ def _to_batch(
 ) -> Batch:
     def tokens_of(name: str, mask_name: str) -> Texts:
         mask = columns[mask_name]
-        texts, flipped = columns.pop(name)[mask], of_flipped[np.nonzero(mask)[0]]
-        texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
-        return assemble.tokenize(texts, text_tokenizer, config.text_length)
+        return assemble.tokenize(columns.pop(name)[mask], text_tokenizer, config.text_length)
 
-    of_flipped = columns.pop("flipped")
     return assemble.assemble(
         captions=tokens_of("captions", "caption_mask"),
         descriptions=tokens_of("descriptions", "region_mask"),

@@ -16,6 +16,8 @@ NUM_DRAWS = 8
 _NO_LIMIT = 2**31 - 1  # of a number of regions
 _WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT, _NEGATIVE = range(NUM_DRAWS)
 _MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the image
+# "leftmost" and "right-hand" too, "leftovers" and "bright" not.
+_SIDE = r"(?is).*\b(left|right)(most|wards?|hand|side)?\b.*"
 _MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
 
 FEATURES = {
@@ -43,11 +45,11 @@ ORIGINAL_SIZE = {"original_size": tf.io.FixedLenSequenceFeature([], tf.int64, al
 
 
 class Transform:
-    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes, not yet flipped.
+    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes.
 
     image uint8 [S, S, 3], or with `input.sequence_lengths` its Patches; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
-    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; flipped bool [], whether left and
-    right must change places in the texts; negatives string [R, H] and negative_mask bool [R, H].
+    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first;
+    negatives string [R, H] and negative_mask bool [R, H].
     """
 
     def __init__(self, config: Config):
@@ -74,8 +76,8 @@ class Transform:
             image = resize(image, self.size)
         else:
             image = self._resize(image, fields, window_xyxy, length)
-        flipped = draws[_FLIP] < self.input.flip_rate
         if self.input.flip_rate > 0:
+            flipped = (draws[_FLIP] < self.input.flip_rate) & ~mentions_side(fields)
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
         if length is not None:
@@ -90,7 +92,6 @@ class Transform:
             captions=captions,
             caption_mask=caption_mask,
             **dict(zip(names, regions)),
-            flipped=flipped,
             negatives=negatives,
             negative_mask=negative_mask,
         )
@@ -154,6 +155,13 @@ class Transform:
             captions.append(joined(tf.zeros([0], tf.string), number or _NO_LIMIT))
         captions = tf.stack(captions)
         return captions, tf.strings.length(captions) > 0
+
+
+def mentions_side(fields: dict[str, tf.Tensor]) -> tf.Tensor:
+    """Whether a text of the record says left or right, which would be untrue of the mirrored image; bool []."""
+    kinds = ("captions", "synthetic_caption", "regions/description", *list(NEGATIVES)[:1])
+    texts = [tf.reshape(fields[name], [-1]) for name in kinds if name in fields]
+    return tf.reduce_any(tf.strings.regex_full_match(tf.concat(texts, 0), _SIDE))
 
 
 def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import random
 import re
@@ -11,10 +12,11 @@ import statistics
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from grain_jax.core import annotations as files
-from grain_jax.data import build
+from grain_jax.data import build, staging
 from grain_jax.data.aviary import annotations, drawing, generate, vocabulary
 from grain_jax.data.aviary.__main__ import main
 from grain_jax.data.aviary.annotations import EXACT, Noise
@@ -391,6 +393,20 @@ def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypat
     assert main(arguments) == 0 and len(asked) == 2
     (tmp_path / "r" / "birds" / "1.0.0").mkdir()
     assert main(arguments) == 0 and len(asked) == 2
+
+
+def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "main", lambda arguments: pytest.fail("it was built"))
+    assert main(["--output", str(tmp_path / "x"), *TWO.split()]) == 0
+    target = epath.Path(tmp_path / "r" / "birds" / "1.0.0")
+    with staging.locked(target):
+        old = target.parent / "incomplete.old_1.0.0"
+        old.mkdir()  # between the two renames of a build
+        capsys.readouterr()
+        arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
+        assert main([*arguments, "--name", "birds", *TWO.split()]) == 2
+        assert old.exists() and not target.exists()
+    assert f"{target}: process {os.getpid()} on " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import importlib.util
 import json
 import signal
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from grain_jax.core import images
@@ -47,6 +49,21 @@ def test_tfds_reads_what_was_built(tmp_path):
         expected = (boxes / [16, 12, 16, 12])[:, [1, 0, 3, 2]]
         np.testing.assert_allclose(got["regions"]["bbox"], expected, atol=1e-7)
         np.testing.assert_allclose(got["regions"]["score"], [r["score"] for r in line["regions"]])
+
+
+def test_two_builds_write_the_same_bytes(tmp_path):
+    record_sets.write_annotations(tmp_path / "in", 6)
+    contents = []
+    for output in (tmp_path / "a", tmp_path / "b"):
+        assert record_sets.build_set(tmp_path / "in", output, "--num-shards=2") == 0
+        files = [path for path in output.rglob("*") if path.is_file()]
+        contents.append({path.relative_to(output): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
+    for path in (tmp_path / "a").rglob("*.tfrecord-*"):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            # Protobuf orders the fields of a map anew in each process, unless it is asked to sort them.
+            example = tf.train.Example.FromString(record)
+            assert record == example.SerializeToString(deterministic=True)
 
 
 def good_line():
@@ -116,16 +133,17 @@ def test_every_fault_is_named_with_its_line(tmp_path, capsys):
     status = record_sets.build_set(tmp_path / "in", tmp_path / "out", "--max-faults=0.3")
     assert status == 0
     out = capsys.readouterr().err.splitlines()
-    for name, (_, expected) in MALFORMED.items():
-        prefix = f"{tmp_path}/in/A.jsonl:{places[name]}: "
-        found = [line for line in out if line.startswith(prefix)]
-        assert len(found) == 1 and expected in found[0], (name, found)
-    bad = len(MALFORMED)
-    assert out[-1] == f"{tmp_path}/in/A.jsonl: {bad} of {total} lines faulty ({bad} faults)"
+    file, bad = tmp_path / "in/A.jsonl", len(MALFORMED)
     listed = [
         json.loads(x) for x in (tmp_path / "out/tiny_set/faults.jsonl").read_text().splitlines()
     ]
-    assert [item["line"] for item in listed] == list(places.values())
+    faults = {item["where"]: item["fault"] for item in listed}
+    assert list(faults) == [f"{file}:{line}" for line in places.values()]
+    for name, (_, expected) in MALFORMED.items():
+        assert expected in faults[f"{file}:{places[name]}"], name
+    assert out[:20] == [f"{where}: {fault}" for where, fault in faults.items()][:20]
+    count = f"{bad} faults, {bad - 20} of them not shown"
+    assert out[20:] == [f"{file}: {bad} of {total} lines faulty ({count})"]
     _, examples = read_back(tmp_path / "out")
     assert sorted(examples) == sorted(f"id{i}" for i in range(100))
 
@@ -398,9 +416,15 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     write_lines(tmp_path / "in", lines)
     arguments = ("--holdout=0.3", "--store-size=16")
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
-    assert "20 of 140 images are the file of an earlier line" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "20 of 140 images are the file of an earlier line" in said
     splits = ids_of(tmp_path / "out")
     held_out = set(splits["validation"])
+    digests = [hashlib.sha256((tmp_path / "in" / line["image"]).read_bytes()) for line in lines]
+    drawn = sum(int.from_bytes(digest.digest()[:8]) < 0.3 * 2**64 for digest in digests)
+    why = f"{drawn} by the hash of their file, {len(held_out) - drawn} as near copies of one of"
+    assert f"{len(held_out)} of 140 images go to validation: {why} these" in said
+    assert len(held_out) > drawn
     assert splits["train"] == sorted({line["id"] for line in lines} - held_out)
     share = sum(str(number) in held_out for number in range(80))
     assert 12 <= share <= 36  # 24 expected; 4 standard deviations of 80 draws are 16
@@ -409,7 +433,7 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     ]
     assert {True} in sides and {False} in sides and {True, False} not in sides
     assert duplicates_of(tmp_path / "out") == [
-        (f"{number}b.png", "exact", f"line {number + 1}", False) for number in range(20)
+        (f"{number}b.png", "exact", str(number), False) for number in range(20)
     ]
     info = tfds.builder_from_directory(tmp_path / "out/tiny_set/1.0.0").info
     assert [info.splits[name].num_shards for name in ("train", "validation")] == [16, 16]

@@ -1,6 +1,8 @@
 """Tables as sources: the same records whatever file says it, columns by name, sets without captions."""
 
 import json
+import shutil
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -290,3 +292,86 @@ def test_rows_of_boxes_and_captions(tmp_path):
     assert first.captions == ("one", "two") and second.captions == ()
     assert [region.box_xyxy for region in first.regions] == [(1, 2, 9, 9)]
     assert not second.regions
+
+
+def run_build(folder, capsys, *flags):
+    """(status, lines on stderr) of a build of the flags, with images in FOLDER/images."""
+    words = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--name=x"]
+    status = build.main([*map(str, flags), *words, "--overwrite"])
+    return status, capsys.readouterr().err.splitlines()
+
+
+def test_names_in_another_unicode_form(tmp_path, capsys):
+    """The folder has "ü" in one form, the annotations in the other."""
+    (tmp_path / "images/Müll").mkdir(parents=True)
+    names = [unicodedata.normalize(form, "Müll/ö.jpg") for form in ("NFC", "NFD")]
+    for there, named in (names, names[::-1]):
+        shutil.rmtree(tmp_path / "images")
+        file = tmp_path / "images" / there
+        file.parent.mkdir(parents=True)
+        file.write_bytes(encoded(0))
+        (tmp_path / "a.csv").write_text(f"image,caption\n{named},a\n")
+        (tmp_path / "A.jsonl").write_text(json.dumps({"image": named, "caption": "a"}))
+        for flags in (["--source=csv", "--annotations", "a.csv"], ["--annotations", "A.jsonl"]):
+            flags[-1] = tmp_path / flags[-1]
+            assert run_build(tmp_path, capsys, *flags)[0] == 0
+
+
+def test_a_fault_of_a_source_names_the_file_and_its_line(tmp_path, capsys):
+    test_sources.write_pictures(tmp_path / "images", "{:05d}.jpg")
+    (tmp_path / "a.csv").write_text("image,caption\n\n00000.jpg,a\n00001.jpg\ngone.jpg,a\n")
+    table = pa.table({"image": ["00000.jpg", "gone.jpg"], "caption": ["a", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    gone = f"gone.jpg: no such file: there is no {tmp_path}/images/gone.jpg"
+    cells = "bad annotation: got 1 cells, expected 2 as in the first row"
+    for kind, expected in (
+        ("csv", [f":4: {cells}", f":5: {gone}"]),
+        ("parquet", [f":row 1: {gone}"]),
+    ):
+        path = tmp_path / f"a.{kind}"
+        flags = [f"--source={kind}", "--annotations", path, "--max-faults=0.9"]
+        status, lines = run_build(tmp_path, capsys, *flags)
+        assert status == 0
+        assert sorted(lines[: len(expected)]) == [f"{path}{line}" for line in expected]
+    coco = {"images": [{"id": 1, "file_name": name} for name in ("gone.jpg", "00000.jpg")]}
+    coco |= {"categories": [], "annotations": [{"image_id": 1, "caption": "a"}]}
+    coco["images"][0]["id"] = 2
+    test_sources.write_json(tmp_path / "coco.json", coco)
+    flags = ["--source=coco", "--annotations", tmp_path / "coco.json", "--max-faults=0.9"]
+    status, lines = run_build(tmp_path, capsys, *flags)
+    assert lines[0] == f"source coco, image 1: {gone}"
+
+
+def test_columns_that_look_like_boxes_are_named_where_none_is_read(tmp_path, capsys):
+    box = {"xmin": 1, "ymin": 1, "xmax": 9, "ymax": 9}
+    look = "look like boxes and are not read; --option boxes="
+    for name, columns, expected in (
+        ("four", box, f"xmin, ymin, xmax, ymax {look}xmin,ymin,xmax,ymax descriptions=COLUMN"),
+        ("list", {"objects": [[1, 1, 9, 9]]}, f"objects {look}COLUMN descriptions=COLUMN"),
+        ("size", {"width": 9, "height": 9}, ""),
+    ):
+        row = {"file": "a.jpg", "caption": "a", **columns}
+        path = tmp_path / f"{name}.csv"
+        path.write_text(f"{','.join(row)}\n{','.join(json.dumps(x) for x in row.values())}\n")
+        if name == "list":  # a comma in a cell
+            path.write_text('file,caption,objects\na.jpg,a,"[[1,1,9,9]]"\n')
+        table = pa.table({column: [value] for column, value in row.items()})
+        pyarrow.parquet.write_table(table, path.with_suffix(".parquet"))
+        for kind in ("csv", "parquet"):
+            file = path.with_suffix(f".{kind}")
+            sources.shards(kind, options(tmp_path, file), {"image": "file"})
+            said = capsys.readouterr().err
+            assert said.startswith(f"{file}: the columns {expected}") if expected else not said
+    own = {"image": "file", "boxes": "xmin,ymin,xmax,ymax", "labels": "caption"}
+    sources.shards("csv", options(tmp_path, tmp_path / "four.csv"), own)
+    assert not capsys.readouterr().err
+
+
+def test_a_table_in_the_place_of_lines_names_the_source(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "b.csv").write_text("image,caption\n" * 600)
+    line = f"{tmp_path}/b.csv: got a table, expected one JSON object a line; grain-jax build"
+    line += " --source csv makes records of it"
+    assert run_build(tmp_path, capsys, "--annotations", tmp_path / "b.csv") == (2, [line])
+    assert inspect_command.main([str(tmp_path / "b.csv")]) == 2
+    assert capsys.readouterr().err == f"grain-jax inspect: {line}\n"

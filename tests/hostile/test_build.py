@@ -34,7 +34,9 @@ def test_training_reads_what_was_built(tmp_path):
         lambda _: record_sets.build_set(tmp_path / "in", tmp_path / "out", "--num-shards=4"), []
     )
     assert outcome.status == 0
-    rescued = "2 of 16 images stored as PNG, since training cannot read their files; the first is in line 2"
+    rescued = (
+        "2 of 16 images stored as PNG, since training cannot read their files; the first is id1"
+    )
     assert rescued in outcome.err
     config = record_sets.config(tmp_path / "out")
     batches = records.batches(config)

@@ -80,14 +80,14 @@ def test_columns_that_are_not_there_or_of_another_type(tmp_path, source, what):
 OF_ROWS = {
     "no image in the bytes": ("image", {"bytes": b"nothing", "path": "a.jpg"}, "a.jpg: unreadable: .*no known image format"),
     "an image cut off": ("image", {"bytes": encoded(0)[:200], "path": "a.jpg"}, "a.jpg: unreadable: picture: Truncated File Read"),
-    "neither": ("image", {"bytes": None, "path": None}, "row 0: no picture: got neither bytes nor a path"),
+    "neither": ("image", {"bytes": None, "path": None}, "no picture: got neither bytes nor a path"),
     "empty bytes": ("image", {"bytes": b"", "path": "a.jpg"}, "a.jpg: empty file: 0 bytes"),
     "a path out of the folder": ("image", {"bytes": None, "path": "../x.jpg"}, "expected a path below the images' folder"),
     "an absolute path": ("image", {"bytes": None, "path": "/etc/passwd"}, "expected a path below the images' folder"),
     "a path to nothing": ("image", {"bytes": None, "path": "gone.jpg"}, "gone.jpg: no such file: there is no"),
-    "a list too long": ("boxes", [(1, 1, 9, 9)] * (columns.MAX_REGIONS + 1), "row 0: bad annotation: .*length <= 10000.*boxes"),
+    "a list too long": ("boxes", [(1, 1, 9, 9)] * (columns.MAX_REGIONS + 1), "bad annotation: .*length <= 10000.*boxes"),
     "fewer boxes than texts": ("boxes", [(1, 1, 9, 9)], "got 1 boxes, 2 texts and 1 scores, expected as many of each"),
-    "a text too long": ("caption", "x" * (1 << 21), "row 0: bad annotation: .*length <= 1048576.*caption"),
+    "a text too long": ("caption", "x" * (1 << 21), "bad annotation: .*length <= 1048576.*caption"),
     "three numbers": ("boxes", [(1, 2, 3), (1, 1, 9, 9)], "bad box: got box .*1.0, 2.0, 3.0.*expected four finite"),
     "no number": ("boxes", [(1, 2, float("nan"), 9), (1, 1, 9, 9)], "bad box: got box"),
     "outside": ("boxes", [(100, 100, 200, 200), (1, 1, 9, 9)], "expected at least 50% of it in the image"),
@@ -103,7 +103,7 @@ def test_a_row_that_cannot_be_used(tmp_path, what):
     table = pa.table({key: pa.array(x, kinds.get(key)) for key, x in values.items()})
     outcome = run(tmp_path, "parquet", write(tmp_path, "parquet", table))
     of_region = what in ("three numbers", "no number", "outside", "no text")
-    cases.check(outcome, f"parquet:1: .*{line}", status=0 if of_region else 2)
+    cases.check(outcome, f"t.parquet:row 0: .*{line}", status=0 if of_region else 2)
     told = "1 regions left out" if of_region else "1 of 4 lines are faulty, more than --max-faults"
     assert told in outcome.err
 

@@ -50,7 +50,7 @@ def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
     (line, *_) = job.output.read("annotations", name)
     assert line["synthetic_caption"] == models.CAPTION.removeprefix("Caption: ")
     assert [r["description"] for r in line["regions"]] == [
-        f"the left part {i} of 3" for i in range(3)
+        f"the upper part {i} of 3" for i in range(3)
     ]
     assert job.output.read("failed", name) == []
 
@@ -82,8 +82,8 @@ def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
     assert annotator.chat is None and annotator.detector is None
     described = [region for line in lines for region in line["regions"]]
     assert len(described) == 12
-    for region in described:  # "the left part 0 of 1"
-        side = region["description"].replace("left", "right")
+    for region in described:  # "the upper part 0 of 1"
+        side = region["description"].replace("upper", "lower")
         assert region["negatives"] == [side]
     # A later job keeps them, and those of the source stay.
     again = make_job(tmp_path, names=())
