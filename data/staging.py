@@ -16,14 +16,18 @@ from grain_jax.core import errors
 
 
 class BusyError(errors.UserError):
-    """Another build writes this set; the message names it."""
+    """Another process writes there; the message names it."""
 
 
 @contextlib.contextmanager
-def locked(target: epath.Path) -> Iterator[None]:
-    """Keeps other builds of the set `target` (OUTPUT/NAME/VERSION) out while the block runs.
+def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
+    """Keeps other writers of `target` (OUTPUT/NAME/VERSION of a set) out while the block runs.
 
     It is a lock of the operating system, which ends with the process. Object stores have none.
+
+    Args:
+      target: what is written; the lock lies beside it.
+      flag: what to change to write elsewhere.
 
     Raises:
       BusyError: another process has it.
@@ -41,7 +45,7 @@ def locked(target: epath.Path) -> Iterator[None]:
             except BlockingIOError:
                 holder = mark.read_text()[:100].strip() if mark.exists() else ""
                 raise BusyError(
-                    f"{target}: {holder or 'another process'} is building this set; wait for it, or give another --name"
+                    f"{target}: in use by {holder or 'another process'}; wait for it, or give another {flag}"
                 ) from None
             # Whoever had it before may have deleted the file meanwhile.
             with contextlib.suppress(FileNotFoundError):

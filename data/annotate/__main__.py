@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax.core import errors
-from grain_jax.data import build, example, negatives, sources
+from grain_jax.data import build, example, negatives, sources, staging
 from grain_jax.data.annotate import local_chat, outputs, own_model, prompt
 from grain_jax.data.annotate.arguments import OWN, Annotate
 from grain_jax.data.annotate.passes import Job, needs
@@ -37,16 +37,24 @@ def annotate(args: Annotate) -> str:
         raise AnnotateError(
             f"{error}; install what annotation needs: pip install 'grain_jax[annotate]'"
         ) from None
-    start = time.monotonic()
     pipeline.check(args.beam)
     if not args.images and not args.source:
         raise AnnotateError("--images DIR: missing; folder of images, or of tar shards")
-    output, own = outputs.Output(args.output), dict(args.option)
     args.source = args.source or _source_of(epath.Path(args.images))
-    source = sources.make(args.source, own)
+    source = sources.make(args.source, dict(args.option))
     args.orientation = getattr(source, "orientation", args.orientation)
     args.keep_images &= not (source.images_are_files or args.name)
     job = Job(args, {} if args.model else _prompts(args))
+    # A shard's lines are composed of the results of all passes, so two jobs would overwrite each other's.
+    with staging.locked(job.output.path(outputs.LINES), "--output"):
+        return _annotate(job, source)
+
+
+def _annotate(job: Job, source: Any) -> str:
+    """Runs a job that has its output for itself; returns a line about its results. Raises UserError."""
+    from grain_jax.data.annotate import pipeline
+
+    start, args, output = time.monotonic(), job.given, job.output
     settings = _settings(job)
     output.agree(settings)
     options = sources.Options(
@@ -58,7 +66,7 @@ def annotate(args: Annotate) -> str:
         orientation=args.orientation,
         label_text=args.label_text,
     )
-    shards = sources.shards(args.source, options, own)
+    shards = sources.shards(args.source, options, dict(args.option))
     todo = _todo(args, output, shards)
     if todo:
         pipeline.run(job, todo)

@@ -32,7 +32,8 @@ _REFUSAL = re.compile(
     r"|(?:sorry|apologies|unfortunately)\b|i apologi[sz]e\b"
     r"|unable to (?:see|view|provide|assist|determine)\b"
     r"|(?:i|we) (?:cannot|can't|can not|could not|couldn't|do not|don't|won't|will not)\b"
-    r"|(?:there is )?no (?:image|image|photo) (?:was|is|has been|provided|attached)\b)",
+    r"|(?:there (?:is|are|was|were) )?no (?:image|picture|photo(?:graph)?)s?"
+    r" (?:was|were|is|are|has been|have been|provided|attached|visible)\b)",
     re.IGNORECASE,
 )
 

@@ -58,9 +58,8 @@ class Detector:
 
         Returns:
           For each image its boxes above the threshold, each with the one description that it fits
-          best, in pixels of the image as it lies in the file (an EXIF orientation is not followed:
-          training does not follow it either), clipped to it, duplicates merged; or why there are none:
-          "out of memory", "model error".
+          best, in pixels of the image as it is passed (its EXIF orientation is applied before), clipped
+          to it, duplicates merged; or why there are none: "out of memory", "model error".
         """
         wanted = {
             index: (image, tuple(dict.fromkeys(texts)))

@@ -1,22 +1,24 @@
 """A chat model behind an OpenAI-compatible endpoint: what vLLM, SGLang and `transformers serve` offer.
 
-By httpx, which follows the proxies of the environment and no redirects. It bounds neither the time nor the bytes of a
-whole response, so each request runs in an event loop of its own that ends with `seconds`. Whatever a server sends, a
-request ends in an answer, a failure of a fixed name, or EndpointError.
+By httpx, which follows the proxies of the environment (HTTP_PROXY and so on) and no redirects. It bounds neither the
+time nor the bytes of a whole response, so requests run in an event loop, where a timer can end them. A worker has one
+client and one loop. Whatever a server sends, a request ends in an answer, a failure of a fixed name, or EndpointError,
+and none of these holds the key.
 """
 
 import asyncio
 import base64
 import concurrent.futures
 import email.utils
+import http.cookiejar
 import io
 import json
 import os
 import random
 import re
-import ssl
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +38,7 @@ REJECTED, NO_ANSWER = "request rejected", "no answer in the response"
 
 KEY = "OPENAI_API_KEY"  # of the environment; holds the key, where one is needed
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
+IDLE = 2.0  # seconds that a connection stays open for the next request; servers close theirs after 5 or more
 LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is not waited for any longer
 MAX_SIDE = 1344  # pixels of the image that is sent; LLaVA-NeXT looks at no more than 1008
 JPEG_QUALITY = 92
@@ -75,17 +78,30 @@ class EndpointChat:
             )
         self._given = given
         self._url = given.endpoint.rstrip("/") + "/chat/completions"
-        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         key = os.environ.get(KEY, "").strip()  # files of keys end with a new line
         if key:
             if not re.fullmatch("[!-~]+", key):
                 raise EndpointError(f"{KEY}: holds white space or other than ASCII, expected a key")
-            self._headers["Authorization"] = f"Bearer {key}"
-        self._tls = ssl.create_default_context()
+            headers["Authorization"] = f"Bearer {key}"
+        # The key as it stands, with escapes of JSON, and percent-encoded.
+        forms = (rf"(?:\\?{re.escape(x)}|\\u{ord(x):04x}|%{ord(x):02x})" for x in key)
+        self._key = re.compile("".join(forms) or "(?!)", re.IGNORECASE)
         try:
-            httpx.Client(verify=self._tls).close()
+            self._client = httpx.AsyncClient(
+                headers=headers,
+                # Connecting takes less, since httpcore does not close the socket where a handshake is cancelled.
+                timeout=httpx.Timeout(None, connect=0.9 * given.request_seconds),
+                limits=httpx.Limits(keepalive_expiry=IDLE),
+                cookies=http.cookiejar.CookieJar(
+                    http.cookiejar.DefaultCookiePolicy(allowed_domains=())
+                ),
+            )
         except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a package
             raise EndpointError(f"the environment's proxy: {chat.one_line(error)}") from None
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
+        weakref.finalize(self, _end, self._loop, self._client)
         self._pool = concurrent.futures.ThreadPoolExecutor(given.concurrency)
         self._lock = threading.Lock()
         self._next_start = 0.0  # of a request, on the monotonic clock
@@ -137,7 +153,8 @@ class EndpointChat:
     def _try(self, body: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
         """Sends one request; returns its result and the seconds to wait before a retry (0: unknown; None: no retry)."""
         try:
-            response, content = asyncio.run(self._post(body))
+            posted = asyncio.run_coroutine_threadsafe(self._post(body), self._loop)
+            response, content = posted.result()
         except (TimeoutError, httpx.TimeoutException):
             return chat.Failure(TIME_OUT, f"timed out after {self._given.request_seconds:g} s"), 0.0
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
@@ -148,9 +165,9 @@ class EndpointChat:
                 cause = CONNECTION
             while inner := error.__cause__ or error.__context__:  # what the system said
                 error = inner
-            return chat.Failure(cause, chat.one_line(f"{type(error).__name__}: {error}")), 0.0
+            return chat.Failure(cause, self._line(f"{type(error).__name__}: {error}")), 0.0
         if response.is_success:
-            return _answer(content)
+            return self._answer(content)
         return self._refusal(response.status_code, response.headers, content)
 
     async def _post(self, body: bytes) -> tuple[Any, bytes]:
@@ -160,14 +177,10 @@ class EndpointChat:
           TimeoutError: the time is up; ValueError: more than MAX_BYTES; httpx.HTTPError.
         """
         response, content = None, bytearray()
-        seconds = self._given.request_seconds
-        # Shorter, since httpcore does not close the socket where a handshake is cancelled.
-        wait = httpx.Timeout(None, connect=0.9 * seconds)
         try:
             async with (
-                asyncio.timeout(seconds),
-                httpx.AsyncClient(verify=self._tls, timeout=wait) as client,
-                client.stream("POST", self._url, content=body, headers=self._headers) as response,
+                asyncio.timeout(self._given.request_seconds),
+                self._client.stream("POST", self._url, content=body) as response,
             ):
                 async for piece in response.aiter_raw():
                     content += piece
@@ -178,14 +191,39 @@ class EndpointChat:
                 raise
         return response, bytes(content)
 
+    def _without_key(self, text: str) -> str:
+        """What a server sent, without the key: servers repeat the headers of a request, and users publish the files."""
+        return self._key.sub(f"[{KEY}]", text)
+
+    def _line(self, text: str, limit: int = 200) -> str:
+        """What a server sent, on one line without the key."""
+        return chat.one_line(self._without_key(text), limit)
+
+    def _answer(self, content: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
+        try:
+            # As floats, since a whole number of more than 4,300 digits is an error.
+            parsed = json.loads(content, parse_int=float)
+            choice = parsed["choices"][0]
+            text = choice["message"]["content"]
+            if not isinstance(text, str):
+                raise TypeError
+            usage = parsed.get("usage")
+            tokens = [_count(usage, key) for key in ("prompt_tokens", "completion_tokens")]
+            cut_off = choice.get("finish_reason") == "length"
+            return chat.Answer(self._without_key(text), *tokens, cut_off=cut_off), None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            # A proxy's page in between, for one: another try may reach the server.
+            shown = self._line(content.decode(errors="replace"), 100)
+            return chat.Failure(NO_ANSWER, f"expected choices[0].message.content, got {shown}"), 0.0
+
     def _refusal(
         self, status: int, headers: Any, content: bytes
     ) -> tuple[chat.Failure, float | None]:
-        detail = chat.one_line(f"status {status}: {content.decode(errors='replace')}")
+        detail = self._line(f"status {status}: {content.decode(errors='replace')}")
         elsewhere = headers.get("Location")
         if status < 400 and elsewhere:
             raise EndpointError(
-                f"{self._url}: redirects to {chat.one_line(elsewhere)} (status {status}), where"
+                f"{self._url}: redirects to {self._line(elsewhere)} (status {status}), where"
                 " neither images nor the key are sent; if you trust that address, give it as --endpoint"
             )
         if status in _FATAL:
@@ -198,6 +236,22 @@ class EndpointChat:
         return chat.Failure(cause, detail), _seconds(headers.get("Retry-After"))
 
 
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs the loop until `_end`."""
+    loop.run_forever()
+    loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, client: Any) -> None:
+    """Closes the client's connections and ends its loop."""
+
+    async def close():
+        await client.aclose()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
+
+
 def _content(image: PIL.Image.Image, prompt: str) -> list[dict[str, Any]]:
     image = image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -207,29 +261,9 @@ def _content(image: PIL.Image.Image, prompt: str) -> list[dict[str, Any]]:
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
 
 
-def _answer(response: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
-    try:
-        parsed = json.loads(response, parse_constant=_not_json)
-        choice = parsed["choices"][0]
-        text = choice["message"]["content"]
-        if not isinstance(text, str):
-            raise TypeError
-        usage = parsed.get("usage") or {}
-        tokens = [_count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")]
-        return chat.Answer(text, *tokens, cut_off=choice.get("finish_reason") == "length"), None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        # A proxy's page in between, for one: another try may reach the server.
-        shown = chat.one_line(response[:400].decode(errors="replace"), 100)
-        return chat.Failure(NO_ANSWER, f"expected choices[0].message.content, got {shown}"), 0.0
-
-
-def _not_json(constant: str) -> None:
-    """Refuses NaN and Infinity, which the json module accepts as numbers."""
-    raise ValueError(constant)
-
-
-def _count(tokens: Any) -> int:
-    """The number of tokens; 0 where the response has no valid one."""
+def _count(usage: Any, key: str) -> int:
+    """The number of tokens, which is only a statistic; 0 where the response has no valid one."""
+    tokens = usage.get(key) if isinstance(usage, dict) else None
     return int(tokens) if isinstance(tokens, int | float) and 0 <= tokens < MAX_TOKENS else 0
 
 

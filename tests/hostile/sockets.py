@@ -85,7 +85,7 @@ class Server:
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             connection.settimeout(10)
-            head, content = _request(connection)
+            head, content = request(connection)
             self.requests.append(head)
             self.respond(connection, head, content)
 
@@ -94,7 +94,7 @@ class Server:
         self._behave(connection, self.stop)
 
 
-def _request(connection: socket.socket) -> tuple[bytes, bytes]:
+def request(connection: socket.socket) -> tuple[bytes, bytes]:
     """Reads a whole request, so that an early end is not a reset; returns its head and its content."""
     data, length = b"", None
     while True:

@@ -42,15 +42,16 @@ CHUNK = b"%x\r\n%s\r\n" % (len(ANSWER), ANSWER)
 head, body, sent, dripping = sockets.head, sockets.body, sockets.sent, sockets.dripping
 ROWS = [
     # Numbers and JSON.
-    Row("infinite tokens", body(sockets.answer(usage='{"prompt_tokens": Infinity}')), NO),
-    Row("no number of tokens", body(sockets.answer(usage='{"prompt_tokens": NaN}')), NO),
+    Row("infinite tokens", body(sockets.answer(usage='{"prompt_tokens": Infinity}')), "a beak"),
+    Row("no number of tokens", body(sockets.answer(usage='{"prompt_tokens": NaN}')), "a beak"),
     Row("tokens beyond a float", body(sockets.answer(usage='{"prompt_tokens": 1e400}')), "a beak"),
     Row("tokens of 300 digits", body(sockets.answer(usage=f'{{"prompt_tokens": {10**300}}}')), "a beak"),
-    Row("tokens of 5000 digits", body(sockets.answer(usage='{"a": %s}' % ("9" * 5000))), NO),
+    Row("tokens of 5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak"),
     Row("tokens below zero", body(sockets.answer(usage='{"completion_tokens": -5}')), "a beak"),
     Row("tokens as a text", body(sockets.answer(usage='{"prompt_tokens": "many"}')), "a beak"),
     Row("tokens as a list", body(sockets.answer(usage='{"prompt_tokens": [1]}')), "a beak"),
-    Row("usage as a list", body(sockets.answer(usage="[1]")), NO),
+    Row("usage as a list", body(sockets.answer(usage="[1]")), "a beak"),
+    Row("usage as a text", body(sockets.answer(usage='"lots"')), "a beak"),
     Row("deep lists", body(DEEP), NO),
     Row("deep objects", body(b'{"a":' * 200_000), NO),
     Row("deep usage", body(sockets.answer(usage="[" * 99_999 + "]" * 99_999)), NO),
@@ -287,8 +288,56 @@ def _job(folder, images, behave):
         return command.main([*given, "--request-seconds=2"]), folder / "out"
 
 
+REPEATED = f"the request had Authorization: Bearer {KEY}"
+LATE_KEY = "x" * 176 + KEY  # a cut to 200 characters would leave its beginning
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        body(sockets.answer(f"Subject: a wren\nCaption: A wren and {KEY}")),
+        body(sockets.answer(f"Subject: a wren\nCaption: A {KEY.upper()}")),
+        body(sockets.answer(REPEATED)),  # a refused answer
+        body(json.dumps({"error": REPEATED}).encode()),
+        sent(head(status="400 No") + LATE_KEY.encode()),
+        sent(head(status="500 Oh") + REPEATED.replace("-", "\\u002d").encode()),
+        sent(head(status="401 Who") + REPEATED.encode()),
+        sent(head(status="403 No") + LATE_KEY.encode()),
+        sent(head(f"Location: http://x/?key={KEY.replace('-', '%2D')}", status="302 Found")),
+        sent(head(f"no header with {KEY}")),
+        sent(head(status=f"no status {KEY}")),
+    ],
+)
+def test_a_key_that_the_server_repeats_is_written_nowhere(tmp_path, monkeypatch, capfd, behave):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    _, output = _job(tmp_path, 1, behave)
+    written = capfd.readouterr()
+    texts = [written.out, written.err]
+    texts += [path.read_text() for path in output.rglob("*") if path.is_file()]
+    assert not any("sk-v" in text.lower() or "very" in text for text in texts)
+    assert any("[OPENAI_" in text for text in texts)
+
+
+def test_a_worker_has_one_client_whose_connection_serves_all_its_requests():
+    made = []
+
+    def connect(connection, stop):
+        made.append(connection)
+        for _ in range(2):
+            connection.sendall(head(LONG) + ANSWER)
+            sockets.request(connection)
+
+    with sockets.serve(connect) as server:
+        given = Annotate(images="", output="", endpoint=server.url, chat="tiny", concurrency=1)
+        client = endpoint_chat.EndpointChat(given)
+        for _ in range(2):
+            (found,) = client.answer([PICTURE], ["List."])
+            assert found.text == "a beak"
+    assert len(made) == 1
+
+
 DEAD = [
-    body(sockets.answer(usage='{"prompt_tokens": Infinity}')),
+    body(DEEP[:-1]),
     body(DEEP),
     sent(head(f"Content-Length: {10**30}") + ANSWER),
     dripping(head(), b"x" * 65536, 0),  # an endless body

@@ -176,9 +176,7 @@ def test_two_builds_at_once(built, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"locked\n"
         second = cases.run(lambda _: record_sets.build_set(built / "in", tmp_path / "out"), [])
-        cases.check(
-            second, f"{target}: process {first.pid} on .* is building this set; wait for it"
-        )
+        cases.check(second, f"{target}: in use by process {first.pid} on .*; wait for it")
         assert second.seconds < 5
         first.send_signal(signal.SIGKILL)
     mark = target.parent / "incomplete.lock_1.0.0"

@@ -46,6 +46,8 @@ def test_a_caption_in_the_form_that_was_asked_for(text, subject, caption):
         ("Subject: As an AI language model I see nothing\nCaption: none", "refusal"),
         ("Subject: Unfortunately, nothing\nCaption: none", "refusal"),
         ("There is no image provided.", "refusal"),
+        ("There is no picture provided.", "refusal"),
+        ("No picture was attached", "refusal"),
     ],
 )
 def test_a_caption_that_is_refused(text, cause):
@@ -76,6 +78,7 @@ def test_a_sign_in_the_picture_that_says_sorry_is_no_refusal():
         ("  a   long\tbeak  ", "a long beak"),
         ("3.5 cm long beak", "3.5 cm long beak"),
         ("2 white wings", "2 white wings"),
+        ("no picture on the wall", "no picture on the wall"),
         ("a clock that shows 12:30", "a clock that shows 12:30"),
         ("a red-and-white tail", "a red-and-white tail"),
     ],
@@ -103,6 +106,9 @@ def test_lines_that_are_no_descriptions_are_dropped_by_cause():
         ("I'm sorry, I cannot.\nred wings", "refusal"),
         ("red wings\nAs an AI, I see no more", "refusal"),
         ("- We cannot see the picture", "refusal"),
+        ("There is no picture provided.", "refusal"),
+        ("No picture was attached", "refusal"),
+        ("No photographs are visible here.", "refusal"),
     ],
 )
 def test_descriptions_that_are_refused(text, cause):

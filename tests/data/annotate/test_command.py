@@ -1,6 +1,7 @@
 """The command, killed and started again, with models that run here and with an endpoint; wrong usage."""
 
 import json
+import os
 
 import numpy as np
 import PIL.Image
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
 from tests.data import test_sources
-from tests.data.annotate import drill, endpoint
+from tests.data.annotate import drill, endpoint, models
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,33 @@ def test_an_output_takes_no_other_settings(pictures, tmp_path, capsys):
     assert "0 of 1 shards in this run" in capsys.readouterr().out
     assert command.main([*given, "--min-side=20"]) == 2
     assert "was begun with source limits [16, 10000], got [20, 10000]" in capsys.readouterr().err
+
+
+def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(
+    pictures, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    given = arguments(pictures, output)
+    jobs = [[*given, "--passes=caption", "--chat=tiny"], [*given, "--passes=negatives"]]
+    seconds = []
+
+    def reply(asked):
+        if not seconds:  # while the first job has a shard in work
+            seconds.extend(command.main(job) for job in jobs)
+        return endpoint.annotator(asked)
+
+    with endpoint.serve(reply) as server:
+        jobs[0].append(f"--endpoint={server.url}")
+        assert command.main(jobs[0]) == 0
+        assert seconds == [2, 2]
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 2
+        assert all(f"in use by process {os.getpid()} on " in line for line in error)
+    assert command.main(jobs[1]) == 0
+    lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
+    assert {line["synthetic_caption"] for line in lines} == {models.CAPTION.partition(": ")[2]}
+    regions = [region for line in lines for region in line["regions"]]
+    assert regions and all(region["negatives"] for region in regions)
 
 
 def test_too_many_faults_end_with_status_2_and_are_listed(pictures, tmp_path, capsys):
