@@ -76,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{args.output}: was written, but its outputs differ; see above", file=sys.stderr)
         return 1
     if getattr(args, "push", None):
+        if report.verdict != parity.PROVEN:
+            line = f"{args.output}: was written, not pushed to {args.push}: the parity is {report.verdict}"
+            print(f"{line}; install what it needs, and convert again", file=sys.stderr)
+            return 0
         try:
             print("pushed to", huggingface.push(args.output, args.push, args.private))
         except hub.HubError as error:

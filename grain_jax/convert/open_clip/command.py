@@ -25,7 +25,10 @@ def from_open_clip(
         model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
     proof = comparison.prove(checkpoint, model, params)
     lengths = checkpoint.sequence_lengths
-    output.save(folder, model, params, source, proof, sequence_lengths=lengths)
+    name = model.text.tokenizer
+    file = next((x for x in checkpoint.tokenizers if x.name == name), None)
+    words = {} if file is None else {name: file.read_bytes()}
+    output.save(folder, model, params, source, proof, sequence_lengths=lengths, files=words)
     lines = towers.describe(model, {"image": image.assumed, "text": text.assumed})
     if lengths:
         lines.append(f"images in their own shape: at most {lengths[0]} patches each")
@@ -39,12 +42,8 @@ def from_open_clip(
             "The parity below cannot show whether heads and activations are right: there is no config, so the"
             " other side is built with those assumed or told above; check them"
         )
-    name = model.text.tokenizer
-    if name != "clip":
-        file = next((x for x in checkpoint.tokenizers if x.name == name), None)
-        if file:
-            file.copy(folder / name, overwrite=True)
-            lines.append(f"tokenizer {file}, copied")
-        else:
-            lines.append(f"tokenizer NOT FOUND; copy the tower's to {folder / name}")
+    if file is not None:
+        lines.append(f"tokenizer {file}, copied")
+    elif name != "clip":
+        lines.append(f"tokenizer NOT FOUND; copy the tower's to {folder / name}")
     return proof.after(f"from-open-clip: {checkpoint.path} -> {folder}", *lines)
