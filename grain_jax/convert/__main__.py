@@ -37,7 +37,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "to-open-clip": lambda args: to_open_clip(args.input, args.output, args.part),
     "to-big-vision": lambda args: to_big_vision(args.input, args.output, args.part),
     "to-onnx": lambda args: to_onnx(args.input, args.output),
-    "from-hf": lambda args: huggingface.from_hf(args.input, args.output),
+    "from-hf": lambda args: huggingface.from_hf(args.input, args.output, _settings(args)),
     "from-open-clip": lambda args: from_open_clip(args.input, args.output, _settings(args)),
     "from-big-vision": lambda args: from_big_vision(args.input, args.output, _settings(args)),
     "table": lambda args: table.report(args.checkpoint),

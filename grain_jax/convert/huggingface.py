@@ -15,10 +15,11 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config import weights as loss_weights
-from grain_jax.convert import archives, model_card, output, parity, text_decoder
+from grain_jax.convert import archives, model_card, output, parity, text_decoder, towers
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, reasons, tokenizers
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
+from grain_jax.convert.open_clip.command import from_transformers
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.core import regular_file
@@ -185,14 +186,27 @@ def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
         return hub.push(path, repo, _FILES, private)
 
 
-def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
-    """from-hf: a folder of to-hf, also one that transformers trained further, to a folder for `grain_jax.load`.
+def from_hf(
+    source: epath.PathLike, folder: epath.PathLike, settings: towers.Settings | None = None
+) -> parity.Report:
+    """from-hf: a folder of to-hf, also one that transformers trained further, or CLIP, SigLIP or DINOv3 of transformers.
+
+    Args:
+      source: a folder, a file of weights, or hf://ORG/NAME.
+      folder: for `grain_jax.load`.
+      settings: of towers whose checkpoint does not state them.
 
     Raises:
       ConvertError: entries or files that are missing, damaged, unknown or of another shape; a line each.
       TokenizerError: the file of the tokenizer is none.
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
+    if not is_grain(pretrained.folder_of(source)):
+        return from_transformers(source, folder, settings or towers.Settings())
+    if any(value is not None for of_tower in settings or () for value in of_tower.values()):
+        raise ConvertError(
+            f"{source}: its config.json states heads and activations; give no flag for them"
+        )
     source, folder = pretrained.folder_of(source), output.check_free(folder)
     model, params, decoder, lengths, states = _read(source)
     words, lines = {}, []
@@ -207,6 +221,15 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     beside: dict[str, Any] = dict(text_decoder=decoder, sequence_lengths=lengths, files=words)
     output.save(folder, model, params, source, proof, **beside)
     return proof.after(f"from-hf: {source} -> {folder}", *lines)
+
+
+def is_grain(folder: epath.Path) -> bool:
+    """Whether a folder has a config.json of to-hf's own model class."""
+    path = folder / "config.json"
+    if not regular_file.is_one(path):
+        return False
+    content = regular_file.read_json(path, dict[str, Any], "a JSON object")
+    return content.get("model_type") == "grain" or "towers" in content
 
 
 def read(
@@ -313,14 +336,12 @@ def _read_config(
     """(the model, the sizes of its text decoder, its `sequence_lengths`) in such a file."""
     expected = "to-hf's config.json"
     stored = regular_file.read_json(path, dict[str, Any], expected)
-    towers = stored.get("towers")
-    if not isinstance(towers, dict):
-        hint = ""
-        if str(stored.get("model_type")).startswith(("clip", "siglip")):
-            hint = f"; {pretrained.conversion(path.parent)}"
+    sizes = stored.get("towers")
+    if not isinstance(sizes, dict):
+        hint = f"; {command}" if (command := pretrained.conversion(path.parent)) else ""
         raise ConvertError(f"{path}: got no sizes under towers, expected {expected}{hint}")
     with prefixed(f"{path}: "):
-        model = config_lib.model_from_dict(towers)
+        model = config_lib.model_from_dict(sizes)
     names.refuse(model, "to-hf")
     # from_hf writes the file under this name, beside a config.json of ours.
     name = model.text.tokenizer

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import pathlib
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -42,7 +40,7 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     if path.exists() and not (path.is_dir() and (path / mark).exists()):
         if not path.is_dir() or any(path.iterdir()):
             raise ConvertError(f"{path}: is in use by something else; expected a new folder")
-    if "://" not in str(path) and os.path.realpath(path) == os.getcwd():
+    if "://" not in str(path) and os.path.realpath(path) == os.path.realpath("."):
         raise ConvertError(f"{path}: is the current folder, expected another one to write")
     return path
 
@@ -78,7 +76,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
     if "://" in str(folder):
         with writing(folder), tempfile.TemporaryDirectory() as scratch:
             yield epath.Path(scratch)
-            _upload(pathlib.Path(scratch), folder, mark)
+            _upload(epath.Path(scratch), folder, mark)
         return
     place = epath.Path(os.path.realpath(folder))
     work = place.with_name(f"{place.name}.incomplete")
@@ -93,7 +91,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
             yield new
             for path in place.iterdir() if place.exists() else ():
                 if not _WRITTEN.fullmatch(path.name) and not (new / path.name).exists():
-                    _keep(path, new / path.name)
+                    _copy(path, new / path.name)
             if place.exists():
                 place.rename(old)
             new.rename(place)
@@ -124,7 +122,7 @@ def _locked(work: epath.Path) -> Iterator[None]:
                 except BlockingIOError:
                     place = work.with_suffix("")
                     raise ConvertError(f"{place}: another process writes it; wait for it") from None
-                is_ours = os.path.samestat(os.stat(work / "lock"), os.fstat(file.fileno()))
+                is_ours = os.stat(work / "lock").st_ino == os.stat(file.fileno()).st_ino
         try:
             yield
         finally:
@@ -133,23 +131,23 @@ def _locked(work: epath.Path) -> Iterator[None]:
                 work.rmdir()
 
 
-def _keep(path: epath.Path, to: epath.Path) -> None:
-    """Copies a file, a link or a folder."""
-    if path.is_dir() and not os.path.islink(path):
-        shutil.copytree(path, to, symlinks=True)
-    else:
-        shutil.copy2(path, to, follow_symlinks=False)
+def _copy(path: epath.Path, to: epath.Path) -> None:
+    """Copies a file, or a folder with all that is below."""
+    if not path.is_dir():
+        path.copy(to)
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    for each in path.iterdir():
+        _copy(each, to / each.name)
 
 
-def _upload(made: pathlib.Path, folder: epath.Path, mark: str) -> None:
+def _upload(made: epath.Path, folder: epath.Path, mark: str) -> None:
     """Copies a folder to an object store, the mark first: with it the same command may write there again."""
     if folder.exists():
         folder.rmtree()
-    files = [path for path in made.rglob("*") if not path.is_dir()]
-    for path in sorted(files, key=lambda path: path.relative_to(made).parts[0] != mark):
-        to = folder / path.relative_to(made)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        epath.Path(path).copy(to)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(made.iterdir(), key=lambda path: path.name != mark):
+        _copy(path, folder / path.name)
 
 
 @contextlib.contextmanager
@@ -204,6 +202,7 @@ def save(
     text_decoder: checkpoint.StoredDecoder | None = None,
     sequence_lengths: Sequence[int] = (),
     files: Mapping[str, bytes] = {},
+    has_texts: bool = True,
 ) -> None:
     """Writes a model for `grain_jax.load`, with its source and the verdict of the parity.
 
@@ -217,6 +216,7 @@ def save(
       text_decoder: beside the model, or None.
       sequence_lengths: as `checkpoint.Stored` has them.
       files: contents of other files by name.
+      has_texts: False: the text tower is a placeholder, for config.json.
 
     Raises:
       ConvertError: the folder cannot be written.
@@ -229,7 +229,8 @@ def save(
         model = dataclasses.replace(model, text=text)
         files = {**files, path.name: tokenizer.content_of(path)}
     with replacing(folder) as new:
-        notes = dict(source=str(source), parity=proof.verdict)
+        notes: dict[str, Any] = dict(source=str(source), parity=proof.verdict)
+        notes |= {} if has_texts else {"has_texts": False}
         checkpoint.save_model(new, model, params, text_decoder, sequence_lengths, **notes)
         for name, content in files.items():
             (new / name).write_bytes(content)

@@ -143,38 +143,41 @@ def _sizes(source: folder.Source) -> dict[str, int]:
 
 _USE = """
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor, {kind}
 
 model = {kind}.from_pretrained("FOLDER").eval()
 processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")
 with torch.no_grad():
-    given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], padding="max_length", truncation=True,
+    image = ImageOps.exif_transpose(Image.open("bird.jpg"))
+    given = processor(images=image, text=["a photo of a wren"], padding="max_length", truncation=True,
                       return_tensors="pt")
     scores = model(**given).logits_per_image
 """
 _USE_SHAPES = """
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {kind}, Siglip2Processor, {tokenizer}
 
 model = {kind}.from_pretrained("FOLDER").eval()
 images = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")
 processor = Siglip2Processor(images, {tokenizer}.from_pretrained("FOLDER"))
 with torch.no_grad():
-    given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], max_num_patches={most},
+    image = ImageOps.exif_transpose(Image.open("bird.jpg"))
+    given = processor(images=image, text=["a photo of a wren"], max_num_patches={most},
                       patch_size={patch_size}, max_length={context}, return_tensors="pt")
     scores = model(**given).logits_per_image
 """
 _USE_VISION = """
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {kind}
 
 model = {kind}.from_pretrained("FOLDER").eval()
 processor = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")
 with torch.no_grad():
-    tokens = model(**processor(Image.open("bird.jpg"), return_tensors="pt")).last_hidden_state
+    image = ImageOps.exif_transpose(Image.open("bird.jpg"))
+    tokens = model(**processor(image, return_tensors="pt")).last_hidden_state
 """
 
 

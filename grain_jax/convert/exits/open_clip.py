@@ -83,12 +83,13 @@ def to_open_clip(
 _USE = """
 import open_clip
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 with torch.no_grad():
-    image = model.eval().encode_image(preprocess(Image.open("bird.jpg"))[None], normalize=True)
+    image = preprocess(ImageOps.exif_transpose(Image.open("bird.jpg")))[None]
+    image = model.eval().encode_image(image, normalize=True)
     text = model.encode_text(tokenizer(["a photo of a wren"]), normalize=True)
 """
 
