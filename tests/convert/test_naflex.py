@@ -174,9 +174,8 @@ def card_of(folder) -> dict[str, Any]:
     code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(folder))
     found: dict[str, Any] = {"pictures": images()}
     exec(
-        code.replace(
-            'ImageOps.exif_transpose(Image.open("bird.jpg"))',
-            "list(map(Image.fromarray, pictures))",
+        code.replace("ImageOps.exif_transpose", "").replace(
+            'Image.open("bird.jpg")', "list(map(Image.fromarray, pictures))"
         ),
         found,
     )
