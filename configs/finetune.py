@@ -2,8 +2,8 @@
 
 COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
-FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
-          size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
+FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, or
+          weights of transformers, e.g. hf://openai/clip-vit-base-patch32: the towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
           --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), pe_core (:T/16,
           :S/16, :B/16, :L/14), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
@@ -113,17 +113,27 @@ def take_towers_of_folder(c, folder, families):
     place = pretrained.folder_of(folder)
     file = place / "config.json"
     content = json.loads(file.read_text()) if file.exists() else {}
-    model = content.get("model")
+    model, has_texts = content.get("model") or content.get("towers"), content.get("has_texts", True)
+    if model is None and place.exists():
+        from grain_jax.runtime import saved_model  # imports JAX: for weights of others only
+
+        model, has_texts = saved_model.describe_others(folder)
     if model is None:
         raise ValueError(
-            f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote (from-open-clip,"
-            f" from-big-vision, ...), or one of {', '.join((*pretrained.NAMES, *families))}"
+            f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote, weights of transformers or"
+            f" open_clip, or one of {', '.join((*pretrained.NAMES, *families))}"
         )
     decoder = model.pop("decoder")
     for key in ("keep", "keep_by"):  # of that training
         model["image"].pop(key, None)
-    c.model.update(model)
-    c.init.image = c.init.text = folder
+    c.init.image = folder
+    if has_texts:
+        c.model.update(model)
+        c.init.text = folder
+    else:  # DINOv3: --config.init.text=FILE takes texts of open_clip
+        c.model.image.update(model["image"])
+        towers_of(c, "clip", ("text",))
+        c.model.text.activation = "gelu"
     lengths = content.get("sequence_lengths") or content.get("input", {}).get("sequence_lengths")
     if lengths and isinstance(
         lengths[-1], list

@@ -37,7 +37,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "to-open-clip": lambda args: to_open_clip(args.input, args.output, args.part),
     "to-big-vision": lambda args: to_big_vision(args.input, args.output, args.part),
     "to-onnx": lambda args: to_onnx(args.input, args.output),
-    "from-hf": lambda args: huggingface.from_hf(args.input, args.output),
+    "from-hf": lambda args: huggingface.from_hf(args.input, args.output, _settings(args)),
     "from-open-clip": lambda args: from_open_clip(args.input, args.output, _settings(args)),
     "from-big-vision": lambda args: from_big_vision(args.input, args.output, _settings(args)),
     "table": lambda args: table.report(args.checkpoint),
@@ -76,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{args.output}: was written, but its outputs differ; see above", file=sys.stderr)
         return 1
     if getattr(args, "push", None):
+        if report.verdict != parity.PROVEN:
+            line = f"{args.output}: was written, not pushed to {args.push}: the parity is {report.verdict}"
+            print(f"{line}; install what it needs, and convert again", file=sys.stderr)
+            return 0
         try:
             print("pushed to", huggingface.push(args.output, args.push, args.private))
         except hub.HubError as error:

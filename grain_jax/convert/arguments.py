@@ -140,18 +140,18 @@ class ToOnnx(_OfCheckpoint, name="convert to-onnx"):
     """
 
 
-class FromHf(_OfFile, name="convert from-hf"):
-    """A folder of to-hf, or hf://ORG/NAME -> a folder for grain_jax.load.
+class FromHf(_Towers, name="convert from-hf"):
+    """Weights of transformers (a folder, a file or hf://ORG/NAME) -> a folder for grain_jax.load.
+
+    CLIP, MetaCLIP, SigLIP, SigLIP 2, folders of to-hf, and DINOv3, which embeds images alone.
 
     Example:
-      grain-jax convert from-hf --input demo_hf --output model
+      grain-jax convert from-hf --input hf://openai/clip-vit-base-patch32 --output towers
     """
 
 
 class FromOpenClip(_Towers, name="convert from-open-clip"):
-    """CLIP or SigLIP weights (OpenAI, open_clip, Hugging Face) -> a two-tower model for grain_jax.load.
-
-    MetaCLIP 2, FG-CLIP 1 and 2 and TIPS v2 too. FG-CLIP's other text heads: --input PATH:long, PATH:box.
+    """CLIP or SigLIP weights of OpenAI or open_clip -> a two-tower model for grain_jax.load.
 
     Example:
       grain-jax convert from-open-clip --input ViT-B-32.safetensors --output towers

@@ -19,6 +19,7 @@ from jax import export as jax_export
 
 from grain_jax import __version__, inference
 from grain_jax import config as config_lib
+from grain_jax.convert import output as files
 from grain_jax.convert import parity, text_decoder
 from grain_jax.convert.arguments import Export
 from grain_jax.core import errors, schema
@@ -27,19 +28,16 @@ from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain
 from grain_jax.models.text_decoder import TASKS
 
+DESCRIPTION = "model.json"  # marks the folder
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
 TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
 _IN_OWN_SHAPE = (
-    "RGB, resized by Pillow's bilinear filter (antialiased) to grid = (h, w) patches, the most of one scale of both sides, each"
+    "turned by the EXIF orientation, RGB, resized by Pillow's bilinear filter (antialiased) to grid = (h, w) patches, the most of one scale of both sides, each"
     " rounded up to whole patches, with h * w <= sequence_length; pixels: the patches row by row, each (y, x, channel), then"
     " zeros to any number of patches"
 )
 _IMAGES = 3  # of the check; the Predictor pads them to another number
-
-
-class ExportError(errors.UserError):
-    """Nothing can be exported there; the message is one line."""
 
 
 def export_model(
@@ -63,9 +61,9 @@ def export_model(
       float32 alone, since a search that rounds otherwise may take the other of two tokens that are almost as likely.
 
     Raises:
-      ExportError: the folder cannot be written.
+      ConvertError: the folder holds something else, or cannot be written.
     """
-    output = epath.Path(output)
+    target = files.check_free(output, DESCRIPTION)
     params: dict[str, Any] = {
         name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
     }
@@ -74,23 +72,18 @@ def export_model(
         params |= {name: np.asarray(x) for name, x in of_decoder.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, (function, inputs) in _functions(predictor).items():
-            exported = jax_export.export(jax.jit(function), platforms=platforms)
-            functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
-        for name in ("regions", "boxes", "maps", *TASKS):
-            (output / f"{name}.stablehlo").unlink(missing_ok=True)
-        with (output / "params.npz").open("wb") as file:
+    for name, (function, inputs) in _functions(predictor).items():
+        exported = jax_export.export(jax.jit(function), platforms=platforms)
+        functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
+    with files.replacing(target, DESCRIPTION) as new:
+        with (new / "params.npz").open("wb") as file:
             np.savez(file, **params)
         for name, (exported, _) in functions.items():
-            (output / f"{name}.stablehlo").write_bytes(exported.serialize())
+            (new / f"{name}.stablehlo").write_bytes(exported.serialize())
         description = _description(predictor, functions)
-        _copy_tokenizer(predictor, output)
-        (output / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-    except OSError as error:
-        raise ExportError(f"{output}: {error.strerror or error}; expected a folder") from None
-    return _compare(predictor, output, functions)
+        _copy_tokenizer(predictor, new)
+        (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        return _compare(predictor, new, functions)
 
 
 def _functions(
@@ -239,7 +232,7 @@ def describe(predictor: inference.Predictor) -> tuple[dict[str, Any], ...]:
     model = predictor.model
     image = {
         "size": model.image.image_size,
-        "prepare": "RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
+        "prepare": "turned by the EXIF orientation, RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
     }
     if length := predictor.sequence_length:
         image = {
@@ -276,7 +269,7 @@ def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
     else:
         print(
             f"model.text.tokenizer: {tower.tokenizer} is no file in {predictor.folder}, so it was not copied;"
-            f" put the tokenizer's file into {output}",
+            f" put the tokenizer's file beside {DESCRIPTION}",
             file=sys.stderr,
         )
 

@@ -15,13 +15,14 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config import weights as loss_weights
-from grain_jax.convert import archives, model_card, output, parity, text_decoder
+from grain_jax.convert import archives, model_card, output, parity, text_decoder, towers
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, reasons, tokenizers
-from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
+from grain_jax.convert.faults import ConvertError, prefixed, raise_any
+from grain_jax.convert.open_clip.command import from_transformers
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.core import atomic, regular_file
+from grain_jax.core import regular_file
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import pretrained
 from grain_jax.runtime.pretrained import hub
@@ -139,22 +140,12 @@ def _write(
         for module, state in states.items()
         for name, array in state.items()
     }
-    with output.writing(folder), needing("safetensors", folder / WEIGHTS):
-        import safetensors.numpy
-
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _TOKENIZER:
-            if name not in files:
-                (folder / name).unlink(missing_ok=True)
-        for name, content in files.items():
-            exits.write_file(folder / name, content)
-        content = safetensors.numpy.save(weights, metadata={"format": "pt"})
-        atomic.write_bytes(folder / WEIGHTS, content)
-    proof = _prove_folder(folder, source, has_tokenizer=bool(words)).but(unknown)
-    with output.writing(folder):
+    with output.replacing(folder, _MODELING) as new:
+        exits.write_files(new, WEIGHTS, weights, files)
+        proof = _prove_folder(new, source, has_tokenizer=bool(words)).but(unknown)
         of_card = model, losses, run, proof, missing, repo, decoder is not None
         card = model_card.write(*of_card, max(lengths, default=0))
-        atomic.write_text(folder / "README.md", card)
+        (new / "README.md").write_text(card)
     size = sum(array.size for array in weights.values())
     return proof.after(
         f"to-hf: {source.folder} -> {folder}",
@@ -195,14 +186,27 @@ def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
         return hub.push(path, repo, _FILES, private)
 
 
-def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
-    """from-hf: a folder of to-hf, also one that transformers trained further, to a folder for `grain_jax.load`.
+def from_hf(
+    source: epath.PathLike, folder: epath.PathLike, settings: towers.Settings | None = None
+) -> parity.Report:
+    """from-hf: a folder of to-hf, also one that transformers trained further, or CLIP, SigLIP or DINOv3 of transformers.
+
+    Args:
+      source: a folder, a file of weights, or hf://ORG/NAME.
+      folder: for `grain_jax.load`.
+      settings: of towers whose checkpoint does not state them.
 
     Raises:
       ConvertError: entries or files that are missing, damaged, unknown or of another shape; a line each.
       TokenizerError: the file of the tokenizer is none.
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
+    if not is_grain(pretrained.folder_of(source)):
+        return from_transformers(source, folder, settings or towers.Settings())
+    if any(value is not None for of_tower in settings or () for value in of_tower.values()):
+        raise ConvertError(
+            f"{source}: its config.json states heads and activations; give no flag for them"
+        )
     source, folder = pretrained.folder_of(source), output.check_free(folder)
     model, params, decoder, lengths, states = _read(source)
     words, lines = {}, []
@@ -214,12 +218,18 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
             lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / name}"]
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
     proof = torch_module.prove(model, params, states, decoder, lengths)
-    beside: dict[str, Any] = dict(text_decoder=decoder, sequence_lengths=lengths)
+    beside: dict[str, Any] = dict(text_decoder=decoder, sequence_lengths=lengths, files=words)
     output.save(folder, model, params, source, proof, **beside)
-    with output.writing(folder):
-        for name, content in words.items():
-            atomic.write_bytes(folder / name, content)
     return proof.after(f"from-hf: {source} -> {folder}", *lines)
+
+
+def is_grain(folder: epath.Path) -> bool:
+    """Whether a folder has a config.json of to-hf's own model class."""
+    path = folder / "config.json"
+    if not regular_file.is_one(path):
+        return False
+    content = regular_file.read_json(path, dict[str, Any], "a JSON object")
+    return content.get("model_type") == "grain" or "towers" in content
 
 
 def read(
@@ -326,14 +336,12 @@ def _read_config(
     """(the model, the sizes of its text decoder, its `sequence_lengths`) in such a file."""
     expected = "to-hf's config.json"
     stored = regular_file.read_json(path, dict[str, Any], expected)
-    towers = stored.get("towers")
-    if not isinstance(towers, dict):
-        hint = ""
-        if str(stored.get("model_type")).startswith(("clip", "siglip")):
-            hint = f"; {pretrained.conversion(path.parent)}"
+    sizes = stored.get("towers")
+    if not isinstance(sizes, dict):
+        hint = f"; {command}" if (command := pretrained.conversion(path.parent)) else ""
         raise ConvertError(f"{path}: got no sizes under towers, expected {expected}{hint}")
     with prefixed(f"{path}: "):
-        model = config_lib.model_from_dict(towers)
+        model = config_lib.model_from_dict(sizes)
     names.refuse(model, "to-hf")
     # from_hf writes the file under this name, beside a config.json of ours.
     name = model.text.tokenizer
@@ -364,26 +372,22 @@ def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool)
     sequences = text_decoder.sequences(source.text_decoder, model, given.count)
     ours = torch_module.outputs(model, source.params, given, source.text_decoder)
     ours["pixels"] = exits.our_pixels(model.image, lengths)
-    with output.on_disk(folder) as path:
-        load = lambda auto: auto.from_pretrained(
-            path, trust_remote_code=True, local_files_only=True
-        )
-        module = load(transformers.AutoModel).eval()
-        theirs = torch_module.run_module(module, given, sequences)
-        prepared = load(transformers.AutoImageProcessor)(exits.raw_images())
-        pixels = prepared["pixel_values"]
-        theirs["pixels"] = (pixels if lengths else pixels.permute(0, 2, 3, 1)).numpy()
-        if lengths:
-            theirs["grid"] = prepared["spatial_shapes"].numpy()
-            ours["grid"] = exits.our_patches(model.image, lengths).grid
-        if has_tokenizer:
-            processor = load(transformers.AutoProcessor)
-            ids = lambda texts: processor(text=texts, padding="max_length")["input_ids"]
-            theirs["token_ids"] = ids(_TEXTS).numpy()
-            ours["token_ids"] = tokenizers.our_ids(model.text, source.folder, _TEXTS)
-            ours["encode_text"] = tokenizers.our_embeddings(source)
-            with torch.no_grad():
-                embeds = module.get_text_features(ids(tokenizers.TEXTS))
-            theirs["encode_text"] = torch.nn.functional.normalize(embeds, dim=-1).numpy()
-    found = parity.compare(ours, theirs)
-    return parity.report(found, f"{torch_module.torch_versions()} on {folder}", given)
+    load = lambda auto: auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    module = load(transformers.AutoModel).eval()
+    theirs = torch_module.run_module(module, given, sequences)
+    prepared = load(transformers.AutoImageProcessor)(exits.raw_images())
+    pixels = prepared["pixel_values"]
+    theirs["pixels"] = (pixels if lengths else pixels.permute(0, 2, 3, 1)).numpy()
+    if lengths:
+        theirs["grid"] = prepared["spatial_shapes"].numpy()
+        ours["grid"] = exits.our_patches(model.image, lengths).grid
+    if has_tokenizer:
+        processor = load(transformers.AutoProcessor)
+        ids = lambda texts: processor(text=texts, padding="max_length")["input_ids"]
+        theirs["token_ids"] = ids(_TEXTS).numpy()
+        ours["token_ids"] = tokenizers.our_ids(model.text, source.folder, _TEXTS)
+        ours["encode_text"] = tokenizers.our_embeddings(source)
+        with torch.no_grad():
+            embeds = module.get_text_features(ids(tokenizers.TEXTS))
+        theirs["encode_text"] = torch.nn.functional.normalize(embeds, dim=-1).numpy()
+    return parity.report(parity.compare(ours, theirs), torch_module.torch_versions(), given)

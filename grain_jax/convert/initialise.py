@@ -14,7 +14,7 @@ import numpy as np
 import scipy.ndimage
 
 from grain_jax import config as config_lib
-from grain_jax.convert import tables, towers
+from grain_jax.convert import huggingface, tables, towers
 from grain_jax.convert.big_vision import checkpoint as big_vision
 from grain_jax.convert.big_vision import towers as big_vision_towers
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
@@ -316,7 +316,8 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
     settings = towers.Settings({which: wanted.heads}, {which: wanted.activation})
     text, head = open_clip.split(path)
     folder = pretrained.folder_of(text)
-    if head is None and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
+    is_ours = any((folder / x).is_dir() for x in ("params", "checkpoints", "state"))
+    if head is None and (is_ours or huggingface.is_grain(folder)):
         ours, flat, _ = _read_ours(str(folder))
         return Tower(getattr(ours, which), [NamePair(x, x) for x in flat], f"{which}/"), flat
     if named.is_external(wanted.tower):

@@ -1,9 +1,12 @@
-"""Where a conversion writes its model."""
+"""Where a conversion writes: a folder is made beside its place and takes it as a whole."""
 
 import contextlib
 import dataclasses
+import fcntl
+import os
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +20,11 @@ from grain_jax.inference import predictor, rerank
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import checkpoint
 
+# What conversions and exports write. Of an older one these go, and whatever else lies there stays.
+_WRITTEN = re.compile(
+    r"params|text_decoder|README\.md|\w+_grain\.py|\w+\.stablehlo|.+\.(json|model|npz|safetensors|onnx|onnx\.data)"
+)
+
 
 def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     """The folder to write to.
@@ -26,13 +34,14 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
       mark: a file or folder that every conversion of this kind has; a folder with it may be overwritten.
 
     Raises:
-      ConvertError: `path` is neither new, nor empty, nor an older conversion.
+      ConvertError: `path` is neither new, nor empty, nor an older conversion; or it is the current folder.
     """
     path = epath.Path(path)
     if path.exists() and not (path.is_dir() and (path / mark).exists()):
-        # Orbax removes what it could not finish when it writes there again.
-        if not path.is_dir() or any(x.suffix != ".orbax-checkpoint-tmp" for x in path.iterdir()):
+        if not path.is_dir() or any(path.iterdir()):
             raise ConvertError(f"{path}: is in use by something else; expected a new folder")
+    if "://" not in str(path) and os.path.realpath(path) == os.path.realpath("."):
+        raise ConvertError(f"{path}: is the current folder, expected another one to write")
     return path
 
 
@@ -41,6 +50,8 @@ def writing(path: epath.PathLike) -> Iterator[None]:
     """A fault of the system inside is a ConvertError of one line, also where TensorStore wraps it in a ValueError."""
     try:
         yield
+    except errors.UserError:
+        raise
     except Exception as error:
         fault = errors.of_system(error)
         if fault is None:
@@ -49,8 +60,99 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
+    """Gives an empty local folder, which takes the place of `folder` after the block.
+
+    An error, a kill or a full disk leaves the old folder whole. Between the two renames neither stands there: then the next
+    call puts the old one back. Object stores cannot rename: there a kill leaves a part of the new one.
+
+    Args:
+      folder: as `check_free` returned it.
+      mark: as of `check_free`.
+
+    Raises:
+      ConvertError: it cannot be written, or another process writes it.
+    """
+    if "://" in str(folder):
+        with writing(folder), tempfile.TemporaryDirectory() as scratch:
+            yield epath.Path(scratch)
+            _upload(epath.Path(scratch), folder, mark)
+        return
+    place = epath.Path(os.path.realpath(folder))
+    work = place.with_name(f"{place.name}.incomplete")
+    old, new = work / "old" / place.name, work / "new" / place.name
+    with writing(folder), _locked(work):
+        _recover(old, place)
+        for left_over in (old.parent, new.parent):
+            left_over.rmtree(missing_ok=True)
+            left_over.mkdir()
+        new.mkdir()
+        try:
+            yield new
+            for path in place.iterdir() if place.exists() else ():
+                if not _WRITTEN.fullmatch(path.name) and not (new / path.name).exists():
+                    _copy(path, new / path.name)
+            if place.exists():
+                place.rename(old)
+            new.rename(place)
+        finally:
+            _recover(old, place)
+            for left_over in (old.parent, new.parent):
+                left_over.rmtree()
+
+
+def _recover(old: epath.Path, place: epath.Path) -> None:
+    """Undoes an exchange that was interrupted between its two renames."""
+    if old.exists() and not place.exists():
+        old.rename(place)
+
+
+@contextlib.contextmanager
+def _locked(work: epath.Path) -> Iterator[None]:
+    """Makes the folder `work`, keeps other processes out of it, and removes it at the end."""
+    with contextlib.ExitStack() as stack:
+        is_ours = False
+        while not is_ours:
+            # Whoever had it before may remove it between any two lines.
+            with contextlib.suppress(FileNotFoundError):
+                work.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((work / "lock").open("a"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    place = work.with_suffix("")
+                    raise ConvertError(f"{place}: another process writes it; wait for it") from None
+                is_ours = os.stat(work / "lock").st_ino == os.stat(file.fileno()).st_ino
+        try:
+            yield
+        finally:
+            (work / "lock").unlink()
+            with contextlib.suppress(OSError):  # an old folder that could not be put back
+                work.rmdir()
+
+
+def _copy(path: epath.Path, to: epath.Path) -> None:
+    """Copies a file, or a folder with all that is below."""
+    if not path.is_dir():
+        path.copy(to)
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    for each in path.iterdir():
+        _copy(each, to / each.name)
+
+
+def _upload(made: epath.Path, folder: epath.Path, mark: str) -> None:
+    """Copies a folder to an object store, the mark first: with it the same command may write there again."""
+    if folder.exists():
+        folder.rmtree()
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(made.iterdir(), key=lambda path: path.name != mark):
+        _copy(path, folder / path.name)
+
+
+@contextlib.contextmanager
 def on_disk(folder: epath.Path) -> Iterator[str]:
-    """The path of the folder; of a URL, which transformers cannot open, a local copy."""
+    """The path of the folder; of a URL, which other packages cannot open, a local copy."""
     if "://" not in str(folder):
         yield str(folder)
         return
@@ -99,6 +201,8 @@ def save(
     model_folder: epath.PathLike | None = None,
     text_decoder: checkpoint.StoredDecoder | None = None,
     sequence_lengths: Sequence[int] = (),
+    files: Mapping[str, bytes] = {},
+    has_texts: bool = True,
 ) -> None:
     """Writes a model for `grain_jax.load`, with its source and the verdict of the parity.
 
@@ -111,6 +215,8 @@ def save(
       model_folder: folder of a model of ours, whose tokenizer's file is copied, where it lies there.
       text_decoder: beside the model, or None.
       sequence_lengths: as `checkpoint.Stored` has them.
+      files: contents of other files by name.
+      has_texts: False: the text tower is a placeholder, for config.json.
 
     Raises:
       ConvertError: the folder cannot be written.
@@ -121,8 +227,10 @@ def save(
     if path is not None:
         text = dataclasses.replace(model.text, tokenizer=path.name)
         model = dataclasses.replace(model, text=text)
-    with writing(folder):
-        notes = dict(source=str(source), parity=proof.verdict)
-        checkpoint.save_model(folder, model, params, text_decoder, sequence_lengths, **notes)
-        if path is not None:
-            (folder / path.name).write_bytes(tokenizer.content_of(path))
+        files = {**files, path.name: tokenizer.content_of(path)}
+    with replacing(folder) as new:
+        notes: dict[str, Any] = dict(source=str(source), parity=proof.verdict)
+        notes |= {} if has_texts else {"has_texts": False}
+        checkpoint.save_model(new, model, params, text_decoder, sequence_lengths, **notes)
+        for name, content in files.items():
+            (new / name).write_bytes(content)

@@ -105,11 +105,13 @@ def _starts_from_text(folder: epath.Path) -> bool:
 def _inputs(
     model: config_lib.Model, trained: np.ndarray, lengths: tuple[int, ...]
 ) -> parity.Inputs:
-    """The inputs of a parity report, with words of trained tokens alone."""
+    """The inputs of a parity report, with words of trained tokens alone; where no word was trained, of ends."""
     given = parity.inputs_of(model, lengths)
-    words, end = np.flatnonzero(trained[:-2]), model.text.end_id
-    words = words[words != end]
-    is_word = (given.token_ids > 0) & (given.token_ids < model.text.vocab_size - 2)
-    is_word &= given.token_ids != end
-    ids = np.where(is_word, words[given.token_ids % len(words)], given.token_ids)
-    return given._replace(token_ids=ids.astype(np.int32))
+    end = model.text.vocab_size - 1 if model.text.end_id is None else model.text.end_id
+    words = np.setdiff1d(np.flatnonzero(trained), [0, end])
+    words = words if words.size else np.array([end])
+    ids = given.token_ids
+    is_kept = trained[ids] | (ids == 0) | (ids == end)
+    return given._replace(
+        token_ids=np.where(is_kept, ids, words[ids % len(words)]).astype(np.int32)
+    )

@@ -20,7 +20,7 @@ TOLERANCE = 1e-5  # of max|b|, float32
 BOXES = np.array(
     [[0, 0, 1, 1], [0.1, 0.3, 0.45, 0.5], [0.7, 0.8, 1.2, 1.1], [0.5, 0.5, 0.5, 0.5]], np.float32
 )
-NOT_PROVEN = "NOT PROVEN"
+PROVEN, NOT_PROVEN = "PROVEN", "NOT PROVEN"
 _RATIOS = ((1, 1), (1, 2), (2, 1), (1, 4), (3, 1))  # height to width
 _LONGEST = 1024
 
@@ -76,9 +76,9 @@ class Report(NamedTuple):
 
     def but(self, why: str) -> "Report":
         """The report where something could not be compared, for a reason; "": nothing."""
-        if not why or self.verdict != "PROVEN":
+        if not why or self.verdict != PROVEN:
             return self
-        text = f"{self.text.removesuffix('PROVEN')}{NOT_PROVEN}. {why}"
+        text = f"{self.text.removesuffix(PROVEN)}{NOT_PROVEN}. {why}"
         return self._replace(text=text, verdict=NOT_PROVEN)
 
 
@@ -215,7 +215,7 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
         mark = "" if c.ok else "  FAILED"
         lines.append(f"{c.name:20} {c.error:15.2e} {c.cosine:12.9f} {c.tolerance:10.1e}{mark}")
     failed = [c.name for c in comparisons if not c.ok]
-    verdict = "FAILED" if failed else "PROVEN"
+    verdict = "FAILED" if failed else PROVEN
     lines.append(f"parity: {verdict}{': ' if failed else ''}{', '.join(failed)}")
     return Report("\n".join(lines), not failed, verdict, tuple(comparisons))
 

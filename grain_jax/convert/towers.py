@@ -276,9 +276,16 @@ def two_tower_model(
     rows = [*image.rows, *text.rows, *(NamePair(ours, name) for ours, name in scalars.items())]
     state = {**state, **{scalars[x]: np.array(value, np.float32) for x, value in numbers.items()}}
     params = tables.read(rows, completed(state, image), shapes)
+    refuse_unknown(state, rows, shapes)
+    return model, tables.nested(params)
+
+
+def refuse_unknown(
+    state: Mapping[str, np.ndarray], rows: Sequence[NamePair], shapes: Mapping[str, tables.Shape]
+) -> None:
+    """Raises ConvertError with a line for each array that is no part of the model."""
     unknown = sorted(state.keys() - tables.used(rows, shapes))
     raise_any([f"{name}: unknown key" for name in unknown])
-    return model, tables.nested(params)
 
 
 def completed(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.ndarray]:

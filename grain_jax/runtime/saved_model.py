@@ -23,8 +23,9 @@ from grain_jax.runtime import checkpoint_files as files
 from grain_jax.runtime import digests, distributed, pretrained, receipt
 from grain_jax.runtime.checkpoint_files import CheckpointError
 
-# Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
+# Read the folders of `convert to-hf` and weights of others; strings, since conversions stand above this package.
 _TRANSFORMERS = "grain_jax.convert.huggingface:read"
+_OTHERS = "grain_jax.convert.open_clip.command:describe"
 _TEXT_DECODER = "text_decoder"  # the loss term, the folder, and the key of config.json
 
 
@@ -121,6 +122,15 @@ def read_model(path: epath.PathLike) -> config_lib.Model:
     if fault:
         raise CheckpointError(f"{path}: damaged: {fault}; put back a copy")
     return config_lib.from_dict(items.config).model
+
+
+def describe_others(path: epath.PathLike) -> tuple[dict[str, Any], bool]:
+    """The keys of the model in weights of transformers or open_clip, and whether it reads texts.
+
+    Raises:
+      errors.UserError: there is none, or it is not supported.
+    """
+    return named.find("reader", _OTHERS, {})(path)
 
 
 class Stored(NamedTuple):

@@ -25,7 +25,7 @@ from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.exits import reasons, table, timm_trunk
 from grain_jax.convert.exits import tokenizers as exit_tokenizers
-from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.convert.huggingface import from_hf
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.inference import jitted
@@ -119,7 +119,7 @@ def test_two_towers_are_a_class_of_transformers(kind, changes, tmp_path, capsys)
     foreign.close(scores, out.logits_per_image.numpy())
     assert "PROVEN" in (tmp_path / "hf" / "README.md").read_text()
     run(capsys, "to-hf", source, tmp_path / "hf")  # replaces its own
-    report = from_open_clip(tmp_path / "hf", tmp_path / "back", towers.Settings())
+    report = from_hf(tmp_path / "hf", tmp_path / "back")
     assert report.verdict == "PROVEN", report.text
 
 

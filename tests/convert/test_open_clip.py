@@ -13,15 +13,20 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
 import open_clip.model as library  # noqa: E402
+import safetensors.numpy  # noqa: E402
 import safetensors.torch  # noqa: E402
 
+import grain_jax  # noqa: E402
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
+from grain_jax.configs import finetune  # noqa: E402
 from grain_jax.convert import initialise, parity, tables, towers  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
+from grain_jax.convert.huggingface import from_hf  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
+from grain_jax.core import errors  # noqa: E402
 from grain_jax.runtime import checkpoint  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
 
@@ -78,7 +83,9 @@ def _check(folder, outputs_of):
 def test_hugging_face(kind, tmp_path):
     module = _hf(kind)
     module.save_pretrained(tmp_path / "theirs")
-    report = from_open_clip(tmp_path / "theirs", tmp_path / "ours", NONE)
+    with pytest.raises(ConvertError, match=r"transformers; grain-jax convert from-hf --input \S+"):
+        from_open_clip(tmp_path / "theirs", tmp_path / "ours", NONE)
+    report = from_hf(tmp_path / "theirs", tmp_path / "ours")
     model, params = _check(tmp_path / "ours", functools.partial(_hf_outputs, module, kind))
     assert report.verdict == "PROVEN", report.text
     assert (model.image.heads, model.text.heads) == (2, 4)  # config.json tells
@@ -199,18 +206,101 @@ def test_one_tower_of_hugging_face_alone(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("vocab,kept", [(32000, "spiece.model"), (VOCAB, "tokenizer.json")])
-def test_of_two_tokenizers_the_towers_own_is_taken(vocab, kept, tmp_path):
+@pytest.mark.parametrize(
+    "kind, of_tokenizer, vocab, is_first",
+    [
+        ("siglip", "", VOCAB, True),
+        ("siglip2", "", 32000, False),
+        ("siglip", "SiglipTokenizer", 256000, True),
+        ("siglip", "GemmaTokenizer", VOCAB, False),  # SigLIP 2 at a fixed size
+        ("siglip", "", 256000, False),
+        (None, "", 32000, True),
+    ],
+)
+def test_the_librarys_files_tell_siglip_from_siglip_2(
+    kind, of_tokenizer, vocab, is_first, tmp_path
+):
     for name in ("spiece.model", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
     state = {k: v.numpy() for k, v in _hf("Siglip").state_dict().items()}
     table = "text_model.embeddings.token_embedding.weight"
     state[table] = np.ones((vocab, 32), np.float32)
-    beside = tuple(files.epath.Path(tmp_path / x) for x in files._TOKENIZERS)
-    stored = files.Checkpoint(tmp_path, state, False, {}, {}, None, beside)
-    text = import_tower("text", stored, NONE).config
-    assert text.tokenizer == kept
-    assert (text.cleaning, text.pad_id) == (("canonical", 1) if vocab == 32000 else ("lower", 0))
+    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
+    for name, content in (
+        ("config.json", kind and {"model_type": kind, "text_config": {"num_attention_heads": 4}}),
+        ("tokenizer_config.json", of_tokenizer and {"tokenizer_class": of_tokenizer}),
+    ):
+        if content:
+            (tmp_path / name).write_text(json.dumps(content))
+    text = import_tower("text", files.read(tmp_path), NONE).config
+    expected = ("spiece.model", "canonical", 1) if is_first else ("tokenizer.json", "lower", 0)
+    assert (text.tokenizer, text.cleaning, text.pad_id) == expected
+
+
+def test_of_a_folder_with_both_each_command_takes_its_own(tmp_path):
+    _hf("CLIP").save_pretrained(tmp_path / "both")
+    module, vision, text = _open_clip()
+    config = {"model_cfg": {"embed_dim": 20, "vision_cfg": vision, "text_cfg": text}}
+    (tmp_path / "both" / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(module.state_dict(), tmp_path / "both" / "open_clip_pytorch_model.bin")
+    assert from_hf(tmp_path / "both", tmp_path / "hf").verdict == "PROVEN"
+    report = from_open_clip(tmp_path / "both", tmp_path / "open_clip", NONE)
+    assert report.verdict == "PROVEN" and "width 64" in report.text
+    (tmp_path / "both" / "model.safetensors").unlink()
+    with pytest.raises(
+        ConvertError, match="no weights of transformers; grain-jax convert from-ope"
+    ):
+        from_hf(tmp_path / "both", tmp_path / "hf")
+
+
+def test_a_fine_tune_starts_from_a_folder_of_transformers(tmp_path):
+    _hf("CLIP").save_pretrained(tmp_path)
+    config = config_lib.from_dict(finetune.get_config(str(tmp_path)))
+    assert (config.model.image.width, config.model.text.heads, config.model.embed_dim) == (
+        24,
+        4,
+        20,
+    )
+    assert config.model.decoder.queries == 8 and config.model.image.pool == "none"
+    loaded = initialise.load(config).params
+    assert {x.split("/")[0] for x in loaded} == {"image", "text", "text_norm", "text_projection"}
+
+
+def _dinov3(folder, gated=False, registers=4):
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64)
+    sizes |= dict(image_size=SIZE, patch_size=PATCH, num_register_tokens=registers)
+    habits = dict(use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", rope_theta=50.0)
+    module = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, **habits))
+    foreign.perturb(module).save_pretrained(folder)
+    return module
+
+
+@pytest.mark.parametrize("gated, registers", [(False, 4), (True, 0)])
+def test_dinov3_embeds_images_alone(gated, registers, tmp_path):
+    module = _dinov3(tmp_path / "theirs", gated, registers)
+    report = from_hf(tmp_path / "theirs", tmp_path / "ours")
+    assert report.verdict == "PROVEN" and "no text tower" in report.text, report.text
+    ours = grain_jax.load(tmp_path / "ours")
+    images = np.random.default_rng(0).normal(size=(2, 112, 112, 3)).astype(np.float32)
+    with torch.no_grad():
+        pooled = module(foreign.torch_images(images)).pooler_output.numpy()
+    foreign.close(ours.encode_image(images), pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
+    with pytest.raises(errors.UserError, match="vocab_size"):
+        ours.encode_text("a wren")
+    for source in ("theirs", "ours"):
+        c = finetune.get_config(str(tmp_path / source))
+        assert c.init.text is None and c.model.text.vocab_size == 49408
+        c.model.update(dict(embed_dim=20, text=dict(depth=1, width=8, heads=1)))
+        config = config_lib.from_dict(c)
+        assert config.model.image.rope_theta == 50.0 and config.model.image.projection == "matrix"
+        loaded = initialise.load(config).params
+        assert loaded.keys() >= {"image/class_token", "image/norm/scale"}
+        assert (loaded["image/norm/scale"] == module.norm.weight.detach().numpy()).all()
+    sizes = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    sizes["num_hidden_layers"] = 10**6
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(ConvertError, match="num_hidden_layers: got 1000000, but the arrays have 2"):
+        from_hf(tmp_path / "theirs", tmp_path / "again")
 
 
 def test_siglip_of_open_clip(tmp_path):

@@ -12,14 +12,11 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from etils import epath
 
 import grain_jax
-from grain_jax.convert import output
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import onnx_files, tokenizers
-from grain_jax.convert.faults import ConvertError
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint
 from tests import perturbed
@@ -73,7 +70,10 @@ def siglip(tmp_path_factory):
 def test_the_page_gives_our_scores_and_maps(made, request, monkeypatch):
     folder = request.getfixturevalue(made)
     image = np.random.default_rng(4).integers(0, 256, (60, 90, 3), np.uint8)
-    PIL.Image.fromarray(image).save(folder.parent / "bird.png")
+    upright = PIL.Image.fromarray(image)
+    exif = PIL.Image.Exif()
+    exif[274] = 6  # a camera on its side: viewers turn the stored image by a quarter to the right
+    upright.transpose(PIL.Image.Transpose.ROTATE_90).save(folder.parent / "bird.png", exif=exif)
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/howto/onnx.md").read_text(), re.S)[0]
     monkeypatch.chdir(folder.parent)
     found: dict[str, Any] = {}
@@ -170,22 +170,3 @@ def test_an_older_export_stays_until_the_new_one_is_made(siglip, tmp_path, monke
     with pytest.raises(ZeroDivisionError):
         onnx_files.to_onnx(source.folder, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_files_of_an_older_conversion_go(tmp_path):
-    out, made = epath.Path(tmp_path / "out"), epath.Path(tmp_path / "made")
-    for folder, names in (
-        (out, ("onnx.json", "boxes.onnx", "boxes.onnx.data", "spiece.model", "mine.txt")),
-        (made, ("onnx.json", "image.onnx")),
-    ):
-        folder.mkdir()
-        for name in names:
-            (folder / name).write_text(folder.name)
-    onnx_files._replace(made, output.check_free(out, onnx_files.DESCRIPTION))
-    assert {path.name: path.read_text() for path in out.iterdir()} == {
-        "mine.txt": "out",
-        "onnx.json": "made",
-        "image.onnx": "made",
-    }
-    with pytest.raises(ConvertError, match="in use"):
-        output.check_free(out, exits.MARK)

@@ -22,6 +22,7 @@ from grain_jax.convert import initialise, parity, tables, towers  # noqa: E402
 from grain_jax.convert.exits import reasons  # noqa: E402
 from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
+from grain_jax.convert.huggingface import from_hf  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip import comparison, families  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
@@ -95,7 +96,8 @@ def _ours(model, params, images, ids, weights):
 
 def _check(source, module, encode, tmp_path):
     """The folder or file `source` of `module` converts, with equal embeddings and gradients; model and report."""
-    report = from_open_clip(source, tmp_path / "ours", NONE)
+    is_timm = "visual.trunk.blocks.0.norm1.weight" in files.read(source).state
+    report = (from_open_clip if is_timm else from_hf)(source, tmp_path / "ours", NONE)
     assert report.verdict == "PROVEN", report.text
     model, params, _ = checkpoint.load_model(tmp_path / "ours")
     images, ids = parity.inputs(
@@ -142,11 +144,14 @@ def _steer(folder):
     return stored
 
 
-def test_metaclip_2(tmp_path):
+@pytest.mark.parametrize("pad", [1, None])
+def test_metaclip_2(pad, tmp_path):
     module = _hf("MetaClip2", eos_token_id=2, pad_token_id=1)
     module.logit_scale.data.fill_(4.6052)  # a little above 100, where CLIP stops
     module.save_pretrained(tmp_path / "theirs")
-    _steer(tmp_path / "theirs")
+    stored = _steer(tmp_path / "theirs")
+    stored["text_config"]["pad_token_id"] = pad
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(stored))
     model, _, report = _check(tmp_path / "theirs", module, _hf_encode, tmp_path)
     assert "clips it at 100" not in report.text
     text = model.text
@@ -332,7 +337,7 @@ def test_the_text_heads_of_fg_clip(tmp_path, monkeypatch):
     with pytest.raises(
         ConvertError, match="model.safetensors: dense_feature_head.new: unknown key"
     ):
-        from_open_clip(tmp_path / "theirs", tmp_path / "ours", NONE)
+        from_hf(tmp_path / "theirs", tmp_path / "ours")
 
 
 def test_hostile_configs(tmp_path):
@@ -352,7 +357,7 @@ def test_hostile_configs(tmp_path):
         changed = stored | {"text_config": stored["text_config"] | {key: value}}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConvertError, match=said) as error:
-            from_open_clip(tmp_path, tmp_path / "ours", NONE)
+            from_hf(tmp_path, tmp_path / "ours")
         assert "\n" not in str(error.value)
 
 
@@ -521,7 +526,7 @@ def test_tips_of_the_hub(tmp_path):
     np.testing.assert_allclose(stored.state["logit_scale"], -np.log(0.005065968), rtol=1e-6)
     assert "temperature 0.00506597, of the config: the weights have none" in stored.notes
     config = _steer(tmp_path)
-    report = from_open_clip(file, tmp_path / "ours", NONE)
+    report = from_hf(file, tmp_path / "ours")
     assert report.verdict == "PROVEN", report.text
     for part, key, value, said in (
         ("vision_config", "mlp_ratio", 10**5, "got 100000, but the arrays have an MLP of 128"),
@@ -533,7 +538,7 @@ def test_tips_of_the_hub(tmp_path):
         changed = config | {part: config[part] | {key: value}}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConvertError, match=said) as error:
-            from_open_clip(file, tmp_path / "ours", NONE)
+            from_hf(file, tmp_path / "ours")
         assert "\n" not in str(error.value)
 
 
@@ -565,6 +570,9 @@ def test_siglip_2_of_a_fixed_size(tmp_path):
     )
     module = foreign.perturb(transformers.SiglipModel(config))
     module.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "GemmaTokenizerFast"}'
+    )
     model, params, _ = _check(tmp_path / "theirs", module, _hf_encode, tmp_path)
     text = model.text
     assert (text.cleaning, text.pad_id, text.pool, text.activation) == ("lower", 0, "last", "gelu")

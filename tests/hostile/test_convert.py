@@ -325,13 +325,13 @@ def config_of(content):
 
 
 FROM_HF = [
-    ("no config", without("config.json"), "config.json: no such file"),
-    ("a config that is a folder", without("config.json", os.mkdir), "config.json: got a folder, pipe or device"),
+    ("no config", without("config.json"), "got no weights of transformers; grain-jax convert from-open-clip"),
+    ("a config that is a folder", without("config.json", os.mkdir), "got no weights of transformers"),
     ("a config that is empty", config_of(""), "config.json: .*, expected a JSON object|config.json: .*, expected to-hf"),
     ("a config of noise", config_of(b"\xff\0\1"), "config.json: .*, expected a JSON object|config.json: .*, expected to-hf"),
     ("a deep config", config_of(f'{{"towers": {DEEP}}}'), "config.json: nested too deep"),
     ("a config of a list", config_of("[]"), "got `array`"),
-    ("no towers", config_of("{}"), "got no sizes under towers"),
+    ("no towers", config_of("{}"), "got no weights of transformers"),
     ("towers of a text", config_of('{"towers": "x"}'), "got no sizes under towers"),
     ("towers of nothing", config_of('{"towers": {}}'), "model"),
     ("a tower of a list", rewritten(image=[1]), "model.image"),

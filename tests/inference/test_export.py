@@ -191,7 +191,7 @@ def test_two_towers_that_see_their_padding(tmp_path):
     text = dict(causal=False, pool="last", pad_id=1, tokenizer="tokenizer.json", depth=1)
     changes = {f"text__{key}": value for key, value in text.items()}
     model = perturbed.tiny(image__pool="mean", image__depth=1, decoder=None, **changes)
-    for name in ("model/tokenizer.json", "out/regions.stablehlo", "out/boxes.stablehlo"):
+    for name in ("model/tokenizer.json", "out/regions.stablehlo", "out/model.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     predictor = inference.Predictor(
@@ -271,7 +271,7 @@ def test_the_command_compares_what_it_wrote(folder):
     [
         ([], "--checkpoint DIR, --output DIR: missing"),
         (["--checkpoint", "none", "--output", "x"], "none: no such folder"),
-        (["--checkpoint", "{}/model", "--output", "file"], "file: File exists; expected a folder"),
+        (["--checkpoint", "{}/model", "--output", "file"], "file: is in use by something else"),
     ],
 )
 def test_wrong_usage_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, said):

@@ -10,21 +10,15 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.convert import output, parity, tables, towers
+from grain_jax.convert import parity, tables, towers
 from grain_jax.convert.exits import reasons
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
-from grain_jax.core import atomic, images, patches, schema
+from grain_jax.core import images, patches, schema
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from grain_jax.runtime.saved_model import StoredDecoder
 
-# What an exit may write; of an older conversion, what it does not write again goes.
-_NAMES = (
-    *("config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors"),
-    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"),
-    "README.md",
-)
 MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
 
 
@@ -105,39 +99,29 @@ def entries(rows: list[NamePair], params: Arrays) -> Arrays:
     return tables.write(rows, params)
 
 
-def write(
-    folder: epath.Path, weights: str, arrays: Arrays, files: Mapping[str, Any], source: Source
-) -> None:
+def write_files(folder: epath.Path, weights: str, arrays: Arrays, files: Mapping[str, Any]) -> None:
     """Writes the files (bytes, texts, or JSON values), and the arrays as safetensors.
 
     Raises:
-      ConvertError: the folder cannot be written, or safetensors is missing.
+      ConvertError: safetensors is missing.
     """
-    files = {
-        MARK: {"source": str(source.folder)},
-        **files,
-    }  # the mark first: a kill leaves a folder of ours
-    with output.writing(folder), needing("safetensors", folder / weights):
+    with needing("safetensors", weights):
         import safetensors.numpy
 
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _NAMES:
-            if name not in files and name != weights:
-                (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
             write_file(folder / name, content)
         content = safetensors.numpy.save(arrays, metadata={"format": "pt"})
-        atomic.write_bytes(folder / weights, content)
+        (folder / weights).write_bytes(content)
 
 
 def write_file(path: epath.Path, content: Any) -> None:
     """Writes bytes, a text, or another value as JSON."""
     if isinstance(content, bytes):
-        atomic.write_bytes(path, content)
+        path.write_bytes(content)
         return
     if not isinstance(content, str):
         content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    atomic.write_text(path, content)
+    path.write_text(content)
 
 
 def finish(
@@ -149,7 +133,7 @@ def finish(
     repo: str | None = None,
     missing: str = "",
 ) -> None:
-    """Writes the model card, and the verdict of the parity into the mark.
+    """Writes the model card, and the mark with the verdict of the parity.
 
     Args:
       folder: of the exit.
@@ -159,9 +143,6 @@ def finish(
       proof: the report.
       repo: ORG/NAME on the Hub, in place of FOLDER.
       missing: why the folder has no tokenizer, or "".
-
-    Raises:
-      ConvertError: the folder cannot be written.
     """
     report = proof.text if proof.verdict != parity.NOT_PROVEN else proof.text.splitlines()[-1]
     card = _CARD.format(
@@ -175,10 +156,8 @@ def finish(
         library=library,
         resized="in their own shape" if source.sequence_lengths else "to a square without a crop",
     )
-    with output.writing(folder):
-        atomic.write_text(folder / "README.md", card)
-        notes = {"source": str(source.folder), "parity": proof.verdict}
-        atomic.write_text(folder / MARK, json.dumps(notes, indent=2) + "\n")
+    write_file(folder / "README.md", card)
+    write_file(folder / MARK, {"source": str(source.folder), "parity": proof.verdict})
 
 
 def raw_images() -> list[np.ndarray]:

@@ -57,12 +57,13 @@ def write_towers(
         **words,
     }
     state = _clip(source) if family == "clip" else _siglip(source, family)
-    folder.write(target, WEIGHTS, state, files, source)
     tokenizer = words["tokenizer_config.json"]["tokenizer_class"] if words else ""
-    proof = _prove_towers(target, source, kind.name, tokenizer).but(unknown)
     use = _USE_SHAPES if source.sequence_lengths else _USE
     use = use.format(kind=kind.name, tokenizer=tokenizer or "AutoTokenizer", **_sizes(source))
-    folder.finish(target, source, use, "transformers", proof, repo, missing)
+    with output.replacing(target, folder.MARK) as new:
+        folder.write_files(new, WEIGHTS, state, files)
+        proof = _prove_towers(new, source, kind.name, tokenizer).but(unknown)
+        folder.finish(new, source, use, "transformers", proof, repo, missing)
     lines = [f"to-hf: {source.folder} -> {target}, {kind.name}", _size(state), *_pixels(source)]
     if family == "siglip2":
         lines.append(
@@ -102,9 +103,11 @@ def write_vision(
     named = {n: x for n, x in folder.flat(source).items() if n.startswith(parts)}
     rows = formats.hf_image(flat_patches=family == "siglip2")
     state = folder.entries(rows, _image(named, is_clip))
-    folder.write(target, WEIGHTS, state, files, source)
-    proof = _prove_vision(target, source, kind.name, is_clip)
-    folder.finish(target, source, _USE_VISION.format(kind=kind.name), "transformers", proof, repo)
+    with output.replacing(target, folder.MARK) as new:
+        folder.write_files(new, WEIGHTS, state, files)
+        proof = _prove_vision(new, source, kind.name, is_clip)
+        use = _USE_VISION.format(kind=kind.name)
+        folder.finish(new, source, use, "transformers", proof, repo)
     return proof.after(
         f"to-hf --part vision: {source.folder} -> {target}, {kind.name}",
         _size(state),
@@ -140,38 +143,41 @@ def _sizes(source: folder.Source) -> dict[str, int]:
 
 _USE = """
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor, {kind}
 
 model = {kind}.from_pretrained("FOLDER").eval()
 processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")
 with torch.no_grad():
-    given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], padding="max_length", truncation=True,
+    image = ImageOps.exif_transpose(Image.open("bird.jpg"))
+    given = processor(images=image, text=["a photo of a wren"], padding="max_length", truncation=True,
                       return_tensors="pt")
     scores = model(**given).logits_per_image
 """
 _USE_SHAPES = """
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {kind}, Siglip2Processor, {tokenizer}
 
 model = {kind}.from_pretrained("FOLDER").eval()
 images = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")
 processor = Siglip2Processor(images, {tokenizer}.from_pretrained("FOLDER"))
 with torch.no_grad():
-    given = processor(images=Image.open("bird.jpg"), text=["a photo of a wren"], max_num_patches={most},
+    image = ImageOps.exif_transpose(Image.open("bird.jpg"))
+    given = processor(images=image, text=["a photo of a wren"], max_num_patches={most},
                       patch_size={patch_size}, max_length={context}, return_tensors="pt")
     scores = model(**given).logits_per_image
 """
 _USE_VISION = """
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {kind}
 
 model = {kind}.from_pretrained("FOLDER").eval()
 processor = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")
 with torch.no_grad():
-    tokens = model(**processor(Image.open("bird.jpg"), return_tensors="pt")).last_hidden_state
+    image = ImageOps.exif_transpose(Image.open("bird.jpg"))
+    tokens = model(**processor(image, return_tensors="pt")).last_hidden_state
 """
 
 
@@ -317,7 +323,8 @@ def _prove(
     import transformers  # noqa: F401 (without torch it imports, but has no models)
 
     given = parity.inputs_of(source.model, source.sequence_lengths)
-    with output.on_disk(target) as path, torch.no_grad():
+    path = str(target)
+    with torch.no_grad():
         if source.sequence_lengths:
             pixels, grid = map(torch.from_numpy, given.images)
             images = siglip2_inputs(pixels, grid.long())
@@ -326,8 +333,7 @@ def _prove(
         both = outputs(_loaded(kind, path), given, images, path)
         pixels = _compare_pixels(source, path)
     ours, theirs = (one | other for one, other in zip(both, pixels))
-    other = f"{kind}, {_versions()} on {target}"
-    return parity.report(parity.compare(ours, theirs), other, given)
+    return parity.report(parity.compare(ours, theirs), f"{kind}, {_versions()}", given)
 
 
 def _prove_towers(

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -64,32 +63,20 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         found.model.text.tokenizer == "clip"
     ):  # transformers would pad with the end token, which onnx.json does not say
         words.pop("tokenizer_config.json", None)
-    with output.writing(target), tempfile.TemporaryDirectory() as scratch:
-        made = epath.Path(scratch)
+    with output.replacing(target, DESCRIPTION) as new:
         with _quiet():
-            module.export_onnx(scratch)
-        described = _description(found, made)
+            module.export_onnx(str(new))
+        described = _description(found, new)
         for name, content in {DESCRIPTION: described, **words}.items():
-            folder.write_file(made / name, content)
-        _replace(made, target)
+            folder.write_file(new / name, content)
+        proof = _prove(new, found).but(unknown)
     lines = [f"to-onnx: {found.folder} -> {target}, opset {described['opset']}"]
     for name, signature in described["files"].items():
         sides = (
             ", ".join(f"{n} {kind}" for n, kind in side.items()) for side in signature.values()
         )
         lines.append(f"{name}: {' -> '.join(sides)}")
-    return _prove(target, found).but(unknown).after(*lines, *([missing] if missing else []))
-
-
-def _replace(made: epath.Path, target: epath.Path) -> None:
-    """The files in place of those of an older conversion; the mark first: a kill leaves a folder of ours."""
-    target.mkdir(parents=True, exist_ok=True)
-    (made / DESCRIPTION).copy(target / DESCRIPTION, overwrite=True)
-    older = [f"{part}.onnx{end}" for part in _PARTS for end in ("", ".data")]
-    for name in (*older, *tokenizers.NAMES):
-        (target / name).unlink(missing_ok=True)
-    for path in sorted(made.iterdir()):
-        path.copy(target / path.name, overwrite=True)
+    return proof.after(*lines, *([missing] if missing else []))
 
 
 @contextlib.contextmanager
@@ -153,25 +140,24 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
     given = parity.inputs_of(source.model)
     predictor = inference.Predictor(source.model, source.params)
     ours = parity.outputs_of(predictor, given)
-    with output.on_disk(target) as path:
-        sessions = {
-            part: onnxruntime.InferenceSession(
-                f"{path}/{part}.onnx", providers=["CPUExecutionProvider"]
-            )
-            for part in _PARTS
-            if (epath.Path(path) / f"{part}.onnx").exists()
-        }
-        patches, writer = (sessions.pop(part, None) for part in _WRITING)
-        theirs = _run(sessions, given, slice(None))
-        one = _run(sessions, given, slice(1))
-        tokens = text_decoder.sequences(source.text_decoder, source.model, len(given.images))
-        if source.text_decoder is not None and tokens is not None:
-            of = source.text_decoder, source.model, source.params
-            ours["text_decoder"] = text_decoder.logits(*of, given.images, tokens)
-            for out, rows in ((theirs, slice(None)), (one, slice(1))):
-                inputs = given.images[rows], tokens[rows]
-                out["text_decoder"] = _next_logits(patches, writer, *inputs)
-        ids = _token_ids(epath.Path(path), source.model.text)
+    sessions = {
+        part: onnxruntime.InferenceSession(
+            f"{target}/{part}.onnx", providers=["CPUExecutionProvider"]
+        )
+        for part in _PARTS
+        if (target / f"{part}.onnx").exists()
+    }
+    patches, writer = (sessions.pop(part, None) for part in _WRITING)
+    theirs = _run(sessions, given, slice(None))
+    one = _run(sessions, given, slice(1))
+    tokens = text_decoder.sequences(source.text_decoder, source.model, len(given.images))
+    if source.text_decoder is not None and tokens is not None:
+        of = source.text_decoder, source.model, source.params
+        ours["text_decoder"] = text_decoder.logits(*of, given.images, tokens)
+        for out, rows in ((theirs, slice(None)), (one, slice(1))):
+            inputs = given.images[rows], tokens[rows]
+            out["text_decoder"] = _next_logits(patches, writer, *inputs)
+    ids = _token_ids(target, source.model.text)
     if "similarity_map" in theirs:
         texts = [ours["text_embed"]] * len(given.images)
         ours["similarity_map"] = np.stack(predictor.similarity_maps(given.images, texts))
@@ -185,7 +171,7 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
         }
         embeds: Any = sessions["text"].run(["text_embeds"], {"input_ids": ids.astype(np.int64)})
         found += parity.compare(wanted, {"token_ids": ids, "encode_text": embeds[0]})
-    return parity.report(found, f"onnxruntime {onnxruntime.__version__} on {target}", given)
+    return parity.report(found, f"onnxruntime {onnxruntime.__version__}", given)
 
 
 def _next_logits(patches: Any, decoder: Any, images: np.ndarray, tokens: np.ndarray) -> np.ndarray:

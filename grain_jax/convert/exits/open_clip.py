@@ -69,9 +69,10 @@ def to_open_clip(
         },
         **words,
     }
-    folder.write(target, WEIGHTS, state, files, found)
-    proof = _prove(target, found, has_tokenizer=not missing).but(unknown)
-    folder.finish(target, found, _USE, "open_clip", proof, missing=missing)
+    with output.replacing(target, folder.MARK) as new:
+        folder.write_files(new, WEIGHTS, state, files)
+        proof = _prove(new, found, has_tokenizer=not missing).but(unknown)
+        folder.finish(new, found, _USE, "open_clip", proof, missing=missing)
     lines = [
         f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}",
         f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32",
@@ -82,12 +83,13 @@ def to_open_clip(
 _USE = """
 import open_clip
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 with torch.no_grad():
-    image = model.eval().encode_image(preprocess(Image.open("bird.jpg"))[None], normalize=True)
+    image = preprocess(ImageOps.exif_transpose(Image.open("bird.jpg")))[None]
+    image = model.eval().encode_image(image, normalize=True)
     text = model.encode_text(tokenizer(["a photo of a wren"]), normalize=True)
 """
 
@@ -150,8 +152,8 @@ def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> pa
     model = source.model
     given = parity.inputs_of(model)
     ours = folder.our_outputs(source, given) | {"pixels": folder.our_pixels(model.image)}
-    with output.on_disk(target) as path, torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        name = f"local-dir:{path}"
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        name = f"local-dir:{target}"
         module: Any
         module, _, preprocess = open_clip.create_model_and_transforms(name)
         module.eval()
@@ -171,5 +173,5 @@ def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> pa
             theirs["encode_text"] = module.encode_text(tokens, normalize=True).numpy()
             ours["token_ids"] = tokenizers.own_ids(model.text, source.folder)
             ours["encode_text"] = tokenizers.our_embeddings(source)
-    other = f"open_clip {open_clip.__version__}, torch {torch.__version__} on {target}"
+    other = f"open_clip {open_clip.__version__}, torch {torch.__version__}"
     return parity.report(parity.compare(ours, theirs), other, given)

@@ -37,6 +37,7 @@ _NAFLEX = {
     "vision_model.embeddings.position_embedding.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.trunk.embeds.pos_embed": None,
 }
+_OF_HF = ("vision_model.", "text_model.", "vision_encoder.", "text_encoder.", "embeddings.")
 _PREFIXES = ("vision_model", "text_model", "vision_encoder", "text_encoder")
 _REGISTERS = "embeddings.register_tokens"
 _MAX_NESTING = 3  # state dicts in state dicts, as trainers save them; one may contain itself
@@ -72,7 +73,7 @@ _TYPES = {
         ("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs", "pretrained_cfg"), _GROUP
     ),
     **dict.fromkeys(("model_type", "hidden_act", "pool_type", "approximate"), _TEXT),
-    **dict.fromkeys(("architecture", "timm_model_name"), _TEXT),
+    **dict.fromkeys(("architecture", "timm_model_name", "tokenizer_class"), _TEXT),
     "rope_theta": (
         "a number from 1 to 10^6",
         lambda x: type(x) in (int, float) and 1 <= x <= 10**6,
@@ -102,12 +103,27 @@ class Checkpoint(NamedTuple):
     timm: Mapping[str, Any] = {}  # config.json of timm, or {}
     notes: tuple[str, ...] = ()  # for the report: which parts were taken, and which left out
     sequence_lengths: tuple[int, ...] = ()  # of a NaFlex tower, one: the most patches of an image
+    tokenizer_class: str = ""  # of tokenizer_config.json
+
+    @property
+    def is_hf(self) -> bool:
+        """Whether the arrays have the names of transformers."""
+        return any(name.startswith(_OF_HF) for name in self.state)
+
+    @property
+    def is_dinov3(self) -> bool:
+        """Whether it is DINOv3 of transformers: an image tower alone."""
+        return "embeddings.patch_embeddings.weight" in self.state
 
 
-def read(path: epath.PathLike) -> Checkpoint:
+def read(path: epath.PathLike, library: str = "") -> Checkpoint:
     """A .pt, .bin or .safetensors file, a folder with one, or hf://ORG/NAME, as float32 arrays.
 
     `PATH:long` and `PATH:box` take that text head of FG-CLIP, in place of `PATH:short`.
+
+    Args:
+      path: the file, the folder or the name.
+      library: "open_clip": whose files are taken where a folder has those of transformers, too.
 
     Raises:
       ConvertError: no such file, a damaged one, or one that asks to run code; nothing in it is executed.
@@ -117,6 +133,7 @@ def read(path: epath.PathLike) -> Checkpoint:
     path = hub.local(text)
     if path.is_dir():
         found = [path / name for name in _WEIGHTS if regular_file.is_one(path / name)]
+        found.sort(key=lambda path: not path.name.startswith(library))
         if not found:
             raise ConvertError(f"{path}: holds no weights; expected one of {', '.join(_WEIGHTS)}")
         path = found[0]
@@ -130,6 +147,7 @@ def read(path: epath.PathLike) -> Checkpoint:
         state = _pickled(path)
     beside = path.parent
     hf, native = _json(beside / "config.json"), _json(beside / "open_clip_config.json")
+    of_tokenizer = _json(beside / "tokenizer_config.json")
     # A processor of transformers 5 keeps that of images in its own file.
     whole = group(_json(beside / "processor_config.json"), "image_processor")
     preprocessor = _json(beside / "preprocessor_config.json") or whole
@@ -137,6 +155,8 @@ def read(path: epath.PathLike) -> Checkpoint:
     timm = hf if "architecture" in hf else {}
     if not re.fullmatch(f"({_FAMILIES})(_(vision|text)_model)?", hf.get("model_type") or ""):
         hf = {}
+    is_hf = any(name.startswith(_OF_HF) for name in state)
+    hf, native = (hf, {}) if is_hf else ({}, native)  # a folder may have those of both packages
     with prefixed(f"{path}: "):
         taken = families.take(state, hf, head)
     state = taken.state
@@ -159,6 +179,7 @@ def read(path: epath.PathLike) -> Checkpoint:
         timm,
         taken.notes,
         _lengths(state, preprocessor, group(native, "model_cfg")),
+        of_tokenizer.get("tokenizer_class") or "",
     )
 
 

@@ -29,6 +29,10 @@ _OWN_SHAPES = "image_embed, shapes"  # the output of images in their own shape
 _MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out
 
 
+# Of DINOv3 we read neither the token of its pretraining nor registers that are none.
+_OF_DINOV3 = {"embeddings.mask_token", "embeddings.register_tokens"}
+
+
 class Built(NamedTuple):
     """The other side."""
 
@@ -39,8 +43,10 @@ class Built(NamedTuple):
     encode_shapes: Callable | None = None
 
 
-def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
-    """Our model against the architecture of the checkpoint's own package, with the same weights.
+def prove(
+    checkpoint: Checkpoint, model: config_lib.Model, params: dict, has_texts: bool = True
+) -> parity.Report:
+    """Our model against the architecture of the checkpoint's own package, with the same weights; of images alone or not.
 
     Raises:
       ConvertError: the config beside the weights has other sizes, or its package refuses config or weights.
@@ -56,18 +62,21 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
             checkpoint.path, "what its own package takes, by the config beside it"
         ):
             build = _build_hf if is_hf else _build_tips if is_tips else _build_open_clip
+            build = build if has_texts else _build_dinov3
             built = build(checkpoint, model)
     except ImportError as error:
         return parity.not_proven(
             params, f"{error.name or error} is not installed, so nothing could be compared."
         )
-    if not is_tips:
+    if has_texts and not is_tips:
         _load(checkpoint, built.package, built.module)
     images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
     module, ours = built.module.eval(), parity.outputs(model, params, given)
     with torch.no_grad():
         image, text = built.encode(module, images, torch.from_numpy(given.token_ids).long())
         theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
+        if not has_texts:
+            del ours["text_embed"], theirs["text_embed"]
         if checkpoint.sequence_lengths and built.encode_shapes is not None:
             shapes = parity.own_shapes(model, checkpoint.sequence_lengths[0])
             found = built.encode_shapes(module, *map(torch.from_numpy, shapes))
@@ -109,6 +118,8 @@ def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
     faults = []
     for name in ("vision_config", "text_config", "vision_cfg", "text_cfg"):
         said = group(checkpoint.hf if name.endswith("config") else checkpoint.open_clip, name)
+        if name == "vision_config" and checkpoint.is_dinov3:  # no array depends on its image_size
+            said = {key: value for key, value in checkpoint.hf.items() if key != "image_size"}
         for key in _SIZES & said.keys() & ours[name].keys():
             got, size = said[key], ours[name][key]
             fits = isinstance(got, int | float) and abs(got - size) <= 0.01
@@ -199,6 +210,36 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     head = ", with this text head" if checkpoint.notes else ""  # of FG-CLIP
     package = f"transformers {transformers.__version__}'s {kind}Model{head}"
     return Built(package, module, encode, encode_shapes if flat_patches else None)
+
+
+def _build_dinov3(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
+    """transformers' DINOv3 by config.json, or by our sizes where there is none."""
+    import torch
+    import transformers
+
+    image, kind = model.image, transformers.DINOv3ViTModel
+    stated = checkpoint.hf or hf_config(model)["vision_config"] | dict(
+        num_register_tokens=image.registers,
+        use_gated_mlp=image.mlp == "gated",
+        key_bias=image.key_bias,
+        rope_theta=image.rope_theta,
+    )
+    module, found = kind.from_pretrained(
+        None,
+        config=transformers.DINOv3ViTConfig.from_dict(_without(stated, *_STEERING)),
+        state_dict={k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()},
+        dtype="float32",
+        output_loading_info=True,
+    )
+    wrong = sorted({str(x) for names in found.values() for x in names or ()} - _OF_DINOV3)
+    if wrong:
+        raise ConvertError(f"{wrong[0]}: missing, unknown or of another shape for transformers")
+
+    def encode(module, images, ids):
+        x = module(images).pooler_output
+        return x / x.norm(dim=-1, keepdim=True), ids
+
+    return Built(f"transformers {transformers.__version__}'s DINOv3ViTModel", module, encode)
 
 
 def siglip2_inputs(pixels: Any, grid: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from grain_jax.convert.towers import Settings, Stated, Tower
 _CLIP_VOCABULARY = 49408
 _CLIP_END = 49407  # what transformers assumes
 _LONGEST = 4096  # of TIPS v2's constant positions; published models have 64
-_SIGLIP_VOCABULARY = 32000  # SentencePiece, of SigLIP 1; SigLIP 2 has Gemma's, of 256,000
+_GEMMA_VOCABULARY = 256000  # of SigLIP 2
 _OUR_POOL = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 
 
@@ -131,10 +131,10 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     else:
         raise ConvertError(
             "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* or text_encoder.*"
-            " (Hugging Face); an image tower alone is read by init.image"
+            " (Hugging Face); init.image reads an image tower alone"
         )
     vocab, _ = Entries(state, rows).shape("text/token_embed/embedding", 2)
-    first_siglip = is_siglip and vocab == _SIGLIP_VOCABULARY
+    first_siglip = is_siglip and _is_first_siglip(checkpoint, vocab)
     pad_id = 1 if first_siglip else 0
     if not causal or stated.pool != "end":  # else no token attends to the padding
         family = "SigLIP" if pad_id else "SigLIP 2"
@@ -142,7 +142,8 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     end_id = _end_id(checkpoint, vocab) if stated.pool == "end" else None
     cleaning = "canonical" if first_siglip else "lower"
     if end_id is not None:  # MetaCLIP 2
-        pad_id = cfg.get("pad_id", 1) if cfg else _of_hf(checkpoint, "text").get("pad_token_id", 1)
+        said = cfg.get("pad_id") if cfg else _of_hf(checkpoint, "text").get("pad_token_id")
+        pad_id = said if isinstance(said, int) else 1
         canonical = group(cfg, "tokenizer_kwargs").get("clean") == "canonicalize"
         cleaning = "canonical" if canonical else "none"
         if cfg and not canonical:
@@ -154,6 +155,14 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
         tokenizer = files[0].name if files else "tokenizer.json"
     fields = dict(causal=causal, tokenizer=tokenizer, pad_id=pad_id, end_id=end_id)
     return prefix, rows, stated._replace(fields=fields | dict(cleaning=cleaning))
+
+
+def _is_first_siglip(checkpoint: Checkpoint, vocab: int) -> bool:
+    """Whether the texts are SigLIP's and not SigLIP 2's, which at a fixed size calls itself siglip, too."""
+    if checkpoint.tokenizer_class:
+        return checkpoint.tokenizer_class.startswith("SiglipTokenizer")
+    kind = checkpoint.hf.get("model_type") or ""
+    return not kind.startswith("siglip2") and vocab != _GEMMA_VOCABULARY
 
 
 def _end_id(checkpoint: Checkpoint, vocab: int) -> int | None:

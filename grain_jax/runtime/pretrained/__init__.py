@@ -56,7 +56,7 @@ def conversion(path: epath.PathLike) -> str:
     if path.is_dir() and any(
         _CONVERSIONS.get(x.suffix) == "from-open-clip" for x in path.iterdir()
     ):
-        kind = "from-open-clip"
+        kind = "from-hf" if (path / "config.json").exists() else "from-open-clip"
     if not kind:
         return ""
     return f"grain-jax convert {kind} --input {path} --output DIR makes a folder of it that loads"

@@ -16,6 +16,8 @@ _READ = (
     "config.json",
     "open_clip_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
     "params/*",
     "*.safetensors",
     "*.safetensors.index.json",

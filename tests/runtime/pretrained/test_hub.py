@@ -144,6 +144,14 @@ def test_a_folder_of_to_hf_is_pushed_with_its_card(there, tmp_path, capsys):
         np.testing.assert_allclose(grain_jax.load(name).encode_text(TEXT), expected, atol=1e-6)
 
 
+def test_what_is_not_proven_is_not_pushed(there, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    out = str(tmp_path / "out")
+    assert main(["to-hf", "--input", OURS, "--output", out, "--push", "org/unproven"]) == 0
+    said = f"{out}: was written, not pushed to org/unproven: the parity is NOT PROVEN; install"
+    assert said in capsys.readouterr().err and "org/unproven" not in there.files
+
+
 def test_no_token_and_no_package(there, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(hub.HubError, match="--push org/new: no token; run hf auth login, or set"):

@@ -1,0 +1,194 @@
+"""A conversion is written beside its folder and takes its place as a whole."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from grain_jax.convert import export, output
+from grain_jax.convert.__main__ import main
+from grain_jax.convert.faults import ConvertError
+from grain_jax.core import errors
+from grain_jax.runtime import checkpoint
+from tests import perturbed
+
+# Kills the exchange before each of its calls to the system, and prints what was there then, and after the next start.
+KILLED = """
+import json, os, pathlib, shutil, signal, sys
+from etils import epath
+from grain_jax.convert import output
+
+root = pathlib.Path(sys.argv[1])
+
+def fill(folder, word):
+    (folder / "params").mkdir(parents=True)
+    for name in ("params/a", "config.json"):
+        (folder / name).write_text(word)
+
+def content():
+    files = [x for x in (root / "model").rglob("*") if x.is_file()]
+    return sorted({x.read_text() for x in files}), len(files)
+
+def child(run):
+    number = os.fork()
+    if number == 0:
+        run()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+def write(kill_at=0, fails=False):
+    left = [kill_at]
+    def count(event, arguments):
+        if event in ("open", "fcntl.flock") or event.startswith(("os.", "shutil.")):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    try:
+        with output.replacing(epath.Path(root / "model")) as new:
+            fill(pathlib.Path(new), "new")
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+
+found = []
+for kill_at in range(1, 1000):
+    shutil.rmtree(root)
+    fill(root / "model", "old")
+    status = child(lambda: write(kill_at))
+    killed = content()
+    child(lambda: write(fails=True))
+    found.append([status, killed, content(), sorted(os.listdir(root))])
+    if status == 0:
+        break
+print(json.dumps(found))
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one(tmp_path):
+    (tmp_path / "root").mkdir()
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "root")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = json.loads(printed.splitlines()[-1])
+    old, new = [["old"], 2], [["new"], 2]
+    assert [status for status, *_ in found[:-1]] == [-9] * (len(found) - 1) and len(found) > 20
+    assert all(killed in (old, new, [[], 0]) for _, killed, *_ in found)
+    assert sum(killed == [[], 0] for _, killed, *_ in found) <= 2  # between the two renames
+    assert all(after in (old, new) for _, _, after, _ in found)
+    assert [after for _, _, after, _ in found].count(old) > 10
+    assert all(names == ["model"] for *_, names in found)
+
+
+COMMAND = """
+import os, signal, sys
+from grain_jax.convert import __main__ as convert, export
+
+def kill(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(sys.argv[1]) and str(arguments[1]) in ("w", "wb"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+(export.main if sys.argv[2] == "export" else convert.main)([*([] if sys.argv[2] == 'export' else ['pack']), *sys.argv[3:]])
+"""
+
+
+@pytest.mark.parametrize("kind, file", [("export", "text.stablehlo"), ("pack", "config.json")])
+def test_a_killed_command_leaves_the_older_conversion(kind, file, tmp_path):
+    model, out = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1), tmp_path / "out"
+    for seed in (0, 1):
+        checkpoint.save_model(tmp_path / f"{seed}", model, perturbed.params(model, seed=seed))
+    words = lambda seed: ["--checkpoint", str(tmp_path / f"{seed}"), "--output", str(out)]
+    run = lambda seed: export.main(words(seed)) if kind == "export" else main([kind, *words(seed)])
+    content = lambda: {name: (out / name).read_bytes() for name in names_in(out)}
+    assert run(0) == 0
+    before = content()
+    command = [sys.executable, "-c", COMMAND, file, kind, *words(1)]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert content() == before
+    assert run(1) == 0
+    assert content() != before and [*tmp_path.glob("out*")] == [out]
+
+
+def write(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def names_in(folder):
+    return {
+        str(path.relative_to(folder))
+        for path in pathlib.Path(folder).rglob("*")
+        if not path.is_dir()
+    }
+
+
+def test_what_an_older_conversion_wrote_goes_and_the_users_files_stay(tmp_path):
+    out = tmp_path / "out"
+    write(out, "onnx.json", "boxes.onnx", "boxes.onnx.data", "spiece.model", "a.txt", ".git/HEAD")
+    with output.replacing(output.check_free(out, "onnx.json"), "onnx.json") as new:
+        write(new, "onnx.json", "image.onnx")
+    assert names_in(out) == {"a.txt", ".git/HEAD", "onnx.json", "image.onnx"}
+    with pytest.raises(ConvertError, match="in use by something else; expected a new folder"):
+        output.check_free(out)
+
+
+def test_a_fault_leaves_the_old_folder(tmp_path):
+    out = epath.Path(tmp_path / "out")
+    write(out, "params/a")
+    full = OSError(28, "No space left on device")
+    for fault, said in (
+        (full, f"{out}: cannot be written: No space left on device; make room"),
+        (errors.UserError("a line"), "^a line"),
+    ):
+        with pytest.raises(errors.UserError, match=said), output.replacing(out) as new:
+            write(new, "params/b")
+            raise fault
+        assert names_in(tmp_path) == {"out/params/a"} and [*tmp_path.iterdir()] == [tmp_path / out]
+
+
+def test_of_two_writers_the_second_is_told(tmp_path):
+    out = epath.Path(tmp_path / "out")
+    with output.replacing(out) as new:
+        with pytest.raises(ConvertError, match=f"{out}: another process writes it; wait for it"):
+            with output.replacing(out):
+                pass
+        write(new, "params/a")
+    assert names_in(out) == {"params/a"}
+
+
+def test_the_current_folder_is_no_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConvertError, match="is the current folder, expected another one"):
+        output.check_free(".")
+
+
+def test_a_store_gets_the_mark_first_and_nothing_of_the_old_folder(tmp_path, monkeypatch):
+    class Store:
+        """A folder of an object store, kept in a local one."""
+
+        local = epath.Path(tmp_path / "store")
+
+        def __str__(self):
+            return "gs://bucket/out"
+
+        def __getattr__(self, name):
+            return getattr(self.local, name)
+
+        def __truediv__(self, name):
+            return self.local / name
+
+    write(Store.local, "params/old", "image.onnx")
+    copied, copy = [], type(Store.local).copy
+    monkeypatch.setattr(
+        type(Store.local), "copy", lambda path, to: copied.append(path.name) or copy(path, to)
+    )
+    with output.replacing(Store()) as new:
+        write(new, "config.json", "params/a", "params/d/b")
+    assert names_in(Store.local) == {"config.json", "params/a", "params/d/b"}
+    assert set(copied[:2]) == {"a", "b"} and copied[2:] == ["config.json"]
