@@ -39,14 +39,12 @@ from grain_jax.report import figures, page
 from grain_jax.runtime import (
     checkpoint,
     compiled,
-    digests,
     distributed,
     ending,
     lock,
     metrics_writer,
     processes,
     profiling,
-    receipt,
 )
 from grain_jax.training import (
     flops,
@@ -387,7 +385,7 @@ def compile_steps(run: SetUp, program: train_step.Program, records: "Records", s
 
 
 class Records:
-    """What a run writes after its steps: metrics, evaluations, checkpoints with their receipts.
+    """What a run writes after its steps: metrics, evaluations, checkpoints.
 
     All processes have one; the first alone has a metrics writer.
 
@@ -417,10 +415,6 @@ class Records:
                 config=config,
                 terms={term.metric: term.short for term in terms},
             )
-        stored = None
-        if start_step:
-            stored = checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")
-        self._receipts = receipt.Receipts(workdir, run.mesh, config, stored, run.data)
         self._text_counts = metrics_writer.TextCounts(
             last_text_counts(state, self._lines()), config.text.max_dropped_share
         )
@@ -492,7 +486,7 @@ class Records:
         if self._log and due.logs:
             # Before the save: what is restored has its lines.
             with watch.doing("writing metrics.jsonl"):
-                self._log.write(step, values | digests.chains(state.receipt))
+                self._log.write(step, values)
         if due.logs and (warning := self._text_counts.check(step, self._advice)):
             self.say(warning)
         if due.logs:
@@ -513,10 +507,8 @@ class Records:
     def _save(self, state: train_step.TrainState, values: Mapping[str, float]) -> None:
         if self._log:
             self._log.flush()
-        self._checkpoints.wait_until_finished()  # of the last one, before the next has a record
-        record = self._receipts.add(checkpoint.held(state, self._config), self._lines())
         best = schedule.best_metric(self._config, values)
-        checkpoint.save(self._checkpoints, state, self._config, record, best, self._run.data)
+        checkpoint.save(self._checkpoints, state, self._config, best, self._run.data)
         self._last_save = time.monotonic()
 
     def _lines(self) -> list[str]:

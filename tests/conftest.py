@@ -38,17 +38,14 @@ def pytest_collection_finish():
 
 # Files with the most seconds of tests, the longest first: what starts last, ends last.
 LONG = (
-    "tests/test_verify.py",
     "tests/training/test_train_step.py",
     "tests/test_train.py",
     "tests/losses/test_streaming.py",
     "tests/terms/test_text_decoder_runs.py",
     "tests/convert/test_to_onnx.py",
-    "tests/training/test_teacher.py",
     "tests/convert/test_exits.py",
     "tests/training/test_memory.py",
     "tests/terms/test_runs.py",
-    "tests/training/test_phases.py",
     "tests/training/test_keep.py",
     "tests/convert/test_naflex.py",
     "tests/models/test_own_shape.py",
@@ -81,7 +78,6 @@ LONG = (
 
 # Files with runs of one program, which a process builds once (tests/tiny.py): one of the two processes has them all.
 TOGETHER = (
-    "tests/test_verify.py",
     "tests/test_data_identity.py",
     "tests/test_paths.py",
     "tests/examples/test_data_source.py",
@@ -103,7 +99,6 @@ QUICK = (
     "tests/test_recipes.py::test_the_own_recipe_takes",
     "tests/test_recipes.py::test_every_family_of_towers_resolves",
     "tests/test_recipes.py::test_the_claim_is_the_arm_that_won",
-    "tests/test_verify.py::test_no_step_is_claimed",
     "tests/cli/test_parser.py",
     "tests/convert/test_parity.py",
     "tests/data/test_aviary.py",

@@ -1,7 +1,7 @@
 """The checkpoints of a run, by Orbax: its states under `WORKDIR/checkpoints/STEP`.
 
 A checkpoint has the items `state` (the TrainState; its step is the position in the data), `config` (the resolved
-config), `receipt` (its record) and `data` (the identities of its record sets).
+config), `data` (the identities of its record sets) and `digests` (of these three).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors
-from grain_jax.runtime import receipt
+from grain_jax.runtime import digests
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     Items,
@@ -108,8 +108,8 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
         item_handlers={
             "state": ocp.StandardCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
-            "receipt": ocp.JsonCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
+            "digests": ocp.JsonCheckpointHandler(),
         },
     )
 
@@ -123,29 +123,28 @@ def save(
     checkpoints: Manager,
     state: Any,
     config: config_lib.Config,
-    record: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
     data: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Starts to write `state` under its step, and does not wait for it.
+    """Starts to write `state` under its step, and does not wait for it. All processes must call it.
 
     Args:
       checkpoints: of the run.
       state: the TrainState.
       config: of the run.
-      record: of this save (receipt.py); that of the first process is stored, with the hashes of config and data.
       metrics: those of this step, of which `checkpoint_best_metric` is stored; the same on all processes.
       data: the identities of the run's record sets (input_pipeline/records.py).
     """
     step, name = int(state.step), config.checkpoint_best_metric
-    hashes = {"config": receipt.config_sha256(config), "data": receipt.sha256(list(data))}
+    saved, content, sets = held(state, config), dataclasses.asdict(config), {"sets": list(data)}
+    of_items = {"config": digests.of_json(content), "data": digests.of_json(sets)}
     checkpoints.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(held(state, config)._asdict()),
-            config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            receipt=ocp.args.JsonSave({**record, **hashes}),
-            data=ocp.args.JsonSave({"sets": list(data)}),
+            state=ocp.args.StandardSave(saved._asdict()),
+            config=ocp.args.JsonSave(content),
+            data=ocp.args.JsonSave(sets),
+            digests=ocp.args.JsonSave({**of_items, "state": digests.of_state(saved)}),
         ),
         metrics={name: metrics[name]} if metrics and name in metrics else None,
     )
@@ -162,7 +161,7 @@ def restore_newest(
 
     It has no parameters of a teacher that lies elsewhere (`held`).
 
-    A checkpoint is damaged where it cannot be read or its digests are not those of its record; only a whole one is
+    A checkpoint is damaged where it cannot be read or its digests are others; only a whole one is
     compared with the config. Damaged ones are
     moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that the storage works. All
     processes call this, and get the same checkpoint.
@@ -185,8 +184,8 @@ def restore_newest(
         state, stored = found or (None, None)
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
-        if fault is None and (wrong := receipt.contradictions(stored.record, state)):
-            fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
+        if fault is None and digests.of_state(state) != stored.digests["state"]:
+            fault = "it was read, but is not what was saved: state"
         if fault is None:
             check_same_data(step, stored.data, data, say)
             if changed := _other_numbers(stored.config, config):

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax.core import errors, regular_file
-from grain_jax.runtime import receipt
+from grain_jax.runtime import digests
 
 
 class CheckpointError(errors.UserError):
@@ -53,7 +53,7 @@ def check_files(folder: epath.Path) -> None:
 
 
 def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
-    """The item `config`, `receipt` or `data` of the checkpoint `folder`. Raises CheckpointError."""
+    """The item `config`, `digests` or `data` of the checkpoint `folder`. Raises CheckpointError."""
     check_files(absolute(folder) / item)
     with open_reader(ocp.JsonCheckpointHandler) as reader:
         return reader.restore(absolute(folder) / item)
@@ -62,22 +62,22 @@ def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
 class Items(NamedTuple):
     """What a checkpoint has beside its state."""
 
-    record: dict[str, Any]
+    digests: dict[str, Any]  # "config", "data" and "state" -> of each
     config: dict[str, Any]  # as it is stored
     data: list[dict[str, Any]]  # the identities of the record sets
 
 
 def read_items(folder: epath.PathLike) -> Items:
-    """The items of the checkpoint `folder`, which are what its record has the hashes of.
+    """The items of the checkpoint `folder`, compared with its digests.
 
     Raises:
       ValueError: an item is damaged; so does any error of a reader say.
     """
-    record, config, data = (read_json(folder, item) for item in ("receipt", "config", "data"))
-    hashes = {"config": receipt.sha256(config), "data": receipt.sha256(data["sets"])}
-    if wrong := [item for item, found in hashes.items() if record[item] != found]:
+    stored, config, data = (read_json(folder, item) for item in ("digests", "config", "data"))
+    found = {"config": digests.of_json(config), "data": digests.of_json(data)}
+    if wrong := [item for item in found if stored[item] != found[item]]:
         raise ValueError(f"it was read, but is not what was saved: {', '.join(wrong)}")
-    return Items(record, config, data["sets"])
+    return Items(stored, config, data["sets"])
 
 
 def read_data(folder: epath.PathLike) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.core import low_rank, named, regular_file
 from grain_jax.runtime import checkpoint_files as files
-from grain_jax.runtime import digests, distributed, pretrained, receipt
+from grain_jax.runtime import digests, distributed, pretrained
 from grain_jax.runtime.checkpoint_files import CheckpointError
 
 # Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
@@ -46,7 +46,7 @@ class StoredDecoder(NamedTuple):
     def digest(self) -> str:
         """One that shows damage."""
         described = config_lib.without_defaults(self.config)
-        return receipt.sha256({**described, "params": digests.of_arrays(self.params)})
+        return digests.of_json({**described, "params": digests.of_arrays(self.params)})
 
 
 def save_model(
@@ -76,7 +76,7 @@ def save_model(
         (folder / _TEXT_DECODER).rmtree()
     if sequence_lengths:
         content["sequence_lengths"] = list(sequence_lengths)
-        found["sequence_lengths"] = receipt.sha256(content["sequence_lengths"])
+        found["sequence_lengths"] = digests.of_json(content["sequence_lengths"])
     content |= {**notes, "digests": found}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -90,7 +90,7 @@ def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
     """Digests that show damage. The path of the tokenizer may be edited, so it does not count."""
     text = dataclasses.replace(model.text, tokenizer="")
     described = config_lib.without_defaults(dataclasses.replace(model, text=text))
-    return {"model": receipt.sha256(described), "params": digests.of_arrays(params)}
+    return {"model": digests.of_json(described), "params": digests.of_arrays(params)}
 
 
 def find(path: epath.PathLike) -> epath.Path:
@@ -223,7 +223,7 @@ def _read_converted(folder: epath.Path) -> Stored:
         if text_decoder is not None:
             found[_TEXT_DECODER] = text_decoder.digest()
         if lengths:
-            found["sequence_lengths"] = receipt.sha256(lengths)
+            found["sequence_lengths"] = digests.of_json(lengths)
         for part in {**found, **content["digests"]}:  # a part may be missing
             if content["digests"].get(part) != found.get(part):
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
@@ -240,13 +240,13 @@ def _read_converted(folder: epath.Path) -> Stored:
 
 
 def _read_checkpoint(folder: epath.Path) -> Stored:
-    """The model of a checkpoint, compared with its record."""
+    """The model of a checkpoint, compared with its digests."""
     items = files.read_items(folder)
     config = config_lib.from_dict(items.config)
     which = "ema_params" if files.metadata_of(folder / "state").get("ema_params") else "params"
     params = files.read_arrays(folder / "state", only=which)[which]
-    if digests.of_arrays(params) != items.record["state"][which]:
-        raise CheckpointError(f"{which}: not what the receipt has the digest of")
+    if digests.of_arrays(params) != items.digests["state"][which]:
+        raise CheckpointError(f"{which}: not what was saved")
     of_terms = params.pop("terms", {})  # of local loss terms: no part of the model
     decoder = decoder_of_run(config, of_terms, folder)
     lengths = config.input.last_lengths

@@ -25,7 +25,6 @@ from grain_jax.core import schema
 from grain_jax.input_pipeline import order
 from grain_jax.losses import local
 from grain_jax.models.grain import GRAIN
-from grain_jax.runtime import digests
 from grain_jax.training import forward as forward_lib
 from grain_jax.training import optim, phases, sharding
 from grain_jax.training import teacher as teacher_lib
@@ -52,7 +51,6 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema_params: Any  # {} without an average
     texts_dropped: Any  # int32 [], captions cut and descriptions dropped to fit rows, since step 0
-    receipt: Any  # uint32 [2, 2], the chains over all batches so far (digests.extend)
     text_counts: Any  # uint32 [2], the sums of `Batch.text_counts` since step 0; modulo 2**32
     teacher: Any = {}  # parameters of the teacher; {} without one
     term_state: Any = {}  # of local loss terms, by name
@@ -68,7 +66,6 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         opt_state=tx.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
         texts_dropped=jnp.zeros((), jnp.int32),
-        receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
         text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
         teacher=teacher_lib.initial(config, params),
         term_state=forward.initial_state(),
@@ -279,9 +276,8 @@ def make_train_step(
             "texts": text_counts[0],
             "texts_too_long": text_counts[1],
         }
-        receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
         step = state.step + 1
-        after = TrainState(step, params, opt_state, ema, dropped, receipt, text_counts)
+        after = TrainState(step, params, opt_state, ema, dropped, text_counts)
         term_state = forward.update_state(state.term_state, losses.statistics)
         teacher = teacher_lib.updated(config, state.teacher, params, state.step, total_steps)
         return after._replace(teacher=teacher, term_state=term_state), metrics

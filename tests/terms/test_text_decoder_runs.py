@@ -181,7 +181,7 @@ def test_a_head_on_a_run_moves_nothing_else_and_resumes_bit_for_bit(tmp_path, mo
     assert {x for x in lines[0] if x.startswith("grad_norm/")} == {"grad_norm/terms"}
     assert lines[-1]["loss"] < lines[0]["loss"]
     digests = [
-        checkpoint.read_json(tmp_path / name / "checkpoints" / "4", "receipt")["state"]
+        checkpoint.read_json(tmp_path / name / "checkpoints" / "4", "digests")["state"]
         for name in ("whole", "parts")
     ]
     assert digests[0] == digests[1] and "params" in digests[0]

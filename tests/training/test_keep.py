@@ -21,7 +21,6 @@ from grain_jax.launch import sweep_runs
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from grain_jax.training import flops, forward, kept, phases, sharding, train_step
-from grain_jax.verify import command as verify
 from tests import perturbed, runs, tiny
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -280,12 +279,10 @@ def test_a_run_that_resumes_before_the_switch_is_the_same(whole, tmp_path, capfd
     assert "3 programs, compiled in" in capfd.readouterr().err
     assert runs.lines(tmp_path) == runs.lines(workdir)[1:]
     stored = [
-        checkpoint.read_json(folder / "checkpoints" / str(STEPS), "receipt")["state"]
+        checkpoint.read_json(folder / "checkpoints" / str(STEPS), "digests")["state"]
         for folder in (tmp_path, workdir)
     ]
     assert stored[0] == stored[1] and set(stored[0]) >= {"params", "opt_state"}
-    verify.main([str(workdir), "--from", "1", "--steps", "2"])
-    assert "the same batches, and the same parameters bit for bit" in capfd.readouterr().out
 
 
 def test_the_phases_of_shares_and_lengths():
