@@ -598,7 +598,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(sharding.table(program.state, program.shardings))
         return
     keep_freed_memory()
-    compiled.use(args.compilation_cache)
+    compiled.use()
     handler, watch = ending.PreemptionHandler(), ending.Watchdog(args.stall_seconds)
     handler.listen()
     ending.quiet_threads()
