@@ -191,7 +191,7 @@ def _train(
     program = train_step.build(
         config, run.mesh, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
     )
-    memory_check.check(run.given, run.mesh, run.memory, program)
+    memory_check.check(program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = checkpoint.manager(workdir, config)
@@ -260,11 +260,9 @@ def _train(
 class SetUp(NamedTuple):
     """A run before it has a state: what `set_up` finds."""
 
-    given: config_lib.Config  # as the user gave it, for suggestions of other values
     config: config_lib.Config  # without open numbers
     derived_from: str  # how the open numbers were derived, or ""
     mesh: jax.sharding.Mesh
-    memory: memory_check.Limit
     source: sources.DataSource
     lanes: tuple[int, ...]  # of this process
     total_steps: int
@@ -285,13 +283,10 @@ def set_up(
 
     What needs no data set comes first, since making one takes long.
     """
-    given = config
     losses.terms_of(config.loss)
     teacher.describe(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
-    limit = memory_check.limit()
-    memory_check.check(config, mesh, limit)
     metrics_writer.check_wandb(config.wandb)
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
@@ -314,7 +309,7 @@ def set_up(
     )
     evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
-    return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
+    return SetUp(config, derived_from, mesh, source, lanes, *steps, data, evals)
 
 
 def check_specials(config: config_lib.Config, words: text_cleaning.BaseTokenizer) -> None:
@@ -377,9 +372,7 @@ def compile_steps(run: SetUp, program: train_step.Program, records: "Records", s
     several = f"{len(step_fns)} programs, " if len(step_fns) > 1 else ""
     records.say(f"{several}compiled in {took}; attention of the towers: {programs}")
     for step_fn in step_fns.values():
-        warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
-        if warning:
-            records.say(warning)
+        memory_check.check_step(step_fn)
     processes.wait_for_all("compiled")
     return step_fns
 
@@ -607,9 +600,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if jax.distributed.is_initialized():
         print(found, file=sys.stderr, flush=True)
     with distributed.ending_together(args.heartbeat_seconds):
-        with errors.out_of_memory_in_a_line(
-            "training", lambda: memory_check.training_advice(config)
-        ):
+        with errors.out_of_memory_in_a_line("training", lambda: memory_check.ADVICE):
             train(config, epath.Path(args.workdir), handler, watch)
 
 

@@ -17,7 +17,7 @@ from grain_jax.core import errors
 from grain_jax.losses import local
 from grain_jax.losses.shard import Mean, TermOutput
 from grain_jax.models import grain, layers
-from grain_jax.training import flops, forward, memory_check, sharding, train_step
+from grain_jax.training import flops, forward, sharding, train_step
 from tests import tiny
 
 
@@ -242,5 +242,3 @@ def test_a_group_must_divide_the_images_of_a_device():
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     with pytest.raises(errors.UserError, match="smooth.group: got 16, expected a divisor of the 8"):
         train_step.build(c, mesh, total_steps=4, steps_per_epoch=1)
-    # Nor is such a number of micro-batches advised where memory is short.
-    assert [n for n in (1, 2, 4) if memory_check._valid(c, mesh, microbatches=n)] == [1]
