@@ -86,7 +86,7 @@ def numbers(line: Line) -> Iterator[tuple[str, float]]:
 def _parse(text: str) -> Line | None:
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     step = values.get("step") if isinstance(values, dict) else None
     if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
