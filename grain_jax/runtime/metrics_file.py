@@ -33,10 +33,9 @@ class Line(NamedTuple):
 
 
 def files(workdir: epath.PathLike) -> list[epath.Path]:
-    """`metrics.jsonl` and its parts (of a run in an object store), in order; [] where there are none."""
-    workdir = epath.Path(workdir)
-    whole = [workdir / FILE] if (workdir / FILE).exists() else []
-    return [*whole, *sorted((workdir / "metrics.parts").glob("*.jsonl"))]
+    """`metrics.jsonl` of a workdir, as a list; [] where there is none."""
+    path = epath.Path(workdir) / FILE
+    return [path] if path.exists() else []
 
 
 def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
