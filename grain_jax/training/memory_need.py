@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +9,8 @@ import jax.numpy as jnp
 
 from grain_jax import config as config_lib
 from grain_jax.models import grain
-from grain_jax.training import flops, optim, sharding, train_step
 from grain_jax.training import forward as forward_lib
-
-FLOAT = 4  # bytes
+from grain_jax.training import sharding, train_step
 
 
 class Kept(NamedTuple):
@@ -67,28 +64,7 @@ def _forward(config: config_lib.Config, images: int) -> tuple[Any, ...]:
     forward = forward_lib.Forward(model, config)
     params = sharding.unbox(jax.eval_shape(forward.init))
     keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
-    given = jax.eval_shape(forward.given_at_step_0, params)
-    return forward, params, forward_lib.abstract_batch(config), keys, given
-
-
-def _of_terms(config: config_lib.Config, images: int) -> int:
-    """Bytes of three arrays such as the largest that the forward pass makes of so many images, with views and teacher.
-
-    These make theirs without a gradient, so that `kept` has none of them. 0 without local terms.
-    """
-    if not forward_lib.Forward(grain.GRAIN(config.model, config.dtype), config).terms:
-        return 0
-    forward, *inputs = _forward(config, images)
-    return 3 * _largest(jax.make_jaxpr(lambda *given: forward(*given))(*inputs).jaxpr)
-
-
-def _largest(jaxpr: Any) -> int:
-    """Bytes of the largest array that an equation makes, those in loops and calls included."""
-    arrays = (v.aval for equation in jaxpr.eqns for v in equation.outvars)
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    own = (x.size * x.dtype.itemsize for x in arrays if not is_key(x))
-    inner = (_largest(part) for equation in jaxpr.eqns for part in flops.jaxprs(equation.params))
-    return max((*own, *inner), default=0)
+    return forward, params, forward_lib.abstract_batch(config), keys
 
 
 def _module(name_stack: str) -> str:
@@ -113,53 +89,8 @@ def checkpoint_bytes(program: train_step.Program) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
 
 
-def trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:
-    """Bytes per device of the parameters that have a gradient."""
-    params, fixed = program.state.params, optim.frozen_mask(program.state.params, frozen)
-    trained = jax.tree.map(lambda x, fixed: () if fixed else x, params, fixed)
-    shardings = jax.tree.map(lambda s, fixed: () if fixed else s, program.shardings.params, fixed)
-    return _total(trained, shardings)
-
-
 def _total(shapes: Any, shardings: Any) -> int:
     return sum(
         math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
         for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
     )
-
-
-def temporaries(
-    config: config_lib.Config, program: train_step.Program, shards: int
-) -> dict[str, int]:
-    """Bytes per device of the temporaries of a step, by arithmetic; right to a fifth on accelerators.
-
-    Args:
-      config: of the run.
-      program: built from it.
-      shards: parts that the batch is cut into.
-
-    Returns:
-      gradients, activations (kept by the remat policy), layer (one layer, view or teacher at work), losses.
-    """
-    images = config.batch_size // shards
-    part = images // config.microbatches
-    nothing_again = dataclasses.replace(
-        config,
-        remat="none",
-        optim=dataclasses.replace(config.optim, frozen=(), lora=config_lib.Lora()),
-    )
-    # Three tiles (logits, their softmax, the mask), and three blocks: in use, arriving, and of the sums.
-    captions, regions = config.input.captions_per_image, config.input.max_regions
-    boxes = regions if config.model.boxes.kind != "none" else 0
-    vectors = images * config.loss.gather * (1 + captions + regions + boxes)
-    tile = min(config.loss.tile, images * max(captions, regions))
-    negatives = images * regions * config.input.negatives_per_region  # their gradient
-    activations = everything = sum(k.bytes for k in kept(config, part))
-    if nothing_again != config:
-        everything = sum(k.bytes for k in kept(nothing_again, part))
-    return {
-        "gradients": trained_bytes(program, config.frozen) * min(config.microbatches, 2),
-        "activations": activations,
-        "layer": max(everything // config.model.image.depth, _of_terms(config, part)),
-        "losses": FLOAT * (3 * tile**2 + (3 * vectors + negatives) * config.model.embed_dim),
-    }
