@@ -37,14 +37,12 @@ from grain_jax.report import figures, page
 from grain_jax.runtime import (
     checkpoint,
     compiled,
-    digests,
     distributed,
     ending,
     lock,
     metrics_writer,
     processes,
     profiling,
-    receipt,
 )
 from grain_jax.training import (
     flops,
@@ -177,7 +175,7 @@ def _train(
     program = train_step.build(
         config, run.mesh, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
     )
-    memory_check.check(run.given, run.mesh, run.memory, program)
+    memory_check.check(program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = checkpoint.manager(workdir, config)
@@ -245,11 +243,9 @@ def _train(
 class SetUp(NamedTuple):
     """A run before it has a state: what `set_up` finds."""
 
-    given: config_lib.Config  # as the user gave it, for suggestions of other values
     config: config_lib.Config  # without open numbers
     derived_from: str  # how the open numbers were derived, or ""
     mesh: jax.sharding.Mesh
-    memory: memory_check.Limit
     source: sources.DataSource
     lanes: tuple[int, ...]  # of this process
     total_steps: int
@@ -270,12 +266,9 @@ def set_up(
 
     What needs no data set comes first, since making one takes long.
     """
-    given = config
     losses.terms_of(config.loss)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
-    limit = memory_check.limit()
-    memory_check.check(config, mesh, limit)
     metrics_writer.check_wandb(config.wandb)
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
@@ -296,7 +289,7 @@ def set_up(
     data = processes.of_first(lambda: source.identities(config))
     evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
-    return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
+    return SetUp(config, derived_from, mesh, source, lanes, *steps, data, evals)
 
 
 def tell(text: str) -> None:
@@ -326,15 +319,13 @@ def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
     records.say(f"compiled in {took}; attention of the towers: {programs}")
-    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
-    if warning:
-        records.say(warning)
+    memory_check.check_step(step_fn)
     processes.wait_for_all("compiled")
     return step_fn
 
 
 class Records:
-    """What a run writes after its steps: metrics, evaluations, checkpoints with their receipts.
+    """What a run writes after its steps: metrics, evaluations, checkpoints.
 
     All processes have one; the first alone has a metrics writer.
 
@@ -364,10 +355,6 @@ class Records:
                 terms={term.metric: term.short for term in terms},
             )
             self._log.flops_per_image = flops.per_image(config).train
-        stored = None
-        if start_step:
-            stored = checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")
-        self._receipts = receipt.Receipts(workdir, run.mesh, config, stored, run.data)
         self._text_counts = metrics_writer.TextCounts(
             last_text_counts(state, self._lines()), config.text.max_dropped_share
         )
@@ -432,7 +419,7 @@ class Records:
         if self._log and due.logs:
             # Before the save: what is restored has its lines.
             with watch.doing("writing metrics.jsonl"):
-                self._log.write(step, values | digests.chains(state.receipt))
+                self._log.write(step, values)
         if due.logs and (warning := self._text_counts.check(step, self._advice)):
             self.say(warning)
         if due.saves:
@@ -442,10 +429,8 @@ class Records:
     def _save(self, state: train_step.TrainState, values: Mapping[str, float]) -> None:
         if self._log:
             self._log.flush()
-        self._checkpoints.wait_until_finished()  # of the last one, before the next has a record
-        record = self._receipts.add(checkpoint.held(state, self._config), self._lines())
         best = schedule.best_metric(self._config, values)
-        checkpoint.save(self._checkpoints, state, self._config, record, best, self._run.data)
+        checkpoint.save(self._checkpoints, state, self._config, best, self._run.data)
         self._last_save = time.monotonic()
 
     def _lines(self) -> list[str]:
@@ -529,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(sharding.table(program.state, program.shardings))
         return
     keep_freed_memory()
-    compiled.use(args.compilation_cache)
+    compiled.use()
     handler, watch = ending.PreemptionHandler(), ending.Watchdog(args.stall_seconds)
     handler.listen()
     ending.quiet_threads()
@@ -538,9 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if jax.distributed.is_initialized():
         print(found, file=sys.stderr, flush=True)
     with distributed.ending_together(args.heartbeat_seconds):
-        with errors.out_of_memory_in_a_line(
-            "training", lambda: memory_check.training_advice(config)
-        ):
+        with errors.out_of_memory_in_a_line("training", lambda: memory_check.ADVICE):
             train(config, epath.Path(args.workdir), handler, watch)
 
 

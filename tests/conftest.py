@@ -42,7 +42,6 @@ def pytest_collection_finish():
 
 # Files with the most seconds of tests, the longest first: what starts last, ends last.
 LONG = (
-    "tests/test_verify.py",
     "tests/training/test_train_step.py",
     "tests/test_train.py",
     "tests/losses/test_streaming.py",
@@ -80,7 +79,6 @@ LONG = (
 
 # Files with runs of one program, which a process builds once (tests/tiny.py): one of the two processes has them all.
 TOGETHER = (
-    "tests/test_verify.py",
     "tests/test_data_identity.py",
     "tests/test_paths.py",
     "tests/examples/test_data_source.py",
@@ -102,7 +100,6 @@ QUICK = (
     "tests/test_recipes.py::test_the_own_recipe_takes",
     "tests/test_recipes.py::test_every_family_of_towers_resolves",
     "tests/test_recipes.py::test_the_claim_is_the_arm_that_won",
-    "tests/test_verify.py::test_no_step_is_claimed",
     "tests/cli/test_parser.py",
     "tests/convert/test_parity.py",
     "tests/data/test_aviary.py",

@@ -1,10 +1,10 @@
-"""Runs of the trainer in tests: their lines, the command that starts one, and records that are forged to match."""
+"""Runs of the trainer in tests: their lines, the command that starts one, and configs that are forged."""
 
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tests import compiling
@@ -57,29 +57,15 @@ def on_one_device(compiled: pathlib.Path) -> dict[str, str]:
     }
 
 
-def forge(workdir: pathlib.Path, *edits: Callable[[dict[str, Any]], Any]) -> None:
-    """Applies each edit to each record and makes the chain anew, as somebody who knows how would."""
-    from grain_jax.runtime import receipt  # JAX: the drill's command does without
-
-    previous, written = None, []
-    for record in map(json.loads, receipt.read(workdir)):
-        for edit in edits:
-            edit(record)
-        record["previous"] = previous and receipt.sha256(previous)
-        written.append(json.dumps(record))
-        own = workdir / "checkpoints" / str(record["step"]) / "receipt" / "metadata"
-        if own.exists():
-            own.write_text(written[-1])
-        previous = record
-    (workdir / receipt.FILE).write_text("".join(f"{line}\n" for line in written))
-
-
 def forge_config(workdir: pathlib.Path, config: Any) -> None:
-    """Puts `config` into the workdir and its checkpoints, with records to match."""
+    """Puts `config` into the workdir and its checkpoints, with digests to match."""
     from grain_jax import config as config_lib
-    from grain_jax.runtime import receipt
+    from grain_jax.runtime import digests
 
-    folders = (workdir / "checkpoints").iterdir()
-    for path in (workdir / "config.json", *(f / "config" / "metadata" for f in folders)):
-        path.write_text(config_lib.to_json(config))
-    forge(workdir, lambda record: record.update(config=receipt.config_sha256(config)))
+    text = config_lib.to_json(config)
+    (workdir / "config.json").write_text(text)
+    for folder in (workdir / "checkpoints").iterdir():
+        (folder / "config" / "metadata").write_text(text)
+        path = folder / "digests" / "metadata"
+        forged = json.loads(path.read_text()) | {"config": digests.of_json(json.loads(text))}
+        path.write_text(json.dumps(forged))

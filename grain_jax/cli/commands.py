@@ -32,7 +32,6 @@ COMMANDS = {
     "export": ("grain_jax.convert.arguments:Export", "grain_jax.convert.export:main"),
     "report": ("grain_jax.report.arguments:Report", "grain_jax.report.__main__:main"),
     "demo": ("grain_jax.demo.arguments:Demo", "grain_jax.demo.__main__:main"),
-    "verify": ("grain_jax.verify.arguments:Verify", "grain_jax.verify.command:main"),
     "plan": ("grain_jax.launch.arguments:Plan", "grain_jax.launch.plan:main"),
     "sweep": ("grain_jax.launch.arguments:Sweep", "grain_jax.launch.sweep:main"),
     "local": ("grain_jax.launch.arguments:Local", "grain_jax.launch.local:main"),

@@ -100,10 +100,7 @@ class Loads(Command):
 
 
 class Processes(Command):
-    """Base of the commands that compile for long, and may run as several processes.
-
-    start:
-      --[no-]compilation-cache  keep compiled programs in the user's cache folder, for the next start
+    """Base of the commands that may run as several processes.
 
     several processes (TPU slices, SLURM and grain-jax local set these):
       --coordinator HOST:PORT   address of the first of several processes
@@ -113,7 +110,6 @@ class Processes(Command):
     """
 
     last = True
-    compilation_cache: bool = True
     coordinator: str | None = None
     processes: int = 1
     process_id: int = flag(0, low=0)

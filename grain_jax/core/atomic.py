@@ -17,11 +17,10 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Replaces the file by `content`; a kill or a full disk leaves the old one, and nothing beside it.
 
-    Pipes, devices and what stands in /dev (/dev/null, /dev/stdout) are written to. A link elsewhere is replaced, not
-    followed: it may be of a folder that somebody else made.
+    A device (/dev/null, /dev/stdout) is written to. A link elsewhere is replaced, not followed.
 
     Raises:
-      OSError: it cannot be written; a pipe without a reader is an error, too.
+      OSError: it cannot be written.
     """
     path = epath.Path(path)
     if "://" in str(path):  # object stores replace whole objects, and some cannot rename
@@ -29,7 +28,8 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         return
     with _named(path):
         if is_special(path):
-            write_special(path, content)
+            with path.open("ab") as file:  # /dev/stdout may be a file with lines in it
+                file.write(content)
             return
         new = _beside(path)
         try:
@@ -65,20 +65,11 @@ def _beside(path: epath.Path) -> epath.Path:
 
 
 def is_special(path: epath.PathLike) -> bool:
-    """Whether a local path is a pipe, a device, or stands in /dev or /proc: nothing can be renamed over it."""
+    """Whether a local path is a device in /dev, or a link of it, such as /dev/stdout: nothing is renamed over it."""
+    if not str(epath.Path(path).absolute()).startswith(("/dev/", "/proc/")):
+        return False
     try:
         mode = os.lstat(path).st_mode
-    except (OSError, ValueError):
+    except OSError:
         return False
-    if str(epath.Path(path).absolute()).startswith(("/dev/", "/proc/")):
-        return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
-
-
-def write_special(path: epath.PathLike, content: bytes) -> None:
-    """Writes to what `is_special`, without waiting for the reader of a pipe. Raises OSError."""
-    # os.open, since `open` waits for a reader; appending, since /dev/stdout may be a file with lines in it.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
-    os.set_blocking(descriptor, True)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from grain_jax.cli import config_file
 
             args.suite = config_file.load(args.config, args.overrides, config.suite_from_dict)
-        compiled.use(args.compilation_cache)
+        compiled.use()
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )

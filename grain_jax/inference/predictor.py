@@ -27,7 +27,7 @@ from grain_jax.inference.inputs import InputError, OneOrMany, Tokens
 from grain_jax.inference.mapper import Mapper
 from grain_jax.inference.writer import Writer
 from grain_jax.models import grain, lora, places, towers
-from grain_jax.runtime import checkpoint, receipt, saved_model
+from grain_jax.runtime import checkpoint, digests, saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
 _COMPILING = "usually under a minute, on few CPU cores a few; once for each number of rows"
@@ -183,7 +183,7 @@ class Predictor(Mapper, Writer):
     @property
     def digest(self) -> str:
         """One of all `digests`."""
-        return receipt.sha256(self.digests)
+        return digests.of_json(self.digests)
 
     @property
     def logit_scale(self) -> float:

@@ -8,7 +8,7 @@ from etils import epath
 
 from grain_jax.core import errors, regular_file
 from grain_jax.evaluate import tables
-from grain_jax.runtime import metrics_file, receipt
+from grain_jax.runtime import metrics_file
 
 _POINTS = 800  # points of a curve that the page keeps, at most
 # JSON files that are no results of an evaluation.
@@ -39,7 +39,7 @@ class RunFiles(NamedTuple):
     config: dict[str, Any] | None
     series: dict[str, tuple[list[float], list[float]]]  # key -> steps, values
     results: list[Result]
-    environment: dict[str, str]  # name -> text: machine, versions, receipt
+    environment: dict[str, str]  # name -> text: command and machine
     unmeasured: list[str]  # a line for each thing that is missing
 
 
@@ -205,28 +205,4 @@ def _environment(workdir: epath.Path) -> dict[str, str]:
         devices = [line for line in lines if " device(s), mesh " in line]
         if devices:
             out["devices and model"] = devices[-1]
-    file = workdir / receipt.FILE
-    if not file.exists():
-        return out | {"receipt": f"none ({receipt.FILE} is missing)"}
-    try:
-        lines = enumerate(receipt.read(workdir), 1)
-        records = [receipt.record_of(line, f"line {number}") for number, line in lines]
-    except errors.UserError as error:
-        return out | {"receipt": f"{receipt.FILE} is damaged ({error})"}
-    if not records:
-        return out | {"receipt": "none yet"}
-    last = records[-1]
-    whole = all(b["previous"] == receipt.sha256(a) for a, b in zip(records, records[1:]))
-    chain = "an unbroken chain" if whole else "A BROKEN CHAIN: see grain_jax.verify"
-    out |= {key: str(value) for key, value in last["environment"].items() if value}
-    return out | {
-        "mesh": ", ".join(f"{axis} {size}" for axis, size in last["mesh"].items()),
-        "processes": str(last["processes"]),
-        "receipt": f"{len(records)} record{'s' * (len(records) > 1)}, {chain}",
-        "receipt, step": str(last["step"]),
-        "receipt, batches": last["batch_chain"],
-        "receipt, pixels": last["pixel_chain"],
-        "receipt, state": ", ".join(f"{part} {digest}" for part, digest in last["state"].items()),
-        "receipt, config": last["config"],
-        "receipt, metrics": last["metrics"],
-    }
+    return out

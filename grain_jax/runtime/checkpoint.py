@@ -1,7 +1,7 @@
 """The checkpoints of a run, by Orbax: its states under `WORKDIR/checkpoints/STEP`.
 
 A checkpoint has the items `state` (the TrainState; its step is the position in the data), `config` (the resolved
-config), `receipt` (its record) and `data` (the identities of its record sets).
+config), `data` (the identities of its record sets) and `digests` (of these three).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors
-from grain_jax.runtime import receipt
+from grain_jax.runtime import digests
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     Items,
@@ -39,14 +39,11 @@ from grain_jax.runtime.checkpoint_files import (
 from grain_jax.runtime.checkpoint_files import read_data as read_data
 from grain_jax.runtime.checkpoint_files import read_json as read_json
 from grain_jax.runtime.saved_model import Stored as Stored
-from grain_jax.runtime.saved_model import StoredDecoder as StoredDecoder
-from grain_jax.runtime.saved_model import decoder_of_run as decoder_of_run
 from grain_jax.runtime.saved_model import load_model as load_model  # of checkpoints, too
 from grain_jax.runtime.saved_model import load_stored as load_stored
 from grain_jax.runtime.saved_model import save_model as save_model
 
 _DIFFERENCES = 30  # lines of a message
-TEACHER = "teacher.path"  # the name of a teacher among the identities of the record sets
 
 
 class Manager(ocp.CheckpointManager):
@@ -108,44 +105,38 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
         item_handlers={
             "state": ocp.StandardCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
-            "receipt": ocp.JsonCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
+            "digests": ocp.JsonCheckpointHandler(),
         },
     )
-
-
-def held(state: Any, config: config_lib.Config) -> Any:
-    """What of a state a checkpoint holds: all but the parameters of a teacher that lies elsewhere."""
-    return state._replace(teacher={}) if config.teacher.kind == "checkpoint" else state
 
 
 def save(
     checkpoints: Manager,
     state: Any,
     config: config_lib.Config,
-    record: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
     data: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Starts to write `state` under its step, and does not wait for it.
+    """Starts to write `state` under its step, and does not wait for it. All processes must call it.
 
     Args:
       checkpoints: of the run.
       state: the TrainState.
       config: of the run.
-      record: of this save (receipt.py); that of the first process is stored, with the hashes of config and data.
       metrics: those of this step, of which `checkpoint_best_metric` is stored; the same on all processes.
       data: the identities of the run's record sets (input_pipeline/records.py).
     """
     step, name = int(state.step), config.checkpoint_best_metric
-    hashes = {"config": receipt.config_sha256(config), "data": receipt.sha256(list(data))}
+    content, sets = dataclasses.asdict(config), {"sets": list(data)}
+    of_items = {"config": digests.of_json(content), "data": digests.of_json(sets)}
     checkpoints.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(held(state, config)._asdict()),
-            config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            receipt=ocp.args.JsonSave({**record, **hashes}),
-            data=ocp.args.JsonSave({"sets": list(data)}),
+            state=ocp.args.StandardSave(state._asdict()),
+            config=ocp.args.JsonSave(content),
+            data=ocp.args.JsonSave(sets),
+            digests=ocp.args.JsonSave({**of_items, "state": digests.of_state(state)}),
         ),
         metrics={name: metrics[name]} if metrics and name in metrics else None,
     )
@@ -160,9 +151,7 @@ def restore_newest(
 ) -> Any | None:
     """The state of the newest undamaged checkpoint, or None where there is no checkpoint.
 
-    It has no parameters of a teacher that lies elsewhere (`held`).
-
-    A checkpoint is damaged where it cannot be read or its digests are not those of its record; only a whole one is
+    A checkpoint is damaged where it cannot be read or its digests are others; only a whole one is
     compared with the config. Damaged ones are
     moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that the storage works. All
     processes call this, and get the same checkpoint.
@@ -185,8 +174,8 @@ def restore_newest(
         state, stored = found or (None, None)
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
-        if fault is None and (wrong := receipt.contradictions(stored.record, state)):
-            fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
+        if fault is None and digests.of_state(state) != stored.digests["state"]:
+            fault = "it was read, but is not what was saved: state"
         if fault is None:
             check_same_data(step, stored.data, data, say)
             if changed := _other_numbers(stored.config, config):
@@ -209,7 +198,7 @@ def _read_saved(
     """(state, all else) of a checkpoint."""
     items = read_items(folder)
     check_same_run(items.config, config)
-    return restore(folder, held(abstract_state, config)), items
+    return restore(folder, abstract_state), items
 
 
 def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
@@ -284,12 +273,11 @@ def check_same_data(
     Args:
       step: of the checkpoint.
       stored: the identities in it, as `read_data` gives them.
-      data: the identities of the sets of the config, and of its teacher.
+      data: the identities of the sets of the config.
       say: gets a line where the contents have digests of two kinds, which cannot be compared.
     """
-    faults = _other_teacher(step, stored, data)
-    of_sets = ([one for one in found if one["name"] != TEACHER] for found in (stored, data))
-    for then, now in zip(*of_sets, strict=True):  # the config names the same sets
+    faults = []
+    for then, now in zip(stored, data, strict=True):  # the config names the same sets
         changes = []
         for what, count in (("shards", len), ("records", sum)):
             before, here = (count(one["shard_lengths"]) for one in (then, now))
@@ -313,25 +301,6 @@ def check_same_data(
             )
     if faults:
         raise CheckpointError("\n".join(faults))
-
-
-def _other_teacher(
-    step: int, stored: Sequence[Mapping[str, Any]], data: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """A line where the teacher of the config has the kind of the checkpoint's, and another content."""
-    then, now = (
-        next((one for one in found if one["name"] == TEACHER), None) for found in (stored, data)
-    )
-    if (
-        not (then and now)
-        or then["digest_of"] != now["digest_of"]
-        or then["digest"] == now["digest"]
-    ):
-        return []
-    return [
-        f"{TEACHER}: {now['split']} has other content (digest {now['digest'][:16]}) than the teacher of checkpoint {step}"
-        f" ({then['split']}, {then['digest'][:16]}). Put that one back to go on, or start anew with another --workdir"
-    ]
 
 
 def placed(state: Any, shardings: Any) -> Any:
@@ -365,8 +334,6 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
             + "\n".join(faults[:_DIFFERENCES])
             + (f"\n  and {more} more" if more > 0 else "")
         )
-    # A part of the state without arrays may have been stored or not; what is not restored is the state's default.
-    expected = {name: part for name, part in expected.items() if name in stored}
     with open_reader(ocp.StandardCheckpointHandler) as reader:
         restored = reader.restore(folder / "state", args=ocp.args.StandardRestore(expected))
     return type(abstract_state)(**restored)

@@ -2,8 +2,6 @@
 
 import functools
 import logging
-import os
-import stat
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,8 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from grain_jax.core import errors, regular_file
-from grain_jax.runtime import receipt
+from grain_jax.core import errors
+from grain_jax.runtime import digests
 
 
 class CheckpointError(errors.UserError):
@@ -41,20 +39,8 @@ def finished_steps(workdir: epath.PathLike) -> list[int]:
     )
 
 
-def check_files(folder: epath.Path) -> None:
-    """Raises CheckpointError where something below a local folder is neither a file nor a folder: it could hang."""
-    if "://" in str(folder):
-        return
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if stat.S_ISDIR(os.lstat(path).st_mode):
-            check_files(path)
-        elif not regular_file.is_one(path):
-            raise CheckpointError(f"{path}: got a pipe, device or link of one, expected a file")
-
-
 def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
-    """The item `config`, `receipt` or `data` of the checkpoint `folder`. Raises CheckpointError."""
-    check_files(absolute(folder) / item)
+    """The item `config`, `digests` or `data` of the checkpoint `folder`."""
     with open_reader(ocp.JsonCheckpointHandler) as reader:
         return reader.restore(absolute(folder) / item)
 
@@ -62,26 +48,26 @@ def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
 class Items(NamedTuple):
     """What a checkpoint has beside its state."""
 
-    record: dict[str, Any]
+    digests: dict[str, Any]  # "config", "data" and "state" -> of each
     config: dict[str, Any]  # as it is stored
     data: list[dict[str, Any]]  # the identities of the record sets
 
 
 def read_items(folder: epath.PathLike) -> Items:
-    """The items of the checkpoint `folder`, which are what its record has the hashes of.
+    """The items of the checkpoint `folder`, compared with its digests.
 
     Raises:
       ValueError: an item is damaged; so does any error of a reader say.
     """
-    record, config, data = (read_json(folder, item) for item in ("receipt", "config", "data"))
-    hashes = {"config": receipt.sha256(config), "data": receipt.sha256(data["sets"])}
-    if wrong := [item for item, found in hashes.items() if record[item] != found]:
+    stored, config, data = (read_json(folder, item) for item in ("digests", "config", "data"))
+    found = {"config": digests.of_json(config), "data": digests.of_json(data)}
+    if wrong := [item for item in found if stored[item] != found[item]]:
         raise ValueError(f"it was read, but is not what was saved: {', '.join(wrong)}")
-    return Items(record, config, data["sets"])
+    return Items(stored, config, data["sets"])
 
 
 def read_data(folder: epath.PathLike) -> list[dict[str, Any]]:
-    """The identities of the record sets in the checkpoint `folder`. Raises CheckpointError."""
+    """The identities of the record sets in the checkpoint `folder`."""
     return read_json(folder, "data")["sets"]
 
 
@@ -95,8 +81,7 @@ def open_reader(handler: Callable[..., ocp.CheckpointHandler]) -> ocp.Checkpoint
 
 
 def metadata_of(folder: epath.Path) -> Any:
-    """Shapes and types of the arrays in `folder`, as Orbax stored them. Raises CheckpointError."""
-    check_files(folder)
+    """Shapes and types of the arrays in `folder`, as Orbax stored them."""
     # Orbax warns that an item has no metadata of its own; they lie beside the items.
     logging.getLogger("absl").setLevel(logging.ERROR)
     with open_reader(ocp.PyTreeCheckpointHandler) as reader:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from grain_jax.core import errors
-from grain_jax.runtime import ending, native_log
+from grain_jax.runtime import ending
 
 START_SECONDS = 300  # between the starts of the first and the last process: pods pull images
 # What JAX reads under srun; a shell inside `salloc` or a batch script has only some of them.
@@ -48,7 +48,6 @@ def initialize(
         answer_libtpu()
         return "a single process"
     name, arguments = found
-    native_log.redirect(heartbeat_seconds, START_SECONDS)
     patience = threading.Timer(
         10, print, [f"{name}: waiting for the other processes"], dict(file=sys.stderr, flush=True)
     )

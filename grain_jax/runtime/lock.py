@@ -34,7 +34,6 @@ FILE = "trainer.lock"
 RENEW_SECONDS = 10
 DEAD_SECONDS = 90  # NFS shows the file of another host up to 60 s late
 SETTLE_SECONDS = 2.0
-_LARGEST = 1 << 20  # bytes of a lock
 _RELEASE_SECONDS = 5  # for a renewal under way, which a hung disk may block
 
 
@@ -102,10 +101,9 @@ def _myself() -> Holder:
 def _parse(content: bytes) -> Holder | None:
     """The holder that a lock names; None where the content is no lock."""
     try:
-        holder = msgspec.json.decode(content, type=Holder)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return msgspec.json.decode(content, type=Holder)
+    except (msgspec.MsgspecError, ValueError):
         return None
-    return holder if all(str(x).isprintable() for x in dataclasses.astuple(holder)) else None
 
 
 class _Store:
@@ -132,14 +130,6 @@ class _Folder(_Store):
     def __init__(self, folder: Path):
         self._path = folder.resolve() / FILE
         super().__init__(self._path.parent.as_uri())
-
-    def read(self) -> tuple[bytes | None, bytes]:
-        if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
-            raise errors.UserError(f"{self._path}: got no regular file; remove it")
-        with contextlib.suppress(FileNotFoundError):
-            if (size := self._path.stat().st_size) > _LARGEST:
-                raise errors.UserError(f"{self._path}: got {size} bytes, no lock; remove it")
-        return super().read()
 
     def swap(self, version: bytes, content: bytes | None) -> bool:
         if content is None or self._path.exists():
@@ -222,10 +212,7 @@ class Lock:
         with self._lock:
             if self._released.is_set():
                 return
-            try:
-                content, version = self._storage.read()
-            except errors.UserError as error:  # no lock stands there
-                raise Lost(f"ending: {error}") from None
+            content, version = self._storage.read()
             if content is not None and not self._is_mine(content):
                 raise Lost(
                     f"ending: {_who(self._workdir, _parse(content))}, which took this one for dead"

@@ -33,10 +33,9 @@ class Line(NamedTuple):
 
 
 def files(workdir: epath.PathLike) -> list[epath.Path]:
-    """`metrics.jsonl` and its parts (of a run in an object store), in order; [] where there are none."""
-    workdir = epath.Path(workdir)
-    whole = [workdir / FILE] if (workdir / FILE).exists() else []
-    return [*whole, *sorted((workdir / "metrics.parts").glob("*.jsonl"))]
+    """`metrics.jsonl` of a workdir, as a list; [] where there is none."""
+    path = epath.Path(workdir) / FILE
+    return [path] if path.exists() else []
 
 
 def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
@@ -86,7 +85,7 @@ def numbers(line: Line) -> Iterator[tuple[str, float]]:
 def _parse(text: str) -> Line | None:
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     step = values.get("step") if isinstance(values, dict) else None
     if type(step) is not int or not 0 <= step <= _LARGEST_STEP:

@@ -266,8 +266,6 @@ class MetricsWriter:
         atomic.write_text(self._path, kept)
         if self._upload:
             self._upload.upload()
-            for part in metrics_file.files(self.workdir)[1:]:
-                part.unlink()
 
     def rates(self, step: int, wait_seconds: float, wait_steps: int = 0) -> dict[str, float]:
         """What was done a second, and the shares of time and steps that input held up, since the last call.
@@ -308,15 +306,14 @@ class MetricsWriter:
             self._time += away
             self._started += away
 
-    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line to `metrics.jsonl` and its numbers to TensorBoard and Weights & Biases."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}
-        self._events.write(step, numbers)
+        self._events.write(step, metrics)
         # After a restart some steps come again, with the same values: the service keeps the first.
         if self._wandb and step >= self._wandb.step:
-            self._wandb.log(numbers, step=step)
+            self._wandb.log(dict(metrics), step=step)
         if time.monotonic() > self._upload_due:
             self.flush()
 

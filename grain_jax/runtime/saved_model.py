@@ -1,15 +1,11 @@
 """A model alone on disk: a folder with `params/` and `config.json`, as conversions write it.
 
-A model with a text decoder (models/text_decoder.py) has its parameters in `text_decoder/`, its sizes in `config.json`;
-one of images in their own shape their lengths.
 `load_model` also reads the model of the checkpoint of a run and a folder of `convert to-hf`, by path or by name.
 """
 
 import dataclasses
-import functools
 import json
 import logging
-from collections.abc import Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
@@ -20,78 +16,38 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.core import low_rank, named, regular_file
 from grain_jax.runtime import checkpoint_files as files
-from grain_jax.runtime import digests, distributed, pretrained, receipt
+from grain_jax.runtime import digests, distributed, pretrained
 from grain_jax.runtime.checkpoint_files import CheckpointError
 
 # Read the folders of `convert to-hf` and weights of others; strings, since conversions stand above this package.
 _TRANSFORMERS = "grain_jax.convert.huggingface:read"
 _OTHERS = "grain_jax.convert.open_clip.command:describe"
-_TEXT_DECODER = "text_decoder"  # the loss term, the folder, and the key of config.json
 
 
 class _Converted(TypedDict):
     """What is read of the config.json of `save_model`; one without digests, as of a hand, is not checked."""
 
     model: dict[str, Any]
-    text_decoder: NotRequired[dict[str, Any] | None]
-    sequence_lengths: NotRequired[list[int]]
     digests: NotRequired[dict[str, str]]
 
 
-class StoredDecoder(NamedTuple):
-    """A text decoder as it is stored."""
-
-    config: config_lib.TextDecoder  # with a number for each key
-    params: Any  # nested dict of float32 numpy arrays, as below `terms/NAME/decoder` in a run
-
-    def digest(self) -> str:
-        """One that shows damage."""
-        described = config_lib.without_defaults(self.config)
-        return receipt.sha256({**described, "params": digests.of_arrays(self.params)})
-
-
-def save_model(
-    folder: epath.PathLike,
-    model: config_lib.Model,
-    params: Any,
-    text_decoder: StoredDecoder | None = None,
-    sequence_lengths: Sequence[int] = (),
-    **notes: Any,
-) -> None:
-    """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests.
-
-    Of a text decoder `text_decoder/`, too. `sequence_lengths` as `Stored` has them.
-    """
+def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
+    """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests."""
     folder = files.absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     params = jax.tree.map(np.asarray, params)
-    _write_arrays(folder / "params", params)
-    found = model_digests(model, params)
-    content: dict[str, Any] = {"model": dataclasses.asdict(model)}
-    if text_decoder is not None:
-        text_decoder = text_decoder._replace(params=jax.tree.map(np.asarray, text_decoder.params))
-        _write_arrays(folder / _TEXT_DECODER, text_decoder.params)
-        content[_TEXT_DECODER] = dataclasses.asdict(text_decoder.config)
-        found[_TEXT_DECODER] = text_decoder.digest()
-    elif (folder / _TEXT_DECODER).is_dir():  # of the conversion that this one replaces
-        (folder / _TEXT_DECODER).rmtree()
-    if sequence_lengths:
-        content["sequence_lengths"] = list(sequence_lengths)
-        found["sequence_lengths"] = receipt.sha256(content["sequence_lengths"])
-    content |= {**notes, "digests": found}
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _write_arrays(folder: epath.Path, arrays: Any) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, arrays, force=True)
+        checkpointer.save(folder / "params", params, force=True)
+    found = model_digests(model, params)
+    content = {"model": dataclasses.asdict(model), **notes, "digests": found}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
     """Digests that show damage. The path of the tokenizer may be edited, so it does not count."""
     text = dataclasses.replace(model.text, tokenizer="")
     described = config_lib.without_defaults(dataclasses.replace(model, text=text))
-    return {"model": receipt.sha256(described), "params": digests.of_arrays(params)}
+    return {"model": digests.of_json(described), "params": digests.of_arrays(params)}
 
 
 def find(path: epath.PathLike) -> epath.Path:
@@ -134,15 +90,12 @@ def describe_others(path: epath.PathLike) -> tuple[dict[str, Any], bool]:
 
 
 class Stored(NamedTuple):
-    """A model as it is stored, factors of LoRA beside their matrices; a text decoder has none."""
+    """A model as it is stored, factors of LoRA beside their matrices."""
 
     model: config_lib.Model
     params: Any  # nested dict of float32 numpy arrays
     folder: str  # that was read
     lora: config_lib.Lora = config_lib.Lora()  # of the run
-    text_decoder: StoredDecoder | None = None  # that the run trained
-    # `input.sequence_lengths` of the run, at its end; (): images are squares of model.image.image_size
-    sequence_lengths: tuple[int, ...] = ()
 
     def merged(self) -> Any:
         """The parameters with the factors folded in."""
@@ -189,8 +142,8 @@ def load_stored(path: epath.PathLike) -> Stored:
         return found
     weights = ("model.safetensors", "model.safetensors.index.json")
     if (path / "config.json").exists() and any((path / x).exists() for x in weights):
-        model, params, *beside = named.find("reader", _TRANSFORMERS, {})(path)
-        return Stored(model, params, str(path), config_lib.Lora(), *beside)
+        model, params = named.find("reader", _TRANSFORMERS, {})(path)[:2]
+        return Stored(model, params, str(path))
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)
@@ -219,65 +172,22 @@ def _read_converted(folder: epath.Path) -> Stored:
     content = regular_file.read_json(folder / "config.json", _Converted, "a converted model's")
     model = config_lib.model_from_dict(content["model"])
     params = files.read_arrays(folder / "params")
-    text_decoder = None
-    if sizes := content.get(_TEXT_DECODER):
-        text_decoder = StoredDecoder(
-            config_lib.text_decoder_from_dict(sizes).beside(model),
-            files.read_arrays(folder / _TEXT_DECODER),
-        )
-    lengths = content.get("sequence_lengths", [])
-    if fault := config_lib.lengths_fault(lengths):
-        raise CheckpointError(f"sequence_lengths: {fault}")
     if "digests" in content:
         found = model_digests(model, params)
-        if text_decoder is not None:
-            found[_TEXT_DECODER] = text_decoder.digest()
-        if lengths:
-            found["sequence_lengths"] = receipt.sha256(lengths)
         for part in {**found, **content["digests"]}:  # a part may be missing
             if content["digests"].get(part) != found.get(part):
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
-    as_float32 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float32))
-    if text_decoder is not None:
-        text_decoder = text_decoder._replace(params=as_float32(text_decoder.params))
-    return Stored(
-        model,
-        as_float32(params),
-        str(folder),
-        text_decoder=text_decoder,
-        sequence_lengths=tuple(lengths),
-    )
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    return Stored(model, params, str(folder))
 
 
 def _read_checkpoint(folder: epath.Path) -> Stored:
-    """The model of a checkpoint, compared with its record."""
+    """The model of a checkpoint, compared with its digests."""
     items = files.read_items(folder)
     config = config_lib.from_dict(items.config)
     which = "ema_params" if files.metadata_of(folder / "state").get("ema_params") else "params"
     params = files.read_arrays(folder / "state", only=which)[which]
-    if digests.of_arrays(params) != items.record["state"][which]:
-        raise CheckpointError(f"{which}: not what the receipt has the digest of")
-    of_terms = params.pop("terms", {})  # of local loss terms: no part of the model
-    decoder = decoder_of_run(config, of_terms, folder)
-    lengths = config.input.last_lengths
-    return Stored(config.model, params, str(folder), config.optim.lora, decoder, lengths)
-
-
-@functools.cache
-def _say_first(folder: str, names: tuple[str, ...]) -> None:
-    """Once a process: a run reads its decoder at every evaluation."""
-    logging.warning("%s: trained the text decoders %s, reading the first", folder, ", ".join(names))
-
-
-def decoder_of_run(
-    config: config_lib.Config, of_terms: Any, folder: epath.PathLike
-) -> StoredDecoder | None:
-    """The text decoder among the parameters of the terms; of several the first by name, with a warning."""
-    entries = config.loss.terms
-    names = sorted(x for x in entries if entries[x]["term"] == _TEXT_DECODER and x in of_terms)
-    if not names:
-        return None
-    if names[1:]:
-        _say_first(str(folder), tuple(names))
-    sizes = config_lib.text_decoder_of_term(entries[names[0]], config.model)
-    return StoredDecoder(sizes, of_terms[names[0]]["decoder"])
+    if digests.of_arrays(params) != items.digests["state"][which]:
+        raise CheckpointError(f"{which}: not what was saved")
+    params.pop("terms", None)  # of local loss terms: no part of the model
+    return Stored(config.model, params, str(folder), config.optim.lora)

@@ -1,26 +1,16 @@
-"""What a training step needs in memory: the state exactly, and what it makes and drops by arithmetic."""
+"""What a training step needs in memory, by shapes alone: its state, and what its forward pass keeps."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
-from grain_jax.input_pipeline import derived, device
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
-from grain_jax.training import flops, optim, sharding, train_step
 from grain_jax.training import forward as forward_lib
-
-FLOAT = 4  # bytes
-# Temporaries of XLA on CPUs / (activations + layer of `temporaries` in float32, to which it converts bfloat16):
-# 1.18 and 1.29 for the demo, 0.81 to 0.99 for S/16.
-CPU_TEMPORARIES = 1.3
-BATCHES = device.DEPTH + 2  # on the devices: in use, ahead, and about to be
+from grain_jax.training import sharding, train_step
 
 
 class Kept(NamedTuple):
@@ -29,27 +19,6 @@ class Kept(NamedTuple):
     bytes: int
     shape: str  # "bfloat16[12,64,197,768]"
     where: str  # the module that makes it
-
-
-class Need(NamedTuple):
-    """What one device needs."""
-
-    state: float  # bytes of parameters, optimiser state and averages
-    gradients: float  # bytes; counted twice with micro-batches
-    activations: float  # bytes per image of a micro-batch
-    batch: float  # bytes per image of a batch
-
-    def parts(self, images: int, microbatches: int) -> dict[str, float]:
-        """Bytes of each kind, for so many images a device; their sum is what the device needs."""
-        return {
-            "parameters, optimiser state and gradients": self.state
-            + self.gradients * min(microbatches, 2),
-            "activations": self.activations * images / microbatches,
-            "batches": self.batch * images * BATCHES,
-        }
-
-    def total(self, images: int, microbatches: int) -> float:
-        return sum(self.parts(images, microbatches).values())
 
 
 def kept(config: config_lib.Config, images: int) -> list[Kept]:
@@ -95,28 +64,7 @@ def _forward(config: config_lib.Config, images: int) -> tuple[Any, ...]:
     forward = forward_lib.Forward(model, config)
     params = sharding.unbox(jax.eval_shape(forward.init))
     keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
-    given = jax.eval_shape(forward.given_at_step_0, params)
-    return forward, params, forward_lib.abstract_batch(config), keys, given
-
-
-def _of_terms(config: config_lib.Config, images: int) -> int:
-    """Bytes of three arrays such as the largest that the forward pass makes of so many images, with views and teacher.
-
-    These make theirs without a gradient, so that `kept` has none of them. 0 without local terms.
-    """
-    if not forward_lib.Forward(grain.GRAIN(config.model, config.dtype), config).terms:
-        return 0
-    forward, *inputs = _forward(config, images)
-    return 3 * _largest(jax.make_jaxpr(lambda *given: forward(*given))(*inputs).jaxpr)
-
-
-def _largest(jaxpr: Any) -> int:
-    """Bytes of the largest array that an equation makes, those in loops and calls included."""
-    arrays = (v.aval for equation in jaxpr.eqns for v in equation.outvars)
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    own = (x.size * x.dtype.itemsize for x in arrays if not is_key(x))
-    inner = (_largest(part) for equation in jaxpr.eqns for part in flops.jaxprs(equation.params))
-    return max((*own, *inner), default=0)
+    return forward, params, forward_lib.abstract_batch(config), keys
 
 
 def _module(name_stack: str) -> str:
@@ -132,23 +80,13 @@ def state_bytes(program: train_step.Program) -> dict[str, int]:
         "parameters": _total(state.params, shardings.params),
         "moments": _total(state.opt_state, shardings.opt_state),
         "ema": _total(state.ema_params, shardings.ema_params),
-        "teacher": _total(state.teacher, shardings.teacher),
         "batch": _total(batch, [program.batch_sharding] * len(batch)),
     }
 
 
-def checkpoint_bytes(config: config_lib.Config, program: train_step.Program) -> int:
+def checkpoint_bytes(program: train_step.Program) -> int:
     """Bytes of what a checkpoint of a program holds."""
-    held = checkpoint.held(program.state, config)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
-
-
-def trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:
-    """Bytes per device of the parameters that have a gradient."""
-    params, fixed = program.state.params, optim.frozen_mask(program.state.params, frozen)
-    trained = jax.tree.map(lambda x, fixed: () if fixed else x, params, fixed)
-    shardings = jax.tree.map(lambda s, fixed: () if fixed else s, program.shardings.params, fixed)
-    return _total(trained, shardings)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
 
 
 def _total(shapes: Any, shardings: Any) -> int:
@@ -156,80 +94,3 @@ def _total(shapes: Any, shardings: Any) -> int:
         math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
         for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
     )
-
-
-def temporaries(
-    config: config_lib.Config, program: train_step.Program, shards: int
-) -> dict[str, int]:
-    """Bytes per device of the temporaries of a step, by arithmetic; right to a fifth on accelerators.
-
-    Args:
-      config: of the run.
-      program: built from it.
-      shards: parts that the batch is cut into.
-
-    Returns:
-      gradients, activations (kept by the remat policy), layer (one layer, view or teacher at work), losses.
-    """
-    images = config.batch_size // shards
-    part = images // config.microbatches
-    nothing_again = dataclasses.replace(
-        config,
-        remat="none",
-        optim=dataclasses.replace(config.optim, frozen=(), lora=config_lib.Lora()),
-    )
-    # Three tiles (logits, their softmax, the mask), and three blocks: in use, arriving, and of the sums.
-    captions, regions = config.input.captions_per_image, config.input.max_regions
-    boxes = regions if config.model.boxes.kind != "none" else 0
-    vectors = images * config.loss.gather * (1 + captions + regions + boxes)
-    tile = min(config.loss.tile, images * max(captions, regions))
-    negatives = images * regions * config.input.negatives_per_region  # their gradient
-    activations = everything = sum(k.bytes for k in kept(config, part))
-    if nothing_again != config:
-        everything = sum(k.bytes for k in kept(nothing_again, part))
-    return {
-        "gradients": trained_bytes(program, config.frozen) * min(config.microbatches, 2),
-        "activations": activations,
-        "layer": max(everything // config.model.image.depth, _of_terms(config, part)),
-        "losses": FLOAT * (3 * tile**2 + (3 * vectors + negatives) * config.model.embed_dim),
-    }
-
-
-def estimate(config: config_lib.Config, mesh: Mesh) -> Need:
-    """What a device needs, by arithmetic.
-
-    Raises:
-      ShardingError: the config does not fit the mesh.
-    """
-    config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
-    program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
-    factor = 1.0
-    if _on_cpu(mesh):
-        factor = CPU_TEMPORARIES
-        remat = config.remat if recomputes(config, mesh) else "none"
-        config = dataclasses.replace(config, dtype="float32", remat=remat)
-    made = temporaries(config, program, sharding.batch_shards(mesh))
-    images = config.batch_size // sharding.batch_shards(mesh)
-    part = images // config.microbatches
-    activations = factor * (made["activations"] + made["layer"]) / part + made["losses"] / images
-    return need_of(config, program, mesh, activations)
-
-
-def recomputes(config: config_lib.Config, mesh: Mesh) -> bool:
-    """Whether `remat` saves memory: XLA's CPU backend undoes it where layers are unrolled."""
-    image = config.model.image
-    return not _on_cpu(mesh) or image.unroll < image.depth
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
-
-
-def need_of(
-    config: config_lib.Config, program: train_step.Program, mesh: Mesh, activations: float
-) -> Need:
-    """What a device needs where an image of a micro-batch has so many bytes of activations."""
-    sizes = state_bytes(program)
-    batch = sizes.pop("batch") * sharding.batch_shards(mesh) / config.batch_size
-    trained = trained_bytes(program, config.frozen)
-    return Need(sum(sizes.values()), trained, activations, batch)

@@ -11,7 +11,6 @@ import optax
 
 from grain_jax.config import Optim
 from grain_jax.core import errors
-from grain_jax.runtime import digests
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 
@@ -171,13 +170,18 @@ def _bfloat16_at_random(x, gradient, step):
 
     The random bits are a hash of the gradient and the step, so they are the same on every mesh.
     """
-    hashes = digests.scramble(
-        digests.scramble(jax.lax.bitcast_convert_type(gradient.astype(jnp.float32), jnp.uint32))
-        + step.astype(jnp.uint32)
-    )
+    gradient_bits = jax.lax.bitcast_convert_type(gradient.astype(jnp.float32), jnp.uint32)
+    hashes = _scramble(_scramble(gradient_bits) + step.astype(jnp.uint32))
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits = (bits + (digests.scramble(hashes) >> 16)) & np.uint32(0xFFFF0000)
+    bits = (bits + (_scramble(hashes) >> 16)) & np.uint32(0xFFFF0000)
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def _scramble(x):
+    """uint32 -> uint32, one to one, every bit matters (the finaliser of MurmurHash3, Appleby 2011)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def optimizer(

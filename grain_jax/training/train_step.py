@@ -23,7 +23,6 @@ from grain_jax.config import Config
 from grain_jax.core import schema
 from grain_jax.losses import local
 from grain_jax.models.grain import GRAIN
-from grain_jax.runtime import digests
 from grain_jax.training import forward as forward_lib
 from grain_jax.training import optim, sharding
 
@@ -49,7 +48,6 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema_params: Any  # {} without an average
     texts_dropped: Any  # int32 [], captions cut and descriptions dropped to fit rows, since step 0
-    receipt: Any  # uint32 [2, 2], the chains over all batches so far (digests.extend)
     text_counts: Any  # uint32 [2], the sums of `Batch.text_counts` since step 0; modulo 2**32
     term_state: Any = {}  # of local loss terms, by name
 
@@ -64,7 +62,6 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         opt_state=tx.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
         texts_dropped=jnp.zeros((), jnp.int32),
-        receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
         text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
         term_state=forward.initial_state(params),
     )
@@ -241,9 +238,8 @@ def make_train_step(
             "texts": text_counts[0],
             "texts_too_long": text_counts[1],
         }
-        receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
         step = state.step + 1
-        after = TrainState(step, params, opt_state, ema, dropped, receipt, text_counts)
+        after = TrainState(step, params, opt_state, ema, dropped, text_counts)
         term_state = forward.update_state(state.term_state, losses.statistics, params)
         return after._replace(term_state=term_state), metrics
 

@@ -46,7 +46,7 @@ def helps():
 
 def test_help_shows_the_flags_that_the_parser_takes_and_fits_80_columns(helps):
     parsers = commands.parsers()
-    assert set(helps) == set(parsers) and len(helps) == 43
+    assert set(helps) == set(parsers)
     assert [name for name, parser in parsers.items() if parser._unknown] == ["annotate"]
     for name, parser in parsers.items():
         text = helps[name]
@@ -112,7 +112,6 @@ TYPOS = {
     "trcain": "train",
     "evaluate linear-probe --tain": "--train",
     "export --checkpaoint": "--checkpoint",
-    "evaluate retrieval --no-compilation-ccahe": "--no-compilation-cache",
     "convert from-hf --hep": "--help",
     "--config.eqvals=1": "evals",
     "--config.model.text.hedas=1": "model.text.heads",

@@ -1,10 +1,9 @@
-"""A file is replaced whole; what is no regular file is written to."""
+"""A file is replaced whole; a device is written to."""
 
 import os
 import stat
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -22,7 +21,7 @@ def test_a_file_or_a_link_is_replaced(tmp_path):
     assert other.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["link", "new", "other"]
 
 
-def test_devices_and_pipes_are_written_to(tmp_path):
+def test_devices_are_written_to():
     device = os.stat("/dev/null")
     atomic.write_text("/dev/null", "text")
     assert (
@@ -31,20 +30,6 @@ def test_devices_and_pipes_are_written_to(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         atomic.write_text("/dev/full", "text")
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="No such device"):  # nobody reads it
-        atomic.write_text(tmp_path / "pipe", "text")
-    said = []
-    reader = threading.Thread(target=lambda: said.append((tmp_path / "pipe").read_text()))
-    reader.start()
-    while not said:
-        try:
-            atomic.write_text(tmp_path / "pipe", "text" * 10**5)
-            break
-        except OSError:
-            continue
-    reader.join()
-    assert said == ["text" * 10**5] and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_standard_output_as_a_file_keeps_what_is_in_it(tmp_path):

@@ -13,7 +13,7 @@ from grain_jax import config
 from grain_jax.config import evals, recipe
 from grain_jax.core import errors, named
 from grain_jax.evaluate import zeroshot
-from grain_jax.runtime import receipt
+from grain_jax.runtime import digests
 from tests.evaluate.stub import StubPredictor, annotate, measure, region, write_picture
 from tests.paths import ROOT
 
@@ -54,7 +54,7 @@ def test_a_stored_config_loads_and_has_its_digest():
     stored = json.loads((STORED / "config.json").read_text())
     parsed = config.from_dict(stored)
     assert (
-        receipt.sha256(config.without_defaults(parsed))
+        digests.of_json(config.without_defaults(parsed))
         == (STORED / "digest.txt").read_text().strip()
     )
     assert parsed.evals["unseen"] == zeroshot.ZeroShot(

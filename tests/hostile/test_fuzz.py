@@ -1,7 +1,5 @@
 """A few cases of every kind of the fuzzer, in every run of the tests."""
 
-import random
-
 import pytest
 
 from tests.hostile import fuzz
@@ -19,11 +17,9 @@ def test_damaged_input_of_every_kind_is_read_or_refused_in_plain_lines(fuzzer):
     assert sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > 10
 
 
-@pytest.mark.parametrize("cases", [900, pytest.param(30_000, marks=pytest.mark.slow)])
-def test_damaged_images_are_read_or_refused(fuzzer, cases):
-    seed = 0 if cases == 900 else random.randrange(1 << 30)
-    outcomes, failures = fuzz.fuzz(fuzzer, ("images",), seed=seed, cases=cases)
-    assert not failures and 0.1 < outcomes["images", "read"] / cases < 0.9
+def test_damaged_images_are_read_or_refused(fuzzer):
+    outcomes, failures = fuzz.fuzz(fuzzer, ("images",), seed=0, cases=900)
+    assert not failures and 0.1 < outcomes["images", "read"] / 900 < 0.9
 
 
 @pytest.mark.parametrize(
@@ -38,17 +34,10 @@ def test_what_the_fuzzer_has_found_stays_mended(fuzzer, kind, seed, outcome):
     assert not failures and outcomes[kind, outcome] == 1
 
 
-def test_the_fuzzer_notices_what_it_is_there_for(monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.05)
-
+def test_the_fuzzer_notices_what_it_is_there_for():
     def differ(rng):
         raise fuzz.SilentDifference("params")
-
-    def hang(rng):
-        while True:
-            pass
 
     assert fuzz.run_case(lambda rng: [][rng.randrange(3)], 0)[0] == "traceback"
     assert fuzz.run_case(lambda rng: "read", 0) == ("read", None)
     assert fuzz.run_case(differ, 0) == ("silent difference", "params")
-    assert fuzz.run_case(hang, 0) == ("hang", "no end after 0.05 s")

@@ -14,7 +14,6 @@ from grain_jax import train
 from grain_jax.convert import export
 from grain_jax.core import errors
 from grain_jax.runtime import checkpoint
-from grain_jax.verify import command as verify_command
 from tests import runs, tiny
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -58,9 +57,6 @@ def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
         input__prepare="hostile_module --output {data_dir}",
     )
     runs.forge_config(copy, tiny.config(**RUN, **source))
-    with pytest.raises(errors.MissingData, match="no record set 'birds' in .*missing") as error:
-        verify_command.verify(copy)
-    assert error.value.status == 2
     grain_jax.load(copy).encode_text(np.ones((1, 4), np.int32))
     assert not marker.exists()
 
@@ -140,7 +136,7 @@ def test_no_flipped_bit_of_a_converted_model_is_loaded_unnoticed(converted, tmp_
     assert outcomes["refused"] > count // 4
 
 
-@pytest.mark.parametrize("missing", ["state", "config", "receipt", "state/manifest.ocdbt"])
+@pytest.mark.parametrize("missing", ["state", "config", "digests", "state/manifest.ocdbt"])
 def test_a_checkpoint_that_lacks_a_part_falls_back_or_says_so(copy, missing, caplog):
     path = copy / "checkpoints" / "2" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()

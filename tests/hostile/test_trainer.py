@@ -1,7 +1,6 @@
 """What ended the trainer in a traceback, in C++, in a hang or in silence: one line and a status each."""
 
 import dataclasses
-import os
 import shutil
 import socket
 
@@ -11,9 +10,8 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import train
 from grain_jax.core import errors
-from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import lock, metrics_writer
-from tests import record_sets, tiny
+from tests import tiny
 from tests.hostile import cases
 
 FLAGS = [  # arguments, the line
@@ -37,20 +35,8 @@ _HUGE = 10**9
 CONFIGS = [  # key, value, the line
     ("optim__learning_rate", float("nan"), "got nan, expected a finite number"),
     ("optim__learning_rate", float("inf"), "got inf, expected a finite number"),
-    ("loss__box", float("-inf"), "got -inf, expected a finite number"),
-    ("optim__weight_decay", float("nan"), "got nan, expected a finite number"),
-    ("checkpoint_every_minutes", float("nan"), "got nan, expected a finite number"),
-    ("model__logit_scale_init", float("nan"), "got nan, expected a finite number"),
     ("model__image__width", _HUGE, "got 1000000000, expected 1 to 131072"),
-    ("model__image__depth", _HUGE, "got 1000000000, expected 1 to 10000"),
-    ("model__image__mlp_dim", _HUGE, "got 1000000000, expected 1 to 524288"),
-    ("model__image__image_size", _HUGE, "got 1000000000, expected 1 to 131072"),
-    ("model__text__vocab_size", _HUGE, "got 1000000000, expected 3 to 10000000"),
-    ("model__text__context_length", _HUGE, "got 1000000000, expected 3 to 1000000"),
-    ("model__decoder__queries", _HUGE, "got 1000000000, expected 0 to 131072"),
-    ("model__embed_dim", _HUGE, "got 1000000000, expected 1 to 131072"),
     ("batch_size", 10**30, "got 1000000000000000000000000000000, expected 1 to 2147483647"),
-    ("total_steps", 10**30, "got 1000000000000000000000000000000, expected 1 to 2147483647"),
     (
         "seed",
         10**30,
@@ -80,19 +66,7 @@ def _trained(workdir):
     (workdir / lock.FILE).write_bytes(lock._bytes(holder))
 
 
-def _mark(make):
-    def prepare(workdir):
-        workdir.mkdir(parents=True)
-        make(workdir / lock.FILE)
-
-    return prepare
-
-
 WORKDIRS = [
-    (_mark(os.mkfifo), "trainer.lock: got no regular file; remove it"),
-    (_mark(os.mkdir), "trainer.lock: got no regular file; remove it"),
-    (_mark(lambda path: path.symlink_to("/dev/zero")), "trainer.lock: got no regular file"),
-    (_mark(lambda path: path.symlink_to("nowhere")), "trainer.lock: got no regular file"),
     (_file, "run: got a file, expected a folder"),
     (_under_a_file, "run: got Not a directory, expected a folder"),
     (_trained, f"process 1 on {socket.gethostname()} trains there, since .* expected no other"),
@@ -131,16 +105,3 @@ def test_hostile_metrics_are_left_out_and_a_workdir_that_is_removed_is_a_line(
     cases.check(outcome, "run: the folder was removed", errors.StorageFault.status)
     cases.check(outcome, r"metrics.jsonl, line 1: got .* 3 of 3 lines do not count", 1)
     assert not workdir.exists()
-
-
-def test_a_shard_that_is_no_file_is_not_read(tmp_path):
-    record_sets.write_annotations(tmp_path / "in", 16)
-    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", "--num-shards=4") == 0
-    shard = next((tmp_path / "out").rglob("*.tfrecord-00001-of-00004"))
-    config = record_sets.config(tmp_path / "out")
-    line = f"^{shard}: no regular file; expected a shard that grain-jax build wrote"
-    shard.unlink()
-    for make, remove in ((os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
-        make(shard)
-        cases.check(cases.run(lambda _: record_files.find(config) and 0, []), line)
-        remove(shard)

@@ -12,7 +12,6 @@ from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.input_pipeline import order, record_files, records
 from grain_jax.runtime import checkpoint
-from grain_jax.verify import command as verify_command
 from tests import record_sets, tiny
 from tests.record_sets import numbers, take
 
@@ -247,8 +246,8 @@ def test_faults_of_the_config_are_a_line(change, message):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
-    """It resumes and is verified where the sets have moved, and refuses another weight."""
+def test_a_run_keeps_its_mixture(folder, tmp_path):
+    """It resumes where the sets have moved, and refuses another weight."""
 
     def run(sets, steps):
         return tiny.config(
@@ -266,10 +265,7 @@ def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     moved = tmp_path / "moved"
     moved.symlink_to(folder)
     train.train(run(entries(moved), 8), workdir)
-    capsys.readouterr()
-    status = verify_command.main([str(workdir), "--from", "4"])
-    out, err = capsys.readouterr()
-    assert status == 0 and "bit for bit" in out, out + err
+    assert checkpoint.finished_steps(workdir)[-1] == 8
 
 
 def test_a_run_on_one_set_is_not_one_on_several(folder):

@@ -106,8 +106,8 @@ def test_plan_of_a_compiled_step(planned):
     assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
     batch = forward.abstract_batch(config)
     assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // 8
-    # Adam's and the schedule's; step, texts_dropped, receipt, text_counts.
-    counts = 2 * 4 + 2 * 4 + 16 + 8
+    # Adam's and the schedule's; step, texts_dropped, text_counts.
+    counts = 2 * 4 + 2 * 4 + 8
     assert found["checkpoint"]["bytes"] == 3 * size + counts
     assert memory["limit_bytes"] == 15.75 * 2**30
     parts = ("arguments", "output", "temporaries", "code")

@@ -10,7 +10,6 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.config import recipe
 from grain_jax.models import grain
-from grain_jax.runtime import receipt
 from tests import tiny
 
 BAD = "</script><script>document.title='bad'</script>"  # that would run, if a page let it
@@ -100,16 +99,10 @@ def workdir(folder, data_folder, learning_rate=1e-3):
     lines = []
     for step in range(2, 42, 2):
         line = {"step": step, "loss": 9 / step, "loss_box": 1 / step, "logit_scale": 14.0}
-        line |= {"grad_norm": 2.0, "grad_norm/image": 1.5, "batch_chain": "ab"}
+        line |= {"grad_norm": 2.0, "grad_norm/image": 1.5}
         lines.append(json.dumps(line | (results if step in (20, 40) else {})))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 42, "lo')
     (folder / "log.txt").write_text("$ python -m grain_jax.train --workdir x\nstep 2/40\n")
-    record = dict.fromkeys(receipt.Record.__annotations__, "0123")
-    record |= {"step": 20, "processes": 1, "previous": None}
-    record |= {"state": {"params": "77"}, "mesh": {"data": 4}}
-    record["environment"] = {"jax": "9.8.7", "xla_flags": ""}
-    later = record | {"step": 40, "previous": receipt.sha256(record)}
-    (folder / receipt.FILE).write_text(json.dumps(record) + "\n" + json.dumps(later) + "\n")
     suite = {
         "ran": {
             "cifar10": {

@@ -15,7 +15,7 @@ import pytest
 from jax._src import clusters
 
 from grain_jax.core import errors
-from grain_jax.runtime import distributed, native_log
+from grain_jax.runtime import distributed
 from grain_jax.training import arguments as train
 from tests.paths import ROOT
 
@@ -123,43 +123,6 @@ def test_flags_that_do_not_fit_are_one_line(flags, fault):
     assert str(caught.value).startswith(fault) and "\n" not in str(caught.value)
 
 
-_FATAL = (
-    "F1125 03:03:06.380413   18003 client.h:80] Terminating process because the JAX distributed service"
-    " detected fatal errors. See the other task logs for more details. absl::Status: "
-)
-
-
-_UNHEALTHY = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):"
-VERDICTS = [  # what jaxlib 0.10.2 printed; what is said of it
-    (f"{_UNHEALTHY}\n1\nThe tasks", "process 1 has not answered for 20 s"),
-    (f"{_UNHEALTHY}\n7\n10\nThe", "process 7 and process 10 have not answered for 20 s"),
-    (
-        "INTERNAL: Shutdown barrier has failed. UNAVAILABLE: Task 3 heartbeat timeout. This",
-        "process 3 has not answered for 20 s",
-    ),
-    ("UNAVAILABLE: Socket closed\nRPC: /PollForError", "process 0, through which all others"),
-    ("DEADLINE_EXCEEDED: Deadline Exceeded\nRPC: /RegisterTask", "came up within 300 s"),
-]
-
-
-@pytest.mark.parametrize("text,expected", VERDICTS)
-def test_the_verdict_on_what_jax_prints(text, expected):
-    assert expected in native_log.verdict(_FATAL + text, "20", "300")
-    assert "\n" not in native_log.verdict(_FATAL + text, "20", "300")
-
-
-def test_what_has_no_verdict_is_printed_as_it_is():
-    log = f"an ordinary line\n{_FATAL}INTERNAL: something new\n*** Check failure stack trace: ***\n"
-    done = subprocess.run(
-        [sys.executable, native_log.__file__, "20", "300"],
-        input=log,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr.strip() == log.strip()
-
-
 _WORKER = """
 import sys, time
 import jax.numpy as jnp
@@ -223,17 +186,15 @@ def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10, processes=2):
 
 
 def _ended_by(survivor, victim):
-    """The survivor has ended within a minute, as JAX ends it, with a last line that names the victim."""
+    """The survivor has ended within a minute, as JAX ends it."""
     said = survivor.communicate(timeout=60)[1]
     assert survivor.returncode == -signal.SIGABRT
-    lines = said.strip().splitlines()
-    assert f"process {1 - victim} of 2, on {socket.gethostname()}" in lines[0]
-    assert lines[-1].startswith(f"ending: process {victim}"), said
-    assert "The same command resumes the run." in lines[-1] and "stack trace" not in said
+    assert f"process {1 - victim} of 2, on {socket.gethostname()}" in said.splitlines()[0]
+    assert "the JAX distributed service detected fatal errors" in said
 
 
 @pytest.mark.slow
-def test_one_that_fails_alone_does_not_wait_for_the_other_which_names_it():
+def test_one_that_fails_alone_does_not_wait_for_the_other_which_ends():
     pair = _pair(flags=(0, 1))
     said = pair[1].communicate(timeout=20)[1]  # an ordinary exit would take five minutes
     assert pair[1].returncode == 2
@@ -241,7 +202,7 @@ def test_one_that_fails_alone_does_not_wait_for_the_other_which_names_it():
     _ended_by(pair[0], 1)
 
 
-def test_when_the_first_is_killed_the_other_names_it():
+def test_when_the_first_is_killed_the_other_ends():
     pair = _pair()
     pair[0].send_signal(signal.SIGKILL)
     _ended_by(pair[1], 0)
@@ -305,7 +266,7 @@ def test_one_that_cannot_print_any_more_leaves_and_so_the_other_ends():
     pair[0].stderr.close()  # as where its launcher was killed
     assert pair[0].wait(20) == 1
     said = pair[1].communicate(timeout=60)[1]
-    assert pair[1].returncode == -signal.SIGABRT and "ending: process 0" in said
+    assert pair[1].returncode == -signal.SIGABRT, said
     pair[0].stdout.close()
 
 

@@ -294,17 +294,15 @@ def test_memory_is_that_of_the_factors_moments():
         program = train_step.build(
             c, sharding.make_mesh(c.mesh, jax.devices()[:1]), total_steps=1, steps_per_epoch=1
         )
-        kinds = memory_need.state_bytes(program)
-        return kinds, memory_need.trained_bytes(program, c.frozen), program
+        return memory_need.state_bytes(program), program
 
-    (kinds, trained, program), (full, all_of, _) = sizes(_config(**TWO)), sizes(tiny.config(**TWO))
+    (kinds, program), (full, _) = sizes(_config(**TWO)), sizes(tiny.config(**TWO))
     params = program.state.params
     factors = 4 * sum(x.size for name, x in grain.flat(params).items() if "lora_" in name)
     others = 4 * sum(
         x.size for name, x in grain.flat(params).items() if not name.startswith(("image", "text"))
     )
     assert kinds["parameters"] == full["parameters"] + factors
-    assert trained == factors + others < all_of / 2
     assert 0 <= kinds["moments"] - 2 * (factors + others) <= 16  # and counts of steps
 
 

@@ -14,7 +14,6 @@ from grain_jax.core import low_rank
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from grain_jax.training import sharding, train_step
-from grain_jax.verify import command
 from tests import runs, tiny
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -84,23 +83,16 @@ def test_it_goes_on_bit_for_bit(finished, tmp_path):
     train.train(tiny.small(**RUN, **TWO, **EIGHT), tmp_path / "run")
     assert runs.lines(tmp_path / "run") == runs.lines(finished)
     one, two = (
-        checkpoint.read_json(root / "checkpoints/4", "receipt")["state"]
+        checkpoint.read_json(root / "checkpoints/4", "digests")["state"]
         for root in (finished, tmp_path / "run")
     )
-    assert one == two and set(one) == {"params", "opt_state", "ema_params"}
+    assert one == two and set(one) >= {"params", "opt_state", "ema_params"}
 
 
 def test_it_does_not_go_on_with_another_scale(finished):
     told = "optim.lora.alpha: the run in this workdir has 6, got 8; .* use another --workdir"
     with pytest.raises(checkpoint.CheckpointError, match=told):
         train.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0), **TWO, **EIGHT), finished)
-
-
-def test_it_is_verified(finished, capsys):
-    status = command.main([str(finished), "--from", "2", "--steps", "2"])
-    out, err = capsys.readouterr()
-    assert status == 0, out + err
-    assert "the same parameters bit for bit" in out
 
 
 def test_it_is_loaded_and_merged_as_it_was_trained(finished, tmp_path, capsys):

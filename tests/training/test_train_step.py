@@ -85,7 +85,6 @@ def test_mesh_microbatches_and_remat_change_nothing(mesh, model, overrides):
     for a, b in zip(expected, metrics):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
-    np.testing.assert_array_equal(other.receipt, state.receipt)
     for a, b in zip(jax.tree.leaves(state.ema_params), jax.tree.leaves(other.ema_params)):
         # An Adam step moves parameters whose gradient is float noise by up to the learning rate.
         np.testing.assert_allclose(a, b, atol=3e-4)

@@ -5,7 +5,7 @@
 
 A set is a file of constraints. The wheel is built once. `base` installs it without extras, so without TensorFlow and
 PyTorch, and goes through what that promises: train from a config file that lies anywhere, load, classify,
-evaluate, export and read back, report, verify; what needs an extra must say which. The other sets install it with its
+evaluate, export and read back, report; what needs an extra must say which. The other sets install it with its
 extra `data`: every module is imported; images become records; a model is trained on them by TensorFlow, resumed,
 loaded, evaluated and packed; losses, tokens and resized images are compared with the goldens of the PyTorch reference.
 Prints a line a set; ends with status 1 and the output of the step that failed. Where a Python is not on the machine,
@@ -116,7 +116,6 @@ BASE = (
     ("export", "export --checkpoint run --output exported", "regions: boxes_xyxy", 0),
     ("export, read back", READ_BACK, "", 0),
     ("report", "report run", "report.html", 0),
-    ("verify", "verify run --from 0 --steps 2", "Verdict", 0),
     ("records need an extra", f"{RECORDS} --workdir=other", "[data]", 2),
     ("to-torch", "convert to-torch --checkpoint run --output torch", "pip install", 2),
     ("demo needs an extra", "demo --checkpoint run", "gradio", 2),
