@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import flax.core.meta
 import jax
@@ -153,14 +154,15 @@ def scale_by_adam(b1: float, b2: float, eps: float, moment_dtype: str):
         return adam
 
     def init(params):
-        state = adam.init(params)
+        state: Any = adam.init(params)
         return state._replace(mu=optax.tree.cast(state.mu, jnp.bfloat16))
 
-    def update(updates, state, params=None):
+    def update(updates, state: Any, params=None):
         state = state._replace(mu=optax.tree.cast(state.mu, jnp.float32))
-        scaled, state = adam.update(updates, state, params)
-        round_leaf = lambda mu, gradient: _bfloat16_at_random(mu, gradient, state.count)
-        return scaled, state._replace(mu=jax.tree.map(round_leaf, state.mu, updates))
+        after: Any
+        scaled, after = adam.update(updates, state, params)
+        round_leaf = lambda mu, gradient: _bfloat16_at_random(mu, gradient, after.count)
+        return scaled, after._replace(mu=jax.tree.map(round_leaf, after.mu, updates))
 
     return optax.GradientTransformation(init, update)
 
