@@ -351,10 +351,10 @@ class Records:
                 run.total_steps,
                 config.batch_size,
                 peak_flops=peak and peak * jax.device_count(),
+                flops_per_image=flops.per_image(config).train,
                 config=config,
                 terms={term.metric: term.short for term in terms},
             )
-            self._log.flops_per_image = flops.per_image(config).train
         self._text_counts = metrics_writer.TextCounts(
             last_text_counts(state, self._lines()), config.text.max_dropped_share
         )

@@ -151,8 +151,6 @@ class ImageTower:
     # How tokens become one vector where there is no decoder: "class" (the class token), "map" (attention
     # pooling) or "mean". "none" where there is a decoder.
     pool: str = key("none", choices=IMAGE_POOLS)
-    pool_heads: int = count(0, high=WIDEST)  # of pool=map; 0: heads
-    pool_mlp_dim: int = count(0, high=4 * WIDEST)  # of pool=map; 0: mlp_dim
     # Share of the patches that training sees, drawn anew for each image and step. Evaluations and exports see all.
     keep: float = key(1.0, low=0.01, high=1)
     # To the joint space: "matrix", "affine" (with a bias) or "none".
