@@ -11,9 +11,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from grain_jax import config as config_lib
 from grain_jax import train
-from grain_jax.cli import config_file
 from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors, schema
 from grain_jax.input_pipeline import order, synthetic
@@ -354,14 +352,6 @@ def test_flops_are_those_of_the_kept_tokens():
     positions = 2 * 4 * SIDE**2 * width
     assert flops.per_image(config(model__image__keep=0.25)).image == by_hand(4) + positions
     assert flops.per_image(c).image == by_hand(16)
-
-
-def test_pairs_on_the_command_line_and_in_a_stored_config():
-    c = config_file.load("demo", ["--config.model.image.keep=[[0, 0.5], [0.9, 1]]"])
-    assert c.model.image.keep == ((0, 0.5), (0.9, 1))
-    c = config_file.load("demo", ["--config.input.sequence_lengths=[[0, [64]], [0.8, [64, 196]]]"])
-    assert c.input.sequence_lengths == ((0, (64,)), (0.8, (64, 196)))
-    assert config_lib.from_dict(json.loads(config_lib.to_json(c))) == c
 
 
 @pytest.mark.parametrize(
