@@ -1,81 +1,31 @@
-"""The flags of `grain-jax plan`, `sweep`, `local` and `launch-files`, and the assumptions of a plan."""
+"""The flags of `grain-jax plan`, `sweep`, `local` and `launch-files`."""
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Literal
 
-from grain_jax.cli.flags import flag, number
+from grain_jax.cli.flags import flag
 from grain_jax.cli.parser import Command, Configured
 
 
-def _prices(text: str) -> dict[str, float]:
-    """Chip -> price of an hour of "v5e=1.2,v6e=2.7"; "" stands for every other chip. Raises ValueError."""
-    found = {}
-    for part in text.split(","):
-        chip, _, price = part.rpartition("=")
-        found[chip.strip()] = number(float, 0)(price)
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """The assumptions of a plan besides config and topology, in SI units.
-
-    assumptions:
-      --examples N         examples of the data set
-      --price PRICE        of a chip-hour, in your currency; v5e=1.2,v6e=2.7 of each chip (default: none, no cost)
-      --efficiency SHARE   of the peak rates that is reached, 0.01 to 1; a guess
-      --input-rate R       images/s that one host core prepares
-      --image-bytes BYTES  of an image as stored
-      --storage-rate GB/S  GB/s between a host and storage (default: 1)
-      --timeout S          seconds that one compile may take
-    """
-
-    examples: int | None = flag(None, high=10**12)
-    price: Mapping[str, float] | None = flag(None, parse=_prices)
-    efficiency: float = flag(0.5, low=0.01, high=1)
-    input_rate: float = flag(250.0, low=1e-3)
-    image_bytes: float = flag(55e3, low=1)
-    storage_rate: float = flag(1e9, parse=lambda text: 1e9 * number(float, 1e-6)(text))  # bytes/s
-    timeout: float = flag(1800.0, low=1)
-
-    def price_of(self, chip: str) -> float | None:
-        """Of an hour of that chip; None where none was given."""
-        prices = self.price or {}
-        return prices.get(chip, prices.get(""))
-
-
 class Plan(Configured, name="plan"):
-    """Tells memory, speed and price of a run on chips that are not here.
+    """Tells memory and speed of a run on chips that are not here.
 
     The very step that grain-jax train runs is compiled for these chips on this machine's CPU: by libtpu for TPUs (extra
-    tpu), by the CUDA plugin of JAX for GPUs (extra cuda12). Without that plugin a plan for GPUs is arithmetic, labelled
-    ESTIMATE. Prints whether it fits, what bounds its speed, what the input must deliver, and the bill.
+    tpu), by the CUDA plugin of JAX for GPUs (extra cuda12). Prints whether it fits, its largest arrays, what it computes
+    and sends, and the least time that a step can take.
 
     Example:
-      grain-jax plan --config grain_vitb16_cc12m --topology v5e:16x16 --price 1.2
+      grain-jax plan --config grain_vitb16_cc12m --topology v5e:16x16
 
     the chips:
       --topology CHIP:SHAPE  v5e:16x16, v5e:16x16*2 (two slices), v6e:16x16, v4:4x4x8, v5p:4x4x4, tpu7x:4x4x4, h100:8x2
         (GPUs a node x nodes; also h200, a100-40, a100-80, b200), gb200:72 (an NVL72 rack; gb200:72x2 two)
-      --[no-]all-chips       plan for one topology of each kind, and print one table
-      --images-per-device N  a step, instead of the config's batch_size; a device is a chip, of tpu7x half a chip
-      --output OUT.json      file that the plan is also written to; with --all-chips what is there already, of the same
-        config and versions, is not planned again
-      --[no-]search          look for the cheapest remat that fits, what is faster with it, and the largest batch
+      --output OUT.json      file that the plan is also written to
+      --timeout S            seconds that compiling may take
     """
 
-    topology: str | None = flag(None, unless="--all-chips")
-    all_chips: bool = False
-    images_per_device: int | None = None
+    topology: str
     output: str | None = flag(None, also="json")
-    search: bool = False
-    assumptions: PlanOptions = PlanOptions()
-
-    def __post_init__(self):
-        if self.all_chips and (self.topology is not None or self.search):
-            other = "--search" if self.topology is None else "--topology"
-            raise ValueError(f"got --all-chips and {other}, expected one of them")
+    timeout: float = flag(1800.0, low=1)
 
 
 class Sweep(Configured, name="sweep"):
@@ -96,9 +46,9 @@ class Sweep(Configured, name="sweep"):
       --metric KEY                what the table is sorted by, such as eval/unseen/top1 (default: the first accuracy)
 
     how runs are started:
-      --launcher local|slurm|gke  where the runs are trained
+      --launcher local|slurm|gke|gke-gpu  here, or by files that are written for a cluster; the command that submits
+        them is printed
       --parallel N                runs at a time (default: local 1, else all)
-      --retries N                 how often a local run that fails is started again
     """
 
     sweep: str
@@ -106,9 +56,8 @@ class Sweep(Configured, name="sweep"):
     dry_run: bool = False
     table: bool = False
     metric: str | None = None
-    launcher: Literal["local", "slurm", "gke"] = "local"
+    launcher: Literal["local", "slurm", "gke", "gke-gpu"] = "local"
     parallel: int | None = None
-    retries: int = flag(1, low=0)
 
 
 class Local(Command, name="local"):

@@ -81,7 +81,6 @@ class Chip:
       hbm_bytes_per_second: of its own memory.
       link_bytes_per_second: what it sends to one neighbour: one link of the torus; on a GPU all of NVLink.
       dcn_bytes_per_second: its share of the machine's network between slices, or between GPU nodes.
-      host_cores: vCPUs of that machine.
       axes: axes of its torus: 2 or 3; of GPUs 0.
       libtpu: its name in TPU_ACCELERATOR_TYPE, and what that counts of a chip (2 TensorCores, or itself).
       devices: of a chip. A ring runs through both, one after the other, so that a link of the chip carries one hop of
@@ -95,7 +94,6 @@ class Chip:
     hbm_bytes_per_second: float
     link_bytes_per_second: float
     dcn_bytes_per_second: float
-    host_cores: int
     axes: int = 0
     libtpu: tuple[str, int] = ("", 0)
     devices: int = 1
@@ -137,17 +135,17 @@ _H200 = _H100._replace(memory=144_384, memory_rate=4800e9)
 _B200 = Gpu((10, 0), 148, 1.965, 228 * 1024, 126, 182_642, 8000e9)
 _GB200 = Gpu((10, 0), 152, 2.062, 228 * 1024, 129, 188_730, 8000e9, machine=4, node=72)
 _ALL = (
-    Chip("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 240, 3, ("v4", 2)),
-    Chip("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 112, 2, ("v5litepod", 1)),
-    Chip("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 208, 3, ("v5p", 2)),
-    Chip("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 180, 2, ("v6e", 1)),
-    Chip("tpu7x", "TPU7x", 94.75, 3690e9, 100e9, 6.25e9, 224, 3, ("tpu7x", 2), devices=2),
-    Chip("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, 96, gpu=_A100_40),
-    Chip("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96, gpu=_A100_80),
-    Chip("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208, gpu=_H100),
-    Chip("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224, gpu=_H200),
-    Chip("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, 224, gpu=_B200),
-    Chip("gb200", "NVIDIA GB200", 186, 8000e9, 900e9, 50e9, 140, gpu=_GB200),
+    Chip("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 3, ("v4", 2)),
+    Chip("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 2, ("v5litepod", 1)),
+    Chip("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 3, ("v5p", 2)),
+    Chip("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 2, ("v6e", 1)),
+    Chip("tpu7x", "TPU7x", 94.75, 3690e9, 100e9, 6.25e9, 3, ("tpu7x", 2), devices=2),
+    Chip("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, gpu=_A100_40),
+    Chip("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, gpu=_A100_80),
+    Chip("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, gpu=_H100),
+    Chip("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, gpu=_H200),
+    Chip("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, gpu=_B200),
+    Chip("gb200", "NVIDIA GB200", 186, 8000e9, 900e9, 50e9, gpu=_GB200),
 )
 CHIPS = {chip.name: chip for chip in _ALL}
 

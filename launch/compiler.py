@@ -1,13 +1,11 @@
-"""Compiles the train step for chips that this machine does not have, in a child process, and caches the result.
+"""Compiles the train step for chips that this machine does not have, in a child process.
 
 For TPUs libtpu compiles, for GPUs the CUDA plugin of JAX. Only the child loads them, so that their crash is one
-line here. Results are cached in $GRAIN_JAX_CACHE
-(~/.cache/grain_jax/plan) by the text of the program, so that the same plan compiles once.
+line here.
 """
 
 import contextlib
 import dataclasses
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -37,17 +35,11 @@ _GPU_FLAGS = (
     " --xla_gpu_enable_latency_hiding_scheduler=true"
 )
 _CUDA_PLUGINS = {"jax_cuda12_plugin": "jax-cuda12-plugin", "jax_cuda13_plugin": "jax-cuda13-plugin"}
-# Variables that change what the compiler makes of the same program.
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # What compiles for a platform.
 _PACKAGES = {
     "tpu": ("libtpu",),
     "cuda": (*_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
 }
-
-
-class TookTooLong(errors.UserError):
-    """A compile that ran out of its time; one line."""
 
 
 class CompilerFailed(RuntimeError):
@@ -59,8 +51,7 @@ class Compiled:
     """The result of compiling a step; bytes are of one chip.
 
     Attributes:
-      state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles), scalars.
-      checkpoint_bytes: of what a checkpoint holds, all chips together.
+      state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles).
       memory: `memory_analysis`: arguments, output, aliased, temporaries, code, peak; empty if out of memory.
       traced_flops: matrix products of the step as written, recomputation included, all chips together.
       out_of_memory: the compiler's message, or None.
@@ -69,11 +60,9 @@ class Compiled:
       mesh: sizes of the mesh's axes.
       versions: of jax and of libtpu, or of the CUDA plugin and cuDNN.
       seconds: that the compile took.
-      cached: whether this answer was at hand.
     """
 
     state_bytes: dict[str, int]
-    checkpoint_bytes: int
     memory: dict[str, int]
     traced_flops: int
     out_of_memory: str | None
@@ -82,7 +71,6 @@ class Compiled:
     mesh: dict[str, int]
     versions: dict[str, str]
     seconds: float
-    cached: bool = False
 
 
 def compile_step(
@@ -91,7 +79,6 @@ def compile_step(
     *,
     total_steps: int,
     steps_per_epoch: float,
-    phase: tuple[int, int | None] | None = None,
     timeout: float,
     line: progress.Line,
 ) -> Compiled:
@@ -101,7 +88,6 @@ def compile_step(
       config: the run.
       topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
-      phase: the key of the phase whose program it is (training.phases.Phase); None: that which computes most.
       timeout: seconds that it may take.
       line: shows the progress.
 
@@ -109,14 +95,10 @@ def compile_step(
       UserError: the compiler is missing, the mesh does not fit, there is no such slice, or time ran out.
       CompilerFailed: the compiler crashed.
     """
-    if what := missing(topology.chip):
-        raise errors.UserError(f"grain-jax plan: {what}")
+    check_installed(topology.chip)
     is_tpu = topology.chip.is_tpu
     nodes = () if is_tpu or topology.slices == 1 else (topology.slices,)
     name = f"{topology.chip.name}:{'x'.join(map(str, (*topology.shape, *nodes)))}"
-    chosen = os.environ.get("GRAIN_JAX_CACHE")
-    cache = epath.Path(chosen or "~/.cache/grain_jax/plan").expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
     request = dict(
         config=json.loads(config_lib.to_json(config)),
         platform="tpu" if is_tpu else "cuda",
@@ -124,12 +106,10 @@ def compile_step(
         options=_topology_options(topology),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        phase=phase,
-        cache=str(cache.resolve()),
     )
     # Whole tracebacks: their last line is what went wrong.
-    told = {"JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
-    variables = {**os.environ, **told, **_environment(topology)}
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
+    variables = {**os.environ, **settings, **_environment(topology)}
     out, log, status = _run(json.dumps(request), variables, timeout, f"compiling for {name}", line)
     try:
         answer = json.loads(out.strip().splitlines()[-1])
@@ -141,28 +121,23 @@ def compile_step(
         raise CompilerFailed(
             f"{'libtpu' if is_tpu else 'XLA'} cannot compile this program for {name}: {answer['failed']}"
         )
-    facts = json.loads(gzip.decompress(epath.Path(answer["path"]).read_bytes()))
-    return Compiled(**facts | {"cached": answer["cached"]})
+    return Compiled(**answer)
 
 
-def missing(chip: chips.Chip) -> str | None:
-    """What must be installed before a step can be compiled for that chip, in one line; None: nothing."""
+def check_installed(chip: chips.Chip) -> None:
+    """Raises UserError, with what to install, if no compiler for that chip is there."""
     needed = ("libtpu",) if chip.is_tpu else _CUDA_PLUGINS
     if any(importlib.util.find_spec(package) for package in needed):
-        return None
+        return
     if chip.is_tpu:
-        what, extra = "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU", "tpu"
+        fault, extra = (
+            "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU",
+            "tpu",
+        )
     else:
-        what = "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU"
+        fault = "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU"
         extra = "cuda12"
-    return f'{what} is needed); pip install "grain_jax[{extra}]"'
-
-
-def versions_of(*platforms: str) -> dict[str, str]:
-    """Package -> version of what compiles for "tpu" or "cuda", as far as it is installed."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    wanted = [name for platform in platforms for name in _PACKAGES[platform]]
-    return {name: found[name] for name in wanted if name in found}
+    raise errors.UserError(f'grain-jax plan: {fault} is needed); pip install "grain_jax[{extra}]"')
 
 
 def _environment(topology: chips.Topology) -> dict[str, str]:
@@ -216,7 +191,7 @@ def _run(
                 given = None  # the child has it
         finally:
             child.kill()
-    raise TookTooLong(
+    raise errors.UserError(
         f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for fewer chips"
     )
 
@@ -270,11 +245,11 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
 
 
 def _child(request: dict[str, Any]) -> dict[str, Any]:
-    """Lowers, looks into the cache, compiles; returns the answer for the parent."""
+    """Compiles; returns the answer for the parent."""
     import jax
     from jax.experimental import topologies
 
-    from grain_jax.training import flops, memory_need, sharding, train_step
+    from grain_jax.training import flops, sharding, train_step
 
     with named.importing():  # the user's own config, from the command line of grain-jax plan
         config = config_lib.from_dict(request["config"])
@@ -292,23 +267,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh, devices)
     lengths = {key: request[key] for key in ("total_steps", "steps_per_epoch")}
     program = train_step.build(config, mesh, **lengths)
-    step, batch = program.step, program.batch
-    if request["phase"] is not None:
-        own = next(one for one in program.phases if one.key == tuple(request["phase"]))
-        step, batch = own.step, own.batch
-        program = program._replace(batch=batch)
-    lowered = step.lower(program.state, batch)
-    versions = {"jax": jax.__version__, **versions_of(platform)}
-    flags = {flag: os.environ.get(flag) for flag in FLAGS}
-    # An entry that was written with other fields is another entry.
-    fields = [field.name for field in dataclasses.fields(Compiled)]
-    identity = json.dumps([fields, name, request["options"], versions, flags], sort_keys=True)
-    text = lowered.as_text()
-    key = hashlib.sha256((identity + text).encode()).hexdigest()[:24]
-    path = epath.Path(request["cache"]) / f"{key}.json.gz"
-    if path.exists():
-        return {"path": str(path), "cached": True}
-
+    lowered = program.step.lower(program.state, program.batch)
     began = time.monotonic()
     memory, out_of_memory, hlo = {}, None, ""
     try:
@@ -327,28 +286,41 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
             code=analysis.generated_code_size_in_bytes,
             peak=analysis.peak_memory_in_bytes,
         )
-    answer = Compiled(
-        state_bytes=memory_need.state_bytes(program),
-        checkpoint_bytes=memory_need.checkpoint_bytes(program),
-        memory=memory,
-        traced_flops=flops.matmul_flops(step, program.state, batch),
-        out_of_memory=out_of_memory,
-        program=hashlib.sha256(text.encode()).hexdigest(),
-        hlo=hlo,
-        mesh=dict(mesh.shape),
-        versions=versions,
-        seconds=time.monotonic() - began,
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    named_versions = ("jax", *_PACKAGES[platform])
+    return dataclasses.asdict(
+        Compiled(
+            state_bytes=_state_bytes(program),
+            memory=memory,
+            traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
+            out_of_memory=out_of_memory,
+            program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+            hlo=hlo,
+            mesh=dict(mesh.shape),
+            versions={name: installed[name] for name in named_versions if name in installed},
+            seconds=time.monotonic() - began,
+        )
     )
-    # By a rename: an entry that is there is whole, also where two processes make it.
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(answer)).encode(), 4))
-    partial.replace(path)
-    return {"path": str(path), "cached": False}
+
+
+def _state_bytes(program) -> dict[str, int]:
+    """Bytes of one chip of the arguments of a program, by kind."""
+    import jax
+
+    state, shardings = program.state, program.shardings
+    kinds = {
+        "parameters": (state.params, shardings.params),
+        "moments": (state.opt_state, shardings.opt_state),
+        "ema": (state.ema_params, shardings.ema_params),
+        "batch": (program.batch, jax.tree.map(lambda _: program.batch_sharding, program.batch)),
+    }
+    size = lambda x, cut: math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
+    return {kind: sum(map(size, *map(jax.tree.leaves, trees))) for kind, trees in kinds.items()}
 
 
 if __name__ == "__main__":
     try:
-        told = _child(json.loads(sys.stdin.read()))
+        answer = _child(json.loads(sys.stdin.read()))
     except errors.UserError as error:
-        told = {"fault": str(error)}
-    print(json.dumps(told), flush=True)
+        answer = {"fault": str(error)}
+    print(json.dumps(answer), flush=True)

@@ -50,6 +50,25 @@ def bytes_accessed(module: Module) -> float:
     return sum((n * _traffic(module, c, i) for c, i, n in outside), 0.0)
 
 
+def arrays(module: Module) -> list[tuple[int, str, str]]:
+    """(bytes, shape, operation) of the arrays in main memory that instructions make, each once."""
+    found = []
+    for computation, instruction, _ in module.running():
+        names = instruction.opcode in hlo.FREE or instruction.target in hlo.FREE_CALLS
+        if (
+            names
+            or instruction.opcode == "dynamic-update-slice"
+            or computation.name in module.fused
+        ):
+            continue
+        where = (instruction.find(r'op_name="([^"]*)"') or instruction.name).replace("\\", "")
+        results = (
+            instruction.shapes[-1:] if instruction.opcode.endswith("-start") else instruction.shapes
+        )
+        found += [(round(s.stored_bytes), str(s), where) for s in results if s.in_hbm]
+    return found
+
+
 def work_of(module: Module, computation: Computation, instructions: Iterable[Instruction]) -> Work:
     """The work of one run of these instructions of a computation, with all that they call."""
     flops = traffic = 0.0

@@ -1,18 +1,11 @@
-"""Runs commands on this machine, N at a time, resumable; for `grain-jax sweep` and `benchmarks.claim`.
-
-A job that is finished is skipped, one that failed is started again after the others, one that was preempted
-(status 75) goes back into the queue. A job's process holds a lock on its log for as long as it lives, so that
-a runner that was killed outright leaves no run that the next call would start a second time.
-"""
+"""Runs commands on this machine, N at a time, for `grain-jax sweep`."""
 
 import dataclasses
-import fcntl
 import os
-import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from shlex import join
 from shutil import which
 from statistics import fmean
@@ -20,16 +13,14 @@ from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax.cli.process import USAGE_ERROR
 from grain_jax.core import errors, progress
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
-SLOW_POLL = 5.0  # between two looks at files
+SHOW = 5.0  # between two lines of progress
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One command; the same command again goes on where it stopped."""
 
     name: str
@@ -44,12 +35,13 @@ class Slot(NamedTuple):
     environment: Mapping[str, str] = {}
 
 
-class Outcome(NamedTuple):
-    """The state of the jobs when `run` returns."""
+class _Try(NamedTuple):
+    """A job that runs."""
 
-    done: list[str]
-    failed: dict[str, str]  # name -> how its last try ended
-    stopped_by: int | None  # the signal that ended them all
+    job: Job
+    slot: Slot
+    process: subprocess.Popen
+    began: float
 
 
 def slots(count: int) -> list[Slot]:
@@ -62,18 +54,15 @@ def slots(count: int) -> list[Slot]:
     """
     if count == 1:
         return [Slot()]
-    gpus = _gpus()
-    if gpus:
+    if gpus := _gpus():
         if count > len(gpus):
             raise errors.UserError(
                 f"{count} runs at a time: expected at most the {len(gpus)} GPU(s) of this machine"
             )
-        return [
-            Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus[i::count])})
-            for i in range(count)
-        ]
+        shares = [",".join(gpus[i::count]) for i in range(count)]
+        return [Slot(environment={"CUDA_VISIBLE_DEVICES": share}) for share in shares]
     if not which("taskset"):  # not Linux
-        return [Slot()] * count
+        return [Slot() for _ in range(count)]
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[i % len(cores) :: count] or [cores[i % len(cores)]] for i in range(count)]
     return [Slot(("taskset", "--cpu-list", ",".join(map(str, share)))) for share in shares]
@@ -82,242 +71,133 @@ def slots(count: int) -> list[Slot]:
 def _gpus() -> list[str]:
     if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
         return []
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    if not which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(i) for i, _ in enumerate(gpus)]
-
-
-@dataclasses.dataclass
-class _State:
-    """What is known of a job; the last four are of the try that runs."""
-
-    job: Job
-    done: bool = False
-    elsewhere: bool = False  # a process of another call is at work on it
-    started: bool = False
-    failures: list[str] = dataclasses.field(default_factory=list)  # how each try ended
-    process: subprocess.Popen | None = None
-    slot: int = -1
-    began: float = 0.0
-    before: float = 0.0  # share that earlier tries have done
+    there = [str(i) for i, _ in enumerate(epath.Path("/dev").glob("nvidia[0-9]*"))]
+    return [
+        gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(there)).split(",") if gpu
+    ]
 
 
 @dataclasses.dataclass
 class Runner:
-    """Runs jobs until each has finished or has failed more than `retries` times.
+    """Runs jobs until each has finished or failed.
 
     Attributes:
-      jobs: gives all of them in the order in which they should start; asked again whenever one has ended,
-        since what is done may make new ones known.
-      finished: whether a job needs no run any more.
-      slots: as many jobs run at a time, each on one of these.
+      waiting: the jobs, in the order in which they should start.
+      free: as many jobs run at a time, each on one of these.
       screen: gets a line whenever a job starts or ends, and the progress.
-      ready: whether a job may start beside the running ones of these names, here or elsewhere.
-      share_done: how much of a running job is done, 0 to 1; for the ETA.
-      result: what to say of a job that has finished, in a few words.
-      retries: how often a job that fails is started again; wrong usage (status 2) never is.
+      ready: whether a job may start beside the running ones of these names.
       environment: of the jobs.
+      done, failed: names of jobs.
+      stopped_by: the signal that ended them all, or None.
     """
 
-    jobs: Callable[[], Iterable[Job]]
-    finished: Callable[[Job], bool]
-    slots: Sequence[Slot]
+    waiting: list[Job]
+    free: list[Slot]
     screen: progress.Line
     ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
-    share_done: Callable[[Job], float] = lambda job: 0.0
-    result: Callable[[Job], str] = lambda job: ""
-    retries: int = 1
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
+    done: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
+    stopped_by: int | None = None
 
     def __post_init__(self):
-        self._states: dict[str, _State] = {}  # in the order in which they should start
-        self._stopped_by: int | None = None
-        self._took: list[
-            float
-        ] = []  # seconds of each whole run, as far as this call has seen one end
+        self._running: list[_Try] = []
+        self._took: list[float] = []  # seconds of each whole run that has finished
+        self._slots = len(self.free)
 
-    def run(self) -> Outcome:
+    def run(self) -> None:
         """Runs the jobs. Passes SIGTERM and SIGINT on to them and returns when they have ended."""
-        before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        shown = time.monotonic()
         try:
-            self._refresh()
-            if complete := len(self._done()):
-                self.screen.say(f"{complete} of {len(self._states)} runs finished before")
-            shown = looked = time.monotonic()
             while True:
-                now = time.monotonic()
-                if self._reap() or now - looked > SLOW_POLL:
-                    self._refresh()
-                    looked = now
-                self._start_what_can()
-                if not self._running() and (self._stopped_by or not self._waiting()):
+                for ended in [x for x in self._running if x.process.poll() is not None]:
+                    self._end(ended)
+                for job in list(self.waiting):
+                    running = frozenset(x.job.name for x in self._running)
+                    if self.free and not self.stopped_by and self.ready(job, running):
+                        self._start(job)
+                if not self._running and (self.stopped_by or not self.waiting):
                     break
-                if now - shown > SLOW_POLL:
-                    self._show(now)
-                    shown = now
+                if time.monotonic() - shown > SHOW:
+                    self._show()
+                    shown = time.monotonic()
                 time.sleep(POLL)
             self.screen.close(stays=True)
         finally:  # whatever ended the loop, no job is left without a runner
-            for state in self._running():
-                state.process.terminate()
-            for state in self._running():
-                state.process.wait()
-            for number, handler in before.items():
+            for one in self._running:
+                one.process.terminate()
+            for one in self._running:
+                one.process.wait()
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-        failed = {
-            name: state.failures[-1]
-            for name, state in self._states.items()
-            if not state.done and len(state.failures) > self.retries
-        }
-        return Outcome(self._done(), failed, self._stopped_by)
 
-    def _done(self) -> list[str]:
-        return [name for name, state in self._states.items() if state.done]
-
-    def _running(self) -> list[_State]:
-        return [state for state in self._states.values() if state.process]
-
-    def _waiting(self) -> list[_State]:
-        """The jobs to start; those that failed come last."""
-        left = [state for state in self._states.values() if not state.done and not state.process]
-        left = [state for state in left if len(state.failures) <= self.retries]
-        return sorted(left, key=lambda state: len(state.failures))
-
-    def _refresh(self) -> None:
-        """Lists the jobs, and checks those that are new or run elsewhere; one that runs is known at every moment."""
-        states: dict[str, _State] = {}
-        for job in self.jobs():
-            state = states[job.name] = self._states.get(job.name) or _State(job)
-            if job.name not in self._states or state.elsewhere:
-                state.done = self.finished(job)
-                state.elsewhere = state.elsewhere and not state.done
-                if not state.done and job.log.exists():
-                    with job.log.open() as log:  # two that look do not see each other
-                        self._lock(state, log, fcntl.LOCK_SH)
-        self._states = states | {s.job.name: s for s in self._running()}
-
-    def _lock(self, state: _State, log, kind: int) -> bool:
-        """Whether the log of a job could be locked; else the process of another call holds it."""
-        try:
-            fcntl.flock(log, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not state.elsewhere:
-                name = state.job.name
-                self.screen.say(f"{name}: runs already, started by another call; waiting")
-            state.elsewhere = True
-            return False
-        state.elsewhere = False
-        return True
-
-    def _start_what_can(self) -> None:
-        """Starts jobs in the free slots; a job that runs elsewhere takes a slot."""
-        for state in self._waiting():
-            states = self._states.items()
-            busy = frozenset(name for name, other in states if other.process or other.elsewhere)
-            if self._stopped_by or len(busy) >= len(self.slots):
-                return
-            if not state.elsewhere and self.ready(state.job, busy):
-                used = {other.slot for other in self._running()}
-                self._start(state, next(i for i in range(len(self.slots)) if i not in used))
-
-    def _start(self, state: _State, slot: int) -> None:
-        job = state.job
+    def _start(self, job: Job) -> None:
+        slot = self.free.pop(0)
+        self.waiting.remove(job)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("a") as log:
-            if not self._lock(state, log, fcntl.LOCK_EX):
-                return
-            if self.finished(job):  # by another call, meanwhile
-                state.done = True
-                return
-            where = self.slots[slot]
             log.write(f"$ {join(job.command)}\n")
             log.flush()
-            state.process = subprocess.Popen(
-                [*where.prefix, *job.command],
-                env={**self.environment, **where.environment},
+            process = subprocess.Popen(
+                [*slot.prefix, *job.command],
+                env={**self.environment, **slot.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=log,  # the lock goes with it
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it once: by `_stop`
             )
-        state.slot, state.began = slot, time.monotonic()
-        if self._stopped_by:  # the signal came while it was being started
-            state.process.send_signal(self._stopped_by)
-        state.before = self.share_done(job)
-        self.screen.say(f"{job.name}: started{' again' if state.started else ''}")
-        state.started = True
+        self._running.append(_Try(job, slot, process, time.monotonic()))
+        if self.stopped_by:  # the signal came while it was being started
+            process.send_signal(self.stopped_by)
+        self.screen.say(f"{job.name}: started")
 
-    def _reap(self) -> bool:
-        """Records the processes that ended; returns whether there were any."""
-        ended = [state for state in self._running() if state.process.poll() is not None]
-        for state in ended:
-            status, state.process = state.process.returncode, None
-            seconds = time.monotonic() - state.began
-            took = progress.duration(seconds)
-            if status == 0:
-                state.done = True
-                if state.before < 1:
-                    self._took.append(seconds / (1 - state.before))
-                result = self.result(state.job)
-                how = f"finished after {took}{result and f', {result}'}"
-            elif status == PREEMPTED:
-                how = f"preempted and saved after {took}"
-            elif self._stopped_by and status in (-self._stopped_by, 128 + self._stopped_by):
-                how = f"stopped after {took}"
-            else:
-                cause = f"killed by {signal.Signals(-status).name}" if status < 0 else f"{status}"
-                # Wrong usage would be the same again.
-                tries = 1 if status != USAGE_ERROR else self.retries + 1 - len(state.failures)
-                state.failures += [cause] * tries
-                log = state.job.log
-                how = f"FAILED after {took} ({cause}): {_cause(log)} [{log}]"
-            self.screen.say(f"{state.job.name}: {how}")
-        return bool(ended)
+    def _end(self, ended: _Try) -> None:
+        """Records a job that has ended."""
+        self._running.remove(ended)
+        self.free.append(ended.slot)
+        job, status, seconds = ended.job, ended.process.returncode, time.monotonic() - ended.began
+        took = progress.duration(seconds)
+        if status == 0:
+            self.done.append(job.name)
+            self._took.append(seconds)
+            how = f"finished after {took}"
+        elif status == PREEMPTED:
+            self.waiting.append(job)
+            how = f"preempted and saved after {took}"
+        elif self.stopped_by and status in (-self.stopped_by, 128 + self.stopped_by):
+            how = f"stopped after {took}"
+        else:
+            self.failed.append(job.name)
+            cause = f"killed by {signal.Signals(-status).name}" if status < 0 else f"{status}"
+            last = job.log.read_text().strip().splitlines()[-1]
+            how = f"FAILED after {took} ({cause}): {last} [{job.log}]"
+        self.screen.say(f"{job.name}: {how}")
 
     def _stop(self, number: int, _) -> None:
         """Passes a signal on to the jobs, and starts no more."""
-        self._stopped_by = number
-        for state in self._running():
-            state.process.send_signal(number)
+        self.stopped_by = number
+        for one in self._running:
+            one.process.send_signal(number)
 
-    def _show(self, now: float) -> None:
-        shares = {state.job.name: self.share_done(state.job) for state in self._running()}
-        eta = ""
+    def _show(self) -> None:
+        eta, now = "", time.monotonic()
         if self._took:
-            ran = [(now - state.began, state.before) for state in self._running()]
-            left = time_left(self._took, ran, len(self._waiting()), len(self.slots))
+            ran = [now - x.began for x in self._running]
+            left = time_left(self._took, ran, len(self.waiting), self._slots)
             eta = f", ETA {progress.duration(left)}"
-        at = ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
-        counts = f"{len(self._done())} of {len(self._states)} runs finished"
-        self.screen.show(f"{counts}{eta}{at and f'; running: {at}'}")
+        names = ", ".join(x.job.name for x in self._running)
+        every = len(self.done) + len(self.failed) + len(self._running) + len(self.waiting)
+        counts = f"{len(self.done)} of {every} runs finished"
+        self.screen.show(f"{counts}{eta}; running: {names}")
 
 
-def time_left(
-    took: Sequence[float], running: Sequence[tuple[float, float]], waiting: int, slots: int
-) -> float:
-    """Seconds until all jobs are done, if each takes as long as those that have finished.
+def time_left(took: Sequence[float], ran: Sequence[float], waiting: int, slots: int) -> float:
+    """Seconds until all jobs are done, if each takes as long as those that have finished (`took`, not empty).
 
-    Steps alone predict no time: starting, compiling, evaluating and the report take a share that no step shows.
-
-    Args:
-      took: seconds of the jobs that have finished; at least one.
-      running: for each job that runs, its seconds so far, and the share that earlier tries have done.
-      waiting: jobs that have not started.
-      slots: jobs that run at a time.
+    Steps predict no time: starting, compiling, evaluating and the report take a share that no step shows. `ran` has the
+    seconds of each job that runs.
     """
     mean = fmean(took)
-    left = [max(mean * (1 - before) - seconds, 0.0) for seconds, before in running]
-    left += [mean] * waiting
+    left = [max(mean - seconds, 0.0) for seconds in ran] + [mean] * waiting
     return max(sum(left) / slots, max(left, default=0.0))
-
-
-def _cause(log: epath.Path) -> str:
-    """The last exception in a log (JAX adds notes below it), else its last line."""
-    last_try = re.split(r"^\$ ", log.read_text(), flags=re.MULTILINE)[-1]
-    lines = [line.strip() for line in last_try.splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]+: ", line)]
-    return raised[-1] if raised else lines[-1]  # the command at least

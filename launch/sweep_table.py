@@ -1,4 +1,4 @@
-"""The results of a sweep: one row per run, sorted by a metric, as text, CSV and an image with the spread of the seeds."""
+"""The results of a sweep: a row per run, best first, and the means over seeds; as text and as CSV."""
 
 import csv
 import dataclasses
@@ -9,25 +9,17 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from etils import epath
-
 from grain_jax import config as config_lib
-from grain_jax.core import atomic, errors
+from grain_jax.core import errors
 from grain_jax.evaluate import tables
-from grain_jax.launch.sweep_runs import SweepRun
+from grain_jax.launch.sweep_runs import SweepRun, short
 from grain_jax.runtime import metrics_file
 
 SEED = "seed"
-_HEADLINES = (
-    "/top1",
-    "/r1",
-    "/box_iou",
-    "/miou",
-)  # endings of the keys that a table is sorted by unasked
+_HEADLINES = ("/top1", "/r1", "/box_iou", "/miou")  # endings of the keys that rank unasked
 # Metrics of training, beside the losses, that rank by their least value.
 LOWER = ("grad_norm", "input_wait_fraction", "input_wait_steps", "texts_dropped", "texts_too_long")
 _LAST = 5  # logged steps that a training metric is averaged over: a single batch is noisy
-_MOST_LINES = 6  # of a panel that a legend still tells apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,68 +84,41 @@ def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]
     return sorted(rows, key=lambda row: (row.state != "finished", value(row)))
 
 
-def _axes(rows: Sequence[SweepRow]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row.swept))
-
-
-def _labels(axes: Sequence[str]) -> list[str]:
-    """The keys' last parts, where these differ."""
-    leaves = [axis.rpartition(".")[2] for axis in axes]
-    return [a if leaves.count(leaf) > 1 else leaf for a, leaf in zip(axes, leaves)]
-
-
-def _cell(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _counts(row: SweepRow, metric: str) -> bool:
-    return row.state == "finished" and metric in row.values
-
-
-def _title(axes: Sequence[str], values: Sequence[Any]) -> str:
-    return ", ".join(f"{label}={_cell(value)}" for label, value in zip(_labels(axes), values))
-
-
-def _over_seeds(rows: Sequence[SweepRow], metric: str, axes: Sequence[str]):
-    """Values of these axes -> the metric of every seed, in the rows' order."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        key = tuple(row.swept.get(axis) for axis in axes)
-        groups.setdefault(key, []).append(row.values[metric])
-    return groups
-
-
 def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     """The table, best first, and below it the means over seeds where there are several."""
-    axes = _axes(rows)
+    axes = list(dict.fromkeys(key for row in rows for key in row.swept))
+    leaves = [axis.rpartition(".")[2] for axis in axes]
+    label = {a: a if leaves.count(leaf) > 1 else leaf for a, leaf in zip(axes, leaves)}
     shown = [metric] if metric == "loss" else [metric, "loss"]
     cells = [
         [
             row.name,
-            *(_cell(row.swept[axis]) if axis in row.swept else "" for axis in axes),
+            *(short(row.swept[axis]) if axis in row.swept else "" for axis in axes),
             *(f"{row.values[key]:.4f}" if key in row.values else "" for key in shown),
             row.state,
         ]
         for row in ranked(rows, metric, lower)
     ]
     page = f"by {metric}, {'lower' if lower else 'higher'} is better\n"
-    page += tables.table(["run", *_labels(axes), *shown, "state"], cells)
-    others = [axis for axis in axes if axis != SEED]
-    groups = _over_seeds([row for row in rows if _counts(row, metric)], metric, others)
-    if SEED in axes and others and groups:
-        header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]
-        best_first = sorted(groups.items(), key=lambda group: fmean(group[1]), reverse=not lower)
+    page += tables.table(["run", *label.values(), *shown, "state"], cells)
+    groups: dict[str, list[float]] = {}  # all that differs but the seed -> the metric of each seed
+    for row in rows:
+        if row.state == "finished" and metric in row.values:
+            others = [f"{label[k]}={short(v)}" for k, v in row.swept.items() if k != SEED]
+            groups.setdefault(", ".join(others), []).append(row.values[metric])
+    if SEED in axes and len(axes) > 1 and groups:
         means = [
-            [_title(others, key), *(f"{of(x):.4f}" for of in (fmean, min, max)), str(len(x))]
-            for key, x in best_first
+            [title, *(f"{of(x):.4f}" for of in (fmean, min, max)), str(len(x))]
+            for title, x in sorted(groups.items(), key=lambda g: fmean(g[1]), reverse=not lower)
         ]
+        header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]
         page += "\n\n" + tables.table(header, means)
     return page
 
 
 def csv_text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     """The table with every metric that the runs have, the sorting one first."""
-    axes = _axes(rows)
+    axes = list(dict.fromkeys(key for row in rows for key in row.swept))
     keys = dict.fromkeys([metric, *(key for row in rows for key in row.values)])
     page = io.StringIO()
     writer = csv.writer(page, lineterminator="\n")
@@ -163,72 +128,3 @@ def csv_text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
         values = (row.values.get(key, "") for key in keys)
         writer.writerow([row.name, row.state, row.step, *swept, *values])
     return page.getvalue()
-
-
-def draw(rows: Sequence[SweepRow], metric: str, lower: bool, path: epath.Path) -> bool:
-    """Draws the metric against each swept axis: a dot per run, and a line through the means over seeds with their range.
-
-    Returns:
-      Whether there was a finished run to draw.
-    """
-    import matplotlib  # half a second to import
-    from matplotlib.figure import Figure
-
-    done = [row for row in rows if _counts(row, metric)]
-    if not done:
-        return False
-    axes = [axis for axis in _axes(rows) if axis != SEED] or [SEED]
-    better = "lower" if lower else "higher"
-    page = io.BytesIO()
-    with matplotlib.rc_context({"text.parse_math": False}):  # values are texts, not formulas
-        figure = Figure(figsize=(1 + 5 * len(axes), 4.2), layout="constrained", dpi=110)
-        for panel, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes):
-            _panel(panel, done, metric, axis, [other for other in axes if other != axis])
-        figure.axes[0].set_ylabel(metric)
-        figure.suptitle(
-            f"{len(done)} of {len(rows)} runs; {better} is better\n"
-            "a dot a run; lines and bars: mean and range over seeds",
-            fontsize=9,
-        )
-        figure.savefig(page, format="png")
-    atomic.write_bytes(path, page.getvalue())
-    return True
-
-
-def _panel(panel, rows: Sequence[SweepRow], metric: str, axis: str, others: Sequence[str]) -> None:
-    rows = [row for row in rows if axis in row.swept]
-    values = list(dict.fromkeys(row.swept[axis] for row in rows))
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    if numbers:
-        values.sort()
-    at = {value: value if numbers else i for i, value in enumerate(values)}
-    lines: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
-    for (value, *key), seeds in _over_seeds(rows, metric, [axis, *others]).items():
-        lines.setdefault(tuple(key), {})[value] = seeds
-    for number, (key, points) in enumerate(lines.items()):
-        colour = f"C{number % 10}"
-        where = [value for value in values if value in points]
-        mean = [fmean(points[v]) for v in where]
-        below = [m - min(points[v]) for m, v in zip(mean, where)]
-        above = [max(points[v]) - m for m, v in zip(mean, where)]
-        style = dict(color=colour, capsize=4, marker="_", label=_title(others, key))
-        panel.errorbar([at[v] for v in where], mean, [below, above], **style)
-        dots = [(at[v], y) for v in where for y in points[v]]
-        panel.scatter(*zip(*dots), color=colour, s=26, edgecolors="white", zorder=3)
-    if numbers and min(values) > 0 and max(values) >= 4 * min(values):
-        panel.set_xscale("log")
-    if not numbers or len(values) <= 8:
-        panel.set_xticks([at[v] for v in values], [_cell(v) for v in values])
-        panel.minorticks_off()
-    panel.set_xlabel(axis)
-    panel.grid(alpha=0.3)
-    if others and len(lines) <= _MOST_LINES:
-        panel.legend(fontsize=8, framealpha=0.6)
-
-
-def summary(run: SweepRun, metric: str | None) -> str:
-    """A finished run's metric, in a few words; nothing where it was not measured."""
-    lines, _ = metrics_file.read(metrics_file.files(run.folder))
-    row = SweepRow(run.name, {}, "finished", 0, _values(lines))
-    metric = metric or default_metric([row])
-    return f"{metric} {row.values[metric]:.4f}" if metric in row.values else ""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grain_jax import __version__
-from grain_jax.cli import huge_pages, process
+from grain_jax.cli import process
 from grain_jax.cli.parser import Command, Parser
 from grain_jax.core import nearest
 
@@ -21,7 +21,6 @@ COMMANDS = {
     "train": ("grain_jax.training.arguments:Train", "grain_jax.train:console"),
     "evaluate": ("grain_jax.evaluate.arguments:Evaluate", "grain_jax.evaluate.__main__:main"),
     "embed": ("grain_jax.data.embed.arguments:Embed", "grain_jax.data.embed.__main__:main"),
-    "search": ("grain_jax.data.embed.arguments:Search", "grain_jax.data.embed.search_command:main"),
     "build": ("grain_jax.data.arguments:Build", "grain_jax.data.build:main"),
     "annotate": (
         "grain_jax.data.annotate.arguments:Annotate",
@@ -61,8 +60,6 @@ def parsers() -> dict[str, Parser]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`grain-jax SUB ...`; exits with the command's status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None and words:
-        huge_pages.ask(words[0])
     if "" not in sys.path:  # the folder that it is started in
         sys.path.append("")  # last: `module:Name` of a user is found, and hides nothing
     process.run(lambda given: _main(given or []), words)

@@ -18,16 +18,12 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
-from grain_jax.config import weights
 from grain_jax.config.evals import same_place
 from grain_jax.core import errors, named, nearest
 
 _PACKAGE = "grain_jax.configs"
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
 _OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
-_PAIRS = ("model.image.keep", "input.sequence_lengths")  # or what they have pairs of
-# A weight of the loss, and a key of its schedule.
-_WEIGHT = re.compile(rf"(loss\.(?:{'|'.join(config_lib.WEIGHTS)}|terms\.\w+\.weight))(?:\.(\w+))?")
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
 
 
@@ -42,8 +38,7 @@ def load(
     of the warm-up; None leaves that one unset. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None`
     all.
     `--config.evals.NAME.KEY` sets `missing` of that entry to "error", where it is not set there too.
-    `--config.loss.terms.NAME.KEY` may be a key that the file has not got. A weight of the loss is a number or a whole
-    schedule; `--config.loss.NAME.KEY` sets one key of a schedule, of a new one where the file has a number.
+    `--config.loss.terms.NAME.KEY` may be a key that the file has not got.
 
     Args:
       given: as `--config` takes it; None: it was not given.
@@ -68,21 +63,20 @@ def load(
                 raise TypeError(f"get_config() returned {file!r}, expected a ConfigDict")
             known = _keys(file)
         for key in texts:
-            if key not in known and not _is_open(key):
-                near = [*known, *_of_schedule(key)]
-                raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, near)}")
+            if key not in known and not _OPEN.fullmatch(key):
+                raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, known)}")
         _check_unset({key: texts[key] for key in whole})
         plain = [
             word
             for word, (key, _, text) in zip(overrides, pairs)
-            if key in known and key not in whole and not _is_literal(key, text)
+            if key in known and key not in whole and not _unsets(key, text)
         ]
         config = _parse([*words, *plain]).value.copy_and_resolve_references().unlock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, errors.UserError):
             raise
         raise errors.UserError(" ".join(str(error).split())) from None
-    for key in (key for key, text in texts.items() if key not in known or _is_literal(key, text)):
+    for key in (key for key, text in texts.items() if key not in known or _unsets(key, text)):
         *groups, option = key.split(".")
         part = config
         for group in groups:
@@ -113,27 +107,9 @@ def _put(group: ConfigDict, key: str, value: Any) -> None:
     group[key] = value
 
 
-def is_weight(key: str) -> bool:
-    """Whether a key is a weight of the loss, so that its value may be a schedule (config/weights.py)."""
-    found = _WEIGHT.fullmatch(key)
-    return bool(found and not found[2])
-
-
-def _is_literal(key: str, text: str) -> bool:
-    """Whether the value of a key is of no single type of ml_collections, or leaves one of a pair unset."""
-    unset = text == "None" and key in itertools.chain(*config_lib.EITHER_OR)
-    return unset or key in _PAIRS or bool(_WEIGHT.fullmatch(key))
-
-
-def _is_open(key: str) -> bool:
-    """Whether the file need not have that key."""
-    return bool(_OPEN.fullmatch(key)) or key in _of_schedule(key)
-
-
-def _of_schedule(key: str) -> list[str]:
-    """The keys of the schedule that `key` is one of, misspelt perhaps; [] of another key."""
-    found = _WEIGHT.fullmatch(key)
-    return [f"{found[1]}.{part}" for part in weights.KEYS] if found and found[2] else []
+def _unsets(key: str, text: str) -> bool:
+    """Whether it leaves one of a pair unset, which may be a number in the file."""
+    return text == "None" and key in itertools.chain(*config_lib.EITHER_OR)
 
 
 def _parse(words: list[str]) -> flags.FlagHolder:

@@ -2,14 +2,13 @@
 
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from grain_jax import config as config_lib
 from grain_jax.config import listing
-from grain_jax.core import errors, named, nearest
+from grain_jax.core import errors, nearest
 
 _WIDEST = 110  # columns
-_TERMS = "loss.terms"
 
 
 def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
@@ -25,8 +24,6 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
     """
     prefix = prefix.strip(".")
     keys = list(listing.keys())
-    if f"{prefix}.".startswith(f"{_TERMS}."):
-        keys += _of_terms()
     shown = [key for key in keys if not prefix or f"{key.name}.".startswith(f"{prefix}.")]
     if not shown and not prefix.startswith("evals."):
         names = [key.name.replace("[]", "") for key in keys]
@@ -55,12 +52,6 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
     return "\n".join([head, "", *lines, ""])
 
 
-def _of_terms() -> Iterator[listing.Key]:
-    """The options of the local loss terms of the package, as keys `loss.terms.TERM.OPTION`."""
-    for name, place in config_lib.LOCAL_TERMS.items():
-        yield from listing.keys(named.find("loss term", place, {}).Options, f"{_TERMS}.{name}")
-
-
 def _shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
@@ -76,7 +67,4 @@ def _entry(name: str, kind: str, width: int) -> list[str]:
 def _values(config: str, overrides: Sequence[str]) -> dict[str, object]:
     from grain_jax.cli import config_file  # ml_collections
 
-    tree = config_file.load(config, overrides, resolve=lambda c: c.to_dict())
-    loss = tree.get("loss", {})
-    weights = {f"loss.{name}": loss[name] for name in config_lib.WEIGHTS if name in loss}
-    return config_lib.flatten(tree) | weights
+    return config_lib.flatten(config_file.load(config, overrides, resolve=lambda c: c.to_dict()))

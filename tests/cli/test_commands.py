@@ -149,7 +149,7 @@ def _load(words):
         ("report", "a b --num_images 3 --no-model", {"workdir": ["a", "b"], "num_images": 3}),
         ("convert", "to-torch --input a --output b", {"input": "a"}),
         ("convert", "from-hf --checkpoint a --output b", {"input": "a"}),
-        ("plan", "--config demo --topology v5e:2x2 --json a --nosearch", {"output": "a"}),
+        ("plan", "--config demo --topology v5e:2x2 --json a", {"output": "a"}),
         ("sweep", "--config demo --sweep a --workdir b --dry_run", {"dry_run": True}),
     ],
 )
