@@ -22,9 +22,6 @@ NAMED = {
     "grounding": "grain_jax.evaluate.grounding:Grounding",
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
-    "captions": "grain_jax.evaluate.written:Captions",
-    "descriptions": "grain_jax.evaluate.written:Descriptions",
-    "pointing": "grain_jax.evaluate.pointing:Pointing",
     "maps": "grain_jax.evaluate.maps:Maps",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
@@ -105,11 +102,6 @@ class Evaluator(abc.ABC):
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """What the file of the command has beside the result, on top."""
         return {}
-
-    def still_holds(self, result: Mapping[str, Any], predictor: Any) -> bool:
-        """Whether an earlier result of these options, files and model is what `evaluate` would give, for the suite."""
-        del result, predictor
-        return True
 
     def faults(self) -> list[str]:
         """Options that contradict each other, without a look at files: lines that begin with the option."""

@@ -1,6 +1,6 @@
 """The benchmark suite of the paper as entries of `evals`, for configs/eval.py and for training configs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from grain_jax.config.recipe import evaluator
@@ -55,22 +55,6 @@ SEGMENTED = {
         "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
     ),
 }
-# Entry of `written` -> its kind, the entry of ANNOTATED whose data it reads, and its options.
-WRITTEN = {
-    **{
-        f"{name}_{what}": (kind, name, options)
-        for name in ("flickr30k", "mscoco")
-        for what, kind, options in (
-            ("captions", "captions", {}),
-            ("reranked", "retrieval", {"rerank": 10}),  # by the stored weight
-        )
-    },
-    **{
-        f"refcoco_{split}_{kind}": (kind, f"refcoco_{split}", {})
-        for split in ("val", "testA", "testB")
-        for kind in ("descriptions", "pointing")
-    },
-}
 SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
 
 
@@ -121,8 +105,6 @@ def entries(
 def probes(
     sets: Iterable[str] = tuple(TFDS),
     data_dir: Any = "~/tensorflow_datasets",
-    shots: Sequence[int] = (),
-    seeds: int = 5,
     missing: str = "skip",
 ) -> dict[str, dict]:
     """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested like zero-shot.
@@ -130,22 +112,11 @@ def probes(
     Args:
       sets: names, of TFDS.
       data_dir: folder of TFDS; may be a reference of a ConfigDict.
-      shots: training images per class, a probe each; 0, and (): all.
-      seeds: draws of few shots.
       missing: "skip" or "error".
     """
-    fields: dict[str, Any] = dict(shots=shots, seeds=seeds, missing=missing)
     return {
-        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), **fields)
+        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), missing=missing)
         for name in sets
-    }
-
-
-def written(folders: Any = "~/grain_benchmarks", missing: str = "skip") -> dict[str, dict]:
-    """What a text decoder writes of the annotated sets, as entries of `evals`; arguments as of `entries`."""
-    return {
-        name: _annotated(of, folders, None, kind, missing=missing, **options)
-        for name, (kind, of, options) in WRITTEN.items()
     }
 
 
@@ -161,11 +132,8 @@ def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     return fields
 
 
-def _annotated(
-    name: str, folders: Any, templates: Any, other_kind: str | None = None, **fields: Any
-) -> dict[str, Any]:
+def _annotated(name: str, folders: Any, templates: Any, **fields: Any) -> dict[str, Any]:
     kind, pictures, source, files, split = ANNOTATED[name]
-    kind = other_kind or kind
     if kind == "boxes":
         fields["templates"] = templates
     images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"
