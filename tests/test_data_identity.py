@@ -17,8 +17,6 @@ from grain_jax.runtime import checkpoint, receipt
 from grain_jax.verify import command as verify_command
 from tests import record_sets, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 def _build(folder, output, *, shards=4):
     shutil.rmtree(output, ignore_errors=True)

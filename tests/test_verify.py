@@ -15,7 +15,6 @@ from grain_jax.verify import command, replay
 from grain_jax.verify import workdir as workdir_files
 from tests import record_sets, runs, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 ALL = jax.devices  # the function: tests replace it
 
 

@@ -17,7 +17,6 @@ from grain_jax.runtime import checkpoint
 from grain_jax.verify import command as verify_command
 from tests import runs, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 RUN = dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
 
 

@@ -1,4 +1,4 @@
-"""Workdirs of runs that trained nothing: a tiny random model, its evaluations' images, and the files of a run."""
+"""The workdir of a run that trained nothing: a tiny random model, its evaluations' images, and the files of a run."""
 
 import json
 
@@ -10,7 +10,6 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.config import recipe
 from grain_jax.models import grain
-from grain_jax.runtime import receipt
 from tests import tiny
 
 BAD = "</script><script>document.title='bad'</script>"  # that would run, if a page let it
@@ -60,16 +59,7 @@ def data(folder):
     (folder / "D.json").write_text(json.dumps(DESCRIPTIONS))
 
 
-def two(root):
-    """The workdirs of two runs that differ in their learning rate, and the model of both."""
-    data(root / "data")
-    (root / "runs").mkdir()
-    rates = {"first": 1e-3, "second": 2e-3}
-    folders = [workdir(root / "runs" / name, root / "data", x) for name, x in rates.items()]
-    return folders, predictor()
-
-
-def workdir(folder, data_folder, learning_rate=1e-3):
+def workdir(folder, data_folder):
     """The files of a run of 40 steps, logged every second one and evaluated twice."""
     folder.mkdir()
     evals = {
@@ -84,7 +74,7 @@ def workdir(folder, data_folder, learning_rate=1e-3):
             "grounding", str(data_folder), annotations=f"{data_folder}/A.jsonl"
         ),
     }
-    c = tiny.dictionary(optim__learning_rate=learning_rate, model__decoder__heads=2)
+    c = tiny.dictionary(model__decoder__heads=2)
     c.evals.update(evals)
     (folder / "config.json").write_text(config_lib.to_json(config_lib.from_dict(c)))
     results = {
@@ -100,16 +90,9 @@ def workdir(folder, data_folder, learning_rate=1e-3):
     lines = []
     for step in range(2, 42, 2):
         line = {"step": step, "loss": 9 / step, "loss_box": 1 / step, "logit_scale": 14.0}
-        line |= {"grad_norm": 2.0, "grad_norm/image": 1.5, "batch_chain": "ab"}
+        line |= {"grad_norm": 2.0, "grad_norm/image": 1.5}
         lines.append(json.dumps(line | (results if step in (20, 40) else {})))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 42, "lo')
-    (folder / "log.txt").write_text("$ python -m grain_jax.train --workdir x\nstep 2/40\n")
-    record = dict.fromkeys(receipt.Record.__annotations__, "0123")
-    record |= {"step": 20, "processes": 1, "previous": None}
-    record |= {"state": {"params": "77"}, "mesh": {"data": 4}}
-    record["environment"] = {"jax": "9.8.7", "xla_flags": ""}
-    later = record | {"step": 40, "previous": receipt.sha256(record)}
-    (folder / receipt.FILE).write_text(json.dumps(record) + "\n" + json.dumps(later) + "\n")
     suite = {
         "ran": {
             "cifar10": {

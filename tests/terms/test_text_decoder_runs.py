@@ -26,7 +26,6 @@ SIZES = dict(width=24, depth=1, heads=2, mlp_dim=32, bins=10, row_length=40)
 WORDS = dict(
     term="text_decoder", weight=1.0, parallel_rate=0.5, label_smoothing=0.1, group=2, **SIZES
 )
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def config(mesh=(1, 1, 1), words=WORDS, **changes):

@@ -24,7 +24,6 @@ from grain_jax.training import flops, forward, kept, phases, sharding, train_ste
 from grain_jax.verify import command as verify
 from tests import perturbed, runs, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 SIDE, PATCH = 4, 8
 TWO_TOWERS = {
     "model__decoder": None,

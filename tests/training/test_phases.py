@@ -22,7 +22,6 @@ TERM = f"{__name__}:Centred"
 HALF = {"end": 0.5, "from": 0.5}
 STEPS = 4
 ALONE = {"model__decoder": None, "model__image__pool": "class"}  # less to compile
-pytestmark = pytest.mark.usefixtures("no_curves")
 ALL, OF_PHASES = jax.devices, flops.of_phases  # the functions: tests replace them
 
 
