@@ -15,7 +15,7 @@ from grain_jax.config.suite import entries, probes
 
 def get_config(also=""):
     if also not in ("", "probes"):
-        raise ValueError(f"got :{also}, expected :probes, or nothing")
+        raise ValueError(f"got :{also}, expected :probes or nothing")
     c = ConfigDict()
     c.data_dir = "~/tensorflow_datasets"
     c.folders = "~/grain_benchmarks"

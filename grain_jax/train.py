@@ -30,10 +30,10 @@ from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
 from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
-from grain_jax.evaluate import encode, grounding, suite, tables
+from grain_jax.evaluate import encode, suite, tables
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, grain, lora, placement
-from grain_jax.report import figures, page
+from grain_jax.report import page
 from grain_jax.runtime import (
     checkpoint,
     compiled,
@@ -488,16 +488,12 @@ def evaluate_all(
 
 
 def report(config, workdir, predictor, results) -> None:
-    """Prints the final table, draws the curves and the test images, and writes report.html."""
-    figures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
+    """Prints the final table and writes report.html."""
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-        figures.print_table(results, {name: entry.kind for name, entry in config.evals.items()})
-    grounded = (e for e in config.evals.values() if isinstance(e, grounding.Grounding))
-    if config.pictures and (entry := next(grounded, None)):
-        images, annotations = entry.paths
-        shown = (workdir / "regions.png", config.pictures, entry.orientation)
-        figures.regions_grid(predictor, annotations, images, *shown)
+        kinds = {name: entry.kind for name, entry in config.evals.items()}
+        numbers = tables.by_evaluation(results).items()
+        print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
     page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 

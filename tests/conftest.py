@@ -138,16 +138,6 @@ QUICK = (
 )
 
 
-@pytest.fixture(scope="module")
-def no_curves():
-    """Runs draw no curves.png, which takes a fifth of a short one."""
-    from grain_jax.report import figures
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "curves", lambda _, file: file.touch())
-        yield
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """That of `--dist loadfile`, for which `TOGETHER` is one file."""

@@ -16,8 +16,6 @@ from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint
 from tests import record_sets, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 def _build(folder, output, *, shards=4):
     shutil.rmtree(output, ignore_errors=True)

@@ -22,10 +22,8 @@ from grain_jax.configs import (
     own,
 )
 from grain_jax.convert import initialise, tables
-from grain_jax.core import errors
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
-from grain_jax.report import regions
 from grain_jax.runtime import checkpoint
 from grain_jax.training import sharding, train_step
 from tests import foreign, tiny
@@ -56,16 +54,12 @@ def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
     config = config_lib.from_dict(c)
     assert evaluate.present(config.evals) == {}
     assert "evals.zeroshot: skipped: no images are named; --config.evals" in capsys.readouterr().err
-    with pytest.raises(errors.UserError, match="no entry of config.evals has annotated boxes"):
-        regions.with_boxes(dataclasses.asdict(config)["evals"])
     region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1}
     (tmp_path / "A.jsonl").write_text(json.dumps({"image": "0.png", "regions": [region]}))
     write_picture(tmp_path / "0.png", 0)
     c.evals.grounding.update(images=str(tmp_path), annotations=str(tmp_path / "A.jsonl"))
     evals = config_lib.from_dict(c).evals
     assert evaluate.present(evals) == {"grounding": evals["grounding"]}
-    entries = {name: dataclasses.asdict(entry) for name, entry in evals.items()}
-    assert regions.with_boxes(entries) == ("grounding", evals["grounding"])
 
 
 @pytest.mark.parametrize(

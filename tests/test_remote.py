@@ -68,7 +68,7 @@ def test_a_run_on_an_object_store_is_killed_and_resumed(storage, files, source):
     names = store.names("bucket", "run/")
     steps = [f"checkpoints/{step}/commit_success.txt" for step in (8, 10)]
     profile = "tensorboard/plugins/profile/step_2/process_00000.xplane.pb"
-    expected = {f"run/{name}" for name in ("config.json", "curves.png", profile, *steps)}
+    expected = {f"run/{name}" for name in ("config.json", "report.html", profile, *steps)}
     assert expected <= set(names), expected - set(names)
     left = ("checkpoints/4/", "trainer.lock")
     assert not [name for name in names if any(part in name for part in left)]

@@ -25,7 +25,6 @@ TIMINGS = runs.TIMINGS[:-1]  # the peak of this machine is not known
 # One image a packing group, so that 16 devices have one each.
 RUN = {"text.pack_group": 1, "text.pack_rows": 6, "checkpoint_every": 2, "checkpoint_keep": 4}
 TOKENIZER = {"model__text__vocab_size": 49408}
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def _config(**changes):
@@ -47,7 +46,7 @@ def test_workdir_holds_what_the_contract_says(finished):
         "checkpoints/10",
         "checkpoints/4",
         "tensorboard",
-        "curves.png",
+        "report.html",
     )
     for name in names:
         assert (finished / name).exists(), name

@@ -104,11 +104,6 @@ class Evaluator(abc.ABC):
         """What the file of the command has beside the result, on top."""
         return {}
 
-    def still_holds(self, result: Mapping[str, Any], predictor: Any) -> bool:
-        """Whether an earlier result of these options, files and model is what `evaluate` would give, for the suite."""
-        del result, predictor
-        return True
-
     def faults(self) -> list[str]:
         """Options that contradict each other, without a look at files: lines that begin with the option."""
         return []

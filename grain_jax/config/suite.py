@@ -1,6 +1,6 @@
 """The benchmark suite of the paper as entries of `evals`, for configs/eval.py and for training configs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from grain_jax.config.recipe import evaluator
@@ -105,8 +105,6 @@ def entries(
 def probes(
     sets: Iterable[str] = tuple(TFDS),
     data_dir: Any = "~/tensorflow_datasets",
-    shots: Sequence[int] = (),
-    seeds: int = 5,
     missing: str = "skip",
 ) -> dict[str, dict]:
     """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested like zero-shot.
@@ -114,13 +112,10 @@ def probes(
     Args:
       sets: names, of TFDS.
       data_dir: folder of TFDS; may be a reference of a ConfigDict.
-      shots: training images per class, a probe each; 0, and (): all.
-      seeds: draws of few shots.
       missing: "skip" or "error".
     """
-    fields: dict[str, Any] = dict(shots=shots, seeds=seeds, missing=missing)
     return {
-        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), **fields)
+        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), missing=missing)
         for name in sets
     }
 

@@ -20,7 +20,6 @@ from grain_jax.config.evals import Context
 from grain_jax.core import annotations, atomic, errors
 from grain_jax.evaluate import encode, suite, tables
 from grain_jax.evaluate.arguments import Evaluate
-from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import compiled, distributed, processes, saved_model
 
@@ -85,8 +84,7 @@ def _ready(args: argparse.Namespace, entry_of: Callable[[], Any] = lambda: None)
 
 
 def _load(args: argparse.Namespace):
-    predictor = inference.load(args.checkpoint, sequence_length=args.sequence_length)
-    return text_cache.CachedTexts(predictor, args.cache) if args.cache else predictor
+    return inference.load(args.checkpoint)
 
 
 def _one(args: argparse.Namespace) -> int:
@@ -110,8 +108,6 @@ def _one(args: argparse.Namespace) -> int:
     result |= entry.on_top(result)
     told = ("checkpoint", "images", "orientation", "train", "annotations")
     result = {key: getattr(args, key) for key in told if key in args} | result
-    if length := getattr(predictor, "sequence_length", 0):
-        result = {"sequence_length": length} | result
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # the numbers have been printed

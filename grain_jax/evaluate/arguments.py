@@ -6,11 +6,11 @@ import typing
 from typing import Any
 
 from grain_jax.cli.flags import flag, many
-from grain_jax.cli.parser import Command, Loads, Processes
+from grain_jax.cli.parser import Command, Processes
 from grain_jax.config import evals, listing
 
 
-class _Kind(Loads, Processes):
+class _Kind(Processes):
     """What all kinds have.
 
     what is measured:
@@ -19,13 +19,11 @@ class _Kind(Loads, Processes):
     how:
       --output OUT.json  file to write; the result is printed as a table, too
       --batch-size N     images at a time
-      --cache DIR        folder of text embeddings, computed once; "": none
     """
 
     checkpoint: str
     output: str
     batch_size: int = evals.STANDALONE.batch_size
-    cache: str = "~/.cache/grain_jax/text_features"
 
 
 class Suite(_Kind, name="evaluate suite"):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, patches
+from grain_jax.core import errors
 from grain_jax.core import images as image_files
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
@@ -83,9 +83,7 @@ class Model(nn.Module):
         """Embeds images, texts or both; either may be None.
 
         Args:
-          image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`; in their
-            own shape [B, N + 1, 3 P^2] from `grain_image`. Such an image gets NaN where another op has changed it so
-            that its last row holds no grid.
+          image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
             by the op of big_vision; or other token ids, padded with -1. A text with another id than those
             of the embedding table gets NaN.
@@ -105,7 +103,7 @@ class Model(nn.Module):
         out = {}
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
             if image is not None:
-                zimg = self._encode_image(jnp.asarray(image))
+                zimg = self.grain.encode_image(jnp.asarray(image))[0]
                 out["img/normalized"] = zimg
             if text is not None:
                 ztxt = self._encode_text(jnp.asarray(text))
@@ -115,16 +113,6 @@ class Model(nn.Module):
         if self.grain.config.logit_bias_init is not None:
             out["b"] = jnp.asarray(self.grain.logit_bias)[None]
         return zimg, ztxt, out
-
-    def _encode_image(self, image):
-        if image.ndim == 4:
-            return self.grain.encode_image(image)[0]
-        found = patches.of_rows(image.astype(jnp.uint8))  # `init` gets floats
-        embed, _, _ = self.grain.encode_image(found)
-        length = found.pixels.shape[1]
-        known = ((found.grid >= 1) & (found.grid <= length)).all(1)
-        known &= found.grid.prod(1) <= length
-        return jnp.where(known[:, None], embed, jnp.nan)
 
     def _encode_text(self, tokens):
         tower = self.grain.config.text
@@ -177,9 +165,8 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
 
 
 def _without_keep(model: config_lib.Model) -> config_lib.Model:
-    """The model with the defaults of the keys that say which patches training sees."""
-    default = config_lib.ImageTower()
-    image = dataclasses.replace(model.image, keep=default.keep, keep_by=default.keep_by)
+    """The model with the default of the key that says how many patches training sees."""
+    image = dataclasses.replace(model.image, keep=config_lib.ImageTower().keep)
     return dataclasses.replace(model, image=image)
 
 
@@ -194,29 +181,20 @@ def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]],
 
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
-    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`.
-
-    Of a model that was trained on images in their own shape [N + 1, 3 P^2], patches and their grid (`patches.as_rows`),
-    with the longest N of that run.
-    """
-    sizes = _sizes(checkpoint)
-    tower, length = sizes.model.image, sizes.sequence_length
-    size, patch = tower.image_size, tower.patch_size
+    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
+    size = _sizes(checkpoint).model.image.image_size
 
     def resize(image):
         if isinstance(image, bytes):
             image = image_files.decode_image(image, orientation="file")  # as big_vision does
-        if length:
-            return patches.as_rows(patches.of_image(image, patch, length))
         return image_files.resize(image, size)
 
-    shape = (length + 1, 3 * patch**2) if length else (size, size, 3)
-    return _op(resize, key, key, "uint8", shape)
+    return _op(resize, key, key, "uint8", (size, size, 3))
 
 
 def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
     """Preprocessing op: a string -> int32 [context length] by the tokenizer of the text tower, padded with -1."""
-    model, folder, _ = _sizes(checkpoint)
+    model, folder = _sizes(checkpoint)
     library, context = tokenizer.of_tower(model.text, folder), model.text.context_length
 
     def tokenize(text):
@@ -240,11 +218,10 @@ def _op(function: Callable, inkey: str, outkey: str, dtype: str, shape: tuple) -
 class _Sizes(NamedTuple):
     model: config_lib.Model
     folder: str
-    sequence_length: int  # the longest of the run; 0: squares
 
 
 @functools.lru_cache(maxsize=8)
 def _sizes(path: str) -> _Sizes:
-    """The model in a checkpoint without its parameters, the folder of the checkpoint, and patches an image."""
+    """The model in a checkpoint without its parameters, and the folder of the checkpoint."""
     stored = checkpoint_lib.load_stored(path)
-    return _Sizes(stored.model, stored.folder, max(stored.sequence_lengths, default=0))
+    return _Sizes(stored.model, stored.folder)

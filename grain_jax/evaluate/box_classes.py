@@ -7,7 +7,7 @@ the whole image, which shows what regions and boxes add.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
@@ -155,12 +155,7 @@ class GivenBoxes(NamedTuple):
     found: Found | None  # None: a model without region queries
 
 
-def encode_boxes(
-    entry: AnnotatedImages,
-    predictor: Any,
-    context: Context,
-    consume: Callable[[list[Any], encode.Encoded], None] | None = None,
-) -> GivenBoxes:
+def encode_boxes(entry: AnnotatedImages, predictor: Any, context: Context) -> GivenBoxes:
     """The boxes of the annotations that lie in their images, embedded; arguments and errors as of `entry.gather`."""
     model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
     has_regions = model is None or bool(model.decoder and model.decoder.queries)
@@ -174,7 +169,6 @@ def encode_boxes(
         context,
         regions=has_regions,
         boxes_of=boxes_of if has_head else None,
-        consume=consume,
     )
     described = grounding.described_boxes(records, seen.sizes)
     embeds, found = {}, None

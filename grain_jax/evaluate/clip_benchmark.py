@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 
 from grain_jax import inference
-from grain_jax.core import errors, patches
+from grain_jax.core import errors
 from grain_jax.input_pipeline import tokenizer
 
 NAME = "grain_jax"  # value of --model_type in clip-benchmark
@@ -57,9 +57,8 @@ class Model(torch.nn.Module):
         self.predictor = predictor
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Images from the transform, uint8 [B, S, S, 3] or [B, N + 1, 3 P^2] -> float32 [B, D], unit length."""
-        given = images.cpu().numpy()
-        embed = self.predictor.encode_image(given if given.ndim == 4 else patches.of_rows(given))
+        """Images from the transform, uint8 [B, S, S, 3] -> float32 [B, D], unit length."""
+        embed = self.predictor.encode_image(images.cpu().numpy())
         return torch.from_numpy(embed).to(images.device)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -96,11 +95,8 @@ def load(
         return torch.from_numpy(np.asarray(library(texts, tower.context_length), np.int32))
 
     def resize(image: PIL.Image.Image) -> torch.Tensor:
-        # As `grain_jax.evaluate`: uint8 [S, S, 3]; in its own shape [N + 1, 3 P^2], of `patches.as_rows`.
-        found = predictor.resized(image)
-        if predictor.sequence_length:
-            found = patches.as_rows(found)
-        return torch.from_numpy(found.copy())
+        # As `grain_jax.evaluate`: uint8 [S, S, 3].
+        return torch.from_numpy(predictor.resized(image).copy())
 
     return Model(predictor), resize, ids
 

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax.core import errors, patches, progress, schema
+from grain_jax.core import errors, progress, schema
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import test_sets
 from grain_jax.inference import prompts, stream
@@ -47,30 +47,6 @@ class Predictor(Protocol):
 
     def similarity_maps(self, images: Any, text_embeds: Any, /) -> list[np.ndarray]:
         """Images and embeddings [n, D] of the texts of each -> float32 [n, h, w] of each."""
-        ...
-
-    def encode_tokens(self, images: Any, /) -> Any:
-        """Images -> their tokens, which the methods below take in place of images."""
-        ...
-
-    def caption(self, images: Any, /, *, beams: int) -> Any:
-        """Images -> for each its text and log-probability; of models with a text decoder, as all below."""
-        ...
-
-    def describe(self, images: Any, boxes_xyxy: Any, /, *, beams: int) -> Any:
-        """Images and boxes [n, 4] of each, in [0, 1] -> for each image n texts with log-probabilities."""
-        ...
-
-    def point(self, images: Any, texts: Any, /, *, beams: int) -> Any:
-        """Images and n texts of each -> for each image n boxes with log-probabilities."""
-        ...
-
-    def caption_log_likelihood(self, images: Any, texts: Any, /) -> list[np.ndarray]:
-        """Images and n captions of each -> float32 [n] of each, nats."""
-        ...
-
-    def description_log_likelihood(self, images: Any, boxes_xyxy: Any, texts: Any, /) -> Any:
-        """Images, boxes of each, texts of each box -> for each image and box float32 [n], nats."""
         ...
 
     def encode_text(self, texts: Any, /) -> np.ndarray:
@@ -164,7 +140,6 @@ def encode_images(
         stretch = images.images(mine)
     model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
     size = model.image.image_size if model else None
-    length = getattr(predictor, "sequence_length", 0)  # of images in their own shape
     silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
     counter = progress.Counter(label, len(images), "images", silent=silent, times=times)
     left_out: dict[str, str] = {}
@@ -179,10 +154,7 @@ def encode_images(
         except image_files.ImageError as error:
             return _Read(position, image, fault=str(error))
         # Resizing here keeps a batch small in memory, and the threads share the work.
-        if model and length:
-            pixels = patches.of_image(loaded, model.image.patch_size, length)
-        else:
-            pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
+        pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
         return _Read(position, image, loaded.size, pixels)
 
     try:

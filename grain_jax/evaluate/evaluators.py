@@ -160,7 +160,6 @@ class AnnotatedImages(config.Evaluator):
         *,
         regions: bool = True,
         boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
-        consume: Callable[[list[Any], encode.Encoded], None] | None = None,
     ) -> Gathered:
         """The usable annotations whose image can be read, and these images encoded; raises as `read` and `encode`.
 
@@ -168,7 +167,6 @@ class AnnotatedImages(config.Evaluator):
           predictor, context: as of `evaluate`.
           regions: whether region embeddings are computed too.
           boxes_of: (annotation, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1], which are embedded too.
-          consume: is called with the annotations of each batch and the batch, which has the pixels.
         """
         found = self.read()
         unreadable: dict[str, str] = {}
@@ -179,8 +177,6 @@ class AnnotatedImages(config.Evaluator):
             unreadable=unreadable,
             regions=regions,
             boxes_of=boxes_of and (lambda i, size: boxes_of(found.records[i], size)),
-            consume=consume
-            and (lambda batch: consume([found.records[i] for i in batch.index], batch)),
             batch_size=context.batch_size,
         )
         counts = self.counts(found, len(seen.index), unreadable)

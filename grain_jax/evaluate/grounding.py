@@ -10,8 +10,6 @@ box of the phrase is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of R
 box of its object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the
 two protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any box" takes the largest IoU with
 one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
-
-A text decoder answers in two more ways: it points at a box, and it says how likely the phrase is of each query's box.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, option
+from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.core import errors
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
@@ -31,14 +29,11 @@ with epy.lazy_imports():
     import numpy as np
 
     from grain_jax.core import annotations as annotations_lib
-    from grain_jax.evaluate import encode, rates, second_pass
-    from grain_jax.evaluate import likelihood as likelihood_lib
-    from grain_jax.inference import prompts, rerank, scores
+    from grain_jax.evaluate import encode, rates
+    from grain_jax.inference import prompts, scores
     from grain_jax.losses import boxes, matching
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)
-# Where an answer to a phrase stands in the result, and what its rows of the table add.
-_WAYS = (("", ""), ("point/", ", pointed at"), ("likelihood/", ", by likelihood"))
 _OF_BOXES = {
     "box_iou": "matched box IoU",
     "box_acc50": "matched box Acc@0.5",
@@ -50,7 +45,6 @@ _OF_PHRASES = {
     "phrase_acc50_any_box": "phrase to box Acc@0.5, any box",
     "phrase_acc50_merged_box": "phrase to box Acc@0.5, merged boxes",
 }
-_IMAGES = 16  # whose phrases are pointed at together
 _SEED = 0  # of the random boxes that give the chance level
 
 
@@ -59,19 +53,14 @@ class Grounding(AnnotatedRegions):
     """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
     table = tuple(
-        TableRow(way + key, label + by, chance, count, unit, not key.endswith("iou"))
-        for (count, unit), ways, said in (
-            (("regions_matched", "boxes"), _WAYS[:1], _OF_BOXES),
-            (("phrases", "phrases"), _WAYS, _OF_PHRASES),
+        TableRow(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
+        for (count, unit), labels in (
+            (("regions_matched", "boxes"), _OF_BOXES),
+            (("phrases", "phrases"), _OF_PHRASES),
         )
-        for key, label in said.items()
-        for way, by in ways
-        # A box that is pointed at is chosen from none.
-        for chance in (None if way == "point/" else f"chance_{key}",)
+        for key, label in labels.items()
     )
     kind: str = "grounding"
-    # phrases are also asked of the text decoder, of a model that has one
-    text_decoder: bool = option(True)
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.
@@ -88,8 +77,6 @@ class Grounding(AnnotatedRegions):
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
             equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
             around all boxes of the phrase; and the `chance_` of these three rates.
-          of a model with a text decoder, unless `text_decoder` is False, the same rates without chance: under `point`
-            of the box that it points at, under `likelihood` of the query's box of which it finds the phrase likeliest.
         """
         kept, seen, counts = self.gather(predictor, context)
         pred_boxes_xyxy, region_embed = seen.with_regions
@@ -113,83 +100,29 @@ class Grounding(AnnotatedRegions):
             "chance_box_acc50": float((by_chance.iou >= boxes.FOUND_IOU).mean()),
             **rates.rate("region_to_description_r1", nearest),
             "chance_region_to_description_r1": 1 / len(described.texts),
-            **self._of_phrases(predictor, seen, described, text_embed, context),
+            **_of_phrases(seen, described, text_embed),
         }
 
-    def _of_phrases(
-        self,
-        predictor: Any,
-        seen: encode.Encoded,
-        described: Described,
-        text_embed: np.ndarray,
-        context: Context,
-    ) -> dict[str, Any]:
-        """The part of the result about phrases, by the queries and by the text decoder; text_embed [T, D]."""
-        phrases = _phrases(described)
-        if phrases is None:
-            return {"phrases": 0}
-        pred_boxes_xyxy, region_embed = seen.with_regions
-        image, text = phrases.pairs.T
-        similarity = np.einsum("uqd,ud->uq", scores.unit(region_embed)[image], text_embed[text])
-        answers_xyxy = pred_boxes_xyxy[phrases.image]  # [P, Q, 4]
-        share = _best(similarity[phrases.pair], rates.TIE)
-        of = lambda answers_xyxy, share: phrase_rates(
-            described.boxes_xyxy[phrases.boxes], phrases.counts, answers_xyxy, share
-        )
-        out = of(answers_xyxy, share)
-        if not (self.text_decoder and getattr(predictor, "has_text_decoder", False)):
-            return out
-        found = self._said(predictor, seen, described, phrases, context)
-        likelihood = found["likelihood"][phrases.pair]  # [P, Q]
-        by_likelihood = of(answers_xyxy, _best(likelihood, likelihood_lib.TIE))
-        pointed_xyxy = found["boxes_xyxy"][phrases.pair][:, None]  # [P, 1, 4]
-        of_point = of(pointed_xyxy, np.ones((len(pointed_xyxy), 1)))
-        return out | {
-            "point": _without_chance(of_point),
-            "likelihood": _without_chance(by_likelihood),
-        }
 
-    def _said(
-        self,
-        predictor: Any,
-        seen: encode.Encoded,
-        described: Described,
-        phrases: _Phrases,
-        context: Context,
-    ) -> dict[str, np.ndarray]:
-        """What the text decoder says of the U pairs of `phrases`.
-
-        Returns: `boxes_xyxy` [U, 4], the box that it points at, and `likelihood` float64 [U, Q], that of the text of
-          each box of the queries.
-        """
-        all_images, pred_boxes_xyxy = self.read().images, seen.with_regions.boxes_xyxy
-
-        def of(index: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
-            ends = np.searchsorted(phrases.pairs[:, 0], [index, index + 1]).T
-            texts = [[described.texts[t] for t in phrases.pairs[a:b, 1]] for a, b in ends]
-            pointed = []
-            for first in range(0, len(texts), _IMAGES):
-                some = slice(first, first + _IMAGES)
-                for own in predictor.point(tokens.at(some), texts[some]):
-                    pointed += [answer.box_xyxy for answer in own]
-            likelihood = rerank.log_likelihoods(
-                lambda rows, tokens, some: _of_boxes(
-                    predictor, pred_boxes_xyxy[index[rows]], tokens, some
-                ),
-                tokens,
-                texts,
-                (pred_boxes_xyxy.shape[1],),
-            )
-            boxes_xyxy = np.array(pointed, np.float32).reshape(-1, 4)
-            return {"boxes_xyxy": boxes_xyxy, "likelihood": np.concatenate(likelihood)}
-
-        return second_pass.gather(
-            predictor,
-            [all_images[i] for i in seen.index],
-            of,
-            label=f"{self.kind}, again",
-            batch_size=context.batch_size,
-        )
+def _of_phrases(
+    seen: encode.Encoded, described: Described, text_embed: np.ndarray
+) -> dict[str, Any]:
+    """The part of the result about phrases; text_embed [T, D]."""
+    phrases = _phrases(described)
+    if phrases is None:
+        return {"phrases": 0}
+    pred_boxes_xyxy, region_embed = seen.with_regions
+    similarity = np.einsum(
+        "pqd,pd->pq", scores.unit(region_embed)[phrases.image], text_embed[phrases.text]
+    )
+    best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
+    share = best / best.sum(axis=1, keepdims=True)  # of several best ones, one at random
+    return phrase_rates(
+        described.boxes_xyxy[phrases.boxes],
+        phrases.counts,
+        pred_boxes_xyxy[phrases.image],
+        share,
+    )
 
 
 class Matched(NamedTuple):
@@ -225,13 +158,8 @@ class _Phrases(NamedTuple):
 
     boxes: np.ndarray  # int [K], of one phrase after another: positions among the M
     counts: np.ndarray  # int [P], boxes of each
-    pairs: np.ndarray  # int [U, 2], the distinct (image, text), in rising order
-    pair: np.ndarray  # int [P], which of them it is
-
-    @property
-    def image(self) -> np.ndarray:
-        """int [P]."""
-        return self.pairs[self.pair, 0]
+    image: np.ndarray  # int [P]
+    text: np.ndarray  # int [P]
 
 
 def _phrases(described: Described) -> _Phrases | None:
@@ -240,15 +168,8 @@ def _phrases(described: Described) -> _Phrases | None:
         return None
     counts = np.array(list(map(len, described.phrases)))  # [P]
     boxes, first = np.concatenate(described.phrases), np.cumsum(counts) - counts
-    both = np.stack([described.image, described.text], axis=1)[boxes[first]]
-    pairs, pair = np.unique(both, axis=0, return_inverse=True)
-    return _Phrases(boxes, counts, pairs, pair.reshape(-1))
-
-
-def _best(values: np.ndarray, tie: float) -> np.ndarray:
-    """[P, Q] -> the chance of each to be the highest, those within `tie` of it being drawn at random."""
-    best = values >= values.max(axis=1, keepdims=True) - tie
-    return best / best.sum(axis=1, keepdims=True)
+    image, text = described.image[boxes[first]], described.text[boxes[first]]
+    return _Phrases(boxes, counts, image, text)
 
 
 def phrase_rates(
@@ -275,24 +196,6 @@ def phrase_rates(
         out["phrases_of_several_boxes"] = int((counts > 1).sum())
         out |= {k.replace("acc50", "acc50_any_box"): v for k, v in same.items()} | merged
     return out
-
-
-def _without_chance(rates_: dict[str, Any]) -> dict[str, Any]:
-    """Without what the contrastive answer has as well."""
-    return {
-        key: value
-        for key, value in rates_.items()
-        if "chance" not in key and not key.startswith("phrases")
-    }
-
-
-def _of_boxes(
-    predictor: Any, boxes_xyxy: np.ndarray, tokens: Any, texts: list[list[str]]
-) -> list[np.ndarray]:
-    """For each image log p(text | box), [n, Q]; boxes_xyxy [b, Q, 4], texts n of each image."""
-    asked = [[own] * boxes_xyxy.shape[1] for own in texts]
-    found = predictor.description_log_likelihood(tokens, list(boxes_xyxy), asked)
-    return [np.stack(of_image, axis=1) for of_image in found]
 
 
 def _of_protocol(name: str, overlap: np.ndarray, share: np.ndarray) -> dict[str, float]:

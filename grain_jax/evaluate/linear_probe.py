@@ -1,11 +1,10 @@
-"""Linear probe and few-shot probe: how well a logistic regression on image embeddings classifies.
+"""Linear probe: how well a logistic regression on image embeddings classifies.
 
 The protocol is that of CLIP (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
 Supervision", appendix A.3): scikit-learn's L-BFGS logistic regression of at most 1000 iterations; the strength of
 the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades, then
 around the best value with a step that is halved four times (8 steps per decade); the final fit uses the validation
-part too. A few-shot probe validates on up to 4 further images per class, as in CoOp (Zhou et al. 2022, "Learning to
-Prompt for Vision-Language Models"), and its final fit uses only the shots.
+part too.
 
 The features are image embeddings after the projection, with unit length, as in the example in the README of
 openai/CLIP. The tables of the CLIP paper use the features before the projection.
@@ -15,9 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
@@ -34,7 +32,6 @@ with epy.lazy_imports():
 
 TRAIN_SHARE = 0.7  # of the images of each class, where one set is split
 VALIDATION_SHARE = 0.2  # of the training images of each class
-VALIDATION_SHOTS = 4  # validation images per class of a few-shot probe, at most
 MAX_ITERATIONS = 1000
 # log10 of the values of C (1 / strength of the penalty) that the search tries first.
 EXPONENTS = tuple(range(-6, 7, 2))
@@ -44,51 +41,19 @@ _TIE = 1e-9  # of the largest logit of an image: logits of float64 nearer than t
 _ONE_THREAD = 10**9  # multiplications per iteration; fewer are faster by one thread than several
 
 
-def _parse_shots(text: str) -> tuple[int, ...]:
-    parts = ["0" if part == "all" else part for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(
-            f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
-        )
-    return tuple(map(int, parts))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbe(LabelledImages):
-    """Classifies by a logistic regression on image embeddings, also of few shots."""
+    """Classifies by a logistic regression on image embeddings."""
 
-    example = "--images runs/aviary/seen --shots 1,5,all"
+    example = "--images runs/aviary/seen"
+    table = (
+        TableRow("top1", "top-1", "chance", "pictures", "pictures"),
+        TableRow("top5", "top-5", "chance_top5", "pictures", "pictures"),
+        TableRow("mean_per_class", "mean per class", "chance", "pictures", "pictures"),
+    )
     kind: str = "linear_probe"
     # class folders to train on, or a split of the TFDS set; default: a share of each class of the images, or "train"
     train: str | None = option(None, "DIR")
-    # training images a class, a probe each: 1,5,all; default all, which a config writes as 0
-    shots: tuple[int, ...] = option((), "N,N", parse=_parse_shots)
-    # draws of few shots, which are averaged
-    seeds: int = option(5, "N", low=1, high=1000)
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        found = []
-        for key in numbers:
-            at, _, rate = key.rpartition("/")
-            if at.startswith("shots_") and rate == "top1":
-                number = at.removeprefix("shots_")
-                name = f"few shots, {number} a class" if number != "all" else "all training images"
-                found += [
-                    TableRow(f"{at}/{rate}", f"{name}, {words}", chance, "pictures", "pictures")
-                    for rate, words, chance in (
-                        ("top1", "top-1", "chance"),
-                        ("top5", "top-5", "chance_top5"),
-                        ("mean_per_class", "mean per class", "chance"),
-                    )
-                ]
-        return found
-
-    def faults(self) -> list[str]:
-        found = super().faults()
-        if any(shots < 0 for shots in self.shots):
-            found.append(f"shots: got {self.shots}, expected at least 1 each, or 0 for all")
-        return found
 
     @property
     def data(self) -> tuple[str | None, ...]:
@@ -126,28 +91,8 @@ class LinearProbe(LabelledImages):
         # A TFDS set knows the sizes of its classes only once it is read.
         if (labels := getattr(train or test, "labels", None)) is not None:
             counts = np.bincount(labels, minlength=len(test.classes))
-            counts = counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts])
-            self.check_shots(counts, test.classes)
+            _check_counts(counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts]))
         return len(test) + (len(train) if train else 0)
-
-    def check_shots(self, counts: np.ndarray, classes: Sequence[str]) -> None:
-        """Raises errors.UserError if the training images, `counts` [C] per class, are too few for `shots`.
-
-        A few-shot probe needs one further image of each class, for validation. The probe on all images needs two
-        classes with images, one of them with two.
-        """
-        for number in self.shots or (0,):
-            few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
-            if number and few:
-                raise errors.UserError(
-                    f"shots: got {number}, expected fewer than each class has training images, so that one is"
-                    f" left for validation; too few are of {test_sets.listed(few)}"
-                )
-            if not number and ((counts > 0).sum() < 2 or counts.max() < 2):
-                raise errors.UserError(
-                    "train: got too few images, expected at least two classes with images, one of them with two"
-                    " or more"
-                )
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
@@ -155,11 +100,9 @@ class LinearProbe(LabelledImages):
         Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed) for training
         and the rest for the test.
 
-        Returns: counts, `chance` (of top-1), `chance_top5`, and for each probe, under `shots_all` or `shots_N`:
-          `top1`, `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`; `per_class`; `C`; and
-          `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
-          intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
-          interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
+        Returns: counts, `chance` (of top-1), `chance_top5`; `top1`, `top5`, `mean_per_class` (of top-1), each with a 95%
+          interval `_low`, `_high` as of `rates.of_classes`; `per_class`; `C` and its `validation_top1`; and
+          `converged`, False where the final fit stopped at MAX_ITERATIONS.
         """
         unreadable: dict[str, str] = {}
         test, train = self.open(), self.open_train()
@@ -181,7 +124,7 @@ class LinearProbe(LabelledImages):
         learnt = None if train is None else encoded(train)
         if learnt is None:
             learnt, tested = _split(tested, classes)
-        self.check_shots(np.bincount(learnt.label, minlength=len(classes)), classes)
+        _check_counts(np.bincount(learnt.label, minlength=len(classes)))
         result = {
             "kind": "linear_probe",
             **rates.counts_of_classes(tested.label, classes),
@@ -189,11 +132,14 @@ class LinearProbe(LabelledImages):
             **encode.report_unreadable(unreadable),
         }
         # Only the first process fits; the others wait for its result.
-        return result | processes.of_first(
-            lambda: {
-                f"shots_{number or 'all'}": _probe(learnt, tested, number, self.seeds, classes)
-                for number in dict.fromkeys(self.shots or (0,))
-            }
+        return result | processes.of_first(lambda: _probe(learnt, tested, classes))
+
+
+def _check_counts(counts: np.ndarray) -> None:
+    """Raises errors.UserError unless two classes have training images, `counts` [C], and one of them two."""
+    if (counts > 0).sum() < 2 or counts.max() < 2:
+        raise errors.UserError(
+            f"train: got {(counts > 0).sum()} classes with images, expected two at least, one of them with two images"
         )
 
 
@@ -238,25 +184,10 @@ def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
 def hold_out(label: np.ndarray, share: float) -> np.ndarray:
     """A share of the images of each class, one at least and never all of them; bool [N]."""
     held = np.zeros(len(label), bool)
-    for own in _of_each_class(label, _SEED):
-        held[own[: _part(len(own), share)]] = True
+    for c in np.unique(label):  # in a random order that no other class influences
+        images = np.random.default_rng([_SEED, int(c)]).permutation(np.flatnonzero(label == c))
+        held[images[: _part(len(images), share)]] = True
     return held
-
-
-def draw(label: np.ndarray, shots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, int, of `shots` images per class, and of up to VALIDATION_SHOTS further ones per class."""
-    classes = _of_each_class(label, seed)
-    more = min(shots, VALIDATION_SHOTS)
-    chosen = np.concatenate([own[:shots] for own in classes])
-    return chosen, np.concatenate([own[shots : shots + more] for own in classes])
-
-
-def _of_each_class(label: np.ndarray, seed: int) -> list[np.ndarray]:
-    """For each class the positions of its images, in a random order that no other class influences."""
-    return [
-        np.random.default_rng([seed, int(c)]).permutation(np.flatnonzero(label == c))
-        for c in np.unique(label)
-    ]
 
 
 def _part(count: int, share: float) -> int:
@@ -277,45 +208,16 @@ def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
     return data.of(train), data.of(~train)
 
 
-def _probe(learnt: Data, tested: Data, shots: int, seeds: int, classes: list[str]) -> dict:
-    """The part of the result about one number of shots; 0: all training images."""
-    stopped = lambda model: bool(model.n_iter_.max() >= MAX_ITERATIONS)
-    if not shots:
-        held = hold_out(learnt.label, VALIDATION_SHARE)
-        model, validation_top1 = fit(learnt.of(~held), learnt.of(held), learnt)
-        return {
-            **_rates(model, tested, classes),
-            "C": model.C,
-            "validation_top1": validation_top1,
-            "unconverged": int(stopped(model)),
-        }
-    models = []
-    for seed in range(seeds):
-        chosen, validation = (learnt.of(x) for x in draw(learnt.label, shots, seed))
-        models.append(fit(chosen, validation, chosen)[0])
-    found = [_rates(model, tested, classes) for model in models]
-    out: dict[str, Any] = {"draws": seeds}
-    for key in ("top1", "top5", "mean_per_class"):
-        out |= _mean(key, found)
-    mean = lambda name: float(np.mean([rate["per_class"][name] for rate in found]))
-    return out | {
-        "per_class": {name: mean(name) for name in found[0]["per_class"]},
-        "top1_of_draws": [rate["top1"] for rate in found],
-        "C": [model.C for model in models],
-        "unconverged": sum(map(stopped, models)),
+def _probe(learnt: Data, tested: Data, classes: list[str]) -> dict[str, Any]:
+    """The part of the result about the regression."""
+    held = hold_out(learnt.label, VALIDATION_SHARE)
+    model, validation_top1 = fit(learnt.of(~held), learnt.of(held), learnt)
+    return {
+        **_rates(model, tested, classes),
+        "C": model.C,
+        "validation_top1": validation_top1,
+        "converged": bool(model.n_iter_.max() < MAX_ITERATIONS),
     }
-
-
-def _mean(key: str, found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of a rate over the draws, with Student's 95% interval within [0, 1]; of one draw the rate's own."""
-    from scipy import stats  # slow to import
-
-    values = np.array([rate[key] for rate in found])
-    mean, low, high = float(values.mean()), found[0][f"{key}_low"], found[0][f"{key}_high"]
-    if len(values) > 1:
-        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-        low, high = max(0.0, float(mean - half)), min(1.0, float(mean + half))
-    return {key: mean, f"{key}_low": low, f"{key}_high": high}
 
 
 def _rates(model: Any, tested: Data, classes: list[str]) -> dict[str, Any]:

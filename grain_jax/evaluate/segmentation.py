@@ -30,7 +30,6 @@ from grain_jax.evaluate.evaluators import Faults
 with epy.lazy_imports():
     import numpy as np
 
-    from grain_jax.core import schema
     from grain_jax.evaluate import confusion, encode, segmentation_sets, zeroshot
     from grain_jax.inference import prompts, scores, stream
     from grain_jax.inference import segmentation as segmenting
@@ -204,8 +203,7 @@ class Segmentation(config.Evaluator):
     def segmenter(self, predictor: Any, found: segmentation_sets.Segmented) -> Segmenter:
         """Embeds the classes of a set. Raises errors.UserError where the model cannot use the options."""
         size = predictor.model.image.image_size
-        length = getattr(predictor, "sequence_length", 0)
-        segmenting.check_stride(size, self.short_side, self.stride, length)
+        segmenting.check_stride(size, self.short_side, self.stride)
         predictor.maps_by(self.by, self.patch_features)
         classes = segmenting.embed_classes(
             functools.partial(encode.encode_distinct, predictor),
@@ -276,10 +274,7 @@ class Segmenter(NamedTuple):
     skip: int | None  # the class that the threshold gives
 
     def cutter(self, size: int) -> Any:
-        """A PIL image -> its windows of `size` pixels; whole, where the model takes images in their own shape."""
-        if length := getattr(self.predictor, "sequence_length", 0):
-            patch = self.predictor.model.image.patch_size
-            return functools.partial(segmenting.whole, patch=patch, length=length)
+        """A PIL image -> its windows of `size` pixels."""
         sides = dict(short_side=self.entry.short_side, stride=self.entry.stride)
         return functools.partial(
             segmenting.cut, size=size, classes=len(self.classes.names), **sides
@@ -296,15 +291,10 @@ class Segmenter(NamedTuple):
             patch_weight=entry.patch_weight,
             patch_sides=entry.patch_sides,
         )
-        if getattr(self.predictor, "sequence_length", 0):
-            of_all = zip(*(each.pixels for each in windows), strict=True)
-            maps = [one[None] for one in maps_of(schema.Patches(*map(np.concatenate, of_all)))]
-            stream.check_finite(*maps)
-        else:
-            pixels = np.concatenate([each.pixels for each in windows])
-            (maps,) = scores.in_parts(lambda part: (maps_of(part),), pixels)
-            stream.check_finite(maps)
-            maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
+        pixels = np.concatenate([each.pixels for each in windows])
+        (maps,) = scores.in_parts(lambda part: (maps_of(part),), pixels)
+        stream.check_finite(maps)
+        maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
         pairs = zip(maps, windows, strict=True)
 
         def labels_of(pair: tuple[np.ndarray, Any]) -> np.ndarray:

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config.evals import Context
 from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import encode, tables
-from grain_jax.inference import text_cache
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
@@ -66,26 +66,16 @@ def run(
     predictor = processes.run_together(load)
     results = _identity(checkpoint, predictor) | results
     if before:
-        before.setdefault("sequence_length", 0)  # without a length it is of squares
-        other = [key for key in ("digest", "sequence_length") if before.get(key) != results[key]]
-        if not other:
+        if before.get("digest") == results["digest"]:
             results["ran"] = {
                 name: result
                 for name, result in before["ran"].items()
-                if name not in entries
-                or (
-                    name in tasks
-                    and _same(result, *tasks[name], again)
-                    and tasks[name][0].still_holds(result, predictor)
-                )
+                if name not in entries or (name in tasks and _same(result, *tasks[name], again))
             }
         elif not again:
-            what, key = "checkpoint", "folder"
-            if "digest" not in other:
-                what = key = "sequence_length"
             raise InputError(
-                f"--output: {output}: holds the results of another {what} ({before.get(key)}, now"
-                f" {results[key]}); expected another file, or --again to start over"
+                f"--output: {output}: holds the results of another checkpoint ({before.get('folder')}, now"
+                f" {results['folder']}); expected another file, or --again to start over"
             )
     for number, (name, (entry, inputs)) in enumerate(tasks.items(), 1):
         of = f"{name} ({number} of {len(tasks)})"
@@ -181,8 +171,18 @@ def _digest_of_file(path: str) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if regular_file.is_one(file) else None
 
 
+def _digest_of(params: Any) -> str:
+    """A digest of a tree of arrays: their names, shapes, types and bytes; 40 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape};".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()[:40]
+
+
 def _identity(path: str, predictor: Any) -> dict[str, Any]:
-    """The checkpoint, the shape of its images, the package versions and the devices of the results."""
+    """The checkpoint, the package versions and the devices of the results."""
     folder = str(getattr(predictor, "folder", None) or path)
     step = re.fullmatch(r"\d+", epath.Path(folder).name)
     params = getattr(predictor, "params", None)  # test doubles have none
@@ -194,8 +194,7 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
         "checkpoint": path,
         "folder": folder,
         "step": int(step.group()) if step else None,
-        "digest": None if params is None else text_cache.digest_of(params),
-        "sequence_length": getattr(predictor, "sequence_length", 0),
+        "digest": None if params is None else _digest_of(params),
         "versions": versions,
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "processes": processes.process_info()[1],

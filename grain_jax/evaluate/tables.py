@@ -24,6 +24,16 @@ def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
+def by_evaluation(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers of `eval/NAME/KEY`, as in metrics.jsonl, as {NAME: {KEY: number}}; other values are left out."""
+    groups: dict[str, dict[str, float]] = {}
+    for key, value in results.items():
+        name, _, rest = key.removeprefix("eval/").partition("/")
+        if isinstance(value, (int, float)):
+            groups.setdefault(name, {})[rest] = value
+    return groups
+
+
 def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
     """The table of several results.
 

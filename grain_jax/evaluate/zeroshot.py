@@ -80,8 +80,13 @@ class ZeroShot(LabelledImages):
         found = []
         for key in numbers:  # in the order of `alphas`
             at, _, rate = key.rpartition("/")
-            if at.startswith("alpha_") and rate == "top1":
-                alpha, of = f"alpha {float(at.removeprefix('alpha_')):g}", ("pictures", "pictures")
+            way, _, alpha = at.rpartition("/")
+            if way in ("", BY_NAME) and alpha.startswith("alpha_") and rate == "top1":
+                alpha, of = (
+                    f"alpha {float(alpha.removeprefix('alpha_')):g}",
+                    ("pictures", "pictures"),
+                )
+                alpha += ", by name" if way else ""
                 found.append(TableRow(key, f"top-1, {alpha}", "chance", *of))
                 found.append(TableRow(f"{at}/top5", f"top-5, {alpha}", "chance_top5", *of))
         return found

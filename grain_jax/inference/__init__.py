@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grain_jax.inference.inputs import InputError
     from grain_jax.inference.predictor import ClassFeatures, Grounding, Predictor, Tokens, load
-    from grain_jax.inference.text_decoder import Pointed, Written
 
 __all__ = [
     "ClassFeatures",
     "Grounding",
     "InputError",
-    "Pointed",
     "Predictor",
     "Tokens",
-    "Written",
     "load",
 ]
 

@@ -8,17 +8,15 @@ import numpy as np
 import PIL.Image
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, patches
+from grain_jax.core import errors
 from grain_jax.core import images as image_files
-from grain_jax.core.schema import Patches
 from grain_jax.input_pipeline import tokenizer
 
 _FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 
 # PIL images, uint8 [H, W, 3] or float32 [S, S, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, S, S, 3]. PIL
-# images are turned by their EXIF orientation, as a viewer shows them; arrays are taken as they are. Patches, of one
-# image ([N, D] and [2]) or of a batch, take the place of the floats where the model takes images in their own shape.
-Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray | Patches] | np.ndarray | Patches
+# images are turned by their EXIF orientation, as a viewer shows them; arrays are taken as they are.
+Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
 OneOrMany: TypeAlias = Images | PIL.Image.Image  # an array of three axes is one image
 
 
@@ -26,25 +24,10 @@ class Tokens(NamedTuple):
     """What the image tower gives for images, computed once for any number of boxes."""
 
     values: np.ndarray  # [B, N, E], in the dtype of the Predictor
-    # int32 [B, 2], rows and columns of patches of images in their own shape; None: squares
-    grid: np.ndarray | None = None
-
-    def at(self, index: Any) -> "Tokens":
-        """Those of some of the images, by a slice or positions."""
-        return Tokens(self.values[index], None if self.grid is None else self.grid[index])
 
 
 class InputError(errors.UserError):
     """Images, texts or classes that the model cannot take; the message is one line."""
-
-
-def need_text_decoder(model: Any, what: str) -> None:
-    """Raises InputError where a model has no text decoder; `what` asks for it."""
-    if not getattr(model, "has_text_decoder", False):
-        raise InputError(
-            f"{what}: the model has no text decoder, expected one that was trained with the loss term text_decoder"
-            " (docs/howto/text_decoder.md)"
-        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,8 +38,6 @@ def tokenizer_of(tower: config_lib.TextTower, folder: Any) -> tokenizer.Tokenize
 
 def is_one_image(images: Any) -> bool:
     """Whether it is one image, and not a batch."""
-    if isinstance(images, Patches):
-        return images.pixels.ndim == 2
     return isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3
 
 
@@ -74,8 +55,6 @@ def one_image(image: Any) -> Images:
     """An image as a batch of one. Raises InputError."""
     if isinstance(image, PIL.Image.Image):
         return [image]
-    if isinstance(image, Patches):
-        return patches.stack([image])
     image = np.asarray(image)
     if image.ndim != 3:
         raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
@@ -113,40 +92,19 @@ def boxes_of_images(boxes_xyxy: Any) -> list[np.ndarray]:
     return [checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
 
 
-def lists(texts: Any) -> list[Any]:
-    """A list for each image, of what it is asked about. Raises InputError."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        raise InputError(f"texts: got {texts!r}, expected a list of texts for each image")
-    return list(texts)
-
-
-def checked_texts(texts: Any, name: str = "texts", of: str = "image") -> list[list[str]]:
-    """For each image (or box) its texts. Raises InputError."""
-    found = []
-    for i, own in enumerate(lists(texts)):
-        is_list = isinstance(own, Iterable) and not isinstance(own, (str, bytes))
-        found.append(list(own) if is_list else [own])
-        if not is_list or not all(isinstance(text, str) for text in found[-1]):
-            raise InputError(f"{name}[{i}]: got {own!r}, expected a list of texts of one {of}")
-    return found
-
-
-def check_a_text_a_box(texts: list[Any], boxes: list[np.ndarray], what: str) -> None:
-    """Raises InputError where an image has not as many of the texts as boxes."""
-    for i, (own, of_image) in enumerate(zip(texts, boxes)):
-        if len(own) != len(of_image):
-            raise InputError(
-                f"texts[{i}]: got {len(own)} {what} for {len(of_image)} boxes, expected one a box"
-            )
-
-
 def resize(index: int, image: Any, size: int) -> np.ndarray:
     """The image resized to uint8 [size, size, 3]; float32 [size, size, 3], normalised, as it is.
 
     Raises InputError, which names the image by `index`.
     """
     if isinstance(image, PIL.Image.Image):
-        image = _readable(index, image)
+        try:
+            image = image_files.to_rgb(image_files.upright(image))
+        # PIL reads the pixels of a file only here, and raises many types of error.
+        except Exception as error:
+            raise InputError(
+                f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
+            ) from None
     elif getattr(image, "dtype", None) != np.uint8:
         dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
         if dtype == np.float32 and shape == (size, size, 3):
@@ -162,61 +120,15 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
         raise InputError(f"images[{index}]: {error}") from None
 
 
-def _readable(index: int, image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image upright and RGB. Raises InputError."""
-    try:
-        return image_files.to_rgb(image_files.upright(image))
-    # PIL reads the pixels of a file only here, and raises many types of error.
-    except Exception as error:
-        raise InputError(
-            f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
-        ) from None
-
-
-def in_own_shape(index: int, image: Any, patch: int, length: int) -> Patches:
-    """The image resized to its grid of at most `length` patches, [N, D] and [2]; Patches of one image as they are.
-
-    Raises InputError, which names the image by `index`.
-    """
-    if isinstance(image, Patches):
-        if image.pixels.ndim == 2 and image.pixels.shape[1] == 3 * patch**2:
-            return image
-        got = f"patches {list(image.pixels.shape)}"
-    elif isinstance(image, PIL.Image.Image):
-        return patches.of_image(_readable(index, image), patch, length)
-    elif getattr(image, "dtype", None) == np.uint8 and 0 not in image.shape:
-        try:
-            return patches.of_image(image, patch, length)
-        except image_files.ImageError as error:
-            raise InputError(f"images[{index}]: {error}") from None
-    else:
-        dtype = getattr(image, "dtype", None)
-        got = f"{dtype} {list(image.shape)}" if dtype else type(image).__name__
-    raise InputError(
-        f"images[{index}]: got {got}, expected a PIL image, uint8 [H, W, 3], or patches [N, {3 * patch**2}] with their"
-        " grid, as preprocess gives them"
-    )
-
-
-def together(images: list[Any], tower: config_lib.ImageTower) -> Any:
-    """Prepared images as a batch, an array or Patches; normalised where some are. Raises InputError: of other lengths."""
-    pixels = [x.pixels if isinstance(x, Patches) else x for x in images]
-    if len({x.dtype for x in pixels}) > 1:
+def together(images: list[np.ndarray], tower: config_lib.ImageTower) -> np.ndarray:
+    """Prepared images as a batch; normalised where some are."""
+    if len({x.dtype for x in images}) > 1:
         images = [normalised(x, tower) for x in images]
-    if not isinstance(images[0], Patches):
-        return np.stack(images)
-    lengths = sorted({len(x) for x in pixels})
-    if len(lengths) > 1:
-        raise InputError(f"images: got patches of lengths {lengths}, expected one length a call")
-    return patches.stack(images)
+    return np.stack(images)
 
 
-def normalised(image: Any, tower: config_lib.ImageTower) -> Any:
-    """uint8 [S, S, 3], or Patches, as float32, as the model normalises it; float32 as it is."""
-    if isinstance(image, Patches):
-        shape = image.pixels.shape
-        pixels = normalised(image.pixels.reshape(*shape[:-1], -1, 3), tower).reshape(shape)
-        return image._replace(pixels=pixels)
+def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
+    """uint8 [S, S, 3] as float32, as the model normalises it; float32 as it is."""
     if image.dtype != np.uint8:
         return image
     mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
@@ -228,14 +140,10 @@ def checked_images(images: Any, size: int) -> Images:
 
     Args:
       images: any.
-      size: of the squares that the model takes; 0: it takes images in their own shape.
+      size: of the squares that the model takes.
     """
     if isinstance(images, PIL.Image.Image):
         raise InputError("images: got one PIL image, expected a list of them")
-    if isinstance(images, Patches):
-        if size:
-            raise InputError("images: got patches, expected images of a model of squares")
-        return [Patches(*of_one) for of_one in zip(images.pixels, images.grid, strict=True)]
     if not hasattr(images, "dtype"):
         if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
             raise InputError(
@@ -251,11 +159,6 @@ def checked_images(images: Any, size: int) -> Images:
         return images
     if images.dtype.kind != "f":
         raise InputError(f"images: got {images.dtype}, expected uint8, or float32 normalised")
-    if not size:
-        raise InputError(
-            f"images: got {images.dtype}, expected uint8 or PIL images, or the patches of preprocess: the model takes"
-            " images in their own shape"
-        )
     if images.shape[1:3] != (size, size):
         raise InputError(
             f"images: got float32 of {images.shape[1]} x {images.shape[2]} pixels, expected"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,19 @@ from grain_jax import config as config_lib
 from grain_jax.inference.inputs import Tokens
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.models import grain
-from grain_jax.models import places as places_lib
 
 
 def _applied(model: config_lib.Model, dtype: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """(params, *arguments) -> what the method of the model returns; of Tokens it gets the values and their places."""
+    """(params, *arguments) -> what the method of the model returns; of Tokens it gets the values."""
     module = grain.GRAIN(model, dtype)
     # "highest": full float32 also on devices that by default round the operands of a matrix product.
     precision = "highest" if dtype == "float32" else None
 
     def apply(params: Any, *arguments: Any) -> Any:
-        places: dict[str, Any] = {}
         if isinstance(arguments[0], Tokens):
-            tokens, grid = cast(Any, arguments[0])
-            if grid is not None:
-                patches = tokens.shape[1] - grain.leading_tokens(model)
-                places = {"places": places_lib.of_grid(grid, patches)}
-            arguments = tokens, *arguments[1:]
+            arguments = arguments[0].values, *arguments[1:]
         with jax.default_matmul_precision(precision):
-            return module.apply({"params": params}, *arguments, method=method, **places)
+            return module.apply({"params": params}, *arguments, method=method)
 
     apply.__name__ = method.__name__  # of the compiled program, in profiles
     return apply
@@ -41,7 +35,7 @@ def image_program(
 ) -> Callable[..., Any]:
     """The jitted encode_images(params, image) -> image_embed [B, D], region_embed [B, Q, D], boxes_xyxy [B, Q, 4].
 
-    `image` is [B, S, S, 3], uint8, or float32 normalised; or Patches. With `of_tokens`, it is their Tokens.
+    `image` is [B, S, S, 3], uint8, or float32 normalised. With `of_tokens`, it is their Tokens.
     """
     method = grain.GRAIN.embeddings if of_tokens else grain.GRAIN.encode_image
     apply = _applied(model, dtype, method)
@@ -87,4 +81,4 @@ def tokens_program(
 ) -> Callable[..., Tokens]:
     """The jitted (params, images) -> Tokens, by `image_tokens` or `image_values` of the model."""
     apply = _applied(model, dtype, getattr(grain.GRAIN, method))
-    return jax.jit(lambda params, image: Tokens(apply(params, image), getattr(image, "grid", None)))
+    return jax.jit(lambda params, image: Tokens(apply(params, image)))

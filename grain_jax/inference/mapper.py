@@ -12,12 +12,10 @@ import numpy as np
 import PIL.Image
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, named, schema
+from grain_jax.core import errors, named
 from grain_jax.inference import inputs, jitted, scores, segmentation
 from grain_jax.inference.inputs import Images, InputError, OneOrMany, Tokens
 from grain_jax.models import box_head, grain, towers
-
-_NO_PATCHES = "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
 
 
 class Mapper:
@@ -28,7 +26,6 @@ class Mapper:
     params: Any
     dtype: str
     templates: Any
-    sequence_length: int
     logit_scale: Any
     has_regions: Any
     encode_text: Any
@@ -42,7 +39,7 @@ class Mapper:
     def encode_patches(self, images: OneOrMany | Tokens, sides: Sequence[int] = (1,)) -> Any:
         """Images, as for `encode_boxes` -> an embedding of each patch, float32 [B, h, w, D], unit length.
 
-        One image -> [h, w, D]. With `sequence_length` a list, for each image [h, w, D] of its own grid.
+        One image -> [h, w, D].
 
         With a box head a patch is a box, or the mean of boxes around it, `sides` patches wide; of a model of two towers
         each patch is pooled alone, as in MaskCLIP (Zhou et al. 2022).
@@ -52,38 +49,20 @@ class Mapper:
         """
         if inputs.is_one_image(images):
             return self.encode_patches(inputs.one_image(images), sides)[0]
-        if self.sequence_length:
-            return self._patches_in_own_shape(images, sides)
         grid = self.grid
         if self.model.boxes.kind != "none":
             tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
-            boxes = [_around(grid, grid, sides)] * len(tokens.values)
+            boxes = [_around(grid, sides)] * len(tokens.values)
             patches = np.array([_means(x, sides) for x in self.encode_boxes(tokens, boxes)])
         elif self.model.decoder is not None:
-            raise InputError(_NO_PATCHES)
+            raise InputError(
+                "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the"
+                " regions"
+            )
         else:
             method = "patch_embeddings" if isinstance(images, Tokens) else "encode_patches"
             patches = self._all(jitted.program(self.model, self.dtype, method), images)
         return patches.astype(np.float32).reshape(-1, grid, grid, self.model.embed_dim)
-
-    def _patches_in_own_shape(
-        self, images: OneOrMany | Tokens, sides: Sequence[int]
-    ) -> list[np.ndarray]:
-        """For each image the embeddings of its patches, float32 [h, w, D]."""
-        has_head = self.model.boxes.kind != "none"
-        if self.model.decoder is not None and not has_head:
-            raise InputError(_NO_PATCHES)
-        tokens = images if isinstance(images, Tokens) else self._tokens_of(images)
-        assert tokens.grid is not None
-        if has_head:
-            boxes = [_around(rows, columns, sides) for rows, columns in tokens.grid]
-            found = [_means(x, sides) for x in self.encode_boxes(tokens, boxes)]
-        else:
-            found = self._all(jitted.program(self.model, self.dtype, "patch_embeddings"), tokens)
-        return [
-            x[: rows * columns].astype(np.float32).reshape(rows, columns, -1)
-            for x, (rows, columns) in zip(found, tokens.grid, strict=True)
-        ]
 
     def similarity_map(
         self, image: PIL.Image.Image | np.ndarray, texts: str | Iterable[str] | np.ndarray
@@ -119,19 +98,16 @@ class Mapper:
           InputError: the images cannot be used, or the image tower has no grid of patches.
         """
         has_head = self.model.boxes.kind != "none"
-        if not isinstance(images, Tokens) and (has_head or self.sequence_length):
+        if not isinstance(images, Tokens) and has_head:
             images = self._tokens_of(images)
-        grids: Any = images.grid if isinstance(images, Tokens) and self.sequence_length else None
-        if grids is None:
-            grids = [self.grid] * len(text_embeds)
         patches = regions = [None] * len(text_embeds)
         if has_head or self.model.decoder is None:
             patches = self.encode_patches(images)
         if self.has_regions or not has_head and self.model.decoder is not None:
             regions = list(zip(*self.encode_regions(images)))
         return [
-            scores.similarity_map(text, patch, region, grid)
-            for text, patch, region, grid in zip(text_embeds, patches, regions, grids, strict=True)
+            scores.similarity_map(text, patch, region, self.grid)
+            for text, patch, region in zip(text_embeds, patches, regions, strict=True)
         ]
 
     def segment(
@@ -152,25 +128,21 @@ class Mapper:
             class: "sofa, couch".
           background: pixels are -1 where the best class has a smaller share of the softmax of scaled cosines; None: none.
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
-          stride: pixels between windows of the model's size; 0: half of it. With `sequence_length` there are no windows,
-            and the image is seen whole.
+          stride: pixels between windows of the model's size; 0: half of it.
           **maps: `by`, `patch_features`, `patch_weight` and `patch_sides`, as of `class_maps`.
 
         Raises:
           InputError: images, classes or options cannot be used.
         """
-        size, patch = self.model.image.image_size, self.model.image.patch_size
-        segmentation.check_stride(size, short_side, stride, self.sequence_length)
+        size = self.model.image.image_size
+        segmentation.check_stride(size, short_side, stride)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
         is_one = inputs.is_one_image(images)
         found, several = [], [images] if is_one else images
         for i, image in enumerate(cast(Iterable[Any], several)):
             options = size, short_side, stride, len(classes.names)
-            if self.sequence_length:
-                windows = segmentation.whole_of(i, image, patch, self.sequence_length)
-            else:
-                windows = segmentation.windows_of(i, image, *options)
+            windows = segmentation.windows_of(i, image, *options)
             of_windows = self.class_maps(windows.pixels, classes, **maps)
             scale = self.logit_scale
             found.append(
@@ -200,8 +172,6 @@ class Mapper:
     ) -> Any:
         """Where every class lies in each image of a batch: cosines at the patches, float32 [B, C, h, w].
 
-        With `sequence_length` a list, for each image [C, h, w] of its own grid.
-
         Args:
           images: as for `encode_image`.
           classes: the result of `segmentation_classes`.
@@ -217,9 +187,6 @@ class Mapper:
           InputError: as `encode_image`; an unknown option; the model has no such patches or regions.
         """
         by, patch_features = self.maps_by(by, patch_features)
-        if self.sequence_length:
-            options = by, patch_features, patch_weight, patch_sides
-            return self._class_maps_in_own_shape(images, classes, *options)
         grid, maps, tokens = self.grid, [], None
         images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
         if by != "regions":
@@ -237,39 +204,6 @@ class Mapper:
         if len(maps) == 1:
             return maps[0]
         return np.float32(patch_weight) * maps[0] + np.float32(1 - patch_weight) * maps[1]
-
-    def _class_maps_in_own_shape(
-        self,
-        images: Images,
-        classes: segmentation.Classes,
-        by: str,
-        patch_features: str,
-        weight: float,
-        sides: Sequence[int],
-    ) -> list[np.ndarray]:
-        """`class_maps` without "auto"."""
-        # They may be read twice.
-        images = images if isinstance(images, schema.Patches) else list(images)
-        tokens = self._tokens_of(images)
-        assert tokens.grid is not None
-        shares, parts = [], []
-        if by != "regions":
-            seen = tokens
-            if patch_features == "values":
-                seen = self._tokens_of(images, "image_values")
-            shares.append(weight)
-            parts.append(
-                [classes.cosines(x).transpose(2, 0, 1) for x in self.encode_patches(seen, sides)]
-            )
-        if by != "patches":
-            regions = self.encode_regions(tokens)
-            cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
-            each = zip(cosines, regions.boxes_xyxy, tokens.grid)
-            shares.append(1 - weight)
-            parts.append([scores.region_map(*one) for one in each])
-        if len(parts) == 1:
-            return parts[0]
-        return [np.float32(shares[0]) * x + np.float32(shares[1]) * y for x, y in zip(*parts)]
 
     def maps_by(self, by: str, patch_features: str) -> tuple[str, str]:
         """The options of `class_maps` without "auto". Raises InputError where the model cannot use them."""
@@ -321,19 +255,19 @@ class Mapper:
             raise InputError(str(error)) from None
 
 
-def _around(rows: int, columns: int, sides: Sequence[int]) -> np.ndarray:
-    """Boxes around each patch of a grid, so many patches wide, float32 xyxy [S * rows * columns, 4], cut at the image.
+def _around(grid: int, sides: Sequence[int]) -> np.ndarray:
+    """Boxes around each patch of a grid, so many patches wide, float32 xyxy [S * grid * grid, 4], cut at the image.
 
     Raises:
       InputError: there are no `sides`, or one is below 1.
     """
     if min(sides, default=0) < 1:
         raise InputError(f"sides: got {tuple(sides)}, expected numbers of patches, 1 or more")
-    y, x = np.divmod(np.arange(rows * columns), columns)
+    y, x = np.divmod(np.arange(grid * grid), grid)
     middle = np.stack([x, y], axis=1) + 0.5
     half = np.array(sides)[:, None, None] / 2
     corners = np.concatenate([middle - half, middle + half], axis=-1).reshape(-1, 4)
-    return np.clip(corners / [columns, rows, columns, rows], 0, 1).astype(np.float32)
+    return np.clip(corners / grid, 0, 1).astype(np.float32)
 
 
 def _means(embeds: np.ndarray, sides: Sequence[int]) -> np.ndarray:

@@ -25,9 +25,8 @@ from grain_jax.core import schema
 from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import InputError, OneOrMany, Tokens
 from grain_jax.inference.mapper import Mapper
-from grain_jax.inference.writer import Writer
-from grain_jax.models import grain, lora, places, towers
-from grain_jax.runtime import checkpoint, digests, saved_model
+from grain_jax.models import lora, towers
+from grain_jax.runtime import checkpoint
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
 _COMPILING = "usually under a minute, on few CPU cores a few; once for each number of rows"
@@ -55,7 +54,6 @@ def load(
     dtype: str = "float32",
     templates: Sequence[str] | None = None,
     progress: bool = False,
-    sequence_length: int | None = None,
 ) -> "Predictor":
     """Loads the model of a training workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
 
@@ -64,28 +62,18 @@ def load(
         name; or one of the Hugging Face Hub ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"): a folder of `convert to-hf`, or
         any other conversion. No code of the Hub is downloaded.
       dtype, templates, progress: as in `Predictor`.
-      sequence_length: patches an image, for images in their own shape; 0: squares. None: the longest that the model was
-        trained with, squares where there is none.
 
     Raises:
       checkpoint.CheckpointError: there is no such model, or it is damaged.
       pretrained.hub.HubError: it cannot be downloaded.
-      InputError: unknown `dtype`, or a `sequence_length` that the model does not take, as one that was trained with squares.
+      InputError: unknown `dtype`.
     """
     stored = checkpoint.load_stored(path)
-    if sequence_length is None:
-        sequence_length = max(stored.sequence_lengths, default=0)
-    elif sequence_length and not stored.sequence_lengths:
-        raise InputError(
-            f"sequence_length: got {sequence_length} with {path}, which was trained with squares; expected 0, or a model"
-            " that was trained with input.sequence_lengths"
-        )
-    given = stored.model, stored.merged(), dtype, templates, stored.folder, progress
-    return Predictor(*given, text_decoder=stored.text_decoder, sequence_length=sequence_length)
+    return Predictor(stored.model, stored.merged(), dtype, templates, stored.folder, progress)
 
 
-class Predictor(Mapper, Writer):
-    """Encodes images and texts; every result is float32 numpy. With a text decoder, writes, too (`Writer`).
+class Predictor(Mapper):
+    """Encodes images and texts; every result is float32 numpy.
 
     Args:
       model: configuration of the model.
@@ -94,11 +82,9 @@ class Predictor(Mapper, Writer):
       templates: prompts with `{}` for the class name; None: those of `inference/templates.txt`.
       folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
-      text_decoder: that a run trained beside the model (`checkpoint.load_stored`), or None.
-      sequence_length: patches an image, N: images keep their ratio, and their grids fit N; 0: squares.
 
     Raises:
-      InputError: unknown `dtype`, a `sequence_length` that the model does not take, or factors of LoRA among the parameters.
+      InputError: unknown `dtype`, or factors of LoRA among the parameters.
     """
 
     def __init__(
@@ -109,39 +95,24 @@ class Predictor(Mapper, Writer):
         templates: Sequence[str] | None = None,
         folder: epath.PathLike | None = None,
         progress: bool = False,
-        *,
-        text_decoder: checkpoint.StoredDecoder | None = None,
-        sequence_length: int = 0,
     ):
         if dtype not in config_lib.DTYPES:
             names = " or ".join(config_lib.DTYPES)
             raise InputError(f"dtype: got {dtype!r}, expected {names}")
         # Raises early if a stored config names towers that may not be imported.
-        image_tower = towers.image_tower(model.image)
+        towers.image_tower(model.image)
         towers.text_tower(model.text)
         if lora.left_out(params):
             raise InputError(
                 "params: got factors of LoRA, which a Predictor does not apply; expected them folded in, as"
                 " grain_jax.load does and grain_jax.models.lora.merged"
             )
-        if sequence_length and (fault := config_lib.lengths_fault([sequence_length])):
-            raise InputError(f"sequence_length: {fault}")
-        if sequence_length and not image_tower.any_grid:
-            raise InputError(
-                f"sequence_length: got {sequence_length} with the tower {model.image.tower}, which takes squares alone;"
-                " expected 0"
-            )
         # The programs that the run was told to take are of its training and its devices.
         self.model = model = dataclasses.replace(model, attention="auto", mlp="auto")
         self.dtype = dtype
-        self.sequence_length = sequence_length
         self.folder = folder
         self.progress = progress
         self.params = jax.tree.map(jnp.asarray, params)
-        if text_decoder is not None:
-            of_decoder = jax.tree.map(jnp.asarray, text_decoder.params)
-            text_decoder = text_decoder._replace(params=of_decoder)
-        self.text_decoder = text_decoder
         # Parameters that the caller has put on a mesh stay on it, and the programs run there.
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
@@ -152,38 +123,13 @@ class Predictor(Mapper, Writer):
     def __repr__(self) -> str:
         image, text, decoder = self.model.image, self.model.text, self.model.decoder
         size, count = image.image_size, sum(x.size for x in jax.tree.leaves(self.params))
-        shape = f"{size} x {size}"
-        if self.sequence_length:
-            shape = f"of {self.sequence_length} patches in its own shape"
         return (
             f"<Predictor of {self.folder or 'given parameters'}:"
-            f" image {shape} ({image.tower}, depth {image.depth}, width {image.width});"
+            f" image {size} x {size} ({image.tower}, depth {image.depth}, width {image.width});"
             f" text of {text.context_length} tokens ({text.tower}, depth {text.depth}, width {text.width});"
             f" {decoder.queries if decoder else 0} regions; box head {self.model.boxes.kind};"
-            f"{self._described_decoder()} embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
+            f" embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
         )
-
-    def _described_decoder(self) -> str:
-        if self.text_decoder is None:
-            return ""
-        sizes = self.text_decoder.config
-        count = sum(x.size for x in jax.tree.leaves(self.text_decoder.params))
-        return f" text decoder (depth {sizes.depth}, width {sizes.width}; {count:,} parameters);"
-
-    @functools.cached_property
-    def digests(self) -> dict[str, str]:
-        """Of the model's configuration, of its parameters, and of its text decoder, if any; of own shapes the length."""
-        found = saved_model.model_digests(self.model, jax.device_get(self.params))
-        if self.text_decoder is not None:
-            found["text_decoder"] = self.text_decoder.digest()
-        if self.sequence_length:
-            found["sequence_length"] = str(self.sequence_length)
-        return found
-
-    @property
-    def digest(self) -> str:
-        """One of all `digests`."""
-        return digests.of_json(self.digests)
 
     @property
     def logit_scale(self) -> float:
@@ -195,22 +141,17 @@ class Predictor(Mapper, Writer):
         """What a sigmoid model adds to the scaled cosines; None for others."""
         return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
 
-    def preprocess(self, image: PIL.Image.Image | np.ndarray) -> Any:
+    def preprocess(self, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
         """A PIL image or uint8 [H, W, 3] -> float32 [S, S, 3], resized and normalised, as `encode_image` takes it.
-
-        With `sequence_length` the normalised Patches of the image, [N, D] and [2].
 
         Raises:
           InputError: another kind of image, or one that cannot be read.
         """
         return inputs.normalised(self.resized(image), self.model.image)
 
-    def resized(self, image: PIL.Image.Image | np.ndarray, index: int = 0) -> Any:
-        """As `preprocess`, not normalised: uint8 [S, S, 3], or the Patches of an image; an error names the `index`."""
-        tower = self.model.image
-        if self.sequence_length:
-            return inputs.in_own_shape(index, image, tower.patch_size, self.sequence_length)
-        return inputs.resize(index, image, tower.image_size)
+    def resized(self, image: PIL.Image.Image | np.ndarray, index: int = 0) -> np.ndarray:
+        """As `preprocess`, not normalised: uint8 [S, S, 3]; an error names the `index`."""
+        return inputs.resize(index, image, self.model.image.image_size)
 
     def tokenizer(self, texts: str | Iterable[str]) -> np.ndarray:
         """Texts -> token ids int32 [N, L], padded, as `encode_text` takes them; one text -> [L].
@@ -237,9 +178,9 @@ class Predictor(Mapper, Writer):
         Args:
           images: PIL images of any mode, uint8 [H, W, 3] of any size or float32 [S, S, 3] of the model's size, already
             normalised (`preprocess`), as a list, a generator or anything else to iterate over; uint8 [B, H, W, 3] or
-            float32 [B, S, S, 3]; or one image. What is not normalised is resized to the model's size; with
-            `sequence_length` to the grid of its ratio, and Patches take the place of the floats. PIL images are turned by
-            their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as they are.
+            float32 [B, S, S, 3]; or one image. What is not normalised is resized to the model's size. PIL
+            images are turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as
+            they are.
 
         Raises:
           InputError: images of another kind or shape, or one that cannot be read.
@@ -286,17 +227,16 @@ class Predictor(Mapper, Writer):
             )
 
     def encode_tokens(self, images: OneOrMany) -> Tokens:
-        """A batch of images, as for `encode_image` -> their tokens, which `encode_boxes` and `caption` take in their place.
+        """A batch of images, as for `encode_image` -> their tokens, which `encode_boxes` takes in their place.
 
         Raises:
-          InputError: as `encode_image`; the model has neither a box head nor a text decoder.
+          InputError: as `encode_image`; the model has no box head.
         """
-        if not self.has_text_decoder:
-            self._need_box_head()
+        self._need_box_head()
         return self._tokens_of(images)
 
     def _tokens_of(self, images: OneOrMany, method: str = "image_tokens") -> Tokens:
-        return Tokens(*self._all(jitted.tokens_program(self.model, self.dtype, method), images))
+        return self._all(jitted.tokens_program(self.model, self.dtype, method), images)
 
     def _need_box_head(self) -> None:
         if self.model.boxes.kind == "none":
@@ -398,23 +338,19 @@ class Predictor(Mapper, Writer):
             none: Any = np.zeros((0, size, size, 3), np.uint8)
             if isinstance(images, Tokens):
                 none = images
-            elif self.sequence_length:
-                numbers = 3 * self.model.image.patch_size**2
-                none = np.zeros((0, self.sequence_length, numbers), np.uint8)
-                none = schema.Patches(none, np.zeros((0, 2), np.int32))
             one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), none)
             shapes = jax.eval_shape(program, self.params, one)
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def _rows(self, images: OneOrMany | Tokens) -> Iterator[Any]:
-        """Images, checked, an array or Patches, or Tokens, at most MAX_BATCH rows per device. Raises InputError."""
+        """Images, checked, an array, or Tokens, at most MAX_BATCH rows per device. Raises InputError."""
         tower, most = self.model.image, MAX_BATCH * len(self._devices)
         if isinstance(images, Tokens):
             for first in range(0, len(images.values), most):
                 yield _part(images, first, most)
             return
-        images = inputs.checked_images(images, 0 if self.sequence_length else tower.image_size)
+        images = inputs.checked_images(images, tower.image_size)
         total = len(images) if isinstance(images, Sized) else None
         counter = progress_lib.Counter("images", total, silent=not self.progress)
         resized = (self.resized(x, i) for i, x in enumerate(images))
@@ -423,29 +359,19 @@ class Predictor(Mapper, Writer):
             counter.add(len(part))
         counter.close(stays=True)
 
-    def _run(
-        self,
-        program: Callable[..., Any],
-        *rows: Any,
-        most: int = MAX_BATCH,
-        of_text_decoder: bool = False,
-    ) -> Any:
+    def _run(self, program: Callable[..., Any], *rows: Any) -> Any:
         """The results of `program` on `rows` (arrays, or trees of them, of equal length), as numpy.
 
-        The rows are padded to a power of two per device, so that few programs are compiled. Up to `most` rows
-        run on one device, more on all devices. The parameters are those of the model, or of the text decoder.
+        The rows are padded to a power of two per device, so that few programs are compiled. Up to MAX_BATCH rows
+        run on one device, more on all devices.
         """
         count = _count(rows)
-        if count > most:
-            params, sharding = (
-                self._decoder_on_all_devices if of_text_decoder else self._on_all_devices
-            )
+        if count > MAX_BATCH:
+            params, sharding = self._on_all_devices
             wide = jax.tree.map(lambda x: _pad(x, len(self._devices)), rows)
             padded = jax.device_put(wide, sharding)
         else:
-            decoder = self.text_decoder if of_text_decoder else None
-            params = self.params if decoder is None else decoder.params
-            padded = jax.tree.map(_pad, rows)
+            params, padded = self.params, jax.tree.map(_pad, rows)
         with progress_lib.while_compiling(
             f"{program.__name__} for {_count(padded)} rows",
             _COMPILING,
@@ -457,35 +383,9 @@ class Predictor(Mapper, Writer):
     @functools.cached_property
     def _on_all_devices(self) -> tuple[Any, NamedSharding]:
         """The parameters replicated on every device, and the sharding of a batch."""
-        return self._spread(self.params)
-
-    @functools.cached_property
-    def _decoder_on_all_devices(self) -> tuple[Any, NamedSharding]:
-        """As `_on_all_devices`, of the text decoder."""
-        assert self.text_decoder is not None
-        return self._spread(self.text_decoder.params)
-
-    def _spread(self, params: Any) -> tuple[Any, NamedSharding]:
         mesh = Mesh(self._devices, ("batch",))
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         return params, NamedSharding(mesh, PartitionSpec("batch"))
-
-    def _run_text_decoder(
-        self, beams: int, program: Callable[..., Any], tokens: Any, image: Any, *rows: Any
-    ) -> Any:
-        """`_run` of the text decoder (text_decoder.Run), for any number of rows, of which each has so many beams."""
-        most = max(1, MAX_BATCH // beams)
-        at_once, parts = most * len(self._devices), []
-        for i in range(0, len(image), at_once):
-            # The tokens of an image are copied for each of its rows: of these rows alone.
-            one = _part((image, rows), i, at_once)
-            values, grid = jax.tree.map(lambda x, at=one[0]: x[at], tokens)
-            part = [values, *one[1]]
-            if grid is not None:
-                patches = values.shape[1] - grain.leading_tokens(self.model)
-                part.append(jax.tree.map(np.asarray, places.of_grid(grid, patches)))
-            parts.append(self._run(program, *part, most=most, of_text_decoder=True))
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 [N, D], unit length; one text -> [D].

@@ -82,9 +82,7 @@ def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.
     return np.float32(alpha) * global_ + np.float32(1.0 - alpha) * region
 
 
-def region_map(
-    cosines: Any, boxes_xyxy: Any, grid: int | Sequence[int] | np.ndarray, xp: Any = np
-) -> Any:
+def region_map(cosines: Any, boxes_xyxy: Any, grid: int, xp: Any = np) -> Any:
     """Cosines of texts and regions as a map: a cell has the best cosine of the regions that cover it.
 
     A region that covers a share of a cell counts there in that share, above the lowest cosine of the text; a cell
@@ -93,21 +91,20 @@ def region_map(
     Args:
       cosines: [N, Q], of texts and regions.
       boxes_xyxy: [Q, 4] in [0, 1].
-      grid: cells along a side; of a map that is no square, rows and columns.
+      grid: cells along a side.
       xp: of the arrays: numpy or jax.numpy.
 
     Returns:
-      float32 [N, rows, columns].
+      float32 [N, grid, grid].
     """
+    low = np.arange(grid) / grid
 
-    def covered(first, last, cells):  # [Q] each -> [Q, cells], the share of each row or column
-        low = np.arange(cells) / cells
-        ends = xp.minimum(last[:, None], low + 1 / cells) - xp.maximum(first[:, None], low)
-        return xp.clip(ends * cells, 0, 1)
+    def covered(first, last):  # [Q] each -> [Q, grid], the share of each row or column
+        ends = xp.minimum(last[:, None], low + 1 / grid) - xp.maximum(first[:, None], low)
+        return xp.clip(ends * grid, 0, 1)
 
-    rows, columns = (int(x) for x in np.broadcast_to(grid, 2))
     x1, y1, x2, y2 = xp.asarray(boxes_xyxy, np.float32).T
-    share = covered(y1, y2, rows)[:, :, None] * covered(x1, x2, columns)[:, None]
+    share = covered(y1, y2)[:, :, None] * covered(x1, x2)[:, None]
     lowest = cosines.min(axis=1, keepdims=True)
     above = ((cosines - lowest)[..., None, None] * share).max(axis=1)
     return (lowest[..., None] + above).astype(np.float32)
@@ -117,18 +114,18 @@ def similarity_map(
     text_embed: np.ndarray,
     patch_embed: np.ndarray | None,
     regions: tuple[np.ndarray, np.ndarray] | None,
-    grid: int | Sequence[int] | np.ndarray,
+    grid: int,
 ) -> np.ndarray:
     """Where texts lie: cosines of the patches, of the regions (`region_map`), or the mean of the two.
 
     Args:
       text_embed: [N, D].
-      patch_embed: [rows, columns, D]; None: only the regions are asked.
+      patch_embed: [grid, grid, D]; None: only the regions are asked.
       regions: boxes_xyxy [Q, 4] in [0, 1] and embeddings [Q, D]; None: only the patches are asked.
       grid: as of `region_map`.
 
     Returns:
-      float32 [N, rows, columns].
+      float32 [N, grid, grid].
     """
     maps = []
     if patch_embed is not None:

@@ -3,8 +3,6 @@
     image -> short side to `short_side` pixels -> windows of the model's size, every `stride` pixels
           -> of each window a map of every class -> mean where windows overlap -> the size of the image -> argmax
 
-Of a model that takes images in their own shape the whole image is the one window, and its map has the grid of the image.
-
 Maps of patches are those of MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
 centres, the edge held.
 """
@@ -17,7 +15,6 @@ import numpy as np
 import PIL.Image
 
 from grain_jax.core import images as image_files
-from grain_jax.core import patches
 from grain_jax.inference import prompts, scores
 from grain_jax.inference.inputs import InputError
 
@@ -81,11 +78,11 @@ def embed_classes(
 
 
 class Windows(NamedTuple):
-    """The windows of an image; without corners the whole image is the only one."""
+    """The windows of an image."""
 
-    pixels: Any  # uint8 [n, S, S, 3]; of a whole image Patches of a batch of one
+    pixels: np.ndarray  # uint8 [n, S, S, 3]
     corners: np.ndarray  # int [n, 2], row and column of the first pixel of each
-    canvas: tuple[int, int]  # rows and columns of the resized image; of a whole one, of its patches
+    canvas: tuple[int, int]  # rows and columns of the resized image
     size: tuple[int, int]  # width and height of the image
 
 
@@ -126,18 +123,6 @@ def cut(
     return Windows(windows, np.array(corners), (rows, columns), (width, height))
 
 
-def whole(image: PIL.Image.Image, patch: int, length: int) -> Windows:
-    """The whole image of any mode and size as its only window, in its own shape (arguments of `patches.of_image`)."""
-    found = patches.stack([patches.of_image(image, patch, length)])
-    rows, columns = found.grid[0].tolist()
-    return Windows(found, np.zeros((0, 2), int), (rows, columns), image.size)
-
-
-def whole_of(index: int, image: Any, patch: int, length: int) -> Windows:
-    """`whole` of an image, PIL or uint8 [H, W, 3]; raises as `windows_of`."""
-    return _of_image(index, image, lambda image: whole(image, patch, length))
-
-
 def windows_of(index: int, image: Any, *options: int) -> Windows:
     """The windows of an image, PIL or uint8 [H, W, 3]. Raises InputError, which names the image by `index`.
 
@@ -145,10 +130,6 @@ def windows_of(index: int, image: Any, *options: int) -> Windows:
       index, image: the image.
       *options: the other arguments of `cut`.
     """
-    return _of_image(index, image, lambda image: cut(image, *options))
-
-
-def _of_image(index: int, image: Any, windows: Callable[[PIL.Image.Image], Windows]) -> Windows:
     try:
         if isinstance(image, PIL.Image.Image):
             image = image_files.upright(image)
@@ -157,7 +138,7 @@ def _of_image(index: int, image: Any, windows: Callable[[PIL.Image.Image], Windo
         else:
             got = f"{image.dtype} {list(image.shape)}" if hasattr(image, "dtype") else type(image)
             raise image_files.ImageError(f"got {got}, expected a PIL image or uint8 [H, W, 3]")
-        return windows(image)
+        return cut(image, *options)
     except Exception as error:  # PIL reads the pixels here, and raises many types of error
         raise InputError(f"images[{index}]: {' '.join(str(error).split())}") from None
 
@@ -201,12 +182,7 @@ def labels(
 
 
 def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
-    """Maps [n, C, h, w] -> float32 [rows, columns, C] of the resized image, means where windows overlap.
-
-    Of a whole image its map, [h, w, C].
-    """
-    if not len(windows.corners):
-        return np.ascontiguousarray(np.moveaxis(np.asarray(maps[0], np.float32), 0, -1))
+    """Maps [n, C, h, w] -> float32 [rows, columns, C] of the resized image, means where windows overlap."""
     size = windows.pixels.shape[1]
     down, across = (_weights(size, cells) for cells in maps.shape[2:])
     canvas = np.zeros((*windows.canvas, maps.shape[1]), np.float32)
@@ -260,13 +236,8 @@ def _between(x: np.ndarray, before: np.ndarray, share: np.ndarray, axis: int) ->
     return out
 
 
-def check_stride(size: int, short_side: int, stride: int, sequence_length: int = 0) -> None:
-    """Raises InputError where a model of `size` pixels, or that sees whole images, cannot use the options of `cut`."""
-    if sequence_length and (short_side or stride):
-        raise InputError(
-            f"short_side, stride: got {short_side}, {stride} with a model that takes whole images in their own shape,"
-            " expected 0"
-        )
+def check_stride(size: int, short_side: int, stride: int) -> None:
+    """Raises InputError where a model of `size` pixels cannot use the options of `cut`."""
     if short_side and short_side < size:
         raise InputError(
             f"short_side: got {short_side} pixels, expected 0 or at least {size}, the model's image size"

@@ -1,8 +1,4 @@
-"""grain-jax report DIR [DIR ...]: writes report.html, one page about a run or several side by side.
-
-The model of each run runs on images of the evaluations in its config; the results are saved as
-`report_data.json` in the workdir. Wrong usage or input: one line an error, status 2.
-"""
+"""grain-jax report DIR: writes report.html, one page about a run. Wrong usage or input: one line an error, status 2."""
 
 import sys
 from collections.abc import Sequence
@@ -18,11 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit status: 0, or 2 after a line on stderr for each error."""
     try:
         args = Report.parse(arguments)
-        first, *others = args.workdir
         with errors.out_of_memory_in_a_line("report", lambda: _SMALLER):
             path = page.write(
-                first,
-                others=others,
+                args.workdir,
                 output=args.output,
                 results=args.results,
                 num_images=args.num_images,

@@ -1,12 +1,16 @@
-"""The curves of a run: which of them share a chart, and what they are called, in report.html and curves.png."""
+"""The curves of a run: which of them share a chart, and the chart as SVG."""
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from typing import NamedTuple
 
 from grain_jax import losses
 
-HEADLINES = {  # last part of the key of a main number -> label
+Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
+
+_HEADLINES = {  # last part of the key of a main number -> label
     "/top1": "top-1",
     "/r1": "R@1",
     "/box_iou": "box IoU",
@@ -14,109 +18,96 @@ HEADLINES = {  # last part of the key of a main number -> label
     "/phrase_acc50": "phrase to box Acc@0.5",
     "/miou": "mIoU",
 }
-_MATCHING = {
-    "matched_iou": "IoU of matched boxes",
-    "matched_iou50": "share with IoU of 0.5 or more",
-    "region_description_accuracy": "own description is the nearest",
-    "query_usage_entropy": "entropy of which query is used",
-}
-_SINGLE = {  # a chart each
-    "logit_scale": "Logit scale (1 / temperature)",
-    "learning_rate": "Learning rate",
-    "images_per_second": "Images per second",
-    "model_flops_per_second": "Model FLOPs per second",
-    "texts_dropped": "Texts dropped in packing",
-    "texts_dropped_share": "Share of the texts that packing dropped or cut",
-}
-# Numbers of an evaluation that only qualify another one, beside bounds and chance levels.
-_COUNTS = (
-    "pictures captions classes classes_seen pixels descriptions regions regions_matched unreadable"
-    " faulty_lines"
-)
+_POINTS = 400  # of a curve, at most
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 190, 52, 20  # of a chart, in its own units
+_COLOURS = 8  # --c0 to --c7 of core/base.css
 
 
 class Chart(NamedTuple):
     """Curves that share a chart."""
 
     title: str
-    series: dict[str, str]  # key of metrics.jsonl -> label
-    log: bool = False  # whether its scale is logarithmic at first
-    noisy: bool = False  # whether it may be smoothed
+    labels: dict[str, str]  # key of metrics.jsonl -> label
+    log: bool = False  # whether the scale is logarithmic
 
 
-def charts(keys: Iterable[str], evaluations: int) -> list[Chart]:
-    """The charts in the order of the page; each key is in one of them.
-
-    Args:
-      keys: of the curves (`metrics_file.series`) of all runs.
-      evaluations: the largest number of evaluations of a run; from two on they are drawn over the steps.
-    """
-    left, made = dict.fromkeys(keys), []
-    for chart in _wanted(list(left), evaluations):
-        series = {key: label for key, label in chart.series.items() if key in left}
-        if series:
-            made.append(chart._replace(series=series))
-        for key in series:
+def charts(series: Mapping[str, Curve]) -> list[Chart]:
+    """The charts in the order of the page; each key is in one of them, but for numbers beside a main one."""
+    left, made = dict.fromkeys(series), []
+    for chart in _grouped(series):
+        labels = {key: label for key, label in chart.labels.items() if key in left}
+        if labels:
+            made.append(chart._replace(labels=labels))
+        for key in labels:
             left.pop(key)
     alone = [key for key in left if not key.startswith("eval/")]
     return made + [Chart(key.replace("_", " "), {key: key}) for key in alone]
 
 
-def _wanted(keys: list[str], evaluations: int) -> Iterator[Chart]:
-    yield Chart("Losses", losses.labels_of(keys), noisy=True)
-    weights = {k: k.removeprefix("weight/") for k in keys if k.startswith("weight/")}
-    yield Chart("Weights of the loss terms", weights)
-    if evaluations > 1:
-        yield Chart("Evaluations", {key: headline(key) for key in headlines(keys)})
-    shares = {k: f"query {int(k[12:]) + 1}" for k in keys if re.fullmatch(r"query_share/\d+", k)}
-    yield Chart("Share of the matched regions, by query", shares, noisy=True)
-    matching = {k: k.replace("_", " ") for k in keys if k.startswith(("query_", "matched_"))}
-    yield Chart("Regions while training", matching | _MATCHING, noisy=True)
-    norms = {key: key.removeprefix("grad_norm/") for key in keys if key.startswith("grad_norm/")}
-    yield Chart("Gradient norms", {"grad_norm": "all"} | norms, log=True, noisy=True)
-    for key in keys:
-        name, _, last = key.rpartition("/")
-        if last == "entropy_of_one":  # of a local term with prototypes
-            both = {f"{name}/entropy": "of the mean", key: "of single ones"}
-            yield Chart(f"Entropy of the prototypes: {name}", both, noisy=True)
-    waits = {"input_wait_fraction": "of the time", "input_wait_steps": "of the steps"}
-    yield Chart("Share spent waiting for input", waits, noisy=True)
-    for key, title in _SINGLE.items():
-        yield Chart(title, {key: title}, noisy=key not in ("logit_scale", "learning_rate"))
-    if evaluations < 2:
-        return
-    for name in dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("eval/")):
-        own = [k for k in keys if k.startswith(f"eval/{name}/") and not _is_beside(k)]
-        shown = {key: key.split("/", 2)[2].replace("_", " ") for key in own}
-        yield Chart(f"Evaluation {name.replace('_', ' ')}: other numbers", shown)
+def _grouped(series: Mapping[str, Curve]) -> Iterator[Chart]:
+    yield Chart("Losses", losses.labels_of(list(series)))
+    evaluated = {
+        key: _headline(key, label)
+        for key, (steps, _) in series.items()
+        for ending, label in _HEADLINES.items()
+        if key.startswith("eval/") and key.endswith(ending) and len(steps) > 1
+    }
+    yield Chart("Evaluations", evaluated)
+    shares = {k: f"query {int(k[12:]) + 1}" for k in series if re.fullmatch(r"query_share/\d+", k)}
+    yield Chart("Share of the matched regions, by query", shares)
+    matching = ("query_", "matched_", "region_description_accuracy")
+    yield Chart("Regions", {k: k.replace("_", " ") for k in series if k.startswith(matching)})
+    norms = {key: key.removeprefix("grad_norm/") for key in series if key.startswith("grad_norm")}
+    yield Chart("Gradient norms", norms, log=True)
+    yield Chart("Waiting for input", {k: k for k in series if k.startswith("input_wait_")})
 
 
-def _is_beside(key: str) -> bool:
-    """Whether a number of an evaluation only qualifies another one: a bound, a chance level, a count."""
-    last = key.rpartition("/")[2]
-    beside = last.endswith(("_low", "_high")) or "chance" in last or last in _COUNTS.split()
-    # Of each query only the share is drawn; the section "Queries" shows its boxes.
-    return beside or ("/query/" in key and last != "share")
+def _headline(key: str, label: str) -> str:
+    """The label of a main number: `eval/unseen/alpha_0.5/top1` -> "unseen: top-1, alpha 0.5"."""
+    _, name, *group, _ = key.split("/")
+    return f"{name}: {label}{', ' * bool(group)}{' '.join(group)}".replace("_", " ")
 
 
-def headlines(keys: Iterable[str]) -> list[str]:
-    """The keys of the main numbers of the evaluations."""
-    return [k for k in keys if k.startswith("eval/") and k.endswith(tuple(HEADLINES))]
+def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
+    """A chart as a figure, with the last value of each curve below."""
+    curves = {key: _thinned(series[key], chart.log) for key in chart.labels}
+    steps = [x for curve in curves.values() for x in curve[0]]
+    values = [y for curve in curves.values() for y in curve[1]]
+    if not values:
+        return ""
+    first, last, low, high = min(steps), max(steps), min(values), max(values)
+    across = (_WIDTH - _LEFT - 8) / ((last - first) or 1)
+    down = (_HEIGHT - _BOTTOM - 10) / ((high - low) or 1)
+    lines, legend = [], []
+    for i, (key, label) in enumerate(chart.labels.items()):
+        colour = f"var(--c{i % _COLOURS})"
+        points = " ".join(
+            f"{_LEFT + (x - first) * across:.1f},{_HEIGHT - _BOTTOM - (y - low) * down:.1f}"
+            for x, y in zip(*curves[key])
+        )
+        said = f"{label} {series[key][1][-1]:.4g}"
+        shape = f'points="{points}" style="stroke:{colour}"'
+        lines.append(f"<polyline {shape}><title>{escape(said)}</title></polyline>")
+        legend.append(f'<span><i style="background:{colour}"></i>{escape(said)}</span>')
+    shown = [10**y if chart.log else y for y in (low, high)]
+    ends = (
+        f'<text x="{_LEFT - 5}" y="{y}" text-anchor="end">{value:.3g}</text>'
+        for y, value in ((_HEIGHT - _BOTTOM, shown[0]), (16, shown[1]))
+    )
+    scale = ", logarithmic" if chart.log else ""
+    return (
+        f"<figure><h3>{escape(chart.title)}{scale}</h3>"
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(chart.title)}">'
+        f'<path class="axis" d="M{_LEFT} 10V{_HEIGHT - _BOTTOM}H{_WIDTH - 8}"/>{"".join(ends)}'
+        f'<text x="{_LEFT}" y="{_HEIGHT - 5}">step {first:,}</text>'
+        f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 5}" text-anchor="end">{last:,}</text>'
+        f'{"".join(lines)}</svg><figcaption class="legend">{"".join(legend)}</figcaption></figure>'
+    )
 
 
-def headline(key: str) -> str:
-    """The label of a main number, e.g. `eval/unseen/alpha_0.5/top1` -> "unseen: top-1, alpha 0.5"."""
-    name, _, rest = key.removeprefix("eval/").partition("/")
-    label = next(label for ending, label in HEADLINES.items() if key.endswith(ending))
-    group = rest.rpartition("/")[0]  # "alpha_0.5", "image_to_text" or ""
-    way, _, alpha = group.rpartition("/")  # of "by_name/alpha_0.5": "by_name", "alpha_0.5"
-    if alpha.startswith("alpha_"):
-        name = f"{name}, {way}" if way else name
-        return f"{name}: {label}, alpha {float(alpha.removeprefix('alpha_')):g}".replace("_", " ")
-    return f"{name}: {group} {label}".replace("_", " ").replace("  ", " ")
-
-
-def chance(last: Mapping[str, float], key: str) -> float | None:
-    """The chance level of a number among the `last` ones: `.../chance_KEY`, else `eval/NAME/chance`; or None."""
-    here, _, name = key.rpartition("/")
-    return last.get(f"{here}/chance_{name}", last.get(f"eval/{key.split('/')[1]}/chance"))
+def _thinned(curve: Curve, log: bool) -> Curve:
+    """At most _POINTS evenly spaced points of a curve, the last one included; on a log scale the positive ones."""
+    points = [(x, math.log10(y) if log else y) for x, y in zip(*curve) if y > 0 or not log]
+    every = -(-len(points) // _POINTS) or 1
+    kept = points[(len(points) - 1) % every :: every] if points else []
+    return [x for x, _ in kept], [y for _, y in kept]

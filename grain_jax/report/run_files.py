@@ -1,4 +1,4 @@
-"""Reads the files of a workdir: curves, results, config, environment. Needs no model."""
+"""Reads the files of a workdir: curves, results, config. Needs no model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,7 @@ from grain_jax.core import errors, regular_file
 from grain_jax.evaluate import tables
 from grain_jax.runtime import metrics_file
 
-_POINTS = 800  # points of a curve that the page keeps, at most
-# JSON files that are no results of an evaluation.
-_OWN = ("config.json", "results.json", "report_data.json")
-_BY_NAME = "by_name/"  # prefix of the numbers without descriptions, by class names alone
+_OWN = ("config.json", "results.json")  # JSON files that are no results of an evaluation
 
 
 class InputError(errors.UserError):
@@ -26,9 +23,8 @@ class Result(NamedTuple):
     name: str
     kind: str  # of its evaluator; "" where the files do not say
     source: str  # name of the file
-    numbers: dict[str, float]  # as `evaluate.tables.scalars` returns them
-    per_class: dict[str, dict[str, float]]  # alpha -> class -> accuracy
-    counts: dict[str, int]  # class -> number of its images, if known
+    numbers: dict[str, float]  # as `tables.scalars` returns them
+    per_class: dict[str, dict[str, float]]  # "alpha 0.5" -> class -> accuracy
 
 
 class RunFiles(NamedTuple):
@@ -39,7 +35,6 @@ class RunFiles(NamedTuple):
     config: dict[str, Any] | None
     series: dict[str, tuple[list[float], list[float]]]  # key -> steps, values
     results: list[Result]
-    environment: dict[str, str]  # name -> text: command and machine
     unmeasured: list[str]  # a line for each thing that is missing
 
 
@@ -57,12 +52,11 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     if not workdir.is_dir():
         raise InputError(f"{workdir}: no such folder; expected the workdir of a run")
     config = _json(workdir / "config.json")
-    lines, faults = metrics_file.read(metrics_file.files(workdir))
+    lines, unmeasured = metrics_file.read(metrics_file.files(workdir))
     if config is None and not lines:
         raise InputError(
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
         )
-    unmeasured = faults
     evals = (config or {}).get("evals", {})
     if not (isinstance(evals, dict) and all(isinstance(x, dict) for x in evals.values())):
         unmeasured.append(f"config.json: evals: got {str(evals)[:40]!r}, expected named entries")
@@ -70,46 +64,25 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
-    step = lines[-1].step if lines else None
-    found = _training_results(workdir, series, evals)
+    found = _of_training(workdir, series, evals)
     if not found:
         unmeasured.append(
             "the run has not evaluated yet (no results.json, no eval/... in its metrics)"
         )
-    given = [epath.Path(file) for file in results]
-    for file in given:
+    further = [epath.Path(file) for file in results]
+    for file in further:
         if _json(file) is None:
             raise InputError(
                 f"{file}: cannot be read, expected the results of an evaluation (JSON)"
             )
-    for file in [*sorted(workdir.glob("*.json")), *given]:
+    for file in [*sorted(workdir.glob("*.json")), *further]:
         if file.name not in _OWN:
-            _evaluations(file, found, unmeasured)
+            _of_evaluations(file, found, unmeasured)
     names = {result.name for result in found}
-    for name in evals:
-        if found and name not in names:
-            unmeasured.append(f"{name}: an entry of config.evals without a result")
-    return RunFiles(workdir, step, config, series, found, _environment(workdir), unmeasured)
-
-
-def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
-    """A short label for each folder: its name, with as many parent folders as make the labels different."""
-    parts = [epath.Path(w).parts for w in workdirs]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{'/'.join(p)} ({i})" for i, p in enumerate(parts, 1)]
-
-
-def by_evaluation(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers of `eval/NAME/KEY` as {NAME: {KEY: number}}; other values are left out."""
-    groups: dict[str, dict[str, float]] = {}
-    for key, value in results.items():
-        name, _, rest = key.removeprefix("eval/").partition("/")
-        if isinstance(value, (int, float)):
-            groups.setdefault(name, {})[rest] = value
-    return groups
+    unmeasured += [
+        f"{n}: an entry of config.evals without a result" for n in evals if n not in names
+    ]
+    return RunFiles(workdir, lines[-1].step if lines else None, config, series, found, unmeasured)
 
 
 def _json(path: epath.Path) -> dict[str, Any] | None:
@@ -120,89 +93,40 @@ def _json(path: epath.Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most _POINTS evenly spaced points of a curve, the last one included; values have five digits."""
-    every = -(-len(steps) // _POINTS)
-    first = (len(steps) - 1) % every
-    return list(steps[first::every]), [float(f"{v:.5g}") for v in values[first::every]]
-
-
-def _training_results(
+def _of_training(
     workdir: epath.Path, series: Mapping[str, Any], evals: Mapping[str, Mapping[str, Any]]
 ) -> list[Result]:
-    stored = _json(workdir / "results.json")
-    source = "results.json"
+    source, stored = "results.json", _json(workdir / "results.json")
     if stored is None:
-        source = "metrics.jsonl"
-        stored = {key: s[1][-1] for key, s in series.items() if key.startswith("eval/")}
-    kinds = {name: str(entry.get("kind", "")) for name, entry in evals.items()}
-    groups = by_evaluation(stored).items()
+        source = metrics_file.FILE
+        stored = {key: values[-1] for key, (_, values) in series.items() if key.startswith("eval/")}
     return [
-        result
-        for name, numbers in groups
-        for result in _results(name, kinds.get(name, ""), source, numbers)
+        Result(name, str(evals.get(name, {}).get("kind", "")), source, numbers, {})
+        for name, numbers in tables.by_evaluation(stored).items()
     ]
 
 
-def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
+def _of_evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
     """Adds to `found` the results in a file of `grain_jax.evaluate`: those of a suite or of one evaluation."""
     value = _json(file)
     if value is None:
         unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")
-        return
-    if isinstance(value.get("ran"), dict):
-        for name, result in value["ran"].items():
-            found += _of_file(name, file, result)
+    elif isinstance(value.get("ran"), dict):
+        found += [_of_file(name, file, result) for name, result in value["ran"].items()]
         for what in ("skipped", "failed", "notes"):
             lines = value.get(what) or {}
             unmeasured += [f"{name} ({file.name}): {what}: {line}" for name, line in lines.items()]
     elif "kind" in value:
-        found += _of_file(file.stem, file, value)
+        found.append(_of_file(file.stem, file, value))
 
 
-def _results(name: str, kind: str, source: str, numbers: Mapping[str, float]) -> list[Result]:
-    """The result of an evaluation; then, if it has one, the result by class names alone."""
-    out = []
-    alone = {k: v for k, v in numbers.items() if k.startswith(_BY_NAME)}
-    own = {k: v for k, v in numbers.items() if k not in alone}
-    out.append(Result(name, kind, source, own, {}, {}))
-    if alone:
-        shared = {k: own[k] for k in ("chance", "chance_top5", "pictures") if k in own}
-        alone = {k.removeprefix(_BY_NAME): v for k, v in alone.items()}
-        out.append(Result(f"{name}, by name", kind, source, shared | alone, {}, {}))
-    return out
-
-
-def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> list[Result]:
-    """The results in the JSON that `grain_jax.evaluate` wrote for one evaluation."""
-    beside = ("entry", "inputs", "seconds", "per_class", "pictures_per_class")  # no results
+def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> Result:
+    """The result in the JSON that `grain_jax.evaluate` wrote for one evaluation."""
+    beside = ("entry", "inputs", "seconds")
     numbers = tables.scalars({key: part for key, part in value.items() if key not in beside})
-    parts = [value, value.get(_BY_NAME.removesuffix("/"), {})]
-    return [
-        result._replace(
-            per_class={
-                f"{float(key.removeprefix('alpha_')):g}": alpha["per_class"]
-                for key, alpha in part.items()
-                if key.startswith("alpha_") and isinstance(alpha, Mapping) and "per_class" in alpha
-            },
-            counts=value.get("pictures_per_class", {}),
-        )
-        for result, part in zip(
-            _results(name, str(value.get("kind", "")), file.name, numbers), parts
-        )
-    ]
-
-
-def _environment(workdir: epath.Path) -> dict[str, str]:
-    out = {"workdir": str(workdir)}
-    log = workdir / "log.txt"
-    if regular_file.is_one(log):
-        lines = regular_file.read(log, 1 << 30, "a log").decode(errors="replace").splitlines()
-        commands = [line[2:] for line in lines if line.startswith("$ ")]
-        if commands:
-            out["command"] = commands[-1]
-            out["times started"] = str(len(commands))
-        devices = [line for line in lines if " device(s), mesh " in line]
-        if devices:
-            out["devices and model"] = devices[-1]
-    return out
+    per_class = {
+        key.replace("_", " "): part["per_class"]
+        for key, part in value.items()
+        if isinstance(part, Mapping) and isinstance(part.get("per_class"), Mapping)
+    }
+    return Result(name, str(value.get("kind", "")), file.name, numbers, per_class)

@@ -20,7 +20,6 @@ from tests.data.test_sources import COUNT, boxes, encoded, xywh
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:label:DeprecationWarning"),
-    pytest.mark.usefixtures("no_curves"),
 ]
 NAMES = ["bird", "left wing"]
 

@@ -12,7 +12,7 @@ def get_config(folder):
     annotated = dict(annotations=f"{folder}/A.jsonl")
     c.evals = dict(
         classes=evaluator("zeroshot", f"{folder}/classes", descriptions=f"{folder}/D.json"),
-        probe=evaluator("linear_probe", f"{folder}/classes", shots=(1, 0), seeds=2),
+        probe=evaluator("linear_probe", f"{folder}/classes"),
         retrieval=evaluator("retrieval", f"{folder}/classes", **annotated),
         grounding=evaluator("grounding", f"{folder}/classes", **annotated),
         absent=evaluator("zeroshot", f"{folder}/absent", missing="skip", get="ask"),

@@ -120,31 +120,8 @@ def test_pictures_are_resized_as_ours(clip):
         assert got["label"] == 3
 
 
-def test_pictures_keep_their_shape_where_the_model_takes_it(tmp_path):
-    folder = perturbed.in_own_shape(tmp_path / "own", text__vocab_size=49408)
-    op, (predict, state) = big_vision.grain_image(folder), made(folder)
-    random, rows = np.random.default_rng(1), []
-    pictures = [random.integers(0, 256, (h, w, 3)).astype(np.uint8) for h, w in ((50, 70), (9, 90))]
-    for given in (pictures[0], tf.io.encode_png(pictures[1]).numpy()):
-        dataset = tf.data.Dataset.from_tensors({"image": given}).map(op)
-        assert dataset.element_spec["image"].shape == (13, 3 * 8 * 8)
-        rows += [one["image"] for one in dataset.as_numpy_iterator()]
-    zimg = predict(state, {"image": np.stack(rows)})[0]
-    close(zimg, inference.load(folder).encode_image(pictures))
-    changed = np.stack(rows)
-    changed[0, -1] = 0  # no grid
-    found = predict(state, {"image": changed})[0]
-    assert np.isnan(found).all(1).tolist() == [True, False]
-    # A square is a shape; and init as its trainers call it.
-    square = np.zeros((1, 40, 40, 3), np.uint8)
-    assert jax.eval_shape(predict, state, {"image": square})[0].shape == (1, 28)
-    model, floats = big_vision.Model(checkpoint=folder), changed[:1].astype(np.float32)
-    init = jax.eval_shape(model.init, jax.random.key(0), floats)
-    assert "image" in init["params"]
-
-
 def test_the_patches_that_training_saw_make_no_other_model(clip, tmp_path):
-    given = dict(text__vocab_size=49408, image__keep=0.5, image__keep_by="grid")
+    given = dict(text__vocab_size=49408, image__keep=0.5)
     folder = perturbed.saved(tmp_path / "kept", **given)
     params = big_vision.load(None, clip, {"checkpoint": folder})
     jax.tree.map(

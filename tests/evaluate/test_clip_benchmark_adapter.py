@@ -64,20 +64,6 @@ def test_gives_what_the_predictor_gives(folder):
     assert tokenizer("a wren").tolist() == tokenizer(TEXTS).tolist()[:1]
 
 
-def test_pictures_keep_their_shape_where_the_model_takes_it(tmp_path):
-    folder = perturbed.in_own_shape(tmp_path / "own", text__vocab_size=49408)
-    model, transform, _ = clip_benchmark.load(pretrained=folder)
-    random = np.random.default_rng(0)
-    pictures = [
-        random.integers(256, size=(h, w, 3), dtype=np.uint8) for h, w in ((40, 30), (7, 90))
-    ]
-    batch = [transform(PIL.Image.fromarray(picture)) for picture in pictures]
-    batch = torch.utils.data.default_collate(batch)
-    assert batch.dtype == torch.uint8 and batch.shape == (2, 13, 3 * 8 * 8)
-    expected = inference.load(folder).encode_image(pictures)
-    np.testing.assert_array_equal(model.encode_image(batch).numpy(), expected)
-
-
 def test_texts_whose_end_is_not_known_are_refused(tmp_path):
     perturbed.saved(tmp_path / "m", text__tokenizer="tokenizer.json")
     with pytest.raises(clip_benchmark.ClipBenchmarkError, match="with tokenizer.json"):

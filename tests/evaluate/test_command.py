@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
 def _run(folder, *arguments):
     status = command.main(
         [*arguments, "--checkpoint", "RUN", "--images", str(folder / "classes")]
-        + ["--output", str(folder / "new" / "out.json"), "--cache", ""]
+        + ["--output", str(folder / "new" / "out.json")]
     )
     return status, folder / "new" / "out.json"
 

@@ -50,7 +50,7 @@ def test_the_command_gives_the_references_accuracies_and_logits(golden, tmp_path
     arguments = ["zeroshot", "--checkpoint", "RUN", "--images", str(tmp_path / "classes")]
     arguments += ["--templates", str(tmp_path / "templates.txt"), "--batch-size", "7"]
     arguments += ["--descriptions", str(tmp_path / "D.json"), "--alpha", ",".join(map(str, ALPHAS))]
-    arguments += ["--output", str(tmp_path / "out.json"), "--cache", ""]
+    arguments += ["--output", str(tmp_path / "out.json")]
     assert command.main([*arguments, "--predictions", str(tmp_path / "predictions.jsonl")]) == 0
 
     result = json.loads((tmp_path / "out.json").read_text())

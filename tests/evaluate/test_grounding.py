@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from grain_jax.evaluate import encode, grounding, rates, tables
-from grain_jax.inference import prompts, rerank
-from tests.evaluate.speaking import SpeakingStub
+from grain_jax.evaluate import encode, grounding
+from grain_jax.inference import prompts
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 
@@ -135,72 +134,3 @@ def test_phrases_with_several_boxes(tmp_path):
     given["annotations"].write_text(json.dumps(first | {"phrases": []}) + "\n")
     result = measure("grounding", predictor, **given)
     assert result["phrases"] == 0 and "phrase_acc50" not in result and "box_iou" in result
-
-
-def test_the_text_decoder_answers_beside_the_regions(tmp_path, monkeypatch):
-    boxes = [0, 0, 10, 10], [10, 0, 20, 10]
-    first = [(boxes[0], "beak", 0.9), (boxes[1], "tail", 0.5), (boxes[0], "crest", 0.4)]
-    given = _write(tmp_path, [first, None, [([0, 0, 20, 10], "tail", 0.5)]])
-    halves = [[0, 0, 0.5, 1], [0.5, 0, 1, 1]]
-    regions = {i: (halves, [[1, 0, 0], [0.9, 0.1, 0]]) for i in range(3)}  # the first half has all
-    images = {i: [1, 0, 0] for i in range(3)}
-    of_boxes = {(0, "beak"): [-3, -5], (0, "tail"): [-9, -7.5], (0, "crest"): [-4, -4]}
-    of_boxes[2, "tail"] = [-1, -2]
-    points = {
-        (0, "beak"): [0.25, 0, 0.5, 1],  # half of the box: IoU .5
-        (0, "tail"): [0, 0, 1, 1],  # twice the box: IoU .5
-        (0, "crest"): [0.5, 0, 1, 1],  # IoU 0
-        (2, "tail"): [0, 0, 1, 0.9],
-    }
-    stub = SpeakingStub(images, TEXTS, regions, of_boxes=of_boxes, points=points)
-    result = measure("grounding", stub, **given)
-    assert set(result["point"]) == {
-        "phrase_iou",
-        "phrase_acc50",
-        "phrase_acc50_low",
-        "phrase_acc50_high",
-    }
-    assert result["point"]["phrase_iou"] == pytest.approx((0.5 + 0.5 + 0 + 0.9) / 4)
-    assert result["point"]["phrase_acc50"] == 3 / 4
-    # Most likely of the left half, of the right one, of both (a tie), and of the left half (IoU .5).
-    assert result["likelihood"]["phrase_iou"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
-    assert result["likelihood"]["phrase_acc50"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
-    low, high = (result["likelihood"][f"phrase_acc50_{end}"] for end in ("low", "high"))
-    assert (low, high) == pytest.approx(rates.interval(3.5, 4))
-    # The rest is as without: each pair of a box and a text is asked once, few at a time.
-    alone = measure("grounding", StubPredictor(images, TEXTS, regions), **given)
-    assert {key: result[key] for key in alone} == alone and len(result) == len(alone) + 2
-    assert measure("grounding", stub, **given, text_decoder=False) == alone
-    assert sum(numbers for _, numbers in stub.calls) == 8
-    monkeypatch.setattr(rerank, "_AT_ONCE", 2)
-    stub.calls.clear()
-    assert measure("grounding", stub, **given, batch_size=1) == result
-    assert [numbers for _, numbers in stub.calls] == [2, 2, 2, 2]
-
-
-def test_several_boxes_of_a_phrase_are_pointed_at(tmp_path):
-    own = [([0, 0, 10, 10], "beak", 0.9), ([10, 0, 20, 10], "beak", 0.5)]
-    given = _write(tmp_path, [own])
-    line = json.loads(given["annotations"].read_text()) | {"phrases": [[0, 1], [1]]}
-    given["annotations"].write_text(json.dumps(line) + "\n")
-    regions = {0: ([[0, 0, 0.5, 1], [0, 0, 1, 1]], [[1, 0, 0], [0, 1, 0]])}
-    stub = SpeakingStub(
-        {0: [1, 0, 0]},
-        TEXTS,
-        regions,
-        of_boxes={(0, "beak"): [-2, -1]},
-        points={(0, "beak"): [0.5, 0, 1, 1]},
-    )
-    result = measure("grounding", stub, **given)
-    # The right half: one of the two boxes, half of both; and the box of the second phrase.
-    assert result["point"]["phrase_acc50"] == 1 == result["point"]["phrase_acc50_any_box"]
-    assert result["point"]["phrase_iou_merged_box"] == pytest.approx((0.5 + 1) / 2)
-    # The whole image: half of either box, all of both.
-    assert result["likelihood"]["phrase_iou"] == 0.5
-    assert result["likelihood"]["phrase_iou_merged_box"] == pytest.approx((1 + 0.5) / 2)
-    rows = [row.label for row in tables.rows_of(result["kind"], tables.scalars(result))]
-    at = rows.index("phrase to box Acc@0.5")
-    assert rows[at + 1 : at + 3] == [
-        "phrase to box Acc@0.5, pointed at",
-        "phrase to box Acc@0.5, by likelihood",
-    ]

@@ -3,9 +3,7 @@ import json
 import pytest
 
 from grain_jax.evaluate import tables
-from grain_jax.inference.inputs import InputError
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
-from tests.evaluate.writer import Writer
 
 TEXTS = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "pale": [0.6, 0.8, 0]}
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
@@ -57,53 +55,6 @@ def test_fewer_negatives_take_the_first(data):
     assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
 
 
-class Liker(Writer):
-    """The data's stub with a text decoder, by which the texts of an image cost what a table says."""
-
-    model = None
-    costs = {  # of texts that are not here: 9
-        0: {"red": 1, "blue": 3, "green": 2, "a blue tail": 4, "a red tail": 5, "a pale tail": 3},
-        2: {"red": 2, "blue": 2 + 1e-5, "green": 3},
-    }
-
-    def log_p(self, image, text):
-        return -self.costs.get(image, {}).get(text, 9.0)
-
-
-@pytest.fixture
-def liker(data):
-    predictor, given = data
-    found = Liker(TEXTS, regions=predictor.regions)
-    found.images = predictor.images
-    return found, given
-
-
-def test_by_likelihood(liker, monkeypatch):
-    predictor, given = liker
-    got = measure("hard_negatives", predictor, **given, negatives=2)
-    # Of the first image: red costs least; blue costs 3, more than red and less than pale; of the last, a tie.
-    likely = got.pop("likelihood")
-    assert likely["top1"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert likely["mean_rank"] == pytest.approx((1 + 2 + 2) / 3) and likely["median_rank"] == 2
-    assert got["region"]["top1"] == pytest.approx(1 / 3)
-    assert measure("hard_negatives", predictor, **given, negatives=2, text_decoder=False) == got
-    for size in (1, 2):
-        assert (
-            measure("hard_negatives", predictor, **given, negatives=2, batch_size=size)[
-                "likelihood"
-            ]
-            == likely
-        )
-    labels = [
-        row.label
-        for row in tables.rows_of(got["kind"], tables.scalars(got | {"likelihood": likely}))
-    ]
-    assert labels == [f"right description, by the {x}" for x in ("region", "image", "likelihood")]
-    monkeypatch.setattr(predictor, "log_p", lambda *_: float("nan"))
-    with pytest.raises(InputError, match="not finite"):
-        measure("hard_negatives", predictor, **given, negatives=2)
-
-
 def test_captions_with_a_negative_in_place_of_the_description(tmp_path):
     blue = region([0, 0, 9, 9], "blue", negatives=["red", "pale"])
     given = annotate(
@@ -114,17 +65,11 @@ def test_captions_with_a_negative_in_place_of_the_description(tmp_path):
         ],
     )
     texts = TEXTS | {"A Blue tail": [1, 0, 1], "A red tail": [1, 0, 0], "A pale tail": [0, 1, 0]}
-    predictor = Liker(texts, regions={i: ([LEFT], [[1, 0, 0]]) for i in (0, 1)})
+    predictor = StubPredictor(texts=texts, regions={i: ([LEFT], [[1, 0, 0]]) for i in (0, 1)})
     predictor.images = {0: [1, 0, 0], 1: [0, 1, 0]}
-    predictor.costs = {0: {"A Blue tail": 1, "A red tail": 2, "A pale tail": 3}}
     got = measure("hard_negatives", predictor, **given, negatives=2, captions=True)
     assert got["boxes"] == 2 and got["captions"]["boxes"] == 1
-    assert got["captions"]["likelihood"]["top1"] == 1 == got["captions"]["likelihood"]["mean_rank"]
     assert got["captions"]["image"]["mean_rank"] == 2 and got["captions"]["image"]["top1"] == 0
     labels = [row.label for row in tables.rows_of(got["kind"], tables.scalars(got))]
-    assert labels[-2:] == ["right caption, by the image", "right caption, by the likelihood"]
-    without = Liker(texts, regions=predictor.regions, has_text_decoder=False)
-    without.images = predictor.images
-    got = measure("hard_negatives", without, **given, negatives=2, captions=True)
-    assert set(got["captions"]) == {"boxes", "image"}
-    assert "captions" not in measure("hard_negatives", without, **given, negatives=2)
+    assert labels[-1] == "right caption, by the image"
+    assert "captions" not in measure("hard_negatives", predictor, **given, negatives=2)

@@ -572,10 +572,6 @@ def test_an_entry_of_a_run():
     ):
         with pytest.raises(config.ConfigError, match=line):
             parsed("auto", options)
-    shaped = dict(input__sequence_lengths=(16,))
-    assert parsed("auto", **shaped).stride == 0
-    with pytest.raises(config.ConfigError, match="evals.parts: got short_side=0 and stride=2, exp"):
-        parsed("auto", dict(stride=2), **shaped)
     entry, none = segmentation.Segmentation, types.SimpleNamespace(kind="none")
     image: Any = types.SimpleNamespace(image_size=16, tower="module:Class")
     model = types.SimpleNamespace(image=image, decoder=None, boxes=none)
@@ -604,7 +600,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.saved_model, "find", lambda path: path)
     folder(tmp_path)
     _break(tmp_path / "masks" / "3.png", "missing")
-    given = ["segmentation", "--checkpoint", "RUN", "--images", str(tmp_path), "--cache", ""]
+    given = ["segmentation", "--checkpoint", "RUN", "--images", str(tmp_path)]
     status = command.main([*given, "--output", str(tmp_path / "out.json")])
     printed = capsys.readouterr()
     assert status == 0 and "segmentation: mIoU" in printed.out and "3 pictures" in printed.out

@@ -91,7 +91,7 @@ def suite(data, tmp_path, monkeypatch):
             ["suite", "--checkpoint", "RUN", "--config", str(ROOT / "configs" / "eval.py")]
             + [f"--config.data_dir={folder}", f"--config.folders={folder}"]
             + [f"--config.descriptions={tmp_path}/descriptions", "--config.alphas=(1.0, 0.5, 0.0)"]
-            + [f"--config.templates={folder}/templates.txt", "--cache", ""]
+            + [f"--config.templates={folder}/templates.txt"]
             + ["--output", str(tmp_path / "out.json"), *arguments]
         )
         return status, json.loads((tmp_path / "out.json").read_text())
@@ -211,15 +211,6 @@ def test_usage_and_inputs_that_cannot_be_used_are_status_2(suite, capsys):
     assert suite("--only", "products2023")[0] == 2
     assert "holds the results of another checkpoint (OLD, now RUN)" in capsys.readouterr().err
     assert suite("--only", "products2023", "--again")[0] == 0
-    out = suite.folder / "out.json"
-    results = json.loads(out.read_text())
-    assert results.pop("sequence_length") == 0
-    out.write_text(json.dumps(results))  # of squares, too
-    assert suite("--only", "products2023")[0] == 0
-    suite.predictor.sequence_length = 9
-    assert suite("--only", "products2023")[0] == 2
-    assert "holds the results of another sequence_length (0, now 9)" in capsys.readouterr().err
-    assert suite("--only", "products2023", "--again")[1]["sequence_length"] == 9
 
 
 def test_entries_serve_a_training_config():

@@ -61,7 +61,7 @@ def _linear_probe(folder, predictor, **given):
     """Images alike: the intercepts, of classes of one size, are the same but for rounding."""
     same = StubPredictor(dict.fromkeys(range(COUNT), np.ones(DIM)))
     found = measure("linear_probe", same, images=folder / "classes", **given)
-    assert _classified(found["shots_all"])[0] == pytest.approx(1 / 3)
+    assert _classified(found)[0] == pytest.approx(1 / 3)
     return found
 
 

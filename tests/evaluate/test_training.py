@@ -57,7 +57,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
     assert results["eval/probe/pictures"] + results["eval/probe/train_pictures"] == 11
-    assert 0 <= results["eval/probe/shots_1/top1"] <= 1
+    assert 0 <= results["eval/probe/top1"] <= 1
 
 
 def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):

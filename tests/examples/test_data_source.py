@@ -18,7 +18,6 @@ from grain_jax.input_pipeline import sources, tokenizer
 from grain_jax.training import sharding
 from tests import record_sets, runs, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 SOURCE = "examples.data_source.shapes:Shapes"
 
 

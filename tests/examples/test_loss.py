@@ -114,7 +114,6 @@ def test_the_local_term_equals_a_float64_replica():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_curves")
 def test_a_run_trains_on_it(tmp_path):
     c = tiny.small(
         loss__terms__uniformity=ENTRY,

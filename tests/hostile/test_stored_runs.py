@@ -16,7 +16,6 @@ from grain_jax.core import errors
 from grain_jax.runtime import checkpoint
 from tests import runs, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 RUN = dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
 
 

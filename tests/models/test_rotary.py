@@ -12,7 +12,6 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.convert.exits import reasons
 from grain_jax.models import grain, layers, placement, rotary, vit
-from grain_jax.report import attention as report
 from grain_jax.training import flops, optim
 from tests import foreign, perturbed, tiny
 from tests.models.test_attention import _loss
@@ -202,8 +201,6 @@ def test_flops_count_what_the_options_add():
     assert count(model__image__rope="centres", model__image__layer_scale=True) == plain
 
 
-def test_the_report_counts_registers():
-    assert report.grid(perturbed.tiny(image__registers=2)) == (3, 5)
 
 
 def test_it_is_exported_for_any_number_of_images():

@@ -1,4 +1,4 @@
-"""Workdirs of runs that trained nothing: a tiny random model, its evaluations' images, and the files of a run."""
+"""The workdir of a run that trained nothing: a tiny random model, its evaluations' images, and the files of a run."""
 
 import json
 
@@ -59,16 +59,7 @@ def data(folder):
     (folder / "D.json").write_text(json.dumps(DESCRIPTIONS))
 
 
-def two(root):
-    """The workdirs of two runs that differ in their learning rate, and the model of both."""
-    data(root / "data")
-    (root / "runs").mkdir()
-    rates = {"first": 1e-3, "second": 2e-3}
-    folders = [workdir(root / "runs" / name, root / "data", x) for name, x in rates.items()]
-    return folders, predictor()
-
-
-def workdir(folder, data_folder, learning_rate=1e-3):
+def workdir(folder, data_folder):
     """The files of a run of 40 steps, logged every second one and evaluated twice."""
     folder.mkdir()
     evals = {
@@ -83,7 +74,7 @@ def workdir(folder, data_folder, learning_rate=1e-3):
             "grounding", str(data_folder), annotations=f"{data_folder}/A.jsonl"
         ),
     }
-    c = tiny.dictionary(optim__learning_rate=learning_rate, model__decoder__heads=2)
+    c = tiny.dictionary(model__decoder__heads=2)
     c.evals.update(evals)
     (folder / "config.json").write_text(config_lib.to_json(config_lib.from_dict(c)))
     results = {
@@ -102,7 +93,6 @@ def workdir(folder, data_folder, learning_rate=1e-3):
         line |= {"grad_norm": 2.0, "grad_norm/image": 1.5}
         lines.append(json.dumps(line | (results if step in (20, 40) else {})))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 42, "lo')
-    (folder / "log.txt").write_text("$ python -m grain_jax.train --workdir x\nstep 2/40\n")
     suite = {
         "ran": {
             "cifar10": {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from grain_jax.launch import sweep_runs
-from grain_jax.report import figures, run_files
+from grain_jax.report import run_files
 from grain_jax.runtime import metrics_file, metrics_writer
 
 HOSTILE = [  # each ended the trainer, the report or the table in a traceback
@@ -46,13 +46,6 @@ def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys
     metrics_writer.MetricsWriter(workdir, 1, 10, 16).close()  # rewrites the file
     assert said in capsys.readouterr().err
     assert (workdir / "metrics.jsonl").read_bytes() == _line(1, loss=2.0) + b"\n"
-
-
-def test_curves_leave_them_out(tmp_path):
-    lines = [_line(1, loss=2.0), *HOSTILE, _line(2, loss=1.0)]
-    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    figures.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").exists()
 
 
 def test_numbers_that_are_not_finite_are_in_no_series(tmp_path):

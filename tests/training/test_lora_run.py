@@ -16,7 +16,6 @@ from grain_jax.runtime import checkpoint
 from grain_jax.training import sharding, train_step
 from tests import runs, tiny
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 RUN = dict(
     optim__lora__rank=4,
     optim__lora__alpha=6.0,

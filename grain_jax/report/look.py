@@ -1,0 +1,137 @@
+"""Runs the model of a run on images of its evaluations: accuracy of each class, and cards of regions."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from grain_jax import config as config_lib
+from grain_jax import inference
+from grain_jax.core import errors, html, images
+from grain_jax.evaluate import encode, evaluators, grounding, rates, test_sets, zeroshot
+from grain_jax.inference import prompts, scores
+from grain_jax.runtime import processes
+
+_CARDS = 24  # images whose regions are shown
+_EDGE = 224  # longer side of a shown image, pixels
+_TEXTS = 2000  # descriptions that are compared with each region, at most
+
+
+class Box(NamedTuple):
+    """A box of a card."""
+
+    xyxy: list[float]  # in [0, 1]
+    text: str  # the nearest description of a region; that of an annotated box
+    cosine: float | None  # of a region and its text; None: an annotated box
+    colour: int  # that of the region which an annotated box is matched to; -1: none
+    right: bool | None = None  # of a matched region, whether its text is that of its box
+
+
+class Card(NamedTuple):
+    """An image with the boxes of its regions, and its annotated ones."""
+
+    name: str
+    uri: str
+    size: tuple[int, int]
+    boxes: list[Box]
+
+
+class Looked(NamedTuple):
+    """What the model gave."""
+
+    classes: dict[
+        str, dict[str, float]
+    ]  # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
+    cards: list[Card]
+    unmeasured: list[str]  # a line for each part that could not be made
+
+
+@processes.alone()
+def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int) -> Looked:
+    """Runs the model on at most so many images of each evaluation; the newest checkpoint's, if `predictor` is None."""
+    found = Looked({}, [], [])
+
+    @contextlib.contextmanager
+    def part(name: str):
+        try:
+            yield
+        except (errors.UserError, OSError) as error:
+            found.unmeasured.append(f"{name}: {str(error).splitlines()[0]}")
+
+    if predictor is None:
+        with part("model"):
+            predictor = inference.load(workdir)
+    if predictor is None:
+        return found
+    for name, entry in evals.items():
+        with part(name):
+            parsed = config_lib.evaluator_from_dict(entry)
+            if isinstance(parsed, zeroshot.ZeroShot):
+                found.classes.update(_classes(predictor, name, parsed.available()[0], num_images))
+            elif isinstance(parsed, evaluators.AnnotatedRegions) and not found.cards:
+                found.cards.extend(_cards(predictor, parsed.available()[0]))
+    return found
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the positions 0..count-1, evenly spaced."""
+    return sorted(set(np.linspace(0, count - 1, min(count, wanted)).round().astype(int).tolist()))
+
+
+def _classes(predictor: Any, name: str, entry: Any, limit: int) -> dict[str, dict[str, float]]:
+    test_set = entry.open()
+    scorer = entry.scorer(predictor, test_set)
+    wanted = set(_spread(len(test_set), limit))
+    every = enumerate(test_set.images(range(len(test_set))))
+    chosen = [image for position, image in every if position in wanted]
+    seen = encode.gather_images(
+        predictor, chosen, label="report", unreadable={}, regions=scorer.with_regions
+    )
+    if seen.labels.min() < 0:
+        raise test_sets.InputError("got images without a label, expected another split")
+    out = {}
+    for way, combined in scorer.of_batch(seen).items():
+        hits = rates.topk_hits(combined, seen.labels, 1)
+        shares = rates.of_classes(hits, hits, seen.labels, list(test_set.classes))["per_class"]
+        shown = way.replace("_", " ").replace("/", ", ")
+        out[f"{name}, {shown} ({len(seen.labels)} of {len(test_set)} images)"] = shares
+    return out
+
+
+def _cards(predictor: Any, entry: Any) -> list[Card]:
+    if not predictor.has_regions:
+        raise errors.UserError("the model has no region queries")
+    annotated = entry.read()
+    chosen = _spread(len(annotated.records), _CARDS)
+    files = [annotated.images[i] for i in chosen]
+    seen = encode.gather_images(predictor, files, label="regions", unreadable={})
+    records = [annotated.records[chosen[i]] for i in seen.index]
+    described = grounding.described_boxes(records, seen.sizes)
+    matched, text_of = grounding.match(seen.with_regions.boxes_xyxy, described)
+    others = [region.description for record in annotated.records for region in record.regions]
+    texts = prompts.distinct(described.texts + others, encode.as_read)[0]
+    texts = texts[: max(_TEXTS, len(described.texts))]
+    text_embed = scores.unit(predictor.encode_text(texts))
+    cosines = scores.unit(seen.with_regions.embed) @ text_embed.T  # [n, Q, T]
+    cards = []
+    for i, record in enumerate(records):
+        mine = np.flatnonzero(matched.image == i)
+        query_of_rank = dict(
+            enumerate(matched.query[mine].tolist())
+        )  # matches are in order of rank
+        own_text = dict(zip(matched.query[mine].tolist(), text_of[mine].tolist()))
+        boxes = []
+        for query, (box, row) in enumerate(zip(seen.with_regions.boxes_xyxy[i], cosines[i])):
+            best = int(row.argmax())
+            right = own_text[query] == best if query in own_text else None
+            boxes.append(Box(box.tolist(), texts[best], float(row[best]), query, right))
+        for j in np.flatnonzero(described.image == i):
+            colour = query_of_rank.get(int(described.rank[j]), -1)
+            said = described.texts[described.text[j]]
+            boxes.append(Box(described.boxes_xyxy[j].tolist(), said, None, colour))
+        small = images.to_rgb(files[seen.index[i]].load())
+        small.thumbnail((_EDGE, _EDGE), PIL.Image.Resampling.LANCZOS)
+        cards.append(Card(record.image, html.data_uri(small), small.size, boxes))
+    return cards
