@@ -534,16 +534,10 @@ def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
     """The state's model (the average where one is kept) for evaluation, whole on every process; factors are folded in."""
-    whole_params = state.ema_params or state.params
-    params = forward.without_terms(whole_params)
-    decoder = checkpoint.decoder_of_run(config, whole_params.get(forward.TERMS, {}), "this run")
-    of_decoder = decoder and decoder.params
+    params = forward.without_terms(state.ema_params or state.params)
     if jax.process_count() > 1:
-        params, of_decoder = multihost_utils.process_allgather((params, of_decoder), tiled=True)
-    decoder = decoder and decoder._replace(params=of_decoder)
-    merged = lora.merged(params, config.optim.lora)
-    length = max(config.input.last_lengths, default=0)
-    return inference.Predictor(config.model, merged, text_decoder=decoder, sequence_length=length)
+        params = multihost_utils.process_allgather(params, tiled=True)
+    return inference.Predictor(config.model, lora.merged(params, config.optim.lora))
 
 
 def evaluate_all(
