@@ -21,7 +21,6 @@ COMMANDS = {
     "train": ("grain_jax.training.arguments:Train", "grain_jax.train:console"),
     "evaluate": ("grain_jax.evaluate.arguments:Evaluate", "grain_jax.evaluate.__main__:main"),
     "embed": ("grain_jax.data.embed.arguments:Embed", "grain_jax.data.embed.__main__:main"),
-    "search": ("grain_jax.data.embed.arguments:Search", "grain_jax.data.embed.search_command:main"),
     "build": ("grain_jax.data.arguments:Build", "grain_jax.data.build:main"),
     "annotate": (
         "grain_jax.data.annotate.arguments:Annotate",

@@ -40,7 +40,7 @@ from grain_jax.report import run_files
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets, tiny
 from tests.data import debian_packages
-from tests.hostile import image_files, indexes, source_files
+from tests.hostile import image_files, source_files
 
 SECONDS = 30.0
 RECORDS = 16
@@ -178,7 +178,6 @@ class Fuzzer:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "run" / "metrics.jsonl").write_text(text)
         (folder / "run" / "config.json").write_text(config_lib.to_json(self.config))
-        self.index, _ = indexes.search(indexes.write(folder / "index"))
 
     def case_lines(self, rng: random.Random) -> str:
         """An annotation file with one damaged line, through data.build."""
@@ -313,22 +312,6 @@ class Fuzzer:
             if not made <= {"a", "g.deb", "a/out"}:
                 raise AssertionError(f"files outside: {made}")
         return "read"
-
-    def case_indexes(self, rng: random.Random) -> str:
-        """A folder of embeddings with one damaged file, searched, read for the page and gone on with."""
-        folder = self.folder / "index"
-        files = [folder / "settings.json", *sorted((folder / "data").iterdir())]
-        with indexes.kept(folder):
-            if changed := rng.random() < 0.6:
-                indexes.change(folder, rng, put_somewhere)
-            with damaged(rng.choice(files), rng) if not changed else contextlib.nullcontext():
-                try:
-                    found, missing = indexes.search(folder)
-                finally:
-                    indexes.resume(folder)
-        if found != self.index and not changed and not missing:
-            raise SilentDifference("search")
-        return "the same" if found == self.index else "read as another or an unfinished index"
 
     def case_tokenizers(self, rng: random.Random) -> str:
         """A damaged tokenizer.json or SentencePiece .model, read and used on texts."""

@@ -16,7 +16,6 @@ from grain_jax.convert import output
 from grain_jax.core import errors, patches
 from grain_jax.core.schema import Patches
 from grain_jax.data.annotate import arguments as annotate
-from grain_jax.data.embed import arguments as embed
 from grain_jax.demo import arguments as demo
 from grain_jax.evaluate import arguments as evaluate
 from grain_jax.evaluate import segmentation as evaluation
@@ -182,8 +181,6 @@ def test_commands_that_load_a_model_take_the_length():
     for command, words in (
         (evaluate.Evaluate, ["zeroshot", model, "--images=z", out]),
         (evaluate.Evaluate, ["suite", model, "--config=eval", out]),
-        (embed.Embed, ["z", model, out]),
-        (embed.Search, ["z", "--text=a"]),
         (export.Export, [model, out]),
         (demo.Demo, [model]),
         (annotate.Annotate, ["--model=x", "--images=z", out]),
