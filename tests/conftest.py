@@ -61,7 +61,6 @@ LONG = (
     "tests/training/test_step_cost.py",
     "tests/runtime/test_processes.py",
     "tests/convert/test_open_clip.py",
-    "tests/data/embed/test_stored.py",
     "tests/inference/test_text_decoder.py",
     "tests/test_orientation.py",
     "tests/input_pipeline/test_records.py",

@@ -15,7 +15,6 @@ DISTRIBUTION = {
     "PIL": "pillow",
     "absl": "absl-py",
     "apache_beam": "apache-beam",
-    "faiss": "faiss-cpu",
     "instant_clip_tokenizer": "instant-clip-tokenizer",
     "jaxlib": "jax",  # requires it
     "open_clip": "open_clip_torch",
@@ -31,7 +30,6 @@ DISTRIBUTION = {
 # What the base installation has not -> the extras that bring it.
 EXTRAS = {
     "apache-beam": {"annotate"},
-    "faiss-cpu": {"faiss"},
     "gradio": {"demo"},
     "httpx": {"annotate"},
     "huggingface_hub": {"hub"},

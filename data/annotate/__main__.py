@@ -17,9 +17,9 @@ from etils import epath
 
 from grain_jax.core import errors
 from grain_jax.data import build, example, negatives, sources, staging
-from grain_jax.data.annotate import local_chat, outputs, own_model, prompt
-from grain_jax.data.annotate.arguments import OWN, Annotate
-from grain_jax.data.annotate.passes import Job, needs
+from grain_jax.data.annotate import local_chat, outputs, prompt
+from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.annotate.passes import NEEDS, Job
 from grain_jax.data.arguments import Build
 
 
@@ -42,9 +42,8 @@ def annotate(args: Annotate) -> str:
         raise AnnotateError("--images DIR: missing; folder of images, or of tar shards")
     args.source = args.source or _source_of(epath.Path(args.images))
     source = sources.make(args.source, dict(args.option))
-    args.orientation = getattr(source, "orientation", args.orientation)
     args.keep_images &= not (source.images_are_files or args.name)
-    job = Job(args, {} if args.model else _prompts(args))
+    job = Job(args, _prompts(args))
     # A shard's lines are composed of the results of all passes, so two jobs would overwrite each other's.
     with staging.locked(job.output.path(outputs.LINES), "--output"):
         return _annotate(job, source)
@@ -63,7 +62,6 @@ def _annotate(job: Job, source: Any) -> str:
         split=args.split,
         scratch=str(output.path("lists")),
         shard_size=args.shard_size,
-        orientation=args.orientation,
         label_text=args.label_text,
     )
     shards = sources.shards(args.source, options, dict(args.option))
@@ -98,11 +96,6 @@ def _annotate(job: Job, source: Any) -> str:
     output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     output.clear()
     _check_faults(total, output, args.max_faults)
-    if args.model and "describe" in args.passes and not total["regions"]:
-        raise AnnotateError(
-            f"{output.folder}: none of {total['pictures']} images has a described box, expected regions in the"
-            " source, or those of --boxes queries that reach --threshold"
-        )
     if args.name:
         read_lines = example.read_lines
         if not source.images_are_files:
@@ -110,13 +103,11 @@ def _annotate(job: Job, source: Any) -> str:
         given = Build(
             annotations=[str(output.path("A.jsonl"))],
             images=args.images if source.images_are_files else args.output,
-            orientation=args.orientation,
             output=str(output.path("records")),
             name=args.name,
             overwrite=True,
             max_faults=args.max_faults,
             store_size=args.store_size,
-            fit=args.fit,
             encoding=args.encoding,
             num_shards=args.num_shards,
         )
@@ -168,14 +159,11 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
             "split": args.split,
             "shard size": args.shard_size,
             "limits": [args.min_side, args.max_side],
-            "orientation": args.orientation,
             **({"label text": args.label_text} if args.label_text else {}),
         },
         "ground": {"model": args.detector, "threshold": args.threshold},
         "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},
     }
-    if args.model and set(OWN) & set(args.passes):
-        out |= own_model.settings(args)
     for name, asked in job.prompts.items():
         out[name] = {
             "model": args.chat or local_chat.MODEL,
@@ -215,7 +203,7 @@ def _todo(
         for shard in shards
         if shard.name not in finished or (args.retry_failed and _has_gaps(output.tally(shard.name)))
     ]
-    if before := needs(args.passes[0], args) if args.passes else None:
+    if before := NEEDS.get(args.passes[0]) if args.passes else None:
         missing = {shard.name for shard in todo} - output.finished([before])
         if missing:
             raise AnnotateError(

@@ -16,7 +16,6 @@ MAX_CHARACTERS = 10_000  # of an answer; 256 tokens have some 1,000
 
 EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeated line"
 CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
-OUTSIDE = "box outside"
 
 # What stands before a line: bullets, quotation marks, Markdown; a number or a letter with its mark.
 _BULLET = re.compile(
@@ -115,18 +114,6 @@ def parse_descriptions(
     if kept:
         return list(kept.values()), dropped
     return dropped[0] if dropped else Refused(EMPTY, _show(text))
-
-
-def parse_text(text: str, *, cut_off: bool = False) -> str | Refused:
-    """A text of a model that writes one text and nothing around it; `cut_off`: the limit of tokens ended it."""
-    text = " ".join(text.split())
-    if cut_off:
-        return Refused(CUT_OFF, _show(text))
-    if not text:
-        return Refused(EMPTY, _show(text))
-    if len(text) > MAX_CHARACTERS:
-        return Refused(RUN_ON, _show(text))
-    return text if _has_words(text) else Refused(NO_WORDS, _show(text))
 
 
 def is_refusal(line: str) -> bool:

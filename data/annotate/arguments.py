@@ -1,15 +1,10 @@
 """The flags of `grain-jax annotate`; further ones go to Beam."""
 
 from grain_jax.cli.flags import flag, many, share
-from grain_jax.cli.parser import Loads
-from grain_jax.config import DTYPES
-from grain_jax.config.evals import ORIENTATIONS
 from grain_jax.data.arguments import Stored, label_text, option, set_name
 
 PASSES = ("caption", "describe", "ground", "negatives")  # in their order
 ALL = ("caption", "describe", "ground")  # of --passes all
-OWN = ("caption", "describe")  # the same with --model
-BOXES = ("given", "queries", "missing")
 _MOST = 1_000_000
 
 
@@ -22,7 +17,7 @@ def _passes(text: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-class Annotate(Loads, Stored, name="annotate"):
+class Annotate(Stored, name="annotate"):
     """Writes captions, descriptions and boxes of images, by models, on Apache Beam.
 
     The same command again resumes an interrupted job. Further flags, such as --runner, go to Beam.
@@ -30,14 +25,11 @@ class Annotate(Loads, Stored, name="annotate"):
     Example:
       grain-jax annotate --images images --output annotated --passes caption,describe \\
           --endpoint http://HOST:8000/v1 --chat MODEL
-      grain-jax annotate --images images --output annotated --passes caption,describe --model runs/own
       grain-jax annotate --source coco --images train2017 --output coco --passes none \\
           --annotations instances.json captions.json
 
     images:
       --images DIR             folder of images, or of tar shards; not needed where --source has their bytes
-      --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
-        they are stored
       --output DIR             all results; the same again to go on
       --source NAME|module:Class  annotations, coco, csv, fg_ovd, finehard, flickr30k_entities, folder, grit, hf-dataset,
         karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own (data/sources/base.py) (default: webdataset if
@@ -55,8 +47,8 @@ class Annotate(Loads, Stored, name="annotate"):
       --[no-]retry-failed      run what failed in shards that are done again
 
     models:
-      --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is caption,describe,ground; with
-        --model caption,describe; none takes over what the source has
+      --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is caption,describe,ground; none
+        takes over what the source has
       --negatives N            texts that the pass negatives makes of a description, at most
       --chat MODEL             folder or name of the MLLM (default: llava-hf/llava-v1.6-mistral-7b-hf), or its name at
         the endpoint
@@ -68,22 +60,13 @@ class Annotate(Loads, Stored, name="annotate"):
       --prompts DIR            folder with caption.txt and describe.txt (default: those of the package)
       --detector MODEL         folder or name of the detector
       --threshold SCORE        least score of a box, 0 to 1
-      --batch-size N           images that a local model sees at once (default: 8; of --model 64 a device)
-
-    a model of grain_jax with a text decoder, in the place of --chat and --detector:
-      --model DIR              workdir, checkpoint or converted folder, or hf://ORG/NAME
-      --boxes given|queries|missing  boxes that it describes: those of the source; those of its own region queries instead;
-        or these for images without any, and others stay as they are (default: given, and queries for images without any)
-      --regions N              of its queries, at most, of an image: those whose descriptions score best
-      --beams N                texts that are followed at a time; 1 takes the likeliest word each time
-      --dtype float32|bfloat16  of its activations
+      --batch-size N           images that a local model sees at once
 
     TFRecords:
       --name NAME              also build OUTPUT/records/NAME/1.0.0, as grain-jax build does
     """
 
     images: str = ""
-    orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     output: str
     source: str | None = None
     option: list[tuple[str, str]] = many(parse=option)
@@ -107,46 +90,14 @@ class Annotate(Loads, Stored, name="annotate"):
     prompts: str | None = None
     detector: str = "google/owlv2-base-patch16-ensemble"
     threshold: float = share(0.3)  # the paper's
-    batch_size: int | None = None
-    model: str | None = None
-    boxes: str | None = flag(None, choices=BOXES)
-    regions: int = flag(10, high=1000)  # as many as the paper has descriptions of an image
-    beams: int = flag(1, high=64)
-    dtype: str = flag(DTYPES[0], choices=DTYPES)
+    batch_size: int = 8
     name: str | None = flag(None, parse=set_name)
     beam: list[str] = many()  # flags of none of the above
 
     def __post_init__(self):
-        super().__post_init__()
         named = set(self.passes)
         if "all" in named:
-            named |= set(OWN if self.model else ALL)
+            named |= set(ALL)
         self.passes = tuple(name for name in PASSES if name in named)
-        if self.model:
-            self._check_model()
-        elif self.boxes:
-            raise ValueError("--boxes: got no --model, expected the one that describes them")
-        elif self.sequence_length is not None:
-            raise ValueError("--sequence-length: got no --model, expected the one that takes it")
         if self.endpoint and not self.chat:
             raise ValueError("--endpoint: got no --chat, expected the model's name at the endpoint")
-
-    @property
-    def at_once(self) -> int:
-        """Images that a local model of another package sees at once."""
-        return self.batch_size or 8
-
-    def _check_model(self):
-        """Raises ValueError where --model stands beside a flag of another model."""
-        for name, value in (
-            ("--chat", self.chat),
-            ("--endpoint", self.endpoint),
-            ("--prompts", self.prompts),
-        ):
-            if value:
-                raise ValueError(f"--model: got {name} too, expected one of them")
-        if "ground" in self.passes:
-            raise ValueError(
-                "--passes: got ground with --model, whose pass describe has boxes; expected some of"
-                " caption,describe,negatives"
-            )

@@ -1,6 +1,5 @@
 """A model of `transformers` from a folder (local or remote) or the Hub's cache, and its runs over batches."""
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -96,9 +95,8 @@ class Batches:
             # The error holds the frames, and they the tensors: keep only its text beyond this block.
             memory = errors.is_out_of_memory(error) or type(error).__name__ == "OutOfMemoryError"
             detail = chat.one_line(f"{type(error).__name__}: {error}")
-        loaded = sys.modules.get("torch")  # a model of JAX needs none
-        if memory and loaded and loaded.cuda.is_available():
-            loaded.cuda.empty_cache()
+        if memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if len(batch) == 1:
             return [chat.Failure(OUT_OF_MEMORY if memory else MODEL_ERROR, detail)]
         half = len(batch) // 2

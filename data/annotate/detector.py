@@ -1,7 +1,6 @@
-"""The open-vocabulary detector: finds the box of each description.
+"""The open-vocabulary detector, OWLv2: finds the box of each description.
 
-Boxes must be mapped back to the image, which differs between models: OWLv2's boxes are shares of a square
-that the image was padded to, Grounding DINO's are shares of the image without its padding.
+Its boxes are shares of a square that the image was padded to, and are mapped back to the image.
 """
 
 import types
@@ -29,7 +28,7 @@ class Detector:
     """Grounds descriptions in images.
 
     Raises:
-      CheckpointError: the model cannot be loaded, or is of no kind that this module knows.
+      CheckpointError: the model cannot be loaded, or is no OWLv2.
     """
 
     def __init__(self, given: Annotate):
@@ -39,13 +38,12 @@ class Detector:
             half=False,  # a box needs more than bfloat16's 8 bits
         )
         kind = self._model.config.model_type
-        if kind not in _KINDS:
+        if kind != "owlv2":
             raise checkpoint.CheckpointError(
-                f"{given.detector}: a detector of the kind {kind!r}, expected one of {', '.join(_KINDS)}"
+                f"{given.detector}: a detector of the kind {kind!r}, expected owlv2"
             )
-        self._inputs, self._scores = _KINDS[kind]
         self._threshold = given.threshold
-        self._batches = checkpoint.Batches(given.at_once)
+        self._batches = checkpoint.Batches(given.batch_size)
 
     def detect(
         self, images: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
@@ -73,14 +71,22 @@ class Detector:
         self, batch: Sequence[tuple[PIL.Image.Image, tuple[str, ...]]]
     ) -> list[list[annotations.Region]]:
         shown = [_plain(image) for image, _ in batch]
-        texts = [descriptions for _, descriptions in batch]
-        inputs = self._inputs(self._processor, self._model.config, shown, texts, self._device)
-        inputs = inputs.to(self._device)
+        # The text tower has 16 positions and fails on a longer text. Shorter lists are filled up with " ".
+        inputs = self._processor(
+            images=shown,
+            text=[list(descriptions) for _, descriptions in batch],
+            padding="max_length",
+            truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+            device=self._device,
+        ).to(self._device)
         with torch.inference_mode():
             outputs = self._model(**inputs)
         regions = []
         for index, (image, descriptions) in enumerate(batch):
-            logits = self._scores(self._processor, inputs, outputs.logits, index, len(descriptions))
+            # Without the fill: the model takes it for a description, which could win a box.
+            logits = outputs.logits[index : index + 1, :, : len(descriptions)]
             found = self._processor.image_processor.post_process_object_detection(
                 # [1, boxes, descriptions]; [1, boxes, 4] cxcywh, in the model's own share of an image.
                 types.SimpleNamespace(
@@ -142,65 +148,3 @@ def _iou(a: annotations.Box, b: annotations.Box) -> float:
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)]
     return width * height / (sum(areas) - width * height)
-
-
-def _owl_inputs(processor, config, images, texts, device):
-    # The text tower has 16 positions and fails on a longer text. Shorter lists are filled up with " ".
-    return processor(
-        images=images,
-        text=[list(descriptions) for descriptions in texts],
-        padding="max_length",
-        truncation=True,
-        max_length=config.text_config.max_position_embeddings,
-        return_tensors="pt",
-        device=device,
-    )
-
-
-def _owl_scores(processor, inputs, logits, index: int, descriptions: int):
-    # Without the fill: the model takes it for a description, which could win a box.
-    del processor, inputs
-    return logits[index : index + 1, :, :descriptions]
-
-
-def _dino_inputs(processor, config, images, texts, device):
-    # One text an image, descriptions between full stops. The model takes "." and "?" for the end of one
-    # wherever they stand, so none may have any.
-    return processor(
-        images=images,
-        text=[
-            " ".join(
-                " ".join(text.lower().replace(".", " ").replace("?", " ").split()) + " ."
-                for text in descriptions
-            )
-            for descriptions in texts
-        ],
-        padding=True,
-        truncation=True,
-        max_length=config.max_text_len,
-        return_tensors="pt",
-        device=device,
-    )
-
-
-def _dino_scores(processor, inputs, logits, index: int, descriptions: int):
-    # Logits are of tokens. A description's is its best token's, so that a box's score is what the model's
-    # own post-processing gives; that one, though, decodes phrases, which need not be any description.
-    tokens = inputs["input_ids"][index]
-    stop = processor.tokenizer.convert_tokens_to_ids(".")
-    special = torch.tensor([stop, *processor.tokenizer.all_special_ids], device=tokens.device)
-    owner = torch.where(torch.isin(tokens, special), -1, torch.cumsum(tokens == stop, dim=0))
-    rows = logits[index, :, : len(tokens)]
-    scores = [
-        rows.masked_fill(owner != number, float("-inf")).amax(dim=-1)
-        for number in range(descriptions)
-    ]
-    return torch.stack(scores, dim=-1)[None]
-
-
-# The kinds of detectors: what each needs of images and descriptions, and its scores of an image's boxes.
-_KINDS = {
-    "owlv2": (_owl_inputs, _owl_scores),
-    "grounding-dino": (_dino_inputs, _dino_scores),
-    "mm-grounding-dino": (_dino_inputs, _dino_scores),
-}

@@ -34,7 +34,7 @@ class LocalChat:
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        self._batches = checkpoint.Batches(given.at_once)
+        self._batches = checkpoint.Batches(given.batch_size)
 
     def answer(
         self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]

@@ -104,11 +104,6 @@ class Output(NamedTuple):
                         f"--output {self.folder}: was begun with {part} {key} {json.dumps(old)}, got"
                         f" {json.dumps(value)}; give another --output, or delete this one"
                     )
-        if "ground" in settings and "boxes" in known.get("describe", {}):
-            raise OutputError(
-                f"--output {self.folder}: its pass describe was of --model and has boxes, got --passes ground;"
-                " give another --output"
-            )
         self.put(json.dumps(known | settings, indent=1) + "\n", SETTINGS)
 
     def join(self, shards: Iterable[str]) -> None:

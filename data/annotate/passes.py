@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import PIL.Image
 
 from grain_jax.core import errors
-from grain_jax.core import images as images_lib
 from grain_jax.data import negatives, source_lines, sources
 from grain_jax.data.annotate import (
     answers,
@@ -26,9 +25,8 @@ from grain_jax.data.annotate import (
     endpoint_chat,
     local_chat,
     outputs,
-    own_model,
 )
-from grain_jax.data.annotate.arguments import OWN, PASSES, Annotate
+from grain_jax.data.annotate.arguments import PASSES, Annotate
 from grain_jax.data.annotate.chat import Answer, Failure
 from grain_jax.data.annotate.prompt import Prompt
 
@@ -40,12 +38,7 @@ BATCHES_AHEAD = 4
 _NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
 # A pass -> the one whose results it takes. Negatives are of regions of the source, too, and come after the others.
-_NEEDS = {"describe": "caption", "ground": "describe"}
-
-
-def needs(name: str, given: Annotate) -> str | None:
-    """The pass whose results a pass takes, or None."""
-    return None if given.model else _NEEDS.get(name)
+NEEDS = {"describe": "caption", "ground": "describe"}
 
 
 class ModelDown(errors.UserError):
@@ -56,7 +49,7 @@ class Job(NamedTuple):
     """All that a worker needs to know; plain values that can be pickled."""
 
     given: Annotate  # the arguments of the command
-    prompts: dict[str, Prompt]  # by pass; empty with --model
+    prompts: dict[str, Prompt]  # by pass
 
     @property
     def output(self) -> outputs.Output:
@@ -84,29 +77,25 @@ class Passes:
 
     Attributes:
       job: whose prompts are asked, and whose number of negatives is made (by rules, without a model).
-      chat, own, detector: None where no pass needs it.
+      chat, detector: None where no pass needs it.
 
     Raises:
       UserError: a model cannot be loaded, or an endpoint not be used.
     """
 
     def __init__(self, job: Job):
-        given, self.job, self.chat, self.own, self.detector = job.given, job, None, None, None
-        self._batch_size, self._failures = given.at_once, 0  # the failures in a row, up to now
-        writes = bool(set(OWN) & set(given.passes))
-        if writes and given.model:
-            self.own = own_model.OwnModel(given)
-            self._batch_size = self.own.at_once
-        elif writes:
+        given, self.job, self.chat, self.detector = job.given, job, None, None
+        self._batch_size, self._failures = given.batch_size, 0  # the failures in a row, up to now
+        if job.prompts.keys() & set(given.passes):
             self.chat = (endpoint_chat.EndpointChat if given.endpoint else local_chat.LocalChat)(
                 given
             )
             if given.endpoint:
-                self._batch_size = max(given.at_once, BATCHES_AHEAD * given.concurrency)
+                self._batch_size = max(given.batch_size, BATCHES_AHEAD * given.concurrency)
         if "ground" in given.passes:
             self.detector = detector.Detector(given)
         # A worker may have several threads, and a GPU one memory.
-        local = isinstance(self.chat, local_chat.LocalChat) or self.own or self.detector
+        local = isinstance(self.chat, local_chat.LocalChat) or self.detector
         self._turn = threading.Lock() if local else contextlib.nullcontext()
 
     def annotate(self, shard: sources.SourceShard) -> None:
@@ -157,7 +146,7 @@ class Passes:
 
         The method of its name yields a dict, or a Failure or Refused, for each of them.
         """
-        before = needs(name, self.job.given)
+        before = NEEDS.get(name)
         todo = [
             work
             for work in batch
@@ -199,9 +188,6 @@ class Passes:
             yield answer
 
     def _caption(self, works: list[_Work], tally: collections.Counter) -> Iterator:
-        if self.own:
-            yield from self.own.caption([work.image for work in works])
-            return
         texts = [self.job.prompts["caption"].text] * len(works)
         for found in self._ask(works, texts, answers.parse_caption, tally):
             if isinstance(found, dict):
@@ -209,9 +195,6 @@ class Passes:
             yield found
 
     def _describe(self, works: list[_Work], tally: collections.Counter) -> Iterator:
-        if self.own:
-            yield from self._describe_boxes(self.own, works, tally)
-            return
         ask = self.job.prompts["describe"]
         texts = [ask.about(work.results["caption"]["subject"]) for work in works]
         for found in self._ask(works, texts, answers.parse_descriptions, tally):
@@ -221,21 +204,6 @@ class Passes:
                 tally.update(f"line left out: {line.cause}" for line in dropped)
                 found = {"descriptions": descriptions}
             yield found
-
-    def _describe_boxes(
-        self, own: own_model.OwnModel, works: list[_Work], tally: collections.Counter
-    ) -> Iterator:
-        found = own.describe([(work.image, work.item.regions) for work in works])
-        for described in found:
-            if isinstance(described, Failure):
-                yield described
-                continue
-            tally["regions"] += len(described.regions)
-            tally.update(f"line left out: {line.cause}" for line in described.left_out)
-            if described.is_kept:
-                yield {}
-            else:
-                yield {"regions": list(map(source_lines.region, described.regions))}
 
     def _ground(self, works: list[_Work], tally: collections.Counter) -> Iterator:
         texts = [work.results["describe"]["descriptions"] for work in works]
@@ -258,10 +226,9 @@ class Passes:
 
 
 def _regions(work: _Work) -> list[dict[str, Any]]:
-    """The regions of the source, or what --model made of them, and those of the pass ground; with negatives."""
+    """The regions of the source and those of the pass ground, with negatives."""
     found = work.results.get("ground", {}).get("regions", [])
-    anew = _described_anew(work)
-    of_source = map(source_lines.region, work.item.regions) if anew is None else anew
+    of_source = map(source_lines.region, work.item.regions)
     made = work.results.get("negatives", {}).get("negatives", {})
     regions = []
     for region in (*of_source, *found):
@@ -271,16 +238,9 @@ def _regions(work: _Work) -> list[dict[str, Any]]:
     return regions
 
 
-def _described_anew(work: _Work) -> list[dict[str, Any]] | None:
-    """The regions that the pass describe of --model puts in the place of the source's; None: these stay."""
-    return work.results.get("describe", {}).get("regions")
-
-
 def _line(work: _Work) -> dict[str, Any] | None:
     """The line of A.jsonl for the image; None if it has neither a text nor a region."""
     item = work.item
-    if _described_anew(work) is not None:
-        item = item._replace(phrases=None)  # of the descriptions before
     synthetic = work.results.get("caption", {}).get("synthetic_caption", item.synthetic_caption)
     out = source_lines.line(item._replace(synthetic_caption=synthetic)) | {
         "regions": _regions(work)
@@ -291,7 +251,7 @@ def _line(work: _Work) -> dict[str, Any] | None:
 def _read(shard: sources.SourceShard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
     """The shard's images, decoded and with what earlier jobs found."""
     passes = job.given.passes
-    before = needs(passes[0], job.given) if passes else None
+    before = NEEDS.get(passes[0]) if passes else None
     for item in sources.read(shard):
         results = {name: known[name][item.image] for name in known if item.image in known[name]}
         work = _Work(item, results=results, letters=letters.get(item.image, []))
@@ -344,7 +304,7 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
         path = job.output.path("images", work.item.image)
         try:
             if path.is_dir() or not path.exists():
-                job.output.put(_to_keep(work), "images", work.item.image)
+                job.output.put(work.item.encoded, "images", work.item.image)
         except OSError as error:
             if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
                 raise
@@ -353,11 +313,3 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
             work.fail("picture", "bad annotation", detail)
             return None
     return line
-
-
-def _to_keep(work: _Work) -> bytes:
-    """The file of the image: its own, or a PNG where an orientation in its own would turn it away from its boxes."""
-    encoded, as_stored = work.item.encoded, work.item.orientation == "exif"
-    if work.image is None or as_stored or not images_lib.header(encoded).turned:
-        return encoded
-    return images_lib.encode_png(work.image)

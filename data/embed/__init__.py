@@ -1,1 +1,1 @@
-"""Embeddings of the images of a source, as Parquet files (docs/embed.md)."""
+"""Embeddings of many images and their regions: `grain-jax embed`."""

@@ -6,61 +6,53 @@ The same command again goes on after a kill. Several processes (grain-jax local,
 DIR is a folder that all of them see.
 """
 
-import argparse
 import collections
 import contextlib
-import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import msgspec
 
 from grain_jax import inference
-from grain_jax.core import atomic, errors, images, patches, printable
-from grain_jax.data.embed import arguments, embeddings, output, parts, pipeline
+from grain_jax.core import atomic, errors, printable
+from grain_jax.data.embed import arguments, output, parts, pipeline
+from grain_jax.data.sources import arrow_files
 from grain_jax.runtime import compiled, distributed, processes, saved_model
 from grain_jax.runtime.pretrained import NAMES
 
 
-def embed(args: argparse.Namespace) -> str:
+def embed(args: arguments.Embed) -> str:
     """Embeds the source; returns a line about what was done. Every process calls it. Raises UserError."""
     began = time.monotonic()
-    embeddings.pyarrow()  # where it is missing, before the model is read
+    arrow_files.pyarrow()  # where it is missing, before the model is read
     folder = parts.absolute(args.output)
     processes.run_together(lambda: saved_model.find(args.checkpoint))
-    listed = processes.of_first(lambda: msgspec.to_builtins(_list(args, folder)))
-    found = msgspec.convert(listed, parts.Listing)
+    source = processes.of_first(lambda: _list(args, folder))
     predictor = processes.run_together(lambda: _load(args))
-    settings = _settings(args, found, predictor)
+    settings = _settings(args, source, predictor)
     processes.of_first(lambda: output.agree(folder, settings))
-    job = output.Output(folder, settings, found.parts)
-    done = processes.of_first(lambda: [[i, *part] for i, part in job.finished().items()])
-    before = {i: embeddings.Part(*part) for i, *part in done}
-    todo = [index for index in range(len(found.parts)) if index not in before]
-    mine = [todo[i] for i in processes.share(len(todo))]
-    most_faults = float("inf") if found.total is None else args.max_faults * found.total
+    job = output.Output(folder, settings, source["parts"], source["images"])
+    done = processes.of_first(lambda: list(job.finished()))
+    todo = [index for index in range(len(job.parts)) if index not in done]
     smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
     with errors.out_of_memory_in_a_line("grain-jax embed", lambda: smaller):
         count = pipeline.run(
             job,
-            mine,
-            pipeline.encoder(predictor, args.boxes, args.texts),
-            resize=_resize(predictor),
+            [todo[i] for i in processes.share(len(todo))],
+            pipeline.encoder(predictor, args.boxes),
+            size=predictor.model.image.image_size,
             threads=args.threads or max(2, os.cpu_count() or 1),
             label=args.source,
-            known=found.total is not None,
-            before=list(before.values()),
-            most_faults=most_faults,
+            known=source["total"] is not None,
         )
     count = sum(processes.agree(None, count))
     return processes.of_first(lambda: _end(args, job, count, time.monotonic() - began))
 
 
-def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
+def _list(args: arguments.Embed, folder: Any) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     return parts.find(
         args.source,
@@ -69,78 +61,58 @@ def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
         shard_size=args.shard_size,
         scratch=folder,
         boxes=args.boxes == "given",
-        texts=args.texts,
-        orientation=args.orientation,
     )
 
 
-def _resize(predictor: Any) -> Callable[[Any], Any]:
-    """Gives what the model gets of an image: a square, or its Patches."""
-    image, length = predictor.model.image, predictor.sequence_length
-    if length:
-        return functools.partial(patches.of_image, patch=image.patch_size, length=length)
-    return functools.partial(images.resize, size=image.image_size)
-
-
-def _load(args: argparse.Namespace) -> inference.Predictor:
-    length = args.sequence_length
-    predictor = inference.load(args.checkpoint, args.dtype, sequence_length=length)
+def _load(args: arguments.Embed) -> inference.Predictor:
+    predictor = inference.load(args.checkpoint, args.dtype)
     if args.boxes == "given":
         predictor.encode_boxes([], [])  # refuses a model without a box head
     return predictor
 
 
 def _settings(
-    args: argparse.Namespace, found: parts.Listing, predictor: Any
-) -> embeddings.Settings:
+    args: arguments.Embed, source: dict[str, Any], predictor: inference.Predictor
+) -> dict[str, Any]:
     """What the embeddings depend on."""
-    model = predictor.model
     named = args.checkpoint in NAMES or "://" in args.checkpoint
-    digests = saved_model.model_digests(model, jax.device_get(predictor.params))
-    return embeddings.Settings(
+    return {
         # Of a workdir, the checkpoint that was its newest.
-        checkpoint=args.checkpoint if named else str(parts.absolute(predictor.folder)),
-        model=embeddings.Digests(**digests),
-        embed_dim=model.embed_dim,
-        regions=args.boxes if args.boxes == "given" or predictor.has_regions else "",
-        image_size=model.image.image_size,
-        dtype=args.dtype,
-        store=args.store or ("float16" if args.format == "npy" else "float32"),
-        shard_size=args.shard_size,
-        source=found.source,
-        parts=len(found.parts),
-        orientation="file" if found.source.kind == "records" else args.orientation,
-        format=args.format,
-        texts=args.texts,
-        logit_scale=predictor.logit_scale,
-        sequence_length=predictor.sequence_length,
-    )
+        "checkpoint": args.checkpoint if named else str(parts.absolute(predictor.folder)),
+        "model": predictor.digests,
+        "embed_dim": predictor.model.embed_dim,
+        "regions": args.boxes if args.boxes == "given" or predictor.has_regions else "",
+        "image_size": predictor.model.image.image_size,
+        "dtype": args.dtype,
+        "shard_size": args.shard_size,
+        "source": source["source"] | {"images": source["images"], "split": args.split},
+    }
 
 
-def _end(args: argparse.Namespace, job: output.Output, count: int, seconds: float) -> str:
+def _end(args: arguments.Embed, job: output.Output, count: int, seconds: float) -> str:
     """Writes the faults and the card, when all parts are there; returns the line. Raises EmbedError."""
-    found = job.finished()
-    missing = [index for index in range(len(job.parts)) if index not in found]
+    finished = job.finished()
+    missing = [index for index in range(len(job.parts)) if index not in finished]
     if missing:
-        raise pipeline.EmbedError(
-            f"--output {args.output}: {job.name(missing[0])} is missing, of {len(missing)} files; give the same"
-            " command again"
+        raise output.EmbedError(
+            f"--output {args.output}: {job.path('metadata', missing[0])} is missing, of {len(missing)} files; give"
+            " the same command again"
         )
-    done = [found[index] for index in sorted(found)]
+    done = [finished[index] for index in sorted(finished)]
     job.write_faults(done)
-    atomic.write_text(job.folder / embeddings.CARD, output.card(job.settings, done, args.output))
+    atomic.write_text(job.folder / output.CARD, output.card(job.settings, done))
     causes = collections.Counter(fault["cause"] for part in done for fault in part.faults)
     for cause, times in sorted(causes.items()):
-        line = f"{job.folder / embeddings.FAULTS}: {times} {printable.plain(cause, 80)}"
+        line = f"{job.folder / output.FAULTS}: {times} {printable.plain(cause, 80)}"
         print(line, file=sys.stderr)
     rows, faults = sum(part.rows for part in done), sum(len(part.faults) for part in done)
     if not rows or faults > args.max_faults * (rows + faults):
-        raise pipeline.EmbedError(
+        raise output.EmbedError(
             f"--output {args.output}: {faults} of {rows + faults} images have a fault, more than --max-faults"
-            f" {args.max_faults:g} allows; {embeddings.FAULTS} names them; put them right and delete the files"
+            f" {args.max_faults:g} allows; {output.FAULTS} names them; put them right and delete the files"
             " that it names, or take them out of the source"
         )
-    left_out = f" ({faults} left out: {embeddings.FAULTS})" if faults else ""
+    left_out = f" ({faults} left out: {output.FAULTS})" if faults else ""
     return (
         f"{args.output}: {rows:,} images{left_out} in {len(done):,} files; {count:,} of them now, in"
         f" {seconds:.1f} s, {count / seconds:.3g} images/s"

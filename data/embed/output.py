@@ -1,9 +1,16 @@
-"""The files of `grain-jax embed`: settings that may not change, a Parquet file a part, faults, the data card.
+"""The files of `grain-jax embed`, in the layout that clip-retrieval and autofaiss read.
 
-A part is written when it is whole, so that its presence marks it as done. What it left out stands in the file itself.
+DIR/img_emb/img_emb_00.npy        float16 [images, D]
+DIR/region_emb/region_emb_00.npy  float16 [regions of all images, D], image after image
+DIR/metadata/metadata_00.parquet  a row an image, with the boxes of its regions
+DIR/settings.json                 what the embeddings are made of
+DIR/faults.jsonl                  a line for each image that was left out
+DIR/README.md                     the data card
+
+A part has one of each of the first three. Its metadata are written last, so that their presence marks it as done.
 """
 
-import collections
+import concurrent.futures
 import io
 import json
 import sys
@@ -11,299 +18,218 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import msgspec
 import numpy as np
 from etils import epath
 
 from grain_jax import __version__
-from grain_jax.core import atomic, printable, regular_file
-from grain_jax.data.embed import arrays, embeddings
-from grain_jax.data.embed.embeddings import EmbeddingsError
+from grain_jax.core import atomic, errors, printable, regular_file
+from grain_jax.data.sources import arrow_files
 
-_ROWS = 1024  # of a row group, which is held in memory
+SETTINGS, FAULTS, CARD = "settings.json", "faults.jsonl", "README.md"
+_READ_AT_ONCE = 16  # parts
+_NOTE = b"grain_jax"  # key of a Parquet file's own metadata
+
+
+class EmbedError(errors.UserError):
+    """The embeddings cannot be made or written; the message is one line."""
 
 
 class EmbeddedImage(NamedTuple):
     """An image as it is written."""
 
-    id: str
     path: str
+    caption: str  # the first that the source has
+    id: str
     width: int
     height: int
     image_embed: np.ndarray  # [D]
-    region_embed: np.ndarray | None  # [R, D]; None: the model finds no regions
+    region_embed: np.ndarray | None  # [R, D]; None: there are no regions
     boxes_xyxy: np.ndarray | None  # [R, 4] in [0, 1]
-    caption: str = ""  # the first that the source has
-    text_digests: Sequence[int] = ()  # `embeddings.text_digest` of its texts
-    text_embed: np.ndarray | None = None  # [T, D]; None: texts are not embedded
+
+
+class Part(NamedTuple):
+    """What a part's files hold."""
+
+    rows: int
+    faults: list[dict[str, str]]  # of images that were left out: path, cause, detail
 
 
 class Output(NamedTuple):
-    """The folder of a job."""
+    """The folder of a job.
+
+    Attributes:
+      settings: what the embeddings are made of.
+      parts: those of the source, as of `parts.find`.
+      images: folder that the paths of images start from, or "".
+    """
 
     folder: epath.Path
-    settings: embeddings.Settings
-    parts: list[dict[str, Any]]  # of the source
+    settings: dict[str, Any]
+    parts: list[dict[str, Any]]
+    images: str = ""
 
-    def name(self, index: int) -> str:
-        """The file of a part."""
-        return self.settings.file_name(index)
+    def path(self, kind: str, index: int) -> epath.Path:
+        """A file of a part: of "img_emb", "region_emb" or "metadata"."""
+        digits = len(str(len(self.parts)))  # all names have as many, so that they sort
+        ending = "parquet" if kind == "metadata" else "npy"
+        return self.folder / kind / f"{kind}_{index:0{digits}d}.{ending}"
 
-    def finished(self) -> dict[int, embeddings.Part]:
-        """The parts that are done. A damaged file is named on stderr and deleted, to be made again.
+    @property
+    def arrays(self) -> list[str]:
+        """The kinds of arrays that a part has."""
+        return ["img_emb", "region_emb"] if self.settings["regions"] else ["img_emb"]
 
-        Raises:
-          errors.UserError: a file is of no part: of another model, of other images, or none of grain-jax embed.
-        """
-        count = len(self.parts)
-        if self.settings.format == "npy":
-            if other := arrays.stranger(self.folder, count, **self.settings.arrays):
-                message = "expected arrays of this job alone; move it elsewhere"
-                raise EmbeddingsError(f"{other}: {message}")
-        names = {self.name(index): index for index in range(count)}
-        (self.folder / self.settings.data).mkdir(parents=True, exist_ok=True)
-        done = {}
-        for path, part in embeddings.read_parts(self.folder, self.settings):
-            if isinstance(part, embeddings.DamagedError):
-                print(f"{part}; it is made again now", file=sys.stderr)
+    def finished(self) -> dict[int, Part]:
+        """The parts that are done. A damaged one is named on stderr, to be made again."""
+
+        def read(index: int) -> Part | None:
+            path = self.path("metadata", index)
+            if not path.exists():
+                return None
+            try:
+                return self._read(index)
+            except (OSError, ValueError, LookupError, TypeError) as error:  # of pyarrow, too
+                reason = printable.plain(" ".join(str(error).split()), 200)
+                print(f"{path}: damaged ({reason}); its part is made again", file=sys.stderr)
                 path.unlink()
-                continue
-            index = names[part.name]
-            expected = self.parts[index]
-            if any(part.source[key] != expected[key] for key in ("reader", "name", "size")):
-                raise EmbeddingsError(
-                    f"{path}: was made of other images: got {part.source['name']!r}, expected"
-                    f" {expected['name']!r}; delete it, and give the same command again"
-                )
-            done[index] = part
-        return done
+                return None
 
-    def write_faults(self, parts: Sequence[embeddings.Part]) -> None:
-        """Replaces the file of faults by those of `parts`."""
-        lines = [{**fault, "file": part.name} for part in parts for fault in part.faults]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        atomic.write_text(self.folder / embeddings.FAULTS, text)
+        with concurrent.futures.ThreadPoolExecutor(_READ_AT_ONCE) as pool:  # for object stores
+            found = enumerate(pool.map(read, range(len(self.parts))))
+            return {index: part for index, part in found if part}
+
+    def _read(self, index: int) -> Part:
+        """What a part's files hold, by their headers. Raises OSError, ValueError, ...: one is damaged, or missing."""
+        pa = arrow_files.pyarrow()
+        with self.path("metadata", index).open("rb") as file:
+            found = pa.parquet.read_metadata(pa.BufferReader(file.read()))
+        note = json.loads(found.metadata[_NOTE])
+        for kind, rows in zip(self.arrays, (found.num_rows, note["regions"])):
+            path = self.path(kind, index)
+            header = _header((rows, self.settings["embed_dim"]))
+            length = len(header) + 2 * rows * self.settings["embed_dim"]
+            with path.open("rb") as file:
+                if regular_file.length(path) != length or file.read(len(header)) != header:
+                    raise ValueError(f"{path.name} is no whole array of {rows} rows")
+        return Part(found.num_rows, note["faults"])
+
+    def write(
+        self, index: int, rows: Sequence[EmbeddedImage], faults: list[dict[str, str]]
+    ) -> Part:
+        """Writes the files of a part, the metadata last."""
+        pa = arrow_files.pyarrow()
+        below = f"{self.images}/" if self.images else ""
+        columns: dict[str, list] = {"image_path": [below + row.path for row in rows]}
+        for name in ("caption", "id", "width", "height"):
+            columns[name] = [getattr(row, name) for row in rows]
+        kinds = [pa.string()] * 3 + [pa.int32()] * 2
+        fields = [pa.field(name, kind, nullable=False) for name, kind in zip(columns, kinds)]
+        regions = 0
+        if self.settings["regions"]:
+            columns["boxes_xyxy"] = [row.boxes_xyxy.tolist() for row in rows]
+            regions = sum(map(len, columns["boxes_xyxy"]))
+            box = pa.list_(pa.float32(), 4)
+            fields.append(pa.field("boxes_xyxy", pa.list_(box), nullable=False))
+        note = json.dumps({"faults": faults, "regions": regions})
+        schema = pa.schema(fields, {_NOTE: note.encode()})
+        for kind in self.arrays:
+            vectors = [row.image_embed[None] for row in rows]
+            if kind == "region_emb":
+                vectors = [row.region_embed for row in rows]
+            empty = np.zeros((0, self.settings["embed_dim"]), np.float16)
+            values = np.concatenate([empty, *vectors], dtype=np.float16, casting="same_kind")
+            self._put(self.path(kind, index), _header(values.shape) + values.tobytes())
+        file = io.BytesIO()
+        table = pa.table({field.name: columns[field.name] for field in schema}, schema=schema)
+        pa.parquet.write_table(table, file)
+        self._put(self.path("metadata", index), file.getvalue())
+        return Part(len(rows), faults)
+
+    def _put(self, path: epath.Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(path, content)
+
+    def write_faults(self, parts: Sequence[Part]) -> None:
+        """Replaces the file of faults by those of all parts."""
+        lines = [
+            json.dumps({**fault, "file": self.path("metadata", index).name}) + "\n"
+            for index, part in enumerate(parts)
+            for fault in part.faults
+        ]
+        atomic.write_text(self.folder / FAULTS, "".join(lines))
 
 
-def agree(folder: epath.Path, settings: embeddings.Settings) -> None:
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What stands in a .npy of float16 before its numbers."""
+    file = io.BytesIO()
+    said = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(file, said)
+    return file.getvalue()
+
+
+def agree(folder: epath.Path, settings: dict[str, Any]) -> None:
     """Notes what the embeddings are made of. Raises UserError where the folder was begun with something else."""
-    path = folder / embeddings.SETTINGS
+    path = folder / SETTINGS
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(path, msgspec.json.format(msgspec.json.encode(settings), indent=1))
+        atomic.write_text(path, json.dumps(settings, indent=1))
         return
-    if difference := embeddings.read_settings(folder).difference(settings):
-        what = "{} {}, got {}".format(*difference)
-        raise EmbeddingsError(
-            f"--output {folder}: was begun with {what}; give another --output, or delete this one"
-        )
+    known = regular_file.read_json(path, dict[str, Any], "the settings of grain-jax embed")
+    for key in settings:  # a model may lie elsewhere: its digests count
+        if key != "checkpoint" and known.get(key) != settings[key]:
+            got, expected = (json.dumps(x.get(key)) for x in (settings, known))
+            raise EmbedError(
+                f"--output {folder}: was begun with {key} {expected}, got {got}; give another --output, or delete"
+                " this one"
+            )
 
 
-class Writer:
-    """The files of a part, in memory, as its rows come; `close` puts them in place, the Parquet file last."""
-
-    def __init__(self, output: Output, index: int):
-        self._pa = embeddings.pyarrow()
-        self._output, self._index = output, index
-        self._schema = embeddings.columns(output.settings)
-        self._rows: list[EmbeddedImage] = []
-        self._written = self._most = self._regions = self._texts = 0
-        # Of the format npy: the columns that are arrays.
-        self._blocks = collections.defaultdict[str, list[np.ndarray]](list)
-        self.faults: list[dict[str, str]] = []
-        self._file = io.BytesIO()
-        self._parquet = self._pa.parquet.ParquetWriter(
-            self._file,
-            self._schema,
-            compression="none",  # floats of embeddings cannot be compressed
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        )
-
-    def add(self, row: EmbeddedImage) -> None:
-        """Adds an image."""
-        self._rows.append(row)
-        if len(self._rows) == _ROWS:
-            self._flush()
-
-    def close(self) -> embeddings.Part:
-        """Ends the files and puts them in place. Raises EmbeddingsError."""
-        self._flush()
-        part = self.part()
-        if self._output.settings.format == "npy":
-            self._write_arrays()
-        self._parquet.add_key_value_metadata(embeddings.note(part, self._output.settings))
-        self._parquet.close()
-        path = self._output.folder / self._output.settings.data / part.name
-        atomic.write_bytes(path, self._file.getvalue())
-        return part
-
-    def _write_arrays(self) -> None:
-        folder, settings, _ = self._output
-        names = [embeddings.IMAGE_EMBED, *[embeddings.REGION_EMBED] * bool(settings.regions)]
-        names += [embeddings.TEXT_EMBED] * settings.texts
-        files = arrays.paths(folder, self._index, settings.parts, **settings.arrays)
-        for path, name in zip(files, names, strict=True):
-            path.parent.mkdir(exist_ok=True)
-            if path.exists() and regular_file.length(path) is None:
-                raise EmbeddingsError(f"{path}: got a folder, pipe or device; move it elsewhere")
-            blocks = self._blocks.pop(name, [])  # let go of, before the next file is made
-            atomic.write_bytes(path, arrays.encoded(blocks, settings.embed_dim, settings.store))
-
-    def part(self) -> embeddings.Part:
-        """What the file says of itself, by what has been written."""
-        return embeddings.Part(
-            name=self._output.name(self._index),
-            rows=self._written,
-            most_regions=self._most,
-            source=dict(self._output.parts[self._index]),
-            faults=self.faults,
-            regions=self._regions,
-            texts=self._texts,
-        )
-
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        pa, rows, schema = self._pa, self._rows, self._schema
-        settings = self._output.settings
-        of_embeds = {embeddings.IMAGE_EMBED: np.stack([row.image_embed for row in rows])}
-        counts = [len(row.boxes_xyxy) for row in rows] if settings.regions else []
-        texts = [len(row.text_digests) for row in rows] if settings.texts else []
-        lists = dict.fromkeys((embeddings.REGION_EMBED, embeddings.BOXES), counts)
-        lists = {name: of for name, of in [*lists.items(), (embeddings.TEXT_EMBED, texts)] if of}
-        for name in lists:
-            of_embeds[name] = np.concatenate([getattr(row, name) for row in rows])
-        columns = []
-        for field in schema:
-            if field.name not in of_embeds:
-                values = [_plain(row, field.name, settings) for row in rows]
-                columns.append(pa.array(values, field.type))
-                continue
-            values, is_list = of_embeds.pop(field.name), field.name != embeddings.IMAGE_EMBED
-            vectors = _vectors(pa, values, field.type.value_type if is_list else field.type)
-            if is_list:
-                offsets = pa.array(np.cumsum([0, *lists[field.name]]).astype(np.int32))
-                vectors = pa.ListArray.from_arrays(offsets, vectors, type=field.type)
-            columns.append(vectors)
-        for name, values in of_embeds.items():  # no columns: arrays beside the file
-            self._blocks[name].append(np.ascontiguousarray(values, settings.store))
-        self._parquet.write_table(pa.Table.from_arrays(columns, schema=schema))
-        self._most, self._regions = max(self._most, *counts, 0), self._regions + sum(counts)
-        self._texts += sum(texts)
-        self._written += len(rows)
-        self._rows = []
-
-
-def _plain(row: EmbeddedImage, name: str, settings: embeddings.Settings) -> Any:
-    """The value of a column without vectors; `image_path` is the file, where each image has one."""
-    if name != "image_path":
-        return getattr(row, name)
-    folder = settings.source.images
-    return f"{folder}/{row.path}" if folder else row.path
-
-
-def _vectors(pa: Any, values: np.ndarray, kind: Any) -> Any:
-    """[N, D] as a pyarrow array of `kind`, a fixed-size list."""
-    # Not `to_pandas_dtype`, which needs pandas.
-    store = {"halffloat": np.float16, "float": np.float32}[str(kind.value_type)]
-    stored = values.astype(store, copy=False)
-    flat = pa.array(np.ascontiguousarray(stored).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-
-
-_REGIONS = """\
-| `region_embed` | list of `{stored}[{dim}]` | embeddings of its regions, unit length |
-| `boxes_xyxy` | list of `float[4]` | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
-"""
-_COLUMNS = """\
-| column | type | what |
-|---|---|---|
-| `id` | string | the id of the annotations or the record; else the path |
-| `path` | string | of the image below the source; of a tar `TAR/MEMBER`, of a record set its split and number |
-| `width`, `height` | int32 | pixels of the image |
-| `image_embed` | `{stored}[{dim}]` | embedding of the whole image, unit length |
-"""
-_ARRAYS = """\
-| file | what |
-|---|---|
-| `img_emb/img_emb_*.npy` | {stored} [images, {dim}], embeddings of the whole images, unit length |
-| `metadata/metadata_*.parquet` | a row an image: `image_path`, `caption`, `id`, `width`, `height` |
-"""
-_REGION_ARRAYS = """\
-| `region_emb/region_emb_*.npy` | {stored} [regions, {dim}], of all images, image after image |
-| column `boxes_xyxy` of the metadata | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
-"""
-_TEXTS = """\
-| `text_embed` | list of `{stored}[{dim}]` | embeddings of its captions and descriptions, unit length |
-| `text_digests` | list of `int64` | BLAKE2b of each text, 8 bytes, little-endian, without white space at its ends |
-"""
-_TEXT_ARRAYS = """\
-| `text_emb/text_emb_*.npy` | {stored} [texts, {dim}], captions and descriptions of all images, image after image |
-| column `text_digests` of the metadata | BLAKE2b of each text, 8 bytes, little-endian, without white space at its ends |
-"""
-_READ = """\
-import pathlib
-
-import pyarrow.dataset
-
-files = sorted(pathlib.Path("data").glob("*.parquet"))
-for batch in pyarrow.dataset.dataset(files).to_batches(columns=["id", "image_embed"]):
-    image_embed = batch["image_embed"].flatten().to_numpy(zero_copy_only=False).reshape(-1, {dim})
-"""
-_READ_ARRAYS = """\
-import pathlib
-
-image_embed = np.concatenate([np.load(x) for x in sorted(pathlib.Path("img_emb").glob("*.npy"))])
-"""
-
-
-def card(settings: embeddings.Settings, parts: Sequence[embeddings.Part], folder: str) -> str:
-    """The card, in Markdown.
-
-    Args:
-      settings: what they are made of.
-      parts: all of them.
-      folder: as it was given.
-    """
-    rows, faults = sum(p.rows for p in parts), sum(len(p.faults) for p in parts)
-    source = settings.source
-    plain = lambda value: printable.plain(str(value), 300)
-    tables, read, search = (_COLUMNS, _REGIONS, _TEXTS), _READ, ""
-    if settings.format == "npy":
-        tables, read = (_ARRAYS, _REGION_ARRAYS, _TEXT_ARRAYS), _READ_ARRAYS
-    else:
-        search = f':\n`grain-jax search {plain(folder)} --text "a long orange beak"`'
-    there = (True, bool(settings.regions), settings.texts)
-    table = "".join(x for x, is_there in zip(tables, there) if is_there)
-    table, read = (x.format(stored=settings.store, dim=settings.embed_dim) for x in (table, read))
-    split = f", split {plain(source.split)}" if source.split else ""
-    size = f"{settings.image_size} pixels a side, resized without keeping the aspect ratio"
-    if settings.sequence_length:
-        size = f"at most {settings.sequence_length} patches, resized with the aspect ratio kept"
-    return f"""---
-configs:
-- config_name: default
-  data_files: {settings.data}/*.parquet
----
+_CARD = """\
 # Embeddings of {rows:,} images
 
-Written by `grain-jax embed` (grain_jax {__version__}, jax {jax.__version__}). {len(parts):,} Parquet files
-in `{settings.data}/`; {faults:,} images were left out, and `faults.jsonl` names each with its cause.
+Written by `grain-jax embed` (grain_jax {version}, jax {jax}) in the layout of clip-retrieval; {faults:,} images were left
+out, and `faults.jsonl` names each with its cause.
 
 | | |
 |---|---|
-| source | `{plain(source.path)}` ({source.kind}{split}), digest {source.digest} |
-| model | `{plain(settings.checkpoint)}`, digest of its parameters {settings.model.params} |
-| image size | {size} |
-| orientation | {settings.orientation} (exif: as a viewer shows the image; file: as its pixels are stored) |
-| activations | {settings.dtype} |
+| source | `{path}` ({kind}), digest {digest} |
+| model | `{checkpoint}`, digest of its parameters {params} |
+| image size | {image_size} pixels a side, resized without keeping the aspect ratio |
+| activations | {dtype} |
 
-{table}
+| file | what |
+|---|---|
+| `img_emb/img_emb_*.npy` | float16 [images, {embed_dim}], embeddings of the whole images, unit length |
+| `metadata/metadata_*.parquet` | a row an image: `image_path`, `caption`, `id`, `width`, `height` |
+{regions}
 ```python
-import numpy as np
-{read}```
+import pathlib
 
-A dot product with the embedding of a text by the same model is their cosine{search}.
+import numpy as np
+
+image_embed = np.concatenate([np.load(x) for x in sorted(pathlib.Path("img_emb").glob("*.npy"))])
+```
+
+A dot product with the embedding of a text by the same model is their cosine.
 """
+_CARD_REGIONS = """\
+| `region_emb/region_emb_*.npy` | float16 [regions, {embed_dim}], of all images, image after image |
+| column `boxes_xyxy` of the metadata | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
+"""
+
+
+def card(settings: dict[str, Any], parts: Sequence[Part]) -> str:
+    """The data card, in Markdown, of all parts."""
+    plain = {
+        key: printable.plain(str(value), 300)
+        for key, value in {**settings, **settings["source"]}.items()
+    }
+    plain["regions"] = _CARD_REGIONS.format(**plain) if settings["regions"] else ""
+    return _CARD.format(
+        rows=sum(part.rows for part in parts),
+        faults=sum(len(part.faults) for part in parts),
+        version=__version__,
+        jax=jax.__version__,
+        params=settings["model"]["params"],
+        **plain,
+    )

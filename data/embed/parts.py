@@ -1,4 +1,4 @@
-"""The images that `grain-jax embed` is given, in parts: one Parquet file each.
+"""The images that `grain-jax embed` is given, in parts: files with the same number in their names.
 
 A folder is listed once, in order, to DIR/images.jsonl; from there on it is a file of annotations. Each reader is one
 of `data.sources`; nothing but a record set needs TensorFlow.
@@ -8,33 +8,21 @@ import functools
 import hashlib
 import json
 import os
-import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import msgspec
 from etils import epath
 
 from grain_jax.core import atomic, regular_file
 from grain_jax.data import sources
-from grain_jax.data.embed import embeddings
+from grain_jax.data.embed import output
 from grain_jax.data.sources import annotations as annotations_source
-from grain_jax.data.sources import base, join, tfds, webdataset
+from grain_jax.data.sources import base, tfds
 
 LIST = "images.jsonl"
 _BESIDE = (".txt", ".json")  # files that stand beside images
 _KINDS = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
 _READERS = dict(folder="annotations", annotations="annotations", tars="webdataset", records="tfds")
-
-Found = sources.Image | sources.Fault
-
-
-class Listing(msgspec.Struct):
-    """A source in parts."""
-
-    source: embeddings.Source
-    total: int | None  # number of images; None where it is not known, of tars
-    parts: list[dict[str, Any]]  # arguments of `images`, and `size`: images, or bytes of a tar
 
 
 def find(
@@ -45,9 +33,7 @@ def find(
     shard_size: int,
     scratch: epath.Path,
     boxes: bool = False,
-    texts: bool = False,
-    orientation: str = "exif",
-) -> Listing:
+) -> dict[str, Any]:
     """Lists a source.
 
     Args:
@@ -57,8 +43,10 @@ def find(
       shard_size: images a part; a tar is a part.
       scratch: folder that all processes read, for the list of a folder's images.
       boxes: whether boxes of the source are wanted, which an A.jsonl and a record set have.
-      texts: whether texts of the source are wanted, which a folder of images has not.
-      orientation: of its images, as of `grain_jax.core.images`.
+
+    Returns:
+      As values of JSON: `source`, its kind, path and digest; `images`, the folder that paths start from, or "";
+      `total`, the number of images, None of tars; `parts`, `name`, `size` (images, or 0) and arguments of each.
 
     Raises:
       sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
@@ -71,47 +59,43 @@ def find(
         (f"--images {images}", images, ("annotations",), "an A.jsonl"),
         (f"--split {split}", split, ("records",), "a record set"),
         ("--boxes given", boxes, ("annotations", "records"), "an A.jsonl or a record set"),
-        ("--texts", texts, ("annotations", "records", "tars"), "a source with captions"),
     ):
         if wanted and kind not in suits:
             raise sources.SourceError(f"{flag}: got {source}, expected it with {what}")
-    folder, known = "", b""
-    options = sources.Options(str(path), shard_size=shard_size, orientation=orientation)
-    if kind == "tars":
-        if not (path.suffix == ".tar" or any(any(path.glob(x)) for x in ("*.tar", "*/*.tar"))):
-            raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}")
-        shards = webdataset.WebDataset().shards(options)
-        sizes = [regular_file.length(shard.arguments["tar"]) or 0 for shard in shards]
-    elif kind == "records":
-        split = split or "train"
-        file = tfds.directory(path) / "dataset_info.json"
-        known = regular_file.read(file, regular_file.MAX_JSON, "the description of a record set")
-        shards = tfds.Tfds().shards(options._replace(split=split))
-        sizes = [shard.arguments["stop"] - shard.arguments["start"] for shard in shards]
-    else:
-        folder, file = str(path), scratch / LIST
+    folder = file = ""
+    if kind in ("folder", "annotations"):
+        folder, file = str(path), str(scratch / LIST)
         if kind == "annotations":
-            folder, file = str(absolute(images) if images else path.parent), path
+            folder, file = str(absolute(images) if images else path.parent), str(path)
             if not epath.Path(folder).is_dir():
                 raise sources.SourceError(f"--images {images}: no such folder, expected images")
-        options = options._replace(images=folder, annotations=(str(file),))
-        shards = annotations_source.Annotations().shards(options)
-        sizes = [shard.arguments["lines"] for shard in shards]
-    if not sum(sizes):
+    options = sources.Options(
+        folder or str(path), annotations=(file,), split=split, shard_size=shard_size
+    )
+    try:
+        shards = sources.shards(_READERS[kind], options)
+    except sources.SourceError:
+        if kind == "tars":
+            raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}") from None
+        raise
+    parts = [{"name": x.name, "reader": x.source, "size": _size(x), **x.arguments} for x in shards]
+    total = sum(part["size"] for part in parts)
+    if kind != "tars" and not total:
         raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}")
-    digest = digest_of([(shard.name, size) for shard, size in zip(shards, sizes)], known)
-    parts = [
-        {"reader": _READERS[kind], "name": shard.name, "size": size, **shard.arguments}
-        for shard, size in zip(shards, sizes)
-    ]
-    total = None if kind == "tars" else sum(sizes)
-    return Listing(embeddings.Source(kind, str(path), folder, split, digest), total, parts)
+    named: Any = [[part["name"], part["size"]] for part in parts]
+    if kind == "tars":
+        named = [[part["name"], regular_file.length(part["tar"])] for part in parts]
+    elif kind == "records":
+        named.append(regular_file.read_text(tfds.directory(path) / "dataset_info.json", _KINDS))
+    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+    said = {"kind": kind, "path": str(path), "digest": digest}
+    return {"source": said, "images": folder, "total": total or None, "parts": parts}
 
 
-def digest_of(named: Iterable[tuple[str, int]], known: bytes = b"") -> str:
-    """The digest of a source: of the names and sizes of its parts, and what is `known` of a record set."""
-    names = json.dumps([[name, size] for name, size in named])
-    return hashlib.sha256(names.encode() + known).hexdigest()[:16]
+def _size(shard: sources.SourceShard) -> int:
+    """The number of images of a shard; 0 of a tar."""
+    given = shard.arguments
+    return given["lines"] if "lines" in given else given.get("stop", 0) - given.get("start", 0)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -120,12 +104,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
 
 
-def _kind(path: epath.Path, listed: epath.Path) -> Any:
-    """What lies at a path, as `embeddings.Source.kind`, or None; the images of a folder are listed."""
+def _kind(path: epath.Path, listed: epath.Path) -> str:
+    """What lies at a path: a key of _READERS, or ""; the images of a folder are listed."""
     if regular_file.is_one(path):
         return "tars" if path.suffix == ".tar" else "annotations"
     if not path.is_dir():
-        return None
+        return ""
     if any(path.glob("*.tar")):
         return "tars"
     try:
@@ -141,19 +125,15 @@ def _write_list(folder: epath.Path, file: epath.Path) -> int:
     Returns: their number.
     Raises: sources.SourceError: embeddings were begun with another list, which stays.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"image": image}) + "\n" for image in _walk(folder, "")]
-    if file.exists():
-        if not regular_file.is_one(file):
-            raise sources.SourceError(f"{file}: got a folder, pipe or device; move it elsewhere")
-        begun = (file.parent / embeddings.SETTINGS).exists()
-        if begun and file.read_bytes() != "".join(lines).encode():
-            raise sources.SourceError(
-                f"{folder}: its images are not those that {file} lists, which {file.parent} was begun with;"
-                " give another --output, or delete this one"
-            )
-    atomic.write_text(file, "".join(lines))
-    return len(lines)
+    text = "".join(json.dumps({"image": image}) + "\n" for image in _walk(folder, ""))
+    begun = (file.parent / output.SETTINGS).exists() and file.exists()
+    if begun and file.read_text() != text:
+        raise sources.SourceError(
+            f"{folder}: its images are not those that {file} lists, which {file.parent} was begun with;"
+            " give another --output, or delete this one"
+        )
+    atomic.write_text(file, text)
+    return text.count("\n")
 
 
 def _walk(folder: epath.Path, below: str) -> Iterator[str]:
@@ -167,86 +147,13 @@ def _walk(folder: epath.Path, below: str) -> Iterator[str]:
             yield from _walk(folder / name, f"{below}{name}/")
 
 
-def images(part: Mapping[str, Any]) -> Iterator[Callable[[], Found]]:
+def images(part: Mapping[str, Any]) -> Iterator[Callable[[], sources.Image | sources.Fault]]:
     """A function for each image of a part, in order, that reads it; files are read by the thread that calls it."""
+    shard = sources.SourceShard(part["name"], part, part["reader"])
     if part["reader"] == "annotations":
-        for line, where in annotations_source.lines(_shard(part)):
+        for line, where in annotations_source.lines(shard):
             read = (line, where, part["images"], part["orientation"])
             yield functools.partial(annotations_source.image, *read)
     else:
-        for found in sources.read(_shard(part)):
+        for found in sources.read(shard):
             yield lambda found=found: found
-
-
-def _shard(part: Mapping[str, Any], **changes: Any) -> sources.SourceShard:
-    return sources.SourceShard(part["name"], {**part, **changes}, part["reader"])
-
-
-def read_again(
-    wanted: Iterable[tuple[Mapping[str, Any], str]], folder: str | None = None
-) -> dict[tuple[str, str], Found]:
-    """Reads single images of parts.
-
-    Args:
-      wanted: (part, path of the image) of each.
-      folder: where the images, the tars or the record set lie now; None: where the part says, on this machine alone.
-
-    Returns: (name of the part, path) -> the image, or why there is none.
-    """
-    found: dict[tuple[str, str], Found] = {}
-    of_part: dict[str, tuple[Mapping[str, Any], set[str]]] = {}
-    for part, path in wanted:
-        of_part.setdefault(part["name"], (part, set()))[1].add(path)
-    for name, (part, paths) in of_part.items():
-        read, place = _AGAIN[part["reader"]]
-        try:
-            # To epath "/" and the path "gs/bucket/x" are "gs://bucket/x" together.
-            whole = (epath.Path(part[place]) / posixpath.normpath(x) for x in ("", *paths))
-            if folder is None and any(map(regular_file.is_remote, whole)):
-                raise sources.SourceError(
-                    f"lies at {part[place]}, and nothing that a file names is fetched; give --images"
-                )
-            found |= {(name, path): image for path, image in read(part, paths, folder)}
-        except (OSError, ValueError) as error:  # the folder or the record set is gone
-            cause = "no such file"
-            found |= {(name, path): sources.Fault(path, cause, str(error)) for path in paths}
-    return found
-
-
-_Read = Iterator[tuple[str, Found]]
-
-
-def _files_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
-    for path in paths:
-        yield path, join.load(base.Entry(path), folder or part["images"], part["orientation"])
-
-
-def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
-    tar = part["tar"]
-    if folder:
-        tar = str(regular_file.below(folder, f"{part['prefix']}.tar", part["name"]))
-    there = f"there is {'none in' if regular_file.is_one(tar) else 'no'} {tar}"
-    missing = {path: sources.Fault(path, "no such file", there) for path in paths}
-    for found in sources.read(_shard(part, tar=tar)):
-        if missing.pop(found.image, None):
-            yield found.image, found
-        if not missing:
-            return
-    yield from missing.items()
-
-
-def _records_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
-    for path in paths:
-        number = int(path.rpartition("/")[2].partition(".")[0])
-        if not part["start"] <= number < part["stop"]:
-            raise sources.SourceError(f"got number {number}, expected one of {part['name']}")
-        one = dict(start=number, stop=number + 1, directory=folder or part["directory"])
-        yield from ((path, found) for found in sources.read(_shard(part, **one)))
-
-
-# Of each reader: the function, and the key of the place where the images lie.
-_AGAIN = {
-    "annotations": (_files_again, "images"),
-    "webdataset": (_tar_again, "tar"),
-    "tfds": (_records_again, "directory"),
-}

@@ -1,4 +1,4 @@
-"""Images to embeddings: threads read and decode while the device works, and rows are written as they come.
+"""Images to embeddings: threads read and decode while the device works.
 
 Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may hold
 images of several parts, so that small tars leave the device no batch that is not full.
@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import PIL.Image
 
-from grain_jax.core import errors, images, patches, progress, schema
+from grain_jax.core import images, progress
 from grain_jax.data import sources
-from grain_jax.data.embed import embeddings, output, parts
+from grain_jax.data.embed import output, parts
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.inference import stream
 from grain_jax.runtime import processes
@@ -24,38 +23,31 @@ _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the n
 _BATCHES_READ = 2  # beside those, in threads
 
 
-class EmbedError(errors.UserError):
-    """The embeddings cannot be made; the message is one line."""
-
-
 class Ready(NamedTuple):
     """An image as the model takes it."""
 
-    id: str
     path: str
+    caption: str
+    id: str
     width: int
     height: int
     boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
-    pixels: Any  # uint8 [S, S, 3], or the Patches of one image
-    caption: str = ""  # the first that the source has
-    texts: tuple[str, ...] = ()  # its captions and descriptions, each once
+    pixels: np.ndarray  # uint8 [S, S, 3]
 
 
 Encode = Callable[[list[Ready]], list[output.EmbeddedImage]]
 
 
-def encoder(predictor: Any, boxes: str = "queries", texts: bool = False) -> Encode:
-    """The function that embeds the images of a batch, their regions and their texts.
+def encoder(predictor: Any, boxes: str = "queries") -> Encode:
+    """The function that embeds the images of a batch and their regions.
 
     Args:
       predictor: the model.
       boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
-      texts: whether texts are embedded.
     """
 
     def encode(batch: list[Ready]) -> list[output.EmbeddedImage]:
-        each = [ready.pixels for ready in batch]
-        pixels = patches.stack(each) if isinstance(each[0], schema.Patches) else np.stack(each)
+        pixels = np.stack([ready.pixels for ready in batch])
         embeds: Sequence[Any] = [None] * len(batch)  # of the regions of each image
         corners: Sequence[Any] = embeds
         if boxes == "given":
@@ -66,50 +58,29 @@ def encoder(predictor: Any, boxes: str = "queries", texts: bool = False) -> Enco
         else:
             image = predictor.encode_image(pixels)
         stream.check_finite(image, *(each for each in embeds if each is not None))
-        of_texts = _text_embeds(predictor, batch) if texts else [((), None)] * len(batch)
         return [
-            output.EmbeddedImage(*ready[:4], *rest, ready.caption, *of_text)
-            for ready, *rest, of_text in zip(batch, image, embeds, corners, of_texts)
+            output.EmbeddedImage(*ready[:5], *rest)
+            for ready, *rest in zip(batch, image, embeds, corners)
         ]
 
     return encode
 
 
-def _text_embeds(predictor: Any, batch: list[Ready]) -> list[tuple[list[int], np.ndarray]]:
-    """(digests, embeddings [T, D]) of the texts of each image."""
-    place = {text: i for i, text in enumerate(dict.fromkeys(t for r in batch for t in r.texts))}
-    vectors = np.zeros((0, predictor.model.embed_dim), np.float32)
-    if place:
-        vectors = predictor.encode_text(list(place))
-        stream.check_finite(vectors)
-    return [
-        (
-            [embeddings.text_digest(text) for text in ready.texts],
-            vectors[np.array([place[text] for text in ready.texts], int)],
-        )
-        for ready in batch
-    ]
-
-
-def prepare(
-    read: Callable[[], sources.Image | sources.Fault], resize: Callable[[PIL.Image.Image], Any]
-) -> Ready | sources.Fault:
-    """Reads an image, decodes it and resizes it."""
+def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:
+    """Reads an image, decodes it and resizes it to a square."""
     found = read()
     if isinstance(found, sources.Fault):
         return found
     try:
-        image = images.decode_image(found.encoded, found.image, found.orientation)
-        pixels = resize(image)
+        image = images.decode_image(found.encoded, found.image)
+        pixels = images.resize(image, size)
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)
         return sources.Fault(found.image, "too large" if too_large else "unreadable", str(error))
     boxes = np.array([region.box_xyxy for region in found.regions], np.float32).reshape(-1, 4)
     boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
     caption = next(iter(found.captions), "")
-    said = (*found.captions, found.synthetic_caption, *(x.description for x in found.regions))
-    texts = tuple(dict.fromkeys(filter(None, said)))
-    return Ready(found.id or found.image, found.image, *image.size, boxes, pixels, caption, texts)
+    return Ready(found.image, caption, found.id or found.image, *image.size, boxes, pixels)
 
 
 def run(
@@ -117,12 +88,10 @@ def run(
     mine: Sequence[int],
     encode: Encode,
     *,
-    resize: Callable[[PIL.Image.Image], Any],
+    size: int,
     threads: int,
     label: str,
     known: bool,
-    before: Sequence[embeddings.Part],
-    most_faults: float,
 ) -> int:
     """Embeds parts and writes their files, in order.
 
@@ -130,22 +99,18 @@ def run(
       job: the output.
       mine: numbers of the parts.
       encode: the model.
-      resize: gives what the model gets of an image; may raise ImageError.
+      size: pixels of a side that the model gets.
       threads: that read and decode.
       label: of the line of progress.
-      known: whether the sizes of the parts are numbers of images; else they are bytes.
-      before: the parts that were done already.
-      most_faults: number of images that may have a fault, of all parts; one more is an error.
+      known: whether the parts say how many images they have.
 
     Returns: number of images, without those that were left out.
 
     Raises:
-      EmbedError: too many images have a fault.
       inference.InputError: the model gives numbers that are not finite.
     """
     batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
-    writer, count, closed, ended = None, 0, list(before), 0
-    faults = sum(len(part.faults) for part in before)
+    count, rows, faults = 0, [], []
     total, (first, times) = sum(job.parts[i]["size"] for i in mine), processes.process_info()
     of_all = times * total if known else None
     counter = progress.Counter(label, of_all, "images", silent=first > 0, times=times)
@@ -154,12 +119,13 @@ def run(
 
         def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
             index, read = task
-            return index, read and prepare(read, resize)
+            return index, read and prepare(read, size)
 
         def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
             ready = [entry for _, entry in batch if isinstance(entry, Ready)]
-            rows = iter(encode(ready) if ready else ())
-            return [(i, next(rows) if isinstance(entry, Ready) else entry) for i, entry in batch]
+            embedded = iter(encode(ready) if ready else ())
+            is_ready = lambda entry: isinstance(entry, Ready)
+            return [(i, next(embedded) if is_ready(entry) else entry) for i, entry in batch]
 
         entries = stream.ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
         batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], Ready))
@@ -167,25 +133,16 @@ def run(
         alone = map(encoded, itertools.islice(batches, 1))
         others = stream.ahead(encoded, batches, device, _AT_DEVICE)
         for index, entry in itertools.chain.from_iterable(itertools.chain(alone, others)):
-            writer = writer or output.Writer(job, index)
             if entry is None:  # the end of a part
-                closed.append(writer.close())
-                writer, ended = None, ended + job.parts[index]["size"]
+                job.write(index, rows, faults)
+                count, rows, faults = count + len(rows), [], []
                 continue
-            counter.add(share=None if known else ended / max(total, 1))
+            counter.add()
             if isinstance(entry, output.EmbeddedImage):
-                writer.add(entry)
-                count += 1
-                continue
-            fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}
-            writer.faults.append(fault)
-            faults += 1
-            if faults > most_faults:
-                job.write_faults([*closed, writer.part()])
-                raise EmbedError(
-                    f"{entry.image}: {entry.cause}: {entry.detail}; with it, more images have a fault than"
-                    f" --max-faults allows; {job.folder / embeddings.FAULTS} names those so far"
-                )
+                rows.append(entry)
+            else:
+                fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}
+                faults.append(fault)
     finally:
         for pool in (readers, device):
             pool.shutdown(wait=True, cancel_futures=True)

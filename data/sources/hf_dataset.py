@@ -13,8 +13,7 @@ import msgspec
 from etils import epath
 
 from grain_jax.core import printable, regular_file
-from grain_jax.data.embed import embeddings
-from grain_jax.data.sources import arrow_tables, base, columns
+from grain_jax.data.sources import arrow_files, arrow_tables, base, columns
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _EXPECTED = "a folder that datasets saved with save_to_disk"
@@ -90,11 +89,11 @@ def _folder(options: base.Options) -> epath.Path:
 @contextlib.contextmanager
 def _opened(path: epath.PathLike) -> Iterator[Any]:
     """The `pyarrow.RecordBatchStreamReader` of a file; what fails inside is damage. Raises SourceError, FileError."""
-    pa = embeddings.pyarrow()
+    pa = arrow_files.pyarrow()
     with contextlib.ExitStack() as stack:
         # A map of a local file gives no more bytes than there are, whatever a message claims.
         file, size = stack.enter_context(regular_file.opened(path, _EXPECTED))
-        source = embeddings.Seekable(file, size)
+        source = arrow_files.Seekable(file, size)
         if not regular_file.is_remote(path):
             source = stack.enter_context(pa.memory_map(str(path)))
         try:

@@ -10,8 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax.data.embed import embeddings
-from grain_jax.data.sources import arrow_tables, base, columns
+from grain_jax.data.sources import arrow_files, arrow_tables, base, columns
 
 _ADVICE = "fetch it again, or write it again in fewer groups of rows"
 
@@ -25,7 +24,7 @@ class Parquet(arrow_tables.ArrowTables):
         files = _files(options)
         out = []
         for path in files:
-            with embeddings.open_file(path, _ADVICE) as file:
+            with arrow_files.open_parquet(path, _ADVICE) as file:
                 named, told = self.checked(str(path), file.schema_arrow), file.metadata
                 if path == files[0]:
                     columns.warn_of_boxes(path, file.schema_arrow.names, named)
@@ -48,11 +47,11 @@ class Parquet(arrow_tables.ArrowTables):
         return out
 
     def schema(self, arguments: Mapping[str, Any]) -> Any:
-        with embeddings.open_file(arguments["file"], _ADVICE) as file:
+        with arrow_files.open_parquet(arguments["file"], _ADVICE) as file:
             return file.schema_arrow
 
     def tables(self, arguments: Mapping[str, Any], read: Sequence[str]) -> Iterator[Any]:
-        with embeddings.open_file(arguments["file"], _ADVICE) as file:
+        with arrow_files.open_parquet(arguments["file"], _ADVICE) as file:
             told = file.metadata
             for group in arguments["groups"]:
                 # pyarrow ends the process where a group has more.
@@ -60,13 +59,13 @@ class Parquet(arrow_tables.ArrowTables):
                     group >= told.num_row_groups
                     or told.row_group(group).num_columns != told.num_columns
                 ):
-                    raise embeddings.damaged(arguments["file"], "other groups of rows", _ADVICE)
+                    raise arrow_files.damaged(arguments["file"], "other groups of rows", _ADVICE)
             try:
                 for batch in file.iter_batches(arrow_tables.ROWS, arguments["groups"], [*read]):
                     batch.validate(full=True)  # texts that are no UTF-8
                     yield batch
             except MemoryError as error:
-                raise embeddings.damaged(arguments["file"], str(error), _ADVICE) from None
+                raise arrow_files.damaged(arguments["file"], str(error), _ADVICE) from None
 
 
 def _files(options: base.Options) -> list[epath.Path]:

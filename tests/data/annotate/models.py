@@ -52,45 +52,6 @@ def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
     return _save(model, processor, folder)
 
 
-def grounding_dino(folder: pathlib.Path, *, shortest: int = 64, longest: int = 106) -> str:
-    """A Grounding DINO with 20 boxes an image; sizes in pixels as its processor resizes to."""
-    torch.manual_seed(0)
-    swin = transformers.SwinConfig(
-        embed_dim=16,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 2, 2, 2],
-        window_size=4,
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    tokenizer = _bert_tokenizer()
-    bert = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    config = transformers.GroundingDinoConfig(
-        backbone_config=swin,
-        text_config=bert,
-        num_queries=20,
-        encoder_layers=1,
-        encoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_layers=2,
-        decoder_ffn_dim=32,
-        decoder_attention_heads=2,
-        d_model=64,  # its layers normalise 32 groups of channels
-    )
-    processor = transformers.GroundingDinoProcessor(
-        transformers.GroundingDinoImageProcessor(
-            size={"shortest_edge": shortest, "longest_edge": longest}
-        ),
-        tokenizer,
-    )
-    return _save(transformers.GroundingDinoForObjectDetection(config), processor, folder)
-
-
 def llava_next(folder: pathlib.Path, *, answers: bool = True) -> str:
     """A LLaVA-NeXT that looks at 28 x 28 pixels a tile.
 
@@ -209,13 +170,3 @@ def _clip_tokenizer():
         pad_token="!",
         model_max_length=16,
     )
-
-
-def _bert_tokenizer():
-    # The ids of [PAD], [CLS], [SEP], "." and "?" are fixed in Grounding DINO's code, as in bert-base-uncased.
-    tokens = [f"[unused{i}]" for i in range(1030)]
-    tokens[0], tokens[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens[1012], tokens[1029] = ".", "?"
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789-,'"
-    tokens += [*letters, *("##" + letter for letter in letters)]
-    return transformers.BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})

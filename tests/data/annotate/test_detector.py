@@ -1,4 +1,4 @@
-"""The detectors: where boxes come back, which description each gets, what is merged, clipped and isolated."""
+"""The detector: where boxes come back, which description each gets, what is merged, clipped and isolated."""
 
 import os
 import pathlib
@@ -21,23 +21,22 @@ from tests.paths import ROOT
 SIZES = [(53, 530), (121, 601), (767, 767), (641, 479), (1009, 143), (4109, 411)]
 # Red tells them apart; padding is black, as the ground's red.
 GROUND, OBJECT = (0, 120, 160), (255, 40, 30)
-KINDS = ("owlv2", "grounding_dino")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Small checkpoints by kind."""
-    return {kind: getattr(models, kind)(tmp_path_factory.mktemp(kind)) for kind in KINDS}
+def folder(tmp_path_factory):
+    """A small checkpoint."""
+    return models.owlv2(tmp_path_factory.mktemp("owlv2"))
 
 
 def load(name, **given):
     return detector.Detector(Annotate(images="", output="", detector=str(name), **given))
 
 
-@pytest.fixture(params=KINDS)
-def small(request, folders):
+@pytest.fixture
+def small(folder):
     """A detector whose threshold lets much of its random scores through."""
-    return load(folders[request.param], threshold=0.1)
+    return load(folder, threshold=0.1)
 
 
 def _picture(width, height):
@@ -70,45 +69,26 @@ def _share(pixels):
 
 
 def _seeing(config):
-    """A network that sees the object, and gives its box in the shares that the published weights give.
-
-    OWLv2's are shares of all that it is shown (its box bias is a grid over it, padding included); Grounding
-    DINO's of what the mask says is image (its proposals are a grid over that).
-    """
+    """A network that sees the object, and gives its box in shares of all that it is shown, padding included."""
     output = transformers.utils.ModelOutput
 
-    def run(*, pixel_values, input_ids, pixel_mask=None, **_):
+    def run(*, pixel_values, input_ids, **_):
         boxes = torch.full((len(pixel_values), 2, 4), 0.5)  # the second box has a low score
         for index, pixels in enumerate(pixel_values):
-            if pixel_mask is not None:
-                rows, columns = (pixel_mask[index].any(dim=side).sum() for side in (1, 0))
-                pixels = pixels[:, :rows, :columns]
             boxes[index, 0] = _share(pixels)
-        if pixel_mask is None:
-            tokens = input_ids.view(len(pixel_values), -1, input_ids.shape[1])
-            logits = torch.full((len(pixel_values), 2, tokens.shape[1]), -9.0)
-            logits[:, 0, 1] = 2.0
-            fill = tokens[:, :, 1] == tokens.max()  # a start and an end, nothing between
-            logits[:, 0][fill] = 5.0
-        else:
-            logits = torch.full((len(pixel_values), 2, config.max_text_len), -9.0)
-            for row, tokens in zip(logits, input_ids):
-                first_stop = int((tokens == 1012).nonzero()[0])
-                row[0, first_stop + 2] = 2.0  # within the second description
+        tokens = input_ids.view(len(pixel_values), -1, input_ids.shape[1])
+        logits = torch.full((len(pixel_values), 2, tokens.shape[1]), -9.0)
+        logits[:, 0, 1] = 2.0
+        fill = tokens[:, :, 1] == tokens.max()  # a start and an end, nothing between
+        logits[:, 0][fill] = 5.0
         return output(logits=logits, pred_boxes=boxes)
 
     run.config = config
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(kind, tmp_path, caplog):
-    # The published processors' settings: a square of 960, and 800 to 1333 along the sides.
-    if kind == "owlv2":
-        name = models.owlv2(tmp_path, size=960)
-    else:
-        name = models.grounding_dino(tmp_path, shortest=800, longest=1333)
-    seeing = load(name, batch_size=4)
+def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(tmp_path, caplog):
+    seeing = load(models.owlv2(tmp_path, size=960), batch_size=4)  # as the published processor
     seeing._model = _seeing(seeing._model.config)
     pictures, boxes = zip(*(_picture(*size) for size in SIZES))
     texts = [["a blue sky", "a red block. why?", *["more"] * (i % 3)] for i in range(len(SIZES))]
@@ -123,9 +103,9 @@ def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(kind, tmp_pat
     assert max(errors.values()) < 1, errors
 
 
-def test_owlv2_gives_boxes_as_shares_of_the_padded_square(folders, monkeypatch):
+def test_boxes_are_shares_of_the_padded_square(folder, monkeypatch):
     monkeypatch.setattr(detector, "MERGE_IOU", 1.0)
-    finder = load(folders["owlv2"], threshold=0.0)
+    finder = load(folder, threshold=0.0)
     # Without what it learns, the network's boxes are a grid of 6 x 6 over all that it is shown: here 600 x 600,
     # centres at 100, 200, ... 600, sides of 100.
     finder._model.box_head.dense2.weight.data.zero_()
@@ -139,31 +119,8 @@ def test_owlv2_gives_boxes_as_shares_of_the_padded_square(folders, monkeypatch):
     ]
 
 
-def test_grounding_dino_gives_boxes_as_shares_of_the_picture_without_padding(folders):
-    finder = load(folders["grounding_dino"])
-    # Without what it learns, the network's boxes start as a grid over the image.
-    last = finder._model.model.encoder_output_bbox_embed.layers[-1]
-    last.weight.data.zero_()
-    last.bias.data.zero_()
-    inputs = detector._dino_inputs(
-        finder._processor,
-        finder._model.config,
-        [_noise(106, 64), _noise(64, 106, seed=1)],
-        [("a beak",)] * 2,
-        "cpu",
-    )
-    assert inputs["pixel_values"].shape == (2, 3, 106, 106)
-    with torch.inference_mode():
-        grids = finder._model(**inputs).enc_outputs_coord_logits
-    for grid in grids:
-        centres = grid[torch.isfinite(grid).all(dim=1)].sigmoid()[:, :2]
-        # Of the padded square, the shorter side would end at 64 / 106 = 0.6.
-        assert (centres.amin(dim=0) < 0.1).all() and (centres.amax(dim=0) > 0.9).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_pictures_in_a_batch_do_not_disturb_each_other(kind, folders, caplog):
-    one, many = (load(folders[kind], threshold=0.1, batch_size=size) for size in (1, 8))
+def test_pictures_in_a_batch_do_not_disturb_each_other(folder, caplog):
+    one, many = (load(folder, threshold=0.1, batch_size=size) for size in (1, 8))
     pictures = [_noise(90, 64, seed=i) for i in range(3)]
     texts = [["a beak", "two red wings"], [], ["a tail", "a beak", "thin grey legs", "an eye"]]
     alone, together = one.detect(pictures, texts), many.detect(pictures, texts)
@@ -243,25 +200,6 @@ def test_texts_that_the_text_towers_could_not_take(small):
     assert found
 
 
-def test_grounding_dino_keeps_descriptions_apart(folders):
-    finder = load(folders["grounding_dino"])
-    texts = ("a red. beak?", "Two wings", "a tail")
-    inputs = detector._dino_inputs(
-        finder._processor, finder._model.config, [_noise(64, 64)], [texts], "cpu"
-    )
-    decoded = finder._processor.tokenizer.decode(inputs["input_ids"][0])
-    assert decoded == "[CLS] a red beak. two wings. a tail. [SEP]"
-    logits = torch.full((1, 2, 256), -9.0)
-    tokens = inputs["input_ids"][0].tolist()
-    stops = [place for place, token in enumerate(tokens) if token == 1012]
-    logits[0, 0, stops[0]] = 5.0  # a full stop is no word of any description
-    logits[0, 0, stops[1] - 1] = 1.0  # the last letter of the second
-    logits[0, 1, stops[1] + 1] = 2.0  # the first word of the third
-    logits[0, 1, stops[2] + 40] = 7.0  # beyond the text
-    scores = detector._dino_scores(finder._processor, inputs, logits, 0, 3)
-    assert scores.tolist() == [[[-9.0, 1.0, -9.0], [-9.0, -9.0, 2.0]]]
-
-
 def test_models_that_cannot_be_used(tmp_path):
     transformers.DetrConfig().save_pretrained(tmp_path)
     for name in (tmp_path / "nothing-here", tmp_path):
@@ -270,7 +208,7 @@ def test_models_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.slow  # needs the extra gcs
-def test_a_model_in_an_object_store_is_loaded_too(folders, tmp_path):
+def test_a_model_in_an_object_store_is_loaded_too(folder, tmp_path):
     code = (
         "import sys; from PIL import Image; from grain_jax.data.annotate import arguments, detector\n"
         "given = arguments.Annotate(images='', output='', detector=sys.argv[1], threshold=0)\n"
@@ -278,11 +216,11 @@ def test_a_model_in_an_object_store_is_loaded_too(folders, tmp_path):
         "print(len(finder.detect([Image.new('RGB', (64, 64), 'red')], [['a beak']])[0]))"
     )
     with storage_emulator.serve(tmp_path) as (store, environment):
-        for file in pathlib.Path(folders["owlv2"]).iterdir():
+        for file in pathlib.Path(folder).iterdir():
             store.write("bucket", f"models/owlv2/{file.name}", file.read_bytes())
         environment = {**os.environ, **environment, "EPATH_USE_TF": "false"}
         counts = []
-        for name in (folders["owlv2"], "gs://bucket/models/owlv2"):
+        for name in (folder, "gs://bucket/models/owlv2"):
             command = [sys.executable, "-c", code, name]
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
