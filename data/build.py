@@ -165,7 +165,7 @@ def _faults_file(target: epath.Path) -> epath.Path:
 def _check_faults(found: survey.Survey, args: Build, target: epath.Path, orientation: str) -> None:
     """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
     if found.turned:
-        turned = f"{found.turned} of {found.lines} images {example.TURNED[orientation]}"
+        turned = f"{found.turned} of {found.lines} images {example.TURNED}"
         print(printable.plain(f"{found.file_name}: {turned}"), file=sys.stderr)
     print(printable.plain(found.summary()), file=sys.stderr)
     if not found.lines:

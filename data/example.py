@@ -24,13 +24,7 @@ _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA
 # How the name of a table ends -> the data source that reads it.
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
-# What becomes of images with an EXIF orientation other than upright, by the orientation that was asked for.
-TURNED = {
-    "exif": "are turned upright by their EXIF orientation, and boxes are of the upright pixels; --orientation file takes"
-    " the pixels as they are stored",
-    "file": "have an EXIF orientation that is not applied: boxes and training have the pixels as they are stored,"
-    " viewers show them turned",
-}
+TURNED = "are turned upright by their EXIF orientation, and boxes are of the upright pixels"
 
 
 class Line(NamedTuple):

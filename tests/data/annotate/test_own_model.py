@@ -11,7 +11,6 @@ from grain_jax.data import build
 from grain_jax.data.annotate import __main__ as command
 from grain_jax.data.annotate import answers, own_model
 from grain_jax.data.annotate.arguments import Annotate
-from grain_jax.data.inspect import page
 from grain_jax.inference import Tokens
 from grain_jax.inference.text_decoder import Written
 from grain_jax.models import text_decoder
@@ -190,14 +189,6 @@ def test_the_set_names_the_model(model, pictures, tmp_path, capsys):
     for found in (settings, noted[0]["passes"]):
         assert {name: found[name] for name in expected} == expected
         assert found["negatives"]["negatives"] == 10
-    shards = {"count": 0}
-    other = {"passes": {"describe": {"model": "/models/b"}}}
-    said = page._shards(
-        {"shards": shards, "metadata": {"annotated_by": [*noted, other], "store_size": 9}}
-    )
-    assert said == (
-        ", annotated by caption: /models/own, describe: /models/own, describe: /models/b, store size 9"
-    )
     # Of a set of two annotated files each names its model.
     other = tmp_path / "other"
     model.digests = {"params": "2"}
