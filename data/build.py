@@ -222,7 +222,6 @@ def _write(
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
-            **({"fit": encoding.fit} if encoding.size else {}),
             "encoding": str(encoding),
             "orientation": lines.orientation,
             "faulty_lines": found.faulty_lines,
@@ -231,7 +230,6 @@ def _write(
             **({"annotated_by": annotated_by} if annotated_by else {}),
         },
         negatives=found.negatives > 0,
-        original_size=encoding.squashes,
         files=lambda: {
             duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(

@@ -152,7 +152,6 @@ def encode(
     width, height = image.size
     stored, stored_anew = encode_image(image, checked.encoded, encoding)
     features = {
-        **({"original_size": [height, width]} if encoding.squashes else {}),
         "id": found.id,
         "image": stored,
         "captions": list(found.captions),
@@ -181,19 +180,15 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
 
     Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
     """
-    fits = encoding.size == 0 or image.size == (encoding.size, encoding.size)
-    if encoding.fit == "inside":
-        fits = fits or max(image.size) <= encoding.size
     stored_anew = False
+    fits = not encoding.size or image.size == (encoding.size, encoding.size)
     if encoding.kind == "original" and fits:
         if image.mode in _STORED_AS_THEY_ARE.get(image.format, ()):
             if _is_read_by_training(encoded, image.size):
                 return encoded, False
             stored_anew = True
-    if encoding.squashes:
+    if encoding.size:
         image = PIL.Image.fromarray(images.resize(image, encoding.size))
-    elif encoding.size:
-        image = images.fit_inside(image, encoding.size)
     if encoding.kind != "jpeg":
         return images.encode_png(image), stored_anew
     out = io.BytesIO()

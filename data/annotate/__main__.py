@@ -108,7 +108,6 @@ def annotate(args: Annotate) -> str:
             overwrite=True,
             max_faults=args.max_faults,
             store_size=args.store_size,
-            fit=args.fit,
             encoding=args.encoding,
             num_shards=args.num_shards,
         )

@@ -117,7 +117,6 @@ class Annotate(Loads, Stored, name="annotate"):
     beam: list[str] = many()  # flags of none of the above
 
     def __post_init__(self):
-        super().__post_init__()
         named = set(self.passes)
         if "all" in named:
             named |= set(OWN if self.model else ALL)
