@@ -5,7 +5,6 @@ import re
 import unicodedata
 
 import hypothesis
-import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -13,9 +12,7 @@ from grain_jax.cli import process
 from grain_jax.core import errors, images, printable
 from grain_jax.data import build
 from grain_jax.evaluate import tables
-from grain_jax.report import figures
 from tests import record_sets
-from tests.evaluate.stub import StubPredictor, write_picture
 from tests.hostile import cases
 
 NASTY = [
@@ -72,33 +69,6 @@ def test_tables(text):
     lines = tables.table(["set", "value"], [[text, "1"], ["b", text]]).splitlines()
     assert all(moves_nothing(line) for line in lines) and len(lines) == 4
     assert max(map(len, lines)) < 3000
-
-
-def test_a_picture_of_a_run_with_such_descriptions(tmp_path):
-    lines = []
-    for i, text in enumerate(NASTY):
-        write_picture(tmp_path / f"{i}.png", 200 + i, size=(64, 64))
-        text = text.replace("\ud800", "")
-        regions = [{"box": [8, 8, 40, 40], "description": text, "score": 0.9}]
-        lines.append(json.dumps({"image": f"{i}.png", "regions": regions}))
-    (tmp_path / "A.jsonl").write_text("\n".join(lines))
-    regions = ([[0.1, 0.1, 0.6, 0.6], [0.5, 0.5, 0.9, 0.9], [0, 0, 1, 1]], np.eye(2)[[0, 0, 1]])
-    numbers = range(200, 220)
-
-    class Predictor(StubPredictor):
-        def encode_text(self, texts):
-            return np.eye(2, dtype=np.float32)[[int("$" in text) for text in texts]]
-
-    predictor = Predictor({n: [1, 0] for n in numbers}, {}, {n: regions for n in numbers})
-    figures.regions_grid(predictor, tmp_path / "A.jsonl", tmp_path, tmp_path / "x.png", count=11)
-    assert images.load_image(tmp_path / "x.png").width == 352 * 4
-
-
-def test_curves_of_evaluations_of_such_names(tmp_path):
-    record = {"step": 1, "loss": 1.0} | {f"eval/{text[:300]}/top1": 0.5 for text in NASTY}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    figures.curves(tmp_path / "metrics.jsonl", tmp_path / "x.png")
-    assert images.load_image(tmp_path / "x.png").width == 1760
 
 
 def test_build_names_such_keys_and_files(tmp_path):
