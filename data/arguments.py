@@ -5,7 +5,6 @@ import re
 
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Command
-from grain_jax.config.evals import ORIENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +96,6 @@ class Build(Stored, name="build"):
       --option KEY=VALUE [KEY=VALUE ...]  options of the source's own, such as the names of columns
       --split NAME             of sources that have splits
       --label-text TEXT        description that a label becomes, {} in its place: "a photo of a {}"
-      --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
-        they are stored
       --output DIR             the set goes to DIR/NAME/1.0.0
       --name NAME              name of the set, for input.name and TFDS
       --[no-]overwrite         replace an existing set of that name
@@ -119,7 +116,6 @@ class Build(Stored, name="build"):
     option: list[tuple[str, str]] = many(parse=option)
     split: str = ""
     label_text: str = flag("", parse=label_text)
-    orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     output: str
     name: str = flag(parse=set_name)
     overwrite: bool = False

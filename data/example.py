@@ -54,9 +54,8 @@ def check_line(
     line: bytes,
     folder: epath.PathLike,
     encoded_image: bytes | None = None,
-    orientation: str = "exif",
 ) -> Checked:
-    """Checks one line and its image: a file below `folder`, or `encoded_image`; orientation as of `decode_image`."""
+    """Checks one line and its image: a file below `folder`, or `encoded_image`."""
     parsed = annotations.parse_line(line, text_required=True)
     faults = list(parsed.faults)
     image, header, encoded, boxes_xyxy = None, None, encoded_image, []
@@ -66,8 +65,8 @@ def check_line(
         try:
             path = regular_file.named(folder, parsed.image)
             encoded = images.read_file(path, got) if encoded is None else encoded
-            image = images.decode_image(encoded, got, orientation)
-            header = images.header(encoded, got, orientation)
+            image = images.decode_image(encoded, got)
+            header = images.header(encoded, got)
             boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
         except FileNotFoundError:
             faults.append(f"{got}, expected a file; there is no {path}")
@@ -118,12 +117,12 @@ class Verdict(NamedTuple):
     where: str = ""  # as of its line
 
 
-def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
-    """Checks a line and decodes its image, with `orientation` as of `decode_image`."""
+def check(line: Line, *, folder: str) -> Verdict:
+    """Checks a line and decodes its image."""
     if line.faults:
         faults = [*line.faults]
         return Verdict(line.number, None, faults, 0, 0, False, [], None, where=line.where)
-    found = check_line(line.text, folder, line.encoded_image, orientation)
+    found = check_line(line.text, folder, line.encoded_image)
     good = found.annotation is not None
     return Verdict(
         number=line.number,
@@ -140,12 +139,12 @@ def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
 
 
 def encode(
-    line: Line, *, folder: str, encoding: Encoding, orientation: str = "exif"
+    line: Line, *, folder: str, encoding: Encoding
 ) -> tuple[dict[str, Any], bool] | list[str]:
     """The line as features of data/SCHEMA.md (`id` may be None), and whether its image is stored anew; or its faults."""
     if line.faults:
         return [f"{line.where}: {fault}" for fault in line.faults]
-    checked = check_line(line.text, folder, line.encoded_image, orientation)
+    checked = check_line(line.text, folder, line.encoded_image)
     found, image = checked.annotation, checked.image
     if found is None:
         return [f"{line.where}: {fault}" for fault in checked.faults]

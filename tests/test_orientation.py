@@ -14,12 +14,9 @@ import tensorflow_datasets as tfds
 
 import grain_jax
 from grain_jax.core import images
-from grain_jax.data import sources
 from grain_jax.data.annotate import __main__ as annotate
 from grain_jax.data.embed import __main__ as embed
-from grain_jax.data.embed import search_command as search
 from grain_jax.data.inspect import __main__ as inspect
-from grain_jax.data.sources import base, join
 from grain_jax.demo import analysis
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.report import figures as report_figures
@@ -28,7 +25,6 @@ from tests import embedded, record_sets, turned
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
 WHICH = ("turned", "upright")
 COUNT, TURNED = 40, 35
-FILE = "--orientation=file"
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +63,6 @@ def test_a_file_becomes_what_a_viewer_shows(name):
     tag = int(name[:2]) % 8 + 1
     found = images.header(encoded)
     assert (found.size, found.turned) == (turned.SIZE, tag > 1)
-    stored = images.decode_image(encoded, orientation="file")
-    assert images.header(encoded, orientation="file") == found._replace(size=stored.size)
-    with PIL.Image.open(io.BytesIO(encoded)) as by_pil:  # as the reference
-        np.testing.assert_array_equal(stored, by_pil)
-    assert images.upright(stored) is stored
 
 
 def entry(tag=274, kind=3, values=1, value=6):
@@ -118,8 +109,6 @@ def test_records_hold_upright_pixels(folder):
     assert f"A.jsonl: {TURNED} of {COUNT} images are turned upright by their EXIF" in said
     assert f"A.jsonl: 0 of {COUNT} lines faulty (0 faults)\n" in said
     assert "EXIF" not in (folder / "upright.txt").read_text()
-    card = json.loads((folder / "sets/turned/1.0.0/metadata.json").read_text())
-    assert card["orientation"] == "exif"
     builder = tfds.builder("turned", data_dir=folder / "sets")
     skip = {"image": tfds.decode.SkipDecoding()}
     for example in tfds.as_numpy(builder.as_dataset(split="train", decoders=skip)):
@@ -143,38 +132,7 @@ def test_another_encoding_stores_them_upright_too(folder, tmp_path):
         np.testing.assert_array_equal(image, stored[1][name])
 
 
-def test_as_stored_where_it_is_asked_for(folder, tmp_path, capsys):
-    """Boxes of the stored pixels, as the reference reads them; the files stay as they are."""
-    lines = lines_of(folder / "turned" / "A.jsonl")
-    for line in lines:
-        encoded = (folder / "turned" / line["image"]).read_bytes()
-        line["regions"][0]["box"] = [0, 0, *images.header(encoded, orientation="file").size]
-    (tmp_path / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name in {line["image"] for line in lines}:
-        (tmp_path / name).write_bytes((folder / "turned" / name).read_bytes())
-    assert record_sets.build_set(tmp_path, tmp_path / "out", FILE, "--num-shards=2") == 0
-    said = f"{TURNED} of {COUNT} images have an EXIF orientation that is not"
-    assert said in capsys.readouterr().err
-    target = tmp_path / "out/tiny_set/1.0.0"
-    assert json.loads((target / "metadata.json").read_text())["orientation"] == "file"
-    options = sources.Options(str(target))
-    found = [x for shard in sources.shards("tfds", options) for x in sources.read(shard)]
-    assert len(found) == COUNT
-    for item in found:
-        size = images.decode_image(item.encoded, orientation="file").size
-        assert item.orientation == "file" and item.regions[0].box_xyxy[2:] == pytest.approx(size)
-    assert sum(images.header(item.encoded).turned for item in found) == 21  # JPEG and PNG
-    assert inspect.main([str(target), f"--output={tmp_path / 'seen'}"]) == 0
-    assert "turned        21 images have an EXIF orientation that is not" in capsys.readouterr().out
-    # What annotate keeps of a record set needs no flag afterwards.
-    words = ["--source=tfds", "--passes=none", f"--output={tmp_path / 'kept'}", "--min-side=1"]
-    assert annotate.main([f"--images={target}", *words]) == 0
-    for line in lines_of(tmp_path / "kept/A.jsonl"):
-        size = images.load_image(tmp_path / "kept/images" / line["image"]).size
-        assert line["regions"][0]["box"] == pytest.approx([0, 0, *size])
-
-
-def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path, capsys):
+def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path):
     words = ["--passes=none", f"--images={folder / 'turned'}", "--min-side=1"]
     words += ["--source=annotations", f"--annotations={folder / 'turned' / 'A.jsonl'}"]
     made = [f"--output={tmp_path / 'made'}", "--name=made", "--store-size=16"]
@@ -182,73 +140,28 @@ def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path, capsys):
     assert [line["regions"] for line in lines_of(tmp_path / "made" / "A.jsonl")] == [
         line["regions"] for line in lines_of(folder / "upright" / "A.jsonl")
     ]
-    # A job that was begun as stored is not mixed.
-    words.append(f"--output={tmp_path / 'file'}")
-    assert annotate.main([*words, FILE, "--max-faults=1"]) == 0
-    capsys.readouterr()
-    assert annotate.main(words) == 2
-    assert 'begun with source orientation "file", got "exif"' in capsys.readouterr().err
-
-
-DRAWN = "which its boxes were drawn on"
-
-
-@pytest.mark.parametrize(
-    "orientation, size, detail",
-    [
-        ("exif", (24, 40), None),
-        ("file", (40, 24), None),
-        ("exif", (40, 24), f"40 x 24, {DRAWN}; that is its size by --orientation file"),
-        ("file", (24, 40), f"24 x 40, {DRAWN}; that is its size by --orientation exif"),
-        ("exif", (7, 7), f"7 x 7, {DRAWN}"),
-    ],
-)
-def test_a_size_that_fits_the_other_orientation_is_said(orientation, size, detail):
-    encoded = turned.encode(np.zeros((24, 40, 3), np.uint8), "JPEG", 6)
-    drawn = base.Entry("a.jpg", regions=[((0, 0, 20, 20), "a", 1.0)], size=size)
-    found = join.join(drawn, encoded, orientation)
-    stored = "24 x 40" if orientation == "exif" else "40 x 24"
-    got = found.detail if isinstance(found, base.Fault) else None
-    assert got == (detail and f"got {stored}, expected {detail}")
 
 
 def test_inspect_counts_them(folder, tmp_path, capsys):
     path = str(folder / "turned" / "A.jsonl")
     assert inspect.main([path, f"--output={tmp_path}"]) == 0
     assert f"turned        {TURNED} images are turned upright by" in capsys.readouterr().out
-    counted = json.loads((tmp_path / "statistics.json").read_text())["pictures"]
+    counted = json.loads((tmp_path / "statistics.json").read_text())["images"]
     assert (counted["turned"], counted["sizes"]) == (TURNED, [["24 x 40", COUNT]])
-    assert counted["formats"] == {"JPEG": 8, "TIFF": 8, "WEBP": 8, "PNG": 16}
-    assert inspect.main([path, f"--output={tmp_path}", FILE]) == 0
-    said = capsys.readouterr().out  # some boxes are not in the stored pixels
-    assert (
-        "images        37 (3 left out)" in said and "images have an EXIF orientation that" in said
-    )
     assert inspect.main([str(folder / "sets/turned"), f"--output={tmp_path}"]) == 0
     assert "EXIF" not in capsys.readouterr().out
 
 
-def test_embed_and_search(folder, model, tmp_path, capsys):
+def test_embed(folder, tmp_path):
     out = {}
-    for which, *words in (("turned",), ("upright",), ("turned", FILE)):
-        index = f"{which}{len(words)}"
-        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={tmp_path / index}", *words]
+    for which in WHICH:
+        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={tmp_path / which}"]
         assert embed.main(list(map(str, words))) == 0
-        out[index] = embedded.read(tmp_path / index)
-    for got, expected in zip(out["turned0"], out["upright0"], strict=True):
+        out[which] = embedded.read(tmp_path / which)
+    for got, expected in zip(out["turned"], out["upright"], strict=True):
         assert (got["width"], got["height"]) == turned.SIZE
         for key in ("image_embed", "region_embed", "boxes_xyxy"):
             np.testing.assert_allclose(got[key], expected[key], atol=1e-6)
-    words = [str(folder / "turned"), "--checkpoint=aviary-tiny", f"--output={tmp_path / 'turned0'}"]
-    assert embed.main([*words, FILE]) == 2
-    assert 'begun with orientation "exif", got "file"' in capsys.readouterr().err
-    # An image is compared, and shown, in the orientation of the index.
-    name = next(r["path"] for r in out["turned0"] if r["path"].endswith("05.jpeg"))
-    for index in ("turned0", "turned1"):
-        page = tmp_path / f"{index}.html"
-        words = ["--image", str(folder / "turned" / name), "--top=1", f"--output={page}"]
-        assert search.main([str(tmp_path / index), *words]) == 0
-        assert f" 1.000  {name}" in capsys.readouterr().out
 
 
 def test_the_library_the_page_and_the_report(folder, model, tmp_path):
@@ -272,7 +185,7 @@ def test_the_library_the_page_and_the_report(folder, model, tmp_path):
 @pytest.mark.parametrize("kind", ["grounding", "zeroshot"])  # the two bases of all evaluators
 def test_evaluations(folder, tmp_path, kind):
     results = {}
-    for which, *words in (("turned",), ("upright",), ("turned", FILE)):
+    for which in WHICH:
         given = [f"--images={folder / which}", f"--annotations={folder / which / 'A.jsonl'}"]
         if kind == "zeroshot":
             given = [f"--images={tmp_path / which}"]
@@ -281,13 +194,10 @@ def test_evaluations(folder, tmp_path, kind):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(folder / which / line["image"], copy)
         output = tmp_path / "out.json"
-        words = ["--checkpoint=aviary-tiny", f"--output={output}", "--cache=", *words]
+        words = ["--checkpoint=aviary-tiny", f"--output={output}", "--cache="]
         assert evaluate.main([kind, *given, *words]) == 0
         result = json.loads(output.read_text())
-        told = "images", "annotations", "seconds"
-        orientation = result["orientation"]
-        results[which, orientation] = {
-            key: x for key, x in result.items() if key not in (*told, "orientation")
-        }
-    assert results["turned", "exif"] == results["upright", "exif"]
-    assert results["turned", "file"] != results["upright", "exif"]
+        for key in ("images", "annotations", "seconds"):
+            result.pop(key, None)
+        results[which] = result
+    assert results["turned"] == results["upright"]

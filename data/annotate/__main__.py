@@ -44,7 +44,6 @@ def annotate(args: Annotate) -> str:
     output, own = outputs.Output(args.output), dict(args.option)
     args.source = args.source or _source_of(epath.Path(args.images))
     source = sources.make(args.source, own)
-    args.orientation = getattr(source, "orientation", args.orientation)
     args.keep_images &= not (source.images_are_files or args.name)
     job = Job(args, {} if args.model else _prompts(args))
     settings = _settings(job)
@@ -55,7 +54,6 @@ def annotate(args: Annotate) -> str:
         split=args.split,
         scratch=str(output.path("lists")),
         shard_size=args.shard_size,
-        orientation=args.orientation,
         label_text=args.label_text,
     )
     shards = sources.shards(args.source, options, own)
@@ -102,7 +100,6 @@ def annotate(args: Annotate) -> str:
         given = Build(
             annotations=[str(output.path("A.jsonl"))],
             images=args.images if source.images_are_files else args.output,
-            orientation=args.orientation,
             output=str(output.path("records")),
             name=args.name,
             overwrite=True,
@@ -159,7 +156,6 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
             "split": args.split,
             "shard size": args.shard_size,
             "limits": [args.min_side, args.max_side],
-            "orientation": args.orientation,
             **({"label text": args.label_text} if args.label_text else {}),
         },
         "ground": {"model": args.detector, "threshold": args.threshold},

@@ -3,7 +3,6 @@
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Loads
 from grain_jax.config import DTYPES
-from grain_jax.config.evals import ORIENTATIONS
 from grain_jax.data.arguments import Stored, label_text, option, set_name
 
 PASSES = ("caption", "describe", "ground", "negatives")  # in their order
@@ -36,8 +35,6 @@ class Annotate(Loads, Stored, name="annotate"):
 
     images:
       --images DIR             folder of images, or of tar shards; not needed where --source has their bytes
-      --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
-        they are stored
       --output DIR             all results; the same again to go on
       --source NAME|module:Class  annotations, coco, csv, fg_ovd, finehard, flickr30k_entities, folder, grit, hf-dataset,
         karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own (data/sources/base.py) (default: webdataset if
@@ -83,7 +80,6 @@ class Annotate(Loads, Stored, name="annotate"):
     """
 
     images: str = ""
-    orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     output: str
     source: str | None = None
     option: list[tuple[str, str]] = many(parse=option)

@@ -18,7 +18,7 @@ def check(item: sources.Image, given: Annotate) -> PIL.Image.Image | sources.Fau
     try:
         cause, detail = _header_fault(images.open_image(item.encoded), given)
         if not cause:  # pixels are decoded now
-            return images.to_rgb(images.decode_image(item.encoded, orientation=item.orientation))
+            return images.to_rgb(images.decode_image(item.encoded))
     except images.TooLargeError as error:
         cause, detail = "too large", str(error)
     except images.UnknownFormatError as error:

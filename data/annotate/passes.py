@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import PIL.Image
 
 from grain_jax.core import errors
-from grain_jax.core import images as images_lib
 from grain_jax.data import negatives, source_lines, sources
 from grain_jax.data.annotate import (
     answers,
@@ -344,7 +343,7 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
         path = job.output.path("images", work.item.image)
         try:
             if path.is_dir() or not path.exists():
-                job.output.put(_to_keep(work), "images", work.item.image)
+                job.output.put(work.item.encoded, "images", work.item.image)
         except OSError as error:
             if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
                 raise
@@ -353,11 +352,3 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
             work.fail("picture", "bad annotation", detail)
             return None
     return line
-
-
-def _to_keep(work: _Work) -> bytes:
-    """The file of the image: its own, or a PNG where an orientation in its own would turn it away from its boxes."""
-    encoded, as_stored = work.item.encoded, work.item.orientation == "exif"
-    if work.image is None or as_stored or not images_lib.header(encoded).turned:
-        return encoded
-    return images_lib.encode_png(work.image)

@@ -76,7 +76,7 @@ def find(
         if wanted and kind not in suits:
             raise sources.SourceError(f"{flag}: got {source}, expected it with {what}")
     folder, known = "", b""
-    options = sources.Options(str(path), shard_size=shard_size, orientation=orientation)
+    options = sources.Options(str(path), shard_size=shard_size)
     if kind == "tars":
         if not (path.suffix == ".tar" or any(any(path.glob(x)) for x in ("*.tar", "*/*.tar"))):
             raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}")
@@ -171,7 +171,7 @@ def images(part: Mapping[str, Any]) -> Iterator[Callable[[], Found]]:
     """A function for each image of a part, in order, that reads it; files are read by the thread that calls it."""
     if part["reader"] == "annotations":
         for line, where in annotations_source.lines(_shard(part)):
-            read = (line, where, part["images"], part["orientation"])
+            read = (line, where, part["images"])
             yield functools.partial(annotations_source.image, *read)
     else:
         for found in sources.read(_shard(part)):
@@ -218,7 +218,7 @@ _Read = Iterator[tuple[str, Found]]
 
 def _files_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
     for path in paths:
-        yield path, join.load(base.Entry(path), folder or part["images"], part["orientation"])
+        yield path, join.load(base.Entry(path), folder or part["images"])
 
 
 def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:

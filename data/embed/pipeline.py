@@ -99,7 +99,7 @@ def prepare(
     if isinstance(found, sources.Fault):
         return found
     try:
-        image = images.decode_image(found.encoded, found.image, found.orientation)
+        image = images.decode_image(found.encoded, found.image)
         pixels = resize(image)
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)

@@ -156,7 +156,7 @@ def _decoded(path: str, found: parts.Found) -> PIL.Image.Image | str:
     if isinstance(found, sources.Fault):
         return f"{path}: {found.cause}: {found.detail}"
     try:
-        return images_lib.decode_image(found.encoded, path, found.orientation)
+        return images_lib.decode_image(found.encoded, path)
     except images_lib.ImageError as error:
         return str(error)
 
