@@ -27,8 +27,6 @@ from etils import epath
 from benchmarks import harness, made, stopwatch
 from grain_jax.core import images
 from grain_jax.data import example
-from grain_jax.data.inspect import counting
-from grain_jax.data.inspect import statistics as statistics_lib
 
 STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
 AHEAD = 6  # batches that a side may prefetch while others run
@@ -175,15 +173,6 @@ def shapes(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
     return table.rows
 
 
-def padding(paths: Sequence[epath.Path], name: str) -> dict[str, Any]:
-    """Prints the aspect ratios of images, and the padding that they leave in their own shape; returns them."""
-    found = counting.Shapes()
-    found.add(images.header(images.read_file(path), str(path)).size for path in paths)
-    result = found.result()
-    print("\n".join([f"{name}, {len(paths)} images:", *statistics_lib.shape_lines(result)]))
-    return result
-
-
 def main() -> None:
     """Makes the data, and prints throughput and quality."""
     args = harness.arguments(
@@ -207,9 +196,6 @@ def main() -> None:
         if args.shapes:
             made.make(folder, args.count, of_shapes=True)
             result["throughput"] = shapes(str(folder), args.batches, args.turns)
-            ours = sorted((folder / "images").glob("*.jpg"))
-            both = {"made": ours} | ({str(args.pictures): real} if real else {})
-            result["padding"] = {name: padding(paths, name) for name, paths in both.items()}
             harness.write(args.json, result)
             return
         made.make(folder, args.count)

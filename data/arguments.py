@@ -5,27 +5,15 @@ import re
 
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Command
-from grain_jax.config.evals import ORIENTATIONS
-
-FITS = ("square", "inside")
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How an image is stored: `kind` "original", "png" or "jpeg" with `quality`; `size` 0 = as it is.
-
-    `fit` "square" is `size` x `size`; "inside" keeps the ratio, the longer side at most `size`.
-    """
+    """How an image is stored: `kind` "original", "png" or "jpeg" with `quality`; `size` x `size`, 0 = as it is."""
 
     kind: str = "original"
     quality: int = 0
     size: int = 0
-    fit: str = FITS[0]
-
-    @property
-    def squashes(self) -> bool:
-        """Whether images lose their ratio."""
-        return self.size > 0 and self.fit == "square"
 
     @property
     def tfds_format(self) -> str | None:
@@ -75,28 +63,19 @@ class Stored(Command):
 
     how images are stored:
       --store-size S           resize images to S x S pixels once, here (default: as they are)
-      --fit square|inside      inside keeps the ratio: the longer side gets S pixels, smaller images stay as they are
       --encoding original|png|jpeg:Q  original keeps files that need no change; Q is JPEG's quality, 1 to 100
       --num-shards N           files of the set (default: 64 MB each, a multiple of 16)
     """
 
     last = True
     store_size: int | None = None
-    fit: str = flag(FITS[0], choices=FITS)
     encoding: Encoding = flag(Encoding(), parse=encoding)
     num_shards: int | None = None
-
-    def __post_init__(self):
-        """Raises ValueError for flags that contradict each other."""
-        if self.fit != FITS[0] and not self.store_size:
-            raise ValueError(
-                f"--fit: got {self.fit} without --store-size, expected the size to fit"
-            )
 
     @property
     def stored(self) -> Encoding:
         """How an image is stored, by all of these flags."""
-        return dataclasses.replace(self.encoding, size=self.store_size or 0, fit=self.fit)
+        return dataclasses.replace(self.encoding, size=self.store_size or 0)
 
 
 class Build(Stored, name="build"):
@@ -117,8 +96,6 @@ class Build(Stored, name="build"):
       --option KEY=VALUE [KEY=VALUE ...]  options of the source's own, such as the names of columns
       --split NAME             of sources that have splits
       --label-text TEXT        description that a label becomes, {} in its place: "a photo of a {}"
-      --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
-        they are stored
       --output DIR             the set goes to DIR/NAME/1.0.0
       --name NAME              name of the set, for input.name and TFDS
       --[no-]overwrite         replace an existing set of that name
@@ -139,7 +116,6 @@ class Build(Stored, name="build"):
     option: list[tuple[str, str]] = many(parse=option)
     split: str = ""
     label_text: str = flag("", parse=label_text)
-    orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
     output: str
     name: str = flag(parse=set_name)
     overwrite: bool = False
@@ -149,7 +125,7 @@ class Build(Stored, name="build"):
     workers: int | None = None
 
     def __post_init__(self):
-        super().__post_init__()
+        """Raises ValueError for flags that contradict each other."""
         for flag_name, of in (
             ("--option", self.option),
             ("--split", self.split),

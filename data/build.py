@@ -99,7 +99,7 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
             lines, total = _lines_of_file(args, read_lines)
         workers = lines.workers
         found = survey.take(lines, total)
-        _check_faults(found, args, target, lines.orientation)
+        _check_faults(found, args, target)
         divided = survey.divide(
             found,
             holdout=args.holdout,
@@ -132,7 +132,7 @@ def _lines_of_file(args: Build, read_lines: survey.ReadLines) -> tuple[survey.Li
     path = epath.Path(args.annotations[0])
     total = example.count_lines(path)
     workers = args.workers or parallel.default_workers(total)
-    return survey.Lines(path, epath.Path(args.images), args.orientation, workers, read_lines), total
+    return survey.Lines(path, epath.Path(args.images), workers, read_lines), total
 
 
 def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
@@ -142,30 +142,28 @@ def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
     in_folder = made.images_are_files or not getattr(made, "needs_images", True)
     if args.images and in_folder and not epath.Path(args.images).is_dir():
         raise BuildError(f"--images {args.images}: no such folder, expected the images")
-    orientation = getattr(made, "orientation", args.orientation)
     options = sources.Options(
         images=args.images,
         annotations=tuple(args.annotations),
         split=args.split,
         scratch=scratch,
-        orientation=orientation,
         label_text=args.label_text,
     )
     shards = sources.shards(name, options, own)
     rows = sum(one.arguments.get("rows", options.shard_size) for one in shards)
     workers = args.workers or parallel.default_workers(rows if len(shards) > 1 else 0)
     read = lambda path: source_lines.lines(shards)
-    return survey.Lines(epath.Path(name), epath.Path(args.images), orientation, workers, read)
+    return survey.Lines(epath.Path(name), epath.Path(args.images), workers, read)
 
 
 def _faults_file(target: epath.Path) -> epath.Path:
     return target.parent / "faults.jsonl"
 
 
-def _check_faults(found: survey.Survey, args: Build, target: epath.Path, orientation: str) -> None:
+def _check_faults(found: survey.Survey, args: Build, target: epath.Path) -> None:
     """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
     if found.turned:
-        turned = f"{found.turned} of {found.lines} images {example.TURNED[orientation]}"
+        turned = f"{found.turned} of {found.lines} images {example.TURNED}"
         print(printable.plain(f"{found.file_name}: {turned}"), file=sys.stderr)
     print(printable.plain(found.summary()), file=sys.stderr)
     if not found.lines:
@@ -222,16 +220,13 @@ def _write(
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
-            **({"fit": encoding.fit} if encoding.size else {}),
             "encoding": str(encoding),
-            "orientation": lines.orientation,
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
             "duplicates_left_out": divided.left_out,
             **({"annotated_by": annotated_by} if annotated_by else {}),
         },
         negatives=found.negatives > 0,
-        original_size=encoding.squashes,
         files=lambda: {
             duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(

@@ -24,13 +24,7 @@ _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA
 # How the name of a table ends -> the data source that reads it.
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
-# What becomes of images with an EXIF orientation other than upright, by the orientation that was asked for.
-TURNED = {
-    "exif": "are turned upright by their EXIF orientation, and boxes are of the upright pixels; --orientation file takes"
-    " the pixels as they are stored",
-    "file": "have an EXIF orientation that is not applied: boxes and training have the pixels as they are stored,"
-    " viewers show them turned",
-}
+TURNED = "are turned upright by their EXIF orientation, and boxes are of the upright pixels"
 
 
 class Line(NamedTuple):
@@ -60,9 +54,8 @@ def check_line(
     line: bytes,
     folder: epath.PathLike,
     encoded_image: bytes | None = None,
-    orientation: str = "exif",
 ) -> Checked:
-    """Checks one line and its image: a file below `folder`, or `encoded_image`; orientation as of `decode_image`."""
+    """Checks one line and its image: a file below `folder`, or `encoded_image`."""
     parsed = annotations.parse_line(line, text_required=True)
     faults = list(parsed.faults)
     image, header, encoded, boxes_xyxy = None, None, encoded_image, []
@@ -72,8 +65,8 @@ def check_line(
         try:
             path = regular_file.named(folder, parsed.image)
             encoded = images.read_file(path, got) if encoded is None else encoded
-            image = images.decode_image(encoded, got, orientation)
-            header = images.header(encoded, got, orientation)
+            image = images.decode_image(encoded, got)
+            header = images.header(encoded, got)
             boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
         except FileNotFoundError:
             faults.append(f"{got}, expected a file; there is no {path}")
@@ -124,12 +117,12 @@ class Verdict(NamedTuple):
     where: str = ""  # as of its line
 
 
-def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
-    """Checks a line and decodes its image, with `orientation` as of `decode_image`."""
+def check(line: Line, *, folder: str) -> Verdict:
+    """Checks a line and decodes its image."""
     if line.faults:
         faults = [*line.faults]
         return Verdict(line.number, None, faults, 0, 0, False, [], None, where=line.where)
-    found = check_line(line.text, folder, line.encoded_image, orientation)
+    found = check_line(line.text, folder, line.encoded_image)
     good = found.annotation is not None
     return Verdict(
         number=line.number,
@@ -146,19 +139,18 @@ def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
 
 
 def encode(
-    line: Line, *, folder: str, encoding: Encoding, orientation: str = "exif"
+    line: Line, *, folder: str, encoding: Encoding
 ) -> tuple[dict[str, Any], bool] | list[str]:
     """The line as features of data/SCHEMA.md (`id` may be None), and whether its image is stored anew; or its faults."""
     if line.faults:
         return [f"{line.where}: {fault}" for fault in line.faults]
-    checked = check_line(line.text, folder, line.encoded_image, orientation)
+    checked = check_line(line.text, folder, line.encoded_image)
     found, image = checked.annotation, checked.image
     if found is None:
         return [f"{line.where}: {fault}" for fault in checked.faults]
     width, height = image.size
     stored, stored_anew = encode_image(image, checked.encoded, encoding)
     features = {
-        **({"original_size": [height, width]} if encoding.squashes else {}),
         "id": found.id,
         "image": stored,
         "captions": list(found.captions),
@@ -187,19 +179,15 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
 
     Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
     """
-    fits = encoding.size == 0 or image.size == (encoding.size, encoding.size)
-    if encoding.fit == "inside":
-        fits = fits or max(image.size) <= encoding.size
     stored_anew = False
+    fits = not encoding.size or image.size == (encoding.size, encoding.size)
     if encoding.kind == "original" and fits:
         if image.mode in _STORED_AS_THEY_ARE.get(image.format, ()):
             if _is_read_by_training(encoded, image.size):
                 return encoded, False
             stored_anew = True
-    if encoding.squashes:
+    if encoding.size:
         image = PIL.Image.fromarray(images.resize(image, encoding.size))
-    elif encoding.size:
-        image = images.fit_inside(image, encoding.size)
     if encoding.kind != "jpeg":
         return images.encode_png(image), stored_anew
     out = io.BytesIO()

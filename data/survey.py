@@ -30,7 +30,6 @@ class Lines(NamedTuple):
 
     path: epath.Path
     folder: epath.Path  # of the images
-    orientation: str  # of the images, as of `images.decode_image`
     workers: int  # processes
     read: ReadLines  # gives the lines, with their images where these are no files
 
@@ -41,9 +40,7 @@ class Lines(NamedTuple):
             for line in self.read(self.path)
             if among is None or line.number in among
         )
-        of_line = functools.partial(
-            function, folder=str(self.folder), orientation=self.orientation, **named
-        )
+        of_line = functools.partial(function, folder=str(self.folder), **named)
         return parallel.ordered_map(of_line, lines, workers=self.workers)
 
 

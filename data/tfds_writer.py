@@ -24,10 +24,8 @@ from grain_jax.data import digest, example, staging
 from grain_jax.input_pipeline import record_files
 
 
-def features(
-    encoding_format: str | None, negatives: bool, original_size: bool
-) -> tfds.features.FeaturesDict:
-    """The record format; data/SCHEMA.md explains it. A set without negatives has no such feature, nor of sizes."""
+def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
+    """The record format; data/SCHEMA.md explains it. A set without negatives has no such feature."""
     of_region = {
         "bbox": tfds.features.BBoxFeature(),
         "description": tfds.features.Text(),
@@ -35,10 +33,8 @@ def features(
     }
     if negatives:
         of_region["negatives"] = tfds.features.Sequence(tfds.features.Text())
-    sizes = {"original_size": tfds.features.Tensor(shape=(2,), dtype=np.int64)}
     return tfds.features.FeaturesDict(
         {
-            **(sizes if original_size else {}),
             "id": tfds.features.Text(),
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format=encoding_format),
             "captions": tfds.features.Sequence(tfds.features.Text()),
@@ -65,7 +61,6 @@ def _builder(
     *,
     encoding_format: str | None,
     negatives: bool,
-    original_size: bool,
     metadata: dict[str, Any],
 ) -> tfds.core.DatasetBuilder:
     """TFDS's builder of the examples of each split, which writes in `folder`."""
@@ -78,7 +73,7 @@ def _builder(
             return tfds.core.DatasetInfo(
                 builder=self,
                 description="Pictures with captions and described regions, written by data.build.",
-                features=features(encoding_format, negatives, original_size),
+                features=features(encoding_format, negatives),
                 metadata=tfds.core.MetadataDict(metadata),
             )
 
@@ -119,7 +114,6 @@ def write(
     encoding_format: str | None,
     metadata: dict[str, Any],
     negatives: bool,
-    original_size: bool,
     files: Callable[[], Mapping[str, bytes]],
 ) -> None:
     """Writes the set OUTPUT/NAME/VERSION (`target`); one that is there already is replaced at the end.
@@ -131,7 +125,6 @@ def write(
       encoding_format: of the images, as TFDS's feature takes it.
       metadata: what the set says of itself.
       negatives: whether a region has negatives.
-      original_size: whether the examples have `original_size`, [height, width] of images that were squashed.
       files: gives name -> content of what is to stand beside the records; called when these are written.
     """
     splits = {split: given for split, given in splits.items() if given[1]}
@@ -146,7 +139,6 @@ def write(
             {split: digests[split].counting(items) for split, (items, _) in splits.items()},
             encoding_format=encoding_format,
             negatives=negatives,
-            original_size=original_size,
             metadata=metadata,
         )
         tfds.disable_progress_bar()  # ours has the time left

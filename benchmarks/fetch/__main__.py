@@ -12,7 +12,7 @@ shoes and bags, 28 x 28 grey values, 10 classes) writes
 
 which is what `python -m benchmarks.claim --data DIR` reads. `python -m benchmarks.fetch gcompris --output DIR` (package
 gcompris-qt-data) writes class folders for `grain-jax evaluate zeroshot`; `gcompris` has the list. The packages are
-unpacked by dpkg-deb. docs/howto/real_pictures.md says what the sets can show and what not.
+unpacked by dpkg-deb.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 The pictures of Fashion-MNIST lie upright on an empty ground, garments from the front, shoes with the toe on the
 left. So a part is told by a few measures of the outline and of the grey values in it. Where a measure lies between two
-looks, the part is left out. docs/howto/real_pictures.md says how often each rule fires and how often it errs.
+looks, the part is left out.
 """
 
 from collections.abc import Iterator

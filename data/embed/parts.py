@@ -152,7 +152,7 @@ def images(part: Mapping[str, Any]) -> Iterator[Callable[[], sources.Image | sou
     shard = sources.SourceShard(part["name"], part, part["reader"])
     if part["reader"] == "annotations":
         for line, where in annotations_source.lines(shard):
-            read = (line, where, part["images"], part["orientation"])
+            read = (line, where, part["images"])
             yield functools.partial(annotations_source.image, *read)
     else:
         for found in sources.read(shard):

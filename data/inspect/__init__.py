@@ -1,1 +1,1 @@
-"""Inspects a data set: statistics, problems and a contact sheet (docs/inspect.md)."""
+"""Inspects a data set: numbers, problems and a sheet of images (docs/inspect.md)."""

@@ -1,39 +1,104 @@
-"""Collects the statistics of a set in one pass; `result` returns the content of statistics.json."""
+"""Collects the numbers of a set in one pass, in bounded memory; `result` returns the content of statistics.json."""
 
 import collections
+import dataclasses
+import hashlib
 import itertools
-import math
+import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
+from grain_jax.core import images
 from grain_jax.data.annotate import answers
-from grain_jax.data.inspect import counting, reading
-from grain_jax.input_pipeline import image_shapes, order, tokenizer
+from grain_jax.data.inspect import reading
+from grain_jax.data.sources import base
+from grain_jax.input_pipeline import tokenizer
 
-ROW_LENGTH = counting.ROW_LENGTH
+ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
 LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 LONGEST = 256  # tokens; longer texts count as this long
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
 WHOLE = 0.95  # share of the image
 LONG_SHAPE = 3.0  # longer side / shorter side
-GRID = 24  # cells a side of the heat maps
-AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the image
-SCORE_BINS = 20
 TOP = 20  # most frequent texts and sizes
+MOST_HELD = 250_000  # different texts, or images, among which copies are sought
 _LEFTOVER = re.compile(
     r"[-*\u2022\u00b7#>]\s|\(?\d{1,2}[.):]\s|\*\*|(?:sure|certainly|of course)[,!]|here (?:are|is) "
     r"|(?:caption|description|subject|answer)s?\s*:"
 )
 
 
+class Numbers(collections.Counter[int]):
+    """Exact statistics of integers, which have few values: a count for each one."""
+
+    def result(self) -> dict[str, Any]:
+        """count; where there are some: mean, min, median, p95, p99, max."""
+        if not self:
+            return {"count": 0}
+        values, counts = np.array(sorted(self.items())).T
+        ends, total = np.cumsum(counts), int(counts.sum())
+        shares = dict(min=0.0, median=0.5, p95=0.95, p99=0.99, max=1.0)
+        quantiles = {k: int(values[np.searchsorted(ends, x * total)]) for k, x in shares.items()}
+        return {"count": total, "mean": float((values * counts).sum() / total), **quantiles}
+
+
+class Copies:
+    """Counts items that are there several times, among the first `most` different ones."""
+
+    def __init__(self, most: int = MOST_HELD):
+        self.most, self.total, self.copies, self.untracked = most, 0, 0, 0
+        self.example = ""  # a copy, and what it is a copy of
+        self.held: dict[Hashable, list] = {}  # item -> [count, its first place]
+
+    def add(self, item: Hashable, where: str) -> None:
+        """Counts an item; `where` is its place or name."""
+        self.total += 1
+        if item in self.held:
+            self.copies += 1
+            self.held[item][0] += 1
+            self.example = self.example or f"{where} is {self.held[item][1]}"
+        elif len(self.held) < self.most:
+            self.held[item] = [1, where]
+        else:
+            self.untracked += 1
+
+    def result(self) -> dict[str, Any]:
+        """total, different, copies, example; `untracked` items are neither different nor copies for sure."""
+        numbers = {"total": self.total, "different": len(self.held), "copies": self.copies}
+        return {**numbers, "untracked": self.untracked, "example": self.example}
+
+    def top(self, number: int) -> list[list]:
+        """The `number` most frequent items as [item, count]."""
+        counts = {item: count for item, (count, _) in self.held.items()}
+        return list(map(list, collections.Counter(counts).most_common(number)))
+
+
+class Sample(list):
+    """A sample of `size` items of a stream: the same one each time."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._size, self._offered, self._random = size, 0, random.Random(0)
+
+    def offer(self, item: Any) -> None:
+        """Takes the item, perhaps for another one, or not."""
+        self._offered += 1
+        place = self._random.randrange(self._offered)
+        if len(self) < self._size:
+            self.append(item)
+        elif place < self._size:
+            self[place] = item
+
+
+@dataclasses.dataclass
 class Issue:
     """A count with the place of the first occurrence."""
 
-    def __init__(self):
-        self.count, self.example = 0, ""
+    count: int = 0
+    example: str = ""
 
     def see(self, example: str) -> None:
         """Counts one occurrence."""
@@ -41,29 +106,23 @@ class Issue:
         self.example = self.example or example
 
 
+@dataclasses.dataclass
 class Texts:
     """What is counted of the texts of a kind."""
 
-    def __init__(self):
-        self.words, self.tokens = counting.Numbers(), counting.Numbers()
-        self.frequent, self.distinct = counting.Frequent(), counting.Distinct()
-        self.images = 0  # that have some
-
-    def add(self, different: Iterable[str]) -> None:
-        """Counts the different texts of an image."""
-        self.images += bool(different)
-        self.frequent.add(different)
-        for text in different:
-            self.distinct.add(text.encode(), text)
+    words: Numbers = dataclasses.field(default_factory=Numbers)
+    tokens: Numbers = dataclasses.field(default_factory=Numbers)
+    copies: Copies = dataclasses.field(default_factory=Copies)
+    images: int = 0  # that have some
 
     def result(self) -> dict[str, Any]:
         """The results, for statistics.json."""
         return {
+            "images": self.images,
             "words": self.words.result(),
             "tokens": self.tokens.result(),
-            "distinct": self.distinct.result(),
-            "most_frequent": self.frequent.top(TOP),  # [text, images that have it]
-            "most_frequent_too_low_by": self.frequent.too_low_by,
+            "copies": self.copies.result(),  # an image counts once for each different text
+            "most_frequent": self.copies.top(TOP),  # [text, images that have it]
         }
 
 
@@ -74,226 +133,111 @@ class Statistics:
     """
 
     def __init__(self):
-        self.issues: dict[str, Issue] = collections.defaultdict(Issue)
-        self.images = self.image_bytes = self.regions = self.turned = self.without_caption = 0
-        self.formats: collections.Counter[str] = collections.Counter()
-        self.sizes, self.copies = counting.Frequent(), counting.Distinct()
-        self.widths, self.heights = counting.Numbers(), counting.Numbers()
-        self.aspects = counting.Shapes()
-        self.regions_per_image = counting.Numbers()
-        self.negatives_per_region = counting.Numbers()
+        self.issues: collections.defaultdict[str, Issue] = collections.defaultdict(Issue)
+        self.images = self.image_bytes = self.turned = 0
+        self.sizes, self.copies = Copies(), Copies()
+        self.area, self.score, self.regions, self.negatives = (Numbers() for _ in range(4))
         self.texts = {kind: Texts() for kind in ("web", "synthetic", "description")}
-        self.padding = counting.Padding()
-        self.areas = np.zeros(len(AREA_EDGES) - 1, np.int64)
-        self.shapes = np.zeros((GRID, GRID), np.int64)  # [height, width]
-        self.scores = np.zeros(SCORE_BINS, np.int64)
-        self.score_sum, self.score_range = 0.0, (math.inf, -math.inf)
-        # Number of boxes over each cell, as differences along both axes.
-        self._cover = np.zeros((GRID + 1, GRID + 1), np.int64)
         self._tokenizer = tokenizer.ClipTokenizer()
 
-    def add_fault(self, fault: reading.Fault) -> None:
-        """Counts a line or record that cannot be used."""
-        self.issues[f"fault: {fault.cause}"].see(f"{fault.where}: {fault.detail}")
+    def add(self, items: Sequence[reading.Item]) -> list[base.Image]:
+        """Counts items, fastest with a few hundred at a time; returns the images that can be read."""
+        faults = [item for item in items if isinstance(item, base.Fault)]
+        faults += [
+            fault for item in items if isinstance(item, base.Image) for fault in item.left_out
+        ]
+        headers = []  # of the images that can be read
+        for item in items:
+            if isinstance(item, base.Image):
+                try:
+                    headers.append((item, images.header(item.encoded)))
+                except images.ImageError as error:
+                    faults.append(base.Fault(item.image, "image", str(error)))
+        for fault in faults:
+            where = fault.where or fault.image
+            self.issues[f"fault: {fault.cause}"].see(f"{where}: {fault.detail}")
+        texts = [texts_of(item) for item, _ in headers]
+        flat = [text for of_image in texts for _, text in of_image]
+        lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist() if flat else ())
+        for (item, header), of_image in zip(headers, texts, strict=True):
+            where = item.where or item.image
+            self._add_image(item, header, where)
+            self._add_texts(where, of_image, list(itertools.islice(lengths, len(of_image))))
+            self._add_regions(item, header.size, where)
+        return [item for item, _ in headers]
 
-    def add(self, items: Sequence[reading.Item]) -> None:
-        """Counts items; fastest with a few hundred at a time."""
-        if not items:
-            return
-        texts = [texts_of(item) for item in items]
-        flat = [text for of_item in texts for _, text in of_item]
-        lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist())
-        for item, of_item in zip(items, texts, strict=True):
-            self._add_image(item)
-            self._add_texts(item, of_item, list(itertools.islice(lengths, len(of_item))))
-        self.widths.add(item.size[0] for item in items)
-        self.heights.add(item.size[1] for item in items)
-        self.aspects.add(item.shape for item in items)
-        self.regions_per_image.add(len(item.descriptions) for item in items)
-        self.negatives_per_region.add(len(texts) for item in items for texts in item.negatives)
-        self._add_boxes(items)
-
-    def _add_image(self, item: reading.Item) -> None:
-        width, height = item.size
+    def _add_image(self, item: base.Image, header: images.Header, where: str) -> None:
         self.images += 1
         self.image_bytes += len(item.encoded)
-        self.formats[item.format] += 1
-        self.sizes.add([f"{width} x {height}"])
-        self.turned += item.turned
-        self.regions += len(item.descriptions)
-        self.copies.add(item.encoded, item.name)
-        if max(item.size) > LONG_SHAPE * min(item.size):
-            self.issues["long image"].see(f"{item.where}: {width} x {height} pixels")
-        if not item.descriptions:
-            self.issues["no region"].see(item.where)
+        self.turned += header.turned
+        size = f"{header.size[0]} x {header.size[1]}"
+        self.sizes.add(size, where)
+        digest = hashlib.blake2b(item.encoded, digest_size=8).digest()
+        self.copies.add(digest, item.id or item.image)
+        if max(header.size) > LONG_SHAPE * min(header.size):
+            self.issues["long image"].see(f"{where}: {size} pixels")
 
-    def _add_texts(
-        self, item: reading.Item, texts: list[tuple[str, str]], lengths: list[int]
-    ) -> None:
+    def _add_texts(self, where: str, texts: list[tuple[str, str]], lengths: list[int]) -> None:
         seen: dict[str, dict[str, None]] = {kind: {} for kind in self.texts}
-        by_kind: dict[str, list[int]] = {kind: [] for kind in self.texts}
         for (kind, text), tokens in zip(texts, lengths, strict=True):
-            by_kind[kind].append(tokens)
             plain = tokenizer.clean(text).lower()
             name = "description" if kind == "description" else f"{kind} caption"
-            if not plain:
-                self.issues[f"empty {name}"].see(item.where)
-                continue
             if kind == "description" and plain in seen[kind]:
-                self.issues["repeated description"].see(f"{item.where}: {text!r}")
+                self.issues["repeated description"].see(f"{where}: {text!r}")
             seen[kind][plain] = None
-            self.texts[kind].words.add([len(plain.split())])
-            self.texts[kind].tokens.add([tokens])
+            self.texts[kind].words.update([len(plain.split())])
+            self.texts[kind].tokens.update([tokens])
             for issue in flaws(kind, plain, tokens):
-                self.issues[f"{issue} {name}"].see(f"{item.where}: {_cut(text)!r}")
+                self.issues[f"{issue} {name}"].see(f"{where}: {text[:90]!r}")
         for kind, different in seen.items():
-            self.texts[kind].add(different.keys())
+            self.texts[kind].images += bool(different)
+            for text in different:
+                self.texts[kind].copies.add(text, where)
         if not seen["web"] and not seen["synthetic"]:
-            self.without_caption += 1
-            self.issues["no caption"].see(item.where)
-        self._add_padding(item, by_kind)
+            self.issues["no caption"].see(where)
 
-    def _add_padding(self, item: reading.Item, tokens: dict[str, list[int]]) -> None:
-        kinds = [kind for kind in ("web", "synthetic") if tokens[kind]]
-        caption = tokens[kinds[self.images % len(kinds)]][0] if kinds else 0
-        best = np.argsort(-item.scores, kind="stable")[: counting.MAX_REGIONS]
-        described = [min(tokens["description"][i], ROW_LENGTH) for i in best]
-        self.padding.add(min(caption, ROW_LENGTH), described)
+    def _add_regions(self, item: base.Image, size: tuple[int, int], where: str) -> None:
+        self.regions.update([len(item.regions)])
+        if not item.regions:
+            self.issues["no region"].see(where)
+        for region in item.regions:
+            x1, y1, x2, y2 = region.box_xyxy
+            area = (x2 - x1) * (y2 - y1) / (size[0] * size[1])
+            for issue, found in (("tiny box", area < TINY), ("whole-image box", area >= WHOLE)):
+                if found:
+                    box = ", ".join(f"{x:g}" for x in region.box_xyxy)
+                    self.issues[issue].see(f"{where}: {region.description[:90]!r}, [{box}]")
+            self.area.update([round(1000 * area)])
+            self.score.update([round(1000 * region.score)])
+            self.negatives.update([len(region.negatives)])
 
-    def _add_boxes(self, items: Sequence[reading.Item]) -> None:
-        boxes = np.concatenate([item.boxes_xyxy for item in items])
-        scores = np.concatenate([item.scores for item in items]).astype(np.float64)
-        regions = [(item, text) for item in items for text in item.descriptions]
-        clipped = np.clip(boxes, 0, 1)
-        sides = np.clip(boxes[:, 2:] - boxes[:, :2], 0, 1)  # width, height
-        areas = sides.prod(axis=1)
-        good = np.isfinite(boxes).all(axis=1) & (areas > 0)
-        outside = good & (np.abs(boxes - clipped) > 1e-4).any(axis=1)
-        odd_scores = ~((scores >= 0) & (scores <= 1))
-        for issue, flags in (
-            ("box without area", ~good),
-            ("box outside", outside),
-            ("tiny box", good & (areas < TINY)),
-            ("whole-image box", good & (areas >= WHOLE)),
-            ("odd score", odd_scores),
-        ):
-            for i in np.flatnonzero(flags):
-                item, text = regions[i]
-                width, height = sides[i] * item.size
-                corner = ", ".join(f"{x:.3f}" for x in boxes[i, :2])
-                self.issues[issue].see(
-                    f"{item.where}: {_cut(text)!r}, {width:.1f} x {height:.1f} pixels"
-                    f" from ({corner}) of the image, score {scores[i]:g}"
-                )
-        self.areas += np.histogram(areas[good], AREA_EDGES)[0]
-        columns, rows = np.minimum(sides[good] * GRID, GRID - 1).astype(int).T
-        np.add.at(self.shapes, (rows, columns), 1)
-        low = np.minimum(np.floor(clipped[good, :2] * GRID), GRID - 1).astype(int)  # x, y
-        high = np.maximum(np.ceil(clipped[good, 2:] * GRID).astype(int), low + 1)
-        for x, y, sign in ((low, low, 1), (high, high, 1), (low, high, -1), (high, low, -1)):
-            np.add.at(self._cover, (y[:, 1], x[:, 0]), sign)
-        usual = scores[~odd_scores]
-        if len(usual):
-            self.scores += np.histogram(usual, SCORE_BINS, (0, 1))[0]
-            self.score_sum += float(usual.sum())
-            least, most = self.score_range
-            self.score_range = (min(least, float(usual.min())), max(most, float(usual.max())))
-
-    def result(self, source: reading.Source, lanes: int) -> dict[str, Any]:
-        """All statistics, as a dict that can be written as JSON.
-
-        Args:
-          source: the set that was read.
-          lanes: `input.lanes` of the training, for which the shards are compared.
-        """
-        scored, boxed = int(self.scores.sum()), int(self.areas.sum())
-        low, high = self.score_range if scored else (None, None)
-        mean = self.score_sum / scored if scored else None
-        cover = self._cover.cumsum(axis=0).cumsum(axis=1)[:GRID, :GRID]
-        areas = zip(AREA_EDGES, AREA_EDGES[1:], self.areas.tolist())
-        bins = enumerate(self.scores.tolist())
-        per_image = self.regions_per_image
-        beyond = sum(n * max(x - counting.MAX_REGIONS, 0) for x, n in per_image.counts.items())
-        web, synthetic, descriptions = self.texts.values()
+    def result(self, source: reading.Source) -> dict[str, Any]:
+        """All numbers of the set, as a dict that can be written as JSON."""
         return {
-            "set": {
-                "path": str(source.path),
-                "kind": source.kind,
-                "metadata": source.metadata,
-                "shards": _shards(source.shard_lengths, lanes),
-            },
-            "pictures": {
+            "set": {"path": str(source.path), "kind": source.kind},
+            "images": {
                 "count": self.images,
                 "left_out": source.total - self.images,
                 "bytes": self.image_bytes,
                 "turned": self.turned,
-                "orientation": source.orientation,
-                "formats": dict(self.formats.most_common()),
-                "width": self.widths.result(),
-                "height": self.heights.result(),
                 "sizes": self.sizes.top(TOP),
-                "shapes": {**self.aspects.result(), "squashed": source.squashed},
+                "copies": self.copies.result(),
             },
-            "captions": {
-                "pictures_with_web": web.images,
-                "pictures_with_synthetic": synthetic.images,
-                "pictures_with_none": self.without_caption,
-                "web": web.result(),
-                "synthetic": synthetic.result(),
-            },
-            "descriptions": descriptions.result(),
+            "texts": {kind: texts.result() for kind, texts in self.texts.items()},
             "regions": {
-                "count": self.regions,
-                "per_picture": per_image.result(),
-                "beyond_max_regions": beyond,
-                "with_negatives": self.negatives_per_region.above(0),
-                "negatives_per_region": self.negatives_per_region.result(),
+                "count": self.score.total(),
+                "per_image": self.regions.result(),
+                "negatives": self.negatives.result(),
+                "area_per_mille": self.area.result(),
+                "score_per_mille": self.score.result(),
             },
-            "boxes": {
-                "area_histogram": list(map(list, areas)),
-                "places": (cover / max(boxed, 1)).round(4).tolist(),
-                "shapes": (self.shapes / max(boxed, 1)).round(4).tolist(),
-            },
-            "scores": {
-                "count": scored,
-                "mean": mean,
-                "min": low,
-                "max": high,
-                "histogram": [[i / SCORE_BINS, (i + 1) / SCORE_BINS, n] for i, n in bins],
-            },
-            "padding": self.padding.result(),
-            "duplicate_pictures": self.copies.result(),
         }
 
 
-def shape_lines(shapes: dict[str, Any]) -> list[str]:
-    """Aspect ratios, padding in own shape and what is recommended, in words; `shapes` of `pictures`."""
-    if not shapes["count"]:
-        return []
-    if side := shapes.get("squashed"):
-        return [
-            f"stored as squares of {side}, their own shape is lost; build again with --fit inside to keep it"
-        ]
-    ratios = ", ".join(f"{x:g} ({quantile})" for quantile, x in shapes["ratios"].items())
-    padding = ", ".join(f"{length}: {share:.0%}" for length, share in shapes["padding"].items())
-    long = f"{shapes['long']:.0%} of the images are longer than {image_shapes.LONG:g} : 1"
-    advice = f"{long}: squares suit (input.sequence_lengths=())"
-    if image_shapes.keep_shape(shapes["long"]):
-        advice = f"{long}: keep their shape, input.sequence_lengths=(N,) with the N patches of the model's square"
-    return [
-        f"width / height {ratios}",
-        f"padding in own shape by patches of {counting.PATCH} pixels: {padding}",
-        f"{advice}; the configs own and finetune choose so themselves",
-    ]
-
-
 def flaws(kind: str, plain: str, tokens: int) -> list[str]:
-    """Flaws of a caption or description: "refusal in" or "markup in", "cut" or "long".
+    """Flaws of a text, `plain` in lower case, with so many tokens: "refusal in" or "markup in", "cut" or "long".
 
-    Args:
-      kind: "web", "synthetic" or "description"; web texts are not checked for refusals and markup of a model.
-      plain: the text, cleaned and in lower case.
-      tokens: its length with start and end token.
+    No model wrote web texts, so these are not checked for its refusals and markup.
     """
     found = []
     if kind != "web":
@@ -308,29 +252,11 @@ def flaws(kind: str, plain: str, tokens: int) -> list[str]:
     return found
 
 
-def texts_of(item: reading.Item) -> list[tuple[str, str]]:
+def texts_of(item: base.Image) -> list[tuple[str, str]]:
     """(kind, text) of all texts; an empty synthetic caption means that there is none."""
     synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
     return [
         *(("web", text) for text in item.captions),
         *synthetic,
-        *(("description", text) for text in item.descriptions),
+        *(("description", region.description) for region in item.regions),
     ]
-
-
-def _shards(lengths: Sequence[int], lanes: int) -> dict[str, Any]:
-    """Sizes of the shards, and the least and most records of a stream of the deterministic shuffle (a lane)."""
-    if not lengths:
-        return {"count": 0}
-    filled = [order.ShardFile(str(i), n) for i, n in enumerate(lengths) if n]
-    of_lanes = None
-    if len(filled) >= lanes:
-        made = order.make_lanes(filled, name="this set", lanes=lanes, shards_per_block=1, seed=0)
-        of_lanes = [f(lane.num_records for lane in made) for f in (min, max)]
-    sizes = {"count": len(lengths), "empty": len(lengths) - len(filled)}
-    sizes |= {"smallest": min(lengths), "largest": max(lengths)}
-    return {**sizes, "lanes": lanes, "records_per_lane": of_lanes}
-
-
-def _cut(text: str, characters: int = 90) -> str:
-    return text if len(text) <= characters else text[: characters - 3] + "..."

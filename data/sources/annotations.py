@@ -28,7 +28,6 @@ class Annotations:
                 arguments = {
                     "file": str(path),
                     "images": str(options.images),
-                    "orientation": options.orientation,
                     "first_line": first,
                     "start": start,
                     "stop": stop,
@@ -41,7 +40,7 @@ class Annotations:
     def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         for line, where in lines(shard):
-            found = image(line, where, shard.arguments["images"], shard.arguments["orientation"])
+            found = image(line, where, shard.arguments["images"])
             yield found._replace(where=where)
 
 
@@ -59,9 +58,9 @@ def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
                 return
 
 
-def image(line: bytes, where: str, folder: str, orientation: str) -> base.Image | base.Fault:
+def image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
     """The image of a line, which stands at `where`, with its file below `folder`."""
     parsed = annotations.parse_line(line, text_required=False)
     if parsed.annotation is None:
         return base.Fault(parsed.image or where, "bad annotation", "; ".join(parsed.faults))
-    return join.load(base.Entry(**parsed.annotation._asdict()), folder, orientation)
+    return join.load(base.Entry(**parsed.annotation._asdict()), folder)

@@ -95,7 +95,6 @@ def shard(number: int, options: base.Options, **arguments: Any) -> base.SourceSh
     """A shard with these arguments: `file`, `first_row`, and those of the source; another size, another name."""
     arguments |= {
         "images": str(options.images),
-        "orientation": options.orientation,
         "label_text": options.label_text,
     }
     content = json.dumps(arguments, sort_keys=True).encode()
@@ -187,7 +186,7 @@ def _image(
         if not given["images"]:
             got = f"got the path {path[:200]!r} and no --images, expected the folder of the images"
             return base.Fault(where, "no such file", got)
-        return join.load(found._replace(image=path), given["images"], given["orientation"])
+        return join.load(found._replace(image=path), given["images"])
     if not isinstance(encoded, bytes) or not isinstance(path, str | None):
         return base.Fault(
             where, "bad annotation", "got an image of other types, expected bytes and a path"
@@ -203,4 +202,4 @@ def _image(
     if len(encoded) > image_bounds.MAX_BYTES:
         got = f"got {len(encoded):,} bytes, expected at most {image_bounds.MAX_BYTES:,}"
         return base.Fault(name, "too large", got)
-    return join.join(found._replace(image=name), encoded, given["orientation"])
+    return join.join(found._replace(image=name), encoded)

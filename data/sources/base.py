@@ -50,8 +50,6 @@ class Options(NamedTuple):
     split: str = ""  # of sources that have splits; "" is all of them (TFDS: train)
     scratch: str = ""  # folder for the lists of images that workers read
     shard_size: int = 1000  # images a shard, where the source has no shards of its own
-    # Of the images, as of grain_jax.core.images; sets of records are read as "file".
-    orientation: str = "exif"
     label_text: str = ""  # of a label, in the place of {}; "": the label alone
 
     def described(self, label: str) -> str:
@@ -76,12 +74,11 @@ class Image(NamedTuple):
     encoded: bytes  # the file as it is
     captions: tuple[str, ...] = ()
     synthetic_caption: str = ""
-    # Pixels of the image in its orientation; a box may hang over its edge a little.
+    # Pixels of the upright image; a box may hang over its edge a little.
     regions: tuple[annotations.Region, ...] = ()
     id: str | None = None
     left_out: tuple[Fault, ...] = ()  # regions that the source has and that cannot be used
     phrases: tuple[tuple[int, ...], ...] | None = None  # as annotations.Annotation.phrases
-    orientation: str = "exif"  # in which `encoded` is to be decoded
     where: str = ""  # as Fault.where
 
 

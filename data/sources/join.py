@@ -13,8 +13,8 @@ from grain_jax.core import annotations, images, regular_file
 from grain_jax.data.sources.base import Entry, Fault, Image, text
 
 
-def load(entry: Entry, folder: epath.PathLike, orientation: str = "exif") -> Image | Fault:
-    """The entry with its image, which is a file below `folder`; its boxes are of the pixels in that orientation."""
+def load(entry: Entry, folder: epath.PathLike) -> Image | Fault:
+    """The entry with its image, which is a file below `folder`; its boxes are of the upright pixels."""
     path = regular_file.inside(entry.image)
     if not path:
         return Fault(entry.image, "bad annotation", "expected a path below the images' folder")
@@ -26,10 +26,10 @@ def load(entry: Entry, folder: epath.PathLike, orientation: str = "exif") -> Ima
         return Fault(path, "no such file", f"there is no {file}")
     except (OSError, ValueError) as error:  # also a name of half surrogates
         return _unreadable(path, error)
-    return join(entry._replace(image=path), encoded, orientation)
+    return join(entry._replace(image=path), encoded)
 
 
-def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fault:
+def join(entry: Entry, encoded: bytes) -> Image | Fault:
     """The entry with its image; boxes that the image cannot have are left out with their cause.
 
     An image without regions is not decoded here: later steps find its faults.
@@ -42,15 +42,12 @@ def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fau
     place: dict[int, int] = {}  # position of a region in the entry -> in the image
     if entry.regions:
         try:
-            size = images.header(encoded, orientation=orientation).size
+            size = images.header(encoded).size
         except images.ImageError as error:
             return _unreadable(entry.image, error)
         drawn_on = tuple(entry.size or size)
         if drawn_on != size:
             expected = f"expected {drawn_on[0]} x {drawn_on[1]}, which its boxes were drawn on"
-            other = "file" if orientation == "exif" else "exif"
-            if images.header(encoded, orientation=other).size == drawn_on:
-                expected += f"; that is its size by --orientation {other}"
             return Fault(entry.image, "another size", f"got {size[0]} x {size[1]}, {expected}")
         for position, found in enumerate(entry.regions):
             region = _region(*found, size=size, shares=entry.shares)
@@ -72,7 +69,6 @@ def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fau
         id=entry.id,
         left_out=tuple(left_out),
         phrases=phrases,
-        orientation=orientation,
     )
 
 

@@ -51,17 +51,17 @@ class ListedSource(abc.ABC):
             name = base.shard_name(len(shards), lines.encode())
             path = folder / f"{name}.jsonl"
             atomic.write_text(path, lines)
-            images = {"images": str(options.images), "orientation": options.orientation}
-            shards.append(base.SourceShard(name, {"list": str(path), **images}))
+            arguments = {"list": str(path), "images": str(options.images)}
+            shards.append(base.SourceShard(name, arguments))
         return shards
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
         """The images of one list."""
-        where = shard.arguments["images"], shard.arguments["orientation"]
         with epath.Path(shard.arguments["list"]).open("r") as file:
             for kind, values in map(json.loads, file):
                 if kind == "Fault":
                     yield base.Fault(*values)
                     continue
                 entry = base.Entry(*values)
-                yield join.load(entry, *where)._replace(where=entry.where)
+                found = join.load(entry, shard.arguments["images"])
+                yield found._replace(where=entry.where)

@@ -22,7 +22,6 @@ class Tfds:
     """A `base.Source` of a TFDS set; a shard is a range of its examples."""
 
     images_are_files: ClassVar[bool] = False
-    orientation: ClassVar[str] = "file"  # training decodes stored images so
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
         """Ranges of `options.shard_size` examples of the split."""
@@ -74,7 +73,7 @@ class Tfds:
                 except (TypeError, ValueError, AttributeError) as error:  # features of other types
                     yield base.Fault(image, "bad annotation", f"{type(error).__name__}: {error}")
                 else:
-                    yield join.join(entry, encoded, self.orientation)
+                    yield join.join(entry, encoded)
         except record_files.DAMAGE as error:
             said = error.message.splitlines()[0][:200]
             detail = f"{said}; what follows it in this part is lost"

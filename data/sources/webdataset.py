@@ -60,7 +60,7 @@ class WebDataset:
             if len(name) > _MAX_SHARD_NAME:
                 digest = hashlib.sha256(name.encode()).hexdigest()[:16]
                 name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
-            arguments = {"tar": str(path), "prefix": prefix, "orientation": options.orientation}
+            arguments = {"tar": str(path), "prefix": prefix}
             out.append(base.SourceShard(name, arguments))
         return sorted(out, key=lambda shard: shard.name)
 
@@ -71,10 +71,10 @@ class WebDataset:
             if isinstance(found, base.Fault):
                 yield found
             else:
-                yield self._sample(*found, seen, shard.arguments["orientation"])
+                yield self._sample(*found, seen)
 
     def _sample(
-        self, image: str, files: dict[str, bytes | None], seen: set[str], orientation: str
+        self, image: str, files: dict[str, bytes | None], seen: set[str]
     ) -> base.Image | base.Fault:
         """A sample's image; `seen` are the names of those before it, and then its own too."""
         ending = next(filter(_is_image, files), None)
@@ -94,7 +94,7 @@ class WebDataset:
             found = self.entry(image, files)
         except ValueError as error:
             return base.Fault(image, "bad annotation", str(error))
-        return join.join(found, files[ending], orientation)
+        return join.join(found, files[ending])
 
     def entry(self, image: str, files: dict[str, bytes]) -> base.Entry:
         """What the files of a sample say of its image.

@@ -328,9 +328,7 @@ def test_default_number_of_shards():
 
 def test_worker_processes_give_the_same_in_order(tmp_path):
     record_sets.write_annotations(tmp_path, 70)
-    lines = [
-        survey.Lines(tmp_path / "A.jsonl", tmp_path, "exif", n, example.read_lines) for n in (0, 2)
-    ]
+    lines = [survey.Lines(tmp_path / "A.jsonl", tmp_path, n, example.read_lines) for n in (0, 2)]
     alone, together = (list(one.map(example.check)) for one in lines)
     assert alone == together and [one.number for one in alone] == list(range(1, 71))
 
@@ -439,7 +437,7 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     assert [info.splits[name].num_shards for name in ("train", "validation")] == [16, 16]
     # In another set, in another order, each is on the side that it was on.
     write_noise(tmp_path / "in2", range(79, 39, -1))
-    lines = survey.Lines(tmp_path / "in2/A.jsonl", tmp_path / "in2", "exif", 0, example.read_lines)
+    lines = survey.Lines(tmp_path / "in2/A.jsonl", tmp_path / "in2", 0, example.read_lines)
     found = survey.take(lines, 40)
     divide = functools.partial(survey.divide, found, exclude_duplicates_of=[], workers=0)
     expected = held_out & {str(number) for number in range(40, 80)}

@@ -176,7 +176,8 @@ def test_images_without_a_caption_are_masked_and_counted(built, capsys):
     assert batch.region_mask.sum(axis=1).tolist() == [2] * 8
     assert (batch.caption_id[~batch.caption_mask] == 0).all()
     inspect_command.main([str(folder / "out" / "hub"), f"--output={folder / 'inspected'}"])
-    assert (f"no caption    {COUNT} images" in capsys.readouterr().out) == (not captions)
+    said = f"{COUNT} images without any caption (100.0%)"
+    assert (said in capsys.readouterr().out) == (not captions)
 
 
 def test_descriptions_are_the_caption_where_there_is_no_other(built):

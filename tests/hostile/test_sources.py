@@ -5,21 +5,17 @@ import os
 import pathlib
 import pickle
 import re
-import shutil
-import time
 
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.data import build, sources
-from grain_jax.data.inspect import __main__ as inspect_command
+from grain_jax.data import sources
 from grain_jax.data.sources import json_files
 from tests.data import test_sources
-from tests.hostile import cases, fuzz, source_files
+from tests.hostile import source_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
 
-SECONDS = 5.0
 DEEP = b"[" * 100_000
 JSON_SOURCES = ("coco", "finehard", "fg_ovd", "karpathy", "lvis", "refcoco", "visual_genome")
 
@@ -30,20 +26,7 @@ def samples(tmp_path_factory):
     return folder, source_files.write(folder)
 
 
-@pytest.fixture
-def record_set(samples, tmp_path):
-    """A copy of the record set among them, to be damaged."""
-    folder = tmp_path / "small" / "1.0.0"
-    shutil.copytree(pathlib.Path(samples[1]["tfds"].images) / "1.0.0", folder)
-    return folder
-
-
-def read(name, options):
-    start = time.monotonic()
-    try:
-        return test_sources.read_all(name, options)
-    finally:
-        assert time.monotonic() - start < SECONDS
+read = test_sources.read_all
 
 
 def places(value, path=()):
@@ -63,19 +46,12 @@ def put(value, path, new):
     return out
 
 
-WRONG = (
-    None,
-    [1],
-    {"a": {}},
-    True,
-    -1,
-    1.5,
-    10**400,
-    float("nan"),
-    "",
-    "../../x",
-    "\ud800\0\x1b[2J",
-)
+WRONG = (None, [1], {"a": {}}, True, -1, 1.5, 10**400, float("nan"), "", "../../x", "\ud800\0\x1b[2J")  # fmt: skip
+
+
+def dump_json(value):
+    """JSON as a hostile writer would: NaN and lone surrogates stay in it."""
+    return json.dumps(value).encode()
 
 
 @pytest.mark.parametrize("name", [*JSON_SOURCES, "annotations"])
@@ -87,14 +63,14 @@ def test_every_value_replaced_by_one_of_another_type(samples, name):
         before = path.read_bytes()
         lines = path.suffix == ".jsonl"
         load, dump = (
-            (pickle.loads, pickle.dumps) if path.suffix == ".p" else (json.loads, fuzz.dump)
+            (pickle.loads, pickle.dumps) if path.suffix == ".p" else (json.loads, dump_json)
         )
         value = [load(x) for x in before.split(b"\n\n")] if lines else load(before)
         for place in places(value):
             for wrong in WRONG:
                 changed = put(value, place, wrong)
                 if lines and isinstance(changed, list):
-                    path.write_bytes(b"\n".join(map(fuzz.dump, changed)))
+                    path.write_bytes(b"\n".join(map(dump_json, changed)))
                 else:
                     try:
                         path.write_bytes(dump(changed))
@@ -116,46 +92,14 @@ def test_every_value_replaced_by_one_of_another_type(samples, name):
     assert refused + named > 50 and len(read(name, options)) == good
 
 
-# source, what one annotation becomes, what the faults say.
-ITEMS = [
-    ("coco", {"image_id": [1]}, "Expected `int | str`, got `array` - at `$.image_id`"),
-    ("coco", {"image_id": 99}, "got image_id 99, expected an image of the file"),
-    ("coco", {"category_id": {}}, "got `object` - at `$.category_id`"),
-    ("coco", {"bbox": {"x": 1}}, "Expected `array | null`, got `object` - at `$.bbox`"),
-    ("coco", {"bbox": [1, 2, 3, 10**400]}, "got box"),
-    ("lvis", {"image_id": None}, "got `null` - at `$.image_id`"),
-    ("lvis", 7, "Expected `object`, got `int`, expected lvis_v1"),
-    ("fg_ovd", {"neg_category_ids": [[1]]}, "got `array` - at `$.neg_category_ids[0]`"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name,change,line", ITEMS)
-def test_a_faulty_item_is_named_and_the_others_stay(tmp_path, name, change, line):
-    options = source_files.write(tmp_path, name)[name]
-    path = pathlib.Path(options.annotations[-1])
-    content = json.loads(path.read_text())
-    first = content["annotations"][0]
-    content["annotations"].insert(1, first | change if isinstance(change, dict) else change)
-    path.write_text(json.dumps(content))
-    items = read(name, options)
-    pictures = [x for x in items if isinstance(x, sources.Image)]
-    assert len(pictures) == source_files.COUNT and all(x.regions for x in pictures)
-    faults = [x for x in items if isinstance(x, sources.Fault)] + list(pictures[0].left_out)
-    assert len(faults) == 1 and line in faults[0].detail
-    assert faults[0].image in (f"{path}:annotations[1]", pictures[0].image)
-
-
 def _link(path):
     path.symlink_to("/dev/zero")
 
 
 WHOLE = {
     "deep": (lambda path: path.write_bytes(DEEP), "deep|got|object|array"),
-    "deep in a list": (lambda path: path.write_bytes(b'[{"a": ' + DEEP), "deep|object"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "truncated|list|malformed"),
     "empty": (lambda path: path.write_bytes(b""), "truncated|got ''"),
-    "5000 digits": (lambda path: path.write_bytes(b'[{"a": ' + b"9" * 5000 + b"}]"), "expected"),
-    "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe"), "malformed|UTF-8"),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "got a folder, pipe or device"),
     "without an end": (lambda path: (path.unlink(), _link(path)), "got a folder, pipe or device"),
     "gone": (lambda path: path.unlink(), "no such file"),
@@ -178,23 +122,6 @@ def test_a_faulty_file_is_one_line(tmp_path, how):
         except sources.SourceError as error:
             said = str(error)
         assert re.search(f"{path}.*(?:{line})", said) and len(said.splitlines()) == 1
-
-
-@pytest.mark.parametrize("how", ["a pipe", "without an end", "gone"])
-def test_annotation_lines_that_are_no_file(tmp_path, how):
-    options = test_sources.annotations_sample(tmp_path)
-    path = pathlib.Path(options.annotations[0])
-    WHOLE[how][0](path)
-    with pytest.raises(sources.SourceError, match=f"{path}: .*expected one JSON object a line"):
-        read("annotations", options)
-    flags = [
-        f"--annotations={path}",
-        f"--images={options.images}",
-        f"--output={tmp_path}",
-        "--name=x",
-    ]
-    cases.check(cases.run(build.main, flags), "no such file, expected one JSON object a line")
-    cases.check(cases.run(inspect_command.main, [path]), f"{path}: (no such|got a folder, pipe)")
 
 
 def test_files_beside_images_and_folders_that_contain_themselves(tmp_path):
@@ -255,75 +182,6 @@ def test_pickles_of_a_stranger(tmp_path, content, line):
     with pytest.raises(sources.SourceError, match=line) as error:
         read("refcoco", options)
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_many_descriptions_of_a_few_boxes_are_ordered_in_time(tmp_path):
-    options = test_sources.refcoco_sample(tmp_path)
-    path = pathlib.Path(options.annotations[1])
-    content = json.loads(path.read_text())
-    content["annotations"] = [
-        {"id": n, "image_id": 0, "bbox": [n % 7, 1, 9 + n / 4000, 9]} for n in range(4000)
-    ]
-    path.write_text(json.dumps(content))
-    ref = {"image_id": 0, "split": "train"}
-    refs = [ref | {"ann_id": n, "sentences": [{"sent": f"a {n}"}]} for n in range(4000)]
-    refs.append(ref | {"ann_id": 0, "sentences": [{"sent": f"b {n}"} for n in range(4000)]})
-    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs))
-    start = time.monotonic()
-    assert len(sources.shards("refcoco", options)) == 1
-    assert time.monotonic() - start < 2 * SECONDS
-
-
-def test_notes_beside_records(samples, record_set, tmp_path):
-    given = samples[0] / "tfds"
-    flags = [f"--annotations={given}/A.jsonl", f"--images={given}/images", f"--output={tmp_path}"]
-    flags += ["--name=x", f"--exclude-duplicates-of={record_set}"]
-    for content in (b"", DEEP, b"PK\3\4", b"\x93NUMPY\1\0\x10\0" + b"(" * 16):
-        (record_set / "metadata.json").write_bytes(content)
-        outcome = cases.run(inspect_command.main, [record_set])
-        cases.check(outcome, "metadata.json: .*notes of a build")
-        (record_set / "fingerprints.npy").write_bytes(content)
-        cases.check(cases.run(build.main, flags), "fingerprints.npy: .*expected fingerprints")
-
-
-def _template(value):
-    def change(folder):
-        path = folder / "dataset_info.json"
-        content = json.loads(path.read_text())
-        content["splits"][0] |= value
-        path.write_text(json.dumps(content))
-
-    return change
-
-
-def _first_shard(change):
-    def changed(folder):
-        path = min(folder.glob("*tfrecord*"))
-        change(path)
-
-    return changed
-
-
-@pytest.mark.parametrize(
-    "change,line",
-    [
-        (_template({"filepathTemplate": "/etc/{SPLIT}-{SHARD_X_OF_Y}"}), "names the file /etc/train-00000"),
-        (_template({"filepathTemplate": "../x-{SHARD_X_OF_Y}"}), "names the file .*expected one of the set's folder"),
-        (_template({"shardLengths": ["1", str(10**12)]}), "cannot be the 1000000000000 records"),
-        (_first_shard(WHOLE["a pipe"][0]), "no regular file"),
-        (_first_shard(lambda path: path.write_bytes(path.read_bytes()[:500])), None),
-        (_first_shard(lambda path: path.unlink()), "the shard is gone"),
-    ],
-)  # fmt: skip
-def test_a_damaged_record_set(record_set, change, line):
-    options = sources.Options(str(record_set))
-    change(record_set)
-    if line is None:
-        (fault,) = read("tfds", options)
-        assert fault[:2] == ("train/000000000", "damaged shard") and "is lost" in fault.detail
-    else:
-        with pytest.raises(errors.UserError, match=line):
-            read("tfds", options)
 
 
 def test_a_long_list_is_read_an_item_at_a_time(tmp_path, monkeypatch):

@@ -45,24 +45,20 @@ OF_COLUMNS = {
     "no such column": ({}, ("caption=text",), r"has no column text \(--option caption\), expected one of: image"),
     "no such field": ({}, ("image=image.url",), r"column image.url \(--option image\) is without the field url: struct<"),
     "numbers as captions": ({"caption": [1, 2, 3, 4]}, (), r"column caption \(--option caption\) is int64, expected texts"),
-    "texts as boxes": ({"boxes": [["a"]] * 4}, (), "column boxes .* is list of string, expected lists of four numbers"),
     "boxes without texts": ({"descriptions": None}, (), "has boxes without a text; --option labels=COLUMN or"),
     "numbers without names": (
         {"descriptions": None, "labels": [[0, 1]] * 4},
         (),
         "column labels has numbers, and the file no names for them; --option names=FILE",
     ),
-    "another option": ({}, ("columns=x",), "--option columns of data source"),
     "another format": ({}, ("box_format=yxyx",), "box_format: got 'yxyx', expected one of xyxy, xywh, cxcywh"),
     "three sides": ({}, ("boxes=x,y,z",), "boxes: got 'x,y,z', expected one column, or four"),
-    "both texts": ({}, ("labels=a", "descriptions=b"), "labels and descriptions: got both"),
     "labels without boxes": (
         {"boxes": None},
         ("descriptions=descriptions",),
         "--option descriptions without boxes; --option boxes=COLUMN, expected one of: image",
     ),
     "control characters": ({"a\x1b[2J": [1] * 4}, ("caption=x",), r"expected one of: image, caption, boxes, descriptions, a"),
-    "nested lists": ({"caption": [[[["a"]]]] * 4}, (), "column caption .* is list of list of list of string"),
 }  # fmt: skip
 
 
@@ -79,19 +75,13 @@ def test_columns_that_are_not_there_or_of_another_type(tmp_path, source, what):
 # name -> (what the first row of a column becomes, the line)
 OF_ROWS = {
     "no image in the bytes": ("image", {"bytes": b"nothing", "path": "a.jpg"}, "a.jpg: unreadable: .*no known image format"),
-    "an image cut off": ("image", {"bytes": encoded(0)[:200], "path": "a.jpg"}, "a.jpg: unreadable: picture: Truncated File Read"),
     "neither": ("image", {"bytes": None, "path": None}, "no picture: got neither bytes nor a path"),
-    "empty bytes": ("image", {"bytes": b"", "path": "a.jpg"}, "a.jpg: empty file: 0 bytes"),
     "a path out of the folder": ("image", {"bytes": None, "path": "../x.jpg"}, "expected a path below the images' folder"),
-    "an absolute path": ("image", {"bytes": None, "path": "/etc/passwd"}, "expected a path below the images' folder"),
-    "a path to nothing": ("image", {"bytes": None, "path": "gone.jpg"}, "gone.jpg: no such file: there is no"),
     "a list too long": ("boxes", [(1, 1, 9, 9)] * (columns.MAX_REGIONS + 1), "bad annotation: .*length <= 10000.*boxes"),
     "fewer boxes than texts": ("boxes", [(1, 1, 9, 9)], "got 1 boxes, 2 texts and 1 scores, expected as many of each"),
     "a text too long": ("caption", "x" * (1 << 21), "bad annotation: .*length <= 1048576.*caption"),
     "three numbers": ("boxes", [(1, 2, 3), (1, 1, 9, 9)], "bad box: got box .*1.0, 2.0, 3.0.*expected four finite"),
-    "no number": ("boxes", [(1, 2, float("nan"), 9), (1, 1, 9, 9)], "bad box: got box"),
     "outside": ("boxes", [(100, 100, 200, 200), (1, 1, 9, 9)], "expected at least 50% of it in the image"),
-    "no text": ("descriptions", [None, "a"], "no description: got null at box"),
 }  # fmt: skip
 
 
@@ -102,7 +92,7 @@ def test_a_row_that_cannot_be_used(tmp_path, what):
     values = GOOD | {name: [value, *GOOD[name][1:]]}
     table = pa.table({key: pa.array(x, kinds.get(key)) for key, x in values.items()})
     outcome = run(tmp_path, "parquet", write(tmp_path, "parquet", table))
-    of_region = what in ("three numbers", "no number", "outside", "no text")
+    of_region = what in ("three numbers", "outside")
     cases.check(outcome, f"t.parquet:row 0: .*{line}", status=0 if of_region else 2)
     told = "1 regions left out" if of_region else "1 of 4 lines are faulty, more than --max-faults"
     assert told in outcome.err
@@ -124,7 +114,6 @@ def cut(path):
 
 DAMAGE = {
     "cut off": cut,
-    "empty": lambda path: path.write_bytes(b""),
     "zeros": lambda path: path.write_bytes(bytes(1000)),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "without an end": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
@@ -171,11 +160,9 @@ def test_flipped_bytes_are_found_or_harmless(tmp_path, source):
 
 
 NOTES = [
-    ("state.json", b"[]", "state.json: Expected `object`, got `array`"),
     ("state.json", json.dumps({"_data_files": [{"filename": "../x"}]}).encode(), "got the name '../x', expected a path below"),
     ("state.json", b"{" * 9, "state.json: JSON is malformed"),
     ("dataset_dict.json", b'{"splits": ["../.."]}', "got --split train, expected one of: ../.."),
-    ("dataset_dict.json", b'{"splits": 7}', "Expected `array`, got `int`"),
 ]  # fmt: skip
 
 
@@ -192,16 +179,6 @@ def test_a_split_stays_in_its_folder_and_names_may_be_anything(tmp_path):
     options = sources.Options("x", (str(given),), split="../..")
     with pytest.raises(errors.UserError, match="expected a path below"):
         sources.shards("hf-dataset", options)
-    for note in (
-        b"[",
-        b"[]",
-        b'{"info": 1}',
-        b'{"info": {"features": {"labels": {"names": [1]}}}}',
-    ):
-        values = {k: v for k, v in GOOD.items() if k != "descriptions"} | {"labels": [[0, 1]] * 4}
-        table = pa.table(values).replace_schema_metadata({"huggingface": note})
-        outcome = run(tmp_path, "parquet", write(tmp_path, "parquet", table))
-        cases.check(outcome, "no names for them|note of datasets")
 
 
 def test_a_row_of_many_bytes_is_no_list_of_python(tmp_path, monkeypatch):
@@ -223,12 +200,10 @@ def test_a_list_of_nothing_a_billion_times(tmp_path):
 
 OF_CSV = {
     "no column": (b"file,text\na.jpg,b\n", "has no column image; --option image=COLUMN, expected one of: file, text"),
-    "empty": (b"", "has no column image"),
     "a cell too many": (b"image,caption\na.jpg,b,c\n", "t.csv:2: bad annotation: got 3 cells, expected 2"),
     "a quote without an end": (b'image,caption\na.jpg,"b\n' + b"x\n" * 90_000, "t.csv:.*(field larger|unexpected end)"),
     "not UTF-8": (b"image,caption\na.jpg,\xff\n", "t.csv:2: not UTF-8 text"),
     "no JSON": (b"image,boxes,labels\na.jpg,1 2 3 4,\"[\"\"a\"\"]\"\n", "t.csv:2: bad annotation: Expected `array | null`, got `str`.*boxes"),
-    "no number": (b"image,caption,a,b,c,d,labels\na.jpg,,1,2,x,4,bird\n", "t.csv:2: bad annotation: .*got `str`.*boxes"),
     "no image": (b"image,caption\n,b\n", "t.csv:2: bad annotation: got no image, expected a path"),
     "out of the folder": (b"image,caption\n../a.jpg,b\n", "../a.jpg: bad annotation: expected a path below"),
     "a null in the path": (b"image,caption\na\0.jpg,b\n", "bad annotation|line contains NUL"),
@@ -240,8 +215,7 @@ OF_CSV = {
 def test_csv(tmp_path, what):
     content, line = OF_CSV[what]
     (tmp_path / "t.csv").write_bytes(content)
-    options = ["boxes=a,b,c,d"] if what == "no number" else []
-    cases.check(run(tmp_path, "csv", tmp_path / "t.csv", *options), line)
+    cases.check(run(tmp_path, "csv", tmp_path / "t.csv"), line)
 
 
 def test_many_boxes_of_one_image_in_rows(monkeypatch):

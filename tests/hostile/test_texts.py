@@ -5,14 +5,12 @@ import re
 import unicodedata
 
 import hypothesis
-import PIL.Image
 import pytest
 from hypothesis import strategies as st
 
 from grain_jax.cli import process
 from grain_jax.core import errors, images, printable
 from grain_jax.data import build
-from grain_jax.data.inspect import sheet
 from grain_jax.evaluate import tables
 from tests import record_sets
 from tests.hostile import cases
@@ -71,18 +69,6 @@ def test_tables(text):
     lines = tables.table(["set", "value"], [[text, "1"], ["b", text]]).splitlines()
     assert all(moves_nothing(line) for line in lines) and len(lines) == 4
     assert max(map(len, lines)) < 3000
-
-
-@few
-@hypothesis.given(texts)
-def test_the_contact_sheet(text):
-    lines = sheet.wrap(text, 300, 3)
-    assert len(lines) <= 3 and all(moves_nothing(line) for line in lines)
-    font = sheet._font(12)
-    assert all(font.getlength(line) <= 330 for line in lines)
-    pen = sheet.PIL.ImageDraw.Draw(PIL.Image.new("RGB", (320, 20)))
-    for line in lines:
-        pen.text((0, 0), line, font=font)
 
 
 def test_build_names_such_keys_and_files(tmp_path):

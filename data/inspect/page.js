@@ -1,1 +1,0 @@
-for (const card of document.querySelectorAll("#contact-sheet .card")) pointAtRegions(card);
