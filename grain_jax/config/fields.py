@@ -14,7 +14,7 @@ from grain_jax.core import named
 
 # What a run that resumes with another value of the key is:
 # - "order": the key decides which examples a step sees. The trainer refuses to resume.
-# - "numbers": it decides what a step computes from them. `verify` and `grain-jax sweep` call it another run.
+# - "numbers": it decides what a step computes from them. `grain-jax sweep` calls it another run.
 # - "result": it changes how a run starts or ends or what is measured, not how a step computes. `grain-jax sweep`
 #   calls it another run.
 # - "free": it changes where a run computes, how fast, or what is kept and shown. The same run.

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(4))
 def test_of_two_at_once_one_trains_as_if_alone(folder, number):
     workdir = folder / str(number)
     pair = [_start(workdir, folder) for _ in range(2)]

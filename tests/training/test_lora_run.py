@@ -1,4 +1,4 @@
-"""A run with LoRA: on 8 devices as on one, resumed bit for bit, loaded, verified, merged."""
+"""A run with LoRA: on 8 devices as on one, resumed bit for bit, loaded, merged."""
 
 import json
 import shutil
