@@ -44,7 +44,6 @@ from grain_jax.runtime.saved_model import load_stored as load_stored
 from grain_jax.runtime.saved_model import save_model as save_model
 
 _DIFFERENCES = 30  # lines of a message
-StoredDecoder, TEACHER = Any, ""
 
 
 class Manager(ocp.CheckpointManager):

@@ -31,12 +31,7 @@ class _Converted(TypedDict):
     digests: NotRequired[dict[str, str]]
 
 
-StoredDecoder = Any
-
-
-def save_model(
-    folder: epath.PathLike, model: config_lib.Model, params: Any, *_: Any, **notes: Any
-) -> None:
+def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
     """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests."""
     folder = files.absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,8 +96,6 @@ class Stored(NamedTuple):
     params: Any  # nested dict of float32 numpy arrays
     folder: str  # that was read
     lora: config_lib.Lora = config_lib.Lora()  # of the run
-    text_decoder: None = None
-    sequence_lengths: tuple[int, ...] = ()
 
     def merged(self) -> Any:
         """The parameters with the factors folded in."""
