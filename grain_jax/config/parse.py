@@ -165,7 +165,7 @@ def _term_entry(value: Any, path: str, faults: list[str]) -> fields.TermEntry:
         faults.append(f"{path}: got {value!r}, expected a group of keys")
         return fields.TermEntry()
     weight = value.get("weight")
-    if type(weight) not in (int, float) or not abs(weight) < 1e300:
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) < 1e300:
         faults.append(f"{path}.weight: got {weight!r}, expected a finite number")
     entry = {key: _convert(Any, inner, path, faults) for key, inner in value.items()}
     return fields.TermEntry(entry)

@@ -103,7 +103,10 @@ class ClipTokenizer(BaseTokenizer):
         whole = b"".join(pieces[i] for i in self._text_ids_of(ids))
         return whole.decode("utf-8", "replace").strip()
 
-    special_ids = (START_OF_TEXT, END_OF_TEXT)
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Start and end."""
+        return START_OF_TEXT, END_OF_TEXT
 
     def _spell(self, text: str, most: int) -> list[int]:
         ids = [START_OF_TEXT]

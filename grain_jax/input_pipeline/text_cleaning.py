@@ -1,7 +1,6 @@
 """Texts before the tokenizer: repair, the cleaning of each tower, and ids that are equal where texts are equal."""
 
 import abc
-import functools
 import hashlib
 import html
 import string
@@ -41,7 +40,7 @@ class BaseTokenizer(abc.ABC):
     pad_id = 0
     vocab_size: int
 
-    @functools.cached_property
+    @property
     @abc.abstractmethod
     def special_ids(self) -> tuple[int, ...]:
         """In order, the ids that stand for no text."""

@@ -63,7 +63,8 @@ class Transform:
             image = decode(fields["image"])
         image = resize(image, self.size)
         if self.input.flip_rate > 0:
-            flipped = (draws[_FLIP] < self.input.flip_rate) & ~mentions_side(fields)
+            may_flip = tf.logical_not(mentions_side(fields))
+            flipped = tf.logical_and(draws[_FLIP] < self.input.flip_rate, may_flip)
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
         descriptions = fields["regions/description"]

@@ -133,7 +133,7 @@ def _cell(
     if low is not None and high is not None:
         place = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
         bar += f'<i class="between" style="{place}"></i>'
-    if row.chance in numbers:
+    if row.chance and row.chance in numbers:
         bar += f'<i class="chance" style="left:{100 * numbers[row.chance]:.2f}%"></i>'
     return f'{text}<span class="scale" aria-hidden="true">{bar}</span>'
 

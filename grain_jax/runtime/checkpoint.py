@@ -174,16 +174,16 @@ def restore_newest(
         state, stored = found or (None, None)
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
-        if fault is None and digests.of_state(state) != stored.digests["state"]:
+        if stored and fault is None and digests.of_state(state) != stored.digests["state"]:
             fault = "it was read, but is not what was saved: state"
-        if fault is None:
+        if stored and fault is None:
             check_same_data(step, stored.data, data, say)
             if changed := _other_numbers(stored.config, config):
                 say(f"goes on with other values than checkpoint {step}: {', '.join(changed)}")
             _move_aside(checkpoints, list(damaged))
             return state
         say(f"checkpoint {step} is damaged, trying the one before ({fault})")
-        damaged[step] = fault
+        damaged[step] = str(fault)
     if damaged:
         raise CheckpointError(
             f"{checkpoints.directory}: none of the checkpoints {', '.join(map(str, damaged))} can be read"

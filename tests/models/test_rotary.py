@@ -201,8 +201,6 @@ def test_flops_count_what_the_options_add():
     assert count(model__image__rope="centres", model__image__layer_scale=True) == plain
 
 
-
-
 def test_it_is_exported_for_any_number_of_images():
     tower = _tower(image_size=16, **DINOV3)
     module = vit.ImageTransformer(tower, jnp.dtype("float32"))
