@@ -10,12 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
-from grain_jax.convert.exits import reasons
-from grain_jax.launch import estimate
 from grain_jax.models import grain, layers, placement, rotary, vit
-from grain_jax.report import attention as report
 from grain_jax.training import flops, optim
-from tests import foreign, perturbed, tiny
+from tests import foreign, tiny
 from tests.models.test_attention import _loss
 
 SIZES: dict[str, Any] = dict(
@@ -160,16 +157,6 @@ def test_registers_follow_the_class_token_and_have_no_position():
     assert optim.layer_scales({"image": tables.nested(params)}, 0.5)["image"]["registers"] == 0.125
 
 
-CLIP = dict(qk_norm=False, pre_norm=True, pool="class")
-
-
-def test_an_activation_that_open_clip_has_not_is_refused():
-    clip = {f"image__{name}": value for name, value in CLIP.items()}
-    model = perturbed.tiny(decoder=None, **clip, image__activation="silu", text__activation="silu")
-    found = reasons.of(model)
-    assert not found["to-hf"] and len(found["to-open-clip"]) == 2
-
-
 @pytest.mark.parametrize(
     "changes,message",
     [
@@ -201,15 +188,6 @@ def test_flops_count_what_the_options_add():
     added = 3 * of_token + pairs(tokens + 3) - pairs(tokens)
     assert count(model__image__registers=3) - plain == added
     assert count(model__image__rope="centres", model__image__layer_scale=True) == plain
-
-
-def test_the_plan_and_the_report_count_registers():
-    sizes = dict(data=1, fsdp=1, tensor=2)
-    counts = [estimate._tensor_sums(tiny.config(model__image__registers=n), sizes) for n in (0, 3)]
-    tower = tiny.config().model.image
-    batch, added = tiny.config().batch_size, 4 * tower.depth * 3 * tower.width * 4
-    assert counts[1] == (counts[0][0], counts[0][1] + added * batch)
-    assert report.grid(perturbed.tiny(image__registers=2)) == (3, 5)
 
 
 def test_it_is_exported_for_any_number_of_images():
