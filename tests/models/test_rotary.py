@@ -10,10 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
-from grain_jax.convert.exits import reasons
 from grain_jax.models import grain, layers, placement, rotary, vit
 from grain_jax.training import flops, optim
-from tests import foreign, perturbed, tiny
+from tests import foreign, tiny
 from tests.models.test_attention import _loss
 
 SIZES: dict[str, Any] = dict(
@@ -156,16 +155,6 @@ def test_registers_follow_the_class_token_and_have_no_position():
     foreign.close(np.asarray(tokens), norm(expected))
     assert module.leading_tokens(tower) == 3
     assert optim.layer_scales({"image": tables.nested(params)}, 0.5)["image"]["registers"] == 0.125
-
-
-CLIP = dict(qk_norm=False, pre_norm=True, pool="class")
-
-
-def test_an_activation_that_open_clip_has_not_is_refused():
-    clip = {f"image__{name}": value for name, value in CLIP.items()}
-    model = perturbed.tiny(decoder=None, **clip, image__activation="silu", text__activation="silu")
-    found = reasons.of(model)
-    assert not found["to-hf"] and len(found["to-open-clip"]) == 2
 
 
 @pytest.mark.parametrize(
