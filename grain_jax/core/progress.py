@@ -1,7 +1,9 @@
 """Progress on stderr, with the time left: a line that a terminal rewrites; elsewhere a line now and then."""
 
+import contextlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -10,6 +12,7 @@ Item = TypeVar("Item")
 
 PLAIN_SECONDS = 15.0  # between two lines where there is no terminal
 _TERMINAL_SECONDS = 0.2  # between two of a terminal
+COMPILING_SECONDS = 2.0  # that compiling takes before a line says so
 _ERASE = "\r\x1b[2K"
 
 
@@ -117,3 +120,30 @@ def over(items: Iterable[Item], *, total: float | None, what: str) -> Iterator[I
             counter.add()
     finally:
         counter.close()
+
+
+@contextlib.contextmanager
+def while_compiling(what: str, usually: str, *, silent: bool = False) -> Iterator[None]:
+    """Says on stderr what is compiled where that takes long, and then every PLAIN_SECONDS that it goes on.
+
+    Args:
+      what: is compiled.
+      usually: how long that takes, "usually up to 2 minutes".
+      silent: nothing is printed: of several processes, the first one speaks.
+    """
+    line, finished, start = Line(silent=silent), threading.Event(), time.monotonic()
+
+    def report() -> None:
+        if finished.wait(COMPILING_SECONDS):
+            return
+        line.say(f"compiling {what}, {usually}")
+        while not finished.wait(PLAIN_SECONDS):
+            line.say(f"still compiling {what}: {duration(time.monotonic() - start)} so far")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
