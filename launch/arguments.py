@@ -20,12 +20,10 @@ class Plan(Configured, name="plan"):
       --topology CHIP:SHAPE  v5e:16x16, v5e:16x16*2 (two slices), v6e:16x16, v4:4x4x8, v5p:4x4x4, tpu7x:4x4x4, h100:8x2
         (GPUs a node x nodes; also h200, a100-40, a100-80, b200), gb200:72 (an NVL72 rack; gb200:72x2 two)
       --output OUT.json      file that the plan is also written to
-      --timeout S            seconds that compiling may take
     """
 
     topology: str
     output: str | None = flag(None, also="json")
-    timeout: float = flag(1800.0, low=1)
 
 
 class Sweep(Configured, name="sweep"):

@@ -1,31 +1,23 @@
-"""Compiles the train step for chips that this machine does not have, in a child process.
-
-For TPUs libtpu compiles, for GPUs the CUDA plugin of JAX. Only the child loads them, so that their crash is one
-line here.
-"""
+"""Compiles the train step for chips that this machine does not have: libtpu for TPUs, the CUDA plugin of JAX for GPUs."""
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
+import jax
+from jax.experimental import topologies
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, named, progress
+from grain_jax.core import errors, progress
 from grain_jax.launch import chips
-
-ROOT = epath.Path(errors.__file__).resolve().parents[2]  # the child finds grain_jax there
+from grain_jax.training import flops, sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of the cuBLAS and Triton versions of a product, the one that is faster is found on a GPU: without one, cuBLAS is
@@ -35,15 +27,13 @@ _GPU_FLAGS = (
     " --xla_gpu_enable_latency_hiding_scheduler=true"
 )
 _CUDA_PLUGINS = {"jax_cuda12_plugin": "jax-cuda12-plugin", "jax_cuda13_plugin": "jax-cuda13-plugin"}
-# What compiles for a platform.
-_PACKAGES = {
-    "tpu": ("libtpu",),
-    "cuda": (*_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
-}
+_PACKAGES = ("jax", "libtpu", *_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 
-class CompilerFailed(RuntimeError):
-    """The compiler crashed or refused the program, for a reason other than memory; one line."""
+class CompilerFailed(errors.UserError):
+    """The compiler refused the program, for a reason other than memory; one line."""
+
+    status = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +48,7 @@ class Compiled:
       program: hash of the StableHLO that was compiled.
       hlo: the compiled program as text; empty if out of memory.
       mesh: sizes of the mesh's axes.
-      versions: of jax and of libtpu, or of the CUDA plugin and cuDNN.
-      seconds: that the compile took.
+      versions: of JAX and of the compilers that are installed.
     """
 
     state_bytes: dict[str, int]
@@ -70,7 +59,6 @@ class Compiled:
     hlo: str
     mesh: dict[str, int]
     versions: dict[str, str]
-    seconds: float
 
 
 def compile_step(
@@ -79,49 +67,66 @@ def compile_step(
     *,
     total_steps: int,
     steps_per_epoch: float,
-    timeout: float,
-    line: progress.Line,
 ) -> Compiled:
-    """Compiles the step that `train` runs on that topology; needs no chip.
+    """Compiles the step that `train` runs on that topology; needs no chip. `jax_platforms` has to be "cpu".
 
     Args:
       config: the run.
       topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
-      timeout: seconds that it may take.
-      line: shows the progress.
 
     Raises:
-      UserError: the compiler is missing, the mesh does not fit, there is no such slice, or time ran out.
-      CompilerFailed: the compiler crashed.
+      UserError: the compiler is missing, the mesh does not fit, or there is no such slice.
+      CompilerFailed: the compiler refuses the program.
     """
     check_installed(topology.chip)
-    is_tpu = topology.chip.is_tpu
-    nodes = () if is_tpu or topology.slices == 1 else (topology.slices,)
-    name = f"{topology.chip.name}:{'x'.join(map(str, (*topology.shape, *nodes)))}"
-    request = dict(
-        config=json.loads(config_lib.to_json(config)),
-        platform="tpu" if is_tpu else "cuda",
-        topology=name,
-        options=_topology_options(topology),
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-    )
-    # Whole tracebacks: their last line is what went wrong.
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
-    variables = {**os.environ, **settings, **_environment(topology)}
-    out, log, status = _run(json.dumps(request), variables, timeout, f"compiling for {name}", line)
-    try:
-        answer = json.loads(out.strip().splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        raise CompilerFailed(_crash(status, log, config, name, topology.chip)) from None
-    if "fault" in answer:
-        raise errors.UserError(answer["fault"])
-    if "failed" in answer:
-        raise CompilerFailed(
-            f"{'libtpu' if is_tpu else 'XLA'} cannot compile this program for {name}: {answer['failed']}"
+    compiler = "libtpu" if topology.chip.is_tpu else "XLA"
+    with _environment(topology):
+        try:
+            devices = topologies.get_topology_desc(**_options(topology)).devices
+        except jax.errors.JaxRuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise errors.UserError(
+                f"--topology: {compiler} has no such topology: {first}"
+            ) from None
+        mesh = sharding.make_mesh(config.mesh, devices)
+        program = train_step.build(
+            config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
         )
-    return Compiled(**answer)
+        lowered = program.step.lower(program.state, program.batch)
+        memory, out_of_memory, hlo = {}, None, ""
+        name = topology.chip.name.upper()
+        with progress.while_compiling(f"for {name}", "usually one to five minutes"):
+            try:
+                compiled = lowered.compile()
+            except jax.errors.JaxRuntimeError as error:
+                out_of_memory = str(error)
+                if "RESOURCE_EXHAUSTED" not in out_of_memory:
+                    first = out_of_memory.splitlines()[0]
+                    raise CompilerFailed(
+                        f"{compiler} cannot compile this program for {name}: {first}"
+                    ) from None
+            else:
+                analysis, hlo = compiled.memory_analysis(), compiled.as_text()
+                memory = dict(
+                    arguments=analysis.argument_size_in_bytes,
+                    output=analysis.output_size_in_bytes,
+                    aliased=analysis.alias_size_in_bytes,
+                    temporaries=analysis.temp_size_in_bytes,
+                    code=analysis.generated_code_size_in_bytes,
+                    peak=analysis.peak_memory_in_bytes,
+                )
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return Compiled(
+        state_bytes=_state_bytes(program),
+        memory=memory,
+        traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
+        out_of_memory=out_of_memory,
+        program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        hlo=hlo,
+        mesh=dict(mesh.shape),
+        versions={name: installed[name] for name in _PACKAGES if name in installed},
+    )
 
 
 def check_installed(chip: chips.Chip) -> None:
@@ -140,28 +145,38 @@ def check_installed(chip: chips.Chip) -> None:
     raise errors.UserError(f'grain-jax plan: {fault} is needed); pip install "grain_jax[{extra}]"')
 
 
-def _environment(topology: chips.Topology) -> dict[str, str]:
-    """The variables that the compiler reads."""
-    if not topology.chip.is_tpu:
-        # The flags of the user come last, so that they win.
-        return {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}
-    prefix, cores = topology.chip.libtpu
-    return {
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-        "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(topology.shape) * cores}",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so that several may compile at once
-    }
+@contextlib.contextmanager
+def _environment(topology: chips.Topology) -> Iterator[None]:
+    """Inside, the variables are set that the compiler reads."""
+    # The flags of the user come last, so that they win.
+    variables = {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}
+    if topology.chip.is_tpu:
+        prefix, cores = topology.chip.libtpu
+        variables = {
+            "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+            "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(topology.shape) * cores}",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened: several may compile at once
+        }
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def _topology_options(topology: chips.Topology) -> dict[str, Any]:
-    """The arguments of `get_topology_desc` besides the name of a TPU slice."""
+def _options(topology: chips.Topology) -> dict[str, Any]:
+    """The arguments of `get_topology_desc`."""
     if not topology.chip.is_tpu:
         return {
+            "platform": "cuda",
             "target_config": topology.chip.gpu.description(topology.chip.device_kind),
             "topology": f"1x{topology.slices}x{topology.shape[0]}",  # nodes, GPUs of a node
         }
-    options: dict[str, Any] = {}
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    options: dict[str, Any] = {"platform": "tpu", "topology_name": name}
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as on the real machine
     if min(topology.shape[:2]) < 2:  # less than a host's 2 x 2 chips
@@ -172,44 +187,17 @@ def _topology_options(topology: chips.Topology) -> dict[str, Any]:
     return options
 
 
-def _run(
-    request: str, environment: dict[str, str], timeout: float, what: str, line: progress.Line
-) -> tuple[str, str, int]:
-    """(stdout, stderr, status) of the child; prints progress."""
-    began = time.monotonic()
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    command = [sys.executable, "-m", "grain_jax.launch.compiler"]
-    options = dict(cwd=ROOT, env=environment, text=True, errors="replace", **pipes)
-    with subprocess.Popen(command, **options) as child:
-        given: str | None = request
-        try:
-            while (spent := time.monotonic() - began) < timeout:
-                line.show(f"{what} ... {progress.duration(spent)}")
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    out, log = child.communicate(given, timeout=min(1.0, timeout - spent))
-                    return out, log, child.returncode
-                given = None  # the child has it
-        finally:
-            child.kill()
-    raise errors.UserError(
-        f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for fewer chips"
-    )
-
-
-def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: chips.Chip) -> str:
-    """The line for a child that ended without an answer."""
-    if status < 0:
-        how = f"crashed with {signal.Signals(-status).name}"
-    else:
-        last = next((line for line in log.strip().splitlines()[::-1] if line.strip()), "no message")
-        how = f"ended with status {status}: {last.strip()}"
-    mesh = config.mesh
-    compiler, library = ("TPU", "libtpu") if chip.is_tpu else ("GPU", "jax[cuda12]")
-    return (
-        f"the {compiler} compiler {how} on {name} with mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
-        f" microbatches={config.microbatches} remat={config.remat}; this is the compiler's fault: try"
-        f" another of these, or another {library}"
-    )
+def _state_bytes(program: train_step.Program) -> dict[str, int]:
+    """Bytes of one chip of the arguments of a program, by kind."""
+    state, shardings = program.state, program.shardings
+    kinds = {
+        "parameters": (state.params, shardings.params),
+        "moments": (state.opt_state, shardings.opt_state),
+        "ema": (state.ema_params, shardings.ema_params),
+        "batch": (program.batch, jax.tree.map(lambda _: program.batch_sharding, program.batch)),
+    }
+    size = lambda x, cut: math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
+    return {kind: sum(map(size, *map(jax.tree.leaves, trees))) for kind, trees in kinds.items()}
 
 
 def _bytes(text: str) -> int:
@@ -227,100 +215,15 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
     Raises:
       CompilerFailed: it was another memory than HBM.
     """
-    found = re.search(
+    sizes = re.search(
         r"HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)", message
     ) or re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
-    if not found:
+    if not sizes:
         raise CompilerFailed(f"the compiler ran out of memory: {message.splitlines()[0]}")
     largest = []
     for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
         name = re.search(r'op_name="([^"]*)"', entry)
-        named = (part[1] if part else "?" for part in (shape, name))
-        largest.append((_bytes(entry.split()[0]), *named))
-    return _bytes(found[1]), _bytes(found[2]), largest
-
-
-# What follows runs in the child.
-
-
-def _child(request: dict[str, Any]) -> dict[str, Any]:
-    """Compiles; returns the answer for the parent."""
-    import jax
-    from jax.experimental import topologies
-
-    from grain_jax.training import flops, sharding, train_step
-
-    with named.importing():  # the user's own config, from the command line of grain-jax plan
-        config = config_lib.from_dict(request["config"])
-    name, platform = request["topology"], request["platform"]
-    of_slice = {"topology_name": name} if platform == "tpu" else {}
-    try:
-        devices = topologies.get_topology_desc(
-            platform=platform, **of_slice, **request["options"]
-        ).devices
-    except jax.errors.JaxRuntimeError as error:
-        compiler = "libtpu" if platform == "tpu" else "XLA"
-        raise errors.UserError(
-            f"--topology: {compiler} knows no {name}: {str(error).splitlines()[0]}"
-        ) from None
-    mesh = sharding.make_mesh(config.mesh, devices)
-    lengths = {key: request[key] for key in ("total_steps", "steps_per_epoch")}
-    program = train_step.build(config, mesh, **lengths)
-    lowered = program.step.lower(program.state, program.batch)
-    began = time.monotonic()
-    memory, out_of_memory, hlo = {}, None, ""
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            return {"failed": str(error).splitlines()[0]}
-        out_of_memory = str(error)
-    else:
-        analysis, hlo = compiled.memory_analysis(), compiled.as_text()
-        memory = dict(
-            arguments=analysis.argument_size_in_bytes,
-            output=analysis.output_size_in_bytes,
-            aliased=analysis.alias_size_in_bytes,
-            temporaries=analysis.temp_size_in_bytes,
-            code=analysis.generated_code_size_in_bytes,
-            peak=analysis.peak_memory_in_bytes,
-        )
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    named_versions = ("jax", *_PACKAGES[platform])
-    return dataclasses.asdict(
-        Compiled(
-            state_bytes=_state_bytes(program),
-            memory=memory,
-            traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
-            out_of_memory=out_of_memory,
-            program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
-            hlo=hlo,
-            mesh=dict(mesh.shape),
-            versions={name: installed[name] for name in named_versions if name in installed},
-            seconds=time.monotonic() - began,
-        )
-    )
-
-
-def _state_bytes(program) -> dict[str, int]:
-    """Bytes of one chip of the arguments of a program, by kind."""
-    import jax
-
-    state, shardings = program.state, program.shardings
-    kinds = {
-        "parameters": (state.params, shardings.params),
-        "moments": (state.opt_state, shardings.opt_state),
-        "ema": (state.ema_params, shardings.ema_params),
-        "batch": (program.batch, jax.tree.map(lambda _: program.batch_sharding, program.batch)),
-    }
-    size = lambda x, cut: math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
-    return {kind: sum(map(size, *map(jax.tree.leaves, trees))) for kind, trees in kinds.items()}
-
-
-if __name__ == "__main__":
-    try:
-        answer = _child(json.loads(sys.stdin.read()))
-    except errors.UserError as error:
-        answer = {"fault": str(error)}
-    print(json.dumps(answer), flush=True)
+        words = (part[1] if part else "?" for part in (shape, name))
+        largest.append((_bytes(entry.split()[0]), *words))
+    return _bytes(sizes[1]), _bytes(sizes[2]), largest

@@ -6,7 +6,6 @@ CUDA plugin of JAX for GPUs (h100:8x2).
 
 import dataclasses
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 
 from grain_jax import config as config_lib
 from grain_jax.cli import config_file, process
-from grain_jax.core import atomic, errors, progress
+from grain_jax.core import atomic, errors
 from grain_jax.input_pipeline import derived
 from grain_jax.launch import chips, compiler, cost, hlo, hlo_collectives, hlo_work, plan_text
 from grain_jax.launch.arguments import Plan
@@ -27,33 +26,19 @@ EPOCH = (
 LARGEST = 6  # arrays that are named
 
 
-def make(
-    config: config_lib.Config,
-    topology: chips.Topology,
-    timeout: float = 1800.0,
-    line: progress.Line | None = None,
-) -> dict[str, Any]:
-    """The plan, as the dictionary that `--output` writes.
-
-    Args:
-      config: the run.
-      topology: what it would run on.
-      timeout: seconds that compiling may take.
-      line: shows the progress.
+def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
+    """The plan of a run on that topology, as the dictionary that `--output` writes.
 
     Raises:
       UserError: config and topology do not fit each other, or the compiler is missing.
-      CompilerFailed: the compiler crashed.
+      CompilerFailed: the compiler refuses the program.
     """
-    line = line or progress.Line(silent=True)
     mesh = mesh_sizes(config.mesh, topology)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
     place = derived.Place(mesh["data"] * mesh["fsdp"], lanes)
     config, derived_from = derived.planned(config, place)
-    lengths = run_lengths(config)
-    compiled = compiler.compile_step(config, topology, **lengths, timeout=timeout, line=line)
-    line.show(f"compiled in {compiled.seconds:.0f} s", now=True)
+    compiled = compiler.compile_step(config, topology, **run_lengths(config))
     values = config_lib.flatten(dataclasses.asdict(config))
     plan: dict[str, Any] = {
         "chips": topology.chips,
@@ -178,15 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # JAX would look for TPUs here, since libtpu is there.
     jax.config.update("jax_platforms", "cpu")
     config = config_file.load(args.config, args.overrides)
-    topology = chips.parse_topology(args.topology)
-    line = progress.Line()
-    try:
-        plan = make(config, topology, args.timeout, line)
-    except compiler.CompilerFailed as error:
-        line.close()
-        print(error, file=sys.stderr)
-        return 1
-    line.close()
+    plan = make(config, chips.parse_topology(args.topology))
     plan = {"topology": args.topology, "overrides": args.overrides, **plan}
     print(plan_text.page(plan))
     if args.output:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grain_jax.core import progress
 from grain_jax.launch import chips, compiler, hlo, hlo_collectives
 from grain_jax.models import layers
 from tests import paths, tiny
@@ -44,10 +43,8 @@ def compiled():
         model__decoder__heads=2,
         model__embed_dim=128,
     )
-    lengths = dict(total_steps=10, steps_per_epoch=5.0, timeout=1500)
-    return compiler.compile_step(
-        c, chips.parse_topology("v5e:8x8"), line=progress.Line(), **lengths
-    )
+    lengths = dict(total_steps=10, steps_per_epoch=5.0)
+    return compiler.compile_step(c, chips.parse_topology("v5e:8x8"), **lengths)
 
 
 _MATTERS = re.compile(r" (dot|convolution|custom-call|fusion|all-\w+|collective-\S+)\(")
