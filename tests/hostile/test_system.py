@@ -15,10 +15,8 @@ from grain_jax import config as config_lib
 from grain_jax.cli import commands, process
 from grain_jax.convert import model_card
 from grain_jax.core import annotations, errors
-from grain_jax.data import duplicates
 from grain_jax.data.annotate import outputs, prompt
 from grain_jax.data.inspect import __main__ as inspect_command
-from grain_jax.data.inspect import reading
 from grain_jax.evaluate import class_names, diagnostics, suite, zeroshot
 from grain_jax.inference import prompts
 from grain_jax.input_pipeline import record_files
@@ -145,8 +143,6 @@ READERS = [  # name of the file; what reads it in a folder
     ("config.json", model_card.read_run),
     ("prompt.txt", lambda f: prompt.read_prompt(f / "prompt.txt", with_subject=False)),
     ("settings.json", _settings),
-    ("fingerprints.npy", lambda f: duplicates.of_set(f, workers=1)),
-    ("metadata.json", lambda f: reading.open_set(str(f), None)),
     ("dataset_info.json", record_files.read_info),
     ("params/manifest.ocdbt", checkpoint.load_model),
     ("params/d", checkpoint.load_model),
