@@ -13,12 +13,11 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax.core import images, regular_file
+from grain_jax.core import images
 from grain_jax.data import parallel, sources
 from grain_jax.data.sources import tfds
 
 FILE = "fingerprints.npy"  # beside a set's records: a row an image
-_MOST_BYTES = 16 << 30  # of a billion images
 NEAR_BITS = 3
 _BANDS = 4  # of 16 bits: with 3 bits changed, one of four is as it was
 _TELLING = 8  # bits of either kind; with fewer, a hash is that of any flat image
@@ -65,9 +64,8 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
     """
     directory = tfds.directory(folder)
     if (file := directory / FILE).exists():
-        content = regular_file.read(file, _MOST_BYTES, "fingerprints")
         try:
-            return table(np.load(io.BytesIO(content), allow_pickle=False))
+            return table(np.load(io.BytesIO(file.read_bytes()), allow_pickle=False))
         except Exception as error:  # numpy's reader raises nearly anything
             reason = f"{error}, expected fingerprints that grain-jax build wrote"
             raise sources.SourceError(f"{file}: {reason}; remove it, and images are read") from None

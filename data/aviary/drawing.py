@@ -22,9 +22,9 @@ from grain_jax.data.aviary.vocabulary import PARTS
 @dataclasses.dataclass(frozen=True)
 class Drawing:
     """A drawn image: RGB `image`; part -> (x1, y1, x2, y2) in pixels of what can be seen of the
-    part (a part out of sight is missing); part -> the area that it covers, as a share of the square of the
-    image's shorter side; the `scene` in words; `labels`, which part each pixel of the supersampled canvas shows, uint8
-    [height, width]: 0 for none, i for the i-th of PARTS."""
+    part (a part out of sight is missing); part -> the area that it covers, as a share of the image; the `scene` in
+    words; `labels`, which part each pixel of the supersampled canvas shows, uint8 [side, side]: 0 for none, i for
+    the i-th of PARTS."""
 
     image: Image.Image
     boxes_xyxy: dict[str, tuple[float, float, float, float]]
@@ -33,7 +33,7 @@ class Drawing:
     labels: np.ndarray
 
     def part_mask(self) -> np.ndarray:
-        """The label that covers most of each pixel of the image, of equal ones the lower: uint8 [height, width]."""
+        """The label that covers most of each pixel of the image, of equal ones the lower: uint8 [size, size]."""
         factor = len(self.labels) // self.image.height
         share = np.uint8(factor**2)  # so that the mean over a pixel is a count
         shown = [(self.labels == label) * share for label in range(len(PARTS) + 1)]
@@ -44,15 +44,13 @@ class Drawing:
 class _Canvas:
     """Polygons on a canvas of palette indices; 0 is see-through.
 
-    Units are hundredths of the shorter side, from the corner `origin` [2] of the square that the bird stands in.
+    Units are hundredths of the side.
     """
 
-    def __init__(self, width, height, supersampling, origin):
-        self.supersampling = supersampling
-        self._image = Image.new("P", (width * supersampling, height * supersampling), 0)
+    def __init__(self, size, supersampling):
+        self.supersampling, self._side = supersampling, size * supersampling
+        self._image = Image.new("P", (self._side, self._side), 0)
         self._draw = ImageDraw.Draw(self._image)
-        self._side = min(width, height) * supersampling
-        self._scale, self._origin = self._side / 100, origin
         self._colours = [(0, 0, 0)]
         self._owners = [None]
         self._index = {}
@@ -64,7 +62,7 @@ class _Canvas:
             self._index[key] = len(self._colours)
             self._colours.append(rgb)
             self._owners.append(part)
-        points = (points + self._origin) * self._scale
+        points = points * (self._side / 100)
         self._draw.polygon(points.ravel().tolist(), fill=self._index[key])
 
     def layer(self, light):
@@ -79,7 +77,7 @@ class _Canvas:
         numbers = np.array(
             [PARTS.index(owner) + 1 if owner else 0 for owner in self._owners], np.uint8
         )
-        shown = numbers[np.asarray(self._image)]  # [height, width]: 0, or 1 + the part's index
+        shown = numbers[np.asarray(self._image)]  # [side, side]: 0, or 1 + the part's index
         boxes, areas = {}, {}
         for number, part in enumerate(PARTS, 1):
             mask = shown == number
@@ -102,19 +100,14 @@ def draw(
     rng: random.Random,
     size: int = 64,
     pose: Pose = DEFAULT.pose,
-    ratios: float = 1.0,
 ) -> Drawing:
     """Draws one bird of `species`, `size` x `size` pixels; all random numbers come from `rng`.
-
-    With `ratios` above 1 the longer side is up to that many times `size`. The bird stands somewhere along a wide image,
-    and at the bottom of a tall one, where its perch is.
 
     Every species draws the same number of them, so that another look of a part changes only
     that part.
     """
     supersampling = 4 if size <= 96 else 3 if size <= 256 else 2
-    width, height, origin = _shape(rng, size, ratios)
-    canvas = _Canvas(width, height, supersampling, origin)
+    canvas = _Canvas(size, supersampling)
     mirrored = rng.random() < pose.mirrored
     scale = rng.uniform(pose.scale_from, pose.scale_to)
     angle = np.deg2rad(rng.uniform(-pose.turn, pose.turn))
@@ -130,13 +123,13 @@ def draw(
         shades[part] = tones(vary(COLOURS[species[part].colour], rng, pose.colour_variation))
 
     feet = np.array([3.5, bird.FOOT_Y[species["legs"].shape]]) @ matrix + offset
-    scene, background = scenery.make_scene(rng, width, height)
+    scene, background = scenery.make_scene(rng, size)
     props.draw_things(canvas, rng, scene, side=side)
     props.draw_perch(canvas, rng, scene, feet=feet, side=side)
     for part, points, tone in bird.bird_layers(species):
         canvas.polygon(points @ matrix + offset, shades[part][tone], part)
 
-    layer, coverage = canvas.layer(_light(width, height))
+    layer, coverage = canvas.layer(_light(size))
     hidden = ImageChops.invert(coverage)
     image = ImageChops.add(
         ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer
@@ -145,18 +138,8 @@ def draw(
     return Drawing(image=image, boxes_xyxy=boxes, areas=areas, scene=scene, labels=labels)
 
 
-def _shape(rng, size, ratios):
-    """Width and height in pixels, and the corner [2] of the bird's square in hundredths of `size`."""
-    if ratios == 1:
-        return size, size, np.zeros(2)
-    ratio = ratios ** rng.uniform(-1, 1)
-    width, height = round(size * max(ratio, 1)), round(size * max(1 / ratio, 1))
-    across, down = (100 * side / size - 100 for side in (width, height))
-    return width, height, np.array([rng.random() * across, down])
-
-
 @functools.lru_cache(maxsize=4)
-def _light(width, height):
+def _light(size):
     """The factor of the brightness of the foreground: light from above."""
-    column = np.linspace(255, 222, height).astype(np.uint8)
-    return Image.fromarray(np.broadcast_to(column[:, None, None], (height, width, 3)).copy())
+    column = np.linspace(255, 222, size).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(column[:, None, None], (size, size, 3)).copy())

@@ -5,13 +5,12 @@ import functools
 import io
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from grain_jax.core import errors, progress, regular_file
+from grain_jax.core import errors, progress
 from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing, masks
 from grain_jax.data.aviary.annotations import EXACT
@@ -37,8 +36,7 @@ class Task:
 def drawing_of(settings: Settings, split: str, index: int, species: Species) -> drawing.Drawing:
     """Image `index` of `split` ("training", "seen", "unseen" or "test")."""
     rng = random.Random(f"aviary {settings.seed}/{split}/{index}")
-    given = dict(size=settings.size, pose=settings.pose, ratios=settings.ratios)
-    return drawing.draw(species, rng=rng, **given)
+    return drawing.draw(species, rng=rng, size=settings.size, pose=settings.pose)
 
 
 def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | None:
@@ -72,8 +70,7 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     With more than one process the main module of the caller must be importable (they are spawned).
 
     Returns:
-        False if `output` already holds the complete data set of these settings; label images that it lacks are added,
-        where it may be written.
+        False if `output` already holds the complete data set of these settings.
 
     Raises:
         ValueError: settings out of range, or `output` holds something else.
@@ -81,18 +78,16 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     output = epath.Path(output)
     aviary = species_of(settings)
     values = dataclasses.asdict(settings)
-    # A data set of before these settings is that of their defaults.
-    for name in ("negatives", "ratios"):
-        if values[name] == getattr(DEFAULT, name):
-            del values[name]
     if is_complete(output, values):
-        _add_masks(output, settings, processes)
         return False
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    _begin_masks(output, settings)
-    records = _by_processes(_make, output, settings, tasks, processes)
+    if groups := {group_of(settings, task.species) for task in tasks if task.split == "test"}:
+        masks.begin(output, groups)
+    make = functools.partial(_make, str(output), settings)
+    made = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
+    records = progress.over(made, total=len(tasks), what="aviary")
     lines: dict[str, list[dict]] = {"training": [], "seen": [], "unseen": []}
     for task, record in zip(tasks, records, strict=True):
         if record is not None:
@@ -109,49 +104,6 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
         masks.finish(output)
     write_json(output / STAMP, values)
     return True
-
-
-def _by_processes(make, output, settings, tasks, processes):
-    """`make(output, settings, task)` of each task, in order."""
-    make = functools.partial(make, str(output), settings)
-    found = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
-    return progress.over(found, total=len(tasks), what="aviary")
-
-
-def _test_tasks(settings):
-    return [task for task in tasks_of(settings) if task.split == "test"]
-
-
-def _begin_masks(output, settings):
-    groups = {group_of(settings, task.species) for task in _test_tasks(settings)}
-    if groups:
-        masks.begin(output, groups)
-
-
-def _add_masks(output, settings, processes):
-    """Writes the label images of a data set that has none; says so where it may not be written."""
-    if not settings.test_images or masks.are_there(output):
-        return
-    try:
-        _begin_masks(output, settings)
-        for _ in _by_processes(_mask, output, settings, _test_tasks(settings), processes):
-            pass
-        masks.finish(output)
-    except OSError as error:
-        print(f"{output}: has no label images, and none can be added: {error}", file=sys.stderr)
-
-
-def _mask(output, settings, task):
-    """Writes the label images of a test image that is there."""
-    output = epath.Path(output)
-    drawn = drawing_of(settings, task.split, task.index, task.species)
-    encoded = (output / task.folder / task.image).read_bytes()
-    _save_masks(output, settings, task, encoded, drawn)
-
-
-def _save_masks(output, settings, task, encoded, drawn):
-    group, name = group_of(settings, task.species), task.image.rpartition("/")[2]
-    masks.save(output, group, name, encoded, task.species, drawn)
 
 
 def group_of(settings: Settings, species: Species) -> str:
@@ -201,7 +153,8 @@ def _make(output, settings, task):
     output = epath.Path(output)
     (output / task.folder / task.image).write_bytes(encoded.getvalue())
     if task.split == "test":
-        _save_masks(output, settings, task, encoded.getvalue(), drawn)
+        group, name = group_of(settings, task.species), task.image.rpartition("/")[2]
+        masks.save(output, group, name, encoded.getvalue(), task.species, drawn)
     return record_of(settings, task, drawn)
 
 
@@ -213,7 +166,7 @@ def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
     """
     stamp = output / STAMP
     described = json.dumps(settings, indent=1) + "\n"
-    if regular_file.is_one(stamp) and stamp.read_bytes() == described.encode():
+    if stamp.exists() and stamp.read_text() == described:
         return True
     if stamp.exists() or (output / "A.jsonl").exists():
         raise errors.UserError(

@@ -19,7 +19,6 @@ from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
 FOLDER = "segmentation"  # below the data set
-STAMP = "README.md"  # written last: where it stands, all label images are there
 GROUPS = ("seen", "unseen")  # of species
 _LOOKS = [trait for part in PARTS for trait in TRAITS[part]]
 # Folder of label images -> the classes, with commas between names of one; folder -> their file.
@@ -80,11 +79,6 @@ def save(
         (folder / kind / f"{name.rpartition('.')[0]}.png").write_bytes(labels.getvalue())
 
 
-def are_there(output: epath.Path) -> bool:
-    """Whether all label images were written."""
-    return (output / FOLDER / STAMP).exists()
-
-
 def finish(output: epath.Path) -> None:
-    """Says that all label images are there."""
-    (output / FOLDER / STAMP).write_text(_README)
+    """Writes the page about them."""
+    (output / FOLDER / "README.md").write_text(_README)

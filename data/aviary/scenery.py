@@ -59,7 +59,7 @@ class Scene:
         ]
 
 
-def make_scene(rng: random.Random, width: int, height: int) -> tuple[Scene, Image.Image]:
+def make_scene(rng: random.Random, size: int) -> tuple[Scene, Image.Image]:
     """A scene, and its background as an RGB image of that size."""
     kind = rng.choice(tuple(_KINDS))
     above, below, places, backgrounds = _KINDS[kind]
@@ -73,7 +73,7 @@ def make_scene(rng: random.Random, width: int, height: int) -> tuple[Scene, Imag
             for _ in range(rng.choice((0, 1, 1, 2, 2)))
         ),
     )
-    return scene, image.resize((width, height), Image.Resampling.BICUBIC)
+    return scene, image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _background(kind, above, below, rng):

@@ -63,8 +63,7 @@ class Settings:
 
     what is drawn:
       --seed N                everything drawn and written follows from it
-      --size N                side of the images in pixels, the shorter one; PNG up to 128, JPEG above
-      --ratios X              images are from 1:X to X:1; 1: squares
+      --size N                side of the images in pixels; PNG up to 128, JPEG above
       --images N              training images
       --seen-per-species N    evaluation images of each training species
       --unseen-per-species N  evaluation images of each held-out species
@@ -82,7 +81,6 @@ class Settings:
 
     seed: int = flag(0, low=0, high=2**63)
     size: int = flag(64, low=32, high=4096)
-    ratios: float = flag(1.0, low=1.0, high=10.0)
     images: int = flag(16000, low=0, high=10**8)
     seen_per_species: int = flag(5, low=0, high=10**4)
     unseen_per_species: int = flag(15, low=0, high=10**4)

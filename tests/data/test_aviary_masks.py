@@ -98,45 +98,8 @@ def test_the_files_are_a_set_of_each_group_and_kind(small):
             np.testing.assert_array_equal(mask.ravel(), np.ravel(expected))
 
 
-def test_a_complete_data_set_without_label_images_gets_them(small, tmp_path):
-    generate.write(tmp_path / "other", SMALL)
-    files = lambda: {
-        path.relative_to(tmp_path / "other"): path.read_bytes()
-        for path in (tmp_path / "other").rglob("*")
-        if path.is_file()
-    }
-    before = files()
-    for path in (tmp_path / "other" / masks.FOLDER).rglob("*"):
-        if path.is_file():
-            path.unlink()
-    assert not generate.write(
-        tmp_path / "other", SMALL, processes=2
-    )  # so that records are not built again
-    assert files() == before
-
-
-def test_a_complete_data_set_that_may_not_be_written_stays_complete(tmp_path, monkeypatch, capsys):
-    generate.write(tmp_path, SMALL)
-    (tmp_path / masks.FOLDER / masks.STAMP).unlink()
-
-    def denied(*_):
-        raise PermissionError(13, "Permission denied", "segmentation")
-
-    monkeypatch.setattr(masks, "begin", denied)
-    assert not generate.write(tmp_path, SMALL)
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "label images" in x]
-    assert line.startswith(f"{tmp_path}: has no label images, and none can be added: [Errno 13]")
-
-
 def test_a_group_without_species_has_no_folder(tmp_path):
     seen = dataclasses.replace(SMALL, held_out_genera=0, test_images=1, images=1)
     assert generate.write(tmp_path, seen)
     found = [path.name for path in (tmp_path / masks.FOLDER).iterdir() if path.is_dir()]
     assert found == ["seen"]
-
-
-def test_there_are_none_without_test_images(tmp_path):
-    one = Settings(images=1, seen_per_species=0, unseen_per_species=0, test_images=0, **FEW)
-    assert generate.write(tmp_path / "x", one)
-    assert not (tmp_path / "x" / masks.FOLDER).exists()
-    assert not generate.write(tmp_path / "x", one)
