@@ -2,7 +2,7 @@
 
 DIR/img_emb/img_emb_00.npy        float16 [images, D]
 DIR/region_emb/region_emb_00.npy  float16 [regions of all images, D], image after image
-DIR/metadata/metadata_00.parquet  a row an image, with the boxes of its regions
+DIR/metadata/metadata_00.parquet  a row per image, with the boxes of its regions
 DIR/settings.json                 what the embeddings are made of
 DIR/faults.jsonl                  a line for each image that was left out
 DIR/README.md                     the data card
@@ -59,7 +59,7 @@ class Output(NamedTuple):
 
     Attributes:
       settings: what the embeddings are made of.
-      parts: those of the source, as of `parts.find`.
+      parts: the parts of the source, as `parts.find` gives them.
       images: folder that the paths of images start from, or "".
     """
 
@@ -95,23 +95,23 @@ class Output(NamedTuple):
                 return None
 
         with concurrent.futures.ThreadPoolExecutor(_READ_AT_ONCE) as pool:  # for object stores
-            found = enumerate(pool.map(read, range(len(self.parts))))
-            return {index: part for index, part in found if part}
+            parts = pool.map(read, range(len(self.parts)))
+            return {index: part for index, part in enumerate(parts) if part}
 
     def _read(self, index: int) -> Part:
         """What a part's files hold, by their headers. Raises OSError, ValueError, ...: one is damaged, or missing."""
         pa = arrow_files.pyarrow()
         with self.path("metadata", index).open("rb") as file:
-            found = pa.parquet.read_metadata(pa.BufferReader(file.read()))
-        note = json.loads(found.metadata[_NOTE])
-        for kind, rows in zip(self.arrays, (found.num_rows, note["regions"])):
+            metadata = pa.parquet.read_metadata(pa.BufferReader(file.read()))
+        note = json.loads(metadata.metadata[_NOTE])
+        for kind, rows in zip(self.arrays, (metadata.num_rows, note["regions"])):
             path = self.path(kind, index)
             header = _header((rows, self.settings["embed_dim"]))
             length = len(header) + 2 * rows * self.settings["embed_dim"]
             with path.open("rb") as file:
                 if regular_file.length(path) != length or file.read(len(header)) != header:
                     raise ValueError(f"{path.name} is no whole array of {rows} rows")
-        return Part(found.num_rows, note["faults"])
+        return Part(metadata.num_rows, note["faults"])
 
     def write(
         self, index: int, rows: Sequence[EmbeddedImage], faults: list[dict[str, str]]
@@ -150,7 +150,7 @@ class Output(NamedTuple):
         atomic.write_bytes(path, content)
 
     def write_faults(self, parts: Sequence[Part]) -> None:
-        """Replaces the file of faults by those of all parts."""
+        """Replaces the file of faults; it lists the faults of all parts."""
         lines = [
             json.dumps({**fault, "file": self.path("metadata", index).name}) + "\n"
             for index, part in enumerate(parts)
@@ -162,8 +162,8 @@ class Output(NamedTuple):
 def _header(shape: tuple[int, ...]) -> bytes:
     """What stands in a .npy of float16 before its numbers."""
     file = io.BytesIO()
-    said = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(file, said)
+    header = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
 
 
@@ -200,7 +200,7 @@ out, and `faults.jsonl` names each with its cause.
 | file | what |
 |---|---|
 | `img_emb/img_emb_*.npy` | float16 [images, {embed_dim}], embeddings of the whole images, unit length |
-| `metadata/metadata_*.parquet` | a row an image: `image_path`, `caption`, `id`, `width`, `height` |
+| `metadata/metadata_*.parquet` | a row per image: `image_path`, `caption`, `id`, `width`, `height` |
 {regions}
 ```python
 import pathlib

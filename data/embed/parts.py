@@ -45,8 +45,9 @@ def find(
       boxes: whether boxes of the source are wanted, which an A.jsonl and a record set have.
 
     Returns:
-      As values of JSON: `source`, its kind, path and digest; `images`, the folder that paths start from, or "";
-      `total`, the number of images, None of tars; `parts`, `name`, `size` (images, or 0) and arguments of each.
+      Values of JSON. `source`: its kind, path and digest. `images`: the folder that paths start from, or "".
+      `total`: the number of images; None for tars. `parts`: each with `name`, `size` (images; 0 for a tar) and the
+      arguments of its reader.
 
     Raises:
       sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
@@ -55,13 +56,13 @@ def find(
     kind = _kind(path, scratch / LIST)
     if not kind:
         raise sources.SourceError(f"{source}: no such file or folder, expected {_KINDS}")
-    for flag, wanted, suits, what in (
+    for flag, wanted, suits, kinds in (
         (f"--images {images}", images, ("annotations",), "an A.jsonl"),
         (f"--split {split}", split, ("records",), "a record set"),
         ("--boxes given", boxes, ("annotations", "records"), "an A.jsonl or a record set"),
     ):
         if wanted and kind not in suits:
-            raise sources.SourceError(f"{flag}: got {source}, expected it with {what}")
+            raise sources.SourceError(f"{flag}: got {source}, expected it with {kinds}")
     folder = file = ""
     if kind in ("folder", "annotations"):
         folder, file = str(path), str(scratch / LIST)
@@ -88,14 +89,16 @@ def find(
     elif kind == "records":
         named.append(regular_file.read_text(tfds.directory(path) / "dataset_info.json", _KINDS))
     digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
-    said = {"kind": kind, "path": str(path), "digest": digest}
-    return {"source": said, "images": folder, "total": total or None, "parts": parts}
+    described = {"kind": kind, "path": str(path), "digest": digest}
+    return {"source": described, "images": folder, "total": total or None, "parts": parts}
 
 
 def _size(shard: sources.SourceShard) -> int:
     """The number of images of a shard; 0 of a tar."""
-    given = shard.arguments
-    return given["lines"] if "lines" in given else given.get("stop", 0) - given.get("start", 0)
+    numbers = shard.arguments
+    if "lines" in numbers:
+        return numbers["lines"]
+    return numbers.get("stop", 0) - numbers.get("start", 0)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -155,5 +158,5 @@ def images(part: Mapping[str, Any]) -> Iterator[Callable[[], sources.Image | sou
             read = (line, where, part["images"])
             yield functools.partial(annotations_source.image, *read)
     else:
-        for found in sources.read(shard):
-            yield lambda found=found: found
+        for image in sources.read(shard):
+            yield lambda image=image: image

@@ -68,19 +68,19 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
 
 def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:
     """Reads an image, decodes it and resizes it to a square."""
-    found = read()
-    if isinstance(found, sources.Fault):
-        return found
+    item = read()
+    if isinstance(item, sources.Fault):
+        return item
     try:
-        image = images.decode_image(found.encoded, found.image)
+        image = images.decode_image(item.encoded, item.image)
         pixels = images.resize(image, size)
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)
-        return sources.Fault(found.image, "too large" if too_large else "unreadable", str(error))
-    boxes = np.array([region.box_xyxy for region in found.regions], np.float32).reshape(-1, 4)
+        return sources.Fault(item.image, "too large" if too_large else "unreadable", str(error))
+    boxes = np.array([region.box_xyxy for region in item.regions], np.float32).reshape(-1, 4)
     boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
-    caption = next(iter(found.captions), "")
-    return Ready(found.image, caption, found.id or found.image, *image.size, boxes, pixels)
+    caption = next(iter(item.captions), "")
+    return Ready(item.image, caption, item.id or item.image, *image.size, boxes, pixels)
 
 
 def run(

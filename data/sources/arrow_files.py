@@ -78,7 +78,7 @@ def damaged(path: epath.PathLike, reason: str, advice: str) -> base.SourceError:
 
 
 class Seekable(io.RawIOBase):
-    """A file of an object store as pyarrow needs it; that of TensorFlow has no `closed`, and its `seek` returns None."""
+    """A file of an object store as pyarrow needs it; TensorFlow's has no `closed`, and its `seek` returns None."""
 
     def __init__(self, file: Any, length: int):
         self._file, self._length, self._at = file, length, 0

@@ -43,9 +43,9 @@ def dripping(start: bytes, piece: bytes, seconds: float = 0.05) -> Behaviour:
     return behave
 
 
-def serve(behave: Behaviour, family: int = socket.AF_INET):
+def serve(behave: Behaviour):
     """A server on a free port, until the block ends."""
-    return running(Server(behave, family))
+    return running(Server(behave))
 
 
 @contextlib.contextmanager
@@ -66,11 +66,10 @@ class Server:
       requests: the heads of the requests so far.
     """
 
-    def __init__(self, behave: Behaviour, family: int):
-        host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
-        self.listener = socket.create_server((host, 0), family=family)
+    def __init__(self, behave: Behaviour | None):
+        self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+        self.url = f"http://127.0.0.1:{self.port}/v1"
         self.requests: list[bytes] = []
         self.stop = threading.Event()
         self._behave = behave

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import socket
 import time
 from typing import NamedTuple
 
@@ -43,84 +42,46 @@ head, body, sent, dripping = sockets.head, sockets.body, sockets.sent, sockets.d
 ROWS = [
     # Numbers and JSON.
     Row("infinite tokens", body(sockets.answer(usage='{"prompt_tokens": Infinity}')), "a beak"),
-    Row("no number of tokens", body(sockets.answer(usage='{"prompt_tokens": NaN}')), "a beak"),
-    Row("tokens beyond a float", body(sockets.answer(usage='{"prompt_tokens": 1e400}')), "a beak"),
-    Row("tokens of 300 digits", body(sockets.answer(usage=f'{{"prompt_tokens": {10**300}}}')), "a beak"),
     Row("tokens of 5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak"),
-    Row("tokens below zero", body(sockets.answer(usage='{"completion_tokens": -5}')), "a beak"),
     Row("tokens as a text", body(sockets.answer(usage='{"prompt_tokens": "many"}')), "a beak"),
-    Row("tokens as a list", body(sockets.answer(usage='{"prompt_tokens": [1]}')), "a beak"),
-    Row("usage as a list", body(sockets.answer(usage="[1]")), "a beak"),
     Row("usage as a text", body(sockets.answer(usage='"lots"')), "a beak"),
     Row("deep lists", body(DEEP), NO),
-    Row("deep objects", body(b'{"a":' * 200_000), NO),
     Row("deep usage", body(sockets.answer(usage="[" * 99_999 + "]" * 99_999)), NO),
-    Row("a key twice", body(ANSWER[:-1] + b', "usage": {"prompt_tokens": 1}}'), "a beak"),
     Row("choices twice", body(ANSWER[:-1] + b', "choices": 3}'), NO),
-    Row("choices as an object", body(b'{"choices": {"0": 1}}'), NO),
-    Row("a message that is a text", body(b'{"choices": [{"message": "hi"}]}'), NO),
-    Row("content as parts", body(b'{"choices": [{"message": {"content": ["a"]}}]}'), NO),
     Row("no choice", body(b'{"choices": []}'), NO, "got"),
-    Row("content of null", body(b'{"choices": [{"message": {"content": null}}]}'), NO, "null"),
-    Row("a list", body(b"[1]"), NO, "got [1]"),
-    Row("null", body(b"null"), NO),
     Row("nothing", body(b""), NO),
-    Row("not UTF-8", body(b'{"choices": "\xff\xfe\x80"}'), NO),
-    Row("UTF-16", body(ANSWER.decode().encode("utf-16")), "a beak"),
-    Row("another content type", body(ANSWER, "Content-Type: image/png"), "a beak"),
-    Row("a page", body(b"<html>" * 1000, "Content-Type: text/html"), NO, "<html>"),
     Row("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\\x1b[2J"),
     Row("a gzip bomb", body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"), NO),
     # Lengths.
     Row("a length that is too long", sent(head("Content-Length: 9999") + ANSWER), CONNECTION, "received 105 bytes"),
     Row("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION),
-    Row("a length beyond 64 bits", sent(head(f"Content-Length: {10**30}") + ANSWER), NO),
-    Row("a length of 5000 digits", sent(head("Content-Length: " + "9" * 5000) + ANSWER), NO),
     Row("a length that is too short", sent(head("Content-Length: 9") + ANSWER), NO),
-    Row("a length below zero", sent(head("Content-Length: -9") + ANSWER), NO),
     Row("a length that is no number", sent(head("Content-Length: all") + ANSWER), NO),
-    Row("two lengths", sent(head("Content-Length: 5", LONG) + ANSWER), NO),
     Row("HTTP/1.0 without a length", sent(b"HTTP/1.0 200 OK\r\n\r\n" + ANSWER), "a beak"),
-    Row("no content", sent(head(status="204 No Content")), NO),
     Row("closed in the body", sent(head(LONG) + ANSWER[:20]), CONNECTION, "received 20 bytes"),
-    Row("closed in the head", sent(b"HTTP/1.1 200 OK\r\nContent-"), CONNECTION),
     Row("closed at once", lambda connection, stop: None, CONNECTION),
     # Without an end.
     Row("an endless body", dripping(head(), b"x" * 65536, 0), NO, "more than 1048576 bytes"),
-    Row("an endless line of a head", dripping(b"HTTP/1.1 200 OK\r\nA: ", b"x" * 9999, 0), NO),
     Row("an endless head", dripping(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 999, 0), NO),
-    Row("an endless status", dripping(b"HTTP/1.1 200 ", b"x" * 9999, 0), NO),
     Row("continue for ever", dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, 0), LATE),
-    Row("endless chunks", dripping(CHUNKED, b"fff\r\n" + b"x" * 4095 + b"\r\n", 0), NO),
     Row("an endless chunk", dripping(CHUNKED + b"ffffffff\r\n", b"x" * 65536, 0), NO),
     Row("an endless error", dripping(head(status="400 No"), b"x" * 65536, 0), REJECTED),
     # Slowly: each piece comes in time, the answer does not.
     Row("silence", lambda connection, stop: stop.wait(), LATE),
     Row("a dripping body", dripping(head(), b"x"), LATE),
     Row("a dripping head", dripping(b"HTTP/1.1 200 OK\r\n", b"A"), LATE),
-    Row("a dripping status", dripping(b"HTTP", b"/"), LATE),
-    Row("continue, slowly", dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), LATE),
     Row("dripping chunks", dripping(CHUNKED, b"1\r\nx\r\n"), LATE),
-    Row("a dripping length", dripping(head("Content-Length: 999"), b"x"), LATE),
     Row("a dripping error", dripping(head(status="400 No"), b"x"), REJECTED),
     Row("in time", _after(0.2, body(ANSWER)), "a beak"),
     # Chunks.
     Row("chunks", sent(CHUNKED + CHUNK + b"0\r\n\r\n"), "a beak"),
     Row("chunks cut off", sent(CHUNKED + CHUNK[:30]), CONNECTION),
-    Row("a chunk below zero", sent(CHUNKED + b"-5\r\n" + CHUNK), NO),
-    Row("a chunk of -1", sent(CHUNKED + b"-1\r\n" + ANSWER), NO),
     Row("a chunk beyond 64 bits", sent(CHUNKED + b"f" * 40 + b"\r\n" + ANSWER), NO),
-    Row("a chunk of no number", sent(CHUNKED + b"zz\r\n" + ANSWER), NO),
     # What is not HTTP.
     Row("no HTTP", sent(b"SSH-2.0-OpenSSH_9.6\r\n"), CONNECTION),
     Row("binary", sent(bytes(range(256)) * 9), NO),
-    Row("a status of 0", sent(head(status="0 OK") + ANSWER), NO),
-    Row("a status of no number", sent(head(status="OK") + ANSWER), NO),
     Row("a status of 5000 digits", sent(head(status="9" * 5000) + ANSWER), NO),
-    Row("early hints", sent(head(status="103 Early Hints") + ANSWER), CONNECTION),
     Row("other protocols", sent(head(status="101 Switching")), NO),
-    Row("not modified", sent(head(status="304 Not Modified")), REJECTED),
-    Row("101 lines of a head", sent(head(*["A: b"] * 101) + ANSWER), "a beak"),
     Row("a line of a head of 70 kB", sent(head("A: " + "b" * 70_000) + ANSWER), "a beak"),
 ]  # fmt: skip
 
@@ -153,18 +114,11 @@ def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(row):
 @pytest.mark.parametrize(
     "retry_after,waits",
     [
-        ("1000000000", False),
         ("1e400", False),
-        ("-1", True),
         ("nan", True),
         ("Fri, 31 Dec 9999 23:59:59 GMT", False),
         ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", True),
-        ("Mon, 01 Jan 0001 00:00:00 GMT", True),
         ("Mon, 01 Jan 0001 00:00:00 -0000", True),
-        ("Mon, 01 Jan 2024 00:00:00 +99999999999999", True),
-        ("Mon, 99 Foo 2024 99:99:99 GMT", True),
-        ("9" * 5000, False),
-        ("\x00", True),
     ],
 )
 def test_a_rate_limit_for_ever_ends(monkeypatch, retry_after, waits):
@@ -174,14 +128,13 @@ def test_a_rate_limit_for_ever_ends(monkeypatch, retry_after, waits):
     with sockets.serve(limit) as server:
         found = _ask(server.url, tries=3)
         assert len(server.requests) == (3 if waits else 1)
-    assert found.cause == (NO if retry_after == "\x00" else endpoint_chat.RATE_LIMIT)
+    assert found.cause == endpoint_chat.RATE_LIMIT
     assert time.monotonic() - start < SLACK
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize(
-    "place",
-    ["{}/chat/completions", "https://127.0.0.1:1/", "file:///etc/passwd", "/v1/other", "//x"],
+    "status, place",
+    [(301, "{}/chat/completions"), (302, "/v1/other"), (307, "file:///etc/passwd"), (308, "//x")],
 )
 def test_the_key_goes_to_no_other_address(monkeypatch, status, place):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -203,31 +156,14 @@ def test_tls_to_a_port_without_it():
     assert found.cause in (CONNECTION, LATE)
 
 
-def test_ipv6():
-    try:
-        with sockets.serve(body(ANSWER), socket.AF_INET6) as server:
-            assert _ask(server.url).text == "a beak"
-    except OSError as error:
-        pytest.skip(f"no IPv6: {error}")
-
-
 @pytest.mark.parametrize(
     "url",
     [
         "http://[::1/v1",
-        "http://host:99999/v1",
-        "http://host:0/v1",
-        "http://host:port/v1",
         "http://host/a b",
         "http://host/\r\nHost: other",
-        "http://h\u00f6st/v1",
-        "http://:80/v1",
         "http://\x1b[2J/",
-        "javascript:alert(1)",
         "host:8000/v1",
-        "ftp://host/v1",
-        "http://",
-        "",
         "file:///etc/passwd",
     ],
 )
@@ -237,7 +173,7 @@ def test_an_address_that_is_none(url):
     assert str(told.value).isprintable()
 
 
-@pytest.mark.parametrize("proxy", ["nonsense://x:1", "socks5://x:1", "http://[::1"])
+@pytest.mark.parametrize("proxy", ["socks5://x:1", "http://[::1"])
 def test_a_proxy_that_is_none(monkeypatch, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
     with pytest.raises(endpoint_chat.EndpointError, match="the environment's proxy: ") as told:
@@ -245,7 +181,7 @@ def test_a_proxy_that_is_none(monkeypatch, proxy):
     assert len(str(told.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["two\nlines", "t\u00f6", "a b", "\x1b[2J"])
+@pytest.mark.parametrize("key", ["two\nlines", "t\u00f6"])
 def test_a_key_that_is_none_is_not_shown(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", f"sk-secret{key}x")
     with pytest.raises(endpoint_chat.EndpointError, match="_KEY: holds white space or") as told:
@@ -258,10 +194,8 @@ def test_a_key_that_is_none_is_not_shown(monkeypatch, key):
     [
         ("Subject: a wren\nCaption: A " + "w" * 700, answers.RUN_ON),
         ("Subject: a " + "w" * 200 + "\nCaption: A wren sings.", answers.RUN_ON),
-        ("Subject: a wren\nCaption: A wren sings." + "." * 1_000_000 + "a", answers.RUN_ON),
         ("Subject: a wren\nCaption: A wren \x1b[2J sings.", answers.NO_CAPTION),
         ("x" * 1_000_000, answers.RUN_ON),
-        ("\n" * 1_000_000 + "x", answers.RUN_ON),
     ],
 )
 def test_texts_are_bounded_in_characters(text, cause):
@@ -296,16 +230,13 @@ LATE_KEY = "x" * 176 + KEY  # a cut to 200 characters would leave its beginning
     "behave",
     [
         body(sockets.answer(f"Subject: a wren\nCaption: A wren and {KEY}")),
-        body(sockets.answer(f"Subject: a wren\nCaption: A {KEY.upper()}")),
         body(sockets.answer(REPEATED)),  # a refused answer
         body(json.dumps({"error": REPEATED}).encode()),
         sent(head(status="400 No") + LATE_KEY.encode()),
         sent(head(status="500 Oh") + REPEATED.replace("-", "\\u002d").encode()),
         sent(head(status="401 Who") + REPEATED.encode()),
-        sent(head(status="403 No") + LATE_KEY.encode()),
         sent(head(f"Location: http://x/?key={KEY.replace('-', '%2D')}", status="302 Found")),
         sent(head(f"no header with {KEY}")),
-        sent(head(status=f"no status {KEY}")),
     ],
 )
 def test_a_key_that_the_server_repeats_is_written_nowhere(tmp_path, monkeypatch, capfd, behave):
@@ -334,42 +265,3 @@ def test_a_worker_has_one_client_whose_connection_serves_all_its_requests():
             (found,) = client.answer([PICTURE], ["List."])
             assert found.text == "a beak"
     assert len(made) == 1
-
-
-DEAD = [
-    body(DEEP[:-1]),
-    body(DEEP),
-    sent(head(f"Content-Length: {10**30}") + ANSWER),
-    dripping(head(), b"x" * 65536, 0),  # an endless body
-]
-
-
-def test_a_job_ends_with_its_dead_letters(tmp_path):
-    left = list(DEAD)
-    behave = lambda connection, stop: left.pop()(connection, stop)
-    status, output = _job(tmp_path, len(DEAD), behave)
-    letters = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
-    assert status == 0 and not left and len(letters) == len(DEAD)
-    assert {(x["stage"], x["cause"], x["kept"]) for x in letters} == {("caption", NO, True)}
-
-
-@pytest.mark.parametrize(
-    "answer,expected",
-    [
-        (head(status="404 Not Found") + b"no model", "no such address or model"),
-        (head("Location: http://x/", status="302 Found"), "redirects to http://x/"),
-    ],
-)
-def test_a_job_ends_with_one_line(tmp_path, capfd, answer, expected):
-    assert _job(tmp_path, 1, sent(answer))[0] == 2
-    (said,) = capfd.readouterr().err.splitlines()
-    assert expected in said
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e300", "x"])
-@pytest.mark.parametrize("name", ["--request-seconds", "--requests-per-second"])
-def test_a_number_that_is_none(tmp_path, capsys, name, value):
-    given = [f"--images={tmp_path}", f"--output={tmp_path / 'o'}", f"{name}={value}"]
-    assert command.main(given) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "expected a number in 0.001..1000000" in said

@@ -72,7 +72,7 @@ class Endpoint(sockets.Server):
         self.busiest = self.open = 0
         self.reply = reply
         self.lock = threading.Lock()
-        super().__init__(None, socket.AF_INET)
+        super().__init__(None)
 
     def respond(self, connection: socket.socket, head: bytes, content: bytes) -> None:
         first, *lines = head.decode("latin-1").split("\r\n")
