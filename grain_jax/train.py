@@ -28,8 +28,7 @@ from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
 from grain_jax.config import keep as keep_lib
 from grain_jax.config.evals import Context
-from grain_jax.convert import initialise, whole
-from grain_jax.convert.exits import reasons
+from grain_jax.convert import initialise
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
 from grain_jax.input_pipeline import derived, device, order, sources, text_cleaning, tokenizer
@@ -307,9 +306,7 @@ def set_up(
         process_index=jax.process_index(),
     )
     steps = resolve_steps(config, source.num_examples(config))
-    data = processes.of_first(
-        lambda: [*source.identities(config), *whole.identity_of_teacher(config)]
-    )
+    data = processes.of_first(lambda: source.identities(config))
     evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
@@ -340,9 +337,7 @@ def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = checkpoint.placed(program.state, program.shardings)
     state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
-    if state is None:
-        state = initialise.state_of_step_0(run.config, program, tell)
-    return whole.place(run.config, state, program.shardings)
+    return initialise.state_of_step_0(run.config, program, tell) if state is None else state
 
 
 def compile_steps(run: SetUp, program: train_step.Program, records: "Records", start_step: int):
@@ -427,7 +422,7 @@ class Records:
             self._log.say(text)
 
     def say_what_runs(self, state: train_step.TrainState) -> None:
-        """Prints the devices, the mesh, the size of the model and of the run; of a new run the exits of its model."""
+        """Prints the devices, the mesh, the size of the model and of the run."""
         run, start_step = self._run, int(state.step)
         if run.derived_from:
             self.say(run.derived_from)
@@ -439,9 +434,6 @@ class Records:
         )
         if said := teacher.line(self._config, state.teacher):
             self.say(said)
-        if not start_step:
-            lengths = self._config.input.last_lengths
-            self.say(reasons.line(self._config.model, self._workdir, lengths))
 
     def _of_factors(self, state: train_step.TrainState) -> str:
         """How many parameters are factors of LoRA, in words; "" without."""

@@ -165,8 +165,6 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
     assert end.value.code == ending.INTERRUPTED == 130
     said = capfd.readouterr().err
     assert "saved at step 1 of 10" in said
-    assert f" (all: grain-jax convert table --checkpoint {tmp_path})" in said
-    assert said.count("\nexits: to-hf, ") == 1
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
     handler = ending.PreemptionHandler()
     handler.tell(signal.SIGTERM)
@@ -175,7 +173,6 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
     assert end.value.code == ending.PREEMPTED == 75
     train.train(_config(), tmp_path)
     assert runs.lines(tmp_path) == runs.lines(finished)
-    assert "exits:" not in capfd.readouterr().err  # resumed
 
 
 @pytest.fixture

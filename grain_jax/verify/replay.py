@@ -10,7 +10,7 @@ import jax
 
 from grain_jax import config as config_lib
 from grain_jax import train
-from grain_jax.convert import initialise, whole
+from grain_jax.convert import initialise
 from grain_jax.core import errors
 from grain_jax.input_pipeline import device, order, sources
 from grain_jax.runtime import checkpoint, digests, receipt
@@ -193,7 +193,7 @@ class _Replay:
             state = initialise.state_of_step_0(
                 config, program, lambda line: say("the towers", line)
             )
-        return whole.place(config, state, program.shardings)
+        return state
 
     def _same_batches(self, step: int, state: train_step.TrainState) -> None:
         there = self._records.get(step) or self.run.metrics.get(step)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import whole
 from grain_jax.core import errors, regular_file
 from grain_jax.input_pipeline import sources
 from grain_jax.runtime import checkpoint, metrics_file, receipt
@@ -183,6 +182,5 @@ def check_data(run: Told) -> None:
     """Raises UserError where a record set is not the one that the run was trained on any more."""
     newest, unknown = run.kept[run.newest], []
     identities = sources.open_source(newest.config).identities(newest.config)
-    identities = [*identities, *whole.identity_of_teacher(newest.config)]
     checkpoint.check_same_data(run.newest, newest.data, identities, unknown.append)
     say("data", "; ".join(unknown) or f"as checkpoint {run.newest} was trained on")

@@ -114,15 +114,11 @@ def _convert(
     found = import_model(checkpoint, settings)
     model, params = found.model, found.params
     proof = comparison.prove(checkpoint, model, params, has_texts=found.has_texts)
-    lengths, name = checkpoint.sequence_lengths, model.text.tokenizer
+    name = model.text.tokenizer
     file = next((x for x in checkpoint.tokenizers if x.name == name), None)
     words = {} if file is None else {name: file.read_bytes()}
-    more: dict[str, Any] = dict(sequence_lengths=lengths, files=words, has_texts=found.has_texts)
-    output.save(folder, model, params, source, proof, **more)
+    output.save(folder, model, params, source, proof, files=words, has_texts=found.has_texts)
     lines = towers.describe(model, found.assumed)
-    if lengths:
-        lines.append(f"images in their own shape: at most {lengths[0]} patches each")
-    lines += checkpoint.notes
     if (scale := np.exp(params["logit_scale"])) > 100.5:  # CLIP stops near 100
         lines.append(
             f"logit scale {scale:.4g}; training clips it at 100 unless optim.frozen has it"
