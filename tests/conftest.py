@@ -50,7 +50,6 @@ LONG = (
     "tests/terms/test_runs.py",
     "tests/training/test_phases.py",
     "tests/training/test_keep.py",
-    "tests/convert/test_naflex.py",
     "tests/models/test_own_shape.py",
     "tests/input_pipeline/test_mixture.py",
     "tests/launch/test_plan.py",

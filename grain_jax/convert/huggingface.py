@@ -109,7 +109,7 @@ def _write(
     with output.replacing(folder, _MODELING) as new:
         exits.write_files(new, WEIGHTS, weights, files)
         proof = _prove_folder(new, source, has_tokenizer=bool(words)).but(unknown)
-        card = model_card.write(model, losses, run, proof, missing, repo)
+        card = model_card.write(model, run, proof, _use(model), missing, losses=losses, repo=repo)
         (new / "README.md").write_text(card)
     size = sum(array.size for array in weights.values())
     return proof.after(
@@ -118,6 +118,30 @@ def _write(
         *lines,
         *told,
     )
+
+
+_USE = """
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+# Needs torch, transformers 5 and PillowNEEDS. With ftfy, texts with broken encodings are repaired as in training.
+model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+with torch.no_grad():
+    pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]
+    texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]
+    scores = model.zero_shot_logits(pixels, model.class_features(texts))
+"""
+_USE_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
+
+
+def _use(model: config_lib.Model) -> str:
+    """The code of the card."""
+    needs = "" if model.decoder is None else "; SciPy for the loss"
+    if model.text.tokenizer.endswith(".model"):
+        needs += "; sentencepiece and protobuf for the tokenizer"
+    return _USE.replace("NEEDS", needs) + ("" if model.decoder is None else _USE_REGIONS)
 
 
 def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:

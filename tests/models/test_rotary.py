@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
-from grain_jax.convert.exits import reasons
 from grain_jax.launch import estimate
 from grain_jax.models import grain, layers, placement, rotary, vit
 from grain_jax.report import attention as report
@@ -179,13 +178,6 @@ def test_registers_follow_the_class_token_and_have_no_position():
 
 
 CLIP = dict(qk_norm=False, pre_norm=True, pool="class")
-
-
-def test_an_activation_that_open_clip_has_not_is_refused():
-    clip = {f"image__{name}": value for name, value in CLIP.items()}
-    model = perturbed.tiny(decoder=None, **clip, image__activation="silu", text__activation="silu")
-    found = reasons.of(model)
-    assert not found["to-hf"] and len(found["to-open-clip"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.convert import parity, tables, towers
+from grain_jax.convert import model_card, parity, tables
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import images
@@ -90,33 +90,14 @@ def finish(
     folder: epath.Path,
     source: Source,
     use: str,
-    library: str,
     proof: parity.Report,
+    missing: str,
+    library: str = "transformers",
     repo: str | None = None,
-    missing: str = "",
 ) -> None:
-    """Writes the model card, and the mark with the verdict of the parity.
-
-    Args:
-      folder: of the exit.
-      source: the model.
-      use: code that loads FOLDER.
-      library: that loads it, as the Hub names it.
-      proof: the report.
-      repo: ORG/NAME on the Hub, in place of FOLDER.
-      missing: why the folder has no tokenizer, or "".
-    """
-    report = proof.text if proof.verdict != parity.NOT_PROVEN else proof.text.splitlines()[-1]
-    card = _CARD.format(
-        use=use.strip().replace("FOLDER", repo or "FOLDER"),
-        sizes="\n".join(towers.describe(source.model, {})),
-        source=source.folder,
-        report=report,
-        missing=f"The folder has {missing}. A tokenizer that a library takes instead is another.\n\n"
-        if missing
-        else "",
-        library=library,
-    )
+    """Writes the model card (`model_card.write`), and the mark with the verdict of the parity."""
+    run = model_card.read_run(source.folder)
+    card = model_card.write(source.model, run, proof, use, missing, library=library, repo=repo)
     write_file(folder / "README.md", card)
     write_file(folder / MARK, {"source": str(source.folder), "parity": proof.verdict})
 
@@ -140,38 +121,3 @@ def our_outputs(source: Source, inputs: parity.Inputs) -> dict[str, np.ndarray]:
     ours = parity.outputs_of(predictor, inputs)
     logits = predictor.logit_scale * ours["image_embed"] @ ours["text_embed"].T
     return ours | {"logits": logits + (predictor.logit_bias or 0.0)}
-
-
-_CARD = """---
-library_name: {library}
-license: other
----
-
-# Image and text towers
-
-`grain-jax convert` wrote this folder from {source}.
-
-```python
-{use}
-```
-
-{missing}Images are resized to a square without a crop. Texts with broken encodings or HTML entities, which training repaired, are
-not repaired here.
-
-## Model
-
-```
-{sizes}
-```
-
-Parity of the conversion:
-
-```
-{report}
-```
-
-## Licence
-
-The weights: not stated by the run; the terms of the training data and of the model's author apply. State a licence
-before you publish the weights.
-"""

@@ -47,7 +47,7 @@ def write_towers(
         folder.write_files(new, WEIGHTS, state, files)
         proof = _prove(new, source, kind.name, has_tokenizer=bool(words)).but(unknown)
         use = _USE.format(kind=kind.name)
-        folder.finish(new, source, use, "transformers", proof, repo, missing)
+        folder.finish(new, source, use, proof, missing, repo=repo)
     lines = [
         f"to-hf: {source.folder} -> {target}, {kind.name}",
         f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32",

@@ -66,7 +66,7 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     with output.replacing(target, folder.MARK) as new:
         folder.write_files(new, WEIGHTS, state, files)
         proof = _prove(new, found, has_tokenizer=not missing).but(unknown)
-        folder.finish(new, found, _USE, "open_clip", proof, missing=missing)
+        folder.finish(new, found, _USE, proof, missing, library="open_clip")
     lines = [
         f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}",
         f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32",

@@ -21,7 +21,7 @@ if is_scipy_available():  # the loss alone needs it
     from scipy.optimize import linear_sum_assignment
 
 _NO_COST = 1e6  # of a pair whose cost is no number
-
+LAYER_SCALE = 1e-5  # of new weights
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -178,7 +178,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((tower["width"],), tower["layer_scale_init"]))
+        self.gamma = nn.Parameter(torch.full((tower["width"],), LAYER_SCALE))
 
     def forward(self, x):
         return x * self.gamma
@@ -529,7 +529,7 @@ class GrainPreTrainedModel(PreTrainedModel):
             "in_proj_bias": 0.0,
             "q_bias": 0.0,
             "v_bias": 0.0,
-            "gamma": towers["image"]["layer_scale_init"],
+            "gamma": LAYER_SCALE,
             "text_projection_bias": 0.0,
             "img_proj_bias": 0.0,
         }

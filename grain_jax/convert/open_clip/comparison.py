@@ -39,7 +39,7 @@ class Built(NamedTuple):
 def prove(
     checkpoint: Checkpoint, model: config_lib.Model, params: dict, has_texts: bool = True
 ) -> parity.Report:
-    """Our model against the architecture of the checkpoint's own package, with the same weights; of images alone or not.
+    """Our model against the architecture of the checkpoint's own package, with the same weights.
 
     Raises:
       ConvertError: the config beside the weights has other sizes, or its package refuses config or weights.
@@ -148,14 +148,14 @@ def _build_dinov3(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         key_bias=image.key_bias,
         rope_theta=image.rope_theta,
     )
-    module, found = kind.from_pretrained(
+    module, loading = kind.from_pretrained(
         None,
         config=transformers.DINOv3ViTConfig.from_dict(_without(stated, *_STEERING)),
         state_dict={k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()},
         dtype="float32",
         output_loading_info=True,
     )
-    wrong = sorted({str(x) for names in found.values() for x in names or ()} - _OF_DINOV3)
+    wrong = sorted({str(x) for names in loading.values() for x in names or ()} - _OF_DINOV3)
     if wrong:
         raise ConvertError(f"{wrong[0]}: missing, unknown or of another shape for transformers")
 

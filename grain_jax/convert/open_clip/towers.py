@@ -140,8 +140,8 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     end_id = _end_id(checkpoint, vocab) if stated.pool == "end" else None
     cleaning = "canonical" if first_siglip else "lower"
     if end_id is not None:  # MetaCLIP 2
-        said = cfg.get("pad_id") if cfg else _of_hf(checkpoint, "text").get("pad_token_id")
-        pad_id = said if isinstance(said, int) else 1
+        stated_pad = cfg.get("pad_id") if cfg else _of_hf(checkpoint, "text").get("pad_token_id")
+        pad_id = stated_pad if isinstance(stated_pad, int) else 1
         canonical = group(cfg, "tokenizer_kwargs").get("clean") == "canonicalize"
         cleaning = "canonical" if canonical else "none"
         if cfg and not canonical:
