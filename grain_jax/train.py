@@ -28,7 +28,6 @@ from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
-from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, suite, tables
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
@@ -366,7 +365,7 @@ class Records:
             self._log.say(text)
 
     def say_what_runs(self, state: train_step.TrainState) -> None:
-        """Prints the devices, the mesh, the size of the model and of the run; of a new run the exits of its model."""
+        """Prints the devices, the mesh, the size of the model and of the run."""
         run, start_step = self._run, int(state.step)
         if run.derived_from:
             self.say(run.derived_from)
@@ -376,8 +375,6 @@ class Records:
             f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
             + (f", resumed at step {start_step}" if start_step else "")
         )
-        if not start_step:
-            self.say(reasons.line(self._config.model, self._workdir))
 
     def _of_factors(self, state: train_step.TrainState) -> str:
         """How many parameters are factors of LoRA, in words; "" without."""

@@ -49,7 +49,6 @@ LONG = (
     "tests/convert/test_exits.py",
     "tests/training/test_memory.py",
     "tests/training/test_keep.py",
-    "tests/convert/test_naflex.py",
     "tests/input_pipeline/test_mixture.py",
     "tests/launch/test_plan.py",
     "tests/convert/test_initialise.py",

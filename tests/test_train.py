@@ -168,8 +168,6 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(
     said = capfd.readouterr().err
     assert "compiling the training step, usually under a minute for a small model" in said
     assert "saved at step 1 of 10" in said
-    assert f" (all: grain-jax convert table --checkpoint {tmp_path})" in said
-    assert said.count("\nexits: to-hf, ") == 1
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
     handler = ending.PreemptionHandler()
     handler.tell(signal.SIGTERM)
@@ -178,7 +176,6 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(
     assert end.value.code == ending.PREEMPTED == 75
     train.train(_config(), tmp_path)
     assert runs.lines(tmp_path) == runs.lines(finished)
-    assert "exits:" not in capfd.readouterr().err  # resumed
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """`grain-jax convert KIND --input IN --output OUT` (to-...: --checkpoint DIR): conversion of checkpoints.
 
-Every conversion ends with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
+Conversions end with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from grain_jax.convert import huggingface, parity, towers
 from grain_jax.convert.arguments import Convert
 from grain_jax.convert.average import average
 from grain_jax.convert.big_vision.command import from_big_vision
-from grain_jax.convert.exits import table
 from grain_jax.convert.exits.big_vision import to_big_vision
 from grain_jax.convert.exits.onnx_files import to_onnx
 from grain_jax.convert.exits.open_clip import to_open_clip
@@ -33,14 +32,13 @@ def _settings(args: argparse.Namespace) -> towers.Settings:
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "from-torch": lambda args: reference.from_torch(args.input, args.output, _settings(args).heads),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
-    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push, args.part),
-    "to-open-clip": lambda args: to_open_clip(args.input, args.output, args.part),
-    "to-big-vision": lambda args: to_big_vision(args.input, args.output, args.part),
+    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push),
+    "to-open-clip": lambda args: to_open_clip(args.input, args.output),
+    "to-big-vision": lambda args: to_big_vision(args.input, args.output),
     "to-onnx": lambda args: to_onnx(args.input, args.output),
     "from-hf": lambda args: huggingface.from_hf(args.input, args.output, _settings(args)),
     "from-open-clip": lambda args: from_open_clip(args.input, args.output, _settings(args)),
     "from-big-vision": lambda args: from_big_vision(args.input, args.output, _settings(args)),
-    "table": lambda args: table.report(args.checkpoint),
     "pack": lambda args: pack(args.input, args.output),
     "merge": lambda args: merge(args.input, args.output),
     "average": lambda args: average(args.model, args.weights, args.output),
@@ -68,8 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults = str(error).split("\n")
         print(*faults, sep="\n", file=sys.stderr)
         print(f"{len(faults)} fault{'s' * (len(faults) > 1)}; nothing was written", file=sys.stderr)
-        if hint := getattr(error, "hint", ""):
-            print(hint, file=sys.stderr)
         return 2
     print(report.text)
     if not report.ok:

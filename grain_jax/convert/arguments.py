@@ -1,12 +1,9 @@
 """The flags of `grain-jax convert KIND` and `grain-jax export`."""
 
 import math
-import sys
-from collections.abc import Sequence
-from typing import Self
 
 from grain_jax.cli.flags import flag, many
-from grain_jax.cli.parser import Command, Loads
+from grain_jax.cli.parser import Command
 from grain_jax.config import ACTIVATIONS, DTYPES
 
 
@@ -87,36 +84,21 @@ class ToTorch(_OfCheckpoint, name="convert to-torch"):
 
 
 class ToHf(_OfCheckpoint, name="convert to-hf"):
-    """A checkpoint -> a folder for transformers: CLIPModel, SiglipModel, Siglip2Model for towers that fit, or AutoModel.
+    """A checkpoint -> a folder for transformers: CLIPModel or SiglipModel for towers that fit, or AutoModel.
 
     Example:
       grain-jax convert to-hf --checkpoint runs/demo --output demo_hf
-
-    what of the model:
-      --part PART  model; towers: without region decoder and box head, for CLIPModel or SiglipModel; or vision: the image
-        tower alone, as CLIPVisionModel, SiglipVisionModel or Siglip2VisionModel
 
     the Hugging Face Hub:
       --push ORG/NAME   upload the folder to this repository, which is made if it is not there
       --[no-]private    a new repository is a private one
     """
 
-    part: str = flag("model", choices=("model", "towers", "vision"))
     push: str | None = None
     private: bool = False
 
 
-class _OfTowers(_OfCheckpoint):
-    """Kinds that write two towers.
-
-    what of the model:
-      --part PART  model, or towers: without region decoder and box head
-    """
-
-    part: str = flag("model", choices=("model", "towers"))
-
-
-class ToOpenClip(_OfTowers, name="convert to-open-clip"):
+class ToOpenClip(_OfCheckpoint, name="convert to-open-clip"):
     """A checkpoint of two towers -> a folder for open_clip's create_model_and_transforms("local-dir:DIR").
 
     Example:
@@ -124,7 +106,7 @@ class ToOpenClip(_OfTowers, name="convert to-open-clip"):
     """
 
 
-class ToBigVision(_OfTowers, name="convert to-big-vision"):
+class ToBigVision(_OfCheckpoint, name="convert to-big-vision"):
     """A checkpoint of two towers -> the .npz of big_vision's two_towers.
 
     Example:
@@ -133,7 +115,7 @@ class ToBigVision(_OfTowers, name="convert to-big-vision"):
 
 
 class ToOnnx(_OfCheckpoint, name="convert to-onnx"):
-    """A checkpoint -> a folder of ONNX files: image, text, boxes, similarity maps and text decoder, as the model has them.
+    """A checkpoint -> a folder of ONNX files: image, text, boxes and similarity maps, as the model has them.
 
     Example:
       grain-jax convert to-onnx --checkpoint runs/demo --output demo_onnx
@@ -201,42 +183,23 @@ class Average(Command, name="convert average"):
     output: str
 
 
-class Table(Command, name="convert table"):
-    """The exits of each start, or of a checkpoint: PROVEN, or why not.
-
-    Example:
-      grain-jax convert table --checkpoint runs/demo
-
-    whose exits:
-      --checkpoint DIR  workdir, checkpoint or converted folder; without it, those of the package's starts
-    """
-
-    checkpoint: str | None = None
-
-
 _KINDS = (
     *(FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, ToOpenClip, FromBigVision, ToBigVision),
-    *(ToOnnx, Pack, Merge, Average, Table),
+    *(ToOnnx, Pack, Merge, Average),
 )
 
 
 class Convert(Command, name="convert", kinds={kind.command: kind for kind in _KINDS}):
     """Converts checkpoints from and to PyTorch, Hugging Face, open_clip, big_vision.
 
-    Every kind but the table (also: --table) ends with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
+    Every kind but average ends with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
 
     Example:
       grain-jax convert to-hf --checkpoint runs/demo --output demo_hf
     """
 
-    @classmethod
-    def parse(cls, words: Sequence[str] | None = None) -> Self:
-        """As `Command.parse`; `--table` is the kind table."""
-        words = sys.argv[1:] if words is None else words
-        return super().parse(["table" if word == "--table" else word for word in words])
 
-
-class Export(Loads, name="export"):
+class Export(Command, name="export"):
     """Writes a model as StableHLO, which runs without grain_jax.
 
     Every function takes any number of images or texts and runs on CPUs, CUDA and TPUs.

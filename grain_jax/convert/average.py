@@ -16,13 +16,10 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.faults import ConvertError, raise_any
-from grain_jax.inference import rerank
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
-_DECODER = "text_decoder/"  # before the names of the arrays of a text decoder
-_CHECKED = 4096  # values of an array whose sum is compared with one in float64
 # Keys that may differ; the last two are compared in another way.
 _FREE = {
     *towers.OF_TRAINING,
@@ -36,9 +33,8 @@ def average(
     """average: equal models -> the model of the weighted sum of their parameters, for `grain_jax.load`.
 
     Sums are float32, in the order of the models, so equal calls give equal bits. Factors of LoRA are folded in first. The
-    logit scale is summed as it is stored, as a logarithm. A text decoder is summed where all models have one of the same
-    sizes, and else left out. Two models at a time are in the host's memory, and a second copy of the matrices of one that
-    has factors.
+    logit scale is summed as it is stored, as a logarithm. Two models at a time are in the host's memory, and a second copy of
+    the matrices of one that has factors.
 
     Args:
       sources: two or more workdirs, checkpoints or converted folders.
@@ -46,7 +42,7 @@ def average(
       folder: new, or an older conversion.
 
     Returns:
-      What was averaged, and the comparison of sums with those in float64.
+      What was averaged.
 
     Raises:
       ConvertError: wrong weights; the models differ, or have not the arrays of their config, with a line a difference; a
@@ -56,31 +52,19 @@ def average(
     _check(sources, weights)
     folder = output.check_free(folder)
     first: checkpoint.Stored | None = None
-    sums, exact, lines, has_weight = {}, {}, [], False
-    sizes: list[config_lib.TextDecoder | None] = []
+    sums, lines = {}, []
     for source, weight in zip(sources, weights or [1 / len(sources)] * len(sources)):
         stored = checkpoint.load_stored(source)
         arrays = grain.flat(stored.merged())
-        of_decoder = stored.text_decoder
-        has_weight |= of_decoder is not None and rerank.path_of(stored.folder).exists()
-        stored = stored._replace(params={}, text_decoder=None)
+        stored = stored._replace(params={})
         first = first or stored
         raise_any([*_differences(first, stored), *_misfits(stored, arrays)])
-        sizes.append(of_decoder and dataclasses.replace(of_decoder.config, unroll=1))
-        if of_decoder is not None and sizes[-1] == sizes[0]:
-            flat = grain.flat(of_decoder.params)
-            arrays |= {_DECODER + name: x for name, x in flat.items()}
         for name, x in arrays.items():
             sums[name] = sums.get(name, np.float32(0)) + np.float32(weight) * x
-            exact[name] = exact.get(name, 0.0) + weight * _some(x).astype(np.float64)
         merged = f", LoRA of rank {stored.lora.rank} folded in" if stored.lora.rank else ""
         lines.append(f"{weight:10.6g}  {stored.folder}, {_logit_scale(arrays)}{merged}")
-        del arrays, of_decoder  # before the next model is read
+        del arrays  # before the next model is read
     assert first is not None
-    of_decoder, said = _of_decoder(sizes)
-    if of_decoder is None:
-        for name in [name for name in sums if name.startswith(_DECODER)]:
-            del sums[name], exact[name]
     infinite = [name for name, x in sums.items() if not np.isfinite(x).all()]
     raise_any(
         [
@@ -88,29 +72,12 @@ def average(
             for name in infinite
         ]
     )
-    parts = dict.fromkeys(name.partition("/")[0] for name in sums)
-    proof = parity.report(
-        parity.compare(
-            {part: _part(part, {name: _some(x) for name, x in sums.items()}) for part in parts},
-            {part: _part(part, exact) for part in parts},
-        ),
-        f"sums in float64 of up to {_CHECKED} values of each array",
-    )
     made_of = ", ".join(map(str, sources))
-    params = tables.nested(sums)
-    decoder = None
-    if of_decoder is not None:
-        decoder = checkpoint.StoredDecoder(of_decoder, params.pop(_DECODER.rstrip("/")))
-    given = proof, first.folder, decoder, first.sequence_lengths
-    output.save(folder, first.model, params, made_of, *given)
-    return proof.after(
-        f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}",
-        *lines,
-        *said,
-        *["without a weight of reranking: that of another model would not be its best"]
-        * has_weight,
-        f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32",
-    )
+    lines += [f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32"]
+    lines = [f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}", *lines]
+    made = parity.Report("\n".join(lines), True, "a sum: no other side")
+    output.save(folder, first.model, tables.nested(sums), made_of, made, first.folder)
+    return made
 
 
 def _check(sources: Sequence[Any], weights: Sequence[float]) -> None:
@@ -135,19 +102,6 @@ def _differences(first: checkpoint.Stored, other: checkpoint.Stored) -> Iterator
         got, wanted = theirs.get(key), ours.get(key)
         if got != wanted:
             yield f"{other.folder}: model.{key}: got {got!r}, expected {wanted!r} as {first.folder} has"
-    got, wanted = other.sequence_lengths, first.sequence_lengths
-    if bool(got) != bool(wanted):  # one has learned from squares
-        yield f"{other.folder}: sequence_lengths: got {got}, expected {wanted} as {first.folder} has"
-
-
-def _of_decoder(
-    sizes: Sequence[config_lib.TextDecoder | None],
-) -> tuple[config_lib.TextDecoder | None, list[str]]:
-    """(what the text decoders of all models have, or None; what the report says of them)."""
-    if None not in sizes and len(set(sizes)) == 1:
-        return sizes[0], ["text decoder: averaged"]
-    missing = "text decoder: left out, as not all models have one of the same sizes"
-    return None, [missing] if any(sizes) else []
 
 
 def _misfits(stored: checkpoint.Stored, arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
@@ -181,14 +135,3 @@ def _keys(stored: checkpoint.Stored) -> dict[str, Any]:
         known = f"{path.name}, sha256 {hashlib.sha256(tokenizer.content_of(path)).hexdigest()[:12]}"
     has_bias = stored.model.logit_bias_init is not None
     return keys | {"text.tokenizer": known, "logit_bias_init": "a bias" if has_bias else None}
-
-
-def _some(x: Any) -> np.ndarray:
-    """Values of an array at even distances, at most `_CHECKED`."""
-    values = np.asarray(x).reshape(-1)
-    return values[:: max(-(-values.size // _CHECKED), 1)]
-
-
-def _part(part: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The values of all arrays of a part of the model, one after another."""
-    return np.concatenate([x for name, x in arrays.items() if name.partition("/")[0] == part])

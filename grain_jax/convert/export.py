@@ -20,23 +20,17 @@ from jax import export as jax_export
 from grain_jax import __version__, inference
 from grain_jax import config as config_lib
 from grain_jax.convert import output as files
-from grain_jax.convert import parity, text_decoder
+from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
-from grain_jax.core import errors, schema
+from grain_jax.core import errors
 from grain_jax.inference import jitted, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain
-from grain_jax.models.text_decoder import TASKS
 
 DESCRIPTION = "model.json"  # marks the folder
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
 TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
-_IN_OWN_SHAPE = (
-    "turned by the EXIF orientation, RGB, resized by Pillow's bilinear filter (antialiased) to grid = (h, w) patches, the most of one scale of both sides, each"
-    " rounded up to whole patches, with h * w <= sequence_length; pixels: the patches row by row, each (y, x, channel), then"
-    " zeros to any number of patches"
-)
 _IMAGES = 3  # of the check; the Predictor pads them to another number
 
 
@@ -45,10 +39,8 @@ def export_model(
 ) -> list[parity.Comparison]:
     """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
-    A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
-    no `boxes.stablehlo`, one whose images have no grid of patches, or are in their own shape, no `maps.stablehlo`. Of a text
-    decoder `caption`, `describe` and `point` are greedy searches as a whole. Images in their own shape are two inputs,
-    `pixels` and `grid` (`schema.Patches`).
+    A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head no
+    `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`.
     What was written is read back and runs on this machine.
 
     Args:
@@ -57,8 +49,7 @@ def export_model(
       platforms: what the functions are lowered for, all in one file.
 
     Returns:
-      for each output of each function how far it is from the predictor's (`TOLERANCE` of its dtype); of the text decoder in
-      float32 alone, since a search that rounds otherwise may take the other of two tokens that are almost as likely.
+      for each output of each function how far it is from the predictor's (`TOLERANCE` of its dtype).
 
     Raises:
       ConvertError: the folder holds something else, or cannot be written.
@@ -67,9 +58,6 @@ def export_model(
     params: dict[str, Any] = {
         name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
     }
-    if predictor.text_decoder is not None:
-        of_decoder = grain.flat({text_decoder.NAME: predictor.text_decoder.params})
-        params |= {name: np.asarray(x) for name, x in of_decoder.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
     for name, (function, inputs) in _functions(predictor).items():
@@ -93,7 +81,7 @@ def _functions(
     model, dtype = predictor.model, predictor.dtype
     encode_images = jitted.image_program(model, dtype)
     encode_texts = jitted.text_program(model, dtype)
-    nested = text_decoder.of_model
+    nested = tables.nested
 
     def regions(params, image):
         names = ("image_embed", "region_embed", "boxes_xyxy")
@@ -110,15 +98,12 @@ def _functions(
         return {"text_embed": encode_texts(nested(params), tokens, end)}
 
     size, context = model.image.image_size, model.text.context_length
-    b, p, r, n = jax_export.symbolic_shape("b, p, r, n")
+    b, r, n = jax_export.symbolic_shape("b, r, n")
     rows, length = b, context
     if model.text.packable:  # another one sees its padding: rows as long as in training
         rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
     spec = jax.ShapeDtypeStruct
     images = {"image": spec((b, size, size, 3), np.uint8)}
-    if predictor.sequence_length:
-        numbers = 3 * model.image.patch_size**2
-        images = {"pixels": spec((b, p, numbers), np.uint8), "grid": spec((b, 2), np.int32)}
     texts = {"tokens": spec((rows, length), np.int32), "end": spec((rows,), np.int32)}
     functions = {"image": (image, images), "text": (text, texts)}
     if model.decoder is not None and model.decoder.queries:
@@ -128,31 +113,12 @@ def _functions(
     if maps := _maps(predictor):
         asked = {"text_embed": spec((n, model.embed_dim), np.float32)}
         functions["maps"] = (maps, images | asked)
-    for task in TASKS if predictor.text_decoder is not None else ():
-        search, asked = text_decoder.search(predictor, task)
-        asked = {name: spec((b, *x.shape), x.dtype) for name, x in asked.items()}
-        functions[task] = (search, images | asked)
-    if predictor.sequence_length:
-        return {
-            name: (function if name == "text" else _of_patches(function), given)
-            for name, (function, given) in functions.items()
-        }
     return functions
 
 
-def _of_patches(function: Callable) -> Callable:
-    """A function of (flat params, images, ...) as one of (flat params, pixels, grid, ...)."""
-    return lambda params, pixels, grid, *rest: function(params, schema.Patches(pixels, grid), *rest)
-
-
 def _maps(predictor: inference.Predictor) -> Callable | None:
-    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None: the model has none.
-
-    Nor has one of images in their own shape, each of whose maps has a grid of its own.
-    """
+    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None: the model has none."""
     model, dtype = predictor.model, predictor.dtype
-    if predictor.sequence_length:
-        return None
     has_head = model.boxes.kind != "none"
     of_patches = has_head or model.decoder is None
     if not (of_patches or predictor.has_regions):
@@ -163,7 +129,7 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
         return None
 
     def maps(params, image, text_embed):
-        found, params = [], text_decoder.of_model(params)
+        found, params = [], tables.nested(params)
         with jax.default_matmul_precision("highest"):  # of cosines
             if of_patches:
                 rest = ()
@@ -201,7 +167,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
             "outputs": {name: of(x) for name, x in outputs.items()},
         }
 
-    any_function, decoder = functions["image"][0], predictor.text_decoder
+    any_function = functions["image"][0]
     image, text, learnt = describe(predictor)
     return {
         "grain_jax": __version__,
@@ -213,7 +179,6 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         "image": image | {"normalised_by": "the function: give it the uint8 values"},
         "text": text | {"end": _end(predictor.model.text)},
         **learnt,
-        **(text_decoder.ids_of(decoder, predictor.model) if decoder is not None else {}),
     }
 
 
@@ -230,16 +195,10 @@ def _end(text: config_lib.TextTower) -> str:
 def describe(predictor: inference.Predictor) -> tuple[dict[str, Any], ...]:
     """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON."""
     model = predictor.model
-    image = {
+    image: dict[str, Any] = {
         "size": model.image.image_size,
         "prepare": "turned by the EXIF orientation, RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
     }
-    if length := predictor.sequence_length:
-        image = {
-            "patch_size": model.image.patch_size,
-            "sequence_length": length,
-            "prepare": _IN_OWN_SHAPE,
-        }
     image |= {
         "pixel_mean": list(model.image.pixel_mean),
         "pixel_std": list(model.image.pixel_std),
@@ -283,15 +242,10 @@ def _compare(
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
     given = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
-    draw = lambda shape: np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    images: dict[str, Any] = {"image": draw(given.images.shape)}
-    given = given._replace(images=images["image"])
-    if length := predictor.sequence_length:
-        shaped = parity.own_shapes(predictor.model, length)
-        shaped = schema.Patches(draw(shaped.pixels.shape)[:_IMAGES], shaped.grid[:_IMAGES])
-        images, given = shaped._asdict(), given._replace(images=shaped)
+    pixels = np.random.default_rng(0).integers(0, 256, given.images.shape, np.uint8)
+    given = given._replace(images=pixels)
     expected = parity.outputs_of(predictor, given)
-    inputs = images | {"tokens": given.token_ids}
+    inputs = {"image": pixels, "tokens": given.token_ids}
     inputs["end"] = text.ends(given.token_ids).astype(np.int32)
     if "maps" in functions:
         inputs["text_embed"] = expected["text_embed"]
@@ -300,10 +254,6 @@ def _compare(
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     found = []
     for name, (_, names) in functions.items():
-        if name in TASKS and predictor.dtype == "float32":
-            found += _compare_search(predictor, output, name, params, images)
-        if name in TASKS:
-            continue
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
         got: Any = function.call(params, *(inputs[each] for each in names))
         compared = parity.compare(
@@ -313,38 +263,12 @@ def _compare(
     return found
 
 
-def _compare_search(
-    predictor: inference.Predictor,
-    output: epath.Path,
-    task: str,
-    params: Any,
-    images: Mapping[str, np.ndarray],
-) -> list[parity.Comparison]:
-    """As `_compare`, of a search: against the program of the predictor."""
-    function = jax_export.deserialize(bytearray((output / f"{task}.stablehlo").read_bytes()))
-    search, asked = text_decoder.search(predictor, task)
-    rng = np.random.default_rng(0)
-    given = {
-        "boxes_xyxy": parity.BOXES[:_IMAGES],
-        "count": rng.integers(1, 4, _IMAGES, np.int32),
-    }
-    if "tokens" in asked:
-        given["tokens"] = rng.integers(0, 9, (_IMAGES, *asked["tokens"].shape), np.int32)
-    inputs = [given[name] for name in asked]
-    search = _of_patches(search) if predictor.sequence_length else search
-    got: Any = function.call(params, *images.values(), *inputs)
-    found = parity.compare(got, jax.jit(search)(params, *images.values(), *inputs))
-    return [c._replace(name=f"{task}: {c.name}") for c in found]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports a checkpoint; returns 0, 1 where the functions give other outputs, 2 for wrong input."""
     try:
         args = Export.parse(arguments)
         with errors.out_of_memory_in_a_line("export"):
-            model = inference.load(
-                args.checkpoint, args.dtype, sequence_length=args.sequence_length
-            )
+            model = inference.load(args.checkpoint, args.dtype)
             compared = export_model(model, args.output)
     except errors.UserError as error:
         print(error, file=sys.stderr)

@@ -7,13 +7,7 @@ from grain_jax.core import errors
 
 
 class ConvertError(errors.UserError):
-    """A checkpoint cannot be converted; the message has one line a fault.
-
-    Attributes:
-      hint: a line about what to do, which is no fault; "" where there is none.
-    """
-
-    hint = ""
+    """A checkpoint cannot be converted; the message has one line a fault."""
 
 
 @contextlib.contextmanager

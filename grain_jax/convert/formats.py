@@ -47,10 +47,6 @@ _DINOV3 = LayerNames(
     gate="mlp.gate_proj",
     scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
 )
-_TIPS = _TIMM._replace(scales=("ls1.gamma", "ls2.gamma"))
-# Of timm's Eva, whose biases of queries and values are entries of their own where keys have none.
-_EVA = _TIMM._replace(scales=("gamma_1", "gamma_2"))
-_EVA_GATED = _EVA._replace(mlp=("mlp.fc1_x", "mlp.fc2"), gate="mlp.fc1_g")
 # Number of entries for query, key and value -> for each of these (entry, (part, parts of the entry)).
 _QKV = {
     1: ((0, (0, 3)), (0, (1, 3)), (0, (2, 3))),
@@ -158,47 +154,11 @@ def openai_text(prefix: str = "", matrix: bool = True) -> list[NamePair]:
     ]
 
 
-def tips_text() -> list[NamePair]:
-    """The text tower of TIPS v2: constant positions, no projection."""
-    own = ("text/position_embed", "text_projection/kernel")
-    return [row for row in openai_text("text_encoder.") if row.ours not in own]
-
-
-def tips_image(*, gated: bool) -> list[NamePair]:
-    """The image tower of TIPS v2; `gated`: one entry holds the gate and the other linear layer of an MLP."""
-    mlp = ("mlp.w12", "mlp.w3") if gated else ("mlp.c_fc", "mlp.c_proj")
-    return _with_registers("vision_encoder.", "register_tokens", mlp, gated)
-
-
-def timm_tips(*, gated: bool) -> list[NamePair]:
-    """The same in timm, alone."""
-    return _with_registers("", "reg_token", _TIMM.mlp, gated)
-
-
-def _with_registers(at: str, registers: str, mlp: tuple[str, str], gated: bool) -> list[NamePair]:
-    layer = f"{at}blocks.{{}}."
-    inner = linear("image/blocks/mlp/in", layer + mlp[0])
-    if gated:
-        inner = [
-            row._replace(part=(index, 2))
-            for index, name in enumerate(("gate", "in"))
-            for row in linear(f"image/blocks/mlp/{name}", layer + mlp[0])
-        ]
-    blocks = _blocks("image/blocks", layer, _TIPS._replace(mlp=mlp))
-    return [
-        *_timm_tokens(at),
-        NamePair("image/registers", f"{at}{registers}", tables.BATCHED),
-        NamePair("image/position_embed", f"{at}pos_embed", tables.BATCHED),
-        *(row for row in blocks if not row.ours.startswith("image/blocks/mlp/in/")),
-        *inner,
-        *norm("image/norm", f"{at}norm"),
-    ]
-
-
 def timm_image(prefix: str, parts: LayerNames = _TIMM) -> list[NamePair]:
     """The vision transformer of timm, alone: without a pooling head or a projection."""
     return [
-        *_timm_tokens(prefix),
+        *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
+        NamePair("image/class_token", f"{prefix}cls_token", tables.TOKEN),
         NamePair("image/position_embed", f"{prefix}pos_embed", tables.BATCHED),
         *norm("image/pre_norm", f"{prefix}norm_pre"),
         *_blocks("image/blocks", prefix + "blocks.{}.", parts),
@@ -206,77 +166,32 @@ def timm_image(prefix: str, parts: LayerNames = _TIMM) -> list[NamePair]:
     ]
 
 
-def _timm_tokens(prefix: str) -> list[NamePair]:
-    return [
-        *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
-        NamePair("image/class_token", f"{prefix}cls_token", tables.TOKEN),
-    ]
-
-
 def own_image(prefix: str, *, key_bias: bool) -> list[NamePair]:
-    """Our vision transformer with all of its options, by timm's names: the modeling file's."""
-    rows = timm_image(prefix, _OURS)
+    """Our vision transformer with all of its options, by timm's names: the modeling file's.
+
+    Without biases of the keys those of queries and values have entries of their own.
+    """
+    rows, layer = timm_image(prefix, _OURS), prefix + "blocks.{}."
     if not key_bias:
-        rows = _without_key_bias(rows, prefix + "blocks.{}.")
-    return [*rows, NamePair("image/registers", f"{prefix}reg_token", tables.BATCHED)]
-
-
-def _without_key_bias(rows: list[NamePair], layer: str) -> list[NamePair]:
-    """The rows with entries of their own for the biases of queries and values."""
-    return [
-        *(row for row in rows if row.theirs != f"{layer}attn.qkv.bias"),
-        *(
+        rows = [row for row in rows if row.theirs != f"{layer}attn.qkv.bias"]
+        rows += [
             NamePair(
                 f"image/blocks/attention/{name}/bias",
                 f"{layer}attn.{name[0]}_bias",
                 tables.HEADS_BIAS,
             )
             for name in ("query", "value")
-        ),
-    ]
-
-
-def _timm_pool(prefix: str) -> list[NamePair]:
-    return pool(f"{prefix}attn_pool.", "latent", ("q.{kind}", "kv.{kind}"), "proj", "norm")
+        ]
+    return [*rows, NamePair("image/registers", f"{prefix}reg_token", tables.BATCHED)]
 
 
 def timm_image_in_open_clip() -> list[NamePair]:
     """The image tower of open_clip around a transformer of timm."""
+    qkv = ("q.{kind}", "kv.{kind}")
     return [
         *timm_image("visual.trunk."),
-        *_timm_pool("visual.trunk."),
+        *pool("visual.trunk.attn_pool.", "latent", qkv, "proj", "norm"),
         *linear("image_projection", "visual.head.proj"),
-    ]
-
-
-def timm_naflex_in_open_clip() -> list[NamePair]:
-    """The image tower of open_clip around timm's NaFlex transformer."""
-    at = "visual.trunk.embeds."
-    own = ("image/patch_embed/", "image/class_token", "image/position_embed")
-    return [
-        *linear("image/patch_embed", f"{at}proj"),
-        NamePair("image/position_embed", f"{at}pos_embed", tables.GRID),
-        *(row for row in timm_image_in_open_clip() if not row.ours.startswith(own)),
-    ]
-
-
-def timm_dinov3(prefix: str, *, gated: bool) -> list[NamePair]:
-    """DINOv3 in timm, alone; `gated`: with its gated MLP."""
-    layer = prefix + "blocks.{}."
-    return [
-        *_timm_tokens(prefix),
-        NamePair("image/registers", f"{prefix}reg_token", tables.BATCHED),
-        *_without_key_bias(_blocks("image/blocks", layer, _EVA_GATED if gated else _EVA), layer),
-        *norm("image/norm", f"{prefix}norm"),
-    ]
-
-
-def timm_pe_core(prefix: str) -> list[NamePair]:
-    """The image tower of PE-core in timm with its pooling head and projection."""
-    return [
-        *timm_image(prefix),
-        *_timm_pool(prefix),
-        *linear("image_projection", f"{prefix}head"),
     ]
 
 
@@ -292,13 +207,12 @@ def hf_dinov3(layers: str = "") -> list[NamePair]:
     ]
 
 
-def hf_image(*, flat_patches: bool = False) -> list[NamePair]:
-    """The image tower of CLIP and SigLIP in transformers; `flat_patches`: of SigLIP 2."""
-    patches = tables.LINEAR if flat_patches else tables.PATCHES
+def hf_image() -> list[NamePair]:
+    """The image tower of CLIP and SigLIP in transformers."""
     at, head = "vision_model.embeddings.", "vision_model.head."
     qkv = ("attention.in_proj_{kind}",)
     return [
-        *linear("image/patch_embed", at + "patch_embedding", patches),
+        *linear("image/patch_embed", at + "patch_embedding", tables.PATCHES),
         NamePair("image/class_token", at + "class_embedding"),
         NamePair("image/position_embed", at + "position_embedding.weight"),
         *norm("image/pre_norm", "vision_model.pre_layrnorm"),

@@ -6,18 +6,15 @@ needs safetensors and tokenizers; torch and transformers only run the parity.
 """
 
 import dataclasses
-import hashlib
-import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.config import weights as loss_weights
-from grain_jax.convert import archives, model_card, output, parity, text_decoder, towers
+from grain_jax.convert import archives, model_card, output, parity, towers
 from grain_jax.convert.exits import folder as exits
-from grain_jax.convert.exits import hugging_face, reasons, tokenizers
+from grain_jax.convert.exits import hugging_face, needs, tokenizers
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip.command import from_transformers
 from grain_jax.convert.reference import module as torch_module
@@ -26,11 +23,8 @@ from grain_jax.core import regular_file
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import pretrained
 from grain_jax.runtime.pretrained import hub
-from grain_jax.runtime.saved_model import StoredDecoder
 
 WEIGHTS = "model.safetensors"
-_TEXT_DECODER = "text_decoder"  # key of config.json, and the first part of the names of its arrays
-_LENGTHS = "sequence_lengths"  # key of config.json
 _INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files
 _MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
@@ -51,19 +45,13 @@ LOSSES = dict(
     iou_epsilon=0.0,
     deep_supervision=False,
 )
-_NO_LOSSES = (  # of the modeling file
-    *("image_description", "box_description", "hard_negative"),
-    *("group_size", "shift_labels_after_empty_box"),
-)
+# What the modeling file lacks of a run's losses.
+_NO_LOSSES = ("image_description", "box_description", "hard_negative", "group_size")
+_REFERENCE_EPSILON = 1e-4  # of the IoU in a run with `reference`
 _TEXTS = ["a photo of a wren", "Two DOGS  &amp; a cat's   bowl, 1998!", "", "long " * 100]
 
 
-def to_hf(
-    source: epath.PathLike,
-    folder: epath.PathLike,
-    repo: str | None = None,
-    part: str = "model",
-) -> parity.Report:
+def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = None) -> parity.Report:
     """to-hf: a model that `grain_jax.load` reads to a folder for `AutoModel` and `AutoProcessor`.
 
     A model without a region decoder becomes transformers' own CLIP or SigLIP where these can hold it.
@@ -72,8 +60,6 @@ def to_hf(
       source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
       folder: new, or an older conversion.
       repo: ORG/NAME where `push` will publish it; the model card names it.
-      part: "model"; "towers": without region decoder and box head, as CLIP or SigLIP; or "vision": the image tower
-        alone, as a vision model of either.
 
     Raises:
       hub.HubError: `push` to that `repo` could not work.
@@ -82,23 +68,15 @@ def to_hf(
     """
     if repo is not None:
         hub.check_push(repo)
-    found = exits.read(source)
-    if part == "vision":
-        return hugging_face.write_vision(found, folder, repo)
-    found, unknown = tokenizers.with_end(found)
-    if part == "towers":
-        alone, lines = exits.towers_alone(found)
-        return hugging_face.write_towers(alone, folder, repo, unknown).after(*lines)
+    found, unknown = tokenizers.with_end(exits.read(source))
     lines = []
     if found.model.decoder is None:
-        kind, faults = reasons.of_hugging_face(found.model, found.sequence_lengths)
+        kind, faults = needs.of_hugging_face(found.model)
+        if not faults:
+            return hugging_face.write_towers(found, folder, kind, repo, unknown)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
-        if found.text_decoder is not None:
-            keys.append("the text decoder")
-        if not keys:
-            return hugging_face.write_towers(found, folder, repo, unknown)
         lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {', '.join(keys)}"]
-    reasons.refuse(found.model, names.faults(found.model, "to-hf"))
+    names.refuse(found.model, "to-hf")
     return _write(found, output.check_free(folder, _MODELING), repo, lines, unknown)
 
 
@@ -111,14 +89,8 @@ def _write(
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
-    # In torch a weight is a number: that of the end of the run.
-    ending = {
-        key: loss_weights.last(value) for key, value in losses.items() if isinstance(value, dict)
-    }
-    losses |= ending
-    if ending:
-        said = ", ".join(f"loss.{key}={value:g}" for key, value in ending.items())
-        lines = [*lines, f"training in torch has the weights of the end of the run: {said}"]
+    if run.config.get("reference"):
+        losses["iou_epsilon"] = _REFERENCE_EPSILON
     lacking = [name for name in _NO_LOSSES if stored.get(name)] + [*stored.get("terms", ())]
     if lacking:
         lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
@@ -127,24 +99,17 @@ def _write(
     if name != "clip":
         name = next((x for x in _TOKENIZER if x in words), name)
     text = dataclasses.replace(model.text, tokenizer=name)
-    decoder, sizes = source.text_decoder, None
-    states = names.state_dicts(source.params)
-    if decoder is not None:
-        sizes = text_decoder.stored_sizes(decoder, model, source.folder if words else None)
-        states[_TEXT_DECODER] = text_decoder.state(decoder, model)
-    lengths = source.sequence_lengths
-    model_files = _files(dataclasses.replace(model, text=text), losses, sizes, lengths)
-    files = code_of(model, sizes is not None, bool(lengths)) | model_files | words
+    code = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
+    files = code | _files(dataclasses.replace(model, text=text), losses) | words
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
-        for module, state in states.items()
+        for module, state in names.state_dicts(source.params).items()
         for name, array in state.items()
     }
     with output.replacing(folder, _MODELING) as new:
         exits.write_files(new, WEIGHTS, weights, files)
         proof = _prove_folder(new, source, has_tokenizer=bool(words)).but(unknown)
-        of_card = model, losses, run, proof, missing, repo, decoder is not None
-        card = model_card.write(*of_card, max(lengths, default=0))
+        card = model_card.write(model, run, proof, _use(model), missing, losses=losses, repo=repo)
         (new / "README.md").write_text(card)
     size = sum(array.size for array in weights.values())
     return proof.after(
@@ -155,29 +120,28 @@ def _write(
     )
 
 
-def code_of(
-    model: config_lib.Model, has_text_decoder: bool = False, has_shapes: bool = False
-) -> dict[str, str]:
-    """The Python files of a folder by name, without what the model lacks: the sections `# <PART>` to `# </PART>`."""
-    parts = {
-        "decoder": model.decoder is not None,
-        "pool": model.decoder is None,
-        "map": "map" in (model.image.pool, model.text.pool),
-        "boxes": model.boxes.kind != "none",
-        "rope": model.image.rope != "none",
-        "text_decoder": has_text_decoder,
-        "shapes": has_shapes,
-    }
-    texts = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
-    for part, is_there in parts.items():
-        section = re.compile(rf"^ *# <{part}>\n(.*?)^ *# </{part}>\n", re.MULTILINE | re.DOTALL)
-        kept = r"\1" if is_there else ""
-        texts = {name: section.sub(kept, text) for name, text in texts.items()}
-    texts = {name: text.rstrip() + "\n" for name, text in texts.items()}
-    # A process gives the first model class to every config class of the same bytes: these differ as the models do.
-    digest = hashlib.sha256(texts[_MODELING].encode()).hexdigest()
-    texts["configuration_grain.py"] += f"# of {_MODELING} {digest}\n"
-    return texts
+_USE = """
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+# Needs torch, transformers 5 and PillowNEEDS. With ftfy, texts with broken encodings are repaired as in training.
+model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+with torch.no_grad():
+    pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]
+    texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]
+    scores = model.zero_shot_logits(pixels, model.class_features(texts))
+"""
+_USE_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
+
+
+def _use(model: config_lib.Model) -> str:
+    """The code of the card."""
+    needs = "" if model.decoder is None else "; SciPy for the loss"
+    if model.text.tokenizer.endswith(".model"):
+        needs += "; sentencepiece and protobuf for the tokenizer"
+    return _USE.replace("NEEDS", needs) + ("" if model.decoder is None else _USE_REGIONS)
 
 
 def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
@@ -208,7 +172,7 @@ def from_hf(
             f"{source}: its config.json states heads and activations; give no flag for them"
         )
     source, folder = pretrained.folder_of(source), output.check_free(folder)
-    model, params, decoder, lengths, states = _read(source)
+    model, params, states = _read(source)
     words, lines = {}, []
     if (name := model.text.tokenizer) != "clip":
         if path := tokenizer.own_file(model.text, source):
@@ -217,9 +181,8 @@ def from_hf(
         else:
             lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / name}"]
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
-    proof = torch_module.prove(model, params, states, decoder, lengths)
-    beside: dict[str, Any] = dict(text_decoder=decoder, sequence_lengths=lengths, files=words)
-    output.save(folder, model, params, source, proof, **beside)
+    proof = torch_module.prove(model, params, states)
+    output.save(folder, model, params, source, proof, files=words)
     return proof.after(f"from-hf: {source} -> {folder}", *lines)
 
 
@@ -232,31 +195,19 @@ def is_grain(folder: epath.Path) -> bool:
     return content.get("model_type") == "grain" or "towers" in content
 
 
-def read(
-    folder: epath.Path,
-) -> tuple[config_lib.Model, Any, StoredDecoder | None, tuple[int, ...]]:
-    """The model in a folder of to-hf, its parameters, its text decoder and its `sequence_lengths`; raises as `from_hf`."""
-    return _read(folder)[:4]
+def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
+    """The model in a folder of to-hf, and its parameters; raises as `from_hf`."""
+    return _read(folder)[:2]
 
 
-def _read(
-    folder: epath.Path,
-) -> tuple[
-    config_lib.Model,
-    Any,
-    StoredDecoder | None,
-    tuple[int, ...],
-    dict[str, dict[str, np.ndarray]],
-]:
+def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
     """(`read`, the same under the names of the modeling file); runs no code of the folder."""
-    model, sizes, lengths = _read_config(folder / "config.json")
+    model = _read_config(folder / "config.json")
     weights, index = folder / WEIGHTS, folder / _INDEX
     files = [weights]
     if not regular_file.is_one(weights) and regular_file.is_one(index):
         weights, files = index, archives.files_of_index(index)
     states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
-    if sizes is not None:
-        states[_TEXT_DECODER] = {}
     faults = []
     for file in files:
         if not regular_file.is_one(file):
@@ -268,33 +219,18 @@ def _read(
             else:
                 faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
     raise_any(faults)
-    decoder = None
     with prefixed(f"{weights}: "):
-        params = names.to_params(states["backbone"], states["decoder"], model)
-    if sizes is not None:
-        with prefixed(f"{weights}: {_TEXT_DECODER} "):
-            decoder = text_decoder.read(sizes, states[_TEXT_DECODER], model)
-    return model, params, decoder, lengths, states
+        return model, names.to_params(states["backbone"], states["decoder"], model), states
 
 
-def _files(
-    model: config_lib.Model,
-    losses: dict[str, Any],
-    text_decoder: dict[str, Any] | None,
-    lengths: tuple[int, ...],
-) -> dict[str, Any]:
+def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
     """The JSON files that tell transformers what is in the folder."""
     image = model.image
-    auto = ["AutoModel", "AutoModelForZeroShotImageClassification"]
-    if text_decoder is not None:
-        auto.append("AutoModelForImageTextToText")
+    auto = ("AutoModel", "AutoModelForZeroShotImageClassification")
     processors = {
         "AutoImageProcessor": "processing_grain.GrainImageProcessor",
         "AutoProcessor": "processing_grain.GrainProcessor",
     }
-    sizes: dict[str, Any] = {"size": {"height": image.image_size, "width": image.image_size}}
-    if lengths:
-        sizes = {"patch_size": image.patch_size, "max_num_patches": max(lengths)}
     return {
         "config.json": {
             "model_type": "grain",
@@ -306,14 +242,12 @@ def _files(
             "dtype": "float32",
             "towers": dataclasses.asdict(model),
             "losses": losses,
-            **({} if text_decoder is None else {_TEXT_DECODER: text_decoder}),
-            **({_LENGTHS: list(lengths)} if lengths else {}),
         },
         "preprocessor_config.json": {
             "image_processor_type": "GrainImageProcessor",
             "processor_class": "GrainProcessor",
             "auto_map": processors,
-            **sizes,
+            "size": {"height": image.image_size, "width": image.image_size},
             "image_mean": list(image.pixel_mean),
             "image_std": list(image.pixel_std),
         },
@@ -325,18 +259,10 @@ def _files(
     }
 
 
-def read_config(path: epath.Path) -> config_lib.Model:
+def _read_config(path: epath.Path) -> config_lib.Model:
     """The model in the config.json of a folder of to-hf; raises as `from_hf`."""
-    return _read_config(path)[0]
-
-
-def _read_config(
-    path: epath.Path,
-) -> tuple[config_lib.Model, dict[str, Any] | None, tuple[int, ...]]:
-    """(the model, the sizes of its text decoder, its `sequence_lengths`) in such a file."""
     expected = "to-hf's config.json"
-    stored = regular_file.read_json(path, dict[str, Any], expected)
-    sizes = stored.get("towers")
+    sizes = regular_file.read_json(path, dict[str, Any], expected).get("towers")
     if not isinstance(sizes, dict):
         hint = f"; {command}" if (command := pretrained.conversion(path.parent)) else ""
         raise ConvertError(f"{path}: got no sizes under towers, expected {expected}{hint}")
@@ -349,16 +275,7 @@ def _read_config(
         raise ConvertError(
             f"{path}: model.text.tokenizer: got {name!r}, expected clip or the name of a tokenizer's file beside it"
         )
-    sizes = stored.get(_TEXT_DECODER)
-    if not isinstance(sizes, dict | None):
-        raise ConvertError(f"{path}: {_TEXT_DECODER}: got {sizes!r:.40}, expected {expected}")
-    lengths = stored.get(_LENGTHS) or []
-    fault = f"got {lengths!r:.40}, expected {expected}"
-    if isinstance(lengths, list) and all(type(x) is int for x in lengths):
-        fault = config_lib.lengths_fault(lengths)
-    if fault:
-        raise ConvertError(f"{path}: {_LENGTHS}: {fault}")
-    return model, sizes, tuple(lengths)
+    return model
 
 
 @exits.needing_packages
@@ -367,20 +284,15 @@ def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool)
     import torch
     import transformers
 
-    model, lengths = source.model, source.sequence_lengths
-    given = parity.inputs_of(model, lengths)
-    sequences = text_decoder.sequences(source.text_decoder, model, given.count)
-    ours = torch_module.outputs(model, source.params, given, source.text_decoder)
-    ours["pixels"] = exits.our_pixels(model.image, lengths)
+    model = source.model
+    given = parity.inputs_of(model)
+    ours = torch_module.outputs(model, source.params, given)
+    ours["pixels"] = exits.our_pixels(model.image)
     load = lambda auto: auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     module = load(transformers.AutoModel).eval()
-    theirs = torch_module.run_module(module, given, sequences)
+    theirs = torch_module.run_module(module, given)
     prepared = load(transformers.AutoImageProcessor)(exits.raw_images())
-    pixels = prepared["pixel_values"]
-    theirs["pixels"] = (pixels if lengths else pixels.permute(0, 2, 3, 1)).numpy()
-    if lengths:
-        theirs["grid"] = prepared["spatial_shapes"].numpy()
-        ours["grid"] = exits.our_patches(model.image, lengths).grid
+    theirs["pixels"] = prepared["pixel_values"].permute(0, 2, 3, 1).numpy()
     if has_tokenizer:
         processor = load(transformers.AutoProcessor)
         ids = lambda texts: processor(text=texts, padding="max_length")["input_ids"]

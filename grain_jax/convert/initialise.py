@@ -36,7 +36,7 @@ _PREFIXES = {
     "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
 }
 _TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
-_POOLING = ("pool", "pool_heads", "pool_mlp_dim", "projection")
+_POOLING = ("pool", "projection")
 _BOX_HEAD = ("box_head/", "box_projection/")
 
 
@@ -121,8 +121,7 @@ def check(init: config_lib.Init) -> None:
     """Raises ConvertError where a checkpoint that `init` names is not there; none is read, and the Hub is not asked."""
     for which in towers.TOWERS + ("decoder",):
         path = getattr(init, which)
-        file, _ = open_clip.split(path or ".")  # without the text head, or the sub-tree
-        file = re.sub(r"(\.npz):[^/:].*$", r"\1", file)
+        file = re.sub(r"(\.npz):[^/:].*$", r"\1", path or ".")  # without the sub-tree
         if not hub.is_reference(file) and not pretrained.folder_of(file).exists():
             raise ConvertError(
                 f"init.{which}: {path}: no such file or folder, expected a checkpoint"
@@ -151,12 +150,9 @@ def load(config: config_lib.Config) -> Loaded:
 
 
 def _load_decoder(config: config_lib.Config, path: str, shapes) -> Loaded:
-    """The parameters of a checkpoint of ours that are not of its towers; those of a box head where both have the same.
-
-    And of its text decoder.
-    """
+    """The parameters of a checkpoint of ours that are not of its towers; those of a box head where both have the same."""
     model = config.model
-    ours, flat, text_decoder = _read_ours(path)
+    ours, flat = _read_ours(path)
     if ours.decoder is None and model.decoder is not None:
         raise ConvertError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN")
     if ours.decoder is not None and model.decoder is None:
@@ -173,40 +169,13 @@ def _load_decoder(config: config_lib.Config, path: str, shapes) -> Loaded:
         unknown = sorted(rest(flat).keys() - shapes.keys())
         raise_any([f"{name} is not part of the model" for name in unknown])
         found = tables.read([NamePair(name, name) for name in flat], flat, rest(shapes))
-    words, report = _load_text_decoder(config, ours, text_decoder)
-    return Loaded(found | words, [*report, f"init.decoder: {len(found)} arrays from {path}"])
+    return Loaded(found, [f"init.decoder: {len(found)} arrays from {path}"])
 
 
-def _load_text_decoder(
-    config: config_lib.Config, ours: config_lib.Model, stored: checkpoint.StoredDecoder | None
-) -> Loaded:
-    """Of a text decoder beside the model `ours`: the run's first one goes on from it where both have the same keys."""
-    entries = config.loss.terms
-    names = sorted(name for name in entries if entries[name]["term"] == "text_decoder")
-    if stored is None or not names:
-        unused = ["init.decoder: not used: its text decoder"] if stored else []
-        return Loaded({}, unused)
-    of_arrays = lambda decoder, model: (
-        dataclasses.asdict(dataclasses.replace(decoder, predictions=None, unroll=1))
-        | {"vocab_size": model.text.vocab_size, "width of patches": model.image.width}
-    )
-    own = of_arrays(config_lib.text_decoder_of_term(entries[names[0]], config.model), config.model)
-    old, name = of_arrays(stored.config, ours), f"loss.terms.{names[0]}"
-    for key, value in own.items():
-        if value != old[key]:
-            line = f"init.decoder: {name} begins at random: {key}: got {value}, the checkpoint's has {old[key]}"
-            return Loaded({}, [line])
-    flat = {f"terms/{names[0]}/decoder/{x}": y for x, y in grain.flat(stored.params).items()}
-    return Loaded(flat, [f"init.decoder: {name} goes on from its text decoder, {len(flat)} arrays"])
-
-
-def _read_ours(
-    path: str,
-) -> tuple[config_lib.Model, dict[str, np.ndarray], checkpoint.StoredDecoder | None]:
-    """The model in a workdir, checkpoint or converted folder, its arrays by flat name, and its text decoder."""
-    stored = checkpoint.load_stored(path)
-    flat = {name: np.asarray(x, np.float32) for name, x in grain.flat(stored.merged()).items()}
-    return stored.model, flat, stored.text_decoder
+def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
+    """The model in a workdir, checkpoint or converted folder, and its arrays by flat name."""
+    model, params, _ = checkpoint.load_model(path)
+    return model, {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
 
 
 def _load_tower(config, which: str, path: str, shapes) -> Loaded:
@@ -220,8 +189,7 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     )
     of_tower = _own(which, alone, grain.parameter_shapes(alone))
     with prefixed(f"{path}: "):
-        pair = (getattr(towers.plain_pool(x), which) for x in (alone, model))
-        raise_any(towers.differences(which, *pair, *ignored))
+        raise_any(towers.differences(which, tower.config, wanted, *ignored))
         # An unused entry of the tower itself would change its outputs.
         unknown = sorted(state.keys() - tables.used(tower.rows, of_tower))
         raise_any([f"{x}: unknown key" for x in unknown if x.startswith(tower.prefix)])
@@ -238,7 +206,6 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
         raise_any([f"{n}: got shape {x}, expected {shapes[n]}" for n, x in wrong.items()])
     report = [f"init.{which}: {len(params)} arrays from {path}", *resized]
     report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
-    report += [f"init.{which}: {words}" for words in tower.notes]
     if which == "text":
         report += [
             f"init.text: CHECK model.text.{field}: got {getattr(wanted, field)!r}; such a tower's is"
@@ -311,11 +278,10 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
     """The tower in a checkpoint of any format, and the arrays of the checkpoint."""
     wanted = getattr(model, which)
     settings = towers.Settings({which: wanted.heads}, {which: wanted.activation})
-    text, head = open_clip.split(path)
-    folder = pretrained.folder_of(text)
+    folder = pretrained.folder_of(path)
     is_ours = any((folder / x).is_dir() for x in ("params", "checkpoints", "state"))
-    if head is None and (is_ours or huggingface.is_grain(folder)):
-        ours, flat, _ = _read_ours(str(folder))
+    if is_ours or huggingface.is_grain(folder):
+        ours, flat = _read_ours(str(folder))
         return Tower(getattr(ours, which), [NamePair(x, x) for x in flat], f"{which}/"), flat
     if named.is_external(wanted.tower):
         raise ConvertError(

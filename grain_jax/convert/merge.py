@@ -33,17 +33,14 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
             " has, every other command takes this one as it is"
         )
     merged = stored.merged()
-    given = parity.inputs_of(stored.model, stored.sequence_lengths)
+    given = parity.inputs_of(stored.model)
     with lora.beside(stored.lora):
         apart = parity.outputs(stored.model, stored.params, given)
     found = parity.compare(parity.outputs(stored.model, merged, given), apart)
     proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
-    given = source, proof, stored.folder, stored.text_decoder, stored.sequence_lengths
-    output.save(folder, stored.model, merged, *given)
-    said = output.carry_weight(stored, folder)
+    output.save(folder, stored.model, merged, source, proof, stored.folder)
     count = len(list(low_rank.maps_in(stored.params)))
     return proof.after(
         f"merge: {stored.folder} -> {folder}",
         f"{count} maps, of all layers each; rank {stored.lora.rank}, alpha {stored.lora.alpha:g}",
-        *said,
     )

@@ -42,55 +42,45 @@ def read_run(folder: epath.PathLike) -> TrainedRun:
 
 def write(
     model: config_lib.Model,
-    losses: Mapping[str, Any],
     run: TrainedRun,
     proof: parity.Report,
-    missing: str,
+    use: str,
+    missing: str = "",
+    *,
+    library: str = "transformers",
+    losses: Mapping[str, Any] | None = None,
     repo: str | None = None,
-    has_text_decoder: bool = False,
-    sequence_length: int = 0,
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face hub.
 
     Args:
       model: the sizes.
-      losses: those of the modeling file.
       run: where the model comes from.
       proof: the parity report of the conversion.
+      use: code that loads FOLDER.
       missing: why the folder has no tokenizer, or "".
-      repo: ORG/NAME on the Hub, for the code that loads the model.
-      has_text_decoder: whether the model writes texts.
-      sequence_length: the most patches of an image in its own shape; 0: squares.
+      library: that loads the folder, as the Hub names it.
+      losses: those of the modeling file.
+      repo: ORG/NAME on the Hub, in place of FOLDER.
     """
-    regions = _REGIONS if model.decoder is not None else ""
-    regions += _WRITES if has_text_decoder else ""
-    needs = "; SciPy for the loss" if model.decoder is not None else ""
-    if not missing and model.text.tokenizer.endswith(".model"):
-        needs += "; sentencepiece and protobuf for the tokenizer"
-    use = _USE.replace("REGIONS\n", regions).replace("NEEDS", needs)
-    use = use.replace("PIXELS", _PATCHES if sequence_length else _PIXELS)
-    shapes = ", spatial_shapes=shapes" if sequence_length else ""
-    use = use.replace("SHAPES", shapes)
-    lines = [use.replace("FOLDER", repo or "FOLDER")]
+    title = "Image and text towers" if model.decoder is None else "GRAIN"
+    use = use.strip().replace("FOLDER", repo or "FOLDER")
+    lines = [_HEAD.format(title=title, library=library, use=use)]
     if repo:
         lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
     if missing:
-        lines.append(f"The folder has {missing}. Process images with `AutoImageProcessor`.")
-    lines += ["", "## Model", "", "```", *towers.describe(model, {}), "```"]
-    if model.boxes.kind != "none":
-        maps = "`similarity_maps(pixels, texts)` shows where texts lie"
         lines.append(
-            f"A box head, {model.boxes.kind}: `get_boxes(pixels, boxes{shapes})` embeds given boxes"
-            f"{'' if shapes else f', {maps}'}."
+            f"The folder has {missing}. A tokenizer that a library takes instead is another."
         )
-    if has_text_decoder:
+    lines += ["", "## Model", "", "```", *towers.describe(model, {}), "```"]
+    if losses is not None and model.boxes.kind != "none":
         lines.append(
-            f"A text decoder (LocCa, arXiv 2403.19596): `caption(pixels{shapes})`, `describe(pixels, boxes{shapes})`,"
-            f" `point(pixels, texts{shapes})`; `generate` of transformers, which takes its options (`num_beams`, `do_sample`), as these do."
+            f"A box head, {model.boxes.kind}: `get_boxes(pixels, boxes)` embeds given boxes, `similarity_maps(pixels, texts)`"
+            " shows where texts lie."
         )
     lines += ["", "## Data and training", ""]
     if "optim" in run.config:
-        lines += _table(("", ""), _training(run, losses))
+        lines += _table(("", ""), _training(run, losses or {}))
     elif run.source:
         lines.append(f"Converted from {run.source}, which does not record the training.")
     else:
@@ -110,16 +100,8 @@ def write(
         lines.append(
             f"- The model predicts {model.decoder.queries} regions for every image, also where there is no object."
         )
-    if has_text_decoder:
-        lines.append(
-            "- Captions, descriptions and boxes of the text decoder are guesses, also where nothing fits; it may name what is"
-            " not there."
-        )
-    resized = "to a square without keeping the aspect ratio"
-    if sequence_length:
-        resized = f"in their own shape, to at most {sequence_length} patches"
     lines += [
-        f"- Images are resized {resized}; small objects may disappear.",
+        "- Images are resized to a square without keeping the aspect ratio; small objects may disappear.",
         f"- Texts are cut to {model.text.context_length} tokens. Scores are cosine similarities, not probabilities.",
         "- Captions and descriptions of such training sets come from the web and from other models. Their errors,"
         " gaps and biases are in this model. Do not use it for decisions about people.",
@@ -129,45 +111,26 @@ def write(
     return "\n".join(lines)
 
 
-_USE = """---
-library_name: transformers
+_HEAD = """---
+library_name: {library}
 pipeline_tag: zero-shot-image-classification
-tags: [grain, clip, grounding]
+tags: [grain, clip]
 license: other
 ---
 
-# GRAIN
+# {title}
 
-Embeds images, texts and, with a region decoder, image regions in one space: zero-shot classification by class names or descriptions, and
-boxes for what a text describes. Method: Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual
-Recognition" (WACV 2026, arXiv 2412.04429). `grain-jax convert to-hf` wrote this folder.
+Embeds images, texts and, with a region decoder, image regions in one space: zero-shot classification by class names or
+descriptions, and boxes for what a text describes. Method: Halbe et al., "Grounding Descriptions in Images informs
+Zero-Shot Visual Recognition" (WACV 2026, arXiv 2412.04429). `grain-jax convert` wrote this folder.
 
 ```python
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
-with torch.no_grad():
-    PIXELS
-    texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]
-    scores = model.zero_shot_logits(pixels, model.class_features(texts)SHAPES)
-REGIONS
-```
-
-Needs torch, transformers 5 and PillowNEEDS. With ftfy installed, texts with broken encodings are repaired as in training."""
-_PIXELS = 'pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]'
-_PATCHES = """given = processor(images=Image.open("bird.jpg"))
-    pixels, shapes = given["pixel_values"], given["spatial_shapes"]"""
-_REGIONS = "    regions = model.get_regions(pixelsSHAPES)  # .boxes_xyxy in [0, 1], .embeds\n"
-_WRITES = """    captions = processor.batch_decode(model.caption(pixelsSHAPES))
-    pointed = model.point(pixels, texts[0]SHAPES)  # .boxes_xyxy in [0, 1], .log_probs
-"""
+{use}
+```"""
 _LICENCE = """## Licence
 
-The code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the
-model's author apply. State a licence before you publish the weights.
+Code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the model's
+author apply. State a licence before you publish the weights.
 """
 
 

@@ -6,23 +6,21 @@ import fcntl
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import msgspec
 from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
-from grain_jax.inference import predictor, rerank
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import checkpoint
 
 # What conversions and exports write. Of an older one these go, and whatever else lies there stays.
 _WRITTEN = re.compile(
-    r"params|text_decoder|README\.md|\w+_grain\.py|\w+\.stablehlo|.+\.(json|model|npz|safetensors|onnx|onnx\.data)"
+    r"params|README\.md|\w+_grain\.py|\w+\.stablehlo|.+\.(json|model|npz|safetensors|onnx|onnx\.data)"
 )
 
 
@@ -162,36 +160,6 @@ def on_disk(folder: epath.Path) -> Iterator[str]:
         yield scratch
 
 
-def carry_weight(source: checkpoint.Stored, folder: epath.Path) -> list[str]:
-    """Stores the weight of reranking of a model with one that was made of it and computes the same.
-
-    Args:
-      source: the model.
-      folder: of the other one, written.
-
-    Returns:
-      A line for the report; none where there is no weight.
-
-    Raises:
-      regular_file.FileError: the weight is damaged.
-    """
-    chosen = rerank.read(source.folder)
-    if chosen is None or source.text_decoder is None:
-        return []
-    if chosen.model != _digest(source):
-        return [f"without {rerank.path_of(source.folder)}: its weight is of another model"]
-    new = dict(model=_digest(checkpoint.load_stored(folder)), checkpoint=str(folder))
-    rerank.write(folder, msgspec.structs.replace(chosen, **new))
-    return [f"with the weight of reranking, {chosen.weight:g}"]
-
-
-def _digest(stored: checkpoint.Stored) -> str:
-    given = stored.model, stored.merged()
-    length = max(stored.sequence_lengths, default=0)  # as `grain_jax.load` takes it
-    more: Any = dict(text_decoder=stored.text_decoder, sequence_length=length)
-    return predictor.Predictor(*given, **more).digest
-
-
 def save(
     folder: epath.Path,
     model: config_lib.Model,
@@ -199,8 +167,6 @@ def save(
     source: epath.PathLike,
     proof: parity.Report,
     model_folder: epath.PathLike | None = None,
-    text_decoder: checkpoint.StoredDecoder | None = None,
-    sequence_lengths: Sequence[int] = (),
     files: Mapping[str, bytes] = {},
     has_texts: bool = True,
 ) -> None:
@@ -213,8 +179,6 @@ def save(
       source: what the model was made of, for its config.json.
       proof: the parity.
       model_folder: folder of a model of ours, whose tokenizer's file is copied, where it lies there.
-      text_decoder: beside the model, or None.
-      sequence_lengths: as `checkpoint.Stored` has them.
       files: contents of other files by name.
       has_texts: False: the text tower is a placeholder, for config.json.
 
@@ -231,6 +195,6 @@ def save(
     with replacing(folder) as new:
         notes: dict[str, Any] = dict(source=str(source), parity=proof.verdict)
         notes |= {} if has_texts else {"has_texts": False}
-        checkpoint.save_model(new, model, params, text_decoder, sequence_lengths, **notes)
+        checkpoint.save_model(new, model, params, **notes)
         for name, content in files.items():
             (new / name).write_bytes(content)

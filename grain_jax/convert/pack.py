@@ -5,9 +5,6 @@ random numbers that they began as: they become zeros, which compress to nothing.
 CLIP that is most of the file. Those of a run that starts from another text tower stay as they are.
 """
 
-import re
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,18 +33,12 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     folder = output.check_free(folder)
-    stored = checkpoint.load_stored(source)
-    model, params, read_from = stored.model, stored.merged(), stored.folder
+    model, params, read_from = checkpoint.load_model(source)
     trained = _trained_tokens(epath.Path(read_from), model)
-    packed = _rounded(params)
+    packed = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
     of_text = packed["text"][_TOKENS]
     of_text["embedding"] = _of_trained(of_text["embedding"], trained)
-    text_decoder = stored.text_decoder
-    if text_decoder is not None:
-        arrays = _rounded(text_decoder.params)
-        arrays[_TOKENS] = _of_trained(arrays[_TOKENS], trained)
-        text_decoder = text_decoder._replace(params=arrays)
-    given = _inputs(model, trained, stored.sequence_lengths)
+    given = _inputs(model, trained)
     rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
     found = parity.compare(
         parity.outputs(model, rounded, given),
@@ -55,21 +46,12 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         tolerance=TOLERANCE,
     )
     proof = parity.report(found, f"{read_from} in float32", given)
-    kept = proof, read_from, text_decoder, stored.sequence_lengths
-    output.save(folder, model, packed, source, *kept)
-    said = output.carry_weight(stored, folder)
+    output.save(folder, model, packed, source, proof, read_from)
     return proof.after(
         f"pack: {read_from} -> {folder}",
         f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
         f"{sum(x.size for x in jax.tree.leaves(packed)):,} values, bfloat16",
-        *(["with the text decoder, rounded like them"] if text_decoder else []),
-        *said,
     )
-
-
-def _rounded(params: Any) -> Any:
-    """The parameters in bfloat16."""
-    return jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
 
 
 def _of_trained(embedding: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -82,19 +64,17 @@ def _of_trained(embedding: np.ndarray, trained: np.ndarray) -> np.ndarray:
 def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
     """bool [V]: tokens whose embedding ever had a gradient, by the second moments of AdamW.
 
-    In the text tower or in a text decoder. All where none had, or those of the tower are not stored, as it is frozen,
-    and where the run began from another text tower (`init.text`).
+    All where none had, where they are not stored, as of a frozen tower, and where the run began from another text tower
+    (`init.text`).
     """
-    trained, of_tower = np.zeros(model.text.vocab_size, bool), f"nu/text/{_TOKENS}/embedding"
-    is_stored = False
+    trained = np.zeros(model.text.vocab_size, bool)
     if (folder / "state").is_dir() and not _starts_from_text(folder):
         state = checkpoint_files.read_arrays(folder / "state", only="opt_state")
         for path, moments in jax.tree_util.tree_leaves_with_path(state):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if name.endswith(of_tower) or re.search(rf"nu/terms/[^/]+/decoder/{_TOKENS}$", name):
-                trained |= np.any(np.asarray(moments, np.float32) != 0, axis=1)[: len(trained)]
-                is_stored |= name.endswith(of_tower)
-    return trained if is_stored and trained.any() else np.ones_like(trained)
+            if name.endswith(f"nu/text/{_TOKENS}/embedding"):
+                trained |= np.any(np.asarray(moments, np.float32) != 0, axis=1)
+    return trained if trained.any() else np.ones_like(trained)
 
 
 def _starts_from_text(folder: epath.Path) -> bool:
@@ -102,11 +82,9 @@ def _starts_from_text(folder: epath.Path) -> bool:
     return config_lib.from_dict(checkpoint_files.read_json(folder, "config")).init.text is not None
 
 
-def _inputs(
-    model: config_lib.Model, trained: np.ndarray, lengths: tuple[int, ...]
-) -> parity.Inputs:
+def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
     """The inputs of a parity report, with words of trained tokens alone; where no word was trained, of ends."""
-    given = parity.inputs_of(model, lengths)
+    given = parity.inputs_of(model)
     end = model.text.vocab_size - 1 if model.text.end_id is None else model.text.end_id
     words = np.setdiff1d(np.flatnonzero(trained), [0, end])
     words = words if words.size else np.array([end])

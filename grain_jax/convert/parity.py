@@ -4,16 +4,15 @@ The other side is an independent implementation: transformers, open_clip, big_vi
 its package the report says NOT PROVEN; a round trip through our own code would prove nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import tree_util
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.core import errors, patches, schema
+from grain_jax.core import errors
 
 TOLERANCE = 1e-5  # of max|b|, float32
 # Given boxes of every image, xyxy in [0, 1]: the image, a part of it, one over its edge, a point.
@@ -21,8 +20,6 @@ BOXES = np.array(
     [[0, 0, 1, 1], [0.1, 0.3, 0.45, 0.5], [0.7, 0.8, 1.2, 1.1], [0.5, 0.5, 0.5, 0.5]], np.float32
 )
 PROVEN, NOT_PROVEN = "PROVEN", "NOT PROVEN"
-_RATIOS = ((1, 1), (1, 2), (2, 1), (1, 4), (3, 1))  # height to width
-_LONGEST = 1024
 
 
 class ParityError(errors.UserError):
@@ -32,20 +29,8 @@ class ParityError(errors.UserError):
 class Inputs(NamedTuple):
     """The inputs of both sides."""
 
-    # float32 [N, S, S, 3], normalised; or uint8. Or Patches, float32: images in their own shape.
-    images: Any
+    images: np.ndarray  # float32 [N, S, S, 3], normalised; or uint8
     token_ids: np.ndarray  # int32 [N, L]: start (V - 2), words, end (V - 1), zeros
-
-    @property
-    def count(self) -> int:
-        """The number of images."""
-        return len(jax.tree.leaves(self.images)[0])
-
-    @property
-    def sequence_length(self) -> int:
-        """Patches an image of images in their own shape; 0: squares."""
-        is_shaped = isinstance(self.images, schema.Patches)
-        return self.images.pixels.shape[1] if is_shaped else 0
 
 
 class Comparison(NamedTuple):
@@ -118,43 +103,23 @@ def inputs(
     return Inputs(images.astype(np.float32), ids.astype(np.int32))
 
 
-def inputs_of(model: config_lib.Model, sequence_lengths: Sequence[int] = ()) -> Inputs:
-    """`inputs` in the sizes of a model; of one of images in their own shape `own_shapes` of its longest length."""
+def inputs_of(model: config_lib.Model) -> Inputs:
+    """`inputs` in the sizes of a model."""
     text = model.text
     sizes = model.image.image_size, text.vocab_size, text.context_length
-    given = inputs(*sizes, end_id=text.end_id)
-    if text.pool == "masked_mean":  # which does not see the padding
-        ids = given.token_ids
-        given = given._replace(token_ids=np.where(ids == 0, np.int32(text.pad_id), ids))
-    if sequence_lengths:
-        given = given._replace(images=own_shapes(model, max(sequence_lengths)))
-    return given
-
-
-def own_shapes(model: config_lib.Model, length: int, seed: int = 0) -> schema.Patches:
-    """Random images of five aspect ratios from 1:4 to 3:1 in at most `length` patches each, float32, normalised.
-
-    Of more than 1024 patches 1024.
-    """
-    rng, patch, most = np.random.default_rng(seed), model.image.patch_size, min(length, _LONGEST)
-    height, width = np.array(_RATIOS).T * most
-    grid = np.stack(patches.grid(height, width, 1, most), axis=-1)
-    pixels = rng.standard_normal((len(grid), most, 3 * patch**2)).astype(np.float32)
-    pixels[np.arange(most) >= grid.prod(1, keepdims=True)] = 0
-    return schema.Patches(pixels, grid)
+    return inputs(*sizes, end_id=text.end_id)
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
     """`outputs_of` a model with its parameters, in float32."""
-    predictor = inference.Predictor(model, params, sequence_length=given.sequence_length)
-    return outputs_of(predictor, given)
+    return outputs_of(inference.Predictor(model, params), given)
 
 
 def outputs_of(predictor: inference.Predictor, given: Inputs) -> dict[str, np.ndarray]:
     """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
     out = {"text_embed": predictor.encode_text(given.token_ids)}
     if predictor.model.boxes.kind != "none":
-        boxes = np.repeat(BOXES[None], given.count, axis=0)
+        boxes = np.repeat(BOXES[None], len(given.images), axis=0)
         out["box_embed"] = np.stack(predictor.encode_boxes(given.images, boxes))
     if not predictor.has_regions:
         return out | {"image_embed": predictor.encode_image(given.images)}
@@ -206,7 +171,7 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
       other_side: its name, such as "transformers 5.24.0".
       given: the inputs, where they come from `inputs`.
     """
-    of = f", {given.count} images and {len(given.token_ids)} texts" if given else ""
+    of = f", {len(given.images)} images and {len(given.token_ids)} texts" if given else ""
     lines = [
         f"parity: our outputs against {other_side}{of}",
         f"{'output':20} {'max|a-b|/max|b|':>15} {'cosine':>12} {'tolerance':>10}",

@@ -35,9 +35,6 @@ def _side(shape: Shape) -> int:
 SAME = ArrayLayout(lambda s: s)
 BATCHED = ArrayLayout(lambda s: (1, *s))
 TOKEN = ArrayLayout(lambda s: (1, 1, *s))
-GRID = ArrayLayout(
-    lambda s: (1, math.isqrt(s[0]), math.isqrt(s[0]), s[1])
-)  # [1, h, h, E] <- [P, E]
 LINEAR = ArrayLayout(lambda s: s[::-1], (1, 0))
 HEADS_IN = ArrayLayout(lambda s: (s[1] * s[2], s[0]), (1, 0))  # [K h, E] <- [E, K, h]
 HEADS_BIAS = ArrayLayout(lambda s: (s[0] * s[1],))  # [K h] <- [K, h]

@@ -31,7 +31,7 @@ _NOT_COMPARED = {
 }
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# Of SigLIP's So400m and g-opt (and PE-core's G), of DINOv3's 7B; all others have heads of 64.
+# Of SigLIP's So400m and g-opt, of DINOv3's 7B; all others have heads of 64.
 _HEAD_SIZES = {1152: 72, 1536: 96, 4096: 128}
 _FREE_GRID = 14  # patches a side of a tower whose arrays do not depend on it
 # Names of transformers.
@@ -45,8 +45,6 @@ class Tower(NamedTuple):
     rows: Sequence[NamePair]  # its table, the pooling head and the projection included
     prefix: str  # of the checkpoint's names; names with it belong to this tower
     assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
-    zeros: Sequence[str] = ()  # vectors of each layer that the checkpoint lacks and that are 0
-    notes: Sequence[str] = ()  # other lines for the report
 
 
 class Settings(NamedTuple):
@@ -66,7 +64,6 @@ class Stated(NamedTuple):
     pool: str = "none"  # without a pooling head
     fields: Mapping[str, Any] = {}  # others of its config: of an image tower the pixels' mean and
     # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id, and what else its family has
-    zeros: Sequence[str] = ()  # as of `Tower`
 
 
 def settled(what: str, given: T | None, stated: T | None) -> T | None:
@@ -142,16 +139,12 @@ def image_sizes(there: Entries) -> dict[str, Any]:
     patch = math.isqrt(math.prod(there.shape("image/patch_embed/kernel", 2, 4)) // 3 // width)
     class_token = "image/class_token" in there
     grid = _grid(there, class_token)
-    mlp_dim = there.shape("image/blocks/mlp/in/bias", 1)[0]
-    pool_mlp_dim = mlp_dim
-    if "image_pool/mlp/in/bias" in there:
-        pool_mlp_dim = there.shape("image_pool/mlp/in/bias", 1)[0]
     return dict(
         image_size=grid * patch,
         patch_size=patch,
         width=width,
         depth=there.depth("image/blocks/norm_1/scale"),
-        mlp_dim=mlp_dim,
+        mlp_dim=there.shape("image/blocks/mlp/in/bias", 1)[0],
         qk_norm="image/blocks/attention/query_norm/scale" in there,
         class_token=class_token,
         patch_bias="image/patch_embed/bias" in there,
@@ -160,11 +153,7 @@ def image_sizes(there: Entries) -> dict[str, Any]:
         registers=there.shape("image/registers", 3)[1] if "image/registers" in there else 0,
         layer_scale="image/blocks/layer_scale_1" in there,
         mlp="gated" if "image/blocks/mlp/gate/kernel" in there else "plain",
-        pool_mlp_dim=0 if pool_mlp_dim == mlp_dim else pool_mlp_dim,
         projection=_projection(there, "image_projection"),
-        position_init="normal",
-        position_period=1e4,
-        block_init="trunc_normal",
         unroll=1,
     )
 
@@ -173,8 +162,7 @@ def _grid(there: Entries, class_token: bool) -> int:
     """Patches a side, by the learned positions. Raises ConvertError: they are no square, or missing."""
     if not there.name("image/position_embed"):
         return _FREE_GRID
-    shape = there.shape("image/position_embed", 2, 3, 4)
-    positions = math.prod(shape[-3:-1])  # the first axis of three is 1
+    positions = there.shape("image/position_embed", 2, 3)[-2]
     grid = math.isqrt(positions)
     if class_token and grid * grid != positions:
         grid = math.isqrt(positions - 1)
@@ -187,10 +175,8 @@ def _grid(there: Entries, class_token: bool) -> int:
 def text_sizes(there: Entries) -> dict[str, Any]:
     """The fields of `config.TextTower` that the shapes of a checkpoint tell; raises as `image_sizes`."""
     vocab, width = there.shape("text/token_embed/embedding", 2)
-    sizes: dict[str, Any] = {}
-    if there.name("text/position_embed"):  # else constant ones: the package states how many
-        sizes["context_length"] = there.shape("text/position_embed", 2, 3)[-2]
-    return sizes | dict(
+    return dict(
+        context_length=there.shape("text/position_embed", 2, 3)[-2],
         vocab_size=vocab,
         width=width,
         depth=there.depth("text/blocks/norm_1/scale"),
@@ -231,9 +217,7 @@ def settle(
     settled_fields = _settle(which, sizes["width"], stated, settings, assumed)
     pool = "map" if f"{which}_pool/probe" in there else stated.pool
     fields = {**sizes, **settled_fields, "pool": pool, **stated.fields}
-    if fields.get("pool_heads") == settled_fields["heads"]:
-        del fields["pool_heads"]
-    return Tower(kind(**fields), rows, prefix, assumed, stated.zeros)
+    return Tower(kind(**fields), rows, prefix, assumed)
 
 
 def two_tower_model(
@@ -289,14 +273,7 @@ def refuse_unknown(
 
 
 def completed(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.ndarray]:
-    """`state` with the zeros that an image tower of ours has and its package leaves out.
-
-    A position of a class token that has none, as in big_vision and some models of timm; the vectors of `tower.zeros`.
-    """
-    layers, zeros = tower.config.depth, np.zeros(tower.config.width, np.float32)
-    absent = [row for row in tower.rows if row.ours in tower.zeros]
-    added: dict[str, np.ndarray] = {x: zeros for row in absent for x in row.entries((layers,))}
-    state = {**added, **state}
+    """`state` with a position of 0 for a class token that has none, as in big_vision and some models of timm."""
     name = Entries(state, tower.rows).name("image/position_embed")
     if not tower.config.class_token or name not in state:
         return state
@@ -321,18 +298,6 @@ def _numbers(state: Mapping[str, np.ndarray], scalars: Mapping[str, str]) -> dic
     return out
 
 
-def plain_pool(model: config_lib.Model) -> config_lib.Model:
-    """The model whose sizes of the image's pool are 0 where they say nothing: they are the tower's, or it has no such pool."""
-    image = model.image
-    has_pool = model.decoder is None and image.pool == "map"
-    size = lambda own, usual: own if has_pool and own != usual else 0
-    sizes = dict(
-        pool_heads=size(image.pool_heads, image.heads),
-        pool_mlp_dim=size(image.pool_mlp_dim, image.mlp_dim),
-    )
-    return dataclasses.replace(model, image=dataclasses.replace(image, **sizes))
-
-
 def differences(part: str, got: Any, wanted: Any, *ignored: str) -> list[str]:
     """A line for each field in which a checkpoint's tower or decoder differs from the config."""
     noun = "tower" if part in TOWERS else part
@@ -347,27 +312,13 @@ def differences(part: str, got: Any, wanted: Any, *ignored: str) -> list[str]:
 
 def _options(image: config_lib.ImageTower) -> str:
     """What an image tower has beyond CLIP's and SigLIP's, for the report."""
-    of_grid = f" on {image.rope_grid} x {image.rope_grid} patches" if image.rope == "grid" else ""
     said = {
-        f"rotary positions by {image.rope}{of_grid}, theta {image.rope_theta:g}": image.rope
-        != "none",
+        f"rotary positions, theta {image.rope_theta:g}": image.rope != "none",
         "no learned positions": not image.positions,
         f"registers {image.registers}": image.registers,
         "layer scale": image.layer_scale,
         "gated MLP": image.mlp == "gated",
         "no bias of keys": not image.key_bias,
-        f"pool of {image.pool_heads} heads": image.pool_heads,
-        f"pool's MLP {image.pool_mlp_dim}": image.pool_mlp_dim,
-    }
-    return "".join(f", {words}" for words, there in said.items() if there)
-
-
-def _text_options(text: config_lib.TextTower) -> str:
-    """What a text tower has beyond CLIP's and SigLIP's, for the report."""
-    said = {
-        "sinusoidal positions": text.position_kind == "sinusoidal",
-        "tokens times the root of the width": text.scale_tokens,
-        f"ended by the id {text.end_id}": text.end_id is not None,
     }
     return "".join(f", {words}" for words, there in said.items() if there)
 
@@ -388,7 +339,7 @@ def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]]) -> l
         f" qk-norm {'yes' if i.qk_norm else 'no'}, norm epsilon {i.norm_eps:g}{_options(i)}",
         f"text     vocabulary {t.vocab_size}, context {t.context_length}, width {t.width}, depth {t.depth},"
         f" heads {t.heads}, MLP {t.mlp_dim} {t.activation}, {'causal' if t.causal else 'bidirectional'},"
-        f" pool {t.pool}, norm epsilon {t.norm_eps:g}{_text_options(t)}",
+        f" pool {t.pool}, norm epsilon {t.norm_eps:g}{'' if t.end_id is None else f', ended by the id {t.end_id}'}",
         f"embedding {model.embed_dim}; {decoder}",
         *(f"ASSUMED  {part}: {words}" for part, lines in assumed.items() for words in lines),
     ]

@@ -14,25 +14,23 @@ import timm
 import tokenizers
 import torch
 import transformers
-from ml_collections import config_dict
 from timm.models import _registry, vision_transformer
 from transformers.utils import import_utils
 
 import grain_jax
 from grain_jax import config as config_lib
-from grain_jax.convert import export, towers
+from grain_jax.convert import towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision.command import from_big_vision
-from grain_jax.convert.exits import reasons, table, timm_trunk
+from grain_jax.convert.exits import needs, timm_trunk
 from grain_jax.convert.exits import tokenizers as exit_tokenizers
 from grain_jax.convert.huggingface import from_hf
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.inference import jitted
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint
 from tests import foreign, perturbed
-from tests.paths import GOLDENS, ROOT
+from tests.paths import GOLDENS
 
 torch.set_num_threads(1)
 TWO = dict(decoder=None, image__depth=1, text__depth=1)
@@ -196,66 +194,6 @@ def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    "kind, changes",
-    [
-        ("CLIPVisionModel", dict(image__qk_norm=False, image__pre_norm=True)),
-        ("SiglipVisionModel", dict(image__qk_norm=False, image__class_token=False)),
-        ("CLIPVisionModel", CLIP),
-        ("SiglipVisionModel", SIGLIP),
-    ],
-    ids=["GRAIN clip", "GRAIN siglip", "clip", "siglip"],
-)
-def test_an_image_tower_alone_is_a_vision_model(kind, changes, tmp_path, capsys):
-    source, ours = made(tmp_path / "ours", **changes)
-    printed = run(capsys, "to-hf", source, tmp_path / "hf", "--part", "vision")
-    assert ("region decoder" in printed) == ("decoder" not in changes)
-    module = getattr(transformers, kind).from_pretrained(tmp_path / "hf").eval()
-    given = pixels(40)
-    with torch.no_grad():
-        out = module(foreign.torch_images(given), output_hidden_states=True)
-    assert len(out.hidden_states) == ours.model.image.depth + 1
-    if kind == "SiglipVisionModel" and "decoder" in changes:
-        pooled = out.pooler_output.numpy()
-        pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
-        foreign.close(ours.encode_image(given), pooled)
-    assert (out.pooler_output is None) == (kind[0] == "S" and "decoder" not in changes)
-
-
-def test_llava_takes_the_vision_tower(tmp_path, capsys):
-    """Steps of a LLaVA of transformers around it, with a tiny random language model."""
-    torch.manual_seed(0)
-    source, _ = made(tmp_path / "ours", image__qk_norm=False, image__pre_norm=True)
-    run(capsys, "to-hf", source, tmp_path / "hf", "--part", "vision")
-    tower: Any = transformers.CLIPVisionModel.from_pretrained(tmp_path / "hf")
-    words = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    config = transformers.LlavaConfig(
-        vision_config=tower.config, text_config=words, image_token_index=60
-    )
-    llava = transformers.LlavaForConditionalGeneration(config)
-    llava.model.vision_tower = tower
-    ids = torch.tensor([[1, *[60] * 25, 5, 6, 7]])
-    given = foreign.torch_images(pixels(40)[:1])
-    optimizer = torch.optim.SGD(llava.parameters(), lr=0.01)
-    losses = []
-    for _ in range(5):
-        loss = llava(input_ids=ids, pixel_values=given, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    gradient = tower.embeddings.patch_embedding.weight.grad
-    assert gradient is not None and gradient.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
     "changes",
     [
         CLIP | dict(image__patch_bias=False, image__activation="quick_gelu"),
@@ -341,17 +279,14 @@ def test_a_trunk_that_timm_has_not_is_refused(tmp_path, capsys):
     assert said[0].startswith(
         "model.image: got 40 px, patch 8, width 48, depth 1, heads 4, MLP 96 "
     )
-    assert said[1:] == [
-        "1 fault; nothing was written",
-        "what writes this model: grain-jax convert to-hf, grain-jax convert to-hf --part vision,"
-        " grain-jax convert to-big-vision, grain-jax convert to-onnx, grain-jax convert pack, grain-jax export",
-    ]
+    assert said[1:] == ["1 fault; nothing was written"]
 
 
 # Of a tower: keys whose values every exit takes from the arrays, or that matter to new weights and speed alone.
 SIZES = {
     *("options", "width", "depth", "heads", "mlp_dim", "unroll", "image_size", "patch_size"),
     *("vocab_size", "context_length"),
+    *("rope_grid", "pool_heads", "pool_mlp_dim", "position_kind", "scale_tokens"),  # in no model
     *towers.OF_TRAINING,
 }
 # Of the others, a value that a plain tower has not, with what it needs beside it; None: the other one of the two.
@@ -365,16 +300,13 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         pre_norm=dict(pre_norm=None),
         activation=dict(activation="silu"),
         positions=dict(positions=False, rope="centres"),
-        rope=dict(rope="grid"),
+        rope=dict(rope="centres"),
         rope_theta=dict(rope="centres", rope_theta=50.0),
-        rope_grid=dict(rope="grid", rope_grid=7),
         registers=dict(registers=2),
         layer_scale=dict(layer_scale=True),
         mlp=dict(mlp="gated"),
         key_bias=dict(key_bias=False),
         pool=dict(pool="mean"),
-        pool_heads=dict(pool="map", pool_heads=6),
-        pool_mlp_dim=dict(pool="map", pool_mlp_dim=20),
         projection=dict(projection="affine"),
         pixel_mean=dict(pixel_mean=(0.4, 0.5, 0.6)),
         pixel_std=dict(pixel_std=(0.2, 0.3, 0.4)),
@@ -385,9 +317,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         causal=dict(causal=None),
         activation=dict(activation="relu"),
         mask_padding=dict(pool="last", causal=False, mask_padding=True),
-        pool=dict(pool="masked_mean", causal=False),
-        position_kind=dict(position_kind="sinusoidal"),
-        scale_tokens=dict(scale_tokens=True),
+        pool=dict(pool="mean", causal=False),
         projection=dict(projection="affine"),
         tokenizer=dict(tokenizer="tokenizer.json"),
         cleaning=dict(tokenizer="tokenizer.json", cleaning="canonical"),
@@ -398,19 +328,20 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
 GRAIN_KEYS = dict(image__depth=1, text__depth=1, decoder__depth=1)
 # Exit -> a model that it writes, and the lines of what it cannot hold of one.
 EXITS: dict[str, tuple[dict[str, Any], Any]] = {
-    "to-hf, CLIPModel": (CLIP, lambda m: reasons.of_hugging_face(m)[1]),
-    "to-hf, SiglipModel": (SIGLIP, lambda m: reasons.of_hugging_face(m)[1]),
-    "to-hf --part vision, CLIP": (CLIP, lambda m: reasons.of_vision(m)[1]),
-    "to-hf --part vision, SigLIP": (SIGLIP, lambda m: reasons.of_vision(m)[1]),
+    "to-hf, CLIPModel": (CLIP, lambda m: needs.of_hugging_face(m)[1]),
+    "to-hf, SiglipModel": (SIGLIP, lambda m: needs.of_hugging_face(m)[1]),
     "to-open-clip, own": (
         CLIP | dict(image__activation="quick_gelu"),
-        lambda m: reasons.of_open_clip(m)[1],
+        lambda m: needs.of_open_clip(m)[1],
     ),
-    "to-open-clip, timm": (SIGLIP, lambda m: reasons.of_open_clip(m)[1]),
-    "to-big-vision": (SIGLIP | dict(image__norm_eps=1e-6), reasons.of_big_vision),
+    "to-open-clip, timm": (
+        SIGLIP,
+        lambda m: needs.of_open_clip(m)[1] + [""] * (timm_trunk._find(m.image) is None),
+    ),
+    "to-big-vision": (SIGLIP | dict(image__norm_eps=1e-6), needs.of_big_vision),
     "to-torch": (GRAIN_KEYS, lambda m: names.faults(m, "to-torch")),
     "to-hf, decoder": (GRAIN_KEYS, lambda m: names.faults(m, "to-hf")),
-    "to-hf, pooled": (CLIP, reasons.of_onnx),
+    "to-hf, pooled": (CLIP, lambda m: names.faults(m, "to-hf")),
 }
 
 
@@ -432,9 +363,8 @@ def written_models(base, faults_of, of_towers) -> list[config_lib.Model]:
     """Models with all the keys that an exit does not refuse, as many in one as there can be."""
     models: list[config_lib.Model] = []
     for tower in of_towers:
-        assert OTHERS[tower].keys() | SIZES >= {
-            x.name for x in dataclasses.fields(getattr(base, tower))
-        }
+        fields = {x.name for x in dataclasses.fields(getattr(base, tower))}
+        assert OTHERS[tower].keys() | SIZES >= fields
         for keys in OTHERS[tower].values():
             alone = with_keys(base, tower, keys)
             if faults_of(alone) or not valid(alone):
@@ -456,8 +386,7 @@ def test_no_key_of_a_tower_is_lost_in_silence(exit_name, trunk, tmp_path, capsys
     changes, faults_of = EXITS[exit_name]
     base = perturbed.tiny(**changes)
     assert not faults_of(base)
-    of_towers = ("image",) if "vision" in exit_name else ("image", "text")
-    for i, model in enumerate(written_models(base, faults_of, of_towers)):
+    for i, model in enumerate(written_models(base, faults_of, ("image", "text"))):
         params = perturbed.params(model)
         if exit_name in ("to-hf, decoder", "to-hf, pooled"):
             proof = torch_module.prove(model, params, names.state_dicts(params))
@@ -519,133 +448,23 @@ def test_what_big_vision_lacks_becomes_what_it_has(changes, tmp_path, capsys):
     assert main(["to-big-vision", *arguments]) == 2
 
 
-def test_a_refusal_lists_all_faults_and_the_exits(tmp_path, capsys):
-    source, _ = made(tmp_path / "ours", **TWO, image__pool="mean", image__qk_norm=True,
-                     text__activation="gelu")  # fmt: skip
-    assert refused(capsys, "to-hf", source, tmp_path / "out", "--part", "vision") == [
-        "model.image.qk_norm: got True, CLIPVisionModel has False",
-        "model.image.pre_norm: got False, CLIPVisionModel has True",
-        "2 faults; nothing was written",
-        "what writes this model: grain-jax convert to-hf, grain-jax convert to-open-clip, grain-jax convert to-onnx,"
-        " grain-jax convert pack, grain-jax export",
-    ]
+def test_a_refusal_lists_all_faults(tmp_path, capsys):
+    source, _ = made(tmp_path / "ours", **TWO, image__pool="mean", text__activation="gelu")
     said = refused(capsys, "to-big-vision", source, tmp_path / "out.npz")
     assert "model.text.causal: got True, big_vision's two_towers has False" in said
+    assert said[-1] == f"{len(said) - 1} faults; nothing was written"
+    source, _ = made(tmp_path / "grain", image__depth=1, text__depth=1)
+    said = refused(capsys, "to-open-clip", source, tmp_path / "out")
+    assert said[0] == "model.decoder: got one, open_clip's own towers has None"
 
 
 def test_names_of_timm():
-    c = table.STARTS["two towers, SigLIP of open_clip"]()
-    tower = config_lib.model_from_dict(c.to_dict()).image
+    tower = config_lib.ImageTower(
+        qk_norm=False, class_token=False, activation="gelu", pool="map", projection="none"
+    )
     assert timm_trunk.name_of(tower) == "vit_base_patch16_siglip_224"
     tanh = dataclasses.replace(tower, patch_size=32, image_size=256, activation="gelu_tanh")
     assert timm_trunk.name_of(tanh) == "vit_base_patch32_siglip_256"
-
-
-def test_of_grain_the_towers_alone_go_out(tmp_path, capsys):
-    changes = dict(image__qk_norm=False, image__pre_norm=True, text__activation="gelu")
-    source, ours = made(tmp_path / "ours", image__depth=1, text__depth=1, **changes)
-    said = refused(capsys, "to-open-clip", source, tmp_path / "out")
-    assert said[0] == "model.decoder: got one, open_clip's own towers has None"
-    assert "grain-jax convert to-open-clip --part towers, " in said[-1]
-    for command in ("to-open-clip", "to-hf"):
-        printed = run(capsys, command, source, tmp_path / command, "--part", "towers")
-        assert "left behind: box_mlp, decoder, image_projection, region_projection\n" in printed
-        assert "ATTENTION: the image embedding of the model came from its decoder" in printed
-    module = loaded_by_open_clip(tmp_path / "to-open-clip")
-    given = pixels(40)
-    with torch.no_grad():
-        theirs = module.encode_text(torch.tensor(IDS), normalize=True).numpy()
-        image = foreign.torch_images(given)
-        tokens = module.visual.forward_intermediates(
-            image,
-            indices=1,
-            normalize_intermediates=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )["image_intermediates"][0]
-    foreign.close(ours.encode_text(IDS.astype(np.int32)), theirs)
-    program = jitted.program(ours.model, "float32", "image_tokens")
-    foreign.close(np.asarray(program(ours.params, given))[:, 1:], tokens.numpy())
-
-
-def small_start(start, folder):
-    """(a folder of the model of a start, made small; what its exits cannot hold)."""
-    c: Any = config_dict.ConfigDict(table.STARTS[start]().to_dict())
-    small = dict(depth=1, width=48, heads=4, mlp_dim=96)
-    c.image.update(small | dict(image_size=40, patch_size=8))
-    c.text.update(small | dict(vocab_size=300, context_length=32))
-    c.embed_dim = 48
-    if c.decoder is not None:
-        c.decoder.update(small | dict(queries=3, width=36, heads=3))
-    model = config_lib.model_from_dict(c.to_dict())
-    checkpoint.save_model(folder, model, perturbed.params(model), source="test")
-    found = reasons.of(model)
-    assert {name.replace(" --part towers", "") for name in found} >= set(table.EXITS)
-    return str(folder), found
-
-
-# The others have the towers of one of these.
-OF_EACH_KIND = ("own, grain_vit*", "demo (box head)", "finetune:dinov3")
-OF_EACH_KIND += ("two towers, CLIP", "two towers, SigLIP")
-
-
-@pytest.mark.parametrize(
-    "start",
-    [
-        start if start in OF_EACH_KIND else pytest.param(start, marks=pytest.mark.slow)
-        for start in table.STARTS
-    ],
-)
-def test_the_table_holds(start, trunk, tmp_path, capsys):
-    """Each start, made small, through each exit: proven where the table says so, refused elsewhere."""
-    source, found = small_start(start, tmp_path / "ours")
-    assert not any(found.pop(name) for name in ("to-onnx", "export", "pack"))  # below
-    for i, (name, faults) in enumerate(found.items()):
-        path = tmp_path / (
-            f"{i}.npz" if "big" in name else f"{i}.pth" if "torch" in name else f"{i}"
-        )
-        status = main([*name.split(), "--input", source, "--output", str(path)])
-        printed = capsys.readouterr()
-        if faults:
-            assert status == 2 and printed.err.splitlines()[:-2] == faults, (name, printed)
-        else:
-            verdict = "parity: NOT PROVEN. big_vision" if "big" in name else "parity: PROVEN"
-            assert status == 0 and verdict in printed.out, (name, printed)
-
-
-def test_the_line_that_training_prints_needs_no_torch(monkeypatch):
-    for name in ("torch", "timm", "onnx"):
-        monkeypatch.setitem(sys.modules, name, None)
-
-    def line(start):
-        return reasons.line(config_lib.model_from_dict(table.STARTS[start]().to_dict()), "RUN")
-
-    ends = "to-onnx, pack, export (all: grain-jax convert table --checkpoint RUN)"
-    assert line("demo (box head)") == f"exits: to-hf, {ends}"
-    assert f"--part towers, to-hf --part vision, to-open-clip --part towers, {ends}" in line(
-        "finetune:open_clip"
-    )
-    assert ", to-open-clip (sizes of timm's), to-big-vision, to-onnx" in line("two towers, SigLIP")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", table.STARTS)
-def test_every_start_leaves_as_onnx_and_stablehlo(start, tmp_path, capsys):
-    source, _ = small_start(start, tmp_path / "ours")
-    run(capsys, "to-onnx", source, tmp_path / "onnx")
-    assert export.main(["--checkpoint", source, "--output", str(tmp_path / "export")]) == 0
-    assert "image: image_embed" in capsys.readouterr().out
-
-
-def test_the_table_is_in_the_documents(tmp_path, capsys):
-    assert main(["--table"]) == 0
-    printed = capsys.readouterr().out
-    assert printed in (ROOT / "docs" / "interop.md").read_text()
-    source, _ = made(tmp_path / "ours", **SIGLIP)
-    assert main(["--table", "--checkpoint", str(source)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "to-hf: yes" and lines[-2:] == ["pack: yes", "export: yes"]
-    assert "  model.decoder: got none; to-torch writes models with a region decoder" in lines
 
 
 @pytest.mark.parametrize("cleaning", ["none", "lower", "canonical"])

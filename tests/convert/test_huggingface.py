@@ -208,13 +208,10 @@ def test_compiled_it_gives_the_same(small):
     assert report.ok, report.text
 
 
-@pytest.mark.parametrize(
-    "kind, bias",
-    [pytest.param("roi_align", None, marks=pytest.mark.slow), ("prompter", -10.0)],
-)
-def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path):
+@pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), -10.0])
+def test_a_box_head_and_a_sigmoids_bias_go_everywhere(bias, tmp_path):
     depths = {f"{tower}__depth": 1 for tower in ("image", "text", "decoder")}
-    model = perturbed.tiny(boxes__kind=kind, boxes__bins=2, logit_bias_init=bias, **depths)
+    model = perturbed.tiny(boxes__kind="roi_align", boxes__bins=2, logit_bias_init=bias, **depths)
     params = perturbed.params(model)
     checkpoint.save_model(tmp_path / "ours", model, params)
     report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
@@ -222,7 +219,7 @@ def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path):
     assert ("\nlogit_bias " in report.text) == (bias is not None)
     contrast = json.loads((tmp_path / "hf" / "config.json").read_text())["losses"]["contrast"]
     assert contrast == ("softmax" if bias is None else "sigmoid")
-    again, back, *_ = huggingface.read(epath.Path(tmp_path / "hf"))
+    again, back = huggingface.read(epath.Path(tmp_path / "hf"))
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
@@ -333,17 +330,11 @@ def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
         assert refused(capsys, "to-hf", tmp_path / "mixer", tmp_path / "hf").split("\n") == [
             "model.image.tower: got examples.tower.mixer:Mixer, to-hf writes models with vit",
             "1 fault; nothing was written",
-            "what writes this model: grain-jax convert pack, grain-jax export",
         ]
     model = perturbed.tiny(decoder=None, image__pool="class")
     checkpoint.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
     said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
     assert said[0] == "model.decoder: got none; to-torch writes models with a region decoder"
-    assert said[1:] == [
-        "1 fault; nothing was written",
-        "what writes this model: grain-jax convert to-hf, grain-jax convert to-onnx, grain-jax convert pack,"
-        " grain-jax export",
-    ]
 
 
 def test_without_transformers_nothing_is_proven(small, tmp_path, capsys, monkeypatch):
@@ -386,7 +377,7 @@ class State(NamedTuple):
 def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, capsys):
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
-    c = tiny.config(input__name="cc12m", loss__box={"end": 1.5, "to": 0.5}, ema_decay=0.99,
+    c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99,
                     model__decoder__queries=3, loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
     with checkpoint.manager(workdir, c) as checkpoints:
@@ -399,7 +390,6 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     assert (
         "\ntraining in torch lacks of the run's losses: image_description, group_size\n" in printed
     )
-    assert "\ntraining in torch has the weights of the end of the run: loss.box=1.5\n" in printed
     card = (out / "README.md").read_text()
     for words in (
         "| data set | cc12m |",
@@ -425,14 +415,9 @@ def test_the_model_card_says_what_is_not_known(small):
     assert "Not recorded" in card and "The run evaluated nothing" in card
     run = model_card.TrainedRun({}, None, {}, None, "x.pth.tar")
     proof = parity.not_proven({}, "torch is not installed")
-    card = model_card.write(perturbed.tiny(), {}, run, proof, "")
+    card = model_card.write(perturbed.tiny(), run, proof, "x")
     assert "Converted from x.pth.tar, which does not record the training." in card
     assert "parity: NOT PROVEN. torch is not installed" in card and "no tokenizer" not in card
-    assert "Pillow; SciPy for the loss. With" in card
-    two = perturbed.tiny(decoder=None, image__pool="class", text__tokenizer="siglip.model")
-    assert "Pillow. With" in model_card.write(two, {}, run, proof, "none")
-    card = model_card.write(two, {}, run, proof, "")
-    assert "Pillow; sentencepiece and protobuf for the tokenizer. With" in card
 
 
 def test_a_tokenizer_elsewhere_leaves_its_name_alone(tmp_path):

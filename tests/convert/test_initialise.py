@@ -15,7 +15,7 @@ from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, digests
 from grain_jax.runtime.pretrained import hub
 from grain_jax.training import optim, sharding, train_step
-from tests import perturbed, tiny
+from tests import tiny
 from tests.paths import GOLDENS
 
 
@@ -257,31 +257,6 @@ def test_towers_of_our_own_checkpoints(tmp_path, monkeypatch):
         _load(other)
 
 
-def test_a_text_decoder_goes_on_from_that_of_the_checkpoint(tmp_path):
-    model = tiny.config().model
-    old = perturbed.decoder(model)
-    zeros = {name: np.zeros(x, np.float32) for name, x in grain.parameter_shapes(model).items()}
-    checkpoint.save_model(tmp_path, model, tables.nested(zeros), old)
-    c = tiny.dictionary(init__decoder=str(tmp_path), ema_decay=0.9)
-    assert "init.decoder: not used: its text decoder" in _load(c).report
-    keys = {x: getattr(old.config, x) for x in ("width", "depth", "heads", "mlp_dim", "bins")}
-    c.loss.terms.words = dict(term="text_decoder", weight=1.0, row_length=20, predictions=9, **keys)
-    run, said = config_lib.from_dict(c), []
-    state = initialise.state_of_step_0(run, _build(run), said.append)
-    assert (
-        f"init.decoder: loss.terms.words goes on from its text decoder, {len(grain.flat(old.params))} arrays"
-        in said
-    )
-    for params in (state.params, state.ema_params):
-        found = grain.flat(params["terms"]["words"]["decoder"])
-        for name, array in grain.flat(old.params).items():
-            np.testing.assert_array_equal(found[name], array, err_msg=name)
-    c.loss.terms.words.row_length = 32
-    line = "init.decoder: loss.terms.words begins at random: row_length: got 32, the checkpoint's has 20"
-    loaded = _load(c)
-    assert line in loaded.report and not any(x.startswith("terms/") for x in loaded.params)
-
-
 def _two_towers(**changes):
     c = tiny.dictionary()
     c.model.decoder = None
@@ -290,19 +265,6 @@ def _two_towers(**changes):
     c.input.max_regions = 0
     c.update_from_flattened_dict(changes)
     return c
-
-
-def test_a_pool_of_the_towers_heads_may_say_so(tmp_path):
-    silent = _two_towers(**{"init.image": str(tmp_path)})
-    said = silent.copy_and_resolve_references()
-    said.model.image.pool_heads = silent.model.image.heads
-    stored = config_lib.from_dict(said).model
-    zeros = {name: np.zeros(x, np.float32) for name, x in grain.parameter_shapes(stored).items()}
-    checkpoint.save_model(tmp_path, stored, tables.nested(zeros))
-    assert "image_pool/probe" in _load(silent).params
-    silent.model.image.pool_heads = 1
-    with pytest.raises(ConvertError, match="pool_heads: got 1, but the checkpoint's tower has 0"):
-        _load(silent)
 
 
 @pytest.mark.slow

@@ -21,12 +21,14 @@ from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
 from grain_jax.configs import finetune  # noqa: E402
 from grain_jax.convert import initialise, parity, tables, towers  # noqa: E402
+from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.huggingface import from_hf  # noqa: E402
 from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.core import errors  # noqa: E402
+from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
 from grain_jax.runtime import checkpoint  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
 
@@ -49,25 +51,15 @@ def _hf(kind):
     else:
         extra = {}
         text |= dict(projection_size=24)
-        image |= dict(num_patches=16) if kind == "Siglip2" else dict(image_size=SIZE)
+        image |= dict(image_size=SIZE)
     config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=image, **extra)
     return foreign.perturb(getattr(transformers, f"{kind}Model")(config))
 
 
-def _hf_outputs(module, kind, images, ids):
-    x = foreign.torch_images(images)
-    inputs = dict(pixel_values=x)
-    if kind == "Siglip2":
-        grid = SIZE // PATCH
-        x = torch.from_numpy(images).reshape(-1, grid, PATCH, grid, PATCH, 3)
-        x = x.transpose(2, 3).reshape(len(x), grid * grid, -1)
-        inputs = dict(
-            pixel_values=x,
-            pixel_attention_mask=torch.ones(x.shape[:2], dtype=torch.int32),
-            spatial_shapes=torch.tensor([[grid, grid]] * len(x)),
-        )
+def _hf_outputs(module, images, ids):
     with torch.no_grad():
-        out = module(input_ids=torch.from_numpy(ids).long(), **inputs)
+        pixels = foreign.torch_images(images)
+        out = module(input_ids=torch.from_numpy(ids).long(), pixel_values=pixels)
     return out.image_embeds.numpy(), out.text_embeds.numpy()
 
 
@@ -79,14 +71,14 @@ def _check(folder, outputs_of):
     return model, params
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Siglip2"])
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_hugging_face(kind, tmp_path):
     module = _hf(kind)
     module.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ConvertError, match=r"transformers; grain-jax convert from-hf --input \S+"):
         from_open_clip(tmp_path / "theirs", tmp_path / "ours", NONE)
     report = from_hf(tmp_path / "theirs", tmp_path / "ours")
-    model, params = _check(tmp_path / "ours", functools.partial(_hf_outputs, module, kind))
+    model, params = _check(tmp_path / "ours", functools.partial(_hf_outputs, module))
     assert report.verdict == "PROVEN", report.text
     assert (model.image.heads, model.text.heads) == (2, 4)  # config.json tells
     assert model.text.packable == (kind == "CLIP")
@@ -322,6 +314,81 @@ def test_siglip_of_open_clip(tmp_path):
     assert report.verdict == "PROVEN"
     assert not model.text.causal and model.text.pool == "last"
     np.testing.assert_allclose(params["logit_bias"], module.logit_bias.item())
+
+
+@pytest.mark.parametrize("pad", [1, None])
+def test_metaclip_2_ends_texts_with_an_id_that_is_not_the_highest(pad, tmp_path):
+    """Its config.json asks for code of the Hub, quantized arrays and outputs without names, of the model and its towers."""
+    both = dict(projection_dim=20)
+    config = transformers.MetaClip2Config(
+        text_config=HF_TEXT | both | dict(eos_token_id=2),
+        vision_config=HF_IMAGE | both | dict(image_size=SIZE),
+        **both,
+    )
+    module = foreign.perturb(transformers.MetaClip2Model(config))
+    module.save_pretrained(tmp_path / "theirs")
+    stored = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    stored["text_config"]["pad_token_id"] = pad
+    for part in (stored, stored["vision_config"], stored["text_config"]):
+        part |= dict(attn_implementation="evil/kernel", return_dict=False)
+        part |= dict(_attn_implementation="evil/kernel", quantization_config={"quant_method": "x"})
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(stored))
+    report = from_hf(tmp_path / "theirs", tmp_path / "ours")
+    assert report.verdict == "PROVEN", report.text
+    model, params, _ = checkpoint.load_model(tmp_path / "ours")
+    text = model.text
+    assert (text.end_id, text.pad_id, text.cleaning, text.packable) == (2, 1, "none", True)
+    images, ids = parity.inputs(SIZE, VOCAB, LENGTH, seed=1, end_id=2)
+    foreign.close_to_ours(model, params, images, ids, _hf_outputs(module, images, ids))
+    for key, value, said in (
+        ("num_hidden_layers", 999_999, "num_hidden_layers: got 999999, but the arrays have 2"),
+        ("eos_token_id", "two", "text_config.eos_token_id: got two, expected a whole number up to"),
+    ):
+        changed = stored | {"text_config": stored["text_config"] | {key: value}}
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ConvertError, match=said):
+            from_hf(tmp_path / "theirs", tmp_path / "again")
+
+
+@pytest.mark.parametrize("clean, cleaning", [("canonicalize", "canonical"), (None, "none")])
+def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
+    """Its text is read at the first token with `eos_id`, which is not the highest."""
+    vision = dict(layers=1, width=32, head_width=16, patch_size=PATCH, image_size=SIZE)
+    text = TEXT | dict(hf_tokenizer_name="facebook/xlm-v-base", pool_type="eos", eos_id=2)
+    if clean is not None:
+        text["tokenizer_kwargs"] = dict(clean=clean)
+    module = foreign.perturb(library.CLIP(20, vision, text, quick_gelu=True))
+    cfg = dict(embed_dim=20, quick_gelu=True, vision_cfg=vision, text_cfg=text)
+    report = _convert_with_config(module, dict(model_cfg=cfg), tmp_path)
+    assert report.verdict == "PROVEN", report.text
+    model, _, _ = checkpoint.load_model(tmp_path / "ours")
+    assert (model.text.end_id, model.text.cleaning) == (2, cleaning)
+    if clean is None:
+        report = to_open_clip(tmp_path / "ours", tmp_path / "back")
+        assert report.verdict == "PROVEN", report.text
+
+
+def test_the_tokenizer_of_metaclip_2_gives_the_same_ids(tmp_path):
+    """Texts as they are, and padding on the right, as `from-hf` sets for both."""
+    pieces = [(x, 0.0) for x in ("<s>", "<pad>", "</s>", "<unk>")]
+    pieces += [(x, -2.0) for x in "▁abcdefghijklmnopqrstuvwxyz,!189"]
+    pieces += [("▁wren", -1.0), ("▁a", -1.0), ("<mask>", 0.0)]
+    tokenizer = transformers.XLMRobertaTokenizer(vocab=pieces)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["a photo of a wren", "A Photo of  A café &amp; wren, 1998! ", "x", "long " * 100]
+    options = dict(padding="max_length", truncation=True, max_length=16, return_tensors="np")
+    theirs = tokenizer(texts, **options)["input_ids"]
+    ours = file_tokenizer.FileTokenizer(tmp_path / "tokenizer.json", "none", 1)
+    np.testing.assert_array_equal(ours(texts, 16), theirs)
+    text = config_lib.TextTower(pool="end", end_id=2)
+    np.testing.assert_array_equal(text.ends(theirs), ours.encode(texts, 16).lengths - 1)
+
+
+def test_images_in_their_own_shape_are_refused(tmp_path):
+    state = {"vision_model.embeddings.patch_embedding.weight": np.ones((24, 192), np.float32)}
+    safetensors.numpy.save_file(state, tmp_path / "naflex.safetensors")
+    with pytest.raises(ConvertError, match=r"\(NaFlex\), expected SigLIP 2 of a fixed size"):
+        from_hf(tmp_path / "naflex.safetensors", tmp_path / "ours")
 
 
 class _Hostile:

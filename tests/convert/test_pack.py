@@ -6,21 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 import optax
 import pytest
-from etils import epath
 
 import grain_jax
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.faults import ConvertError
-from grain_jax.convert.pack import _trained_tokens, pack
-from grain_jax.inference import rerank
-from grain_jax.runtime import checkpoint, checkpoint_files, digests
+from grain_jax.convert.pack import pack
+from grain_jax.runtime import checkpoint, checkpoint_files
 from grain_jax.training import optim
 from tests import perturbed, tiny
-from tests.inference import test_text_decoder
 
 MET = [*range(100), 298, 299]  # tokens of training; the last two start and end a text
 
@@ -89,21 +85,6 @@ def test_a_run_from_another_text_tower_keeps_all_tokens(tmp_path):
     assert packed[100:298].any(axis=1).all()
 
 
-@pytest.mark.parametrize("of_decoder", [[], [3, 7, 298, 299]])
-def test_tokens_of_the_text_decoder_count_where_the_text_tower_learned_nothing(
-    workdir, monkeypatch, of_decoder
-):
-    """Of a run of the term alone; where nothing was trained, all are kept."""
-    arrays = lambda rows, of: np.isin(np.arange(rows), of)[:, None] * np.ones(4, np.float32)
-    nu = {"text": {"token_embed": {"embedding": arrays(300, [])}}}
-    nu["terms"] = {"words": {"decoder": {"token_embed": arrays(384, of_decoder)}}}
-    read = lambda folder, only: {"opt_state": [{"nu": nu}]}
-    monkeypatch.setattr(checkpoint_files, "read_arrays", read)
-    (folder,) = epath.Path(workdir / "checkpoints").iterdir()
-    found = _trained_tokens(folder, perturbed.tiny())
-    np.testing.assert_array_equal(np.flatnonzero(found), of_decoder or np.arange(300))
-
-
 def test_a_converted_folder_keeps_all_tokens(workdir, tmp_path):
     model, params, _ = checkpoint.load_model(workdir)
     checkpoint.save_model(tmp_path / "ours", model, params)
@@ -135,37 +116,3 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConvertError, match="in use by something else"):
         pack("aviary-tiny", tmp_path)
-
-
-def test_the_weight_of_reranking_goes_with_the_model(tmp_path):
-    model = test_text_decoder.small_model()
-    decoder = test_text_decoder.random_decoder(model)
-    ours = tmp_path / "ours"
-    checkpoint.save_model(ours, model, perturbed.params(model), decoder)
-    test_text_decoder.write_words(ours)
-    loaded = grain_jax.load(ours)
-    saved = json.loads((ours / "config.json").read_text())["digests"]
-    assert loaded.digests == saved and loaded.digest == digests.of_json(saved)
-    chosen = rerank.Chosen(
-        weight=0.25,
-        prior=rerank.PRIOR,
-        top=10,
-        model=loaded.digest,
-        annotations="A.jsonl",
-        annotations_digest="",
-        pictures=9,
-        captions=9,
-        measure="R@1",
-        value=0.5,
-        without=0.25,
-        checkpoint=str(ours),
-    )
-    rerank.write(ours, chosen)
-    assert "with the weight of reranking, 0.25" in pack(ours, tmp_path / "small").text
-    small = grain_jax.load(tmp_path / "small")
-    assert small.digest != loaded.digest and rerank.weight_of(small, None)[0] == 0.25
-    # A weight of another model stays behind.
-    rerank.write(ours, msgspec.structs.replace(chosen, model="other"))
-    said = pack(ours, tmp_path / "again").text
-    assert f"without {ours / 'rerank.json'}: its weight is of another model" in said
-    assert not (tmp_path / "again" / "rerank.json").exists()

@@ -41,11 +41,10 @@ SIGLIP = dict(
 )
 
 
-def convert(folder, writes=False, **changes):
-    """The folder of the ONNX files of a new model below `folder`, which is beside them; `writes`: with a text decoder."""
+def convert(folder, **changes):
+    """The folder of the ONNX files of a new model below `folder`, which is beside them."""
     model = perturbed.tiny(image__depth=1, text__depth=1, **changes)
-    decoder = perturbed.decoder(model) if writes else None
-    checkpoint.save_model(folder / "ours", model, perturbed.params(model), decoder, source="test")
+    checkpoint.save_model(folder / "ours", model, perturbed.params(model), source="test")
     if model.text.tokenizer != "clip":
         perturbed.write_words(folder / "ours", "unknown pad a photo of an wren owl long")
     arguments = ["--checkpoint", str(folder / "ours"), "--output", str(folder / "grain-onnx")]
@@ -56,14 +55,14 @@ def convert(folder, writes=False, **changes):
 @pytest.fixture(scope="module")
 def grain(tmp_path_factory):
     sizes = dict(decoder__depth=1, text__vocab_size=clip_tokenizer.VOCAB_SIZE)
-    sizes |= dict(image__rope="grid", image__registers=2, image__layer_scale=True)
+    sizes |= dict(image__rope="centres", image__registers=2, image__layer_scale=True)
     sizes |= dict(image__mlp="gated", image__key_bias=False)
-    return convert(tmp_path_factory.mktemp("grain"), True, boxes__kind="prompter", **sizes)
+    return convert(tmp_path_factory.mktemp("grain"), boxes__kind="roi_align", **sizes)
 
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
-    return convert(tmp_path_factory.mktemp("siglip"), False, **SIGLIP)
+    return convert(tmp_path_factory.mktemp("siglip"), **SIGLIP)
 
 
 @pytest.mark.parametrize("made", ["grain", "siglip"])
@@ -111,23 +110,11 @@ def test_what_the_folders_say(grain, siglip):
     np.testing.assert_array_equal(ids, tokenizers.own_ids(model.text, siglip.parent / "ours"))
 
 
-def test_what_onnx_json_says_of_the_text_decoder(grain, siglip):
-    about = json.loads((grain / "onnx.json").read_text())
-    first = clip_tokenizer.VOCAB_SIZE
-    names = dict(end=0, caption=2, describe=3, point=4, first_bin=5)
-    tokens = {name: first + i for name, i in names.items()} | dict(bins=13, positions=20)
-    assert about["text_decoder"] == tokens | dict(leading_specials=1, trailing_specials=1)
-    given = about["files"]["text_decoder.onnx"]
-    assert given["inputs"]["past_keys"] == "float32[batch, 2, 3, past, 8]"
-    assert given["outputs"]["logits"] == f"float32[batch, tokens, {first + 5 + 13}]"
-    assert "text_decoder" not in json.loads((siglip / "onnx.json").read_text())
-
-
 def test_the_report_compares_every_output_at_two_batch_sizes(grain, monkeypatch):
     source = exits.read(grain.parent / "ours")
     found = onnx_files._prove(grain, source)
     outputs = {"image_embed", "text_embed", "region_embed", "boxes_xyxy", "box_embed"}
-    outputs |= {"similarity_map", "text_decoder"}
+    outputs |= {"similarity_map"}
     names = outputs | {f"{name}, one" for name in outputs} | {"token_ids", "encode_text"}
     assert {c.name for c in found.comparisons} == names
     assert found.verdict == "PROVEN" and max(c.error for c in found.comparisons) < 1e-5

@@ -5,18 +5,13 @@ import numpy as np
 from grain_jax.convert.tables import Arrays
 
 
-def without_patch_bias(flat: Arrays, leading: int) -> Arrays:
-    """The bias of the patches as part of their positions.
-
-    Args:
-      flat: our parameters by flat name.
-      leading: tokens before the patches, which have positions, too.
-    """
+def without_patch_bias(flat: Arrays) -> Arrays:
+    """The bias of the patches as part of their positions, of a tower with a class token."""
     flat = dict(flat)
     bias = flat.pop("image/patch_embed/bias", None)
     if bias is not None:
         positions = np.array(flat["image/position_embed"])
-        positions[leading:] += bias
+        positions[1:] += bias
         flat["image/position_embed"] = positions
     return flat
 

@@ -10,37 +10,29 @@ from grain_jax.convert import output, parity, towers
 from grain_jax.convert.big_vision import checkpoint as files
 from grain_jax.convert.big_vision import command
 from grain_jax.convert.big_vision.towers import image_rows, text_rows
-from grain_jax.convert.exits import arrays, folder, reasons
-from grain_jax.convert.faults import ConvertError
+from grain_jax.convert.exits import arrays, folder, needs
+from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import atomic
 
 
-def to_big_vision(
-    source: epath.PathLike, path: epath.PathLike, part: str = "model"
-) -> parity.Report:
+def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-big-vision: a two-tower model that `grain_jax.load` reads to a .npz of big_vision.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
       path: the file to write.
-      part: "model", or "towers": without region decoder and box head.
 
     Raises:
       ConvertError: big_vision cannot express the model, or `path` is no file name that ends in .npz.
       checkpoint.CheckpointError: `source` cannot be read.
     """
     path = epath.Path(path)
-    if path.suffix != ".npz" or path.is_dir() or atomic.is_special(path):
+    if path.suffix != ".npz" or path.is_dir():
         raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
     found = folder.read(source)
-    left = folder.left_behind(found)
-    if part == "towers":
-        found, left = folder.towers_alone(found)
     model = found.model
-    lengths = found.sequence_lengths
-    faults = reasons.of_big_vision(model) + reasons.of_shapes(lengths, "to-big-vision")
-    reasons.refuse(model, faults, lengths)
+    raise_any(needs.of_big_vision(model))
     state = _state(folder.flat(found))
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
@@ -60,7 +52,6 @@ def to_big_vision(
         f"{tokenizer}, padded with the id {model.text.pad_id}",
         pixels,
         f"for its config: {command.sizes_of(model)}",
-        *left,
     )
 
 

@@ -10,14 +10,12 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.convert import parity, tables, towers
-from grain_jax.convert.exits import reasons
+from grain_jax.convert import model_card, parity, tables
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
-from grain_jax.core import images, patches, schema
+from grain_jax.core import images
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
-from grain_jax.runtime.saved_model import StoredDecoder
 
 MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
 
@@ -28,15 +26,12 @@ class Source(NamedTuple):
     model: config_lib.Model
     params: Any
     folder: epath.Path  # that it was read from
-    text_decoder: StoredDecoder | None = None
-    sequence_lengths: tuple[int, ...] = ()  # of images in their own shape; (): squares
 
 
 def read(path: epath.PathLike) -> Source:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
-    stored = checkpoint.load_stored(path)
-    given = stored.model, stored.merged(), epath.Path(stored.folder), stored.text_decoder
-    return Source(*given, stored.sequence_lengths)
+    model, params, folder = checkpoint.load_model(path)
+    return Source(model, params, epath.Path(folder))
 
 
 def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:
@@ -51,39 +46,6 @@ def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parit
             return parity.not_proven(source.params, f"{reason}; pip install 'grain_jax[interop]'")
 
     return proved
-
-
-def towers_alone(source: Source) -> tuple[Source, list[str]]:
-    """The two towers of a model, and lines about what is left behind.
-
-    Of a model with a region decoder no projection of the tower itself was trained: the identity, cut to the width of the
-    joint space or filled with zeros, stands in for it.
-    """
-    model = reasons.towers_alone(source.model)
-    of_decoder = source.model.decoder is not None
-    shapes = grain.parameter_shapes(model)
-    params = flat(source)
-    left = {name.partition("/")[0] for name in params.keys() - shapes.keys()}
-    left |= {"image_projection"} if of_decoder else set()
-    left |= {"text decoder"} if source.text_decoder is not None else set()
-    params = {name: x for name, x in params.items() if name in shapes}
-    if of_decoder and model.image.projection != "none":
-        params["image_projection/kernel"] = np.eye(
-            model.image.width, model.embed_dim, dtype=np.float32
-        )
-    lines = [f"left behind: {', '.join(sorted(left))}"] if left else []
-    if of_decoder:
-        lines.append(
-            f"ATTENTION: the image embedding of the model came from its decoder; here it is the {model.image.pool} of the"
-            " tokens, which nothing trained: take the image tower's tokens, or train on"
-        )
-    lengths = source.sequence_lengths
-    return Source(model, tables.nested(params), source.folder, sequence_lengths=lengths), lines
-
-
-def left_behind(source: Source) -> list[str]:
-    """A line where the model has a text decoder, of an exit that cannot hold one."""
-    return [] if source.text_decoder is None else ["left behind: text decoder"]
 
 
 def flat(source: Source) -> Arrays:
@@ -128,34 +90,14 @@ def finish(
     folder: epath.Path,
     source: Source,
     use: str,
-    library: str,
     proof: parity.Report,
+    missing: str,
+    library: str = "transformers",
     repo: str | None = None,
-    missing: str = "",
 ) -> None:
-    """Writes the model card, and the mark with the verdict of the parity.
-
-    Args:
-      folder: of the exit.
-      source: the model.
-      use: code that loads FOLDER.
-      library: that loads it, as the Hub names it.
-      proof: the report.
-      repo: ORG/NAME on the Hub, in place of FOLDER.
-      missing: why the folder has no tokenizer, or "".
-    """
-    report = proof.text if proof.verdict != parity.NOT_PROVEN else proof.text.splitlines()[-1]
-    card = _CARD.format(
-        use=use.strip().replace("FOLDER", repo or "FOLDER"),
-        sizes="\n".join(towers.describe(source.model, {})),
-        source=source.folder,
-        report=report,
-        missing=f"The folder has {missing}. A tokenizer that a library takes instead is another.\n\n"
-        if missing
-        else "",
-        library=library,
-        resized="in their own shape" if source.sequence_lengths else "to a square without a crop",
-    )
+    """Writes the model card (`model_card.write`), and the mark with the verdict of the parity."""
+    run = model_card.read_run(source.folder)
+    card = model_card.write(source.model, run, proof, use, missing, library=library, repo=repo)
     write_file(folder / "README.md", card)
     write_file(folder / MARK, {"source": str(source.folder), "parity": proof.verdict})
 
@@ -166,64 +108,16 @@ def raw_images() -> list[np.ndarray]:
     return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
 
 
-def our_pixels(tower: config_lib.ImageTower, lengths: reasons.Lengths = ()) -> np.ndarray:
-    """`raw_images` as the model gets them, [N, S, S, 3]; in their own shape [N, length, p*p*3], then zeros."""
+def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
+    """`raw_images` as the model gets them, [N, S, S, 3]."""
     mean, std = np.array(tower.pixel_mean), np.array(tower.pixel_std)
-    if not lengths:
-        resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
-        return (resized / 255 - mean) / std
-    found = our_patches(tower, lengths)
-    pixels = found.pixels.reshape(*found.pixels.shape[:2], -1, 3)
-    real = np.arange(pixels.shape[1]) < found.grid.prod(1, keepdims=True)
-    pixels = (pixels / 255 - mean) / std * real[..., None, None]
-    return pixels.reshape(found.pixels.shape)
+    resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
+    return (resized / 255 - mean) / std
 
 
-def our_patches(tower: config_lib.ImageTower, lengths: reasons.Lengths) -> schema.Patches:
-    """`raw_images` in their own shape, uint8, of the longest length."""
-    size = tower.patch_size, max(lengths)
-    return patches.stack([patches.of_image(image, *size) for image in raw_images()])
-
-
-def our_outputs(source: Source, given: parity.Inputs) -> dict[str, np.ndarray]:
+def our_outputs(source: Source, inputs: parity.Inputs) -> dict[str, np.ndarray]:
     """The outputs of a two-tower model, and its logits [images, texts]."""
-    sizes = source.model, source.params
-    predictor = inference.Predictor(*sizes, sequence_length=given.sequence_length)
-    ours = parity.outputs_of(predictor, given)
+    predictor = inference.Predictor(source.model, source.params)
+    ours = parity.outputs_of(predictor, inputs)
     logits = predictor.logit_scale * ours["image_embed"] @ ours["text_embed"].T
     return ours | {"logits": logits + (predictor.logit_bias or 0.0)}
-
-
-_CARD = """---
-library_name: {library}
-license: other
----
-
-# Image and text towers
-
-`grain-jax convert` wrote this folder from {source}.
-
-```python
-{use}
-```
-
-{missing}Images are resized {resized}. Texts with broken encodings or HTML entities, which training repaired, are
-not repaired here.
-
-## Model
-
-```
-{sizes}
-```
-
-Parity of the conversion:
-
-```
-{report}
-```
-
-## Licence
-
-The weights: not stated by the run; the terms of the training data and of the model's author apply. State a licence
-before you publish the weights.
-"""

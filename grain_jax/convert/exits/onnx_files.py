@@ -12,24 +12,22 @@ from etils import epath
 
 from grain_jax import __version__, inference
 from grain_jax import config as config_lib
-from grain_jax.convert import export, output, parity, text_decoder
-from grain_jax.convert.exits import folder, reasons, tokenizers
+from grain_jax.convert import export, output, parity
+from grain_jax.convert.exits import folder, tokenizers
 from grain_jax.convert.faults import ConvertError, needing
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 
 DESCRIPTION = "onnx.json"  # marks the folder
-_WRITING = ("patches", "text_decoder")
-_PARTS = ("image", "text", "boxes", "maps", *_WRITING)
+_PARTS = ("image", "text", "boxes", "maps")
 _PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3, size, size]"
 
 
 def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-onnx: a model that `grain_jax.load` reads to image.onnx, text.onnx, and boxes.onnx, maps.onnx where it has them.
 
-    Of a text decoder patches.onnx and text_decoder.onnx, one program for the start and each step, with its cache. The
-    number of images, texts and boxes is free. `onnx.json` says what the files take, and the opset; the tokenizer's files go
-    with them.
+    The number of images, texts and boxes is free. `onnx.json` says what the files take, and the opset; the tokenizer's files
+    go with them.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
@@ -41,9 +39,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """
     target = output.check_free(path, DESCRIPTION)
     found, unknown = tokenizers.with_end(folder.read(source))
-    lengths = found.sequence_lengths
-    faults = reasons.of_onnx(found.model) + reasons.of_shapes(lengths, "to-onnx")
-    reasons.refuse(found.model, faults, lengths)
+    names.refuse(found.model, "to-onnx")
     with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -53,11 +49,8 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
             raise ConvertError(
                 f"to-onnx: torch {torch.__version__} exports no free numbers of images; pip install -U torch"
             )
-        module = torch_module.make_module(found.model, decoder=found.text_decoder)
-    states = names.state_dicts(found.params)
-    if found.text_decoder is not None:
-        states["text_decoder"] = text_decoder.state(found.text_decoder, found.model)
-    torch_module.load_states(module, states)
+        module = torch_module.make_module(found.model)
+    torch_module.load_states(module, names.state_dicts(found.params))
     words, missing = tokenizers.files(found.model.text, found.folder)
     if (
         found.model.text.tokenizer == "clip"
@@ -111,7 +104,6 @@ def _description(source: folder.Source, path: epath.Path) -> dict[str, Any]:
             for side, values in sides.items()
         }
     (opset,) = opsets
-    decoder = source.text_decoder
     image, text, learnt = export.describe(predictor)
     return {
         "grain_jax": __version__,
@@ -121,7 +113,6 @@ def _description(source: folder.Source, path: epath.Path) -> dict[str, Any]:
         "image": image | {"normalised_by": f"you: {_PREPARE}"},
         "text": text | {"end": "found by the file"},
         **learnt,
-        **({} if decoder is None else text_decoder.ids_of(decoder, source.model)),
     }
 
 
@@ -147,16 +138,8 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
         for part in _PARTS
         if (target / f"{part}.onnx").exists()
     }
-    patches, writer = (sessions.pop(part, None) for part in _WRITING)
     theirs = _run(sessions, given, slice(None))
     one = _run(sessions, given, slice(1))
-    tokens = text_decoder.sequences(source.text_decoder, source.model, len(given.images))
-    if source.text_decoder is not None and tokens is not None:
-        of = source.text_decoder, source.model, source.params
-        ours["text_decoder"] = text_decoder.logits(*of, given.images, tokens)
-        for out, rows in ((theirs, slice(None)), (one, slice(1))):
-            inputs = given.images[rows], tokens[rows]
-            out["text_decoder"] = _next_logits(patches, writer, *inputs)
     ids = _token_ids(target, source.model.text)
     if "similarity_map" in theirs:
         texts = [ours["text_embed"]] * len(given.images)
@@ -172,19 +155,6 @@ def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
         embeds: Any = sessions["text"].run(["text_embeds"], {"input_ids": ids.astype(np.int64)})
         found += parity.compare(wanted, {"token_ids": ids, "encode_text": embeds[0]})
     return parity.report(found, f"onnxruntime {onnxruntime.__version__}", given)
-
-
-def _next_logits(patches: Any, decoder: Any, images: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """What follows each token of a sequence an image, [N, T, vocabulary]: from two tokens on, one after another."""
-    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    keys, values = patches.run(None, {"pixel_values": pixels})
-    past_keys, past_values, found = keys[..., :0, :], values[..., :0, :], []
-    for ids in np.split(tokens.astype(np.int64), np.arange(2, tokens.shape[1]), axis=1):
-        feeds = dict(patch_keys=keys, patch_values=values, input_ids=ids)
-        feeds |= dict(past_keys=past_keys, past_values=past_values)
-        logits, past_keys, past_values = decoder.run(["logits", "keys", "values"], feeds)
-        found.append(logits)
-    return np.concatenate(found, axis=1)
 
 
 def _token_ids(path: epath.Path, tower: config_lib.TextTower) -> np.ndarray | None:

@@ -10,7 +10,8 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, output, parity
-from grain_jax.convert.exits import arrays, folder, reasons, timm_trunk, tokenizers
+from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
+from grain_jax.convert.faults import raise_any
 from grain_jax.convert.open_clip.comparison import open_clip_config
 from grain_jax.convert.tables import Arrays, NamePair
 
@@ -18,15 +19,12 @@ WEIGHTS = "open_clip_model.safetensors"
 _SCALARS = [NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias")]
 
 
-def to_open_clip(
-    source: epath.PathLike, path: epath.PathLike, part: str = "model"
-) -> parity.Report:
+def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-open-clip: a two-tower model that `grain_jax.load` reads to a folder of open_clip.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
       path: the folder; new, or an older one of this command.
-      part: "model", or "towers": without region decoder and box head.
 
     Raises:
       ConvertError: open_clip cannot express the model, or the folder holds something else.
@@ -34,13 +32,9 @@ def to_open_clip(
     """
     target = output.check_free(path, folder.MARK)
     found, unknown = tokenizers.with_end(folder.read(source))
-    left = folder.left_behind(found)
-    if part == "towers":
-        found, left = folder.towers_alone(found)
-    kind, faults = reasons.of_open_clip(found.model)
-    lengths = found.sequence_lengths
-    reasons.refuse(found.model, faults + reasons.of_shapes(lengths, "to-open-clip"), lengths)
-    is_own = kind is reasons.OPEN_CLIP
+    kind, faults = needs.of_open_clip(found.model)
+    raise_any(faults)
+    is_own = kind is needs.OPEN_CLIP
     trunk = "" if is_own else timm_trunk.name_of(found.model.image)
     words, missing = tokenizers.files(found.model.text, found.folder)
     if words and found.model.text.cleaning == "none":
@@ -72,12 +66,12 @@ def to_open_clip(
     with output.replacing(target, folder.MARK) as new:
         folder.write_files(new, WEIGHTS, state, files)
         proof = _prove(new, found, has_tokenizer=not missing).but(unknown)
-        folder.finish(new, found, _USE, "open_clip", proof, missing=missing)
+        folder.finish(new, found, _USE, proof, missing, library="open_clip")
     lines = [
         f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}",
         f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32",
     ]
-    return proof.after(*lines, *left, *([missing] if missing else []))
+    return proof.after(*lines, *([missing] if missing else []))
 
 
 _USE = """
@@ -125,7 +119,7 @@ def _config(model: config_lib.Model, trunk: str, has_tokenizer: bool) -> dict[st
 
 def _own(flat: Arrays, model: config_lib.Model) -> Arrays:
     """The arrays of open_clip's own towers."""
-    flat = arrays.without_patch_bias(flat, leading=1)
+    flat = arrays.without_patch_bias(flat)
     flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
     return folder.entries([*formats.openai_image(), *_text(flat, model), *_SCALARS], flat)
 

@@ -12,31 +12,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    # <text_decoder>
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    # </text_decoder>
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, is_scipy_available, requires_backends
 
-from .configuration_grain import (
-    GrainConfig,
-    # <text_decoder>
-    GrainTextDecoderConfig,
-    # </text_decoder>
-)
+from .configuration_grain import GrainConfig
 
-# <decoder>
 if is_scipy_available():  # the loss alone needs it
     from scipy.optimize import linear_sum_assignment
 
 _NO_COST = 1e6  # of a pair whose cost is no number
-
-# </decoder>
+LAYER_SCALE = 1e-5  # of new weights
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -44,11 +29,6 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
-
-# <boxes>
-OCTAVES = 6  # of corners in a box head's Fourier features: waves of 1 to 1/32 of the image
-
-# </boxes>
 
 
 def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
@@ -63,123 +43,33 @@ def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
     return out.transpose(1, 2).flatten(2)
 
 
-# <shapes>
-class Places:
-    """Where the tokens of images in their own shape lie.
-
-    `grid` [B, 2], rows and columns of patches; `real` bool [B, P], which patches there are, row by row; `y`, `x` [B, P],
-    their rows and columns; `mask` bool [B, 1, 1, tokens], for attention to the leading tokens and the patches.
-    """
-
-    def __init__(self, pixel_values, spatial_shapes, leading):
-        patches = pixel_values.shape[1]
-        self.grid = spatial_shapes.to(pixel_values.device).long()
-        if self.grid.shape != (len(pixel_values), 2) or not (self.grid > 0).all():
-            raise ValueError(
-                f"spatial_shapes: got shape {list(self.grid.shape)}, expected [B, 2], rows and columns of patches"
-            )
-        if (self.grid.prod(1) > patches).any():
-            raise ValueError(f"spatial_shapes: got grids of more than the {patches} patches given")
-        number = torch.arange(patches, device=pixel_values.device)
-        self.real = number < self.grid.prod(1, keepdim=True)
-        self.y, self.x = (at * self.real for at in (number // self.columns, number % self.columns))
-        self.mask = F.pad(self.real, (leading, 0), value=True)[:, None, None]
-
-    @property
-    def rows(self):
-        return self.grid[:, :1]
-
-    @property
-    def columns(self):
-        return self.grid[:, 1:]
-
-    def boxes(self):
-        """The box of each patch, corners as shares of the image, [B, P, 4]."""
-        low = torch.stack([self.x / self.columns, self.y / self.rows], dim=-1)
-        high = torch.stack([(self.x + 1) / self.columns, (self.y + 1) / self.rows], dim=-1)
-        return torch.cat([low, high], dim=-1)
-
-    def resized(self, positions):
-        """Learned positions of a square [1, side * side, E], bilinear and antialiased, for the grid of each image."""
-        side = math.isqrt(positions.shape[1])
-        cells = torch.arange(side, device=positions.device) + 0.5
-
-        def shares(at, size):  # [B, P], [B, 1] -> [B, P, side]
-            step = side / size
-            distance = (cells - ((at + 0.5) * step)[..., None]).abs()
-            hats = (1 - distance / step.clamp(min=1)[..., None]).clamp(min=0)
-            return hats / hats.sum(-1, keepdim=True)
-
-        down, across = shares(self.y, self.rows), shares(self.x, self.columns)
-        weights = (down[..., :, None] * across[..., None, :]).flatten(2)
-        return (weights @ positions[0].float()).to(positions.dtype)
-
-
-# </shapes>
-def _mask(places):
-    """The mask of an attention to the image tokens; None: all of them are seen."""
-    return None if places is None else places.mask
-
-
-# <rope>
 class Rope(nn.Module):
-    """Rotary positions of the patches: queries and keys are turned by angles of row and column.
-
-    "centres" (DINOv3): the patch's centre in [-1, 1] times 2 pi; channel i turns with i + half. "grid" (PE-core): column
-    and row, from 1, at the scale of the grid of pretraining; channel 2 i turns with 2 i + 1.
-    """
+    """Rotary positions of DINOv3: angles of a patch's centre in [-1, 1] times 2 pi; channel i turns with i + half."""
 
     def __init__(self, tower):
         super().__init__()
-        self.kind, self.leading = tower["rope"], _leading(tower)
-        self.grid, self.trained = tower["image_size"] // tower["patch_size"], tower["rope_grid"]
+        self.grid, self.leading = tower["image_size"] // tower["patch_size"], _leading(tower)
         self.theta, self.head_dim = tower["rope_theta"], tower["width"] // tower["heads"]
 
-    def tables(self, device, places=None):
-        """Cosine and sine of each patch and channel, [patches, head_dim]; of images in their own shape [B, ...]."""
+    def tables(self, device):
+        """Cosine and sine of each patch and channel, [patches, head_dim]."""
         at = torch.arange(self.grid, dtype=torch.float64)  # some devices have no float64
         quarter = self.head_dim // 4
         waves = self.theta ** -(torch.arange(quarter, dtype=at.dtype) / quarter)
-        y, x = (a.flatten() for a in torch.meshgrid(at, at, indexing="ij"))
-        rows = columns = self.grid
-        # <shapes>
-        if places is not None:
-            y, x, rows, columns = (
-                a.cpu().double() for a in (places.y, places.x, places.rows, places.columns)
-            )
-        # </shapes>
-        if self.kind == "centres":
-            y, x = (2 * math.pi * (2 * (a + 0.5) / n - 1) for a, n in ((y, rows), (x, columns)))
-        else:
-            y, x = ((a + 1) * (self.trained / n) for a, n in ((y, rows), (x, columns)))
-        y, x = (a[..., None] * waves for a in (y, x))
-        if self.kind == "centres":
-            angles = torch.cat([y, x, y, x], dim=-1)
-        else:
-            angles = torch.cat([x, y], dim=-1).repeat_interleave(2, dim=-1)
+        centres = 2 * math.pi * (2 * (at + 0.5) / self.grid - 1)
+        y, x = (a.flatten() for a in torch.meshgrid(centres, centres, indexing="ij"))
+        y, x = (a[:, None] * waves for a in (y, x))
+        angles = torch.cat([y, x, y, x], dim=-1)
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
-    def forward(self, x, places=None):
+    def forward(self, x):
         """Queries or keys [B, tokens, E], turned but for the leading tokens, in float32."""
         heads = x.unflatten(-1, (-1, self.head_dim))
         y = heads[:, self.leading :].float()
-        cos, sin = (table.unsqueeze(-2) for table in self.tables(x.device, places))
-        if self.kind == "centres":
-            first, second = y.chunk(2, dim=-1)
-            other = torch.cat([-second, first], dim=-1)
-        else:
-            other = torch.stack([-y[..., 1::2], y[..., ::2]], dim=-1).flatten(-2)
-        turned = (y * cos + other * sin).to(x.dtype)
+        cos, sin = (table.unsqueeze(-2) for table in self.tables(x.device))
+        first, second = y.chunk(2, dim=-1)
+        turned = (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
         return torch.cat([heads[:, : self.leading], turned], dim=1).flatten(-2)
-
-
-# </rope>
-def _rope(tower):
-    # <rope>
-    if tower["rope"] != "none":
-        return Rope(tower)
-    # </rope>
-    return None
 
 
 def _leading(tower):
@@ -197,22 +87,22 @@ class ImageAttention(nn.Module):
         self.q_bias = self.v_bias = None
         if not tower["key_bias"]:
             self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
-        self.rope = _rope(tower)
+        self.rope = Rope(tower) if tower["rope"] != "none" else None
         self.proj = nn.Linear(width, width)
         self.q_norm = self.k_norm = nn.Identity()
         if tower["qk_norm"]:
             self.q_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
             self.k_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
 
-    def forward(self, x, places=None):
+    def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.q_bias is not None:
             q, v = q + self.q_bias, v + self.v_bias
         q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
         if self.rope is not None:
-            q, k = self.rope(q, places), self.rope(k, places)
-        return self.proj(_attend(q, k, v, self.heads, mask=_mask(places)))
+            q, k = self.rope(q), self.rope(k)
+        return self.proj(_attend(q, k, v, self.heads))
 
 
 class Attention(nn.Module):
@@ -236,9 +126,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers, named `names`, with an activation between them; `gated`: that of a third one times the first."""
 
-    def __init__(self, tower, names, mlp_dim=0, gated=False):
+    def __init__(self, tower, names, gated=False):
         super().__init__()
-        width, mlp_dim = tower["width"], mlp_dim or tower["mlp_dim"]
+        width, mlp_dim = tower["width"], tower["mlp_dim"]
         self.names, self.activation = names, ACTIVATIONS[tower["activation"]]
         self.add_module(names[0], nn.Linear(width, mlp_dim))
         self.add_module(names[1], nn.Linear(mlp_dim, width))
@@ -251,7 +141,6 @@ class MLP(nn.Module):
         return second(self.activation(self.gate(x)) * first(x))
 
 
-# <map>
 class AttentionPool(nn.Module):
     """One learned query attends to all tokens: the MAP head of SigLIP."""
 
@@ -259,9 +148,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         width = tower["width"]
         self.probe = nn.Parameter(torch.empty(1, 1, width))
-        self.attention = Attention(width, tower.get("pool_heads") or tower["heads"])
+        self.attention = Attention(width, tower["heads"])
         self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.mlp = MLP(tower, ("fc1", "fc2"), tower.get("pool_mlp_dim", 0))
+        self.mlp = MLP(tower, ("fc1", "fc2"))
 
     def forward(self, tokens, mask=None):
         """[B, tokens, E] -> [B, E], of the tokens where the mask, bool [B, 1, 1, tokens], is true."""
@@ -269,13 +158,8 @@ class AttentionPool(nn.Module):
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
-# </map>
 def _attention_pool(tower):
-    # <map>
-    if tower["pool"] == "map":
-        return AttentionPool(tower)
-    # </map>
-    return None
+    return AttentionPool(tower) if tower["pool"] == "map" else None
 
 
 def _projection(kind, width, out):
@@ -294,7 +178,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((tower["width"],), tower["layer_scale_init"]))
+        self.gamma = nn.Parameter(torch.full((tower["width"],), LAYER_SCALE))
 
     def forward(self, x):
         return x * self.gamma
@@ -313,8 +197,8 @@ class ImageBlock(nn.Module):
             LayerScale(tower) if tower["layer_scale"] else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x, places=None):
-        x = x + self.ls1(self.attn(self.norm1(x), places))
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -340,39 +224,25 @@ class ImageTower(nn.Module):
         self.blocks = nn.ModuleList(ImageBlock(tower) for _ in range(tower["depth"]))
         self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
 
-    def forward(self, pixel_values, places=None):
-        """[B, 3, S, S], or patches of images in their own shape -> [B, tokens, E]."""
-        # <shapes>
-        if places is not None:
-            weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
-            patches = F.linear(pixel_values.to(weight.dtype), weight, self.patch_embed.proj.bias)
-            return self._tokens(patches, places)
-        # </shapes>
+    def forward(self, pixel_values):
+        """[B, 3, S, S] -> [B, tokens, E]."""
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"pixel_values: got shape {list(pixel_values.shape)}, expected"
                 f" [B, 3, {self.image_size}, {self.image_size}]; use the processor of this folder"
             )
-        return self._tokens(self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2))
-
-    def _tokens(self, x, places=None):
-        """Embedded patches [B, P, E] -> [B, tokens, E]."""
-        first = x[:, :0]
+        x = self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
-            first = self.cls_token.expand(x.shape[0], -1, -1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
-            own = first.shape[1]
-            positions = self.pos_embed[:, own:]
-            # <shapes>
-            if places is not None:
-                positions = places.resized(positions)
-            # </shapes>
-            first, x = first + self.pos_embed[:, :own], x + positions
-        if self.reg_token is not None:
-            first = torch.cat([first, self.reg_token.expand(x.shape[0], -1, -1)], dim=1)
-        x = self.norm_pre(torch.cat([first, x], dim=1))
+            x = x + self.pos_embed
+        if self.reg_token is not None:  # after the class token
+            own = int(self.cls_token is not None)
+            registers = self.reg_token.expand(x.shape[0], -1, -1)
+            x = torch.cat([x[:, :own], registers, x[:, own:]], dim=1)
+        x = self.norm_pre(x)
         for block in self.blocks:
-            x = block(x, places)
+            x = block(x)
         return self.norm(x)
 
 
@@ -401,10 +271,8 @@ class Backbone(nn.Module):
         text = towers["text"]
         self.visual = ImageTower(towers["image"])
         self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
-        self.context, self.positional_embedding = text["context_length"], None
-        if text["position_kind"] == "learned":
-            self.positional_embedding = nn.Parameter(torch.empty(self.context, text["width"]))
-        self.token_scale = math.sqrt(text["width"]) if text["scale_tokens"] else 1.0
+        self.context = text["context_length"]
+        self.positional_embedding = nn.Parameter(torch.empty(self.context, text["width"]))
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
         self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
@@ -437,19 +305,13 @@ class Backbone(nn.Module):
         ids = input_ids
         if self.sees_padding:
             input_ids = F.pad(input_ids, (0, self.context - input_ids.shape[1]), value=self.pad_id)
-        x = self.token_embedding(input_ids) * self.token_scale
-        x = x + self._positions(x)[: x.shape[1]]
+        x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
         real = mask = end = None
         if self.seeks_end:
             end = (ids if self.end_id is None else (ids == self.end_id).long()).argmax(dim=-1)
-        if self.pool == "masked_mean":
-            real = input_ids != self.pad_id
-        elif self.mask_padding:
+        if self.mask_padding:
             real = torch.arange(x.shape[1], device=x.device) <= end[:, None]
-        if real is not None:
-            mask = (real | ~real.any(dim=1, keepdim=True))[
-                :, None, None
-            ]  # a text of padding alone sees it
+            mask = real[:, None, None]
         for block in self.transformer.resblocks:
             x = block(x, None if self.causal else mask)
         if end is not None and self.pool in ("end", "last"):
@@ -461,23 +323,11 @@ class Backbone(nn.Module):
             x = self.text_pool(x, mask)
         elif self.pool == "mean" and real is None:
             x = x.mean(dim=1)
-        elif self.pool in ("mean", "masked_mean"):
-            x = (x * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
+        elif self.pool == "mean":
+            x = (x * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
         return _projected(x, self.text_projection, self.text_projection_bias)
 
-    def _positions(self, x):
-        """[context, E]: learned, or sines and cosines with waves of 2 pi to 2 pi 10^4."""
-        if self.positional_embedding is not None:
-            return self.positional_embedding
-        half = x.shape[-1] // 2
-        at = torch.arange(self.context, dtype=torch.float64)
-        waves = torch.arange(half, dtype=at.dtype) / max(half - 1, 1)
-        angles = at[:, None] * (-math.log(1e4) * waves).exp()
-        angles = torch.cat([angles.sin(), angles.cos()], dim=1).to(x)
-        return F.pad(angles, (0, x.shape[-1] % 2))
 
-
-# <decoder>
 class DecoderLayer(nn.Module):
     """Self-attention of the queries, cross-attention to the image tokens, ReLU MLP."""
 
@@ -491,128 +341,61 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         self.dropout = nn.Dropout(tower["dropout"])
 
-    def forward(self, x, memory, place, mask=None):
+    def forward(self, x, memory, place):
         """x [B, Q+1, E], memory [B, tokens, E], place [Q+1, E] (added to queries and keys, not values)."""
         y = self.norm1(x)
         x = x + self.dropout(self.self_attn(y + place, y + place, y))
-        asked = self.multihead_attn(self.norm2(x) + place, memory, memory, mask=mask)
+        asked = self.multihead_attn(self.norm2(x) + place, memory, memory)
         x = x + self.dropout(asked)
         hidden = self.dropout(F.relu(self.linear1(self.norm3(x))))
         return x + self.dropout(self.linear2(hidden))
 
 
-# </decoder>
-# <boxes>
 class BoxHead(nn.Module):
-    """Embeds given boxes: "roi_align" averages the tokens in a box, "prompter" lets the box attend to the tokens."""
+    """Embeds given boxes: the mean of the tokens in each of bins x bins parts of a box, projected."""
 
     def __init__(self, towers):
         super().__init__()
         head, image = towers["boxes"], towers["image"]
-        width, self.leading = image["width"], _leading(image)
-        self.grid = image["image_size"] // image["patch_size"]
-        self.kind, self.bins, self.samples = head["kind"], head["bins"], head["samples"]
-        inputs = width * self.bins**2
-        if self.kind == "prompter":
-            inputs, norm = width, lambda: nn.LayerNorm(width, eps=image["norm_eps"])
-            self.place = nn.Linear(2 * 4 * OCTAVES, width)
-            self.memory_proj, self.memory_norm = nn.Linear(width, width), norm()
-            self.norm1, self.attn = norm(), Attention(width, image["heads"])
-            self.norm2, self.mlp = norm(), MLP(image, ("fc1", "fc2"))
-            self.norm = norm()
+        self.leading, self.grid = _leading(image), image["image_size"] // image["patch_size"]
+        self.bins, self.samples = head["bins"], head["samples"]
+        inputs = image["width"] * self.bins**2
         self.proj = nn.Parameter(torch.empty(inputs, towers["embed_dim"]))
 
-    def forward(self, tokens, boxes_xyxy, places=None):
-        """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D]."""
-        boxes_xyxy = boxes_xyxy.float()
-        of_boxes = self._align if self.kind == "roi_align" else self._ask
-        return of_boxes(tokens, boxes_xyxy, places).to(self.proj.dtype) @ self.proj
+    def forward(self, tokens, boxes_xyxy):
+        """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D].
 
-    def patches(self, tokens):
-        """Image tokens -> an embedding of the box of each patch, [B, patches, D]."""
-        return self(tokens, self.cells().expand(tokens.shape[0], -1, -1))
-
-    def cells(self):
-        """The box of each patch, [patches, 4]."""
-        low = torch.arange(self.grid, device=self.proj.device) / self.grid
-        y, x = (a.flatten() for a in torch.meshgrid(low, low, indexing="ij"))
-        return torch.stack([x, y, x + 1 / self.grid, y + 1 / self.grid], dim=-1)
-
-    def _align(self, tokens, boxes_xyxy, places=None):
-        """RoIAlign (He et al. 2017) with aligned half-pixels: a bilinear sample is a product of two hat functions."""
-        x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
-        # <shapes>
-        if places is not None:
-            down = self._share_of_cells(y1, y2, places.rows, places.y)  # [B, R, bins, P]
-            across = self._share_of_cells(x1, x2, places.columns, places.x)
-            weights = (
-                down[..., :, None, :] * across[..., None, :, :] * places.real[:, None, None, None]
-            )
-            patches = tokens[:, self.leading :].float().masked_fill(~places.real[..., None], 0)
-            return torch.einsum("brijp,bpe->brije", weights, patches).flatten(2)
-        # </shapes>
+        RoIAlign (He et al. 2017) with aligned half-pixels: a bilinear sample is a product of two hat functions.
+        """
+        x1, y1, x2, y2 = boxes_xyxy.float().unbind(-1)
         features = tokens[:, self.leading :].unflatten(1, (self.grid, self.grid)).float()
         lines = torch.einsum("brih,bhwe->briwe", self._share_of_cells(y1, y2), features)
         parts = torch.einsum("brjw,briwe->brije", self._share_of_cells(x1, x2), lines)
-        return parts.flatten(2)
+        return parts.flatten(2).to(self.proj.dtype) @ self.proj
 
-    def _share_of_cells(self, start, end, size=None, cells=None):
-        """The share of every cell in every bin of the sections from start to end, [B, R] -> [B, R, bins, cells].
+    def patches(self, tokens):
+        """Image tokens -> an embedding of the box of each patch, [B, patches, D]."""
+        low = torch.arange(self.grid, device=self.proj.device) / self.grid
+        y, x = (a.flatten() for a in torch.meshgrid(low, low, indexing="ij"))
+        cells = torch.stack([x, y, x + 1 / self.grid, y + 1 / self.grid], dim=-1)
+        return self(tokens, cells.expand(tokens.shape[0], -1, -1))
 
-        With `size` [B, 1] of the side of each image and the numbers [B, P] of some cells, the share of those.
-        """
+    def _share_of_cells(self, start, end):
+        """The share of every cell in every bin of the sections from start to end, [B, R] -> [B, R, bins, cells]."""
         count = self.bins * self.samples
-        places = (torch.arange(count, device=start.device) + 0.5) / count
-        points = start[..., None] + (end - start)[..., None] * places
-        if size is None:
-            points = points * self.grid - 0.5
-            inside = (points >= -1) & (points <= self.grid)
-            points = points.clamp(0, self.grid - 1)
-            cells = torch.arange(self.grid, device=start.device)
-        # <shapes>
-        else:
-            size, cells = size[..., None], cells[:, None, None]
-            points = points * size - 0.5
-            inside = (points >= -1) & (points <= size)
-            points = points.clamp(min=0).minimum(size - 1.0)
-        # </shapes>
-        hats = (1 - (points[..., None] - cells).abs()).clamp(min=0)
-        hats = hats * inside[..., None]
+        shares = (torch.arange(count, device=start.device) + 0.5) / count
+        points = (start[..., None] + (end - start)[..., None] * shares) * self.grid - 0.5
+        inside = (points >= -1) & (points <= self.grid)
+        points = points.clamp(0, self.grid - 1)
+        cells = torch.arange(self.grid, device=start.device)
+        hats = (1 - (points[..., None] - cells).abs()).clamp(min=0) * inside[..., None]
         return hats.unflatten(-2, (self.bins, self.samples)).mean(-2)
 
-    def _ask(self, tokens, boxes_xyxy, places=None):
-        """One layer of cross-attention and MLP."""
-        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=tokens.device).expand(self.leading, -1)
-        memory = self.memory_norm(self.memory_proj(tokens))
-        cells = self.cells()
-        # <shapes>
-        if places is not None:
-            cells = places.boxes()
-            whole = whole.expand(len(cells), -1, -1)
-        # </shapes>
-        of_tokens = self.place(_fourier(torch.cat([whole, cells], dim=-2)).to(tokens.dtype))
-        x = self.place(_fourier(boxes_xyxy).to(tokens.dtype))
-        x = x + self.attn(self.norm1(x), memory + of_tokens, memory, mask=_mask(places))
-        return self.norm(x + self.mlp(self.norm2(x)))
 
-
-def _fourier(boxes_xyxy):
-    """Sine and cosine of the corners [..., 4] -> [..., 8 * OCTAVES]."""
-    octaves = 2 * math.pi * 2.0 ** torch.arange(OCTAVES, device=boxes_xyxy.device)
-    angles = (boxes_xyxy[..., None] * octaves).flatten(-2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-# </boxes>
 def _box_head(towers):
-    # <boxes>
-    if towers["boxes"]["kind"] != "none":
-        return BoxHead(towers)
-    # </boxes>
-    return None
+    return BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
 
 
-# <decoder>
 class Decoder(nn.Module):
     """Learned queries attend to the image tokens; the last one, or the sum of all, embeds the whole image."""
 
@@ -635,14 +418,14 @@ class Decoder(nn.Module):
         self.obj_proj = nn.Parameter(torch.empty(width, out))
         self.boxes = _box_head(towers)
 
-    def forward(self, tokens, places=None):
+    def forward(self, tokens):
         """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
         memory = self.transformer.pre_norm(self.proj(tokens))
         place = self.query_embed.weight
         x = memory.new_zeros(memory.shape[0], *place.shape)
         hidden = []
         for layer in self.transformer.decoder.layers:
-            x = layer(x, memory, place, _mask(places))
+            x = layer(x, memory, place)
             hidden.append(self.transformer.decoder.norm(x))
         first, second, last = self.bbox_embed.layers
         queries = torch.stack(hidden)[:, :, :-1]
@@ -657,8 +440,6 @@ class Decoder(nn.Module):
         return None if self.boxes is None else self.boxes.patches(tokens)
 
 
-# </decoder>
-# <pool>
 class PooledImage(nn.Module):
     """In the place of the decoder where there is none: the pooled tokens embed the image."""
 
@@ -672,9 +453,9 @@ class PooledImage(nn.Module):
         )
         self.boxes = _box_head(towers)
 
-    def forward(self, tokens, places=None):
+    def forward(self, tokens):
         """Image tokens -> image [B, D], and no regions and no boxes."""
-        return self._embed(tokens, self.leading, places), None, None
+        return self._embed(tokens, self.leading), None, None
 
     def patches(self, tokens):
         """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone."""
@@ -683,184 +464,14 @@ class PooledImage(nn.Module):
         patches = tokens[:, self.leading :]
         return self._embed(patches.flatten(0, 1)[:, None], 0).unflatten(0, patches.shape[:2])
 
-    def _embed(self, tokens, leading, places=None):
+    def _embed(self, tokens, leading):
         if self.pool is not None:
-            x = self.pool(tokens, _mask(places))
-        # <shapes>
-        elif places is not None and self.kind != "class":
-            patches = tokens[:, leading:].masked_fill(~places.real[..., None], 0)
-            x = patches.sum(dim=1) / places.real.sum(dim=1, keepdim=True)
-        # </shapes>
+            x = self.pool(tokens)
         else:
             x = tokens[:, 0] if self.kind == "class" else tokens[:, leading:].mean(dim=1)
         return _projected(x, self.img_proj, self.img_proj_bias)
 
 
-# </pool>
-# <text_decoder>
-class TextDecoderAttention(nn.Module):
-    """Attention of positions [B, t, E] to given keys and values, [B, heads, L, E / heads] each."""
-
-    def __init__(self, width, heads, memory_width):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.k_proj, self.v_proj = (nn.Linear(memory_width, width) for _ in range(2))
-
-    def _split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys_values(self, memory):
-        """[B, L, E of the memory] -> keys and values."""
-        return self._split(self.k_proj(memory)), self._split(self.v_proj(memory))
-
-    def forward(self, x, keys, values, mask=None):
-        q = self._split(self.q_proj(x))
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-
-class TextDecoderBlock(nn.Module):
-    """Pre-norm: causal self-attention, attention to the patches, MLP."""
-
-    def __init__(self, sizes, memory_width):
-        super().__init__()
-        width, heads, eps = sizes["width"], sizes["heads"], sizes["norm_eps"]
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
-        self.self_attn = TextDecoderAttention(width, heads, width)
-        self.multihead_attn = TextDecoderAttention(width, heads, memory_width)
-        self.mlp = MLP(sizes, ("fc1", "fc2"))
-
-    def forward(self, x, of_patches, mask, cache, layer, seen=None):
-        """x [B, t, E]; keys and values of the patches; bool [B or 1, 1, t, all positions]; a `Cache` or None; a mask of the
-        patches or None.
-        """
-        y = self.norm1(x)
-        own = self.self_attn.keys_values(y)
-        if cache is not None:
-            own = cache.update(*own, layer)
-        x = x + self.self_attn(y, *own, mask)
-        x = x + self.multihead_attn(self.norm2(x), *of_patches, seen)
-        return x + self.mlp(self.norm3(x))
-
-
-class TaskTokens(LogitsProcessor):
-    """Lets the task that a sequence begins with have its tokens: words and END, or the location tokens of a box."""
-
-    def __init__(self, config):
-        self.config = config
-
-    def __call__(self, input_ids, scores):
-        c = self.config
-        ids = torch.arange(scores.shape[-1], device=scores.device)
-        points = (input_ids == c.tasks["point"]).any(1, keepdim=True)
-        specials = torch.tensor(c.sizes["special_ids"], device=ids.device)
-        is_word = (ids < c.sizes["words"]) & ~torch.isin(ids, specials) | (ids == c.end)
-        return scores.masked_fill(~torch.where(points, ids >= c.first_bin, is_word), -math.inf)
-
-
-@dataclass
-class GrainText(ModelOutput):
-    """What the text decoder gives: logits [B, t, vocabulary] of the tokens that follow each position."""
-
-    logits: torch.FloatTensor | None = None
-
-
-class GrainTextDecoder(PreTrainedModel, GenerationMixin):
-    """A causal transformer that sees the patches of an image, and writes texts and boxes (LocCa, arXiv 2403.19596).
-
-    A sequence begins with the token of its task. CAPTION, or DESCRIBE x0 y0 x1 y1: words and END follow; POINT words END:
-    x0 y0 x1 y1 follow. A coordinate is a location token, one of `bins` equal parts of the side.
-    """
-
-    config_class = GrainTextDecoderConfig
-    base_model_prefix = "text_decoder"
-    main_input_name = "input_ids"
-    _no_split_modules = ["TextDecoderBlock"]
-    _supports_sdpa = True
-    _tied_weights_keys = {}
-
-    def __init__(self, config):
-        super().__init__(config)
-        sizes = config.sizes
-        width, length = sizes["width"], sizes["row_length"]
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(length, width))
-        blocks = (TextDecoderBlock(sizes, config.memory_width) for _ in range(sizes["depth"]))
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width, eps=sizes["norm_eps"])
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
-        self.generation_config = GenerationConfig(eos_token_id=config.end, pad_token_id=config.pad)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if module is self:
-            nn.init.normal_(self.positional_embedding, std=0.02)
-
-    def of_patches(self, patches):
-        """Patches [B, P, E of the image] -> their keys and values in all layers, [B, depth, heads, P, E / heads] each."""
-        found = [block.multihead_attn.keys_values(patches) for block in self.blocks]
-        return tuple(torch.stack(each, dim=1) for each in zip(*found))
-
-    def forward(
-        self,
-        input_ids,
-        patch_keys,
-        patch_values,
-        attention_mask=None,
-        cache=None,
-        patch_mask=None,
-        **kwargs,
-    ):
-        """Tokens [B, t], after those of the cache -> `GrainText`.
-
-        Args:
-          input_ids: [B, t].
-          patch_keys, patch_values: of `of_patches`.
-          attention_mask: [B, all positions], 0 at padding, which is on the left; None: there is none.
-          cache: a `Cache`, or None.
-          patch_mask: bool [B, 1, 1, P], the patches that are seen; None: all.
-          kwargs: of `generate`; not read.
-        """
-        seen = 0 if cache is None else cache.get_seq_length()
-        places = torch.arange(seen + input_ids.shape[1], device=input_ids.device)
-        at = places[seen:, None]
-        mask, positions = (places <= at)[None], places[None, seen:]
-        if attention_mask is not None:
-            real = attention_mask.bool()
-            mask = mask & real[:, None] | (places == at)  # padding sees itself
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, seen:]
-        x = self.token_embedding(input_ids) + self.positional_embedding[positions]
-        for i, block in enumerate(self.blocks):
-            of_patches = patch_keys[:, i], patch_values[:, i]
-            x = block(x, of_patches, mask[:, None], cache, i, patch_mask)
-        return GrainText(logits=self.head(self.norm(x)))
-
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        """Of `generate`: the arguments of `forward` for the tokens that are not in the cache."""
-        cache = next((kwargs[x] for x in ("cache", "past_key_values") if x in kwargs), None)
-        seen = 0 if cache is None else cache.get_seq_length()
-        names = ("patch_keys", "patch_values", "attention_mask", "patch_mask")
-        found = {name: kwargs[name] for name in names if name in kwargs}
-        return {"input_ids": input_ids[:, seen:], "cache": cache} | found
-
-
-@dataclass
-class GrainPointed(ModelOutput):
-    """The boxes that texts have in images.
-
-    Args:
-      boxes_xyxy: [B, N, 4], corners in [0, 1].
-      log_probs: [B, N], of the four location tokens, in nats.
-    """
-
-    boxes_xyxy: torch.FloatTensor | None = None
-    log_probs: torch.FloatTensor | None = None
-
-
-# </text_decoder>
 @dataclass
 class GrainRegions(ModelOutput):
     """The predicted regions of the queries.
@@ -918,7 +529,7 @@ class GrainPreTrainedModel(PreTrainedModel):
             "in_proj_bias": 0.0,
             "q_bias": 0.0,
             "v_bias": 0.0,
-            "gamma": towers["image"]["layer_scale_init"],
+            "gamma": LAYER_SCALE,
             "text_projection_bias": 0.0,
             "img_proj_bias": 0.0,
         }
@@ -936,59 +547,32 @@ class GrainModel(GrainPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.backbone = Backbone(config.towers)
-        # <decoder>
-        if config.towers["decoder"] is not None:
-            self.decoder = Decoder(config.towers)
-        # </decoder>
-        # <pool>
-        if config.towers["decoder"] is None:
-            self.decoder = PooledImage(config.towers)
-        # </pool>
-        # <text_decoder>
-        self.text_decoder = None
-        if config.text_decoder is not None:
-            towers = config.towers
-            sizes = config.text_decoder, towers["text"]["vocab_size"], towers["image"]["width"]
-            self.text_decoder = GrainTextDecoder(GrainTextDecoderConfig(*sizes))
-        # </text_decoder>
+        has_decoder = config.towers["decoder"] is not None
+        self.decoder = (Decoder if has_decoder else PooledImage)(config.towers)
         self.post_init()
 
-    def _tokens(self, pixel_values, spatial_shapes=None):
-        """The tokens of images, and their places; None: squares.
-
-        `pixel_values` [B, 3, S, S]; or, with `spatial_shapes` [B, 2], patches [B, N, p * p * 3] of images in their own shape.
-        """
-        places = None
-        # <shapes>
-        if spatial_shapes is not None:
-            leading = _leading(self.config.towers["image"])
-            places = Places(pixel_values, spatial_shapes, leading)
-        # </shapes>
-        return self.backbone.visual(pixel_values, places), places
-
-    def get_image_features(self, pixel_values, spatial_shapes=None):
+    def get_image_features(self, pixel_values):
         """Images [B, 3, S, S] -> [B, D], not normalised."""
-        return self.decoder(*self._tokens(pixel_values, spatial_shapes))[0]
+        return self.decoder(self.backbone.visual(pixel_values))[0]
 
     def get_text_features(self, input_ids):
         """Token ids [N, L] -> [N, D], not normalised. A tower read at its end token ignores what comes after it."""
         return self.backbone.encode_text(input_ids)
 
-    def get_regions(self, pixel_values, spatial_shapes=None):
+    def get_regions(self, pixel_values):
         """Images [B, 3, S, S] -> `GrainRegions`; needs a region decoder."""
-        _, embeds, boxes = self.decoder(*self._tokens(pixel_values, spatial_shapes))
+        _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
         if embeds is None:
             raise ValueError("the model has no region decoder, and so no regions")
         return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
 
-    def get_boxes(self, pixel_values, boxes_xyxy, spatial_shapes=None):
+    def get_boxes(self, pixel_values, boxes_xyxy):
         """Embeddings of given boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""
         if self.decoder.boxes is None:
             raise ValueError(
                 "the model has no box head: it was trained without loss.box_description"
             )
-        tokens, places = self._tokens(pixel_values, spatial_shapes)
-        return _unit(self.decoder.boxes(tokens, boxes_xyxy, places))
+        return _unit(self.decoder.boxes(self.backbone.visual(pixel_values), boxes_xyxy))
 
     def similarity_maps(self, pixel_values, input_ids):
         """Where texts lie: a cosine for each patch, [B, N, h, w].
@@ -1004,11 +588,9 @@ class GrainModel(GrainPreTrainedModel):
         _, regions, boxes = self.decoder(tokens)
         image, maps = self.config.towers["image"], []
         grid = image["image_size"] // image["patch_size"]
-        # <decoder>
         if regions is not None and regions.shape[1]:
             corners = _corners(boxes[-1]).clamp(0, 1)
             maps.append(_region_maps(_cosines(texts, _unit(regions)), corners, grid))
-        # </decoder>
         patches = self.decoder.patches(tokens)
         if patches is not None:
             maps.append(_cosines(texts, _unit(patches)).unflatten(-1, (grid, grid)))
@@ -1016,9 +598,7 @@ class GrainModel(GrainPreTrainedModel):
             raise ValueError("the model has neither regions nor a box head, expected either")
         return torch.stack(maps).mean(0)
 
-    def zero_shot_logits(
-        self, pixel_values, class_features, descriptions=None, alpha=1.0, spatial_shapes=None
-    ):
+    def zero_shot_logits(self, pixel_values, class_features, descriptions=None, alpha=1.0):
         """Scores of every class, [B, C]: alpha * global + (1 - alpha) * region cosines.
 
         Args:
@@ -1026,13 +606,12 @@ class GrainModel(GrainPreTrainedModel):
           class_features: [C, D], as `class_features` returns; not normalised again.
           descriptions: for each class the features [n, D] of its descriptions; needed for alpha < 1, as are regions.
           alpha: weight of the global score.
-          spatial_shapes: as the processor gives them for images in their own shape; None: squares.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1 and descriptions is None:
             raise ValueError(f"alpha {alpha} needs the descriptions' features of every class")
-        image, regions, _ = self.decoder(*self._tokens(pixel_values, spatial_shapes))
+        image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
             if regions is None:
@@ -1047,106 +626,6 @@ class GrainModel(GrainPreTrainedModel):
         """For each class the token ids of its texts, [n, L] -> [C, D], ready for `zero_shot_logits`."""
         return torch.stack([_unit(self.get_text_features(ids)).mean(0) for ids in input_ids])
 
-    # <text_decoder>
-    @torch.no_grad()
-    def generate(self, pixel_values, input_ids=None, spatial_shapes=None, **options):
-        """Images [B, 3, S, S] and the beginnings of sequences -> whole sequences; `generate` of transformers.
-
-        Args:
-          pixel_values: [B, 3, S, S].
-          input_ids: [B * n, t], n sequences an image, each begun as `GrainTextDecoder` says; None: captions.
-          spatial_shapes: as the processor gives them for images in their own shape; None: squares.
-          options: of transformers, such as num_beams, do_sample, max_new_tokens.
-        """
-        of_patches = self._of_patches(pixel_values, spatial_shapes)
-        if input_ids is None:
-            input_ids = self._begun("caption", pixel_values.new_zeros(len(pixel_values), 0))
-        return self._written(of_patches, input_ids, **options)
-
-    def caption(self, pixel_values, **options):
-        """Images [B, 3, S, S] -> captions, token ids [B, n]; `batch_decode` of the processor reads them."""
-        return self.generate(pixel_values, **options)[:, 1:]
-
-    def describe(self, pixel_values, boxes_xyxy, **options):
-        """What is in boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> token ids [B, R, n], as `caption`."""
-        c = self.text_decoder.config
-        count = c.sizes["bins"]
-        # A corner on an edge belongs to the part after it, also where its float32 is a little less.
-        bins = (boxes_xyxy * count + max(1e-3, 4e-7 * count)).floor().clamp(0, count - 1)
-        begun = self._begun("describe", bins.flatten(0, 1) + c.first_bin)
-        written = self.generate(pixel_values, begun, **options)[:, begun.shape[1] :]
-        return written.unflatten(0, boxes_xyxy.shape[:2])
-
-    @torch.no_grad()
-    def point(self, pixel_values, input_ids, spatial_shapes=None, **options):
-        """Where texts are: images [B, 3, S, S] and texts [N, L] of the processor -> `GrainPointed`."""
-        c, images = self.text_decoder.config, len(pixel_values)
-        begun, mask = (x.repeat(images, 1) for x in self._asked(input_ids))
-        of_patches = self._of_patches(pixel_values, spatial_shapes)
-        found = self._written(of_patches, begun, attention_mask=mask, max_new_tokens=4, **options)
-        box = found[:, -4:]
-        seen = F.pad(mask, (0, 3), value=1)
-        of_each = {x: y.repeat_interleave(len(input_ids), dim=0) for x, y in of_patches.items()}
-        logits = self.text_decoder(found[:, :-1], attention_mask=seen, **of_each).logits[:, -4:]
-        log_probs = logits.float().log_softmax(-1).gather(-1, box[..., None]).sum((1, 2))
-        corners = ((box - c.first_bin + 0.5) / c.sizes["bins"]).unflatten(1, (2, 2))
-        boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
-        shape = images, len(input_ids)
-        return GrainPointed(boxes_xyxy=boxes.unflatten(0, shape), log_probs=log_probs.view(shape))
-
-    def next_logits(self, pixel_values, input_ids, spatial_shapes=None):
-        """Images [B, 3, S, S] and sequences [B, t] -> logits [B, t, vocabulary] of the token after each."""
-        return self.text_decoder(input_ids, **self._of_patches(pixel_values, spatial_shapes)).logits
-
-    def _of_patches(self, pixel_values, spatial_shapes=None):
-        """What the text decoder sees of images, by the names of its arguments."""
-        tokens, places = self._tokens(pixel_values, spatial_shapes)
-        patches = tokens[:, _leading(self.config.towers["image"]) :]
-        keys, values = self.text_decoder.of_patches(patches)
-        found = {"patch_keys": keys, "patch_values": values}
-        # <shapes>
-        if places is not None:
-            found["patch_mask"] = places.real[:, None, None]
-        # </shapes>
-        return found
-
-    def _begun(self, task, rest):
-        """The token of a task before the rest [N, n] of sequences."""
-        return F.pad(rest.long(), (1, 0), value=self.text_decoder.config.tasks[task])
-
-    def _asked(self, input_ids):
-        """Texts of the processor as POINT words END, padded on the left, and what is no padding."""
-        c = self.text_decoder.config
-        words = input_ids[:, c.sizes["leading_specials"] :]
-        ends = F.pad(words == c.sizes["end_of_text"], (0, 1), value=True)
-        lengths = ends.int().argmax(1, keepdim=True)
-        longest = int(lengths.max())
-        at = torch.arange(longest + 2, device=words.device) - longest + lengths
-        begun = F.pad(words, (1, 1), value=c.tasks["point"]).gather(1, at.clamp(min=0))
-        begun[:, -1] = c.end
-        return begun, (at >= 0).long()
-
-    def _written(self, of_patches, begun, **options):
-        """`generate` of transformers on sequences [B * n, t]; by default as many tokens as training had, at most."""
-        c, given = self.text_decoder.config, begun.shape[1]
-        each = {x: y.repeat_interleave(len(begun) // len(y), dim=0) for x, y in of_patches.items()}
-        room = c.sizes["row_length"] - given + 1  # nothing reads the last token
-        room = min(room, c.sizes["predictions"] or room)
-        specials = c.sizes["leading_specials"] + c.sizes["trailing_specials"]
-        if "max_length" in options:
-            options["max_new_tokens"] = options.pop("max_length") - given
-        context = self.config.towers["text"]["context_length"]
-        most = options.setdefault("max_new_tokens", min(room, context - specials + 1))
-        if not 1 <= most <= room:
-            raise ValueError(f"max_new_tokens: got {most}, expected 1 to {room}")
-        if options.get("num_beams", 1) > 1:
-            options.setdefault("length_penalty", 0.0)  # the most likely text, however long
-        options.setdefault("attention_mask", torch.ones_like(begun))
-        own = options.pop("logits_processor", None) or []
-        processors = LogitsProcessorList([TaskTokens(c), *own])
-        return self.text_decoder.generate(begun, logits_processor=processors, **each, **options)
-
-    # </text_decoder>
     def clip_logit_scale(self):
         """Keeps the factor within 1 and 100; call it after every step of the optimizer."""
         self.backbone.logit_scale.data.clamp_(0, math.log(100))
@@ -1159,8 +638,6 @@ class GrainModel(GrainPreTrainedModel):
         region_boxes_cxcywh=None,
         region_mask=None,
         return_loss=False,
-        spatial_shapes=None,
-        pixel_attention_mask=None,
     ):
         """Images and texts -> `GrainOutput`.
 
@@ -1172,11 +649,9 @@ class GrainModel(GrainPreTrainedModel):
           region_mask: bool [B, R], True where there is a region.
           return_loss: whether to compute the loss; of a model with a region decoder it needs the three above, which
             others do not read.
-          spatial_shapes: [B, 2], rows and columns of patches, of images in their own shape; None: squares.
-          pixel_attention_mask: of the processor; not read, as the shapes say it.
         """
         described = (description_ids, region_boxes_cxcywh, region_mask)
-        image, regions, boxes = self.decoder(*self._tokens(pixel_values, spatial_shapes))
+        image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
         if return_loss and regions is not None and any(x is None for x in described):
             raise ValueError(
                 "return_loss needs description_ids, region_boxes_cxcywh and region_mask"
@@ -1190,10 +665,8 @@ class GrainModel(GrainPreTrainedModel):
         losses = loss = None
         if return_loss:
             losses = {"image_caption": self._image_caption(image, text, input_ids)}
-            # <decoder>
             if regions is not None:
                 losses |= self._region_losses(found["region_embeds"], boxes, *described)
-            # </decoder>
             loss = sum(self.config.losses[name] * value for name, value in losses.items())
         return GrainOutput(
             loss=loss, losses=losses, logits_per_image=logits, logits_per_text=logits.T, **found
@@ -1223,7 +696,6 @@ class GrainModel(GrainPreTrainedModel):
             return F.cross_entropy(logits, own, reduction="none")
         return F.softplus(torch.where(is_own, -logits, logits)).sum(-1)
 
-    # <decoder>
     def _region_losses(self, region_embeds, boxes, description_ids, target, mask):
         """The losses of the regions by name: embeddings [B, Q, D] and boxes [T, B, Q, 4], and what they should be."""
         c = self.config.losses
@@ -1273,15 +745,13 @@ class GrainModel(GrainPreTrainedModel):
         overlap = _giou(pred, real, self.config.losses["iou_epsilon"])
         return (pred - real).abs().sum() + (1 - overlap).sum()
 
-    # </decoder>
     def export_onnx(self, folder):
         """Writes `image.onnx`, `text.onnx`, `maps.onnx` and, with a box head, `boxes.onnx` to `folder`, which is made.
 
         image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy. text.onnx: input_ids
         [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. maps.onnx:
         pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The numbers of images, texts and boxes are
-        dynamic. With a text decoder `patches.onnx` and `text_decoder.onnx`, see `_text_decoder_parts`. Needs the packages
-        onnx and onnxscript.
+        dynamic. Needs the packages onnx and onnxscript.
         """
         size = self.config.towers["image"]["image_size"]
         context = self.config.towers["text"]["context_length"]
@@ -1318,10 +788,6 @@ class GrainModel(GrainPreTrainedModel):
             parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
         if has_regions or of_decoder is None or decoder.boxes is not None:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
-        # <text_decoder>
-        if self.text_decoder is not None:
-            parts |= self._text_decoder_parts(pixels)
-        # </text_decoder>
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
         for name, (function, modules, given, gives) in parts.items():
@@ -1337,38 +803,6 @@ class GrainModel(GrainPreTrainedModel):
             )
         self.train(trains)
 
-    # <text_decoder>
-    def _text_decoder_parts(self, pixels):
-        """Of `export_onnx`. The shape of keys and values is [B, depth, heads, positions, E / heads].
-
-        patches.onnx: pixel_values -> patch_keys, patch_values. text_decoder.onnx: input_ids [B, t] after the tokens whose
-        keys and values are past_keys, past_values (of none: 0 positions) -> logits [B, t, vocabulary], keys, values, with
-        those of the past before them.
-        """
-        decoder = self.text_decoder
-        sizes = decoder.config.sizes
-        shape = 2, sizes["depth"], sizes["heads"]
-        batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
-        cache = lambda length: torch.rand(*shape, length, sizes["width"] // sizes["heads"])
-        grid = self.backbone.visual.image_size // self.config.towers["image"]["patch_size"]
-        given = {"input_ids": (torch.zeros(2, 4, dtype=torch.long), {0: batch, 1: tokens})}
-        given |= {f"patch_{x}": (cache(grid**2), {0: batch}) for x in ("keys", "values")}
-        given |= {f"past_{x}": (cache(3), {0: batch, 3: past}) for x in ("keys", "values")}
-
-        def of_tokens(input_ids, patch_keys, patch_values, past_keys, past_values):
-            cache = Past(past_keys, past_values)
-            logits = decoder(input_ids, patch_keys, patch_values, cache=cache).logits
-            return logits, *(torch.stack(x, dim=1) for x in zip(*cache.found))
-
-        modules = self.backbone.visual, decoder
-        of_images = lambda pixels: tuple(self._of_patches(pixels).values())
-        return {
-            "patches": (of_images, modules, pixels, ["patch_keys", "patch_values"]),
-            "text_decoder": (of_tokens, (decoder,), given, ["logits", "keys", "values"]),
-        }
-
-    # </text_decoder>
-
 
 class Part(nn.Module):
     """A function of some modules, as a module with their parameters, which the exporter asks for."""
@@ -1381,24 +815,6 @@ class Part(nn.Module):
         return self.function(*given)
 
 
-# <text_decoder>
-class Past:
-    """A `Cache` of given keys and values, as an ONNX file takes it; `found`: those of each layer with the new ones."""
-
-    def __init__(self, keys, values):
-        self.keys, self.values, self.found = keys, values, []
-
-    def get_seq_length(self):
-        return self.keys.shape[3]
-
-    def update(self, keys, values, layer):
-        keys = torch.cat([self.keys[:, layer], keys], dim=2)
-        values = torch.cat([self.values[:, layer], values], dim=2)
-        self.found.append((keys, values))
-        return keys, values
-
-
-# </text_decoder>
 def _unit(x):
     return F.normalize(x.float(), dim=-1)
 
@@ -1415,7 +831,6 @@ def _corners(boxes_cxcywh):
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-# <decoder>
 def _region_maps(cosines, boxes_xyxy, grid):
     """Cosines [B, N, Q] of texts and regions, and their boxes [B, Q, 4] -> [B, N, grid, grid].
 
@@ -1444,6 +859,3 @@ def _giou(a_cxcywh, b_cxcywh, epsilon):
     overlap, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
     union = area(a) + area(b) - overlap
     return overlap / (union + epsilon) - (hull - union) / hull
-
-
-# </decoder>

@@ -1,6 +1,5 @@
 """Reading of a CLIP or SigLIP checkpoint: its arrays, and the configs beside it, whose types are checked."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,10 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import config as config_lib
 from grain_jax.convert import archives, torchscript
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
-from grain_jax.convert.open_clip import families
 from grain_jax.core import regular_file
 from grain_jax.runtime.pretrained import hub
 
@@ -31,30 +28,19 @@ _NOT_PARAMETERS = re.compile(
     r"input_resolution|context_length|vocab_size|(text\.)?attn_mask|.*\.position_ids|(embeddings\.)?mask_token"
 )
 # model_type of config.json, in front of _vision_model and _text_model for a tower alone.
-_FAMILIES = "clip|siglip2?|metaclip_2|fgclip2|tipsv2|dinov3_vit"
-# Positions of the towers that may be NaFlex -> the weights of patches that are a linear layer then.
-_NAFLEX = {
-    "vision_model.embeddings.position_embedding.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.trunk.embeds.pos_embed": None,
-}
-_OF_HF = ("vision_model.", "text_model.", "vision_encoder.", "text_encoder.", "embeddings.")
-_PREFIXES = ("vision_model", "text_model", "vision_encoder", "text_encoder")
+_FAMILIES = "clip|siglip2?|metaclip_2|dinov3_vit"
+_OF_HF = ("vision_model.", "text_model.", "embeddings.")
 _REGISTERS = "embeddings.register_tokens"
 _MAX_NESTING = 3  # state dicts in state dicts, as trainers save them; one may contain itself
 _GROUP = "an object", lambda x: isinstance(x, Mapping)
 _TEXT = "a text", lambda x: isinstance(x, str)
 _SIZE = "a whole number from 1 to 10^6", lambda x: type(x) is int and 0 < x <= 10**6
-_PATCHES = (
-    "a number of patches of an image",
-    lambda x: type(x) is int and not config_lib.lengths_fault((x,)),
-)
 _POSITIVE = "a number from 0 to 1", lambda x: isinstance(x, int | float) and 0 < x < 1
 _COUNT = "a whole number from 0 to 10^6", lambda x: type(x) is int and 0 <= x <= 10**6
 _IDS = (
     "a whole number up to 10^6, or a list",
     lambda x: isinstance(x, list) or (type(x) is int and abs(x) <= 10**6),
 )
-_YES = "true or false", lambda x: isinstance(x, bool)
 _CHANNELS = (
     "three numbers",
     lambda x: (
@@ -68,22 +54,18 @@ _ANY = "at most 10^6", lambda x: not isinstance(x, int | float) or abs(x) <= 10*
 # Keys that are read of config.json, preprocessor_config.json and open_clip_config.json, in any group.
 _TYPES = {
     **dict.fromkeys(("vision_config", "text_config", "model_cfg", "preprocess_cfg"), _GROUP),
-    **dict.fromkeys(("image_processor", "timm_model_kwargs"), _GROUP),
-    **dict.fromkeys(
-        ("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs", "pretrained_cfg"), _GROUP
-    ),
+    "image_processor": _GROUP,
+    **dict.fromkeys(("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs"), _GROUP),
     **dict.fromkeys(("model_type", "hidden_act", "pool_type", "approximate"), _TEXT),
-    **dict.fromkeys(("architecture", "timm_model_name", "tokenizer_class"), _TEXT),
+    **dict.fromkeys(("timm_model_name", "tokenizer_class"), _TEXT),
     "rope_theta": (
         "a number from 1 to 10^6",
         lambda x: type(x) in (int, float) and 1 <= x <= 10**6,
     ),
     **dict.fromkeys(("num_attention_heads", "width", "head_width", "heads"), _SIZE),
-    **dict.fromkeys(("layer_norm_eps", "eps", "temperature_init_value"), _POSITIVE),
-    **dict.fromkeys(("max_position_embeddings", "longtext_len"), _SIZE),
-    **dict.fromkeys(("max_num_patches", "image_seq_len"), _PATCHES),
-    **dict.fromkeys(("keep_len", "eos_id", "pad_id"), _COUNT),
-    **dict.fromkeys(("scale_sqrt_depth", "use_swiglu_ffn"), _YES),
+    **dict.fromkeys(("layer_norm_eps", "eps"), _POSITIVE),
+    "max_position_embeddings": _SIZE,
+    **dict.fromkeys(("eos_id", "pad_id"), _COUNT),
     **dict.fromkeys(("eos_token_id", "pad_token_id"), _IDS),
     **{"tokenizer_kwargs": _GROUP, "clean": _TEXT},
     **dict.fromkeys(("image_mean", "image_std", "mean", "std"), _CHANNELS),
@@ -100,9 +82,6 @@ class Checkpoint(NamedTuple):
     open_clip: Mapping[str, Any]  # open_clip_config.json's model_cfg, or {}
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and standard deviation
     tokenizers: tuple[epath.Path, ...]  # tokenizer files beside it
-    timm: Mapping[str, Any] = {}  # config.json of timm, or {}
-    notes: tuple[str, ...] = ()  # for the report: which parts were taken, and which left out
-    sequence_lengths: tuple[int, ...] = ()  # of a NaFlex tower, one: the most patches of an image
     tokenizer_class: str = ""  # of tokenizer_config.json
 
     @property
@@ -119,8 +98,6 @@ class Checkpoint(NamedTuple):
 def read(path: epath.PathLike, library: str = "") -> Checkpoint:
     """A .pt, .bin or .safetensors file, a folder with one, or hf://ORG/NAME, as float32 arrays.
 
-    `PATH:long` and `PATH:box` take that text head of FG-CLIP, in place of `PATH:short`.
-
     Args:
       path: the file, the folder or the name.
       library: "open_clip": whose files are taken where a folder has those of transformers, too.
@@ -129,8 +106,7 @@ def read(path: epath.PathLike, library: str = "") -> Checkpoint:
       ConvertError: no such file, a damaged one, or one that asks to run code; nothing in it is executed.
       hub.HubError: the Hub refuses.
     """
-    text, head = split(path)
-    path = hub.local(text)
+    path = hub.local(str(path))
     if path.is_dir():
         found = [path / name for name in _WEIGHTS if regular_file.is_one(path / name)]
         found.sort(key=lambda path: not path.name.startswith(library))
@@ -152,72 +128,33 @@ def read(path: epath.PathLike, library: str = "") -> Checkpoint:
     whole = group(_json(beside / "processor_config.json"), "image_processor")
     preprocessor = _json(beside / "preprocessor_config.json") or whole
     state = _whole_names(state, hf)
-    timm = hf if "architecture" in hf else {}
     if not re.fullmatch(f"({_FAMILIES})(_(vision|text)_model)?", hf.get("model_type") or ""):
         hf = {}
     is_hf = any(name.startswith(_OF_HF) for name in state)
     hf, native = (hf, {}) if is_hf else ({}, native)  # a folder may have those of both packages
-    with prefixed(f"{path}: "):
-        taken = families.take(state, hf, head)
-    state = taken.state
     if _REGISTERS in state and not state[_REGISTERS].size:  # DINOv3 without any
         del state[_REGISTERS]
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
-    for cfg in (group(native, "preprocess_cfg"), group(timm, "pretrained_cfg")):
-        if mean is None or std is None:
-            mean, std = (cfg.get(key) for key in ("mean", "std"))
+    if mean is None or std is None:
+        mean, std = (group(native, "preprocess_cfg").get(key) for key in ("mean", "std"))
     if preprocessor.get("do_normalize") is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return Checkpoint(
         path,
         {k: v for k, v in state.items() if not _NOT_PARAMETERS.fullmatch(k)},
         "input_resolution" in state,
-        taken.config,
+        hf,
         group(native, "model_cfg"),
         None if mean is None or std is None else (tuple(mean), tuple(std)),
         tuple(beside / name for name in _TOKENIZERS if regular_file.is_one(beside / name)),
-        timm,
-        taken.notes,
-        _lengths(state, preprocessor, group(native, "model_cfg")),
         of_tokenizer.get("tokenizer_class") or "",
     )
 
 
-def _lengths(
-    state: Mapping[str, np.ndarray], preprocessor: Mapping[str, Any], cfg: Mapping[str, Any]
-) -> tuple[int, ...]:
-    """The most patches of an image where the tower takes images in their own shape (NaFlex), else ().
-
-    Where no file says it, as many as the tower has positions.
-    """
-    for positions, patches in _NAFLEX.items():
-        if positions in state and (patches is None or _is_flat(state, patches)):
-            stated = preprocessor.get("max_num_patches")
-            stated = stated or group(cfg, "vision_cfg").get("image_seq_len")
-            return (stated or math.prod(state[positions].shape[:-1]),)
-    return ()
-
-
-def _is_flat(state: Mapping[str, np.ndarray], name: str) -> bool:
-    return name in state and state[name].ndim == 2
-
-
-def split(path: epath.PathLike) -> tuple[str, str | None]:
-    """A path without the name of a text head, and that name; None where it names none."""
-    text = str(path)
-    found = re.fullmatch(f"(.+):({'|'.join(families.HEADS)})", text)
-    if found and (hub.is_reference(text) or not epath.Path(text).exists()):
-        return found[1], found[2]
-    return text, None
-
-
 def _whole_names(state: dict[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Names as in a whole model: transformers 5 saves a single tower without the first part of its names."""
-    model_type = hf.get("model_type") or ""
-    if model_type.startswith("tipsv2"):
-        model_type = model_type.replace("_model", "_encoder")
-    for prefix in _PREFIXES:
-        alone = model_type.endswith(f"_{prefix}")
+    for prefix in ("vision_model", "text_model"):
+        alone = (hf.get("model_type") or "").endswith(f"_{prefix}")
         if alone and not any(name.startswith(f"{prefix}.") for name in state):
             return {f"{prefix}.{name}": array for name, array in state.items()}
     return state

@@ -1,4 +1,4 @@
-"""The commands from-open-clip and from-hf of what the two packages wrote: CLIP, SigLIP, DINOv3's image tower."""
+"""The commands from-open-clip and, of CLIP, SigLIP and DINOv3's image tower, from-hf."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -71,8 +71,8 @@ def import_model(checkpoint: files.Checkpoint, settings: towers.Settings) -> Imp
         return _of_image(checkpoint, image)
     text = import_tower("text", checkpoint, settings)
     with prefixed(f"{checkpoint.path}: "):
-        found = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
-    return Imported(*found, True, {"image": image.assumed, "text": text.assumed})
+        model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
+    return Imported(model, params, True, {"image": image.assumed, "text": text.assumed})
 
 
 def _of_image(checkpoint: files.Checkpoint, image: towers.Tower) -> Imported:
@@ -100,8 +100,8 @@ def describe(path: epath.PathLike) -> tuple[dict[str, Any], bool]:
     Raises:
       ConvertError: as `import_model`.
     """
-    found = import_model(files.read(path), towers.Settings())
-    return dataclasses.asdict(found.model), found.has_texts
+    imported = import_model(files.read(path), towers.Settings())
+    return dataclasses.asdict(imported.model), imported.has_texts
 
 
 def _convert(
@@ -111,18 +111,14 @@ def _convert(
     settings: towers.Settings,
     command: str,
 ) -> parity.Report:
-    found = import_model(checkpoint, settings)
-    model, params = found.model, found.params
-    proof = comparison.prove(checkpoint, model, params, has_texts=found.has_texts)
-    lengths, name = checkpoint.sequence_lengths, model.text.tokenizer
+    imported = import_model(checkpoint, settings)
+    model, params = imported.model, imported.params
+    proof = comparison.prove(checkpoint, model, params, has_texts=imported.has_texts)
+    name = model.text.tokenizer
     file = next((x for x in checkpoint.tokenizers if x.name == name), None)
     words = {} if file is None else {name: file.read_bytes()}
-    more: dict[str, Any] = dict(sequence_lengths=lengths, files=words, has_texts=found.has_texts)
-    output.save(folder, model, params, source, proof, **more)
-    lines = towers.describe(model, found.assumed)
-    if lengths:
-        lines.append(f"images in their own shape: at most {lengths[0]} patches each")
-    lines += checkpoint.notes
+    output.save(folder, model, params, source, proof, files=words, has_texts=imported.has_texts)
+    lines = towers.describe(model, imported.assumed)
     if (scale := np.exp(params["logit_scale"])) > 100.5:  # CLIP stops near 100
         lines.append(
             f"logit scale {scale:.4g}; training clips it at 100 unless optim.frozen has it"
@@ -132,7 +128,7 @@ def _convert(
             "The parity below cannot show whether heads and activations are right: there is no config, so the"
             " other side is built with those assumed or told above; check them"
         )
-    if not found.has_texts:
+    if not imported.has_texts:
         lines.append(
             "no text tower: the folder embeds images alone; finetune and init.image read it"
         )

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import inference
 from grain_jax.convert import archives, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip.checkpoint import SCALARS, Checkpoint, group
 
 # Keys of the configs that say what the arrays have.
 _SIZES = {
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels", "num_patches"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels"),
     *("image_size", "patch_size", "vocab_size", "max_position_embeddings", "context_length"),
     *("width", "layers", "mlp_ratio", "num_register_tokens"),
 }
@@ -25,10 +24,6 @@ _STEERING = (
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
     *("_experts_implementation", "quantization_config", "return_dict"),
 )
-_OWN_SHAPES = "image_embed, shapes"  # the output of images in their own shape
-_MASK_TOKEN = "vision_model.embeddings.mask_token"  # of TIPS v2's pretraining, which we leave out
-
-
 # Of DINOv3 we read neither the token of its pretraining nor registers that are none.
 _OF_DINOV3 = {"embeddings.mask_token", "embeddings.register_tokens"}
 
@@ -39,21 +34,17 @@ class Built(NamedTuple):
     package: str
     module: Any  # of torch
     encode: Callable  # (module, images, ids) -> both embeddings
-    # (module, pixels [B, N, p*p*3], grid [B, 2]) -> embeddings of images in their own shape
-    encode_shapes: Callable | None = None
 
 
 def prove(
     checkpoint: Checkpoint, model: config_lib.Model, params: dict, has_texts: bool = True
 ) -> parity.Report:
-    """Our model against the architecture of the checkpoint's own package, with the same weights; of images alone or not.
+    """Our model against the architecture of the checkpoint's own package, with the same weights.
 
     Raises:
       ConvertError: the config beside the weights has other sizes, or its package refuses config or weights.
     """
     given = parity.inputs_of(model)
-    is_hf = "text_model.embeddings.token_embedding.weight" in checkpoint.state
-    is_tips = "text_encoder.token_embedding.weight" in checkpoint.state
     _check_sizes(checkpoint, model)
     try:
         import torch
@@ -61,29 +52,21 @@ def prove(
         with archives.reading(
             checkpoint.path, "what its own package takes, by the config beside it"
         ):
-            build = _build_hf if is_hf else _build_tips if is_tips else _build_open_clip
-            build = build if has_texts else _build_dinov3
-            built = build(checkpoint, model)
+            build = _build_hf if checkpoint.is_hf else _build_open_clip
+            built = (build if has_texts else _build_dinov3)(checkpoint, model)
     except ImportError as error:
         return parity.not_proven(
             params, f"{error.name or error} is not installed, so nothing could be compared."
         )
-    if has_texts and not is_tips:
+    if has_texts:
         _load(checkpoint, built.package, built.module)
     images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
     module, ours = built.module.eval(), parity.outputs(model, params, given)
     with torch.no_grad():
         image, text = built.encode(module, images, torch.from_numpy(given.token_ids).long())
         theirs = dict(image_embed=image.numpy(), text_embed=text.numpy())
-        if not has_texts:
-            del ours["text_embed"], theirs["text_embed"]
-        if checkpoint.sequence_lengths and built.encode_shapes is not None:
-            shapes = parity.own_shapes(model, checkpoint.sequence_lengths[0])
-            found = built.encode_shapes(module, *map(torch.from_numpy, shapes))
-            theirs[_OWN_SHAPES] = found.numpy()
-            length = shapes.pixels.shape[1]
-            predictor = inference.Predictor(model, params, sequence_length=length)
-            ours[_OWN_SHAPES] = predictor.encode_image(shapes)
+    if not has_texts:
+        del ours["text_embed"], theirs["text_embed"]
     return parity.report(parity.compare(ours, theirs), built.package, given)
 
 
@@ -125,8 +108,6 @@ def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
             fits = isinstance(got, int | float) and abs(got - size) <= 0.01
             if not fits and got not in ([size, size], None):
                 faults.append(f"{name}.{key}: got {str(got)[:100]}, but the arrays have {size:g}")
-        if name == "vision_config" and "mlp_ratio" in said:
-            faults += _mlp_faults(said, model.image)
         if said.get("hf_model_name") is not None:
             faults.append(f"{name}.hf_model_name: got one, expected a tower of open_clip's own")
     if timm is not None and not (isinstance(timm, str) and re.fullmatch(r"[\w.]+", timm)):
@@ -137,79 +118,22 @@ def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
         raise_any(sorted(faults))
 
 
-def _mlp_faults(said: Mapping[str, Any], image: config_lib.ImageTower) -> list[str]:
-    """TIPS v2 states its MLP by a ratio; two thirds of it, rounded up to a multiple of 8, where it is gated."""
-    ratio = said["mlp_ratio"]
-    if isinstance(ratio, int | float):
-        hidden = int(image.width * ratio)
-        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if image.mlp == "gated" else hidden
-        if hidden == image.mlp_dim:
-            return []
-    return [
-        f"vision_config.mlp_ratio: got {str(ratio)[:100]}, but the arrays have an MLP of {image.mlp_dim}"
-    ]
-
-
-def _build_tips(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
-    """transformers' TIPS v2 by config.json, with the arrays by the names that its loader translates."""
-    import torch
-    import transformers
-
-    kind: Any = transformers.Tipsv2Model
-    state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
-    del state["logit_scale"]  # ours, of the temperature; embeddings need none
-    module, found = kind.from_pretrained(
-        None,
-        config=transformers.Tipsv2Config.from_dict(_without(checkpoint.hf, *_STEERING)),
-        state_dict=state,
-        dtype="float32",
-        output_loading_info=True,
-    )
-    wrong = sorted({str(x) for names in found.values() for x in names or ()} - {_MASK_TOKEN})
-    if wrong:
-        raise ConvertError(f"{wrong[0]}: missing, unknown or of another shape for transformers")
-
-    def encode(module, images, ids):
-        real = (ids != model.text.pad_id).long()
-        out = module(input_ids=ids, pixel_values=images, attention_mask=real)
-        return out.image_embeds, out.text_embeds
-
-    return Built(f"transformers {transformers.__version__}'s Tipsv2Model", module, encode)
-
-
 def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     """transformers' own class by config.json, or by our sizes where there is none."""
     import transformers
 
-    image = model.image
-    flat_patches = checkpoint.state["vision_model.embeddings.patch_embedding.weight"].ndim == 2
-    kind = "CLIP" if image.pool == "class" else "Siglip2" if flat_patches else "Siglip"
+    kind = "CLIP" if model.image.pool == "class" else "Siglip"
     stated = checkpoint.hf or hf_config(model)
     if (stated.get("model_type") or "").startswith("metaclip_2"):
         kind = "MetaClip2"
-    # The classes that FG-CLIP 2 names are not those of SigLIP 2.
-    others = ("model_type",) if stated.get("model_type") == "fgclip2" else ()
-    config = getattr(transformers, f"{kind}Config").from_dict(_without(stated, *_STEERING, *others))
+    config = getattr(transformers, f"{kind}Config").from_dict(_without(stated, *_STEERING))
     module = getattr(transformers, f"{kind}Model")(config).float()
-    grid = image.image_size // image.patch_size
 
     def encode(module, images, ids):
-        inputs = dict(pixel_values=images)
-        if flat_patches:
-            p = image.patch_size
-            x = images.unfold(2, p, p).unfold(3, p, p)  # [N, 3, grid, grid, p, p]
-            x = x.permute(0, 2, 3, 4, 5, 1).reshape(len(x), grid * grid, -1)
-            inputs = siglip2_inputs(x, ids.new_full((len(x), 2), grid))
-        out = module(input_ids=ids, **inputs)
+        out = module(input_ids=ids, pixel_values=images)
         return out.image_embeds, out.text_embeds
 
-    def encode_shapes(module, pixels, grid):
-        x = module.vision_model(**siglip2_inputs(pixels, grid.long())).pooler_output
-        return x / x.norm(dim=-1, keepdim=True)
-
-    head = ", with this text head" if checkpoint.notes else ""  # of FG-CLIP
-    package = f"transformers {transformers.__version__}'s {kind}Model{head}"
-    return Built(package, module, encode, encode_shapes if flat_patches else None)
+    return Built(f"transformers {transformers.__version__}'s {kind}Model", module, encode)
 
 
 def _build_dinov3(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
@@ -224,14 +148,14 @@ def _build_dinov3(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         key_bias=image.key_bias,
         rope_theta=image.rope_theta,
     )
-    module, found = kind.from_pretrained(
+    module, loading = kind.from_pretrained(
         None,
         config=transformers.DINOv3ViTConfig.from_dict(_without(stated, *_STEERING)),
         state_dict={k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()},
         dtype="float32",
         output_loading_info=True,
     )
-    wrong = sorted({str(x) for names in found.values() for x in names or ()} - _OF_DINOV3)
+    wrong = sorted({str(x) for names in loading.values() for x in names or ()} - _OF_DINOV3)
     if wrong:
         raise ConvertError(f"{wrong[0]}: missing, unknown or of another shape for transformers")
 
@@ -240,22 +164,6 @@ def _build_dinov3(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         return x / x.norm(dim=-1, keepdim=True), ids
 
     return Built(f"transformers {transformers.__version__}'s DINOv3ViTModel", module, encode)
-
-
-def siglip2_inputs(pixels: Any, grid: Any) -> dict[str, Any]:
-    """Patches [B, N, p*p*3] of images with these grids, int64 [B, 2], as Siglip2Model takes them; tensors."""
-    return dict(
-        pixel_values=pixels,
-        spatial_shapes=grid,
-        pixel_attention_mask=_real(pixels, grid).int(),
-    )
-
-
-def _real(pixels: Any, grid: Any) -> Any:
-    """Which patches are real, bool [B, N]."""
-    import torch
-
-    return torch.arange(pixels.shape[1]) < grid.prod(1, keepdim=True)
 
 
 def _without(stated: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -281,7 +189,6 @@ def hf_config(model: config_lib.Model) -> dict[str, Any]:
         image_size=image.image_size,
         patch_size=image.patch_size,
         num_channels=3,
-        num_patches=(image.image_size // image.patch_size) ** 2,  # of SigLIP 2
     )
     words = dict(
         vocab_size=text.vocab_size,
@@ -309,7 +216,6 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     if stated:
         vision_cfg = {**group(stated, "vision_cfg"), "timm_model_pretrained": False}
         vision_cfg |= {"image_size": image.image_size}
-        vision_cfg.pop("image_seq_len", None)  # of open_clip 4: how images are prepared
         text_cfg, quick_gelu = group(stated, "text_cfg"), bool(stated.get("quick_gelu"))
     custom = "text.token_embedding.weight" in checkpoint.state
     module = (library.CustomTextCLIP if custom else library.CLIP)(
@@ -320,23 +226,12 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         init_logit_bias=model.logit_bias_init,
     )
     if "visual.trunk.patch_embed.proj.weight" in checkpoint.state and not stated:
-        module.add_module("visual", _timm_trunk(image, model.embed_dim))
-    if "visual.trunk.embeds.proj.weight" in checkpoint.state and not stated:
-        module.add_module("visual", _naflex_trunk(image))
+        module.add_module("visual", _timm_trunk(image))
 
     def encode(module, images, ids):
         return module.encode_image(images, normalize=True), module.encode_text(ids, normalize=True)
 
-    def encode_shapes(module, pixels, grid):
-        import torch
-
-        valid, at = _real(pixels, grid), torch.arange(pixels.shape[1])
-        yx = torch.stack([at // grid[:, 1:], at % grid[:, 1:]], dim=-1)
-        shaped = dict(patches=pixels, patch_valid=valid, patch_coord=yx * valid[..., None])
-        return module.encode_image(shaped, normalize=True)
-
-    naflex = encode_shapes if checkpoint.sequence_lengths else None
-    return Built(f"open_clip {open_clip.__version__}", module, encode, naflex)
+    return Built(f"open_clip {open_clip.__version__}", module, encode)
 
 
 def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -371,54 +266,11 @@ def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str,
     return vision_cfg, text_cfg
 
 
-def _pe_core(image: config_lib.ImageTower, features: int) -> Any:
-    """timm's PE-core by our sizes; its last layer is the projection, to so many features."""
-    import timm
-
-    grid = (image.rope_grid, image.rope_grid)
-    return timm.create_model(
-        "vit_pe_core_base_patch16_224",
-        img_size=image.image_size,
-        patch_size=image.patch_size,
-        embed_dim=image.width,
-        depth=image.depth,
-        num_heads=image.heads,
-        mlp_ratio=image.mlp_dim / image.width,
-        class_token=image.class_token,
-        attn_pool_num_heads=image.pool_heads or image.heads,
-        attn_pool_mlp_ratio=(image.pool_mlp_dim or image.mlp_dim) / image.width,
-        ref_feat_shape=grid,
-        num_classes=0 if image.projection == "none" else features,
-    )
-
-
-def _naflex_trunk(image: config_lib.ImageTower) -> Any:
-    """timm's NaFlex transformer of SigLIP 2 by our sizes."""
-    import torch
-    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
-
-    grid = image.image_size // image.patch_size
-    cfg = NaFlexVitCfg(
-        patch_size=image.patch_size,
-        embed_dim=image.width,
-        depth=image.depth,
-        num_heads=image.heads,
-        mlp_ratio=image.mlp_dim / image.width,
-        act_layer=image.activation,
-        global_pool="map",
-        pos_embed_grid_size=(grid, grid),
-        pos_embed_interp_mode="bilinear",
-    )
-    return torch.nn.Sequential(OrderedDict(trunk=NaFlexVit(cfg, num_classes=0)))
-
-
-def _timm_trunk(image: config_lib.ImageTower, features: int):
+def _timm_trunk(image: config_lib.ImageTower) -> Any:
     """timm's vision transformer by our sizes, since the checkpoint does not hold its name; as in open_clip."""
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-    if image.rope != "none":
-        return torch.nn.Sequential(OrderedDict(trunk=_pe_core(image, features)))
     pools: dict[str, Any] = {"map": "map", "class": "token", "mean": "avg"}
     sizes: dict[str, Any] = dict(
         img_size=image.image_size, patch_size=image.patch_size, embed_dim=image.width

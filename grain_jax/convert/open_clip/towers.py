@@ -1,19 +1,17 @@
 """The towers of a CLIP or SigLIP checkpoint: an entry tells the package, whose table and habits are stated here."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from grain_jax.config import ImageTower
 from grain_jax.convert import formats, towers
 from grain_jax.convert.faults import ConvertError, prefixed
-from grain_jax.convert.open_clip import rotary_towers
 from grain_jax.convert.open_clip.checkpoint import Checkpoint, group
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.convert.towers import Settings, Stated, Tower
 
 _CLIP_VOCABULARY = 49408
 _CLIP_END = 49407  # what transformers assumes
-_LONGEST = 4096  # of TIPS v2's constant positions; published models have 64
 _GEMMA_VOCABULARY = 256000  # of SigLIP 2
 _OUR_POOL = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 
@@ -27,16 +25,17 @@ def import_tower(which: str, checkpoint: Checkpoint, settings: Settings) -> Towe
     with prefixed(f"{checkpoint.path}: "):
         assumed: list[str] = []
         prefix, rows, stated = (_image if which == "image" else _text)(checkpoint, assumed)
-        tower = towers.settle(which, checkpoint.state, rows, prefix, stated, settings, assumed)
-        return tower._replace(notes=checkpoint.notes)
+        return towers.settle(which, checkpoint.state, rows, prefix, stated, settings, assumed)
 
 
 def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
     """The prefix of an image tower's names, its table, and what its package states."""
     state, cfg = checkpoint.state, group(checkpoint.open_clip, "vision_cfg")
-    if "vision_encoder.patch_embed.proj.weight" in state:
-        return _tips_image(checkpoint)
     patches = state.get("vision_model.embeddings.patch_embedding.weight")
+    if "visual.trunk.embeds.proj.weight" in state or (patches is not None and patches.ndim == 2):
+        raise ConvertError(
+            "got a tower of images in their own shape (NaFlex), expected SigLIP 2 of a fixed size"
+        )
     if "visual.conv1.weight" in state:  # OpenAI's and open_clip's own
         prefix, rows, pool = "visual.", formats.openai_image(), cfg.get("pool_type") or "tok"
         if pool == "avg" and cfg.get("final_ln_after_pool"):
@@ -45,17 +44,8 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
             )
         heads = (cfg.get("width") or 768) // (cfg.get("head_width") or 64) if cfg else None
         stated = _stated_by_open_clip(checkpoint, cfg, 1e-5, pool, heads)
-    elif family := rotary_towers.family_of_timm(cfg.get("timm_model_name"), state, "visual.trunk."):
-        found = rotary_towers.of_timm(family, state, "visual.trunk.", assumed)
-        prefix, (_, rows, stated) = "visual.", found
-    elif "embeddings.patch_embeddings.weight" in state:
-        prefix, rows, stated = rotary_towers.of_hugging_face(checkpoint, assumed)
-    elif re.fullmatch(r"vit_\w+_tipsv2(\..*)?", checkpoint.timm.get("architecture") or ""):
-        prefix, rows, stated = _tips_of_timm(checkpoint)
-    elif "patch_embed.proj.weight" in state:  # timm's alone
-        prefix, rows, stated = rotary_towers.of_bare_timm(checkpoint, assumed)
-    elif "visual.trunk.embeds.proj.weight" in state:
-        prefix, rows, stated = _naflex(checkpoint, cfg)
+    elif checkpoint.is_dinov3:
+        prefix, rows, stated = _dinov3(checkpoint, assumed)
     elif "visual.trunk.patch_embed.proj.weight" in state:  # timm's inside open_clip
         prefix, rows = "visual.", formats.timm_image_in_open_clip()
         norm_eps = 1e-5 if "visual.trunk.norm_pre.weight" in state else 1e-6  # CLIP towers; others
@@ -64,13 +54,13 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
         # The name of the timm model decides between exact and tanh GELU.
         stated = Stated(norm_eps, fallback="gelu", pool=pool)
     elif patches is not None:
-        prefix, rows = "vision_model.", formats.hf_image(flat_patches=patches.ndim == 2)
+        prefix, rows = "vision_model.", formats.hf_image()
         is_siglip = "vision_model.embeddings.class_embedding" not in state
         stated = _stated_by_hf(checkpoint, "vision", is_siglip, "class", 12)
     else:
         raise ConvertError(
-            "no image tower; expected visual.conv1.weight (OpenAI, open_clip), visual.trunk.* (timm),"
-            " vision_model.* or vision_encoder.* (Hugging Face)"
+            "no image tower; expected visual.conv1.weight (OpenAI, open_clip), visual.trunk.* (timm in open_clip),"
+            " vision_model.* or embeddings.* (Hugging Face)"
         )
     pixels, keys = checkpoint.pixels, ("pixel_mean", "pixel_std")
     if pixels is None:
@@ -83,28 +73,36 @@ def _image(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePa
     return prefix, rows, stated._replace(fields={**stated.fields, **dict(zip(keys, pixels))})
 
 
-def _naflex(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> tuple[str, list[NamePair], Stated]:
-    """As `_image`, of timm's NaFlex transformer inside open_clip: SigLIP 2's, whose positions are resized bilinearly."""
-    name, options = cfg.get("timm_model_name"), cfg.get("timm_model_kwargs")
-    if name is not None and not re.fullmatch(r"naflexvit_\w+_siglip(\..*)?", name):
-        raise ConvertError(
-            f"vision_cfg.timm_model_name: got {name[:100]}, expected naflexvit_*_siglip: other NaFlex towers of timm resize"
-            " positions bicubically or pool otherwise"
-        )
-    if options:
-        raise ConvertError(
-            f"vision_cfg.timm_model_kwargs: got {', '.join(options)[:100]}, expected none with {name}"
-        )
-    activation = "gelu_tanh" if name is not None else None
-    stated = Stated(1e-6, "gelu_tanh", activation, pool="map")
-    return "visual.", formats.timm_naflex_in_open_clip(), stated
+def _dinov3(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
+    """As `_image`, of DINOv3 in transformers; adds a line to `assumed` where there is no config.json."""
+    state, cfg = checkpoint.state, checkpoint.hf
+    rows = formats.hf_dinov3("model." if "model.layer.0.norm1.weight" in state else "")
+    there = Entries(state, rows)
+    fields: dict[str, Any] = dict(rope="centres", rope_theta=float(cfg.get("rope_theta") or 100))
+    fields |= dict(key_bias="image/blocks/attention/key/bias" in there)
+    fields |= dict(pixel_mean=ImageTower.pixel_mean, pixel_std=ImageTower.pixel_std)
+    if not cfg:
+        assumed.append("DINOv3: norm epsilon 1e-5, rotary positions of theta 100")
+        gated = "image/blocks/mlp/gate/kernel" in there
+        return "", rows, Stated(1e-5, "silu" if gated else "gelu", pool="class", fields=fields)
+    activation = cfg.get("hidden_act") or "gelu"
+    return (
+        "",
+        rows,
+        Stated(
+            cfg.get("layer_norm_eps") or 1e-5,
+            "gelu",
+            towers.OUR_ACTIVATION.get(activation, activation),
+            cfg.get("num_attention_heads"),
+            "class",
+            fields,
+        ),
+    )
 
 
 def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePair], Stated]:
     """As `_image`, of a text tower."""
     state, cfg = checkpoint.state, group(checkpoint.open_clip, "text_cfg")
-    if "text_encoder.token_embedding.weight" in state:
-        return "text_encoder.", formats.tips_text(), _tips_text(checkpoint)
     own = next((x for x in ("text.", "") if f"{x}token_embedding.weight" in state), None)
     if own is not None:  # OpenAI's and open_clip's
         linear = f"{own}text_projection"
@@ -130,8 +128,8 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
         prefix, stated = "text_model.", _stated_by_hf(checkpoint, "text", is_siglip, pool, heads)
     else:
         raise ConvertError(
-            "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* or text_encoder.*"
-            " (Hugging Face); init.image reads an image tower alone"
+            "no text tower; expected token_embedding.weight (OpenAI, open_clip), text_model.* (Hugging Face);"
+            " init.image reads an image tower alone"
         )
     vocab, _ = Entries(state, rows).shape("text/token_embed/embedding", 2)
     first_siglip = is_siglip and _is_first_siglip(checkpoint, vocab)
@@ -142,8 +140,8 @@ def _text(checkpoint: Checkpoint, assumed: list[str]) -> tuple[str, list[NamePai
     end_id = _end_id(checkpoint, vocab) if stated.pool == "end" else None
     cleaning = "canonical" if first_siglip else "lower"
     if end_id is not None:  # MetaCLIP 2
-        said = cfg.get("pad_id") if cfg else _of_hf(checkpoint, "text").get("pad_token_id")
-        pad_id = said if isinstance(said, int) else 1
+        stated_pad = cfg.get("pad_id") if cfg else _of_hf(checkpoint, "text").get("pad_token_id")
+        pad_id = stated_pad if isinstance(stated_pad, int) else 1
         canonical = group(cfg, "tokenizer_kwargs").get("clean") == "canonicalize"
         cleaning = "canonical" if canonical else "none"
         if cfg and not canonical:
@@ -176,74 +174,6 @@ def _end_id(checkpoint: Checkpoint, vocab: int) -> int | None:
         cfg = group(checkpoint.open_clip, "text_cfg")
         found = cfg.get("eos_id", 2) if cfg.get("pool_type") == "eos" else None
     return found if isinstance(found, int) and 0 <= found < vocab - 1 else None
-
-
-def _tips(checkpoint: Checkpoint, which: str, usual: Stated) -> tuple[Mapping[str, Any], Stated]:
-    """The part of config.json of TIPS v2 about a tower, and what it says where it differs from `usual`."""
-    if not checkpoint.hf:
-        raise ConvertError("TIPS v2 without a config.json of its own beside it; expected one")
-    cfg = _of_hf(checkpoint, which)
-    activation = cfg.get("hidden_act") or usual.fallback
-    return cfg, usual._replace(
-        norm_eps=cfg.get("layer_norm_eps") or usual.norm_eps,
-        activation=towers.OUR_ACTIVATION.get(activation, activation),
-        heads=cfg.get("num_attention_heads") or usual.heads,
-    )
-
-
-def _tips_image(checkpoint: Checkpoint) -> tuple[str, list[NamePair], Stated]:
-    """As `_image`, of TIPS v2: registers, layer scale, pixels in [0, 1], maybe gated MLPs."""
-    cfg, stated = _tips(checkpoint, "vision", Stated(1e-6, "gelu", "gelu", 12, "class"))
-    gated = bool(cfg.get("use_swiglu_ffn"))
-    rows = formats.tips_image(gated=gated)
-    mean, std = checkpoint.pixels or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    fields: dict[str, Any] = dict(
-        layer_scale_init=1.0,
-        pixel_mean=mean,
-        pixel_std=std,
-    )
-    stated = stated._replace(fields=fields)
-    return "vision_encoder.", rows, _gated(checkpoint, rows, stated) if gated else stated
-
-
-def _gated(checkpoint: Checkpoint, rows: list[NamePair], stated: Stated) -> Stated:
-    """With the SwiGLU whose gate and other linear layer are one entry."""
-    both = Entries(checkpoint.state, rows).shape("image/blocks/mlp/gate/bias", 1)[0]
-    fields = {**stated.fields, "mlp_dim": both // 2}
-    return stated._replace(fallback="silu", activation="silu", fields=fields)
-
-
-def _tips_of_timm(checkpoint: Checkpoint) -> tuple[str, list[NamePair], Stated]:
-    """As `_tips_image`, of timm, whose name for it tells the number of heads."""
-    plain = Entries(checkpoint.state, formats.timm_tips(gated=False))
-    (width,) = plain.shape("image/norm/scale", 1)
-    (inner,) = plain.shape("image/blocks/mlp/in/bias", 1)
-    gated = plain.shape("image/blocks/mlp/out/kernel", 2)[1] != inner
-    heads = 16 if width == 1152 else max(width // 64, 1)
-    fields = dict(layer_scale_init=1.0, pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 1.0))
-    stated = Stated(1e-6, "gelu", "gelu", heads, "class", fields)
-    rows = formats.timm_tips(gated=gated)
-    return "", rows, _gated(checkpoint, rows, stated) if gated else stated
-
-
-def _tips_text(checkpoint: Checkpoint) -> Stated:
-    """What TIPS v2 has: constant positions, tokens scaled, the mean of those that are no padding."""
-    cfg, stated = _tips(checkpoint, "text", Stated(1e-5, "relu", "relu", 12, "masked_mean"))
-    scaled, length = cfg.get("scale_sqrt_depth"), cfg.get("max_position_embeddings") or 64
-    if length > _LONGEST:  # no array bounds it
-        raise ConvertError(
-            f"text_config.max_position_embeddings: got {length}, expected at most {_LONGEST}"
-        )
-    fields: dict[str, Any] = dict(
-        context_length=length,
-        position_kind="sinusoidal",
-        scale_tokens=scaled is None or scaled,
-        causal=False,
-        tokenizer=next((x.name for x in checkpoint.tokenizers), "tokenizer.json"),
-        cleaning="none",  # tokenizer.json lowers the case
-        pad_id=cfg.get("pad_token_id") or 0,
-    )
-    return stated._replace(fields=fields)
 
 
 def _stated_by_open_clip(

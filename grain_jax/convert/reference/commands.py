@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax.convert import archives, output, parity, towers
-from grain_jax.convert.exits import folder, reasons
+from grain_jax.convert.exits import folder
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
@@ -59,15 +59,10 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     path = epath.Path(path)
-    if path.is_dir() or atomic.is_special(path):  # it is read again, for the parity
-        raise ConvertError(
-            f"{path}: is a folder, pipe or device; expected a file name such as grain.pth.tar"
-        )
+    if path.is_dir():
+        raise ConvertError(f"{path}: is a folder; expected a file name such as grain.pth.tar")
     found = folder.read(source)
     model, params = found.model, found.params
-    lengths = found.sequence_lengths
-    faults = names.faults(model, "to-torch") + reasons.of_shapes(lengths, "to-torch")
-    reasons.refuse(model, faults, lengths)
     states = names.to_states(model, params)
     with output.writing(path), needing("torch", path):
         write(path, states)
@@ -79,7 +74,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     lines += [_heads_line(tower, getattr(model, tower)) for tower in names.TOWERS]
     zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
     lines.append(f"zeros, for the entries that the reference never uses: {zeros}")
-    return proof.after(*lines, *folder.left_behind(found))
+    return proof.after(*lines)
 
 
 def _heads_line(tower: str, config: Any) -> str:

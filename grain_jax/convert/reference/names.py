@@ -58,15 +58,6 @@ TABLES: dict[str, list[NamePair]] = {  # by state dict
         NamePair("image_projection/bias", "img_proj_bias"),
         *_pool("image_pool", "pool."),
         NamePair("region_projection/kernel", "obj_proj"),
-        *linear("box_head/place", "boxes.place"),
-        *linear("box_head/memory_projection", "boxes.memory_proj"),
-        *norm("box_head/memory_norm", "boxes.memory_norm"),
-        *norm("box_head/norm_1", "boxes.norm1"),
-        *_attention("box_head/attention", "boxes.attn"),
-        *norm("box_head/norm_2", "boxes.norm2"),
-        *linear("box_head/mlp/in", "boxes.mlp.fc1"),
-        *linear("box_head/mlp/out", "boxes.mlp.fc2"),
-        *norm("box_head/norm", "boxes.norm"),
         NamePair("box_projection/kernel", "boxes.proj"),
     ],
 }
@@ -123,8 +114,6 @@ _FIXED = (
     ("text.mask_padding", False, False),
     ("text.projection", "matrix", False),
     ("text.tokenizer", "clip", False),
-    ("text.position_kind", "learned", False),
-    ("text.scale_tokens", False, False),
     ("text.end_id", None, False),
     ("decoder.norm_eps", 1e-5, False),
     ("decoder.image_pool", "query", False),
@@ -232,8 +221,7 @@ def infer(
     queries, width = decoder.shape("decoder/query_embed", 2)
     # Norm epsilons and dropout are constants of the reference; the initialisers are not used.
     sizes: dict[str, dict[str, Any]] = {
-        "image": towers.image_sizes(backbone)
-        | dict(norm_eps=1e-6, block_init="torch", projection="matrix"),
+        "image": towers.image_sizes(backbone) | dict(norm_eps=1e-6, projection="matrix"),
         "text": towers.text_sizes(backbone) | dict(norm_eps=1e-5),
         "decoder": dict(
             queries=queries - 1,
@@ -241,7 +229,6 @@ def infer(
             depth=decoder.depth("decoder/blocks/norm_1/scale"),
             mlp_dim=decoder.shape("decoder/blocks/mlp/in/bias", 1)[0],
             dropout=0.1,
-            qkv_init_gain=1.0,
             norm_eps=1e-5,
             unroll=1,
         ),
