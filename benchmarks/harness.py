@@ -113,15 +113,6 @@ def write(path: epath.PathLike | None, content: Any) -> None:
 
 
 KEYS = {"total_steps": 1000, "optim.warmup_steps": 10, "input.lanes": 1}
-CONFIG_FILE = """
-from grain_jax.config.recipe import base
-
-
-def get_config():
-    c = base({!r})
-    c.update_from_flattened_dict({!r})
-    return c
-"""
 
 
 def config(size: str, changes: Mapping[str, Any]) -> Any:
@@ -132,10 +123,3 @@ def config(size: str, changes: Mapping[str, Any]) -> Any:
     values = recipe.base(size)
     values.update_from_flattened_dict(KEYS | dict(changes))
     return config_lib.from_dict(values)
-
-
-def config_file(folder: epath.Path, size: str, changes: Mapping[str, Any]) -> epath.Path:
-    """Such a recipe as a config file in the folder."""
-    file = folder / "my_config.py"
-    file.write_text(CONFIG_FILE.format(size, KEYS | dict(changes)))
-    return file

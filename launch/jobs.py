@@ -1,4 +1,4 @@
-"""Runs commands on this machine, N at a time, resumable; for `grain-jax sweep` and `benchmarks.claim`.
+"""Runs commands on this machine, N at a time, resumable; for `grain-jax sweep`.
 
 A job that is finished is skipped, one that failed is started again after the others, one that was preempted
 (status 75) goes back into the queue. A job's process holds a lock on its log for as long as it lives, so that

@@ -102,7 +102,6 @@ QUICK = (
     "tests/test_quick.py",
     "tests/test_recipes.py::test_the_own_recipe_takes",
     "tests/test_recipes.py::test_every_family_of_towers_resolves",
-    "tests/test_recipes.py::test_the_claim_is_the_arm_that_won",
     "tests/test_verify.py::test_no_step_is_claimed",
     "tests/cli/test_parser.py",
     "tests/convert/test_parity.py",

@@ -7,13 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.claim import design as claim_design
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.config import recipe
 from grain_jax.configs import (
-    claim,
-    demo,
     finetune,
     grain_vitb16_cc12m,
     grain_vitg14_cc12m,
@@ -127,18 +124,6 @@ def test_the_recipe_of_siglip_2_adds_its_views_at_80_percent():
     assert config.batch_size * config.total_steps == pytest.approx(40e9, rel=1e-6)
     terms = forward.Forward(grain.GRAIN(config.model), config).terms
     assert terms.keys() == {"words", "views", "patches"}
-
-
-def test_the_claim_is_the_arm_that_won_in_docs_claim():
-    arm = demo.get_config()
-    run = claim_design.ClaimRun(claim_design.OURS, 1e-3, 0, claim_design.STEPS)
-    arm.update_from_flattened_dict(claim_design.changes(run, claim_design.CONFIG))
-    ours, arm = claim.get_config().to_dict(), arm.to_dict()
-    for key in ("checkpoint_every", "pictures"):  # a benchmark keeps and draws nothing
-        ours.pop(key), arm.pop(key)
-    for c in (ours, arm):  # has no effect where both captions are taken
-        c["input"].pop("synthetic_caption_rate")
-    assert ours == arm
 
 
 def _small(source):

@@ -31,7 +31,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import numpy as np
 
-from benchmarks.fetch import gcompris
 from grain_jax import config as config_lib
 from grain_jax.core import errors, images
 from grain_jax.data import sources
@@ -39,7 +38,6 @@ from grain_jax.input_pipeline import file_tokenizer, records
 from grain_jax.report import run_files
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets, tiny
-from tests.data import debian_packages
 from tests.hostile import image_files, indexes, source_files
 
 SECONDS = 30.0
@@ -280,39 +278,6 @@ class Fuzzer:
         if not {x.cause for x in faults} <= set(sources.CAUSES):
             raise AssertionError(faults)
         return "refused" if faults else "read"
-
-    def case_packages(self, rng: random.Random) -> str:
-        """A damaged package, or one with a damaged resource in it, unpacked as benchmarks.fetch does."""
-        word = ("f.png", str(rng.choice(NASTY))) if rng.random() < 0.3 else ("f.png", "fly")
-        files = debian_packages.gcompris(image_files.encode("PNG"), word=word)
-        content, how = b"", rng.randrange(4)
-        if how < 2:
-            path = rng.choice(sorted(files))
-            files[path] = image_files.mutate(files[path] or b"x", rng.randrange(1 << 30))
-        elif how == 2:
-            listed = [
-                {
-                    "content": [
-                        {"name": "animal", "content": [{"image": "f.png", "description": "a"}]}
-                    ]
-                }
-            ]
-            words = dump(put_somewhere(listed, rng))
-            files = debian_packages.gcompris(image_files.encode("PNG"), word=word, words=words)
-        content = debian_packages.deb(files, rng.choice(("xz", "gz", "bz2")))
-        if how == 3 and word[1] == "fly":
-            content = image_files.mutate(content, rng.randrange(1 << 30))
-        work, output = self.folder / "fetched", self.folder / "fetched/a/out"
-        shutil.rmtree(work, ignore_errors=True)
-        output.parent.mkdir(parents=True)
-        (work / "g.deb").write_bytes(content)
-        try:
-            gcompris.write(output, deb=str(work / "g.deb"))
-        finally:
-            made = {str(x.relative_to(work)) for x in (*work.iterdir(), *(work / "a").iterdir())}
-            if not made <= {"a", "g.deb", "a/out"}:
-                raise AssertionError(f"files outside: {made}")
-        return "read"
 
     def case_indexes(self, rng: random.Random) -> str:
         """A folder of embeddings with one damaged file, searched, read for the page and gone on with."""

@@ -14,13 +14,9 @@ import pytest
 import yaml
 from etils import epath
 
-from benchmarks.claim import __main__ as claim
-from benchmarks.claim import design
-from benchmarks.claim import results as claim_results
 from grain_jax.config import points
 from grain_jax.core import errors
 from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
-from tests import test_claim
 from tests.paths import ROOT
 
 RATES = (1e-3, 2e-3)
@@ -396,27 +392,6 @@ def test_clusters_do_not_make_a_data_set_many_times(tmp_path):
     runs = make(tmp_path, [{"seed": 0}], **prepared, **where)
     with pytest.raises(errors.UserError, match="python -m data.aviary --name birds"):
         sweep_clusters.submit_slurm(runs, epath.Path(tmp_path), None)
-
-
-def test_the_claim_runs_on_it(tmp_path, monkeypatch):
-    """Its plan grows with the results; a stand-in for the training appends rows that were made up."""
-    arms = ("clip", "clip_both", design.OURS)
-    monkeypatch.setattr(design, "ARMS", {arm: design.ARMS[arm] for arm in arms})
-    monkeypatch.setattr(design, "CLIP_ARMS", arms[:2])
-    made = test_claim.everything()
-    for name, result in made.items():
-        claim_results.append(tmp_path / name, result)
-    results = tmp_path / "results.tsv"
-    row = f"flock {results}.lock tail -n 1 {tmp_path}/$run >> {results}"
-    command(tmp_path, "python", f'for last in "$@"; do :; done; run="${{last#--run=}}"; {row}')
-    monkeypatch.setattr(claim.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(claim.data, "prepare", lambda *_: None)
-    header = (tmp_path / name).read_text().splitlines()[0]
-    results.write_text(f"{header}\n")
-    options = dict(config=design.CONFIG, data=None, steps=100, jobs=8)
-    args = types.SimpleNamespace(workdir=tmp_path / "w", results=results, **options)
-    assert claim.run_all(args) == 0
-    assert claim_results.read(results) == made
 
 
 def table_of(tmp_path):
