@@ -4,19 +4,18 @@ COMMAND   grain-jax evaluate suite --checkpoint DIR --config eval --output OUT.j
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)
           --config.evals.food101.split='test[:1000]' and the like for one set
           eval:probes adds linear probes of the TFDS sets, NAME_probe
-          eval:text_decoder adds NAME_captions, NAME_reranked, NAME_descriptions and NAME_pointing
 DATA      nothing is downloaded: a missing set is skipped, and a line says how to get it
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grain_jax.config.suite import entries, probes, written
+from grain_jax.config.suite import entries, probes
 
 
 def get_config(also=""):
-    if also not in ("", "probes", "text_decoder"):
-        raise ValueError(f"got :{also}, expected :probes, :text_decoder, or nothing")
+    if also not in ("", "probes"):
+        raise ValueError(f"got :{also}, expected :probes, or nothing")
     c = ConfigDict()
     c.data_dir = "~/tensorflow_datasets"
     c.folders = "~/grain_benchmarks"
@@ -28,6 +27,4 @@ def get_config(also=""):
     c.evals = entries(**{key: c.get_ref(key) for key in shared})
     if also == "probes":
         c.evals.update(probes(data_dir=c.get_ref("data_dir")))
-    if also == "text_decoder":
-        c.evals.update(written(folders=c.get_ref("folders")))
     return c

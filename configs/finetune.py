@@ -4,8 +4,8 @@ COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
 FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
           size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
-          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), pe_core (:T/16,
-          :S/16, :B/16, :L/14), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
+          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), dinov3 (:S/16,
+          :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
 HARDWARE  one GPU; docs/own_images.md lists what fits where.
@@ -27,17 +27,6 @@ SIGLIP = {
     "B/16": (768, {}, {}),
     "L/16": (1024, dict(image_size=256, **_LARGE), _LARGE),
 }
-_SMALL_TEXT = dict(width=512, depth=12, heads=8, mlp_dim=2048)
-PE_CORE = {
-    "T/16": (512, dict(image_size=384, rope_grid=24, width=192, heads=3, mlp_dim=768), _SMALL_TEXT),
-    "S/16": (
-        512,
-        dict(image_size=384, rope_grid=24, width=384, heads=6, mlp_dim=1536),
-        _SMALL_TEXT,
-    ),
-    "B/16": (1024, {}, {}),
-    "L/14": (1024, dict(image_size=336, patch_size=14, rope_grid=24, **_LARGE), {}),
-}
 DINOV3 = {  # with the text tower of open_clip's B/16 or L/14
     "S/16": (512, dict(width=384, heads=6, mlp_dim=1536), {}),
     "B/16": CLIP["B/16"],
@@ -48,7 +37,6 @@ FAMILIES = {
     "open_clip": CLIP,
     "siglip": SIGLIP,
     "siglip2": SIGLIP,
-    "pe_core": PE_CORE,
     "dinov3": DINOV3,
 }
 
@@ -79,7 +67,7 @@ def take_towers(c, family, size):
         towers_of(c, "dinov3", ("image",))
         towers_of(c, "clip", ("text",))
     else:
-        towers_of(c, family if family in ("siglip", "siglip2", "pe_core") else "clip")
+        towers_of(c, family if family in ("siglip", "siglip2") else "clip")
     if family == "open_clip":  # of most of its models; OpenAI's have quick_gelu
         c.model.image.activation = "gelu"
     if family in ("open_clip", "dinov3"):
@@ -94,20 +82,6 @@ def take_towers(c, family, size):
 
 def take_folder(c, folder):
     """The model of a run or of a converted folder, and its weights as the start."""
-    decoder = take_towers_of_folder(c, folder, FAMILIES)
-    if decoder is not None:
-        c.model.decoder.update(decoder)
-        c.input.max_regions = c.model.decoder.queries
-        c.init.decoder = folder
-    else:  # two towers, whose pooling the decoder replaces
-        c.model.image.pool, c.model.image.projection = "none", "matrix"
-        c.model.logit_bias_init = None
-    if c.model.logit_bias_init is not None:
-        c.loss.contrast = "sigmoid"
-
-
-def take_towers_of_folder(c, folder, families):
-    """The model of a run or of a converted folder but for its decoder, which is returned; its towers as the start."""
     from grain_jax.runtime import pretrained  # slow to import, and needed for a folder only
 
     place = pretrained.folder_of(folder)
@@ -117,22 +91,22 @@ def take_towers_of_folder(c, folder, families):
     if model is None:
         raise ValueError(
             f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote (from-open-clip,"
-            f" from-big-vision, ...), or one of {', '.join((*pretrained.NAMES, *families))}"
+            f" from-big-vision, ...), or one of {', '.join((*pretrained.NAMES, *FAMILIES))}"
         )
     decoder = model.pop("decoder")
-    for key in ("keep", "keep_by"):  # of that training
-        model["image"].pop(key, None)
+    model["image"].pop("keep", None)  # of that training
     c.model.update(model)
     c.init.image = c.init.text = folder
-    lengths = content.get("sequence_lengths") or content.get("input", {}).get("sequence_lengths")
-    if lengths and isinstance(
-        lengths[-1], list
-    ):  # pairs by the share of the run, whose end made the model
-        lengths = lengths[-1][1]
-    if lengths:  # it was trained on images in their own shape
-        c.input.sequence_lengths = tuple(lengths)
     tokenizer = place / c.model.text.tokenizer
     if tokenizer.exists():  # it came with the weights
         c.model.text.tokenizer = str(tokenizer)
     c.text.packing = shares_rows(c.model.text)
-    return decoder
+    if decoder is not None:
+        c.model.decoder.update(decoder)
+        c.input.max_regions = c.model.decoder.queries
+        c.init.decoder = folder
+    else:  # two towers, whose pooling the decoder replaces
+        c.model.image.pool, c.model.image.projection = "none", "matrix"
+        c.model.logit_bias_init = None
+    if c.model.logit_bias_init is not None:
+        c.loss.contrast = "sigmoid"

@@ -26,14 +26,12 @@ from jax.experimental import multihost_utils
 from grain_jax import config as config_lib
 from grain_jax import inference, losses
 from grain_jax.cli import config_file, process
-from grain_jax.config import keep as keep_lib
 from grain_jax.config.evals import Context
-from grain_jax.convert import initialise, whole
+from grain_jax.convert import initialise
 from grain_jax.convert.exits import reasons
 from grain_jax.core import atomic, errors, low_rank, progress
 from grain_jax.evaluate import encode, grounding, suite, tables
-from grain_jax.input_pipeline import derived, device, order, sources, text_cleaning, tokenizer
-from grain_jax.losses import total
+from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, grain, lora, placement
 from grain_jax.report import figures, page
 from grain_jax.runtime import (
@@ -54,7 +52,6 @@ from grain_jax.training import (
     memory_check,
     schedule,
     sharding,
-    teacher,
     train_step,
 )
 from grain_jax.training.arguments import Train
@@ -120,24 +117,11 @@ def derive(
             sharding.lanes_needed(sharding.batch_sharding(mesh), config.batch_size),
             source.num_shards(config),
         )
-        sizes = getattr(source, "image_sizes", lambda config: ())
-        found, line = derived.resolve(
-            config,
-            place,
-            lambda: source.text_lengths(config),
-            stored,
-            where,
-            lambda: sizes(config),
-            forward.shape_faults,
-        )
-        numbers = found.input.lanes, found.text.pack_group, found.text.pack_rows
-        return numbers, found.input.sequence_lengths or (), line
+        lengths = lambda: source.text_lengths(config)
+        found, line = derived.resolve(config, place, lengths, stored, where)
+        return (found.input.lanes, found.text.pack_group, found.text.pack_rows), line
 
-    numbers, lengths, line = processes.of_first(resolve)
-    lengths = keep_lib.parsed_lengths(lengths, derived.LENGTHS, [])  # JSON has lists for tuples
-    config = dataclasses.replace(
-        config, input=dataclasses.replace(config.input, sequence_lengths=lengths)
-    )
+    numbers, line = processes.of_first(resolve)
     return derived.with_numbers(config, *numbers), line
 
 
@@ -203,12 +187,12 @@ def _train(
     records.say_what_runs(state)
 
     # 4. Compile.
-    step_fns = compile_steps(run, program, records, start_step)
+    step_fn = compile_step(run, program, records)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
     on_host = sources.batches_of_run(
         run.source,
-        order.with_steps(config, run.total_steps),
+        config,
         notes=workdir / "shards",
         lanes=run.lanes,
         start_step=start_step,
@@ -228,7 +212,6 @@ def _train(
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
                 batch = next(batches)
-                step_fn = step_fns[program.phase(step - 1).key]
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 trace.end(step, metrics)
@@ -285,7 +268,6 @@ def set_up(
     """
     given = config
     losses.terms_of(config.loss)
-    teacher.describe(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     limit = memory_check.limit()
@@ -294,7 +276,7 @@ def set_up(
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
     if config.input.source == "records" or config.evals:
-        check_specials(config, tokenizer.of_tower(config.model.text))
+        tokenizer.of_tower(config.model.text)  # raises
     prepare_missing_data(config, handler)
     source = sources.open_source(config)
     config, derived_from = derive(config, mesh, source, workdir)
@@ -307,27 +289,10 @@ def set_up(
         process_index=jax.process_index(),
     )
     steps = resolve_steps(config, source.num_examples(config))
-    data = processes.of_first(
-        lambda: [*source.identities(config), *whole.identity_of_teacher(config)]
-    )
+    data = processes.of_first(lambda: source.identities(config))
     evals = suite.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
-
-
-def check_specials(config: config_lib.Config, words: text_cleaning.BaseTokenizer) -> None:
-    """Raises UserError where a text decoder expects other special tokens around a text than its tokenizer puts there."""
-    expected = words.leading_specials, words.trailing_specials
-    for name, entry in total.local_entries(config.loss).items():
-        options = entry.options
-        if not isinstance(options, config_lib.TextDecoder):
-            continue
-        got = options.leading_specials, options.trailing_specials
-        if got != expected:
-            raise errors.UserError(
-                f"loss.terms.{name}.leading_specials, trailing_specials: got {got}, expected {expected}, what"
-                f" model.text.tokenizer={config.model.text.tokenizer} puts before and after a text"
-            )
 
 
 def tell(text: str) -> None:
@@ -340,44 +305,26 @@ def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = checkpoint.placed(program.state, program.shardings)
     state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
-    if state is None:
-        state = initialise.state_of_step_0(run.config, program, tell)
-    return whole.place(run.config, state, program.shardings)
+    return initialise.state_of_step_0(run.config, program, tell) if state is None else state
 
 
-def compile_steps(run: SetUp, program: train_step.Program, records: "Records", start_step: int):
-    """The compiled steps, by the key of their phase: each fits into memory, and some measures what the best checkpoint
-    is chosen by. Those of phases that are over are left out.
-    """
+def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
+    """The compiled step; it fits into memory, and measures what the best checkpoint is chosen by."""
     began = time.monotonic()
-    current, _ = program.phase(min(start_step, run.total_steps - 1)).key
     with records.pause():
-        lowered = {
-            phase.key: phase.step.lower(program.state, phase.batch)
-            for phase in program.phases
-            if phase.key[0] >= current
-        }
+        lowered = program.step.lower(program.state, program.batch)
         if not schedule.best_is_evaluated(run.config):
-            measured = {name for one in lowered.values() for name in one.out_info[1]}
-            if (
-                run.config.checkpoint_best_metric not in measured
-            ):  # it may be of a phase that is over
-                over = [phase for phase in program.phases if phase.key[0] < current]
-                shapes = (phase.step.eval_shape(program.state, phase.batch)[1] for phase in over)
-                measured |= {name for found in shapes for name in found}
-            schedule.check_best_metric(run.config, measured)
-        step_fns = {key: one.compile() for key, one in lowered.items()}
+            schedule.check_best_metric(run.config, lowered.out_info[1])
+        step_fn = lowered.compile()
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
-    several = f"{len(step_fns)} programs, " if len(step_fns) > 1 else ""
-    records.say(f"{several}compiled in {took}; attention of the towers: {programs}")
-    for step_fn in step_fns.values():
-        warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
-        if warning:
-            records.say(warning)
+    records.say(f"compiled in {took}; attention of the towers: {programs}")
+    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
+    if warning:
+        records.say(warning)
     processes.wait_for_all("compiled")
-    return step_fns
+    return step_fn
 
 
 class Records:
@@ -396,11 +343,10 @@ class Records:
         self._checkpoints, terms = checkpoints, run.terms
         self._terms = [term.metric for term in terms]
         self._last_good_step, self._last_save = start_step, time.monotonic()
-        self._log, self._logged, self._flops = None, start_step, {}
+        self._log = None
         if jax.process_index() == 0:
             atomic.write_text(workdir / "config.json", config_lib.to_json(config))
             tokenizer.keep_copy(config.model.text, workdir)
-            self._flops = flops.of_phases(config, run.total_steps)
             peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
             self._log = metrics_writer.MetricsWriter(
                 workdir,
@@ -411,6 +357,7 @@ class Records:
                 config=config,
                 terms={term.metric: term.short for term in terms},
             )
+            self._log.flops_per_image = flops.per_image(config).train
         stored = None
         if start_step:
             stored = checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")
@@ -419,7 +366,6 @@ class Records:
             last_text_counts(state, self._lines()), config.text.max_dropped_share
         )
         self._advice = functools.cache(functools.partial(row_advice, config, run.source))
-        self._to_advise = total.local_entries(config.loss)  # terms that have said nothing yet
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line; of several processes, the first does."""
@@ -437,11 +383,8 @@ class Records:
             f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
             + (f", resumed at step {start_step}" if start_step else "")
         )
-        if said := teacher.line(self._config, state.teacher):
-            self.say(said)
         if not start_step:
-            lengths = self._config.input.last_lengths
-            self.say(reasons.line(self._config.model, self._workdir, lengths))
+            self.say(reasons.line(self._config.model, self._workdir))
 
     def _of_factors(self, state: train_step.TrainState) -> str:
         """How many parameters are factors of LoRA, in words; "" without."""
@@ -472,9 +415,6 @@ class Records:
         if due.logs:
             values |= self._text_counts.add(values)
         if self._log and due.logs:
-            since, self._logged = range(self._logged, step), step
-            of_steps = order.with_steps(self._config, self._run.total_steps)
-            self._log.flops_per_image = flops.of_steps(self._flops, of_steps, since)
             values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
             self._log.progress(step, values)
         if due.evaluates:
@@ -488,19 +428,8 @@ class Records:
             self._log.write(step, values | digests.chains(state.receipt))
         if due.logs and (warning := self._text_counts.check(step, self._advice)):
             self.say(warning)
-        if due.logs:
-            self._advise(values)
         if due.saves:
             self._save(state, values)
-
-    def _advise(self, values: Mapping[str, float]) -> None:
-        """Says what local terms advise, once each."""
-        for name, entry in list(self._to_advise.items()):
-            own = f"{name}/"
-            measures = {k.removeprefix(own): v for k, v in values.items() if k.startswith(own)}
-            if measures and (line := entry.cls.advice(entry.options, measures)):
-                self.say(f"loss.terms.{name}: {line}")
-                del self._to_advise[name]
 
     def _save(self, state: train_step.TrainState, values: Mapping[str, float]) -> None:
         if self._log:
@@ -541,16 +470,10 @@ def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
     """The state's model (the average where one is kept) for evaluation, whole on every process; factors are folded in."""
-    whole_params = state.ema_params or state.params
-    params = forward.without_terms(whole_params)
-    decoder = checkpoint.decoder_of_run(config, whole_params.get(forward.TERMS, {}), "this run")
-    of_decoder = decoder and decoder.params
+    params = forward.without_terms(state.ema_params or state.params)
     if jax.process_count() > 1:
-        params, of_decoder = multihost_utils.process_allgather((params, of_decoder), tiled=True)
-    decoder = decoder and decoder._replace(params=of_decoder)
-    merged = lora.merged(params, config.optim.lora)
-    length = max(config.input.last_lengths, default=0)
-    return inference.Predictor(config.model, merged, text_decoder=decoder, sequence_length=length)
+        params = multihost_utils.process_allgather(params, tiled=True)
+    return inference.Predictor(config.model, lora.merged(params, config.optim.lora))
 
 
 def evaluate_all(

@@ -9,9 +9,7 @@ from tokenizers import models, pre_tokenizers
 
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
-from grain_jax.convert import tables, text_decoder
 from grain_jax.models import grain
-from grain_jax.models.text_decoder import vocabulary
 from grain_jax.runtime import checkpoint
 
 
@@ -60,30 +58,10 @@ def params(model: config_lib.Model, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=lambda x: hasattr(x, "value"))
 
 
-def decoder(model: config_lib.Model, **changes) -> checkpoint.StoredDecoder:
-    """A very small text decoder beside a model; zeros in the rows that stand for no token."""
-    sizes: Any = dict(width=24, depth=2, heads=3, mlp_dim=44, bins=13, row_length=20) | changes
-    config = config_lib.TextDecoder(**sizes).beside(model)
-    rng, size = np.random.default_rng(3), vocabulary(config, model).size
-    shapes = text_decoder.shapes(config, model)
-    draw = lambda shape: (0.3 * rng.normal(size=shape)).astype(np.float32)
-    drawn = {name: draw(shape) for name, shape in shapes.items()}
-    for name in ("token_embed", "head"):
-        drawn[name][size:] = 0
-    return checkpoint.StoredDecoder(config, tables.nested(drawn))
-
-
 def saved(folder, **changes) -> str:
     """The folder of a saved model of depth 1."""
     model = tiny(image__depth=1, text__depth=1, **changes)
     checkpoint.save_model(folder, model, params(model), source="test")
-    return str(folder)
-
-
-def in_own_shape(folder, **changes) -> str:
-    """The folder of a saved model of depth 1 that takes images in their own shape, of 4 or 12 patches."""
-    model = tiny(image__depth=1, text__depth=1, **changes)
-    checkpoint.save_model(folder, model, params(model), sequence_lengths=(4, 12), source="test")
     return str(folder)
 
 

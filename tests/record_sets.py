@@ -31,7 +31,7 @@ def annotation(number, size=(16, 12)):
         "captions": [f"second web text of {number}"],
         "synthetic_caption": f"synthetic text of {number}",
         "regions": [
-            {"box": box, "description": f"the left part {i} of {number}", "score": 0.5 + 0.1 * i}
+            {"box": box, "description": f"the upper part {i} of {number}", "score": 0.5 + 0.1 * i}
             for i, box in enumerate(boxes[: number % 4])
         ],
         "id": f"id{number}",

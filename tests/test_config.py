@@ -62,8 +62,8 @@ FAULTS = [
         "loss.box_description: got 1.0 with model.boxes.kind=none and input.max_regions=5; expected a box head",
     ),
     (
-        {"model.boxes.kind": "prompter"},
-        "loss.box_description: got 0 with model.boxes.kind=prompter, so that nothing trains the box head",
+        {"model.boxes.kind": "roi_align"},
+        "loss.box_description: got 0 with model.boxes.kind=roi_align, so that nothing trains the box head",
     ),
     ({"model.boxes.bins": 0}, "model.boxes.bins: got 0, expected 1 to 64"),
     (
@@ -146,7 +146,7 @@ def test_every_key_has_a_role():
     listed = {key: role for role, keys in ROLES.items() for key in keys.split()}
     assert {key: role for key, role in found.items() if role != "numbers"} == listed
     groups = {key.partition(".")[0] for key, role in found.items() if role == "numbers"}
-    assert groups == {"dtype", "ema_decay", "model", "input", "text", "loss", "optim", "teacher"}
+    assert groups == {"dtype", "ema_decay", "model", "input", "text", "loss", "optim"}
 
 
 def test_the_recipe_is_the_defaults_of_the_fields():

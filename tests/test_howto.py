@@ -11,8 +11,6 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.config import evals
-from grain_jax.models import grain
-from grain_jax.training import forward, phases
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.losses.test_losses import _outputs
@@ -44,14 +42,6 @@ def module(tmp_path, monkeypatch):
 def test_python_compiles(page):
     for block in blocks(page):
         compile(block, page, "exec")
-
-
-def test_the_dense_config_is_a_run_of_two_phases(module):
-    c = config_lib.from_dict(module("dense", blocks("dense.md")[0]).get_config())
-    terms = forward.Forward(grain.GRAIN(c.model), c).terms
-    assert {*terms} == {"self", "patches", "crops"} and c.total_steps is not None
-    first = [(phase.first, len(phase.off)) for phase in phases.of(c, c.total_steps)]
-    assert first[0] == (0, 3) and first[1][1] == 0
 
 
 def test_the_loss_term_keeps_queries_apart(module):

@@ -26,7 +26,7 @@ CHAINS = (
     (
         ("grain_jax.losses", "tensorflow torch ml_collections"),
         (
-            "grain_jax.models.grain, grain_jax.terms.views, grain_jax.training.flops, grain_jax.training.train_step",
+            "grain_jax.models.grain, grain_jax.training.flops, grain_jax.training.train_step",
             "tensorflow torch ml_collections",
         ),
         ("grain_jax.inference", "tensorflow torch ml_collections transformers"),
@@ -83,7 +83,7 @@ LAYERS = (
     ("core",),
     ("config",),
     ("cli", "input_pipeline", "losses", "models", "runtime"),
-    ("configs", "terms"),
+    ("configs",),
     ("inference", "training"),
     ("convert", "data", "evaluate"),
     ("report",),
@@ -95,15 +95,11 @@ BESIDE = ("configs", "data", "launch")
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 # The only names of higher modules, in strings. Built-in evaluators: `kind` of an entry names a class, and the entry is
 # parsed by the fields of that class. The reader of folders of `convert to-hf`, for every command that reads a model.
-# The readers of a teacher's model, and of its embeddings.
 # The table of commands: where the parser and the main function of each are. The package of the configs, whose files
-# `--config NAME` finds without an import. The built-in local loss terms, classes that the trainer finds.
+# `--config NAME` finds without an import.
 TABLES = (
     "grain_jax.config.evals",
-    "grain_jax.config.fields",
     "grain_jax.runtime.saved_model",
-    "grain_jax.input_pipeline.records",
-    "grain_jax.training.teacher",
     "grain_jax.cli.commands",
     "grain_jax.cli.config_file",
 )

@@ -17,8 +17,6 @@ from grain_jax.configs import (
     grain_vith14_cc12m,
     grain_vitl14_cc12m,
     own,
-    siglip2,
-    text_decoder,
 )
 from grain_jax.convert import initialise, tables
 from grain_jax.core import errors
@@ -26,7 +24,7 @@ from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
 from grain_jax.report import regions
 from grain_jax.runtime import checkpoint
-from grain_jax.training import forward, phases, sharding, train_step
+from grain_jax.training import sharding, train_step
 from tests import foreign, tiny
 from tests.evaluate.stub import write_picture
 
@@ -81,7 +79,7 @@ def test_every_family_of_towers_resolves(source):
     assert config.text.packing == (not source.startswith("siglip"))
 
 
-@pytest.mark.parametrize("family, packing", [("siglip", False), ("tipsv2", True), ("clip", True)])
+@pytest.mark.parametrize("family, packing", [("siglip", False), ("clip", True)])
 def test_the_towers_whose_texts_share_rows(family, packing):
     assert recipe.towers_of(recipe.base(), family).text.packing == packing
 
@@ -96,34 +94,6 @@ def test_the_towers_whose_texts_share_rows(family, packing):
 def test_an_unknown_source_lists_what_there_is(source, message):
     with pytest.raises(ValueError, match=message):
         finetune.get_config(source)
-
-
-@pytest.mark.parametrize("source", [*text_decoder.FAMILIES, "openai:L/14", "siglip2:L/16"])
-def test_a_text_decoder_sits_on_every_family_of_towers(source):
-    config = config_lib.from_dict(text_decoder.get_config(source))
-    assert [term.name for term, _ in losses.terms_of(config.loss)] == ["words"]
-    is_siglip = source.startswith("siglip")
-    assert config.loss.terms["words"]["leading_specials"] == 1 - is_siglip
-    assert config.model.image.pool == ("map" if is_siglip else "class")
-    kinds = {"zeroshot", "retrieval", "captions", "descriptions", "pointing"}
-    assert set(config.evals) == kinds and config.model.decoder is None
-    (term,) = forward.Forward(grain.GRAIN(config.model), config).terms.values()
-    assert term.remat == config.remat
-
-
-def test_the_recipe_of_siglip_2_adds_its_views_at_80_percent():
-    config = config_lib.from_dict(siglip2.get_config())
-    first, last = phases.of(config, config.total_steps)
-    assert (first.first, first.off) == (0, {"views", "patches"})
-    assert (
-        not last.off
-        and (last.first - 1) / config.total_steps < 0.8 <= last.first / config.total_steps
-    )
-    ends = {name: weight["end"] for name, weight in config.loss.schedules.items()}
-    assert ends == {"views": 0.25, "patches": 0.0625} and config.loss.terms["words"]["weight"] == 1
-    assert config.batch_size * config.total_steps == pytest.approx(40e9, rel=1e-6)
-    terms = forward.Forward(grain.GRAIN(config.model), config).terms
-    assert terms.keys() == {"words", "views", "patches"}
 
 
 def _small(source):

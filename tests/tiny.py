@@ -79,11 +79,7 @@ def once(build):
         key = _compiled(config), mesh, total_steps, steps_per_epoch
         if key not in programs:
             program = build(config, mesh, **steps)
-            steps = {id(phase.step): Once(phase.step, "lower") for phase in program.phases}
-            programs[key] = program._replace(
-                step=steps[id(program.step)],
-                phases=tuple(p._replace(step=steps[id(p.step)]) for p in program.phases),
-            )
+            programs[key] = program._replace(step=Once(program.step, "lower"))
         return programs[key]
 
     return built

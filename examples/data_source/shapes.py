@@ -52,7 +52,7 @@ class Shapes(sources.LaneSource):
         rng = np.random.default_rng(order.hash_key(config.seed, lane, step))
         images = config.batch_size // sources.num_lanes(config)
         examples = [_draw(config, rng) for _ in range(images)]
-        return assemble.of_examples(examples, config, _tokenizer(config.model.text), step)
+        return assemble.of_examples(examples, config, _tokenizer(config.model.text))
 
     def text_lengths(self, config: Config) -> list[text_lengths.TextLengths]:
         """Of some hundred images, so that `text.pack_rows` can be derived."""

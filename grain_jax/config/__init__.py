@@ -4,16 +4,14 @@ contradicts itself (`checks`).
 Needs neither JAX nor ml_collections, so that a config can be checked anywhere.
 """
 
-from grain_jax.config.checks import divisors, flags_of, lengths_fault
+from grain_jax.config.checks import divisors, flags_of
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import (
     ACTIVATIONS,
     DTYPES,
     EITHER_OR,
     LAYER_MAPS,
-    LOCAL_TERMS,
     REMAT_POLICIES,
-    WEIGHTS,
     BoxHead,
     Config,
     Dataset,
@@ -28,11 +26,8 @@ from grain_jax.config.fields import (
     Optim,
     RegionDecoder,
     Suite,
-    Teacher,
     Text,
-    TextDecoder,
     TextTower,
-    Views,
     Wandb,
     shares_rows,
 )
@@ -44,13 +39,10 @@ from grain_jax.config.parse import (
     loss_term,
     model_from_dict,
     suite_from_dict,
-    text_decoder_from_dict,
-    text_decoder_of_term,
     to_json,
     unknown_key,
 )
 from grain_jax.config.values import flatten, select, without_defaults
-from grain_jax.config.weights import Schedule, Weight
 
 __all__ = [
     "ACTIVATIONS",
@@ -66,7 +58,6 @@ __all__ = [
     "Init",
     "Input",
     "LAYER_MAPS",
-    "LOCAL_TERMS",
     "LocalEntry",
     "Lora",
     "Loss",
@@ -75,29 +66,20 @@ __all__ = [
     "NoOptions",
     "Optim",
     "RegionDecoder",
-    "Schedule",
     "Suite",
-    "Teacher",
     "Text",
-    "TextDecoder",
     "TextTower",
-    "Views",
-    "WEIGHTS",
     "Wandb",
     "shares_rows",
-    "Weight",
     "divisors",
     "evaluator_from_dict",
     "flags_of",
     "flatten",
     "from_dict",
-    "lengths_fault",
     "loss_term",
     "model_from_dict",
     "select",
     "suite_from_dict",
-    "text_decoder_from_dict",
-    "text_decoder_of_term",
     "to_json",
     "unknown_key",
     "without_defaults",

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from grain_jax.config import fields, keep, values
+from grain_jax.config import fields, values
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.fields import Config, Input, Loss, Model, Optim, Suite, TextDecoder
+from grain_jax.config.fields import Config, Input, Loss, Model, Optim, Suite
 from grain_jax.core import named
 
 
@@ -25,7 +25,7 @@ def flags_of(key: str, choices: Sequence[int], wanted: int) -> str:
     return " or ".join(f"--config.{key}={n}" for n in near if n is not None)
 
 
-def faults_of(part: Config | Model | Suite | Evaluator | TextDecoder, path: str = "") -> list[str]:
+def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[str]:
     """The faults of a whole config, or of a part of one: those of single values, or else those between keys.
 
     Args:
@@ -37,14 +37,11 @@ def faults_of(part: Config | Model | Suite | Evaluator | TextDecoder, path: str 
         return found  # the rest divides by these numbers
     if isinstance(part, Model):
         return list(_of_model(part))
-    if isinstance(part, TextDecoder):
-        return []
     if isinstance(part, Evaluator):
         return [f"{path}.{fault}" for fault in part.faults()]
     if isinstance(part, Config):
         found += [*_of_model(part.model), *_of_run(part), *_data(part.input), *_regions(part)]
-        found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part), *_views(part)]
-        found += [*_teacher(part), *_lengths(part)]
+        found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part)]
     for name, entry in part.evals.items():
         own = entry.faults() + (entry.not_in_a_suite() if isinstance(part, Suite) else [])
         found += [f"evals.{name}.{fault}" for fault in own]
@@ -80,7 +77,7 @@ def _of_model(model: Model) -> Iterator[str]:
             f" model.image.patch_size = {image.patch_size}"
         )
     with_heads = {
-        "image": image if is_vit or model.boxes.kind == "prompter" else None,
+        "image": image if is_vit else None,
         "decoder": decoder,
         "text": None if named.is_external(text.tower) else text,
     }
@@ -154,13 +151,6 @@ def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:
     return getattr(named.find("tower", tower.tower, {}), "pooled", False)
 
 
-def _takes(tower: fields.ImageTower, what: str) -> bool:
-    """Whether the tower's class says so (models/towers.py: any_size, any_grid), as far as it may be imported."""
-    if not named.is_external(tower.tower) or not named.may_import(tower.tower):
-        return True
-    return getattr(named.find("tower", tower.tower, {}), what, False)
-
-
 def _of_run(config: Config) -> Iterator[str]:
     for pair in fields.EITHER_OR:
         part = config.optim if pair[0].startswith("optim.") else config
@@ -185,18 +175,8 @@ def _of_run(config: Config) -> Iterator[str]:
         yield "mesh.data: got 0, expected at least 1, or -1 for what the other axes leave"
     for axis in _doubled(axis for axis, _ in config.sharding):
         yield f"sharding: has {axis!r} more than once, expected one row for each axis"
-    terms = [entry.get("term") for entry in config.loss.terms.values()]
     for name, entry in config.evals.items():
         yield from (f"evals.{name}.{line}" for line in entry.misses(config.model))
-        windows = {key: getattr(entry, key, 0) for key in ("short_side", "stride")}
-        if config.input.sequence_lengths and any(windows.values()):
-            got = " and ".join(f"{key}={value}" for key, value in windows.items())
-            yield f"evals.{name}: got {got}, expected 0: with input.sequence_lengths an image is seen whole"
-        if entry.needs_text_decoder and "text_decoder" not in terms:
-            yield (
-                f"evals.{name}: got kind={entry.kind}, which needs a text decoder, expected a term text_decoder in"
-                " loss.terms; or take out the entry"
-            )
 
 
 def _lora(optim: Optim) -> Iterator[str]:
@@ -233,68 +213,6 @@ def _data(data: Input) -> Iterator[str]:
                 f"input.{key}: got {value!r} beside input.datasets, which names all sets;"
                 f" expected one of the two: take out input.datasets or input.{key}"
             )
-
-
-def _views(config: Config) -> Iterator[str]:
-    views, image = config.input.views, config.model.image
-    if not views.local:
-        return
-    if not config.loss.terms:
-        yield (
-            f"input.views.local: got {views.local} without loss.terms, whose terms alone read views; expected 0, or"
-            " such a term"
-        )
-    if config.input.sequence_lengths and views.global_min_area < 1:
-        yield (
-            f"input.views.global_min_area: got {views.global_min_area} with input.sequence_lengths ="
-            f" {config.input.sequence_lengths}; expected 1: the global view of an image in its own shape is whole"
-        )
-    if views.min_area > views.max_area:
-        yield (
-            f"input.views.min_area: got {views.min_area}, expected at most input.views.max_area = {views.max_area}"
-        )
-    if not named.is_external(image.tower) and views.size % image.patch_size:
-        near = views.size - views.size % image.patch_size
-        good = [f"{n}" for n in (near, near + image.patch_size) if n]
-        yield (
-            f"input.views.size: got {views.size}, expected a multiple of model.image.patch_size ="
-            f" {image.patch_size}, such as {' or '.join(good)}"
-        )
-    if views.size != image.image_size and not _takes(image, "any_size"):
-        yield (
-            f"input.views.size: got {views.size} with the tower {image.tower}, which takes no other size than"
-            f" model.image.image_size = {image.image_size}; expected that, or a tower with any_size = True"
-        )
-
-
-def lengths_fault(lengths: Sequence[int]) -> str:
-    """What is wrong with these numbers of patches an image, or ""."""
-    if lengths and (
-        min(lengths) < 1 or max(lengths) > fields.WIDEST or len({*lengths}) < len(lengths)
-    ):
-        return f"got {tuple(lengths)}, expected different numbers of patches, each 1 to {fields.WIDEST}"
-    return ""
-
-
-def _lengths(config: Config) -> Iterator[str]:
-    """Those of `input.sequence_lengths` and `model.image.keep`."""
-    lengths, image = config.input.sequence_lengths, config.model.image
-    if image.keep != 1 and not _takes(image, "any_grid"):
-        yield (
-            f"model.image.keep: got {image.keep} with the tower {image.tower}, which sees all patches; expected 1, or a"
-            " tower with any_grid = True"
-        )
-    key = f"input.sequence_lengths: got {lengths}"
-    if not lengths:
-        return
-    for _, own in keep.stretches(lengths):
-        if fault := lengths_fault(own):
-            yield f"input.sequence_lengths: {fault}"
-    if not _takes(image, "any_grid"):
-        yield (
-            f"{key} with the tower {image.tower}, which takes squares alone; expected (), or a tower with"
-            " any_grid = True"
-        )
 
 
 def _regions(config: Config) -> Iterator[str]:
@@ -351,8 +269,7 @@ def _loss(loss: Loss, config: Config) -> Iterator[str]:
     if loss.box_description and (head == "none" or not regions):
         yield (
             f"loss.box_description: got {loss.box_description} with model.boxes.kind={head} and"
-            f" input.max_regions={regions}; expected a box head (roi_align or prompter) and regions,"
-            " or the weight 0"
+            f" input.max_regions={regions}; expected a box head (roi_align) and regions, or the weight 0"
         )
     if head != "none" and not (loss.box_description or loss.hard_negative or loss.terms):
         yield (
@@ -371,42 +288,6 @@ def _loss(loss: Loss, config: Config) -> Iterator[str]:
             yield f"{path}: expected a name of letters, digits and _ that is no key of loss"
         if not isinstance(entry.get("term"), str):
             yield f"{path}.term: got {entry.get('term')!r}, expected module:function"
-
-
-# Local terms of the package that look at `seen.teacher`.
-_READ_TEACHER = ("crop_distillation", "masked_patches", "self_distillation", "teacher_similarity")
-
-
-def _teacher(config: Config) -> Iterator[str]:
-    teacher, data = config.teacher, config.input
-    kind, has_path = teacher.kind, teacher.kind in ("checkpoint", "embeddings")
-    if has_path and not teacher.path:
-        what = "a model" if kind == "checkpoint" else "the folder of grain-jax embed"
-        yield f"teacher.path: got {teacher.path!r} with teacher.kind={kind}, expected {what}"
-    if not has_path and teacher.path:
-        yield (
-            f"teacher.path: got {teacher.path!r} with teacher.kind={kind}, which reads none; expected"
-            " teacher.kind=checkpoint or embeddings, or no path"
-        )
-    if teacher.part == "heads" and kind != "ema":
-        yield f"teacher.part: got heads with teacher.kind={kind}, expected teacher.kind=ema, or all"
-    named_terms = [str(entry.get("term")) for entry in config.loss.terms.values()]
-    if kind != "none" and not any(x in _READ_TEACHER or ":" in x for x in named_terms):
-        yield (
-            f"teacher.kind: got {kind} without a term in loss.terms that reads a teacher"
-            f" ({', '.join(_READ_TEACHER)}, or one of your own); expected one, or none"
-        )
-    if kind != "embeddings":
-        return
-    stored = "with teacher.kind=embeddings"
-    if data.source != "records":
-        yield f"input.source: got {data.source} {stored}, which are stored by record; expected records"
-    for key, plain in (("flip_rate", 0), ("crop_min_area", 1), ("descriptions_in_captions", 0)):
-        if getattr(data, key) != plain:
-            got = f"got {getattr(data, key)} {stored}"
-            yield f"input.{key}: {got}, those of whole images and texts as they are stored; expected {plain}"
-    if data.captions_per_image == 3:
-        yield f"input.captions_per_image: got 3 {stored}, which have none of joined texts; expected 1 or 2"
 
 
 def _text_rows(config: Config) -> Iterator[str]:

@@ -22,9 +22,6 @@ NAMED = {
     "grounding": "grain_jax.evaluate.grounding:Grounding",
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
-    "captions": "grain_jax.evaluate.written:Captions",
-    "descriptions": "grain_jax.evaluate.written:Descriptions",
-    "pointing": "grain_jax.evaluate.pointing:Pointing",
     "maps": "grain_jax.evaluate.maps:Maps",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
@@ -127,11 +124,6 @@ class Evaluator(abc.ABC):
     @property
     def needs_regions(self) -> bool:
         """Whether the model must have a region decoder."""
-        return False
-
-    @property
-    def needs_text_decoder(self) -> bool:
-        """Whether the model must have a text decoder (the term text_decoder of `loss.terms`)."""
         return False
 
     @property

@@ -9,10 +9,7 @@ import math
 import re
 from typing import Any, Literal
 
-from grain_jax.config import keep as keep_lib
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.keep import Keep, Lengths
-from grain_jax.config.weights import Schedule, Weight
 from grain_jax.core import named
 
 # What a run that resumes with another value of the key is:
@@ -31,30 +28,19 @@ SOURCES = ("records", "synthetic")
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
 MLP_PROGRAMS = ("auto", "xla", "pallas")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
-ROPES = ("none", "centres", "grid")
+ROPES = ("none", "centres")
 MLPS = ("plain", "gated")
 PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
-TEXT_POOLS = ("end", "last", "map", "mean", "masked_mean")
-TEXT_POSITIONS = ("learned", "sinusoidal")
+TEXT_POOLS = ("end", "last", "map", "mean")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
-BOX_HEADS = ("none", "roi_align", "prompter")
+BOX_HEADS = ("none", "roi_align")
 # The dense maps in a layer of a built-in tower, and the number of axes of their input.
 LAYER_MAPS = {
     **dict.fromkeys(("attention/query", "attention/key", "attention/value"), 1),
     "attention/out": 2,  # heads and their width
     **dict.fromkeys(("mlp/in", "mlp/gate", "mlp/out"), 1),
 }
-# Local loss terms by name (losses/local.py).
-LOCAL_TERMS = {
-    "crop_distillation": "grain_jax.terms.crop_distillation:CropDistillation",
-    "masked_patches": "grain_jax.terms.masked_patches:MaskedPatches",
-    "self_distillation": "grain_jax.terms.self_distillation:SelfDistillation",
-    "teacher_similarity": "grain_jax.terms.teacher_similarity:TeacherSimilarity",
-    "text_decoder": "grain_jax.terms.text_decoder:TextDecoderTerm",
-    "text_pooled": "grain_jax.terms.text_pooled:TextPooled",
-}
-TEACHERS = ("none", "ema", "checkpoint", "embeddings")
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
 EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 
@@ -153,16 +139,12 @@ class ImageTower:
     pre_norm: bool = key(False)
     activation: str = key("gelu", choices=ACTIVATIONS)  # of the MLP; "gelu" is exact
     positions: bool = key(True)  # learned positions, of the class token and the patches
-    # Rotary positions of the patches in queries and keys: "none"; "centres" of patches in [-1, 1] (DINOv3); "grid", rows
-    # and columns of the grid (PE-core).
+    # Rotary positions of the patches in queries and keys: "none", or "centres" of patches in [-1, 1] (DINOv3).
     rope: str = key("none", choices=ROPES)
     rope_theta: float = key(100.0, low=1)  # of rope: longest wave / shortest wave
-    # Of rope=grid: patches a side at the size of pretraining; rows and columns of another grid are scaled to these.
-    rope_grid: int = size(14)
     registers: int = count(0, high=1000)  # learned tokens after the class token, without a position
     # A learned factor for each channel of what attention and MLP add.
     layer_scale: bool = key(False)
-    layer_scale_init: float = key(1e-5)  # of layer_scale: the initial factors
     # Of a layer: "plain", or "gated" by a second linear layer (with silu: SwiGLU).
     mlp: str = key("plain", choices=MLPS)
     key_bias: bool = key(True)  # a bias in the projection to the keys
@@ -171,11 +153,8 @@ class ImageTower:
     pool: str = key("none", choices=IMAGE_POOLS)
     pool_heads: int = count(0, high=WIDEST)  # of pool=map; 0: heads
     pool_mlp_dim: int = count(0, high=4 * WIDEST)  # of pool=map; 0: mlp_dim
-    # Share of the patches that training sees: a number, or pairs of the share of the run where it begins and the number,
-    # [[0, 0.5], [0.9, 1]]. Evaluations and exports see all.
-    keep: Keep = key(1.0)
-    # Which patches of an image: "random", or "grid", as many of every cell of 2 x 2 (of 3 x 3 at 1/9, and so on).
-    keep_by: str = key("random", choices=keep_lib.BY)
+    # Share of the patches that training sees, drawn anew for each image and step. Evaluations and exports see all.
+    keep: float = key(1.0, low=0.01, high=1)
     # To the joint space: "matrix", "affine" (with a bias) or "none".
     projection: str = key("matrix", choices=PROJECTIONS)
     # Of pixels in [0, 1], a number a channel; the defaults are ImageNet's.
@@ -208,14 +187,11 @@ class TextTower:
     # As that of the image tower.
     activation: str = key("quick_gelu", choices=ACTIVATIONS)
     # "end": the end token; "last": the last position of the row; "map" (attention pooling) and "mean": all of
-    # the row. "masked_mean": all but the padding, to which no position attends.
+    # the row.
     pool: str = key("end", choices=TEXT_POOLS)
     # Whether no position attends to the padding and no pooling sees it ("last" is the end token): then texts may share
     # rows (text.packing). It changes the function of a tower such as SigLIP's, and needs the end (end_id).
     mask_padding: bool = key(False)
-    # "learned", or "sinusoidal": constants, wavelengths from 2 pi to 2 pi 10^4 tokens.
-    position_kind: str = key("learned", choices=TEXT_POSITIONS)
-    scale_tokens: bool = key(False)  # the embeddings of tokens times the square root of the width
     projection: str = key("matrix", choices=PROJECTIONS)  # as that of the image tower
     # "clip", or the path of a tokenizer.json or of a SentencePiece .model.
     tokenizer: str = key("clip")
@@ -239,26 +215,18 @@ class TextTower:
         return shares_rows(self)
 
     @property
-    def masks_padding(self) -> bool:
-        """Whether no position attends to the padding, and no pooling sees it."""
-        return self.mask_padding or self.pool == "masked_mean"
-
-    @property
     def seeks_end(self) -> bool:
         """Whether it matters where in token ids a text ends."""
         return self.mask_padding or self.pool == "end"
 
     def ends(self, tokens: Any) -> Any:
         """Where the texts of token ids [N, L] end, [N]; 0 for one without the token `end_id`."""
-        if self.pool == "masked_mean":  # the last one that is no padding
-            return tokens.shape[1] - 1 - (tokens != self.pad_id)[:, ::-1].argmax(axis=1)
         return (tokens if self.end_id is None else tokens == self.end_id).argmax(axis=1)
 
 
 def shares_rows(text: Any) -> bool:
     """Whether texts may share the rows of the built-in tower of these keys, a TextTower or a ConfigDict."""
-    masks = text.mask_padding or text.pool == "masked_mean"
-    return masks or (text.causal and text.pool == "end")
+    return text.mask_padding or (text.causal and text.pool == "end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,56 +251,11 @@ class RegionDecoder:
 class BoxHead:
     """Embeddings of given boxes, beside the decoder or instead of it (models/box_head.py)."""
 
-    # "roi_align": the tokens in the box, averaged and projected. "prompter": the box attends to the tokens, in a layer
-    # with the sizes of the image tower's.
+    # "roi_align": the tokens in the box, averaged and projected.
     kind: str = key("none", choices=BOX_HEADS)
     # Of roi_align: parts of a box along each side, each with weights of its own.
     bins: int = count(1, low=1, high=64)
     samples: int = count(4, low=1, high=64)  # of roi_align: points of a part along each side
-
-
-@dataclasses.dataclass(frozen=True)
-class TextDecoder:
-    """The text decoder: a causal transformer that sees patches, and writes texts and boxes (models/text_decoder.py).
-
-    It is no part of `model`: the local loss term "text_decoder" trains it, and has these keys.
-    """
-
-    width: int | None = count(None, low=1, high=WIDEST)  # E, of a token; None: the text tower's
-    depth: int | None = count(None, low=1, high=DEEPEST)  # layers; None: half the text tower's
-    heads: int | None = count(None, low=1, high=WIDEST)  # of attention; None: the text tower's
-    # Hidden width of the MLP of a layer; None: 4 times the width.
-    mlp_dim: int | None = count(None, low=1, high=4 * WIDEST)
-    activation: str = key("gelu_tanh", choices=ACTIVATIONS)  # of the MLP
-    norm_eps: float = key(1e-6)  # epsilon of the LayerNorms
-    unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
-    # Location tokens along a side of the image; few images want few (64).
-    bins: int = count(500, low=2, high=100_000)
-    # Positions of a row, which holds several sequences of an image; the longest one has as many.
-    row_length: int = count(96, low=16, high=1_000_000)
-    # Tokens of a row that are predicted, at most, so the longest text and its end: the cross-entropy is computed for as
-    # many; None: for all of the row.
-    predictions: int | None = count(64, low=8)
-    # Special tokens that the tokenizer puts before a text: CLIP's 1, SigLIP's 0 (and 1 after it).
-    leading_specials: int = count(1, high=8)
-    trailing_specials: int = count(1, high=8)  # those after it
-
-    @property
-    def most_predictions(self) -> int:
-        """Tokens of a row that are predicted, at most."""
-        return min(self.predictions or self.row_length, self.row_length)
-
-    def beside(self, model: "Model") -> "TextDecoder":
-        """The keys with a number where they say None: what a decoder beside this model has."""
-        text = model.text
-        width = self.width or text.width
-        return dataclasses.replace(
-            self,
-            width=width,
-            depth=self.depth or max(1, text.depth // 2),
-            heads=self.heads or text.heads,
-            mlp_dim=self.mlp_dim or 4 * width,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,7 +285,7 @@ class Init:
 
     # Of the image tower: ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's.
     image: str | None = key(None)
-    # Of the text tower, with its projection. FG-CLIP's text heads: `path:long`, `path:box`.
+    # Of the text tower, with its projection.
     text: str | None = key(None)
     # How image positions become those of another grid.
     resize: str = key("bilinear", choices=("bilinear", "bicubic"))
@@ -379,33 +302,6 @@ class Dataset:
     data_dir: str = key(role="free")  # folder of record sets
     weight: float = key()  # more than 0; the share is weight / sum of all weights
     split: str = key("train")  # of the record set
-
-
-@dataclasses.dataclass(frozen=True)
-class Views:
-    """Further views of each image for the terms of `loss.terms` that read them: one global and `local` small crops.
-
-    They are cut on the devices from the image of the batch (docs/method.md, Views); the contrastive losses see that image
-    itself.
-    """
-
-    local: int = count(0, high=64)  # small crops an image; 0: no views are made
-    size: int = size(
-        96
-    )  # pixels of a local view, height = width; model.image.patch_size must divide it
-    min_area: float = key(0.05, low=1e-3, high=1)  # smallest share of the image in a local view
-    max_area: float = key(0.4, low=1e-3, high=1)  # largest share of the image in a local view
-    global_min_area: float = key(
-        1.0, low=1e-3, high=1
-    )  # smallest share of the image in the global view
-    max_aspect: float = key(
-        4 / 3, low=1, high=10
-    )  # largest ratio of the sides of a view against the image
-    flip_rate: float = key(0.5, low=0, high=1)  # chance of a mirrored view
-    brightness: float = key(0.4, low=0, high=1)  # largest change of the brightness, as a share
-    contrast: float = key(0.4, low=0, high=1)  # largest change of the contrast, as a share
-    saturation: float = key(0.2, low=0, high=1)  # largest change of the saturation, as a share
-    grey_rate: float = key(0.2, low=0, high=1)  # chance of a view without colours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,18 +337,11 @@ class Input:
     # H, the hard negatives of a region that are read from the records, for loss.hard_negative. Of more, each visit of an
     # image takes others.
     negatives_per_region: int = count(0, high=1000)
-    # Whether batches hold the scores of regions, for a loss term that weighs by them (by_score of text_decoder).
-    region_scores: bool = key(False)
-    # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
+    # Chance that an image is mirrored, with its boxes; an image whose texts say left or right never is.
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.
     crop_min_area: float = key(1.0, low=0.01, high=1)
-    # Images in their own shape: patches an image, N. It is resized so that its grid fits N, and keeps its ratio; of
-    # several lengths each step draws one; or pairs [[begin, lengths], ...] by the share of the run. (): squares of
-    # model.image.image_size. None: derived from the images (input_pipeline/derived.py).
-    sequence_lengths: Lengths | None = key(())
     reader_threads: int = count(0, role="free")  # of tf.data; 0 = it chooses
-    views: Views = key(Views)
     # A mixture, instead of `data_dir` and `name`.
     datasets: tuple[Dataset, ...] = key((), role="order")
 
@@ -460,17 +349,6 @@ class Input:
     def sets(self) -> tuple[Dataset, ...]:
         """The sets of the mixture, or the single one."""
         return self.datasets or (Dataset(self.name, self.data_dir, 1.0),)
-
-    @property
-    def every_length(self) -> tuple[int, ...]:
-        """The different `sequence_lengths` of the run, ascending; () where images are squares."""
-        of_stretches = [own for _, own in keep_lib.stretches(self.sequence_lengths)]
-        return tuple(sorted({n for own in of_stretches for n in own}))
-
-    @property
-    def last_lengths(self) -> tuple[int, ...]:
-        """The `sequence_lengths` at the end of the run, with which its model is used; () where images are squares."""
-        return keep_lib.stretches(self.sequence_lengths)[-1][1] if self.sequence_lengths else ()
 
     @property
     def texts_per_image(self) -> int:
@@ -495,20 +373,17 @@ class TermEntry(dict[str, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Weights and switches of the losses (docs/method.md, Losses and Where it differs).
+    """Weights and switches of the losses (docs/method.md, Losses and Where it differs)."""
 
-    A weight is a number, or a schedule {"start": 0, "end": 1, "from": 0.8, "to": 0.8} in shares of the run.
-    """
-
-    image_caption: Weight = key(1.0)  # weight of L_ic, images and captions
-    region_description: Weight = key(1.0)  # weight of L_rd, regions and descriptions
-    box: Weight = key(1.0)  # weight of L_box, predicted and annotated boxes
+    image_caption: float = key(1.0)  # weight of L_ic, images and captions
+    region_description: float = key(1.0)  # weight of L_rd, regions and descriptions
+    box: float = key(1.0)  # weight of L_box, predicted and annotated boxes
     # Weight of L_id, images and all of their descriptions.
-    image_description: Weight = key(0.0)
+    image_description: float = key(0.0)
     # Weight of L_bd, annotated boxes and their descriptions; it needs model.boxes.
-    box_description: Weight = key(0.0)
+    box_description: float = key(0.0)
     # Weight of L_hard, regions and descriptions against input.negatives_per_region hard negatives.
-    hard_negative: Weight = key(0.0)
+    hard_negative: float = key(0.0)
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))
     group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all
@@ -529,35 +404,8 @@ class Loss:
     # mantissa) or "highest" (six). GPUs and CPUs multiply float32.
     precision: str = key("high", choices=("high", "highest"), role="free")
     # Further loss terms by name: {"term": "module:function or Class", "weight": 0.1, and its own options}
-    # (losses/total.py), or the name of a local one of the package (docs/howto/dense.md).
+    # (losses/total.py).
     terms: dict[str, TermEntry] = key(dict)
-
-    @property
-    def schedules(self) -> dict[str, Schedule]:
-        """The weights that change in the run, by the name of their term."""
-        built_in = {name: getattr(self, name) for name in WEIGHTS}
-        weights = built_in | {name: entry.get("weight") for name, entry in self.terms.items()}
-        return {name: one for name, one in weights.items() if isinstance(one, Schedule)}
-
-
-# The keys of `loss` that are weights.
-WEIGHTS = tuple(field.name for field in dataclasses.fields(Loss) if field.type == Weight)
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model without a gradient that the terms of `loss.terms` compare the trained one with (training/teacher.py)."""
-
-    # "ema": the average of the trained parameters; "checkpoint": another model; "embeddings": those of a model, stored
-    # by grain-jax embed.
-    kind: str = key("none", choices=TEACHERS)
-    # Of checkpoint: any model that init.image takes; of embeddings: the folder of grain-jax embed.
-    path: str | None = key(None)
-    decay: float = key(0.996, low=0, high=1)  # of ema: that of the first step
-    # Of ema: that of the last step, on a cosine. At 1 the teacher no longer learns from image and text.
-    end_decay: float = key(0.996, low=0, high=1)
-    # Of ema: "all" parameters are averaged, or the "heads" of the terms alone; the towers are then those of the step.
-    part: str = key("all", choices=("all", "heads"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -684,7 +532,6 @@ class Config:
     text: Text = key(Text, role="numbers")
     loss: Loss = key(Loss, role="numbers")
     optim: Optim = key(Optim, role="numbers")
-    teacher: Teacher = key(Teacher, role="numbers")
     mesh: Mesh = key(Mesh, role="free")
     # Logical axis of a parameter -> mesh axis. Exhaustive: an axis in no row is an error.
     sharding: tuple[tuple[str, str | None], ...] = key(

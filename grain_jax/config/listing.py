@@ -102,12 +102,6 @@ def _group(kind: Any) -> tuple[type | None, bool]:
 
 def _words(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind == fields.Weight:
-        return "float or schedule"
-    if kind == fields.Keep:
-        return "float or pairs"
-    if kind == fields.Lengths | None:
-        return "tuple of int, pairs or None"
     if origin in (typing.Union, types.UnionType):
         return f"{_words(parse.inner_of(kind))} or None"
     if origin is tuple:

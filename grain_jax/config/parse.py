@@ -14,9 +14,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grain_jax.config import checks, evals, fields, keep, weights
+from grain_jax.config import checks, evals, fields
 from grain_jax.config.evals import Evaluator
-from grain_jax.config.fields import Config, Model, Suite, TextDecoder
+from grain_jax.config.fields import Config, Model, Suite
 from grain_jax.core import errors, named, nearest
 
 T = typing.TypeVar("T")
@@ -43,18 +43,6 @@ def from_dict(value: Mapping[str, Any]) -> Config:
 def model_from_dict(value: Mapping[str, Any]) -> Model:
     """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
     return _checked(Model, value, "model")
-
-
-def text_decoder_from_dict(value: Mapping[str, Any]) -> TextDecoder:
-    """The sizes of a text decoder, as converted checkpoints carry them. Raises ConfigError, a line a fault."""
-    return _checked(TextDecoder, value, "text_decoder")
-
-
-def text_decoder_of_term(entry: Mapping[str, Any], model: Model) -> TextDecoder:
-    """Those of an entry of `loss.terms`, beside this model. Raises ConfigError, a line a fault."""
-    names = {field.name for field in dataclasses.fields(TextDecoder)}
-    sizes = {name: value for name, value in entry.items() if name in names}
-    return text_decoder_from_dict(sizes).beside(model)
 
 
 def suite_from_dict(value: Mapping[str, Any]) -> Suite:
@@ -176,13 +164,10 @@ def _term_entry(value: Any, path: str, faults: list[str]) -> fields.TermEntry:
     if not isinstance(value, Mapping):
         faults.append(f"{path}: got {value!r}, expected a group of keys")
         return fields.TermEntry()
+    weight = value.get("weight")
+    if type(weight) not in (int, float) or not abs(weight) < 1e300:
+        faults.append(f"{path}.weight: got {weight!r}, expected a finite number")
     entry = {key: _convert(Any, inner, path, faults) for key, inner in value.items()}
-    place = f"{path}.weight"
-    weight = weights.parsed(value.get("weight"), place, unknown_key, faults)
-    if isinstance(
-        weight, weights.Schedule
-    ):  # a number stays as it was given, and the config's digest with it
-        entry["weight"] = weight
     return fields.TermEntry(entry)
 
 
@@ -199,17 +184,15 @@ def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> 
     Args:
       path: its key, for errors.
       entry: `term`, `weight` and the options. The term is a function `term(shard, *, option: float = 1.0)`, a frozen
-        dataclass with the options as fields and `__call__(self, shard)`, or a local term: a name of LOCAL_TERMS or a
-        class of a user that derives from losses.local.LocalTerm.
+        dataclass with the options as fields and `__call__(self, shard)`, or a class that derives from
+        losses.local.LocalTerm.
       table: terms by name, which `term` may name instead of `module:Name`.
 
     Raises:
       UserError: the term cannot be found, or an option is unknown, missing, of another type, or of a local term out of
         its bounds.
     """
-    term: str = entry["term"]
-    name = fields.LOCAL_TERMS.get(term, term)
-    target = named.find(f"{path}.term: loss term", name, {**fields.LOCAL_TERMS, **table})
+    target = named.find(f"{path}.term: loss term", entry["term"], table)
     options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
     if isinstance(target, type) and hasattr(target, "Options"):
         given = _built(target.Options, options, path)
@@ -254,12 +237,6 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         return tuple(value) if isinstance(value, list) else value
     if kind is Evaluator:
         return _evaluator(value, path, faults)
-    if kind == weights.Weight:
-        return weights.parsed(value, path, unknown_key, faults)
-    if kind == keep.Keep:
-        return keep.parsed(value, path, faults)
-    if kind == keep.Lengths | None:
-        return keep.parsed_lengths(value, path, faults)
     if kind is fields.TermEntry:
         return _term_entry(value, path, faults)
     if dataclasses.is_dataclass(kind):

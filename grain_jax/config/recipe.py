@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference, placeholder
+from ml_collections.config_dict import placeholder
 
 from grain_jax.config import evals, fields, parse
 from grain_jax.core import named
@@ -45,19 +45,12 @@ SIZES = {
 def defaults(cls: type) -> Keys:
     """The keys of a dataclass with their defaults; those without one are left out.
 
-    A key whose default is None is a placeholder, so that the command line can set it. A weight of the loss,
-    `model.image.keep` and `input.sequence_lengths` take any value, which `parse` checks.
+    A key whose default is None is a placeholder, so that the command line can set it.
     """
     c = ConfigDict()
     for name, (field, kind) in parse.types_of(cls).items():
         default = fields.default_of(field)
-        if kind in (
-            fields.Weight,
-            fields.Keep,
-            fields.Lengths | None,
-        ):  # which no single type of ml_collections is
-            c[name] = FieldReference(default, field_type=object)
-        elif default is None:
+        if default is None:
             c[name] = placeholder(parse.inner_of(kind))
         elif dataclasses.is_dataclass(default):
             c[name] = defaults(type(default))
@@ -118,7 +111,6 @@ def own_images(size: str = "B/16") -> Keys:
     c.checkpoint_every = 0
     c.checkpoint_every_minutes = 10.0
     c.pictures = 12
-    c.input.sequence_lengths = None  # by the shapes of the images: the trainer says which
     c.input.flip_rate = 0.5
     c.input.crop_min_area = 0.5
     # As docs/claim.md measures: as many queries as an image has described regions (set both), and a box loss
@@ -139,8 +131,7 @@ def own_images(size: str = "B/16") -> Keys:
 
 # Third-party towers, where they differ from the defaults beyond their sizes: "clip" is OpenAI's (most open_clip
 # models differ from it in activation="gelu"); "siglip" is big_vision's, with the text tower of SigLIP B; "dinov3" is an
-# image tower (S+, H+ and 7B also have mlp="gated", activation="silu"); "pe_core" is B/16 at 224 pixels (`rope_grid` is
-# patches a side of the pretraining), with the text tower of B and L.
+# image tower (S+, H+ and 7B also have mlp="gated", activation="silu").
 FAMILIES = {
     "clip": dict(
         image=dict(
@@ -189,54 +180,11 @@ FAMILIES = {
             key_bias=False,
         ),
     ),
-    "pe_core": dict(
-        image=dict(
-            qk_norm=False,
-            norm_eps=1e-5,
-            patch_bias=False,
-            pre_norm=True,
-            rope="grid",
-            rope_theta=1e4,
-            pool_heads=8,
-            pixel_mean=(0.5, 0.5, 0.5),
-            pixel_std=(0.5, 0.5, 0.5),
-        ),
-        text=dict(
-            context_length=32, width=1024, depth=24, heads=16, mlp_dim=4096, activation="gelu"
-        ),
-    ),
 }
 FAMILIES["siglip2"] = dict(
     image=FAMILIES["siglip"]["image"],
     text=FAMILIES["siglip"]["text"]
     | dict(vocab_size=256000, tokenizer="tokenizer.json", cleaning="lower", pad_id=0),
-)
-FAMILIES["tipsv2"] = dict(
-    image=dict(
-        image_size=448,
-        patch_size=14,
-        qk_norm=False,
-        registers=1,  # its second class token
-        layer_scale=True,
-        layer_scale_init=1.0,
-        pixel_mean=(0.0, 0.0, 0.0),
-        pixel_std=(1.0, 1.0, 1.0),
-    ),
-    text=dict(
-        vocab_size=32000,
-        context_length=64,
-        width=768,
-        heads=12,
-        mlp_dim=3072,
-        causal=False,
-        activation="relu",
-        pool="masked_mean",
-        position_kind="sinusoidal",
-        scale_tokens=True,
-        projection="none",
-        tokenizer="tokenizer.json",
-        cleaning="none",
-    ),
 )
 
 

@@ -55,22 +55,6 @@ SEGMENTED = {
         "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
     ),
 }
-# Entry of `written` -> its kind, the entry of ANNOTATED whose data it reads, and its options.
-WRITTEN = {
-    **{
-        f"{name}_{what}": (kind, name, options)
-        for name in ("flickr30k", "mscoco")
-        for what, kind, options in (
-            ("captions", "captions", {}),
-            ("reranked", "retrieval", {"rerank": 10}),  # by the stored weight
-        )
-    },
-    **{
-        f"refcoco_{split}_{kind}": (kind, f"refcoco_{split}", {})
-        for split in ("val", "testA", "testB")
-        for kind in ("descriptions", "pointing")
-    },
-}
 SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
 
 
@@ -141,14 +125,6 @@ def probes(
     }
 
 
-def written(folders: Any = "~/grain_benchmarks", missing: str = "skip") -> dict[str, dict]:
-    """What a text decoder writes of the annotated sets, as entries of `evals`; arguments as of `entries`."""
-    return {
-        name: _annotated(of, folders, None, kind, missing=missing, **options)
-        for name, (kind, of, options) in WRITTEN.items()
-    }
-
-
 def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     fields: dict[str, Any] = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
     if name == "imagenet2012":  # TFDS cannot fetch it
@@ -161,11 +137,8 @@ def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     return fields
 
 
-def _annotated(
-    name: str, folders: Any, templates: Any, other_kind: str | None = None, **fields: Any
-) -> dict[str, Any]:
+def _annotated(name: str, folders: Any, templates: Any, **fields: Any) -> dict[str, Any]:
     kind, pictures, source, files, split = ANNOTATED[name]
-    kind = other_kind or kind
     if kind == "boxes":
         fields["templates"] = templates
     images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"

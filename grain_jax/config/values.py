@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from grain_jax.config import fields
 from grain_jax.config.evals import NotImported
-from grain_jax.config.weights import Schedule
 
 
 class Value(NamedTuple):
@@ -33,7 +32,7 @@ def walk(part: Any, path: str = "", role: fields.Role | None = None) -> Iterator
             value = value.entry
         if dataclasses.is_dataclass(value):
             yield from walk(value, key, own)
-        elif isinstance(value, Mapping) and not isinstance(value, Schedule):
+        elif isinstance(value, Mapping):
             for name, inner in value.items():
                 yield from inside(f"{key}.{name}", field, own, inner)
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
@@ -67,9 +66,12 @@ def without_defaults(part: Any) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots; a schedule of a weight is one value."""
+    """Nested dicts as one, keys joined by dots."""
     flat = {}
     for name, value in tree.items():
-        inner = isinstance(value, Mapping) and not isinstance(value, Schedule)
-        flat |= flatten(value, f"{path}{name}.") if inner else {f"{path}{name}": value}
+        flat |= (
+            flatten(value, f"{path}{name}.")
+            if isinstance(value, Mapping)
+            else {f"{path}{name}": value}
+        )
     return flat

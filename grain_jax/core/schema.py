@@ -39,13 +39,6 @@ IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
-class Patches(NamedTuple):
-    """Images in their own shape: the patches of each one row by row, then zeros. h * w <= N patches are real."""
-
-    pixels: Array  # uint8 [B, N, p*p*3], a patch row-major (y, x, channel); or float32, already normalised
-    grid: Array  # int32 [B, 2], rows h and columns w of patches
-
-
 class Batch(NamedTuple):
     """One batch, of a process (numpy) or the global one (jax, leading axis sharded over the data axes).
 
@@ -53,7 +46,7 @@ class Batch(NamedTuple):
     within the group and the position of its end token. Without packing a group is one image and a row one text.
     """
 
-    image: ModelInput  # uint8 [B, H, W, 3], or Patches (`input.sequence_lengths`)
+    image: ModelInput  # uint8 [B, H, W, 3]
     text_tokens: ModelInput  # int32 [G, rows, L], 0 = padding
     text_positions: ModelInput  # int32 [G, rows, L], restart at 0 for each text
     text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
@@ -71,12 +64,6 @@ class Batch(NamedTuple):
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
     negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
     negative_mask: Images = None  # bool [B, R, H]; False where the region is not real
-    # float32 [B, R] in [0, 1], 0 where masked; None: without `input.region_scores`.
-    region_scores: ModelInput = None
-    # Embeddings of a teacher, stored beside the records (teacher.kind=embeddings); None: there are none.
-    teacher_image: ModelInput = None  # float32 [B, Dt]
-    teacher_captions: ModelInput = None  # float32 [B, C, Dt], zeros where masked
-    teacher_descriptions: ModelInput = None  # float32 [B, R, Dt], zeros where masked
 
 
 class Outputs(NamedTuple):
@@ -102,9 +89,7 @@ class Features(NamedTuple):
     """What the model makes on the way to its Outputs; too large to be kept of a global batch."""
 
     tokens: Array  # [B, N, E] of the image tower, after the last norm; [B, E] of a pooled one
-    hidden: Array | None  # [B, Q+1, E], the last layer of the decoder; None without one
     text: Array  # [G, rows, L, E], every position of the rows, before the last norm; [G, rows, E] of a pooled tower
-    places: Any = None  # models.places.Places of the patch tokens; None: a full square
 
 
 def fields(of: type[Batch] | type[Outputs]) -> dict[str, Field]:

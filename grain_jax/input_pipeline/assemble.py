@@ -3,20 +3,15 @@
 Every data source makes its batches with this; numpy only.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from grain_jax.config import Config
-from grain_jax.core import patches
-from grain_jax.core.schema import Batch, Patches
-from grain_jax.input_pipeline import order, packing, tokenizer
+from grain_jax.core.schema import Batch
+from grain_jax.input_pipeline import packing, tokenizer
 from grain_jax.input_pipeline.text_cleaning import Texts
-
-_SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNORECASE)
-
 
 _NO_TEXTS = Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
 
@@ -31,72 +26,47 @@ def tokenize(
 class Example(NamedTuple):
     """An image with its texts and boxes, as a data source has them."""
 
-    # uint8 [S, S, 3], S = model.image.image_size; with input.sequence_lengths uint8 [H, W, 3] of any size
-    image: np.ndarray
+    image: np.ndarray  # uint8 [S, S, 3], S = model.image.image_size
     caption: str | Sequence[str]  # or several, at most `input.captions_per_image`; () for none
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
     # Of each description, at most `input.negatives_per_region`; () where no description has any.
     negatives: Sequence[Sequence[str]] = ()
-    # Of its regions, in [0, 1], for `input.region_scores`; () for 1 each.
-    scores: Sequence[float] = ()
 
 
 def of_examples(
-    examples: Sequence[Example],
-    config: Config,
-    text_tokenizer: tokenizer.Tokenizer,
-    step: int | None = None,
+    examples: Sequence[Example], config: Config, text_tokenizer: tokenizer.Tokenizer
 ) -> Batch:
     """A Batch of the examples, in their order: texts tokenised and laid out as `config.text` says.
-
-    With `input.sequence_lengths` each image is resized to the grid of its shape, as records are.
 
     Args:
       examples: B, a multiple of `text.pack_group`.
       config: the run's, with numbers for the rows.
       text_tokenizer: `tokenizer.of_tower(config.model.text)`.
-      step: of the batch; needed where `input.sequence_lengths` has several.
 
     Raises:
-      ValueError: an image of another shape or type, other numbers of boxes than descriptions, too many texts, or no
-        step where it is needed.
+      ValueError: an image of another shape or type, other numbers of boxes than descriptions, or too many texts.
     """
-    lengths = config.input.every_length
-    if len(lengths) > 1 and step is None:
-        raise ValueError(
-            f"step: got None with input.sequence_lengths={config.input.sequence_lengths}, expected the step, which draws one of them"
-        )
     size, most = config.model.image.image_size, config.input.max_regions
     most_captions = config.input.captions_per_image
     captions: list[str] = []
     caption_mask = np.zeros((len(examples), most_captions), bool)
     boxes = np.zeros((len(examples), most, 4), np.float32)
-    scores = np.zeros((len(examples), most), np.float32)
     mask = np.zeros((len(examples), most), bool)
     most_negatives = config.input.negatives_per_region
     negatives: list[str] = []
     negative_mask = np.zeros((len(examples), most, most_negatives), bool)
     for i, example in enumerate(examples):
         count = len(example.descriptions)
-        shape, expected = example.image.shape, f"[{size}, {size}, 3]"
-        good = shape == (size, size, 3)
-        if lengths:
-            good, expected = len(shape) == 3 and shape[2] == 3 and 0 not in shape, "[H, W, 3]"
-        if not good or example.image.dtype != np.uint8:
+        shape = example.image.shape
+        if shape != (size, size, 3) or example.image.dtype != np.uint8:
             got = f"{example.image.dtype} {list(shape)}"
-            raise ValueError(f"example {i}: image is {got}, expected uint8 {expected}")
+            raise ValueError(f"example {i}: image is {got}, expected uint8 [{size}, {size}, 3]")
         if count != len(example.boxes_cxcywh) or count > most:
             raise ValueError(
                 f"example {i}: got {count} descriptions and {len(example.boxes_cxcywh)} boxes, expected as"
                 f" many of both, at most input.max_regions = {most}"
             )
-        if len(example.scores) not in (0, count) or not all(0 <= x <= 1 for x in example.scores):
-            raise ValueError(
-                f"example {i}: got the scores {list(example.scores)} of {count} regions, expected a number from 0 to 1 for"
-                " each, or ()"
-            )
-        scores[i, :count] = example.scores if len(example.scores) else 1
         of_image = [example.caption] if isinstance(example.caption, str) else example.caption
         if len(of_image) > most_captions:
             raise ValueError(
@@ -118,46 +88,24 @@ def of_examples(
         boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
     text_length = config.text_length
     descriptions = [text for example in examples for text in example.descriptions]
-    images = [example.image for example in examples]
-    if lengths:
-        length = order.sequence_length(config, step or 0)
-        patch = config.model.image.patch_size
-        image = patches.stack([patches.of_image(x, patch, length) for x in images])
-    else:
-        image = np.stack(images)
     return assemble(
-        image=image,
+        image=np.stack([example.image for example in examples]),
         captions=tokenize(captions, text_tokenizer, text_length),
         caption_mask=caption_mask,
         descriptions=tokenize(descriptions, text_tokenizer, text_length),
         region_boxes_cxcywh=boxes,
         region_mask=mask,
-        # Without their scores, the last ones are dropped first.
-        region_scores=scores
-        if config.input.region_scores
-        else np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
+        # The last ones are dropped first.
+        region_scores=np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
         negatives=tokenize(negatives, text_tokenizer, text_length),
         negative_mask=negative_mask,
         config=config,
     )
 
 
-def exchange_sides(text: str) -> str:
-    """The text of the mirrored image: left and right change places ("leftmost" too, "bright" not)."""
-
-    def other(match: re.Match) -> str:
-        word = match.group()
-        swapped = "right" if word.lower() == "left" else "left"
-        if word.isupper():
-            return swapped.upper()
-        return swapped.capitalize() if word[0].isupper() else swapped
-
-    return _SIDE.sub(other, text)
-
-
 def assemble(
     *,
-    image: np.ndarray | Patches,
+    image: np.ndarray,
     captions: Texts,
     caption_mask: np.ndarray,
     descriptions: Texts,
@@ -167,28 +115,21 @@ def assemble(
     config: Config,
     negatives: Texts | None = None,
     negative_mask: np.ndarray | None = None,
-    teacher_image: np.ndarray | None = None,
-    teacher_captions: np.ndarray | None = None,
-    teacher_descriptions: np.ndarray | None = None,
 ) -> Batch:
     """Lays out the texts of consecutive images, packed or one per row as `config.text` says.
 
     Args:
-      image: uint8 [B, H, W, 3], or Patches of B images.
+      image: uint8 [B, H, W, 3].
       captions: a text for each real caption, in the order of `caption_mask`, row by row.
       caption_mask: bool [B, C], C = `input.captions_per_image`.
       descriptions: a text for each real region, in the order of `region_mask`, row by row.
       region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
       region_mask: bool [B, R].
-      region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first. The batch has them with
-        `input.region_scores`.
+      region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first.
       config: `text` and `row_length` are used.
       negatives: a text for each real negative, in the order of `negative_mask`, row by row; None: there are none. One
         that the tokenizer takes for the description itself is left out.
       negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
-      teacher_image: float32 [B, Dt], stored embeddings of a teacher; None: there are none.
-      teacher_captions: float32 [B, C, Dt].
-      teacher_descriptions: float32 [B, R, Dt]; zeros take the place of those of regions that are dropped.
     """
     description_id = _at(region_mask, descriptions.text_ids)
     if negatives is None or negative_mask is None:
@@ -223,8 +164,6 @@ def assemble(
     ]
     kept = places.region_mask
     has_negatives = config.input.negatives_per_region > 0
-    if teacher_descriptions is not None:
-        teacher_descriptions = np.where(kept[..., None], teacher_descriptions, np.float32(0))
     return Batch(
         image=image,
         text_tokens=tokens,
@@ -241,12 +180,6 @@ def assemble(
         text_counts=np.stack(counts[1:], axis=1),
         negative_at=places.negative_at if has_negatives else None,
         negative_mask=places.negative_mask if has_negatives else None,
-        region_scores=np.where(kept, region_scores, np.float32(0))
-        if config.input.region_scores
-        else None,
-        teacher_image=teacher_image,
-        teacher_captions=teacher_captions,
-        teacher_descriptions=teacher_descriptions,
     )
 
 

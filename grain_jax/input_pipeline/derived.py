@@ -1,9 +1,8 @@
 """Numbers for the keys that a config leaves open: `input.lanes`, `text.pack_group`, `text.pack_rows` set to None.
 
 Lanes and group follow from batch, micro-batches and devices. The rows follow from the lengths of the texts of
-the data set, so that at most `MISFITS` of them are dropped or cut. `input.sequence_lengths` set to None follows from the
-shapes of its images (image_shapes.py). config.json and the checkpoints of a run hold
-the numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFlow.
+the data set, so that at most `MISFITS` of them are dropped or cut. config.json and the checkpoints of a run hold the
+numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFlow.
 """
 
 import bisect
@@ -16,13 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.config import Config, checks
+from grain_jax.config import Config
 from grain_jax.core import errors
-from grain_jax.input_pipeline import image_shapes, packing, synthetic, text_lengths
+from grain_jax.input_pipeline import packing, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
 KEYS = ("input.lanes", "text.pack_group", "text.pack_rows")
-LENGTHS = "input.sequence_lengths"
 LANES = 16  # unless the processes, shards or batch ask for another number
 LANE_IMAGES = 16  # images of a lane in a small batch: smaller packing groups leave much padding
 LARGEST_GROUP = 64  # images; larger groups save little more padding
@@ -59,7 +57,7 @@ class Rows(NamedTuple):
 
 def is_open(config: Config) -> bool:
     """Whether the config has a number left to derive."""
-    return config.input.sequence_lengths is None or None in _numbers(config).values()
+    return None in _numbers(config).values()
 
 
 def resolve(
@@ -68,8 +66,6 @@ def resolve(
     lengths: Callable[[], Sequence[TextLengths]],
     stored: Config | None = None,
     where: str = "",
-    sizes: Callable[[], Sequence[np.ndarray]] = lambda: (),
-    refusals: Callable[[Config], Sequence[str]] = lambda config: (),
 ) -> tuple[Config, str]:
     """The config with numbers, and a line that says which were derived from what ("": none).
 
@@ -79,66 +75,11 @@ def resolve(
       lengths: gives the text lengths of each data set; called where rows must be derived.
       stored: the config of the checkpoint that the run resumes from; its numbers are taken.
       where: that checkpoint, in words.
-      sizes: gives height and width of images of each data set, [n, 2]; called where `input.sequence_lengths` is open.
-        Of none, images are squares.
-      refusals: gives why a config with own shapes cannot be trained, as this package does not see; [] where it can be.
 
     Raises:
       DerivedError: no number is possible.
     """
     if not is_open(config):
-        return config, ""
-    config, said = _with_lengths(config, stored, where, sizes, refusals)
-    found, line = _with_numbers(config, place, lengths, stored, where)
-    return found, "; ".join(filter(None, (said, line)))
-
-
-def _with_lengths(
-    config: Config,
-    stored: Config | None,
-    where: str,
-    sizes: Callable[[], Sequence[np.ndarray]],
-    refusals: Callable[[Config], Sequence[str]],
-) -> tuple[Config, str]:
-    """The config with `input.sequence_lengths`, and why these ("": they were given)."""
-    if config.input.sequence_lengths is not None:
-        return config, ""
-    with_lengths = lambda lengths: dataclasses.replace(
-        config, input=dataclasses.replace(config.input, sequence_lengths=lengths)
-    )
-    if stored is not None:
-        lengths = stored.input.sequence_lengths
-        return with_lengths(lengths), f"{LENGTHS}={lengths}: as in {where}"
-    found = list(sizes())
-    weights = [one.weight for one in config.input.sets]
-    if len(weights) != len(found):  # a source of its own kind
-        weights = [1.0] * len(found)
-    known = [(of, weight) for of, weight in zip(found, weights) if len(of)]
-    image = config.model.image
-    own = with_lengths(((image.image_size // image.patch_size) ** 2,))
-    lengths = own.input.sequence_lengths
-    if not known:
-        said = "squares, since no shapes of images are known here"
-        return with_lengths(()), f"{LENGTHS}=(): {said}; own shapes with {LENGTHS}={lengths}"
-    shares, weights = zip(*((image_shapes.share_of_long(of), weight) for of, weight in known))
-    long = float(np.average(shares, weights=weights))
-    why = f"of {sum(len(of) for of, _ in known)} images {_percent(long)} are longer than {image_shapes.LONG:g} : 1"
-    if not image_shapes.keep_shape(long):
-        return with_lengths(()), f"{LENGTHS}=(): squares, {why}"
-    if faults := checks.faults_of(own) or refusals(own):
-        return with_lengths(()), f"{LENGTHS}=(): squares, though {why} ({faults[0]})"
-    return own, f"{LENGTHS}={lengths}: images keep their shape, {why}; squares with {LENGTHS}=()"
-
-
-def _with_numbers(
-    config: Config,
-    place: Place,
-    lengths: Callable[[], Sequence[TextLengths]],
-    stored: Config | None,
-    where: str,
-) -> tuple[Config, str]:
-    """`resolve` of the numbers alone."""
-    if None not in _numbers(config).values():
         return config, ""
     before = dict.fromkeys(KEYS)  # those of the checkpoint
     # One of another batch size is another run, which `checkpoint.check_same_run` refuses.

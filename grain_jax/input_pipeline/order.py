@@ -11,15 +11,12 @@ Random numbers come from the integer hash below, so the order does not change wi
 TensorFlow.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from grain_jax.config import Config
-from grain_jax.config import keep as keep_lib
 from grain_jax.core import errors
 
 
@@ -177,33 +174,6 @@ def mix(
         MixedLane(streams, weights, lanes=lanes, seed=seed)
         for streams in zip(*lanes_of_sets, strict=True)
     ]
-
-
-def with_steps(config: Config, total_steps: int) -> Config:
-    """The config of a run of so many steps, from which `sequence_length` finds the share of the run of a step."""
-    return dataclasses.replace(config, total_steps=total_steps, total_epochs=None)
-
-
-def sequence_length(config: Config, step: int) -> int:
-    """Patches of an image in the batch of that step, N: one of `input.sequence_lengths`, each equally often.
-
-    A function of the seed and the step, the same on all processes and after a resume. Those of the step's share of the
-    run, where they change in it: `total_steps` is a number then (`with_steps`).
-    """
-    found = keep_lib.stretches(config.input.sequence_lengths)
-    if len(found) > 1:
-        if config.total_steps is None:
-            raise ValueError(
-                f"total_steps: got None with input.sequence_lengths={config.input.sequence_lengths}, expected the steps of"
-                " the run"
-            )
-        of_run = keep_lib.of_steps(tuple(found), config.total_steps)
-        found = [(first, own) for first, own in of_run if first <= step]
-    lengths = found[-1][1]
-    if len(lengths) == 1:
-        return lengths[0]
-    drawn = uniforms(hash_key(config.seed, *lengths), np.array([step]), 1)
-    return lengths[int(drawn[0, 0] * len(lengths))]
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:

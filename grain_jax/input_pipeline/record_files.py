@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
@@ -50,8 +50,6 @@ class RecordSet(NamedTuple):
     shards: tuple[order.ShardFile, ...]
     has_negatives: bool
     written: dict[str, Any]  # its entry in DIGEST_FILE; {}: it has none
-    # Side of the squares that its images were squashed to, without a note of their shape; 0: their shape is known.
-    squashed: int = 0
 
     @property
     def shard_digests(self) -> dict[str, str]:
@@ -93,23 +91,13 @@ def _find(source: Dataset) -> RecordSet:
     written = _of_split(directory, source.split)
     if written.get("shard_lengths") != [shard.num_records for shard in split_shards]:
         written = {}  # of other shards
-    lost = squashed(directory, features)
-    return RecordSet(source, directory, split_shards, has_negatives, written, lost)
+    return RecordSet(source, directory, split_shards, has_negatives, written)
 
 
 def notes_of_build(directory: epath.Path) -> dict[str, Any]:
     """What grain-jax build notes of a set; {} where nothing is noted. Raises FileError: it is damaged."""
     path = directory / "metadata.json"
     return regular_file.read_json(path, dict, "notes of a build") if path.exists() else {}
-
-
-def squashed(directory: epath.Path, features: Container[str]) -> int:
-    """Side of the squares that the images of a set were squashed to without a note of their shape; 0: of none."""
-    if "original_size" in features:
-        return 0
-    notes = notes_of_build(directory)
-    size = notes.get("store_size", 0)
-    return size if isinstance(size, int) and notes.get("fit", "square") == "square" else 0
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:

@@ -4,10 +4,9 @@ The functions are those of sources.DataSource. The rows [i * b / lanes, (i + 1) 
 lane i. Only the shards of the lanes that are asked for are opened, and of these only the blocks of the step.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from grain_jax.input_pipeline import record_files  # isort: skip  (before TensorFlow, whose logging it sets)
 import numpy as np
@@ -15,9 +14,8 @@ import tensorflow as tf
 from etils import epath
 
 from grain_jax.config import Config, TextTower
-from grain_jax.core import images, named
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import assemble, image_shapes, order, sources, tokenizer, transforms
+from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 from grain_jax.input_pipeline.text_cleaning import Texts
@@ -28,27 +26,16 @@ _ENDLESS = 2**62
 _SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
 _ADVICE = "rebuild the set with grain-jax build"
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
-# Opens the embeddings of a teacher; a string, since the package of data stands above this one.
-_STORED = "grain_jax.data.embed.stored:of_sets"
-_TEXTS_OF_TEACHER = {  # field of a Batch -> texts and their mask, as transforms.Transform gives them
-    "teacher_captions": ("captions", "caption_mask"),
-    "teacher_descriptions": ("descriptions", "region_mask"),
-}
 
 
 def check(config: Config) -> None:
-    """Warns where hard negatives are asked for and no set has any, and where shapes are and a set has lost them.
+    """Warns where hard negatives are asked for and no set has any.
 
     Raises:
       DataError: no set has any, and `loss.hard_negative` needs them.
       MissingData, DataError: as `record_files.find`.
-      UserError: the embeddings of `teacher.path` are not those of the sets.
     """
     found = record_files.find(config)
-    _teachers(config, found)
-    for one in found if config.input.sequence_lengths else ():
-        if one.squashed:
-            logging.warning("%s", lost_shape(one))
     if not config.input.negatives_per_region or any(one.has_negatives for one in found):
         return
     names = ", ".join(repr(one.source.name) for one in found)
@@ -59,23 +46,6 @@ def check(config: Config) -> None:
             " --passes negatives) and build the set again, or set loss.hard_negative=0"
         )
     logging.warning("%s", got)
-
-
-def lost_shape(one: record_files.RecordSet) -> str:
-    """A line about a set of squashed images."""
-    return (
-        f"{one.source.name!r} has images that were squashed to {one.squashed} x {one.squashed}, so their shape is lost and"
-        f" input.sequence_lengths sees squares; build it again with --store-size {one.squashed} --fit inside"
-    )
-
-
-def _teachers(config: Config, sets: Sequence[record_files.RecordSet]) -> list[Any]:
-    """The stored embeddings of each set; [] without any. Raises UserError."""
-    if config.teacher.kind != "embeddings":
-        return []
-    wanted = [(one.source.name, one.directory, one.source.split) for one in sets]
-    apart = bool(config.input.datasets)
-    return named.find("teacher.kind", _STORED, {})(config.teacher.path, wanted, apart)
 
 
 def num_examples(config: Config) -> int:
@@ -109,35 +79,6 @@ def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
         text_lengths_lib.read(one.source, tower.tokenizer) or _sample(one, tower)
         for one in record_files.find(config)
     ]
-
-
-def image_sizes(config: Config) -> list[np.ndarray]:
-    """Height and width of a sample of the images of each set, int64 [n, 2]; none, and a warning, of a set that has lost
-    them.
-
-    Raises: as `record_files.find`; DataError where a record cannot be read.
-    """
-    found = record_files.find(config)
-    for one in found:
-        if one.squashed:
-            logging.warning("%s", lost_shape(one))
-    return [np.zeros((0, 2), np.int64) if one.squashed else _sizes(one) for one in found]
-
-
-def _sizes(one: record_files.RecordSet) -> np.ndarray:
-    """Height and width of images, of their headers, where they were squashed of the record."""
-    names = {"image": transforms.FEATURES["image"]} | transforms.ORIGINAL_SIZE
-    found = []
-    for fields in _first_records(one, names, image_shapes.IMAGES):
-        original = fields["original_size"]
-        if len(original) == 2:
-            found.append(original)
-            continue
-        try:
-            found.append(images.header(fields["image"], orientation="file").size[::-1])
-        except images.ImageError as error:
-            raise DataError(f"{one.directory}: {error}; {_ADVICE}") from None
-    return np.array(found, np.int64).reshape(-1, 2)
 
 
 def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
@@ -234,8 +175,7 @@ def batches(
         for lane in served
         for i, one in enumerate(sets)
     }
-    teachers = _teachers(config, sets)
-    return _batches(config, served, start_step, comparisons, _Joined.of(sets, teachers))
+    return _batches(config, served, start_step, comparisons)
 
 
 Comparisons = Mapping[tuple[int, int], record_files.Comparison]  # of a lane's stream of a set
@@ -246,11 +186,10 @@ def _batches(
     lanes: list[order.MixedLane],
     step: int,
     comparisons: Comparisons,
-    joined: "_Joined | None",
 ) -> Iterator[Batch]:
     text_tokenizer = tokenizer.of_tower(config.model.text)
     per_lane = config.batch_size // sources.num_lanes(config)
-    dataset = _dataset(config, lanes, per_lane, step, comparisons, joined)
+    dataset = _dataset(config, lanes, per_lane, step, comparisons)
     iterator = dataset.as_numpy_iterator()
     while True:
         try:
@@ -259,52 +198,8 @@ def _batches(
             raise _damage(lanes, per_lane, step, config, error) from None
         for fault in filter(None, (one.fault for one in comparisons.values())):
             raise DataError(fault)
-        of_teacher = joined.embeddings(columns) if joined else {}
-        yield _to_batch(columns | of_teacher, config, text_tokenizer)
+        yield _to_batch(columns, config, text_tokenizer)
         step += 1
-
-
-class _Joined(NamedTuple):
-    """Embeddings of a teacher beside the records of each set."""
-
-    teachers: list[Any]  # data.embed.stored.Stored
-    firsts: list[dict[str, int]]  # shard's path -> number of its first record in the split
-
-    @classmethod
-    def of(cls, sets: Sequence[record_files.RecordSet], teachers: list[Any]) -> "_Joined | None":
-        """None without any."""
-        if not teachers:
-            return None
-        firsts = []
-        for one in sets:
-            lengths = [shard.num_records for shard in one.shards]
-            starts = np.cumsum([0, *lengths])[:-1].tolist()
-            firsts.append(dict(zip((shard.path for shard in one.shards), starts)))
-        return cls(teachers, firsts)
-
-    def places(self, index: int, block: order.ShardBlock) -> np.ndarray:
-        """(set, number in its split) of each record of a block, int64 [n, 2], shard after shard."""
-        numbers = [self.firsts[index][s.path] + np.arange(s.num_records) for s in block.shards]
-        numbers = np.concatenate(numbers)
-        return np.stack([np.full_like(numbers, index), numbers], axis=1)
-
-    def embeddings(self, columns: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The embeddings of a batch by the name of its fields; takes the column `places`."""
-        sets, numbers = columns.pop("places").T
-        kinds = _TEXTS_OF_TEACHER if self.teachers[0].has_texts else {}
-        dim = self.teachers[0].embed_dim
-        image = np.zeros((len(sets), dim), np.float32)
-        of_texts = {
-            name: np.zeros((*columns[m].shape, dim), np.float32) for name, (_, m) in kinds.items()
-        }
-        for index in np.unique(sets).tolist():
-            of_set, teacher = sets == index, self.teachers[index]
-            image[of_set] = teacher.images(numbers[of_set])
-            for name, found in of_texts.items():
-                texts, mask = (columns[key] for key in kinds[name])
-                mask = mask & of_set[:, None]
-                found[mask] = teacher.texts(numbers[np.nonzero(mask)[0]], texts[mask])
-        return {"teacher_image": image, **of_texts}
 
 
 def _dataset(
@@ -313,28 +208,18 @@ def _dataset(
     per_lane: int,
     start_step: int,
     comparisons: Comparisons,
-    joined: _Joined | None,
 ) -> tf.data.Dataset:
-    """Batches of what `transforms.Transform` gives, in order; with `joined` also the `places` of the records."""
+    """Batches of what `transforms.Transform` gives, in order."""
     position = start_step * per_lane
-    streams = [_mixed_stream(lane, position, comparisons, joined).batch(per_lane) for lane in lanes]
+    streams = [_mixed_stream(lane, position, comparisons).batch(per_lane) for lane in lanes]
     transform = transforms.Transform(config)
-    # The length of a batch is known from its step, before an image is decoded.
-    given = {"length": _lengths(config, start_step)} if config.input.sequence_lengths else {}
 
-    def together(parts, given):
-        columns = tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
-        rows = tf.shape(columns[0])[:1]
-        return columns, {name: tf.broadcast_to(value, rows) for name, value in given.items()}
+    def together(*parts):
+        return tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
 
-    def transformed(columns, given):
-        record, draws, *places = columns
-        columns = transform(record, draws, **given)
-        return columns | {"places": places[0]} if places else columns
-
-    dataset = tf.data.Dataset.zip((tuple(streams), given)).map(together)
+    dataset = tf.data.Dataset.zip(*streams).map(together)
     dataset = dataset.unbatch().map(
-        transformed,
+        transform,
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -346,31 +231,12 @@ def _dataset(
     return dataset.with_options(options)
 
 
-def _lengths(config: Config, start_step: int) -> tf.data.Dataset:
-    """`order.sequence_length` of each step from that one on, int32 []."""
-    if len(config.input.every_length) == 1:
-        return tf.data.Dataset.from_tensors(order.sequence_length(config, 0)).repeat()
-
-    def of_step(step):
-        length = tf.numpy_function(
-            lambda step: np.int32(order.sequence_length(config, int(step))), [step], tf.int32
-        )
-        return tf.ensure_shape(length, [])
-
-    return tf.data.Dataset.range(start_step, _ENDLESS).map(of_step)
-
-
 def _mixed_stream(
-    lane: order.MixedLane, position: int, comparisons: Comparisons, joined: _Joined | None
+    lane: order.MixedLane, position: int, comparisons: Comparisons
 ) -> tf.data.Dataset:
     """The `_lane_stream`s of the lane's sets, in the order in which it draws from them."""
     streams = [
-        _lane_stream(
-            stream,
-            at,
-            comparisons[lane.index, i].take,
-            joined and functools.partial(joined.places, i),
-        )
+        _lane_stream(stream, at, comparisons[lane.index, i].take)
         for i, (stream, at) in enumerate(zip(lane.streams, lane.positions(position), strict=True))
     ]
     if len(streams) == 1:
@@ -390,12 +256,10 @@ def _lane_stream(
     lane: order.Lane,
     position: int,
     take: Callable[[Sequence[order.ShardFile], np.ndarray], None] = lambda *_: None,
-    places_of: Callable[[order.ShardBlock], np.ndarray] | None = None,
 ) -> tf.data.Dataset:
     """(serialized record, its draws) from that position on, endless; opens the block of the position first.
 
-    `take` gets the shards of each block, and the hashes of all its records before one of them is served. With
-    `places_of` what it gives for a record of the block, int64 [2], is served with it.
+    `take` gets the shards of each block, and the hashes of all its records before one of them is served.
     """
     first = lane.ordinal(position)
 
@@ -405,18 +269,15 @@ def _lane_stream(
         places = np.arange(skipped, len(block.permutation))
         draws = order.uniforms(lane.draw_key, block.first_position + places, transforms.NUM_DRAWS)
         paths = np.array([shard.path for shard in block.shards], object)
-        found = paths, np.int64(len(block.permutation)), block.permutation[places], draws
-        return (*found, places_of(block)[block.permutation[places]]) if places_of else found
+        return paths, np.int64(len(block.permutation)), block.permutation[places], draws
 
     def compare(ordinal, hashes):
         take(lane.block(int(ordinal)).shards, hashes)
         return np.int64(0)
 
     def load(ordinal):
-        kinds = (tf.string, tf.int64, tf.int64, tf.float32, *[tf.int64] * bool(places_of))
-        paths, length, chosen, draws, *more = tf.numpy_function(plan, [ordinal], kinds)
-        for place in more:
-            place.set_shape([None, 2])
+        kinds = (tf.string, tf.int64, tf.int64, tf.float32)
+        paths, length, chosen, draws = tf.numpy_function(plan, [ordinal], kinds)
         paths.set_shape([None])
         length.set_shape([])
         chosen.set_shape([None])
@@ -425,7 +286,7 @@ def _lane_stream(
         records = files.batch(length).get_single_element()
         hashes = record_files.hashes(records)
         with tf.control_dependencies([tf.numpy_function(compare, [ordinal, hashes], tf.int64)]):
-            return tf.gather(records, chosen), draws, *more
+            return tf.gather(records, chosen), draws
 
     # Reads the next block while this one is served.
     return tf.data.Dataset.range(first, _ENDLESS).map(load).prefetch(1).unbatch()
@@ -436,11 +297,8 @@ def _to_batch(
 ) -> Batch:
     def tokens_of(name: str, mask_name: str) -> Texts:
         mask = columns[mask_name]
-        texts, flipped = columns.pop(name)[mask], of_flipped[np.nonzero(mask)[0]]
-        texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
-        return assemble.tokenize(texts, text_tokenizer, config.text_length)
+        return assemble.tokenize(columns.pop(name)[mask], text_tokenizer, config.text_length)
 
-    of_flipped = columns.pop("flipped")
     return assemble.assemble(
         captions=tokens_of("captions", "caption_mask"),
         descriptions=tokens_of("descriptions", "region_mask"),
@@ -460,7 +318,6 @@ def _damage(
     """The error that names the record of the step that cannot be read; reads each again, one by one."""
     begin, end = step * per_lane, (step + 1) * per_lane
     transform = transforms.Transform(config)
-    length = order.sequence_length(config, step) if config.input.sequence_lengths else None
     stretches = [
         (stream, range(first, last))
         for lane in lanes
@@ -484,7 +341,7 @@ def _damage(
         stream = _lane_stream(lane, positions.start)
         for position, (record, draws) in zip(positions, stream):
             try:
-                transform(record, draws, length)
+                transform(record, draws)
             except tf.errors.InvalidArgumentError as fault:
                 path, index = lane.locate(position)
                 reason = str(fault.message).splitlines()[0][:200]

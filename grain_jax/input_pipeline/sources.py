@@ -19,8 +19,7 @@ from etils import epath
 
 from grain_jax.config import Config
 from grain_jax.core import errors, named
-from grain_jax.core.schema import Batch, Patches
-from grain_jax.input_pipeline import order
+from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
 # Name -> the module, or class in one, that is the source; imported when it is chosen (records need TensorFlow).
@@ -82,13 +81,6 @@ class DataSource(Protocol):
             " its texts; set text.pack_group and text.pack_rows, or text.packing=False"
         )
 
-    def image_sizes(self, config: Config) -> Sequence[np.ndarray]:
-        """Height and width of a sample of the images of each data set, int [n, 2]; (): not known.
-
-        `input.sequence_lengths` is derived from them. A source need not have this method.
-        """
-        return ()
-
     def batches(
         self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
     ) -> Iterator[Batch]:
@@ -120,8 +112,7 @@ class LaneSource(DataSource):
         """The `batch_size / input.lanes` images of that lane in the batch of that step, as numpy arrays.
 
         A function of the arguments alone; `order.hash_key(config.seed, lane, step)` seeds random choices, and
-        `assemble.of_examples` lays out images, texts and boxes as a Batch (with `input.sequence_lengths` it needs the
-        step).
+        `assemble.of_examples` lays out images, texts and boxes as a Batch.
         """
 
     def batches(
@@ -135,9 +126,7 @@ class LaneSource(DataSource):
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """A field of a batch from its lanes' parts: arrays, Patches, or None in each part."""
-    if isinstance(parts[0], Patches):
-        return Patches(*map(np.concatenate, zip(*parts, strict=True)))
+    """A field of a batch from its lanes' parts: arrays, or None in each part."""
     return None if parts[0] is None else np.concatenate(parts)
 
 
@@ -159,25 +148,15 @@ def batches_of_run(
 
 def _in_shape(batches: Iterator[Batch], config: Config, start_step: int) -> Iterator[Batch]:
     """The batches from `start_step` on; one whose images have another shape than the config says ends it in a line."""
-    tower, lengths = config.model.image, config.input.sequence_lengths
+    size = config.model.image.image_size
     for step, batch in enumerate(batches, start_step):
-        is_own = isinstance(batch.image, Patches)
-        got = (batch.image.pixels if is_own else batch.image).shape[1:]
-        wanted, squares = (tower.image_size, tower.image_size, 3), ""
-        if lengths:
-            wanted = order.sequence_length(config, step), 3 * tower.patch_size**2
-            squares = ", or set input.sequence_lengths=()"
-        if is_own != bool(lengths) or got != wanted:
+        got, expected = batch.image.shape[1:], (size, size, 3)
+        if got != expected:
             raise errors.UserError(
-                f"input.source: {config.input.source}: got images {_in_words(is_own, got)} in step {step}, expected"
-                f" {_in_words(bool(lengths), wanted)} with input.sequence_lengths={lengths}; make batches by"
-                f" assemble.of_examples, which takes the step{squares}"
+                f"input.source: {config.input.source}: got images [B, {', '.join(map(str, got))}] in step {step}, expected"
+                f" [B, {size}, {size}, 3] by model.image.image_size; assemble.of_examples makes such batches"
             )
         yield batch
-
-
-def _in_words(is_own: bool, shape: Sequence[int]) -> str:
-    return f"{'Patches ' * is_own}[B, {', '.join(map(str, shape))}]"
 
 
 def num_lanes(config: Config) -> int:

@@ -6,8 +6,7 @@ Text lengths are those of web captions and region descriptions.
 import numpy as np
 
 from grain_jax.config import Config
-from grain_jax.core import patches
-from grain_jax.core.schema import Batch, Patches
+from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources
 from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
@@ -16,7 +15,6 @@ NUM_EXAMPLES = 1 << 20  # per epoch
 CAPTION_TOKENS = (10, 20)  # lowest and highest number, start and end tokens included
 DESCRIPTION_TOKENS = (4, 12)
 MAX_REGIONS = 5
-MOST_LONG = 3  # longer side / shorter side
 
 
 class Synthetic(sources.LaneSource):
@@ -41,7 +39,8 @@ class Synthetic(sources.LaneSource):
         mask = np.arange(regions) < count[:, None]
         wide = rng.uniform(0.1, 0.6, (images, regions, 2))
         centre = rng.uniform(wide / 2, 1 - wide / 2)
-        image = _images(rng, images, config, step)
+        size = config.model.image.image_size
+        pixels = np.frombuffer(rng.bytes(images * size * size * 3), np.uint8)
         caption_lengths = _caption_lengths(rng, mask, config)
         captions = _texts(rng, caption_lengths[caption_lengths > 0], config)
         lengths = rng.integers(*DESCRIPTION_TOKENS, size=int(mask.sum()), endpoint=True)
@@ -53,7 +52,7 @@ class Synthetic(sources.LaneSource):
             negative_mask = of_negatives > 0
             negatives = _texts(rng, of_negatives[negative_mask], config)
         return assemble.assemble(
-            image=image,
+            image=pixels.reshape(images, size, size, 3),
             captions=captions,
             caption_mask=caption_lengths > 0,
             descriptions=descriptions,
@@ -67,23 +66,6 @@ class Synthetic(sources.LaneSource):
 
 
 batches = Synthetic().batches
-
-
-def _images(
-    rng: np.random.Generator, count: int, config: Config, step: int
-) -> np.ndarray | Patches:
-    """Random pixels: squares, or with `input.sequence_lengths` shapes from 1:MOST_LONG to MOST_LONG:1."""
-    size, patch = config.model.image.image_size, config.model.image.patch_size
-    if not config.input.sequence_lengths:
-        return np.frombuffer(rng.bytes(count * size * size * 3), np.uint8).reshape(
-            count, size, size, 3
-        )
-    length = order.sequence_length(config, step)
-    ratio = MOST_LONG ** rng.uniform(-1, 1, count)
-    grid = np.stack(patches.grid(size * ratio**0.5, size / ratio**0.5, patch, length), axis=1)
-    real = np.arange(length) < grid.prod(axis=1)[:, None]
-    pixels = np.frombuffer(rng.bytes(count * length * 3 * patch**2), np.uint8)
-    return Patches(pixels.reshape(count, length, -1) * real[..., None].view(np.uint8), grid)
 
 
 def text_lengths(config: Config) -> TextLengths:

@@ -9,13 +9,13 @@ from typing import Any
 import tensorflow as tf
 
 from grain_jax.config import Config
-from grain_jax.core import patches
-from grain_jax.core.schema import Patches
 
 NUM_DRAWS = 8
 _NO_LIMIT = 2**31 - 1  # of a number of regions
 _WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT, _NEGATIVE = range(NUM_DRAWS)
 _MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the image
+# "leftmost" and "right-hand" too, "leftovers" and "bright" not.
+_SIDE = r"(?is).*\b(left|right)(most|wards?|hand|side)?\b.*"
 _MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
 
 FEATURES = {
@@ -38,29 +38,20 @@ NEGATIVES = {
 }
 
 
-# Height and width before grain-jax build squashed the image to a square; sets without squashed images have none.
-ORIGINAL_SIZE = {"original_size": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)}
-
-
 class Transform:
-    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes, not yet flipped.
+    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes.
 
-    image uint8 [S, S, 3], or with `input.sequence_lengths` its Patches; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
-    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; flipped bool [], whether left and
-    right must change places in the texts; negatives string [R, H] and negative_mask bool [R, H].
+    image uint8 [S, S, 3]; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
+    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; negatives string [R, H] and
+    negative_mask bool [R, H].
     """
 
     def __init__(self, config: Config):
         self.input, self.size = config.input, config.model.image.image_size
-        self.patch = config.model.image.patch_size
 
-    def __call__(
-        self, record: tf.Tensor, draws: tf.Tensor, length: tf.Tensor | int | None = None
-    ) -> dict[str, Any]:
-        """Args: record string [], draws float32 [NUM_DRAWS], length of the step with `input.sequence_lengths`, []."""
-        features = FEATURES if length is None else FEATURES | ORIGINAL_SIZE
-        if self.input.negatives_per_region:
-            features = features | NEGATIVES
+    def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> dict[str, Any]:
+        """Args: record string [], draws float32 [NUM_DRAWS]."""
+        features = FEATURES | (NEGATIVES if self.input.negatives_per_region else {})
         fields = tf.io.parse_single_example(record, features)
         boxes_xyxy = tf.gather(fields["regions/bbox"], [1, 0, 3, 2], axis=1)
         scores = fields["regions/score"]
@@ -69,17 +60,12 @@ class Transform:
             image, window_xyxy = decode_cropped(fields["image"], draws, self.input.crop_min_area)
             boxes_xyxy, kept = crop_boxes(boxes_xyxy, window_xyxy)
         else:
-            image, window_xyxy = decode(fields["image"]), tf.constant([0.0, 0.0, 1.0, 1.0])
-        if length is None:
-            image = resize(image, self.size)
-        else:
-            image = self._resize(image, fields, window_xyxy, length)
-        flipped = draws[_FLIP] < self.input.flip_rate
+            image = decode(fields["image"])
+        image = resize(image, self.size)
         if self.input.flip_rate > 0:
+            flipped = (draws[_FLIP] < self.input.flip_rate) & ~mentions_side(fields)
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
-        if length is not None:
-            image = to_patches(image, self.patch, length)
         descriptions = fields["regions/description"]
         captions, caption_mask = self._captions(fields, draws, kept)
         negatives, negative_mask = self._negatives(fields, draws, kept)
@@ -90,22 +76,9 @@ class Transform:
             captions=captions,
             caption_mask=caption_mask,
             **dict(zip(names, regions)),
-            flipped=flipped,
             negatives=negatives,
             negative_mask=negative_mask,
         )
-
-    def _resize(self, image, fields, window_xyxy, length) -> tf.Tensor:
-        """The image, which is that window of the whole one, resized to the grid of its ratio."""
-        size = tf.cast(tf.shape(image)[:2], tf.float64)
-        original = tf.cast(fields["original_size"], tf.float64)
-        sides = tf.cast(tf.reverse(window_xyxy[2:] - window_xyxy[:2], [0]), tf.float64)
-        is_squashed = tf.size(original) == 2
-        size = tf.cond(is_squashed, lambda: tf.maximum(tf.round(sides * original), 1), lambda: size)
-        most = max(self.input.every_length)
-        xp = tf.experimental.numpy
-        grid = patches.grid(size[0], size[1], self.patch, length, xp, most)
-        return resize_to(image, self.patch * grid[0], self.patch * grid[1], "bilinear")
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
         """Those of the kept regions, string [R, H], and which of them the record has, bool [R, H].
@@ -154,6 +127,13 @@ class Transform:
             captions.append(joined(tf.zeros([0], tf.string), number or _NO_LIMIT))
         captions = tf.stack(captions)
         return captions, tf.strings.length(captions) > 0
+
+
+def mentions_side(fields: dict[str, tf.Tensor]) -> tf.Tensor:
+    """Whether a text of the record says left or right, which would be untrue of the mirrored image; bool []."""
+    kinds = ("captions", "synthetic_caption", "regions/description", *list(NEGATIVES)[:1])
+    texts = [tf.reshape(fields[name], [-1]) for name in kinds if name in fields]
+    return tf.reduce_any(tf.strings.regex_full_match(tf.concat(texts, 0), _SIDE))
 
 
 def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:
@@ -301,14 +281,3 @@ def resize_to(
     image = tf.cond(fits, lambda: image, resize)
     image.set_shape([None, None, 3])
     return image
-
-
-def to_patches(image: tf.Tensor, patch: int, length: tf.Tensor | int) -> Patches:
-    """As `core.patches.of_pixels`: uint8 [rows P, columns P, 3] -> pixels [N, P * P * 3] and grid int32 [2]."""
-    grid = tf.shape(image)[:2] // patch
-    rows, columns = tf.unstack(grid)
-    parts = tf.reshape(image, [rows, patch, columns, patch, 3])
-    parts = tf.reshape(tf.transpose(parts, [0, 2, 1, 3, 4]), [rows * columns, 3 * patch**2])
-    pixels = tf.pad(parts, [[0, length - rows * columns], [0, 0]])
-    pixels.set_shape([length if isinstance(length, int) else None, 3 * patch**2])
-    return Patches(pixels, grid)

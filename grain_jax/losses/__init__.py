@@ -1,8 +1,7 @@
 """The losses: `total` has the table of their terms and the sum, `contrastive` and `box_loss` the terms.
 
 `shard` says what a term gets and gives; `matching` assigns queries to regions, `streaming` compares rows with the
-columns of all devices, which `ring` takes round them, `vocabulary` has the cross-entropy of tokens, `boxes` is box
-arithmetic.
+columns of all devices, which `ring` takes round them, `boxes` is box arithmetic.
 """
 
 from grain_jax.losses.layout import Layout, make_layout
@@ -12,10 +11,8 @@ from grain_jax.losses.total import (
     Losses,
     LossTerm,
     labels_of,
-    reads_embeddings,
     terms_of,
     total_loss,
-    weights_at,
 )
 
 __all__ = [
@@ -31,8 +28,6 @@ __all__ = [
     "TermOutput",
     "labels_of",
     "make_layout",
-    "reads_embeddings",
     "terms_of",
     "total_loss",
-    "weights_at",
 ]

@@ -1,9 +1,9 @@
-"""Local loss terms: those that see tokens, views and a teacher, of the images of a micro-batch.
+"""Local loss terms: those that see tokens and pixels of the images of a micro-batch.
 
 A loss term of the table (total.py) sees embeddings of the global batch. A local term sees what is too large for that:
-the tokens of the images, the features of every text token, further views, the outputs of a teacher. Its loss is a sum
-over images that needs no other image's tokens, or those of a group of consecutive images (`LocalTerm.group`). So it
-runs inside the forward pass of a micro-batch (training/forward.py), and its sums travel with the embeddings:
+the tokens of the images and the features of every text token. It may own parameters, carry a state from step to step,
+and apply the model to other pixels. Its loss is a sum over images that needs no other image's tokens. So it runs inside
+the forward pass of a micro-batch (training/forward.py), and its sums travel with the embeddings:
 
     forward pass of each part  ->  sums and counts of each image  ->  weight * sum / count over the global batch
     backward pass of each part <-  cotangents of the sums         <-
@@ -12,7 +12,7 @@ The result is that of the full batch on every mesh. Tokens are computed again in
 
     c.loss.terms.NAME = {"term": "module:Class", "weight": 0.1, "option": 2.0}
 
-names a term, built in (`config.LOCAL_TERMS`) or a class of a user; examples/loss has one of each kind.
+names a term, a class of a user; examples/loss has one, and one of the other kind.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,12 +39,15 @@ class LocalOutput(NamedTuple):
 
     loss: PerImage
     measures: Mapping[str, PerImage] = {}  # numbers to log; no gradient is taken of them
-    # Embeddings [B, ...] of each image for `LocalTerm.across`, kept of the global batch as embeddings are.
-    handed: Mapping[str, Array] = {}
-    # Arrays for `LocalTerm.across` that are the same for all images, such as parameters of the term.
-    shared: Mapping[str, Array] = {}
     # Sums over the images of the micro-batch for `LocalTerm.update`; no gradient.
     statistics: Mapping[str, Array] = {}
+
+
+class Parameters(NamedTuple):
+    """The parameters that a local term sees."""
+
+    model: Any  # of models.grain.GRAIN
+    term: Any  # its own; {} without, and while they are made
 
 
 class Seen(NamedTuple):
@@ -52,22 +55,15 @@ class Seen(NamedTuple):
 
     batch: schema.Batch  # all fields, also images, tokens and where texts lie
     tokens: Array  # [B, N, E] of the image tower, after the last norm
-    hidden: (
-        Array | None
-    )  # [B, Q+1, E] of the last layer of the decoder; the last query is that of the image
     text_features: Array  # [G, rows, L, E] of every text token, before the last norm; [G, rows, E] of a pooled tower
     outputs: schema.Outputs  # the embeddings, of unit length
     leading: int  # tokens that stand for no place in the image
     keys: Array  # PRNG keys [B] of the images for this term and step, the same on every mesh
-    # The model with its parameters: student("image_tokens", image) calls that method of models.grain.GRAIN.
-    student: Callable[..., Any]
-    teacher: Any  # training.teacher.Teacher, whose outputs have no gradient; None without one
-    views: Any  # terms.views.Views of the images: crops, flips, colours; None without `input.views`
-    state: Mapping[str, Array]  # of the term, from `LocalTerm.initial_state` and `update`
-    share: Array  # float32 [], of the steps since the term came on: 0 in its first one
-    # models.places.Places of the patch tokens, of images in their own shape or some of their patches; None: a full square
-    places: Any = None
-    text_length: int = 0  # most tokens of a text (`Config.text_length`); 0: those of a row
+    # apply("image_tokens", image) calls that method of models.grain.GRAIN with the parameters of the step, and
+    # apply("image_tokens", image, params=tree) with others, such as an average in the state of the term; the parts of the
+    # model that the method reads are enough.
+    apply: Callable[..., Any]
+    state: Any  # of the term, from `LocalTerm.initial_state` and `update`
 
 
 class LocalTerm(nn.Module):
@@ -78,95 +74,56 @@ class LocalTerm(nn.Module):
     Attributes:
       options: an instance of `Options`.
       model: `config.model` of the run.
-      teacher_model: that of the teacher; None without one, or of stored embeddings.
       dtype: of activations, "float32" or "bfloat16".
-      remat: what the backward pass keeps, as `config.remat`.
     """
 
     options: Any
     model: config_lib.Model
-    teacher_model: config_lib.Model | None = None
     dtype: str = "float32"
-    remat: str = "none"
 
     # A frozen dataclass: the keys of the term in a config, beside `term` and `weight`.
     Options: ClassVar[type] = config_lib.NoOptions
-    # Whether `across` replaces the loss of `__call__`.
-    is_global: ClassVar[bool] = False
-    # Whether it reads `Seen.places`: patch tokens may be no full square, and some of them not real.
-    any_grid: ClassVar[bool] = False
-
-    @classmethod
-    def group(cls, options: Any) -> int:
-        """Consecutive images that the term needs together; it divides the images of a device's micro-batch."""
-        del options
-        return 1
 
     @classmethod
     def faults(cls, options: Any, config: config_lib.Config) -> list[str]:
-        """What the term misses in a run, each a line such as "teacher.kind: got none, expected ..."."""
+        """What the term misses in a run, each a line such as "input.max_regions: got 0, expected ..."."""
         del options, config
         return []
-
-    @classmethod
-    def advice(cls, options: Any, measures: Mapping[str, float]) -> str:
-        """A line for the user about what a step measured, such as an option that does not fit the data; "" if none."""
-        del options, measures
-        return ""
 
     def __call__(self, seen: Seen) -> LocalOutput:
         """The sums of each image."""
         raise NotImplementedError
 
-    @staticmethod
-    def across(options: Any, shard: Shard, output: LocalOutput) -> TermOutput:
-        """Of a term with `is_global`: its loss over the global batch, inside `jax.shard_map`.
+    def initial_state(self, params: Parameters) -> Any:
+        """A tree of arrays that the term carries from step to step without a gradient, such as an average.
 
         Args:
-          options: of the term.
-          shard: the images of one device.
-          output: of these images; `handed`, `shared`, `loss` and `measures` are there.
+          params: of step 0. What is copied of them keeps the box with its logical axes, and is sharded as they are; an
+            array without a box becomes float32 and lies whole on every device.
         """
-        raise NotImplementedError
-
-    def initial_state(self) -> dict[str, Array]:
-        """float32 arrays that the term carries from step to step without a gradient, such as a centre."""
+        del params
         return {}
 
-    def update(
-        self, state: Mapping[str, Array], statistics: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The state after a step, from the statistics summed over the global batch."""
-        del statistics
-        return dict(state)
+    def update(self, state: Any, statistics: Mapping[str, Array], params: Parameters) -> Any:
+        """The state after a step.
+
+        Args:
+          state: that of before.
+          statistics: summed over the global batch.
+          params: after the step.
+        """
+        del statistics, params
+        return state
 
 
-def of_shard(name: str, entry: config_lib.LocalEntry, shard: Shard) -> TermOutput:
-    """A local term as a term of the table (losses/total.py): its sums, or `across`."""
+def of_shard(name: str, shard: Shard) -> TermOutput:
+    """A local term as a term of the table (losses/total.py): its sums."""
     found: LocalOutput = shard.outputs.local[name]
-    measures = {key: _mean(value) for key, value in found.measures.items()}
-    if entry.cls.is_global:
-        output = entry.cls.across(entry.options, shard, found)
-        return TermOutput(output.loss, {**measures, **output.measures})
-    return TermOutput(_mean(found.loss), measures)
+    return TermOutput(_mean(found.loss), {k: _mean(value) for k, value in found.measures.items()})
 
 
 def _mean(value: PerImage) -> Mean:
     return Mean(value.sum.sum(0), value.count.sum())
-
-
-def split(outputs: schema.Outputs) -> tuple[dict[str, Any], schema.Outputs]:
-    """What the terms share for all images, by their names, and the outputs without it; `join` is the inverse."""
-    shared = {name: output.shared for name, output in (outputs.local or {}).items()}
-    return shared, join(dict.fromkeys(shared, {}), outputs)
-
-
-def join(shared: Mapping[str, Any], outputs: schema.Outputs) -> schema.Outputs:
-    """The outputs with what the terms share for all images."""
-    if outputs.local is None:
-        return outputs
-    found = {name: output._replace(shared=shared[name]) for name, output in outputs.local.items()}
-    return outputs._replace(local=found)
 
 
 def axes_of(outputs: schema.Outputs) -> Any:
@@ -177,13 +134,9 @@ def axes_of(outputs: schema.Outputs) -> Any:
         axes[name] = jax.tree.map(lambda _, axis=axis: axis, getattr(outputs, name))
     if outputs.local is None:
         return schema.Outputs(**axes)
+    summed = lambda output: jax.tree.map(lambda _: SUMMED, output.statistics)
     local = {
-        name: LocalOutput(
-            *(
-                jax.tree.map(lambda _, axis=axis: axis, part)
-                for part, axis in zip(output, (0, 0, 0, SHARED, SUMMED))
-            )
-        )
+        name: axes["local"][name]._replace(statistics=summed(output))
         for name, output in outputs.local.items()
     }
     return schema.Outputs(**axes)._replace(local=local)

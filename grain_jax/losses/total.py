@@ -13,17 +13,16 @@ import dataclasses
 import functools
 import math
 import operator
-import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from grain_jax import config as config_lib
-from grain_jax.config import Loss, Schedule, Weight
+from grain_jax.config import Loss
 from grain_jax.core import errors, schema
 from grain_jax.losses import box_loss, contrastive, local
 from grain_jax.losses.layout import Layout, make_layout
@@ -108,10 +107,10 @@ def local_entries(config: Loss) -> dict[str, config_lib.LocalEntry]:
     return {name: x for name, x in found.items() if isinstance(x, config_lib.LocalEntry)}
 
 
-def terms_of(config: Loss) -> list[tuple[LossTerm, Weight]]:
+def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
     """The loss terms of a run and their weights: those of `TERMS`, then those of `loss.terms`.
 
-    A term is there where its weight is not 0 in some step. Beside other terms that have a weight, image to caption,
+    A term is there where its weight is not 0. Beside other terms that have a weight, image to caption,
     boxes and region to description are there with a weight of 0, too, to be measured; where all of `TERMS` have 0, the
     run trains `loss.terms` alone and computes none of them.
 
@@ -128,42 +127,8 @@ def terms_of(config: Loss) -> list[tuple[LossTerm, Weight]]:
     for name, entry in config.terms.items():
         function = config_lib.loss_term(f"loss.terms.{name}", entry, _FUNCTIONS)
         if isinstance(function, config_lib.LocalEntry):
-            function = functools.partial(local.of_shard, name, function)
+            function = functools.partial(local.of_shard, name)
         found.append((LossTerm(name, function, name, name, f"{name}/"), entry["weight"]))
-    return found
-
-
-def reads_embeddings(config: Loss) -> bool:
-    """Whether a term of a run reads what the model gives; local terms that stay within their images do not.
-
-    Raises:
-      UserError: as `terms_of`.
-    """
-    entries = local_entries(config)
-    within = {name for name, entry in entries.items() if not entry.cls.is_global}
-    return any(term.name not in within for term, _ in terms_of(config))
-
-
-def weights_at(config: Loss, step: Int[Array, ""], total_steps: int) -> dict[str, Float[Array, ""]]:
-    """The weights that change in a run, of one step, float32 by the name of their term.
-
-    The steps where a schedule begins and ends are whole numbers (`config.Schedule.changes`), so the weight is `start`
-    before and `end` after exactly; between, the share is float32 step / total_steps.
-
-    Args:
-      config: `config.loss` of the run.
-      step: from 0 on.
-      total_steps: of the run.
-    """
-    share = step.astype(jnp.float32) / total_steps
-    found = {}
-    for name, one in config.schedules.items():
-        begin, until = one.changes(total_steps)
-        start, end = one["start"], one["end"]
-        gone = (share - one["from"]) / max(one["to"] - one["from"], 1e-9)
-        between = start + (end - start) * jnp.clip(gone, 0, 1)
-        weight = jnp.where(step < begin, start, jnp.where(step < until, between, end))
-        found[name] = weight.astype(jnp.float32)
     return found
 
 
@@ -172,7 +137,6 @@ def total_loss(
     batch: schema.Batch,
     config: Loss,
     *,
-    weights: Mapping[str, Float[Array, ""]] = types.MappingProxyType({}),
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = (),
 ) -> Losses:
@@ -182,7 +146,6 @@ def total_loss(
       outputs: of the model.
       batch: what the outputs are for.
       config: weights and switches.
-      weights: of the terms that have a schedule (`weights_at`); a term that is not among them is off: it is not computed.
       mesh: its devices share the work, or None for one device.
       batch_axes: the mesh axes, its first ones, that the leading axes of batch and outputs are sharded over.
 
@@ -191,11 +154,7 @@ def total_loss(
     """
     shards = math.prod(mesh.shape[axis] for axis in batch_axes) if mesh is not None else 1
     layout = make_layout(batch.caption_id.shape[0], config, shards)
-    terms = [
-        (term, weights[term.name] if isinstance(weight, Schedule) else weight)
-        for term, weight in terms_of(config)
-        if term.name in weights or not isinstance(weight, Schedule)
-    ]
+    terms = terms_of(config)
     # What the losses do not read stays outside: images and tokens are large.
     unread = [name for name, field in schema.fields(schema.Batch).items() if not field.for_losses]
     batch = batch._replace(**dict.fromkeys(unread))

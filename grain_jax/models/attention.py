@@ -42,13 +42,7 @@ class CausalWithin(NamedTuple):
         return (causal & (self.ids[:, :, None] == self.ids[:, None, :]))[:, None]
 
 
-class First(NamedTuple):
-    """A mask: each position sees the first ones of its row, the real ones of a padded image."""
-
-    count: jax.Array  # int32 [B], at least 1
-
-
-Mask: TypeAlias = Within | CausalWithin | First
+Mask: TypeAlias = Within | CausalWithin
 
 
 def choose(attention: str, dtype: np.dtype, heads: int) -> str:
@@ -94,20 +88,18 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
     """
     length, heads = q.shape[1:3]
     odd = length % 2
-    if within is None and odd:
-        within = First(jnp.full(len(q), length, jnp.int32))
     if odd:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-        if within is not None and not isinstance(within, First):  # a text of its own
+        if within is not None:  # a text of its own
             ids = jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1)
             within = within._replace(ids=ids)
 
     def attend(q, k, v, *of_mask):
         seen = {}
-        if isinstance(within, First):
-            seen["key_value_seq_lengths"] = of_mask[0]
-        elif within is not None:
+        if within is not None:
             seen["mask"] = within._replace(ids=of_mask[0]).mask()
+        elif odd:
+            seen["key_value_seq_lengths"] = jnp.full(len(q), length, jnp.int32)
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
 
     of_mask = () if within is None else tuple(within)
@@ -125,15 +117,6 @@ def with_pallas(*given: jax.Array, within: Mask | None, **options) -> jax.Array:
     from grain_jax.models import attention_kernel  # a fifth of a second to import
 
     masks = {}
-    if isinstance(within, First):
-        masks = dict(count=within.count)
-    elif within is not None:
+    if within is not None:
         masks = dict(ids=within.ids, causal=isinstance(within, CausalWithin))
     return attention_kernel.attend(*given, **masks, **options)
-
-
-def of_real(real: jax.Array, program: str) -> jax.Array | First:
-    """The mask of self-attention to the real positions, bool [B, L], as the program takes it; they come first."""
-    if program == "xla":
-        return real[:, None, None]
-    return First(jnp.maximum(real.sum(-1, dtype=jnp.int32), 1))

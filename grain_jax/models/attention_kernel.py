@@ -5,8 +5,7 @@ lanes of a register; or one array, the result of one product (`arranged`). A pro
 lanes where the widths allow it) of a few rows of the batch. It works on tiles of 128 lanes: a head that shares a tile
 with others reads it through a mask, which costs no extra pass of the matrix unit, since that has 128 lanes as well.
 LayerNorm of queries and keys is inside. The backward pass keeps the inputs alone and computes norms and weights again
-(as FlashAttention does, Dao et al. 2022; whole rows of scores fit into VMEM here, so no softmax is pieced together). Of
-a row whose first positions alone are real, it computes the shortest of a few prefixes that has them (`_prefixes`).
+(as FlashAttention does, Dao et al. 2022; whole rows of scores fit into VMEM here, so no softmax is pieced together).
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
 """
@@ -71,14 +70,6 @@ def _rows_of_a_program(batch: int, length: int, lanes: int, itemsize: int) -> in
     return max(n for n in range(1, min(MOST_ROWS, fit) + 1) if batch % n == 0)
 
 
-def _prefixes(length: int) -> list[int]:
-    """The parts of a row that a program can compute: whole tiles of keys above 7/8 of the row, and all of it.
-
-    Images of up to 1:4 or 4:1 fill more than that from 256 patches on. Each part is compiled, for seconds.
-    """
-    return [n for n in range(TILE, length, TILE) if n > 0.875 * length] + [length]
-
-
 def _dot(a, b, contract):
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
@@ -114,9 +105,9 @@ def _normed(heads: _Heads, tiles: list, scale: list, bias: list, eps: float):
     return out, normed, rstd
 
 
-def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row, size):
+def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row):
     """Tiles of the normed queries and keys, and what their backward pass needs."""
-    q, k = ([ref[row, :size, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
+    q, k = ([ref[row, :, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
     if eps is None:
         return q, k, None, None
     of = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]
@@ -137,64 +128,48 @@ def _weights(heads, head, q, k, allowed):
     return exp / jnp.sum(exp, -1, keepdims=True)
 
 
-def _allowed(masks, row, causal, size, count):
-    """bool [n, n]: the first `count`, or within the same text, where `causal` itself and earlier ones; None: all."""
-    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
-    if count is not None:
-        return at(1) < count
+def _allowed(masks, row, causal):
+    """bool [L, L]: within the same text, where `causal` itself and earlier ones; None: all."""
     if not masks:
         return None
     column, line = masks[0][row], masks[1][row]  # [L, 1], [1, L]
     if not causal:
         return column == line
+    size = line.shape[1]
+    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
     return (column == line) & (at(0) >= at(1))
 
 
-def _for_each_row(q_ref, masks, run) -> None:
-    """Calls `run(row, n, count)` for each row of a program: n positions that it computes, and how many of them are seen.
-
-    `masks` are none; the ids of texts as columns and as lines; or the counts of all rows of the batch, in SMEM.
-    """
-    rows, length, _ = q_ref.shape
-    first = pl.program_id(1) * rows
+def _for_each_row(ref, run) -> None:
+    """Calls `run(row)` for each row of a program."""
 
     def one_row(row, _):
-        if len(masks) != 1:
-            run(row, length, None)
-            return 0
-        count, low = masks[0][first + row], 0
-        for size in _prefixes(length):
-            pl.when((low < count) & (count <= size))(functools.partial(run, row, size, count))
-            low = size
+        run(row)
         return 0
 
-    jax.lax.fori_loop(0, rows, one_row, 0)
+    jax.lax.fori_loop(0, ref.shape[0], one_row, 0)
 
 
-def _write(ref, row, tiles: list[slice], size: int, values: list) -> None:
-    """Writes the first positions of a row, and zeros behind them."""
-    rest = ref.shape[1] - size
+def _write(ref, row, tiles: list[slice], values: list) -> None:
     for tile, x in zip(tiles, values):
-        ref[row, :size, tile] = x.astype(ref.dtype)
-        if rest:
-            ref[row, size:, tile] = jnp.zeros((rest, tile.stop - tile.start), ref.dtype)
+        ref[row, :, tile] = x.astype(ref.dtype)
 
 
 def _forward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, *rest):
     *masks, out_ref = rest
 
-    def one_row(row, size, count):
-        q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row, size)
-        v = [v_ref[row, :size, tile] for tile in heads.tiles]
-        allowed = _allowed(masks, row, causal, size, count)
+    def one_row(row):
+        q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
+        v = [v_ref[row, :, tile] for tile in heads.tiles]
+        allowed = _allowed(masks, row, causal)
         out = [jnp.zeros(x.shape, jnp.float32) for x in v]
         for head in range(heads.count):
             weights = _weights(heads, head, q, k, allowed).astype(v[0].dtype)
             for i, mask in heads.parts(head):
                 out[i] += _dot(weights, _only(mask, v[i]), ((1,), (0,)))
-        _write(out_ref, row, heads.tiles, size, out)
+        _write(out_ref, row, heads.tiles, out)
 
-    _for_each_row(q_ref, masks, one_row)
+    _for_each_row(q_ref, one_row)
 
 
 def _norm_backward(heads, d, kept, scale):
@@ -220,10 +195,10 @@ def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref
     def _():
         dnorm_ref[...] = jnp.zeros(dnorm_ref.shape, jnp.float32)
 
-    def one_row(row, size, count):
-        q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row, size)
-        v, do = ([ref[row, :size, tile] for tile in tiles] for ref in (v_ref, do_ref))
-        allowed = _allowed(masks, row, causal, size, count)
+    def one_row(row):
+        q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
+        v, do = ([ref[row, :, tile] for tile in tiles] for ref in (v_ref, do_ref))
+        allowed = _allowed(masks, row, causal)
         dq, dk, dv = ([jnp.zeros(x.shape, jnp.float32) for x in v] for _ in range(3))
         for head in range(heads.count):
             parts = heads.parts(head)
@@ -249,9 +224,9 @@ def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref
         for i, d in enumerate((dq, dk, dv)):
             at = i * heads.lanes if together else 0
             places = [slice(at + tile.start, at + tile.stop) for tile in tiles]
-            _write(d_refs[0 if together else i], row, places, size, d)
+            _write(d_refs[0 if together else i], row, places, d)
 
-    _for_each_row(q_ref, masks, one_row)
+    _for_each_row(q_ref, one_row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,9 +258,7 @@ class _Call:
             pl.BlockSpec((rows, length, 1), lambda h, b: (b, 0, 0)),
             pl.BlockSpec((rows, 1, length), lambda h, b: (b, 0, 0)),
         ]
-        of_counts = [pl.BlockSpec(memory_space=pltpu.SMEM)]
-        of_masks = {0: [], 1: of_counts, 2: of_ids}[len(masks)]
-        return heads, grid, block, parts, gradients, norm, of_masks
+        return heads, grid, block, parts, gradients, norm, of_ids if masks else []
 
     def _cost(self, like, products, arrays):
         """FLOPs and bytes as the compiler and `grain-jax plan` count them: products of all L x L scores."""
@@ -405,7 +378,6 @@ def attend(
     eps: float | None = None,
     ids: jax.Array | None = None,
     causal: bool = True,
-    count: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax(q k^T / sqrt(width)) v of each head, on the mesh of `placement`.
 
@@ -416,10 +388,9 @@ def attend(
       eps: of the norms.
       ids: int32 [B, L]: a position sees those of its id; None: all of its row.
       causal: with ids: of these itself and earlier ones.
-      count: int32 [B], at least 1, instead of ids: a position sees the first so many of its row.
 
     Returns:
-      [B, L, heads * width], of the dtype of the values; behind the count anything finite, whose gradient must be 0.
+      [B, L, heads * width], of the dtype of the values.
     """
     mesh, together = placement.mesh(), len(given) == 1
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -434,9 +405,7 @@ def attend(
         rows = jnp.zeros((8, count_of_program * width), jnp.float32)
     else:  # eight rows: float32 comes in registers of 8 x 128
         rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, count_of_program)), ((0, 4), (0, 0)))
-    masks = () if count is None else (count,)
-    if ids is not None:
-        masks = ids[:, :, None], ids[:, None, :]
+    masks = () if ids is None else (ids[:, :, None], ids[:, None, :])
     return _attend(call, given, rows, masks)
 
 

@@ -1,7 +1,7 @@
 """Embeddings of given boxes: what is in a box that somebody drew, annotated or detected.
 
-`RoIAlign` averages the final image tokens in the box; `Prompter` lets the box attend to all tokens. Neither compares
-boxes with each other, so a box has the same embedding whatever else is asked for. docs/method.md, Model.
+`RoIAlign` averages the final image tokens in the box. It compares no boxes with each other, so a box has the same
+embedding whatever else is asked for. docs/method.md, Model.
 """
 
 import flax.linen as nn
@@ -11,13 +11,6 @@ import numpy as np
 
 from grain_jax.config import BoxHead, ImageTower
 from grain_jax.core import errors
-from grain_jax.core.schema import Array
-from grain_jax.models import layers, placement
-from grain_jax.models import places as places_lib
-from grain_jax.models.places import Places
-
-_OCTAVES = 6  # of the box coordinates in `fourier`: waves of 1, 1/2 ... 1/32 of the image
-PLACE = 2 * 4 * _OCTAVES  # numbers that say where a box is
 
 
 def roi_align(features: jax.Array, boxes_xyxy: jax.Array, *, bins: int, samples: int) -> jax.Array:
@@ -39,93 +32,61 @@ def roi_align(features: jax.Array, boxes_xyxy: jax.Array, *, bins: int, samples:
     _, rows, columns, _ = features.shape
     product = lambda equation, a, b: jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
     x1, y1, x2, y2 = jnp.moveaxis(boxes_xyxy.astype(jnp.float32), -1, 0)
-    down = _bin_weights(y1, y2, rows, np.arange(rows), bins, samples)
-    across = _bin_weights(x1, x2, columns, np.arange(columns), bins, samples)
+    down = _bin_weights(y1, y2, rows, bins, samples)
+    across = _bin_weights(x1, x2, columns, bins, samples)
     lines = product("brih,bhwe->briwe", down, features.astype(jnp.float32))
     return product("brjw,briwe->brije", across, lines)
 
 
-def roi_align_at(
-    patches: jax.Array, places: Places, boxes_xyxy: jax.Array, *, bins: int, samples: int
-) -> jax.Array:
-    """`roi_align` of patches [B, P, E] at these places: that of the map of each image, whatever its sides.
-
-    The weight of a patch in a bin is the product of those of its row and of its column. Of an image that lacks some of
-    its patches, those that are there have the weight of all in the bin; a bin without any of them is 0.
-    """
-    x1, y1, x2, y2 = jnp.moveaxis(boxes_xyxy.astype(jnp.float32), -1, 0)
-    cells = lambda axis: places.grid[:, axis, None, None]
-    of_axis = lambda start, end, axis: _bin_weights(
-        start, end, cells(axis), places.yx[:, None, None, :, axis], bins, samples
-    )
-    outer = lambda down, across: down[:, :, :, None] * across[:, :, None]
-    weights = outer(of_axis(y1, y2, 0), of_axis(x1, x2, 1))
-    weights = jnp.where(places.mask[:, None, None, None], weights, 0)  # [B, R, bins, bins, P]
-    # All patches together have the share of the samples that lies inside of the image.
-    inside = lambda start, end, axis: (
-        _points(start, end, cells(axis), bins * samples)[1]
-        .reshape(*start.shape, bins, samples)
-        .mean(-1)
-    )
-    of_all = outer(inside(y1, y2, 0), inside(x1, x2, 1))[..., None]
-    total = weights.sum(-1, keepdims=True)
-    is_whole = places.mask.sum(1) == places.grid.prod(1)
-    as_it_is = is_whole.reshape(-1, 1, 1, 1, 1) | (total <= 0)
-    divisor = jnp.where(as_it_is, 1, total / jnp.where(of_all > 0, of_all, 1))
-    precision = jax.lax.Precision.HIGHEST
-    patches = jnp.where(places.mask[..., None], patches.astype(jnp.float32), 0)
-    return jnp.einsum("brijp,bpe->brije", weights / divisor, patches, precision=precision)
-
-
-def of_patches(
-    patches: jax.Array, boxes_xyxy: jax.Array, places: Places | None, *, bins: int, samples: int
-) -> jax.Array:
-    """RoIAlign of patch tokens [B, P, E] at their places, None a full square: float32 [B, R, bins, bins, E]."""
-    if places is not None:
-        return roi_align_at(patches, places, boxes_xyxy, bins=bins, samples=samples)
-    batch, count, width = patches.shape
-    grid = grid_size(count, 0)
-    features = patches.reshape(batch, grid, grid, width)
-    return roi_align(features, boxes_xyxy, bins=bins, samples=samples)
-
-
-def _bin_weights(start, end, cells, at, bins: int, samples: int):
-    """The share of cells in every bin of the sections from `start` to `end`.
+def _bin_weights(start, end, cells: int, bins: int, samples: int):
+    """The share of each cell of a side in every bin of the sections from `start` to `end`.
 
     Args:
       start, end: [B, R], as shares of the side.
-      cells: of the side; a number, or int32 [B, 1, 1].
-      at: the numbers of n cells, int32 [n], or [B, 1, 1, n].
+      cells: of the side.
       bins: of a section.
       samples: of a bin.
 
     Returns:
-      float32 [B, R, bins, n].
+      float32 [B, R, bins, cells].
     """
-    points, inside = _points(start, end, cells, bins * samples)
-    points = jnp.clip(points, 0, cells - 1)
-    hats = jnp.maximum(0, 1 - jnp.abs(points[..., None] - at))
-    hats = jnp.where(inside[..., None], hats, 0)
-    return hats.reshape(*hats.shape[:-2], bins, samples, hats.shape[-1]).mean(-2)
-
-
-def _points(start, end, cells, count: int):
-    """So many samples of the sections, 0 the centre of the first cell, and which lie inside: [B, R, count] each."""
-    places = (np.arange(count) + 0.5) / count
+    places = (np.arange(bins * samples) + 0.5) / (bins * samples)
     points = start[..., None] + (end - start)[..., None] * places
-    points = points * cells - 0.5
-    return points, (points >= -1) & (points <= cells)
+    points = points * cells - 0.5  # 0 is the centre of the first cell
+    inside = (points >= -1) & (points <= cells)
+    points = jnp.clip(points, 0, cells - 1)
+    hats = jnp.maximum(0, 1 - jnp.abs(points[..., None] - np.arange(cells)))
+    hats = jnp.where(inside[..., None], hats, 0)
+    return hats.reshape(*hats.shape[:-2], bins, samples, cells).mean(-2)
 
 
-def token_boxes(tokens: int, leading: int, places: Places | None = None) -> Array:
-    """The box of each of so many tokens, float32 xyxy [N, 4]: that of its patch; of the `leading` ones the image.
+def of_kept(
+    patches: jax.Array,
+    kept: jax.Array,
+    boxes_xyxy: jax.Array,
+    *,
+    grid: int,
+    bins: int,
+    samples: int,
+) -> jax.Array:
+    """`roi_align` of the kept patches [B, n, E] by their numbers, int32 [B, n], in a square of `grid` a side.
 
-    With places [B, N, 4].
+    The kept patches have the weight of all in a bin; a bin without any of them is 0.
     """
-    if places is not None:
-        own = places_lib.boxes(places)
-        whole = jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), (len(own), leading, 4))
-        return jnp.concatenate([whole, own], axis=1)
+    is_at = kept[:, None] == np.arange(grid**2)[:, None]  # [B, P, n]
+    x = jnp.concatenate([patches.astype(jnp.float32), jnp.ones((*kept.shape, 1))], axis=-1)
+    precision = jax.lax.Precision.HIGHEST
+    x = jnp.einsum("bpn,bne->bpe", is_at.astype(jnp.float32), x, precision=precision)
+    x = x.reshape(len(x), grid, grid, -1)
+    sizes = dict(bins=bins, samples=samples)
+    found = roi_align(x, boxes_xyxy, **sizes)
+    found, share = found[..., :-1], found[..., -1:]
+    of_all = roi_align(jnp.ones((*x.shape[:3], 1)), boxes_xyxy, **sizes)
+    return jnp.where(share > 0, found * of_all / jnp.where(share > 0, share, 1), 0)
+
+
+def token_boxes(tokens: int, leading: int) -> np.ndarray:
+    """The box of each of so many tokens, float32 xyxy [N, 4]: that of its patch; of the `leading` ones the image."""
     grid = grid_size(tokens, leading)
     y, x = np.divmod(np.arange(grid * grid), grid)
     patches = np.stack([x, y, x + 1, y + 1], axis=1) / grid
@@ -144,17 +105,11 @@ def grid_size(tokens: int, leading: int) -> int:
     return grid
 
 
-def fourier(boxes_xyxy: jax.Array) -> jax.Array:
-    """Sine and cosine of the corners, xyxy [..., 4] in [0, 1] -> float32 [..., PLACE]."""
-    angles = boxes_xyxy[..., None] * (2 * np.pi * 2.0 ** np.arange(_OCTAVES))
-    angles = angles.reshape(*boxes_xyxy.shape[:-1], PLACE // 2)
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
 class RoIAlign(nn.Module):
     """The tokens in the box, averaged in each bin."""
 
     head: BoxHead
+    image: ImageTower
     dtype: np.dtype
 
     @nn.compact
@@ -163,57 +118,27 @@ class RoIAlign(nn.Module):
         tokens: jax.Array,
         boxes_xyxy: jax.Array,
         leading: int,
-        places: Places | None = None,
+        kept: jax.Array | None = None,
     ) -> jax.Array:
-        """tokens [B, N, E], `leading` of them without a place, and boxes [B, R, 4] -> [B, R, bins * bins * E]."""
+        """The means of the parts of each box.
+
+        Args:
+          tokens: [B, N, E], `leading` of them without a place.
+          boxes_xyxy: [B, R, 4].
+          leading: tokens before the patches.
+          kept: int32 [B, n], the numbers of the patches that are there; None: all.
+
+        Returns:
+          [B, R, bins * bins * E].
+        """
         sizes = dict(bins=self.head.bins, samples=self.head.samples)
-        found = of_patches(tokens[:, leading:], boxes_xyxy, places, **sizes).astype(self.dtype)
+        patches = tokens[:, leading:]
+        if kept is not None:
+            grid = self.image.image_size // self.image.patch_size
+            found = of_kept(patches, kept, boxes_xyxy, grid=grid, **sizes)
+        else:
+            batch, count, width = patches.shape
+            grid = grid_size(count, 0)
+            found = roi_align(patches.reshape(batch, grid, grid, width), boxes_xyxy, **sizes)
+        found = found.astype(self.dtype)
         return found.reshape(*found.shape[:2], self.head.bins**2 * tokens.shape[2])
-
-
-class Prompter(nn.Module):
-    """A box attends to the tokens: one layer of cross-attention and MLP, its place and theirs in Fourier features.
-
-    The form is CLOC's (Chen et al. 2025, arXiv 2410.02746): a small module between the image tokens and any number of
-    boxes. There it is a layer of self-attention over a box and all tokens; here each box only asks the tokens, so that
-    many boxes cost little.
-    """
-
-    tower: ImageTower  # its width, heads, MLP, activation and norm are those of the layer
-    dtype: np.dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        boxes_xyxy: jax.Array,
-        leading: int,
-        places: Places | None = None,
-    ) -> jax.Array:
-        """tokens [B, N, E], `leading` of them without a place, and boxes [B, R, 4] -> [B, R, width]."""
-        t = self.tower
-        xavier = nn.initializers.xavier_uniform()
-        norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)
-        to_width = lambda name, kind: layers.dense(
-            t.width, (kind,), ("vector",), dtype=self.dtype, kernel_init=xavier, name=name
-        )
-        place = to_width("place", "vector")
-        memory = norm("memory_norm")(to_width("memory_projection", "width")(tokens))
-        of_tokens = place(fourier(jnp.asarray(token_boxes(tokens.shape[1], leading, places))))
-        x = place(fourier(boxes_xyxy.astype(jnp.float32)))
-        attention = layers.Attention(
-            t.width, t.heads, self.dtype, kernel_init=xavier, out_init=xavier, name="attention"
-        )
-        sees = places_lib.keys(places, tokens.shape[1])
-        x = x + attention(norm("norm_1")(x), memory + of_tokens, memory, sees)
-        mlp = layers.MLP(
-            t.width,
-            t.mlp_dim,
-            t.activation,
-            self.dtype,
-            in_init=xavier,
-            out_init=xavier,
-            name="mlp",
-        )
-        x = placement.by_batch(x + mlp(norm("norm_2")(x)))
-        return norm("norm")(x)

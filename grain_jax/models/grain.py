@@ -6,7 +6,7 @@ Without a decoder it is a two-tower model, such as CLIP: no regions, and the ima
 import functools
 import types
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,11 +16,8 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.core import errors, schema
 from grain_jax.models import box_head, layers, region_decoder, text, towers
-from grain_jax.models import places as places_lib
-from grain_jax.models.places import Places
 
 xavier = nn.initializers.xavier_uniform()
-Images: TypeAlias = jax.Array | schema.Patches  # [B, H, W, 3] or images in their own shape
 
 
 def normalize(x):
@@ -67,10 +64,7 @@ class GRAIN(nn.Module):
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
         if c.boxes.kind != "none":
-            if c.boxes.kind == "roi_align":
-                self.box_head = box_head.RoIAlign(c.boxes, dtype)
-            else:
-                self.box_head = box_head.Prompter(c.image, dtype)
+            self.box_head = box_head.RoIAlign(c.boxes, c.image, dtype)
             self.box_projection = layers.dense(
                 c.embed_dim, ("width",), ("embed",), dtype=dtype, kernel_init=xavier, use_bias=False
             )
@@ -81,71 +75,36 @@ class GRAIN(nn.Module):
             bias = nn.initializers.constant(c.logit_bias_init)
             self.logit_bias = layers.parameter(self, "logit_bias", bias, (), ())
 
-    def image_tokens(
-        self,
-        image: Images,
-        masked: tuple[jax.Array, jax.Array] | None = None,
-        kept: jax.Array | None = None,
-    ) -> jax.Array:
-        """Images to their tokens. Raises UserError: the tower takes neither this size nor shape nor masks.
+    def image_tokens(self, image: jax.Array, kept: jax.Array | None = None) -> jax.Array:
+        """Images to their tokens. Raises UserError: the tower takes neither this size nor some of the patches.
 
         Args:
-          image: uint8 [B, H, W, 3], or float32 already normalised; or Patches.
-          masked: (bool [B, P], float [E_image]): the embeddings of these patches are replaced by this one, before
-            positions.
-          kept: int32 [B, n], the numbers of the patches that the tower sees, padding last, the others are not there; None: all.
+          image: uint8 [B, H, W, 3], or float32 already normalised.
+          kept: int32 [B, n], the numbers of the patches that the tower sees, ascending; None: all.
 
         Returns:
-          [B, N, E_image], of the places `places.of_images(image, patch_size, kept)`; what is not real is anything.
-          [B, E_image] with a tower that pools them itself.
+          [B, N, E_image]; [B, E_image] with a tower that pools them itself.
         """
-        some = {} if kept is None else {"kept": kept}
-        if some:
-            self._check_grid(image)
         image = self._normalised(image)
-        if masked is None:
-            return self.image(image, **some)  # type: ignore[call-arg]
-        if not self.image.maskable:
+        if kept is None:
+            return self.image(image)
+        if not self.image.takes_kept:
             raise errors.UserError(
-                f"model.image.tower: {self.config.image.tower} replaces no patches by a mask token, expected a tower with"
-                " maskable = True, such as vit"
+                f"model.image.keep: got a share with the tower {self.config.image.tower}, which sees all patches; expected"
+                " 1, or a tower with takes_kept = True"
             )
-        return self.image(image, masked, **some)  # type: ignore[call-arg]
+        return self.image(image, kept=kept)  # type: ignore[call-arg]
 
-    def image_values(self, image: Images) -> jax.Array:
+    def image_values(self, image: jax.Array) -> jax.Array:
         """As `image_tokens`; in the last layer each token attends to itself alone (vit.py). Of the built-in tower."""
         tower: Any = self.image
         return tower(self._normalised(image), values=True)
 
     @nn.nowrap
-    def places(self, image: Images, kept: jax.Array | None = None) -> Places | None:
-        """The places of the tokens that `image_tokens` makes of these images."""
-        return places_lib.of_images(image, self.config.image.patch_size, kept)
-
-    @nn.nowrap
-    def _check_grid(self, image: Images) -> None:
-        """Whether the tower takes images in their own shape, or some patches, and these. Raises UserError."""
-        config = self.config.image
-        if not self.image.any_grid:
-            raise errors.UserError(
-                f"model.image.tower: {config.tower} takes squares of all their patches, expected a tower with any_grid ="
-                " True, such as vit"
-            )
-        if isinstance(image, schema.Patches):
-            places_lib.check(image, config.patch_size)
-
-    @nn.nowrap
-    def _normalised(self, image: Images) -> Any:
-        """Images as the tower takes them. Raises UserError: of a size or shape that it does not take."""
+    def _normalised(self, image: jax.Array) -> jax.Array:
+        """Images as the tower takes them. Raises UserError: of a size that it does not take."""
         config = self.config.image
         mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
-        if isinstance(image, schema.Patches):
-            self._check_grid(image)
-            if image.pixels.dtype != jnp.uint8:
-                return image
-            pixels = image.pixels.astype(jnp.float32) / 255.0
-            times = config.patch_size**2
-            return image._replace(pixels=(pixels - np.tile(mean, times)) / np.tile(std, times))
         if image.dtype == jnp.uint8:
             image = (image.astype(jnp.float32) / 255.0 - mean) / std
         size = config.image_size
@@ -156,7 +115,7 @@ class GRAIN(nn.Module):
             )
         return image
 
-    def image_features(self, image: Images, dropout_keys: jax.Array | None = None):
+    def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images to the features of the decoder.
 
         Args:
@@ -167,31 +126,26 @@ class GRAIN(nn.Module):
           (tokens [B, N, E_image], hidden [T, B, Q+1, E]); the last query is that of the image.
         """
         tokens = self.image_tokens(image)
-        return tokens, self.decoder(tokens, dropout_keys, self.places(image))
+        return tokens, self.decoder(tokens, dropout_keys)
 
-    def encode_image(self, image: Images, dropout_keys: jax.Array | None = None):
+    def encode_image(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [T, B, Q, 4]).
 
         Without a decoder Q is 0 and T is 1.
         """
-        return self.embeddings(self.image_tokens(image), dropout_keys, self.places(image))
+        return self.embeddings(self.image_tokens(image), dropout_keys)
 
-    def embeddings(
-        self,
-        tokens: jax.Array,
-        dropout_keys: jax.Array | None = None,
-        places: Places | None = None,
-    ):
-        """As `encode_image`, from the tokens of the images and their places."""
+    def embeddings(self, tokens: jax.Array, dropout_keys: jax.Array | None = None):
+        """As `encode_image`, from the tokens of the images."""
         if self.config.decoder is None:
-            embed = self._pooled_image(tokens, places)
+            embed = self._pooled_image(tokens)
             batch = tokens.shape[0]
             return (
                 normalize(embed),
                 jnp.zeros((batch, 0, self.config.embed_dim)),
                 jnp.zeros((1, batch, 0, 4)),
             )
-        return self._of_queries(self.decoder(tokens, dropout_keys, places))
+        return self._of_queries(self.decoder(tokens, dropout_keys))
 
     def _of_queries(self, hidden: jax.Array):
         """Queries [T, B, Q+1, E] -> the results of `encode_image`."""
@@ -203,64 +157,62 @@ class GRAIN(nn.Module):
             image_embed = normalize(image_embed + region_embed.sum(axis=1))
         return image_embed, region_embed, self.box_mlp(hidden[:, :, :-1])
 
-    def encode_boxes(self, image: Images, boxes_xyxy: jax.Array) -> jax.Array:
+    def encode_boxes(self, image: jax.Array, boxes_xyxy: jax.Array) -> jax.Array:
         """Images and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
-        return self.box_embeddings(self.image_tokens(image), boxes_xyxy, self.places(image))
+        return self.box_embeddings(self.image_tokens(image), boxes_xyxy)
 
     def encode_image_and_boxes(
-        self, image: Images, boxes_xyxy: jax.Array
+        self, image: jax.Array, boxes_xyxy: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """As the first result of `encode_image`, and `encode_boxes`, of one pass through the image tower."""
-        tokens, places = self.image_tokens(image), self.places(image)
-        found = self.embeddings(tokens, places=places)[0]
-        return found, self.box_embeddings(tokens, boxes_xyxy, places)
+        tokens = self.image_tokens(image)
+        return self.embeddings(tokens)[0], self.box_embeddings(tokens, boxes_xyxy)
 
     def box_embeddings(
-        self, tokens: jax.Array, boxes_xyxy: jax.Array, places: Places | None = None
+        self, tokens: jax.Array, boxes_xyxy: jax.Array, kept: jax.Array | None = None
     ) -> jax.Array:
-        """As `encode_boxes`, from the tokens of the images and their places."""
+        """As `encode_boxes`, from the tokens of the images; `kept` as of `image_tokens`."""
         leading = self.image.leading_tokens(self.config.image)
-        return normalize(self.box_projection(self.box_head(tokens, boxes_xyxy, leading, places)))
+        return normalize(self.box_projection(self.box_head(tokens, boxes_xyxy, leading, kept)))
 
-    def encode_patches(self, image: Images) -> jax.Array:
+    def encode_patches(self, image: jax.Array) -> jax.Array:
         """Images -> [B, P, D], each patch pooled and projected alone, row by row; of a model without a decoder."""
-        return self.patch_embeddings(self.image_tokens(image), self.places(image))
+        return self.patch_embeddings(self.image_tokens(image))
 
-    def patch_embeddings(self, tokens: jax.Array, places: Places | None = None) -> jax.Array:
-        """As `encode_patches`, from the tokens of the images and their places; zeros where a patch is not real."""
+    def patch_embeddings(self, tokens: jax.Array) -> jax.Array:
+        """As `encode_patches`, from the tokens of the images."""
         patches = tokens[:, self.image.leading_tokens(self.config.image) :]
         # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
         alone = jnp.repeat(
             patches.reshape(-1, 1, tokens.shape[2]), tokens.shape[1] - patches.shape[1] + 1, 1
         )
-        found = normalize(self._pooled_image(alone)).reshape(*patches.shape[:2], -1)
-        return found if places is None else jnp.where(places.mask[..., None], found, 0)
+        return normalize(self._pooled_image(alone)).reshape(*patches.shape[:2], -1)
 
-    def _pooled_image(self, tokens: jax.Array, places: Places | None = None) -> jax.Array:
+    def _pooled_image(self, tokens: jax.Array) -> jax.Array:
         """Tokens [B, N, E_image] -> [B, D], by `pool` and `projection`; [B, E_image] is pooled already."""
         config, tower = self.config.image, self.image
         if tower.pooled:
             x = tokens
         elif config.pool == "map":
-            x = self.image_pool(tokens, places_lib.keys(places, tokens.shape[1]))
+            x = self.image_pool(tokens)
         elif config.pool == "class":
             x = tokens[:, 0]
         else:
             # The mean leaves out the class token, as in open_clip and timm.
-            x = places_lib.mean(tokens[:, tower.leading_tokens(config) :], places)
+            x = tokens[:, tower.leading_tokens(config) :].mean(axis=1)
         return x if config.projection == "none" else self.image_projection(x)
 
     def text_features(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """Rows [G, rows, L] -> for each `at` ([B, ..., 2]) the projected features of its texts."""
-        return self._read_texts(self.text(tokens, positions, segments), tokens, segments, *at)
+        return self._read_texts(self.text(tokens, positions, segments), segments, *at)
 
-    def _read_texts(self, features, tokens, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
+    def _read_texts(self, features, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """As `text_features`, from the features of every position."""
         config, tower = self.config.text, self.text
-        pools = not tower.pooled and config.pool in ("map", "mean", "masked_mean")
+        pools = not tower.pooled and config.pool in ("map", "mean")
         project = lambda x: x if config.projection == "none" else self.text_projection(x)
-        if pools and config.masks_padding:
-            return tuple(map(project, self._pooled_texts(features, tokens, segments, at)))
+        if pools and config.mask_padding:
+            return tuple(map(project, self._pooled_texts(features, segments, at)))
         row_is_text = tower.pooled or pools
         if row_is_text:
             if pools:
@@ -270,7 +222,7 @@ class GRAIN(nn.Module):
                 features = rows.reshape(*x.shape[:2], -1)
             features = features[:, :, None]  # [G, rows, 1, E]
             at = tuple(a * np.array([1, 0]) for a in at)
-        elif config.pool == "last" and not config.masks_padding:
+        elif config.pool == "last" and not config.mask_padding:
             at = tuple(a.at[..., 1].set(features.shape[2] - 1) for a in map(jnp.asarray, at))
 
         def read(a: jax.Array) -> jax.Array:
@@ -279,11 +231,11 @@ class GRAIN(nn.Module):
 
         return tuple(read(a) for a in at)
 
-    def _pooled_texts(self, features, tokens, segments, at) -> list[jax.Array]:
+    def _pooled_texts(self, features, segments, at) -> list[jax.Array]:
         """As `text_features` before the projection: each text pooled of its own tokens, several texts a row."""
         config, shape = self.config.text, features.shape
         normed = self.text_norm(features)
-        own = text.own_tokens(config, tokens, segments)
+        own = text.own_tokens(segments)
         if config.pool != "map":
             return [text.means_of_texts(normed, own, a) for a in at]
         of_groups = [a.reshape(shape[0], -1, 2) for a in at]
@@ -314,26 +266,19 @@ class GRAIN(nn.Module):
         kept: jax.Array | None = None,
     ) -> tuple[schema.Outputs, schema.Features]:
         """As a call, and what the local loss terms see beside it (losses/local.py); `kept` as of `image_tokens`."""
-        tokens = self.image_tokens(batch.image, kept=kept)
-        places = self.places(batch.image, kept)
-        hidden = None
-        if self.config.decoder is None:
-            image_embed, region_embed, boxes = self.embeddings(tokens, places=places)
-        else:
-            hidden = self.decoder(tokens, dropout_keys, places)
-            image_embed, region_embed, boxes = self._of_queries(hidden)
+        tokens = self.image_tokens(batch.image, kept)
+        image_embed, region_embed, boxes = self.embeddings(tokens, dropout_keys)
         box_embed = None
         if self.config.boxes.kind != "none":
             centre, half = jnp.split(batch.region_boxes_cxcywh * np.array([1, 1, 0.5, 0.5]), 2, -1)
             corners = jnp.concatenate([centre - half, centre + half], axis=-1)
-            box_embed = self.box_embeddings(tokens, corners, places)
+            box_embed = self.box_embeddings(tokens, corners, kept)
         b, captions, _ = batch.caption_at.shape
         text_features = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
         text_embed, region_text_embed, *negative_text_embed = map(
             normalize,
             self._read_texts(
                 text_features,
-                batch.text_tokens,
                 batch.text_segments,
                 batch.caption_at.reshape(b * captions, 2),
                 batch.description_at,
@@ -352,9 +297,7 @@ class GRAIN(nn.Module):
             box_embed=box_embed,
             negative_text_embed=negative_text_embed[0] if negative_text_embed else None,
         )
-        return outputs, schema.Features(
-            tokens, None if hidden is None else hidden[-1], text_features, places
-        )
+        return outputs, schema.Features(tokens, text_features)
 
 
 def leading_tokens(config: config_lib.Model) -> int:

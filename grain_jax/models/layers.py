@@ -202,7 +202,7 @@ class Attention(nn.Module):
         dropout_keys=None,
         site: int = 0,
         alone=None,
-        turns: rotary.Turns | None = None,
+        kept: jax.Array | None = None,
     ):
         """Attention of `query` to `key` and `value`.
 
@@ -215,14 +215,14 @@ class Attention(nn.Module):
           dropout_keys: see `example_dropout`.
           site: see `example_dropout`.
           alone: bool [], whether each position attends to itself alone; None: no. Of self-attention by "xla".
-          turns: of `rope` where the images are no full squares.
+          kept: of `rope`, int32 [B, n], the numbers of the patches that are there; None: all.
 
         Returns:
           [B, Lq, E].
         """
         head_dim = self.width // self.heads
         if self.program == "pallas":
-            return self._heads_side_by_side(query, mask, turns)
+            return self._heads_side_by_side(query, mask, kept)
         project = lambda name, x: dense(
             (self.heads, head_dim),
             ("width",),
@@ -237,7 +237,7 @@ class Attention(nn.Module):
         k = project("key", key)
         v = project("value", value)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        q, k = self._normed_and_rotated(turns, q, k)
+        q, k = self._normed_and_rotated(kept, q, k)
         if self.program == "cudnn":
             out = attention.with_cudnn(q, k, v, mask)
         else:
@@ -262,16 +262,16 @@ class Attention(nn.Module):
         )(out)
 
     @nn.nowrap
-    def _normed_and_rotated(self, turns, *queries_and_keys: jax.Array) -> list[jax.Array]:
+    def _normed_and_rotated(self, kept, *queries_and_keys: jax.Array) -> list[jax.Array]:
         """Queries and keys [B, L, K, head_dim] as their product takes them."""
         out = []
         for name, x in zip(("query_norm", "key_norm"), queries_and_keys, strict=True):
             if self.qk_norm_eps is not None:
                 x = LayerNorm(self.qk_norm_eps, name=name)(x)
-            out.append(x if self.rope is None else self.rope.rotate(x, turns))
+            out.append(x if self.rope is None else self.rope.rotate(x, kept))
         return out
 
-    def _heads_side_by_side(self, x: jax.Array, within, turns) -> jax.Array:
+    def _heads_side_by_side(self, x: jax.Array, within, kept) -> jax.Array:
         """Self-attention by the kernel: the same parameters, activations [B, L, E] with the heads side by side.
 
         A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
@@ -300,7 +300,7 @@ class Attention(nn.Module):
         if self.rope is not None:  # it follows the norm, which is inside the kernel without it
             q, k, v = attention_kernel.apart(qkv[0], heads) if together else qkv
             split = lambda x: x.reshape(*x.shape[:2], heads, head_dim)
-            q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(turns, split(q), split(k)))
+            q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(kept, split(q), split(k)))
             qkv, eps = [q, k, v], None
         elif eps is not None:
             norms = tuple(
@@ -481,11 +481,11 @@ class TowerLayer(nn.Module):
     rope: rotary.Rope | None = None  # rotary positions
     key_bias: bool = True  # whether the projection to the keys has a bias
     gated: bool = False  # whether the MLP is gated
-    layer_scale: float | None = None  # the initial factors; None: no layer scale
+    layer_scale: bool = False  # whether there is layer scale
 
     @nn.compact
-    def __call__(self, x, mask=None, alone=None, turns=None):
-        """x [B, L, E], mask, alone and turns as of `Attention` -> (carry [B, L, E], no per-layer output)."""
+    def __call__(self, x, mask=None, alone=None, kept=None):
+        """x [B, L, E], mask, alone and kept as of `Attention` -> (carry [B, L, E], no per-layer output)."""
         t, inits = self.tower, self.inits
         y = LayerNorm(t.norm_eps, name="norm_1")(x)
         y = Attention(
@@ -500,7 +500,7 @@ class TowerLayer(nn.Module):
             rope=self.rope,
             key_bias=self.key_bias,
             name="attention",
-        )(y, y, y, mask, alone=alone, turns=turns)
+        )(y, y, y, mask, alone=alone, kept=kept)
         x = x + self._scaled("layer_scale_1", y)
         norm = LayerNorm(t.norm_eps, name="norm_2")
         of_mlp: dict[str, Any] = dict(
@@ -519,9 +519,9 @@ class TowerLayer(nn.Module):
 
     @nn.nowrap
     def _scaled(self, name: str, x: jax.Array) -> jax.Array:
-        if self.layer_scale is None:
+        if not self.layer_scale:
             return x
-        init = nn.initializers.constant(self.layer_scale)
+        init = nn.initializers.constant(1e-5)
         return x * parameter(self, name, init, ("vector",), (x.shape[-1],)).astype(x.dtype)
 
 

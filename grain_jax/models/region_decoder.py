@@ -10,8 +10,6 @@ import numpy as np
 
 from grain_jax.config import RegionDecoder
 from grain_jax.models import layers, placement
-from grain_jax.models import places as places_lib
-from grain_jax.models.places import Places
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -23,11 +21,8 @@ class DecoderLayer(nn.Module):
     dtype: np.dtype
 
     @nn.compact
-    def __call__(self, content, layer, memory, query_embed, dropout_keys, sees=None):
-        """content [B, Q+1, E], layer int32 [], memory [B, N, E], query_embed [Q+1, E] -> (carry, per-layer output).
-
-        `sees` is the mask of the memory, bool [B, 1, 1, N]; None: all.
-        """
+    def __call__(self, content, layer, memory, query_embed, dropout_keys):
+        """content [B, Q+1, E], layer int32 [], memory [B, N, E], query_embed [Q+1, E] -> (carry, per-layer output)."""
         t = self.tower
         keys = dropout_keys
         if keys is not None:
@@ -49,7 +44,7 @@ class DecoderLayer(nn.Module):
         q = y + query_embed
         content = content + drop(attend("self_attention")(q, q, y, None, keys, 0), 1)
         q = norm("norm_2")(content) + query_embed
-        content = content + drop(attend("cross_attention")(q, memory, memory, sees, keys, 2), 3)
+        content = content + drop(attend("cross_attention")(q, memory, memory, None, keys, 2), 3)
         mlp = layers.MLP(
             t.width,
             t.mlp_dim,
@@ -75,8 +70,8 @@ class QueryDecoder(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, image_tokens, dropout_keys=None, places: Places | None = None):
-        """image_tokens [B, N, E_image] at these places, dropout_keys: PRNG keys [B] or None -> [T, B, Q+1, E], normed."""
+    def __call__(self, image_tokens, dropout_keys=None):
+        """image_tokens [B, N, E_image], dropout_keys: PRNG keys [B] or None -> [T, B, Q+1, E], normed."""
         t = self.tower
         memory = layers.dense(
             t.width,
@@ -98,10 +93,9 @@ class QueryDecoder(nn.Module):
             t.depth,
             remat=self.remat,
             unroll=t.unroll,
-            in_axes=(0, every, every, every, every),
+            in_axes=(0, every, every, every),
         )(t, self.dtype, name="blocks")
-        sees = places_lib.keys(places, memory.shape[1])
-        _, hidden = blocks(content, jnp.arange(t.depth), memory, query_embed, dropout_keys, sees)
+        _, hidden = blocks(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
         return layers.LayerNorm(t.norm_eps, name="norm")(hidden)
 
 

@@ -4,12 +4,9 @@ The features of a text are read at its end token, or pooled of its own positions
 such as SigLIP's, is not packable: each text has a row of its own. With `mask_padding` it is.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.models import attention, layers, placement, programs, towers
@@ -22,27 +19,10 @@ def _inits(tower: config_lib.TextTower) -> layers.LayerInits:
     return layers.LayerInits(qkv, out, mlp_in, out)
 
 
-def sinusoids(length: int, width: int) -> np.ndarray:
-    """Sines, then cosines of the positions, float32 [length, width]; waves of 2 pi to 2 pi 10^4 (tensor2tensor's)."""
-    half = width // 2
-    omega = np.exp(-math.log(1e4) / max(half - 1, 1) * np.arange(half))
-    angles = np.arange(length)[:, None] * omega
-    out = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    return np.pad(out, ((0, 0), (0, width % 2))).astype(np.float32)
-
-
-def unpadded(config: config_lib.TextTower, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """Rows int32 [..., L] of a tower that masks its padding -> bool [..., L], the tokens that are none."""
-    real = segments > 0
-    return real & (tokens != config.pad_id) if config.pool == "masked_mean" else real
-
-
-def own_tokens(config: config_lib.TextTower, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+def own_tokens(segments: jax.Array) -> jax.Array:
     """Rows int32 [..., L] -> bool [N, L, L]: what the text of each position is pooled of, its tokens but for padding."""
-    real, segments = (
-        x.reshape(-1, 1, x.shape[-1]) for x in (unpadded(config, tokens, segments), segments)
-    )
-    return real & (segments == segments.mT)
+    segments = segments.reshape(-1, 1, segments.shape[-1])
+    return (segments > 0) & (segments == segments.mT)
 
 
 def masked_mean(rows: jax.Array, real: jax.Array) -> jax.Array:
@@ -79,16 +59,18 @@ class TextTransformer(towers.TextTower):
             name="token_embed",
         ).embedding
         x = placement.lookup(token_embed, tokens, self.dtype)
-        if t.scale_tokens:
-            x = x * math.sqrt(t.width)
-        x = x + self._positions()[positions]
+        shape_of_positions = (t.context_length, t.width)
+        table = layers.parameter(
+            self, "position_embed", layers.normal(0.01), ("positions", "width"), shape_of_positions
+        )
+        x = x + placement.whole(table)[positions]
         x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
         program = attention.choose(self.attention, self.dtype, t.heads)
         mask = None
         if t.causal:
             mask = attention.CausalWithin(segments)
-        elif t.masks_padding:
-            mask = attention.Within(jnp.where(unpadded(t, tokens, segments), segments, 0))
+        elif t.mask_padding:
+            mask = attention.Within(segments)
         if mask is not None and program == "xla":
             mask = mask.mask()  # once for all layers
         mlp = programs.of_mlp(self.mlp, self.dtype, t, length=shape[-1], remat=self.remat)
@@ -101,18 +83,6 @@ class TextTransformer(towers.TextTower):
         )(t, self.dtype, _inits(t), program, mlp, name="blocks")
         x, _ = blocks(x, mask)
         return x.reshape(*shape, t.width)
-
-    def _positions(self) -> jax.Array:
-        """[context length, E], float32."""
-        t = self.config
-        if t.position_kind == "sinusoidal":
-            return jnp.asarray(sinusoids(t.context_length, t.width))
-        shape = (t.context_length, t.width)
-        return placement.whole(
-            layers.parameter(
-                self, "position_embed", layers.normal(0.01), ("positions", "width"), shape
-            )
-        )
 
 
 def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:

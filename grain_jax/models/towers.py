@@ -48,13 +48,10 @@ class ImageTower(nn.Module):
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector an image, [B, E]. It needs `model.decoder=None` and `pool="none"`.
     pooled: ClassVar[bool] = False
-    # True: it takes square images of other sizes than `image_size`, as `input.views` may give them.
+    # True: it takes square images of other sizes than `image_size`, as a loss term may ask for them.
     any_size: ClassVar[bool] = False
-    # True: `__call__` takes `masked` as well, (bool [B, P], float [E]): the patches whose embeddings that one replaces.
-    maskable: ClassVar[bool] = False
-    # True: it takes `schema.Patches`, too, images in their own shape; and `kept` as well, int32 [B, n]: the numbers of the
-    # patches that it sees. Its tokens have the places of `places.of_images`; those that are not real reach no other.
-    any_grid: ClassVar[bool] = False
+    # True: `__call__` takes `kept` as well, int32 [B, n]: the numbers of the patches that it sees (`model.image.keep`).
+    takes_kept: ClassVar[bool] = False
 
     @classmethod
     def leading_tokens(cls, config: config_lib.ImageTower) -> int:

@@ -1,7 +1,7 @@
 """The image tower "vit": a vision transformer whose tokens all go to the region decoder (docs/method.md, Model).
 
-Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, of DINOv3 and of
-PE-core (`recipe.FAMILIES`), and of TIPS v2: a class token, `registers=1` (its second class token) and `layer_scale`.
+Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, and of DINOv3
+(`recipe.FAMILIES`).
 """
 
 import flax.linen as nn
@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, schema
+from grain_jax.core import errors
 from grain_jax.models import attention, layers, placement, programs, rotary, towers
-from grain_jax.models import places as places_lib
-from grain_jax.models.places import Places
 
 
 def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
@@ -40,33 +38,18 @@ def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Arra
     return jnp.concatenate([positions[:leading], square.reshape(-1, width)])
 
 
-def positions_at(positions: jax.Array, places: Places) -> jax.Array:
-    """Learned positions of a square [side * side, E], resized as above to the grid of each image: float32 [B, P, E].
-
-    Rows and columns have weights of their own, as in SigLIP 2 (Tschannen et al. 2025). Their products, [B, P, side * side],
-    are smaller than a grid of rows that may be as long as P; the backward pass makes them again.
-    """
-    # For a square that lacks some patches a gather of rows would do; its gradient is a scatter of B P rows. By the
-    # compiler's estimate for a v5e both products take 0.45 ms for 128 images of 98 patches of B/16.
-    side = round(len(positions) ** 0.5)
-
-    def resized(positions, yx, grid):
-        of_axis = lambda axis: _resize_weights(yx[..., axis], grid[:, axis, None], side)
-        weights = of_axis(0)[..., None] * of_axis(1)[:, :, None]
-        weights = weights.reshape(*yx.shape[:2], -1)
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.einsum("bps,se->bpe", weights, positions, precision=highest)
-
-    return jax.checkpoint(resized)(positions, places.yx, places.grid)
+def of_kept(rows: jax.Array, kept: jax.Array) -> jax.Array:
+    """Rows [P, E] by their numbers, int32 [B, n]: [B, n, E]; a product, since the gradient of a gather is a scatter."""
+    is_at = (kept[..., None] == np.arange(len(rows))).astype(rows.dtype)
+    return jnp.einsum("bnp,pe->bne", is_at, rows, precision=jax.lax.Precision.HIGHEST)
 
 
-def _resize_weights(at: jax.Array, size: jax.Array, side: int) -> jax.Array:
-    """The shares of `side` cells in the cells at [B, P] of lines of size [B, 1] each: [B, P, side]."""
-    step = side / jnp.maximum(size, 1).astype(jnp.float32)
-    centres = ((at + 0.5) * step)[..., None]
-    distance = jnp.abs(np.arange(side) + 0.5 - centres)
-    hats = jnp.maximum(0, 1 - distance / jnp.maximum(step, 1)[..., None])
-    return hats / hats.sum(-1, keepdims=True)
+def of_pixels(image: jax.Array, patch_size: int) -> jax.Array:
+    """Images [B, H, W, C] of whole patches -> their patches row by row, [B, P, p*p*C]."""
+    batch, height, width, channels = image.shape
+    p = patch_size
+    x = jnp.reshape(image, (batch, height // p, p, width // p, p, channels))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
 
 
 def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
@@ -82,13 +65,12 @@ def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
 class ImageTransformer(towers.ImageTower):
     """Images to tokens: the class token first (if there is one), then registers, then patches row by row.
 
-    Parameters are those of images of `image_size`. Of an image of another size or shape the learned positions are resized
-    to its grid, as SigLIP 2 does (Tschannen et al. 2025), and rotary ones are those of its grid.
+    Parameters are those of images of `image_size`. For an image of another size the learned positions are resized to its
+    grid, and rotary ones are those of its grid.
     """
 
     any_size = True
-    maskable = True
-    any_grid = True
+    takes_kept = True
 
     @classmethod
     def leading_tokens(cls, config: config_lib.ImageTower) -> int:
@@ -97,28 +79,28 @@ class ImageTransformer(towers.ImageTower):
 
     @nn.compact
     def __call__(
-        self,
-        image: jax.Array | schema.Patches,
-        masked: tuple[jax.Array, jax.Array] | None = None,
-        *,
-        values: bool = False,
-        kept: jax.Array | None = None,
+        self, image: jax.Array, *, values: bool = False, kept: jax.Array | None = None
     ) -> jax.Array:
         """Normalised images to tokens. Raises UserError: an image is no square of whole patches.
 
         Args:
-          image: [B, S, S, 3]; or Patches, of any grid.
-          masked: (bool [B, P], float [E]): the embeddings of these patches are replaced by this one, before positions.
+          image: [B, S, S, 3].
           values: each token attends to itself alone in the last layer: its value goes through the output map, and
             residual, MLP and norm follow as ever (MaskCLIP, Zhou et al. 2022, arXiv 2112.01071).
-          kept: int32 [B, n], the numbers of the patches that are there, padding last; None: all.
+          kept: int32 [B, n], the numbers of the patches that are there; None: all.
 
         Returns:
-          [B, N, E], after the final norm; of tokens that are not real, anything.
+          [B, N, E], after the final norm.
         """
         t = self.config
-        places = places_lib.of_images(image, t.patch_size, kept)
-        x, grid = self._pixels(image)
+        _, height, width, _ = image.shape
+        grid = height // t.patch_size
+        if height != width or not grid or height % t.patch_size:
+            raise errors.UserError(
+                f"image: got {height} x {width} pixels, expected a square of whole patches of"
+                f" model.image.patch_size = {t.patch_size}"
+            )
+        x = of_pixels(image.astype(self.dtype), t.patch_size)
         if kept is not None:
             x = jnp.take_along_axis(x, kept[..., None], axis=1)
         x = layers.dense(
@@ -131,12 +113,7 @@ class ImageTransformer(towers.ImageTower):
             use_bias=t.patch_bias,
             name="patch_embed",
         )(x)
-        if masked is not None:
-            where, token = masked
-            if kept is not None:
-                where = jnp.take_along_axis(where, kept, axis=1)
-            x = jnp.where(where[..., None], token.astype(self.dtype), x)
-        x = self._with_leading(x, grid, places)
+        x = self._with_leading(x, grid, kept)
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
@@ -144,9 +121,12 @@ class ImageTransformer(towers.ImageTower):
         mlp = "xla"
         if not values:
             mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
-        leading = self.leading_tokens(t)
-        rope = rotary.of_tower(t, leading, 0 if places is not None else grid)
-        inputs = self._inputs(image, places, rope, x.shape[1], program, values)
+        rope = rotary.of_tower(t, self.leading_tokens(t), grid)
+        inputs: tuple = ()  # of the layers, beside the tokens: mask, where `values` are read, kept patches
+        if values:
+            inputs = None, jnp.arange(t.depth) == t.depth - 1
+        elif rope is not None and kept is not None:
+            inputs = None, None, kept
         blocks = layers.scan_layers(
             layers.TowerLayer,
             t.depth,
@@ -163,43 +143,14 @@ class ImageTransformer(towers.ImageTower):
             rope=rope,
             key_bias=t.key_bias,
             gated=t.mlp == "gated",
-            layer_scale=t.layer_scale_init if t.layer_scale else None,
+            layer_scale=t.layer_scale,
             name="blocks",
         )
         x, _ = blocks(x, *inputs)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)
 
     @nn.nowrap
-    def _pixels(self, image: jax.Array | schema.Patches) -> tuple[jax.Array, int]:
-        """The pixels of all patches, [B, P, p*p*3], and how many a side of the square has; 0 of Patches."""
-        if isinstance(image, schema.Patches):
-            return image.pixels.astype(self.dtype), 0
-        patch = self.config.patch_size
-        _, height, width, _ = image.shape
-        grid = height // patch
-        if height != width or not grid or height % patch:
-            raise errors.UserError(
-                f"image: got {height} x {width} pixels, expected a square of whole patches of"
-                f" model.image.patch_size = {patch}"
-            )
-        return places_lib.of_pixels(image.astype(self.dtype), patch), grid
-
-    @nn.nowrap
-    def _inputs(self, image, places, rope, tokens: int, program: str, values: bool) -> tuple:
-        """What the layers have as input beside the tokens: mask, where `values` are read, rotary positions."""
-        t = self.config
-        last = jnp.arange(t.depth) == t.depth - 1 if values else None
-        if places is None:  # without `values` there is none, and the program is that of training
-            return (None, last) if values else ()
-        mask, turns = None, None
-        if isinstance(image, schema.Patches):
-            mask = attention.of_real(places_lib.real(places, tokens), program)
-        if rope is not None:
-            turns = rope.turns(places, t.width // t.heads)
-        return mask, last, turns
-
-    @nn.nowrap
-    def _with_leading(self, x: jax.Array, grid: int, places: Places | None) -> jax.Array:
+    def _with_leading(self, x: jax.Array, grid: int, kept: jax.Array | None) -> jax.Array:
         """Patches [B, P, E] -> [B, N, E]: with learned positions and the leading tokens."""
         t = self.config
         as_tokens = lambda rows, count: jnp.broadcast_to(rows, (x.shape[0], count, t.width)).astype(
@@ -226,17 +177,16 @@ class ImageTransformer(towers.ImageTower):
                 self, "position_embed", init_positions, ("positions", "width"), shape
             )
             own = int(t.class_token)
-            if places is not None:
+            if grid != own_grid:
+                positions = resized_positions(positions, own, grid)
+            if kept is not None:
                 positions = placement.whole(positions)
                 first = jnp.broadcast_to(positions[:own], (x.shape[0], own, t.width))
-                rest = positions_at(positions[own:], places)
-                positions = jnp.concatenate([first, rest], axis=1)
-            elif grid != own_grid:
-                positions = resized_positions(positions, own, grid)
+                positions = jnp.concatenate([first, of_kept(positions[own:], kept)], axis=1)
         if token is not None:
             x = jnp.concatenate([as_tokens(token, 1), x], axis=1)
         if positions is not None:
-            x = x + (positions if places is not None else positions[None]).astype(self.dtype)
+            x = x + (positions[None] if kept is None else positions).astype(self.dtype)
         if t.registers:
             shape = (t.registers, t.width)
             rows = layers.parameter(

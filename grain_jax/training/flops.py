@@ -8,18 +8,16 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.interpreters import partial_eval
 
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.config import Config
 from grain_jax.models import grain
 from grain_jax.training import forward as forward_lib
-from grain_jax.training import phases, sharding
+from grain_jax.training import sharding
 
 # Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
 # a chip; on TPU7x it is half a chip.
@@ -73,7 +71,7 @@ class PerImage(NamedTuple):
     text: float  # the text tower over the rows per image, and the projection of its texts
     decoder: float  # the region decoder, its projections and boxes, and the box head
     losses: float  # similarities
-    terms: float = 0.0  # local loss terms, with what they ask of the towers and of the teacher
+    terms: float = 0.0  # local loss terms, with what they ask of the towers
     frozen: frozenset[str] = frozenset()  # those of the first three without a trained parameter
     # With factors of LoRA or local terms: FLOPs of forward and backward pass of all but the losses, counted in both.
     counted: float | None = None
@@ -87,8 +85,7 @@ class PerImage(NamedTuple):
     def train(self) -> float:
         """FLOPs of forward and backward pass without recomputation: a product has two in its backward pass.
 
-        What a local term computes again by its own is counted, as prototypes (6 products of logits for 4), text_pooled (4
-        of its attention for 3) and text_decoder (4 of its logits for 3) do.
+        What a local term computes again by its own is counted.
 
         A frozen part has none, except a decoder on a trained image tower: it has one, for the gradient of its
         input. A part that is frozen in parts counts as trained, except with LoRA: then a frozen matrix has no product for
@@ -108,7 +105,7 @@ def per_image(config: Config) -> PerImage:
     terms, of the backward pass too).
 
     Attention counts masked pairs, and rows count their padding: both are computed. Those of the losses are a closed
-    formula, without the terms of `loss.terms` (of local ones, without `across`) and the sums of `loss.hard_negative`, which are no matrix products.
+    formula, without the terms of `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
     """
     # A kernel would be counted as what it says of itself.
     model = dataclasses.replace(config.model, attention="xla", mlp="xla")
@@ -118,28 +115,14 @@ def per_image(config: Config) -> PerImage:
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 
-    # Of local terms alone, what they read.
-    traced = _traced if losses.reads_embeddings(config.loss) else _needed
-    for name, count in _by_module(traced(apply, params, batch)).items():
+    for name, count in _by_module(_traced(apply, params, batch)).items():
         parts[_part(name, model)] += count / config.batch_size
     counted = None
     if config.optim.lora.rank or forward.terms:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
-        both = _by_module(traced(jax.value_and_grad(total), params, batch))
+        both = _by_module(_traced(jax.value_and_grad(total), params, batch))
         counted = both.total() / config.batch_size
     return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
-
-
-def of_phases(config: Config, total_steps: int) -> dict[phases.Key, float]:
-    """FLOPs of training an image in each phase of a run, by the key of the phase."""
-    found = phases.of(config, total_steps)
-    return {phase.key: per_image(phases.at(config, phase)).train for phase in found}
-
-
-def of_steps(found: Mapping[phases.Key, float], config: Config, steps: Iterable[int]) -> float:
-    """The mean of `of_phases` over these steps of a run, from 0 on; 0 of none."""
-    counts = [found[phases.of_step(found, config, step)] for step in steps]
-    return sum(counts) / max(len(counts), 1)
 
 
 def of_losses(config: Config) -> int:
@@ -198,12 +181,6 @@ def matmul_flops(function, *arguments: Any) -> int:
 def _traced(function, *arguments: Any):
     """The jaxpr of a function."""
     return jax.make_jaxpr(function)(*arguments).jaxpr
-
-
-def _needed(function, *arguments: Any):
-    """The same without what its results do not need."""
-    jaxpr = _traced(function, *arguments)
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:

@@ -215,18 +215,14 @@ def place_state(
       (ShapeDtypeStructs, NamedShardings), trees without the boxes.
 
     Raises:
-      ShardingError: no rule covers an axis, or an axis does not divide (of a teacher it is not cut); a line for each
-        parameter.
+      ShardingError: no rule covers an axis, or an axis does not divide; a line for each parameter.
     """
     table = dict(rules)
     faults: list[str] = []
 
-    def uneven(axis, size):
-        return bool(table.get(axis)) and size % mesh.shape[table[axis]] != 0
-
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not _is_box(leaf):
+        if not is_box(leaf):
             if leaf.ndim:
                 faults.append(f"{name}: has no logical axes")
             return NamedSharding(mesh, PartitionSpec())
@@ -244,28 +240,26 @@ def place_state(
                 )
             elif table[axis] and used.count(table[axis]) > 1:
                 faults.append(f"{name}: `sharding` sends two of its axes to {table[axis]!r}")
-            elif uneven(axis, size) and not name.startswith("teacher/"):
+            elif table[axis] and size % mesh.shape[table[axis]]:
                 faults.append(
                     f"{name}: its axis {axis!r} of {size} does not divide by"
                     f" mesh.{table[axis]} = {mesh.shape[table[axis]]}"
                 )
         if len(faults) > before:
             return NamedSharding(mesh, PartitionSpec())
-        axes = zip(leaf.names, leaf.value.shape)
-        # The sizes of a teacher are another model's: an axis that does not divide is not cut.
-        cut = (None if uneven(axis, size) else table.get(axis) for axis, size in axes)
-        return NamedSharding(mesh, PartitionSpec(*cut))
+        return NamedSharding(mesh, PartitionSpec(*(table.get(axis) for axis in leaf.names)))
 
-    shardings = jax.tree_util.tree_map_with_path(place, abstract, is_leaf=_is_box)
+    shardings = jax.tree_util.tree_map_with_path(place, abstract, is_leaf=is_box)
     if faults:
         raise ShardingError("\n".join(faults))
     return unbox(abstract), shardings
 
 
-def _is_box(leaf: Any) -> bool:
+def is_box(leaf: Any) -> bool:
+    """Whether it is a box that holds an array with its logical axes."""
     return isinstance(leaf, flax.core.meta.AxisMetadata)
 
 
 def unbox(tree: Any) -> Any:
     """The tree without the boxes that hold the logical axes."""
-    return jax.tree.map(lambda x: x.value if _is_box(x) else x, tree, is_leaf=_is_box)
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)

@@ -9,7 +9,6 @@ full batch, not an average of smaller contrastive losses.
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +21,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
 from grain_jax.core import schema
-from grain_jax.input_pipeline import order
 from grain_jax.losses import local
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
 from grain_jax.training import forward as forward_lib
-from grain_jax.training import optim, phases, sharding
-from grain_jax.training import teacher as teacher_lib
+from grain_jax.training import optim, sharding
 
 MOST_QUERIES = 16  # up to so many queries, each has a metric
 
@@ -54,7 +51,6 @@ class TrainState(NamedTuple):
     texts_dropped: Any  # int32 [], captions cut and descriptions dropped to fit rows, since step 0
     receipt: Any  # uint32 [2, 2], the chains over all batches so far (digests.extend)
     text_counts: Any  # uint32 [2], the sums of `Batch.text_counts` since step 0; modulo 2**32
-    teacher: Any = {}  # parameters of the teacher; {} without one
     term_state: Any = {}  # of local loss terms, by name
 
 
@@ -70,8 +66,7 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         texts_dropped=jnp.zeros((), jnp.int32),
         receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
         text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
-        teacher=teacher_lib.initial(config, params),
-        term_state=forward.initial_state(),
+        term_state=forward.initial_state(params),
     )
 
 
@@ -88,8 +83,7 @@ def loss_and_grads(
     params,
     batch,
     keys,
-    given: forward_lib.Given | None = None,
-    weights: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    term_state: Mapping[str, Any] | None = None,
 ):
     """The losses of a batch and the gradient of their total.
 
@@ -100,21 +94,19 @@ def loss_and_grads(
       params: parameter tree.
       batch: global Batch.
       keys: dropout keys [B], or None.
-      given: to the local loss terms.
-      weights: of the terms that have a schedule and are on.
+      term_state: of the local loss terms; None: that of step 0.
 
     Returns:
       (losses.Losses, gradients like `params`).
     """
 
     forward = forward_lib.Forward(model, config, mesh)
-    apply = lambda params, batch, keys: forward(params, batch, keys, given)
+    apply = lambda params, batch, keys: forward(params, batch, keys, term_state)
 
     loss_of = functools.partial(
         losses_lib.total_loss,
         batch=batch,
         config=config.loss,
-        weights=weights,
         mesh=mesh,
         batch_axes=sharding.BATCH_AXES if mesh is not None else (),
     )
@@ -152,17 +144,7 @@ def loss_and_grads(
     cut_keys = None if keys is None else cut(keys)
 
     inputs = cut_batch, cut_keys
-    # What terms share is the same in each part, and may be large: it is carried, not stacked.
-    shared: Any = {}
-    if forward.terms:
-        one_part = jax.tree.map(lambda x: x[0], inputs)
-        shapes = jax.eval_shape(apply, params, *one_part)
-        shared = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), local.split(shapes)[0])
-
-    def of_part(_, part):
-        return local.split(apply(params, *part))
-
-    shared, stacked = jax.lax.scan(of_part, shared, inputs)
+    _, stacked = jax.lax.scan(lambda _, part: ({}, apply(params, *part)), {}, inputs)
     axes = local.axes_of(stacked)
 
     def whole_of(axis, x):
@@ -170,9 +152,8 @@ def loss_and_grads(
             return x.sum(0)
         return x[0] if axis == local.SHARED else join(x, axis)
 
-    whole = local.join(shared, jax.tree.map(whole_of, axes, stacked))
+    whole = jax.tree.map(whole_of, axes, stacked)
     cotangents, found = jax.grad(total, has_aux=True)(whole)
-    of_shared, cotangents = local.split(cotangents)
     first = jnp.arange(parts) == 0
 
     def cut_of(axis, c):
@@ -186,13 +167,12 @@ def loss_and_grads(
     cut_cotangents = jax.tree.map(cut_of, axes, cotangents)
 
     def backward(grads, part):
-        *inputs, cotangent, is_first = part
+        *inputs, cotangent = part
         _, vjp = jax.vjp(lambda p: apply(p, *inputs), params)
-        once = jax.tree.map(lambda c: jnp.where(is_first, c, 0), of_shared)
-        return jax.tree.map(jnp.add, grads, vjp(local.join(once, cotangent))[0]), None
+        return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, _ = jax.lax.scan(backward, zeros, (*inputs, cut_cotangents, first))
+    grads, _ = jax.lax.scan(backward, zeros, (*inputs, cut_cotangents))
     return found, grads
 
 
@@ -232,35 +212,18 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh | None = None,
-    *,
-    total_steps: int,
-    phase: phases.Phase,
 ):
-    """The function (state, batch) -> (state, metrics) that the trainer compiles, of a phase of a run of so many steps.
-
-    The terms that are off are not computed; what they alone train keeps its bits (`phases.held`).
-    """
-    part, off = phases.at(config, phase), phase.off
-    forward = forward_lib.Forward(model, part, mesh)
-    of_phase = {}
-    if config.model.image.keep != 1:
-        of_phase["keep"] = phase.keep
-    if phase.length is not None:
-        of_phase["sequence_length"] = phase.length
+    """The function (state, batch) -> (state, metrics) that the trainer compiles."""
+    forward = forward_lib.Forward(model, config, mesh)
 
     def train_step(state: TrainState, batch: schema.Batch):
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.caption_mask.shape[0]))
-        given = None
-        if forward.terms:
-            share = state.step.astype(jnp.float32) / total_steps
-            given = forward_lib.Given(state.teacher, state.term_state, share)
-        weights = losses_lib.weights_at(config.loss, state.step, total_steps)
-        on = {name: weight for name, weight in weights.items() if name not in off}
-        losses, grads = loss_and_grads(model, part, mesh, state.params, batch, keys, given, on)
+        losses, grads = loss_and_grads(
+            model, config, mesh, state.params, batch, keys, state.term_state
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = optim.clip_logit_scale(params, config.frozen)
-        params = phases.held(params, state.params, config, off)
         ema = state.ema_params
         if config.ema_decay:
             ema = optim.average(params, ema, config.ema_decay, config.frozen)
@@ -273,8 +236,6 @@ def make_train_step(
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": schedule(state.step),
             **grad_norms(grads, config.frozen),
-            **{f"weight/{name}": weight for name, weight in weights.items()},
-            **{name: jnp.float32(value) for name, value in of_phase.items()},
             "texts_dropped": dropped,
             "texts": text_counts[0],
             "texts_too_long": text_counts[1],
@@ -282,25 +243,10 @@ def make_train_step(
         receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
         step = state.step + 1
         after = TrainState(step, params, opt_state, ema, dropped, receipt, text_counts)
-        term_state = forward.update_state(state.term_state, losses.statistics)
-        teacher = teacher_lib.updated(config, state.teacher, params, state.step, total_steps)
-        return after._replace(teacher=teacher, term_state=term_state), metrics
+        term_state = forward.update_state(state.term_state, losses.statistics, params)
+        return after._replace(term_state=term_state), metrics
 
     return train_step
-
-
-class PhaseStep(NamedTuple):
-    """The step of a phase (phases.Phase)."""
-
-    phase: phases.Phase
-    config: Config  # of the run, as it is in this phase (phases.at)
-    batch: schema.Batch  # ShapeDtypeStructs
-    step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
-
-    @property
-    def key(self) -> phases.Key:
-        """Of the phase."""
-        return self.phase.key
 
 
 class Program(NamedTuple):
@@ -308,23 +254,13 @@ class Program(NamedTuple):
 
     state: TrainState  # ShapeDtypeStructs
     shardings: TrainState  # NamedShardings
-    batch: schema.Batch  # ShapeDtypeStructs, of the longest sequences
+    batch: schema.Batch  # ShapeDtypeStructs
     batch_sharding: NamedSharding
     init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
-    step: Callable  # that of the phase that computes most
-    phases: tuple[PhaseStep, ...]
-    config: Config  # of the run, with its `total_steps`
-
-    def phase(self, step: int) -> PhaseStep:
-        """The phase of a step, from 0 on."""
-        found = {phase.key: phase for phase in self.phases}
-        return found[phases.of_step(found, self.config, step)]
-
-
-def check_groups(config: Config, mesh: Mesh) -> None:
-    """Whether a micro-batch of a device has whole groups of every local term. Raises UserError."""
-    images = config.batch_size // (sharding.batch_shards(mesh) * config.microbatches)
-    forward_lib.Forward(GRAIN(config.model, config.dtype), config).check(images)
+    term_state: (
+        Callable  # jitted: params -> `TrainState.term_state` of step 0 beside these parameters
+    )
+    step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
 
 
 def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: float) -> Program:
@@ -332,11 +268,9 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
 
     Raises:
       ShardingError: the batch or a parameter does not fit the mesh.
-      UserError: steps in which no loss term is on.
     """
     sharding.check_batch(config, mesh)
     model = GRAIN(config.model, config.dtype, config.remat)
-    check_groups(config, mesh)
     schedule = optim.learning_rate(
         config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
@@ -344,24 +278,20 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     init = functools.partial(init_state, model, config, tx)
     state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
     batch_sharding = sharding.batch_sharding(mesh)
-    compiled = functools.partial(
-        jax.jit,
-        in_shardings=(shardings, batch_sharding),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
-    made = functools.partial(
-        make_train_step, model, config, tx, schedule, mesh, total_steps=total_steps
-    )
-    found = phases.of(config, total_steps)
-    steps = []
-    for phase in found:
-        part = phases.at(config, phase)
-        batch = forward_lib.abstract_batch(part)
-        steps.append(PhaseStep(phase, part, batch, compiled(made(phase=phase))))
-    most = steps[phases.largest(found)]
-    fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
     return Program(
-        *(state, shardings, forward_lib.abstract_batch(config), batch_sharding, fresh),
-        *(most.step, tuple(steps), order.with_steps(config, total_steps)),
+        state,
+        shardings,
+        forward_lib.abstract_batch(config),
+        batch_sharding,
+        init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
+        term_state=jax.jit(
+            forward_lib.Forward(model, config, mesh).initial_state,
+            out_shardings=shardings.term_state,
+        ),
+        step=jax.jit(
+            make_train_step(model, config, tx, schedule, mesh),
+            in_shardings=(shardings, batch_sharding),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        ),
     )

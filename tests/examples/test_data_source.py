@@ -14,7 +14,7 @@ from examples.data_source import shapes
 from grain_jax import config as config_lib
 from grain_jax import inference, train
 from grain_jax.core import errors
-from grain_jax.input_pipeline import order, sources, tokenizer
+from grain_jax.input_pipeline import sources, tokenizer
 from grain_jax.training import sharding
 from tests import record_sets, runs, tiny
 
@@ -75,37 +75,23 @@ def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatc
     assert "examples.data_source.shapes" not in sys.modules
 
 
-class Squares(shapes.Shapes):
-    """Knows nothing of shapes."""
+class Small(shapes.Shapes):
+    """Images of another size."""
 
     def lane_batch(self, config, lane, step):
-        own = dataclasses.replace(config.input, sequence_lengths=())
-        return super().lane_batch(dataclasses.replace(config, input=own), lane, step)
-
-
-class OneLength(shapes.Shapes):
-    """Draws no length by the step."""
-
-    def lane_batch(self, config, lane, step):
-        return super().lane_batch(config, lane, 0)
+        batch = super().lane_batch(config, lane, step)
+        return batch._replace(image=batch.image[:, ::2, ::2])
 
 
 def test_a_source_of_other_shapes_is_one_line(tmp_path):
-    lengths, size = (4, 6), config().model.image.image_size
-    for source, got in ((Squares, f"[B, {size}, {size}, 3]"), (OneLength, "Patches [B, ")):
-        name = f"{__name__}:{source.__name__}"
-        c = dataclasses.replace(config(), input=config(input__sequence_lengths=lengths).input)
-        c = dataclasses.replace(c, input=dataclasses.replace(c.input, source=name))
-        batches = sources.batches_of_run(source(), c, notes=tmp_path)
-        with pytest.raises(errors.UserError) as error:
-            list(itertools.islice(batches, 9))
-        (line,) = str(error.value).splitlines()
-        assert line.startswith(f"input.source: {name}: got images {got}")
-        assert "with input.sequence_lengths=(4, 6); make batches by assemble.of_examples" in line
-    c = config(input__sequence_lengths=lengths)
-    batches = sources.batches_of_run(shapes.Shapes(), c, notes=tmp_path, start_step=3)
-    found = [batch.image.pixels.shape[1] for batch in itertools.islice(batches, 4)]
-    assert found == [order.sequence_length(c, step) for step in range(3, 7)]
+    name = f"{__name__}:Small"
+    c = dataclasses.replace(config(), input=dataclasses.replace(config().input, source=name))
+    with pytest.raises(errors.UserError) as error:
+        next(sources.batches_of_run(Small(), c, notes=tmp_path))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(
+        f"input.source: {name}: got images [B, 8, 8, 3] in step 0, expected [B, 16"
+    )
 
 
 def test_its_options_are_checked():

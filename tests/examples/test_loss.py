@@ -15,9 +15,9 @@ from grain_jax.input_pipeline import synthetic
 from grain_jax.models.grain import GRAIN, leading_tokens
 from grain_jax.training import sharding, train_step
 from tests import tiny
+from tests.losses import fake
 from tests.losses.test_losses import _outputs
 from tests.paths import ROOT
-from tests.terms import fake
 
 TERM = f"{uniformity.__module__}:{uniformity.__name__}"
 ENTRY = {"term": TERM, "weight": 0.25, "t": 3.0}

@@ -13,7 +13,7 @@ from tests import record_sets
 def test_dropped_regions_and_cut_captions_are_counted_by_group():
     values = recipe.base("tiny")
     values.total_steps, values.optim.warmup_steps, values.batch_size = 10, 1, 4
-    values.input.lanes, values.input.region_scores = 1, True
+    values.input.lanes = 1
     values.text.update(dict(pack_group=2, pack_rows=1))
     config = config_lib.from_dict(values)
     text = dataclasses.replace(config.model.text, context_length=12)
@@ -36,7 +36,6 @@ def test_dropped_regions_and_cut_captions_are_counted_by_group():
         config=config,
     )
     assert batch.region_mask.tolist() == [[False], [False], [True], [False]]
-    np.testing.assert_array_equal(batch.region_scores, np.float32([[0], [0], [0.9], [0]]))
     assert batch.texts_dropped.tolist() == [3, 1]
     assert batch.text_counts.tolist() == [[3, 0], [4, 0]]
 
@@ -57,23 +56,6 @@ def test_texts_that_the_tokenizer_cuts_are_counted_too():
         config=config,
     )
     assert batch.text_counts.tolist() == [[4, 2]] and batch.texts_dropped.tolist() == [0]
-
-
-def test_scores_of_an_example():
-    config = record_sets.config("", batch_size=2, lanes=1, pack_rows=1)
-    clip, image = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)
-    example = assemble.Example(image, "x", ["a", "b"], [[0.5] * 4] * 2)
-    scored = example._replace(scores=(0.75, 0.5))
-    assert assemble.of_examples([example] * 2, config, clip).region_scores is None
-    wants = dataclasses.replace(config.input, region_scores=True)
-    config = dataclasses.replace(config, input=wants)
-    batch = assemble.of_examples([scored, example], config, clip)
-    assert batch.region_scores[:, :3].tolist() == [[0.75, 0.5, 0], [1, 1, 0]]
-    as_array = example._replace(scores=np.array([0.0, 0.5]))
-    batch = assemble.of_examples([as_array, as_array], config, clip)
-    assert batch.region_scores[:, :3].tolist() == [[0, 0.5, 0]] * 2
-    with pytest.raises(ValueError, match=r"example 1: got the scores \[2\] of 2 regions, expected"):
-        assemble.of_examples([example, example._replace(scores=[2])], config, clip)
 
 
 def test_negatives_of_an_example():

@@ -9,8 +9,6 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import train
-from grain_jax.cli import config_file
-from grain_jax.configs import finetune
 from grain_jax.core import errors
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
@@ -51,8 +49,6 @@ def lengths(captions, descriptions, synthetic=None, records=None):
 
 
 ANYWHERE = derived.Place()
-SHORT = np.array([[60, 64]] * 19 + [[64, 50]])  # height and width of images
-WIDE = np.array([[64, 100], [100, 64], [3, 3]])
 
 
 def resolve(config, place=ANYWHERE, of=None, **stored):
@@ -297,75 +293,3 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     again, line = derive(tmp_path / "run")
     assert again == found and "text.pack_rows=1: as in checkpoint 1" in line
     assert numbers(derive(tmp_path / "another run")[0]) == (1, 1, 3)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected", "said"),
-    [
-        ([SHORT], (), "squares, of 20 images 5.00% are longer than 1.25 : 1"),
-        ([WIDE], (4,), "images keep their shape, of 3 images 67% are longer than 1.25 : 1"),
-        (
-            [],
-            (),
-            "squares, since no shapes of images are known here; own shapes with input.sequence",
-        ),
-        ([WIDE[:0]], (), "are known here; own shapes with input.sequence_lengths=(4,)"),
-    ],
-)
-def test_images_keep_their_shape_where_many_are_long(sizes, expected, said):
-    config = tiny.config(input__sequence_lengths=None)
-    assert derived.is_open(config)
-    got, line = derived.resolve(config, ANYWHERE, list, sizes=lambda: sizes)
-    assert got.input.sequence_lengths == expected and said in line
-    assert not derived.is_open(got) and numbers(got) == numbers(config)
-    # A run that resumes has those of its checkpoint; a plan without the images has squares.
-    stored = derived.resolve(config, ANYWHERE, list, got, "runs/a", lambda: [SHORT, WIDE])
-    assert stored[0] == got and stored[1].endswith(": as in runs/a")
-    assert derived.planned(config, ANYWHERE)[0].input.sequence_lengths == ()
-
-
-def test_what_takes_squares_alone_leaves_squares():
-    config, seen = tiny.config(input__sequence_lengths=None), []
-
-    def refusals(own):
-        seen.append(own.input.sequence_lengths)
-        return ["loss.terms.x: got images in their own shape"]
-
-    given = dict(sizes=lambda: [WIDE], refusals=refusals)
-    got, line = derived.resolve(config, ANYWHERE, list, **given)
-    assert got.input.sequence_lengths == () and seen == [(4,)]
-    assert line == (
-        "input.sequence_lengths=(): squares, though of 3 images 67% are longer than 1.25 : 1 (loss.terms.x: got images in"
-        " their own shape)"
-    )
-
-
-def test_the_shapes_of_a_mixture_count_by_the_weights_of_their_own_sets():
-    sets = [dict(name=name, data_dir="d", weight=weight) for name, weight in zip("abc", (8, 1, 1))]
-    config = tiny.config(
-        input__sequence_lengths=None, input__source="records", input__datasets=tuple(sets)
-    )
-    lost = WIDE[:0]  # squares without a note of their shape
-    _, line = derived.resolve(config, ANYWHERE, list, sizes=lambda: [lost, SHORT, WIDE])
-    assert "of 23 images 36% are longer" in line  # (5% + 67%) / 2
-
-
-def test_the_configs_of_own_images_leave_lengths_open_and_flags_set_them(tmp_path):
-    load = lambda *words: config_file.load("own", ["--config.input.source=synthetic", *words])
-    assert load().input.sequence_lengths is None
-    none = ["--config.input.sequence_lengths=None"]
-    assert config_file.load("demo", none).input.sequence_lengths is None
-    for lengths in ((64, 100), ()):
-        flag = f"--config.input.sequence_lengths={lengths}"
-        assert load(flag).input.sequence_lengths == lengths
-    # Fine-tuning goes on with the lengths of a model that was trained on own shapes.
-    stored = dataclasses.asdict(tiny.config().model)
-    for name, more, expected in (
-        ("run", {"input": {"sequence_lengths": [4, 9]}}, (4, 9)),
-        ("stretches", {"input": {"sequence_lengths": [[0, [4]], [0.5, [4, 9]]]}}, (4, 9)),
-        ("converted", {"sequence_lengths": [9]}, (9,)),
-        ("squares", {"input": {"sequence_lengths": []}}, None),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model": stored, **more}))
-        assert finetune.get_config(str(tmp_path / name)).input.sequence_lengths == expected

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from grain_jax.core import images
-from grain_jax.input_pipeline import assemble, order, transforms
+from grain_jax.input_pipeline import order, transforms
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 40), (1, 9), (64, 63), (30, 64), (64, 200)])
@@ -128,12 +128,25 @@ def test_captions():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("the left wing, right of a Left foot", "the right wing, left of a Right foot"),
-        ("LEFT and upright, bright", "RIGHT and upright, bright"),
-        ("leftmost bird, right-hand side", "rightmost bird, left-hand side"),
-        ("leftovers, copyright", "leftovers, copyright"),
+        ("The LEFT wing", True),
+        ("leftmost bird", True),
+        ("seen from\nits right-hand side", True),
+        ("He left the room, all right", True),
+        ("leftovers, copyright, upright, bright", False),
+        ("", False),
     ],
 )
-def test_sides_change_places(text, expected):
-    assert assemble.exchange_sides(text) == expected
-    assert assemble.exchange_sides(expected) == text
+@pytest.mark.parametrize(
+    "name",
+    [
+        "captions",
+        "synthetic_caption",
+        "regions/description",
+        "regions/negatives/ragged_flat_values",
+    ],
+)
+def test_texts_that_mention_a_side(name, text, expected):
+    fields = dict.fromkeys(("captions", "regions/description"), tf.constant(["a bird"]))
+    fields["synthetic_caption"] = tf.constant("")
+    fields[name] = tf.constant(text if name == "synthetic_caption" else ["a bird", text])
+    assert transforms.mentions_side(fields).numpy() == expected

@@ -1,7 +1,5 @@
 """The attention programs against a float64 replica and against each other; the kernel runs in Pallas' interpreter."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,55 +252,3 @@ def test_programs_for_rows_and_heads():
     assert [of(*shape).lanes for shape in shapes] == [128, 192, 640, 1408, 32]
     rows = attention_kernel._rows_of_a_program
     assert [rows(128, 197, 128, 2), rows(6, 77, 128, 2), rows(32, 257, 1408, 2)] == [8, 6, 1]
-    prefixes = {n: attention_kernel._prefixes(n) for n in (64, 144, 257, 1025)}
-    assert prefixes == {64: [64], 144: [128, 144], 257: [256, 257], 1025: [1024, 1025]}
-
-
-@pytest.mark.parametrize("length,counts", [(140, (140, 128, 129, 1)), (9, (9, 4, 8, 1))])
-def test_keys_beyond_the_image_are_not_computed(length, counts):
-    """Values and gradients of the real positions, whatever is behind; of a prefix, zeros are."""
-    rng = np.random.default_rng(length)
-    q, k, v, weight = rng.normal(size=(4, 4, length, 32)).astype(np.float32)
-    norms = tuple(rng.normal(size=(4, 16)).astype(np.float32))
-    real = np.arange(length) < np.array(counts)[:, None]
-    beyond = np.where(real[..., None], np.float32(0), np.float32(9))
-    count = attention.of_real(jnp.asarray(real), "pallas")
-
-    def kernel(q, k, v, norms):
-        q, k, v = (jnp.where(real[..., None], x, beyond) for x in (q, k, v))
-        return attention.with_pallas(q, k, v, heads=2, norms=norms, eps=1e-6, within=count)
-
-    mask = attention.of_real(jnp.asarray(real), "xla")
-    of_xla = types.SimpleNamespace(mask=lambda: mask)
-    xla = lambda *given: _by_xla(*given, 2, 1e-6, of_xla)
-    run = lambda of: _with_gradients(jax.jit(of), (q, k, v, norms), weight * real[..., None])
-    (found, grads), (expected, of_expected) = run(kernel), run(xla)
-    np.testing.assert_allclose(found[real], expected[real], atol=2e-6)
-    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(of_expected)):
-        np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(other).max()))
-    computed = np.where(np.array(counts) <= 128, 128, length)
-    assert length < 128 or not found[np.arange(length) >= computed[:, None]].any()
-
-
-@pytest.mark.parametrize("program,mesh_shape", [("pallas", (2, 2, 2)), ("cudnn", None)])
-def test_no_position_sees_what_is_not_real(monkeypatch, program, mesh_shape):
-    """By each program, whatever is there; rows without padding see all."""
-    real_program = jax.nn.dot_product_attention
-    of_xla = lambda *qkv, implementation, **seen: real_program(*qkv, implementation="xla", **seen)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)  # a CPU has no cuDNN
-    x = jax.random.normal(jax.random.key(0), (8, 9, 32))
-    real = jnp.arange(9) < jnp.array([9, 4, 1, 7, 9, 2, 8, 5])[:, None]
-    weight = jax.random.normal(jax.random.key(2), x.shape) * real[..., None]
-    xla, other = (_layer(name, 4, False) for name in ("xla", program))
-    params = xla.init(jax.random.key(3), x, x, x)
-    expected = _loss(xla, attention.of_real(real, "xla"), weight)(params, x)
-    within = attention.of_real(real, program)
-    noise = jnp.where(real[..., None], x, 5.0)
-    if mesh_shape is None:
-        got = _loss(other, within, weight)(params, noise)
-    else:
-        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
-        noise = jax.device_put(noise, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-        with placement.on(mesh, ("data", "fsdp")):
-            got = _loss(other, within, weight)(params, noise)
-    _assert_near(got, expected)

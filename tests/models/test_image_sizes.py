@@ -1,8 +1,6 @@
-"""The built-in image tower on images of other sizes than its own, and with masked patches."""
+"""The built-in image tower on images of other sizes than its own."""
 
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +11,11 @@ import torchvision
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, tables
+from grain_jax.convert import formats
 from grain_jax.core import errors
 from grain_jax.models import grain, placement, vit
 from tests import foreign, perturbed
-from tests.models.test_rotary import DINOV3, PE_CORE, _images, _same_as, _tower
+from tests.models.test_rotary import DINOV3, _images, _same_as, _tower
 from tests.models.test_towers import dictionary
 
 FLOAT = jnp.dtype("float32")
@@ -82,30 +80,6 @@ def test_dinov3_of_transformers():
     _same_as(module, tokens, tower, formats.hf_dinov3("model."), size=48)
 
 
-def test_pe_core_of_timm():
-    """Learned positions and rotary ones of a grid in one tower; timm's is built for the size."""
-    import timm
-
-    sizes: dict[str, Any] = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=4 / 3)
-    build = lambda size: timm.create_model(
-        "vit_pe_core_tiny_patch16_384", img_size=size, ref_feat_shape=(4, 4), **sizes
-    )
-    own, other = foreign.perturb(build(32)), build(48).eval()
-    state = {k: v.detach() for k, v in own.state_dict().items()}
-    positions = state["pos_embed"]
-    other.load_state_dict(state | {"pos_embed": _interpolated(positions[0], 1, 6)[None]})
-    tower = _tower(image_size=32, **PE_CORE)
-    module = vit.ImageTransformer(tower, FLOAT)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), _images(32))["params"]
-    shapes = {f"image/{name}": x.shape for name, x in grain.flat(shapes).items()}
-    params = tables.read(formats.timm_image(""), {k: v.numpy() for k, v in state.items()}, shapes)
-    images = _images(48)
-    with torch.no_grad():
-        expected = other.forward_features(foreign.torch_images(images)).numpy()
-    found = jax.jit(module.apply)({"params": tables.nested(params)["image"]}, images)
-    foreign.close(np.asarray(found), expected)
-
-
 @pytest.mark.parametrize("position_init", ["normal", "sincos2d"])
 def test_parameters_are_those_of_the_configured_size(position_init):
     module = vit.ImageTransformer(_tower(image_size=32, position_init=position_init), FLOAT)
@@ -141,72 +115,17 @@ def test_the_kernel_takes_other_numbers_of_tokens_and_images():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, expected)
 
 
-def test_masked_patches_are_replaced_before_positions():
-    """With layer scales of 0 the layers add nothing: the tokens are those before them, here by torch in float64."""
-    tower = _tower(image_size=16, registers=1, layer_scale=True)
-    module, images = vit.ImageTransformer(tower, FLOAT), _images(24)
-    params = grain.flat(jax.jit(module.init)(jax.random.key(0), images)["params"])
-    params = {name: np.asarray(x) for name, x in params.items()}
-    for i in (1, 2):
-        params[f"blocks/layer_scale_{i}"] = np.zeros((2, 48), np.float32)
-    rng = np.random.default_rng(0)
-    mask, token = rng.random((2, 9)) < 0.4, rng.normal(size=48).astype(np.float32)
-    weight = rng.normal(size=(2, 11, 48)).astype(np.float32)
-
-    def scalar(token):
-        tokens = module.apply({"params": tables.nested(params)}, images, (mask, token))
-        return jnp.sum(tokens * weight), tokens
-
-    (_, found), grad = jax.jit(jax.value_and_grad(scalar, has_aux=True))(token)
-    double = lambda x: torch.tensor(np.asarray(x), dtype=torch.float64)
-    theirs = double(token).requires_grad_()
-    patches = images.reshape(2, 3, 8, 3, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 9, -1)
-    x = double(patches) @ double(params["patch_embed/kernel"]) + double(params["patch_embed/bias"])
-    x = torch.where(torch.tensor(mask)[..., None], theirs, x)
-    positions = _interpolated(double(params["position_embed"]), 1, 3)
-    whole = lambda rows: rows.expand(2, -1, -1)
-    leading = whole(double(params["class_token"])[None] + positions[:1])
-    x = torch.cat([leading, whole(double(params["registers"])), x + positions[1:]], 1)
-    expected = torch.nn.functional.layer_norm(x, (48,), eps=1e-5)
-    (expected * double(weight)).sum().backward()
-    foreign.close(np.asarray(found), expected.detach().numpy())
-    foreign.close(np.asarray(grad), theirs.grad.numpy())
-
-
-def test_masks_reach_the_tower_of_the_model():
-    model = perturbed.tiny(image__depth=1)
-    params, images = perturbed.params(model), _images(40)
-    apply = functools.partial(grain.GRAIN(model).apply, method="image_tokens")
-    tokens = jax.jit(lambda *masked: apply({"params": params}, images, *masked))
-    token, none = np.ones(48, np.float32), np.zeros((2, 25), bool)
-    np.testing.assert_allclose(tokens((none, token)), tokens(), atol=1e-6)
-    all_of = tokens((~none, token))
-    np.testing.assert_allclose(all_of[0], all_of[1], atol=1e-5)  # nothing of the image is left
-    assert np.abs(np.asarray(tokens()[0] - tokens()[1])).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    "size, masked, message",
-    [
-        (8, None, "Colours got an image of 8 x 8 pixels, expected model.image.image_size = 16; a"),
-        (
-            16,
-            (np.ones((1, 4), bool), np.ones(4)),
-            "Colours replaces no patches by a mask token, ex",
-        ),
-    ],
-)
-def test_what_a_tower_of_a_user_cannot_is_a_line(size, masked, message):
+def test_a_tower_of_a_user_that_takes_its_own_size_alone_says_so():
     model = grain.GRAIN(config_lib.from_dict(dictionary()).model)
-    with pytest.raises(errors.UserError, match=message) as error:
-        model.init(jax.random.key(0), np.zeros((1, size, size, 3)), masked, method="image_tokens")
+    said = "Colours got an image of 8 x 8 pixels, expected model.image.image_size = 16; a"
+    with pytest.raises(errors.UserError, match=said) as error:
+        model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)), method="image_tokens")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
-def test_boxes_and_queries_of_an_image_of_another_size(kind):
-    """Of the 9 patches of a view, not the 25 of the config."""
-    model = perturbed.tiny(boxes__kind=kind, image__depth=1, decoder__depth=1)
+def test_boxes_and_queries_of_an_image_of_another_size():
+    """Of its 9 patches, not the 25 of the config."""
+    model = perturbed.tiny(boxes__kind="roi_align", image__depth=1, decoder__depth=1)
     params, module = perturbed.params(model), grain.GRAIN(model)
     images = _images(24)
     boxes = np.array([[[0.1, 0.2, 0.7, 0.8], [0, 0, 1, 1]]] * 2, np.float32)
@@ -220,8 +139,6 @@ def test_boxes_and_queries_of_an_image_of_another_size(kind):
     assert tokens.shape == (2, 10, 48)
     assert image_embed.shape == (2, 28) and regions.shape == (2, 3, 28)
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.ones((2, 2)), atol=1e-5)
-    if kind == "prompter":
-        return
     head = model.boxes
     features = torch.tensor(np.asarray(tokens[:, 1:])).reshape(2, 3, 3, 48).permute(0, 3, 1, 2)
     aligned = torchvision.ops.roi_align(

@@ -21,7 +21,6 @@ POOLED = {
     "last": dict(text__mask_padding=True),
     "mean": dict(text__mask_padding=True),
     "map": dict(text__mask_padding=True),
-    "masked_mean": {},
 }
 
 

@@ -1,4 +1,4 @@
-"""The options of today's image encoders, against transformers and timm: rotary positions, registers, layer scale."""
+"""The options of DINOv3, against transformers: rotary positions, registers, layer scale."""
 
 from typing import Any
 
@@ -22,7 +22,6 @@ SIZES: dict[str, Any] = dict(
     patch_size=8, width=48, depth=2, heads=3, mlp_dim=64, qk_norm=False, norm_eps=1e-5
 )
 DINOV3 = dict(positions=False, rope="centres", registers=3, layer_scale=True, key_bias=False)
-PE_CORE = dict(patch_bias=False, pre_norm=True, rope="grid", rope_theta=1e4, rope_grid=4)
 
 
 def _tower(**changes):
@@ -89,22 +88,9 @@ def test_dinov3_of_transformers(size, gated):
     _same_as(module, tokens, tower, formats.hf_dinov3("model."))
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_pe_core_of_timm(size):
-    import timm
-
-    sizes: dict[str, Any] = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=4 / 3)
-    module = timm.create_model(
-        "vit_pe_core_tiny_patch16_384", img_size=size, ref_feat_shape=(4, 4), **sizes
-    )
-    tower = _tower(image_size=size, **PE_CORE)
-    module = foreign.perturb(module)
-    _same_as(module, module.forward_features, tower, formats.timm_image(""))
-
-
-def _attention(program, kind, qk_norm, key_bias):
+def _attention(program, qk_norm, key_bias):
     init = layers.normal(0.3)
-    rope = rotary.Rope(kind, 100.0, trained_grid=2, grid=3, leading=1)
+    rope = rotary.Rope(100.0, grid=3, leading=1)
     return layers.Attention(
         48,
         4,
@@ -120,20 +106,16 @@ def _attention(program, kind, qk_norm, key_bias):
 
 
 @pytest.mark.parametrize(
-    "program,kind,qk_norm,mesh_shape",
-    [
-        ("pallas", "centres", True, None),
-        ("pallas", "grid", False, (2, 2, 2)),
-        ("cudnn", "grid", True, None),
-    ],
+    "program,qk_norm,mesh_shape",
+    [("pallas", True, None), ("pallas", False, (2, 2, 2)), ("cudnn", True, None)],
 )
-def test_every_attention_program_rotates(monkeypatch, program, kind, qk_norm, mesh_shape):
+def test_every_attention_program_rotates(monkeypatch, program, qk_norm, mesh_shape):
     real = jax.nn.dot_product_attention
     of_xla = lambda *qkv, implementation, **seen: real(*qkv, implementation="xla", **seen)
     monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)  # a CPU has no cuDNN
     x = jax.random.normal(jax.random.key(0), (8, 10, 48))
     weight = jax.random.normal(jax.random.key(2), x.shape)
-    xla, other = (_attention(name, kind, qk_norm, not qk_norm) for name in ("xla", program))
+    xla, other = (_attention(name, qk_norm, not qk_norm) for name in ("xla", program))
     params, again = (
         jax.jit(lambda one=one: one.init(jax.random.key(3), x, x, x))() for one in (xla, other)
     )
@@ -191,9 +173,12 @@ def test_an_activation_that_open_clip_has_not_is_refused():
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"rope": "grid", "heads": 16}, "model.image.rope: got grid with heads of 2, expected"),
+        (
+            {"rope": "centres", "heads": 16},
+            "model.image.rope: got centres with heads of 2, expected",
+        ),
         ({"positions": False}, "model.image.positions: got False with model.image.rope=none"),
-        ({"rope": "axial"}, "model.image.rope: got 'axial', expected one of none, centres, grid"),
+        ({"rope": "axial"}, "model.image.rope: got 'axial', expected one of none, centres"),
         ({"pool": "map", "pool_heads": 3}, "model.image.pool_heads: got 3, must divide width 32"),
     ],
 )
@@ -218,7 +203,7 @@ def test_flops_count_what_the_options_add():
     assert count(model__image__mlp="gated") - plain == 2 * depth * tokens * width * mlp
     added = 3 * of_token + pairs(tokens + 3) - pairs(tokens)
     assert count(model__image__registers=3) - plain == added
-    assert count(model__image__rope="grid", model__image__layer_scale=True) == plain
+    assert count(model__image__rope="centres", model__image__layer_scale=True) == plain
 
 
 def test_the_plan_and_the_report_count_registers():

@@ -142,10 +142,9 @@ def test_the_backward_pass_has_two_products_for_one(config):
     "boxes",
     [
         dict(model__boxes__kind="roi_align", model__boxes__bins=3),
-        dict(model__boxes__kind="prompter"),
-        dict(model__boxes__kind="prompter", **_TWO_TOWERS),
+        dict(model__boxes__kind="roi_align", **_TWO_TOWERS),
     ],
-    ids=["roi_align", "prompter", "no decoder"],
+    ids=["roi_align", "no decoder"],
 )
 def test_the_box_head_is_that_of_the_model(boxes):
     config = tiny.config(loss__box_description=1.0, **boxes)

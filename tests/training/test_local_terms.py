@@ -1,10 +1,9 @@
-"""Local loss terms: exact under micro-batches and on every mesh, with parameters, state and what they hand on."""
+"""Local loss terms: exact under micro-batches and on every mesh, with parameters and state."""
 
 import dataclasses
 import functools
-import types
 import zlib
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,9 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import train
-from grain_jax.core import errors
 from grain_jax.losses import local
-from grain_jax.losses.shard import Mean, TermOutput
 from grain_jax.models import grain, layers
-from grain_jax.training import flops, forward, memory_check, sharding, train_step
+from grain_jax.training import flops, forward, sharding, train_step
 from tests import tiny
 
 
@@ -26,7 +22,6 @@ class Options:
     """Keys of the term."""
 
     factor: float = 2.0
-    group: int = 1
 
 
 class Smooth(local.LocalTerm):
@@ -34,26 +29,22 @@ class Smooth(local.LocalTerm):
 
     Options: ClassVar[type] = Options
 
-    @classmethod
-    def group(cls, options):
-        return options.group
-
     def setup(self):
         self.map = layers.dense(
             4, ("width",), ("vector",), dtype=jnp.float32, kernel_init=layers.normal(0.2)
         )
 
-    def initial_state(self):
+    def initial_state(self, params):
         return {"centre": jnp.zeros(4)}
 
-    def update(self, state, statistics):
+    def update(self, state, statistics, params):
         return {"centre": 0.5 * state["centre"] + 0.5 * statistics["sum"] / statistics["count"]}
 
     def __call__(self, seen):
         patches = self.map(seen.tokens[:, seen.leading :].astype(jnp.float32))
         noise = jax.vmap(lambda key: jax.random.normal(key, (4,)))(seen.keys)
         centred = patches - seen.state["centre"] + 0.1 * noise[:, None]
-        other = seen.student("image_tokens", seen.batch.image[:, ::-1])
+        other = seen.apply("image_tokens", seen.batch.image[:, ::-1])
         loss = self.options.factor * jnp.square(centred).sum((1, 2)) + other.mean((1, 2))
         of_groups = seen.text_features.mean((1, 2, 3))
         loss = loss + jnp.repeat(of_groups, len(loss) // len(of_groups))
@@ -61,22 +52,32 @@ class Smooth(local.LocalTerm):
         return local.LocalOutput(
             local.PerImage(loss * count, count),
             {"norm": local.PerImage(jnp.abs(patches).mean((1, 2)), jnp.ones(len(loss), bool))},
-            handed={"patch": patches[:, 0]},
-            shared={"bias": self.map.variables["params"]["bias"]},
             statistics={"sum": patches.mean(1).sum(0), "count": jnp.int32(len(loss))},
         )
 
 
-class Across(Smooth):
-    """The global term: what was handed on against the embedding of the image."""
+class Average(Smooth):
+    """The map of an average of all parameters, its own too, on the tokens of the average for a mirrored image."""
 
-    is_global: ClassVar[bool] = True
+    def initial_state(self, params):
+        return {"average": jax.tree.map(jnp.copy, params), "steps": jnp.zeros(())}
 
-    @staticmethod
-    def across(options, shard, output):
-        x = output.handed["patch"] + output.shared["bias"]
-        value = jnp.square(x.sum(-1) + shard.outputs.image_embed.sum(-1))
-        return TermOutput(Mean(value.sum(), jnp.float32(len(value))), {})
+    def update(self, state, statistics, params):
+        moved = lambda old, new: 0.75 * old + 0.25 * new
+        average = jax.tree.map(moved, state["average"], params)
+        return {"average": average, "steps": state["steps"] + 1}
+
+    def __call__(self, seen):
+        average = seen.state["average"]
+        mirrored = seen.batch.image[:, :, ::-1]
+        target = seen.apply("image_tokens", mirrored, params=average.model)[:, 0]
+        if not self.is_initializing():
+            own = average.term["map"]
+            target = target @ own["kernel"] + own["bias"]
+        else:
+            target = self.map(target)
+        loss = jnp.square(self.map(seen.tokens[:, 0]) - target).sum(-1)
+        return local.LocalOutput(local.PerImage(loss, jnp.ones(len(loss))))
 
 
 # Towers alone: the decoder takes longest to compile.
@@ -92,30 +93,18 @@ class Bare(local.LocalTerm):
         return local.LocalOutput(local.PerImage(loss, jnp.ones(len(loss))))
 
 
-def test_a_term_of_squares_is_why_own_shapes_are_not_taken(tmp_path):
-    c = config()
-    entry = {"term": "masked_patches", "weight": 1.0}
-    c = dataclasses.replace(
-        c, loss=dataclasses.replace(c.loss, terms={"masks": entry, **c.loss.terms})
-    )
-    across, smooth = sorted(forward.shape_faults(c))
-    assert across.startswith("loss.terms.across: got images in their own shape, or some of their")
-    assert smooth.startswith("loss.terms.smooth: ")
-    # A run that leaves the lengths open takes squares, and says why.
-    c = config(input__sequence_lengths=None)
-    mesh, long = sharding.make_mesh(c.mesh, jax.devices()[:1]), [np.array([[16, 64]])]
-    source: Any = types.SimpleNamespace(num_shards=lambda _: {}, image_sizes=lambda _: long)
-    found, line = train.derive(c, mesh, source, tmp_path)
-    assert found.input.sequence_lengths == () and f"are longer than 1.25 : 1 ({across})" in line
-
-
 def config(mesh=(1, 1, 1), **changes):
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh))
     c = tiny.dictionary(**TWO, **sizes, **changes)
-    for name, weight in (("Smooth", 0.3), ("Across", 0.7)):
+    for name, weight in (("Smooth", 0.3), ("Average", 0.7)):
         entry = {"term": f"{__name__}:{name}", "weight": weight, "factor": 1.5}
         c.loss.terms[name.lower()] = entry
     return config_lib.from_dict(c)
+
+
+def first_state(program):
+    state = jax.device_put(tiny.state(program), program.shardings)
+    return state._replace(term_state=program.term_state(state.params))
 
 
 @functools.cache
@@ -124,7 +113,7 @@ def run(mesh=(1, 1, 1), **changes):
     c = config(mesh, optim__clip_norm=0.0, ema_decay=0.9, **changes)
     devices = sharding.make_mesh(c.mesh, jax.devices()[: int(np.prod(mesh))])
     program = train_step.build(c, devices, total_steps=c.total_steps, steps_per_epoch=1)
-    state = jax.device_put(tiny.state(program), program.shardings)
+    state = first_state(program)
     batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     metrics, gradient = [], None
     for _ in range(2):
@@ -164,7 +153,7 @@ def test_the_loss_is_the_mean_over_the_global_batch():
     c = config()
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     program = train_step.build(c, mesh, total_steps=c.total_steps, steps_per_epoch=1)
-    state, batch = tiny.state(program), tiny.batch(c)
+    state, batch = first_state(program), tiny.batch(c)
     (metrics, _), after, _ = run()
     model = grain.GRAIN(c.model)
     of_model = jax.device_put({"params": forward.without_terms(state.params)})
@@ -187,32 +176,30 @@ def test_the_loss_is_the_mean_over_the_global_batch():
     np.testing.assert_allclose(
         metrics["smooth/norm"], jnp.abs(patches).mean((1, 2)).mean(), rtol=1e-5
     )
-    weights = {"image_caption": 1, "smooth": 0.3, "across": 0.7}
+    weights = {"image_caption": 1, "smooth": 0.3, "average": 0.7}
     total = sum(weight * metrics[f"loss_{name}"] for name, weight in weights.items())
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
-    own = state.params["terms"]["across"]["map"]
-    handed = (features.tokens[:, 1] @ own["kernel"] + 2 * own["bias"]).sum(-1)
-    keys = train_step.dropout_keys(c.seed, 0, jnp.arange(c.batch_size))
-    image_embed = apply(batch, keys).image_embed  # with the dropout of the step
-    across = jnp.square(handed + image_embed.sum(-1)).mean()
-    np.testing.assert_allclose(metrics["loss_across"], across, rtol=1e-5)
+    own = state.params["terms"]["average"]["map"]
+    mirrored = apply(batch.image[:, :, ::-1], method="image_tokens")[:, 0]
+    average = jnp.square((features.tokens[:, 0] - mirrored) @ own["kernel"]).sum(-1).mean()
+    np.testing.assert_allclose(metrics["loss_average"], average, rtol=1e-5)
     # Each of two steps of the same batch moves the centre half of the way to the mean of that step.
-    assert set(after.term_state) == {"smooth", "across"}
+    assert set(after.term_state) == {"smooth", "average"}
     assert np.abs(after.term_state["smooth"]["centre"]).max() > 1e-3
 
 
 def test_parameters_of_terms_are_sharded_averaged_and_counted():
     _, state, gradient = run()
     for tree in (state.params, state.ema_params, gradient):
-        assert set(tree["terms"]) == {"smooth", "across"}
+        assert set(tree["terms"]) == {"smooth", "average"}
         assert set(tree["terms"]["smooth"]["map"]) == {"kernel", "bias"}
-    assert np.abs(gradient["terms"]["across"]["map"]["bias"]).max() > 0
+    assert np.abs(gradient["terms"]["average"]["map"]["bias"]).max() > 0
     shapes = forward.Forward(grain.GRAIN(config().model), config()).init
     boxed = jax.eval_shape(shapes)["terms"]["smooth"]["map"]["kernel"]
     assert boxed.names == ("width", "vector")
     with_terms, without = (flops.per_image(c) for c in (config(), tiny.config(**TWO)))
     assert with_terms.image == without.image and with_terms.terms > without.image  # a second view
-    assert with_terms.train > without.train + 2 * with_terms.terms
+    assert with_terms.train > without.train + with_terms.terms
 
 
 def test_a_fresh_state_does_not_depend_on_the_terms():
@@ -235,12 +222,25 @@ def test_a_term_without_parameters_leaves_the_tree_as_it_is():
     assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
 
 
-def test_a_group_must_divide_the_images_of_a_device():
-    c = tiny.dictionary(microbatches=2)
-    c.loss.terms.smooth = {"term": f"{__name__}:Smooth", "weight": 1.0, "group": 16}
-    c = config_lib.from_dict(c)
-    mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
-    with pytest.raises(errors.UserError, match="smooth.group: got 16, expected a divisor of the 8"):
-        train_step.build(c, mesh, total_steps=4, steps_per_epoch=1)
-    # Nor is such a number of micro-batches advised where memory is short.
-    assert [n for n in (1, 2, 4) if memory_check._valid(c, mesh, microbatches=n)] == [1]
+def test_an_average_in_the_state_follows_the_parameters_and_is_sharded_as_they_are():
+    _, state, _ = run()
+    c = config()
+    program = train_step.build(
+        c, sharding.make_mesh(c.mesh, jax.devices()[:1]), total_steps=10, steps_per_epoch=1
+    )
+    first = first_state(program)
+    one = state.term_state["average"]
+    assert one["steps"] == 2
+    assert set(one["average"].term) == {"map"} and "terms" not in one["average"].model
+    # After two steps: 9/16 of the first, 3/16 of those after one step, 1/4 of the last; of a frozen part all are equal.
+    last, before = grain.flat(state.params), grain.flat(first.params)
+    for name, x in grain.flat(one["average"].model).items():
+        low, high = np.minimum(last[name], before[name]), np.maximum(last[name], before[name])
+        assert (x >= low - 3e-3).all() and (x <= high + 3e-3).all(), name
+    mesh = sharding.make_mesh(config((1, 8, 1)).mesh, jax.devices())
+    program = train_step.build(config((1, 8, 1)), mesh, total_steps=10, steps_per_epoch=1)
+    own, copied = program.shardings.params, program.shardings.term_state["average"]["average"]
+    assert grain.flat(copied.model).items() <= grain.flat(own).items()
+    assert copied.term == own["terms"]["average"]
+    again = jax.device_get(jax.eval_shape(program.term_state, program.state.params))
+    jax.tree.map(lambda a, b: a.shape == b.shape or 1 / 0, again, program.state.term_state)

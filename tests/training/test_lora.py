@@ -27,12 +27,11 @@ UNLIKE = dict(
 # Two towers compile and trace sooner.
 TWO = dict(model__decoder=None, model__image__pool="mean", input__max_regions=0)
 BOTH = "(image|text)/blocks/(attention|mlp)/(query|key|value|out|in)"
-# With the options of DINOv3 and PE-core: a gated MLP, rotary positions, registers, layer scale.
+# With the options of DINOv3: a gated MLP, rotary positions, registers, layer scale.
 ROTARY = dict(
     model__image__mlp="gated",
     model__image__activation="silu",
-    model__image__rope="grid",
-    model__image__rope_grid=3,
+    model__image__rope="centres",
     model__image__registers=2,
     model__image__layer_scale=True,
     model__image__key_bias=False,
