@@ -1,6 +1,7 @@
 """Uses a trained decoder: captions of images, and a box for a phrase, by the most probable token each time."""
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class Writer:
         state = epath.Path(predictor.folder or "") / "state"
         if not state.exists():
             raise errors.UserError(f"{predictor!r}: expected the model of a training run")
-        config = config_lib.from_dict(checkpoint_files.read_json(state.parent, "config"))
+        run = state.parent.parent.parent  # RUN/checkpoints/STEP/state
+        config = config_lib.from_dict(json.loads((run / "config.json").read_text()))
         entries = total.local_entries(config.loss)
         name = next((name for name, entry in entries.items() if entry.cls is term.Words), None)
         if name is None:
