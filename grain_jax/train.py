@@ -354,10 +354,10 @@ class Records:
                 run.total_steps,
                 config.batch_size,
                 peak_flops=peak and peak * jax.device_count(),
+                flops_per_image=flops.per_image(config).train,
                 config=config,
                 terms={term.metric: term.short for term in terms},
             )
-            self._log.flops_per_image = flops.per_image(config).train
         stored = None
         if start_step:
             stored = checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")

@@ -13,6 +13,7 @@ from grain_jax.core import schema
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import matching
+from grain_jax.losses.shard import iou_epsilon
 
 
 def image_tower() -> Iterator[Comparison]:
@@ -51,7 +52,10 @@ def matched() -> Iterator[Comparison]:
     inputs = batch(arrays["inputs/boxes"], packed=False)
     layers = outputs()["pred_boxes"]
     cost_of = functools.partial(
-        matching.cost_matrix, l1=c.match_l1, giou=c.match_giou, iou_epsilon=c.iou_epsilon
+        matching.cost_matrix,
+        l1=c.match_l1,
+        giou=c.match_giou,
+        iou_epsilon=iou_epsilon(reference=True),
     )
     cost = cost_of(layers[-1], inputs.region_boxes_cxcywh)
     counts = inputs.region_mask.sum(axis=1)

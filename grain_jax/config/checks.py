@@ -86,8 +86,6 @@ def _of_model(model: Model) -> Iterator[str]:
             yield f"model.{name}.heads: got {tower.heads}, must divide width {tower.width}"
     if is_vit and image.width % image.heads == 0:
         yield from _positions(image)
-    if image.pool == "map" and image.pool_heads and image.width % image.pool_heads:
-        yield f"model.image.pool_heads: got {image.pool_heads}, must divide width {image.width}"
     for name, tower in (("image", image), ("text", text)):
         to_joint_space = name == "text" or decoder is None
         if to_joint_space and tower.projection == "none" and model.embed_dim != tower.width:

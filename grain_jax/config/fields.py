@@ -128,7 +128,7 @@ class ImageTower:
     # "normal" (0.02) or "sincos2d"; the positions are learned either way.
     position_init: str = key("normal", choices=("normal", "sincos2d"))
     position_period: float = key(1e4, low=1)  # of sincos2d: longest wave / shortest wave
-    # "trunc_normal" (0.02, zero biases) or "torch" (as the reference, quirk 13).
+    # "trunc_normal" (0.02, zero biases), or "torch", which narrow towers want.
     block_init: str = key("trunc_normal", choices=("trunc_normal", "torch"))
     # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU). 0: all of up to 24 where a
     # Pallas kernel writes what the backward pass keeps, since a loop would copy it, and mesh.fsdp is 1; else 1.
@@ -151,8 +151,6 @@ class ImageTower:
     # How tokens become one vector where there is no decoder: "class" (the class token), "map" (attention
     # pooling) or "mean". "none" where there is a decoder.
     pool: str = key("none", choices=IMAGE_POOLS)
-    pool_heads: int = count(0, high=WIDEST)  # of pool=map; 0: heads
-    pool_mlp_dim: int = count(0, high=4 * WIDEST)  # of pool=map; 0: mlp_dim
     # Share of the patches that training sees, drawn anew for each image and step. Evaluations and exports see all.
     keep: float = key(1.0, low=0.01, high=1)
     # To the joint space: "matrix", "affine" (with a bias) or "none".
@@ -392,10 +390,7 @@ class Loss:
     match_giou: float = key(2.0)  # weight of -GIoU in the matching cost
     # Weight of -cosine(region, description) in the matching cost.
     match_description: float = key(0.0)
-    iou_epsilon: float = key(0.0)  # added to the union in the IoU (reference: 1e-4, quirk 15)
     deep_supervision: bool = key(False)  # adds the box loss of the earlier decoder layers
-    # Quirk 1 of the reference: a box without area moves the labels of the boxes after it.
-    shift_labels_after_empty_box: bool = key(False)
     # Rows and columns of a tile of similarities (losses/streaming.py); no effect on the result.
     tile: int = count(1024, low=1, role="free")
     # Neighbouring devices that gather their columns before these go round the ring; no effect but on rounding.
@@ -443,15 +438,11 @@ class Optim:
     end_learning_rate: float = key(1e-5)  # learning rate of the last step
     warmup_steps: int | None = count(None)  # set this or warmup_epochs
     warmup_epochs: float | None = key(None, low=0)  # set this or warmup_steps
-    # "cosine" after the warm-up; "reference": quirk 12.
-    schedule: str = key("cosine", choices=("cosine", "reference"))
     b1: float = key(0.9)  # decay of the first moment of AdamW
     b2: float = key(0.98)  # decay of the second moment of AdamW
     eps: float = key(1e-8)  # epsilon of AdamW
     moment_dtype: str = key("float32", choices=DTYPES)  # of the first moment; "bfloat16" halves it
     weight_decay: float = key(0.1)  # of AdamW, times the learning rate
-    # What decays: "matrices", or the parameters of the "reference" (quirk 7).
-    decay_groups: str = key("matrices", choices=("matrices", "reference"))
     clip_norm: float = key(0.0, low=0)  # largest global norm of the gradients; 0 = off
     # Regular expressions of parameters that are never updated (LiT).
     frozen: tuple[str, ...] = key(())
@@ -532,6 +523,8 @@ class Config:
     text: Text = key(Text, role="numbers")
     loss: Loss = key(Loss, role="numbers")
     optim: Optim = key(Optim, role="numbers")
+    # Whether losses, weight decay and learning rate are the PyTorch reference's (quirks 1, 7, 12 and 15).
+    reference: bool = key(False, role="numbers")
     mesh: Mesh = key(Mesh, role="free")
     # Logical axis of a parameter -> mesh axis. Exhaustive: an axis in no row is an error.
     sharding: tuple[tuple[str, str | None], ...] = key(

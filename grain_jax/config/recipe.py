@@ -207,10 +207,7 @@ def reference_behaviour(c: Keys) -> Keys:
     c.text.packing = False
     c.loss.group_size = 128
     c.loss.mask_duplicates = False
-    c.loss.shift_labels_after_empty_box = True
     c.loss.box = 1.5
-    c.loss.iou_epsilon = 1e-4
-    c.optim.decay_groups = "reference"
-    c.optim.schedule = "reference"
     c.model.image.block_init = "torch"
+    c.reference = True
     return c

@@ -68,11 +68,8 @@ def state_of_step_0(
         say(line)
     params = _replace(state.params, program.shardings.params, loaded.params)
     average = _replace(state.ema_params, program.shardings.ema_params, loaded.params)
-    state = state._replace(params=params, ema_params=average)
-    if config.teacher.kind == "ema":
-        same = _replace(state.teacher, program.shardings.teacher, loaded.params)
-        state = state._replace(teacher=same)
-    return state
+    # Local terms may copy parameters into their state.
+    return state._replace(params=params, ema_params=average, term_state=program.term_state(params))
 
 
 def resize_image_positions(

@@ -1,13 +1,12 @@
-"""The shared parts of the HTML pages, which are self-contained files: frame, tables, charts and images.
+"""The shared parts of the HTML pages, which are self-contained files: frame, tables and images.
 
-`grain_jax.report` and `grain-jax inspect` write their pages with it. Imports neither JAX nor numpy. Charts are drawn in the
-browser by charts.js, whose colours are the page's and suit light and dark.
+`grain_jax.report` and `grain-jax inspect` write their pages with it. Imports neither JAX nor numpy.
 """
 
 import base64
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ REGION_COLOURS = (
 )  # fmt: skip
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _HERE = epath.Path(__file__).parent
-_STYLES, _SCRIPTS = ("base.css",), ("elements.js", "charts.js")
+_STYLES, _SCRIPTS = ("base.css",), ("elements.js",)
 
 
 class Section(NamedTuple):
@@ -108,30 +107,6 @@ def table(
         f'<div class="scroll"><table class="{table_class}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def histogram(bars: Sequence[tuple[str, str, int]], what: str) -> str:
-    """Bars from left to right.
-
-    Args:
-      bars: (label below the bar, what it counts, count) of each; labels that find no room are left out.
-      what: said to those who cannot see it.
-    """
-    return _chart({"kind": "histogram", "bars": bars, "what": what})
-
-
-def heat_map(cells: Sequence[Sequence[float]], what: str, *, from_below: bool = False) -> str:
-    """A square of cells in [0, 1], the darker the larger; the first row on top, or at the bottom."""
-    return _chart({"kind": "heat map", "cells": cells, "what": what, "fromBelow": from_below})
-
-
-def _chart(spec: Mapping[str, Any]) -> str:
-    return f'<div data-chart="{escape(json.dumps(spec, allow_nan=False))}"></div>'
-
-
-def figure(title: str, chart: str, caption: str) -> str:
-    """A chart with its title and caption, all HTML."""
-    return f"<figure><h3>{title}</h3>{chart}<figcaption>{caption}</figcaption></figure>"
 
 
 def data_uri(image: PIL.Image.Image, *, quality: int = 82, whole_colour: bool = False) -> str:

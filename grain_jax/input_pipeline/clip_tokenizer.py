@@ -15,7 +15,6 @@ from etils import epath
 
 from grain_jax.input_pipeline.text_cleaning import (
     BaseTokenizer,
-    Specials,
     Texts,
     TokenizerError,
     clean_all,
@@ -104,8 +103,7 @@ class ClipTokenizer(BaseTokenizer):
         whole = b"".join(pieces[i] for i in self._text_ids_of(ids))
         return whole.decode("utf-8", "replace").strip()
 
-    def _find_specials(self) -> Specials:
-        return Specials(1, 1, (START_OF_TEXT, END_OF_TEXT))
+    special_ids = (START_OF_TEXT, END_OF_TEXT)
 
     def _spell(self, text: str, most: int) -> list[int]:
         ids = [START_OF_TEXT]

@@ -1,6 +1,7 @@
 """Tokenizers in files: Hugging Face's tokenizer.json and SentencePiece's .model."""
 
 import contextlib
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,6 @@ from etils import epath
 from grain_jax.core import regular_file
 from grain_jax.input_pipeline.text_cleaning import (
     BaseTokenizer,
-    Specials,
     Texts,
     TokenizerError,
     clean_all,
@@ -107,9 +107,11 @@ class FileTokenizer(BaseTokenizer):
             text_ids=text_ids(cleaned),
         )
 
-    def _find_specials(self) -> Specials:
+    @functools.cached_property
+    def special_ids(self) -> tuple[int, ...]:
+        """As of `BaseTokenizer`."""
         with _a_line(self._path, "fails on a text"):
-            return self._functions.specials()
+            return self._functions.special_ids()
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `BaseTokenizer.decode`, by the library of the file."""
@@ -124,7 +126,7 @@ class _FileFunctions(NamedTuple):
     ids: Callable[[list[str], int], list[list[int]]]  # texts, most tokens a text -> ids of each
     vocab_size: int  # the highest id + 1
     decode: Callable[[list[int]], str]
-    specials: Callable[[], Specials]
+    special_ids: Callable[[], tuple[int, ...]]
 
 
 def _tokenizer_json(path: epath.Path, content: bytes) -> _FileFunctions:
@@ -150,16 +152,13 @@ def _tokenizer_json(path: epath.Path, content: bytes) -> _FileFunctions:
             library.enable_truncation(context_length)
             return [encoding.ids for encoding in library.encode_batch(texts)]
 
-    def specials() -> Specials:
+    def special_ids() -> tuple[int, ...]:
         a_text, added = library.encode("a"), library.get_added_tokens_decoder()
-        is_special = a_text.special_tokens_mask
         ids = {i for i, token in added.items() if token.special}
-        ids |= {i for i, special in zip(a_text.ids, is_special) if special}
-        words = [place for place, special in enumerate(is_special) if not special]
-        first, last = (words[0], words[-1]) if words else (0, -1)
-        return Specials(first, len(is_special) - 1 - last, tuple(sorted(ids)))
+        ids |= {i for i, special in zip(a_text.ids, a_text.special_tokens_mask) if special}
+        return tuple(sorted(ids))
 
-    return _FileFunctions(ids, count, library.decode, specials)
+    return _FileFunctions(ids, count, library.decode, special_ids)
 
 
 def _growth(normalizer: _Normalizer | None) -> float:
@@ -220,12 +219,12 @@ def _sentencepiece(path: epath.Path, content: bytes) -> _FileFunctions:
         with _a_line(path, "fails on a text"):
             return [[*pieces[: context_length - 1], end] for pieces in library.encode(texts)]
 
-    def specials() -> Specials:
+    def special_ids() -> tuple[int, ...]:
         kinds = library.is_control, library.is_unknown, library.is_unused
         every = range(library.vocab_size())
-        return Specials(0, 1, tuple(i for i in every if any(is_one(i) for is_one in kinds)))
+        return tuple(i for i in every if any(is_one(i) for is_one in kinds))
 
-    return _FileFunctions(ids, library.vocab_size(), library.decode, specials)
+    return _FileFunctions(ids, library.vocab_size(), library.decode, special_ids)
 
 
 def _fields(message: bytes, number: int) -> Iterator[bytes]:

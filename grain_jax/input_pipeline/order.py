@@ -95,10 +95,10 @@ class Lane:
 class MixedLane:
     """The endless stream of a lane over several sets, each in its own order, mixed by weight.
 
-    Of the first p records, floor(share * p + phase) are of the heaviest set. The next heaviest divides the rest in
+    Of the first p records, floor(share * p + offset) are of the heaviest set. The next heaviest divides the rest in
     the same way, and so on, so the position in each set at p takes one division per set. Among n consecutive
     records a set has share * n, with an error below 1 record for two sets, below 2 for three, below
-    1 + (1 + 1/2 + ... + 1/(k - 2)) for k. The phases of a set are spread evenly over the lanes, each set starting
+    1 + (1 + 1/2 + ... + 1/(k - 2)) for k. The offsets of a set are spread evenly over the lanes, each set starting
     at another lane, so that most of these errors cancel in a global batch.
 
     Args:
@@ -121,16 +121,16 @@ class MixedLane:
             below = share.denominator * lanes
             key = hash_key(seed, len(exact), i)
             turn = int(permutation(key, lanes)[self.index])
-            phase = int(key[0]) + turn * share.denominator
-            self._splits.append((i, share.numerator * lanes, phase % below, below))
+            offset = int(key[0]) + turn * share.denominator
+            self._splits.append((i, share.numerator * lanes, offset % below, below))
             left -= exact[i]
 
     def positions(self, position: int) -> list[int]:
         """The position in the stream of each set at the position of the lane."""
         at = [0] * len(self.streams)
         left = position
-        for i, above, phase, below in self._splits:
-            at[i] = (above * left + phase) // below
+        for i, above, offset, below in self._splits:
+            at[i] = (above * left + offset) // below
             left -= at[i]
         at[self._last] = left
         return at

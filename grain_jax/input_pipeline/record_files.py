@@ -94,12 +94,6 @@ def _find(source: Dataset) -> RecordSet:
     return RecordSet(source, directory, split_shards, has_negatives, written)
 
 
-def notes_of_build(directory: epath.Path) -> dict[str, Any]:
-    """What grain-jax build notes of a set; {} where nothing is noted. Raises FileError: it is damaged."""
-    path = directory / "metadata.json"
-    return regular_file.read_json(path, dict, "notes of a build") if path.exists() else {}
-
-
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
     """What TFDS reads of the set in a folder.
 

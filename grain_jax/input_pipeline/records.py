@@ -217,7 +217,7 @@ def _dataset(
     def together(*parts):
         return tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
 
-    dataset = tf.data.Dataset.zip(*streams).map(together)
+    dataset = tf.data.Dataset.zip(tuple(streams)).map(together)
     dataset = dataset.unbatch().map(
         transform,
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,

@@ -28,14 +28,6 @@ class Texts(NamedTuple):
     text_ids: np.ndarray  # int32 [N], equal where the cleaned texts are equal
 
 
-class Specials(NamedTuple):
-    """The special tokens of a tokenizer."""
-
-    leading: int  # before a text
-    trailing: int  # after it
-    ids: tuple[int, ...]  # in order, those that stand for no text
-
-
 class BaseTokenizer(abc.ABC):
     """What the tokenizers share.
 
@@ -49,28 +41,10 @@ class BaseTokenizer(abc.ABC):
     pad_id = 0
     vocab_size: int
 
-    @abc.abstractmethod
-    def _find_specials(self) -> Specials:
-        """Its special tokens."""
-
     @functools.cached_property
-    def _specials(self) -> Specials:
-        return self._find_specials()
-
-    @property
-    def leading_specials(self) -> int:
-        """Special tokens before a text."""
-        return self._specials.leading
-
-    @property
-    def trailing_specials(self) -> int:
-        """Special tokens after a text."""
-        return self._specials.trailing
-
-    @property
+    @abc.abstractmethod
     def special_ids(self) -> tuple[int, ...]:
         """In order, the ids that stand for no text."""
-        return self._specials.ids
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from grain_jax.losses import boxes, matching
-from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput, match_regions
+from grain_jax.losses.shard import (
+    GroupMean,
+    Mean,
+    Shard,
+    TermOutput,
+    iou_epsilon,
+    match_regions,
+)
 
 
 def box(shard: Shard) -> TermOutput:
@@ -18,7 +25,7 @@ def box(shard: Shard) -> TermOutput:
     loss, iou = _l1_and_giou(outputs.pred_boxes_cxcywh[-1], shard, shard.match)
     if config.deep_supervision:
         for pred in outputs.pred_boxes_cxcywh[:-1]:
-            match = match_regions(pred, outputs, targets, config)
+            match = match_regions(pred, outputs, targets, config, shard.reference)
             loss += _l1_and_giou(pred, shard, match)[0]
     sum_of_group = lambda x: shard.layout.per_group(x).sum((1, 2)).astype(jnp.float32)
     match = shard.match
@@ -41,7 +48,7 @@ def _l1_and_giou(pred_boxes_cxcywh, shard: Shard, match: matching.Match):
     pred = jnp.take_along_axis(pred_boxes_cxcywh, match.query_index[..., None], axis=1)  # [b, R, 4]
     l1 = jnp.abs(pred - target).sum(-1)
     pred_xyxy, target_xyxy = map(boxes.cxcywh_to_xyxy, (pred, target))
-    giou = boxes.giou(pred_xyxy, target_xyxy, epsilon=shard.config.iou_epsilon)
+    giou = boxes.giou(pred_xyxy, target_xyxy, epsilon=iou_epsilon(shard.reference))
     iou, _ = boxes.iou_and_union(pred_xyxy, target_xyxy)
     at_matches = lambda x: jnp.where(match.valid, x, 0)
     return at_matches(l1 + 1 - giou), jax.lax.stop_gradient(at_matches(iou))

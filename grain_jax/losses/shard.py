@@ -65,6 +65,7 @@ class Shard(NamedTuple):
     match: matching.Match  # of the queries of the last decoder layer and the regions
     layout: Layout
     config: Loss
+    reference: bool = False  # `config.reference` of the run
 
     @property
     def embedded(self) -> Bool[Array, "b R"]:
@@ -79,12 +80,22 @@ class Term(Protocol):
 
 
 def make_shard(
-    outputs: schema.Outputs, batch: schema.Batch, *, config: Loss, layout: Layout
+    outputs: schema.Outputs,
+    batch: schema.Batch,
+    *,
+    config: Loss,
+    layout: Layout,
+    reference: bool = False,
 ) -> Shard:
     """The images of this device with their targets, matched."""
-    targets = _targets(batch, config, layout)
-    match = match_regions(outputs.pred_boxes_cxcywh[-1], outputs, targets, config)
-    return Shard(outputs, batch, targets, match, layout, config)
+    targets = _targets(batch, config, layout, reference)
+    match = match_regions(outputs.pred_boxes_cxcywh[-1], outputs, targets, config, reference)
+    return Shard(outputs, batch, targets, match, layout, config, reference)
+
+
+def iou_epsilon(reference: bool) -> float:
+    """What is added to the union in the IoU (quirk 15)."""
+    return 1e-4 if reference else 0.0
 
 
 def match_regions(
@@ -92,6 +103,7 @@ def match_regions(
     outputs: schema.Outputs,
     targets: Targets,
     config: Loss,
+    reference: bool = False,
 ) -> matching.Match:
     """The matching of the queries with these boxes and the regions (docs/method.md, Losses)."""
     with jax.named_scope("matching"):
@@ -103,22 +115,22 @@ def match_regions(
             targets.boxes_cxcywh,
             l1=config.match_l1,
             giou=config.match_giou,
-            iou_epsilon=config.iou_epsilon,
+            iou_epsilon=iou_epsilon(reference),
             description=config.match_description,
             cosine=cosine,
         )
         return matching.match(cost, targets.box_mask)
 
 
-def _targets(batch: schema.Batch, config: Loss, layout: Layout) -> Targets:
+def _targets(batch: schema.Batch, config: Loss, layout: Layout, reference: bool) -> Targets:
     target = batch.region_boxes_cxcywh
     # A box without area (after clipping) is no target.
     box_mask = batch.region_mask & (target[..., 2:] > 0).all(-1)
     description_mask = box_mask
     label_slot = jnp.broadcast_to(jnp.arange(target.shape[1]), box_mask.shape)
-    if config.shift_labels_after_empty_box:
-        # DIFFERS by default: the reference drops the box but keeps its description, so that the labels
-        # of the image's later boxes fall on the descriptions before theirs (quirk 1).
+    if reference:
+        # It drops the box but keeps its description, so that the labels of the image's later boxes fall on the
+        # descriptions before theirs (quirk 1).
         description_mask = batch.region_mask
         slots_of_texts = jnp.argsort(~description_mask, axis=1, stable=True)
         rank = jnp.maximum(jnp.cumsum(box_mask, axis=1) - 1, 0)

@@ -137,6 +137,7 @@ def total_loss(
     batch: schema.Batch,
     config: Loss,
     *,
+    reference: bool = False,
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = (),
 ) -> Losses:
@@ -146,6 +147,7 @@ def total_loss(
       outputs: of the model.
       batch: what the outputs are for.
       config: weights and switches.
+      reference: `config.reference` of the run.
       mesh: its devices share the work, or None for one device.
       batch_axes: the mesh axes, its first ones, that the leading axes of batch and outputs are sharded over.
 
@@ -170,7 +172,9 @@ def total_loss(
         loss_mesh = Mesh(devices, (*axes, "rest"))
         layout = layout.on(devices, config.precision)
     of_shard = functools.partial(
-        _outputs_of_shard, terms=[term for term, _ in terms], config=config, layout=layout
+        _outputs_of_shard,
+        terms=[term for term, _ in terms],
+        **dict(config=config, layout=layout, reference=reference),
     )
     if loss_mesh is None:
         found = of_shard(outputs, batch)
@@ -207,11 +211,11 @@ def _outputs_of_shard(
     batch: schema.Batch,
     *,
     terms: list[LossTerm],
-    config: Loss,
     layout: Layout,
+    **of_run: Any,
 ) -> dict[str, TermOutput]:
     """What each term gives on the images of one device, with a leading axis that `shard_map` joins."""
-    shard = make_shard(outputs, batch, config=config, layout=layout)
+    shard = make_shard(outputs, batch, layout=layout, **of_run)
     found = {}
     for term in terms:
         with jax.named_scope(term.name):

@@ -59,8 +59,7 @@ class GRAIN(nn.Module):
             self.region_projection = project(c.decoder.width, "matrix")
         else:
             if c.image.pool == "map":
-                sizes = c.image.pool_heads, c.image.pool_mlp_dim
-                self.image_pool = layers.AttentionPool(c.image, dtype, *sizes)
+                self.image_pool = layers.AttentionPool(c.image, dtype)
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
         if c.boxes.kind != "none":

@@ -530,8 +530,6 @@ class AttentionPool(nn.Module):
 
     tower: ImageTower | TextTower  # whose width, heads, MLP, activation and norm are the pool's
     dtype: np.dtype
-    heads: int = 0  # 0: the tower's
-    mlp_dim: int = 0  # 0: the tower's
 
     @nn.compact
     def __call__(
@@ -549,13 +547,12 @@ class AttentionPool(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
-        heads, mlp_dim = self.heads or t.heads, self.mlp_dim or t.mlp_dim
-        attend = Attention(t.width, heads, self.dtype, xavier, xavier, name="attention")
+        attend = Attention(t.width, t.heads, self.dtype, xavier, xavier, name="attention")
         x = attend(probe, x, x, mask)
         if read is not None:
             x = read(x)
         y = LayerNorm(t.norm_eps, name="norm")(x)
-        mlp = MLP(t.width, mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
+        mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
         x = x + mlp(y)
         return x[:, 0] if read is None else x
 

@@ -31,14 +31,14 @@ _EMBEDDINGS = re.compile(
 )
 
 
-def decay_mask(params, groups: str):
+def decay_mask(params, reference: bool = False):
     """True for each parameter that weight decay applies to.
 
     Args:
       params: the parameter tree.
-      groups: "matrices" (`kernel`, `NAME_kernel`, factors of LoRA) or "reference" (quirk 7).
+      reference: whether these are the reference's (quirk 7), not matrices (`kernel`, `NAME_kernel`, factors of LoRA).
     """
-    pattern = {"matrices": MATRICES_DECAY, "reference": REFERENCE_DECAY}[groups]
+    pattern = REFERENCE_DECAY if reference else MATRICES_DECAY
     matches = lambda path, _: pattern.fullmatch(_name(path)) is not None
     return jax.tree_util.tree_map_with_path(matches, params)
 
@@ -115,7 +115,9 @@ def layer_scales(params, decay: float):
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
+def learning_rate(
+    config: Optim, *, total_steps: int, steps_per_epoch: float, reference: bool = False
+) -> optax.Schedule:
     """The learning rate of each step, float32 [].
 
     Linear from `warmup_init` to `learning_rate`, then a cosine to `end_learning_rate` at the last step. The
@@ -127,7 +129,7 @@ def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) ->
         warmup = round((config.warmup_epochs or 0) * steps_per_epoch)
     warmup = min(warmup, total_steps)
     peak, end = config.learning_rate, config.end_learning_rate
-    early = 1 if config.schedule == "reference" else 0
+    early = int(reference)
     span = total_steps - warmup - 1 + early
 
     def schedule(step):
@@ -140,7 +142,9 @@ def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) ->
     return schedule
 
 
-def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+def optimizer(
+    config: Optim, schedule: optax.Schedule, reference: bool = False
+) -> optax.GradientTransformation:
     """Clipping by global norm (if on), Adam moments, decoupled decay, the schedule, layer-wise decay (if on).
 
     Frozen parameters have no moments and an update of zero. The learning rate, and with it layer-wise
@@ -151,7 +155,7 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
         clip,
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype),
         optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: decay_mask(params, config.decay_groups)
+            config.weight_decay, mask=lambda params: decay_mask(params, reference)
         ),
         optax.scale_by_learning_rate(schedule),
     )

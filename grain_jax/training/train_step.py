@@ -107,6 +107,7 @@ def loss_and_grads(
         losses_lib.total_loss,
         batch=batch,
         config=config.loss,
+        reference=config.reference,
         mesh=mesh,
         batch_axes=sharding.BATCH_AXES if mesh is not None else (),
     )
@@ -272,9 +273,13 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     sharding.check_batch(config, mesh)
     model = GRAIN(config.model, config.dtype, config.remat)
     schedule = optim.learning_rate(
-        config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+        config.optim,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        reference=config.reference,
     )
-    tx = optim.optimizer(dataclasses.replace(config.optim, frozen=config.frozen), schedule)
+    of_run = dataclasses.replace(config.optim, frozen=config.frozen)
+    tx = optim.optimizer(of_run, schedule, config.reference)
     init = functools.partial(init_state, model, config, tx)
     state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
     batch_sharding = sharding.batch_sharding(mesh)

@@ -189,20 +189,19 @@ def test_ids_are_decoded_as_the_libraries_do(json_file, model_file, tmp_path):
     theirs = tokenizers.Tokenizer.from_file(str(json_file))
     ids = theirs.encode("a photo of a wren").ids
     assert ours.decode(ids) == theirs.decode(ids[:-1]) == "a photo of a wren"
-    assert (ours.leading_specials, ours.trailing_specials, ours.special_ids) == (0, 1, (1,))
+    assert ours.special_ids == (1,)
     theirs.post_processor = processors.TemplateProcessing(
         single="<pad> $A </s> </s>", special_tokens=[("</s>", 1), ("<pad>", 0)]
     )
     theirs.add_special_tokens(["<unk>"])
     theirs.save(str(tmp_path / "tokenizer.json"))
     both = tokenizer.FileTokenizer(tmp_path / "tokenizer.json")
-    assert (both.leading_specials, both.trailing_specials, both.special_ids) == (1, 2, (0, 1, 2))
+    assert both.special_ids == (0, 1, 2)
     assert both.decode([0, 6, 2, 10, 1, 1]) == "wren beak"
     library = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     pieces = tokenizer.FileTokenizer(model_file, "canonical", pad_id=1)
     ids = library.encode("a photo of a wren")
     assert pieces.decode([*ids, 1, 1]) == library.decode(ids) == "a photo of a wren"
-    assert (pieces.leading_specials, pieces.trailing_specials) == (0, 1)
     assert pieces.special_ids == (0, 1, 2)
     with pytest.raises(tokenizer.TokenizerError, match="ids: got -1, expected 0 to 10"):
         ours.decode([-1])

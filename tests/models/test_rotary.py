@@ -179,13 +179,10 @@ def test_an_activation_that_open_clip_has_not_is_refused():
         ),
         ({"positions": False}, "model.image.positions: got False with model.image.rope=none"),
         ({"rope": "axial"}, "model.image.rope: got 'axial', expected one of none, centres"),
-        ({"pool": "map", "pool_heads": 3}, "model.image.pool_heads: got 3, must divide width 32"),
     ],
 )
 def test_configs_that_contradict_themselves(changes, message):
     c = tiny.dictionary()
-    if "pool" in changes:
-        c.model.decoder, c.input.max_regions = None, 0
     c.model.image.update(changes)
     with pytest.raises(config_lib.ConfigError) as error:
         config_lib.from_dict(c)

@@ -33,7 +33,7 @@ def _params(c):
 
 
 def test_matrices_alone_decay_by_default():
-    flat = grain.flat(optim.decay_mask(_params(tiny.config()), "matrices"))
+    flat = grain.flat(optim.decay_mask(_params(tiny.config())))
     for name, decays in flat.items():
         assert decays == name.endswith("/kernel"), name
     assert {"logit_scale", "image/class_token", "decoder/query_embed"} <= set(flat)
