@@ -27,7 +27,6 @@ def state_at(workdir, step):
     return read("params"), read("term_state")[NAME]
 
 
-@pytest.mark.usefixtures("no_curves")
 def test_the_teacher_is_an_average_that_survives_a_resume(tmp_path):
     c = tiny.small(**KEYS)
     train.train(c, tmp_path / "whole")
