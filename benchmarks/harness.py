@@ -21,7 +21,7 @@ def arguments(doc: str, **flags: Any) -> argparse.Namespace:
     Args:
       doc: docstring of the module, the text of --help.
       **flags: name -> default, whose type the values have: a list takes several, False is a switch, a type has no
-        default. A pair (default, keywords) adds keywords of `add_argument`. `command` is positional.
+        default. A pair (default, keywords) adds keywords of `add_argument`.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
@@ -35,8 +35,7 @@ def arguments(doc: str, **flags: Any) -> argparse.Namespace:
             options = dict(default=default, type=type(default[0]), nargs="+")
         else:
             options = dict(default=default, type=type(default))
-        flag = name if name == "command" else f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, **(options | more))
+        parser.add_argument(f"--{name.replace('_', '-')}", **(options | more))
     return parser.parse_args()
 
 
@@ -68,11 +67,10 @@ def machine(*packages: str, about: str = "") -> dict[str, Any]:
     return found
 
 
-def spread(seconds: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    """Median (least - most) of values times `scale`."""
-    median, least, most = (
-        f"{scale * x:.{digits}f}" for x in (statistics.median(seconds), min(seconds), max(seconds))
-    )
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median (least - most) of the values."""
+    shown = statistics.median(values), min(values), max(values)
+    median, least, most = (f"{x:.{digits}f}" for x in shown)
     return f"{median} ({least} - {most})"
 
 
@@ -81,13 +79,12 @@ class Table:
 
     Args:
       columns: key of a row -> format of its cells, alignment and width first (">12,.1f"). A string takes these two
-        alone; a list is printed as its `spread` with as many digits, or without digits as the texts that it holds.
-      scale: factor of the values of a list.
+        alone; a list is printed as its `spread` with as many digits.
     """
 
-    def __init__(self, columns: Mapping[str, str], scale: float = 1.0):
+    def __init__(self, columns: Mapping[str, str]):
         self.rows: list[dict[str, Any]] = []
-        self._columns, self._scale = columns, scale
+        self._columns = columns
         self._print({key: key.replace("_", " ") for key in columns})
 
     def add(self, **row: Any) -> None:
@@ -101,7 +98,7 @@ class Table:
             width, digits = re.fullmatch(r"([<>]?\d+)(?:.*\.(\d))?.*", given).groups()
             cell = row.get(key, "")
             if isinstance(cell, list):
-                cell = spread(cell, self._scale, int(digits)) if digits else ", ".join(cell)
+                cell = spread(cell, int(digits))
             cells.append(format(cell, width if isinstance(cell, str) else given))
         print(" ".join(cells).rstrip(), flush=True)
 
@@ -113,15 +110,6 @@ def write(path: epath.PathLike | None, content: Any) -> None:
 
 
 KEYS = {"total_steps": 1000, "optim.warmup_steps": 10, "input.lanes": 1}
-CONFIG_FILE = """
-from grain_jax.config.recipe import base
-
-
-def get_config():
-    c = base({!r})
-    c.update_from_flattened_dict({!r})
-    return c
-"""
 
 
 def config(size: str, changes: Mapping[str, Any]) -> Any:
@@ -132,10 +120,3 @@ def config(size: str, changes: Mapping[str, Any]) -> Any:
     values = recipe.base(size)
     values.update_from_flattened_dict(KEYS | dict(changes))
     return config_lib.from_dict(values)
-
-
-def config_file(folder: epath.Path, size: str, changes: Mapping[str, Any]) -> epath.Path:
-    """Such a recipe as a config file in the folder."""
-    file = folder / "my_config.py"
-    file.write_text(CONFIG_FILE.format(size, KEYS | dict(changes)))
-    return file

@@ -1,17 +1,12 @@
 """Compares our input pipeline with a torch DataLoader, in turns in one run, and our images with those of PIL.
 
-    python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--shapes] [--json OUT.json]
+    python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
 
 Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions, and builds
 records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of `records.batches`:
 read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
 and resize, and open_clip's tokenizer. Each side runs in its own process; a turn consumes the prefetched batches before
 its clock starts.
-
-With --shapes our pipeline alone: squares of 224 pixels, 196 patches, against images in their own shape with 196, and
-with 64, 144 or 256 by the step; of JPEGs with ratios from 1:4 to 4:1 and as many pixels, as they are, and stored as
-squares of 224 and by --fit inside at 448; images for a second of a core. And the padding of these images, and of
---pictures.
 """
 
 import os
@@ -31,7 +26,6 @@ from grain_jax.data import example
 STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
 AHEAD = 6  # batches that a side may prefetch while others run
 SETTLE_SECONDS = 1.5  # time to prefetch them
-QUIET_SECONDS = 0.02  # of processor time in SETTLE_SECONDS: nothing is prefetched any more
 PACKAGES = "tensorflow-cpu jax torch torchvision open_clip_torch pillow numpy".split()
 
 
@@ -57,30 +51,6 @@ def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
     from grain_jax.input_pipeline import records
 
     return {name: timed(records.batches(made.config(folder, name)), count)}
-
-
-def cpu_timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
-    """As `timed`, in seconds of processor time of `count` batches, whatever else runs on the machine."""
-    seconds: list[float] = []
-
-    def settle() -> None:
-        before = None
-        while before is None or time.process_time() > before + QUIET_SECONDS:
-            before = time.process_time()
-            time.sleep(SETTLE_SECONDS)
-
-    def turn() -> list[float]:
-        if not seconds:
-            next(batches)  # starts the pipeline
-            settle()
-        began = time.process_time()
-        for _ in range(count):
-            next(batches)
-        settle()  # as many are prefetched as were taken
-        seconds.append(time.process_time() - began)
-        return seconds
-
-    return turn
 
 
 def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
@@ -147,32 +117,6 @@ def throughput(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
     return table.rows
 
 
-def shapes(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
-    """Times squares and images in their own shape, prints their table and returns its rows."""
-    from grain_jax.input_pipeline import records
-
-    squares = (made.SIZE // made.PATCH) ** 2
-    sides = {}
-    for name in made.OF_SHAPES:
-        for lengths in ((), (squares,), (64, 144, 256)):
-            if not lengths or name != "square":
-                config = made.config(folder, name, lengths)
-                words = " or ".join(map(str, lengths)) or "squares"
-                sides[f"{name} {words}"] = cpu_timed(records.batches(config), batches)
-    timings = stopwatch.in_turns(sides, turns)
-    columns = dict(pipeline="32", images_per_core_second=">24.0f")
-    table = harness.Table(columns | dict(of_full_size_squares=">22.2f"))
-    rates = {
-        side: [batches * made.BATCH / seconds for seconds in timing.value[1:]]
-        for side, timing in timings.items()
-    }
-    base = statistics.median(rates["full_size squares"])
-    for side, values in rates.items():
-        ratio = statistics.median(values) / base
-        table.add(pipeline=side, images_per_core_second=values, of_full_size_squares=ratio)
-    return table.rows
-
-
 def main() -> None:
     """Makes the data, and prints throughput and quality."""
     args = harness.arguments(
@@ -181,7 +125,6 @@ def main() -> None:
         batches=(20, dict(help=f"of {made.BATCH} images, a turn")),
         turns=5,
         pictures=(epath.Path, dict(help="folder of real images, for the comparison with PIL")),
-        shapes=(False, dict(help="squares against images in their own shape")),
     )
     suffixes = (".jpg", ".jpeg", ".png")
     real: list[epath.Path] = []
@@ -193,11 +136,6 @@ def main() -> None:
     result: dict[str, Any] = dict(machine=harness.machine(*PACKAGES), batch=made.BATCH)
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
-        if args.shapes:
-            made.make(folder, args.count, of_shapes=True)
-            result["throughput"] = shapes(str(folder), args.batches, args.turns)
-            harness.write(args.json, result)
-            return
         made.make(folder, args.count)
         paths = sorted((folder / "images").glob("*.jpg"))
         result["bytes"] = round(statistics.mean(path.stat().length for path in paths))

@@ -13,7 +13,6 @@ from grain_jax import config as config_lib
 from grain_jax.data import build, parallel
 
 SIZE = 224
-PATCH = 16  # pixels
 HEIGHT, WIDTH = 375, 500  # of the JPEGs
 QUALITY = 80  # of the JPEGs: 55 KB each
 WORKERS = 2
@@ -23,12 +22,6 @@ SETS = {  # name: arguments of data.build
     "jpeg_224": ("--encoding=jpeg:95", f"--store-size={SIZE}"),
     "png_224": ("--encoding=png", f"--store-size={SIZE}"),
 }
-RATIO = 4.0  # of the images of shapes, from 1:RATIO to RATIO:1
-OF_SHAPES = {  # as SETS, of images of many shapes
-    "square": ("--encoding=jpeg:95", f"--store-size={SIZE}"),
-    "full_size": ("--encoding=original",),
-    "inside": ("--encoding=jpeg:95", "--store-size=448", "--fit=inside"),
-}
 WORDS = (
     "a the of with and on in small large red green blue yellow bright dark long short round curved wing beak tail"
     " feather bird dog car tree house window street river stone wooden metal striped spotted smooth shiny old new"
@@ -36,36 +29,23 @@ WORDS = (
 ).split()
 
 
-def size_of(number: int, of_shapes: bool) -> tuple[int, int]:
-    """Height and width of an image: the same for all, or of many ratios and as many pixels."""
-    if not of_shapes:
-        return HEIGHT, WIDTH
-    ratio = RATIO ** np.random.default_rng((2, number)).uniform(-1, 1)
-    area = HEIGHT * WIDTH
-    return round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
-
-
-def image(number: int, of_shapes: bool = False) -> PIL.Image.Image:
+def image(number: int) -> PIL.Image.Image:
     """Noise whose amplitude falls with frequency as 1/f^1.25, in correlated colours."""
     rng = np.random.default_rng(number)
-    height, width = size_of(number, of_shapes)
-    shape = (
-        -(-height // 128) * 128,
-        -(-width // 128) * 128,
-    )  # fast for the FFT; the image is a crop
+    shape = (384, 512)  # fast for the FFT; the image is a crop
     frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None] * shape[0], np.arange(shape[1] // 2 + 1))
     frequency[0, 0] = np.inf
     phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape), np.float32))
-    fields = np.fft.irfft2(frequency**-1.25 * phases, shape)[:, :height, :width]
+    fields = np.fft.irfft2(frequency**-1.25 * phases, shape)[:, :HEIGHT, :WIDTH]
     grey, red, blue = fields / fields.std(axis=(1, 2), keepdims=True)
     pixels = 118 + 50 * np.stack([grey + 0.3 * red, grey, grey + 0.3 * blue], axis=-1)
     return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def annotation(number: int, of_shapes: bool = False) -> dict[str, Any]:
+def annotation(number: int) -> dict[str, Any]:
     """A line of A.jsonl: captions of 8-18 words, 0-5 regions of 2-10."""
     rng = np.random.default_rng((1, number))
-    sides = size_of(number, of_shapes)[::-1]
+    sides = (WIDTH, HEIGHT)
     words = lambda least, most: " ".join(rng.choice(WORDS, rng.integers(least, most + 1)))
     corner = rng.uniform(0, 0.5, (5, 2)) * sides
     extent = rng.uniform(0.1, 0.5, (5, 2)) * sides
@@ -81,32 +61,29 @@ def annotation(number: int, of_shapes: bool = False) -> dict[str, Any]:
     }
 
 
-def _save_image(number: int, folder: str, of_shapes: bool) -> None:
+def _save_image(number: int, folder: str) -> None:
     with (epath.Path(folder) / f"{number:06d}.jpg").open("wb") as file:
-        image(number, of_shapes).save(file, "JPEG", quality=QUALITY)
+        image(number).save(file, "JPEG", quality=QUALITY)
 
 
-def make(folder: epath.Path, count: int, of_shapes: bool = False) -> None:
-    """Makes the images, `A.jsonl` and the records of all sets, SETS or OF_SHAPES, in `folder`."""
+def make(folder: epath.Path, count: int) -> None:
+    """Makes the images, `A.jsonl` and the records of all SETS in `folder`."""
     images, annotations = folder / "images", folder / "A.jsonl"
     images.mkdir(parents=True)
-    save = functools.partial(_save_image, folder=str(images), of_shapes=of_shapes)
+    save = functools.partial(_save_image, folder=str(images))
     for _ in parallel.ordered_map(save, range(count), workers=WORKERS):
         pass
-    lines = (annotation(number, of_shapes) for number in range(count))
+    lines = (annotation(number) for number in range(count))
     annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = [f"--annotations={annotations}", f"--images={images}", "--num-shards=16"]
     flags += [f"--output={folder / 'records'}"]
-    for name, more in (OF_SHAPES if of_shapes else SETS).items():
+    for name, more in SETS.items():
         if status := build.main([*flags, f"--name={name}", *more]):
             raise RuntimeError(f"data.build {name} ended with {status}")
 
 
-def config(
-    folder: epath.PathLike, name: str, sequence_lengths: tuple[int, ...] = ()
-) -> config_lib.Config:
+def config(folder: epath.PathLike, name: str) -> config_lib.Config:
     """The recipe on one of the sets."""
     keys = {"batch_size": BATCH, "text.pack_group": 16, "text.pack_rows": 10, "input.lanes": 4}
     records = str(epath.Path(folder) / "records")
-    keys |= {"input.data_dir": records, "input.name": name}
-    return harness.config("B/16", keys | {"input.sequence_lengths": sequence_lengths})
+    return harness.config("B/16", keys | {"input.data_dir": records, "input.name": name})

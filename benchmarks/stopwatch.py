@@ -1,7 +1,6 @@
 """Times sides of a comparison turn by turn, and checks that their values agree."""
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import sys
@@ -35,11 +34,6 @@ def _rounds(functions: Mapping[str, Callable[[], tuple[float, Any]]], turns: int
             seconds, value = function()
             out[name] = Timing(out[name].seconds + [seconds] * (turn > 0), value)
     return out
-
-
-def in_turns(functions: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, Timing]:
-    """Runs every function 1 + `turns` times, in turns, in this process; name -> `Timing`."""
-    return _rounds({name: functools.partial(_timed, f) for name, f in functions.items()}, turns)
 
 
 _variants: dict[str, Callable[[], Any]] = {}  # of the side that this process runs

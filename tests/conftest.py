@@ -97,7 +97,6 @@ QUICK = (
     "tests/test_quick.py",
     "tests/test_recipes.py::test_the_own_recipe_takes",
     "tests/test_recipes.py::test_every_family_of_towers_resolves",
-    "tests/test_recipes.py::test_the_claim_is_the_arm_that_won",
     "tests/cli/test_parser.py",
     "tests/convert/test_parity.py",
     "tests/data/test_aviary.py",

@@ -1,14 +1,16 @@
 """Very small models for conversions; `params` gives them weights of which every one counts."""
 
+from typing import Any
+
+import jax
+import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from benchmarks.random_weights import perturbed as params
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
+from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
-
-__all__ = ["params", "saved", "tiny", "write_words"]
 
 
 def tiny(**changes) -> config_lib.Model:
@@ -20,6 +22,40 @@ def tiny(**changes) -> config_lib.Model:
     c.decoder.update(width=36, depth=2, heads=3, mlp_dim=64, queries=3)
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config_lib.model_from_dict(c.to_dict())
+
+
+def params(model: config_lib.Model, seed: int = 0) -> Any:
+    """Random parameters as numpy arrays, without the zeros and ones of initial weights, which would hide errors.
+
+    Their scale keeps activations in bounds and makes texts and queries differ.
+    """
+    size, rows = model.image.image_size, np.zeros((1, 1, model.text.context_length), np.int32)
+
+    def everything(module, image):
+        embeds = module.encode_image(image), module.encode_text(rows, rows, rows, rows[0, :, :2])
+        bias = module.logit_bias if model.logit_bias_init is not None else 0
+        boxes = module.encode_boxes(image, np.zeros((1, 1, 4))) if model.boxes.kind != "none" else 0
+        return embeds, module.logit_scale, bias, boxes
+
+    image = np.zeros((1, size, size, 3), np.float32)
+    init = lambda key: grain.GRAIN(model).init(key, image, method=everything)
+    shapes = jax.eval_shape(init, jax.random.key(0))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), leaf.value.shape
+        noise = rng.standard_normal(shape, np.float32)
+        if name == "logit_scale":
+            return np.float32(2.5)
+        if name.endswith("/scale"):
+            return 1 + noise / 5
+        if name.endswith("/kernel"):
+            layer = shape[1:] if "/blocks/" in name else shape
+            inputs = np.prod(layer[:-1]) if name.endswith("out/kernel") else layer[0]
+            return noise / np.float32(np.sqrt(inputs))
+        return noise if name.endswith("query_embed") else noise / 5
+
+    return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=lambda x: hasattr(x, "value"))
 
 
 def saved(folder, **changes) -> str:

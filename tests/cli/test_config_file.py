@@ -64,7 +64,7 @@ def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
             "config",
             "no such file dmeo, and no config of the package has that name; did you mean demo?",
         ),
-        ("zzz", "config", "there are: "),
+        ("zzz", "config", "there are: clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
         ("common", "config", "no config of the package has that name"),
         ("learning_rates", "sweep", "did you mean learning_rate?"),
     ],

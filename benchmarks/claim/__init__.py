@@ -1,1 +1,0 @@
-"""The experiment of docs/claim.md: `python -m benchmarks.claim`, and `python -m benchmarks.claim.regions`."""

@@ -1,1 +1,0 @@
-"""Real pictures out of Debian packages: `python -m benchmarks.fetch fashion|gcompris --output DIR`."""

@@ -1,0 +1,176 @@
+"""examples/captioner: a run writes, the term learns by heart, and writing is greedy decoding."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import grain_jax
+from examples.captioner import __main__ as captioner
+from examples.captioner import config as captioner_config
+from examples.captioner import decoder as decoder_lib
+from examples.captioner import evaluator, term, writer
+from grain_jax import config as config_lib
+from grain_jax import train
+from grain_jax.core import images
+from grain_jax.losses import boxes as boxes_lib
+from tests import record_sets, tiny
+from tests.losses import fake
+
+# TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
+
+
+def test_sequences():
+    words = decoder_lib.Vocabulary(words=50, bins=10)
+    assert (words.caption, words.point, words.first_bin, words.size) == (50, 51, 52, 64)
+    text = jnp.array([[[7, 8, 9, 0, 0]]])
+    tokens, predicted = term.caption_sequences(words, text, jnp.array([[3]]))
+    assert tokens.tolist() == [[[50, 7, 8, 9, 0, 0]]]
+    assert predicted.tolist() == [[[True, True, True, False, False]]]
+    box = jnp.array([[[0.0, 0.25, 0.5, 1.0]]])
+    tokens, predicted = term.box_sequences(words, text, jnp.array([[3]]), box)
+    assert tokens[0, 0, :8].tolist() == [51, 7, 8, 9, 52, 54, 57, 61]
+    assert predicted[0, 0].tolist() == [False] * 3 + [True] * 4 + [False] * 2
+    assert not term.box_sequences(words, text, jnp.array([[0]]), box)[1].any()  # there is none
+    np.testing.assert_allclose(words.boxes_of(np.array([52, 54, 57, 61])), [0.05, 0.25, 0.55, 0.95])
+    # Texts of a packed batch, each with as many tokens as its last position says.
+    c = tiny.config()
+    batch = tiny.batch(c)
+    found, count = term.texts_at(batch, batch.description_at, 9)
+    group = np.arange(len(batch.image)) // (len(batch.image) // len(batch.text_tokens))
+    row, end = np.moveaxis(batch.description_at, -1, 0)
+    expected = batch.text_tokens[
+        group[:, None, None], row[..., None], end[..., None] - 6 + np.arange(7)
+    ]
+    np.testing.assert_array_equal(found[..., :7], expected)
+    assert (count == 7).all() and (term.texts_at(batch, batch.description_at, 6)[1] == 0).all()
+
+
+def test_what_follows_is_the_most_probable_token():
+    words = decoder_lib.Vocabulary(words=20, bins=6)
+    decoder = decoder_lib.TextDecoder(words, 16, 1, 2, 12, np.dtype("float32"))
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, 5, 24)).astype(np.float32)
+    start = np.array([[20, 3, 4], [21, 5, 0]], np.int32)
+    boxed = decoder.init(jax.random.key(0), start[:, None], image)["params"]
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.value.shape), boxed, is_leaf=lambda x: hasattr(x, "value")
+    )
+    lengths = np.array([3, 2], np.int32)
+    generate = functools.partial(writer.generate, decoder, count=4, low=2, high=20)
+    found = jax.jit(generate)(params, start, lengths, image)
+    whole = np.full((2, 1, 8), 9, np.int32)  # what comes behind the sequences does not count
+    for row, length, ids, tokens in zip(whole[:, 0], lengths, start, found):
+        row[: length + 4] = [*ids[:length], *tokens]
+    logits = jax.jit(lambda *x: decoder.apply({"params": x[0]}, *x[1:]))(params, whole, image)
+    for row, length, tokens in zip(logits[:, 0, :, 2:20], lengths, found):
+        np.testing.assert_array_equal(tokens, 2 + row.argmax(-1)[length - 1 : length + 3])
+
+
+def test_the_term_learns_captions_and_boxes_by_heart():
+    c = tiny.config(batch_size=8, model__text__vocab_size=400)
+    options = term.Options(
+        width=32, depth=1, heads=2, bins=8, phrases=1, caption_length=8, phrase_length=8
+    )
+    module, image = term.Words(options, c.model), np.random.default_rng(1).normal(size=(8, 5, 32))
+    real = np.ones_like(tiny.batch(c).caption_mask), np.arange(5) < np.ones((8, 1))
+    batch = tiny.batch(c)._replace(caption_mask=real[0], region_mask=real[1])
+    seen = fake.seen(c, leading=1)._replace(batch=batch, tokens=image.astype(np.float32))
+    params = nn.unbox(module.init(jax.random.key(0), seen)["params"])
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            found = module.apply({"params": params}, seen)
+            return found.loss.sum.sum() / found.loss.count.sum(), found
+
+        (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, found
+
+    state = optimizer.init(params)
+    for _ in range(150):
+        params, state, found = step(params, state)
+    assert found.loss.count.tolist() == [7.0 + 4.0] * 8  # the words of a caption, a box
+    assert {name: float(x.sum.sum() / x.count.sum()) for name, x in found.measures.items()} == dict(
+        caption=1, box=1
+    )
+    decoder = term.make_decoder(options, c.model)
+    words = decoder.vocabulary
+    write = functools.partial(writer.generate, decoder, params["decoder"])
+    captions, _ = term.texts_at(batch, batch.caption_at, 7)
+    start = np.full((8, 1), words.caption, np.int32)
+    got = write(start, np.ones(8, np.int32), seen.tokens[:, 1:], count=7, low=0, high=400)
+    np.testing.assert_array_equal(got, captions[:, 0])
+    phrases, _ = term.texts_at(batch, batch.description_at[:, :1], 7)
+    start = np.concatenate([np.full((8, 1), words.point), phrases[:, 0]], axis=1).astype(np.int32)
+    ends = dict(low=words.first_bin, high=words.first_bin + 8)
+    got = write(start, np.full(8, 8, np.int32), seen.tokens[:, 1:], count=4, **ends)
+    boxes = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh[:, 0])
+    np.testing.assert_array_equal(got, words.tokens_of(boxes))
+
+
+class Knowing:
+    """A writer that knows the annotations; of the last image it says nothing right."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def image_tokens(self, pictures):
+        return np.arange(len(pictures))
+
+    def captions(self, tokens):
+        said = [" and ".join(x["description"] for x in line["regions"]) for line in self.lines]
+        return [*said[:-1], said[0]]
+
+    def boxes(self, tokens, phrases):
+        found = []
+        for i, phrase in zip(tokens, phrases, strict=True):
+            box = {x["description"]: x["box"] for x in self.lines[i]["regions"]}.get(phrase)
+            found.append(np.array(box or [0, 0, 0, 0]) / (16, 12, 16, 12))
+        return np.array(found)
+
+
+def test_a_run_writes(tmp_path, monkeypatch):
+    lines = record_sets.write_annotations(tmp_path, 8)
+    assert record_sets.build_set(tmp_path, tmp_path / "records") == 0
+    tokenizer = captioner.make_tokenizer(captioner.texts_of(tmp_path / "A.jsonl"))
+    tokenizer.save(str(tmp_path / captioner_config.TOKENIZER))
+    c = tiny.dictionary(
+        **tiny.SHALLOW,
+        input__source="records",
+        input__data_dir=str(tmp_path / "records"),
+        input__name="tiny_set",
+        model__text__tokenizer=str(tmp_path / captioner_config.TOKENIZER),
+        model__text__vocab_size=tokenizer.get_vocab_size(),
+        model__text__end_id=captioner_config.SPECIALS.index("[END]"),
+        batch_size=8,
+        total_steps=1,
+        text__pack_group=1,
+        text__pack_rows=4,
+    )
+    c.loss.terms.words = {"term": "examples.captioner.term:Words", "weight": 3.0, "bins": 16}
+    train.train(config_lib.from_dict(c), tmp_path / "run")
+    predictor = grain_jax.load(tmp_path / "run")
+    words = writer.Writer(predictor)
+    tokens = words.image_tokens([images.load_image(tmp_path / line["image"]) for line in lines])
+    boxes = words.boxes(tokens, [line["synthetic_caption"] for line in lines])
+    assert ((boxes * 16) % 1 == 0.5).all() and ((0 < boxes) & (boxes < 1)).all()
+    captions = words.captions(tokens)
+    assert len(captions) == 8 and {*" ".join(captions).split()} <= tokenizer.get_vocab().keys()
+    described = [line for line in lines if line["regions"]]
+    monkeypatch.setattr(evaluator, "Writer", lambda _: Knowing(described))
+    measured = evaluator.Written(images=str(tmp_path), annotations=str(tmp_path / "A.jsonl"))
+    result = measured.evaluate(predictor)
+    assert (result["pictures"], result["phrases"]) == (len(described), 12) == (6, 12)
+    assert (result["phrase_iou"], result["phrase_acc50"]) == (pytest.approx(1), 1.0)
+    assert result["chance_phrase_acc50"] == 0.0
+    named = sum(len(line["regions"]) for line in described[:-1]) + len(described[0]["regions"])
+    assert result["parts_named"] == named / 6
+    assert result["parts_right"] == pytest.approx(9 / named)

@@ -1,0 +1,154 @@
+"""examples/claim: its points are the arms, rates and seeds of the design, and its table has the right intervals."""
+
+import itertools
+import json
+
+import numpy as np
+import scipy.stats
+
+from examples.claim import config, data, sweep, table
+from grain_jax.launch import sweep_runs
+from tests.paths import ROOT
+
+CONFIG = str(ROOT / "examples/claim/config.py")
+
+
+def test_the_points_are_arms_times_rates_times_seeds(tmp_path):
+    assert (len(sweep.ARMS), sweep.RATES, sweep.SEEDS) == (12, (5e-4, 1e-3), (0, 1, 2))
+    every = list(itertools.product(sweep.ARMS, sweep.RATES, sweep.SEEDS))
+    assert sorted(sweep.runs()) == sorted(every)
+    points = sweep_runs.load_points(ROOT / "examples/claim/sweep.py")
+    assert points == [run.point for run in sweep.runs()] and len(points) == 72
+    assert len(set(sweep_runs.name_points(points))) == 72
+    # The settings hold in each arm but for its own keys; one rate and seed of each arm stand for the others.
+    chosen = [sweep.Run(arm, 1e-3, 2) for arm in sweep.ARMS]
+    runs = sweep_runs.make_runs(CONFIG, (), [run.point for run in chosen], tmp_path)
+    found = {run.arm: made.config for run, made in zip(chosen, runs, strict=True)}
+    for c in found.values():
+        assert (c.total_steps, c.optim.warmup_steps, c.seed, c.optim.learning_rate) == (
+            500,
+            60,
+            2,
+            1e-3,
+        )
+        assert (c.model.decoder.queries, c.loss.image_caption) == (8, 1.0)
+    losses = {
+        arm: (c.loss.region_description, c.loss.box, c.loss.image_description)
+        for arm, c in found.items()
+    }
+    assert losses["grain"] == (1.0, 0.2, 0.0) and losses["grain_pooled"] == (1.0, 0.2, 1.0)
+    assert losses["clip_pooled"] == (0.0, 0.0, 1.0)
+    pools = {arm: c.model.decoder.image_pool for arm, c in found.items()}
+    assert {arm for arm, pool in pools.items() if pool == "all"} == {
+        "clip_pooled",
+        "grain_pooled",
+        "grain_boxes",
+    }
+    assert {arm for arm, c in found.items() if not c.input.max_regions} == {
+        "clip",
+        "clip_descriptions",
+        "clip_captions",
+    }
+    assert {arm for arm, c in found.items() if c.model.boxes.kind != "none"} == {"grain_boxes"}
+
+
+def result(unseen, seen=0.9, validation=0.5):
+    """Results of one run; the way "unit" is the best of validation, and the others score 0 on the test."""
+    row = {
+        f"eval/{way}_{split}/alpha_1.0/top1": 0.0 for way in config.WAYS for split in config.SPLITS
+    }
+    row |= {
+        "eval/unit_validation/alpha_1.0/top1": validation,
+        "eval/unit_test/alpha_1.0/top1": unseen,
+    }
+    row |= {"eval/seen_validation/alpha_1.0/top1": seen, "eval/seen_test/alpha_1.0/top1": seen}
+    row |= {"eval/unseen_test/alpha_0.5/top1": 0.75, "eval/retrieval/image_to_text/r1": 0.25}
+    row |= {"eval/retrieval/text_to_image/r1": 0.5, "eval/grounding/box_iou": 0.625}
+    return row | {"eval/grounding/region_to_description_r1": 0.125}
+
+
+def mean_and_interval(values, sign=""):
+    low, high = scipy.stats.t.interval(
+        0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values)
+    )
+    return f"{np.mean(values):{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def test_the_table_has_means_and_intervals(tmp_path, monkeypatch, capsys):
+    ours, theirs = [0.9, 0.8, 0.85], [0.6, 0.65, 0.4]
+    results = {}
+    for seed in sweep.SEEDS:
+        results[sweep.Run("grain_pooled", 1e-3, seed)] = result(ours[seed], validation=0.75)
+        results[sweep.Run("clip_pooled", 5e-4, seed)] = result(theirs[seed])
+    results[sweep.Run("grain_pooled", 5e-4, 0)] = result(
+        0.99, validation=0.7
+    )  # better on the test alone
+    results[sweep.Run("clip_pooled", 1e-3, 0)] = result(0.99, validation=0.4)
+    results[sweep.Run("grain", 1e-3, 0)] = result(0.3)  # its other rate is not there yet
+    for rate, seen in ((5e-4, 0.5), (1e-3, 1.0)):  # chosen by seen names
+        results[sweep.Run("clip", rate, 0)] = result(0.25, seen=seen, validation=1.25 - seen)
+    names = sweep_runs.name_points([run.point for run in sweep.runs()])
+    for run, name in zip(sweep.runs(), names, strict=True):
+        if run in results:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "results.json").write_text(json.dumps(results[run]))
+    monkeypatch.setattr("sys.argv", ["table", str(tmp_path)])
+    assert table.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "11 of 72 runs are finished."
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    ours, theirs = (100 * np.array(x) for x in (ours, theirs))
+    assert cells == [
+        [
+            "CLIP, web captions",
+            "0.001",
+            "25.0",
+            "25.0",
+            "+65.0",
+            "100.0",
+            "",
+            "25.0",
+            "50.0",
+            "",
+            "",
+        ],
+        [
+            "CLIP, L_id, two captions, pooled",
+            "0.0005",
+            "60.0, 65.0, 40.0",
+            mean_and_interval(theirs),
+        ]
+        + [mean_and_interval(ours - theirs, "+"), "90.0", "", "25.0", "50.0", "", ""],
+        ["GRAIN, L_id, two captions, pooled", "0.001", "90.0, 80.0, 85.0", mean_and_interval(ours)]
+        + ["", "90.0", "75.0", "25.0", "50.0", "0.625", "12.5"],
+    ]
+
+
+def test_a_folder_of_a_user_is_divided(tmp_path, monkeypatch, capsys):
+    source, output = tmp_path / "mine", tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["data", f"--source={source}", f"--output={output}"])
+    assert data.main() == 2
+    assert "mine has no A.jsonl, seen, unseen, unseen.json, test/A.jsonl" in capsys.readouterr().err
+    for place in (
+        "seen/cat/0.png",
+        "seen/cat/1.png",
+        "unseen/elk/0.png",
+        "unseen/yak/0.png",
+        "test/A.jsonl",
+    ):
+        (source / place).parent.mkdir(parents=True, exist_ok=True)
+        (source / place).write_text(place)
+    (source / "unseen.json").write_text(
+        json.dumps({"yak": ["long hair"], "elk": ["antlers", "long legs"]})
+    )
+    data.divide(source, output)
+    data.divide(source, output)  # again, as after a stop
+    held = {
+        split: [x.name for x in (output / f"unseen_{split}").iterdir()] for split in config.SPLITS
+    }
+    assert held == {"validation": ["yak"], "test": ["elk"]}
+    assert (output / "seen_validation/cat/0.png").read_text() == "seen/cat/0.png"
+    assert (output / "seen_test/cat/1.png").read_text() == "seen/cat/1.png"
+    assert (output / "test/A.jsonl").read_text() == "test/A.jsonl"
+    sentences = json.loads((output / "sentences.json").read_text())
+    assert sentences == {"yak": ["long hair"], "elk": ["antlers, long legs"]}
