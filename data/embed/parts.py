@@ -155,7 +155,7 @@ def images(part: Mapping[str, Any]) -> Iterator[Callable[[], sources.Image | sou
     shard = sources.SourceShard(part["name"], part, part["reader"])
     if part["reader"] == "annotations":
         for line, where in annotations_source.lines(shard):
-            read = (line, where, part["images"], part["orientation"])
+            read = (line, where, part["images"])
             yield functools.partial(annotations_source.image, *read)
     else:
         for image in sources.read(shard):

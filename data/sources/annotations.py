@@ -58,7 +58,9 @@ def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
                 return
 
 
-def image(line: bytes, where: str, folder: str, orientation: str) -> base.Image | base.Fault:
+def image(
+    line: bytes, where: str, folder: str, orientation: str = "exif"
+) -> base.Image | base.Fault:
     """The image of a line, which stands at `where`, with its file below `folder`."""
     parsed = annotations.parse_line(line, text_required=False)
     if parsed.annotation is None:
