@@ -46,7 +46,7 @@ def helps():
 
 def test_help_shows_the_flags_that_the_parser_takes_and_fits_80_columns(helps):
     parsers = commands.parsers()
-    assert set(helps) == set(parsers) and len(helps) == 43
+    assert set(helps) == set(parsers) and len(helps) == 42
     assert [name for name, parser in parsers.items() if parser._unknown] == ["annotate"]
     for name, parser in parsers.items():
         text = helps[name]
