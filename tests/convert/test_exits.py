@@ -317,7 +317,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         causal=dict(causal=None),
         activation=dict(activation="relu"),
         mask_padding=dict(pool="last", causal=False, mask_padding=True),
-        pool=dict(pool="mean", causal=False),
+        pool=dict(pool="map", causal=False),
         projection=dict(projection="affine"),
         tokenizer=dict(tokenizer="tokenizer.json"),
         cleaning=dict(tokenizer="tokenizer.json", cleaning="canonical"),
