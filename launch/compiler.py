@@ -329,7 +329,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         )
     answer = Compiled(
         state_bytes=memory_need.state_bytes(program),
-        checkpoint_bytes=memory_need.checkpoint_bytes(program),
+        checkpoint_bytes=memory_need.checkpoint_bytes(config, program),
         memory=memory,
         traced_flops=flops.matmul_flops(step, program.state, batch),
         out_of_memory=out_of_memory,

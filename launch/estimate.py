@@ -83,7 +83,7 @@ def of_gpus(
     return Estimate(
         state,
         temporaries,
-        memory_need.checkpoint_bytes(program),
+        memory_need.checkpoint_bytes(config, program),
         _collectives(config, topology, sizes, state["parameters"], trained),
         sizes,
     )
