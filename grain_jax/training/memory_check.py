@@ -1,13 +1,15 @@
 """Compares the memory that a training step needs with what there is: a step that does not fit is one line."""
 
 import contextlib
+import math
 import os
+from typing import Any
 
 import jax
 from etils import epath
 
 from grain_jax.core import errors
-from grain_jax.training import memory_need, train_step
+from grain_jax.training import train_step
 
 ADVICE = (
     "for fewer activations raise --config.microbatches or set --config.remat=full; for a smaller state on each"
@@ -38,9 +40,28 @@ def device_bytes() -> int:
     return stats.get("bytes_limit") or host_bytes() // jax.local_device_count()
 
 
+def state_bytes(program: train_step.Program) -> dict[str, int]:
+    """Bytes per device of the arguments of a program, by kind, before any padding."""
+    state, shardings = program.state, program.shardings
+    batch = jax.tree.leaves(program.batch)
+    return {
+        "parameters": _total(state.params, shardings.params),
+        "moments": _total(state.opt_state, shardings.opt_state),
+        "ema": _total(state.ema_params, shardings.ema_params),
+        "batch": _total(batch, [program.batch_sharding] * len(batch)),
+    }
+
+
+def _total(shapes: Any, shardings: Any) -> int:
+    return sum(
+        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
+    )
+
+
 def check(program: train_step.Program) -> None:
     """Checks the state and one batch, before the state is made. Raises OutOfMemory."""
-    sizes = memory_need.state_bytes(program)
+    sizes = state_bytes(program)
     batch = sizes.pop("batch")
     _compare(
         {"parameters, moments and averages": sum(sizes.values()), "a batch (batch_size)": batch}

@@ -1,7 +1,6 @@
-"""What a training step needs in memory, by shapes alone: its state, and what its forward pass keeps."""
+"""What the forward pass keeps in memory for the backward pass, by shapes alone."""
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from grain_jax import config as config_lib
 from grain_jax.models import grain
 from grain_jax.training import forward as forward_lib
 from grain_jax.training import sharding, train_step
+from grain_jax.training.memory_check import state_bytes as state_bytes
 
 
 class Kept(NamedTuple):
@@ -72,25 +72,6 @@ def _module(name_stack: str) -> str:
     return "/".join(part for part in name_stack.split("/") if "GRAIN" not in part)
 
 
-def state_bytes(program: train_step.Program) -> dict[str, int]:
-    """Bytes per device of the arguments of a program, by kind, before any padding."""
-    state, shardings = program.state, program.shardings
-    batch = jax.tree.leaves(program.batch)
-    return {
-        "parameters": _total(state.params, shardings.params),
-        "moments": _total(state.opt_state, shardings.opt_state),
-        "ema": _total(state.ema_params, shardings.ema_params),
-        "batch": _total(batch, [program.batch_sharding] * len(batch)),
-    }
-
-
-def checkpoint_bytes(program: train_step.Program) -> int:
+def checkpoint_bytes(_: config_lib.Config, program: train_step.Program) -> int:
     """Bytes of what a checkpoint of a program holds."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
-
-
-def _total(shapes: Any, shardings: Any) -> int:
-    return sum(
-        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-        for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
-    )

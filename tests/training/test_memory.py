@@ -10,7 +10,7 @@ from grain_jax.convert import export
 from grain_jax.core import errors
 from grain_jax.evaluate import encode
 from grain_jax.report import __main__ as report_command
-from grain_jax.training import memory_check, memory_need, sharding, train_step
+from grain_jax.training import memory_check, sharding, train_step
 from tests import tiny
 
 XLA = "RESOURCE_EXHAUSTED: Out of memory allocating 315363503480 bytes."
@@ -23,7 +23,7 @@ def sizes():
     config = tiny.small()
     mesh = sharding.make_mesh(config.mesh)
     program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
-    return memory_need.state_bytes(program)
+    return memory_check.state_bytes(program)
 
 
 @pytest.mark.parametrize("room, part", [(-1, "parameters, moments"), (0, "(state and batch")])
