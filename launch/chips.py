@@ -1,20 +1,12 @@
 """The chips that a run can be planned for, and the names of their slices and nodes.
 
-Peak rates are those of the makers, so a time computed from them is a lower bound. Sources:
-https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (FLOPs, HBM, ICI, chips a machine); the table "TPU
-specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cloud prints none);
-https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs
-and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g, a3-ultragpu-8g, a4-highgpu-8g and
-a4x-highgpu-4g); NVIDIA's data sheets and architecture white papers of A100, H100 SXM, H200 SXM, HGX B200 and GB200
-NVL72 (memory, NVLink, multiprocessors, clock, L2 cache; of GB200 the last three and its usable memory as it reports
-them, in gb200.txtpb of https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs), the tables of
-compute capabilities in the CUDA C++ programming guide (limits of a block and of a multiprocessor); peak FLOPs are
-those of `grain_jax.training.flops`. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most
-often a little less than is printed; of a GPU, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says
-otherwise.
+Peak rates are the makers', so a time computed from them is a lower bound. Sources: https://cloud.google.com/tpu/docs (v4,
+v5e, v5p, v6e, tpu7x); https://jax-ml.github.io/scaling-book/tpus (DCN of v4);
+https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth; NVIDIA's data sheets, white papers and programming
+guide; gb200.txtpb of https://github.com/openxla/xla. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a
+program; of a GPU, the share that JAX takes by default.
 
-A *device* is what JAX sees: a chip, but on tpu7x half of one. Images, memory, traffic and rates are those of a device,
-prices and hours those of a chip.
+A *device* is what JAX sees: a chip, but on tpu7x half of one. Images, memory, traffic and rates are those of a device.
 """
 
 import dataclasses
@@ -170,10 +162,6 @@ class Topology(NamedTuple):
         return self.slices * math.ceil(a_slice / self.chip.chips_per_host)
 
 
-class TopologyError(errors.UserError):
-    """A topology that does not exist; one line."""
-
-
 def parse_topology(text: str) -> Topology:
     """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs a node, 2 nodes).
 
@@ -183,11 +171,11 @@ def parse_topology(text: str) -> Topology:
         nodes; `shape` is then (GPUs a node,).
 
     Raises:
-      TopologyError: an unknown chip, or a shape that such chips do not come in.
+      UserError: an unknown chip, or a shape that such chips do not come in.
     """
     match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip().lower())
     if not match or match[1] not in CHIPS:
-        raise TopologyError(
+        raise errors.UserError(
             f"topology: got {text!r}, expected CHIP:SHAPE such as v5e:16x16, v5e:16x16*2 (two slices),"
             f" v4:4x4x8 or h100:8x2 (GPUs a node x nodes), where CHIP is one of {', '.join(CHIPS)}"
         )
@@ -204,5 +192,5 @@ def parse_topology(text: str) -> Topology:
         expected = f"at most {node} GPUs a node x nodes, such as {chip.name}:{node}x2"
         shape, slices = shape[:1], math.prod(shape[1:])
     if not good:
-        raise TopologyError(f"topology: got {text!r}, expected {expected}")
+        raise errors.UserError(f"topology: got {text!r}, expected {expected}")
     return Topology(chip, math.prod(shape) * slices * chip.devices, shape, slices)

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from grain_jax import config as config_lib
 from grain_jax.core import errors, progress
 from grain_jax.launch import chips
-from grain_jax.training import flops, sharding, train_step
+from grain_jax.training import sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of the cuBLAS and Triton versions of a product, the one that is faster is found on a GPU: without one, cuBLAS is
@@ -43,7 +43,6 @@ class Compiled:
     Attributes:
       state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles).
       memory: `memory_analysis`: arguments, output, aliased, temporaries, code, peak; empty if out of memory.
-      traced_flops: matrix products of the step as written, recomputation included, all chips together.
       out_of_memory: the compiler's message, or None.
       program: hash of the StableHLO that was compiled.
       hlo: the compiled program as text; empty if out of memory.
@@ -53,7 +52,6 @@ class Compiled:
 
     state_bytes: dict[str, int]
     memory: dict[str, int]
-    traced_flops: int
     out_of_memory: str | None
     program: str
     hlo: str
@@ -120,7 +118,6 @@ def compile_step(
     return Compiled(
         state_bytes=_state_bytes(program),
         memory=memory,
-        traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
         out_of_memory=out_of_memory,
         program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         hlo=hlo,

@@ -18,25 +18,15 @@ LATENCY_SECONDS = 1e-6  # of one transfer between neighbours
 
 
 class Roofline(NamedTuple):
-    """Seconds per step: of each resource alone, and together.
+    """Seconds per step: of each resource alone, and together."""
 
-    Attributes:
-      compute_s: matrix products at peak.
-      hbm_s: traffic with main memory.
-      interconnect_s: all collectives within slices or nodes, overlapped or not.
-      dcn_s: the parts of collectives that leave a slice or node.
-      exposed_s: collectives, as far as no work hides them.
-      bound: the resource that takes longest: "compute", "HBM", "interconnect" or "network between slices".
-      step_s: max(max(compute, HBM) + exposed, interconnect, network).
-    """
-
-    compute_s: float
-    hbm_s: float
-    interconnect_s: float
-    dcn_s: float
-    exposed_s: float
-    bound: str
-    step_s: float
+    compute_s: float  # matrix products at peak
+    hbm_s: float  # traffic with main memory
+    interconnect_s: float  # all collectives within slices or nodes, overlapped or not
+    dcn_s: float  # the parts of collectives that leave a slice or node
+    exposed_s: float  # collectives, as far as no work hides them
+    bound: str  # the resource that takes longest
+    step_s: float  # max(max(compute, HBM) + exposed, interconnect, network)
 
 
 def roofline(
@@ -64,15 +54,8 @@ def roofline(
         "interconnect": interconnect_s,
         "network between slices": dcn_s,
     }
-    return Roofline(
-        compute_s=compute_s,
-        hbm_s=hbm_s,
-        interconnect_s=interconnect_s,
-        dcn_s=dcn_s,
-        exposed_s=exposed_s,
-        bound=max(parts, key=parts.get),
-        step_s=max(max(compute_s, hbm_s) + exposed_s, interconnect_s, dcn_s),
-    )
+    step_s = max(max(compute_s, hbm_s) + exposed_s, interconnect_s, dcn_s)
+    return Roofline(*parts.values(), exposed_s, max(parts, key=parts.get), step_s)
 
 
 def _hidden(collective: Collective, chip: Chip) -> float:

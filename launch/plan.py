@@ -53,7 +53,6 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
         "versions": compiled.versions,
         "program": compiled.program,
         "model_flops": round(flops.per_image(config).train * config.batch_size),
-        "traced_flops": compiled.traced_flops,
     }
     return plan | _of_program(compiled, plan, topology)
 
@@ -62,10 +61,8 @@ def run_lengths(config: config_lib.Config) -> dict[str, Any]:
     """`total_steps` and `steps_per_epoch` of a run whose data set nobody has seen."""
     if config.total_steps is not None:
         return {"total_steps": config.total_steps, "steps_per_epoch": float(config.total_steps)}
-    return {
-        "total_steps": max(round(config.total_epochs * EPOCH), 1),
-        "steps_per_epoch": float(EPOCH),
-    }
+    steps = max(round(config.total_epochs * EPOCH), 1)
+    return {"total_steps": steps, "steps_per_epoch": float(EPOCH)}
 
 
 def mesh_sizes(mesh: config_lib.Mesh, topology: chips.Topology) -> dict[str, int]:
@@ -86,15 +83,9 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
         total, available, largest = compiler.parse_out_of_memory(compiled.out_of_memory)
         arguments = sum(kinds.values())
         memory = _memory(kinds, available or limit, arguments, total - arguments)
-        empty = dict.fromkeys(
-            ("flops", "hbm_bytes", "roofline", "images_per_second_at_most", "mfu_at_most")
-        )
-        return {
-            "memory": memory,
-            "fits": False,
-            "largest": _largest(largest),
-            "collectives": {},
-        } | empty
+        unknown = ("flops", "hbm_bytes", "roofline", "images_per_second_at_most", "mfu_at_most")
+        out = {"memory": memory, "fits": False, "largest": _largest(largest), "collectives": {}}
+        return out | dict.fromkeys(unknown)
     module = hlo.parse(compiled.hlo)
     sums = hlo_collectives.collectives(module, mesh=compiled.mesh, slices=topology.slices)
     traffic = hlo_work.bytes_accessed(module)
@@ -162,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = Plan.parse(arguments)
     # JAX would look for TPUs here, since libtpu is there.
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # JAX reads no program back without its device
     config = config_file.load(args.config, args.overrides)
     plan = make(config, chips.parse_topology(args.topology))
     plan = {"topology": args.topology, "overrides": args.overrides, **plan}

@@ -6,15 +6,12 @@ from typing import Any
 from grain_jax.core import progress
 
 WIDTH = 96
-# Config key -> values and effect, to try when memory runs out; the first cost the least time.
-REMEDIES = {
-    "remat": "qkv or full: computes activations again in the backward pass",
-    "microbatches": "2, 4, ...: fewer images at a time, the same loss",
-    "mesh.fsdp": "2, 4, ...: cuts parameters and moments over chips",
-    "optim.moment_dtype": "bfloat16: halves the first moment",
-    "loss.tile": "512: smaller tiles of similarities",
-}
-LEVERS = (*REMEDIES, "model.attention", "model.mlp", "mesh.tensor", "loss.gather")
+# Keys that trade memory against time; when memory runs out, the first cost the least time (docs/scaling.md).
+REMEDIES = ("remat=qkv", "microbatches=2", "mesh.fsdp=8", "optim.moment_dtype=bfloat16")
+LEVERS = (
+    *(remedy.partition("=")[0] for remedy in REMEDIES),
+    *("loss.tile", "model.attention", "model.mlp", "mesh.tensor", "loss.gather"),
+)
 _PARTS = {  # of memory
     "parameters": "float32",
     "moments": "Adam's two",
@@ -47,8 +44,6 @@ def page(plan: dict[str, Any]) -> str:
     parts = [_heading(plan), _memory(plan)]
     if plan["largest"]:
         parts.append(_largest(plan))
-    if not plan["fits"]:
-        parts.append(_remedies(plan))
     if plan["flops"] is not None:
         parts += [_work(plan), _collectives(plan), _times(plan)]
     return "\n\n".join("\n".join(part) for part in parts)
@@ -77,7 +72,8 @@ def _heading(plan) -> list[str]:
         verdict = f"FITS: {gigabytes(total)} of {gigabytes(limit)} a {unit}, {free} free"
     else:
         excess = f"{free} more than the {gigabytes(limit)} there are"
-        verdict = f"DOES NOT FIT: {gigabytes(total)} a {unit}, {excess}"
+        remedies = ", ".join(f"--config.{remedy}" for remedy in REMEDIES)
+        verdict = f"DOES NOT FIT: {gigabytes(total)} a {unit}, {excess}\nTry {remedies}"
     images = plan["batch_size"] // (mesh["data"] * mesh["fsdp"])
     slices = f" in {plan['slices']} slices or nodes" if plan["slices"] > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
@@ -138,24 +134,11 @@ def _largest(plan) -> list[str]:
     return [_section("The largest arrays that a step makes, not all at one time"), *lines]
 
 
-def _remedies(plan) -> list[str]:
-    levers = plan["levers"]
-    lines = [f"  --config.{key:<20} (is {levers[key]}) {what}" for key, what in REMEDIES.items()]
-    return [_section("What to change"), *lines]
-
-
 def _work(plan) -> list[str]:
-    model, done, traced = plan["model_flops"], plan["flops"], plan["traced_flops"]
-    parts = plan["levers"]["microbatches"]
-    parts = f", {parts} micro-batches" if parts > 1 else ""
-    again = f"recomputed (remat={plan['levers']['remat']}{parts})"
-    if traced < model:
-        again = "nothing is counted inside of library calls, such as cuDNN's attention"
+    model, done = plan["model_flops"], plan["flops"]
     lines = _rows(
         f"model|{amount(model, 'FLOP')}|forward and backward, nothing computed twice",
-        f"as written|{amount(traced, 'FLOP')}|{traced / model - 1:+.1%}: {again}",
-        f"compiled|{amount(done, 'FLOP')}|{done / traced - 1:+.1%} by the compiler;"
-        f" {model / done:.0%} of the work is the model's",
+        f"compiled|{amount(done, 'FLOP')}|{model / done:.0%} of the work is the model's",
     )
     if plan["unknown_loops"]:
         lines.append(

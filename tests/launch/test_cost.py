@@ -2,6 +2,7 @@
 
 import pytest
 
+from grain_jax.core import errors
 from grain_jax.launch import chips, cost, hlo_work
 from grain_jax.launch.hlo_collectives import Collective
 
@@ -111,7 +112,7 @@ def test_topology(text, name, count, shape, slices, hosts):
     ],
 )
 def test_unknown_topologies_are_told_in_one_line(text, advice):
-    with pytest.raises(chips.TopologyError) as error:
+    with pytest.raises(errors.UserError) as error:
         chips.parse_topology(text)
     assert repr(text) in str(error.value) and advice in str(error.value)
     assert "\n" not in str(error.value)
