@@ -1,10 +1,10 @@
 """The flags of `grain-jax demo`."""
 
 from grain_jax.cli.flags import flag
-from grain_jax.cli.parser import Loads
+from grain_jax.cli.parser import Command
 
 
-class Demo(Loads, name="demo"):
+class Demo(Command, name="demo"):
     """Serves an interactive page: drop an image, type classes, see regions.
 
     Example:
@@ -12,8 +12,7 @@ class Demo(Loads, name="demo"):
 
     the model and what it sees:
       --checkpoint DIR  workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
-      --classes FILE    {"class name": ["description", ...]} as JSON, or one class a line; the page can edit them
-        (default: those of the run's evaluations, where they have descriptions)
+      --classes FILE    {"class name": ["description", ...]} as JSON, or one class a line (default: of the run)
       --examples DIR    folder of images, or of folders of them (default: of the run's evaluations)
 
     the server:

@@ -81,4 +81,8 @@ def tokens_program(
 ) -> Callable[..., Tokens]:
     """The jitted (params, images) -> Tokens, by `image_tokens` or `image_values` of the model."""
     apply = _applied(model, dtype, getattr(grain.GRAIN, method))
-    return jax.jit(lambda params, image: Tokens(apply(params, image)))
+
+    def encode_tokens(params, image):
+        return Tokens(apply(params, image))
+
+    return jax.jit(encode_tokens)
