@@ -148,13 +148,14 @@ def _build_dinov3(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
         key_bias=image.key_bias,
         rope_theta=image.rope_theta,
     )
-    module, loading = kind.from_pretrained(
+    both: Any = kind.from_pretrained(
         None,
         config=transformers.DINOv3ViTConfig.from_dict(_without(stated, *_STEERING)),
         state_dict={k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()},
         dtype="float32",
         output_loading_info=True,
     )
+    module, loading = both
     wrong = sorted({str(x) for names in loading.values() for x in names or ()} - _OF_DINOV3)
     if wrong:
         raise ConvertError(f"{wrong[0]}: missing, unknown or of another shape for transformers")
