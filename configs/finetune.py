@@ -2,10 +2,11 @@
 
 COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
-FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, or
-          weights of transformers, e.g. hf://openai/clip-vit-base-patch32: the towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
-          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), pe_core (:T/16,
-          :S/16, :B/16, :L/14), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
+FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain_jax.convert
+          wrote, or weights of transformers, e.g. hf://openai/clip-vit-base-patch32: its towers are loaded, the decoder is
+          new. Or a family of towers, with --config.init.image=FILE --config.init.text=FILE: openai, open_clip (:B/16,
+          :B/32, :L/14), siglip, siglip2 (:B/16, :L/16), pe_core (:T/16, :S/16, :B/16, :L/14), dinov3 (:S/16, :B/16,
+          :L/16; texts of open_clip), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
 HARDWARE  one GPU; docs/own_images.md lists what fits where.
