@@ -1,4 +1,4 @@
-"""The exits against the classes that load them, which we did not write; each model has perturbed weights."""
+"""The exports against the classes that load them, which we did not write; each model has perturbed weights."""
 
 import dataclasses
 import json

@@ -6,6 +6,7 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -377,6 +378,7 @@ class State(NamedTuple):
 def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, capsys):
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
+    state = jax.tree.map(jnp.asarray, State(9, perturbed.params(model), average))
     c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99,
                     model__decoder__queries=3, loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"

@@ -1,1 +1,1 @@
-"""Exits to the formats of others: transformers' CLIP and SigLIP, open_clip, big_vision; and what each cannot hold."""
+"""Exports to the formats of others: CLIP and SigLIP of transformers, open_clip, big_vision, ONNX."""

@@ -1,4 +1,4 @@
-"""What the exits that write a folder share: the files, the model's predictor, inputs of the parity, the card."""
+"""What the exports that write a folder share: the files, the model's predictor, inputs of the parity, the card."""
 
 import functools
 import json
