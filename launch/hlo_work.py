@@ -52,7 +52,7 @@ def bytes_accessed(module: Module) -> float:
 
 def arrays(module: Module) -> list[tuple[int, str, str]]:
     """(bytes, shape, operation) of the arrays in main memory that instructions make, each once."""
-    found = []
+    made = []
     for computation, instruction, _ in module.running():
         names = instruction.opcode in hlo.FREE or instruction.target in hlo.FREE_CALLS
         if (
@@ -65,8 +65,8 @@ def arrays(module: Module) -> list[tuple[int, str, str]]:
         results = (
             instruction.shapes[-1:] if instruction.opcode.endswith("-start") else instruction.shapes
         )
-        found += [(round(s.stored_bytes), str(s), where) for s in results if s.in_hbm]
-    return found
+        made += [(round(s.stored_bytes), str(s), where) for s in results if s.in_hbm]
+    return made
 
 
 def work_of(module: Module, computation: Computation, instructions: Iterable[Instruction]) -> Work:

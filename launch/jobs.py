@@ -125,10 +125,10 @@ class Runner:
                 time.sleep(POLL)
             self.screen.close(stays=True)
         finally:  # whatever ended the loop, no job is left without a runner
-            for one in self._running:
-                one.process.terminate()
-            for one in self._running:
-                one.process.wait()
+            for running in self._running:
+                running.process.terminate()
+            for running in self._running:
+                running.process.wait()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -177,8 +177,8 @@ class Runner:
     def _stop(self, number: int, _) -> None:
         """Passes a signal on to the jobs, and starts no more."""
         self.stopped_by = number
-        for one in self._running:
-            one.process.send_signal(number)
+        for running in self._running:
+            running.process.send_signal(number)
 
     def _show(self) -> None:
         eta, now = "", time.monotonic()

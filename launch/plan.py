@@ -20,9 +20,8 @@ from grain_jax.launch import chips, compiler, cost, hlo, hlo_collectives, hlo_wo
 from grain_jax.launch.arguments import Plan
 from grain_jax.training import flops, sharding
 
-EPOCH = (
-    10_000  # steps: nobody says here how many examples there are; the schedule alone depends on it
-)
+# Steps: nobody says here how many examples there are, and the learning rate's schedule alone depends on it.
+EPOCH = 10_000
 LARGEST = 6  # arrays that are named
 
 

@@ -1,7 +1,6 @@
 """Trains every point of a sweep, then tabulates: grain-jax sweep --config X --sweep Y --workdir DIR
 
-Every point is checked before anything starts; the same command again goes on with what is not finished
-(docs/sweeps.md).
+Every point is checked before anything starts; the same command again goes on with what is not finished.
 """
 
 import os
