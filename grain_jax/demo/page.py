@@ -62,8 +62,7 @@ class Views:
 
     def find(self, path: str | None, text: str) -> tuple[Any, list[tuple[PIL.Image.Image, str]]]:
         """Where phrases, with `;` between them, are: the image with a box for each, and a map of each."""
-        image = read_image(path)
-        phrases = [phrase.strip() for phrase in text.split(";") if phrase.strip()]
+        image, phrases = read_image(path), [x.strip() for x in text.split(";") if x.strip()]
         class_lists.check(phrases)
         boxed, maps = None, []
         if self.predictor.has_regions:
@@ -166,6 +165,6 @@ def launch(page: gr.Blocks, host: str, port: int | None, examples: str) -> str:
     """Starts the server at an address (port None: the first free one from 7860); returns its URL. Raises OSError."""
     options: dict[str, Any] = dict(share=False, ssr_mode=False, pwa=False, mcp_server=False)
     options |= dict(quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=32 << 20)
-    theme = themes.Base(font=["sans-serif"], font_mono=["monospace"])  # no font is fetched
-    options |= dict(theme=theme, allowed_paths=[examples])
-    return page.launch(server_name=host, server_port=port, **options)[1]
+    options["theme"] = themes.Base(font=["sans-serif"], font_mono=["monospace"])  # none is fetched
+    options |= dict(server_name=host, server_port=port, allowed_paths=[examples])
+    return page.launch(**options)[1]
