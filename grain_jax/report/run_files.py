@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax.core import errors, regular_file
+from grain_jax.core import errors
 from grain_jax.evaluate import tables
 from grain_jax.runtime import metrics_file
 
@@ -87,8 +87,8 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
 
 def _json(path: epath.Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(regular_file.read_text(path, "JSON", 1 << 30))
-    except (ValueError, RecursionError):
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -24,7 +24,7 @@ from grain_jax.inference import prompts
 from grain_jax.input_pipeline import record_files
 from grain_jax.report import __main__ as report_command
 from grain_jax.report import run_files
-from grain_jax.runtime import checkpoint, checkpoint_files, metrics_file, receipt
+from grain_jax.runtime import checkpoint, checkpoint_files, receipt
 from tests import perturbed, record_sets
 from tests.hostile import cases
 
@@ -179,19 +179,6 @@ def test_readers(made, tmp_path, name, read, content):
         assert text or (name, content) in {("receipts.jsonl", "deep"), ("receipts.jsonl", "a list")}
     else:
         cases.check(outcome, f"{path.name}|{folder}")
-
-
-def test_a_runs_files_are_lines_of_the_report(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    for name in ("results.json", "log.txt", "receipts.jsonl", "other.json", "config.json"):
-        os.mkfifo(tmp_path / name)
-    found = run_files.read(tmp_path)
-    assert "got a folder, pipe or device" in found.environment["receipt"]
-    assert any("other.json: cannot be read" in line for line in found.unmeasured)
-    os.remove(tmp_path / "metrics.jsonl")
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    lines, faults = metrics_file.read(metrics_file.files(tmp_path))
-    assert not lines and "metrics.jsonl: got a folder, pipe or device" in faults[0]
 
 
 RECORDS = ['{"step": "x"}', "[]", "[" * 10**5, '{"step": NaN}', "{", '{"step": 1}']
