@@ -126,7 +126,7 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
 def build(views: Views, classes: class_lists.Classes, examples: Sequence[str]) -> gr.Blocks:
     """The page, with the classes and the examples (image files that Gradio may read) to start with."""
     with_regions, with_maps = views.predictor.has_regions, views.has_maps
-    one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+    queue = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
     info = "One a line: name: description; description. Or names alone."
     with gr.Blocks(title="grain_jax", delete_cache=(600, 3600)) as page:
         gr.Markdown(f"## grain_jax: what the model sees\n`{views.predictor}`")
@@ -147,17 +147,17 @@ def build(views: Views, classes: class_lists.Classes, examples: Sequence[str]) -
                 table = gr.Dataframe(headers=header, label="Scores", interactive=False)
                 regions = gr.AnnotatedImage(label="Regions", visible=with_regions)
         events = [go.click, image.change, alpha.release]
-        gr.on(events, _shown(views.scores), [image, text, alpha], [table, regions], **one)
+        gr.on(events, _shown(views.scores), [image, text, alpha], [table, regions], **queue)
         if with_regions or with_maps:
             phrase = gr.Textbox(label="Where is it?", info="a long orange beak; a tail. Then Enter")
             with gr.Row():
                 boxed = gr.AnnotatedImage(label="The best region", visible=with_regions)
                 maps = gr.Gallery(label="Similarity maps", visible=with_maps)
-            phrase.submit(_shown(views.find), [image, phrase], [boxed, maps], **one)
+            phrase.submit(_shown(views.find), [image, phrase], [boxed, maps], **queue)
         if with_maps:
             cut = gr.Button("Which class is each pixel?")
             segmented = gr.AnnotatedImage(label="Classes of pixels", height=480)
-            cut.click(_shown(views.segment), [image, text], segmented, **one)
+            cut.click(_shown(views.segment), [image, text], segmented, **queue)
     return page.queue(max_size=100, api_open=False)
 
 
