@@ -1,7 +1,7 @@
 """GRAIN on the aviary, the embedded data set: a small model that learns birds' parts in minutes.
 
 COMMAND   grain-jax train --config demo --workdir runs/demo
-          (draws the data set first, into runs/aviary; ends in a table, curves.png and regions.png)
+          (draws the data set first, into runs/aviary; ends in a table and report.html)
 HARDWARE  two CPU cores
 """
 

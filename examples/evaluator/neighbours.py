@@ -44,7 +44,7 @@ class Neighbours(evaluators.LabelledImages):
 
     def open_train(self):
         """The training images."""
-        return test_sets.ClassFolders(self.train, orientation=self.orientation)
+        return test_sets.ClassFolders(self.train)
 
     def check(self):
         """Before a model is loaded or trained. Returns how many images there are."""

@@ -62,8 +62,7 @@ class Views:
 
     def find(self, path: str | None, text: str) -> tuple[Any, list[tuple[PIL.Image.Image, str]]]:
         """Where phrases, with `;` between them, are: the image with a box for each, and a map of each."""
-        image = read_image(path)
-        phrases = [phrase.strip() for phrase in text.split(";") if phrase.strip()]
+        image, phrases = read_image(path), [x.strip() for x in text.split(";") if x.strip()]
         class_lists.check(phrases)
         boxed, maps = None, []
         if self.predictor.has_regions:
@@ -127,7 +126,7 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
 def build(views: Views, classes: class_lists.Classes, examples: Sequence[str]) -> gr.Blocks:
     """The page, with the classes and the examples (image files that Gradio may read) to start with."""
     with_regions, with_maps = views.predictor.has_regions, views.has_maps
-    one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+    queue = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
     info = "One a line: name: description; description. Or names alone."
     with gr.Blocks(title="grain_jax", delete_cache=(600, 3600)) as page:
         gr.Markdown(f"## grain_jax: what the model sees\n`{views.predictor}`")
@@ -148,17 +147,17 @@ def build(views: Views, classes: class_lists.Classes, examples: Sequence[str]) -
                 table = gr.Dataframe(headers=header, label="Scores", interactive=False)
                 regions = gr.AnnotatedImage(label="Regions", visible=with_regions)
         events = [go.click, image.change, alpha.release]
-        gr.on(events, _shown(views.scores), [image, text, alpha], [table, regions], **one)
+        gr.on(events, _shown(views.scores), [image, text, alpha], [table, regions], **queue)
         if with_regions or with_maps:
             phrase = gr.Textbox(label="Where is it?", info="a long orange beak; a tail. Then Enter")
             with gr.Row():
                 boxed = gr.AnnotatedImage(label="The best region", visible=with_regions)
                 maps = gr.Gallery(label="Similarity maps", visible=with_maps)
-            phrase.submit(_shown(views.find), [image, phrase], [boxed, maps], **one)
+            phrase.submit(_shown(views.find), [image, phrase], [boxed, maps], **queue)
         if with_maps:
             cut = gr.Button("Which class is each pixel?")
             segmented = gr.AnnotatedImage(label="Classes of pixels", height=480)
-            cut.click(_shown(views.segment), [image, text], segmented, **one)
+            cut.click(_shown(views.segment), [image, text], segmented, **queue)
     return page.queue(max_size=100, api_open=False)
 
 
@@ -166,6 +165,6 @@ def launch(page: gr.Blocks, host: str, port: int | None, examples: str) -> str:
     """Starts the server at an address (port None: the first free one from 7860); returns its URL. Raises OSError."""
     options: dict[str, Any] = dict(share=False, ssr_mode=False, pwa=False, mcp_server=False)
     options |= dict(quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=32 << 20)
-    theme = themes.Base(font=["sans-serif"], font_mono=["monospace"])  # no font is fetched
-    options |= dict(theme=theme, allowed_paths=[examples])
-    return page.launch(server_name=host, server_port=port, **options)[1]
+    options["theme"] = themes.Base(font=["sans-serif"], font_mono=["monospace"])  # none is fetched
+    options |= dict(server_name=host, server_port=port, allowed_paths=[examples])
+    return page.launch(**options)[1]

@@ -106,7 +106,7 @@ def _one(args: argparse.Namespace) -> int:
     for reason in result.get("unreadable_pictures", ()):
         print(f"left out: {reason}", file=sys.stderr)
     result |= entry.on_top(result)
-    told = ("checkpoint", "images", "orientation", "train", "annotations")
+    told = ("checkpoint", "images", "train", "annotations")
     result = {key: getattr(args, key) for key in told if key in args} | result
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import sys
-from typing import Any, TypedDict
+from typing import Any
 
 from etils import epy
 
@@ -23,7 +23,7 @@ with epy.lazy_imports():
     import numpy as np
     from etils import epath
 
-    from grain_jax.core import atomic, regular_file
+    from grain_jax.core import atomic
     from grain_jax.evaluate import encode, grounding, rates
     from grain_jax.inference import scores
     from grain_jax.losses import boxes
@@ -135,24 +135,15 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-class _Evaluation(TypedDict):
-    step: int
-    query: list[int]
-
-
-class _Stored(TypedDict):
-    regions: str
-    evaluations: list[_Evaluation]
-
-
-def _evaluations(path: epath.Path, regions: str, step: int) -> list[_Evaluation]:
+def _evaluations(path: epath.Path, regions: str, step: int) -> list[dict[str, Any]]:
     """The evaluations before `step` of the same regions."""
+    if not path.exists():
+        return []
     try:
-        expected = "matchings of earlier evaluations"
-        stored = regular_file.read_json(path, _Stored, expected) if path.exists() else None
-    except regular_file.FileError as error:  # a diagnostic must not end a run
-        print(f"{error}; matching stability starts anew", file=sys.stderr)
+        stored = json.loads(path.read_text())
+        if stored["regions"] != regions:
+            return []
+        return [each for each in stored["evaluations"] if each["step"] < step]
+    except (ValueError, KeyError, TypeError):  # a diagnostic must not end a run
+        print(f"{path}: damaged; matching stability starts anew", file=sys.stderr)
         return []
-    if not stored or stored["regions"] != regions:
-        return []
-    return [each for each in stored["evaluations"] if each["step"] < step]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from etils import epy
 
 from grain_jax import config
-from grain_jax.config.evals import ORIENTATIONS, Context, expanduser, option
+from grain_jax.config.evals import Context, expanduser, option
 from grain_jax.core import errors
 
 with epy.lazy_imports():
@@ -34,13 +34,11 @@ class LabelledImages(config.Evaluator):
     """Base of the evaluators on images with classes.
 
     Options: `images`, a folder with one sub-folder per class, or `tfds`, a set of TensorFlow Datasets, with `split`
-    and `data_dir`; `classes`, the class names; `orientation`.
+    and `data_dir`; `classes`, the class names.
     """
 
     # folder with one sub-folder of images a class
     images: str = option("", "DIR", required=True)
-    # exif turns images as viewers do, file takes the pixels as they are stored
-    orientation: str = option(ORIENTATIONS[0], choices=ORIENTATIONS)
     tfds: str | None = None  # or a TFDS set: "name" or "name/config:version"
     split: str = "test"  # of the TFDS set
     data_dir: str | None = None  # of TFDS; None: the default of TFDS
@@ -73,7 +71,7 @@ class LabelledImages(config.Evaluator):
     def open_other(self, folder: str, split: str) -> test_sets.TestSet:
         """Class folders, or another split of the TFDS set, with the same options; raises as `open`."""
         if self.tfds is None:
-            return test_sets.ClassFolders(folder, self.classes, self.get, self.orientation)
+            return test_sets.ClassFolders(folder, self.classes, self.get)
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
     def check(self) -> int:
@@ -101,7 +99,7 @@ class Gathered(NamedTuple):
 class AnnotatedImages(config.Evaluator):
     """Base of the evaluators on images with annotations.
 
-    Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md); `orientation`.
+    Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md).
     """
 
     example: ClassVar[str] = (
@@ -112,8 +110,6 @@ class AnnotatedImages(config.Evaluator):
     none_usable: ClassVar[str] = "no line has a region; expected described boxes"
     # folder that the annotations' paths start from
     images: str = option("", "DIR", required=True)
-    # exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as they are stored
-    orientation: str = option(ORIENTATIONS[0], choices=ORIENTATIONS)
     # one JSON object a line (A.jsonl)
     annotations: str | None = option(None, "A.jsonl", required=True)
 
@@ -150,8 +146,7 @@ class AnnotatedImages(config.Evaluator):
         if not records:
             raise errors.UserError(f"{path}: {self.none_usable.format_map(vars(self))}")
         places = [folder / record.image for record in records]
-        loaded = [test_sets.of_path(place, orientation=self.orientation) for place in places]
-        return Annotated(found, records, places, loaded)
+        return Annotated(found, records, places, list(map(test_sets.of_path, places)))
 
     def gather(
         self,

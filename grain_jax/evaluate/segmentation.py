@@ -16,7 +16,6 @@ from etils import epy
 
 from grain_jax import config
 from grain_jax.config.evals import (
-    ORIENTATIONS,
     STANDALONE,
     Context,
     TableRow,
@@ -75,8 +74,6 @@ class Segmentation(config.Evaluator):
     classes: str | None = option(None, "FILE")
     # id of the pixels that do not count, of the format folder; default: 255, where it is no class
     ignore: int | None = option(None, "ID", low=0, high=65535)
-    # exif turns images as viewers do, file takes the pixels as they are stored; default: exif of a folder, else file
-    orientation: str | None = option(None, choices=ORIENTATIONS)
     # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
     descriptions: str | None = option(None, "D.json")
     # prompts, one a line, with {} for the name; default: inference/templates.txt
@@ -133,11 +130,6 @@ class Segmentation(config.Evaluator):
                 f"patch_features: got 'values' with the tower {model.image.tower}, expected 'tokens'"
             )
         return found
-
-    @property
-    def turned(self) -> str:
-        """`orientation`, or its default: the masks of the public sets are of the pixels as they are stored."""
-        return self.orientation or ("exif" if self.format == FORMATS[0] else "file")
 
     @property
     def needs_regions(self) -> bool:
@@ -238,7 +230,8 @@ class Segmentation(config.Evaluator):
 
         for _ in encode.encode_images(
             predictor,
-            found.images(self.turned),
+            # The masks of the public sets are of the pixels as they are stored.
+            found.images("exif" if self.format == FORMATS[0] else "file"),
             label="segmentation",
             unreadable=unreadable,
             embed=False,
@@ -254,7 +247,6 @@ class Segmentation(config.Evaluator):
         return {
             "kind": self.kind,
             "format": self.format,
-            "orientation": self.turned,
             "pictures": len(found.pairs) - len(unreadable),
             **encode.report_unreadable(unreadable),
             "classes": classes,

@@ -350,8 +350,7 @@ def decode_mask(encoded: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
     if image.size != size:
         width, height = image.size
         raise image_files.ImageError(
-            f"{name}: got {width} x {height} pixels, expected {size[0]} x {size[1]}, those of the image (orientation"
-            " 'file' takes an image as it is stored)"
+            f"{name}: got {width} x {height} pixels, expected {size[0]} x {size[1]}, those of the image"
         )
     if image.format != "PNG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise image_files.ImageError(

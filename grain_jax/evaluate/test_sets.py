@@ -56,7 +56,6 @@ class ClassFolders:
       folder: holds the class folders, each named after its class (`_` = space).
       classes: class file with the folder names as labels (see class_names); None: the folder names are the names.
       get: how to get the data, for errors.MissingData.
-      orientation: of the images, as of `core.images`.
 
     Attributes:
       classes, stems: as of TestSet, in the order of the folders' names.
@@ -75,9 +74,7 @@ class ClassFolders:
         folder: epath.PathLike,
         classes: str | None = None,
         get: str | None = None,
-        orientation: str = "exif",
     ):
-        self._orientation = orientation
         if not str(folder):
             raise errors.MissingData(
                 f"images: got nothing, expected class folders{how_to_get(get)}"
@@ -124,7 +121,7 @@ class ClassFolders:
         return str(self.paths[position])
 
     def images(self, positions: range) -> Iterable[Image]:
-        return (of_path(self.paths[i], int(self.labels[i]), self._orientation) for i in positions)
+        return (of_path(self.paths[i], int(self.labels[i])) for i in positions)
 
 
 class TfdsSet:

@@ -26,7 +26,7 @@ from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import InputError, OneOrMany, Tokens
 from grain_jax.inference.mapper import Mapper
 from grain_jax.models import lora, towers
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
 _COMPILING = "usually under a minute, on few CPU cores a few; once for each number of rows"
@@ -130,6 +130,11 @@ class Predictor(Mapper):
             f" {decoder.queries if decoder else 0} regions; box head {self.model.boxes.kind};"
             f" embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
         )
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Digests of the model's configuration and of its parameters."""
+        return saved_model.model_digests(self.model, jax.device_get(self.params))
 
     @property
     def logit_scale(self) -> float:

@@ -1,1 +1,1 @@
-"""The report of a run: the HTML page, curves.png, regions.png and the final table."""
+"""The report of a run: one HTML page."""

@@ -51,28 +51,28 @@ class Looked(NamedTuple):
 @processes.alone()
 def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int) -> Looked:
     """Runs the model on at most so many images of each evaluation; the newest checkpoint's, if `predictor` is None."""
-    found = Looked({}, [], [])
+    looked = Looked({}, [], [])
 
     @contextlib.contextmanager
     def part(name: str):
         try:
             yield
         except (errors.UserError, OSError) as error:
-            found.unmeasured.append(f"{name}: {str(error).splitlines()[0]}")
+            looked.unmeasured.append(f"{name}: {str(error).splitlines()[0]}")
 
     if predictor is None:
         with part("model"):
             predictor = inference.load(workdir)
     if predictor is None:
-        return found
+        return looked
     for name, entry in evals.items():
         with part(name):
             parsed = config_lib.evaluator_from_dict(entry)
             if isinstance(parsed, zeroshot.ZeroShot):
-                found.classes.update(_classes(predictor, name, parsed.available()[0], num_images))
-            elif isinstance(parsed, evaluators.AnnotatedRegions) and not found.cards:
-                found.cards.extend(_cards(predictor, parsed.available()[0]))
-    return found
+                looked.classes.update(_classes(predictor, name, parsed.available()[0], num_images))
+            elif isinstance(parsed, evaluators.AnnotatedRegions) and not looked.cards:
+                looked.cards.extend(_cards(predictor, parsed.available()[0]))
+    return looked
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -121,11 +121,11 @@ def _cards(predictor: Any, entry: Any) -> list[Card]:
         query_of_rank = dict(
             enumerate(matched.query[mine].tolist())
         )  # matches are in order of rank
-        own_text = dict(zip(matched.query[mine].tolist(), text_of[mine].tolist()))
+        right_text = dict(zip(matched.query[mine].tolist(), text_of[mine].tolist()))
         boxes = []
         for query, (box, row) in enumerate(zip(seen.with_regions.boxes_xyxy[i], cosines[i])):
             best = int(row.argmax())
-            right = own_text[query] == best if query in own_text else None
+            right = right_text[query] == best if query in right_text else None
             boxes.append(Box(box.tolist(), texts[best], float(row[best]), query, right))
         for j in np.flatnonzero(described.image == i):
             colour = query_of_rank.get(int(described.rank[j]), -1)

@@ -107,11 +107,11 @@ def render(run: run_files.RunFiles, looked: look.Looked) -> str:
 
 def _results(results: Sequence[run_files.Result]) -> str:
     rows = [
-        f'<tr><th scope="row">{escape(what)}</th><td class="value">{_cell(result.numbers, row, *cells)}</td>'
+        f'<tr><th scope="row">{escape(label)}</th><td class="value">{_cell(result.numbers, row, *cells)}</td>'
         f"<td>{escape(result.source)}</td></tr>"
         for result in results
         for row in tables.rows_of(result.kind, result.numbers)
-        for what, *cells in [tables.cells(result.name.replace("_", " "), result.numbers, row)]
+        for label, *cells in [tables.cells(result.name.replace("_", " "), result.numbers, row)]
     ]
     if not rows:
         return '<p class="none">Nothing has been evaluated.</p>'

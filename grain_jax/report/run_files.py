@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax.core import errors, regular_file
+from grain_jax.core import errors
 from grain_jax.evaluate import tables
 from grain_jax.runtime import metrics_file
 
@@ -64,8 +64,8 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
-    found = _of_training(workdir, series, evals)
-    if not found:
+    measured = _of_training(workdir, series, evals)
+    if not measured:
         unmeasured.append(
             "the run has not evaluated yet (no results.json, no eval/... in its metrics)"
         )
@@ -77,18 +77,20 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
             )
     for file in [*sorted(workdir.glob("*.json")), *further]:
         if file.name not in _OWN:
-            _of_evaluations(file, found, unmeasured)
-    names = {result.name for result in found}
+            _of_evaluations(file, measured, unmeasured)
+    names = {result.name for result in measured}
     unmeasured += [
         f"{n}: an entry of config.evals without a result" for n in evals if n not in names
     ]
-    return RunFiles(workdir, lines[-1].step if lines else None, config, series, found, unmeasured)
+    return RunFiles(
+        workdir, lines[-1].step if lines else None, config, series, measured, unmeasured
+    )
 
 
 def _json(path: epath.Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(regular_file.read_text(path, "JSON", 1 << 30))
-    except (ValueError, RecursionError):
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -106,18 +108,20 @@ def _of_training(
     ]
 
 
-def _of_evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
-    """Adds to `found` the results in a file of `grain_jax.evaluate`: those of a suite or of one evaluation."""
+def _of_evaluations(file: epath.Path, measured: list[Result], unmeasured: list[str]) -> None:
+    """Adds to `measured` the results in a file of `grain_jax.evaluate`: those of a suite or of one evaluation."""
     value = _json(file)
     if value is None:
         unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")
     elif isinstance(value.get("ran"), dict):
-        found += [_of_file(name, file, result) for name, result in value["ran"].items()]
-        for what in ("skipped", "failed", "notes"):
-            lines = value.get(what) or {}
-            unmeasured += [f"{name} ({file.name}): {what}: {line}" for name, line in lines.items()]
+        measured += [_of_file(name, file, result) for name, result in value["ran"].items()]
+        for outcome in ("skipped", "failed", "notes"):
+            lines = value.get(outcome) or {}
+            unmeasured += [
+                f"{name} ({file.name}): {outcome}: {line}" for name, line in lines.items()
+            ]
     elif "kind" in value:
-        found.append(_of_file(file.stem, file, value))
+        measured.append(_of_file(file.stem, file, value))
 
 
 def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> Result:

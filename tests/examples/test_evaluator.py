@@ -67,7 +67,7 @@ def test_a_suite_has_it_beside_the_evaluators_of_the_package(
     (folder / "suite.py").write_text(SUITE % (KIND, f"{folder}/test", f"{folder}/train"))
     monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
-    given = ["suite", "--checkpoint", "RUN", "--cache", "", "--output", str(folder / "o.json")]
+    given = ["suite", "--checkpoint", "RUN", "--output", str(folder / "o.json")]
     given += ["--config", str(folder / "suite.py"), "--config.evals.mine.k=1"]
     assert command.main(given) == 0
     result = json.loads((folder / "o.json").read_text())["ran"]["mine"]

@@ -8,7 +8,6 @@ import pathlib
 import pytest
 
 from grain_jax.core import errors, printable, regular_file
-from grain_jax.inference import text_cache
 from grain_jax.input_pipeline import file_tokenizer, tokenizer
 from tests import tiny
 from tests.hostile import cases
@@ -158,14 +157,3 @@ def test_texts(tmp_path, cleaning, text):
         with pytest.raises(errors.UserError, match="text") as told:
             call()
         assert str(told.value) == printable.plain(str(told.value))
-
-
-def test_the_cache_of_texts_reads_no_pipe(tmp_path):
-    os.mkfifo(tmp_path / "t.json")
-
-    class Predictor:
-        model, folder, dtype, params = tiny.config().model, tmp_path, "float32", {}
-
-    object.__setattr__(Predictor.model.text, "tokenizer", "t.json")
-    cached = text_cache.CachedTexts(Predictor(), tmp_path / "cache")  # type: ignore[arg-type]
-    cases.check(cases.run(lambda _: cached.encode_text(["a"]), []), "t.json: got a folder, pipe")

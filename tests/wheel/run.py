@@ -99,7 +99,7 @@ for group in ("losses", "tokenizer", "preprocessing, tf"):
 # (name, words of the command, what its output has, its status): code for Python, or words for grain-jax.
 TRAIN = "train --config mine.py --workdir run"
 RECORDS = f"{TRAIN} --config.input.source=records --config.input.name=mine --config.input.data_dir=records"
-MEASURE = "evaluate {0} --checkpoint run --images {1} --output {0}.json --cache="
+MEASURE = "evaluate {0} --checkpoint run --images {1} --output {0}.json"
 LOAD = ("load, classify, ground", fresh.LOAD, "", 0)
 BASE = (
     ("licence", LICENCE, "Apache-2.0 grain_jax contributors", 0),
