@@ -36,13 +36,13 @@ def make_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     cleaned = set(text_cleaning.clean_all(list(texts)))
     words = {word for text in cleaned for word, _ in split.pre_tokenize_str(text)}
     ids = {word: i for i, word in enumerate([*config.SPECIALS, *sorted(words)])}
-    found = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="[UNKNOWN]"))
-    found.pre_tokenizer = split
-    found.add_special_tokens(list(config.SPECIALS))
-    found.post_processor = processors.TemplateProcessing(
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="[UNKNOWN]"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens(list(config.SPECIALS))
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[START] $A [END]", special_tokens=[(x, ids[x]) for x in ("[START]", "[END]")]
     )
-    return found
+    return tokenizer
 
 
 def texts_of(path: pathlib.Path) -> Iterable[str]:

@@ -33,8 +33,8 @@ class Written(evaluators.AnnotatedImages):
           has, for each image; `parts_right`: the share of them that the image has.
         """
         writer = Writer(predictor)
-        found = self.read()
-        records, paths = found.records[: self.most], found.paths[: self.most]
+        annotated = self.read()
+        records, paths = annotated.records[: self.most], annotated.paths[: self.most]
         pictures = [images.decode_image(path.read_bytes(), str(path)) for path in paths]
         tokens = writer.image_tokens(pictures)
         asked = [(i, region) for i, record in enumerate(records) for region in record.regions]
@@ -43,16 +43,16 @@ class Written(evaluators.AnnotatedImages):
         sides = np.array([pictures[i].size * 2 for i in which])
         true = np.array([region.box_xyxy for _, region in asked]) / sides
         result: dict[str, Any] = {"pictures": len(records), "phrases": len(phrases)}
-        for name, of in (("", which), ("chance_", (which + 1) % len(records))):
+        for name, image in (("", which), ("chance_", (which + 1) % len(records))):
             overlap = np.asarray(
-                boxes_lib.iou_and_union(writer.boxes(tokens[of], phrases), true)[0]
+                boxes_lib.iou_and_union(writer.boxes(tokens[image], phrases), true)[0]
             )
             result |= {f"{name}phrase_iou": float(overlap.mean())}
             result |= {f"{name}phrase_acc50": float((overlap >= 0.5).mean())}
         every = set(phrases)
         named = right = 0
         for caption, record in zip(writer.captions(tokens), records, strict=True):
-            own = {region.description for region in record.regions}
+            described = {region.description for region in record.regions}
             parts = {phrase for phrase in every if phrase in caption}
-            named, right = named + len(parts), right + len(parts & own)
+            named, right = named + len(parts), right + len(parts & described)
         return result | {"parts_named": named / len(records), "parts_right": right / max(named, 1)}

@@ -54,15 +54,17 @@ class Words(LocalTerm):
     @classmethod
     def faults(cls, options, config):
         """Sizes that do not fit together, and a run without regions."""
-        found = []
+        faults = []
         if options.width % options.heads:
-            found.append(f"heads: got {options.heads}, expected a divisor of width {options.width}")
+            faults.append(
+                f"heads: got {options.heads}, expected a divisor of width {options.width}"
+            )
         if options.phrases > config.input.max_regions:
             most = config.input.max_regions
-            found.append(
+            faults.append(
                 f"phrases: got {options.phrases}, expected at most input.max_regions {most}"
             )
-        return found
+        return faults
 
     def setup(self):
         """The parameters are those of the decoder."""
@@ -73,11 +75,11 @@ class Words(LocalTerm):
         batch, options, vocabulary = seen.batch, self.options, self.decoder.vocabulary
         keys = jax.vmap(jax.random.split)(seen.keys)  # for the caption, and for the phrases
         which = draw(keys[:, 0], batch.caption_mask, 1)
-        words, count = texts_at(batch, take(batch.caption_at, which), options.caption_length)
+        words, count = texts_of(batch, take(batch.caption_at, which), options.caption_length)
         count = jnp.where(take(batch.caption_mask, which), count, 0)
         of_captions = caption_sequences(vocabulary, words, count)
         which = draw(keys[:, 1], batch.region_mask, options.phrases)
-        words, count = texts_at(batch, take(batch.description_at, which), options.phrase_length)
+        words, count = texts_of(batch, take(batch.description_at, which), options.phrase_length)
         count = jnp.where(take(batch.region_mask, which), count, 0)
         boxes = boxes_lib.cxcywh_to_xyxy(take(batch.region_boxes_cxcywh, which))
         of_boxes = box_sequences(vocabulary, words, count, boxes)
@@ -85,12 +87,12 @@ class Words(LocalTerm):
         for name, (tokens, predicted) in {"caption": of_captions, "box": of_boxes}.items():
             logits = self.decoder(tokens[..., :-1], seen.tokens[:, seen.leading :])
             target = tokens[..., 1:, None]
-            own = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+            right = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
             sums = lambda x, predicted=predicted: jnp.where(predicted, x, 0.0).sum((1, 2))
-            number = sums(jnp.ones_like(own))
-            loss += sums(jax.nn.logsumexp(logits, axis=-1) - own)
+            number = sums(jnp.ones_like(right))
+            loss += sums(jax.nn.logsumexp(logits, axis=-1) - right)
             total += number
-            measures[name] = PerImage(sums(own >= logits.max(-1)), number)
+            measures[name] = PerImage(sums(right >= logits.max(-1)), number)
         return LocalOutput(PerImage(loss, total), measures)
 
 
@@ -105,20 +107,20 @@ def take(x: jax.Array, which: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, which.reshape(*which.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def texts_at(batch, at: jax.Array, longest: int) -> tuple[jax.Array, jax.Array]:
-    """The texts whose last tokens lie at the places `at`, [B, k, 2] of row and position, in the rows of a batch.
+def texts_of(batch, place: jax.Array, longest: int) -> tuple[jax.Array, jax.Array]:
+    """The texts whose last tokens lie at `place`, [B, k, 2] of row and position, in the rows of a batch.
 
     Returns: their tokens, int32 [B, k, longest], and how many there are, int32 [B, k]; 0 of a longer text.
     """
     groups, _, length = batch.text_tokens.shape
     flat = lambda x: x.reshape(groups, -1)
-    last = flat(at[..., 0] * length + at[..., 1])  # [G, B / G * k]
+    last = flat(place[..., 0] * length + place[..., 1])  # [G, B / G * k]
     count = jnp.take_along_axis(flat(batch.text_positions), last, axis=1) + 1
-    place = last[..., None] - count[..., None] + 1 + jnp.arange(longest)
-    place = jnp.clip(place, 0, flat(batch.text_tokens).shape[1] - 1)
-    words = jnp.take_along_axis(flat(batch.text_tokens), flat(place), axis=1)
-    count = jnp.where(count > longest, 0, count).reshape(at.shape[:2])
-    return words.reshape(*at.shape[:2], longest), count
+    index = last[..., None] - count[..., None] + 1 + jnp.arange(longest)
+    index = jnp.clip(index, 0, flat(batch.text_tokens).shape[1] - 1)
+    words = jnp.take_along_axis(flat(batch.text_tokens), flat(index), axis=1)
+    count = jnp.where(count > longest, 0, count).reshape(place.shape[:2])
+    return words.reshape(*place.shape[:2], longest), count
 
 
 def caption_sequences(

@@ -73,9 +73,11 @@ class Writer:
         """The caption of each image."""
         vocabulary, most = self.decoder.vocabulary, self.options.caption_length
         start = np.full((len(image_tokens), 1), vocabulary.caption, np.int32)
-        found = self._continue(start, np.ones(len(start)), image_tokens, most, 0, vocabulary.words)
+        written = self._continue(
+            start, np.ones(len(start)), image_tokens, most, 0, vocabulary.words
+        )
         texts = []
-        for ids in found.tolist():
+        for ids in written.tolist():
             ids = ids[: ids.index(self.end)] if self.end in ids else ids
             texts.append(self._tokenizer.decode(ids))
         return texts
@@ -98,16 +100,16 @@ class Writer:
                 raise errors.UserError(f"{got}, expected at most phrase_length={most}")
             start[row, 1 : 1 + len(ids)], count[row] = ids, 1 + len(ids)
         ends = vocabulary.first_bin, vocabulary.first_bin + vocabulary.bins
-        found = self._continue(start, count, image_tokens, BOX, *ends)
-        return vocabulary.boxes_of(found).astype(np.float32)
+        written = self._continue(start, count, image_tokens, BOX, *ends)
+        return vocabulary.boxes_of(written).astype(np.float32)
 
     def _continue(self, start, count, image_tokens, number, low, high) -> np.ndarray:
         """`generate`, so many sequences at a time."""
         parts = []
         for i in range(0, len(start), BATCH):
             part = slice(i, i + BATCH)
-            given = start[part], count[part].astype(np.int32), image_tokens[part]
-            parts.append(self._generate(self.params, *given, count=number, low=low, high=high))
+            arrays = start[part], count[part].astype(np.int32), image_tokens[part]
+            parts.append(self._generate(self.params, *arrays, count=number, low=low, high=high))
         return np.concatenate(parts)
 
 

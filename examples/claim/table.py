@@ -34,13 +34,13 @@ COLUMNS = {
 def read(workdir: pathlib.Path) -> Results:
     """The results of the runs that have been evaluated at their end."""
     every = list(runs())
-    found = {}
+    results = {}
     for run, name in zip(every, sweep_runs.name_points([run.point for run in every]), strict=True):
         file = workdir / name / "results.json"
         if file.exists():
             stored = json.loads(file.read_text())
-            found[run] = {key.removeprefix("eval/"): value for key, value in stored.items()}
-    return found
+            results[run] = {key.removeprefix("eval/"): value for key, value in stored.items()}
+    return results
 
 
 def by_description(row: Mapping[str, float], split: str) -> float:

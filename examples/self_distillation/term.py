@@ -56,8 +56,8 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> float32 [..., K]."""
         o, init = self.options, layers.normal(x.shape[-1] ** -0.5)
-        make = lambda size, of, to, name: layers.dense(
-            size, (of,), (to,), dtype=self.dtype, kernel_init=init, name=name
+        make = lambda size, start, end, name: layers.dense(
+            size, (start,), (end,), dtype=self.dtype, kernel_init=init, name=name
         )
         x = nn.gelu(make(o.hidden, "width", "mlp", "hidden")(x))
         x = make(o.bottleneck, "mlp", "embed", "bottleneck")(x)
@@ -76,16 +76,16 @@ class SelfDistillation(LocalTerm):
     @classmethod
     def faults(cls, options, config):
         """Crops that are no whole patches, or have no area."""
-        found = []
+        faults = []
         if options.crop_size % config.model.image.patch_size:
             patch = config.model.image.patch_size
-            found.append(
+            faults.append(
                 f"crop_size: got {options.crop_size}, expected a multiple of the patch size {patch}"
             )
         if options.least_area > options.most_area:
             got = f"least_area: got {options.least_area}"
-            found.append(f"{got}, expected at most most_area {options.most_area}")
-        return found
+            faults.append(f"{got}, expected at most most_area {options.most_area}")
+        return faults
 
     def setup(self):
         """The trained head; that of the teacher lies in the state."""

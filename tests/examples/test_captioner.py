@@ -41,14 +41,14 @@ def test_sequences():
     # Texts of a packed batch, each with as many tokens as its last position says.
     c = tiny.config()
     batch = tiny.batch(c)
-    found, count = term.texts_at(batch, batch.description_at, 9)
+    output, count = term.texts_of(batch, batch.description_at, 9)
     group = np.arange(len(batch.image)) // (len(batch.image) // len(batch.text_tokens))
     row, end = np.moveaxis(batch.description_at, -1, 0)
     expected = batch.text_tokens[
         group[:, None, None], row[..., None], end[..., None] - 6 + np.arange(7)
     ]
-    np.testing.assert_array_equal(found[..., :7], expected)
-    assert (count == 7).all() and (term.texts_at(batch, batch.description_at, 6)[1] == 0).all()
+    np.testing.assert_array_equal(output[..., :7], expected)
+    assert (count == 7).all() and (term.texts_of(batch, batch.description_at, 6)[1] == 0).all()
 
 
 def test_what_follows_is_the_most_probable_token():
@@ -63,12 +63,12 @@ def test_what_follows_is_the_most_probable_token():
     )
     lengths = np.array([3, 2], np.int32)
     generate = functools.partial(writer.generate, decoder, count=4, low=2, high=20)
-    found = jax.jit(generate)(params, start, lengths, image)
+    output = jax.jit(generate)(params, start, lengths, image)
     whole = np.full((2, 1, 8), 9, np.int32)  # what comes behind the sequences does not count
-    for row, length, ids, tokens in zip(whole[:, 0], lengths, start, found):
+    for row, length, ids, tokens in zip(whole[:, 0], lengths, start, output):
         row[: length + 4] = [*ids[:length], *tokens]
     logits = jax.jit(lambda *x: decoder.apply({"params": x[0]}, *x[1:]))(params, whole, image)
-    for row, length, tokens in zip(logits[:, 0, :, 2:20], lengths, found):
+    for row, length, tokens in zip(logits[:, 0, :, 2:20], lengths, output):
         np.testing.assert_array_equal(tokens, 2 + row.argmax(-1)[length - 1 : length + 3])
 
 
@@ -87,28 +87,28 @@ def test_the_term_learns_captions_and_boxes_by_heart():
     @jax.jit
     def step(params, state):
         def loss(params):
-            found = module.apply({"params": params}, seen)
-            return found.loss.sum.sum() / found.loss.count.sum(), found
+            output = module.apply({"params": params}, seen)
+            return output.loss.sum.sum() / output.loss.count.sum(), output
 
-        (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, found
+        return optax.apply_updates(params, updates), state, output
 
     state = optimizer.init(params)
     for _ in range(150):
-        params, state, found = step(params, state)
-    assert found.loss.count.tolist() == [7.0 + 4.0] * 8  # the words of a caption, a box
-    assert {name: float(x.sum.sum() / x.count.sum()) for name, x in found.measures.items()} == dict(
-        caption=1, box=1
-    )
+        params, state, output = step(params, state)
+    assert output.loss.count.tolist() == [7.0 + 4.0] * 8  # the words of a caption, a box
+    assert {
+        name: float(x.sum.sum() / x.count.sum()) for name, x in output.measures.items()
+    } == dict(caption=1, box=1)
     decoder = term.make_decoder(options, c.model)
     words = decoder.vocabulary
     write = functools.partial(writer.generate, decoder, params["decoder"])
-    captions, _ = term.texts_at(batch, batch.caption_at, 7)
+    captions, _ = term.texts_of(batch, batch.caption_at, 7)
     start = np.full((8, 1), words.caption, np.int32)
     got = write(start, np.ones(8, np.int32), seen.tokens[:, 1:], count=7, low=0, high=400)
     np.testing.assert_array_equal(got, captions[:, 0])
-    phrases, _ = term.texts_at(batch, batch.description_at[:, :1], 7)
+    phrases, _ = term.texts_of(batch, batch.description_at[:, :1], 7)
     start = np.concatenate([np.full((8, 1), words.point), phrases[:, 0]], axis=1).astype(np.int32)
     ends = dict(low=words.first_bin, high=words.first_bin + 8)
     got = write(start, np.full(8, 8, np.int32), seen.tokens[:, 1:], count=4, **ends)
@@ -130,11 +130,11 @@ class Knowing:
         return [*said[:-1], said[0]]
 
     def boxes(self, tokens, phrases):
-        found = []
+        output = []
         for i, phrase in zip(tokens, phrases, strict=True):
             box = {x["description"]: x["box"] for x in self.lines[i]["regions"]}.get(phrase)
-            found.append(np.array(box or [0, 0, 0, 0]) / (16, 12, 16, 12))
-        return np.array(found)
+            output.append(np.array(box or [0, 0, 0, 0]) / (16, 12, 16, 12))
+        return np.array(output)
 
 
 def test_a_run_writes(tmp_path, monkeypatch):

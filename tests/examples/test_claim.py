@@ -23,8 +23,8 @@ def test_the_points_are_arms_times_rates_times_seeds(tmp_path):
     # The settings hold in each arm but for its own keys; one rate and seed of each arm stand for the others.
     chosen = [sweep.Run(arm, 1e-3, 2) for arm in sweep.ARMS]
     runs = sweep_runs.make_runs(CONFIG, (), [run.point for run in chosen], tmp_path)
-    found = {run.arm: made.config for run, made in zip(chosen, runs, strict=True)}
-    for c in found.values():
+    configs = {run.arm: made.config for run, made in zip(chosen, runs, strict=True)}
+    for c in configs.values():
         assert (c.total_steps, c.optim.warmup_steps, c.seed, c.optim.learning_rate) == (
             500,
             60,
@@ -34,22 +34,22 @@ def test_the_points_are_arms_times_rates_times_seeds(tmp_path):
         assert (c.model.decoder.queries, c.loss.image_caption) == (8, 1.0)
     losses = {
         arm: (c.loss.region_description, c.loss.box, c.loss.image_description)
-        for arm, c in found.items()
+        for arm, c in configs.items()
     }
     assert losses["grain"] == (1.0, 0.2, 0.0) and losses["grain_pooled"] == (1.0, 0.2, 1.0)
     assert losses["clip_pooled"] == (0.0, 0.0, 1.0)
-    pools = {arm: c.model.decoder.image_pool for arm, c in found.items()}
+    pools = {arm: c.model.decoder.image_pool for arm, c in configs.items()}
     assert {arm for arm, pool in pools.items() if pool == "all"} == {
         "clip_pooled",
         "grain_pooled",
         "grain_boxes",
     }
-    assert {arm for arm, c in found.items() if not c.input.max_regions} == {
+    assert {arm for arm, c in configs.items() if not c.input.max_regions} == {
         "clip",
         "clip_descriptions",
         "clip_captions",
     }
-    assert {arm for arm, c in found.items() if c.model.boxes.kind != "none"} == {"grain_boxes"}
+    assert {arm for arm, c in configs.items() if c.model.boxes.kind != "none"} == {"grain_boxes"}
 
 
 def result(unseen, seen=0.9, validation=0.5):

@@ -68,10 +68,10 @@ def test_the_loss_is_that_of_dino():
     unbox = lambda tree: jax.tree.map(
         lambda x: x.value, tree, is_leaf=lambda x: hasattr(x, "value")
     )
-    own, state["head"] = (
+    trained, state["head"] = (
         unbox(module.init(jax.random.key(i), seen)["params"])["head"] for i in (0, 1)
     )
-    found = module.apply({"params": {"head": own}}, seen)
+    output = module.apply({"params": {"head": trained}}, seen)
     head = distillation.Head(options, np.dtype("float32"))
     cosines = lambda params, x: np.asarray(
         head.apply({"params": params}, x[:, 1:].mean(1)), np.float64
@@ -79,13 +79,15 @@ def test_the_loss_is_that_of_dino():
     softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
     teacher = cosines(state["head"], vectors[8])
     target = softmax((teacher - np.asarray(state["centre"])) / options.teacher_temperature)
-    student = softmax(cosines(own, vectors[16]).reshape(8, 2, 12) / options.temperature)
+    student = softmax(cosines(trained, vectors[16]).reshape(8, 2, 12) / options.temperature)
     expected = -(target[:, None] * np.log(student)).sum((1, 2))
-    np.testing.assert_allclose(found.loss.sum, expected, rtol=1e-4)
-    assert found.loss.count.tolist() == [2.0] * 8
-    np.testing.assert_allclose(found.measures["spread"].sum, np.log(12), rtol=1e-5)
+    np.testing.assert_allclose(output.loss.sum, expected, rtol=1e-4)
+    assert output.loss.count.tolist() == [2.0] * 8
+    np.testing.assert_allclose(output.measures["spread"].sum, np.log(12), rtol=1e-5)
     updated = module.update(
-        state | {"tower": draw(3)}, found.statistics, Parameters({"image": draw(3)}, {"head": own})
+        state | {"tower": draw(3)},
+        output.statistics,
+        Parameters({"image": draw(3)}, {"head": trained}),
     )
     decay = options.centre_decay
     centre = decay * np.asarray(state["centre"]) + (1 - decay) * teacher.mean(0)
