@@ -17,14 +17,8 @@ from grain_jax.core import images
 from grain_jax.data.annotate import __main__ as annotate
 from grain_jax.data.embed import __main__ as embed
 from grain_jax.data.inspect import __main__ as inspect
-<<<<<<< HEAD
-from grain_jax.demo import analysis
-=======
-from grain_jax.data.sources import base, join
->>>>>>> refs/heads/evaluate
 from grain_jax.evaluate import __main__ as evaluate
-from grain_jax.report import figures as report_figures
-from tests import embedded, record_sets, turned
+from tests import record_sets, turned
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
 WHICH = ("turned", "upright")
@@ -157,22 +151,17 @@ def test_inspect_counts_them(folder, tmp_path, capsys):
 
 
 def test_embed(folder, tmp_path):
-    out = {}
+    arrays = []
     for which in WHICH:
-        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={tmp_path / which}"]
+        out = tmp_path / which
+        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={out}"]
         assert embed.main(list(map(str, words))) == 0
-        out[which] = embedded.read(tmp_path / which)
-    for got, expected in zip(out["turned"], out["upright"], strict=True):
-        assert (got["width"], got["height"]) == turned.SIZE
-        for key in ("image_embed", "region_embed", "boxes_xyxy"):
-            np.testing.assert_allclose(got[key], expected[key], atol=1e-6)
+        arrays += [[np.load(out / f"{kind}/{kind}_0.npy") for kind in ("img_emb", "region_emb")]]
+    for got, expected in zip(*arrays):
+        np.testing.assert_allclose(got.astype(float), expected.astype(float), atol=1e-3)
 
 
-<<<<<<< HEAD
-def test_the_library_the_page_and_the_report(folder, model, tmp_path):
-=======
 def test_the_library(folder, model):
->>>>>>> refs/heads/evaluate
     names = [line["image"] for line in lines_of(folder / "turned" / "A.jsonl")]
     got, expected = (
         model.encode_image_and_regions(PIL.Image.open(folder / which / name) for name in names)
@@ -180,26 +169,11 @@ def test_the_library(folder, model):
     )
     for a, b in zip((got[0], *got[1]), (expected[0], *expected[1])):
         np.testing.assert_allclose(a, b, atol=1e-6)
-<<<<<<< HEAD
-    for name in names:
-        got, expected = (analysis.read_image(folder / which / name) for which in WHICH)
-        np.testing.assert_array_equal(got, expected)
-    for which in WHICH:
-        given = folder / which / "A.jsonl", folder / which, tmp_path / f"{which}.png"
-        report_figures.regions_grid(model, *given, count=2)
-    drawn = [np.asarray(PIL.Image.open(tmp_path / f"{which}.png")) for which in WHICH]
-    np.testing.assert_array_equal(*drawn)
-=======
->>>>>>> refs/heads/evaluate
 
 
 @pytest.mark.parametrize("kind", ["grounding", "zeroshot"])  # the two bases of all evaluators
 def test_evaluations(folder, tmp_path, kind):
-<<<<<<< HEAD
-    results = {}
-=======
     results = []
->>>>>>> refs/heads/evaluate
     for which in WHICH:
         given = [f"--images={folder / which}", f"--annotations={folder / which / 'A.jsonl'}"]
         if kind == "zeroshot":
@@ -209,18 +183,8 @@ def test_evaluations(folder, tmp_path, kind):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(folder / which / line["image"], copy)
         output = tmp_path / "out.json"
-<<<<<<< HEAD
-        words = ["--checkpoint=aviary-tiny", f"--output={output}", "--cache="]
-        assert evaluate.main([kind, *given, *words]) == 0
-        result = json.loads(output.read_text())
-        for key in ("images", "annotations", "seconds"):
-            result.pop(key, None)
-        results[which] = result
-    assert results["turned"] == results["upright"]
-=======
         assert evaluate.main([kind, *given, "--checkpoint=aviary-tiny", f"--output={output}"]) == 0
         beside = "images", "annotations", "seconds"
         result = json.loads(output.read_text())
         results.append({key: x for key, x in result.items() if key not in beside})
     assert results[0] == results[1]
->>>>>>> refs/heads/evaluate
