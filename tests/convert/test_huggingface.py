@@ -383,7 +383,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
                     model__decoder__queries=3, loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
     with checkpoint.manager(workdir, c) as checkpoints:
-        checkpoint.save(checkpoints, State(9, perturbed.params(model), average), c)
+        checkpoint.save(checkpoints, state, c)
         checkpoints.wait_until_finished()
     (workdir / "metrics.jsonl").write_text(METRICS)
     out = tmp_path / "hf"

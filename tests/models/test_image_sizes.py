@@ -11,7 +11,7 @@ import torchvision
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats
+from grain_jax.convert import formats, tables
 from grain_jax.core import errors
 from grain_jax.models import grain, placement, vit
 from tests import foreign, perturbed
