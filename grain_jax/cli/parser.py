@@ -87,18 +87,6 @@ class Configured(Command):
     overrides: list[str] = many(name="config.key")
 
 
-class Loads(Command):
-    """Base of the commands that load a model, by `inference.load`.
-
-    images in their own shape:
-      --sequence-length N  patches an image, at most; 0: squares (default: the longest that the model was trained with; of
-        search that of the embeddings)
-    """
-
-    last = True
-    sequence_length: int | None = flag(None, low=0)
-
-
 class Processes(Command):
     """Base of the commands that may run as several processes.
 

@@ -43,7 +43,7 @@ def faults_of(part: Config | Model | Suite | Evaluator, path: str = "") -> list[
         found += [*_of_model(part.model), *_of_run(part), *_data(part.input), *_regions(part)]
         found += [*_loss(part.loss, part), *_text_rows(part), *_divisions(part)]
     for name, entry in part.evals.items():
-        own = entry.faults() + (entry.not_in_a_suite() if isinstance(part, Suite) else [])
+        own = entry.faults()
         found += [f"evals.{name}.{fault}" for fault in own]
     return found
 

@@ -27,9 +27,6 @@ NAMED = {
     "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
 }
 
-# Which pixels of an image file count, where EXIF says how to turn it (core/images.py).
-ORIENTATIONS = ("exif", "file")
-
 
 class Context(typing.NamedTuple):
     """What an evaluation is told beside its options."""
@@ -111,10 +108,6 @@ class Evaluator(abc.ABC):
     def misses(self, model: Any) -> list[str]:
         """What a model (`config.Model`) lacks for these options: lines that begin with the option."""
         del model
-        return []
-
-    def not_in_a_suite(self) -> list[str]:
-        """Options that a suite, which measures test sets, may not have: lines that begin with the option."""
         return []
 
     @property

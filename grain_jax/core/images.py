@@ -247,16 +247,6 @@ def of_array(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(image)
 
 
-def fit_inside(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """The image as RGB, its longer side `size` pixels at most, its ratio kept; antialiased bicubic, never enlarged."""
-    image = to_rgb(image)
-    factor = size / max(image.size)
-    if factor >= 1:
-        return image
-    sides = [max(1, round(factor * side)) for side in image.size]
-    return image.resize((sides[0], sides[1]), PIL.Image.Resampling.BICUBIC)
-
-
 def resize(
     image: PIL.Image.Image | np.ndarray, size: int, *, convert_first: bool = True
 ) -> np.ndarray:
