@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from grain_jax.config import evals, fields, listing
-from grain_jax.core import named
 
 COMMON = ("kind", "missing", "get")  # keys of every evaluator
 
@@ -21,13 +20,6 @@ def markdown() -> str:
         for key in listing.keys(evals.find(kind), "evals.NAME"):
             if key.name.rpartition(".")[2] not in COMMON:
                 parts.append(_key(key, anchor=f"{kind}.{key.name}"))
-    for name, place in fields.LOCAL_TERMS.items():
-        parts.append(f"## Loss term `{name}`")
-        options = named.find("loss term", place, {}).Options
-        parts += [
-            _key(key, anchor=f"{name}.{key.name.rpartition('.')[2]}")
-            for key in listing.keys(options, "loss.terms.NAME")
-        ]
     parts.append("## A suite")
     parts += [_key(key, anchor=f"suite.{key.name}") for key in listing.keys(fields.Suite)]
     return "\n\n".join(parts)
