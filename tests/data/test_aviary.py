@@ -382,7 +382,7 @@ def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeyp
         arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
         assert main([*arguments, "--name", "birds", *TWO.split()]) == 2
         assert old.exists() and not target.exists()
-    assert f"{target}: process {os.getpid()} on " in capsys.readouterr().err
+    assert f"{target}: in use by process {os.getpid()} on " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

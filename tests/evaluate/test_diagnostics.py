@@ -101,7 +101,7 @@ def test_what_cannot_be_compared_is_not(annotated, capsys):
     assert "matching_stability" not in _evaluate(annotated, state_path=path, step=2)
     path.write_text("{")
     assert "matching_stability" not in _evaluate(annotated, state_path=path, step=3)
-    assert "test.json: Input data was truncated" in capsys.readouterr().err
+    assert "test.json: damaged; matching stability starts anew" in capsys.readouterr().err
     assert _evaluate(annotated, state_path=path, step=4)["matching_stability"] == 1
 
 
