@@ -80,7 +80,6 @@ TOGETHER = (
     "tests/test_paths.py",
     "tests/examples/test_data_source.py",
     "tests/hostile/test_stored_runs.py",
-    "tests/hostile/test_trainer.py",
 )
 
 # `python -m pytest -m quick`: files and tests that together touch every package, chosen by their measured seconds.

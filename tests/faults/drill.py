@@ -1,6 +1,6 @@
 """Ends a tiny run at seeded moments, again and again, and compares its metrics with those of a run left alone.
 
-    python -m tests.faults.drill [--kills 25] [--terms 10] [--pairs 7] [--seed 0]
+    python -m tests.faults.drill [--kills 25] [--terms 10] [--seed 0]
 
 Every restart is the same command; nothing is mended by hand. Prints what was done, when, and how long it took.
 """
@@ -11,7 +11,6 @@ import contextlib
 import os
 import pathlib
 import random
-import resource
 import signal
 import subprocess
 import tempfile
@@ -50,17 +49,16 @@ def plan(kills: int, terms: int, rng: random.Random) -> list[Fault]:
 
 
 class Drill:
-    """A run on one process, or on two, that is ended by faults.
+    """A run that is ended by faults.
 
     Args:
       folder: for the workdirs, the logs and the compiled programs.
-      processes: 1 or 2; signals go to one of them.
       steps: the length of the run.
       rng: of the moments.
     """
 
-    def __init__(self, folder: pathlib.Path, processes: int, steps: int, rng: random.Random):
-        self.folder, self.processes, self.rng, self.steps = folder, processes, rng, steps
+    def __init__(self, folder: pathlib.Path, steps: int, rng: random.Random):
+        self.folder, self.rng, self.steps = folder, rng, steps
         self.count = collections.Counter()
         self.start_seconds = 0.0
 
@@ -68,10 +66,7 @@ class Drill:
         """The command of the run in that workdir; the same at every restart."""
         changes = {"total_steps": self.steps, "checkpoint_every": CHECKPOINT_EVERY}
         changes |= {"checkpoint_keep": 3, **runs.SMALL}
-        many = dict(processes=self.processes, local=("--grace=3",)) if self.processes > 1 else {}
-        command = runs.command(self.folder / name, changes, **many)
-        if many:
-            command += ["--heartbeat_seconds=10"]
+        command = runs.command(self.folder / name, changes)
         environment = runs.on_one_device(self.folder / "compiled")
         with (self.folder / f"{name}.log").open("a") as log:
             return subprocess.Popen(
@@ -122,9 +117,7 @@ class Drill:
         )
         if process.poll() is not None:
             raise TimeoutError(f"status {process.poll()} before the fault could happen")
-        # Of two processes that start, both are told: one alone would let the other wait for it for minutes.
-        together = fault.number == signal.SIGTERM and fault.moment == "start"
-        os.kill(process.pid if together else self._victim(process), fault.number)
+        os.kill(process.pid, fault.number)
         status = process.wait(PATIENCE)
         if fault.number == signal.SIGTERM and status not in (75, -15 if in_start else 75):
             raise SystemExit(f"{fault}: status {status}; see {self.folder / name}.log")
@@ -142,14 +135,6 @@ class Drill:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise TimeoutError(f"status {process.poll()} before the fault could happen")
             time.sleep(0.001)
-
-    def _victim(self, process: subprocess.Popen) -> int:
-        if self.processes == 1:
-            return process.pid
-        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while len(pids := children.read_text().split()) < self.processes:
-            time.sleep(0.01)
-        return int(self.rng.choice(pids))
 
     def _started(self, name: str, began: float) -> bool:
         """Whether the process that began then has put metrics.jsonl in order, right before it compiles."""
@@ -179,9 +164,7 @@ def _start_of(pid: int) -> float:
     return time.time() - time.monotonic() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def drill(
-    folder: pathlib.Path, *, processes: int, kills: int, terms: int, seed: int
-) -> collections.Counter:
+def drill(folder: pathlib.Path, *, kills: int, terms: int, seed: int) -> collections.Counter:
     """One run left alone, one ended by faults; raises SystemExit where they differ.
 
     Returns:
@@ -189,11 +172,11 @@ def drill(
     """
     rng = random.Random(seed)
     faults = plan(kills, terms, rng)
-    run = Drill(folder, processes, 15 * len(faults) + 30, rng)
+    run = Drill(folder, 15 * len(faults) + 30, rng)
     run.finish("left_alone")
     for number, fault in enumerate(faults, start=1):
         words = run.strike("ended", fault)
-        print(f"{processes} process(es), {number}/{len(faults)}: {words}", flush=True)
+        print(f"{number}/{len(faults)}: {words}", flush=True)
         double = number > 1 and faults[number - 2].number == fault.number == signal.SIGKILL
         run.count["double kill"] += double and fault.moment == "start"
     if run._lines("ended") >= run.steps:
@@ -214,34 +197,15 @@ def drill(
 
 
 def main() -> None:
-    """Drills one process, then two."""
+    """The drill of the command line."""
     parser = argparse.ArgumentParser(prog="tests.faults.drill", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=25, help="SIGKILLs")
     parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")
-    parser.add_argument(
-        "--pairs", type=int, default=7, help="how many of these strike one of two processes"
-    )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    pair_terms = args.pairs * args.terms // max(args.kills + args.terms, 1)
-    pair_kills = args.pairs - pair_terms
-    began, count = time.monotonic(), collections.Counter()
+    args, began = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="drill_", ignore_cleanup_errors=True) as folder:
-        for processes, kills, terms in (
-            (1, args.kills - pair_kills, args.terms - pair_terms),
-            (2, pair_kills, pair_terms),
-        ):
-            if kills + terms:
-                part = pathlib.Path(folder) / str(processes)
-                part.mkdir()
-                counted = drill(part, processes=processes, kills=kills, terms=terms, seed=args.seed)
-                print({1: "one process", 2: "one of two processes"}[processes], dict(counted))
-                count += counted
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(
-        f"in all: {dict(count)}; {time.monotonic() - began:.0f} s,"
-        f" {used.ru_utime + used.ru_stime:.0f} s of CPU time"
-    )
+        count = drill(pathlib.Path(folder), **vars(args))
+    print(f"in all: {dict(count)}; {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,6 @@ from tests.faults import drill
 
 @pytest.mark.slow
 def test_a_run_that_is_ended_again_and_again_has_the_metrics_of_one_left_alone(tmp_path):
-    count = drill.drill(tmp_path, processes=1, kills=3, terms=1, seed=0)
+    count = drill.drill(tmp_path, kills=3, terms=1, seed=0)
     assert count["SIGKILL"] == 3 and count["SIGTERM"] == 1 and count["double kill"] == 1
     assert count["in a save"] >= 1 and count["in the start"] >= 1
-
-
-def test_the_plan_of_the_long_one():
-    import random
-
-    faults = drill.plan(25, 10, random.Random(0))
-    assert len(faults) == 35
-    assert sum(f.moment == "save" for f in faults if f.number == drill.signal.SIGKILL) == 9
-    assert sum(f.moment == "start" for f in faults) == 7

@@ -1,7 +1,6 @@
 """Image files made by hand, as no encoder would write them, and mutations of good ones."""
 
 import io
-import os
 import random
 import struct
 import zlib
@@ -148,15 +147,3 @@ def exif_of_shared_values(segments: int) -> list[bytes]:
         jpeg_segment(0xE1, b"Exif\0\0" + content[at : at + 60_000])
         for at in range(0, len(content), 60_000)
     ]
-
-
-def not_regular(folder, kind: str):
-    """A FIFO, a link to a device, or a folder, called as an image."""
-    path = folder / "a.png"
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
-    return path

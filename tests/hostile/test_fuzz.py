@@ -184,7 +184,7 @@ def good(tmp_path_factory):
     "kind, cases",
     [
         *(("lines", 8), ("images", 900), ("shards", 8), ("checkpoints", 20)),
-        *(("configs", 30), ("sources", 60), ("tokens", 30)),
+        *(("configs", 30), ("sources", 120), ("tokens", 30)),
     ],
 )
 def test_damaged_input_is_read_or_refused_in_plain_lines(good, kind, cases):

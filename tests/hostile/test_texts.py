@@ -5,10 +5,8 @@ import re
 import unicodedata
 
 import hypothesis
-import pytest
 from hypothesis import strategies as st
 
-from grain_jax.cli import process
 from grain_jax.core import errors, images, printable
 from grain_jax.data import build
 from grain_jax.evaluate import tables
@@ -55,12 +53,6 @@ def test_plain(text):
 def test_an_errors_lines_cannot_move_the_terminal(text):
     for kind in (errors.UserError, images.ImageError, build.BuildError):
         assert moves_nothing(str(kind(f"{text}: got it\nand more")), keep="\n\t")
-
-
-def test_fail_prints_them_so(capsys):
-    with pytest.raises(SystemExit):
-        process.fail(errors.UserError(NASTY[2]))
-    assert capsys.readouterr().err == "\\x1b[2J\\x1b[1;1Howned\\x07\\r\\x08\n"
 
 
 @few
