@@ -11,7 +11,7 @@ from tests.hostile import image_files
 MB = 1 << 20
 # name -> (file, what the error says). Each would take minutes or gigabytes, or run something.
 REFUSED = {
-    "EPS": (image_files.MARKER_EPS, "no known image format, expected JPEG, PNG, WebP, GIF"),
+    "EPS": (image_files.EPS, "no known image format, expected JPEG, PNG, WebP, GIF"),
     "PNG of 200 Mpx": (lambda: image_files.png(20_000, 10_000), "200000000 pixels|20000 x 10000"),
     "GIF that says 65535 x 65535": (image_files.gif(size=(65535, 65535)), "pixels"),
     "TIFF of one tile of 10^9 pixels": (lambda: image_files.tiff((259, 3, 1, 5), (322, 4, 1, 40_000), (323, 4, 1, 30_000), (324, 4, 1, 8), (325, 4, 1, 1)), "40000 x 30000 pixels, expected at most .* in a tile"),
@@ -44,7 +44,7 @@ def test_a_reader_that_another_package_registers_is_not_asked(monkeypatch):
     assert not asked
 
 
-def test_a_link_to_a_file_and_a_long_file(tmp_path, monkeypatch):
+def test_a_link_to_a_file_and_a_long_file(tmp_path):
     (tmp_path / "a.png").write_bytes(image_files.encode("PNG"))
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     assert images.load_image(tmp_path / "b.png").size == (24, 16)

@@ -1,4 +1,4 @@
-"""Damaged record sets, and disks that are full, read-only or shared: one line that names the file, status 2."""
+"""Record sets that name code or files elsewhere, and two builds at once: one line that names the file, status 2."""
 
 import json
 import os
@@ -16,50 +16,32 @@ from tests.hostile import cases
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
-SHARDS = 4
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
     record_sets.write_annotations(folder / "in", 18)
-    assert record_sets.build_set(folder / "in", folder / "out", f"--num-shards={SHARDS}") == 0
+    assert record_sets.build_set(folder / "in", folder / "out", "--num-shards=4") == 0
     return folder
 
 
-def _edit(name, change):
-    """Changes a JSON file of the set."""
-
-    def edit(folder):
-        content = json.loads((folder / name).read_text())
-        change(content)
-        (folder / name).write_text(json.dumps(content))
-
-    return edit
-
-
-def _lengths(values):
-    return _edit("dataset_info.json", lambda x: x["splits"][0].update(shardLengths=values))
-
-
-INFO, FEATURES = "dataset_info.json", "features.json"
-ROWS = [
-    ("lengths beyond the files", _lengths(["5", "5", "4", str(10**12)]), f"cannot be the {10**12} records"),
-    ("features of another module", _edit(FEATURES, lambda x: x.update(pythonClassName="antigravity.Fly")), "names the class 'antigravity.Fly', expected TFDS's own"),
-    ("a file elsewhere", _edit(INFO, lambda x: x["splits"][0].update(filepathTemplate="/etc/{SPLIT}-{SHARD_X_OF_Y}")), "names the file /etc/train-00000"),
+ROWS = [  # the file; its change; the line
+    ("dataset_info.json", lambda x: x["splits"][0].update(shardLengths=["5", "5", "4", str(10**12)]), f"cannot be the {10**12} records"),
+    ("features.json", lambda x: x.update(pythonClassName="antigravity.Fly"), "names the class 'antigravity.Fly', expected TFDS's own"),
+    ("dataset_info.json", lambda x: x["splits"][0].update(filepathTemplate="/etc/{SPLIT}-{SHARD_X_OF_Y}"), "names the file /etc/train-00000"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name,damage,expected", ROWS, ids=[row[0] for row in ROWS])
-def test_a_damaged_set(built, tmp_path, name, damage, expected):
+@pytest.mark.parametrize("name,change,line", ROWS, ids=["lengths", "a class", "a file elsewhere"])
+def test_a_damaged_set(built, tmp_path, name, change, line):
     shutil.copytree(built / "out", tmp_path / "out")
-    damage(tmp_path / "out" / "tiny_set" / "1.0.0")
-    config = record_sets.config(tmp_path / "out")
-
-    def run(_):
-        records.identities(config)
-
-    cases.check(cases.run(run, []), f"{tmp_path}.*({expected}).*")
+    path = tmp_path / "out" / "tiny_set" / "1.0.0" / name
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    read = lambda _: records.identities(record_sets.config(tmp_path / "out")) and None
+    cases.check(cases.run(read, []), f"{tmp_path}.*{line}.*")
 
 
 HOLD = """

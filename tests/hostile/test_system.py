@@ -1,4 +1,4 @@
-"""What the system refuses, what names bring to the terminal, and files of another form: one line each."""
+"""What the system refuses, and what names bring to the terminal: one line each."""
 
 import errno
 import io

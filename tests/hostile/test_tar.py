@@ -1,24 +1,16 @@
 """What a hostile tar does to data.annotate: dead letters with their cause, in time, and files below the output alone."""
 
-import io
 import json
 import tarfile
 
-import PIL.Image
 import pytest
 
 from grain_jax.core import image_bounds
 from grain_jax.data import sources
 from grain_jax.data.annotate import __main__ as command
+from tests.hostile import image_files
 
-
-def _png() -> bytes:
-    out = io.BytesIO()
-    PIL.Image.new("RGB", (20, 20), "teal").save(out, "PNG")
-    return out.getvalue()
-
-
-PNG = _png()
+PNG = image_files.encode("PNG", (20, 20))
 GOOD = [("good.png", PNG), ("good.txt", b"A wren.")]
 
 

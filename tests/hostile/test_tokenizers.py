@@ -7,8 +7,6 @@ import pytest
 from grain_jax.input_pipeline import file_tokenizer
 from tests.hostile import cases
 
-A, X = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[X]", "type_id": 0}}
-PAIR = [A, {"Sequence": {"id": "B", "type_id": 1}}]
 PLAIN = {
     "version": "1.0",
     "truncation": None,
@@ -22,39 +20,29 @@ PLAIN = {
 }
 
 
-def sequence(*parts):
-    return {"type": "Sequence", "normalizers": list(parts)}
-
-
 def replace(old, new, kind="String"):
     return {"type": "Replace", "pattern": {kind: old}, "content": new}
 
 
-def template(single, number):
-    tokens = {"[X]": {"id": "[X]", "ids": [number], "tokens": ["[X]"]}}
-    kind = "TemplateProcessing"
-    return {"type": kind, "single": single, "pair": PAIR, "special_tokens": tokens}
-
-
-def write(path, **keys):
-    path.write_text(json.dumps(PLAIN | keys))
-    return path
-
-
-nested = replace("a", "aa")
-for _ in range(40):
-    nested = sequence(nested, replace("a", "aa"))
-
+A, X = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[X]", "type_id": 0}}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [X] * 99 + [A],
+    "pair": [A, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"[X]": {"id": "[X]", "ids": [2], "tokens": ["[X]"]}},
+}
+DOUBLED = {"type": "Sequence", "normalizers": [replace("a", "aa")] * 41}
 FILES = [  # keys of a tokenizer.json; the line
-    (dict(normalizer=nested), "up to 2.2e.12 times longer, expected at most 1000"),
+    (dict(normalizer=DOUBLED), "up to 2.2e.12 times longer, expected at most 1000"),
     (dict(normalizer=replace("x*", "y" * 1001, "Regex")), "up to 1e.03 times longer"),
-    (dict(post_processor=template([X] * 99 + [A], 2)), "got [0-9]+ tokens of a text"),
+    (dict(post_processor=TEMPLATE), "got [0-9]+ tokens of a text"),
 ]
 
 
-@pytest.mark.parametrize("keys,line", FILES, ids=lambda x: x[:24] if isinstance(x, str) else None)
+@pytest.mark.parametrize("keys,line", FILES, ids=["doubled", "a pattern", "a template"])
 def test_tokenizer_json(tmp_path, keys, line):
-    path = write(tmp_path / "tokenizer.json", **keys)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(PLAIN | keys))
     read = lambda _: file_tokenizer.FileTokenizer(path)(["a b zz " * 9], 8) and None
     cases.check(cases.run(read, []), f"tokenizer.json: .*{line}")
 
