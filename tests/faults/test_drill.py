@@ -16,6 +16,7 @@ import pytest
 from tests import runs
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.slow
 PATIENCE = 300  # seconds that a process may take to get somewhere, or to end
 
 
@@ -144,7 +145,6 @@ def _start_of(pid: int) -> float:
     return time.time() - time.monotonic() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.slow
 def test_a_run_that_is_ended_again_and_again_has_the_metrics_of_one_left_alone(tmp_path):
     run = Drill(tmp_path, 15 * len(FAULTS) + 30, random.Random(0))
     run.finish("left_alone")
@@ -155,3 +155,33 @@ def test_a_run_that_is_ended_again_and_again_has_the_metrics_of_one_left_alone(t
     assert runs.lines(tmp_path / "ended") == runs.lines(tmp_path / "left_alone")
     assert run._kept("ended") == run._kept("left_alone")
     assert run.count["in a save"] >= 1 and run.count["in the start"] >= 1
+
+
+def _start(workdir, folder):
+    command = runs.command(workdir, {"total_steps": 30, **runs.SMALL})
+    environment = runs.on_one_device(folder / "compiled")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a run that was left alone."""
+    folder = tmp_path_factory.mktemp("double")
+    alone = _start(folder / "alone", folder)
+    said = alone.communicate()[1]
+    assert alone.returncode == 0, said
+    return folder
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_of_two_at_once_one_trains_as_if_alone(folder, number):
+    workdir = folder / str(number)
+    pair = [_start(workdir, folder) for _ in range(2)]
+    said = [process.communicate()[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 2], "\n".join(said)
+    refused, first = sorted(pair, key=lambda process: -process.returncode)
+    line = said[pair.index(refused)].strip()
+    assert line.startswith(f"{workdir}: process {first.pid} on ") and "\n" not in line
+    assert runs.lines(workdir) == runs.lines(folder / "alone")
+    saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert saved == ["28", "30"] and not (workdir / "trainer.lock").exists()
