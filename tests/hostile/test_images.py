@@ -44,10 +44,15 @@ def test_a_reader_that_another_package_registers_is_not_asked(monkeypatch):
     assert not asked
 
 
-def test_a_link_to_a_file_and_a_long_file(tmp_path):
+def test_links_and_files_that_are_no_images_of_a_length(tmp_path):
     (tmp_path / "a.png").write_bytes(image_files.encode("PNG"))
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     assert images.load_image(tmp_path / "b.png").size == (24, 16)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zeros.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zeros.png"):
+        with pytest.raises(images.ImageError, match="got a folder, pipe or device, expected an im"):
+            images.load_image(tmp_path / name)
     with (tmp_path / "long.png").open("wb") as file:
         file.truncate(1 << 40)  # no bytes are behind it
     with pytest.raises(images.TooLargeError, match="1,099,511,627,776 bytes, expected at most 268"):

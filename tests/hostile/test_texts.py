@@ -1,12 +1,16 @@
-"""Texts of users in every place that shows them: whatever they hold, nothing ends and the terminal stays."""
+"""Texts of data and errors of the system on the terminal: whatever they hold, it stays, and an error is one line."""
 
+import errno
+import io
 import json
 import re
 import unicodedata
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
+from grain_jax.cli import process
 from grain_jax.core import errors, images, printable
 from grain_jax.data import build
 from grain_jax.evaluate import tables
@@ -66,3 +70,55 @@ def test_build_names_such_keys_and_files(tmp_path):
     outcome = cases.run(lambda _: record_sets.build_set(tmp_path / "in", tmp_path / "out"), [])
     cases.check(outcome, r"A.jsonl:3: image: got .*u001b")
     assert moves_nothing(outcome.err, keep="\n") and "\\x1b[2J" in outcome.err
+
+
+def of_shell(main, arguments=()):
+    """`cases.run` of a command as a process runs it."""
+    return cases.run(lambda given: process.run(main, given), arguments)
+
+
+def raises(error):
+    def main(_):
+        raise error
+
+    return main
+
+
+REFUSED = [  # error; line; status
+    (OSError(errno.ENOSPC, "No space", "/x/a"), "^/x/a: No space left on device; make room", 1),
+    (OSError(errno.EFBIG, "File too large"), "^File too large; raise .*ulimit -f", 1),
+    (FileNotFoundError(errno.ENOENT, "No such file", "a\x1b[2J"), r"^a\\x1b\[2J: No such", 2),
+    (RuntimeError("can't start new thread"), "no more threads: raise .*ulimit -u", 2),
+]
+
+
+@pytest.mark.parametrize("error,line,status", REFUSED, ids=lambda x: str(x)[:30])
+def test_what_the_system_refuses_is_a_line(error, line, status):
+    outcome = of_shell(raises(error))
+    cases.check(outcome, line, status)
+    assert len(outcome.err.splitlines()) == 1
+    try:
+        raise KeyError("x") from error
+    except KeyError as later:
+        assert str(errors.of_system(later)) == str(errors.of_system(error))
+
+
+def test_another_error_stays_one():
+    with pytest.raises(ZeroDivisionError):
+        of_shell(raises(ZeroDivisionError("x")))
+    assert errors.of_system(OSError("x")) is None and errors.of_system(None) is None
+
+
+NAME = "a\x1b[2J\x1b]0;owned\x07\r\u202eb"
+
+
+def test_what_a_command_prints_cannot_move_the_terminal():
+    def main(_):
+        print(NAME, "http://x/\x1b[31m", end="\n")
+        print(f"\r\x1b[2K{NAME}", end="", file=io.TextIOWrapper(io.BytesIO()))
+        print(f"\r\x1b[2Kstep 1 {NAME}\x1b[K", end="", file=process.sys.stderr)
+
+    outcome = of_shell(main)
+    plain = r"a\x1b[2J\x1b]0;owned\x07\r\u202eb"
+    assert outcome.out == f"{plain} http://x/\\x1b[31m\n"
+    assert outcome.err == f"\r\x1b[2Kstep 1 {plain}\x1b[K"
