@@ -53,7 +53,6 @@ LONG = (
     "tests/launch/test_plan.py",
     "tests/convert/test_initialise.py",
     "tests/convert/test_huggingface.py",
-    "tests/hostile/test_stored_runs.py",
     "tests/models/test_attention.py",
     "tests/training/test_flops.py",
     "tests/training/test_lora_run.py",
@@ -80,7 +79,6 @@ TOGETHER = (
     "tests/test_paths.py",
     "tests/examples/test_data_source.py",
     "tests/hostile/test_stored_runs.py",
-    "tests/hostile/test_trainer.py",
 )
 
 # `python -m pytest -m quick`: files and tests that together touch every package, chosen by their measured seconds.

@@ -35,14 +35,13 @@ def command(
     *,
     processes: int = 0,
     devices: int = 1,
-    local: tuple[str, ...] = (),
 ) -> list[str]:
     """`grain-jax train` of tests/run_config.py; with `processes`, by `grain-jax local`."""
     out = [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
     out += ["--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in changes.items())]
     if processes:
         head = [sys.executable, "-m", "grain_jax.launch.local", f"--processes={processes}"]
-        return [*head, f"--devices-per-process={devices}", *local, "--", *out]
+        return [*head, f"--devices-per-process={devices}", "--", *out]
     return out
 
 

@@ -1,7 +1,6 @@
 """Image files made by hand, as no encoder would write them, and mutations of good ones."""
 
 import io
-import os
 import random
 import struct
 import zlib
@@ -11,12 +10,13 @@ import PIL.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-# Ghostscript, which Pillow runs for EPS, would make a file of this name, or never end.
+# Ghostscript, which Pillow runs for EPS, would make a file of this name.
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 10 10
 %%EndComments
+(MARKER) (w) file closefile showpage
+%%EOF
 """
-MARKER_EPS = EPS + b"(MARKER) (w) file closefile showpage\n%%EOF\n"
 
 
 def encode(kind: str, size=(24, 16), **options) -> bytes:
@@ -74,11 +74,11 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
-def gif(*, before: bytes = b"", between: bytes = b"", frames: int = 1, size=(1, 1)) -> bytes:
-    """Of one pixel, or that says it has more; with extensions ahead of the first and the second frame."""
+def gif(*, between: bytes = b"", frames: int = 1, size=(1, 1)) -> bytes:
+    """Of one pixel, or that says it has more; with extensions ahead of the second frame."""
     head = b"GIF89a" + struct.pack("<HH", *size) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
     frame = b"\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0"
-    return head + before + frame + (between + frame) * (frames - 1) + b";"
+    return head + frame + (between + frame) * (frames - 1) + b";"
 
 
 def gif_comment(length: int) -> bytes:
@@ -94,9 +94,9 @@ def jpeg_segment(marker: int, content: bytes) -> bytes:
     return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
 
 
-def jpeg_with(*segments: bytes, encoded: bytes | None = None) -> bytes:
+def jpeg_with(*segments: bytes) -> bytes:
     """A good JPEG with segments behind its first marker."""
-    encoded = encoded or encode("JPEG")
+    encoded = encode("JPEG")
     return encoded[:2] + b"".join(segments) + encoded[2:]
 
 
@@ -148,15 +148,3 @@ def exif_of_shared_values(segments: int) -> list[bytes]:
         jpeg_segment(0xE1, b"Exif\0\0" + content[at : at + 60_000])
         for at in range(0, len(content), 60_000)
     ]
-
-
-def not_regular(folder, kind: str):
-    """A FIFO, a link to a device, or a folder, called as an image."""
-    path = folder / "a.png"
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
-    return path

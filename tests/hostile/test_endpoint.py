@@ -3,86 +3,39 @@
 import gzip
 import json
 import time
-from typing import NamedTuple
 
 import PIL.Image
 import pytest
 
 from grain_jax.data.annotate import __main__ as command
-from grain_jax.data.annotate import answers, chat, endpoint_chat
+from grain_jax.data.annotate import chat, endpoint_chat
 from grain_jax.data.annotate.arguments import Annotate
 from tests.hostile import sockets
 
 PICTURE = PIL.Image.new("RGB", (20, 20), "teal")
 SECONDS = 0.5  # --request-seconds
 SLACK = 1.5  # of a busy machine
-DEEP = b"[" * 200_000
 KEY = "sk-very-secret"
-
-
-class Row(NamedTuple):
-    """What the server does, and what must come of it."""
-
-    name: str
-    behave: sockets.Behaviour
-    cause: str  # of the failure, or the text of the answer
-    detail: str = ""  # part of it
-
-
-def _after(seconds: float, behave: sockets.Behaviour) -> sockets.Behaviour:
-    return lambda connection, stop: (stop.wait(seconds), behave(connection, stop))
 
 
 ANSWER, NO, CONNECTION = sockets.answer(), endpoint_chat.NO_ANSWER, endpoint_chat.CONNECTION
 LATE, REJECTED = endpoint_chat.TIME_OUT, endpoint_chat.REJECTED
 LONG = f"Content-Length: {len(ANSWER)}"
 CHUNKED = sockets.head("Transfer-Encoding: chunked")
-CHUNK = b"%x\r\n%s\r\n" % (len(ANSWER), ANSWER)
 head, body, sent, dripping = sockets.head, sockets.body, sockets.sent, sockets.dripping
-ROWS = [
-    # Numbers and JSON.
-    Row("infinite tokens", body(sockets.answer(usage='{"prompt_tokens": Infinity}')), "a beak"),
-    Row("tokens of 5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak"),
-    Row("tokens as a text", body(sockets.answer(usage='{"prompt_tokens": "many"}')), "a beak"),
-    Row("usage as a text", body(sockets.answer(usage='"lots"')), "a beak"),
-    Row("deep lists", body(DEEP), NO),
-    Row("deep usage", body(sockets.answer(usage="[" * 99_999 + "]" * 99_999)), NO),
-    Row("choices twice", body(ANSWER[:-1] + b', "choices": 3}'), NO),
-    Row("no choice", body(b'{"choices": []}'), NO, "got"),
-    Row("nothing", body(b""), NO),
-    Row("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\\x1b[2J"),
-    Row("a gzip bomb", body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"), NO),
-    # Lengths.
-    Row("a length that is too long", sent(head("Content-Length: 9999") + ANSWER), CONNECTION, "received 105 bytes"),
-    Row("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION),
-    Row("a length that is too short", sent(head("Content-Length: 9") + ANSWER), NO),
-    Row("a length that is no number", sent(head("Content-Length: all") + ANSWER), NO),
-    Row("HTTP/1.0 without a length", sent(b"HTTP/1.0 200 OK\r\n\r\n" + ANSWER), "a beak"),
-    Row("closed in the body", sent(head(LONG) + ANSWER[:20]), CONNECTION, "received 20 bytes"),
-    Row("closed at once", lambda connection, stop: None, CONNECTION),
-    # Without an end.
-    Row("an endless body", dripping(head(), b"x" * 65536, 0), NO, "more than 1048576 bytes"),
-    Row("an endless head", dripping(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 999, 0), NO),
-    Row("continue for ever", dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, 0), LATE),
-    Row("an endless chunk", dripping(CHUNKED + b"ffffffff\r\n", b"x" * 65536, 0), NO),
-    Row("an endless error", dripping(head(status="400 No"), b"x" * 65536, 0), REJECTED),
-    # Slowly: each piece comes in time, the answer does not.
-    Row("silence", lambda connection, stop: stop.wait(), LATE),
-    Row("a dripping body", dripping(head(), b"x"), LATE),
-    Row("a dripping head", dripping(b"HTTP/1.1 200 OK\r\n", b"A"), LATE),
-    Row("dripping chunks", dripping(CHUNKED, b"1\r\nx\r\n"), LATE),
-    Row("a dripping error", dripping(head(status="400 No"), b"x"), REJECTED),
-    Row("in time", _after(0.2, body(ANSWER)), "a beak"),
-    # Chunks.
-    Row("chunks", sent(CHUNKED + CHUNK + b"0\r\n\r\n"), "a beak"),
-    Row("chunks cut off", sent(CHUNKED + CHUNK[:30]), CONNECTION),
-    Row("a chunk beyond 64 bits", sent(CHUNKED + b"f" * 40 + b"\r\n" + ANSWER), NO),
-    # What is not HTTP.
-    Row("no HTTP", sent(b"SSH-2.0-OpenSSH_9.6\r\n"), CONNECTION),
-    Row("binary", sent(bytes(range(256)) * 9), NO),
-    Row("a status of 5000 digits", sent(head(status="9" * 5000) + ANSWER), NO),
-    Row("other protocols", sent(head(status="101 Switching")), NO),
-    Row("a line of a head of 70 kB", sent(head("A: " + "b" * 70_000) + ANSWER), "a beak"),
+ROWS = [  # name; what the server does; the cause of the failure or the text of the answer; part of the detail
+    ("tokens of 5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak", ""),
+    ("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\\x1b[2J"),
+    ("a gzip bomb", body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"), NO, ""),
+    ("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION, ""),
+    ("closed in the body", sent(head(LONG) + ANSWER[:20]), CONNECTION, "received 20 bytes"),
+    ("an endless body", dripping(head(), b"x" * 65536, 0), NO, "more than 1048576 bytes"),
+    ("an endless head", dripping(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 999, 0), NO, ""),
+    ("continue for ever", dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, 0), LATE, ""),
+    ("an endless chunk", dripping(CHUNKED + b"ffffffff\r\n", b"x" * 65536, 0), NO, ""),
+    ("an endless error", dripping(head(status="400 No"), b"x" * 65536, 0), REJECTED, ""),
+    ("a dripping body", dripping(head(), b"x"), LATE, ""),
+    ("a dripping head", dripping(b"HTTP/1.1 200 OK\r\n", b"A"), LATE, ""),
 ]  # fmt: skip
 
 
@@ -93,48 +46,27 @@ def _ask(url: str, seconds: float = SECONDS, tries: int = 1) -> chat.Answer | ch
     return found
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(row):
+@pytest.mark.parametrize("behave, cause, detail", [x[1:] for x in ROWS], ids=[x[0] for x in ROWS])
+def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(behave, cause, detail):
     start = time.monotonic()
-    with sockets.serve(row.behave) as server:
+    with sockets.serve(behave) as server:
         found = _ask(server.url)
     assert time.monotonic() - start < SECONDS + SLACK
-    if isinstance(found, chat.Failure) and found.cause == LATE != row.cause:
-        with sockets.serve(row.behave) as server:  # a busy machine: other bounds need more time
+    if isinstance(found, chat.Failure) and found.cause == LATE != cause:
+        with sockets.serve(behave) as server:  # a busy machine: other bounds need more time
             found = _ask(server.url, seconds=40 * SECONDS)
     if isinstance(found, chat.Answer):
-        assert found.text == row.cause
+        assert found.text == cause
         assert 0 <= found.prompt_tokens < 1 << 31 and 0 <= found.answer_tokens < 1 << 31
     else:
-        assert found.cause == row.cause and row.detail in found.detail
+        assert found.cause == cause and detail in found.detail
         assert found.detail.isprintable() and len(found.detail) < 400
     json.dumps(found._asdict())
 
 
 @pytest.mark.parametrize(
-    "retry_after,waits",
-    [
-        ("1e400", False),
-        ("nan", True),
-        ("Fri, 31 Dec 9999 23:59:59 GMT", False),
-        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", True),
-        ("Mon, 01 Jan 0001 00:00:00 -0000", True),
-    ],
-)
-def test_a_rate_limit_for_ever_ends(monkeypatch, retry_after, waits):
-    monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 0.01)
-    limit = sent(head(f"Retry-After: {retry_after}", status="429 Slowly"))
-    start = time.monotonic()
-    with sockets.serve(limit) as server:
-        found = _ask(server.url, tries=3)
-        assert len(server.requests) == (3 if waits else 1)
-    assert found.cause == endpoint_chat.RATE_LIMIT
-    assert time.monotonic() - start < SLACK
-
-
-@pytest.mark.parametrize(
     "status, place",
-    [(301, "{}/chat/completions"), (302, "/v1/other"), (307, "file:///etc/passwd"), (308, "//x")],
+    [(302, "{}/chat/completions"), (307, "file:///etc/passwd")],
 )
 def test_the_key_goes_to_no_other_address(monkeypatch, status, place):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -150,76 +82,12 @@ def test_the_key_goes_to_no_other_address(monkeypatch, status, place):
     assert "give it as --endpoint" in str(told.value) and KEY not in str(told.value)
 
 
-def test_tls_to_a_port_without_it():
-    with sockets.serve(body(ANSWER)) as server:
-        found = _ask(server.url.replace("http:", "https:"))
-    assert found.cause in (CONNECTION, LATE)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://[::1/v1",
-        "http://host/a b",
-        "http://host/\r\nHost: other",
-        "http://\x1b[2J/",
-        "host:8000/v1",
-        "file:///etc/passwd",
-    ],
-)
-def test_an_address_that_is_none(url):
-    with pytest.raises(endpoint_chat.EndpointError, match="no address, expected one like") as told:
-        _ask(url)
-    assert str(told.value).isprintable()
-
-
-@pytest.mark.parametrize("proxy", ["socks5://x:1", "http://[::1"])
-def test_a_proxy_that_is_none(monkeypatch, proxy):
-    monkeypatch.setenv("ALL_PROXY", proxy)
-    with pytest.raises(endpoint_chat.EndpointError, match="the environment's proxy: ") as told:
-        _ask("http://127.0.0.1:1/v1")
-    assert len(str(told.value).splitlines()) == 1
-
-
 @pytest.mark.parametrize("key", ["two\nlines", "t\u00f6"])
 def test_a_key_that_is_none_is_not_shown(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", f"sk-secret{key}x")
     with pytest.raises(endpoint_chat.EndpointError, match="_KEY: holds white space or") as told:
         _ask("http://127.0.0.1:1/v1")
     assert "secret" not in str(told.value)
-
-
-@pytest.mark.parametrize(
-    "text,cause",
-    [
-        ("Subject: a wren\nCaption: A " + "w" * 700, answers.RUN_ON),
-        ("Subject: a " + "w" * 200 + "\nCaption: A wren sings.", answers.RUN_ON),
-        ("Subject: a wren\nCaption: A wren \x1b[2J sings.", answers.NO_CAPTION),
-        ("x" * 1_000_000, answers.RUN_ON),
-    ],
-)
-def test_texts_are_bounded_in_characters(text, cause):
-    start = time.monotonic()
-    assert answers.parse_caption(text).cause == cause
-    assert isinstance(answers.parse_descriptions(text), answers.Refused | tuple)
-    assert time.monotonic() - start < 1
-
-
-def test_a_description_is_bounded_in_characters():
-    kept, (dropped,) = answers.parse_descriptions("a " + "w" * 200 + "\na long beak")
-    assert kept == ["a long beak"] and dropped.cause == answers.RUN_ON
-
-
-def _job(folder, images, behave):
-    """The exit status of a job of the pass caption, and its output."""
-    (folder / "images").mkdir()
-    for name in range(images):
-        PICTURE.save(folder / f"images/{name}.png")
-        (folder / f"images/{name}.txt").write_text("A wren.")
-    with sockets.serve(behave) as server:
-        given = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--chat=tiny"]
-        given += [f"--endpoint={server.url}", "--passes=caption", "--tries=1", "--max-faults=1"]
-        return command.main([*given, "--request-seconds=2"]), folder / "out"
 
 
 REPEATED = f"the request had Authorization: Bearer {KEY}"
@@ -230,38 +98,21 @@ LATE_KEY = "x" * 176 + KEY  # a cut to 200 characters would leave its beginning
     "behave",
     [
         body(sockets.answer(f"Subject: a wren\nCaption: A wren and {KEY}")),
-        body(sockets.answer(REPEATED)),  # a refused answer
-        body(json.dumps({"error": REPEATED}).encode()),
         sent(head(status="400 No") + LATE_KEY.encode()),
         sent(head(status="500 Oh") + REPEATED.replace("-", "\\u002d").encode()),
-        sent(head(status="401 Who") + REPEATED.encode()),
         sent(head(f"Location: http://x/?key={KEY.replace('-', '%2D')}", status="302 Found")),
-        sent(head(f"no header with {KEY}")),
     ],
 )
 def test_a_key_that_the_server_repeats_is_written_nowhere(tmp_path, monkeypatch, capfd, behave):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    _, output = _job(tmp_path, 1, behave)
-    written = capfd.readouterr()
-    texts = [written.out, written.err]
-    texts += [path.read_text() for path in output.rglob("*") if path.is_file()]
+    (tmp_path / "images").mkdir()
+    PICTURE.save(tmp_path / "images/0.png")
+    (tmp_path / "images/0.txt").write_text("A wren.")
+    with sockets.serve(behave) as server:
+        given = [f"--images={tmp_path / 'images'}", f"--output={tmp_path / 'out'}", "--chat=tiny"]
+        given += [f"--endpoint={server.url}", "--passes=caption", "--tries=1", "--max-faults=1"]
+        command.main([*given, "--request-seconds=2"])
+    texts = [*capfd.readouterr()]
+    texts += [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not any("sk-v" in text.lower() or "very" in text for text in texts)
     assert any("[OPENAI_" in text for text in texts)
-
-
-def test_a_worker_has_one_client_whose_connection_serves_all_its_requests():
-    made = []
-
-    def connect(connection, stop):
-        made.append(connection)
-        for _ in range(2):
-            connection.sendall(head(LONG) + ANSWER)
-            sockets.request(connection)
-
-    with sockets.serve(connect) as server:
-        given = Annotate(images="", output="", endpoint=server.url, chat="tiny", concurrency=1)
-        client = endpoint_chat.EndpointChat(given)
-        for _ in range(2):
-            (found,) = client.answer([PICTURE], ["List."])
-            assert found.text == "a beak"
-    assert len(made) == 1

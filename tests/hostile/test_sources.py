@@ -1,144 +1,22 @@
-"""What hostile annotation files do to the readers of public formats: a named fault or one line, in time."""
+"""What hostile annotation files and tables do to the readers of public formats: a named fault or one line, in time."""
 
-import json
 import os
-import pathlib
-import pickle
-import re
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.data import sources
-from grain_jax.data.sources import json_files
+from grain_jax.data import build, sources
+from grain_jax.data.sources import columns, json_files
 from tests.data import test_sources
-from tests.hostile import source_files
+from tests.data.test_sources import boxes, descriptions, encoded
+from tests.hostile import cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
 
-DEEP = b"[" * 100_000
-JSON_SOURCES = ("coco", "finehard", "fg_ovd", "karpathy", "lvis", "refcoco", "visual_genome")
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    return folder, source_files.write(folder)
-
 
 read = test_sources.read_all
-
-
-def places(value, path=()):
-    """The path of every part of a JSON value; of a list the first part stands for the others."""
-    yield path
-    first = dict(enumerate(value[:1])) if isinstance(value, list) else {}
-    for key, part in (value if isinstance(value, dict) else first).items():
-        yield from places(part, (*path, key))
-
-
-def put(value, path, new):
-    """`value` with another part at the path."""
-    if not path:
-        return new
-    out = value.copy()
-    out[path[0]] = put(value[path[0]], path[1:], new)
-    return out
-
-
-WRONG = (None, [1], {"a": {}}, True, -1, 1.5, 10**400, float("nan"), "", "../../x", "\ud800\0\x1b[2J")  # fmt: skip
-
-
-def dump_json(value):
-    """JSON as a hostile writer would: NaN and lone surrogates stay in it."""
-    return json.dumps(value).encode()
-
-
-@pytest.mark.parametrize("name", [*JSON_SOURCES, "annotations"])
-def test_every_value_replaced_by_one_of_another_type(samples, name):
-    folder, options = samples[0] / name, samples[1][name]
-    good = len(read(name, options))
-    refused = named = 0
-    for path in source_files.annotation_files(folder, options):
-        before = path.read_bytes()
-        lines = path.suffix == ".jsonl"
-        load, dump = (
-            (pickle.loads, pickle.dumps) if path.suffix == ".p" else (json.loads, dump_json)
-        )
-        value = [load(x) for x in before.split(b"\n\n")] if lines else load(before)
-        for place in places(value):
-            for wrong in WRONG:
-                changed = put(value, place, wrong)
-                if lines and isinstance(changed, list):
-                    path.write_bytes(b"\n".join(map(dump_json, changed)))
-                else:
-                    try:
-                        path.write_bytes(dump(changed))
-                    except UnicodeEncodeError:  # no pickle has it
-                        continue
-                try:
-                    items = read(name, options)
-                except errors.UserError as error:
-                    refused += 1
-                    assert len(str(error).splitlines()) == 1 and str(path) in str(error)
-                    assert str(error).isprintable()
-                    continue
-                faults = [x for x in items if isinstance(x, sources.Fault)]
-                faults += [y for x in items if isinstance(x, sources.Image) for y in x.left_out]
-                named += bool(faults)
-                assert {x.cause for x in faults} <= set(sources.CAUSES)
-                assert len(items) >= good - 1 or faults
-        path.write_bytes(before)
-    assert refused + named > 50 and len(read(name, options)) == good
-
-
-def _link(path):
-    path.symlink_to("/dev/zero")
-
-
-WHOLE = {
-    "deep": (lambda path: path.write_bytes(DEEP), "deep|got|object|array"),
-    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "truncated|list|malformed"),
-    "empty": (lambda path: path.write_bytes(b""), "truncated|got ''"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "got a folder, pipe or device"),
-    "without an end": (lambda path: (path.unlink(), _link(path)), "got a folder, pipe or device"),
-    "gone": (lambda path: path.unlink(), "no such file"),
-}
-
-
-@pytest.mark.parametrize("how", WHOLE)
-def test_a_faulty_file_is_one_line(tmp_path, how):
-    found = source_files.write(tmp_path, *JSON_SOURCES)
-    change, line = WHOLE[how]
-    for name in JSON_SOURCES:
-        path = pathlib.Path(found[name].annotations[-1])
-        if path.is_dir():
-            path = path / "2024_results_0.json"
-            found[name] = found[name]._replace(annotations=(str(path),))
-        change(path)
-        try:  # an item of a list is a fault of its own
-            items = read(name, found[name])
-            (said,) = (f"{x.image}: {x.detail}" for x in items if isinstance(x, sources.Fault))
-        except sources.SourceError as error:
-            said = str(error)
-        assert re.search(f"{path}.*(?:{line})", said) and len(said.splitlines()) == 1
-
-
-def test_files_beside_images_and_folders_that_contain_themselves(tmp_path):
-    options = test_sources.folder_sample(tmp_path)
-    images = tmp_path / "images"
-    for number, make in enumerate(
-        (os.mkfifo, _link, lambda path: path.write_bytes(bytes(2 << 20)))
-    ):
-        path = images / f"{number:05d}.txt"
-        path.unlink()
-        make(path)
-    for number in range(9):
-        (images / f"loop{number}").symlink_to(images)
-    faults = [x for x in read("folder", options) if isinstance(x, sources.Fault)]
-    assert [x.image for x in faults[:3]] == [f"0000{n}.jpg" for n in range(3)]
-    assert all("expected a caption" in x.detail for x in faults[:3])
-    assert {x.image: x.cause for x in faults[3:]} == {f"loop{n}": "unreadable" for n in range(9)}
 
 
 def test_entities_of_a_stranger(tmp_path):
@@ -172,8 +50,6 @@ def test_entities_of_a_stranger(tmp_path):
         (b"\x80\x02]r\x00\x00\x00\x7f.", "expected refs"),  # the place of 2 billion objects
         (b"(" * 200_000 + b"l" * 200_000 + b".", "Expected `object`, got `array`|nested too deep"),
         (b"cos\nsystem\n(S'true'\ntR.", "no pickle of plain values .it wants os.system"),
-        (b"]" * 9, "no pickle of plain values"),
-        (pickle.dumps([{"split": {1: 2}}]), "missing required field|Expected `str`"),
     ],
 )
 def test_pickles_of_a_stranger(tmp_path, content, line):
@@ -207,3 +83,78 @@ def test_a_long_list_is_read_an_item_at_a_time(tmp_path, monkeypatch):
     ):
         with pytest.raises(errors.UserError, match=line):
             read(text)
+
+
+GOOD = {
+    "image": [{"bytes": encoded(n), "path": f"{n}.jpg"} for n in range(4)],
+    "caption": ["a"] * 4,
+    "boxes": [boxes(n) for n in range(4)],
+    "descriptions": [descriptions(n) for n in range(4)],
+}
+
+
+def write(folder, source, table):
+    """The table as a file of the source; returns it."""
+    if source == "parquet":
+        pyarrow.parquet.write_table(table, folder / "t.parquet", row_group_size=2)
+        return folder / "t.parquet"
+    test_sources.save_to_disk(table, folder / "saved")
+    return folder / "saved"
+
+
+def run(folder, source, path):
+    words = ["--source", source, "--annotations", path, "--images", folder, "--output", folder]
+    return cases.run(build.main, [*words, "--name=x"])
+
+
+# name -> (what the first row of a column becomes, the line)
+OF_ROWS = {
+    "a path out of the folder": ("image", {"bytes": None, "path": "../x.jpg"}, "expected a path below the images' folder"),
+    "a list too long": ("boxes", [(1, 1, 9, 9)] * (columns.MAX_REGIONS + 1), "bad annotation: .*length <= 10000.*boxes"),
+    "a text too long": ("caption", "x" * (1 << 21), "bad annotation: .*length <= 1048576.*caption"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OF_ROWS)
+def test_a_row_that_cannot_be_used(tmp_path, what):
+    name, value, line = OF_ROWS[what]
+    kinds = {"boxes": pa.list_(pa.list_(pa.float64()))}
+    values = GOOD | {name: [value, *GOOD[name][1:]]}
+    table = pa.table({key: pa.array(x, kinds.get(key)) for key, x in values.items()})
+    outcome = run(tmp_path, "parquet", write(tmp_path, "parquet", table))
+    cases.check(outcome, f"t.parquet:row 0: .*{line}")
+    assert "1 of 4 lines are faulty, more than --max-faults" in outcome.err
+
+
+def test_a_saved_folder_names_no_file_elsewhere(tmp_path):
+    given = write(tmp_path, "hf-dataset", pa.table(GOOD))
+    (given / "state.json").write_text('{"_data_files": [{"filename": "../x"}]}')
+    line = "got the name '../x', expected a path below"
+    cases.check(run(tmp_path, "hf-dataset", given), line)
+    (given / "dataset_dict.json").write_text('{"splits": ["../.."]}')
+    options = sources.Options("x", (str(given),), split="../..")
+    with pytest.raises(errors.UserError, match="expected a path below"):
+        sources.shards("hf-dataset", options)
+
+
+def test_a_list_of_nothing_a_billion_times(tmp_path):
+    """A list of nulls takes no byte in Arrow, and a pointer each in Python."""
+    nothing = pa.ListArray.from_arrays(pa.array([0, 10**9], pa.int32()), pa.nulls(10**9))
+    image = pa.StructArray.from_arrays([pa.array([b"x"]), nothing], ["bytes", "other"])
+    table = pa.table({"image": image, "caption": ["a"]})
+    outcome = run(tmp_path, "hf-dataset", write(tmp_path, "hf-dataset", table))
+    cases.check(outcome, "row 0: got 64,000,000,0.. bytes, expected at most")
+
+
+OF_CSV = {
+    "a quote without an end": (b'image,caption\na.jpg,"b\n' + b"x\n" * 90_000, "t.csv:.*(field larger|unexpected end)"),
+    "out of the folder": (b"image,caption\n../a.jpg,b\n", "../a.jpg: bad annotation: expected a path below"),
+    "a line too long": (b"image,caption\n" + b"x" * (columns.MAX_LINE + 1), "got a line of over"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OF_CSV)
+def test_csv(tmp_path, what):
+    content, line = OF_CSV[what]
+    (tmp_path / "t.csv").write_bytes(content)
+    cases.check(run(tmp_path, "csv", tmp_path / "t.csv"), line)

@@ -1,25 +1,16 @@
 """What a hostile tar does to data.annotate: dead letters with their cause, in time, and files below the output alone."""
 
-import io
 import json
-import os
 import tarfile
 
-import PIL.Image
 import pytest
 
 from grain_jax.core import image_bounds
 from grain_jax.data import sources
 from grain_jax.data.annotate import __main__ as command
+from tests.hostile import image_files
 
-
-def _png() -> bytes:
-    out = io.BytesIO()
-    PIL.Image.new("RGB", (20, 20), "teal").save(out, "PNG")
-    return out.getvalue()
-
-
-PNG = _png()
+PNG = image_files.encode("PNG", (20, 20))
 GOOD = [("good.png", PNG), ("good.txt", b"A wren.")]
 
 
@@ -33,46 +24,21 @@ def member(name: str, content: bytes = b"", **fields) -> bytes:
     return out + content + bytes(-len(content) % 512)
 
 
-def pax(content: bytes, name: str = "x.png", **fields) -> bytes:
-    """A member with a PAX header of that content."""
-    return member("pax", content, type=tarfile.XHDTYPE) + member(name, PNG, **fields)
-
-
-def record(key: str, value: str) -> bytes:
-    """A line of a PAX header."""
-    length = len(key) + len(value) + 3
-    length += len(str(length + len(str(length))))
-    return f"{length} {key}={value}\n".encode()
-
-
 END = bytes(1024)
 AFTER = b"".join(member(*one) for one in GOOD)
 KEPT = ("00000/good.png", None)
 # name, bytes before two good members, what the images come to: (image, cause or None).
 ROWS = [
-    ("deep JSON", member("x.png", PNG) + member("x.json", b"[" * 200_000), [("00000/x.png", "bad annotation"), KEPT]),
-    ("a list as JSON", member("x.png", PNG) + member("x.json", b"[]"), [("00000/x.png", "bad annotation"), KEPT]),
-    ("a number as caption", member("x.png", PNG) + member("x.json", b'{"caption": 3}'), [("00000/x.png", None), KEPT]),
     ("a text of 2 MB", member("x.png", PNG) + member("x.txt", b"a" * (2 << 20)), [("00000/x.png", "too large"), KEPT]),
     ("65 files and a picture", member("x.png", PNG) + b"".join(member(f"x.{i:02}") for i in range(65)), [("00000/x.png", "too large"), KEPT]),
-    ("a name of 300", member("a" * 300 + ".png", PNG), [("00000/" + "a" * 300 + ".png", "bad annotation"), KEPT]),
     ("out of the folder", member("../../x.png", PNG), [("00000/../../x", "bad annotation"), KEPT]),
     ("an absolute path", member("/etc/x.png", PNG), [("00000//etc/x.png", None), KEPT]),
     ("control characters", member("\x1b[2Jx.png", PNG), [("00000/\x1b[2Jx.png", "bad annotation"), KEPT]),
-    ("not UTF-8", member("\udcff.png", PNG), [("00000/\udcff.png", "bad annotation"), KEPT]),
-    ("a NUL in a PAX name", pax(record("path", "a\0b.png")), [("00000/a\0b.png", "bad annotation"), KEPT]),
     ("a link", member("x.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), [KEPT]),
-    ("a device", member("x.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5), [KEPT]),
-    ("a sparse file of 1 TB", pax(record("GNU.sparse.size", str(1 << 40)) + record("GNU.sparse.numblocks", "0") + record("GNU.sparse.map", "0,1")), [KEPT]),
     ("a name twice", member("x.png", PNG) + member("y.png", PNG) + member("x.png", PNG), [("00000/x.png", None), ("00000/y.png", None), ("00000/x.png", "bad annotation"), KEPT]),
     ("1 TB declared", member("x.png", PNG, size=1 << 40), [("00000.tar", "damaged shard")]),
-    ("a size below zero", member("x.png", PNG, size=-512), [("00000.tar", "damaged shard")]),
-    ("a PAX header of 2 MB", pax(b"a" * (2 << 20)), [("00000.tar", "damaged shard")]),
-    ("a long name of 2 MB", member("x", b"a" * (2 << 20), type=tarfile.GNUTYPE_LONGNAME), [("00000.tar", "damaged shard")]),
-    ("a sparse map without an end", pax(record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0")), [("00000.tar", "damaged shard")]),
-    ("5000 headers of headers", member("p", record("a", "b"), type=tarfile.XHDTYPE) * 5000, [("00000.tar", "damaged shard")]),
-    ("a broken checksum", bytes([1]) + member("x.png", PNG)[1:], [("00000.tar", "damaged shard")]),
-    ("no tar", b"404 Not Found\n" * 99, [("00000.tar", "damaged shard")]),
+    ("a PAX header of 2 MB", member("pax", b"a" * (2 << 20), type=tarfile.XHDTYPE), [("00000.tar", "damaged shard")]),
+    ("5000 headers of headers", member("p", b"6 a=b\n", type=tarfile.XHDTYPE) * 5000, [("00000.tar", "damaged shard")]),
 ]  # fmt: skip
 
 
@@ -87,15 +53,6 @@ def test_a_tar(tmp_path, name, content, expected):
     assert found == expected
 
 
-@pytest.mark.parametrize("length", [0, 511, 512, 700, 1500])
-def test_a_tar_that_ends_early(tmp_path, length):
-    (tmp_path / "00000.tar").write_bytes(AFTER[:length])
-    (shard,) = sources.shards("webdataset", sources.Options(str(tmp_path)))
-    found = list(sources.read(shard))
-    assert all(isinstance(item, sources.Fault | sources.Image) for item in found)
-    assert [x.cause for x in found if isinstance(x, sources.Fault)] == ["damaged shard"]
-
-
 def test_a_picture_beyond_the_bound_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(image_bounds, "MAX_BYTES", len(PNG))
     content = member("x.png", PNG + b"x") + member("x.txt", b"A wren.") + AFTER + END
@@ -103,24 +60,6 @@ def test_a_picture_beyond_the_bound_is_not_read(tmp_path, monkeypatch):
     (shard,) = sources.shards("webdataset", sources.Options(str(tmp_path)))
     large, good = sources.read(shard)
     assert large.cause == "too large" and good.image == "00000/good.png"
-
-
-def test_a_fifo_or_a_folder_as_tar(tmp_path):
-    os.mkfifo(tmp_path / "a.tar")
-    (tmp_path / "b.tar").mkdir()
-    for shard in sources.shards("webdataset", sources.Options(str(tmp_path))):
-        (fault,) = sources.read(shard)
-        assert fault.cause == "damaged shard" and "not a regular file" in fault.detail
-
-
-def test_a_long_name_of_a_tar_makes_a_short_one_of_the_shard(tmp_path):
-    names = {"\u9ce5" * 80 + x for x in "ab"}
-    for name in names:
-        (tmp_path / f"{name}.tar").write_bytes(AFTER + END)
-    found = sources.shards("webdataset", sources.Options(str(tmp_path)))
-    assert len({shard.name for shard in found}) == 2
-    assert all(len(shard.name) <= 200 for shard in found)
-    assert {shard.arguments["prefix"] for shard in found} == names
 
 
 def test_a_job_writes_below_its_output_alone(tmp_path, capfd):

@@ -1,5 +1,7 @@
-"""Texts of users in every place that shows them: whatever they hold, nothing ends and the terminal stays."""
+"""Texts of data and errors of the system on the terminal: whatever they hold, it stays, and an error is one line."""
 
+import errno
+import io
 import json
 import re
 import unicodedata
@@ -16,16 +18,11 @@ from tests import record_sets
 from tests.hostile import cases
 
 NASTY = [
-    "from $5^ to $6 each",
-    "$\\frac{$",
     "\x1b[2J\x1b[1;1Howned\x07\r\b",
     "\N{RIGHT-TO-LEFT OVERRIDE}gpj.exe",
     "\N{PARROT}\N{ZERO WIDTH JOINER}\N{FIRE} and \N{HEBREW LETTER ALEF}",
-    "</script><script>alert(1)</script>&amp;\"'",
     "\0\ud800\uffff\N{LINE SEPARATOR}",
     "x" * 1_000_000,
-    "a word " * 5_000,
-    "%s {0} {name} \\n",
     "\N{COMBINING ACUTE ACCENT}" * 300,
 ]
 texts = st.one_of(st.sampled_from(NASTY), st.text(max_size=60))
@@ -57,12 +54,6 @@ def test_an_errors_lines_cannot_move_the_terminal(text):
         assert moves_nothing(str(kind(f"{text}: got it\nand more")), keep="\n\t")
 
 
-def test_fail_prints_them_so(capsys):
-    with pytest.raises(SystemExit):
-        process.fail(errors.UserError(NASTY[2]))
-    assert capsys.readouterr().err == "\\x1b[2J\\x1b[1;1Howned\\x07\\r\\x08\n"
-
-
 @few
 @hypothesis.given(texts)
 def test_tables(text):
@@ -73,9 +64,61 @@ def test_tables(text):
 
 def test_build_names_such_keys_and_files(tmp_path):
     record_sets.write_annotations(tmp_path / "in", 2)
-    line = record_sets.annotation(0) | {"image": NASTY[2].replace("\0", ""), NASTY[2]: 1}
+    line = record_sets.annotation(0) | {"image": NASTY[0], NASTY[0]: 1}
     with (tmp_path / "in" / "A.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     outcome = cases.run(lambda _: record_sets.build_set(tmp_path / "in", tmp_path / "out"), [])
     cases.check(outcome, r"A.jsonl:3: image: got .*u001b")
     assert moves_nothing(outcome.err, keep="\n") and "\\x1b[2J" in outcome.err
+
+
+def of_shell(main, arguments=()):
+    """`cases.run` of a command as a process runs it."""
+    return cases.run(lambda given: process.run(main, given), arguments)
+
+
+def raises(error):
+    def main(_):
+        raise error
+
+    return main
+
+
+REFUSED = [  # error; line; status
+    (OSError(errno.ENOSPC, "No space", "/x/a"), "^/x/a: No space left on device; make room", 1),
+    (OSError(errno.EFBIG, "File too large"), "^File too large; raise .*ulimit -f", 1),
+    (FileNotFoundError(errno.ENOENT, "No such file", "a\x1b[2J"), r"^a\\x1b\[2J: No such", 2),
+    (RuntimeError("can't start new thread"), "no more threads: raise .*ulimit -u", 2),
+]
+
+
+@pytest.mark.parametrize("error,line,status", REFUSED, ids=lambda x: str(x)[:30])
+def test_what_the_system_refuses_is_a_line(error, line, status):
+    outcome = of_shell(raises(error))
+    cases.check(outcome, line, status)
+    assert len(outcome.err.splitlines()) == 1
+    try:
+        raise KeyError("x") from error
+    except KeyError as later:
+        assert str(errors.of_system(later)) == str(errors.of_system(error))
+
+
+def test_another_error_stays_one():
+    with pytest.raises(ZeroDivisionError):
+        of_shell(raises(ZeroDivisionError("x")))
+    assert errors.of_system(OSError("x")) is None and errors.of_system(None) is None
+
+
+NAME = "a\x1b[2J\x1b]0;owned\x07\r\u202eb"
+
+
+def test_what_a_command_prints_cannot_move_the_terminal():
+    def main(_):
+        print(NAME, "http://x/\x1b[31m", end="\n")
+        print(f"\r\x1b[2K{NAME}", end="", file=io.TextIOWrapper(io.BytesIO()))
+        print(f"\r\x1b[2Kstep 1 {NAME}\x1b[K", end="", file=process.sys.stderr)
+
+    outcome = of_shell(main)
+    plain = r"a\x1b[2J\x1b]0;owned\x07\r\u202eb"
+    assert outcome.out == f"{plain} http://x/\\x1b[31m\n"
+    assert outcome.err == f"\r\x1b[2Kstep 1 {plain}\x1b[K"
