@@ -141,9 +141,6 @@ def _load(words):
     [
         ("train", "--config demo --workdir x --process_id=1 --stall_seconds 9", {"process_id": 1}),
         ("train", "--config demo --print_shardings", {"print_shardings": True}),
-        ("evaluate", "zeroshot --checkpoint a --images b --output c --process_id 1", {}),
-        ("report", "a --num_images 3 --no-model", {"workdir": "a", "num_images": 3}),
-        ("convert", "to-torch --input a --output b", {"input": "a"}),
         ("convert", "from-hf --checkpoint a --output b", {"input": "a"}),
         ("plan", "--config demo --topology v5e:2x2 --json a", {"output": "a"}),
         ("sweep", "--config demo --sweep a --workdir b --dry_run", {"dry_run": True}),

@@ -42,6 +42,7 @@ SIGLIP = DEPTH | dict(
 TWO = DEPTH | dict(decoder=None)
 KINDS = {
     "siglip": SIGLIP | dict(boxes__kind="roi_align", boxes__bins=2),
+    "regions": DEPTH | dict(decoder__depth=1),
     "own": TWO | dict(image__pool="class", image__projection="affine", text__causal=False),
     "maps": TWO
     | dict(image__pool="map", image__activation="quick_gelu", image__projection="none")
