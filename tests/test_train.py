@@ -1,10 +1,12 @@
 """The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
 
+import functools
 import json
 import shutil
 import signal
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ from grain_jax.config import recipe
 from grain_jax.core import errors, progress
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending, metrics_writer
-from grain_jax.training import schedule
+from grain_jax.training import schedule, sharding
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -190,6 +192,20 @@ def _assert_goes_on(finished, workdir):
     for a, b in zip(before[4:], after[4:], strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
+
+
+@pytest.mark.slow  # test_train_step.py has all meshes
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
+def test_another_mesh_goes_on_with_the_same_batches_and_losses(
+    finished, workdir, mesh, monkeypatch
+):
+    data, fsdp, tensor = mesh
+    devices = jax.devices()[: data * fsdp * tensor]
+    monkeypatch.setattr(
+        sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=devices)
+    )
+    train.train(_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), workdir)
+    _assert_goes_on(finished, workdir)
 
 
 def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):

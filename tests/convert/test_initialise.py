@@ -181,7 +181,6 @@ OTHERS = [  # keys of the config; what each line says
         ],
     ),
     ({"init.image": "nowhere.npz:img"}, ["init.image: nowhere.npz: no such file"]),
-    ({"model.image.heads": 4}, ["image heads: got 4, but the checkpoint says 2"]),
 ]
 
 

@@ -1,6 +1,5 @@
 import functools
 import hashlib
-import importlib.util
 import json
 
 import numpy as np
@@ -133,14 +132,6 @@ def test_every_fault_is_named_with_its_line(tmp_path, capsys):
     assert out[20:] == [f"{file}: {bad} of {total} lines faulty ({count})"]
     _, examples = read_back(tmp_path / "out")
     assert sorted(examples) == sorted(f"id{i}" for i in range(100))
-
-
-def test_without_the_extra_nothing_is_checked(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    flags = ["--annotations", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "records")]
-    assert build.main([*flags, "--images", str(tmp_path), "--name", "mine"]) == 2
-    line = "grain-jax build needs tensorflow_datasets: pip install 'grain_jax[data]'"
-    assert line in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_too_many_faults_write_no_records(tmp_path, capsys):

@@ -224,7 +224,6 @@ BESIDE = " beside input.datasets, which names all sets; expected one of the two:
             dict(input__prepare="data.aviary"),
             f"input.prepare: got 'data.aviary'{BESIDE}input.prepare",
         ),
-        (dict(weight=0), "input.datasets[1].weight: got 0.0, expected more than 0"),
         (dict(weight=float("nan")), "input.datasets[1].weight: got nan, expected a finite number"),
         (dict(name="birds"), "input.datasets: has 'birds' more than once, expected each name once"),
         (

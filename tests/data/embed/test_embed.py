@@ -5,8 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 import types
 
 import faiss  # noqa: F401  before the snippet: SWIG warns at the first import
@@ -257,12 +260,6 @@ def test_a_source_without_images_is_one_line(make, words, said, tmp_path, capsys
     assert said in err and err.count("\n") == 1
 
 
-def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert embed(tmp_path, tmp_path / "out") == 2
-    assert "pip install 'grain_jax[embed]'" in capsys.readouterr().err
-
-
 # The pipeline with a stand-in for the model.
 
 
@@ -420,3 +417,29 @@ def test_numbers_that_are_not_finite_end_it(many, tmp_path):
     with pytest.raises(errors.UserError, match="not finite"):
         go(job, encode=pipeline.encoder(TwoTowers(np.nan)))
     assert job.finished() == {}
+
+
+@pytest.mark.slow
+def test_killed_three_times_by_two_processes_then_one(tmp_path):
+    """SIGKILL at arbitrary moments; the number of processes changes in between."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(600):
+        picture = PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+        picture.save(source / f"{number:05d}.png")
+    words = f"embed {source} --checkpoint aviary-tiny --output {out} --shard-size 16".split()
+    alone = [sys.executable, "-m", "grain_jax"]
+    two = [*alone, "local", "--processes=2", "--devices-per-process=1", "--", "grain-jax", *words]
+    number_done, counts = lambda: len(list(out.glob("metadata/*.parquet"))), []
+    for command_line in (two, [*alone, *words], two):
+        process = subprocess.Popen(command_line, cwd=ROOT, start_new_session=True)
+        before = number_done()
+        while process.poll() is None and number_done() < before + 5:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        counts.append(number_done())
+    assert counts[0] < counts[1] < counts[2] < 38, counts
+    assert subprocess.run(two, cwd=ROOT).returncode == 0
+    assert [number_of(row) for row in read(out)] == list(range(600))
