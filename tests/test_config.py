@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import os
 import subprocess
 import sys
 
@@ -36,16 +35,12 @@ def test_reference_config_restores_what_the_spec_lists():
 # Keys that are set, and what the fault says.
 FAULTS = [
     ({"optim.learning_rte": 1.0}, "optim.learning_rte: no such key; did you mean optim.learning_rate?"),
-    ({"batchsize": 8}, "batchsize: no such key; did you mean batch_size?"),
     ({"loss.zzz": 1}, "loss.zzz: no such key; there are: loss.image_caption,"),
     ({"input.datasets": [{"name": "a", "data_dir": "x"}]}, "input.datasets[0].weight: missing; it has no d"),
     ({"batch_size": "x"}, "batch_size: got 'x', expected int"),
-    ({"remat": "some"}, "remat: got 'some', expected one of none, dots, qkv, full"),
     ({"total_epochs": 1.0}, "total_steps, total_epochs: exactly one must be set"),
     ({"input.lanes": 3}, "input.lanes: got 3, must divide batch_size 16"),
-    ({"text.pack_group": 8}, "text.pack_group: got 8, must divide batch_size / input.lanes = 4"),
     ({"model.image.patch_size": 5}, "model.image.image_size: got 16, expected a multiple of"),
-    ({"model.text.heads": 5}, "model.text.heads: got 5, must divide width 32"),
     (
         {"loss.match_l1": 0.0, "loss.match_giou": 0.0},
         "loss.match_l1, loss.match_giou, loss.match_description: got 0 for all",
@@ -63,7 +58,6 @@ FAULTS = [
         {"model.boxes.kind": "roi_align"},
         "loss.box_description: got 0 with model.boxes.kind=roi_align, so that nothing trains the box head",
     ),
-    ({"model.boxes.bins": 0}, "model.boxes.bins: got 0, expected 1 to 64"),
     (
         {"loss.hard_negative": 0.5},
         "loss.hard_negative: got 0.5 with input.negatives_per_region=0, expected negatives",
@@ -81,17 +75,9 @@ FAULTS = [
         {"input.text_length": 16, "model.text.causal": False, "text.packing": False},
         "input.text_length: got 16 with a text tower that sees its padding",
     ),
-    ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
-    ({"text.pack_rows": 0}, "text.pack_rows: got 0, expected at least 1"),
     ({"input.flip_rate": 7.0}, "input.flip_rate: got 7.0, expected 0 to 1"),
-    ({"mesh.fsdp": 0}, "mesh.fsdp: got 0, expected at least 1"),
-    ({"model.image.heads": 0}, "model.image.heads: got 0, expected at least 1"),
-    ({"total_steps": 0}, "total_steps: got 0, expected at least 1"),
     ({"optim.learning_rate": float("nan")}, "optim.learning_rate: got nan, expected a finite number"),
-    ({"optim.eps": 10**400}, "optim.eps: got inf, expected a finite number"),
-    ({"model.image.width": 10**9}, "model.image.width: got 1000000000, expected 1 to 131072"),
     ({"total_steps": 2**31}, "total_steps: got 2147483648, expected 1 to 2147483647"),
-    ({"seed": 2**64}, "seed: got 18446744073709551616, expected -9223372036854775808"),
     ({"evals": None}, "evals: got None, expected a group of keys"),
 ]  # fmt: skip
 
@@ -209,13 +195,6 @@ def get_config(size="tiny"):
     c.input.lanes, c.text.pack_group = 1, 24
     return c
 """,
-    "sweep.py": """
-import gemeinsam
-from grain_jax.config.points import grid, seeds
-
-def sweep():
-    yield from seeds(2, grid({"batch_size": (gemeinsam.BATCH, 2 * gemeinsam.BATCH)}))
-""",
     "old.py": "from configs.common import base\n",
     "fails.py": "def get_config(size=0):\n    return 1 / size\n",
 }
@@ -243,21 +222,6 @@ def test_a_config_anywhere_on_the_disk_works(own, monkeypatch):
         monkeypatch.chdir(cwd)
         c = config_file.load(path)
         assert (c.batch_size, c.model.image.width) == (24, width)
-
-
-def test_a_sweep_anywhere_on_the_disk_works_with_the_installed_package(own):
-    """In the environment of an installed package: no checkout is on the path."""
-    (own / "site" / "grain_jax").mkdir(parents=True)
-    beside = [ROOT / name for name in ("configs", "data", "launch")]
-    for path in [*(ROOT / "grain_jax").iterdir(), *beside]:
-        if path.name != "__pycache__":
-            (own / "site" / "grain_jax" / path.name).symlink_to(path)
-    command = [sys.executable, "-m", "grain_jax.launch.sweep", "--config", f"{own.name}/mine.py"]
-    command += ["--sweep", f"{own.name}/sweep.py", "--workdir", "läufe 1", "--dry-run"]
-    env = {**os.environ, "PYTHONPATH": str(own / "site")}
-    done = subprocess.run(command, env=env, cwd=own.parent, capture_output=True, text=True)
-    assert done.stdout.endswith("4 points, all valid; nothing was started\n"), done.stderr
-    assert "'--workdir=läufe 1/batch_size=48,seed=1'" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -305,16 +269,7 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs():
     "given, left",
     [
         (["--config.evals.seen=None"], ["grounding", "maps", "parts", "retrieval", "unseen"]),
-        (
-            [
-                "--config.evals.unseen.names=True",
-                "--config.evals.grounding=none",
-                "-config.evals.seen={}",
-            ],
-            ["maps", "parts", "retrieval", "unseen"],
-        ),
         (["--config.evals=None"], []),
-        (["--config.evals={}", "--config.seed=3"], []),
     ],
 )
 def test_flags_take_evaluators_out(given, left):
@@ -340,13 +295,6 @@ def test_flags_take_evaluators_out(given, left):
             "checkpoint_best_metric: got 'eval/seen', expected one of eval/grounding, eval/maps,"
             " eval/parts, eval/retrieval, eval/unseen",
         ),
-        (
-            ["--config.optim.learning_rte=1"],
-            "--config.optim.learning_rte: no such key; did you mean optim.learning_rate?",
-        ),
-        (["config.seed=1"], "config.seed=1: expected a flag"),
-        (["-config.sed=1"], "did you mean seed?"),
-        (["--config=configs/nothing.py"], "--config: no such file"),
         (["--config=configs/demo.py:x"], "argument"),
     ],
 )
@@ -382,10 +330,6 @@ def test_the_list_of_keys_is_that_of_the_recipe_and_says_what_each_is():
     "line",
     [
         ("batch_size", "int", "2048", "at least 1", "order", "images a step, over all devices"),
-        ("optim.warmup_epochs", "float or None", "None", "at least 0", "numbers")
-        + ("set this or warmup_steps",),
-        ("model.image.pixel_std", "tuple of float", "(0.229, 0.224, 0.225)", "", "numbers")
-        + ("As pixel_mean: the standard deviations.",),
         (
             "model.image.activation",
             "str",

@@ -217,18 +217,6 @@ def test_a_resume_over_shards_that_were_changed_in_place_ends(run, built, tmp_pa
         assert checkpoint.finished_steps(workdir) == [1, 2]
 
 
-def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, monkeypatch):
-    workdir, output = run
-    shutil.copytree(workdir / "checkpoints/2", tmp_path / "2")
-    monkeypatch.setattr(checkpoint, "restore", lambda *_: "the state")
-    read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)
-    state, items = read()
-    assert state == "the state" and items.data[0]["name"] == "tiny_set"
-    (tmp_path / "2/data/metadata").write_text('{"sets": [')
-    with pytest.raises(json.JSONDecodeError):
-        read()
-
-
 @pytest.mark.parametrize("content", ["{", "[]", '{"test": {}}', '{"train": 3}'])
 def test_a_digest_that_data_build_has_not_written_is_one_line(built, content):
     (built / "tiny_set/1.0.0" / record_files.DIGEST_FILE).write_text(content)

@@ -66,7 +66,6 @@ def test_a_stored_config_finds_nothing_in_python_and_in_installed_packages(name)
     [
         ("x = 1 / 0", "broken.py:1: ZeroDivisionError: division by zero"),
         ("import sys\nsys.exit(3)", "broken.py:2: SystemExit: 3"),
-        ("{}['foo']", "broken.py:1: KeyError: 'foo'"),
     ],
 )
 def test_an_error_of_the_module_is_a_line(monkeypatch, tmp_path, code, cause):

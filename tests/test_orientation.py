@@ -15,7 +15,6 @@ import tensorflow_datasets as tfds
 import grain_jax
 from grain_jax.core import images
 from grain_jax.data.annotate import __main__ as annotate
-from grain_jax.data.embed import __main__ as embed
 from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.evaluate import __main__ as evaluate
 from tests import record_sets, turned
@@ -119,17 +118,6 @@ def test_records_hold_upright_pixels(folder):
         np.testing.assert_allclose(box * [40, 24, 40, 24], [y1, x1, y2, x2], atol=1e-5)
 
 
-def test_another_encoding_stores_them_upright_too(folder, tmp_path):
-    stored = []
-    for which in WHICH:
-        words = ["--encoding=jpeg:95", "--store-size=16", "--num-shards=1"]
-        assert record_sets.build_set(folder / which, tmp_path, *words, name=which) == 0
-        read = tfds.as_numpy(tfds.builder(which, data_dir=tmp_path).as_dataset(split="train"))
-        stored.append({example["id"]: example["image"] for example in read})
-    for name, image in stored[0].items():
-        np.testing.assert_array_equal(image, stored[1][name])
-
-
 def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path):
     words = ["--passes=none", f"--images={folder / 'turned'}", "--min-side=1"]
     words += ["--source=annotations", f"--annotations={folder / 'turned' / 'A.jsonl'}"]
@@ -148,17 +136,6 @@ def test_inspect_counts_them(folder, tmp_path, capsys):
     assert (counted["turned"], counted["sizes"]) == (TURNED, [["24 x 40", COUNT]])
     assert inspect.main([str(folder / "sets/turned"), f"--output={tmp_path}"]) == 0
     assert "EXIF" not in capsys.readouterr().out
-
-
-def test_embed(folder, tmp_path):
-    arrays = []
-    for which in WHICH:
-        out = tmp_path / which
-        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={out}"]
-        assert embed.main(list(map(str, words))) == 0
-        arrays += [[np.load(out / f"{kind}/{kind}_0.npy") for kind in ("img_emb", "region_emb")]]
-    for got, expected in zip(*arrays):
-        np.testing.assert_allclose(got.astype(float), expected.astype(float), atol=1e-3)
 
 
 def test_the_library(folder, model):

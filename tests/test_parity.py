@@ -1,11 +1,8 @@
 """Our numbers against the PyTorch reference's; benchmarks/parity prints the same as a table."""
 
-import sys
-
 import numpy as np
 import pytest
 
-from benchmarks.parity import __main__ as parity
 from benchmarks.parity import comparison, goldens, groups
 from grain_jax.convert.reference import names as torch_names
 
@@ -15,17 +12,6 @@ def test_equals_the_reference(group):
     found = groups.compare(group)
     failing = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in found if not c.ok]
     assert found and not failing, "\n".join(failing)
-
-
-def test_without_tensorflow_its_row_is_left_out(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.setattr(sys, "argv", ["parity"])
-    two = {name: groups.GROUPS[name] for name in ("preprocessing, PIL", "preprocessing, tf")}
-    monkeypatch.setattr(groups, "GROUPS", two)
-    assert parity.main() == 0
-    *_, pil, tf = capsys.readouterr().out.splitlines()
-    assert pil.split()[2:6] == ["13", "0", "0.00e+00", "0.0e+00"]
-    assert tf == "preprocessing, tf         0  not compared: TensorFlow is not installed"
 
 
 def test_gradients_cover_every_parameter_of_the_reference():

@@ -1,6 +1,5 @@
 """Recipes of configs/: every argument resolves, weights from elsewhere are taken, the largest towers make a step."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,8 +7,6 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import losses
-from grain_jax.config import recipe
 from grain_jax.configs import (
     finetune,
     grain_vitb16_cc12m,
@@ -73,11 +70,6 @@ def test_every_family_of_towers_resolves(source):
     assert config.text.packing == (not source.startswith("siglip"))
 
 
-@pytest.mark.parametrize("family, packing", [("siglip", False), ("clip", True)])
-def test_the_towers_whose_texts_share_rows(family, packing):
-    assert recipe.towers_of(recipe.base(), family).text.packing == packing
-
-
 @pytest.mark.parametrize(
     "source,message",
     [
@@ -129,34 +121,6 @@ def test_it_begins_with_a_random_open_clip(tmp_path):
     np.testing.assert_array_equal(loaded, module.token_embedding.weight.detach())
 
 
-@pytest.mark.slow  # the layers' learning rates are those of tests/training/test_optim.py
-def test_it_trains_from_a_random_siglip(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    text = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
-    text |= dict(vocab_size=VOCAB, max_position_embeddings=LENGTH, projection_size=64)
-    text |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=1)
-    image = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    image |= dict(patch_size=PATCH, image_size=SIZE)
-    config = transformers.SiglipConfig(text_config=text, vision_config=image)
-    foreign.perturb(transformers.SiglipModel(config)).save_pretrained(tmp_path)
-    c = _small("siglip")
-    c.model.embed_dim = 64
-    c.init.image = c.init.text = str(tmp_path)
-    config, program, state, loaded = _begins(c)
-    assert len(loaded.report) >= 2
-    before = grain.flat(jax.tree.map(np.asarray, state.params))
-    batch = jax.device_put(tiny.batch(config), program.batch_sharding)
-    state, metrics = program.step(state, batch)
-    assert np.isfinite(metrics["loss"])
-    after = grain.flat(jax.tree.map(np.asarray, state.params))
-    moved = {name: np.abs(x - before[name]).max() for name, x in after.items()}
-    rate = config.optim.warmup_init  # of step 0; Adam's first step is one rate long
-    low, high = moved["image/patch_embed/kernel"], moved["decoder/blocks/mlp/in/kernel"]
-    assert low == pytest.approx(rate * 0.75**3, rel=0.15) and high == pytest.approx(rate, rel=0.15)
-    with pytest.raises(ValueError, match="expected a run of yours"):
-        finetune.get_config(str(tmp_path / "none"))
-
-
 def _saved(folder, model):
     rng = np.random.default_rng(0)
     shapes = grain.parameter_shapes(model)
@@ -205,45 +169,3 @@ def test_the_overrides_of_each_hardware(recipe):
         assert 2048 == config.batch_size and config.remat == "none"
         assert config.mesh.fsdp == overrides.get("mesh.fsdp", default)
         assert int(name.split("-")[1]) % config.mesh.fsdp == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", [grain_vith14_cc12m, grain_vitg14_cc12m])
-def test_the_largest_towers_make_a_step(recipe):
-    """At their widths, two layers deep, cut over fsdp, by the kernel: the loss is that of XLA's attention on one device."""
-    c = recipe.get_config()
-    c.model.image.update(image_size=28, depth=2)
-    c.model.text.update(depth=2, context_length=32, vocab_size=512)
-    c.model.decoder.update(width=32, depth=2, heads=2, mlp_dim=64)
-    c.model.attention = "pallas"
-    c.update(dict(total_steps=10, total_epochs=None, batch_size=8, dtype="float32"))
-    c.optim.update(warmup_steps=1, warmup_epochs=None)
-    c.input.lanes, c.text.pack_group, c.text.pack_rows = 1, 1, 2
-    config = config_lib.from_dict(c)
-    assert (config.mesh.fsdp, config.remat) == (8, "full")
-    mesh = sharding.make_mesh(config.mesh)
-    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
-    # Any numbers serve, and these are made in a second.
-    rng = np.random.default_rng(0)
-    draw = lambda x: 0.02 * rng.standard_normal(x.shape, np.float32)
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.state)
-    state = state._replace(params=jax.tree.map(draw, program.state.params))
-    batch = tiny.batch(config)
-
-    @jax.jit
-    def by_xla(params):
-        model = grain.GRAIN(dataclasses.replace(config.model, attention="xla"), "float32", "none")
-        keys = train_step.dropout_keys(config.seed, 0, jax.numpy.arange(config.batch_size))
-        outputs = model.apply({"params": params}, batch, keys)
-        return losses.total_loss(outputs, batch, config.loss).total
-
-    expected = float(by_xla(state.params))
-    state, batch = jax.device_put((state, batch), (program.shardings, program.batch_sharding))
-    kernel = state.params["image"]["blocks"]["mlp"]["in"]["kernel"]
-    assert kernel.shape == (2, config.model.image.width, config.model.image.mlp_dim)
-    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
-    state, metrics = program.step(state, batch)
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
-    # Adam's first moment after a step is a share of the gradient.
-    moments = grain.flat(jax.tree.map(np.asarray, state.opt_state[1].mu))
-    assert [name for name, x in moments.items() if not np.abs(x).max() > 0] == []

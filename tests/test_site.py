@@ -32,9 +32,7 @@ import notebooks
             "howto/README.md",
             "../examples/README.md",
         ),
-        ("docs/method.md#losses", "CONTRIBUTING.md", "contributing.md", "method.md#losses"),
         ("examples/tower/mixer.py", "CONTRIBUTING.md", "contributing.md", "examples/tower.md"),
-        ("scaling.md", "docs/launch.md", "launch.md", "scaling.md"),
         ("#where-it-differs", "docs/method.md", "method.md", "#where-it-differs"),
         ("https://arxiv.org/abs/2412.04429", "docs/method.md", "method.md")
         + ("https://arxiv.org/abs/2412.04429",),

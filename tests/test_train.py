@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -207,27 +206,6 @@ def test_another_mesh_goes_on_with_the_same_batches_and_losses(
     )
     train.train(_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), workdir)
     _assert_goes_on(finished, workdir)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes,devices", [(2, 4), (1, 16)])
-def test_other_processes_go_on_and_one_goes_on_where_they_are_told_to_end(
-    finished, workdir, processes, devices
-):
-    command = runs.command(workdir, RUN | runs.SMALL, processes=processes, devices=devices)
-    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    said = []
-    for line in started.stderr:
-        said.append(line)
-        if "step 5/10" in line:
-            break
-    started.send_signal(signal.SIGTERM)
-    said += started.communicate(timeout=300)[1].splitlines(True)
-    assert started.returncode == 75, "".join(said)
-    assert re.search(r"saved at step \d of 10", "".join(said)), "".join(said)
-    train.train(_config(), workdir)
-    _assert_goes_on(finished, workdir)
-    assert "10" in {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
 def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):

@@ -188,7 +188,3 @@ def state(program: train_step.Program) -> train_step.TrainState:
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.state)
     params = jax.tree_util.tree_map_with_path(draw, program.state.params)
     return zeros._replace(params=params, ema_params=params if program.state.ema_params else {})
-
-
-def shapes_of(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

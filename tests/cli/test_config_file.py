@@ -22,12 +22,8 @@ PACKAGED = [
     ("config", "demo", "demo", ""),
     ("config", "own:tiny", "own", ":tiny"),
     ("config", "finetune:open_clip:B/32", "finetune", ":open_clip:B/32"),
-    ("config", "configs/demo.py", "demo", ""),
     ("config", "configs/own.py:S/16", "own", ":S/16"),
-    ("config", "configs/own", "own", ""),
-    ("config", "demo.py", "demo", ""),
     ("sweep", "learning_rate", "sweeps/learning_rate", ""),
-    ("sweep", "sweeps/learning_rate", "sweeps/learning_rate", ""),
     ("sweep", "configs/sweeps/learning_rate.py", "sweeps/learning_rate", ""),
 ]
 
@@ -65,7 +61,6 @@ def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
             "no such file dmeo, and no config of the package has that name; did you mean demo?",
         ),
         ("zzz", "config", "there are: clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
-        ("common", "config", "no config of the package has that name"),
         ("learning_rates", "sweep", "did you mean learning_rate?"),
     ],
 )

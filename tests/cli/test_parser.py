@@ -54,7 +54,6 @@ class Passing(X, name="x"):
         ("--output y --no-again=false", {"again": True}),
         ("--output y --rate -0.5", {"rate": -0.5}),
         ("--output -y", {"output": "-y"}),
-        ("--output=--y", {"output": "--y"}),
         ("--output y --files a b --again", {"files": ["a", "b"], "again": True}),
     ],
 )
@@ -70,11 +69,8 @@ FAULTS = [
     ("--output y --zzz", "--zzz: no such flag; grain-jax x --help lists them"),
     ("--output", "--output: has no value; expected --output DIR, or --output=VALUE where"),
     ("--output --again", "--output: has no value, but the flag --again after it; expected"),
-    ("--output -again", "--output: has no value, but the flag --again after it; expected"),
     ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number in 1.."),
-    ("--output y --share 2", "--share: got '2', expected a number in 0.0..1.0"),
     ("--output y --share nan", "--share: got 'nan', expected a number in 0.0..1.0"),
-    ("--output y --rate x", "--rate: got 'x', expected a number in -1..1"),
     (
         "--output y --dtype flaot32",
         "--dtype: got 'flaot32', expected one of float32, bfloat16; did you mean float32?",
@@ -173,7 +169,6 @@ def test_the_keys_of_a_config_are_taken_out(words, overrides):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("-workdir -config.a=3", "has no value, but the flag --config.a=3 after"),
         ("--workdir --config.a=3", "has no value, but the flag --config.a=3 after"),
         ("--confg.a.b=1 x", r"did you mean --config.a.b\?"),
         ("--cnfig x", r"did you mean --config\?"),

@@ -425,29 +425,6 @@ def test_big_visions_arrays_come_out_as_they_went_in(which, tmp_path, capsys):
             np.testing.assert_array_equal(written[name], array, err_msg=name, strict=True)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        SIGLIP | dict(image__patch_bias=False, text__projection="matrix", text__pool="map"),
-        SIGLIP | dict(image__class_token=True, image__pool="class", image__projection="affine"),
-    ],
-    ids=["filled", "folded"],
-)
-def test_what_big_vision_lacks_becomes_what_it_has(changes, tmp_path, capsys):
-    source, ours = made(tmp_path / "ours", **changes)
-    arguments = ["--input", str(source), "--output", str(tmp_path / "out.npz")]
-    assert main(["to-big-vision", *arguments]) == 0
-    settings = towers.Settings(heads=dict(image=4, text=5))
-    from_big_vision(tmp_path / "out.npz", tmp_path / "back", settings)
-    back = grain_jax.load(tmp_path / "back")
-    given, ids = pixels(40), IDS.astype(np.int32)
-    for one, other in zip(logits(ours, given, ids), logits(back, given, ids)):
-        foreign.close(one, other)
-    (tmp_path / "dir.npz").mkdir()
-    arguments[-1] = str(tmp_path / "dir.npz")
-    assert main(["to-big-vision", *arguments]) == 2
-
-
 def test_a_refusal_lists_all_faults(tmp_path, capsys):
     source, _ = made(tmp_path / "ours", **TWO, image__pool="mean", text__activation="gelu")
     said = refused(capsys, "to-big-vision", source, tmp_path / "out.npz")

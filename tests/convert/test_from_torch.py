@@ -229,12 +229,9 @@ BAD = {  # what is in the file, which makes folders at `marker` if it is run; th
         lambda marker: _stored(Hostile(marker)),
         f"tensors (it asks for {os.name}.mkdir; what might run code is not loaded)",
     ),
-    "noise": (lambda _: bytes(range(256)) * 20, "not a checkpoint of plain tensors"),
-    "text": (lambda _: b"hello\n", "not a checkpoint of plain tensors"),
     "cut": (lambda _: None, "not a checkpoint of plain tensors"),
     "integers": (lambda _: _stored({"a": ZEROS.int()}), "decoder a: got torch.int32, expected plain floats"),
     "twice": (lambda _: _stored({"a": ZEROS, "module.a": ZEROS}), "decoder a: is there with and without module."),
-    "list": (lambda _: [ZEROS], "got a list, expected a dict with backbone_state_dict and state_dict"),
     "no_state_dicts": (
         lambda _: {"state_dict": {}, "epoch": 1},
         "no state dict 'backbone_state_dict'; the file has state_dict, epoch",

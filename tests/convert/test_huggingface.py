@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import setuptools
 import torch
 import transformers
 from etils import epath
@@ -21,11 +20,10 @@ from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.core import images, named
-from grain_jax.inference import scores
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint
 from tests import perturbed, tiny
-from tests.paths import GOLDENS, ROOT
+from tests.paths import GOLDENS
 
 torch.set_num_threads(1)  # small matrices; threads would only wait for each other
 REMOTE = dict(trust_remote_code=True, local_files_only=True)
@@ -209,40 +207,6 @@ def test_compiled_it_gives_the_same(small):
     assert report.ok, report.text
 
 
-@pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), -10.0])
-def test_a_box_head_and_a_sigmoids_bias_go_everywhere(bias, tmp_path):
-    depths = {f"{tower}__depth": 1 for tower in ("image", "text", "decoder")}
-    model = perturbed.tiny(boxes__kind="roi_align", boxes__bins=2, logit_bias_init=bias, **depths)
-    params = perturbed.params(model)
-    checkpoint.save_model(tmp_path / "ours", model, params)
-    report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
-    assert report.verdict == "PROVEN" and "\nbox_embed " in report.text, report.text
-    assert ("\nlogit_bias " in report.text) == (bias is not None)
-    contrast = json.loads((tmp_path / "hf" / "config.json").read_text())["losses"]["contrast"]
-    assert contrast == ("softmax" if bias is None else "sigmoid")
-    again, back = huggingface.read(epath.Path(tmp_path / "hf"))
-    assert again == model
-    jax.tree.map(np.testing.assert_array_equal, back, params)
-
-    module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **REMOTE).eval()
-    given, predictor = parity.inputs(40, 300, 32), grain_jax.load(tmp_path / "ours")
-    pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
-    ids, texts = torch.tensor(given.token_ids).long(), predictor.encode_text(given.token_ids)
-    with torch.no_grad():
-        maps = module.similarity_maps(pixels, ids)
-    expected = parity.outputs_of(predictor, given)
-    regions = expected["boxes_xyxy"][1], expected["region_embed"][1]
-    patches = predictor.encode_patches(given.images)[1]
-    ours = scores.similarity_map(texts, patches, regions, predictor.grid)
-    np.testing.assert_allclose(maps[1], ours, atol=1e-5)
-
-    module.decoder.boxes = None  # then the regions alone
-    with torch.no_grad():
-        maps = module.similarity_maps(pixels, ids)
-    ours = scores.similarity_map(texts, None, regions, predictor.grid)
-    np.testing.assert_allclose(maps[1], ours, atol=1e-5)
-
-
 def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
     ours, hf = converted
     processor = transformers.AutoProcessor.from_pretrained(hf, **REMOTE)
@@ -308,13 +272,6 @@ def test_weights_that_are_not_there_get_a_beginning(small, tmp_path):
     scale, *drawn, bias = (state[name] for name in names)
     assert scale.item() == pytest.approx(np.log(1 / 0.07)) and not bias.any()
     assert all(0.01 < tensor.std() < 0.03 for tensor in drawn)
-
-
-def test_the_files_for_transformers_are_installed():
-    """A folder without __init__.py would work in the checkout, and be missing in a wheel."""
-    assert "grain_jax.convert.hf_files" in setuptools.find_packages(ROOT)
-    for path in huggingface.CODE.iterdir():
-        assert path.suffix == ".py" or path.name == "__pycache__"  # others are package data
 
 
 def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypatch):

@@ -181,7 +181,6 @@ OTHERS = [  # keys of the config; what each line says
         ],
     ),
     ({"init.image": "nowhere.npz:img"}, ["init.image: nowhere.npz: no such file"]),
-    ({"model.image.heads": 4}, ["image heads: got 4, but the checkpoint says 2"]),
 ]
 
 
@@ -267,19 +266,6 @@ def _two_towers(**changes):
     return c
 
 
-@pytest.mark.slow
-def test_two_towers_train_without_regions():
-    config = config_lib.from_dict(_two_towers(microbatches=2))
-    model, batch = grain.GRAIN(config.model), tiny.batch(config)
-    params = sharding.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
-    assert not {"decoder", "box_mlp", "region_projection"} & params.keys()
-    step = functools.partial(train_step.loss_and_grads, model, config, None)
-    losses, grads = jax.jit(lambda p, b: step(p, b, None))(params, batch)
-    assert 0 < float(losses.terms["image_caption"]) < 20 and losses.terms["box"] == 0
-    assert float(losses.total) == pytest.approx(float(losses.terms["image_caption"]))
-    assert np.abs(grads["image"]["patch_embed"]["kernel"]).max() > 0
-
-
 def test_evaluations_that_need_regions_are_refused_before_the_run():
     described = functools.partial(recipe.evaluator, "zeroshot", "seen", descriptions="D.json")
     for entry, fine in (
@@ -317,17 +303,9 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
         ),
         ({"input.text_length": 33}, "input.text_length: got 33, expected 3 to model.text.context"),
         ({"model.image.pool": "map"}, "model.image.pool, model.image.projection: got map, matrix"),
-        ({"model.text.activation": "tanh"}, "model.text.activation: got 'tanh', expected one of"),
-        ({"model.image.pool": "first"}, "model.image.pool: got 'first', expected one of none"),
-        ({"optim.frozen": ("(",)}, "optim.frozen: got '(', no regular expression"),
-        ({"init.resize": "nearest"}, "init.resize: got 'nearest', expected one of"),
         (
             {"model.text.cleaning": "none"},
             "model.text.cleaning: got none, expected lower, which is",
-        ),
-        (
-            {"model.text.projection": "none"},
-            "model.embed_dim: got 16, expected model.text.width = 32",
         ),
         ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
         ({"model.text.end_id": 3}, "model.text.end_id: got 3, expected None or 49407, the end"),

@@ -42,6 +42,7 @@ SIGLIP = DEPTH | dict(
 TWO = DEPTH | dict(decoder=None)
 KINDS = {
     "siglip": SIGLIP | dict(boxes__kind="roi_align", boxes__bins=2),
+    "regions": DEPTH | dict(decoder__depth=1),
     "own": TWO | dict(image__pool="class", image__projection="affine", text__causal=False),
     "maps": TWO
     | dict(image__pool="map", image__activation="quick_gelu", image__projection="none")
@@ -49,7 +50,7 @@ KINDS = {
     | dict(text__causal=False, text__mask_padding=True),
     "means": TWO | dict(image__pool="mean", text__pool="mean", boxes__kind="roi_align"),
     "options": DEPTH
-    | dict(decoder__depth=1, boxes__kind="roi_align", image__positions=False, image__rope="centres", image__registers=2)
+    | dict(decoder__depth=1, decoder__image_pool="all", boxes__kind="roi_align", image__positions=False, image__rope="centres", image__registers=2)
     | dict(image__layer_scale=True, image__mlp="gated", image__activation="silu", image__key_bias=False)
     | dict(text__causal=False, text__pool="mean", text__activation="relu", text__tokenizer="tokenizer.json"),
     "rotary": TWO

@@ -12,7 +12,6 @@ import pytest
 
 import grain_jax
 from grain_jax.convert.__main__ import main
-from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.pack import pack
 from grain_jax.runtime import checkpoint, checkpoint_files
 from grain_jax.training import optim
@@ -110,9 +109,3 @@ def test_texts_keep_the_id_that_ends_them_and_their_tokenizer(tmp_path):
     assert pack(tmp_path / "ours", tmp_path / "again").ok
     assert grain_jax.load(tmp_path / "again").model.text.tokenizer == "tokenizer.json"
     assert (tmp_path / "again" / "tokenizer.json").exists()
-
-
-def test_a_folder_in_use_is_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConvertError, match="in use by something else"):
-        pack("aviary-tiny", tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 from typing import Any
 
@@ -145,15 +144,3 @@ def test_faults_are_lines_and_nothing_is_written(siglip, tmp_path, capsys, monke
     said = run(siglip.parent / "ours", tmp_path / "out")
     assert said[0].endswith("onnxscript is missing; pip install 'grain_jax[interop]'")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_older_export_stays_until_the_new_one_is_made(siglip, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    shutil.copytree(siglip, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    source = exits.read(siglip.parent / "ours")
-    monkeypatch.setattr(onnx_files, "_description", lambda *_: 1 / 0)
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, dynamic_shapes, **__: None)
-    with pytest.raises(ZeroDivisionError):
-        onnx_files.to_onnx(source.folder, out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -174,27 +174,6 @@ def test_a_batch_without_regions_has_no_region_losses(golden, module):
     assert torch.isfinite(out.loss)
 
 
-SWITCHES = [
-    dict(image__qk_norm=False, image__pre_norm=True, image__activation="quick_gelu")
-    | dict(text__activation="silu"),
-    dict(image__class_token=False, image__patch_bias=False, image__activation="gelu_tanh")
-    | dict(image__norm_eps=1e-4, text__activation="gelu", text__norm_eps=1e-3)
-    | dict(decoder__image_pool="all"),
-]
-
-
-@pytest.mark.parametrize("changes", SWITCHES)
-def test_the_torch_module_follows_the_models_switches(changes):
-    model = perturbed.tiny(**changes)
-    params = perturbed.params(model)
-    states = names.state_dicts(params)
-    report = torch_module.prove(model, params, states)
-    assert report.ok, report.text
-    # And the table's inverse gives the parameters back.
-    back = names.to_params(states["backbone"], states["decoder"], model)
-    jax.tree.map(np.testing.assert_array_equal, back, params)
-
-
 def test_a_parameter_that_the_table_lacks_is_not_lost():
     model = perturbed.tiny()
     params = perturbed.params(model) | {"adapter": {"bias": np.zeros(3, np.float32)}}

@@ -56,10 +56,8 @@ def test_reads_negatives(tmp_path):
         (b"[" * 100_000, "not JSON: too deeply nested"),
         ([1], "got [1], expected one JSON object"),
         ({}, "image: got none, expected the path of an image"),
-        ({"image": None}, "image: got null, expected the path of an image"),
         ({"image": "\0"}, 'image: got "\\u0000", expected the path of an image'),
         ({"image": "../a.png"}, 'image: got "../a.png", expected a path that stays below'),
-        ({"image": "b/../../a.png"}, "expected a path that stays below"),
         ({"image": "/a.png"}, 'image: got "/a.png", expected a path that stays below'),
         ({"image": "gs://a/a.png"}, "expected a path that stays below the images' folder"),
         ({"image": "a", "caption": 5}, "caption: got 5, expected a text"),
@@ -95,7 +93,6 @@ def test_reads_negatives(tmp_path):
             {"image": "a", "regions": [_region(negatives=["b", "c", "B"])]},
             'regions[0].negatives[2]: got "B", expected another text than an earlier one',
         ),
-        ({"image": "a", "phrases": 1}, "phrases: got 1, expected a list"),
         ({"image": "a", "regions": [_region()], "phrases": [[0], [1]]}, "phrases[1]: got [1], exp"),
         ({"image": "a", "regions": [_region()], "phrases": [[]]}, "[], expected positions in reg"),
         (

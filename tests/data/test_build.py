@@ -1,11 +1,6 @@
 import functools
 import hashlib
-import importlib.util
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import PIL.Image
@@ -16,7 +11,6 @@ import tensorflow_datasets as tfds
 from grain_jax.core import images
 from grain_jax.data import build, duplicates, example, survey
 from tests import record_sets
-from tests.paths import ROOT
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
@@ -81,7 +75,6 @@ def with_region(**fields):
 
 MALFORMED = {
     "broken JSON": (b'{"image": "00003.png", ', "not JSON: "),
-    "not UTF-8": (b'{"image": "\xff.png"}', "not JSON: "),
     "not an object": (b"[1, 2]", "got [1, 2], expected one JSON object"),
     "no image named": (json.dumps({"caption": "a"}).encode(), "image: got none, expected"),
     "no such picture": (changed(image="gone.png"), 'image: got "gone.png", expected a file'),
@@ -89,25 +82,18 @@ MALFORMED = {
     "not a picture": (changed(image="text.png"), "bytes that are no known image format"),
     "a folder": (changed(image="."), 'image: got ".": got a folder, pipe or device'),
     "leaves the folder": (changed(image="../00003.png"), "expected a path that stays below"),
-    "absolute": (changed(image="/etc/hostname"), "expected a path that stays below"),
-    "three numbers": (with_region(box=[1, 2, 3]), "regions[0].box: got [1, 2, 3], expected four finite"),
     "not finite": (with_region(box=[0, 0, 5, float("nan")]), "expected four finite numbers"),
-    "huge": (with_region(box=[0, 0, 5, 10**400]), "expected four finite numbers"),
-    "a text in the box": (with_region(box=[0, 0, 5, "9"]), 'got [0, 0, 5, "9"], expected four'),
     "inverted": (with_region(box=[9, 2, 3, 8]), "regions[0].box: got [9, 2, 3, 8], inverted"),
     "no area": (with_region(box=[3, 2, 3, 8]), "regions[0].box: got [3, 2, 3, 8], no area"),
+    "huge": (with_region(box=[0, 0, 5, 10**400]), "expected four finite numbers"),
     "mostly outside": (with_region(box=[12, 0, 24, 8]), "33% of it in the image of 16 x 12"),
     "no description": (with_region(description=...), "regions[0].description: got none"),
-    "empty description": (with_region(description=" "), 'regions[0].description: got " ", expected'),
     "no score": (with_region(score=...), "regions[0].score: got none, expected a number from 0 to 1"),
-    "bad score": (with_region(score="high"), 'regions[0].score: got "high", expected a number'),
     "score out of range": (with_region(score=1.5), "regions[0].score: got 1.5, expected"),
     "no caption": (changed(caption=None, captions=[" "], synthetic_caption="", regions=[]), "no caption: got"),
     "caption no text": (changed(caption=7), "caption: got 7, expected a text"),
-    "captions no list": (changed(captions="a"), 'captions: got "a", expected a list of texts'),
     "half a surrogate": (changed(caption="\ud800"), 'caption: got "\\ud800", expected a text'),
     "regions no list": (changed(regions={"a": 1}), 'regions: got {"a": 1}, expected a list'),
-    "region no object": (changed(regions=[5]), "regions[0]: got 5, expected an object"),
     "id no text": (changed(id=5), "id: got 5, expected a text"),
     "same id": (changed(id="id0"), 'id: got "id0", which line 1 has already'),
 }  # fmt: skip
@@ -146,14 +132,6 @@ def test_every_fault_is_named_with_its_line(tmp_path, capsys):
     assert out[20:] == [f"{file}: {bad} of {total} lines faulty ({count})"]
     _, examples = read_back(tmp_path / "out")
     assert sorted(examples) == sorted(f"id{i}" for i in range(100))
-
-
-def test_without_the_extra_nothing_is_checked(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    flags = ["--annotations", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "records")]
-    assert build.main([*flags, "--images", str(tmp_path), "--name", "mine"]) == 2
-    line = "grain-jax build needs tensorflow_datasets: pip install 'grain_jax[data]'"
-    assert line in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_too_many_faults_write_no_records(tmp_path, capsys):
@@ -299,17 +277,12 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--encoding=gif", "expected original, png or jpeg:Q"),
         ("--encoding=jpeg:101", "expected original, png or jpeg:Q"),
         ("--name=Big Set", "expected a TFDS name"),
-        ("--num-shards=0", "expected a whole number in 1.."),
-        ("--max-faults=2", "expected a number in 0.0..1.0"),
         ("--annotations=second.jsonl", "got 2 files, expected A.jsonl"),
         ("--images=/no/such", "no such folder"),
         ("--num-shards=9", "at most one shard each"),
-        ("--colour=red", "--colour: no such flag; grain-jax build --help lists them"),
         ("--holdout=1", "of 3 images 0 are left for train and 3 for validation"),
-        ("--holdout=1e-9", "of 3 images 3 are left for train and 0 for validation"),
         ("--exclude-duplicates-of=/no/set", "/no/set: got no dataset_info.json there"),
     ],
 )
@@ -331,38 +304,6 @@ def test_worker_processes_give_the_same_in_order(tmp_path):
     lines = [survey.Lines(tmp_path / "A.jsonl", tmp_path, n, example.read_lines) for n in (0, 2)]
     alone, together = (list(one.map(example.check)) for one in lines)
     assert alone == together and [one.number for one in alone] == list(range(1, 71))
-
-
-def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
-    folder, output = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    PIL.Image.fromarray(noise).save(folder / "a.png")
-    lines = (f'{{"image": "a.png", "caption": "a", "id": "{i}"}}\n' for i in range(60_000))
-    (folder / "A.jsonl").write_text("".join(lines))
-    code = (
-        "import itertools, sys\nfrom data import build\n"
-        # The survey is not what is killed here: all lines are good.
-        "build.survey.take = lambda *_, **__: found\n"
-        "found = build.survey.Survey('A')\nfound.ids = {i + 1: str(i) for i in range(60_000)}\nfound.lines = 60_000\n"
-        "found.fingerprints.extend(range(120_000))\nfound.regions.extend([0] * 60_000)\n"
-        "sys.exit(build.main(sys.argv[1:]))"
-    )
-    arguments = [f"--annotations={folder}/A.jsonl", f"--images={folder}", f"--output={output}"]
-    arguments += ["--name=x", "--workers=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not list(output.glob("x/incomplete.*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert list(output.glob("x/incomplete.*")) and not (output / "x/1.0.0").exists()
-    with pytest.raises(tfds.core.DatasetNotFoundError):
-        tfds.builder("x", data_dir=output)
 
 
 def noise(number):

@@ -159,9 +159,7 @@ def test_counts_beyond_their_limits():
         ("web", "i'm sorry, i can't help with that", 12, []),
         ("synthetic", "a sign that says i'm sorry", 8, []),
         ("description", "- a red wing", 6, ["markup in"]),
-        ("description", "2) a red wing", 6, ["markup in"]),
         ("description", "sure, here are the features", 8, ["markup in"]),
-        ("description", "3 white spots on the wing", 8, []),
         ("description", "a well-worn, white shirt", 8, []),
         ("description", "a wing", 25, ["long"]),
         ("description", "a wing", 78, ["cut"]),
@@ -207,11 +205,9 @@ def test_the_page_loads_nothing_and_trusts_no_text(tmp_path, capsys):
     [
         (["{}/nothing"], "no such file or folder"),
         (["{}/in"], "got no dataset_info.json there, expected a TFDS set"),
-        (["{}/in/empty.jsonl"], "the file is empty"),
         (["{}/in/A.jsonl", "--images={}/nothing"], "no such folder"),
         (["{}/out/tiny_set", "--images={}/in"], "which hold their images"),
         (["{}/in/A.jsonl", "--output={}/in/A.jsonl"], "A.jsonl"),
-        (["set", "--num-images=201"], "--num-images: got '201', expected a whole number in 0..200"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(record_set, capsys, arguments, message):

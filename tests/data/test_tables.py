@@ -9,12 +9,11 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
-from grain_jax import train
 from grain_jax.data import build, sources
 from grain_jax.data.annotate import __main__ as annotate_command
 from grain_jax.data.inspect import __main__ as inspect_command
 from grain_jax.input_pipeline import records
-from tests import record_sets, runs, tiny
+from tests import record_sets
 from tests.data import test_sources
 from tests.data.test_sources import COUNT, boxes, encoded, xywh
 
@@ -184,29 +183,6 @@ def test_descriptions_are_the_caption_where_there_is_no_other(built):
     captions, folder, _ = built
     config = record_sets.config(folder / "out", name="hub", lanes=4, descriptions_in_captions=1)
     assert next(records.batches(config)).caption_mask.all()
-
-
-@pytest.mark.slow
-def test_a_detection_set_trains(tmp_path):
-    """COCO's instances alone; tests/evaluate/test_retrieval.py has images without captions."""
-    flags = write_all(tmp_path, captions=False)["coco"]
-    words = [*map(str, flags), f"--output={tmp_path}", "--name=coco", "--num-shards=4"]
-    assert build.main(words) == 0
-    small = dict(
-        model__text__vocab_size=49408,
-        input__source="records",
-        input__data_dir=str(tmp_path),
-        input__name="coco",
-        text__pack_group=1,
-        text__pack_rows=6,
-        total_steps=3,
-        optim__warmup_steps=1,
-    )
-    train.train(tiny.small(**small), tmp_path / "run")
-    lines = runs.lines(tmp_path / "run")
-    assert [line["loss_image_caption"] for line in lines] == [0, 0, 0]
-    for name in ("loss_box", "loss_region_description"):
-        assert 0 < lines[-1][name] < 2 * lines[0][name]
 
 
 def options(folder, path, **fields):

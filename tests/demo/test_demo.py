@@ -1,7 +1,6 @@
 """What the page shows, what it starts with, and the page in a browser."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -160,16 +159,6 @@ def test_examples_are_copied(tmp_path):
     assert len(copied) == 12 and copied[0].endswith("00_00.png") and copied[6].endswith("06_01.png")
     with pytest.raises(errors.UserError, match="--examples: .*gone: got no image"):
         command.copies(str(tmp_path / "gone"), tmp_path)
-
-
-def test_without_gradio_it_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["demo", "--checkpoint", "none"])
-    with pytest.raises(SystemExit) as end:
-        command.process.run(command.main)
-    assert end.value.code == 2
-    line = capsys.readouterr().err.strip()
-    assert 'pip install "grain_jax[demo]"' in line and "\n" not in line
 
 
 def test_a_taken_address_is_one_line():

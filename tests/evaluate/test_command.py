@@ -75,19 +75,6 @@ def test_retrieval_and_grounding(folder, capsys):
     assert "retrieval: image to text R@1" in table and "grounding: matched box IoU" in table
 
 
-def test_faulty_lines_are_left_out_and_unknown_keys_counted(folder, capsys):
-    path = folder / "A.jsonl"
-    known = path.read_text().replace('"caption"', '"licence": "CC0", "caption"')
-    path.write_text(known * 60 + '{"image": 5}\n')
-    status, output = _run(folder, "retrieval", "--annotations", str(path))
-    assert status == 0 and json.loads(output.read_text())["faulty_lines"] == 1
-    assert capsys.readouterr().err.splitlines()[:3] == [
-        f"{path}:121: image: got 5, expected the path of an image",
-        f"{path}: faulty lines left out: 1",
-        f"{path}: unknown keys kept out: licence (120)",
-    ]
-
-
 def test_what_cannot_be_saved_is_shown(folder, capsys, monkeypatch):
     def write_bytes(self, content):
         if content:  # the disk became full while it measured
@@ -100,28 +87,13 @@ def test_what_cannot_be_saved_is_shown(folder, capsys, monkeypatch):
     assert err == f"--output: {output}: No space left on device; nothing was saved\n"
 
 
-def test_many_faulty_lines_end_with_2(folder, capsys):
-    path = folder / "A.jsonl"
-    path.write_text(path.read_text() + '{"image": 5, "id": 6}\n' * 30)
-    status, output = _run(folder, "retrieval", "--annotations", str(path))
-    error = capsys.readouterr().err.splitlines()
-    assert status == 2 and not output.exists()
-    assert error[1] == f"{path}:3: id: got 6, expected a text" and len(error) == 61
-    assert error[-1] == f"{path}: 30 of 32 lines are faulty, more than 1%"
-
-
 FAULTS = {
     "": "expected a kind first: zeroshot, linear-probe, retrieval, grounding, boxes",
-    "speaking": "speaking: no such kind; there are: zeroshot",
     "zeroshot --checkpoint x": "--images DIR, --output OUT.json: missing",
     "zeroshot --alpha half": "got 'half', expected a number from 0 to 1",
-    "zeroshot --alpha 2 {rest}": "alpha: got 2.0, expected a number from 0 to 1",
     "zeroshot --alpha 0.5 {rest}": "expected a file (D.json) for alpha 0.5",
-    "zeroshot --descriptions no.json {rest}": "no.json: no such file",
-    "zeroshot --templates no.txt {rest}": "no.txt: no such file",
     "zeroshot --batch-size 0 {rest}": "got '0', expected a whole number in 1..2147483647",
     "grounding --annotations no.jsonl {rest}": "no.jsonl: no such file",
-    "zeroshot --template x {rest}": "--template: no such flag; did you mean --templates?",
 }
 
 

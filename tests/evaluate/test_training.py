@@ -1,10 +1,6 @@
 """Entries of a suite as evaluators of a run: what is missing is skipped, and several processes measure as one."""
 
 import collections
-import json
-import os
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -19,7 +15,6 @@ from grain_jax.core import errors
 from grain_jax.evaluate import diagnostics, suite
 from tests.evaluate import train_config
 from tests.evaluate.stub import StubPredictor, region, write_lines, write_picture
-from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +91,3 @@ def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
     monkeypatch.setattr(type(seen), "evaluate", lambda *told: given.append(told[2]) or {})
     assert train.evaluate_all(config, {"seen": seen}, state, tmp_path) == {}
     assert given == [Context(64, tmp_path / "diagnostics" / "seen.json", 7)]
-
-
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(data, tmp_path):
-    train.train(config_lib.from_dict(train_config.get_config(data)), tmp_path / "1")
-    local = [sys.executable, "-m", "grain_jax.launch.local", "--processes=2"]
-    local += ["--devices-per-process=4", "--", sys.executable, "-m", "grain_jax.train"]
-    local += [f"--config={ROOT}/tests/evaluate/train_config.py:{data}", f"--workdir={tmp_path}/2"]
-    done = subprocess.run(local, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, two = tmp_path / "1", tmp_path / "2"
-    lines = [json.loads(x) for x in (one / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval/classes/chance" in line] == [1, 2]
-    expected, found = (json.loads((run / "results.json").read_text()) for run in (one, two))
-    assert found == pytest.approx(expected, abs=1e-4)
-    kept = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (one, two)]
-    assert kept[0] == kept[1]
-    assert done.stderr.count("evals.absent: skipped") == 1

@@ -9,7 +9,6 @@ import pytest
 from examples.evaluator import neighbours
 from grain_jax import config as config_lib
 from grain_jax import inference, train
-from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import suite, tables
 from grain_jax.training import schedule
@@ -95,20 +94,3 @@ def test_a_run_measures_it_and_keeps_it_in_its_config(
     state = types.SimpleNamespace(step=np.int32(7))
     results = train.evaluate_all(config, evals, state, tmp_path)
     assert results["eval/mine/top1"] == 0.75 and results["eval/mine/pictures"] == 4
-
-
-def test_faults_are_lines(folder):
-    def fault(**options):
-        with pytest.raises(errors.UserError) as found:
-            config_lib.evaluator_from_dict(entry(folder) | options).check()
-        return str(found.value)
-
-    assert fault(k=0) == "evaluator.k: got 0, expected at least 1"
-    assert fault(k="3") == "evaluator.k: got '3', expected int"
-    assert fault(neighbors=3).startswith("evaluator.neighbors: no such key; there are: evaluator.")
-    assert fault(k=6) == "k: got 6, expected at most the 5 training images"
-    assert "no such folder" in fault(train="no/such")
-    misspelt = fault(kind=KIND[:-1])
-    assert "Neighbours', " not in misspelt and "expected one of: Neighbours" in misspelt
-    write_picture(folder / "train" / "eel" / "9.png", 9)
-    assert "got the classes cat, dog, eel, expected those of" in fault()

@@ -1,7 +1,5 @@
 """examples/loss: the loss terms of a user, each alone against a float64 replica and both in a run of the trainer."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -9,11 +7,9 @@ import torch
 
 from examples.loss.smoothness import Options, Smoothness
 from examples.loss.uniformity import uniformity
-from grain_jax import losses, train
+from grain_jax import losses
 from grain_jax.cli import config_file
-from grain_jax.input_pipeline import synthetic
-from grain_jax.models.grain import GRAIN, leading_tokens
-from grain_jax.training import sharding, train_step
+from grain_jax.training import sharding
 from tests import tiny
 from tests.losses import fake
 from tests.losses.test_losses import _outputs
@@ -111,46 +107,6 @@ def test_the_local_term_equals_a_float64_replica():
     assert not np.any(gradient[:, 0])
     top = np.abs(expected_gradient).max()
     np.testing.assert_allclose(gradient[:, 1:], expected_gradient, rtol=0, atol=1e-5 * top)
-
-
-@pytest.mark.slow
-def test_a_run_trains_on_it(tmp_path):
-    c = tiny.small(
-        loss__terms__uniformity=ENTRY,
-        loss__terms__smooth=LOCAL,
-        total_steps=3,
-        checkpoint_every=0,
-        model__decoder__dropout=0.0,
-        optim__learning_rate=1e-2,
-        text__pack_group=1,
-        microbatches=2,
-    )
-    train.train(c, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 3
-    for line in lines:
-        terms = ("image_caption", "region_description", "box")
-        expected = sum(line[f"loss_{name}"] for name in terms)
-        expected += 0.25 * line["loss_uniformity"] + 0.5 * line["loss_smooth"]
-        assert line["loss"] == pytest.approx(expected, rel=1e-5)
-    batch = next(synthetic.batches(c))
-    mesh = sharding.make_mesh(c.mesh)
-    program = train_step.build(c, mesh, total_steps=3, steps_per_epoch=1.0)
-    params = jax.device_get(program.init().params)
-    outputs, features = GRAIN(c.model, c.dtype).apply(
-        {"params": params}, batch, None, method="outputs_and_features"
-    )
-    loss, cosine = replica(outputs.region_embed, t=3.0)
-    assert lines[0]["loss_uniformity"] == pytest.approx(loss, rel=1e-4)
-    assert lines[0]["uniformity/cosine"] == pytest.approx(cosine, abs=1e-5)
-    patches = features.tokens[:, leading_tokens(c.model) :]
-    loss, cosine, _ = smoothness_replica(patches, batch.image, edge=4.0)
-    assert lines[0]["loss_smooth"] == pytest.approx(loss, rel=1e-4)
-    assert lines[0]["smooth/cosine"] == pytest.approx(cosine, abs=1e-5)
-    assert json.loads((tmp_path / "config.json").read_text())["loss"]["terms"] == {
-        "uniformity": ENTRY,
-        "smooth": LOCAL,
-    }
 
 
 def parse(*given):

@@ -57,20 +57,6 @@ def test_the_command_converts_the_file_and_builds_records(folder, capsys):
     assert len(second["regions"]["score"]) == 0
 
 
-@pytest.mark.parametrize(
-    "options, line",
-    [
-        (["unti=share"], "csv_boxes:CsvBoxes': no such key; did you mean unit?"),
-        (["unit=inch"], "unit: got 'inch', expected one of pixel, share"),
-        (["delimiter=,"], "boxes.csv: has no column caption, image, phrase, x1, x2, y1, y2"),
-    ],
-)
-def test_a_wrong_option_is_one_line(folder, options, line, capsys):
-    assert command.main(arguments(folder, *(f"--option={option}" for option in options))) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert line in said
-
-
 def test_a_box_that_is_no_number_is_a_fault_of_its_image(folder, capsys):
     (folder / "boxes.csv").write_text(HEADER + ROWS.replace("0.75;1;", "wide;1;"))
     assert command.main(arguments(folder, "--option=delimiter=;", "--option=unit=share")) == 2

@@ -11,7 +11,6 @@ import pytest
 from examples.tower import mixer
 from grain_jax import config as config_lib
 from grain_jax import inference, train
-from grain_jax.convert.reference import names
 from grain_jax.core import errors
 from grain_jax.models import grain, towers
 from grain_jax.training import flops, optim, sharding, train_step
@@ -100,23 +99,6 @@ def test_its_options_are_checked_and_stored():
         config_lib.ConfigError, match="got token_dim, but model.image.tower=vit has no"
     ):
         config_lib.from_dict(wrong)
-
-
-def test_a_stored_config_imports_no_tower(monkeypatch):
-    stored = json.loads(config_lib.to_json(config()))
-    monkeypatch.delitem(sys.modules, "examples.tower.mixer")
-    read = config_lib.from_dict(stored)
-    assert read.model.image.options == {"token_dim": 32, "kernel": 3}
-    with pytest.raises(errors.UserError, match="import examples.tower.mixer first"):
-        towers.image_tower(read.model.image)
-    assert "examples.tower.mixer" not in sys.modules
-
-
-def test_converters_say_which_towers_they_know():
-    with pytest.raises(errors.UserError, match=f"image.tower: got {TOWER}, to-hf writes .* vit"):
-        names.refuse(config().model, "to-hf")
-    with pytest.raises(errors.UserError, match=f"image.tower: got {TOWER}, to-torch writes .* vit"):
-        names.to_states(config().model, {})
 
 
 def test_layer_decay_without_stacked_layers_is_a_line():

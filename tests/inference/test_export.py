@@ -11,7 +11,7 @@ from jax import export as jax_export
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.convert import export, parity
+from grain_jax.convert import export
 from grain_jax.runtime import checkpoint
 from tests import perturbed
 
@@ -195,27 +195,3 @@ def test_the_command_compares_what_it_wrote(folder):
     alone = {"image: image_embed", "text: text_embed", "boxes: box_embed", "maps: similarity_map"}
     assert set(outputs) == alone | regions
     assert max(outputs.values()) < 1e-5 and "FAILED" not in str(lines)
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ([], "--checkpoint DIR, --output DIR: missing"),
-        (["--checkpoint", "none", "--output", "x"], "none: no such folder"),
-        (["--checkpoint", "{}/model", "--output", "file"], "file: is in use by something else"),
-    ],
-)
-def test_wrong_usage_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    assert export.main([word.format(folder.parent) for word in arguments]) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
-
-
-def test_other_outputs_are_status_1(folder, tmp_path, monkeypatch, capsys):
-    wrong = parity.Comparison("text: text_embed", error=2e-5, cosine=1.0, tolerance=1e-5)
-    monkeypatch.setattr(export, "export_model", lambda predictor, output: [wrong])
-    given = ["--checkpoint", str(folder.parent / "model"), "--output", str(tmp_path)]
-    assert export.main(given) == 1
-    assert capsys.readouterr().out.endswith("2.00e-05    1.0e-05  FAILED\n")

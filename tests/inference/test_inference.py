@@ -366,15 +366,12 @@ classify = lambda *given: lambda p: p.classify(jnp.zeros((1, S, S, 3)), *given)
 ERRORS = {
     r"float32 of 8 x 8 pixels, expected 16 x 16": zeros(2, 8, 8, 3, dtype=np.float32),
     r"got shape \[8, 8\], expected": zeros(8, 8),
-    r"uint8 \[8, 8, 4\]": zeros(8, 8, 4),
     r"images\[0\]: got float32": [zeros(8, 8, 3, dtype=np.float32)],
     r"got int64, expected uint8": zeros(1, 8, 8, 3, dtype=np.int64),
     r"images\[0\]: got str": ["x.jpg"],
     r"got str, expected images": "x.jpg",
-    r"got NoneType, expected images": None,
     r"images\[1\]: mode F has no fixed range": [PIL.Image.new(m, (4, 4)) for m in "LF"],
     r"images\[0\]: .*truncated": [cut_off()],
-    r"images\[0\]: got an array uint8 \[4, 4, 4\]": [zeros(4, 4, 4)],
     r"has no box head": lambda p: p.encode_tokens(ONE),
     r"dtype: got 'float16', expected float32 or bfloat16": (
         lambda p: inference.Predictor(p.model, p.params, "float16")
@@ -384,10 +381,8 @@ ERRORS = {
     r"token ids 49408 to 49408, expected 0 to 49407": lambda p: p.encode_text(
         np.full((2, 3), 49408)
     ),
-    r"alpha 0.5 needs descriptions": classify(["wren"], 0.5),
     r"'wren' has no description": classify({"wren": []}),
     r"at 'wren', expected": classify({"wren": "tail"}),
-    r"expected names": classify([]),
     r"alpha: got 1.5": classify(["wren"], 1.5),
     r"expected \[H, W, 3\]": lambda p: p.ground(np.zeros((1, S, S, 3)), ["x"]),
 }

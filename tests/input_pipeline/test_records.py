@@ -78,16 +78,6 @@ def test_batches_hold_what_was_built(output):
         np.testing.assert_array_equal(batch.description_id[row][mask], CLIP.text_id(wanted))
 
 
-def test_only_the_best_regions_are_kept(output):
-    (batch,) = take(record_sets.config(output, max_regions=1), 1)
-    for row, number in enumerate(numbers(batch)):
-        regions = record_sets.annotation(number, (16, 16))["regions"]
-        assert batch.region_mask[row].tolist() == [bool(regions)]
-        if regions:
-            x1, _, x2, _ = max(regions, key=lambda r: r["score"])["box"]
-            assert batch.region_boxes_cxcywh[row, 0, 2] == pytest.approx((x2 - x1) / 16)
-
-
 def test_captions_are_drawn_anew(output):
     config = record_sets.config(output, synthetic_caption_rate=0.4)
     kinds = {}
@@ -264,16 +254,6 @@ def test_padded_and_packed_hold_the_same(output):
         for name in ("image", "caption_id", "description_id", "region_boxes_cxcywh", "region_mask"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert (a.text_segments == 0).mean() < (b.text_segments == 0).mean()
-
-
-def test_regions_that_do_not_fit_are_counted(output):
-    full = take(record_sets.config(output, lanes=2, pack_group=4, pack_rows=8), 6)
-    cut = take(record_sets.config(output, lanes=2, pack_group=4, pack_rows=1), 6)
-    dropped = sum(int(batch.texts_dropped.sum()) for batch in cut)
-    assert dropped > 0
-    assert dropped == sum(int(a.region_mask.sum() - b.region_mask.sum()) for a, b in zip(full, cut))
-    for batch in cut:
-        assert not batch.description_id[~batch.region_mask].any()
 
 
 def test_mirrored_pictures_move_boxes(output):

@@ -170,18 +170,6 @@ def test_no_id_of_a_file_is_beyond_the_embeddings(vocabulary, end, highest, tmp_
         tokenizer.of_tower(tower, tmp_path)
 
 
-def test_files_that_are_no_tokenizers(tmp_path):
-    for name, message in (
-        ("t.txt", "expected a tokenizer.json or a SentencePiece .model"),
-        ("t.json", "malformed.* expected a tokenizer.json"),
-        ("t.model", "not a SentencePiece model"),
-    ):
-        (tmp_path / name).write_text("nothing")
-        with pytest.raises(tokenizer.TokenizerError, match=message) as error:
-            tokenizer.FileTokenizer(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
 def test_ids_are_decoded_as_the_libraries_do(json_file, model_file, tmp_path):
     import sentencepiece
 

@@ -55,15 +55,6 @@ def test_launch_files_copies_those_of_the_package_and_replaces_none(tmp_path, ca
         files.main([str(folder / "gke.yaml" / "below")])
 
 
-def test_paths_that_the_encoding_of_the_terminal_has_not_got_are_printed(tmp_path):
-    folder = tmp_path / "wörk"
-    command = [sys.executable, "-m", "grain_jax", "launch-files", folder]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"{tmp_path}/w\\xf6rk/gke.yaml" in done.stdout.splitlines()
-
-
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Makes commands that write their words, a line a call, to a file, which is returned as lines by `called`."""
@@ -202,15 +193,6 @@ def test_tpu_vm_installs_what_reads_and_writes_a_bucket(stand_in):
     stand_in("gcloud")
     assert _run("launch/tpu_vm.sh", "install", **TPU).returncode == 0
     assert '"./source[data,gcs,tpu]"' in "\n".join(stand_in.called())
-
-
-def test_tpu_vm_says_what_is_missing(stand_in):
-    stand_in("gcloud")
-    assert "a name for the pod" in _run("launch/tpu_vm.sh", "run", TPU="", ZONE="z").stderr
-    assert "create, install, run" in _run("launch/tpu_vm.sh", **TPU).stderr
-    unknown = _run("launch/tpu_vm.sh", "fly", **TPU)
-    assert unknown.returncode == 2 and unknown.stderr.startswith("fly: expected create")
-    assert stand_in.called() == []
 
 
 def _jobset(file, **values):

@@ -100,19 +100,6 @@ def _params(config):
     return sharding.unbox(jax.eval_shape(init)).params
 
 
-@pytest.mark.parametrize(
-    "arguments,told",
-    [
-        (["--topology=v9:2x2"], "v5p"),
-        (["--topology=v5e:2x4", "--config.mesh.fsdp=3"], "mesh"),
-    ],
-)
-def test_wrong_usage_is_one_line(arguments, told):
-    with pytest.raises(errors.UserError) as caught:
-        plan.main(["--config=tests/run_config.py", *arguments])
-    assert told in str(caught.value) and "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("topology, extra", [("v5e:2x4", "tpu"), ("b200:8", "cuda12")])
 def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -186,13 +173,6 @@ def test_meshes_that_cross_nodes_are_refused():
     for mesh in (dict(mesh__fsdp=16), dict(mesh__dcn_data=7)):
         with pytest.raises(errors.UserError, match="nothing but data is cut over the network"):
             plan.make(tiny.config(batch_size=32, **mesh), chips.parse_topology("h100:8x2"))
-
-
-def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiler, "compile_step", lambda *a, **k: compiled())
-    words = ["--config=tests/run_config.py", "--topology=v5e:2x4"]
-    with pytest.raises(errors.UserError, match="--output: cannot write"):
-        plan.main([*words, f"--output={tmp_path / 'none' / 'x.json'}"])
 
 
 def test_the_compiler_is_asked_for_gpus(monkeypatch):

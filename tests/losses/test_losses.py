@@ -452,15 +452,6 @@ def test_one_caption_an_image_is_a_case_of_several(contrast, missing, mask_dupli
     assert not np.any(of_several.text_embed[:, 1:])
 
 
-def test_image_description_is_left_out_where_its_weight_is_zero():
-    c = tiny.config()
-    assert "image_description" not in _total(_outputs(c), tiny.batch(c), c.loss).terms
-    c = tiny.config(loss__image_description=1.0)
-    batch, outputs = tiny.batch(c), _outputs(c)
-    batch.region_mask[:] = False
-    assert _total(outputs, batch, c.loss).terms["image_description"] == 0
-
-
 @pytest.mark.parametrize("group_size,mask_duplicates", [(0, True), (4, False)])
 def test_measures_equal_the_replica(group_size, mask_duplicates):
     c = tiny.config(loss__group_size=group_size, loss__mask_duplicates=mask_duplicates)

@@ -85,9 +85,7 @@ def test_terms_over_the_batch_and_over_groups(devices, group_size):
     [
         ("nothing", {}, "tests.losses.test_terms has no 'nothing', expected one of: Variance,"),
         ("Variance", {"flor": 1.0}, "loss.terms.mine.flor: no such key; did you mean loss.terms.mine.floor?"),
-        ("Variance", {"floor": "x"}, "loss.terms.mine.floor: got 'x', expected float"),
         ("distance", {}, "loss.terms.mine.power: missing; it has no default"),
-        ("distance", {"power": 1.5}, "loss.terms.mine.power: got 1.5, expected int"),
         ("not_keyword", {}, "it has the parameter power: int = 1, expected (shard, *, option: type"),
         ("ROOT", {}, "expected a function of a losses.Shard, a frozen dataclass"),
     ],
@@ -130,10 +128,8 @@ def test_what_a_term_returns_is_checked(name, fault):
     "entries,fault",
     [
         ({"box": {"term": "a:b", "weight": 1.0}}, "loss.terms.box: expected a name of letters"),
-        ({"A-b": {"term": "a:b", "weight": 1.0}}, "loss.terms.A-b: expected a name of letters"),
         ({"x": {"weight": 1.0}}, "loss.terms.x.term: got None, expected module:function"),
         ({"x": {"term": "a:b", "weight": "1"}}, "loss.terms.x.weight: got '1', expected a finite"),
-        ({"x": {"term": "a:b"}}, "loss.terms.x.weight: got None, expected a finite"),
         ({"x": 1.0}, "loss.terms.x: got 1.0, expected a group of keys"),
     ],
 )

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.core import errors
-from grain_jax.models import grain, placement, vit
+from grain_jax.models import grain, vit
 from tests import foreign, perturbed
 from tests.models.test_rotary import DINOV3, _images, _same_as, _tower
 from tests.models.test_towers import dictionary
@@ -93,28 +92,6 @@ def test_parameters_are_those_of_the_configured_size(position_init):
         module.apply(own, _images(36))
     with pytest.raises(errors.UserError, match="got 24 x 32 pixels"):
         module.apply(own, _images(32)[:, :24])
-
-
-@pytest.mark.slow
-def test_the_kernel_takes_other_numbers_of_tokens_and_images():
-    """17 tokens of 8 images by the config, 10 of 24 views: on a mesh, values and gradients as by XLA."""
-    tower = _tower(image_size=32, heads=4, depth=1, qk_norm=True)
-    images = np.random.default_rng(0).normal(size=(24, 24, 24, 3)).astype(np.float32)
-    xla, kernel = (vit.ImageTransformer(tower, FLOAT, attention=x) for x in ("xla", "pallas"))
-    params = jax.jit(xla.init)(jax.random.key(0), images)
-    weight = np.random.default_rng(1).normal(size=(24, 10, 48)).astype(np.float32)
-
-    def both(module, images):
-        loss = lambda params: jnp.sum(module.apply(params, images) * weight)
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    expected = both(xla, images)
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
-    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    with placement.on(mesh, ("data", "fsdp")):
-        found = both(kernel, jax.device_put(images, cut))
-    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected[1]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, expected)
 
 
 def test_a_tower_of_a_user_that_takes_its_own_size_alone_says_so():

@@ -13,8 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax.core import errors
 from grain_jax.models import layers, mlp_kernel, placement, programs
-from grain_jax.training import sharding, train_step
-from tests import tiny
 
 EPS = 1e-6
 AXES = ("data", "fsdp")
@@ -177,26 +175,3 @@ def test_kernels_whose_results_are_kept_stand_in_no_loop():
     assert of(deep(12, 3), "none", "pallas", "pallas") == 3
     with placement.on(Mesh(np.array(jax.devices()).reshape(2, 4), AXES), AXES):  # gathers
         assert of(deep(12), "none", "pallas", "pallas") == 1
-
-
-@pytest.mark.slow
-def test_twenty_steps_with_the_kernels_are_those_of_xla():
-    """Attention with one product for query, key and value, and the MLP; the losses of every step, in float32."""
-
-    def losses(**programs):
-        sizes = dict(model__image__width=128, model__image__mlp_dim=256, total_steps=20)
-        c = tiny.config(**sizes, **programs)
-        mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
-        program = train_step.build(c, mesh, total_steps=20, steps_per_epoch=10.0)
-        step = program.step.lower(program.state, program.batch).compile()
-        place = lambda x, like: jax.device_put(x, jax.tree.map(lambda a: a.sharding, like))
-        state, found = place(tiny.state(program), program.state), []
-        for i in range(20):
-            state, metrics = step(state, place(tiny.batch(c, i), program.batch))
-            found.append({k: float(x) for k, x in metrics.items() if k.startswith("loss")})
-        return [[one[k] for k in sorted(one) if one[k]] for one in found]
-
-    xla = losses(model__attention="xla", model__mlp="xla")
-    kernels = losses(model__attention="pallas", model__mlp="pallas")
-    assert xla != kernels  # not the same program
-    np.testing.assert_allclose(kernels, xla, rtol=1e-6)

@@ -188,15 +188,3 @@ def test_flops_count_what_the_options_add():
     added = 3 * of_token + pairs(tokens + 3) - pairs(tokens)
     assert count(model__image__registers=3) - plain == added
     assert count(model__image__rope="centres", model__image__layer_scale=True) == plain
-
-
-def test_it_is_exported_for_any_number_of_images():
-    tower = _tower(image_size=16, **DINOV3)
-    module = vit.ImageTransformer(tower, jnp.dtype("float32"))
-    images = _images(16)
-    params = jax.jit(module.init)(jax.random.key(0), images)
-    (batch,) = jax.export.symbolic_shape("b")
-    shape = jax.ShapeDtypeStruct((batch, *images.shape[1:]), images.dtype)
-    exported = jax.export.export(jax.jit(lambda x: module.apply(params, x)))(shape)
-    expected = jax.jit(module.apply)(params, images)
-    foreign.close(np.asarray(exported.call(images)), np.asarray(expected))

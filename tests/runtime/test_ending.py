@@ -189,14 +189,3 @@ def test_a_full_disk_is_one_line(error):
     with pytest.raises(RuntimeError, match="save failed"):
         with ending.in_a_line("/"):
             _raised(RuntimeError("another"))
-
-
-@pytest.mark.parametrize("remove", [True, False])
-def test_a_workdir_that_is_gone_is_a_line(tmp_path, remove):
-    workdir = tmp_path / "run"
-    if not remove:
-        (workdir / "x").mkdir(parents=True)
-    expected = "the folder was removed" if remove else "x: Is a directory"
-    with pytest.raises(errors.StorageFault, match=expected):
-        with ending.in_a_line(workdir):
-            (workdir / "x").write_text("x")

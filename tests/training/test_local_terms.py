@@ -130,8 +130,6 @@ def run(mesh=(1, 1, 1), **changes):
     "mesh,changes",
     [
         # The last one has more of all.
-        pytest.param((1, 1, 1), {"microbatches": 4}, marks=pytest.mark.slow),
-        pytest.param((2, 1, 1), {}, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), {"microbatches": 2, "remat": "full"}, marks=pytest.mark.slow),
     ],
 )

@@ -54,7 +54,6 @@ _ResourceExhaustedError.__name__ = "ResourceExhaustedError"
     [
         (jax.errors.JaxRuntimeError(XLA), "(Out of memory allocating 315363503480 bytes); "),
         (jax.errors.JaxRuntimeError(LIBTPU), "(Ran out of memory in memory space hbm. Used"),
-        (MemoryError(), "out of memory in it; "),
         (MemoryError("Unable to allocate 3.64 TiB"), "(Unable to allocate 3.64 TiB); "),
         (_ResourceExhaustedError("OOM when allocating tensor with shape[10]"), "(OOM when alloc"),
     ],

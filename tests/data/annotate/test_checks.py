@@ -2,9 +2,7 @@
 
 import io
 
-import numpy as np
 import PIL.Image
-import pytest
 
 from grain_jax.data import sources
 from grain_jax.data.annotate import checks
@@ -36,21 +34,6 @@ def checked(picture, kind, given=GIVEN, **options):
     out = io.BytesIO()
     picture.save(out, kind, **options)
     return checks.check(sources.Image("x", out.getvalue()), given)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
-def test_every_colour_mode_becomes_rgb_of_the_same_size(mode):
-    picture = PIL.Image.new("RGB", (30, 20), (200, 100, 50))
-    if mode == "I;16":  # the upper 8 bits count
-        grey = np.asarray(picture.convert("L"))
-        picture, expected = PIL.Image.fromarray(grey.astype(np.uint16) << 8), grey[..., None]
-    else:
-        picture = picture.convert(mode)
-        expected = np.asarray(picture.convert("RGB"))
-    kind = "TIFF" if mode == "CMYK" else "PNG"
-    found = checked(picture, kind)
-    assert (found.mode, found.size) == ("RGB", (30, 20))
-    np.testing.assert_array_equal(np.asarray(found), np.broadcast_to(expected, (20, 30, 3)))
 
 
 def test_a_photograph_with_a_preview_behind_it_is_still():

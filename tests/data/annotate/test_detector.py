@@ -177,14 +177,6 @@ def test_boxes_are_clipped_and_those_that_lie_elsewhere_go():
     assert [(x.description, x.box_xyxy) for x in kept] == [("over the edge", (0, 20, 50, 100))]
 
 
-def test_an_orientation_in_the_file_does_not_turn_the_boxes(small):
-    plain = _noise(96, 40)
-    turned = plain.copy()
-    turned.getexif()[0x0112] = 6  # to be shown turned by 90 degrees
-    turned.info["exif"] = turned.getexif().tobytes()
-    assert small.detect([turned], [["a beak"]]) == small.detect([plain], [["a beak"]])
-
-
 def test_texts_that_the_text_towers_could_not_take(small):
     texts = [
         "a beak " * 200,

@@ -260,12 +260,6 @@ def test_a_source_without_images_is_one_line(make, words, said, tmp_path, capsys
     assert said in err and err.count("\n") == 1
 
 
-def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert embed(tmp_path, tmp_path / "out") == 2
-    assert "pip install 'grain_jax[embed]'" in capsys.readouterr().err
-
-
 # The pipeline with a stand-in for the model.
 
 

@@ -82,7 +82,6 @@ CASES = {
     "hf://org/gated": "access has to be asked for on its page",
     "hf://org/broken": "the Hub cannot be reached (ConnectionError) and the cache has no copy",
     "hf://ours": "expected hf://ORG/NAME or hf://ORG/NAME@REVISION",
-    "hf://org/a--b": "not a name of the Hub",
     "hf://org/empty": "has no config.json, expected a folder of to-hf or another conversion",
     "hf://org/changed": "damaged: model: not what config.json has the digest of",
     "hf://org/code": "a stored config imports no code",

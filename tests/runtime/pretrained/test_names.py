@@ -80,9 +80,7 @@ def test_another_name_is_one_line(name, meant):
 
 OTHERS = [  # what is loaded, the files that are there, the command, the rest of the line
     ("ViT-B-32", (), "from-open-clip --input WEIGHTS", "no such folder"),
-    ("RN50", (), "from-open-clip --input WEIGHTS", "no such folder"),
     ("x.pt", ("x.pt",), "from-open-clip --input x.pt", "got a file, expected a folder"),
-    ("x.safetensors", (), "from-open-clip --input x.safetensors", "no such file"),
     ("lit.npz", ("lit.npz",), "from-big-vision --input lit.npz", "got a file"),
     ("a.pth.tar", ("a.pth.tar",), "from-torch --input a.pth.tar", "got a file"),
     ("clip", ("clip/config.json", "clip/model.safetensors"), "from-hf --input ", "towers"),
