@@ -25,6 +25,7 @@ CHUNKED = sockets.head("Transfer-Encoding: chunked")
 head, body, sent, dripping = sockets.head, sockets.body, sockets.sent, sockets.dripping
 ROWS = [  # name; what the server does; the cause of the failure or the text of the answer; part of the detail
     ("tokens of 5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak", ""),
+    ("usage as a text", body(sockets.answer(usage='"lots"')), "a beak", ""),
     ("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\\x1b[2J"),
     ("a gzip bomb", body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"), NO, ""),
     ("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION, ""),
@@ -116,3 +117,21 @@ def test_a_key_that_the_server_repeats_is_written_nowhere(tmp_path, monkeypatch,
     texts += [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not any("sk-v" in text.lower() or "very" in text for text in texts)
     assert any("[OPENAI_" in text for text in texts)
+
+
+def test_a_worker_has_one_client_whose_connection_serves_all_its_requests():
+    made = []
+
+    def connect(connection, stop):
+        made.append(connection)
+        for _ in range(2):
+            connection.sendall(head(LONG) + ANSWER)
+            sockets.request(connection)
+
+    with sockets.serve(connect) as server:
+        given = Annotate(images="", output="", endpoint=server.url, chat="tiny", concurrency=1)
+        client = endpoint_chat.EndpointChat(given)
+        for _ in range(2):
+            (found,) = client.answer([PICTURE], ["List."])
+            assert found.text == "a beak"
+    assert len(made) == 1

@@ -55,6 +55,15 @@ def test_launch_files_copies_those_of_the_package_and_replaces_none(tmp_path, ca
         files.main([str(folder / "gke.yaml" / "below")])
 
 
+def test_paths_that_the_encoding_of_the_terminal_has_not_got_are_printed(tmp_path):
+    folder = tmp_path / "wörk"
+    command = [sys.executable, "-m", "grain_jax", "launch-files", folder]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{tmp_path}/w\\xf6rk/gke.yaml" in done.stdout.splitlines()
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Makes commands that write their words, a line a call, to a file, which is returned as lines by `called`."""

@@ -218,6 +218,16 @@ def test_a_signal_is_passed_on_and_nothing_else_starts(tmp_path):
     assert "c: started" not in scripts.said
 
 
+def test_the_progress_has_no_eta_before_a_run_has_finished(tmp_path):
+    scripts = Scripts(tmp_path, a="time.sleep(0.5)", b="time.sleep(0.5)")
+    scripts.run()
+    ended = next(i for i, line in enumerate(scripts.said) if line.startswith("a: finished"))
+    before = [line for line in scripts.said[:ended] if "runs finished" in line]
+    after = [line for line in scripts.said[ended:] if "runs finished" in line]
+    assert before and not any("ETA" in line for line in before)
+    assert any(line.startswith("1 of 2 runs finished, ETA ") for line in after)
+
+
 def test_the_time_left_is_that_of_the_runs_that_finished():
     assert jobs.time_left([10.0, 20.0], [], 4, 1) == 60.0
     assert jobs.time_left([10.0, 20.0], [5.0], 2, 1) == 40.0
