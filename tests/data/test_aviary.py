@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import random
 import re
@@ -11,10 +12,11 @@ import statistics
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from grain_jax.core import annotations as files
-from grain_jax.data import build
+from grain_jax.data import build, staging
 from grain_jax.data.aviary import annotations, drawing, generate, vocabulary
 from grain_jax.data.aviary.__main__ import main
 from grain_jax.data.aviary.annotations import EXACT, Noise
