@@ -48,9 +48,7 @@ def close(got, expected):
         np.testing.assert_allclose(a, b, atol=3e-6)
 
 
-@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
-def test_any_number_of_boxes_an_image(kind):
-    predictor = _predictor(boxes__kind=kind)
+def test_any_number_of_boxes_an_image(predictor):
     expected = applied(predictor, "encode_boxes", PICTURES, BOXES)
     got = predictor.encode_boxes(PICTURES, [BOXES[0], [], BOXES[2, :3]])
     assert [x.shape for x in got] == [(4, 28), (0, 28), (3, 28)]
