@@ -46,7 +46,6 @@ ELSEWHERE = {
     "lib/models/eval_dets_utils.py",  # lichengunc/MAttNet
     "models/proj/image_text/text_transformer.py",  # google-research/big_vision
     "our_eval.py",  # the reference
-    "checkpoint_manager.py",  # Orbax
     "util/lr_decay.py",  # facebookresearch/mae
     "DIR/README.md",  # data.aviary
 }

@@ -16,7 +16,7 @@ from grain_jax.config import recipe
 from grain_jax.core import errors, progress
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending, metrics_writer
-from grain_jax.training import schedule, sharding
+from grain_jax.training import sharding
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -226,19 +226,6 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert kept == {10, max((3, 6, 9, 10), key=measured.get)}
 
 
-def test_a_best_metric_of_no_evaluator_is_refused():
-    with pytest.raises(config.ConfigError, match="checkpoint_best_metric: got 'eval/birds'"):
-        tiny.config(checkpoint_best_metric="eval/birds/top1")
-
-
 def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
     with pytest.raises(errors.UserError, match="got 'los', .* did you mean 'loss'"):
         train.train(_config(checkpoint_best_metric="los"), tmp_path)
-
-
-def test_a_best_metric_that_no_evaluation_measures_is_refused(tmp_path):
-    measured = {"eval/birds/alpha_1.0/top1": 0.5, "eval/birds/chance": 0.1}
-    wanted = tiny.dictionary(checkpoint_best_metric="eval/birds/alpha_1/top1")
-    wanted.evals.birds = recipe.evaluator("zeroshot", "x")
-    with pytest.raises(errors.UserError, match="did you mean 'eval/birds/alpha_1.0/top1'"):
-        schedule.check_best_metric(config.from_dict(wanted), measured)

@@ -71,13 +71,6 @@ def test_an_unknown_name_is_one_line(folder, given, flag, message):
     assert line.startswith(f"--{flag}: ") and message in line and "\n" not in line
 
 
-def test_values_of_keys(folder):
-    config = config_file.load("demo", ["--config.optim.learning_rate=0.5", "--config.seed=3"])
-    assert (config.optim.learning_rate, config.seed, config.batch_size) == (0.5, 3, 64)
-    with pytest.raises(errors.UserError, match="--config: missing; e.g. --config demo"):
-        config_file.load(None)
-
-
 def _show(capsys, *words):
     with pytest.raises(SystemExit) as end:
         commands.main(words)

@@ -25,10 +25,8 @@ def test_a_declared_form_is_read_and_other_keys_are_left_out(tmp_path):
     [
         (b"", "truncated"),
         (b"\xff{}", "malformed"),
-        (b'{"dim": NaN, "names": []}', "malformed"),
         (b'{"dim": 0, "names": []}', r"`int` >= 1 - at `\$.dim`"),
         (b'{"dim": 3}', "missing required field `names`"),
-        (b'{"dim": 3, "names": ["\\ud800"]}', "truncated"),
         (b'{"dim": 1' + b"0" * 5000 + b', "names": []}', "out of range"),
         (b'{"dim": 3, "names": ' + b"[" * 10**6, "Expected `str`, got `array`"),
         (b'{"names": [], "x": ' + b"[" * 10**6, "nested too deep"),

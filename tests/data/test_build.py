@@ -142,24 +142,6 @@ def test_too_many_faults_write_no_records(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out/tiny_set").iterdir()] == ["faults.jsonl"]
 
 
-def test_all_faults_of_a_line(tmp_path):
-    record_sets.picture(0).save(tmp_path / "a.png")
-    regions = [{"box": [4, 4, 2, 6], "score": -1}]
-    regions += [{"box": [0, 0, 1, 1], "description": "b", "score": 2}]
-    line = {"image": "a.png", "caption": "a", "regions": regions}
-    faults = example.check_line(json.dumps(line).encode(), tmp_path).faults
-    expected = [f"regions[{x}" for x in ("0].box", "0].description", "0].score", "1].score")]
-    assert [fault.split(":")[0] for fault in faults] == expected
-    # The image is looked at in a faulty line too.
-    line["regions"][1]["box"] = [8, 0, 25, 4]
-    faults = example.check_line(json.dumps(line).encode(), tmp_path).faults
-    assert [fault.split(":")[0] for fault in faults] == [*expected, "regions[1].box"]
-    assert "got [8, 0, 25, 4], 47% of it in the image of 16 x 12" in faults[-1]
-    line["image"] = "gone.png"
-    faults = example.check_line(json.dumps(line).encode(), tmp_path).faults
-    assert [fault.split(":")[0] for fault in faults] == [*expected, "image"]
-
-
 def test_boxes_are_clipped_and_unknown_keys_counted(tmp_path, capsys):
     folder = tmp_path / "in"
     record_sets.write_annotations(folder, 1)

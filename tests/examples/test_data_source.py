@@ -14,7 +14,7 @@ from examples.data_source import shapes
 from grain_jax import config as config_lib
 from grain_jax import inference, train
 from grain_jax.core import errors
-from grain_jax.input_pipeline import sources, tokenizer
+from grain_jax.input_pipeline import sources
 from grain_jax.training import sharding
 from tests import record_sets, runs, tiny
 
@@ -91,16 +91,3 @@ def test_a_source_of_other_shapes_is_one_line(tmp_path):
     assert line.startswith(
         f"input.source: {name}: got images [B, 8, 8, 3] in step 0, expected [B, 16"
     )
-
-
-def test_its_options_are_checked():
-    with pytest.raises(config_lib.ConfigError, match="input.options: colours: got .'pink'."):
-        c = tiny.dictionary(input__source=SOURCE)
-        c.input.options = dict(colours=("pink",))
-        config_lib.from_dict(c)
-    with pytest.raises(
-        config_lib.ConfigError, match="'shapes', expected one of records, synthetic"
-    ):
-        tiny.config(input__source="shapes")
-    assert config().input.options == shapes.Options(("red", "blue"))
-    assert isinstance(tokenizer.of_tower(config().model.text), tokenizer.ClipTokenizer)

@@ -12,7 +12,6 @@ from examples.tower import mixer
 from grain_jax import config as config_lib
 from grain_jax import inference, train
 from grain_jax.core import errors
-from grain_jax.models import grain, towers
 from grain_jax.training import flops, optim, sharding, train_step
 from tests import tiny
 
@@ -66,13 +65,6 @@ def test_its_parameters_are_sharded():
     blocks = program.shardings.params["image"]["blocks"]
     assert tuple(blocks["tokens_in"]["kernel"].spec) == (None, None, "tensor")
     assert tuple(blocks["mlp"]["in"]["kernel"].spec) == (None, "fsdp", "tensor")
-
-
-def test_its_parameters_have_logical_axes_and_the_shapes_of_its_options():
-    shapes = grain.parameter_shapes(config().model)
-    assert shapes["image/stem"] == (3, 3, 3, 16)
-    assert shapes["image/blocks/tokens_in/kernel"] == (2, 4, 32)  # depth, patches, token_dim
-    assert towers.image_tower(config().model.image) is mixer.Mixer
 
 
 def test_flops_are_counted_in_its_trace():

@@ -203,22 +203,6 @@ def test_a_worked_example():
     assert (packed.segments == 0).mean() == 0.0
 
 
-def test_equal_scores_are_spread_over_the_images():
-    rng = np.random.default_rng(0)
-    batch = make_batch(
-        captions=rng.integers(10, 21, 128), descriptions=rng.integers(4, 13, (128, 5))
-    )
-    layout = packing.pack(**batch, pack_group=64, rows=30, row_length=77)
-    kept = layout.region_mask.sum(axis=1).reshape(2, 64)
-    assert layout.texts_dropped > 200
-    assert (kept.max(axis=1) - kept.min(axis=1) <= 1).all() and kept.min() >= 1
-    assert (layout.region_mask == (np.arange(5) < kept.reshape(-1, 1))).all()  # the first ones stay
-    halves = kept.reshape(2, 2, 32).sum(axis=-1)
-    assert (
-        abs(halves[:, 0] - halves[:, 1]) <= 2
-    ).all()  # and no part of the group pays for another
-
-
 def test_captions_that_an_image_lacks_take_no_room():
     batch = make_batch(captions=[[5, 0, 3], [0, 2, 0], [0, 0, 0]], descriptions=[[2], [None], [4]])
     layout = packing.pack(**batch, pack_group=3, rows=3, row_length=8)

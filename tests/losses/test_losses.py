@@ -15,7 +15,6 @@ from tests.grids import some_of
 
 D, Q = 16, 5
 CONTRASTS = ("softmax", "sigmoid")
-MISSING = {"none": (), "some": (3, 5, 15), "all": range(16)}  # images without a caption
 
 
 def _outputs(c, seed=0, layers=2, width=D):
@@ -409,47 +408,6 @@ def test_box_description_equals_float64_replica(group_size, contrast, mask_dupli
     outputs.box_embed[2, :2] = 0  # boxes without a kept patch
     found = box_description_replica(outputs, batch, c.loss)
     _assert_alone(c, batch, outputs, "box_description", *found)
-
-
-@some_of(
-    dict(contrast=CONTRASTS, missing=MISSING, mask_duplicates=(True, False)),
-    ("softmax", "some", True),
-    ("softmax", "none", False),
-    ("sigmoid", "some", False),
-    ("sigmoid", "all", True),
-)
-def test_one_caption_an_image_is_a_case_of_several(contrast, missing, mask_duplicates):
-    """The two programs agree: with all but the first of three captions masked, the loss is that of one.
-
-    So they do where images have no caption at all, and what stands in its place has no influence.
-    """
-    c = tiny.config(
-        input__captions_per_image=3, loss__mask_duplicates=mask_duplicates, **_of_type(contrast)
-    )
-    batch, outputs = tiny.batch(c), _outputs(c)
-    batch.caption_mask[:] = [True, False, False]
-    gone = np.asarray(MISSING[missing], int)
-    batch.caption_mask[gone] = False
-    batch.caption_id[gone] = 0  # as the input pipeline has it; a real text may have that id, too
-    batch.caption_id[0, 0] = 0
-    value_and_grad = jax.jit(
-        jax.value_and_grad(lambda o, b: losses.total_loss(o, b, c.loss).terms["image_caption"])
-    )
-    several, of_several = value_and_grad(outputs, batch)
-    outputs = outputs._replace(text_embed=np.array(outputs.text_embed[:, :1]))
-    batch = batch._replace(
-        caption_id=batch.caption_id[:, :1], caption_mask=batch.caption_mask[:, :1]
-    )
-    one, of_one = value_and_grad(outputs, batch)
-    np.testing.assert_allclose(several, one, rtol=1e-6)
-    assert (one == 0) == (missing == "all")
-    assert not np.any(of_one.text_embed[gone])
-    outputs.text_embed[gone] = np.roll(outputs.text_embed[gone], 1, axis=-1)
-    again, of_again = value_and_grad(outputs, batch)
-    jax.tree.map(np.testing.assert_array_equal, (one, of_one), (again, of_again))
-    np.testing.assert_allclose(of_several.image_embed, of_one.image_embed, atol=1e-6)
-    np.testing.assert_allclose(of_several.text_embed[:, :1], of_one.text_embed, atol=1e-6)
-    assert not np.any(of_several.text_embed[:, 1:])
 
 
 @pytest.mark.parametrize("group_size,mask_duplicates", [(0, True), (4, False)])

@@ -139,24 +139,6 @@ def test_the_gradient_is_that_of_the_kept_patches(case):
         np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-6 * most, err_msg=name)
 
 
-def test_micro_batches_and_meshes_keep_the_same_patches():
-    """Two parts on two devices, and all at once: another patch would change the gradient by far more than rounding."""
-    whole, parts = (config(model__image__keep=0.5, microbatches=n) for n in (1, 2))
-    params, given = perturbed.params(whole.model), (tiny.batch(whole), keys_of(8))
-    mesh = sharding.make_mesh(parts.mesh, jax.devices()[:2])
-
-    def gradient(c, mesh, *given):
-        step = lambda *given: train_step.loss_and_grads(grain.GRAIN(c.model), c, mesh, *given)
-        losses, grads = jax.jit(step)(params, *given)
-        return jax.device_get((losses.total, grads["image"]))
-
-    expected = gradient(whole, None, *given)
-    found = gradient(parts, mesh, *jax.device_put(given, sharding.batch_sharding(mesh)))
-    most = max(abs(x).max() for x in jax.tree.leaves(expected[1]))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6 * most)
-
-
 def test_flops_are_those_of_the_kept_tokens():
     """By hand, of one layer: 4 maps, the MLP, two products of attention; embedding, positions, projection."""
     c = config()

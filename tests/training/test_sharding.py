@@ -66,13 +66,6 @@ def test_a_parameter_that_cannot_be_placed_is_named(mesh, to, overrides, told):
         sharding.place_state(_abstract(c), rules, _mesh(*mesh))
 
 
-def test_no_packing_group_is_cut():
-    c = tiny.config(text__pack_group=4)
-    told = "pack_group: got 4, expected a divisor of the 2 images"
-    with pytest.raises(sharding.ShardingError, match=told):
-        sharding.check_batch(c, _mesh(8, 1, 1))
-
-
 def test_fsdp_keeps_an_eighth_of_the_state():
     c, _ = derived.planned(config_lib.from_dict(b16()), derived.Place(8))
     mesh = sharding.make_mesh(dataclasses.replace(c.mesh, data=1, fsdp=8))

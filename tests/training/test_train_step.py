@@ -60,6 +60,7 @@ EVERY = dict(
     input__negatives_per_region=2,
     text__pack_rows=10,
     model__boxes__kind="roi_align",
+    model__image__keep=0.5,
     loss__image_description=0.5,
     loss__box_description=0.5,
     loss__hard_negative=0.5,
@@ -73,7 +74,7 @@ EVERY = dict(
     ],
 )
 def test_mesh_microbatches_and_remat_change_nothing(mesh, model, overrides):
-    """Dropout is on: its mask belongs to the example, wherever that is computed."""
+    """Dropout is on: its mask and the kept patches belong to the example, wherever that is computed."""
     expected, state, gradient, _ = _run(ONE, **model)
     assert ("hard_negative_accuracy" in expected[0]) == (model is EVERY)
     metrics, other, other_gradient, _ = _run(mesh, **model, **overrides)

@@ -81,7 +81,6 @@ CASES = {
     "hf://org/ours@v2": "the model has no such revision; expected a branch, a tag or a commit",
     "hf://org/gated": "access has to be asked for on its page",
     "hf://org/broken": "the Hub cannot be reached (ConnectionError) and the cache has no copy",
-    "hf://ours": "expected hf://ORG/NAME or hf://ORG/NAME@REVISION",
     "hf://org/empty": "has no config.json, expected a folder of to-hf or another conversion",
     "hf://org/changed": "damaged: model: not what config.json has the digest of",
     "hf://org/code": "a stored config imports no code",
