@@ -1,6 +1,10 @@
 import functools
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import PIL.Image
@@ -11,6 +15,7 @@ import tensorflow_datasets as tfds
 from grain_jax.core import images
 from grain_jax.data import build, duplicates, example, survey
 from tests import record_sets
+from tests.paths import ROOT
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
@@ -431,3 +436,35 @@ def test_a_copy_has_a_near_fingerprint_whatever_its_size():
             other = images.decode_image(file.getvalue())
             bits = duplicates.fingerprint(b"", other)[1] ^ near
             assert bits.bit_count() <= duplicates.NEAR_BITS
+
+
+def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    PIL.Image.fromarray(noise).save(folder / "a.png")
+    lines = (f'{{"image": "a.png", "caption": "a", "id": "{i}"}}\n' for i in range(60_000))
+    (folder / "A.jsonl").write_text("".join(lines))
+    code = (
+        "import itertools, sys\nfrom data import build\n"
+        # The survey is not what is killed here: all lines are good.
+        "build.survey.take = lambda *_, **__: found\n"
+        "found = build.survey.Survey('A')\nfound.ids = {i + 1: str(i) for i in range(60_000)}\nfound.lines = 60_000\n"
+        "found.fingerprints.extend(range(120_000))\nfound.regions.extend([0] * 60_000)\n"
+        "sys.exit(build.main(sys.argv[1:]))"
+    )
+    arguments = [f"--annotations={folder}/A.jsonl", f"--images={folder}", f"--output={output}"]
+    arguments += ["--name=x", "--workers=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list(output.glob("x/incomplete.*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert list(output.glob("x/incomplete.*")) and not (output / "x/1.0.0").exists()
+    with pytest.raises(tfds.core.DatasetNotFoundError):
+        tfds.builder("x", data_dir=output)
