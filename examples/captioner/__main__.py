@@ -12,6 +12,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable
 
 import tokenizers
@@ -55,25 +56,23 @@ def texts_of(path: pathlib.Path) -> Iterable[str]:
 def draw(writer: Writer, folder: pathlib.Path, output: pathlib.Path) -> None:
     """Draws the first test images with their captions, and of each the box of its first phrase."""
     records = annotations.read(folder / "A.jsonl").records[:SHOWN]
-    pictures = [images.load_image(folder / record.image) for record in records]
-    tokens = writer.image_tokens(pictures)
+    shown = [images.load_image(folder / record.image) for record in records]
+    tokens = writer.image_tokens(shown)
     captions = writer.captions(tokens)
     phrases = [record.regions[0].description for record in records]
-    figure = Figure(figsize=(20, 10), layout="constrained")
-    shown = zip(figure.subplots(2, SHOWN // 2).flat, pictures, records, captions, phrases)
-    for (axis, picture, record, caption, phrase), box in zip(shown, writer.boxes(tokens, phrases)):
-        axis.imshow(picture)
-        width, height = picture.size
-        written = [x * side for x, side in zip(box, (width, height) * 2)]
-        for corners, style in ((written, "-"), (record.regions[0].box_xyxy, "--")):
+    boxes = writer.boxes(tokens, phrases) * [image.size * 2 for image in shown]
+    figure = Figure(figsize=(20, 9.5))
+    figure.subplots_adjust(0.01, 0.02, 0.99, 0.9, wspace=0.1, hspace=0.3)
+    for i, axis in enumerate(figure.subplots(2, SHOWN // 2).flat):
+        axis.imshow(shown[i])
+        for corners, style in ((boxes[i], "-"), (records[i].regions[0].box_xyxy, "--")):
             x, y, right, bottom = corners
             frame = dict(fill=False, edgecolor="red", linewidth=2, linestyle=style)
             axis.add_patch(patches.Rectangle((x, y), right - x, bottom - y, **frame))
-        axis.set_title(f"box: {phrase}", fontsize=9, color="red")
-        axis.text(0.5, -0.02, caption, fontsize=9, ha="center", va="top", wrap=True)
-        axis.texts[-1].set_transform(axis.transAxes)
+        title = f"{textwrap.fill(captions[i], 48)}\nbox: {phrases[i]}"
+        axis.set_title(title, fontsize=10)
         axis.axis("off")
-        print(f"{record.image}: {caption}; {phrase} at {[round(float(x)) for x in written]}")
+        print(f"{records[i].image}: {captions[i]}; {phrases[i]} at {boxes[i].round().tolist()}")
     figure.savefig(output)
     print(output)
 
