@@ -21,8 +21,8 @@ TOWERS = ("image", "text")
 T = TypeVar("T")
 # Config fields that change neither parameters nor what they compute: initialisation, training, speed.
 OF_TRAINING = (
-    *("position_init", "position_period", "block_init", "qkv_init_gain", "layer_scale_init"),
-    *("dropout", "unroll", "keep", "keep_by"),
+    *("position_init", "position_period", "block_init", "qkv_init_gain"),
+    *("dropout", "unroll", "keep"),
 )
 # Config fields that may differ from the checkpoint's: those, sizes that are resized, tokenizer.
 _NOT_COMPARED = {
