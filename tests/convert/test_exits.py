@@ -286,7 +286,6 @@ def test_a_trunk_that_timm_has_not_is_refused(tmp_path, capsys):
 SIZES = {
     *("options", "width", "depth", "heads", "mlp_dim", "unroll", "image_size", "patch_size"),
     *("vocab_size", "context_length"),
-    *("rope_grid", "pool_heads", "pool_mlp_dim", "position_kind", "scale_tokens"),  # in no model
     *towers.OF_TRAINING,
 }
 # Of the others, a value that a plain tower has not, with what it needs beside it; None: the other one of the two.
