@@ -89,6 +89,11 @@ REFUSED = [  # error; line; status
     (OSError(errno.EFBIG, "File too large"), "^File too large; raise .*ulimit -f", 1),
     (FileNotFoundError(errno.ENOENT, "No such file", "a\x1b[2J"), r"^a\\x1b\[2J: No such", 2),
     (RuntimeError("can't start new thread"), "no more threads: raise .*ulimit -u", 2),
+    (
+        RuntimeError("Error executing an HTTP request: no such host\n\t when reading gs://b/c"),
+        "^Error executing an HTTP request: no such host when reading gs://b/c; expected a network",
+        1,
+    ),
 ]
 
 
