@@ -35,6 +35,7 @@ from grain_jax.models import attention, grain, lora, placement
 from grain_jax.report import page
 from grain_jax.runtime import (
     checkpoint,
+    checkpoint_files,
     compiled,
     distributed,
     ending,
@@ -269,7 +270,7 @@ def set_up(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     metrics_writer.check_wandb(config.wandb)
-    if not checkpoint.finished_steps(workdir):  # else they are not read
+    if not checkpoint_files.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
     if config.input.source == "records" or config.evals:
         tokenizer.of_tower(config.model.text)  # raises

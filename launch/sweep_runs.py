@@ -160,11 +160,14 @@ def finished(run: SweepRun) -> bool:
     """Whether the last step is logged and saved, and the trainer has written its report."""
     if not (run.folder / "report.html").exists():
         return False
-    from grain_jax.runtime import checkpoint  # JAX: seconds, and only for what may be finished
+    from grain_jax.runtime import checkpoint_files
 
     step = last_step(run.folder)
     # Only the data set can turn a length in epochs into steps.
-    return step in checkpoint.finished_steps(run.folder) and run.config.total_steps in (None, step)
+    return step in checkpoint_files.finished_steps(run.folder) and run.config.total_steps in (
+        None,
+        step,
+    )
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:

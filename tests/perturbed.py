@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 
 
 def tiny(**changes) -> config_lib.Model:
@@ -61,7 +61,7 @@ def params(model: config_lib.Model, seed: int = 0) -> Any:
 def saved(folder, **changes) -> str:
     """The folder of a saved model of depth 1."""
     model = tiny(image__depth=1, text__depth=1, **changes)
-    checkpoint.save_model(folder, model, params(model), source="test")
+    saved_model.save_model(folder, model, params(model), source="test")
     return str(folder)
 
 

@@ -24,7 +24,7 @@ from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.demo import __main__ as demo
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.report import __main__ as report
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint_files, saved_model
 from tests import record_sets, tiny
 from tests.paths import ROOT
 
@@ -58,8 +58,8 @@ KEYS |= dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_da
 
 
 def test_the_run_is_where_it_was_asked_for():
-    assert checkpoint.finished_steps(RUN)[-1] == 2
-    assert checkpoint.read_data(f"{RUN}/checkpoints/2")[0]["shard_lengths"] == [4, 4, 4, 4]
+    assert checkpoint_files.finished_steps(RUN)[-1] == 2
+    assert checkpoint_files.read_data(f"{RUN}/checkpoints/2")[0]["shard_lengths"] == [4, 4, 4, 4]
     assert (epath.Path(RUN) / "report.html").exists()
 
 
@@ -106,7 +106,7 @@ def test_back_from_what_the_conversions_wrote():
     assert convert.main(["from-torch", "--input", "hin ö.pt", "--output", "her ö", *heads]) == 0
     assert convert.main(["to-hf", "--input", "her ö", "--output", "hf ä"]) == 0
     assert convert.main(["from-hf", "--input", "hf ä", "--output", "wieder her"]) == 0
-    first, last = (jax.tree.leaves(checkpoint.load_model(path)[1]) for path in (RUN, "wieder her"))
+    first, last = (jax.tree.leaves(saved_model.load_model(path)[1]) for path in (RUN, "wieder her"))
     for before, after in zip(first, last, strict=True):
         np.testing.assert_array_equal(after, before)
 
@@ -137,8 +137,8 @@ def test_plan_reads_and_writes_there(recipe):
 def test_two_processes_train_there_and_agree_on_their_data(recipe):
     train_it = [sys.executable, "-m", "grain_jax.train", *recipe, "--workdir", "zu zweit ö"]
     _run("-m", "grain_jax.launch.local", "--processes", "2", "--", *train_it)
-    stored = checkpoint.read_data("zu zweit ö/checkpoints/2")
-    assert stored == checkpoint.read_data(f"{RUN}/checkpoints/2")
+    stored = checkpoint_files.read_data("zu zweit ö/checkpoints/2")
+    assert stored == checkpoint_files.read_data(f"{RUN}/checkpoints/2")
 
 
 @slow
@@ -146,4 +146,4 @@ def test_a_sweep_trains_there(recipe):
     epath.Path("Punkte ö.py").write_text("def sweep():\n    yield {'seed': 1}\n")
     _run("-m", "grain_jax.launch.sweep", *recipe, "--sweep", "Punkte ö.py", "--workdir", "Suche ö")
     (folder,) = epath.Path("Suche ö").glob("*/checkpoints")
-    assert checkpoint.finished_steps(folder.parent)[-1] == 2
+    assert checkpoint_files.finished_steps(folder.parent)[-1] == 2

@@ -18,7 +18,7 @@ from grain_jax.configs import (
 from grain_jax.convert import initialise, tables
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from grain_jax.training import sharding, train_step
 from tests import foreign, tiny
 from tests.evaluate.stub import write_picture
@@ -125,7 +125,7 @@ def _saved(folder, model):
     rng = np.random.default_rng(0)
     shapes = grain.parameter_shapes(model)
     flat = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
-    checkpoint.save_model(folder, model, tables.nested(flat))
+    saved_model.save_model(folder, model, tables.nested(flat))
     return flat
 
 

@@ -18,7 +18,7 @@ from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 
 # Keys that may differ; the last two are compared in another way.
 _FREE = {
@@ -51,10 +51,10 @@ def average(
     """
     _check(sources, weights)
     folder = output.check_free(folder)
-    first: checkpoint.Stored | None = None
+    first: saved_model.Stored | None = None
     sums, lines = {}, []
     for source, weight in zip(sources, weights or [1 / len(sources)] * len(sources)):
-        stored = checkpoint.load_stored(source)
+        stored = saved_model.load_stored(source)
         arrays = grain.flat(stored.merged())
         stored = stored._replace(params={})
         first = first or stored
@@ -93,7 +93,7 @@ def _check(sources: Sequence[Any], weights: Sequence[float]) -> None:
         raise ConvertError(f"--weights: got the sum {total:.7g}, expected 1, as of 0.5,0.5")
 
 
-def _differences(first: checkpoint.Stored, other: checkpoint.Stored) -> Iterator[str]:
+def _differences(first: saved_model.Stored, other: saved_model.Stored) -> Iterator[str]:
     """A line for each key that makes the parameters of the other model mean something else."""
     ours, theirs = _keys(first), _keys(other)
     if None in (first.model.decoder, other.model.decoder):
@@ -104,7 +104,7 @@ def _differences(first: checkpoint.Stored, other: checkpoint.Stored) -> Iterator
             yield f"{other.folder}: model.{key}: got {got!r}, expected {wanted!r} as {first.folder} has"
 
 
-def _misfits(stored: checkpoint.Stored, arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
+def _misfits(stored: saved_model.Stored, arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
     """A line for each array that the config of a model does not have like that."""
     shapes = grain.parameter_shapes(stored.model)
     for name in dict.fromkeys((*shapes, *arrays)):
@@ -125,7 +125,7 @@ def _without_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {"decoder": "one" if "decoder.width" in keys else None}
 
 
-def _keys(stored: checkpoint.Stored) -> dict[str, Any]:
+def _keys(stored: saved_model.Stored) -> dict[str, Any]:
     """The keys of a model that count, flat; of a tokenizer's file the digest of its content."""
     keys = config_lib.flatten(dataclasses.asdict(stored.model))
     keys = {key: value for key, value in keys.items() if key.rpartition(".")[2] not in _FREE}

@@ -25,7 +25,7 @@ from grain_jax.convert.towers import Tower
 from grain_jax.core import named
 from grain_jax.models import grain
 from grain_jax.models import towers as built_in
-from grain_jax.runtime import checkpoint, pretrained
+from grain_jax.runtime import pretrained, saved_model
 from grain_jax.runtime.pretrained import hub
 from grain_jax.training import train_step
 
@@ -174,7 +174,7 @@ def _load_decoder(config: config_lib.Config, path: str, shapes) -> Loaded:
 
 def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
     """The model in a workdir, checkpoint or converted folder, and its arrays by flat name."""
-    model, params, _ = checkpoint.load_model(path)
+    model, params, _ = saved_model.load_model(path)
     return model, {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
 
 

@@ -6,7 +6,7 @@ from grain_jax.convert import output, parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import low_rank
 from grain_jax.models import lora
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 
 
 def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
@@ -26,7 +26,7 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     folder = output.check_free(folder)
-    stored = checkpoint.load_stored(source)
+    stored = saved_model.load_stored(source)
     if not stored.lora.rank:
         raise ConvertError(
             f"{source}: has no factors of LoRA (optim.lora.rank is 0), so there is nothing to merge; expected a run that"

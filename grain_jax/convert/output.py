@@ -16,7 +16,7 @@ from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 
 # What conversions and exports write. Of an older one these go, and whatever else lies there stays.
 _WRITTEN = re.compile(
@@ -195,6 +195,6 @@ def save(
     with replacing(folder) as new:
         notes: dict[str, Any] = dict(source=str(source), parity=proof.verdict)
         notes |= {} if has_texts else {"has_texts": False}
-        checkpoint.save_model(new, model, params, **notes)
+        saved_model.save_model(new, model, params, **notes)
         for name, content in files.items():
             (new / name).write_bytes(content)

@@ -12,7 +12,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import output, parity
-from grain_jax.runtime import checkpoint, checkpoint_files
+from grain_jax.runtime import checkpoint_files, saved_model
 
 TOLERANCE = 0.05  # of max|b|: bfloat16 keeps 8 bits of each weight
 _TOKENS = "token_embed"
@@ -33,7 +33,7 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     folder = output.check_free(folder)
-    model, params, read_from = checkpoint.load_model(source)
+    model, params, read_from = saved_model.load_model(source)
     trained = _trained_tokens(epath.Path(read_from), model)
     packed = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
     of_text = packed["text"][_TOKENS]

@@ -27,7 +27,7 @@ from grain_jax.core import errors
 from grain_jax.core import images as image_files
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint as checkpoint_lib
+from grain_jax.runtime import saved_model
 
 NAME = "grain_jax"  # value of config.model_name in big_vision
 _PADDING = -1  # padding id after a text; no token has it
@@ -161,7 +161,7 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
             f"model_init: {init_file} has another model than model.checkpoint,"
             f" {model_cfg['checkpoint']}; expected the same towers"
         )
-    return checkpoint_lib.load_model(init_file)[1]
+    return saved_model.load_model(init_file)[1]
 
 
 def _without_keep(model: config_lib.Model) -> config_lib.Model:
@@ -223,5 +223,5 @@ class _Sizes(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _sizes(path: str) -> _Sizes:
     """The model in a checkpoint without its parameters, and the folder of the checkpoint."""
-    stored = checkpoint_lib.load_stored(path)
+    stored = saved_model.load_stored(path)
     return _Sizes(stored.model, stored.folder)

@@ -26,7 +26,7 @@ from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import InputError, OneOrMany, Tokens
 from grain_jax.inference.mapper import Mapper
 from grain_jax.models import lora, towers
-from grain_jax.runtime import checkpoint, saved_model
+from grain_jax.runtime import saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
 _COMPILING = "usually under a minute, on few CPU cores a few; once for each number of rows"
@@ -68,7 +68,7 @@ def load(
       pretrained.hub.HubError: it cannot be downloaded.
       InputError: unknown `dtype`.
     """
-    stored = checkpoint.load_stored(path)
+    stored = saved_model.load_stored(path)
     return Predictor(stored.model, stored.merged(), dtype, templates, stored.folder, progress)
 
 

@@ -36,12 +36,6 @@ from grain_jax.runtime.checkpoint_files import (
     open_reader,
     read_items,
 )
-from grain_jax.runtime.checkpoint_files import read_data as read_data
-from grain_jax.runtime.checkpoint_files import read_json as read_json
-from grain_jax.runtime.saved_model import Stored as Stored
-from grain_jax.runtime.saved_model import load_model as load_model  # of checkpoints, too
-from grain_jax.runtime.saved_model import load_stored as load_stored
-from grain_jax.runtime.saved_model import save_model as save_model
 
 _DIFFERENCES = 30  # lines of a message
 

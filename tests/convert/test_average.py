@@ -13,7 +13,7 @@ from grain_jax.convert import parity
 from grain_jax.convert.__main__ import main
 from grain_jax.core import low_rank
 from grain_jax.models import grain, lora
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, saved_model
 from grain_jax.training import sharding
 from tests import perturbed, tiny
 from tests.convert.test_pack import State
@@ -28,7 +28,7 @@ def _save(path, seed=0, **changes):
     params = jax.tree.map(
         lambda x: np.float32(x + rng.normal(0, 0.1, np.shape(x))), perturbed.params(model)
     )
-    checkpoint.save_model(path, model, params, source="test")
+    saved_model.save_model(path, model, params, source="test")
     return str(path)
 
 
@@ -71,7 +71,7 @@ def with_factors(tmp_path_factory):
 
 
 def _flat(path):
-    return grain.flat(checkpoint.load_model(path)[1])
+    return grain.flat(saved_model.load_model(path)[1])
 
 
 def _average(path, *words):
@@ -107,7 +107,7 @@ def test_the_ends_are_the_models_and_equal_weights_are_the_default(models, tmp_p
 
 
 def test_factors_are_folded_in_first(models, with_factors, tmp_path, capsys):
-    stored = checkpoint.load_stored(with_factors)
+    stored = saved_model.load_stored(with_factors)
     assert len(list(low_rank.maps_in(stored.params))) == 12
     assert _average(tmp_path / "wise", with_factors, models[0], "--weights", "0.25,0.75") == 0
     assert "LoRA of rank 3 folded in" in capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_transformers_computes_what_the_factors_beside_their_matrices_do(tmp_pat
     run = run_with_factors(tmp_path / "run", model)
     assert main(["to-hf", "--checkpoint", run, "--output", str(tmp_path / "hf")]) == 0
     assert "parity: PROVEN" in capsys.readouterr().out
-    stored, given = checkpoint.load_stored(run), parity.inputs_of(model)
+    stored, given = saved_model.load_stored(run), parity.inputs_of(model)
     with lora.beside(stored.lora):
         ours = parity.outputs(model, stored.params, given)
     module = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
@@ -157,10 +157,10 @@ def test_models_that_differ_are_refused_with_a_line_a_difference(models, tmp_pat
 
 def test_a_model_whose_arrays_are_not_those_of_its_config_is_refused(models, tmp_path, capsys):
     """Without digests, as of a config.json that a hand wrote: one array is missing, two have another shape or name."""
-    model, params, _ = checkpoint.load_model(models[0])
+    model, params, _ = saved_model.load_model(models[0])
     norm = params["text_norm"]
     norm["more"], norm["scale"] = norm.pop("bias"), norm["scale"][:1]
-    checkpoint.save_model(tmp_path / "odd", model, params)
+    saved_model.save_model(tmp_path / "odd", model, params)
     config = json.loads((tmp_path / "odd/config.json").read_text())
     (tmp_path / "odd/config.json").write_text(json.dumps({"model": config["model"]}))
     assert _average(tmp_path / "out", models[0], str(tmp_path / "odd")) == 2
@@ -175,8 +175,8 @@ def test_a_model_whose_arrays_are_not_those_of_its_config_is_refused(models, tmp
 
 
 def test_factors_in_a_converted_folder_are_refused(with_factors, tmp_path, capsys):
-    stored = checkpoint.load_stored(with_factors)
-    checkpoint.save_model(tmp_path / "apart", stored.model, stored.params)
+    stored = saved_model.load_stored(with_factors)
+    saved_model.save_model(tmp_path / "apart", stored.model, stored.params)
     at, out = str(tmp_path / "apart"), str(tmp_path / "out")
     for words in (["average", at, at], ["to-hf", "--checkpoint", at]):
         assert main([*words, "--output", out]) == 2
@@ -218,8 +218,8 @@ def test_wrong_usage_is_one_line(models, words, line, tmp_path, capsys):
 
 
 def test_a_sum_that_is_not_finite_is_refused(models, tmp_path, capsys):
-    model, params, _ = checkpoint.load_model(models[0])
+    model, params, _ = saved_model.load_model(models[0])
     params["text_norm"]["bias"][3] = np.nan
-    checkpoint.save_model(tmp_path / "nan", model, params)
+    saved_model.save_model(tmp_path / "nan", model, params)
     assert _average(tmp_path / "out", models[0], str(tmp_path / "nan")) == 2
     assert "text_norm/bias: the sum is not finite" in capsys.readouterr().err

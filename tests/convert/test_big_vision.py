@@ -12,7 +12,7 @@ from grain_jax.convert.big_vision import checkpoint as files
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.big_vision.towers import import_tower
 from grain_jax.convert.faults import ConvertError
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import foreign, tiny
 from tests.paths import GOLDENS
 
@@ -34,7 +34,7 @@ def converted(request, tmp_path_factory):
     root, golden = tmp_path_factory.mktemp(request.param), _golden(request.param)
     np.savez(root / "m.npz", **_params(golden))
     assert from_big_vision(root / "m.npz", root / "ours", NONE).ok
-    return request.param, golden, *checkpoint.load_model(root / "ours")[:2]
+    return request.param, golden, *saved_model.load_model(root / "ours")[:2]
 
 
 def test_outputs_are_big_visions(converted):

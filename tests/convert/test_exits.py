@@ -28,7 +28,7 @@ from grain_jax.convert.huggingface import from_hf
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import foreign, perturbed
 from tests.paths import GOLDENS
 
@@ -57,7 +57,7 @@ IDS = np.array([[298, 7, 8, 299] + [0] * 28, [298, *range(20, 50), 299]], np.int
 def made(folder, **changes):
     """(the folder, the model as `grain_jax.load` gives it)."""
     model = perturbed.tiny(**changes)
-    checkpoint.save_model(folder, model, perturbed.params(model), source="test")
+    saved_model.save_model(folder, model, perturbed.params(model), source="test")
     if model.text.tokenizer == "tokenizer.json":
         perturbed.write_words(folder, "unknown pad a photo of wren two dogs and cat s bowl long x")
     return folder, grain_jax.load(folder)
@@ -392,7 +392,7 @@ def test_no_key_of_a_tower_is_lost_in_silence(exit_name, trunk, tmp_path, capsys
             assert proof.verdict == "PROVEN", proof.text
             continue
         source = tmp_path / f"ours{i}"
-        checkpoint.save_model(source, model, params, source="test")
+        saved_model.save_model(source, model, params, source="test")
         if model.text.tokenizer == "tokenizer.json":
             write_words_with_end(source, model.text.end_id or 7)
         if exit_name != "to-big-vision":

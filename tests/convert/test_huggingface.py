@@ -21,7 +21,7 @@ from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.core import images, named
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, saved_model
 from tests import perturbed, tiny
 from tests.paths import GOLDENS
 
@@ -42,7 +42,7 @@ def converted(tmp_path_factory):
     """(folder of ours, folder for transformers), with CLIP's vocabulary."""
     root = tmp_path_factory.mktemp("hf")
     model = perturbed.tiny(text__vocab_size=clip_tokenizer.VOCAB_SIZE, text__context_length=20)
-    checkpoint.save_model(root / "ours", model, perturbed.params(model))
+    saved_model.save_model(root / "ours", model, perturbed.params(model))
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.ok and report.text.endswith("parity: PROVEN"), report.text
     embeds = "image_embed", "text_embed", "region_embed", "boxes_xyxy"
@@ -56,7 +56,7 @@ def small(tmp_path_factory):
     """As `converted`, with a vocabulary that no tokenizer has, and a small file."""
     root = tmp_path_factory.mktemp("small")
     model = perturbed.tiny()
-    checkpoint.save_model(root / "ours", model, perturbed.params(model))
+    saved_model.save_model(root / "ours", model, perturbed.params(model))
     huggingface.to_hf(root / "ours", root / "hf")
     return root / "ours", root / "hf"
 
@@ -120,7 +120,7 @@ def test_a_process_without_jax_and_grain_jax_gives_our_outputs(converted, tmp_pa
 
 def as_stored(folder):
     """The arrays of a folder of ours under transformers' names."""
-    states = names.state_dicts(checkpoint.load_model(folder)[1])
+    states = names.state_dicts(saved_model.load_model(folder)[1])
     return {f"{m}.{name}": array for m, state in states.items() for name, array in state.items()}
 
 
@@ -202,7 +202,7 @@ def test_compiled_it_gives_the_same(small):
     with torch.no_grad():  # captured whole, without a break
         out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
     found = {k.replace("embeds", "embed"): v.numpy() for k, v in out.items() if "logits" not in k}
-    model, params, _ = checkpoint.load_model(ours)
+    model, params, _ = saved_model.load_model(ours)
     report = parity.report(parity.compare(parity.outputs(model, params, given), found), "compiled")
     assert report.ok, report.text
 
@@ -284,13 +284,13 @@ def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(named.VARIABLE, "examples.tower.mixer")
     for kind in (dict(), dict(decoder=None, image__pool="mean")):
         model = perturbed.tiny(image__tower="examples.tower.mixer:Mixer", **kind)
-        checkpoint.save_model(tmp_path / "mixer", model, {"logit_scale": np.zeros(())})
+        saved_model.save_model(tmp_path / "mixer", model, {"logit_scale": np.zeros(())})
         assert refused(capsys, "to-hf", tmp_path / "mixer", tmp_path / "hf").split("\n") == [
             "model.image.tower: got examples.tower.mixer:Mixer, to-hf writes models with vit",
             "1 fault; nothing was written",
         ]
     model = perturbed.tiny(decoder=None, image__pool="class")
-    checkpoint.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
+    saved_model.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
     said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
     assert said[0] == "model.decoder: got none; to-torch writes models with a region decoder"
 
@@ -382,7 +382,7 @@ def test_the_model_card_says_what_is_not_known(small):
 def test_a_tokenizer_elsewhere_leaves_its_name_alone(tmp_path):
     changes = dict(image__depth=1, text__depth=1, decoder__depth=1)
     model = perturbed.tiny(text__tokenizer="/home/me/words.json", **changes)
-    checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
+    saved_model.save_model(tmp_path / "ours", model, perturbed.params(model))
     huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
     texts = [path.read_text() for path in tmp_path.glob("hf/*") if path.suffix != ".safetensors"]
     assert any("words.json is no file in the folder of the model" in text for text in texts)

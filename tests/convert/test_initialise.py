@@ -12,7 +12,7 @@ from grain_jax.convert import initialise, tables
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint, digests
+from grain_jax.runtime import checkpoint, digests, saved_model
 from grain_jax.runtime.pretrained import hub
 from grain_jax.training import optim, sharding, train_step
 from tests import tiny
@@ -230,7 +230,7 @@ def test_towers_of_our_own_checkpoints(tmp_path, monkeypatch):
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in grain.parameter_shapes(c.model).items()
     }
-    checkpoint.save_model(tmp_path / "ours", c.model, tables.nested(expected))
+    saved_model.save_model(tmp_path / "ours", c.model, tables.nested(expected))
     other = tiny.dictionary(init__image=str(tmp_path / "ours"), init__text=str(tmp_path / "ours"))
     loaded = _load(other).params
     assert loaded.keys() == {k for k in expected if k.startswith(("image/", "text"))}

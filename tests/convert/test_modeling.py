@@ -18,7 +18,7 @@ from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.core import schema
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import foreign, perturbed
 
 torch.set_num_threads(1)
@@ -62,7 +62,7 @@ KINDS = {
 def made(folder, changes, words=WORDS):
     """(our folder, folder of to-hf, what the command printed)."""
     model = perturbed.tiny(**changes)
-    checkpoint.save_model(folder / "ours", model, perturbed.params(model), source="test")
+    saved_model.save_model(folder / "ours", model, perturbed.params(model), source="test")
     if model.text.tokenizer == "tokenizer.json":
         perturbed.write_words(folder / "ours", words)
     report = huggingface.to_hf(folder / "ours", folder / "hf")
@@ -98,7 +98,7 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
     assert ("\nbox_embed " in said) == ("boxes__kind" in KINDS[kind])
     has_words = "text__tokenizer" in KINDS[kind]
     assert ("\ntoken_ids " in said) == has_words
-    model, params, _ = checkpoint.load_model(ours)
+    model, params, _ = saved_model.load_model(ours)
     again, back = huggingface.read(epath.Path(hf))
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
@@ -162,7 +162,7 @@ def a_batch(model, regions=2):
 @pytest.mark.parametrize("kind, contrast", [("siglip", "sigmoid"), ("options", "softmax")])
 def test_losses_and_gradients_are_ours(kind, contrast, written):
     ours, hf, _ = written(kind)
-    model, params, _ = checkpoint.load_model(ours)
+    model, params, _ = saved_model.load_model(ours)
     batch, given = a_batch(model)
     loss = config_lib.Loss(contrast=contrast, deep_supervision=True)
 
@@ -264,7 +264,7 @@ def with_sentencepiece(folder):
         text__causal=False,
         text__pool="last",
     )
-    checkpoint.save_model(folder / "ours", model, perturbed.params(model), source="test")
+    saved_model.save_model(folder / "ours", model, perturbed.params(model), source="test")
     words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
     ids: Any = dict(bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
     sentencepiece.SentencePieceTrainer.train(

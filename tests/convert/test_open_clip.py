@@ -27,7 +27,7 @@ from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.core import errors  # noqa: E402
 from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
-from grain_jax.runtime import checkpoint  # noqa: E402
+from grain_jax.runtime import saved_model  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
 
 VOCAB, LENGTH, SIZE, PATCH = 300, 16, 32, 8
@@ -63,7 +63,7 @@ def _hf_outputs(module, images, ids):
 
 def _check(folder, outputs_of):
     """Compares with what `outputs_of` the images and ids gives; the converted model."""
-    model, params, _ = checkpoint.load_model(folder)
+    model, params, _ = saved_model.load_model(folder)
     images, ids = parity.inputs(SIZE, VOCAB, LENGTH, seed=1)
     foreign.close_to_ours(model, params, images, ids, outputs_of(images, ids))
     return model, params
@@ -333,7 +333,7 @@ def test_metaclip_2_ends_texts_with_an_id_that_is_not_the_highest(pad, tmp_path)
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(stored))
     report = from_hf(tmp_path / "theirs", tmp_path / "ours")
     assert report.verdict == "PROVEN", report.text
-    model, params, _ = checkpoint.load_model(tmp_path / "ours")
+    model, params, _ = saved_model.load_model(tmp_path / "ours")
     text = model.text
     assert (text.end_id, text.pad_id, text.cleaning, text.packable) == (2, 1, "none", True)
     images, ids = parity.inputs(SIZE, VOCAB, LENGTH, seed=1, end_id=2)
@@ -359,7 +359,7 @@ def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
     cfg = dict(embed_dim=20, quick_gelu=True, vision_cfg=vision, text_cfg=text)
     report = _convert_with_config(module, dict(model_cfg=cfg), tmp_path)
     assert report.verdict == "PROVEN", report.text
-    model, _, _ = checkpoint.load_model(tmp_path / "ours")
+    model, _, _ = saved_model.load_model(tmp_path / "ours")
     assert (model.text.end_id, model.text.cleaning) == (2, cleaning)
     if clean is None:
         report = to_open_clip(tmp_path / "ours", tmp_path / "back")

@@ -12,7 +12,7 @@ from grain_jax.convert import export, output
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import perturbed
 
 # Kills the exchange before each of its calls to the system, and prints what was there then, and after the next start.
@@ -100,7 +100,7 @@ sys.addaudithook(kill)
 def test_a_killed_command_leaves_the_older_conversion(kind, file, tmp_path):
     model, out = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1), tmp_path / "out"
     for seed in (0, 1):
-        checkpoint.save_model(tmp_path / f"{seed}", model, perturbed.params(model, seed=seed))
+        saved_model.save_model(tmp_path / f"{seed}", model, perturbed.params(model, seed=seed))
     words = lambda seed: ["--checkpoint", str(tmp_path / f"{seed}"), "--output", str(out)]
     run = lambda seed: export.main(words(seed)) if kind == "export" else main([kind, *words(seed)])
     content = lambda: {name: (out / name).read_bytes() for name in names_in(out)}

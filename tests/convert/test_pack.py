@@ -13,7 +13,7 @@ import pytest
 import grain_jax
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.pack import pack
-from grain_jax.runtime import checkpoint, checkpoint_files
+from grain_jax.runtime import checkpoint, checkpoint_files, saved_model
 from grain_jax.training import optim
 from tests import perturbed, tiny
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_loses_the_tokens_that_training_never_met(workdir, tmp_path
     assert said.rstrip().endswith("parity: PROVEN")
     stored = checkpoint_files.read_arrays(tmp_path / "small" / "params")
     assert {str(x.dtype) for x in jax.tree.leaves(stored)} == {"bfloat16"}
-    _, params, _ = checkpoint.load_model(workdir)
+    _, params, _ = saved_model.load_model(workdir)
     small = grain_jax.load(tmp_path / "small").params
     params["text"]["token_embed"]["embedding"][100:298] = 0
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(small)):
@@ -77,7 +77,7 @@ def test_a_run_from_another_text_tower_keeps_all_tokens(tmp_path):
     root = _run(tmp_path / "run", init__text="clip.pt")
     report = pack(root, tmp_path / "small")
     assert "300 of 300 tokens" in report.text and report.ok
-    _, params, _ = checkpoint.load_model(root)
+    _, params, _ = saved_model.load_model(root)
     embedding = params["text"]["token_embed"]["embedding"]
     packed = grain_jax.load(tmp_path / "small").params["text"]["token_embed"]["embedding"]
     np.testing.assert_array_equal(packed, np.asarray(embedding, jnp.bfloat16).astype(np.float32))
@@ -85,8 +85,8 @@ def test_a_run_from_another_text_tower_keeps_all_tokens(tmp_path):
 
 
 def test_a_converted_folder_keeps_all_tokens(workdir, tmp_path):
-    model, params, _ = checkpoint.load_model(workdir)
-    checkpoint.save_model(tmp_path / "ours", model, params)
+    model, params, _ = saved_model.load_model(workdir)
+    saved_model.save_model(tmp_path / "ours", model, params)
     report = pack(tmp_path / "ours", tmp_path / "small")
     assert "300 of 300 tokens" in report.text and report.ok
     again = pack(tmp_path / "small", tmp_path / "again")  # bfloat16 already
@@ -104,7 +104,7 @@ def test_a_run_that_met_hardly_a_token_is_packed(tmp_path, monkeypatch, met):
 def test_texts_keep_the_id_that_ends_them_and_their_tokenizer(tmp_path):
     assert pack(_run(tmp_path / "run", end_id=2), tmp_path / "small").ok
     model = perturbed.tiny(text__tokenizer=str(tmp_path / "ours" / "tokenizer.json"))
-    checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
+    saved_model.save_model(tmp_path / "ours", model, perturbed.params(model))
     perturbed.write_words(tmp_path / "ours", "unknown pad a photo")
     assert pack(tmp_path / "ours", tmp_path / "again").ok
     assert grain_jax.load(tmp_path / "again").model.text.tokenizer == "tokenizer.json"

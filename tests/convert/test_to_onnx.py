@@ -17,7 +17,7 @@ from grain_jax.convert.__main__ import main
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import onnx_files, tokenizers
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import perturbed
 from tests.foreign import close
 from tests.paths import ROOT
@@ -43,7 +43,7 @@ SIGLIP = dict(
 def convert(folder, **changes):
     """The folder of the ONNX files of a new model below `folder`, which is beside them."""
     model = perturbed.tiny(image__depth=1, text__depth=1, **changes)
-    checkpoint.save_model(folder / "ours", model, perturbed.params(model), source="test")
+    saved_model.save_model(folder / "ours", model, perturbed.params(model), source="test")
     if model.text.tokenizer != "clip":
         perturbed.write_words(folder / "ours", "unknown pad a photo of an wren owl long")
     arguments = ["--checkpoint", str(folder / "ours"), "--output", str(folder / "grain-onnx")]

@@ -11,7 +11,7 @@ from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import commands as files
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import perturbed
 
 torch.set_num_threads(1)  # small matrices; threads would only wait for each other
@@ -41,7 +41,7 @@ def module(golden, golden_losses):
 
 
 def test_golden_to_jax_and_back_is_identical(golden, tmp_path, capsys):
-    checkpoint.save_model(tmp_path / "model", golden.model, golden.params)
+    saved_model.save_model(tmp_path / "model", golden.model, golden.params)
     path = tmp_path / "x.pth.tar"
     assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
         logit_bias_init=-10.0,
         decoder__image_pool="all",
     )
-    checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
+    saved_model.save_model(tmp_path / "model", model, perturbed.params(model))
     out = tmp_path / "x.pth.tar"
     assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(out)]) == 2
     assert capsys.readouterr().err.strip().split("\n") == [
@@ -230,7 +230,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
 
 def test_a_failed_parity_is_exit_status_1_and_other_heads_are_told(tmp_path, capsys, monkeypatch):
     model = perturbed.tiny()
-    checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
+    saved_model.save_model(tmp_path / "model", model, perturbed.params(model))
     monkeypatch.setattr(names, "REFERENCE_HEADS", {("decoder", 36): 9, ("image", 48): 4})
     right = torch_module.run_module
     wrong = lambda *args: right(*args) | {"text_embed": right(*args)["text_embed"] * 1.001}

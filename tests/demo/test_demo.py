@@ -16,7 +16,7 @@ from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.demo import __main__ as command
 from grain_jax.demo import class_lists
-from grain_jax.runtime import checkpoint, pretrained
+from grain_jax.runtime import pretrained, saved_model
 from tests import tiny
 from tests.paths import ROOT
 from tests.report import workdirs
@@ -178,7 +178,7 @@ def in_browser(predictor, folder):
     pytest.importorskip("playwright")
     from tests import browser
 
-    checkpoint.save_model(folder / "model", predictor.model, predictor.params, source="test")
+    saved_model.save_model(folder / "model", predictor.model, predictor.params, source="test")
     words = ["--checkpoint", str(folder / "model"), "--examples", str(folder)]
     arguments = [sys.executable, "-m", "grain_jax.demo", *words]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as server:

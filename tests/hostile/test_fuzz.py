@@ -17,7 +17,7 @@ from grain_jax import config as config_lib
 from grain_jax.core import errors, images
 from grain_jax.data import example, sources
 from grain_jax.input_pipeline import file_tokenizer, records, transforms
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import perturbed, record_sets, tiny
 from tests.data import test_sources
 from tests.hostile import image_files
@@ -116,8 +116,8 @@ class Good:
         self.config = tiny.config(**source)
         self.batch = next(records.batches(self.config))
         model = perturbed.tiny()
-        checkpoint.save_model(folder / "model", model, perturbed.params(model))
-        self.model = checkpoint.load_model(folder / "model")[:2]
+        saved_model.save_model(folder / "model", model, perturbed.params(model))
+        self.model = saved_model.load_model(folder / "model")[:2]
         self.tokenizers = write_tokenizers(folder)
 
     def lines(self, rng):
@@ -145,7 +145,7 @@ class Good:
     def checkpoints(self, rng):
         files = [x for x in (self.folder / "model").rglob("*") if x.is_file() and x.stat().st_size]
         with damaged(rng.choice(sorted(files)), rng):
-            model, params, _ = checkpoint.load_model(self.folder / "model")
+            model, params, _ = saved_model.load_model(self.folder / "model")
         assert model == self.model[0]
         jax.tree.map(np.testing.assert_array_equal, params, self.model[1])
 

@@ -9,7 +9,7 @@ import urllib.parse
 
 import pytest
 
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import tiny
 from tests.paths import ROOT
 from tests.report import workdirs
@@ -24,7 +24,7 @@ def call(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     (folder / "secret.txt").write_text("hidden words")
     model = tiny.config().model
-    checkpoint.save_model(folder / "model", model, workdirs.parameters(model), source="test")
+    saved_model.save_model(folder / "model", model, workdirs.parameters(model), source="test")
     command = [sys.executable, "-m", "grain_jax.demo", "--checkpoint", str(folder / "model")]
     environment = os.environ | {"TMPDIR": str(folder)}
     with (

@@ -9,7 +9,7 @@ import pytest
 import grain_jax
 from grain_jax import train
 from grain_jax.convert import export
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint_files, saved_model
 from tests import runs, tiny
 
 RUN = dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
@@ -71,8 +71,8 @@ def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path, capsys
 def test_a_checkpoint_that_lacks_a_part_falls_back_or_says_so(copy, missing, caplog):
     path = copy / "checkpoints" / "2" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert checkpoint.load_model(copy)[2].endswith("/checkpoints/1")
+    assert saved_model.load_model(copy)[2].endswith("/checkpoints/1")
     assert "checkpoints/2 is damaged, reading the checkpoint before it" in caplog.text
     shutil.rmtree(copy / "checkpoints" / "1")
-    with pytest.raises(checkpoint.CheckpointError, match="2: damaged: .*; put back a copy"):
-        checkpoint.load_model(copy)
+    with pytest.raises(checkpoint_files.CheckpointError, match="2: damaged: .*; put back a copy"):
+        saved_model.load_model(copy)

@@ -12,7 +12,7 @@ from jax import export as jax_export
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.convert import export
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 from tests import perturbed
 
 # As docs/library.md shows it; nothing of ours can be imported there, nor flax.
@@ -52,7 +52,7 @@ def predictor():
 def folder(predictor, tmp_path_factory):
     """The folder that the command writes."""
     folder = tmp_path_factory.mktemp("export")
-    checkpoint.save_model(folder / "model", predictor.model, predictor.params, source="test")
+    saved_model.save_model(folder / "model", predictor.model, predictor.params, source="test")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert export.main(["--checkpoint", f"{folder}/model", "--output", f"{folder}/out"]) == 0

@@ -16,7 +16,7 @@ from grain_jax.core import images, progress, schema
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint_files, saved_model
 from tests import perturbed, tiny
 
 S, Q, D = 16, 5, 16
@@ -45,7 +45,7 @@ def two_towers(tmp_path_factory):
     c.text.packing = False
     c = config_lib.from_dict(c)
     folder = tmp_path_factory.mktemp("two_towers") / "model"
-    checkpoint.save_model(folder, c.model, perturbed.params(c.model), source="test")
+    saved_model.save_model(folder, c.model, perturbed.params(c.model), source="test")
     perturbed.write_words(folder, "<unk> </s> a photo of wren with long orange beak")
     return folder
 
@@ -288,11 +288,11 @@ def test_bfloat16_is_near(predictor):
 
 
 def test_load_reads_what_save_model_wrote(predictor, tmp_path):
-    checkpoint.save_model(tmp_path / "model", predictor.model, predictor.params, source="test")
+    saved_model.save_model(tmp_path / "model", predictor.model, predictor.params, source="test")
     loaded = grain_jax.load(str(tmp_path / "model"))
     assert loaded.model == predictor.model
     np.testing.assert_array_equal(loaded.encode_image(FEW), predictor.encode_image(FEW))
-    with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="no such folder"):
         grain_jax.load(str(tmp_path / "none"))
 
 

@@ -8,7 +8,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.core import errors
 from grain_jax.input_pipeline import order, record_files, records
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, checkpoint_files
 from tests import record_sets, tiny
 from tests.record_sets import numbers, take
 
@@ -248,5 +248,7 @@ def test_a_run_on_one_set_is_not_one_on_several(folder):
     gone = {"mine": {"kind": "no_such_module:Gone", "option": 3}}  # decides no order
     stored |= {"evals": gone, "checkpoint_best_metric": "eval/mine/x"}
     checkpoint.check_same_run(stored, config)
-    with pytest.raises(checkpoint.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"):
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"
+    ):
         checkpoint.check_same_run(stored, mixture(folder))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.runtime import checkpoint, ending
+from grain_jax.runtime import checkpoint, checkpoint_files, ending
 from tests import tiny
 
 DATA = [
@@ -174,7 +174,9 @@ def test_all_damaged_is_one_line_and_moves_nothing(saved, tmp_path):
     shutil.copytree(saved, workdir)
     for step in ("4", "8"):
         DAMAGE["truncated"](workdir / "checkpoints" / step)
-    with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints 8, 4 can") as e:
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match="none of the checkpoints 8, 4 can"
+    ) as e:
         restore(workdir, MEASURED)
     assert len(str(e.value).splitlines()) == 1
     assert kept(workdir) == [4, 8]
@@ -198,14 +200,14 @@ def test_a_mismatch_names_each_array(saved):
             "head": {"weights": jnp.zeros(2), "bias": jnp.zeros(2)},
         },
     )
-    with pytest.raises(checkpoint.CheckpointError) as e:
+    with pytest.raises(checkpoint_files.CheckpointError) as e:
         restore(saved, MEASURED, other)
     assert str(e.value).splitlines()[1:] == [
         "  params/head/bias: stored nothing, expected (2,) float32",
         "  params/head/weights: stored nothing, expected (2,) float32",
         "  params/tower/weights: stored (64, 8) float32, expected (64, 8) bfloat16",
     ]
-    with pytest.raises(checkpoint.CheckpointError, match=r"seed: the run .* has 0, got 1"):
+    with pytest.raises(checkpoint_files.CheckpointError, match=r"seed: the run .* has 0, got 1"):
         restore(saved, tiny.config(seed=1))
 
 

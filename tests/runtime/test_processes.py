@@ -18,7 +18,7 @@ from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import encode, tables, test_sets, zeroshot
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint, processes
+from grain_jax.runtime import processes, saved_model
 from tests import tiny
 from tests.paths import ROOT
 
@@ -76,7 +76,7 @@ def _numbers(results):
 def test_two_processes_give_what_one_gives(model, tmp_path):
     paths = _write_pictures(tmp_path / "classes", (5, 4, 4))
     paths[6].write_bytes(b"no picture")  # 12 are left
-    checkpoint.save_model(tmp_path / "model", *model)
+    saved_model.save_model(tmp_path / "model", *model)
     described = {name.replace("_", " "): [f"{name} parts", "a tail"] for name in CLASSES}
     (tmp_path / "D.json").write_text(json.dumps(described))
     with (tmp_path / "A.jsonl").open("w") as file:

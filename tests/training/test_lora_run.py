@@ -11,7 +11,7 @@ from grain_jax import train
 from grain_jax.convert.__main__ import main
 from grain_jax.core import low_rank
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint_files, saved_model
 from grain_jax.training import sharding, train_step
 from tests import tiny
 
@@ -77,12 +77,12 @@ def finished(tmp_path_factory):
 
 def test_it_does_not_go_on_with_another_scale(finished):
     told = "optim.lora.alpha: the run in this workdir has 6, got 8; .* use another --workdir"
-    with pytest.raises(checkpoint.CheckpointError, match=told):
+    with pytest.raises(checkpoint_files.CheckpointError, match=told):
         train.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0), **TWO, **EIGHT), finished)
 
 
 def test_it_is_loaded_and_merged_as_it_was_trained(finished, tmp_path, capsys):
-    stored = checkpoint.load_stored(finished)
+    stored = saved_model.load_stored(finished)
     assert len(list(low_rank.maps_in(stored.params))) == 12
     predictor = grain_jax.load(finished)
     names = grain.parameter_shapes(predictor.model)
@@ -99,7 +99,7 @@ def test_it_is_loaded_and_merged_as_it_was_trained(finished, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "12 maps, of all layers each; rank 4, alpha 6" in said
     assert said.rstrip().endswith("parity: PROVEN")
-    for name, x in grain.flat(checkpoint.load_model(out)[1]).items():
+    for name, x in grain.flat(saved_model.load_model(out)[1]).items():
         np.testing.assert_array_equal(x, grain.flat(predictor.params)[name], err_msg=name)
     assert json.loads((out / "config.json").read_text())["parity"] == "PROVEN"
     assert main(["merge", "--checkpoint", str(out), "--output", str(tmp_path / "again")]) == 2

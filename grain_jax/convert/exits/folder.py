@@ -15,7 +15,7 @@ from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import images
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import saved_model
 
 MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
 
@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 def read(path: epath.PathLike) -> Source:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
-    model, params, folder = checkpoint.load_model(path)
+    model, params, folder = saved_model.load_model(path)
     return Source(model, params, epath.Path(folder))
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import utils
 import grain_jax
 from grain_jax.convert.__main__ import main
 from grain_jax.core import errors
-from grain_jax.runtime import checkpoint, pretrained
+from grain_jax.runtime import pretrained, saved_model
 from grain_jax.runtime.pretrained import hub
 from tests import perturbed
 
@@ -93,7 +93,7 @@ def there(tmp_path_factory):
     """The Hub, with our model in org/ours."""
     root = tmp_path_factory.mktemp("hub")
     config = perturbed.tiny()
-    checkpoint.save_model(root / "ours", config, perturbed.params(config))
+    saved_model.save_model(root / "ours", config, perturbed.params(config))
     found, ours = Hub(root / "cache"), _files(root / "ours")
     extra = {"modeling_grain.py": b"raise SystemExit", "weights.pkl": b"cos\nsystem\n"}
     found.files = {

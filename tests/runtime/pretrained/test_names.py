@@ -10,7 +10,7 @@ from grain_jax import config as config_lib
 from grain_jax.core import errors
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.samples import birds
-from grain_jax.runtime import checkpoint, pretrained
+from grain_jax.runtime import checkpoint_files, pretrained, saved_model
 from tests.paths import ROOT
 
 
@@ -61,7 +61,7 @@ def test_its_files_are_small_and_checked(model):
 def test_a_folder_of_that_name_comes_first(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = {**model.params, "logit_scale": model.params["logit_scale"] + 1}
-    checkpoint.save_model("aviary-tiny", model.model, params)
+    saved_model.save_model("aviary-tiny", model.model, params)
     assert grain_jax.load("aviary-tiny").params["logit_scale"] == params["logit_scale"]
 
 
@@ -69,7 +69,7 @@ def test_a_folder_of_that_name_comes_first(model, tmp_path, monkeypatch):
     "name,meant", [("aviary_tiny", True), ("aviary", True), ("org/name", False)]
 )
 def test_another_name_is_one_line(name, meant):
-    with pytest.raises(checkpoint.CheckpointError) as error:
+    with pytest.raises(checkpoint_files.CheckpointError) as error:
         grain_jax.load(name)
     hint = "did you mean aviary-tiny? " if meant else ""
     assert str(error.value) == (
