@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from benchmarks import harness
-from grain_jax import losses, train
+from grain_jax import losses
 from grain_jax.core import schema
 from grain_jax.input_pipeline import device, synthetic
 from grain_jax.models.grain import GRAIN
-from grain_jax.training import sharding, train_step
+from grain_jax.train import run, sharding, train_step
 
 # Images a group -> rows that hold 99.9% of the texts (docs/speed.md, Packing).
 PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
@@ -30,7 +30,7 @@ def side(size: str, batch: int, attention: str, steps: int) -> dict[str, Any]:
     """{variant: callable that does `steps` steps}, and "dropout off": the loss without a step."""
     chip, made = jax.devices()[0], {}
     if chip.platform == "cpu":
-        train.keep_freed_memory()
+        run.keep_freed_memory()
     for name in ("packed", "padded") if chip.platform == "cpu" else ("packed",):
         keys = {"model.attention": attention}
         config = make_config(size, batch, packed=name == "packed", **keys)

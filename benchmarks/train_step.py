@@ -21,12 +21,11 @@ import jax
 import numpy as np
 
 from benchmarks import harness, our_step, stopwatch
-from grain_jax import train
 from grain_jax.config import recipe
 from grain_jax.input_pipeline import synthetic
 from grain_jax.models.grain import GRAIN
-from grain_jax.training import flops, optim, sharding
-from grain_jax.training.train_step import init_state
+from grain_jax.train import flops, optim, run, sharding
+from grain_jax.train.train_step import init_state
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the losses
 
@@ -39,7 +38,7 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
     from grain_jax.convert.reference import module as torch_module
     from grain_jax.convert.reference.names import to_states
 
-    train.keep_freed_memory()
+    run.keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
     cuda, config = torch.cuda.is_available(), our_step.make_config(size, batch)

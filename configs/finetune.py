@@ -82,14 +82,14 @@ def take_towers(c, family, size):
 
 def take_folder(c, folder):
     """The model of a run or of a converted folder, and its weights as the start."""
-    from grain_jax.runtime import pretrained  # slow to import, and needed for a folder only
+    from grain_jax.checkpoint import pretrained  # slow to import, and needed for a folder only
 
     place = pretrained.folder_of(folder)
     file = place / "config.json"
     content = json.loads(file.read_text()) if file.exists() else {}
     model, has_texts = content.get("model") or content.get("towers"), content.get("has_texts", True)
     if model is None and place.exists():
-        from grain_jax.runtime import saved_model  # imports JAX: for weights of others only
+        from grain_jax.checkpoint import saved_model  # imports JAX: for weights of others only
 
         model, has_texts = saved_model.describe_others(folder)
     if model is None:

@@ -15,7 +15,7 @@ import re
 from typing import NamedTuple
 
 from grain_jax.core import errors
-from grain_jax.training.flops import peak_flops
+from grain_jax.train.flops import peak_flops
 
 _JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memory_allocation.html
 

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from grain_jax import config as config_lib
 from grain_jax.core import errors, progress
 from grain_jax.launch import chips
-from grain_jax.training import sharding, train_step
+from grain_jax.train import sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of the cuBLAS and Triton versions of a product, the one that is faster is found on a GPU: without one, cuBLAS is

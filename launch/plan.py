@@ -13,12 +13,13 @@ from typing import Any
 import jax
 
 from grain_jax import config as config_lib
-from grain_jax.cli import config_file, process
+from grain_jax.cli import process
+from grain_jax.config import loading
 from grain_jax.core import atomic, errors
 from grain_jax.input_pipeline import derived
 from grain_jax.launch import chips, compiler, cost, hlo, hlo_collectives, hlo_work, plan_text
 from grain_jax.launch.arguments import Plan
-from grain_jax.training import flops, sharding
+from grain_jax.train import flops, sharding
 
 # Steps: nobody says here how many examples there are, and the learning rate's schedule alone depends on it.
 EPOCH = 10_000
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update(
         "jax_enable_compilation_cache", False
     )  # JAX reads no program back without its device
-    config = config_file.load(args.config, args.overrides)
+    config = loading.load(args.config, args.overrides)
     plan = make(config, chips.parse_topology(args.topology))
     plan = {"topology": args.topology, "overrides": args.overrides, **plan}
     print(plan_text.page(plan))

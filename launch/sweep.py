@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.cli import config_file, process
+from grain_jax.cli import process
+from grain_jax.config import loading
 from grain_jax.core import atomic, errors, progress
 from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
 from grain_jax.launch.arguments import Sweep
@@ -81,7 +82,7 @@ def show_plan(runs: Sequence[SweepRun]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains what is left, tabulates."""
     args = Sweep.parse(arguments)
-    base = config_file.load(args.config, args.overrides)
+    base = loading.load(args.config, args.overrides)
     workdir = epath.Path(args.workdir)
     check_metric(args.metric, base)
     points = sweep_runs.load_points(args.sweep)

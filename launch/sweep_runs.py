@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.cli import config_file
+from grain_jax.config import loading
 from grain_jax.core import errors
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import metrics_file
@@ -31,8 +31,8 @@ class SweepRun:
 
 def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
     """The flat overrides that `sweep()` of a file, or of a sweep of the package, yields. Raises UserError."""
-    path, _ = config_file.find(str(path), "sweep")
-    with config_file.running_file(path, "sweep"):
+    path, _ = loading.find(str(path), "sweep")
+    with loading.running_file(path, "sweep"):
         points = list(runpy.run_path(path).get("sweep", list)())
     if not points or not all(isinstance(point, Mapping) for point in points):
         raise errors.UserError(
@@ -106,7 +106,7 @@ def make_runs(
                     raise errors.UserError(
                         f"{key}: got {value!r}, expected a number, a string, a bool, a tuple or a list"
                     )
-            config = config_file.load(file, words)
+            config = loading.load(file, words)
         except errors.UserError as error:
             for line in str(error).splitlines():
                 faults.setdefault(line, name)
@@ -160,11 +160,11 @@ def finished(run: SweepRun) -> bool:
     """Whether the last step is logged and saved, and the trainer has written its report."""
     if not (run.folder / "report.html").exists():
         return False
-    from grain_jax.runtime import checkpoint_files
+    from grain_jax.checkpoint import files
 
     step = last_step(run.folder)
     # Only the data set can turn a length in epochs into steps.
-    return step in checkpoint_files.finished_steps(run.folder) and run.config.total_steps in (
+    return step in files.finished_steps(run.folder) and run.config.total_steps in (
         None,
         step,
     )

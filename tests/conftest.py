@@ -42,21 +42,21 @@ def pytest_collection_finish():
 
 # Files with the most seconds of tests, the longest first: what starts last, ends last.
 LONG = (
-    "tests/training/test_train_step.py",
-    "tests/test_train.py",
+    "tests/train/test_train_step.py",
+    "tests/train/test_run.py",
     "tests/losses/test_streaming.py",
     "tests/convert/test_to_onnx.py",
     "tests/convert/test_exits.py",
-    "tests/training/test_memory.py",
-    "tests/training/test_keep.py",
+    "tests/train/test_memory.py",
+    "tests/train/test_keep.py",
     "tests/input_pipeline/test_mixture.py",
     "tests/launch/test_plan.py",
-    "tests/convert/test_initialise.py",
+    "tests/train/test_initialise.py",
     "tests/convert/test_huggingface.py",
     "tests/models/test_attention.py",
-    "tests/training/test_flops.py",
-    "tests/training/test_lora_run.py",
-    "tests/training/test_step_cost.py",
+    "tests/train/test_flops.py",
+    "tests/train/test_lora_run.py",
+    "tests/train/test_step_cost.py",
     "tests/runtime/test_processes.py",
     "tests/convert/test_open_clip.py",
     "tests/test_orientation.py",
@@ -84,7 +84,7 @@ TOGETHER = (
 # `python -m pytest -m quick`: files and tests that together touch every package, chosen by their measured seconds.
 # It leaves out what starts other processes, trains a whole run, or converts and annotates with models.
 QUICK = (
-    "tests/test_config.py",
+    "tests/config/test_config.py",
     "tests/test_documents.py",
     "tests/test_howto.py",
     "tests/test_site.py",
@@ -121,14 +121,14 @@ QUICK = (
     "tests/losses/test_matching.py::test_pairs_without_a_finite_cost",
     "tests/losses/test_matching.py::test_no_regions",
     "tests/models/test_layers.py",
-    "tests/runtime/pretrained/test_names.py",
-    "tests/report/test_page.py::test_which_curves_share",
-    "tests/report/test_page.py::test_the_line_of_a_curve",
+    "tests/checkpoint/pretrained/test_names.py",
+    "tests/evaluate/report/test_page.py::test_which_curves_share",
+    "tests/evaluate/report/test_page.py::test_the_line_of_a_curve",
     "tests/runtime/test_metrics_file.py",
-    "tests/runtime/test_metrics_writer.py",
-    "tests/training/test_optim.py",
-    "tests/training/test_schedule.py",
-    "tests/training/test_sharding.py",
+    "tests/train/test_metrics_writer.py",
+    "tests/train/test_optim.py",
+    "tests/train/test_schedule.py",
+    "tests/train/test_sharding.py",
 )
 
 

@@ -8,9 +8,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.config import recipe
 from grain_jax.models import grain
-from grain_jax.runtime import saved_model
 
 
 def tiny(**changes) -> config_lib.Model:

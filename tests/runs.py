@@ -59,7 +59,7 @@ def on_one_device(compiled: pathlib.Path) -> dict[str, str]:
 def forge_config(workdir: pathlib.Path, config: Any) -> None:
     """Puts `config` into the workdir and its checkpoints, with digests to match."""
     from grain_jax import config as config_lib
-    from grain_jax.runtime import digests
+    from grain_jax.checkpoint import digests
 
     text = config_lib.to_json(config)
     (workdir / "config.json").write_text(text)

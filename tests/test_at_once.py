@@ -5,12 +5,12 @@ import importlib.util
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import train
+from grain_jax.checkpoint import states
 from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate.__main__ import main as evaluate
 from grain_jax.input_pipeline import record_files
-from grain_jax.runtime import checkpoint
+from grain_jax.train import run
 from tests import record_sets, tiny
 
 
@@ -37,14 +37,14 @@ def test_what_needs_no_data_is_said_before_the_data_set_is_made(
     tmp_path, monkeypatch, overrides, message
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(train, "prepare_missing_data", _too_late)
+    monkeypatch.setattr(run, "prepare_missing_data", _too_late)
     workdir = tmp_path / overrides.pop("workdir", "workdir")
     if workdir.name == "a file":
         workdir.write_text("")
     config = demo.get_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     with pytest.raises(errors.UserError, match=message):
-        train.train(config_lib.from_dict(config), workdir)
+        run.train(config_lib.from_dict(config), workdir)
 
 
 _PLACE = dict(images="{folder}")
@@ -66,7 +66,7 @@ _ANNOTATED = dict(annotations="{folder}/A.jsonl", **_PLACE)
 def test_what_the_data_lacks_is_said_before_anything_is_compiled(
     built, tmp_path, monkeypatch, entry, message
 ):
-    monkeypatch.setattr(train.train_step, "build", _too_late)
+    monkeypatch.setattr(run.train_step, "build", _too_late)
     folder, output = built
     keys = dict(input__source="records", input__data_dir=str(output), input__name="tiny_set")
     c = tiny.dictionary(**keys)
@@ -82,7 +82,7 @@ def test_what_the_data_lacks_is_said_before_anything_is_compiled(
             "one": {k: v.format(folder=folder) for k, v in entry.items()} | {"missing": "error"}
         }
     with pytest.raises(errors.UserError, match=message):
-        train.train(config_lib.from_dict(c), tmp_path / "workdir")
+        run.train(config_lib.from_dict(c), tmp_path / "workdir")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_evaluate_looks_for_its_model_and_its_output_before_the_images(
 
 
 def test_a_resume_needs_no_weights_that_the_run_began_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "prepare_missing_data", _too_late)
-    monkeypatch.setattr(checkpoint, "finished_steps", lambda workdir: [2])
+    monkeypatch.setattr(run, "prepare_missing_data", _too_late)
+    monkeypatch.setattr(states, "finished_steps", lambda workdir: [2])
     with pytest.raises(TooLate):
-        train.train(tiny.config(init__image="/nope"), tmp_path / "workdir")
+        run.train(tiny.config(init__image="/nope"), tmp_path / "workdir")

@@ -9,11 +9,11 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from grain_jax import train
+from grain_jax.checkpoint import files, states
 from grain_jax.core import errors
 from grain_jax.data import digest
 from grain_jax.input_pipeline import record_files, records
-from grain_jax.runtime import checkpoint, checkpoint_files
+from grain_jax.train import run as run_training
 from tests import record_sets, tiny
 
 
@@ -144,7 +144,7 @@ def run(built_there, tmp_path_factory):
     """(workdir of 2 steps, its data)."""
     place = tmp_path_factory.mktemp("run")
     shutil.copytree(built_there, place / "data")
-    train.train(_config(place / "data"), place / "workdir")
+    run_training.train(_config(place / "data"), place / "workdir")
     return place / "workdir", place / "data"
 
 
@@ -152,8 +152,8 @@ def _restore(workdir, config):
     """What the trainer does at its start; (lines that it says, the identities)."""
     said = []
     data = records.identities(config)
-    stored = checkpoint_files.read_data(workdir / "checkpoints/2")
-    checkpoint.check_same_data(2, stored, data, said.append)
+    stored = files.read_data(workdir / "checkpoints/2")
+    states.check_same_data(2, stored, data, said.append)
     return said, data
 
 
@@ -161,13 +161,13 @@ def test_a_run_keeps_what_its_data_is_and_goes_on_where_it_is_moved(run, tmp_pat
     workdir, output = run
     shutil.copytree(output, tmp_path / "moved")
     said, data = _restore(workdir, _config(tmp_path / "moved"))
-    assert said == [] and checkpoint_files.read_data(workdir / "checkpoints/2") == data
+    assert said == [] and files.read_data(workdir / "checkpoints/2") == data
 
 
 def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):
     workdir, _ = run
     _build(pictures, tmp_path / "two", shards=2)
-    with pytest.raises(checkpoint_files.CheckpointError) as caught:
+    with pytest.raises(files.CheckpointError) as caught:
         _restore(workdir, _config(tmp_path / "two", input__lanes=2))
     assert str(caught.value) == (
         "tiny_set (train): not the set that checkpoint 2 was trained on: shards 4 -> 2. Put that one back"
@@ -176,14 +176,12 @@ def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):
     fewer = tmp_path / "fewer"
     record_sets.write_annotations(fewer, 14)
     _build(fewer, tmp_path / "data")
-    with pytest.raises(checkpoint_files.CheckpointError, match="records 16 -> 14, content. Put"):
+    with pytest.raises(files.CheckpointError, match="records 16 -> 14, content. Put"):
         _restore(workdir, _config(tmp_path / "data"))
     edited = _edit(pictures, tmp_path, caption="edited")
     _build(edited, tmp_path / "data")
-    with pytest.raises(
-        checkpoint_files.CheckpointError, match="trained on: content. Put that one back"
-    ):
-        train.train(_config(tmp_path / "data"), workdir)
+    with pytest.raises(files.CheckpointError, match="trained on: content. Put that one back"):
+        run_training.train(_config(tmp_path / "data"), workdir)
 
 
 def _change_texts(output):
@@ -202,21 +200,21 @@ def test_a_resume_over_shards_that_were_changed_in_place_ends(run, built, tmp_pa
         shutil.copytree(run[0], workdir)
     else:
         (built / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink()
-        train.train(_config(built), workdir)
+        run_training.train(_config(built), workdir)
     assert len(sorted(workdir.glob("shards/*"))) == (0 if beside else 4)
     shutil.rmtree(workdir / "checkpoints/2")
     shutil.copytree(built, tmp_path / "moved é")
     _change_texts(built)
     with pytest.raises(errors.UserError) as caught:
-        train.train(_config(built), workdir)
+        run_training.train(_config(built), workdir)
     line = str(caught.value)
     assert line.startswith(f"{built}/tiny_set/1.0.0/tiny_set-train.tfrecord-0000")
     what = "grain-jax build wrote (digest.json)" if beside else "this run read there before"
     assert f"-of-00004: not the records that {what}: put the shard back" in line
-    assert "\n" not in line and checkpoint_files.finished_steps(workdir) == [1]
+    assert "\n" not in line and files.finished_steps(workdir) == [1]
     if not beside:
-        train.train(_config(tmp_path / "moved é"), workdir)
-        assert checkpoint_files.finished_steps(workdir) == [1, 2]
+        run_training.train(_config(tmp_path / "moved é"), workdir)
+        assert files.finished_steps(workdir) == [1, 2]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"test": {}}', '{"train": 3}'])

@@ -10,7 +10,8 @@ import tokenize
 
 import pytest
 
-from grain_jax.cli import commands, config_file
+from grain_jax.cli import commands
+from grain_jax.config import loading
 from grain_jax.core import errors
 from tests.paths import ROOT
 
@@ -288,10 +289,10 @@ def fault_of(words: list[str]) -> str:
     try:
         found = PARSERS[name].parse_args(rest)
         config, _, argument = (getattr(found, "config", None) or "").partition(":")
-        if config in config_file.packaged():
+        if config in loading.packaged():
             of_package = argument and not argument.isupper() and not argument.startswith("runs/")
             given = f"{config}:{argument}" if of_package else config
-            config_file.load(given, found.overrides, resolve=lambda tree: tree)
+            loading.load(given, found.overrides, resolve=lambda tree: tree)
     except errors.UserError as error:
         return str(error)
     return ""

@@ -26,7 +26,7 @@ CHAINS = (
     (
         ("grain_jax.losses", "tensorflow torch ml_collections"),
         (
-            "grain_jax.models.grain, grain_jax.training.flops, grain_jax.training.train_step",
+            "grain_jax.models.grain, grain_jax.train.flops, grain_jax.train.train_step",
             "tensorflow torch ml_collections",
         ),
         ("grain_jax.inference", "tensorflow torch ml_collections transformers"),
@@ -99,9 +99,9 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 # `--config NAME` finds without an import.
 TABLES = (
     "grain_jax.config.evals",
-    "grain_jax.runtime.saved_model",
+    "grain_jax.checkpoint.saved_model",
     "grain_jax.cli.commands",
-    "grain_jax.cli.config_file",
+    "grain_jax.config.loading",
 )
 # A name of a module in a string, as tables of extensions have it.
 NAMED = re.compile(r"(grain_jax(?:\.\w+)+)(?::\w+)?")

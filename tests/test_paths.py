@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from grain_jax import train
+from grain_jax.checkpoint import files, saved_model
 from grain_jax.convert import __main__ as convert
 from grain_jax.convert import export
 from grain_jax.core import errors
@@ -23,8 +23,8 @@ from grain_jax.data.aviary import __main__ as aviary
 from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.demo import __main__ as demo
 from grain_jax.evaluate import __main__ as evaluate
-from grain_jax.report import __main__ as report
-from grain_jax.runtime import checkpoint_files, saved_model
+from grain_jax.evaluate.report import __main__ as report
+from grain_jax.train import run
 from tests import record_sets, tiny
 from tests.paths import ROOT
 
@@ -49,7 +49,7 @@ def place(tmp_path_factory):
         with pytest.MonkeyPatch.context() as devices:
             one = jax.devices()[:1]
             devices.setattr(jax, "devices", lambda: one)
-            train.train(tiny.config(**KEYS), epath.Path(RUN))
+            run.train(tiny.config(**KEYS), epath.Path(RUN))
         yield folder
 
 
@@ -58,8 +58,8 @@ KEYS |= dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_da
 
 
 def test_the_run_is_where_it_was_asked_for():
-    assert checkpoint_files.finished_steps(RUN)[-1] == 2
-    assert checkpoint_files.read_data(f"{RUN}/checkpoints/2")[0]["shard_lengths"] == [4, 4, 4, 4]
+    assert files.finished_steps(RUN)[-1] == 2
+    assert files.read_data(f"{RUN}/checkpoints/2")[0]["shard_lengths"] == [4, 4, 4, 4]
     assert (epath.Path(RUN) / "report.html").exists()
 
 
@@ -137,8 +137,8 @@ def test_plan_reads_and_writes_there(recipe):
 def test_two_processes_train_there_and_agree_on_their_data(recipe):
     train_it = [sys.executable, "-m", "grain_jax.train", *recipe, "--workdir", "zu zweit ö"]
     _run("-m", "grain_jax.launch.local", "--processes", "2", "--", *train_it)
-    stored = checkpoint_files.read_data("zu zweit ö/checkpoints/2")
-    assert stored == checkpoint_files.read_data(f"{RUN}/checkpoints/2")
+    stored = files.read_data("zu zweit ö/checkpoints/2")
+    assert stored == files.read_data(f"{RUN}/checkpoints/2")
 
 
 @slow
@@ -146,4 +146,4 @@ def test_a_sweep_trains_there(recipe):
     epath.Path("Punkte ö.py").write_text("def sweep():\n    yield {'seed': 1}\n")
     _run("-m", "grain_jax.launch.sweep", *recipe, "--sweep", "Punkte ö.py", "--workdir", "Suche ö")
     (folder,) = epath.Path("Suche ö").glob("*/checkpoints")
-    assert checkpoint_files.finished_steps(folder.parent)[-1] == 2
+    assert files.finished_steps(folder.parent)[-1] == 2

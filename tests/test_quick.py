@@ -17,7 +17,7 @@ def test_long_files_are_there():
 
 
 def test_every_package_has_an_entry():
-    # tests/losses/..., or tests/test_config.py
+    # tests/losses/..., or tests/config/test_config.py
     tested = {re.sub(r"^test_|s?\.py.*", "", entry.split("/")[1]) for entry in QUICK}
     packages = {path.parent.name for path in (ROOT / "grain_jax").glob("*/__init__.py")}
     assert packages | {"data", "launch"} <= tested

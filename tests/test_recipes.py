@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.configs import (
     finetune,
     grain_vitb16_cc12m,
@@ -15,11 +16,10 @@ from grain_jax.configs import (
     grain_vitl14_cc12m,
     own,
 )
-from grain_jax.convert import initialise, tables
+from grain_jax.convert import tables
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
-from grain_jax.runtime import saved_model
-from grain_jax.training import sharding, train_step
+from grain_jax.train import initialise, sharding, train_step
 from tests import foreign, tiny
 from tests.evaluate.stub import write_picture
 

@@ -13,7 +13,7 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
 from grain_jax.runtime import ending
-from grain_jax.training import flops, forward, train_step
+from grain_jax.train import flops, forward, train_step
 from tests import runs
 
 SHALLOW = {f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")}

@@ -17,7 +17,7 @@ from grain_jax.core import schema
 from grain_jax.input_pipeline import packing
 from grain_jax.losses import boxes
 from grain_jax.models import grain
-from grain_jax.training import train_step
+from grain_jax.train import train_step
 
 HEADS = {"image": 4, "text": 4, "decoder": 4}  # of grain_public.npz
 

@@ -11,7 +11,7 @@ from benchmarks.parity.comparison import GOLDENS, Comparison, gradient, relative
 from benchmarks.parity.goldens import batch, below, config, goldens, outputs, run
 from grain_jax import losses as losses_lib
 from grain_jax.convert.reference import names as torch_names
-from grain_jax.training import optim
+from grain_jax.train import optim
 
 
 def _losses(prefix: str, terms) -> Iterator[Comparison]:

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 
 from grain_jax import inference
+from grain_jax.checkpoint import saved_model
+from grain_jax.checkpoint.pretrained import NAMES
 from grain_jax.core import atomic, errors, printable
 from grain_jax.data.embed import arguments, output, parts, pipeline
 from grain_jax.data.sources import arrow_files
-from grain_jax.runtime import compiled, distributed, processes, saved_model
-from grain_jax.runtime.pretrained import NAMES
+from grain_jax.runtime import compiled, distributed, processes
 
 
 def embed(args: arguments.Embed) -> str:

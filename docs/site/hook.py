@@ -19,7 +19,7 @@ BESIDE = ("configs", "data", "launch")
 # File of the repository -> its page, without the ending.
 _PAGES = {
     "data/SCHEMA.md": "schema",
-    "grain_jax/runtime/pretrained/aviary-tiny/README.md": "aviary_tiny",
+    "grain_jax/checkpoint/pretrained/aviary-tiny/README.md": "aviary_tiny",
     "CONTRIBUTING.md": "contributing",
     "CHANGELOG.md": "changelog",
     "SECURITY.md": "security",

@@ -14,11 +14,11 @@ from etils import epath
 from examples.captioner import term
 from examples.captioner.decoder import BOX
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import files
 from grain_jax.core import errors
 from grain_jax.losses import total
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint_files
-from grain_jax.training import forward
+from grain_jax.train import forward
 
 BATCH = 64  # sequences at a time
 
@@ -43,8 +43,8 @@ class Writer:
         name = next((name for name, entry in entries.items() if entry.cls is term.Words), None)
         if name is None:
             raise errors.UserError(f"{predictor.folder}: has no loss term {term.__name__}:Words")
-        which = "ema_params" if checkpoint_files.metadata_of(state).get("ema_params") else "params"
-        stored = checkpoint_files.read_arrays(state, only=which)[which]
+        which = "ema_params" if files.metadata_of(state).get("ema_params") else "params"
+        stored = files.read_arrays(state, only=which)[which]
         self.predictor = predictor
         self.options: Any = entries[name].options
         self.decoder = term.make_decoder(self.options, config.model)

@@ -18,7 +18,7 @@ from grain_jax.core import nearest
 
 # Name -> (the class that declares it, its main function: (arguments) -> exit status, or None for 0).
 COMMANDS = {
-    "train": ("grain_jax.training.arguments:Train", "grain_jax.train:console"),
+    "train": ("grain_jax.train.arguments:Train", "grain_jax.train.run:console"),
     "evaluate": ("grain_jax.evaluate.arguments:Evaluate", "grain_jax.evaluate.__main__:main"),
     "embed": ("grain_jax.data.embed.arguments:Embed", "grain_jax.data.embed.__main__:main"),
     "build": ("grain_jax.data.arguments:Build", "grain_jax.data.build:main"),
@@ -29,7 +29,10 @@ COMMANDS = {
     "inspect": ("grain_jax.data.inspect.arguments:Inspect", "grain_jax.data.inspect.__main__:main"),
     "convert": ("grain_jax.convert.arguments:Convert", "grain_jax.convert.__main__:main"),
     "export": ("grain_jax.convert.arguments:Export", "grain_jax.convert.export:main"),
-    "report": ("grain_jax.report.arguments:Report", "grain_jax.report.__main__:main"),
+    "report": (
+        "grain_jax.evaluate.report.arguments:Report",
+        "grain_jax.evaluate.report.__main__:main",
+    ),
     "demo": ("grain_jax.demo.arguments:Demo", "grain_jax.demo.__main__:main"),
     "plan": ("grain_jax.launch.arguments:Plan", "grain_jax.launch.plan:main"),
     "sweep": ("grain_jax.launch.arguments:Sweep", "grain_jax.launch.sweep:main"),

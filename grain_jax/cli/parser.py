@@ -215,10 +215,10 @@ class Parser:
             else:
                 self._take(word, rest, given)
         if "help_config" in given:
-            from grain_jax.cli import config_keys  # reads source code: not for every command
+            from grain_jax.config import key_help  # reads source code: not for every command
 
             keys = given["help_config"], given.get("config"), given[self._overrides]
-            print(config_keys.show(*keys), end="")
+            print(key_help.show(*keys), end="")
             sys.exit(0)
         self._take_loose(loose, given)
         self._check_needed(given)

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import huggingface, parity, towers
 from grain_jax.convert.arguments import Convert
 from grain_jax.convert.average import average
@@ -21,7 +22,6 @@ from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.names import TOWERS
 from grain_jax.core import errors
 from grain_jax.runtime import ending
-from grain_jax.runtime.pretrained import hub
 
 
 def _settings(args: argparse.Namespace) -> towers.Settings:

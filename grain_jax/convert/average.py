@@ -14,11 +14,11 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
-from grain_jax.runtime import saved_model
 
 # Keys that may differ; the last two are compared in another way.
 _FREE = {

@@ -12,6 +12,8 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import pretrained
+from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import archives, model_card, output, parity, towers
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, needs, tokenizers
@@ -21,8 +23,6 @@ from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.core import regular_file
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.runtime import pretrained
-from grain_jax.runtime.pretrained import hub
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files

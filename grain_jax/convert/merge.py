@@ -2,11 +2,11 @@
 
 from etils import epath
 
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import output, parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import low_rank
 from grain_jax.models import lora
-from grain_jax.runtime import saved_model
 
 
 def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:

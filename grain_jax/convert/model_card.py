@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import files
 from grain_jax.convert import parity, towers
 from grain_jax.core import regular_file
-from grain_jax.runtime import checkpoint_files, metrics_file
+from grain_jax.runtime import metrics_file
 
 
 class TrainedRun(NamedTuple):
@@ -37,7 +38,7 @@ def read_run(folder: epath.PathLike) -> TrainedRun:
         here = {key: value for key, value in metrics_file.numbers(line) if key.startswith("eval/")}
         if here and step is not None and line.step <= step:
             metrics, measured_at = here, line.step
-    return TrainedRun(checkpoint_files.read_json(folder, "config"), step, metrics, measured_at, "")
+    return TrainedRun(files.read_json(folder, "config"), step, metrics, measured_at, "")
 
 
 def write(

@@ -12,11 +12,11 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.runtime import saved_model
 
 # What conversions and exports write. Of an older one these go, and whatever else lies there stays.
 _WRITTEN = re.compile(

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import files, saved_model
 from grain_jax.convert import output, parity
-from grain_jax.runtime import checkpoint_files, saved_model
 
 TOLERANCE = 0.05  # of max|b|: bfloat16 keeps 8 bits of each weight
 _TOKENS = "token_embed"
@@ -69,7 +69,7 @@ def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
     """
     trained = np.zeros(model.text.vocab_size, bool)
     if (folder / "state").is_dir() and not _starts_from_text(folder):
-        state = checkpoint_files.read_arrays(folder / "state", only="opt_state")
+        state = files.read_arrays(folder / "state", only="opt_state")
         for path, moments in jax.tree_util.tree_leaves_with_path(state):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if name.endswith(f"nu/text/{_TOKENS}/embedding"):
@@ -79,7 +79,7 @@ def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
 
 def _starts_from_text(folder: epath.Path) -> bool:
     """Whether the embeddings of a checkpoint began as those of another one."""
-    return config_lib.from_dict(checkpoint_files.read_json(folder, "config")).init.text is not None
+    return config_lib.from_dict(files.read_json(folder, "config")).init.text is not None
 
 
 def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:

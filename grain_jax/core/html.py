@@ -1,6 +1,6 @@
 """The shared parts of the HTML pages, which are self-contained files: frame, tables and images.
 
-`grain_jax.report` and `grain-jax inspect` write their pages with it. Imports neither JAX nor numpy.
+`grain_jax.evaluate.report` and `grain-jax inspect` write their pages with it. Imports neither JAX nor numpy.
 """
 
 import base64

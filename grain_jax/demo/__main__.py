@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from grain_jax.checkpoint import pretrained
 from grain_jax.cli import process
 from grain_jax.core import errors
 from grain_jax.data.aviary import samples  # pyright: ignore[reportMissingImports]
 from grain_jax.demo import class_lists
 from grain_jax.demo.arguments import Demo
-from grain_jax.runtime import pretrained
 
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
 

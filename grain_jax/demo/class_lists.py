@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from grain_jax.checkpoint import files
 from grain_jax.core import errors, regular_file
-from grain_jax.runtime import checkpoint_files
 
 MANY, LONG = 5000, 500  # texts of the input, and characters of each, at most
 Classes = dict[str, list[str]]  # name -> descriptions; without any: names alone
@@ -46,7 +46,7 @@ def read(path: epath.PathLike) -> Classes:
 def of_run(folder: epath.PathLike) -> tuple[Classes, str | None]:
     """The first classes (a .json) and folder of images on this machine that the run of a checkpoint is evaluated on."""
     config = epath.Path(folder) / "config"
-    evals = checkpoint_files.read_json(folder, "config").get("evals") if config.is_dir() else None
+    evals = files.read_json(folder, "config").get("evals") if config.is_dir() else None
     classes, images = {}, None
     for entry in (evals or {}).values():
         described, pictures = (entry.get(key) or "://" for key in ("descriptions", "images"))

@@ -15,13 +15,14 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config, inference
+from grain_jax.checkpoint import saved_model
 from grain_jax.config import evals
 from grain_jax.config.evals import Context
 from grain_jax.core import annotations, atomic, errors
 from grain_jax.evaluate import encode, suite, tables
 from grain_jax.evaluate.arguments import Evaluate
 from grain_jax.inference.inputs import InputError
-from grain_jax.runtime import compiled, distributed, processes, saved_model
+from grain_jax.runtime import compiled, distributed, processes
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:
@@ -44,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = Evaluate.parse(arguments)
         if args.command == "suite":  # ml_collections, which the other kinds do without
-            from grain_jax.cli import config_file
+            from grain_jax.config import loading
 
-            args.suite = config_file.load(args.config, args.overrides, config.suite_from_dict)
+            args.suite = loading.load(args.config, args.overrides, config.suite_from_dict)
         compiled.use()
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors
 from grain_jax.core import images as image_files
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
-from grain_jax.runtime import saved_model
 
 NAME = "grain_jax"  # value of config.model_name in big_vision
 _PADDING = -1  # padding id after a text; no token has it

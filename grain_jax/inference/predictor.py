@@ -20,13 +20,13 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.core import progress as progress_lib
 from grain_jax.core import schema
 from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import InputError, OneOrMany, Tokens
 from grain_jax.inference.mapper import Mapper
 from grain_jax.models import lora, towers
-from grain_jax.runtime import saved_model
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
 _COMPILING = "usually under a minute, on few CPU cores a few; once for each number of rows"

@@ -129,11 +129,11 @@ def test_typing_errors_each_get_one_line(typed, right, capsys, monkeypatch):
 
 
 def _load(words):
-    from grain_jax.cli import config_file
-    from grain_jax.training import arguments as train
+    from grain_jax.config import loading
+    from grain_jax.train import arguments as train
 
     args = train.Train.parse(words)
-    config_file.load(args.config, args.overrides)
+    loading.load(args.config, args.overrides)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import grain_jax
+from grain_jax.checkpoint import saved_model, states
 from grain_jax.convert import parity
 from grain_jax.convert.__main__ import main
 from grain_jax.core import low_rank
 from grain_jax.models import grain, lora
-from grain_jax.runtime import checkpoint, saved_model
-from grain_jax.training import sharding
+from grain_jax.train import sharding
 from tests import perturbed, tiny
 from tests.convert.test_pack import State
 
@@ -59,8 +59,8 @@ def run_with_factors(root, model):
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     state = State(jnp.int32(1), params, {})
-    with checkpoint.manager(root, config) as checkpoints:
-        checkpoint.save(checkpoints, state, config)
+    with states.manager(root, config) as checkpoints:
+        states.save(checkpoints, state, config)
         checkpoints.wait_until_finished()
     return str(root)
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.config import recipe
-from grain_jax.convert import initialise, towers
+from grain_jax.convert import towers
 from grain_jax.convert.big_vision import checkpoint as files
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.big_vision.towers import import_tower
 from grain_jax.convert.faults import ConvertError
-from grain_jax.runtime import saved_model
+from grain_jax.train import initialise
 from tests import foreign, tiny
 from tests.paths import GOLDENS
 

@@ -19,6 +19,7 @@ from transformers.utils import import_utils
 
 import grain_jax
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision.command import from_big_vision
@@ -28,7 +29,6 @@ from grain_jax.convert.huggingface import from_hf
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.runtime import saved_model
 from tests import foreign, perturbed
 from tests.paths import GOLDENS
 

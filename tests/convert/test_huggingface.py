@@ -16,12 +16,13 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
+from grain_jax.checkpoint import saved_model
+from grain_jax.checkpoint import states as checkpoint
 from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.core import images, named
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.runtime import checkpoint, saved_model
 from tests import perturbed, tiny
 from tests.paths import GOLDENS
 

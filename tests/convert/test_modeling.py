@@ -13,12 +13,12 @@ import grain_jax
 from benchmarks.parity import comparison
 from grain_jax import config as config_lib
 from grain_jax import losses
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.core import schema
 from grain_jax.models import grain
-from grain_jax.runtime import saved_model
 from tests import foreign, perturbed
 
 torch.set_num_threads(1)

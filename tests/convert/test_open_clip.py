@@ -16,9 +16,10 @@ import safetensors.torch  # noqa: E402
 
 import grain_jax  # noqa: E402
 from grain_jax import config as config_lib  # noqa: E402
+from grain_jax.checkpoint import saved_model  # noqa: E402
 from grain_jax.config import recipe  # noqa: E402
 from grain_jax.configs import finetune  # noqa: E402
-from grain_jax.convert import initialise, parity, towers  # noqa: E402
+from grain_jax.convert import parity, towers  # noqa: E402
 from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
 from grain_jax.convert.huggingface import from_hf  # noqa: E402
@@ -27,7 +28,7 @@ from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.core import errors  # noqa: E402
 from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
-from grain_jax.runtime import saved_model  # noqa: E402
+from grain_jax.train import initialise  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
 
 VOCAB, LENGTH, SIZE, PATCH = 300, 16, 32, 8

@@ -8,11 +8,11 @@ import sys
 import pytest
 from etils import epath
 
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import export, output
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
-from grain_jax.runtime import saved_model
 from tests import perturbed
 
 # Kills the exchange before each of its calls to the system, and prints what was there then, and after the next start.

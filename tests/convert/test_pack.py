@@ -11,10 +11,10 @@ import optax
 import pytest
 
 import grain_jax
+from grain_jax.checkpoint import files, saved_model, states
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.pack import pack
-from grain_jax.runtime import checkpoint, checkpoint_files, saved_model
-from grain_jax.training import optim
+from grain_jax.train import optim
 from tests import perturbed, tiny
 
 MET = [*range(100), 298, 299]  # tokens of training; the last two start and end a text
@@ -45,8 +45,8 @@ def _run(root, end_id=None, **changes):
     adamw = optim.optimizer(config.optim, optax.constant_schedule(1e-3))
     opt_state = jax.tree_util.tree_map_with_path(_moments, jax.eval_shape(adamw.init, params))
     state = State(jnp.int32(1), params, opt_state)
-    with checkpoint.manager(root, config) as checkpoints:
-        checkpoint.save(checkpoints, state, config)
+    with states.manager(root, config) as checkpoints:
+        states.save(checkpoints, state, config)
         checkpoints.wait_until_finished()
     return root
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_loses_the_tokens_that_training_never_met(workdir, tmp_path
     said = capsys.readouterr().out
     assert "102 of 300 tokens were trained; the embeddings of the others are zeros" in said
     assert said.rstrip().endswith("parity: PROVEN")
-    stored = checkpoint_files.read_arrays(tmp_path / "small" / "params")
+    stored = files.read_arrays(tmp_path / "small" / "params")
     assert {str(x.dtype) for x in jax.tree.leaves(stored)} == {"bfloat16"}
     _, params, _ = saved_model.load_model(workdir)
     small = grain_jax.load(tmp_path / "small").params

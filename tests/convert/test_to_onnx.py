@@ -13,11 +13,11 @@ import torch
 import transformers
 
 import grain_jax
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import onnx_files, tokenizers
 from grain_jax.input_pipeline import clip_tokenizer
-from grain_jax.runtime import saved_model
 from tests import perturbed
 from tests.foreign import close
 from tests.paths import ROOT

@@ -6,12 +6,12 @@ import torch
 from benchmarks.parity import comparison
 from benchmarks.parity import goldens as goldens_parity
 from grain_jax import losses
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import commands as files
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.runtime import saved_model
 from tests import perturbed
 
 torch.set_num_threads(1)  # small matrices; threads would only wait for each other

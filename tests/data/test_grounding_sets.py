@@ -20,7 +20,7 @@ def grounding(folder, source, files, regions, monkeypatch, texts):
     assert annotate.main(given) == 0
     predictor = StubPredictor(dict.fromkeys(regions, [1, 0, 0]), texts, regions)
     monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
-    monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
+    monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
     given = ["grounding", "--checkpoint=RUN", f"--images={folder / 'images'}"]
     given += [f"--annotations={folder / 'out/A.jsonl'}", f"--output={folder / 'g.json'}"]
     assert evaluate.main(given) == 0

@@ -13,13 +13,13 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.checkpoint import pretrained, saved_model
 from grain_jax.core import errors
 from grain_jax.demo import __main__ as command
 from grain_jax.demo import class_lists
-from grain_jax.runtime import pretrained, saved_model
 from tests import tiny
+from tests.evaluate.report import workdirs
 from tests.paths import ROOT
-from tests.report import workdirs
 
 pytest.importorskip("gradio")
 from grain_jax.demo import page  # noqa: E402

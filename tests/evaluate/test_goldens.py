@@ -46,7 +46,7 @@ def test_the_command_gives_the_references_accuracies_and_logits(golden, tmp_path
     regions = {i: (np.zeros((5, 4)), embed) for i, embed in enumerate(golden["inputs/obj_embeds"])}
     predictor = StubPredictor(dict(enumerate(golden["inputs/img_embed"])), _texts(golden), regions)
     monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
-    monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
+    monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
     arguments = ["zeroshot", "--checkpoint", "RUN", "--images", str(tmp_path / "classes")]
     arguments += ["--templates", str(tmp_path / "templates.txt"), "--batch-size", "7"]
     arguments += ["--descriptions", str(tmp_path / "D.json"), "--alpha", ",".join(map(str, ALPHAS))]

@@ -17,8 +17,8 @@ from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, confusion, segmentation, segmentation_sets, tables
 from grain_jax.runtime import processes
 from tests import tiny
+from tests.evaluate.report import workdirs
 from tests.hostile import image_files as hostile
-from tests.report import workdirs
 
 SIZE = 16
 HEAD = dict(model__boxes__kind="roi_align", loss__box_description=1.0)

@@ -86,7 +86,7 @@ def suite(data, tmp_path, monkeypatch):
     def run(*arguments):
         run.predictor.asked.clear()
         monkeypatch.setattr(inference, "load", lambda path, **_: run.predictor)
-        monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
+        monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
         status = command.main(
             ["suite", "--checkpoint", "RUN", "--config", str(ROOT / "configs" / "eval.py")]
             + [f"--config.data_dir={folder}", f"--config.folders={folder}"]

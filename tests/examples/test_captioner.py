@@ -15,9 +15,9 @@ from examples.captioner import config as captioner_config
 from examples.captioner import decoder as decoder_lib
 from examples.captioner import evaluator, term, writer
 from grain_jax import config as config_lib
-from grain_jax import train
 from grain_jax.core import images
 from grain_jax.losses import boxes as boxes_lib
+from grain_jax.train import run
 from tests import record_sets, tiny
 from tests.losses import fake
 
@@ -156,7 +156,7 @@ def test_a_run_writes(tmp_path, monkeypatch):
         text__pack_rows=4,
     )
     c.loss.terms.words = {"term": "examples.captioner.term:Words", "weight": 3.0, "bins": 16}
-    train.train(config_lib.from_dict(c), tmp_path / "run")
+    run.train(config_lib.from_dict(c), tmp_path / "run")
     predictor = grain_jax.load(tmp_path / "run")
     words = writer.Writer(predictor)
     tokens = words.image_tokens([images.load_image(tmp_path / line["image"]) for line in lines])

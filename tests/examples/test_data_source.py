@@ -12,10 +12,10 @@ import pytest
 
 from examples.data_source import shapes
 from grain_jax import config as config_lib
-from grain_jax import inference, train
+from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.input_pipeline import sources
-from grain_jax.training import sharding
+from grain_jax.train import run, sharding
 from tests import record_sets, runs, tiny
 
 SOURCE = "examples.data_source.shapes:Shapes"
@@ -54,10 +54,10 @@ def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatc
     monkeypatch.setattr(jax, "devices", lambda: device)
     given = config(text__pack_group=None, text__pack_rows=None)
     mesh = sharding.make_mesh(given.mesh)
-    derived, _ = train.derive(given, mesh, sources.open_source(given), tmp_path)
+    derived, _ = run.derive(given, mesh, sources.open_source(given), tmp_path)
     assert derived.text.pack_group == 4 and 1 <= derived.text.pack_rows <= 16
 
-    train.train(config(), tmp_path / "whole")
+    run.train(config(), tmp_path / "whole")
     stored = json.loads((tmp_path / "whole/config.json").read_text())
     assert stored["input"]["options"] == {"colours": ["red", "blue"], "examples": 4096}
     whole = runs.lines(tmp_path / "whole")
@@ -65,7 +65,7 @@ def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatc
     # A run that is cut off after the checkpoint of step 1 goes on to the bit.
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/checkpoints/2")
-    train.train(config(), tmp_path / "cut")
+    run.train(config(), tmp_path / "cut")
     assert runs.lines(tmp_path / "cut") == whole
 
     # The model is there for those who do not have the source.

@@ -8,10 +8,10 @@ import pytest
 
 from examples.evaluator import neighbours
 from grain_jax import config as config_lib
-from grain_jax import inference, train
+from grain_jax import inference
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import suite, tables
-from grain_jax.training import schedule
+from grain_jax.train import run, schedule
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
 
@@ -65,7 +65,7 @@ def test_a_suite_has_it_beside_the_evaluators_of_the_package(
 ):
     (folder / "suite.py").write_text(SUITE % (KIND, f"{folder}/test", f"{folder}/train"))
     monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
-    monkeypatch.setattr("grain_jax.runtime.saved_model.find", lambda path: path)
+    monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
     given = ["suite", "--checkpoint", "RUN", "--output", str(folder / "o.json")]
     given += ["--config", str(folder / "suite.py"), "--config.evals.mine.k=1"]
     assert command.main(given) == 0
@@ -90,7 +90,7 @@ def test_a_run_measures_it_and_keeps_it_in_its_config(
     schedule.check_best_entry(config, evals)
     gone = f"{folder}/gone/test, {folder}/gone/train: not there; to get it: ask"
     assert f"evals.gone: skipped: {gone}" in capsys.readouterr().err
-    monkeypatch.setattr(train, "make_predictor", lambda *_: predictor)
+    monkeypatch.setattr(run, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
-    results = train.evaluate_all(config, evals, state, tmp_path)
+    results = run.evaluate_all(config, evals, state, tmp_path)
     assert results["eval/mine/top1"] == 0.75 and results["eval/mine/pictures"] == 4

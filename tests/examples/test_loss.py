@@ -8,8 +8,8 @@ import torch
 from examples.loss.smoothness import Options, Smoothness
 from examples.loss.uniformity import uniformity
 from grain_jax import losses
-from grain_jax.cli import config_file
-from grain_jax.training import sharding
+from grain_jax.config import loading
+from grain_jax.train import sharding
 from tests import tiny
 from tests.losses import fake
 from tests.losses.test_losses import _outputs
@@ -111,7 +111,7 @@ def test_the_local_term_equals_a_float64_replica():
 
 def parse(*given):
     """The Config of a command line."""
-    return config_file.load(str(ROOT / "tests/run_config.py"), given)
+    return loading.load(str(ROOT / "tests/run_config.py"), given)
 
 
 def test_the_command_line_switches_it_on():

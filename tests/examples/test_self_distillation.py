@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from examples.self_distillation import term as distillation
-from grain_jax import train
+from grain_jax.checkpoint import files
 from grain_jax.losses.local import Parameters
-from grain_jax.runtime import checkpoint_files
+from grain_jax.train import run
 from tests import tiny
 from tests.losses import fake
 
@@ -23,13 +23,13 @@ KEYS = dict(loss__terms__distillation=ENTRY, checkpoint_every=1, checkpoint_keep
 def state_at(workdir, step):
     """(parameters, state of the term) of a checkpoint."""
     folder = workdir / "checkpoints" / str(step) / "state"
-    read = lambda name: checkpoint_files.read_arrays(folder, only=name)[name]
+    read = lambda name: files.read_arrays(folder, only=name)[name]
     return read("params"), read("term_state")[NAME]
 
 
 def test_the_teacher_is_an_average_that_survives_a_resume(tmp_path):
     c = tiny.small(**KEYS)
-    train.train(c, tmp_path / "whole")
+    run.train(c, tmp_path / "whole")
     params, states = zip(*(state_at(tmp_path / "whole", step) for step in (1, 2, 3, 4)))
     for step in (1, 2, 3):
         average = lambda old, new: DECAY * old + (1 - DECAY) * new
@@ -40,8 +40,8 @@ def test_the_teacher_is_an_average_that_survives_a_resume(tmp_path):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), states[3]["tower"], params[3]["image"])
     assert max(jax.tree.leaves(moved)) > 1e-5  # it is not the student
     with pytest.raises(SystemExit, match="75"):
-        train.train(c, tmp_path / "stopped", handler=tiny.EndsAt(2))
-    train.train(c, tmp_path / "stopped")
+        run.train(c, tmp_path / "stopped", handler=tiny.EndsAt(2))
+    run.train(c, tmp_path / "stopped")
     resumed = state_at(tmp_path / "stopped", 4)
     jax.tree.map(np.testing.assert_array_equal, resumed, (params[3], states[3]))
     text = (tmp_path / "stopped/metrics.jsonl").read_text()

@@ -10,9 +10,9 @@ import pytest
 
 from examples.tower import mixer
 from grain_jax import config as config_lib
-from grain_jax import inference, train
+from grain_jax import inference
 from grain_jax.core import errors
-from grain_jax.training import flops, optim, sharding, train_step
+from grain_jax.train import flops, optim, run, sharding, train_step
 from tests import tiny
 
 TOWER = "examples.tower.mixer:Mixer"
@@ -37,8 +37,8 @@ def lines(workdir):
 
 @pytest.mark.slow
 def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path, monkeypatch):
-    train.train(config(), tmp_path / "data")
-    train.train(config(mesh=(2, 2, 2)), tmp_path / "all")
+    run.train(config(), tmp_path / "data")
+    run.train(config(mesh=(2, 2, 2)), tmp_path / "all")
     got, expected = lines(tmp_path / "all"), lines(tmp_path / "data")
     assert [line["step"] for line in expected] == [1, 2, 3]
     for a, b in zip(got, expected):
@@ -48,7 +48,7 @@ def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path, monkeypa
     # A run that is cut off after the checkpoint of step 2.
     shutil.copytree(tmp_path / "data", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/checkpoints/3")
-    train.train(config(), tmp_path / "cut")
+    run.train(config(), tmp_path / "cut")
     again = lines(tmp_path / "cut")[-1]
     for name in ("step", "loss", "grad_norm/image"):
         assert again[name] == expected[-1][name], name

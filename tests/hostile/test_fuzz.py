@@ -14,10 +14,10 @@ import pytest
 import tensorflow as tf
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors, images
 from grain_jax.data import example, sources
 from grain_jax.input_pipeline import file_tokenizer, records, transforms
-from grain_jax.runtime import saved_model
 from tests import perturbed, record_sets, tiny
 from tests.data import test_sources
 from tests.hostile import image_files

@@ -9,10 +9,10 @@ import urllib.parse
 
 import pytest
 
-from grain_jax.runtime import saved_model
+from grain_jax.checkpoint import saved_model
 from tests import tiny
+from tests.evaluate.report import workdirs
 from tests.paths import ROOT
-from tests.report import workdirs
 
 pytest.importorskip("gradio")
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}

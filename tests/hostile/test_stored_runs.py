@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax import train
+from grain_jax.checkpoint import files, saved_model
 from grain_jax.convert import export
-from grain_jax.runtime import checkpoint_files, saved_model
+from grain_jax.train import run
 from tests import runs, tiny
 
 RUN = dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         device = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: device)
-        train.train(tiny.config(**RUN), workdir)
+        run.train(tiny.config(**RUN), workdir)
     return workdir
 
 
@@ -74,5 +74,5 @@ def test_a_checkpoint_that_lacks_a_part_falls_back_or_says_so(copy, missing, cap
     assert saved_model.load_model(copy)[2].endswith("/checkpoints/1")
     assert "checkpoints/2 is damaged, reading the checkpoint before it" in caplog.text
     shutil.rmtree(copy / "checkpoints" / "1")
-    with pytest.raises(checkpoint_files.CheckpointError, match="2: damaged: .*; put back a copy"):
+    with pytest.raises(files.CheckpointError, match="2: damaged: .*; put back a copy"):
         saved_model.load_model(copy)

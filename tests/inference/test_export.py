@@ -11,8 +11,8 @@ from jax import export as jax_export
 
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import export
-from grain_jax.runtime import saved_model
 from tests import perturbed
 
 # As docs/library.md shows it; nothing of ours can be imported there, nor flax.

@@ -12,11 +12,11 @@ import pytest
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.checkpoint import files, saved_model
 from grain_jax.core import images, progress, schema
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
-from grain_jax.runtime import checkpoint_files, saved_model
 from tests import perturbed, tiny
 
 S, Q, D = 16, 5, 16
@@ -292,7 +292,7 @@ def test_load_reads_what_save_model_wrote(predictor, tmp_path):
     loaded = grain_jax.load(str(tmp_path / "model"))
     assert loaded.model == predictor.model
     np.testing.assert_array_equal(loaded.encode_image(FEW), predictor.encode_image(FEW))
-    with pytest.raises(checkpoint_files.CheckpointError, match="no such folder"):
+    with pytest.raises(files.CheckpointError, match="no such folder"):
         grain_jax.load(str(tmp_path / "none"))
 
 

@@ -6,7 +6,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.input_pipeline import assemble, tokenizer
-from grain_jax.training import forward
+from grain_jax.train import forward
 from tests import record_sets
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import train
+from grain_jax.checkpoint import states
 from grain_jax.core import errors
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.runtime import checkpoint
-from grain_jax.training import sharding, train_step
+from grain_jax.train import run, sharding, train_step
 from tests import record_sets, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of TFDS
@@ -274,14 +273,14 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     source = dict(input__source="records", input__name="tiny_set", input__data_dir=str(tmp_path))
     config = open_config(batch_size=8, **source)
     mesh = sharding.make_mesh(config.mesh)  # 8 devices, one image each
-    derive = lambda workdir: train.derive(config, mesh, records, workdir)
+    derive = lambda workdir: run.derive(config, mesh, records, workdir)
 
     found, line = derive(tmp_path / "run")
     assert numbers(found) == (1, 1, 1)
     assert "text.pack_rows=1 for groups of 1: from 24 images of 'tiny_set'; 0.00% of" in line
-    checkpoints = checkpoint.manager(tmp_path / "run", found)
+    checkpoints = states.manager(tmp_path / "run", found)
     state = train_step.TrainState(jnp.int32(1), *[{"x": jnp.zeros(2)}] * 6)
-    checkpoint.save(checkpoints, state, found, {})
+    states.save(checkpoints, state, found, {})
     checkpoints.close()
     path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
     longer = json.loads(path.read_text())

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import files, states
 from grain_jax.core import errors
 from grain_jax.input_pipeline import order, record_files, records
-from grain_jax.runtime import checkpoint, checkpoint_files
 from tests import record_sets, tiny
 from tests.record_sets import numbers, take
 
@@ -244,11 +244,9 @@ def test_faults_of_the_config_are_a_line(change, message):
 def test_a_run_on_one_set_is_not_one_on_several(folder):
     config = record_sets.config(folder, name="birds")
     stored = dataclasses.asdict(config)
-    checkpoint.check_same_run(stored, config)
+    states.check_same_run(stored, config)
     gone = {"mine": {"kind": "no_such_module:Gone", "option": 3}}  # decides no order
     stored |= {"evals": gone, "checkpoint_best_metric": "eval/mine/x"}
-    checkpoint.check_same_run(stored, config)
-    with pytest.raises(
-        checkpoint_files.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"
-    ):
-        checkpoint.check_same_run(stored, mixture(folder))
+    states.check_same_run(stored, config)
+    with pytest.raises(files.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"):
+        states.check_same_run(stored, mixture(folder))

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.launch import chips, hlo, hlo_collectives, hlo_work
-from grain_jax.training import flops
+from grain_jax.train import flops
 from tests import paths
 
 GOLDENS = paths.GOLDENS / "hlo"

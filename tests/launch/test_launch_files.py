@@ -16,7 +16,7 @@ import time
 import pytest
 import yaml
 
-from grain_jax.cli import config_file
+from grain_jax.config import loading
 from grain_jax.core import errors
 from grain_jax.launch import files
 from tests.paths import ROOT
@@ -292,7 +292,7 @@ def test_the_files_name_configs_that_a_wheel_has():
     for path in LAUNCH.iterdir():
         if path.suffix in (".yaml", ".sbatch", ".sh") or path.name == "Dockerfile":
             named = re.findall(r"--config[= ](\S+)", path.read_text())
-            assert named and set(named) <= set(config_file.packaged()), path
+            assert named and set(named) <= set(loading.packaged()), path
 
 
 def test_the_image_has_what_it_copies_and_installs():

@@ -11,12 +11,11 @@ import jax
 import optax
 import pytest
 
-from grain_jax import train
 from grain_jax.core import errors
 from grain_jax.launch import chips, compiler, plan, plan_text
 from grain_jax.losses import hops
 from grain_jax.models import grain
-from grain_jax.training import flops, forward, sharding, train_step
+from grain_jax.train import flops, forward, run, sharding, train_step
 from tests import tiny
 
 needs_libtpu = pytest.mark.skipif(
@@ -52,7 +51,7 @@ def test_plan_and_train_lower_the_same_program(planned, monkeypatch, tmp_path):
 
     monkeypatch.setattr(train_step, "build", build)
     with pytest.raises(_Built) as caught:
-        train.train(tiny.config(**AS_ON_CPUS), tmp_path)
+        run.train(tiny.config(**AS_ON_CPUS), tmp_path)
     program = caught.value.args[0]
     traced = program.step.trace(program.state, program.batch)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()

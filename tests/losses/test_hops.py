@@ -11,7 +11,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.losses import hops, layout
-from grain_jax.training import sharding
+from grain_jax.train import sharding
 from tests import tiny
 from tests.losses.test_losses import _outputs
 

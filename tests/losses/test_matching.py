@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from grain_jax.losses import matching
-from grain_jax.training import sharding
+from grain_jax.train import sharding
 from tests import tiny
 from tests.paths import GOLDENS
 

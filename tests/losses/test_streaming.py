@@ -15,7 +15,7 @@ from grain_jax import losses
 from grain_jax.core import errors
 from grain_jax.losses import matching, streaming
 from grain_jax.losses.ring import Ring, packed, unpacked
-from grain_jax.training import sharding
+from grain_jax.train import sharding
 from tests import tiny
 from tests.losses.test_losses import (
     _outputs,

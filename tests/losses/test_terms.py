@@ -12,7 +12,7 @@ import pytest
 from grain_jax import config, losses
 from grain_jax.core import errors
 from grain_jax.losses import shard, total
-from grain_jax.training import sharding
+from grain_jax.train import sharding
 from tests import tiny
 from tests.losses.test_losses import _outputs
 from tests.paths import ROOT

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.models import layers, placement, vit
-from grain_jax.training import sharding
+from grain_jax.train import sharding
 from tests import tiny
 
 

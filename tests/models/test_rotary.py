@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
 from grain_jax.models import grain, layers, placement, rotary, vit
-from grain_jax.training import flops, optim
+from grain_jax.train import flops, optim
 from tests import foreign, tiny
 from tests.models.test_attention import _loss
 

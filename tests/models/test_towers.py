@@ -10,7 +10,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.core import errors
 from grain_jax.models import grain, layers, towers
-from grain_jax.training import flops
+from grain_jax.train import flops
 from tests import tiny
 
 IMAGE, TEXT = "tests.models.test_towers:Colours", "tests.models.test_towers:Bag"

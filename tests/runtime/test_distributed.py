@@ -16,7 +16,7 @@ from jax._src import clusters
 
 from grain_jax.core import errors
 from grain_jax.runtime import distributed
-from grain_jax.training import arguments as train
+from grain_jax.train import arguments as train
 from tests.paths import ROOT
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from grain_jax.evaluate.report import run_files
 from grain_jax.launch import sweep_runs
-from grain_jax.report import run_files
-from grain_jax.runtime import metrics_file, metrics_writer
+from grain_jax.runtime import metrics_file
+from grain_jax.train import metrics_writer
 
 HOSTILE = [  # each ended the trainer, the report or the table in a traceback
     b'{"step": "x"}',

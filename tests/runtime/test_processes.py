@@ -13,12 +13,13 @@ import PIL.Image
 import pytest
 
 from grain_jax import inference
+from grain_jax.checkpoint import saved_model
 from grain_jax.config.evals import Context
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import encode, tables, test_sets, zeroshot
 from grain_jax.models import grain
-from grain_jax.runtime import processes, saved_model
+from grain_jax.runtime import processes
 from tests import tiny
 from tests.paths import ROOT
 

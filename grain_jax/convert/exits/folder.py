@@ -10,12 +10,12 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import model_card, parity, tables
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import images
 from grain_jax.models import grain
-from grain_jax.runtime import saved_model
 
 MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
 

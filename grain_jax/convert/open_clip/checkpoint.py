@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import archives, torchscript
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.core import regular_file
-from grain_jax.runtime.pretrained import hub
 
 SCALARS = {"logit_scale": "logit_scale", "logit_bias": "logit_bias"}  # ours -> theirs
 _WEIGHTS = (

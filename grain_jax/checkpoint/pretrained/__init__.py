@@ -1,0 +1,80 @@
+"""Models that a name stands for: those of the package, and those of the Hugging Face Hub.
+
+A model of the package is a converted folder beside this file, with its card (README.md), which tells the commands that
+made it. `hf://ORG/NAME[@REVISION]` is a model of the Hub (`hub`). Imports no JAX.
+"""
+
+import difflib
+import re
+
+from etils import epath
+
+from grain_jax.checkpoint.pretrained import hub
+
+NAMES = ("aviary-tiny",)
+# Weights of others, by the last suffix: the kind of `grain-jax convert` that reads them.
+_CONVERSIONS = {
+    **dict.fromkeys((".safetensors", ".pt", ".pth", ".bin"), "from-open-clip"),
+    ".tar": "from-torch",
+    ".npz": "from-big-vision",
+}
+_FOREIGN = (
+    r"(vit|rn\d|convnext|eva|coca|siglip|clip).*"  # as models of open_clip and OpenAI are named
+)
+_FOLDER = epath.Path(__file__).parent
+
+
+def folder_of(path: epath.PathLike) -> epath.Path:
+    """The folder that `path` stands for; one that is not a name is returned as it is, also where it does not exist.
+
+    Args:
+      path: a folder, local or remote; one of NAMES, where no folder has that name; or a name on the Hub, which is
+        downloaded into the cache of huggingface_hub.
+
+    Raises:
+      hub.HubError: it cannot be downloaded.
+    """
+    text = str(path)
+    if hub.is_reference(text):
+        return hub.download(text)
+    path = epath.Path(path)
+    return _FOLDER / text if text in NAMES and not path.is_dir() else path
+
+
+def is_of_name(folder: epath.PathLike) -> bool:
+    """Whether a folder belongs to the package or to the cache of huggingface_hub, where nothing of ours is written."""
+    folder = epath.Path(folder)
+    snapshots = folder.parent
+    in_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return in_cache or folder.parent == _FOLDER
+
+
+def conversion(path: epath.PathLike) -> str:
+    """The command that makes a model for `load` of the weights of others: of a file, by its name, or in a folder; or ""."""
+    path = epath.Path(path)
+    kind = _CONVERSIONS.get(path.suffix)
+    if path.is_dir() and any(
+        _CONVERSIONS.get(x.suffix) == "from-open-clip" for x in path.iterdir()
+    ):
+        kind = "from-hf" if (path / "config.json").exists() else "from-open-clip"
+    if not kind:
+        return ""
+    return f"grain-jax convert {kind} --input {path} --output DIR makes a folder of it that loads"
+
+
+def no_such(path: epath.PathLike) -> str:
+    """The line for a path that is neither a folder nor a name."""
+    if command := conversion(path):
+        got = "got a file" if epath.Path(path).exists() else "no such file"
+        return f"{path}: {got}, expected a folder; {command}"
+    if re.fullmatch(_FOREIGN, str(path), re.IGNORECASE):
+        return (
+            f"{path}: no such folder; of open_clip and OpenAI get the weights, then grain-jax convert from-open-clip"
+            " --input WEIGHTS --output DIR makes a folder of them that loads"
+        )
+    near = difflib.get_close_matches(str(path), NAMES, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return (
+        f"{path}: no such folder; {meant}expected a workdir, a checkpoint, a converted model,"
+        f" {', '.join(NAMES)} (comes with the package), or hf://ORG/NAME (of the Hugging Face Hub)"
+    )

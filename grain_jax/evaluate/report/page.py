@@ -1,0 +1,179 @@
+"""report.html: one static, self-contained file with the results of a run: table, curves, classes, cards of regions."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from etils import epath
+
+from grain_jax.config.evals import TableRow
+from grain_jax.core import atomic, html
+from grain_jax.evaluate import tables
+from grain_jax.evaluate.report import charts, look, run_files
+from grain_jax.evaluate.report.arguments import NUM_IMAGES
+
+FILE = "report.html"
+_STYLES = epath.Path(__file__).parent / "page.css"
+
+
+def write(
+    workdir: epath.PathLike,
+    predictor: Any = None,
+    *,
+    output: epath.PathLike | None = None,
+    results: Sequence[epath.PathLike] = (),
+    num_images: int = NUM_IMAGES,
+    model: bool = True,
+) -> epath.Path:
+    """Writes the page.
+
+    Args:
+      workdir: workdir of a run.
+      predictor: the model of the run, if it is in memory already; else the newest checkpoint is loaded.
+      output: the file to write; default: `report.html` in `workdir`.
+      results: files that `grain_jax.evaluate` wrote for the run.
+      num_images: images of each evaluation that the model runs on.
+      model: False: no model is loaded, and the page shows only what the files hold.
+
+    Returns: the path of the page.
+
+    Raises:
+      run_files.InputError: the folder holds no run.
+    """
+    run = run_files.read(workdir, results)
+    looked = look.Looked({}, [], ["no model was loaded"])
+    if model and run.config is not None:
+        looked = look.look(workdir, predictor, run.config.get("evals", {}), num_images)
+    path = epath.Path(output) if output else run.workdir / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, render(run, looked))
+    return path
+
+
+def render(run: run_files.RunFiles, looked: look.Looked) -> str:
+    """The HTML of the page."""
+    step = f", step {run.step:,}" if run.step is not None else ""
+    per_class = {
+        f"{result.name}, {way} ({result.source})": shares
+        for result in run.results
+        for way, shares in result.per_class.items()
+    }
+    unmeasured = "".join(
+        f"<li>{escape(line)}</li>" for line in [*run.unmeasured, *looked.unmeasured]
+    )
+    shown = json.dumps(run.config, indent=1, ensure_ascii=False)
+    parts = [
+        (
+            "results",
+            "Results",
+            "The last evaluations. The bar is the value, the thin line its 95% interval, the upright line chance.",
+            _results(run.results),
+        ),
+        (
+            "curves",
+            "Curves",
+            "What was logged over the steps; each name has its last value.",
+            "".join(charts.svg(chart, run.series) for chart in charts.charts(run.series)),
+        ),
+        (
+            "classes",
+            "Classes",
+            "The share of the images of each class whose top-1 is right, the lowest first.",
+            _classes(per_class | looked.classes),
+        ),
+        (
+            "regions",
+            "Regions",
+            "Test images with the boxes of the region queries (solid) and the description that each matches best,"
+            " and the annotated boxes (dashed), in the colour of the query that each is matched to.",
+            "".join(map(_card, looked.cards)),
+        ),
+        ("unmeasured", "Not measured", "", f"<ul>{unmeasured}</ul>" if unmeasured else ""),
+        ("config", "Config", "", f"<details><summary>config.json</summary><pre>{escape(shown)}</pre></details>"),
+    ]  # fmt: skip
+    grids = {"curves": "charts", "regions": "cards"}
+    return html.document(
+        title=f"{run.workdir.name}: grain_jax.evaluate.report",
+        header=f'<div><h1>Training run</h1><p class="soft"><code>{escape(str(run.workdir))}</code>{step}</p></div>',
+        sections=[
+            html.Section(name, title, f'<div class="{grids.get(name, "")}">{content}</div>', about)
+            for name, title, about, content in parts
+            if content
+        ],
+        files=[_STYLES],
+    )
+
+
+def _results(results: Sequence[run_files.Result]) -> str:
+    rows = [
+        f'<tr><th scope="row">{escape(label)}</th><td class="value">{_cell(result.numbers, row, *cells)}</td>'
+        f"<td>{escape(result.source)}</td></tr>"
+        for result in results
+        for row in tables.rows_of(result.kind, result.numbers)
+        for label, *cells in [tables.cells(result.name.replace("_", " "), result.numbers, row)]
+    ]
+    if not rows:
+        return '<p class="none">Nothing has been evaluated.</p>'
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("measured", "value", "file"))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cell(
+    numbers: Mapping[str, float], row: TableRow, value: str, between: str, chance: str, count: str
+) -> str:
+    """A number with its interval, chance level and count; numbers in [0, 1] get a bar too."""
+    parts = [between, f"chance {chance}" if chance else "", f"of {count}" if count else ""]
+    text = f"<b>{escape(value)}</b> <small>{escape('; '.join(filter(None, parts)))}</small>"
+    number = numbers[row.key]
+    if not (row.is_share or row.chance) or not 0 <= number <= 1:
+        return text
+    bar = f'<i class="value" style="width:{100 * number:.2f}%"></i>'
+    low, high = numbers.get(f"{row.key}_low"), numbers.get(f"{row.key}_high")
+    if low is not None and high is not None:
+        place = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
+        bar += f'<i class="between" style="{place}"></i>'
+    if row.chance and row.chance in numbers:
+        bar += f'<i class="chance" style="left:{100 * numbers[row.chance]:.2f}%"></i>'
+    return f'{text}<span class="scale" aria-hidden="true">{bar}</span>'
+
+
+def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
+    out = ""
+    for name, shares in per_class.items():
+        lines = "".join(
+            f'<li><span>{escape(label)}</span><span class="track"><i style="width:{100 * share:.1f}%"></i></span>'
+            f"{share:.1%}</li>"
+            for label, share in sorted(shares.items(), key=lambda pair: pair[1])
+        )
+        opened = "" if out else " open"
+        out += f"<details{opened}><summary>{escape(name)}</summary>"
+        out += f'<ol class="classes">{lines}</ol></details>'
+    return out
+
+
+def _card(card: look.Card) -> str:
+    width, height = card.size
+    shapes, lines = "", ""
+    for box in card.boxes:
+        colour = (
+            html.REGION_COLOURS[box.colour % len(html.REGION_COLOURS)]
+            if box.colour >= 0
+            else "#777"
+        )
+        x1, y1, x2, y2 = box.xyxy
+        place = f'x="{x1 * width:.1f}" y="{y1 * height:.1f}" width="{(x2 - x1) * width:.1f}" height="{(y2 - y1) * height:.1f}"'
+        kind = "true" if box.cosine is None else "predicted"
+        shapes += f'<g class="{kind}"><title>{escape(box.text)}</title><rect class="halo" {place}/>'
+        shapes += f'<rect class="line" {place} style="stroke:{colour}"/></g>'
+        badge = f'<b class="badge" style="background:{colour}">{box.colour + 1 if box.colour >= 0 else ""}</b>'
+        more = "annotated" if box.cosine is None else f"cosine {box.cosine:.3f}"
+        if box.right is not None:
+            word = "right" if box.right else "wrong"
+            more += f' <span class="{word}">{word}</span>'
+        lines += f'<li>{badge}<span>{escape(box.text)}</span><span class="more">{more}</span></li>'
+    return (
+        f'<figure class="card"><div class="image"><img src="{card.uri}" width="{width}" height="{height}" alt="">'
+        f'<svg class="boxes" viewBox="0 0 {width} {height}" preserveAspectRatio="none">{shapes}</svg></div>'
+        f'<figcaption>{escape(card.name)}</figcaption><ul class="said">{lines}</ul></figure>'
+    )

@@ -1,0 +1,249 @@
+"""Checkpoints on disk: which are kept, what happens to damaged ones and on a full disk, what a mismatch says."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grain_jax.checkpoint import files as checkpoint_files
+from grain_jax.checkpoint import states
+from grain_jax.core import errors
+from grain_jax.runtime import ending
+from tests import tiny
+
+DATA = [
+    {
+        "name": "birds",
+        "split": "train",
+        "shard_lengths": [4, 4, 3],
+        "digest": "0f" * 16,
+        "digest_of": "records",
+    }
+]
+
+
+class State(NamedTuple):
+    """What `save` needs of a TrainState."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any = ()
+    ema_params: Any = ()
+
+
+def state(step, width=8):
+    weights = jax.random.normal(
+        jax.random.key(step), (64, width)
+    )  # random: it must not compress away
+    return State(jnp.int32(step), {"tower": {"weights": weights, "bias": jnp.zeros(width)}})
+
+
+def abstract(like):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+
+
+def save_steps(workdir, steps, config, metrics=None, width=8):
+    checkpoints = states.manager(workdir, config)
+    for step in steps:
+        saved = state(step, width)
+        states.save(checkpoints, saved, config, metrics and metrics(step), DATA)
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+
+
+def restore(workdir, config, like=None):
+    """(the restored state or None, what was said)."""
+    said = []
+    checkpoints = states.manager(workdir, config)
+    restored = states.restore_newest(
+        checkpoints, config, abstract(like or state(0)), said.append, DATA
+    )
+    checkpoints.close()
+    return restored, said
+
+
+def kept(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_the_last_every_k_and_the_best_are_kept(tmp_path):
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 6: 2.5}  # 5, 7 and 8 have none
+    config = tiny.config(
+        checkpoint_keep=2,
+        checkpoint_keep_every=3,
+        checkpoint_best_metric="loss",
+        checkpoint_best_mode="min",
+    )
+    measured = lambda step: {"loss": losses[step]} if step in losses else None
+    save_steps(tmp_path, range(1, 6), config, measured)
+    save_steps(tmp_path, range(6, 9), config, measured)  # a restart knows them all
+    assert kept(tmp_path) == [2, 3, 6, 7, 8]
+    (tmp_path / "last").mkdir()
+    save_steps(tmp_path / "last", range(1, 6), tiny.config(checkpoint_keep=2))
+    assert kept(tmp_path / "last") == [4, 5]
+
+
+def _largest(folder):
+    """The file with the arrays."""
+    files = [p for p in (folder / "state").rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def _remove(folder):
+    for path in folder.iterdir():
+        path.unlink() if path.is_file() else _remove(path)
+    folder.rmdir()
+
+
+def _flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "bit flipped": lambda f: _flip_a_bit(_largest(f)),
+    "truncated": lambda f: _largest(f).write_bytes(_largest(f).read_bytes()[:100]),
+    "data gone": lambda f: _largest(f).unlink(),
+    "metadata cut": lambda f: (f / "state/_METADATA").write_text('{"tree_metadata": {'),
+    "config gone": lambda f: _remove(f / "config"),
+    "digests cut": lambda f: (f / "digests/metadata").write_text(""),
+    "metrics cut": lambda f: (f / "metrics/metrics").write_text("{"),
+    "step metadata": lambda f: (f / "_CHECKPOINT_METADATA").write_text("garbage"),
+    "empty": lambda f: [p.unlink() if p.is_file() else _remove(p) for p in f.iterdir()],
+}
+
+
+MEASURED = tiny.config(checkpoint_keep=2, checkpoint_best_metric="loss")
+LOSS = lambda step: {"loss": float(step), "other": 1.0}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with the checkpoints 4 and 8."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save_steps(workdir, (4, 8), MEASURED, LOSS)
+    return workdir
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    DAMAGE[damage](workdir / "checkpoints" / "8")
+    restored, said = restore(workdir, MEASURED)
+    step = 8 if damage in ("step metadata", "metrics cut") else 4  # the state does not need them
+    if step == 4:
+        assert len(said) == 1 and said[0].startswith("checkpoint 8 is damaged"), said
+        assert ("not what was saved: state" in said[0]) == (damage == "bit flipped"), said
+        assert kept(workdir) == [4] and (workdir / "damaged_checkpoints/8").is_dir()
+    assert int(restored.step) == step
+    np.testing.assert_array_equal(
+        restored.params["tower"]["weights"], state(step).params["tower"]["weights"]
+    )
+    if damage == "truncated":  # written again
+        save_steps(workdir, (8,), MEASURED, LOSS)
+        restored, said = restore(workdir, MEASURED)
+        assert int(restored.step) == 8 and not said
+
+
+@pytest.mark.parametrize("item, count", [("config", 14), ("data", 60)])
+def test_a_flipped_bit_beside_the_state_is_damage_too(saved, tmp_path, item, count):
+    """Before, it was a key that the user never wrote, other data, or a KeyError; the run ended."""
+    for i in range(count):
+        workdir = tmp_path / str(i)
+        shutil.copytree(saved, workdir)
+        path = workdir / "checkpoints" / "8" / item / "metadata"
+        content = bytearray(path.read_bytes())
+        bit = i * 8 * len(content) // count + i % 8
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        assert states.newest_config(workdir) == (MEASURED, "checkpoint 4"), bit
+        restored, said = restore(workdir, MEASURED)
+        assert int(restored.step) == 4 and len(said) == 1, bit
+        assert said[0].startswith("checkpoint 8 is damaged"), said
+
+
+def test_all_damaged_is_one_line_and_moves_nothing(saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    for step in ("4", "8"):
+        DAMAGE["truncated"](workdir / "checkpoints" / step)
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match="none of the checkpoints 8, 4 can"
+    ) as e:
+        restore(workdir, MEASURED)
+    assert len(str(e.value).splitlines()) == 1
+    assert kept(workdir) == [4, 8]
+
+
+def test_what_a_cut_off_save_left_is_neither_read_nor_kept(tmp_path):
+    save_steps(tmp_path, (4,), tiny.config())
+    half = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    restored, said = restore(tmp_path, tiny.config())
+    assert int(restored.step) == 4 and not said
+    save_steps(tmp_path, (8,), tiny.config())
+    assert kept(tmp_path) == [4, 8]
+
+
+def test_a_mismatch_names_each_array(saved):
+    other = State(
+        jnp.int32(0),
+        {
+            "tower": {"weights": jnp.zeros((64, 8), jnp.bfloat16), "bias": jnp.zeros(8)},
+            "head": {"weights": jnp.zeros(2), "bias": jnp.zeros(2)},
+        },
+    )
+    with pytest.raises(checkpoint_files.CheckpointError) as e:
+        restore(saved, MEASURED, other)
+    assert str(e.value).splitlines()[1:] == [
+        "  params/head/bias: stored nothing, expected (2,) float32",
+        "  params/head/weights: stored nothing, expected (2,) float32",
+        "  params/tower/weights: stored (64, 8) float32, expected (64, 8) bfloat16",
+    ]
+    with pytest.raises(checkpoint_files.CheckpointError, match=r"seed: the run .* has 0, got 1"):
+        restore(saved, tiny.config(seed=1))
+
+
+def test_what_a_step_computes_otherwise_is_said(saved):
+    changes = dict(model__image__keep=0.5)
+    given = dict(checkpoint_every=77, microbatches=2)  # of the same run
+    restored, said = restore(saved, dataclasses.replace(MEASURED, **given))
+    assert int(restored.step) == 8 and said == []
+    _, said = restore(saved, tiny.config(**changes))
+    assert said == ["goes on with other values than checkpoint 8: model.image.keep 1.0 -> 0.5"]
+    longer = dataclasses.replace(MEASURED, total_steps=99, total_epochs=None)
+    (line,) = restore(saved, longer)[1]
+    assert f"total_steps {MEASURED.total_steps} -> 99" in line
+
+
+def test_a_full_disk_for_real(tmp_path):
+    config = tiny.config(checkpoint_keep=99)
+    tmpfs = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(tmpfs, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        with pytest.raises(errors.StorageFault, match="no space left"):
+            with ending.in_a_line(tmp_path):
+                save_steps(tmp_path, range(1, 99), config, width=256)
+        last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+        subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)
+        restored, said = restore(tmp_path, config, state(0, width=256))
+        assert int(restored.step) == last and not said
+        save_steps(tmp_path, (last + 1,), config, width=256)
+        assert kept(tmp_path) == list(range(1, last + 2))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_the_stored_metric(saved):
+    stored = json.loads((saved / "checkpoints/4/metrics/metrics").read_text())
+    assert stored == {"loss": 4.0}

@@ -1,0 +1,170 @@
+"""The page about a run, read as text."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from grain_jax.evaluate.report import __main__ as command
+from grain_jax.evaluate.report import charts, look, page
+from tests.evaluate.report import workdirs
+from tests.evaluate.stub import measure
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a run, with its page, and its model."""
+    root, predictor = tmp_path_factory.mktemp("report"), workdirs.predictor()
+    workdirs.data(root / "data")
+    folder = workdirs.workdir(root / "run", root / "data")
+    page.write(folder, predictor)
+    return folder, predictor
+
+
+class _Parsed(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loaded, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loaded += [x for key, x in attributes if key in ("src", "href", "data", "action")]
+
+    def handle_data(self, text):
+        if self.tags[-1] not in ("style", "script"):
+            self.texts.append(text)
+
+
+def _text(file):
+    return re.sub(r"\s+", " ", " ".join(_Parsed(file.read_text()).texts))
+
+
+def _evals(folder):
+    return json.loads((folder / "config.json").read_text())["evals"]
+
+
+def test_it_holds_the_numbers(run):
+    shown = _text(run[0] / "report.html")
+    for words in (
+        "birds: top-1, alpha 1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
+        "boxes: matched box IoU 0.464 chance 0.200",
+        "cifar10: top-1, alpha 1 60.0% chance 10.0%; of 40 pictures",
+        "cifar10: top-1, alpha 1, by name 50.0% chance 10.0%; of 40 pictures",
+        "cifar10, alpha 1.0 (suite.json) cat 25.0% ship 95.0%",
+        "birds, alpha 1.0 (12 of 12 images)",
+        "total 0.225",
+        "dtd (suite.json): skipped: no data: tfds build dtd",
+    ):
+        assert words in shown, words
+
+
+def test_what_the_model_does_is_what_the_evaluations_measure(run):
+    folder, predictor = run
+    data = folder.parent / "data"
+    looked = look.look(folder, predictor, _evals(folder), 300)
+    assert looked.unmeasured == []
+    options = dict(images=data / "classes", descriptions=data / "D.json", names=False)
+    measured = measure("zeroshot", predictor, **options, alphas=(1.0, 0.5, 0.0))
+    assert {name: pytest.approx(shares) for name, shares in looked.classes.items()} == {
+        f"birds, alpha {alpha} (12 of 12 images)": measured[f"alpha_{alpha}"]["per_class"]
+        for alpha in (1.0, 0.5, 0.0)
+    }
+    measured = measure("grounding", predictor, images=data, annotations=data / "A.jsonl")
+    judged = [box.right for card in looked.cards for box in card.boxes if box.right is not None]
+    assert len(looked.cards) == workdirs.ANNOTATED
+    assert len(judged) == measured["regions_matched"] == 2 * workdirs.ANNOTATED
+    assert np.mean(judged) == pytest.approx(measured["region_to_description_r1"])
+    for card in looked.cards:
+        regions = [box for box in card.boxes if box.cosine is not None]
+        annotated = [box for box in card.boxes if box.cosine is None]
+        assert [box.colour for box in regions] == list(range(5)) and len(annotated) == 2
+        matched = {box.colour for box in regions if box.right is not None}
+        assert {box.colour for box in annotated} == matched
+
+
+def test_it_loads_nothing_and_texts_of_a_run_are_no_html(run):
+    text = (run[0] / "report.html").read_text()
+    parsed = _Parsed(text)
+    links = [value for value in parsed.loaded if not value.startswith("data:image/jpeg;base64,")]
+    assert {value[0] for value in links} == {"#"}  # within the page
+    assert not {"link", "iframe", "object", "embed", "base"} & set(parsed.tags)
+    assert parsed.tags.count("script") == 1 and parsed.tags.count("img") == workdirs.ANNOTATED
+    assert "default-src 'none'" in text and len(text) < 3_000_000
+    assert workdirs.BAD in parsed.texts and workdirs.BAD not in text
+    assert workdirs.CLASSES[2] in parsed.texts and workdirs.CLASSES[2] not in text
+
+
+def test_files_alone(run, tmp_path, capsys):
+    output = tmp_path / "new" / "page.html"
+    assert command.main([str(run[0]), "--no-model", "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    shown = _text(output)
+    assert "no model was loaded" in shown and "Regions" not in shown and "cat 25.0%" in shown
+
+
+def test_what_is_missing_is_a_line(run, tmp_path):
+    folder, predictor = run
+    config = json.loads((folder / "config.json").read_text())
+    config["evals"]["birds"]["images"] = str(tmp_path / "gone")
+    config["evals"]["boxes"]["annotations"] = str(tmp_path / "gone.jsonl")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = _text(page.write(tmp_path))  # there is no checkpoint either
+    for words in (
+        f"model: {tmp_path}",
+        "metrics.jsonl: missing or empty",
+        "the run has not evaluated yet",
+    ):
+        assert words in shown, words
+    shown = _text(page.write(tmp_path, predictor))
+    assert f"birds: {tmp_path / 'gone'}: no such folder" in shown
+    assert f"boxes: {tmp_path / 'gone.jsonl'}: no such file" in shown
+
+
+def test_wrong_use(tmp_path, capsys):
+    assert command.main([str(tmp_path / "none")]) == 2
+    assert command.main([str(tmp_path)]) == 2
+    assert command.main([str(tmp_path), "--num-images", "0"]) == 2
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
+    assert command.main([str(tmp_path), "--results", str(tmp_path / "gone.json")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"{tmp_path / 'none'}: no such folder; expected the workdir of a run"
+    assert "has neither config.json nor metrics.jsonl" in lines[1]
+    assert "--num-images: got '0', expected a whole number in 1.." in lines[2]
+    assert f"{tmp_path / 'gone.json'}: cannot be read" in lines[3]
+    assert len(lines) == 4
+
+
+def test_which_curves_share_a_chart():
+    keys = "mfu eval/d/query/0/cx eval/s/miou eval/s/by_name/alpha_0.5/top1 query_share/1"
+    keys += " input_wait_fraction matched_iou50 loss_x loss grad_norm grad_norm/image"
+    curve = ([1.0, 2.0], [3.0, 4.0])
+    made = {
+        chart.title: chart.labels for chart in charts.charts(dict.fromkeys(keys.split(), curve))
+    }
+    assert made == {
+        "Losses": {"loss": "total", "loss_x": "loss_x"},
+        "Evaluations": {
+            "eval/s/miou": "s: mIoU",
+            "eval/s/by_name/alpha_0.5/top1": "s: top-1, by name alpha 0.5",
+        },
+        "Share of the matched regions, by query": {"query_share/1": "query 2"},
+        "Regions": {"matched_iou50": "matched iou50"},
+        "Gradient norms": {"grad_norm": "grad_norm", "grad_norm/image": "image"},
+        "Waiting for input": {"input_wait_fraction": "input_wait_fraction"},
+        "mfu": {"mfu": "mfu"},
+    }
+
+
+def test_the_line_of_a_curve():
+    chart = charts.Chart("a < b", {"x": "curve"})
+    drawn = charts.svg(chart, {"x": ([0.0, 10.0], [1.0, 3.0])})
+    assert '<polyline points="52.0,170.0 412.0,10.0"' in drawn and "a &lt; b" in drawn
+    assert ">1</text>" in drawn and ">3</text>" in drawn and "curve 3</span>" in drawn
+    log = charts.svg(chart._replace(log=True), {"x": ([0.0, 5.0, 10.0], [1.0, 10.0, 100.0])})
+    assert '"52.0,170.0 232.0,90.0 412.0,10.0"' in log and ">100</text>" in log
+    assert charts.svg(chart._replace(log=True), {"x": ([1.0], [0.0])}) == ""
+    many = charts.svg(chart, {"x": (list(range(2000)), [0.0] * 1999 + [1.0])})
+    assert many.count(",170.0") == 399 and many.count(",10.0") == 1  # the last point stays

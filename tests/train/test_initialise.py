@@ -1,0 +1,319 @@
+"""`init.image`, `init.text` and `optim.frozen`: towers that start from elsewhere, and ones that stay as they are."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax.checkpoint import digests, saved_model, states
+from grain_jax.checkpoint.pretrained import hub
+from grain_jax.config import recipe
+from grain_jax.convert import tables
+from grain_jax.convert.faults import ConvertError
+from grain_jax.core import errors
+from grain_jax.models import grain
+from grain_jax.train import initialise, optim, sharding, train_step
+from tests import tiny
+from tests.paths import GOLDENS
+
+
+def test_image_positions_are_resized_as_big_vision_does():
+    # A plane is what bilinear resizing keeps: with corners on corners, a plane over [0, 1] stays one.
+    def plane(n):
+        y, x = np.meshgrid(np.linspace(0, 1, n), np.linspace(0, 1, n), indexing="ij")
+        return np.stack([x, y, 2 * x - y], axis=-1).reshape(n * n, 3).astype(np.float32)
+
+    token = np.full((1, 3), 7, np.float32)
+    out = initialise.resize_image_positions(np.concatenate([token, plane(4)]), 7, class_token=True)
+    np.testing.assert_allclose(out, np.concatenate([token, plane(7)]), atol=1e-6)
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(
+        initialise.resize_image_positions(plane(4), 4, class_token=False), plane(4)
+    )
+
+
+@pytest.mark.parametrize("new", [3, 9])
+def test_bicubic_is_torchs(new):
+    torch = pytest.importorskip("torch")
+    old = np.random.default_rng(0).standard_normal((36, 5)).astype(np.float32)
+    square = torch.from_numpy(old.reshape(1, 6, 6, 5).transpose(0, 3, 1, 2))
+    theirs = torch.nn.functional.interpolate(square, (new, new), mode="bicubic", antialias=True)
+    ours = initialise.resize_image_positions(old, new, class_token=False, method="bicubic")
+    theirs = theirs[0].permute(1, 2, 0).reshape(-1, 5).numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_text_positions_are_stretched_after_the_first_twenty():
+    old = np.random.default_rng(0).standard_normal((77, 5)).astype(np.float32)
+    new = initialise.resize_text_positions(old, 248)
+    np.testing.assert_array_equal(new[:21], old[:21])
+    np.testing.assert_array_equal(new[-1], old[-1])
+    step = (76 - 20) / (248 - 20 - 1)  # places of the old table a place of the new one
+    at = 20 + 100 * step
+    low = int(at)
+    expected = old[low] + (at - low) * (old[low + 1] - old[low])
+    np.testing.assert_allclose(new[120], expected, rtol=1e-4)
+    np.testing.assert_array_equal(initialise.resize_text_positions(old, 30), old[:30])
+    np.testing.assert_array_equal(
+        initialise.resize_text_positions(old[:4], 5)[[0, -1]], old[[0, 3]]
+    )
+
+
+def _golden(which, folder):
+    with np.load(GOLDENS / f"big_vision_{which}.npz") as stored:
+        params = {k: v for k, v in stored.items() if k.startswith("params/")}
+    np.savez(folder / "m.npz", **params)
+    return folder / "m.npz", params
+
+
+def _siglip(path, **overrides):
+    """A tiny run whose towers are those of the golden, with images and texts larger than there."""
+    c = tiny.dictionary()
+    recipe.towers_of(c, "siglip")
+    c.model.image.update(image_size=48, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
+    c.model.text.update(vocab_size=300, context_length=24, width=32, heads=2, mlp_dim=128, depth=2)
+    c.model.text.projection = "affine"
+    c.model.embed_dim = 32
+    c.update_from_flattened_dict({"init.image": f"{path}:img", "init.text": str(path), **overrides})
+    return c
+
+
+def _build(config, devices=1):
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    return train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
+
+
+def _saved_and_restored(state, config, elsewhere, workdir):
+    """`state` as a run on other devices finds it."""
+    checkpoints = states.manager(workdir, config)
+    states.save(checkpoints, state, config, {})
+    checkpoints.wait_until_finished()
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    placed = jax.tree.map(shape, elsewhere.state, elsewhere.shardings)
+    restored = states.restore(checkpoints.directory / str(int(state.step)), placed)
+    checkpoints.close()
+    return restored
+
+
+def test_a_run_starts_from_big_visions_towers_and_lit_trains_the_rest(tmp_path):
+    path, params = _golden("map", tmp_path)
+    changes = {"optim.frozen": ("image/.*", "logit_scale"), "ema_decay": 0.9}
+    c = config_lib.from_dict(_siglip(path, **changes))
+    program = _build(c)
+    moments = grain.flat(program.state.opt_state)
+    assert not any("image/blocks" in name for name in moments)
+    assert any("decoder/blocks" in name for name in moments)
+    said: list[str] = []
+    state = initialise.state_of_step_0(c, program, said.append)
+    assert "init.image: 16 positions resized to 36" in said
+    not_used = {x.split(": ")[0]: x.split(": ")[2].split(", ") for x in said if "not used" in x}
+    assert "MAPHead_0/probe" in not_used["init.image"]
+    assert not_used["init.text"] == ["b", "img (52 arrays)", "t"]
+    image = state.params["image"]
+    kernel = params["params/img/embedding/kernel"].reshape(-1, 32)
+    np.testing.assert_array_equal(image["patch_embed"]["kernel"], kernel)
+    old = params["params/img/pos_embedding"][0].reshape(4, 4, 32)
+    new = np.asarray(image["position_embed"]).reshape(6, 6, 32)
+    np.testing.assert_allclose(new[::5, ::5], old[::3, ::3], rtol=1e-6)  # corners
+    np.testing.assert_array_equal(
+        state.params["text"]["position_embed"][:15], params["params/txt/pos_embedding"][0][:15]
+    )
+    np.testing.assert_array_equal(
+        state.params["text_projection"]["bias"], params["params/txt/head/bias"]
+    )
+    before = jax.tree.map(np.asarray, state)
+    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
+    after, metrics = program.step(state, batch)
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    _frozen_alone_stay(before.params, after.params)
+    _frozen_alone_stay(before.ema_params, after.ema_params)
+    # Moments that only some parameters have go through a checkpoint and onto another mesh.
+    two = _build(config_lib.from_dict(_siglip(path, **changes, **{"mesh.fsdp": 2})), devices=2)
+    restored = _saved_and_restored(after, c, two, tmp_path / "run")
+    assert digests.of_state(restored) == digests.of_state(after)
+    kernel = restored.params["image"]["patch_embed"]["kernel"]
+    assert [shard.data.shape for shard in kernel.addressable_shards] == [(192, 16)] * 2
+
+
+def _frozen_alone_stay(before, after):
+    old, new = grain.flat(before), grain.flat(after)
+    for name in old:
+        frozen = name.startswith("image/") or name == "logit_scale"
+        assert np.array_equal(old[name], new[name]) == frozen, name
+
+
+def test_no_gradient_flows_to_frozen_parameters():
+    params = {"image": {"kernel": np.float32(3)}, "text": {"kernel": np.float32(5)}}
+    total = lambda p: (lambda q: q["image"]["kernel"] * q["text"]["kernel"])(
+        optim.stop_frozen(p, ("image/.*",))
+    )
+    grads = jax.grad(total)(params)
+    assert (grads["image"]["kernel"], grads["text"]["kernel"]) == (0, 3)
+
+
+def test_a_pattern_that_freezes_nothing_is_named():
+    with pytest.raises(errors.UserError, match="optim.frozen: 'img/.\\*' matches no parameter"):
+        optim.frozen_mask({"image": {"bias": np.zeros(2)}}, ("img/.*",))
+
+
+def _load(c):
+    return initialise.load(config_lib.from_dict(c))
+
+
+TOWER = "but the checkpoint's tower has"
+OTHERS = [  # keys of the config; what each line says
+    ({"model.image.activation": "gelu"}, ["image activation: got gelu, but the checkpoint says"]),
+    (
+        {"model.image.pre_norm": True, "model.image.depth": 3},
+        [f"image.depth: got 3, {TOWER} 2", f"image.pre_norm: got True, {TOWER} False"],
+    ),
+    (
+        {"model.image.pixel_mean": (0.4, 0.4, 0.4)},
+        [f"model.image.pixel_mean: got (0.4, 0.4, 0.4), {TOWER}"],
+    ),
+    (
+        {"model.embed_dim": 16},
+        [
+            "txt/head/kernel: got shape (32, 32), expected (32, 16)",
+            "txt/head/bias: got shape (32,), expected (16,)",
+        ],
+    ),
+    ({"init.image": "nowhere.npz:img"}, ["init.image: nowhere.npz: no such file"]),
+]
+
+
+@pytest.mark.parametrize("change,messages", OTHERS)
+def test_another_tower_than_the_configs_is_refused(change, messages, tmp_path):
+    path, _ = _golden("map", tmp_path)
+    with pytest.raises(ConvertError) as error:
+        _load(_siglip(path, **change))
+    lines = str(error.value).split("\n")
+    for line, message in zip(lines, messages, strict=True):
+        assert message in line and line.startswith("init.")
+
+
+def test_what_the_config_says_otherwise_and_what_lies_inside_a_tower_is_told(tmp_path):
+    path, params = _golden("map", tmp_path)
+    report = _load(_siglip(path, **{"model.text.pad_id": 0})).report
+    assert not [x for x in report if "CHECK" in x]
+    report = _load(_siglip(path, **{"model.text.pad_id": 2, "model.text.cleaning": "none"})).report
+    assert [x for x in report if "CHECK" in x] == [
+        "init.text: CHECK model.text.cleaning: got 'none'; such a tower's is 'canonical'",
+        "init.text: CHECK model.text.pad_id: got 2; such a tower's is 0",
+    ]
+    rows = "init.text: this tower attends to its padding, so that each text has a row of its own;"
+    assert [x for x in report if x.startswith(rows)]
+    report = _load(_siglip(path, **{"model.text.mask_padding": True})).report
+    assert [x for x in report if "padding" in x] == [
+        "init.text: model.text.mask_padding: got True; such a tower attends to its padding, so that its function is another"
+        " one until it is trained"
+    ]
+    # Layer scale, say: without it the tower would compute something else.
+    for name in ("a", "b"):
+        params[f"params/img/Transformer/encoderblock/gamma_{name}"] = np.ones((2, 32), np.float32)
+    np.savez(path, **params)
+    with pytest.raises(ConvertError) as error:
+        _load(_siglip(path))
+    assert str(error.value).split("\n") == [
+        f"init.image: {path}:img: Transformer/encoderblock_{i}/gamma_{name}: unknown key"
+        for i in range(2)
+        for name in ("a", "b")
+    ]
+
+
+def test_towers_of_our_own_checkpoints(tmp_path, monkeypatch):
+    c = tiny.config()
+    rng = np.random.default_rng(0)
+    expected = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in grain.parameter_shapes(c.model).items()
+    }
+    saved_model.save_model(tmp_path / "ours", c.model, tables.nested(expected))
+    other = tiny.dictionary(init__image=str(tmp_path / "ours"), init__text=str(tmp_path / "ours"))
+    loaded = _load(other).params
+    assert loaded.keys() == {k for k in expected if k.startswith(("image/", "text"))}
+    for name, array in loaded.items():
+        np.testing.assert_array_equal(array, expected[name])
+    other.init.decoder = str(tmp_path / "ours")
+    everything = _load(other)
+    assert everything.params.keys() == expected.keys()
+    for name, array in everything.params.items():
+        np.testing.assert_array_equal(array, expected[name])
+    monkeypatch.setattr(hub, "download", lambda name: tmp_path / name.removeprefix("hf://ORG/"))
+    other.init.update(dict.fromkeys(("image", "text", "decoder"), "hf://ORG/ours"))
+    initialise.check(config_lib.from_dict(other).init)
+    assert _load(other).params.keys() == expected.keys()
+    other.init.decoder = str(tmp_path / "ours")
+    rest = len(expected) - len(loaded)
+    assert everything.report[-1] == f"init.decoder: {rest} arrays from {tmp_path / 'ours'}"
+    other.model.decoder.depth = 3
+    with pytest.raises(
+        ConvertError,
+        match="init.decoder: .*model.decoder.depth: got 3, but the checkpoint's decoder has 2",
+    ):
+        _load(other)
+
+
+def _two_towers(**changes):
+    c = tiny.dictionary()
+    c.model.decoder = None
+    c.model.image.update(pool="map", depth=1)
+    c.model.text.depth = 1
+    c.input.max_regions = 0
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def test_evaluations_that_need_regions_are_refused_before_the_run():
+    described = functools.partial(recipe.evaluator, "zeroshot", "seen", descriptions="D.json")
+    for entry, fine in (
+        (recipe.evaluator("grounding", "test", annotations="A.jsonl"), False),
+        (described(), False),
+        (described(alphas=(1.0,)), True),
+        (recipe.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
+        (recipe.evaluator("retrieval", "test", annotations="A.jsonl"), True),
+    ):
+        c = _two_towers()
+        c.evals.x = entry
+        if fine:
+            assert config_lib.from_dict(c).evals["x"].kind == entry["kind"]
+            continue
+        said = "evals.x: got kind=[^\n]* has no regions[^\n]*$"
+        with pytest.raises(config_lib.ConfigError, match=said):
+            config_lib.from_dict(c)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            {"model.text.causal": False},
+            "text.packing: got True, but a text tower with causal=False and pool=end",
+        ),
+        ({"model.text.pool": "last"}, "text.packing: got True, but a text tower with causal=True"),
+        (
+            {"model.text.pool": "map"},
+            "set text.packing=False, or model.text.mask_padding=True too, which changes the function",
+        ),
+        (
+            {"model.text.mask_padding": True},
+            "model.text.mask_padding: got True with causal=True and pool=end, of which nothing depends",
+        ),
+        ({"input.text_length": 33}, "input.text_length: got 33, expected 3 to model.text.context"),
+        ({"model.image.pool": "map"}, "model.image.pool, model.image.projection: got map, matrix"),
+        (
+            {"model.text.cleaning": "none"},
+            "model.text.cleaning: got none, expected lower, which is",
+        ),
+        ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
+        ({"model.text.end_id": 3}, "model.text.end_id: got 3, expected None or 49407, the end"),
+    ],
+)
+def test_configs_that_contradict_themselves(change, message):
+    c = tiny.dictionary()
+    c.update_from_flattened_dict(change)
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.from_dict(c)
+    assert message in str(error.value) and "\n" not in str(error.value)

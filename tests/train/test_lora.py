@@ -1,0 +1,421 @@
+"""LoRA against torch, against full fine-tuning and against its own folded form; what it does not compute; its errors."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import inference
+from grain_jax.core import errors, low_rank
+from grain_jax.inference.inputs import InputError
+from grain_jax.models import grain, layers, lora
+from grain_jax.train import flops, forward, memory_check, optim, sharding, train_step
+from tests import tiny
+
+RANK, ALPHA = 4, 6.0
+FACTORS = dict(optim__lora__rank=RANK, optim__lora__alpha=ALPHA)
+# Sizes that no other map of the model has.
+UNLIKE = dict(
+    model__image__width=48, model__image__mlp_dim=80, model__text__width=40, model__text__mlp_dim=72
+)
+# Two towers compile and trace sooner.
+TWO = dict(model__decoder=None, model__image__pool="mean", input__max_regions=0)
+BOTH = "(image|text)/blocks/(attention|mlp)/(query|key|value|out|in)"
+# With the options of DINOv3: a gated MLP, rotary positions, registers, layer scale.
+ROTARY = dict(
+    model__image__mlp="gated",
+    model__image__activation="silu",
+    model__image__rope="centres",
+    model__image__registers=2,
+    model__image__layer_scale=True,
+    model__image__key_bias=False,
+)
+
+
+def _config(**changes):
+    return tiny.config(**FACTORS | changes)
+
+
+def _model(c):
+    return grain.GRAIN(c.model, c.dtype, c.remat)
+
+
+def _params(c, scale=0.2):
+    """Random parameters of step 0, B too."""
+    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(_model(c), c)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = float(name.endswith("scale"))
+        return np.float32(value + rng.normal(0, scale, x.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def _applied(c, params):
+    @jax.jit
+    def apply(params, batch):
+        with lora.beside(c.optim.lora):
+            return _model(c).apply({"params": params}, batch)
+
+    return apply(params, tiny.batch(c))
+
+
+def _difference(a, b):
+    """max|a - b| / max|b|."""
+    a, b = np.asarray(a), np.asarray(b)
+    return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
+
+
+def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
+    c = tiny.small(**FACTORS, **TWO, model__image__mlp="gated")
+    both = jax.jit(lambda: (grain.init(_model(c), jax.random.key(c.seed)), lora.init(_model(c), c)))
+    base, boxed = both()
+    base, params = grain.flat(base), grain.flat(boxed)
+    assert base.keys() < params.keys()
+    for name, x in base.items():
+        np.testing.assert_array_equal(params[name], x, err_msg=name)
+    maps = {name.rpartition("/")[0] for name in params.keys() - base.keys()}
+    assert maps == set(low_rank.maps_in(sharding.unbox(boxed)))
+    every = {f"{t}/blocks/{m}" for t in ("image", "text") for m in config_lib.LAYER_MAPS}
+    assert maps == every - {"text/blocks/mlp/gate"}
+    assert not any(params[f"{name}/lora_b"].any() for name in maps)
+    many = np.concatenate(
+        [(params[f"{n}/lora_a"] * math.sqrt(3 * 32)).ravel() for n in maps if "mlp/out" not in n]
+    )
+    assert abs(many.std() - 1) < 0.05 and abs(many.mean()) < 0.05
+    out = boxed["image"]["blocks"]["attention"]["out"]
+    assert out["lora_a"].names == ("layers", "heads", "head_dim", "vector")
+    assert out["lora_b"].names == ("layers", "vector", "width")
+    assert out["lora_a"].value.shape == (1, 4, 8, RANK) and out["lora_b"].value.shape == (
+        1,
+        RANK,
+        32,
+    )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(model__attention="pallas", model__image__width=128), ROTARY],
+    ids=["xla", "pallas", "rotary"],
+)
+def test_folded_in_is_beside(more):
+    c = tiny.small(**FACTORS, **TWO, model__image__depth=2, **more)
+    params = _params(c)
+    if more is ROTARY:
+        assert np.abs(params["image"]["blocks"]["mlp"]["gate"]["lora_b"]).mean() > 0.1
+    apart = _applied(c, params)
+    folded = lora.merged(jax.tree.map(jnp.asarray, params), c.optim.lora)
+    assert not list(low_rank.maps_in(folded))
+    together = _applied(dataclasses.replace(c, optim=config_lib.Optim()), folded)
+    for name, a, b in zip(apart._fields, apart, together):
+        if a is not None:
+            assert _difference(a, b) < 1e-5, name
+    without = _applied(dataclasses.replace(c, optim=config_lib.Optim()), params)
+    for name in ("image_embed", "text_embed"):  # the factors count
+        assert _difference(getattr(without, name), getattr(apart, name)) > 0.05, name
+    on_host = low_rank.merged(params, c.optim.lora.scale)
+    for name, x in grain.flat(on_host).items():
+        np.testing.assert_allclose(x, grain.flat(folded)[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "inputs,outputs,side_by_side",
+    [
+        ((6,), (3, 2), False),
+        ((3, 2), (6,), False),
+        ((6,), (11,), False),
+        ((6,), (3, 2), True),
+        ((3, 2), (6,), True),
+    ],
+)
+def test_gradients_of_a_map_are_torchs(inputs, outputs, side_by_side):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    n, m = math.prod(inputs), math.prod(outputs)
+    params = {"kernel": draw(*inputs, *outputs), "bias": draw(*outputs)}
+    params |= {low_rank.A: draw(*inputs, 2), low_rank.B: draw(2, *outputs)}
+    x = draw(5, n) if side_by_side else draw(5, *inputs)
+    weight = draw(5, m)
+    init = layers.normal(1.0)
+    if side_by_side:
+        back = len(inputs) == 2
+        module = layers.SideBySide(6, 3, np.dtype("float32"), init, init, back)
+    else:
+        module = layers.dense(
+            outputs,
+            ("a",) * len(inputs),
+            ("b",) * len(outputs),
+            dtype=np.dtype("float32"),
+            kernel_init=init,
+        )
+
+    def loss(params, x):
+        with lora.beside(config_lib.Lora(rank=2, alpha=3.0)):
+            return (module.apply({"params": params}, x).reshape(5, m) * weight).sum()
+
+    value, (ours, ours_x) = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    shapes = dict(kernel=(n, m), bias=(m,), lora_a=(n, 2), lora_b=(2, m))
+    theirs = {
+        k: torch.tensor(v.reshape(shapes[k]), dtype=torch.float64, requires_grad=True)
+        for k, v in params.items()
+    }
+    their_x = torch.tensor(x.reshape(5, n), dtype=torch.float64, requires_grad=True)
+    y = (
+        their_x @ theirs["kernel"]
+        + 1.5 * (their_x @ theirs["lora_a"]) @ theirs["lora_b"]
+        + theirs["bias"]
+    )
+    total = (y * torch.tensor(weight, dtype=torch.float64)).sum()
+    total.backward()
+    assert float(value) == pytest.approx(total.item(), rel=1e-5)
+    for name in ("lora_a", "lora_b"):
+        assert _difference(ours[name].reshape(shapes[name]), theirs[name].grad.numpy()) < 1e-5
+    assert _difference(ours_x.reshape(5, n), their_x.grad.numpy()) < 1e-5
+
+
+def _gradients(c, params):
+    """Of the squared distance of all outputs to random numbers."""
+
+    def loss(params):
+        outputs = _applied(c, optim.stop_frozen(params, c.frozen))
+        rng = np.random.default_rng(2)
+        return sum(((x - rng.normal(size=x.shape)) ** 2).sum() for x in outputs if x is not None)
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def test_a_full_rank_takes_the_first_step_of_full_fine_tuning():
+    """Of any loss. A orthogonal, B zero, alpha = rank, SGD: the matrices move as if they were trained themselves."""
+    modules = "(image|text)/blocks/(attention/(query|key|value|out)|mlp/in)"
+    c = tiny.small(
+        optim__lora__rank=32, optim__lora__alpha=32.0, optim__lora__modules=(modules,), **TWO
+    )
+    rng = np.random.default_rng(1)
+
+    def draw(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("lora_a"):
+            return np.linalg.qr(rng.normal(size=(32, 32)))[0].reshape(x.shape).astype(np.float32)
+        return np.zeros_like(x) if name.endswith("lora_b") else x
+
+    params = jax.tree_util.tree_map_with_path(draw, _params(c))
+    kind = lambda frozen: "frozen" if frozen else "trained"
+    tx = optax.partition(
+        {"trained": optax.sgd(0.7), "frozen": optax.set_to_zero()},
+        lambda params: jax.tree.map(kind, optim.frozen_mask(params, c.frozen)),
+    )
+    updates, _ = tx.update(_gradients(c, params), tx.init(params), params)
+    after = low_rank.merged(
+        jax.tree.map(np.add, params, jax.tree.map(np.asarray, updates)), c.optim.lora.scale
+    )
+    moved = grain.flat(jax.tree.map(np.subtract, after, low_rank.merged(params, 1.0)))
+    base = low_rank.merged(params, c.optim.lora.scale)
+    full = _gradients(dataclasses.replace(c, optim=config_lib.Optim()), base)
+    compared = 0
+    for name, gradient in grain.flat(full).items():
+        if f"{name.removesuffix('/kernel')}/lora_a" in grain.flat(params):
+            # What is added and subtracted again is rounded to the size of the matrix.
+            factor = grain.flat(params)[f"{name.removesuffix('/kernel')}/lora_a"]
+            step = grain.flat(updates)[f"{name.removesuffix('/kernel')}/lora_b"]
+            assert (
+                _difference(low_rank.fold(0 * gradient, factor, step, 1.0), -0.7 * gradient) < 1e-5
+            ), name
+            np.testing.assert_allclose(moved[name], -0.7 * gradient, rtol=1e-5, atol=1e-5)
+            compared += 1
+        elif name != "logit_scale":
+            assert not np.asarray(moved[name]).any(), name
+    np.testing.assert_allclose(moved["logit_scale"], -0.7 * full["logit_scale"], rtol=1e-4)
+    assert compared == 10
+
+
+def _products(jaxpr):
+    """The shapes of the results of all matrix products in a jaxpr."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(sorted(equation.outvars[0].aval.shape))
+        for part in flops.jaxprs(equation.params):
+            yield from _products(part)
+
+
+@pytest.mark.parametrize("more", [{}, dict(remat="qkv", microbatches=2)], ids=["plain", "remat"])
+def test_no_gradient_of_a_matrix_is_computed_and_no_product_of_the_factors(more):
+    matrices = {(48, 80), (4, 12, 48), (40, 72), (4, 10, 40), (48, 192), (40, 128)}
+
+    def made(c):
+        model, batch = _model(c), forward.abstract_batch(c)
+        params = sharding.unbox(jax.eval_shape(lambda: lora.init(model, c)))
+        step = lambda p, b: train_step.loss_and_grads(model, c, None, p, b, None)
+        return set(_products(jax.make_jaxpr(step)(params, batch).jaxpr))
+
+    if not more:
+        full = made(tiny.config(**TWO, **UNLIKE))
+        assert full & matrices >= {(48, 80), (4, 12, 48), (40, 72)}
+    shapes = made(_config(**TWO, **UNLIKE, **more))
+    assert not shapes & matrices
+    assert {(RANK, 80), (4, RANK, 12), (RANK, 48), (RANK, 72)} <= shapes  # of the factors
+
+
+def test_flops_are_those_without_the_gradients_of_matrices():
+    c, base = _config(**TWO, **UNLIKE), tiny.config(**TWO, **UNLIKE)
+    ours, full = flops.per_image(c), flops.per_image(base)
+    image, text = c.model.image, c.model.text
+    rows = c.text.pack_rows / c.text.pack_group
+    patches = (image.image_size // image.patch_size) ** 2
+    places = {"image": 1 + patches, "text": rows * text.context_length}
+    maps = factors = again = 0.0
+    for tower in ("image", "text"):
+        t = getattr(c.model, tower)
+        sides = [(t.width, t.width)] * 4 + [(t.width, t.mlp_dim), (t.mlp_dim, t.width)]
+        maps += 2 * places[tower] * t.depth * sum(a * b for a, b in sides)
+        again += (
+            2 * places[tower] * t.depth * t.mlp_dim * RANK
+        )  # the MLP's second map is rematerialised
+        factors += 2 * places[tower] * t.depth * sum((a + b) * RANK for a, b in sides)
+    patch = 2 * patches * image.patch_size**2 * 3 * image.width
+    projection = 2 * (text.width + image.width) * c.model.embed_dim
+    assert ours.forward == pytest.approx(full.forward + factors, rel=1e-12)
+    # The pixels' gradient, which 3 x forward counts, nobody computes; then those of the frozen matrices.
+    spared = 2 * patch + maps + projection
+    assert ours.train == pytest.approx(full.train + 3 * factors + again - spared, rel=1e-12)
+    assert full.counted is None
+
+
+def test_memory_is_that_of_the_factors_moments():
+    def sizes(c):
+        program = train_step.build(
+            c, sharding.make_mesh(c.mesh, jax.devices()[:1]), total_steps=1, steps_per_epoch=1
+        )
+        return memory_check.state_bytes(program), program
+
+    (kinds, program), (full, _) = sizes(_config(**TWO)), sizes(tiny.config(**TWO))
+    params = program.state.params
+    factors = 4 * sum(x.size for name, x in grain.flat(params).items() if "lora_" in name)
+    others = 4 * sum(
+        x.size for name, x in grain.flat(params).items() if not name.startswith(("image", "text"))
+    )
+    assert kinds["parameters"] == full["parameters"] + factors
+    assert 0 <= kinds["moments"] - 2 * (factors + others) <= 16  # and counts of steps
+
+
+def test_a_predictor_refuses_factors():
+    c = tiny.small(**FACTORS)
+    with pytest.raises(InputError, match="params: got factors of LoRA"):
+        inference.Predictor(c.model, _params(c))
+
+
+@pytest.mark.parametrize(
+    "changes,line",
+    [
+        (
+            {"modules": ("image/blocks/mlp/fc1",)},
+            "optim.lora.modules: 'image/blocks/mlp/fc1' matches no module; expected",
+        ),
+        (
+            {"modules": (BOTH, "image/blocks/.*")},
+            "'image/blocks/.\\*' matches image/blocks/\\w+/?\\w*, which is no dense",
+        ),
+        (
+            {"modules": (".*/query",)},
+            "'.\\*/query' matches decoder/\\S+query, which lies outside the towers",
+        ),
+        (
+            {"rank": 33},
+            "optim.lora.rank: got 33, expected at most 32, the smaller side of image/\\S+, which maps 32 to",
+        ),
+    ],
+)
+def test_what_has_no_factors_is_one_line(changes, line):
+    c = tiny.small(**{f"optim__lora__{k}": v for k, v in (dict(rank=2) | changes).items()})
+    with pytest.raises(errors.UserError, match=line) as told:
+        jax.eval_shape(lambda: lora.init(_model(c), c))
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_a_map_with_factors():
+    """Not any module with such a name, as a tower of a user may have it; also one that lost a factor."""
+    x = np.zeros((1, 2, 2), np.float32)
+    assert not list(low_rank.maps_in({"a": {"lora_a": x}, "b": {"kernel": x}}))
+    assert low_rank.merged({"a": {"lora_a": x}}, 1.0) == {"a": {"lora_a": x}}
+    half = {"a": {"kernel": x, "lora_b": x}}
+    assert list(low_rank.maps_in(half)) == ["a"]
+    with pytest.raises(errors.UserError, match="kernel, lora_a, lora_b: got the shapes"):
+        low_rank.merged(half, 1.0)
+
+
+@pytest.mark.parametrize("name", ["kernel", "lora_a", "lora_b"])
+def test_factors_that_do_not_fit_are_one_line(name):
+    shapes = dict(kernel=(1, 6, 3, 2), lora_a=(1, 6, 4), lora_b=(1, 4, 3, 2))
+    params = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    assert low_rank.merged({"x": params}, 1.0)["x"].keys() == {"kernel"}
+    for wrong in (np.zeros((1, 5), np.float32), np.zeros((2, *shapes[name][1:]), np.float32)):
+        with pytest.raises(errors.UserError, match=r"kernel, lora_a, lora_b: got the shapes \("):
+            low_rank.merged({"x": params | {name: wrong}}, 1.0)
+
+
+def test_towers_of_users_have_no_factors():
+    c = tiny.small(**FACTORS)
+    text = dataclasses.replace(c.model.text, tower="examples.tower.mixer:TextMixer")
+    model = dataclasses.replace(c.model, text=text)
+    shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/blocks/mlp/in/kernel": (1, 32, 64)}
+    told = "matches text/blocks/mlp/in, of the tower examples.tower.mixer:TextMixer, where only built-in"
+    with pytest.raises(errors.UserError, match=told):
+        lora.maps_of(model, c.optim.lora, shapes)
+    alone = dataclasses.replace(c.optim.lora, modules=("image/.*",))
+    assert lora.maps_of(model, alone, shapes) == ["image/blocks/mlp/in"]
+    # One in which the default names nothing would be frozen whole, without a word.
+    shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/stem/kernel": (32, 64)}
+    told = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*frozen whole"
+    with pytest.raises(errors.UserError, match=told):
+        lora.maps_of(model, c.optim.lora, shapes)
+
+
+@pytest.mark.parametrize(
+    "changes,line",
+    [
+        (dict(optim__layer_decay=0.75), "optim.layer_decay: got 0.75 with optim.lora, expected 1"),
+        (dict(optim__lora__modules=("(",)), r"optim.lora.modules: got '\(', no regular expression"),
+        (dict(optim__lora__modules=()), r"optim.lora.modules: got \(\), expected the maps"),
+    ],
+)
+def test_configs_that_contradict_themselves(changes, line):
+    with pytest.raises(config_lib.ConfigError, match=line):
+        tiny.small(**FACTORS | changes)
+
+
+@pytest.mark.parametrize("pattern,factor", [("image/.*", "lora_a"), (".*/lora_b", "lora_b")])
+def test_a_factor_that_is_frozen_is_one_line(pattern, factor):
+    c = tiny.small(**FACTORS, optim__frozen=(pattern,))
+    told = f"'{re.escape(pattern)}' freezes image/blocks/\\S+{factor}, which optim.lora trains"
+    with pytest.raises(errors.UserError, match=told):
+        jax.eval_shape(lambda: lora.init(_model(c), c))
+
+
+def test_what_is_frozen_beside_the_factors():
+    image = ("image/blocks/attention/query",)
+    two = dict(model__decoder=None, model__image__pool="map", input__max_regions=0)
+    for c, frozen, trained in (
+        (
+            tiny.small(**FACTORS, optim__lora__modules=image),
+            {"image"},
+            {"text", "text_norm", "text_projection", "image_projection", "decoder", "logit_scale"},
+        ),
+        (
+            tiny.small(**FACTORS, **two),
+            {"image", "image_pool", "image_projection", "text", "text_norm", "text_projection"},
+            {"logit_scale"},
+        ),
+    ):
+        params = sharding.unbox(jax.eval_shape(lambda c=c: lora.init(_model(c), c)))
+        for name, is_frozen in grain.flat(optim.frozen_mask(params, c.frozen)).items():
+            part = name.partition("/")[0]
+            assert is_frozen == (part in frozen and "lora_" not in name), name
+            assert part in frozen | trained | {"box_mlp", "region_projection"}

@@ -1,0 +1,127 @@
+"""Out of memory is one line with what to set."""
+
+import jax
+import PIL.Image
+import pytest
+
+from grain_jax import inference
+from grain_jax.convert import __main__ as convert_command
+from grain_jax.convert import export
+from grain_jax.core import errors
+from grain_jax.evaluate import encode
+from grain_jax.evaluate.report import __main__ as report_command
+from grain_jax.train import memory_check, run, sharding, train_step
+from tests import tiny
+
+XLA = "RESOURCE_EXHAUSTED: Out of memory allocating 315363503480 bytes."
+LIBTPU = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.29G of 15.75G hbm."
+KEYS = ("--config.microbatches", "--config.remat=full", "--config.mesh.fsdp")
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    config = tiny.small()
+    mesh = sharding.make_mesh(config.mesh)
+    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
+    return memory_check.state_bytes(program)
+
+
+@pytest.mark.parametrize("room, part", [(-1, "parameters, moments"), (0, "(state and batch")])
+def test_a_run_that_does_not_fit_ends_before_the_first_step(
+    sizes, tmp_path, monkeypatch, room, part
+):
+    """By shapes alone, and by the figures of the compiler."""
+    there = sum(sizes.values()) + room
+    monkeypatch.setattr(memory_check, "device_bytes", lambda: there)
+    monkeypatch.setattr(run.device, "Prefetch", lambda *_: pytest.fail("the input was started"))
+    with pytest.raises(errors.OutOfMemory) as caught:
+        run.train(tiny.small(), tmp_path)
+    line = str(caught.value)
+    assert line.startswith("out of memory: the step needs ") and "\n" not in line
+    assert part in line and f"a device has {memory_check.gigabytes(there)}" in line
+    assert all(key in line for key in KEYS)
+
+
+class _ResourceExhaustedError(Exception):
+    """TensorFlow's."""
+
+
+_ResourceExhaustedError.__name__ = "ResourceExhaustedError"
+
+
+@pytest.mark.parametrize(
+    "error,line",
+    [
+        (jax.errors.JaxRuntimeError(XLA), "(Out of memory allocating 315363503480 bytes); "),
+        (jax.errors.JaxRuntimeError(LIBTPU), "(Ran out of memory in memory space hbm. Used"),
+        (MemoryError("Unable to allocate 3.64 TiB"), "(Unable to allocate 3.64 TiB); "),
+        (_ResourceExhaustedError("OOM when allocating tensor with shape[10]"), "(OOM when alloc"),
+    ],
+)
+def test_every_allocator_has_its_line(error, line):
+    with pytest.raises(errors.OutOfMemory) as caught:
+        with errors.out_of_memory_in_a_line("it"):
+            raise error
+    assert line in str(caught.value) and str(caught.value).endswith(errors.MORE_MEMORY)
+
+
+def test_a_quota_is_no_allocator():
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        with errors.out_of_memory_in_a_line("it"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: quota of requests exceeded")
+
+
+def test_the_container_counts(tmp_path):
+    machine = memory_check.host_bytes(tmp_path)  # no control groups there
+    groups = tmp_path / "sys/fs/cgroup"
+    (groups / "a/b").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    (groups / "a/b/memory.max").write_text("max\n")
+    assert memory_check.host_bytes(tmp_path) == machine
+    (groups / "a/memory.max").write_text("1000000\n")
+    assert memory_check.host_bytes(tmp_path) == 1000000
+    (groups / "memory").mkdir()
+    (groups / "memory/memory.limit_in_bytes").write_text("2000\n")  # version 1
+    assert memory_check.host_bytes(tmp_path) == 2000
+
+
+def _runs_out(*_, **__):
+    raise jax.errors.JaxRuntimeError(XLA)
+
+
+def test_an_evaluation_says_it(tmp_path):
+    predictor = type("Predictor", (), {"encode_image_and_regions": _runs_out})()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(errors.OutOfMemory, match="out of memory in images .*--batch-size"):
+        list(encode.encode_images(predictor, [tmp_path / "a.png"], label="images", unreadable={}))
+
+
+@pytest.mark.parametrize(
+    "main,arguments",
+    [
+        (export.main, ["--checkpoint=a", "--output=b"]),
+        (convert_command.main, ["to-torch", "--input=a", "--output=b"]),
+        (report_command.main, ["a"]),
+    ],
+)
+def test_commands_that_load_a_model_say_it(main, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "load", _runs_out)
+    monkeypatch.setattr(report_command.page, "write", _runs_out)
+    monkeypatch.setitem(convert_command.COMMANDS, "to-torch", _runs_out)
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("out of memory in ") and "Traceback" not in str(lines)
+
+
+def test_what_the_allocator_refuses_in_training_names_the_keys(tmp_path, monkeypatch):
+    of_the_process = (run, "keep_freed_memory"), (run.compiled, "use")
+    of_the_process += (run.ending, "quiet_threads"), (run.ending.PreemptionHandler, "listen")
+    for owner, name in of_the_process:
+        monkeypatch.setattr(owner, name, lambda *_: None)
+    monkeypatch.setattr(run, "train", _runs_out)
+    with pytest.raises(errors.OutOfMemory) as caught:
+        run.main(["--config=tests/run_config.py", f"--workdir={tmp_path}"])
+    line = str(caught.value)
+    assert line.startswith("out of memory in training (Out of memory allocating 315363503480 byt")
+    assert all(key in line for key in KEYS)

@@ -1,0 +1,268 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, the progress line; texts and losses that are lost."""
+
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+import types
+
+import pytest
+from etils import epath
+
+from grain_jax.core import errors
+from grain_jax.train import metrics_writer
+from tests import tiny
+
+TERMS = {"loss_image_caption": "caption", "loss_box": "box", "loss_uniform": "uniform"}
+CHECKED = (*TERMS, "loss", "grad_norm")
+METRICS = {term: 1.0 for term in CHECKED} | {"matched_iou": 0.5, "texts_dropped_share": 0}
+
+
+def _write(workdir, start, losses, **options):
+    """A run that goes on from `start` and logs these losses, by step."""
+    log = metrics_writer.MetricsWriter(workdir, start, 10, 4, **options)
+    for step, loss in losses.items():
+        log.write(step, {"loss": float(loss)})
+    log.close()
+
+
+def _counted(texts, dropped, too_long=0):
+    return dict(zip(metrics_writer.TextCounts.NAMES, (texts, dropped, too_long)))
+
+
+def test_texts_are_counted_from_line_to_line():
+    counts = metrics_writer.TextCounts(_counted(100, 4, 1), max_share=0.1)
+    assert counts.add(_counted(1100, 24, 1)) == {
+        "texts": 1100,
+        "texts_dropped": 24,
+        "texts_too_long": 1,
+        "texts_dropped_share": 0.02,
+        "texts_too_long_share": 0,
+    }
+    assert counts.check(7, lambda: "more rows") == (
+        "step 7: 2.0% of the texts since the line before were dropped or cut, because they do not fit into"
+        " their rows: more rows"
+    )
+    counts.add(_counted(2100, 33, 1))  # 0.9%
+    assert counts.check(8, lambda: "more rows") is None
+    counts.add(_counted(2148, 39, 1))  # 6 of 48 may be chance, for 10%
+    assert counts.check(9, lambda: "more rows")
+    counts.add(_counted(3148, 239, 1))
+    said = r"^step 10: 20.0% .* more rows, or --config.text.max_dropped_share"
+    with pytest.raises(metrics_writer.TextsLost, match=said):
+        counts.check(10, lambda: "more rows")
+
+
+def test_counts_of_the_step_may_wrap_around():
+    counts = metrics_writer.TextCounts(_counted(2**33 - 10, 5), max_share=1.0)
+    line = counts.add(_counted(40, 10))
+    assert line["texts"] == 2**33 + 40 and line["texts_dropped_share"] == 0.1
+    assert counts.add(_counted(90, 60))["texts_dropped_share"] == 1
+    assert "100.0%" in counts.check(1, lambda: "")  # allowed: a warning
+
+
+def test_lines_beyond_the_restored_step_are_removed(tmp_path):
+    _write(tmp_path, 0, {step: step for step in range(1, 6)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    _write(tmp_path, 3, {4: 40})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.parametrize("term", CHECKED)
+def test_the_first_bad_term_is_named(term):
+    said = f"^{term} is nan at step 9; it was finite at step 5"
+    with pytest.raises(metrics_writer.NotFinite, match=said):
+        metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
+    metrics_writer.check_finite(METRICS, 5, 9, TERMS)
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4, terms=TERMS)
+    for step in (10, 11, 100):  # 11 is too soon after 10
+        log.progress(step, METRICS | log.rates(step, 0.0))
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 10/100 (10%)  ETA ")
+    assert "  loss 1.000 = caption 1.000, box 1.000, uniform 1.000  IoU " in first
+    assert "ETA 0s" in last
+
+
+def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
+    log.progress(10, METRICS | log.rates(10, 0.0))
+    written = capsys.readouterr().err
+    assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
+    assert len(written.removeprefix("\r\x1b[2K")) == 59
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """What the clock says: now[0]."""
+    now = [0.0]
+    monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_pauses_are_left_out_of_the_rates(tmp_path, now):
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10)
+    now[0] = 1.0
+    with log.pause():
+        now[0] = 50.0
+    now[0] = 51.0
+    rates = log.rates(4, wait_seconds=0.5, wait_steps=1)
+    assert rates == {
+        "images_per_second": 20.0,
+        "model_flops_per_second": 0.0,
+        "input_wait_fraction": 0.25,
+        "input_wait_steps": 0.25,
+    }
+    now[0] = 53.0
+    rates = log.rates(8, wait_seconds=0.5, wait_steps=4)  # what came before is not counted again
+    assert rates["input_wait_fraction"] == 0 and rates["input_wait_steps"] == 0.75
+
+
+@pytest.mark.parametrize("peak, told", [(4e11, "  MFU 37.5%"), (None, "")])
+def test_mfu_is_told_where_the_peak_is_known(tmp_path, now, capsys, peak, told):
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=peak)
+    now[0] = 2.0
+    rates = log.rates(10, 0.0)  # 50 images/s
+    assert rates["model_flops_per_second"] == 150e9 and rates.get("mfu") == (peak and 0.375)
+    log.progress(10, METRICS | rates)
+    assert f"  50 images/s{told}  input wait" in capsys.readouterr().err
+
+
+@pytest.fixture
+def object_store(tmp_path, monkeypatch):
+    """A folder that is treated as an object store, and the sizes of the uploads to it by file name."""
+    (tmp_path / "store" / "tensorboard").mkdir(parents=True)
+    monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
+    uploads, write_bytes = [], type(epath.Path(tmp_path)).write_bytes
+
+    def recorded(path, data):
+        uploads.append((path.name, len(data)))
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", recorded)
+    return tmp_path / "store", uploads
+
+
+def _steps(file):
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_store):
+    store, _ = object_store
+    first = metrics_writer.MetricsWriter(store, 0, 200, 4)
+    for step in range(1, 8):
+        first.write(step, {"loss": 1.0})
+        if step <= 6:
+            first.flush()
+    first._events.close()  # killed here: the line of step 7 never gets there
+    whole = store / "metrics.jsonl"
+    assert _steps(whole) == list(range(1, 7))
+    second = metrics_writer.MetricsWriter(store, 5, 200, 4)
+    assert _steps(whole) == list(range(1, 6))
+    second.write(6, {"loss": 2.0})
+    second.close()
+    assert _steps(whole) == list(range(1, 7))
+    scalars, purges = _scalars(store / "tensorboard")
+    assert purges == [1, 6] and [step for step, _ in scalars] == [*range(1, 7), 6]
+
+
+def test_an_upload_waits_its_time(object_store, now):
+    store, uploads = object_store
+    log = metrics_writer.MetricsWriter(store, 0, 100, 4)
+    uploads.clear()
+    for step, seconds in enumerate((1, 29, 31, 40, 62), 1):
+        now[0] = seconds
+        log.write(step, {"loss": 1.0})
+    assert [name for name, _ in uploads if name == "metrics.jsonl"] == ["metrics.jsonl"] * 2
+    assert _steps(store / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    log.close()
+
+
+def _scalars(folder):
+    """[(step, {name: value})] and the steps from which files purge, of TensorBoard's files in order."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars, purges = [], []
+    for file in sorted(folder.glob("events.*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                purges.append(event.step)
+            if event.summary.value:
+                values = {v.tag: v.simple_value for v in event.summary.value}
+                scalars.append((event.step, values))
+    return scalars, purges
+
+
+def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(metrics_writer, "EVENT_FILE_BYTES", 60)  # two events
+    first = metrics_writer.MetricsWriter(tmp_path, 0, 10, 4)
+    for step in range(1, 6):
+        first.write(step, {"loss": float(step), "eval/birds/top1": 0.5})
+    folder = tmp_path / "tensorboard"
+    assert len(list(folder.iterdir())) == 3
+    expected = [(s, {"loss": float(s), "eval/birds/top1": 0.5}) for s in range(1, 6)]
+    assert _scalars(folder) == (expected, [1])  # before it is closed: a kill loses nothing
+    first.close()
+    monkeypatch.setattr(metrics_writer.time, "time", lambda: 4e9)  # file names have whole seconds
+    second = metrics_writer.MetricsWriter(tmp_path, 3, 10, 4)
+    second.write(4, {"loss": 40.0})
+    second.close()
+    assert _scalars(folder) == ([*expected, (4, {"loss": 40.0})], [1, 4])
+
+
+class _Run:
+    """Stands in for Weights & Biases' run: what its server would keep."""
+
+    def __init__(self, step):
+        self.step, self.logged, self.finished = step, [], False
+
+    def log(self, metrics, step):
+        self.step = step
+        self.logged.append((step, metrics["loss"]))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monkeypatch):
+    started = []
+
+    def init(**options):
+        started.append((_Run(6 * len(started)), options))  # the first run logged up to step 5
+        return started[-1][0]
+
+    fake = types.SimpleNamespace(init=init, Settings=dict, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = tiny.config(wandb__mode="online", wandb__project="birds")
+    for start, steps in ((0, range(1, 6)), (3, range(4, 9))):
+        _write(tmp_path, start, {step: step for step in steps}, config=config)
+    (first, options), (second, again) = started
+    assert first.logged == [(s, float(s)) for s in range(1, 6)]
+    assert second.logged == [(s, float(s)) for s in range(6, 9)]
+    assert first.finished and second.finished
+    assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert options["project"] == "birds" and options["name"] == tmp_path.name
+    assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
+
+
+def test_wandb_that_is_not_there_is_a_line(monkeypatch):
+    monkeypatch.setattr(metrics_writer.importlib.util, "find_spec", lambda name: None)
+    metrics_writer.check_wandb(tiny.config().wandb)
+    with pytest.raises(errors.UserError, match="^wandb.mode=offline needs the package wandb: pip"):
+        metrics_writer.check_wandb(tiny.config(wandb__mode="offline").wandb)
+    with pytest.raises(errors.UserError, match="wandb.mode: got 'on', expected one of off, online"):
+        tiny.config(wandb__mode="on")

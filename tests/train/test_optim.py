@@ -1,0 +1,163 @@
+"""Schedule, decay groups and the update against numpy in float64 (the goldens' step is in tests/test_parity.py)."""
+
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from grain_jax.models import grain
+from grain_jax.train import optim, sharding
+from tests import tiny
+
+
+def test_cosine_reaches_its_end_at_the_last_step():
+    c = tiny.config(optim__warmup_steps=10)
+    rate = optim.learning_rate(c.optim, total_steps=50, steps_per_epoch=5)
+    expected = [1e-6 + (1e-3 - 1e-6) * i / 10 for i in range(10)]
+    expected += [1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * i / 39)) / 2 for i in range(40)]
+    np.testing.assert_allclose([rate(i) for i in range(50)], expected, rtol=1e-5)
+    np.testing.assert_allclose(rate(49), 1e-5, rtol=1e-4)
+
+
+def test_warmup_in_epochs():
+    c = tiny.config(optim__warmup_epochs=2.0, optim__warmup_steps=None)
+    rate = optim.learning_rate(c.optim, total_steps=50, steps_per_epoch=7.4)
+    assert int(np.argmax([rate(i) for i in range(50)])) == 15  # round(2 * 7.4)
+
+
+def _params(c):
+    init = lambda: grain.init(grain.GRAIN(c.model), jax.random.key(0))
+    return sharding.unbox(jax.eval_shape(init))
+
+
+def test_matrices_alone_decay_by_default():
+    flat = grain.flat(optim.decay_mask(_params(tiny.config())))
+    for name, decays in flat.items():
+        assert decays == name.endswith("/kernel"), name
+    assert {"logit_scale", "image/class_token", "decoder/query_embed"} <= set(flat)
+    assert flat["image/blocks/attention/query/kernel"]
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_update_equals_adamw_in_float64(clip_norm):
+    c = tiny.config(optim__clip_norm=clip_norm).optim
+    tx = optim.optimizer(c, lambda step: 1e-2)
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 4), "bias": 4}
+    params = {"layer": {k: rng.normal(size=n).astype(np.float32) for k, n in shapes.items()}}
+    state = tx.init(params)
+    p, m, v = (jax.tree.map(lambda x: x.astype(np.float64) * k, params) for k in (1, 0, 0))
+    for t in range(1, 4):
+        grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 5, params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+        scale = min(1, clip_norm / norm) if clip_norm else 1
+        g = jax.tree.map(lambda x: x.astype(np.float64) * scale, grads)
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
+        v = jax.tree.map(lambda v, g: 0.98 * v + 0.02 * g * g, v, g)
+        step = jax.tree.map(
+            lambda m, v: (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.98**t)) + 1e-8), m, v
+        )
+        decay = {"layer": {"kernel": 0.1, "bias": 0.0}}
+        p = jax.tree.map(lambda p, s, d: p - 1e-2 * (s + d * p), p, step, decay)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, p)
+
+
+@pytest.mark.parametrize("b1", [0.9, 0.95])
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+def test_the_first_moment_in_bfloat16_has_no_bias(b1, noise):
+    """Before, it was 2 to 7% too small after 300 steps."""
+    rng = np.random.default_rng(0)
+    mean = (10 ** rng.uniform(-6, 0, 20_000)).astype(np.float32)
+    states = {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny.config(optim__b1=b1, optim__moment_dtype=dtype).optim
+        tx = optim.optimizer(config, lambda step: 1e-2)
+
+        def step(state, key, tx=tx):
+            grads = mean * (1 + noise * jax.random.normal(key, mean.shape))
+            return tx.update(grads, state, mean)[1], None
+
+        keys = jax.random.split(jax.random.key(0), 300)
+        states[dtype] = jax.jit(
+            lambda tx=tx, step=step: jax.lax.scan(step, tx.init(mean), keys)[0]
+        )()
+    adam = [states[dtype][1] for dtype in ("float32", "bfloat16")]
+    ratio = [np.asarray(state.mu, np.float64) / mean for state in adam]
+    assert adam[1].mu.dtype == "bfloat16" and adam[1].nu.dtype == np.float32
+    assert abs((ratio[1] - ratio[0]).mean()) < 3e-4
+    assert abs(ratio[1] - ratio[0]).std() < (0.01 if noise else 0.003)
+
+
+def _layer(name, depth):
+    """How many layers lie above, and of which layer, by the name of a parameter: written down once more."""
+    tower, _, rest = name.partition("/")
+    if tower not in ("image", "text") or rest.startswith("norm/"):
+        return [0]
+    return list(range(depth, 0, -1)) if rest.startswith("blocks/") else [depth + 1]
+
+
+@pytest.mark.parametrize("frozen", [(), ("text.*", "image/patch_embed/kernel")])
+def test_layer_decay_is_torchs_adamw_with_a_group_a_layer(frozen):
+    torch = pytest.importorskip("torch")
+    c = tiny.config(optim__layer_decay=0.6, optim__frozen=frozen, model__text__vocab_size=500)
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+    params = jax.tree.map(draw, _params(c))
+    tx = optim.optimizer(c.optim, lambda step: 1e-2)
+    state = tx.init(params)
+    theirs, groups = {}, []
+    for name, x in grain.flat(params).items():
+        above = _layer(name, depth=2)
+        layers = x if len(above) > 1 else x[None]
+        theirs[name] = [torch.nn.Parameter(torch.tensor(a, dtype=torch.float64)) for a in layers]
+        if not any(re.fullmatch(pattern, name) for pattern in frozen):
+            decay = 0.1 if name.endswith("/kernel") else 0.0
+            groups += [
+                dict(params=[p], lr=1e-2 * 0.6**n, weight_decay=decay)
+                for p, n in zip(theirs[name], above, strict=True)
+            ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        grads = jax.tree.map(draw, params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, g in grain.flat(grads).items():
+            for p, a in zip(theirs[name], g if len(theirs[name]) > 1 else g[None], strict=True):
+                p.grad = torch.tensor(a, dtype=torch.float64)
+        adamw.step()
+    for name, x in grain.flat(params).items():
+        theirs_now = np.stack([p.detach().numpy() for p in theirs[name]]).reshape(x.shape)
+        np.testing.assert_allclose(x, theirs_now, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_layer_decay_counts_each_towers_own_layers():
+    c = tiny.config(model__text__depth=4)
+    scales = grain.flat(optim.layer_scales(_params(c), 0.5))
+    np.testing.assert_array_equal(scales["image/blocks/mlp/in/bias"], [[0.25], [0.5]])
+    np.testing.assert_array_equal(
+        scales["text/blocks/mlp/in/kernel"].ravel(), [0.0625, 0.125, 0.25, 0.5]
+    )
+    expected = {"image/class_token": 0.125, "image/position_embed": 0.125}
+    expected |= {"image/patch_embed/bias": 0.125, "text/token_embed/embedding": 0.03125}
+    ones = ("image/norm/scale", "text_norm/bias", "text_projection/kernel", "decoder/query_embed")
+    for name, scale in (expected | dict.fromkeys((*ones, "logit_scale"), 1)).items():
+        assert scales[name] == scale, name
+
+
+def test_layer_decay_that_is_off_leaves_the_states_form():
+    """A checkpoint has no entry for it."""
+    params = {"logit_scale": np.float32(1)}
+    tx = optim.optimizer(tiny.config().optim, lambda step: 1e-2)
+    assert len(tx.init(params)) == 4
+
+
+def test_logit_scale_is_clipped():
+    for value, expected in ((-1.0, 0.0), (3.0, 3.0), (9.0, 4.6052)):
+        out = optim.clip_logit_scale({"logit_scale": np.float32(value), "x": 1})
+        np.testing.assert_allclose(out["logit_scale"], expected)
+        assert out["x"] == 1

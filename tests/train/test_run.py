@@ -1,0 +1,231 @@
+"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
+
+import functools
+import json
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+import grain_jax
+from grain_jax import config
+from grain_jax.config import recipe
+from grain_jax.core import errors, progress
+from grain_jax.input_pipeline import synthetic
+from grain_jax.runtime import ending
+from grain_jax.train import metrics_writer, run, sharding
+from tests import runs, tiny
+from tests.paths import ROOT
+
+TIMINGS = runs.TIMINGS[:-1]  # the peak of this machine is not known
+# One image a packing group, so that 16 devices have one each.
+RUN = {"text.pack_group": 1, "text.pack_rows": 6, "checkpoint_every": 2, "checkpoint_keep": 4}
+TOKENIZER = {"model__text__vocab_size": 49408}
+
+
+def _config(**changes):
+    return tiny.small(**{k.replace(".", "__"): v for k, v in RUN.items()} | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 10 steps on a (8, 1, 1) mesh."""
+    workdir = tmp_path_factory.mktemp("run")
+    run.train(_config(), workdir)
+    return workdir
+
+
+def test_workdir_holds_what_the_contract_says(finished):
+    names = (
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints/10",
+        "checkpoints/4",
+        "tensorboard",
+        "report.html",
+    )
+    for name in names:
+        assert (finished / name).exists(), name
+    assert not (finished / "checkpoints" / "2").exists()  # checkpoint_keep = 4
+    assert config.from_dict(json.loads((finished / "config.json").read_text())) == _config()
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    terms = [f"loss_{term}" for term in ("image_caption", "region_description", "box")]
+    texts = ("texts_dropped", "texts_dropped_share", "texts_too_long_share")
+    for key in ("loss", *terms, "logit_scale", "learning_rate", *texts, *TIMINGS):
+        assert all(np.isfinite(line[key]) for line in lines), key
+    np.testing.assert_allclose(lines[0]["logit_scale"], 1 / 0.07, rtol=1e-5)
+    sums = [sum(line[term] for term in terms) for line in lines]
+    np.testing.assert_allclose([line["loss"] for line in lines], sums, rtol=1e-5)
+    assert lines[0]["learning_rate"] == pytest.approx(1e-6) and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd, monkeypatch):
+    """The counts are those of batches with fewer rows: the step is that of the other runs."""
+    few = synthetic.batches(_config(text__pack_group=2, text__pack_rows=2))
+    lost = [batch for batch, _ in zip(few, range(10))]
+    counts = np.array([[b.text_counts[:, 0].sum(), b.texts_dropped.sum()] for b in lost])
+    real = run.sources.batches_of_run
+
+    def of_few_rows(*args, start_step, **options):
+        for step, batch in enumerate(real(*args, start_step=start_step, **options), start_step):
+            given = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
+            for name, x in given.items():
+                x[: len(getattr(lost[step], name))] = getattr(lost[step], name)
+            yield batch._replace(**given)
+
+    monkeypatch.setattr(run.sources, "batches_of_run", of_few_rows)
+    said = r"^step 2: 25\.\d% of the texts .* ends the run"
+    with pytest.raises(metrics_writer.TextsLost, match=said):
+        run.train(_config(log_every=2), tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
+    c = _config(checkpoint_every=3, text__max_dropped_share=1.0, log_every=4)
+    with pytest.raises(SystemExit):  # at step 5, between two lines
+        run.train(c, tmp_path, handler=tiny.EndsAt(5))
+    run.train(c, tmp_path)
+    expected = [counts[:4].sum(0), counts[4:8].sum(0), counts[8:].sum(0)]
+    lines = runs.lines(tmp_path)
+    assert [line["step"] for line in lines] == [4, 8, 10]
+    assert [line["texts_dropped_share"] for line in lines] == [d / n for n, d in expected]
+    assert lines[-1]["texts"] == counts[:, 0].sum()
+    assert lines[-1]["texts_dropped"] == counts[:, 1].sum()
+    assert capfd.readouterr().err.count("of the texts since the line before") == 3
+
+
+def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
+    before = runs.lines(finished)
+    run.train(_config(), finished)
+    assert runs.lines(finished) == before
+    model = grain_jax.load(finished)
+    images = np.zeros((3, 16, 16, 3), np.uint8)
+    np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_kernel_goes_on_from_a_checkpoint_of_xla_with_its_losses(finished, tmp_path):
+    """The kernel runs in Pallas' interpreter, and rounds differently."""
+    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
+    run.train(_config(model__attention="pallas"), tmp_path)
+    numbers = lambda folder: np.array(
+        [[line["loss"], line["grad_norm/image"]] for line in runs.lines(folder)[-2:]]
+    )
+    np.testing.assert_allclose(numbers(tmp_path), numbers(finished), rtol=2e-5)
+    assert (numbers(tmp_path) != numbers(finished)).any()
+
+
+def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
+    real = run.sources.batches_of_run
+
+    def with_endless_boxes(*args, **options):
+        for step, batch in enumerate(real(*args, **options), 1):
+            boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)
+            yield batch._replace(region_boxes_cxcywh=boxes)
+
+    monkeypatch.setattr(run.sources, "batches_of_run", with_endless_boxes)
+    said = r"loss_box is (nan|inf) at step 4; it was finite at step 3"
+    with pytest.raises(metrics_writer.NotFinite, match=said):
+        run.train(_config(), tmp_path)
+    assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]  # none half written
+
+
+@pytest.mark.parametrize(
+    "changes,line",
+    [
+        (
+            {"model__decoder__queries": 3},
+            r":\n  params/decoder/query_embed: stored \(6, 32\) float32, expected \(4, 32\) float32",
+        ),
+        ({"seed": 1}, "seed: the run .* got 1"),  # which would see other data
+        ({"input__lanes": 8}, "input.lanes: the run .* got 8"),
+        ({"mesh__data": 3}, "mesh"),
+        ({"evals__birds": recipe.evaluator("zeroshot", "nothing"), **TOKENIZER}, "nothing"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(finished, tmp_path, changes, line):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "8").symlink_to(finished / "checkpoints" / "8")
+    with pytest.raises(errors.UserError, match=line):
+        run.train(_config(**changes), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(
+    finished, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(progress, "COMPILING_SECONDS", 0.0)
+    handler = ending.PreemptionHandler()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts
+        handler.tell(number)
+    with pytest.raises(SystemExit) as end:
+        run.train(_config(), tmp_path, handler)
+    assert end.value.code == ending.INTERRUPTED == 130
+    said = capfd.readouterr().err
+    assert "compiling the training step, usually under a minute for a small model" in said
+    assert "saved at step 1 of 10" in said
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    handler = ending.PreemptionHandler()
+    handler.tell(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run.train(_config(), tmp_path, handler)
+    assert end.value.code == ending.PREEMPTED == 75
+    run.train(_config(), tmp_path)
+    assert runs.lines(tmp_path) == runs.lines(finished)
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """The same run, as it was at step 4."""
+    shutil.copytree(finished, tmp_path / "run")
+    for step in (6, 8, 10):
+        shutil.rmtree(tmp_path / "run/checkpoints" / str(step))
+    return tmp_path / "run"
+
+
+def _assert_goes_on(finished, workdir):
+    before, after = runs.lines(finished), runs.lines(workdir)
+    assert [line["step"] for line in after] == list(range(1, 11))
+    for a, b in zip(before[4:], after[4:], strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
+        np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
+
+
+@pytest.mark.slow  # test_train_step.py has all meshes
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
+def test_another_mesh_goes_on_with_the_same_batches_and_losses(
+    finished, workdir, mesh, monkeypatch
+):
+    data, fsdp, tensor = mesh
+    devices = jax.devices()[: data * fsdp * tensor]
+    monkeypatch.setattr(
+        sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=devices)
+    )
+    run.train(_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), workdir)
+    _assert_goes_on(finished, workdir)
+
+
+def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):
+    command = runs.command(workdir, RUN | runs.SMALL, processes=2, devices=4)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _assert_goes_on(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints/10")
+    run.train(_config(), workdir)
+    _assert_goes_on(finished, workdir)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    best = dict(checkpoint_best_metric="matched_iou", checkpoint_keep=1, checkpoint_every=3)
+    run.train(_config(**best), tmp_path)
+    measured = {line["step"]: line["matched_iou"] for line in runs.lines(tmp_path)}
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {10, max((3, 6, 9, 10), key=measured.get)}
+
+
+def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
+    with pytest.raises(errors.UserError, match="got 'los', .* did you mean 'loss'"):
+        run.train(_config(checkpoint_best_metric="los"), tmp_path)
