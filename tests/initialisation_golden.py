@@ -2,7 +2,7 @@
 
 COMMAND   python -m tests.initialisation_golden CHECKOUT    (of github.com/shaunak27/grain-clip, commit c6bf85e)
 
-Builds the reference's own classes as its train.py does, at ViT-B/16's widths; its two layers a tower and
+Builds the reference's own classes as its training script does, at ViT-B/16's widths; its two layers a tower and
 2,048 tokens are fewer. Needs torch and timm. No gradient and no data is involved: the classes are made,
 and nothing else runs.
 """

@@ -31,7 +31,7 @@ CHAINS = (
         ),
         ("grain_jax.inference", "tensorflow torch ml_collections transformers"),
         (
-            "grain_jax.evaluate.__main__, grain_jax.convert.__main__, grain_jax.train",
+            "grain_jax.evaluate.__main__, grain_jax.convert.__main__, grain_jax.train.run",
             "tensorflow torch transformers sklearn",
         ),
     ),
@@ -82,13 +82,12 @@ def test_paths_go_through_epath():
 LAYERS = (
     ("core",),
     ("config",),
-    ("cli", "input_pipeline", "losses", "models", "runtime"),
-    ("configs",),
-    ("inference", "training"),
-    ("convert", "data", "evaluate"),
-    ("report",),
-    ("demo", "train"),
-    ("launch", "__main__"),
+    ("runtime", "cli", "input_pipeline", "models"),
+    ("checkpoint", "losses"),
+    ("inference",),
+    ("evaluate", "convert"),
+    ("train", "data", "configs"),
+    ("demo", "launch", "report", "__main__"),
 )
 # At the top of the checkout; in the wheel they lie in grain_jax/.
 BESIDE = ("configs", "data", "launch")

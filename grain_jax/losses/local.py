@@ -3,7 +3,7 @@
 A loss term of the table (total.py) sees embeddings of the global batch. A local term sees what is too large for that:
 the tokens of the images and the features of every text token. It may own parameters, carry a state from step to step,
 and apply the model to other pixels. Its loss is a sum over images that needs no other image's tokens. So it runs inside
-the forward pass of a micro-batch (training/forward.py), and its sums travel with the embeddings:
+the forward pass of a micro-batch (train/forward.py), and its sums travel with the embeddings:
 
     forward pass of each part  ->  sums and counts of each image  ->  weight * sum / count over the global batch
     backward pass of each part <-  cotangents of the sums         <-

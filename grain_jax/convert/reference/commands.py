@@ -138,7 +138,7 @@ def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
 
 
 def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes the state dicts in the format of the reference's train.py.
+    """Writes the state dicts in the format of the reference's training script.
 
     Names start with `module.`, as in a DDP model; the other keys are of a run at step 0: epoch and iteration 0,
     an empty optimizer.

@@ -77,7 +77,7 @@ UNUSED = {
     "backbone": ("image_projection",),
     "decoder": ("pos_embed", "temporal_embed", "class_embed.weight", "class_embed.bias"),
 }
-# (tower, width) -> heads of the reference's own models (clip/custom_models.py and train.py).
+# (tower, width) -> heads of the reference's own models (clip/custom_models.py and training script).
 REFERENCE_HEADS = {
     ("image", 384): 12,
     ("image", 768): 12,
@@ -196,7 +196,7 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
     image, decoder = model.image, model.decoder
     used = state_dicts(params)
     zeros = lambda *shape: np.zeros(shape, np.float32)
-    # Shapes as in its train.py: 22,047 classes and one for "no object".
+    # Shapes as in its training script: 22,047 classes and one for "no object".
     used["backbone"]["image_projection"] = zeros(image.width, model.embed_dim)
     shapes = ((1, 513, decoder.width), (1, 4, decoder.width), (22048, decoder.width), (22048,))
     used["decoder"] |= {name: zeros(*s) for name, s in zip(UNUSED["decoder"], shapes)}

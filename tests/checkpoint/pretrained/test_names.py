@@ -49,7 +49,7 @@ def test_a_part_is_found_where_it_is(model):
 
 
 def test_its_files_are_small_and_checked(model):
-    folder = ROOT / "grain_jax" / "runtime" / "pretrained" / "aviary-tiny"
+    folder = ROOT / "grain_jax" / "checkpoint" / "pretrained" / "aviary-tiny"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2_000_000
     stored = json.loads((folder / "config.json").read_text())
     assert set(stored["digests"]) == {"model", "params"} and stored["parity"] == "PROVEN"
@@ -104,7 +104,7 @@ def test_weights_of_others_name_the_command(given, files, kind, expected, tmp_pa
 def test_the_names_are_the_folders():
     folders = {
         path.parent.name
-        for path in (ROOT / "grain_jax" / "runtime" / "pretrained").glob("*/README.md")
+        for path in (ROOT / "grain_jax" / "checkpoint" / "pretrained").glob("*/README.md")
     }
     assert folders == set(pretrained.NAMES)
 
