@@ -152,7 +152,7 @@ def _restore(workdir, config):
     """What the trainer does at its start; (lines that it says, the identities)."""
     said = []
     data = records.identities(config)
-    stored = files.read_data(workdir / "checkpoints/2")
+    stored = files.read_items(workdir / "checkpoints/2").data
     states.check_same_data(2, stored, data, said.append)
     return said, data
 
@@ -161,7 +161,7 @@ def test_a_run_keeps_what_its_data_is_and_goes_on_where_it_is_moved(run, tmp_pat
     workdir, output = run
     shutil.copytree(output, tmp_path / "moved")
     said, data = _restore(workdir, _config(tmp_path / "moved"))
-    assert said == [] and files.read_data(workdir / "checkpoints/2") == data
+    assert said == [] and files.read_items(workdir / "checkpoints/2").data == data
 
 
 def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):

@@ -59,7 +59,7 @@ KEYS |= dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_da
 
 def test_the_run_is_where_it_was_asked_for():
     assert files.finished_steps(RUN)[-1] == 2
-    assert files.read_data(f"{RUN}/checkpoints/2")[0]["shard_lengths"] == [4, 4, 4, 4]
+    assert files.read_items(f"{RUN}/checkpoints/2").data[0]["shard_lengths"] == [4, 4, 4, 4]
     assert (epath.Path(RUN) / "report.html").exists()
 
 
@@ -137,8 +137,8 @@ def test_plan_reads_and_writes_there(recipe):
 def test_two_processes_train_there_and_agree_on_their_data(recipe):
     train_it = [sys.executable, "-m", "grain_jax.train", *recipe, "--workdir", "zu zweit ö"]
     _run("-m", "grain_jax.launch.local", "--processes", "2", "--", *train_it)
-    stored = files.read_data("zu zweit ö/checkpoints/2")
-    assert stored == files.read_data(f"{RUN}/checkpoints/2")
+    stored = files.read_items("zu zweit ö/checkpoints/2").data
+    assert stored == files.read_items(f"{RUN}/checkpoints/2").data
 
 
 @slow

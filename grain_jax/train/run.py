@@ -172,7 +172,7 @@ def _train(
     memory_check.check(program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
-    checkpoints = states.manager(workdir, config)
+    checkpoints = states.Checkpoints(workdir, config)
     state = restore_or_initialise(checkpoints, run, program)
     start_step = int(state.step)
     records = Records(run, workdir, checkpoints, state)
@@ -200,7 +200,7 @@ def _train(
         closes.callback(checkpoints.close)
         # The save under way is finished.
         waits = "waiting for a checkpoint to be written"
-        closes.callback(watch.doing(waits)(checkpoints.wait_until_finished))
+        closes.callback(watch.doing(waits)(checkpoints.wait))
         closes.callback(watch.doing("waiting for the input to stop")(batches.close))
         with watch.running(start_step), ending.in_a_line(workdir):
             for step in range(start_step + 1, run.total_steps + 1):
@@ -214,7 +214,7 @@ def _train(
                 if mark:
                     with watch.doing("asking whether the workdir is still its own (trainer.lock)"):
                         mark.check()
-                preempted = handler.reached()
+                preempted = handler.reached(step)
                 due = plan.due(step, preempted=preempted, minutes_are_over=records.minutes_are_over)
                 records.after_step(step, due, state, metrics, batches, watch)
                 if preempted:
@@ -295,7 +295,7 @@ def tell(text: str) -> None:
 def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = states.placed(program.state, program.shardings)
-    state = states.restore_newest(checkpoints, run.config, placed, tell, run.data)
+    state = checkpoints.restore_newest(placed, tell, run.data)
     return initialise.state_of_step_0(run.config, program, tell) if state is None else state
 
 
@@ -422,7 +422,7 @@ class Records:
         if self._log:
             self._log.flush()
         best = schedule.best_metric(self._config, values)
-        states.save(self._checkpoints, state, self._config, best, self._run.data)
+        self._checkpoints.save(state, best, self._run.data)
         self._last_save = time.monotonic()
 
     def _lines(self) -> list[str]:

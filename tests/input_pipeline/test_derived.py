@@ -278,9 +278,9 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     found, line = derive(tmp_path / "run")
     assert numbers(found) == (1, 1, 1)
     assert "text.pack_rows=1 for groups of 1: from 24 images of 'tiny_set'; 0.00% of" in line
-    checkpoints = states.manager(tmp_path / "run", found)
+    checkpoints = states.Checkpoints(tmp_path / "run", found)
     state = train_step.TrainState(jnp.int32(1), *[{"x": jnp.zeros(2)}] * 6)
-    states.save(checkpoints, state, found, {})
+    checkpoints.save(state)
     checkpoints.close()
     path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
     longer = json.loads(path.read_text())
