@@ -12,7 +12,7 @@ from grain_jax.checkpoint import states
 from grain_jax.core import errors
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.train import run, sharding, train_step
+from grain_jax.train import set_up, sharding, train_step
 from tests import record_sets, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of TFDS
@@ -273,7 +273,7 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     source = dict(input__source="records", input__name="tiny_set", input__data_dir=str(tmp_path))
     config = open_config(batch_size=8, **source)
     mesh = sharding.make_mesh(config.mesh)  # 8 devices, one image each
-    derive = lambda workdir: run.derive(config, mesh, records, workdir)
+    derive = lambda workdir: set_up.derive(config, mesh, records, workdir)
 
     found, line = derive(tmp_path / "run")
     assert numbers(found) == (1, 1, 1)
