@@ -65,7 +65,7 @@ def keep_compiled_programs() -> None:
 
     `JAX_COMPILATION_CACHE_DIR` names another folder. Each host has its own, since XLA compiles for its processor.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         folder = cache / "grain_jax" / "compiled" / platform.node()
         jax.config.update("jax_compilation_cache_dir", str(folder))
