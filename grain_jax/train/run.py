@@ -11,11 +11,8 @@ import ctypes
 import dataclasses
 import functools
 import json
-import os
-import platform
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 
 import jax
@@ -58,19 +55,6 @@ def keep_freed_memory() -> None:
     mallopt(m_arena_max, 1)
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, -1)
-
-
-def keep_compiled_programs() -> None:
-    """Turns JAX's cache of compiled programs on, in the user's cache folder, so that the next start compiles nothing.
-
-    `JAX_COMPILATION_CACHE_DIR` names another folder. Each host has its own, since XLA compiles for its processor.
-    """
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = cache / "grain_jax" / "compiled" / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    # JAX warns of an entry that it cannot read or write, and compiles.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def train(
@@ -225,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(sharding.table(program.state, program.shardings))
         return
     keep_freed_memory()
-    keep_compiled_programs()
+    distributed.keep_compiled_programs()
     handler, watch = ending.PreemptionHandler(), ending.Watchdog(args.stall_seconds)
     handler.listen()
     ending.quiet_threads()

@@ -45,7 +45,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     vectors = some(lambda: random.normal(size=6))
     regions = some(lambda: ([[0, 0, 0.5, 1], [0, 0, 1, 1]], random.normal(size=(2, 6))))
     predictor = StubPredictor(vectors, vectors, regions)
-    monkeypatch.setattr(run, "make_predictor", lambda *_: predictor)
+    monkeypatch.setattr(journal, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
     results = journal.evaluate_all(config, suite.present(config.evals), state, tmp_path)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
@@ -86,7 +86,7 @@ def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
     config = config_lib.from_dict(train_config.get_config(data))
     seen = diagnostics.Diagnostics(images="x", annotations="A.jsonl")
     state = types.SimpleNamespace(params=None, ema_params=None, step=np.int32(7))
-    monkeypatch.setattr(run, "make_predictor", lambda *_: None)
+    monkeypatch.setattr(journal, "make_predictor", lambda *_: None)
     given = []
     monkeypatch.setattr(type(seen), "evaluate", lambda *told: given.append(told[2]) or {})
     assert journal.evaluate_all(config, {"seen": seen}, state, tmp_path) == {}
