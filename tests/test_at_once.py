@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax.checkpoint import states
+from grain_jax.checkpoint import files
 from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate.__main__ import main as evaluate
@@ -118,6 +118,6 @@ def test_evaluate_looks_for_its_model_and_its_output_before_the_images(
 
 def test_a_resume_needs_no_weights_that_the_run_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(set_up, "prepare_missing_data", _too_late)
-    monkeypatch.setattr(states, "finished_steps", lambda workdir: [2])
+    monkeypatch.setattr(files, "finished_steps", lambda workdir: [2])
     with pytest.raises(TooLate):
         run.train(tiny.config(init__image="/nope"), tmp_path / "workdir")
