@@ -5,7 +5,6 @@ Rows and columns that lie on other devices are met in `streaming`.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from grain_jax.losses import streaming
 from grain_jax.losses.ring import Ring
 from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput
-from grain_jax.losses.streaming import Columns
+from grain_jax.losses.streaming import Vectors
 
 TIE = 1e-5  # cosines nearer than this are equal but for rounding
 
@@ -62,9 +61,9 @@ def _images_and_one_text_each(shard: Shard, text, text_id, real):
     own = scale * jnp.sum(image * text, axis=-1) + bias
     # Without a text the loss is then 0 for a softmax, and that of the negatives for a sigmoid.
     own = jnp.where(real, own, -streaming.MASKED)
-    text_id = jnp.where(real, text_id, -1)  # which no text has
-    images = Columns(image, text_id, jnp.ones_like(real))
-    texts = Columns(text, text_id, real)
+    ids = jnp.where(real, text_id, -1)[:, None]  # -1: which no text has
+    images = Vectors(image, ids, jnp.ones_like(real))
+    texts = Vectors(text, ids, real)
     loss, right = _both_ways(shard, shard.layout.everywhere, images, texts, own[:, None])
     return loss[:, 0], right[:, 0]
 
@@ -81,35 +80,36 @@ def _images_and_their_texts(shard: Shard, texts, ids, real):
     outputs = shard.outputs
     image = outputs.image_embed
     own = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
-    images = Columns(image, streaming.IdSet(ids, real), jnp.ones(len(image), bool))
-    rows = Columns(*map(_flat, (texts, ids, real)))
+    # -1: an id that no text has
+    images = Vectors(image, jnp.where(real, ids, -1), jnp.ones(len(image), bool))
+    rows = _flat(texts, ids, real)
     return _both_ways(shard, shard.layout.everywhere, rows, images, own)
 
 
-def _flat(x):
-    """[b, S, ...] -> [b S, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+def _flat(embed, ids, real) -> Vectors:
+    """Embeddings [b, S, D], their ids and where they are real, [b, S] -> b S vectors."""
+    return Vectors(embed.reshape(-1, embed.shape[-1]), ids.reshape(-1, 1), real.reshape(-1))
 
 
-def _both_ways(shard: Shard, ring: Ring, rows: Columns, columns: Columns, own):
+def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own):
     """(loss of each pair, whether its row is nearest to its column), of the form of the pairs' logits `own` [b, S].
 
     There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
     "softmax"; "sigmoid" is symmetric, so one direction suffices.
     """
-    config, scale, bias = shard.config, shard.outputs.logit_scale, shard.outputs.logit_bias
-    of_rows: streaming.Negatives
-    if config.contrast == "softmax":
-        both: Any = streaming.negatives_of_both(config.tile, ring, rows, columns, scale, bias)
-        of_rows, of_columns = both
-        loss = streaming.loss_of_rows("softmax", own, of_rows.cost.reshape(own.shape))
-        back = streaming.loss_of_rows("softmax", own, of_columns.cost.reshape(len(own), -1))
+    contrast, scale, bias = (
+        shard.config.contrast,
+        shard.outputs.logit_scale,
+        shard.outputs.logit_bias,
+    )
+    both = contrast == "softmax"
+    of_rows, of_columns = streaming.negatives(
+        contrast, both, shard.config.tile, ring, rows, columns, scale, bias
+    )
+    loss = streaming.loss_of_rows(contrast, own, of_rows.cost.reshape(own.shape))
+    if both:
+        back = streaming.loss_of_rows(contrast, own, of_columns.cost.reshape(len(own), -1))
         loss = (loss + back) / 2
-    else:
-        of_rows = streaming.negatives(
-            config.contrast, config.tile, ring, rows.embed, rows.id, columns, scale, bias
-        )
-        loss = streaming.loss_of_rows(config.contrast, own, of_rows.cost.reshape(own.shape))
     return loss, _is_nearest(own, of_rows.highest.reshape(own.shape), scale)
 
 
@@ -162,15 +162,10 @@ def _region_description_of_group(
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
     label_id = jnp.take_along_axis(id_, label_slot, axis=1)
-    negative: streaming.Negatives = streaming.negatives(
-        config.contrast,
-        config.tile,
-        shard.layout.in_group,
-        _flat(pred),
-        _flat(label_id),
-        Columns(*map(_flat, (region_text_embed, id_, mask))),
-        scale,
-        bias,
+    rows = _flat(pred, label_id, jnp.ones_like(mask))
+    columns = _flat(region_text_embed, id_, mask)
+    negative, _ = streaming.negatives(
+        config.contrast, False, config.tile, shard.layout.in_group, rows, columns, scale, bias
     )
     cost, highest = (x.reshape(id_.shape) for x in negative)
     loss = streaming.loss_of_rows(config.contrast, own, cost)
@@ -190,8 +185,7 @@ def box_description(shard: Shard) -> TermOutput:
 
     def of_group(boxes, texts, id_, real, described):
         own = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
-        rows = Columns(*map(_flat, (boxes, id_, real)))
-        columns = Columns(*map(_flat, (texts, id_, described)))
+        rows, columns = _flat(boxes, id_, real), _flat(texts, id_, described)
         loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own)
         return jnp.where(real, loss, 0), real & right
 

@@ -21,26 +21,23 @@ class Layout(NamedTuple):
     shards_per_group: int  # more than 1 where a group spans devices
 
     def on(self, devices: np.ndarray, precision: str) -> "Layout":
-        """The layout for these devices: rings follow the links of their network, products have the precision.
+        """The layout with rings that follow the links of these devices, and with the precision of their products.
 
         Args:
           devices: [group, ring, gather, rest].
-          precision: `loss.precision`. It is that of TPUs: "high" would cut float32 to TF32 on a GPU, and a CPU
-            multiplies float32.
+          precision: `loss.precision`; for TPUs alone: "high" would cut float32 to TF32 on a GPU.
         """
-        # Rings of a group lie side by side in the rest of the axes; of all images, in gather and rest alone.
-        of_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
-        of_all = np.moveaxis(devices.reshape(-1, *devices.shape[2:]), 0, -1)
-        passes = jax.lax.Precision.HIGHEST
-        if devices.flat[0].platform == "tpu":
-            passes = jax.lax.Precision(precision)
-
-        def placed(ring: Ring, rings: np.ndarray) -> Ring:
-            return ring._replace(loops=hops.along_links(rings), precision=passes)
-
+        # Rings of a group lie side by side along the other axes; those of all images along gather and rest alone.
+        in_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
+        everywhere = devices.reshape(-1, *devices.shape[2:])
+        everywhere = np.moveaxis(everywhere, 0, -1).reshape(-1, len(everywhere))
+        on_tpu = devices.flat[0].platform == "tpu"
+        products = jax.lax.Precision(precision if on_tpu else "highest")
+        placed = lambda ring, rings: ring._replace(
+            loops=hops.along_links(rings), precision=products
+        )
         return self._replace(
-            everywhere=placed(self.everywhere, of_all.reshape(-1, of_all.shape[-1])),
-            in_group=placed(self.in_group, of_group),
+            everywhere=placed(self.everywhere, everywhere), in_group=placed(self.in_group, in_group)
         )
 
     def per_group(self, x):
