@@ -156,14 +156,14 @@ def beside(lora: config_lib.Lora) -> Iterator[None]:
 def _add(next_fun, args, kwargs, context):
     """The result of a method of a module; of a map with factors, with theirs."""
     y, module = next_fun(*args, **kwargs), context.module
-    is_map = isinstance(module, (nn.DenseGeneral, layers.SideBySide))
+    is_map = isinstance(module, (nn.DenseGeneral, layers.Affine))
     if not (is_map and context.method_name == "__call__"):
         return y
     a, b = (module.get_variable("params", name) for name in (low_rank.A, low_rank.B))
     if a is None:
         return y
     x, a, b = dtypes.promote_dtype(args[0], a, b * _scale.get(), dtype=module.dtype)
-    if isinstance(module, layers.SideBySide):
+    if isinstance(module, layers.Affine):
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
     return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
 

@@ -35,8 +35,8 @@ class ImageTower(nn.Module):
         other keys it reads those that it likes (width, depth, ...), beside `config.options`.
       dtype: of activations.
       remat: what the backward pass keeps, "none" or a key of `layers.REMAT`.
-      attention: `model.attention`; `layers.Attention` takes it.
-      mlp: `model.mlp`; `layers.TowerLayer` takes it.
+      attention: `model.attention`; `attention.Attention` takes it.
+      mlp: `model.mlp`; `tower_layer.TowerLayer` takes it.
     """
 
     config: config_lib.ImageTower

@@ -163,47 +163,40 @@ class Forward:
           params: parameter tree.
           batch: of the images; with `model.image.keep` the model sees some of their patches.
           keys: PRNG keys [B], or None: no dropout, and the same draws for all images.
-          state: `TrainState.term_state`; None: that of step 0.
+          state: `TrainState.term_state`; None: the state of step 0.
         """
         params = optim.stop_frozen(params, self.config.frozen)
         with placement.on(self.mesh, sharding.BATCH_AXES), lora.beside(self.config.optim.lora):
-            if not self.terms:
-                kept = self._kept(batch, keys)
-                return self.model.apply({"params": params}, batch, keys, kept)  # type: ignore[return-value]
-            outputs, seen = self._scene(params, batch, keys)
+            outputs, seen = self._outputs_and_views(params, batch, keys)
             state = self.initial_state(params) if state is None else state
-            found = {}
+            results = {}
             for name, term in self.terms.items():
-                own = _parameters(params, name).term
+                own = {"params": _parameters(params, name).term}
                 with jax.named_scope(TERMS), jax.named_scope(name):
-                    output: Any = term.apply({"params": own}, seen(name, state))
-                    found[name] = _as_floats(output)
-            return outputs._replace(local=found)
+                    output: Any = term.apply(own, seen(name, state))
+                    results[name] = _as_floats(output)
+        return outputs._replace(local=results) if results else outputs
 
-    def _kept(self, batch: schema.Batch, keys: jax.Array | None) -> jax.Array | None:
-        """The patches that the model sees (`GRAIN.image_tokens`); None: all."""
-        tower = self.config.model.image
-        if tower.keep == 1:
-            return None
-        with jax.named_scope(KEEP):
-            patches = (tower.image_size // tower.patch_size) ** 2
-            keys = _folded(_or_equal(keys, batch), KEEP)
-            return draw_kept(keys, patches, patches_seen(self.config))
-
-    def _scene(self, params, batch: schema.Batch, keys=None):
-        """The outputs of the model, and the function that makes what the term of a name sees, given the states."""
-
-        of_step = without_terms(params)
+    def _outputs_and_views(self, params, batch: schema.Batch, keys: jax.Array | None = None):
+        """The outputs of the model, and the function from the name and state of a local term to what it sees."""
+        of_model = without_terms(params)
         # A method asks for these whatever it computes.
-        scalars = {name: x for name, x in of_step.items() if name.startswith("logit_")}
+        scalars = {name: x for name, x in of_model.items() if name.startswith("logit_")}
 
         def apply(method: str, *args: Any, params: Any = None, **kwargs: Any):
-            own = of_step if params is None else {**scalars, **params}
-            return self.model.apply({"params": own}, *args, method=method, **kwargs)
+            chosen = of_model if params is None else {**scalars, **params}
+            return self.model.apply({"params": chosen}, *args, method=method, **kwargs)
 
-        found: Any = apply("outputs_and_features", batch, keys)
-        outputs, features = found
-        keys = _or_equal(keys, batch)
+        tower, images = self.config.model.image, batch.caption_mask.shape[0]
+        for_draws = keys
+        if keys is None:
+            for_draws = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
+        kept = None
+        if tower.keep != 1:
+            with jax.named_scope(KEEP):
+                patches = (tower.image_size // tower.patch_size) ** 2
+                kept = draw_kept(folded(for_draws, KEEP), patches, patches_seen(self.config))
+        outputs, features = apply("outputs_and_features", batch, keys, kept)
 
         def seen(name: str, state: Mapping[str, Any]) -> local.Seen:
             return local.Seen(
@@ -212,7 +205,7 @@ class Forward:
                 text_features=features.text,
                 outputs=outputs,
                 leading=grain.leading_tokens(self.config.model),
-                keys=_folded(keys, name),
+                keys=folded(for_draws, name),
                 apply=apply,
                 state=jax.lax.stop_gradient(state.get(name, {})),
             )
@@ -224,7 +217,7 @@ class Forward:
         small = dataclasses.replace(self.config, batch_size=self.config.text_layout[0])
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_batch(small))
         params = sharding.unbox(params)
-        return self._scene(params, batch)[1](name, self.initial_state(params))
+        return self._outputs_and_views(params, batch)[1](name, self.initial_state(params))
 
 
 def _as_floats(output: local.LocalOutput) -> local.LocalOutput:
@@ -235,15 +228,8 @@ def _as_floats(output: local.LocalOutput) -> local.LocalOutput:
     return found._replace(measures=stop(found.measures), statistics=stop(found.statistics))
 
 
-def _or_equal(keys: jax.Array | None, batch: schema.Batch) -> jax.Array:
-    """The keys of the images, or equal ones."""
-    if keys is not None:
-        return keys
-    return jax.vmap(jax.random.key)(jnp.zeros(batch.caption_mask.shape[0], jnp.uint32))
-
-
-def _folded(keys: jax.Array, name: str) -> jax.Array:
-    """Keys [B] of the images for what has this name."""
+def folded(keys: jax.Array, name: str) -> jax.Array:
+    """The keys [B] of the images for what has this name."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, zlib.crc32(name.encode()))
 
 

@@ -13,20 +13,11 @@ from jax.sharding import PartitionSpec
 
 from grain_jax import losses
 from grain_jax.core import errors
-from grain_jax.losses import matching, streaming
+from grain_jax.losses import streaming
 from grain_jax.losses.ring import Ring, packed, unpacked
 from grain_jax.train import sharding
 from tests import tiny
-from tests.losses.test_losses import (
-    _outputs,
-    assert_measures,
-    box_description_replica,
-    hard_negative_replica,
-    image_description_replica,
-    learnt,
-    positives_replica,
-    replica_and_measures,
-)
+from tests.losses.test_losses import random_outputs
 
 M, K, D = 24, 13, 16  # rows and columns per device, size of the vectors
 SCALE, BIAS = 20.0, -1.5
@@ -165,152 +156,6 @@ def test_a_row_without_negatives_costs_nothing():
     assert not np.any(streaming.loss_of_rows("softmax", np.ones(M, np.float32), value))
 
 
-EVERY = dict(
-    batch_size=32,
-    text__pack_rows=12,
-    input__negatives_per_region=2,
-    loss__hard_negative=0.5,
-    loss__tile=7,
-    loss__image_description=0.7,
-    model__boxes__kind="roi_align",
-    loss__box_description=0.9,
-)
-
-
-@functools.cache
-def _case(**overrides):
-    c = tiny.config(**EVERY, **overrides)
-    batch, outputs = tiny.batch(c), _outputs(c)
-    batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
-    batch.region_mask[4:8] = False  # images without regions: uneven shards
-    batch = batch._replace(negative_mask=batch.negative_mask & batch.region_mask[..., None])
-    if c.input.captions_per_image > 1:
-        batch.caption_mask[8:11] = False  # images without captions
-        batch.caption_id[1, 0] = batch.caption_id[30, 1]  # a text of two images, on two devices
-    return c, batch, learnt(outputs, batch)._replace(logit_bias=np.float32(-2))
-
-
-def _losses(c, batch, outputs, sizes):
-    data, fsdp, tensor = sizes
-    mesh = sharding.make_mesh(
-        dataclasses.replace(c.mesh, data=data, fsdp=fsdp, tensor=tensor),
-        jax.devices()[: math.prod(sizes)],
-    )
-
-    def run(outputs, batch):
-        values = losses.total_loss(
-            outputs, batch, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES
-        )
-        return values.total, values
-
-    place = sharding.batch_sharding(mesh)
-    batch = jax.device_put(batch, place)
-    (_, values), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(outputs, batch)
-    return values, grads
-
-
-@pytest.mark.parametrize(
-    "sizes,group_size,gather,masked,captions",
-    [
-        ((4, 2, 1), 16, 2, True, 1),  # a group is four devices
-        # A device holds two groups.
-        pytest.param((8, 1, 1), 2, 4, False, 1, marks=pytest.mark.slow),
-        ((2, 2, 2), 0, 2, True, 3),
-        pytest.param((8, 1, 1), 0, 1, False, 2, marks=pytest.mark.slow),
-    ],
-)
-def test_losses_and_gradients_are_the_same_on_every_mesh(
-    sizes, group_size, gather, masked, captions
-):
-    c, batch, outputs = _case(
-        loss__group_size=group_size,
-        loss__mask_duplicates=masked,
-        input__captions_per_image=captions,
-    )
-    alone = _alone(c, batch, outputs)
-    c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, gather=gather))
-    values, grads = _losses(c, batch, outputs, sizes)
-    (ic, box, rd), measures = replica_and_measures(outputs, batch, c.loss)
-    id_, measures["image_description_accuracy"] = image_description_replica(outputs, batch, c.loss)
-    bd, measures["box_description_accuracy"] = box_description_replica(outputs, batch, c.loss)
-    hard, right = hard_negative_replica(outputs, batch, c.loss)
-    names = ("image_caption", "box", "region_description", "image_description", "box_description")
-    found = [values.terms[name] for name in (*names, "hard_negative")]
-    np.testing.assert_allclose(found, [ic, box, rd, id_, bd, hard], rtol=1e-5)
-    assert_measures(values, measures | right)
-    assert np.abs(alone.negative_text_embed).max() > 0
-    _assert_gradients_equal(grads, alone)
-
-
-def _alone(c, batch, outputs):
-    """The gradient on one device, without a mesh."""
-    total = lambda outputs: losses.total_loss(outputs, batch, c.loss).total
-    return jax.jit(jax.grad(total))(outputs)
-
-
-def _assert_gradients_equal(grads, expected):
-    """Of Outputs; a field that a run has not got is None."""
-    for name, a, b in zip(expected._fields, expected, grads, strict=True):
-        if a is not None:
-            np.testing.assert_allclose(
-                b, a, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 0.1), err_msg=name
-            )
-
-
-@pytest.mark.parametrize("captions", [1, 3])
-def test_sigmoid_equals_a_float64_loop(captions):
-    c, batch, outputs = _case(
-        loss__contrast="sigmoid", model__logit_bias_init=-10.0, input__captions_per_image=captions
-    )
-    values, grads = _losses(c, batch, outputs, (4, 2, 1))
-    o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
-    softplus = lambda x: np.log1p(np.exp(x))
-    if captions == 1:
-        z = o.logit_scale * o.image_embed @ o.text_embed[:, 0].T + o.logit_bias
-        same = batch.caption_id == batch.caption_id.T
-        expected = (softplus(-np.diag(z)) + np.where(same, 0, softplus(z)).sum(1)).mean()
-    else:
-        texts = outputs.text_embed, batch.caption_id, batch.caption_mask
-        expected, _ = positives_replica(outputs, *texts, c.loss)
-    np.testing.assert_allclose(values.terms["image_caption"], expected, rtol=1e-5)
-
-    # Regions: the softmax's matching, then every pair by itself.
-    real = batch.region_mask & (batch.region_boxes_cxcywh[..., 2:] > 0).all(-1)
-    cost = matching.cost_matrix(
-        outputs.pred_boxes_cxcywh[-1], batch.region_boxes_cxcywh, l1=5.0, giou=2.0
-    )
-    found = matching.match(cost, real)
-    i, j = np.nonzero(np.asarray(found.valid))
-    rows = o.region_embed[i, np.asarray(found.query_index)[i, j]]
-    z = o.logit_scale * rows @ o.region_text_embed[real].T + o.logit_bias
-    ids = batch.description_id
-    own = o.logit_scale * (rows * o.region_text_embed[i, j]).sum(-1) + o.logit_bias
-    different = ids[i, j][:, None] != ids[real]
-    expected = (softplus(-own) + np.where(different, softplus(z), 0).sum(1)).mean()
-    np.testing.assert_allclose(values.terms["region_description"], expected, rtol=1e-5)
-    expected, _ = image_description_replica(outputs, batch, c.loss)
-    np.testing.assert_allclose(values.terms["image_description"], expected, rtol=1e-5)
-    expected, _ = box_description_replica(outputs, batch, c.loss)
-    np.testing.assert_allclose(values.terms["box_description"], expected, rtol=1e-5)
-
-    _assert_gradients_equal(grads, _alone(c, batch, outputs))
-
-
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
-def test_images_without_a_caption_equal_the_replica_on_a_mesh(contrast):
-    bias = dict(model__logit_bias_init=-2.0) if contrast == "sigmoid" else {}
-    c, batch, outputs = _case(loss__contrast=contrast, **bias)
-    mask = batch.caption_mask.copy()
-    mask[8:11] = mask[30] = False
-    batch = batch._replace(caption_mask=mask, caption_id=np.where(mask, batch.caption_id, 0))
-    texts = outputs.text_embed, batch.caption_id, batch.caption_mask
-    expected, _ = positives_replica(outputs, *texts, c.loss)
-    values, grads = _losses(c, batch, outputs, (4, 2, 1))
-    np.testing.assert_allclose(values.terms["image_caption"], expected, rtol=1e-5)
-    assert not np.any(grads.text_embed[~mask[:, 0]]) and np.all(np.any(grads.image_embed, axis=-1))
-    _assert_gradients_equal(grads, _alone(c, batch, outputs))
-
-
 def test_groups_that_cross_devices_are_refused():
     c = tiny.config(batch_size=48)
     with pytest.raises(errors.UserError, match=r"loss.group_size: got 4, expected a divisor or a"):
@@ -341,7 +186,7 @@ def _program_of_gradient(gather, captions):
     c = _config_of_gradient(gather, captions)
     mesh = sharding.make_mesh(c.mesh)
     outputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _outputs(c, width=WIDTH)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_outputs(c, width=WIDTH)
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(c))
     place = sharding.batch_sharding(mesh)

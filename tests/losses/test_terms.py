@@ -14,7 +14,7 @@ from grain_jax.core import errors
 from grain_jax.losses import shard, total
 from grain_jax.train import sharding
 from tests import tiny
-from tests.losses.test_losses import _outputs
+from tests.losses.test_losses import random_outputs
 from tests.paths import ROOT
 
 
@@ -64,7 +64,7 @@ def _loss(name, weight=1.0, loss=None, **options):
 @pytest.mark.parametrize("devices,group_size", [(1, 4), (8, 4), (8, 1)])
 def test_terms_over_the_batch_and_over_groups(devices, group_size):
     c = tiny.config(loss__group_size=group_size)
-    batch, outputs = tiny.batch(c), _outputs(c)
+    batch, outputs = tiny.batch(c), random_outputs(c)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
     loss = _loss("Variance", 2.0, c.loss, floor=0.5)
     other = {"term": f"{__name__}:distance", "weight": -1.0, "power": 3}
@@ -120,7 +120,7 @@ def test_what_a_term_returns_is_checked(name, fault):
     c = tiny.config()
     with pytest.raises(errors.UserError, match=f"loss term 'mine': .*{fault}"):
         jax.eval_shape(
-            lambda o, b: losses.total_loss(o, b, _loss(name)), _outputs(c), tiny.batch(c)
+            lambda o, b: losses.total_loss(o, b, _loss(name)), random_outputs(c), tiny.batch(c)
         )
 
 

@@ -72,7 +72,7 @@ def _worst(got, expected):
 
 
 def _by_xla(q, k, v, norms, heads, eps, within):
-    """As layers.Attention has it."""
+    """As attention.Attention has it."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     if norms is not None:
         q, k = layers._norm(q, *norms[:2], eps), layers._norm(k, *norms[2:], eps)
@@ -123,11 +123,11 @@ def test_kernel_equals_the_replica(name):
         assert ours < bound and ours < 2.5 * theirs, (dtype, ours, theirs)
 
 
-def _loss(layer, mask, weight):
+def _loss(layer, mask, weight, rotation=None):
     """The value and the gradients of a sum of the layer's output, by parameters and input."""
 
     def run(params, x):
-        return jnp.sum(layer.apply(params, x, x, x, mask) * weight)
+        return jnp.sum(layer.apply(params, x, x, x, mask, rotation=rotation) * weight)
 
     return jax.jit(jax.value_and_grad(run, (0, 1)))
 
@@ -139,7 +139,7 @@ def _assert_near(got, expected):
 def _layer(program, heads, qk_norm, width=32):
     init = layers.normal(0.3 if width == 32 else 0.05)
     eps, dtype = 1e-6 if qk_norm else None, jnp.dtype("float32")
-    return layers.Attention(width, heads, dtype, init, init, init, eps, program=program)
+    return attention.Attention(width, heads, dtype, init, init, init, eps, program=program)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.models import layers, placement, vit
+from grain_jax.models import layers, placement, tower_layer, vit
 from grain_jax.train import sharding
 from tests import tiny
 
@@ -58,7 +58,7 @@ def test_what_an_image_block_keeps_for_the_backward_pass():
     """Of bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
     tower = tiny.config(dtype="bfloat16").model.image
     dtype, x = jnp.dtype("bfloat16"), jnp.ones((4, 17, tower.width), jnp.bfloat16)
-    block = layers.TowerLayer(tower, dtype, vit._inits(tower), qk_norm=tower.qk_norm)
+    block = tower_layer.TowerLayer(tower, dtype, vit._inits(tower), qk_norm=tower.qk_norm)
     variables = jax.jit(block.init)(jax.random.key(0), x)
     _, backward = jax.vjp(lambda x: block.apply(variables, x)[0], x)
     kept = [a for a in jax.tree.leaves(backward) if a.ndim >= 3 and a.shape[0] == 4]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors
-from grain_jax.models import layers, mlp_kernel, placement, programs
+from grain_jax.models import layers, mlp_kernel, placement, programs, tower_layer
 
 EPS = 1e-6
 AXES = ("data", "fsdp")
@@ -89,9 +89,9 @@ def test_layer_is_the_same_by_each_program(mesh_shape):
     x = jax.random.normal(jax.random.key(0), (8, 5, TOWER.width))
     weight = jax.random.normal(jax.random.key(1), x.shape)
     init = layers.normal(0.1)
-    inits = layers.LayerInits(init, init, init, init)
+    inits = tower_layer.LayerInits(init, init, init, init)
     by = {
-        program: layers.TowerLayer(TOWER, jnp.dtype("float32"), inits, mlp_program=program)
+        program: tower_layer.TowerLayer(TOWER, jnp.dtype("float32"), inits, mlp_program=program)
         for program in ("xla", "pallas")
     }
     params = [jax.jit(lambda one=one: one.init(jax.random.key(2), x))() for one in by.values()]

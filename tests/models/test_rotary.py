@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
-from grain_jax.models import grain, layers, placement, rotary, vit
+from grain_jax.models import attention, grain, layers, placement, rotary, vit
 from grain_jax.train import flops, optim
 from tests import foreign, tiny
 from tests.models.test_attention import _loss
@@ -87,8 +87,7 @@ def test_dinov3_of_transformers(size, gated):
 
 def _attention(program, qk_norm, key_bias):
     init = layers.normal(0.3)
-    rope = rotary.Rope(100.0, grid=3, leading=1)
-    return layers.Attention(
+    return attention.Attention(
         48,
         4,
         jnp.dtype("float32"),
@@ -97,7 +96,6 @@ def _attention(program, qk_norm, key_bias):
         init,
         1e-6 if qk_norm else None,
         program=program,
-        rope=rope,
         key_bias=key_bias,
     )
 
@@ -117,15 +115,16 @@ def test_every_attention_program_rotates(monkeypatch, program, qk_norm, mesh_sha
         jax.jit(lambda one=one: one.init(jax.random.key(3), x, x, x))() for one in (xla, other)
     )
     jax.tree.map(np.testing.assert_array_equal, params, again)
-    expected = _loss(xla, None, weight)(params, x)
-    unrotated = _loss(xla.clone(rope=None), None, weight)(params, x)
+    rotation = rotary.of_grid(3, theta=100.0, head_dim=12, leading=1)
+    expected = _loss(xla, None, weight, rotation)(params, x)
+    unrotated = _loss(xla, None, weight)(params, x)
     assert abs(unrotated[0] - expected[0]) > 1e-2
     mesh = None
     if mesh_shape is not None:
         mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
     with placement.on(mesh, ("data", "fsdp") if mesh else ()):
-        got = _loss(other, None, weight)(params, x)
+        got = _loss(other, None, weight, rotation)(params, x)
     jax.tree.map(lambda a, b: foreign.close(np.asarray(a), np.asarray(b)), got, expected)
     grads = [grain.flat(found[1][0]["params"]) for found in (expected, unrotated)]
     assert ("key/bias" in grads[0]) != qk_norm

@@ -100,7 +100,7 @@ def case():
     """(config, parameters, batch, keys, kept patches)."""
     c = config(model__image__keep=0.5, model__image__qk_norm=False, **BOXES)
     keys = keys_of(8)
-    at = forward.draw_kept(forward._folded(keys, forward.KEEP), SIDE**2, 8)
+    at = forward.draw_kept(forward.folded(keys, forward.KEEP), SIDE**2, 8)
     return c, perturbed.params(c.model), tiny.batch(c), keys, np.asarray(at)
 
 

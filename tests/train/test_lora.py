@@ -147,8 +147,8 @@ def test_gradients_of_a_map_are_torchs(inputs, outputs, side_by_side):
     weight = draw(5, m)
     init = layers.normal(1.0)
     if side_by_side:
-        back = len(inputs) == 2
-        module = layers.SideBySide(6, 3, np.dtype("float32"), init, init, back)
+        axes = ("a",) * len(inputs), ("b",) * len(outputs)
+        module = layers.Affine(inputs, outputs, *axes, np.dtype("float32"), init)
     else:
         module = layers.dense(
             outputs,

@@ -1,0 +1,154 @@
+"""A step is the same on every mesh, in micro-batches, with rematerialisation and after a resume.
+
+One table for all that a step may hold. Each row compiles two programs, and the further tests here read the same ones.
+"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from grain_jax.models import grain
+from grain_jax.train import sharding, train_step
+from tests import tiny
+from tests.train import terms
+
+DECODER = dict(
+    loss__group_size=4,
+    input__captions_per_image=3,
+    input__negatives_per_region=2,
+    text__pack_rows=10,
+    model__boxes__kind="roi_align",
+    model__image__keep=0.5,
+    loss__image_description=0.5,
+    loss__box_description=0.5,
+    loss__hard_negative=0.5,
+)
+CONFIGS = {
+    "decoder": DECODER,
+    "terms": terms.TWO_TOWERS | dict(loss__terms=terms.ENTRIES),
+    "lora": tiny.SHALLOW
+    | terms.TWO_TOWERS
+    | dict(optim__lora__rank=4, optim__lora__alpha=6.0, optim__learning_rate=0.02),
+}
+ONE = dict(mesh__data=1)
+EIGHT = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, microbatches=2, loss__tile=7)
+
+
+@functools.cache
+def program_of(name, on_eight):
+    """(config, program, its compiled step) of a row on one device, or on eight in micro-batches."""
+    mesh = EIGHT | dict(remat="qkv" if name != "terms" else "full") if on_eight else ONE
+    if on_eight and name == "decoder":
+        mesh |= dict(loss__gather=2)
+    c = tiny.config(**CONFIGS[name] | mesh, ema_decay=0.9, optim__clip_norm=0.0)
+    devices = jax.devices()[: 8 if on_eight else 1]
+    program = train_step.build(
+        c, sharding.make_mesh(c.mesh, devices), total_steps=10, steps_per_epoch=1
+    )
+    return c, program, program.step.lower(program.state, program.batch).compile()
+
+
+def step_from(name, on_eight, state):
+    """(metrics, the state after a step from a state of NumPy arrays)."""
+    c, program, step = program_of(name, on_eight)
+    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
+    state, metrics = step(jax.device_put(state, program.shardings), batch)
+    return jax.tree.map(float, metrics), jax.device_get(state)
+
+
+def first_state(name):
+    _, program, _ = program_of(name, False)
+    state = tiny.state(program)
+    return state._replace(term_state=jax.device_get(program.term_state(state.params)))
+
+
+@functools.cache
+def two_steps(name, on_eight=False):
+    """[(metrics, state after)] of two steps; on eight devices the second is a resume of the run on one."""
+    first = step_from(name, on_eight, first_state(name))
+    before = two_steps(name)[0][1] if on_eight else first[1]
+    return [first, step_from(name, on_eight, before)]
+
+
+def gradients(c, state):
+    """Adam's first moment after the first step is a share of the gradient."""
+    flat = grain.flat(state.opt_state)
+    return {name: np.asarray(x) / (1 - c.optim.b1) for name, x in flat.items() if "/mu/" in name}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_is_the_same_on_eight_devices_and_after_a_resume(name):
+    """With dropout: its masks, the kept patches and the draws of terms belong to the image, wherever it is computed."""
+    c, expected, got = program_of(name, False)[0], two_steps(name), two_steps(name, True)
+    for (metrics, state), (others, other) in zip(expected, got, strict=True):
+        for key in metrics:
+            np.testing.assert_allclose(others[key], metrics[key], rtol=2e-5, err_msg=key)
+        for a, b in zip(jax.tree.leaves(state.ema_params), jax.tree.leaves(other.ema_params)):
+            # An Adam step moves parameters whose gradient is float noise by up to the learning rate.
+            np.testing.assert_allclose(a, b, atol=3e-4)
+        for a, b in zip(jax.tree.leaves(state.term_state), jax.tree.leaves(other.term_state)):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-4)
+    ours, theirs = (gradients(c, steps[0][1]) for steps in (expected, got))
+    for key, a in ours.items():
+        # Key biases and the like have a gradient of 0 but for rounding: those are compared absolutely.
+        assert np.abs(a - theirs[key]).max() / max(np.abs(a).max(), 1e-2) < 2e-5, key
+
+
+def test_counts_and_metrics_of_two_steps():
+    c, steps = program_of("decoder", False)[0], two_steps("decoder")
+    per_step = int(tiny.batch(c).texts_dropped.sum())
+    assert per_step > 0 and int(steps[1][1].step) == 2
+    assert [m["texts_dropped"] for m, _ in steps] == [per_step, 2 * per_step]
+    counts = tiny.batch(c).text_counts.sum(axis=0)
+    assert steps[1][1].text_counts.tolist() == (2 * counts).tolist()
+    assert [(m["texts"], m["texts_too_long"]) for m, _ in steps] == [(*counts,), (*(2 * counts),)]
+    for m, _ in steps:
+        modules = [m[f"grad_norm/{name}"] for name in ("image", "text", "decoder", "heads")]
+        assert min(modules) > 1e-3 and "hard_negative_accuracy" in m
+        np.testing.assert_allclose(np.linalg.norm(modules), m["grad_norm"], rtol=1e-5)
+        share = np.array([m[f"query_share/{i}"] for i in range(c.model.decoder.queries)])
+        np.testing.assert_allclose(share.sum(), 1, rtol=1e-6)
+        share = share[share > 0]
+        entropy = -(share * np.log(share)).sum() / np.log(c.model.decoder.queries)
+        np.testing.assert_allclose(m["query_usage_entropy"], entropy, rtol=1e-5)
+
+
+def test_matching_has_no_collective_loop_or_host_callback():
+    collectives = re.compile(
+        r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
+    )
+    lines = program_of("decoder", True)[2].as_text().splitlines()
+    scoped = [line for line in lines if re.search(r'op_name="[^"]*matching', line)]
+    assert len(scoped) > 20, "the scope's name is gone: this test sees nothing"
+    assert not [line for line in scoped if collectives.search(line)]
+    leaves = re.compile(r"\bwhile\(|custom-call\(|infeed|outfeed")
+    assert not [line for line in scoped if leaves.search(line)]
+    assert any(collectives.search(x) for x in lines), "no collective at all: is the batch sharded?"
+
+
+def test_lora_moves_the_factors_alone():
+    before, (_, after) = first_state("lora"), two_steps("lora")[0]
+    moved = 0
+    for tree in ("params", "ema_params"):
+        start, end = (grain.flat(getattr(state, tree)) for state in (before, after))
+        for name, x in end.items():
+            if name.startswith(("image", "text")) and "lora_" not in name:
+                np.testing.assert_array_equal(x, start[name], err_msg=name)
+            moved += "lora_" in name and not np.array_equal(x, start[name])
+    moments = {name for name in grain.flat(after.opt_state) if "/image" in name or "/text" in name}
+    assert moved == len(moments) == 2 * 24 and all("lora_" in name for name in moments)
+
+
+def test_a_run_without_regions_trains_on_captions_alone():
+    """The CLIP baseline: no region is read."""
+    c = tiny.small(input__max_regions=0, loss__box=0.0, loss__region_description=0.0)
+    shapes = train_step.build(
+        c, sharding.make_mesh(c.mesh, jax.devices()[:1]), total_steps=10, steps_per_epoch=1
+    )
+    _, metrics = jax.eval_shape(shapes.step, shapes.state, shapes.batch)
+    of_regions = ("query", "region", "matched_iou50")
+    assert not [name for name in metrics if name.startswith(of_regions)]
+    assert {"loss_box", "image_caption_accuracy"} <= metrics.keys()
