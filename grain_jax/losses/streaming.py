@@ -90,106 +90,102 @@ def loss_of_rows(
 
 
 def _forward(contrast, both, tile, ring, rows, columns, scale, bias):
+    def pair(rows, of_rows, columns, _, column_sums):
+        sums, weight, vectors = of_rows
+        logits = _logits(rows, columns, scale, bias, ring.precision)
+        if both:
+            column_sums = _add(contrast, column_sums, logits.T)[0]
+            return column_sums, (_add(contrast, sums, logits)[0], None, None)
+        sums, share, fade = _add(contrast, sums, logits)
+        weight = weight * fade + share.sum(1)
+        pulled = _product("nm,md->nd", share, columns.embed, ring.precision)
+        return None, (sums, weight, vectors * fade[:, None] + pulled)
+
     row_tiles = cut(rows, tile)
-
-    def visit(of_rows, block):
-        def one_tile(of_rows, part):
-            def one_row_tile(column_sums, part):
-                rows, (sums, weight, mean) = part
-                logits = _logits(rows, columns, scale, bias, ring.precision)
-                if both:
-                    column_sums = _add(contrast, column_sums, logits.T)[0]
-                    return column_sums, (_add(contrast, sums, logits)[0], None, None)
-                sums, share, fade = _add(contrast, sums, logits)
-                weight = weight * fade + share.sum(1)
-                vectors = _product("nm,md->nd", share, columns.embed, ring.precision)
-                return None, (sums, weight, mean * fade[:, None] + vectors)
-
-            columns, _ = part
-            nothing = _no_sums(columns.real) if both else None
-            column_sums, of_rows = jax.lax.scan(one_row_tile, nothing, (row_tiles, of_rows))
-            return of_rows, column_sums
-
-        of_rows, column_sums = jax.lax.scan(one_tile, of_rows, _tiles(block, columns, tile))
-        return of_rows, _joined(column_sums, len(block.vectors))
-
-    zeros = None, None
-    if not both:
-        zeros = jnp.zeros(row_tiles.real.shape), jnp.zeros_like(row_tiles.embed)
-    (sums, *pulled), column_sums = exchange(
+    nothing = lambda x: _no_sums(x.real) if both else None
+    weight = None if both else jnp.zeros(row_tiles.real.shape)
+    vectors = None if both else jnp.zeros_like(row_tiles.embed)
+    of_rows, column_sums = exchange(
         ring,
         _block(columns),
-        visit,
+        _visit(pair, row_tiles, columns, tile, nothing),
         _add_sums,
-        (_no_sums(row_tiles.real), *zeros),
-        _no_sums(columns.real) if both else None,
+        (_no_sums(row_tiles.real), weight, vectors),
+        nothing(columns),
     )
-    sums, *pulled = _joined((sums, *pulled), len(rows.real))
+    sums, weight, vectors = _joined(of_rows, len(rows.real))
     if contrast == "softmax" and not both:
         some = jnp.maximum(sums[:, 1], jnp.finfo(jnp.float32).tiny)
-        pulled = [pulled[0] / some, pulled[1] / some[:, None]]
-    of_rows, of_columns = (x if x is None else _costs(contrast, x) for x in (sums, column_sums))
-    costs = of_rows.cost, None if of_columns is None else of_columns.cost
-    return (of_rows, of_columns), (rows, columns, scale, bias, costs, pulled)
+        weight, vectors = sums[:, 1] / some, vectors / some[:, None]
+    results = tuple(x if x is None else _costs(contrast, x) for x in (sums, column_sums))
+    costs = [None if x is None else x.cost for x in results]
+    return results, (rows, columns, scale, bias, costs, weight, vectors)
 
 
 def _backward(contrast, both, tile, ring, residuals, cotangents):
     """The gradients; those that are summed here are without the scale."""
-    rows, columns, scale, bias, costs, pulled = residuals
-    numbers = [None if x is None else jnp.stack([x, y.cost], 1) for x, y in zip(costs, cotangents)]
+    rows, columns, scale, bias, costs, weight, vectors = residuals
+    of_rows, of_columns = (
+        None if cost is None else jnp.stack([cost, cotangent.cost], axis=1)
+        for cost, cotangent in zip(costs, cotangents)
+    )
     here, there = (rows, columns) if both else (columns, rows)  # `there` travels
-    here_tiles = cut((here, numbers[0] if both else None), tile)
 
-    def visit(gradients, block):
-        def one_tile(gradients, part):
-            there, there_numbers = part
+    def pair(here, sums, there, of_there, back):
+        (here, of_here), (gradient, weight) = here, sums
+        logits = _logits(here, there, scale, bias, ring.precision)  # [here, there]
+        share = _share(contrast, logits, *of_there.T)
+        if both:
+            share += _share(contrast, logits.T, *of_here.T).T
+        share = jnp.where(logits > MASKED, share, 0)
+        gradient += _product("nm,md->nd", share, there.embed, ring.precision)
+        if both:
+            back += _product("nm,nd->md", share, here.embed, ring.precision)
+            weight += share.sum(1)
+        return back, (gradient, weight)
 
-            def one_tile_here(back, part):
-                (here, here_numbers), (gradient, weight) = part
-                logits = _logits(here, there, scale, bias, ring.precision)  # [here, there]
-                share = _share(contrast, logits, *there_numbers.T)
-                if both:
-                    share += _share(contrast, logits.T, *here_numbers.T).T
-                share = jnp.where(logits > MASKED, share, 0)
-                gradient += _product("nm,md->nd", share, there.embed, ring.precision)
-                if both:
-                    back += _product("nm,nd->md", share, here.embed, ring.precision)
-                    weight += share.sum(1)
-                return back, (gradient, weight)
-
-            back = jnp.zeros_like(there.embed) if both else None
-            back, gradients = jax.lax.scan(one_tile_here, back, (here_tiles, gradients))
-            return gradients, back
-
-        gradients, back = jax.lax.scan(one_tile, gradients, _tiles(block, there, tile))
-        return gradients, _joined(back, len(block.vectors))
-
-    gradient = jnp.zeros_like(here_tiles[0].embed)
-    weight = jnp.zeros(here_tiles[0].real.shape) if both else None
-    (gradient, weight), back = exchange(
+    here_tiles = cut((here, of_rows if both else None), tile)
+    nothing = lambda x: jnp.zeros_like(x.embed) if both else None
+    (gradient, of_bias), back = exchange(
         ring,
-        _block(there, numbers[1] if both else numbers[0]),
-        visit,
+        _block(there, of_columns if both else of_rows),
+        _visit(pair, here_tiles, there, tile, nothing),
         operator.add,
-        (gradient, weight),
-        jnp.zeros_like(there.embed) if both else None,
+        (
+            jnp.zeros_like(here_tiles[0].embed),
+            jnp.zeros(here_tiles[0].real.shape) if both else None,
+        ),
+        nothing(there),
     )
     gradient = _joined(gradient, len(here.real))
-    if both:
-        row_gradient, column_gradient, bias_gradient = gradient, back, jnp.sum(weight)
-    else:
-        weight, mean = pulled
-        row_gradient, column_gradient = cotangents[0].cost[:, None] * mean, gradient
-        bias_gradient = jnp.sum(cotangents[0].cost * weight)
+    of_rows, of_columns = gradient, back
+    if not both:
+        cotangent = cotangents[0].cost
+        of_rows, of_columns, of_bias = cotangent[:, None] * vectors, gradient, cotangent * weight
     return (
-        Vectors._make((scale * row_gradient, None, None)),
-        Vectors._make((scale * column_gradient, None, None)),
-        jnp.sum(rows.embed * row_gradient),
-        bias_gradient,
+        Vectors._make((scale * of_rows, None, None)),
+        Vectors._make((scale * of_columns, None, None)),
+        jnp.sum(rows.embed * of_rows),
+        jnp.sum(of_bias),
     )
 
 
 negatives.defvjp(_forward, _backward)
+
+
+def _visit(pair, here_tiles, there: Vectors, tile: int, nothing):
+    """The `visit` of `exchange`, by `back, state = pair(here, state, there, numbers, back)` for each pair of tiles."""
+
+    def visit(state, block):
+        def one_tile(state, part):
+            one_pair = lambda back, of_here: pair(*of_here, *part, back)
+            back, state = jax.lax.scan(one_pair, nothing(part[0]), (here_tiles, state))
+            return state, back
+
+        state, back = jax.lax.scan(one_tile, state, _tiles(block, there, tile))
+        return state, _joined(back, len(block.vectors))
+
+    return visit
 
 
 def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Array, "m k"]:

@@ -238,13 +238,12 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
 
     of_mask = () if within is None else tuple(within)
-    mesh = placement.mesh()
-    if mesh is not None:  # JAX does not make sure that a mask is cut as the queries are
-        batch, tensor = placement.batch_axes(), mesh.shape.get("tensor", 1)
-        both = PartitionSpec(batch, None, "tensor" if tensor > 1 and heads % tensor == 0 else None)
-        specs = (both, both, both, *[PartitionSpec(batch)] * len(of_mask))
-        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=both, check_vma=False)
-    return attend(q, k, v, *of_mask)[:, :length]
+    # JAX does not make sure that a mask is cut as the queries are.
+    mesh, batch = placement.mesh(), placement.batch_axes()
+    tensor = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    both = PartitionSpec(batch, None, "tensor" if tensor > 1 and heads % tensor == 0 else None)
+    specs = (both, both, both, *[PartitionSpec(batch)] * len(of_mask))
+    return placement.on_each_device(attend, mesh, specs, both)(q, k, v, *of_mask)[:, :length]
 
 
 def with_pallas(*given: jax.Array, within: Mask | None, **options) -> jax.Array:

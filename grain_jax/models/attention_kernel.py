@@ -13,7 +13,6 @@ On other platforms the kernel runs in Pallas' interpreter, for tests.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -322,23 +321,11 @@ class _Call:
         count = 1 if self.together else 3
         return arrays[:count], arrays[count], arrays[count + 1 :]
 
-    def on_each_device(self, function, cut: Sequence[str], results: Sequence[str]):
-        """`function` on the shard of each device.
-
-        `cut` and `results` say how arrays are cut: "both" (batch first, heads last), "batch" or "" (whole).
-        """
-        if self.mesh is None:
-            return function
-        specs = {
-            "both": PartitionSpec(self.batch, None, self.cut_heads),
-            "batch": PartitionSpec(self.batch),
-            "": PartitionSpec(),
-        }
-        of = lambda names: tuple(specs[name] for name in names)
-        out_specs = of(results) if len(results) > 1 else of(results)[0]
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=of(cut), out_specs=out_specs, check_vma=False
-        )
+    def specs(self, given, masks):
+        """How arrays with the heads last are cut, and what `forward` takes."""
+        both = PartitionSpec(self.batch, None, self.cut_heads)
+        of_masks = [PartitionSpec(self.batch)] * len(masks)
+        return both, (*[both] * len(given), PartitionSpec(), *of_masks)
 
 
 def _local_heads(heads: int) -> tuple[int, str | None]:
@@ -415,15 +402,16 @@ def _attend(call: _Call, given, norm, masks):
 
 
 def _attend_forward(call, given, norm, masks):
-    cut = ["both"] * len(given) + [""] + ["batch"] * len(masks)
-    out = call.on_each_device(call.forward, cut, ["both"])(*given, norm, *masks)
-    return out, (given, norm, masks)
+    both, specs = call.specs(given, masks)
+    forward = placement.on_each_device(call.forward, call.mesh, specs, both)
+    return forward(*given, norm, *masks), (given, norm, masks)
 
 
 def _attend_backward(call, kept, do):
     given, norm, masks = kept
-    cut = ["both"] * (1 + len(given)) + [""] + ["batch"] * len(masks)
-    backward = call.on_each_device(call.backward, cut, ["both"] * (len(given) + 1))
+    both, specs = call.specs(given, masks)
+    results = (both,) * (len(given) + 1)
+    backward = placement.on_each_device(call.backward, call.mesh, (both, *specs), results)
     *d_given, dnorm = backward(do, *given, norm, *masks)
     # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
     dnorm = dnorm.sum(0).reshape(8, -1, norm.shape[1]).sum(1)

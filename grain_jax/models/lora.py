@@ -113,27 +113,14 @@ def maps_of(
 def _matched(
     pattern: str, model: config_lib.Model, modules: list[str], maps: list[str]
 ) -> list[str]:
-    """The maps that a pattern matches. Raises UserError."""
+    """The maps that a pattern matches. Raises UserError: it matches nothing, or something else."""
     matched = [name for name in modules if re.fullmatch(pattern, name)]
-    fault = ""
-    if not matched:
-        fault = "matches no module"
-    for name in matched:
-        tower = name.partition("/")[0]
-        external = tower in ("image", "text") and getattr(model, tower).tower
-        if external and named.is_external(external):
-            fault = (
-                f"matches {name}, of the tower {external}, where only built-in towers have factors"
-            )
-        elif tower not in ("image", "text"):
-            fault = f"matches {name}, which lies outside the towers"
-        elif name not in maps:
-            fault = f"matches {name}, which is no dense map of a layer"
-        if fault:
-            break
-    if fault:
+    external = {t: named.is_external(getattr(model, t).tower) for t in ("image", "text")}
+    wrong = [x for x in matched if x not in maps or external[x.partition("/")[0]]]
+    if wrong or not matched:
+        fault = f"matches {wrong[0]}" if wrong else "matches no module"
         raise errors.UserError(
-            f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of layers:"
+            f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of layers of built-in towers:"
             " (image|text)/blocks/attention/(query|key|value|out), (image|text)/blocks/mlp/(in|gate|out)"
         )
     return matched

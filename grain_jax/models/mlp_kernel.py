@@ -226,19 +226,6 @@ class _Call:
             **self._options(x, mlp_dim, products=4, inner=3),
         )(x, vectors, w_in, w_out, hidden, dy)
 
-    def on_each_device(self, function, cut: str, results: str):
-        """`function` on the shard of each device; of `cut` and `results` a letter an array: b, cut as the batch; w, whole."""
-        if self.mesh is None:
-            return function
-        specs = {"b": PartitionSpec(self.batch), "w": PartitionSpec()}
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=tuple(specs[one] for one in cut),
-            out_specs=tuple(specs[one] for one in results),
-            check_vma=False,
-        )
-
 
 def half_layer(
     x: jax.Array,
@@ -280,12 +267,17 @@ def _half_layer(call: _Call, x, vectors, bias, w_in, w_out):
 
 
 def _half_layer_forward(call, x, vectors, bias, w_in, w_out):
-    y, hidden = call.on_each_device(call.forward, "bwwww", "bb")(x, vectors, bias, w_in, w_out)
+    batch, whole = PartitionSpec(call.batch), PartitionSpec()
+    specs = batch, *[whole] * 4
+    forward = placement.on_each_device(call.forward, call.mesh, specs, (batch, batch))
+    y, hidden = forward(x, vectors, bias, w_in, w_out)
     return y, (x, vectors, w_in, w_out, hidden)
 
 
 def _half_layer_backward(call, kept, dy):
-    backward = call.on_each_device(call.backward, "bwwwbb", "bbbbb")
+    batch, whole = PartitionSpec(call.batch), PartitionSpec()
+    specs = batch, whole, whole, whole, batch, batch
+    backward = placement.on_each_device(call.backward, call.mesh, specs, (batch,) * 5)
     dx, *of_weights = backward(*kept, dy)
     return dx, *(d.sum(0) for d in of_weights)
 

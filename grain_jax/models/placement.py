@@ -40,6 +40,15 @@ def batch_axes() -> tuple[str, ...]:
     return found[1] if found else ()
 
 
+def on_each_device(function, mesh: Mesh | None, in_specs: tuple, out_specs):
+    """`function` on the shard of each device of a mesh; the function itself without one."""
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
 def by_batch(x: jax.Array) -> jax.Array:
     """`x` with its leading axis sharded like the batch, all other axes whole."""
     return _constrain(x, PartitionSpec(batch_axes()))
@@ -77,13 +86,9 @@ def _lookup_backward(rows, dtype, mesh, axes, ids, d):
     def of_all(ids, d):
         return jax.lax.psum(of_device(ids, d).astype(dtype), axes).astype(d.dtype)
 
-    if mesh is None:
-        return of_device(ids, d), None
     batch = PartitionSpec(axes)
-    summed = jax.shard_map(
-        of_all, mesh=mesh, in_specs=(batch, batch), out_specs=PartitionSpec(), check_vma=False
-    )
-    return summed(ids, d), None
+    run = of_device if mesh is None else of_all
+    return on_each_device(run, mesh, (batch, batch), PartitionSpec())(ids, d), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

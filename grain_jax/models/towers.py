@@ -67,13 +67,8 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """A text tower: rows of tokens to the features of every position.
 
-    Attributes:
-      config: `model.text`. Every tower has `vocab_size`, `context_length`, `norm_eps`, `pool`, `projection`,
-        `tokenizer`, `cleaning` and `pad_id`; the rest as of `ImageTower.config`.
-      dtype: of activations.
-      remat: as of `ImageTower`.
-      attention: as of `ImageTower`.
-      mlp: as of `ImageTower`.
+    Its attributes are those of `ImageTower`, with `model.text` as the `config`. Every tower has `vocab_size`,
+    `context_length`, `norm_eps`, `pool`, `projection`, `tokenizer`, `cleaning` and `pad_id`.
     """
 
     config: config_lib.TextTower

@@ -113,7 +113,7 @@ def test_an_unknown_name_lists_the_terms_of_the_package():
     [
         ("a_number", "its loss is a .*, expected losses.Mean"),
         ("of_images", r"its loss have shapes \(16,\) and \(\), expected \(\) for both: a Mean"),
-        ("of_wrong_groups", r"\(3,\) and \(3,\), expected \(1,\) .* of 1 groups a device"),
+        ("of_wrong_groups", r"\(3,\) and \(3,\), expected \(1,\) .* of 1 groups per device"),
     ],
 )
 def test_what_a_term_returns_is_checked(name, fault):

@@ -321,11 +321,11 @@ def test_a_predictor_refuses_factors():
         ),
         (
             {"modules": (BOTH, "image/blocks/.*")},
-            "'image/blocks/.\\*' matches image/blocks/\\w+/?\\w*, which is no dense",
+            "'image/blocks/.\\*' matches image/blocks/\\w+/?\\w*; expected dense",
         ),
         (
             {"modules": (".*/query",)},
-            "'.\\*/query' matches decoder/\\S+query, which lies outside the towers",
+            "'.\\*/query' matches decoder/\\S+query; expected",
         ),
         (
             {"rank": 33},
@@ -366,7 +366,7 @@ def test_towers_of_users_have_no_factors():
     text = dataclasses.replace(c.model.text, tower="examples.tower.mixer:TextMixer")
     model = dataclasses.replace(c.model, text=text)
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/blocks/mlp/in/kernel": (1, 32, 64)}
-    told = "matches text/blocks/mlp/in, of the tower examples.tower.mixer:TextMixer, where only built-in"
+    told = "matches text/blocks/mlp/in; expected dense maps of layers of built-in towers"
     with pytest.raises(errors.UserError, match=told):
         lora.maps_of(model, c.optim.lora, shapes)
     alone = dataclasses.replace(c.optim.lora, modules=("image/.*",))
