@@ -21,20 +21,13 @@ def image_caption(shard: Shard) -> TermOutput:
     """L_ic: each image and its caption, against all captions and images of the batch.
 
     The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices. Several
-    captions an image are all its positives, as the descriptions of `image_description`; the mean is over captions.
-    An image without a caption is a negative of the others' captions, and nothing else.
-    Measures `image_caption_accuracy`, the share of images nearest to their own caption; of several captions an
-    image, the share of captions whose nearest image has them.
+    captions per image are all its positives; the mean is then over captions. An image without a caption is a negative
+    of the others' captions, and nothing else.
+    Measures `image_caption_accuracy`: the share of images nearest to their own caption, or with several captions the
+    share of captions whose nearest image has them.
     """
-    outputs, caption_id, name = shard.outputs, shard.targets.caption_id, "image_caption_accuracy"
-    real = shard.batch.caption_mask
-    if caption_id.shape[1] > 1:
-        loss, right = _images_and_their_texts(shard, outputs.text_embed, caption_id, real)
-        return _mean_over_texts(name, loss, right, real)
-    texts = outputs.text_embed[:, 0], caption_id[:, 0], real[:, 0]
-    loss, right = _images_and_one_text_each(shard, *texts)
-    found = _mean_over_texts(name, loss, right, real[:, 0])
-    return found._replace(loss=Mean(loss.sum(), found.loss.count))
+    texts, ids = shard.outputs.text_embed, shard.targets.caption_id
+    return _images_and_texts("image_caption_accuracy", shard, texts, ids, shard.batch.caption_mask)
 
 
 def image_description(shard: Shard) -> TermOutput:
@@ -45,45 +38,35 @@ def image_description(shard: Shard) -> TermOutput:
     texts, real = shard.outputs.region_text_embed, shard.batch.region_mask
     if real.shape[1] == 0:
         return TermOutput(Mean(jnp.zeros(()), jnp.zeros(())), {})
-    loss, right = _images_and_their_texts(shard, texts, shard.targets.description_id, real)
-    return _mean_over_texts("image_description_accuracy", loss, right, real)
+    ids, name = shard.targets.description_id, "image_description_accuracy"
+    return _images_and_texts(name, shard, texts, ids, real)
 
 
-def _images_and_one_text_each(shard: Shard, text, text_id, real):
-    """(loss of each image and its text, whether the text is the image's nearest), [b] each.
+def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutput:
+    """The mean loss of all texts, and under that name how many are right.
 
-    An image without a text has, for "sigmoid", the loss of its pairs with the texts of others; for "softmax" 0.
-
-    Args: text [b, D], its id [b], and where the image has one, bool [b].
-    """
-    outputs = shard.outputs
-    image, scale, bias = outputs.image_embed, outputs.logit_scale, outputs.logit_bias
-    own = scale * jnp.sum(image * text, axis=-1) + bias
-    # Without a text the loss is then 0 for a softmax, and that of the negatives for a sigmoid.
-    own = jnp.where(real, own, -streaming.MASKED)
-    ids = jnp.where(real, text_id, -1)[:, None]  # -1: which no text has
-    images = Vectors(image, ids, jnp.ones_like(real))
-    texts = Vectors(text, ids, real)
-    loss, right = _both_ways(shard, shard.layout.everywhere, images, texts, own[:, None])
-    return loss[:, 0], right[:, 0]
-
-
-def _images_and_their_texts(shard: Shard, texts, ids, real):
-    """(loss of each text, whether its nearest image has it), [b, S] each, of any value where a text is not real.
-
-    A text is compared with the images that do not have it, an image with the texts that it has not; the mean of both
-    for "softmax". For "sigmoid", where each pair stands alone, the first has every pair. The idea of many texts as
-    positives of one image is DreamLIP's (Zheng et al. 2024); here equal texts of two images are positives of both.
+    A text is compared with the images that do not have it, an image with the texts that it does not have; the mean of
+    both for "softmax". The idea of many texts as positives of one image is DreamLIP's (Zheng et al. 2024); here equal
+    texts of two images are positives of both.
 
     Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
     """
     outputs = shard.outputs
-    image = outputs.image_embed
+    image, one_each = outputs.image_embed, texts.shape[1] == 1
     own = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
-    # -1: an id that no text has
-    images = Vectors(image, jnp.where(real, ids, -1), jnp.ones(len(image), bool))
-    rows = _flat(texts, ids, real)
-    return _both_ways(shard, shard.layout.everywhere, rows, images, own)
+    # -1: an id that no text has.
+    rows = Vectors(image, jnp.where(real, ids, -1), jnp.ones(len(image), bool))
+    columns = _flat(texts, ids, real)
+    if one_each:
+        # The loss of an image without a text is then 0 for "softmax"; for "sigmoid" it is that of its negatives.
+        own = jnp.where(real, own, -streaming.MASKED)
+    else:
+        rows, columns = columns, rows
+    loss, right = _both_ways(shard, shard.layout.everywhere, rows, columns, own)
+    output = _mean_over_texts(accuracy, loss, right, real)
+    if one_each:
+        output = output._replace(loss=Mean(loss.sum(), output.loss.count))
+    return output
 
 
 def _flat(embed, ids, real) -> Vectors:

@@ -147,9 +147,7 @@ def _layer(program, heads, qk_norm, width=32):
     [
         (None, True, 32),
         (None, False, 256),
-        ((2, 2, 2), True, 32),
         ((2, 2, 2), True, 256),
-        pytest.param((8, 1, 1), False, 256, marks=pytest.mark.slow),
         ((1, 1, 8), False, 32),
     ],
 )

@@ -10,11 +10,10 @@ import torch
 import torchvision
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, tables
 from grain_jax.core import errors
 from grain_jax.models import grain, vit
-from tests import foreign, perturbed
-from tests.models.test_rotary import DINOV3, _images, _same_as, _tower
+from tests import perturbed
+from tests.models.test_rotary import _images, _tower
 from tests.models.test_towers import dictionary
 
 FLOAT = jnp.dtype("float32")
@@ -41,44 +40,6 @@ def test_positions_are_resized_as_by_torch(side, leading, grid):
     found, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
     np.testing.assert_allclose(found, expected.detach(), atol=1e-6)
     np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], theirs.grad, atol=1e-5)
-
-
-def test_siglip2_of_transformers():
-    """Tokens, and gradients of all parameters: positions go through the resize of transformers."""
-    import transformers
-
-    config = transformers.Siglip2VisionConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3,
-        num_patches=36, patch_size=8, hidden_act="gelu_pytorch_tanh",
-    )  # fmt: skip
-    module = foreign.perturb(transformers.Siglip2VisionModel(config))
-    named = torch.nn.Module()
-    named.vision_model = module
-    grid = 3
-
-    def tokens(images):
-        x = images.reshape(len(images), 3, grid, 8, grid, 8).permute(0, 2, 4, 3, 5, 1)
-        x = x.reshape(len(images), grid**2, -1)
-        mask = torch.ones(x.shape[:2], dtype=torch.int32)
-        return module(x, mask, torch.tensor([[grid, grid]] * len(x))).last_hidden_state
-
-    tower = _tower(image_size=48, class_token=False, activation="gelu_tanh", norm_eps=1e-6)
-    rows = formats.hf_image()
-    rows[0] = rows[0]._replace(layout=tables.LINEAR)  # the kernel of patches that come flat
-    _same_as(named, tokens, tower, rows, size=24)
-
-
-def test_dinov3_of_transformers():
-    import transformers
-
-    config = transformers.DINOv3ViTConfig(
-        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
-        intermediate_size=64, num_register_tokens=3, use_gated_mlp=False, hidden_act="gelu",
-    )  # fmt: skip
-    module = foreign.perturb(transformers.DINOv3ViTModel(config))
-    tokens = lambda images: module(images).last_hidden_state
-    tower = _tower(image_size=32, **DINOV3)
-    _same_as(module, tokens, tower, formats.hf_dinov3("model."), size=48)
 
 
 @pytest.mark.parametrize("position_init", ["normal", "sincos2d"])
