@@ -136,7 +136,7 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
         logits = _logits(here, there, scale, bias, ring.precision)  # [here, there]
         share = _share(contrast, logits, *of_there.T)
         if both:
-            share += _share(contrast, logits.T, *of_here.T).T
+            share = _share(contrast, logits.T, *of_here.T).T + share
         share = jnp.where(logits > MASKED, share, 0)
         gradient += _product("nm,md->nd", share, there.embed, ring.precision)
         if both:

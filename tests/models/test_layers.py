@@ -71,9 +71,7 @@ def test_what_an_image_block_keeps_for_the_backward_pass():
     assert sum(a.size == x.size for a in kept) <= 9
 
 
-@pytest.mark.parametrize(
-    "axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}]
-)
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(
     draw, dtype, tolerance, axes
