@@ -12,5 +12,5 @@ def some_of(axes: Mapping[str, Sequence[Any]], *chosen: tuple) -> pytest.MarkDec
     cases = list(itertools.product(*axes.values()))
     assert set(chosen) <= set(cases), "a case that the grid has not got"
     marks = {True: (), False: pytest.mark.slow}
-    given = [pytest.param(*case, marks=marks[case in chosen]) for case in cases]
-    return pytest.mark.parametrize(",".join(axes), given)
+    params = [pytest.param(*case, marks=marks[case in chosen]) for case in cases]
+    return pytest.mark.parametrize(",".join(axes), params)

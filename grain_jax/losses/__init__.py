@@ -1,7 +1,7 @@
 """The losses: `total` has the table of their terms and the sum, `contrastive` and `box_loss` the terms.
 
-`shard` says what a term gets and gives; `matching` assigns queries to regions, `streaming` compares rows with the
-columns of all devices, which `ring` takes round them, `boxes` is box arithmetic.
+`shard` defines the input and the output of a term. `matching` assigns queries to regions. `streaming` compares rows with
+the columns of all devices, and `ring` carries the columns there. `boxes` is box arithmetic.
 """
 
 from grain_jax.losses.layout import Layout, make_layout

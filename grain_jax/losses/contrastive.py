@@ -53,16 +53,16 @@ def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutp
     """
     outputs = shard.outputs
     image, one_each = outputs.image_embed, texts.shape[1] == 1
-    own = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
+    own_logits = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
     # -1: an id that no text has.
     rows = Vectors(image, jnp.where(real, ids, -1), jnp.ones(len(image), bool))
     columns = _flat(texts, ids, real)
     if one_each:
-        # The loss of an image without a text is then 0 for "softmax"; for "sigmoid" it is that of its negatives.
-        own = jnp.where(real, own, -streaming.MASKED)
+        # An image without a text then has no loss for "softmax", and the loss of its negatives for "sigmoid".
+        own_logits = jnp.where(real, own_logits, -streaming.MASKED)
     else:
         rows, columns = columns, rows
-    loss, right = _both_ways(shard, shard.layout.everywhere, rows, columns, own)
+    loss, right = _both_ways(shard, shard.layout.everywhere, rows, columns, own_logits)
     output = _mean_over_texts(accuracy, loss, right, real)
     if one_each:
         output = output._replace(loss=Mean(loss.sum(), output.loss.count))
@@ -74,7 +74,7 @@ def _flat(embed, ids, real) -> Vectors:
     return Vectors(embed.reshape(-1, embed.shape[-1]), ids.reshape(-1, 1), real.reshape(-1))
 
 
-def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own):
+def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_logits):
     """(loss of each pair, whether its row is nearest to its column), of the form of the pairs' logits `own` [b, S].
 
     There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
@@ -89,11 +89,13 @@ def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own):
     of_rows, of_columns = streaming.negatives(
         contrast, both, shard.config.tile, ring, rows, columns, scale, bias
     )
-    loss = streaming.loss_of_rows(contrast, own, of_rows.cost.reshape(own.shape))
+    loss = streaming.loss_of_rows(contrast, own_logits, of_rows.cost.reshape(own_logits.shape))
     if both:
-        back = streaming.loss_of_rows(contrast, own, of_columns.cost.reshape(len(own), -1))
+        back = streaming.loss_of_rows(
+            contrast, own_logits, of_columns.cost.reshape(len(own_logits), -1)
+        )
         loss = (loss + back) / 2
-    return loss, _is_nearest(own, of_rows.highest.reshape(own.shape), scale)
+    return loss, _is_nearest(own_logits, of_rows.highest.reshape(own_logits.shape), scale)
 
 
 def _of_groups(shard: Shard, function: Callable, *arrays):
@@ -143,7 +145,7 @@ def _region_description_of_group(
     config, scale, bias = shard.config, shard.outputs.logit_scale, shard.outputs.logit_bias
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
-    own = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
+    own_logits = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
     label_id = jnp.take_along_axis(id_, label_slot, axis=1)
     rows = _flat(pred, label_id, jnp.ones_like(mask))
     columns = _flat(region_text_embed, id_, mask)
@@ -151,15 +153,15 @@ def _region_description_of_group(
         config.contrast, False, config.tile, shard.layout.in_group, rows, columns, scale, bias
     )
     cost, highest = (x.reshape(id_.shape) for x in negative)
-    loss = streaming.loss_of_rows(config.contrast, own, cost)
-    return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own, highest, scale)
+    loss = streaming.loss_of_rows(config.contrast, own_logits, cost)
+    return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own_logits, highest, scale)
 
 
 def box_description(shard: Shard) -> TermOutput:
-    """L_bd: each annotated box and its description, against those of its group; a mean over the group's boxes.
+    """L_bd: each annotated box and its description, against the others of its group; a mean over the group's boxes.
 
-    The embeddings are those of the box head, so no query need have found the box. One that has none (`Shard.embedded`) is
-    left out, its description stays a negative of the others. The mean of both directions for "softmax". "sigmoid" is
+    The box head embeds the boxes, so no query need have found one. A box without an embedding (`Shard.embedded`) is left
+    out; its description stays a negative of the others. The mean of both directions for "softmax". "sigmoid" is
     symmetric, so one direction suffices.
     Measures `box_description_accuracy`, the share of boxes nearest to their own description.
     """
@@ -167,13 +169,13 @@ def box_description(shard: Shard) -> TermOutput:
     scale, bias = outputs.logit_scale, outputs.logit_bias
 
     def of_group(boxes, texts, id_, real, described):
-        own = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
+        own_logits = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
         rows, columns = _flat(boxes, id_, real), _flat(texts, id_, described)
-        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own)
+        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own_logits)
         return jnp.where(real, loss, 0), real & right
 
-    given = outputs.box_embed, outputs.region_text_embed, targets.description_id
-    loss, right = _of_groups(shard, of_group, *given, shard.embedded, targets.box_mask)
+    arrays = outputs.box_embed, outputs.region_text_embed, targets.description_id
+    loss, right = _of_groups(shard, of_group, *arrays, shard.embedded, targets.box_mask)
     real = shard.layout.per_group(shard.embedded).sum((1, 2)).astype(jnp.float32)
     accuracy = Mean(right.sum().astype(jnp.float32), real.sum())
     return TermOutput(GroupMean(loss.sum((1, 2)), real), {"box_description_accuracy": accuracy})
@@ -205,8 +207,8 @@ def hard_negative(shard: Shard) -> TermOutput:
     for name, (embed, valid) in embeds.items():
         loss, right = _among_own_negatives(shard, embed, text, negatives, negative_mask)
         real = valid & negative_mask.any(-1)
-        found, accuracy = _mean_over_texts(name, loss, right, real)
-        total = Mean(total.sum + found.sum, total.count + found.count)
+        mean, accuracy = _mean_over_texts(name, loss, right, real)
+        total = Mean(total.sum + mean.sum, total.count + mean.count)
         measures |= accuracy
     return TermOutput(total, measures)
 
@@ -223,15 +225,15 @@ def _among_own_negatives(shard: Shard, embed, text, negatives, negative_mask):
     """
     outputs, contrast = shard.outputs, shard.config.contrast
     scale, bias = outputs.logit_scale, outputs.logit_bias
-    # Sums of products, not matrix products: those of a text and of the same text as a negative round alike.
-    own = scale * jnp.sum(embed * text, axis=-1) + bias
+    # Sums of products, not matrix products: a text and the same text as a negative then round alike.
+    own_logits = scale * jnp.sum(embed * text, axis=-1) + bias
     logits = scale * jnp.sum(embed[:, :, None] * negatives, axis=-1) + bias
     logits = jnp.where(negative_mask, logits, streaming.MASKED)  # [b, R, H]
     cost = jax.nn.softplus(logits).sum(-1)
     if contrast == "softmax":
         cost = jax.nn.logsumexp(logits, axis=-1)
-    loss = streaming.loss_of_rows(contrast, own, cost)
-    return loss, _is_nearest(own, logits.max(-1), scale)
+    loss = streaming.loss_of_rows(contrast, own_logits, cost)
+    return loss, _is_nearest(own_logits, logits.max(-1), scale)
 
 
 def _is_nearest(own_logit, highest_negative, logit_scale):

@@ -21,14 +21,14 @@ def along_links(rings: np.ndarray) -> tuple[tuple[int, ...], ...]:
     """
     if any(getattr(device, "coords", None) is None for device in rings.flat):
         return ()
-    places = np.array([[_place(device) for device in ring] for ring in rings])
+    coordinates = np.array([[_place(device) for device in ring] for ring in rings])
     loops = []
-    for number in np.unique(places[0, :, 0]):
-        in_slice = np.flatnonzero(places[0, :, 0] == number)
-        loops.append(in_slice[_closed_path(places[0, in_slice, 1:])].tolist())
+    for number in np.unique(coordinates[0, :, 0]):
+        in_slice = np.flatnonzero(coordinates[0, :, 0] == number)
+        loops.append(in_slice[_closed_path(coordinates[0, in_slice, 1:])].tolist())
     if not loops[0] or len(set(map(len, loops))) > 1:
         return ()
-    steps = [np.abs(np.diff(places[:, [*loop, loop[0]]], axis=1)) for loop in loops]
+    steps = [np.abs(np.diff(coordinates[:, [*loop, loop[0]]], axis=1)) for loop in loops]
     same = all((of_loop == of_loop[0]).all() for of_loop in steps)
     return tuple(map(tuple, loops)) if same else ()
 
@@ -39,13 +39,13 @@ def _place(device) -> tuple[int, ...]:
     return (slice_index, *device.coords, getattr(device, "core_on_chip", 0) or 0)
 
 
-def _closed_path(places: np.ndarray) -> np.ndarray:
+def _closed_path(coordinates: np.ndarray) -> np.ndarray:
     """Indices of the chips [n, axes] along a closed path of neighbours; empty without a full grid of an even size."""
     none = np.zeros(0, int)
-    numbers = [np.unique(axis, return_inverse=True)[1] for axis in places.T]
+    numbers = [np.unique(axis, return_inverse=True)[1] for axis in coordinates.T]
     grid = np.full([n.max() + 1 for n in numbers], -1)
-    grid[tuple(numbers)] = np.arange(len(places))
-    if grid.size != len(places) or (grid < 0).any():
+    grid[tuple(numbers)] = np.arange(len(coordinates))
+    if grid.size != len(coordinates) or (grid < 0).any():
         return none
     even = [axis for axis, size in enumerate(grid.shape) if size % 2 == 0]
     if not even:

@@ -17,8 +17,8 @@ class Layout(NamedTuple):
     sizes: tuple[int, int, int]  # of the losses' mesh axes "group", "ring" and "gather"
     everywhere: Ring  # the ring over all images
     in_group: Ring  # the ring over the images of a group
-    groups_per_shard: int  # more than 1 where a device holds whole groups
-    shards_per_group: int  # more than 1 where a group spans devices
+    groups_per_shard: int  # 1 or more; above 1 devices hold whole groups
+    shards_per_group: int  # 1 or more; above 1 a group spans devices
 
     def on(self, devices: np.ndarray, precision: str) -> "Layout":
         """The layout with rings that follow the links of these devices, and with the precision of their products.
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
           devices: [group, ring, gather, rest].
           precision: `loss.precision`; for TPUs alone: "high" would cut float32 to TF32 on a GPU.
         """
-        # Rings of a group lie side by side along the other axes; those of all images along gather and rest alone.
+        # Rings of a group lie side by side along all other axes, rings of all images along gather and rest alone.
         in_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
         everywhere = devices.reshape(-1, *devices.shape[2:])
         everywhere = np.moveaxis(everywhere, 0, -1).reshape(-1, len(everywhere))

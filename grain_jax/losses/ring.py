@@ -23,8 +23,9 @@ class Ring(NamedTuple):
     axes: tuple[str, ...] = ()  # hop by hop
     size: int = 1  # devices along them
     gather: str | None = None  # the axis whose devices share their blocks before the first hop
-    # Closed paths along `axes` that follow links, one per slice (hops.py); (): one path, 0, 1, 2, ..., one way.
-    loops: tuple[tuple[int, ...], ...] = ()
+    loops: tuple[
+        tuple[int, ...], ...
+    ] = ()  # closed paths along links, one per slice (hops.py); (): 0, 1, 2, ...
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST  # of the products of float32
 
     @property
@@ -78,8 +79,8 @@ def exchange(
     def use(state, parts, results):
         arrived = send(results, 0, 1)
         parts = [part._replace(vectors=unpack(part.vectors)) for part in parts]
-        state, found = visit(state, whole(parts))
-        return state, jax.tree.map(join, arrived, split(found))
+        state, new_results = visit(state, whole(parts))
+        return state, jax.tree.map(join, arrived, split(new_results))
 
     def turn(carry, _):
         state, parts, results = carry
@@ -111,13 +112,13 @@ def _of_own_block(ring: Ring, result, nothing, join):
     return functools.reduce(join, jax.lax.all_to_all(result, ring.gather, 0, 0))
 
 
-def _send(ring: Ring, tree: Any, slices: int, places: int) -> Any:
+def _send(ring: Ring, tree: Any, slices: int, steps: int) -> Any:
     """Sends arrays so many slices on, and so many places along the path through a slice."""
     loops = ring.loops or (range(ring.size),)
     hops = [
-        (device, loops[(number + slices) % len(loops)][(place + places) % len(loop)])
+        (device, loops[(number + slices) % len(loops)][(position + steps) % len(loop)])
         for number, loop in enumerate(loops)
-        for place, device in enumerate(loop)
+        for position, device in enumerate(loop)
     ]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), tree)
 

@@ -115,8 +115,8 @@ def _forward(contrast, both, tile, ring, rows, columns, scale, bias):
     )
     sums, weight, vectors = _joined(of_rows, len(rows.real))
     if contrast == "softmax" and not both:
-        some = jnp.maximum(sums[:, 1], jnp.finfo(jnp.float32).tiny)
-        weight, vectors = sums[:, 1] / some, vectors / some[:, None]
+        total = jnp.maximum(sums[:, 1], jnp.finfo(jnp.float32).tiny)
+        weight, vectors = sums[:, 1] / total, vectors / total[:, None]
     results = tuple(x if x is None else _costs(contrast, x) for x in (sums, column_sums))
     costs = [None if x is None else x.cost for x in results]
     return results, (rows, columns, scale, bias, costs, weight, vectors)
@@ -254,13 +254,13 @@ def _tiles(block: Block, like: Vectors, tile: int):
 def cut(tree, tile: int):
     """[m, ...] -> [tiles, at most `tile`, ...], padded with zeros to equal tiles."""
 
-    def one(x):
+    def cut_array(x):
         tiles = max(1, math.ceil(len(x) / tile))
         size = max(1, math.ceil(len(x) / tiles))
         x = jnp.pad(x, ((0, tiles * size - len(x)), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(tiles, size, *x.shape[1:])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cut_array, tree)
 
 
 def _joined(tree, count: int):

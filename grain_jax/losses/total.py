@@ -95,7 +95,7 @@ def local_entries(config: Loss) -> dict[str, config_lib.LocalEntry]:
 
 
 def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
-    """The loss terms of a run and their weights: those of `TERMS`, then those of `loss.terms`.
+    """The loss terms of a run and their weights: first `TERMS`, then `loss.terms`.
 
     A run has each term whose weight is not 0. It also measures `ALWAYS_MEASURED` with a weight of 0, unless it trains
     `loss.terms` alone.
@@ -196,17 +196,17 @@ def _joinable(name: str, output: Mean | GroupMean | TermOutput, layout: Layout) 
     if not isinstance(output, TermOutput):
         output = TermOutput(output, {})
 
-    def checked(what, mean):
+    def checked(key, mean):
         shape = {Mean: (), GroupMean: (layout.groups_per_shard,)}.get(type(mean))
         if shape is None:
             raise errors.UserError(
-                f"loss term {name!r}: its {what} is a {type(mean).__name__}, expected losses.Mean(sum, count)"
+                f"loss term {name!r}: its {key} is a {type(mean).__name__}, expected losses.Mean(sum, count)"
                 " or losses.GroupMean(sum, count)"
             )
         shapes = jnp.shape(mean.sum), jnp.shape(mean.count)
-        if shapes[1] != shape or (what == "loss" and shapes[0] != shape):
+        if shapes[1] != shape or (key == "loss" and shapes[0] != shape):
             raise errors.UserError(
-                f"loss term {name!r}: the sum and count of its {what} have shapes {shapes[0]} and {shapes[1]}, expected"
+                f"loss term {name!r}: the sum and count of its {key} have shapes {shapes[0]} and {shapes[1]}, expected"
                 f" {shape} for both: a {type(mean).__name__}"
                 + (f" of {shape[0]} groups per device" if shape else "")
             )

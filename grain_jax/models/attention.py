@@ -1,10 +1,9 @@
 """Which program computes softmax(q k^T) v, by `model.attention`; the numbers are the same up to rounding.
 
-`xla`     products and softmax as XLA fuses them: everywhere, with any mask and dropout
-`pallas`  a TPU kernel that keeps the scores on the core (attention_kernel.py); elsewhere in its interpreter, for tests
-`cudnn`   the fused attention of cuDNN, on CUDA, in bfloat16
-`auto`    in training, `pallas` on TPUs and `cudnn` on CUDA in bfloat16; `xla` on other platforms, without a mesh
-          (inference), and where a kernel does not serve
+* `xla`: products and softmax as XLA fuses them; everywhere, with any mask and dropout.
+* `pallas`: a TPU kernel that keeps the scores on the core (attention_kernel.py); elsewhere its interpreter, for tests.
+* `cudnn`: the fused attention of cuDNN, on CUDA, in bfloat16.
+* `auto`: in training, `pallas` on TPUs and `cudnn` on CUDA in bfloat16. Otherwise `xla`, and in inference.
 
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """

@@ -95,7 +95,7 @@ class GRAIN(nn.Module):
         return self.image(image, kept=kept)  # type: ignore[call-arg]
 
     def image_values(self, image: jax.Array) -> jax.Array:
-        """As `image_tokens`; in the last layer each token attends to itself alone (vit.py). Of the built-in tower."""
+        """As `image_tokens`; in the last layer each token attends to itself alone. Needs the built-in tower (vit.py)."""
         tower: Any = self.image
         return tower(self._normalised(image), values=True)
 
@@ -184,24 +184,24 @@ class GRAIN(nn.Module):
         features = self.text(tokens, positions, segments)
         return tuple(self._read_texts(features, segments, a) for a in at)
 
-    def _read_texts(self, features: jax.Array, segments: jax.Array, at: jax.Array) -> jax.Array:
+    def _read_texts(self, features: jax.Array, segments: jax.Array, end_at: jax.Array) -> jax.Array:
         """The projected features of texts, from the features of every position."""
         config = self.config.text
         if self.text.pooled:  # one vector per row
-            x = text.gather_texts(features[:, :, None], at * np.array([1, 0]))
+            x = text.gather_texts(features[:, :, None], end_at * np.array([1, 0]))
         elif config.pool in ("map", "mean"):
-            rows, real = text.rows_of_texts(self.text_norm(features), segments, at)
+            rows, real = text.rows_of_texts(self.text_norm(features), segments, end_at)
             real = real if config.mask_padding else jnp.ones_like(real)
             pooled = (
                 self.text_pool(rows, real[:, None, None])
                 if config.pool == "map"
                 else text.masked_mean(rows, real)
             )
-            x = pooled.reshape(*at.shape[:-1], -1)
+            x = pooled.reshape(*end_at.shape[:-1], -1)
         else:
             if config.pool == "last" and not config.mask_padding:
-                at = jnp.asarray(at).at[..., 1].set(features.shape[2] - 1)
-            x = self.text_norm(text.gather_texts(features, at))
+                end_at = jnp.asarray(end_at).at[..., 1].set(features.shape[2] - 1)
+            x = self.text_norm(text.gather_texts(features, end_at))
         return x if config.projection == "none" else self.text_projection(x)
 
     def encode_text(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:

@@ -71,7 +71,7 @@ def dense(
 ) -> nn.DenseGeneral:
     """A linear map over the trailing `len(in_axes)` axes, to trailing axes of the sizes `features`, in `dtype`.
 
-    `in_axes` and `out_axes` are logical axes. Without a `name` it has that of the attribute that it is assigned to.
+    `in_axes` and `out_axes` are logical axes. Without a `name` it is named after the attribute that it is assigned to.
     """
     features = features if isinstance(features, tuple) else (features,)
     return nn.DenseGeneral(
@@ -179,7 +179,7 @@ def example_dropout(x, keys, site: int, rate: float):
 class Affine(nn.Module):
     """`dense` as one matrix and one vector, for a product with the heads side by side or inside a kernel.
 
-    The names, shapes, axes and initial values of its parameters are those of `dense`.
+    Its parameters have the names, shapes, axes and initial values that `dense` gives them.
     """
 
     in_shape: tuple[int, ...]

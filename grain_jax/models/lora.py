@@ -27,8 +27,8 @@ _scale: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=
 def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
     """The parameters of a run at step 0, from its seed, boxed with their logical axes.
 
-    Those of the model are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), which torch's linear layers
-    and the A of peft have; B is zero, so that the model is its base.
+    The model's are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), as in torch's linear layers and peft.
+    B is zero, so that the model is its base.
 
     Raises:
       UserError: as `maps_of`; or `optim.frozen` freezes a factor.
@@ -89,16 +89,16 @@ def maps_of(
         f"{tower}/blocks/{name}" for tower in ("image", "text") for name in config_lib.LAYER_MAPS
     }
     maps = [name for name in modules if name in known]
-    found = dict.fromkeys(
+    chosen = dict.fromkeys(
         name for pattern in lora.modules for name in _matched(pattern, model, modules, maps)
     )
     for tower in ("image", "text"):
-        if lora.has(tower) and not any(name.startswith(f"{tower}/") for name in found):
+        if lora.has(tower) and not any(name.startswith(f"{tower}/") for name in chosen):
             raise errors.UserError(
                 f"optim.lora.modules: no map of the {tower} tower ({getattr(model, tower).tower}) matches"
                 f" {lora.modules!r}, and it would be frozen whole; expected patterns of the other tower alone"
             )
-    for name in found:
+    for name in chosen:
         inputs = 1 + config_lib.LAYER_MAPS[name.partition("/blocks/")[2]]
         shape = shapes[f"{name}/kernel"]
         sides = math.prod(shape[1:inputs]), math.prod(shape[inputs:])
@@ -107,7 +107,7 @@ def maps_of(
                 f"optim.lora.rank: got {lora.rank}, expected at most {min(sides)}, the smaller side of {name}, which maps"
                 f" {sides[0]} to {sides[1]}"
             )
-    return list(found)
+    return list(chosen)
 
 
 def _matched(

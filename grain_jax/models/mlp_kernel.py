@@ -1,10 +1,10 @@
 """The second half of a tower's layer as a Pallas TPU kernel, forward and backward: x + MLP(LayerNorm(x)).
 
 XLA writes the hidden values [B, L, mlp_dim], the widest arrays of a layer, to main memory once and moves them six times
-more: activation, product, and their derivatives are programs of their own. Here a program has a few rows of the batch and
-all weights in VMEM. The forward pass writes the hidden values before the activation once, the backward pass reads them once;
-its gradients of the weights stay in VMEM, in float32, until all rows have added to them. Norm and residual are inside, so
-that an input is read once and a result written once. No product is computed twice.
+more: activation, product and their derivatives are separate programs. Here a program has a few rows of the batch and all
+weights in VMEM. The forward pass writes the hidden values before the activation once, the backward pass reads them once.
+Gradients of the weights stay in VMEM, in float32, until all rows have added to them. Norm and residual are inside, so
+an input is read once and a result written once. No product is computed twice.
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
 """
@@ -166,7 +166,7 @@ class _Call:
         )
 
     def forward(self, x, vectors, bias, w_in, w_out):
-        """Of one device: x [B, L, E], float32 vectors [8, E] and bias [8, H], weights -> (result, hidden values)."""
+        """On one device: x [B, L, E], float32 vectors [8, E] and bias [8, H], weights -> (result, hidden values)."""
         width, mlp_dim = w_in.shape
         grid, block, whole = self._layout(x)
         return pl.pallas_call(

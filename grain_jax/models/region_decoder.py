@@ -1,4 +1,4 @@
-"""Region decoder: learned queries attend to the image tokens; the last query is that of the whole image.
+"""Region decoder: learned queries attend to the image tokens; the last query stands for the whole image.
 
 docs/method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), without positions on the memory.
 """

@@ -79,18 +79,18 @@ class TextTransformer(towers.TextTower):
         return x.reshape(*shape, t.width)
 
 
-def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:
+def gather_texts(features: jax.Array, end_at: jax.Array) -> jax.Array:
     """The features at the end token of each text.
 
     Args:
       features: [G, rows, L, E].
-      at: int32 [B, ..., 2], (row within the image's group, position); B is a multiple of G.
+      end_at: int32 [B, ..., 2], (row within the image's group, position); B is a multiple of G.
 
     Returns:
       [B, ..., E].
     """
     groups, rows, length, width = features.shape
-    index = at[..., 0] * length + at[..., 1]  # [B, ...]
+    index = end_at[..., 0] * length + end_at[..., 1]  # [B, ...]
     picked = jnp.take_along_axis(
         features.reshape(groups, rows * length, width),
         index.reshape(groups, index.size // groups, 1),
@@ -100,18 +100,18 @@ def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def rows_of_texts(
-    features: jax.Array, segments: jax.Array, at: jax.Array
+    features: jax.Array, segments: jax.Array, end_at: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The row of each of N texts, [N, L, E], and where it has tokens of the text, bool [N, L].
 
     Args:
       features: [G, rows, L, E].
       segments: int32 [G, rows, L], 0 for padding.
-      at: int32 [B, ..., 2], as of `gather_texts`; it names N texts.
+      end_at: int32 [B, ..., 2], as `gather_texts` takes it; it names N texts.
     """
     groups, _, length, width = features.shape
-    row = at[..., 0].reshape(groups, -1, 1)
+    row = end_at[..., 0].reshape(groups, -1, 1)
     of_row = jnp.take_along_axis(segments, row, axis=1)
-    segment = jnp.take_along_axis(of_row, at[..., 1].reshape(groups, -1, 1), axis=2)
+    segment = jnp.take_along_axis(of_row, end_at[..., 1].reshape(groups, -1, 1), axis=2)
     rows = jnp.take_along_axis(features, row[..., None], axis=1).reshape(-1, length, width)
     return rows, ((of_row == segment) & (of_row > 0)).reshape(-1, length)

@@ -23,7 +23,7 @@ from grain_jax.models.layers import (
 
 
 class LayerInits(NamedTuple):
-    """Initialisers of a `TowerLayer`; those of biases are functions of the size of the input."""
+    """Initialisers of a `TowerLayer`; for biases, functions of the size of the input."""
 
     qkv: Init
     attention_out: Init

@@ -32,9 +32,9 @@ def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Arra
     Torch has it as `interpolate` with `mode="bilinear"` and `antialias=True`. The first `leading` positions stay.
     """
     positions = placement.whole(positions)
-    own, width = positions[leading:], positions.shape[1]
-    side = round(len(own) ** 0.5)
-    square = jax.image.resize(own.reshape(side, side, width), (grid, grid, width), "bilinear")
+    patches, width = positions[leading:], positions.shape[1]
+    side = round(len(patches) ** 0.5)
+    square = jax.image.resize(patches.reshape(side, side, width), (grid, grid, width), "bilinear")
     return jnp.concatenate([positions[:leading], square.reshape(-1, width)])
 
 
@@ -65,8 +65,8 @@ def _inits(tower: config_lib.ImageTower) -> tower_layer.LayerInits:
 class ImageTransformer(towers.ImageTower):
     """Images to tokens: the class token first (if there is one), then registers, then patches row by row.
 
-    Parameters are those of images of `image_size`. For an image of another size the learned positions are resized to its
-    grid, and rotary ones are those of its grid.
+    Parameters belong to images of `image_size`. For an image of another size, learned positions are resized to its grid,
+    and rotary positions are computed for it.
     """
 
     any_size = True
@@ -151,10 +151,10 @@ class ImageTransformer(towers.ImageTower):
     @nn.nowrap
     def _with_leading(self, x: jax.Array, grid: int, kept: jax.Array | None) -> jax.Array:
         """Patches [B, P, E] -> [B, N, E]: with learned positions, the class token and the registers."""
-        t, own_grid, own = self.config, self.config.image_size // self.config.patch_size, 0
+        t, own_grid, class_tokens = self.config, self.config.image_size // self.config.patch_size, 0
         leading = []  # rows [n, E]
         if t.class_token:
-            own, init = 1, layers.normal(1e-6)
+            class_tokens, init = 1, layers.normal(1e-6)
             token = layers.parameter(self, "class_token", init, ("vector",), (t.width,))
             leading.append(token[None].astype(self.dtype))
 
@@ -162,17 +162,17 @@ class ImageTransformer(towers.ImageTower):
             if t.position_init == "normal":
                 return layers.normal(0.02)(key, shape, dtype)
             waves = jnp.asarray(sincos2d(own_grid, t.width, t.position_period), dtype)
-            return jnp.pad(waves, ((own, 0), (0, 0)))
+            return jnp.pad(waves, ((class_tokens, 0), (0, 0)))
 
         if t.positions:
-            shape, axes = (own + own_grid**2, t.width), ("positions", "width")
+            shape, axes = (class_tokens + own_grid**2, t.width), ("positions", "width")
             positions = layers.parameter(self, "position_embed", init_positions, axes, shape)
             if grid != own_grid:
-                positions = resized_positions(positions, own, grid)
+                positions = resized_positions(positions, class_tokens, grid)
             if kept is not None:
                 positions = placement.whole(positions)
-            leading = [row + positions[:own].astype(self.dtype) for row in leading]
-            positions = positions[own:]
+            leading = [row + positions[:class_tokens].astype(self.dtype) for row in leading]
+            positions = positions[class_tokens:]
             x = x + (positions if kept is None else of_kept(positions, kept)).astype(self.dtype)
         if t.registers:
             shape, axes = (t.registers, t.width), ("positions", "width")

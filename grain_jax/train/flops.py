@@ -72,7 +72,7 @@ class PerImage(NamedTuple):
     decoder: float  # the region decoder, its projections and boxes, and the box head
     losses: float  # similarities
     terms: float = 0.0  # local loss terms, with what they ask of the towers
-    frozen: frozenset[str] = frozenset()  # those of the first three without a trained parameter
+    frozen: frozenset[str] = frozenset()  # which of the first three have no trained parameter
     # With factors of LoRA or local terms: FLOPs of forward and backward pass of all but the losses, counted in both.
     counted: float | None = None
 
@@ -126,7 +126,7 @@ def per_image(config: Config) -> PerImage:
 
 
 def of_losses(config: Config) -> int:
-    """FLOPs of the similarities of the losses per image, forward: those of `PerImage.losses`."""
+    """FLOPs of the similarities of the losses per image, forward: `PerImage.losses`."""
     if losses.TERMS.keys().isdisjoint(term.name for term, _ in losses.terms_of(config.loss)):
         return 0  # local terms alone
     regions, group = config.input.max_regions, config.loss.group_size or config.batch_size
@@ -200,7 +200,7 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
             total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth
             continue
         if name == "conv_general_dilated":
-            # The kernel's input features are those of one group.
+            # The kernel has the input features of one group.
             kernel, (out, *_) = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
             depth = math.prod(kernel) // kernel[out]
             total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth

@@ -32,24 +32,24 @@ def abstract_batch(config: Config) -> schema.Batch:
     captions, r = config.input.captions_per_image, config.input.max_regions
     h = config.input.negatives_per_region
     group, rows = config.text_layout
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    row = of(jnp.int32, b // group, rows, config.row_length)
+    shape_of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    row = shape_of(jnp.int32, b // group, rows, config.row_length)
     return schema.Batch(
-        image=of(jnp.uint8, b, size, size, 3),
+        image=shape_of(jnp.uint8, b, size, size, 3),
         text_tokens=row,
         text_positions=row,
         text_segments=row,
-        caption_at=of(jnp.int32, b, captions, 2),
-        caption_id=of(jnp.int32, b, captions),
-        caption_mask=of(jnp.bool_, b, captions),
-        description_at=of(jnp.int32, b, r, 2),
-        description_id=of(jnp.int32, b, r),
-        region_boxes_cxcywh=of(jnp.float32, b, r, 4),
-        region_mask=of(jnp.bool_, b, r),
-        texts_dropped=of(jnp.int32, b // group),
-        text_counts=of(jnp.int32, b // group, 2),
-        negative_at=of(jnp.int32, b, r, h, 2) if h else None,
-        negative_mask=of(jnp.bool_, b, r, h) if h else None,
+        caption_at=shape_of(jnp.int32, b, captions, 2),
+        caption_id=shape_of(jnp.int32, b, captions),
+        caption_mask=shape_of(jnp.bool_, b, captions),
+        description_at=shape_of(jnp.int32, b, r, 2),
+        description_id=shape_of(jnp.int32, b, r),
+        region_boxes_cxcywh=shape_of(jnp.float32, b, r, 4),
+        region_mask=shape_of(jnp.bool_, b, r),
+        texts_dropped=shape_of(jnp.int32, b // group),
+        text_counts=shape_of(jnp.int32, b // group, 2),
+        negative_at=shape_of(jnp.int32, b, r, h, 2) if h else None,
+        negative_mask=shape_of(jnp.bool_, b, r, h) if h else None,
     )
 
 
@@ -88,33 +88,33 @@ class Forward:
     @functools.cached_property
     def terms(self) -> dict[str, local.LocalTerm]:
         """The local terms of the run by name. Raises UserError: one cannot be found, or misses something in this run."""
-        found, faults = {}, []
+        terms, faults = {}, []
         for name, entry in total.local_entries(self.config.loss).items():
             faults += [
                 f"loss.terms.{name}: {x}" for x in entry.cls.faults(entry.options, self.config)
             ]
-            found[name] = entry.cls(entry.options, self.config.model, self.config.dtype)
-        if found and self.config.model.image.keep != 1:
+            terms[name] = entry.cls(entry.options, self.config.model, self.config.dtype)
+        if terms and self.config.model.image.keep != 1:
             faults.append(
-                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(found)} of loss.terms, which read all patches;"
+                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(terms)} of loss.terms, which read all patches;"
                 " expected 1"
             )
         if faults:
             raise errors.UserError("\n".join(faults))
-        return found
+        return terms
 
     def init(self) -> Any:
-        """The parameters of the run at step 0, from its seed, boxed with their logical axes; those of terms below TERMS."""
+        """The parameters of the run at step 0, from its seed, boxed with their logical axes; terms have theirs below TERMS."""
         params = lora.init(self.model, self.config)
         if not self.terms:
             return params
         key, of_terms = jax.random.key(self.config.seed), {}
         for name, term in self.terms.items():
-            own = jax.random.fold_in(key, zlib.crc32(f"{TERMS}/{name}".encode()))
+            term_key = jax.random.fold_in(key, zlib.crc32(f"{TERMS}/{name}".encode()))
             # What a parameter is does not depend on what the term sees.
-            of_terms[name] = term.init(own, self._seen_at_init(params, name)).get("params", {})
-        found = {name: tree for name, tree in of_terms.items() if tree}
-        return {**params, TERMS: found} if found else params
+            of_terms[name] = term.init(term_key, self._seen_at_init(params, name)).get("params", {})
+        non_empty = {name: tree for name, tree in of_terms.items() if tree}
+        return {**params, TERMS: non_empty} if non_empty else params
 
     def initial_state(self, params: Any) -> dict[str, Any]:
         """`TrainState.term_state` of step 0, from the parameters of step 0, boxed or not, as they are."""
@@ -126,12 +126,12 @@ class Forward:
             x = jnp.asarray(x, jnp.float32)
             return nn.Partitioned(x, (None,) * x.ndim) if boxed else x
 
-        found = {
+        states = {
             name: term.initial_state(_parameters(params, name)) for name, term in self.terms.items()
         }
         return {
             name: jax.tree.map(in_float32, state, is_leaf=sharding.is_box)
-            for name, state in found.items()
+            for name, state in states.items()
             if jax.tree.leaves(state)
         }
 
@@ -141,13 +141,13 @@ class Forward:
         """`TrainState.term_state` after a step.
 
         Args:
-          state: that of before.
+          state: the state before the step.
           statistics: of the terms by name, of the global batch.
           params: all parameters after the step.
         """
         return {
-            name: self.terms[name].update(own, statistics[name], _parameters(params, name))
-            for name, own in state.items()
+            name: self.terms[name].update(term_state, statistics[name], _parameters(params, name))
+            for name, term_state in state.items()
         }
 
     def __call__(
@@ -171,9 +171,9 @@ class Forward:
             state = self.initial_state(params) if state is None else state
             results = {}
             for name, term in self.terms.items():
-                own = {"params": _parameters(params, name).term}
+                variables = {"params": _parameters(params, name).term}
                 with jax.named_scope(TERMS), jax.named_scope(name):
-                    output: Any = term.apply(own, seen(name, state))
+                    output: Any = term.apply(variables, seen(name, state))
                     results[name] = _as_floats(output)
         return outputs._replace(local=results) if results else outputs
 
@@ -223,9 +223,11 @@ class Forward:
 def _as_floats(output: local.LocalOutput) -> local.LocalOutput:
     """Ints and bools, such as counts, as float32; no gradient of measures and statistics."""
     as_float = lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
-    found = local.LocalOutput(*jax.tree.map(lambda x: as_float(jnp.asarray(x)), tuple(output)))
+    converted = local.LocalOutput(*jax.tree.map(lambda x: as_float(jnp.asarray(x)), tuple(output)))
     stop = jax.lax.stop_gradient
-    return found._replace(measures=stop(found.measures), statistics=stop(found.statistics))
+    return converted._replace(
+        measures=stop(converted.measures), statistics=stop(converted.statistics)
+    )
 
 
 def folded(keys: jax.Array, name: str) -> jax.Array:

@@ -1,9 +1,9 @@
 """One training step, a pure function: towers, losses over the global batch, gradients, update, metrics.
 
-With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it: the
-embeddings of all parts are computed first, the losses give their cotangents, then each part is run again
-to carry these back into the parameters (gradient caching, Gao et al. 2021). The result is that of the
-full batch, not an average of smaller contrastive losses.
+With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it (gradient
+caching, Gao et al. 2021). The embeddings of all parts are computed first, and the losses give their cotangents. Then
+each part is run again to carry these back into the parameters. The result is the same as for the full batch, not an
+average of smaller contrastive losses.
 """
 
 import dataclasses
@@ -168,7 +168,7 @@ class Parts(NamedTuple):
         return jnp.moveaxis(x.reshape(self.count * self.shards * n, *x.shape[3:]), 0, axis)
 
     def cotangent(self, axis: int, x):
-        """The cotangent of each part, [parts, ...], from that of what `join` gives."""
+        """The cotangent of each part, [parts, ...], from the cotangent of the whole that `join` gives."""
         if axis == local.SUMMED:
             return jnp.broadcast_to(x, (self.count, *x.shape))
         if axis == local.SHARED:
@@ -189,20 +189,20 @@ def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
     for (path, leaf), is_frozen in zip(paths, jax.tree.leaves(optim.frozen_mask(grads, frozen))):
         if not is_frozen:
             modules.setdefault(_MODULES.get(path[0].key, "heads"), []).append(leaf)
-    norms = {f"grad_norm/{module}": optax.tree.norm(found) for module, found in modules.items()}
+    norms = {f"grad_norm/{module}": optax.tree.norm(leaves) for module, leaves in modules.items()}
     return {"grad_norm": optax.tree.norm(list(norms.values())), **norms}  # gradients are read once
 
 
-def loss_metrics(found: losses_lib.Losses) -> dict[str, jax.Array]:
+def loss_metrics(losses: losses_lib.Losses) -> dict[str, jax.Array]:
     """The total, the terms and their measures as metrics; docs/diagnostics.md explains each."""
-    out = {"loss": found.total}
-    out |= {f"loss_{name}": value for name, value in found.terms.items()}
-    for name, value in found.measures.items():
+    out = {"loss": losses.total}
+    out |= {f"loss_{name}": value for name, value in losses.terms.items()}
+    for name, value in losses.measures.items():
         if value.ndim == 0:
             out[name] = value
         elif len(value) <= MOST_QUERIES:
             out |= {f"{name}/{i}": value[i] for i in range(len(value))}
-    share = found.measures.get("query_share")
+    share = losses.measures.get("query_share")
     if share is not None and len(share) > 1:
         out["query_usage_entropy"] = jax.scipy.special.entr(share).sum() / math.log(len(share))
     return out

@@ -85,24 +85,24 @@ def test_without_a_path_they_go_as_they_lie(rings):
 def test_rings_of_a_slice(tensor, group_size, gather, longest):
     """The rings of a batch of 32 images a shard on 8 x 8 chips, laid row by row."""
     shards = 64 // tensor
-    found = layout.make_layout(
+    placed = layout.make_layout(
         shards * 32, config_lib.Loss(group_size=group_size, gather=gather), shards
     )
     chips = np.empty(64, object)
     chips[:] = _chips(8, 8, 1)
-    grid = chips.reshape(*found.sizes, -1)
-    found = found.on(grid, "high")
-    assert found.everywhere.precision == jax.lax.Precision.HIGH
+    grid = chips.reshape(*placed.sizes, -1)
+    placed = placed.on(grid, "high")
+    assert placed.everywhere.precision == jax.lax.Precision.HIGH
     for gathered, rest in np.ndindex(grid.shape[2:]):
         ring = grid[:, :, gathered, rest].ravel()
-        assert max(_steps(ring, found.everywhere.loops[0])) == longest
+        assert max(_steps(ring, placed.everywhere.loops[0])) == longest
         for group in grid[:, :, gathered, rest] if group_size else ():
-            assert max(_steps(group, found.in_group.loops[0])) == longest
+            assert max(_steps(group, placed.in_group.loops[0])) == longest
 
 
 def test_precision_is_that_of_tpus():
-    found = layout.make_layout(8, config_lib.Loss(), 1)
+    unplaced = layout.make_layout(8, config_lib.Loss(), 1)
     for platform, expected in (("cpu", "HIGHEST"), ("gpu", "HIGHEST"), ("tpu", "HIGH")):
         devices = np.array([types.SimpleNamespace(platform=platform)], object)
-        placed = found.on(devices.reshape(1, 1, 1, 1), "high")
+        placed = unplaced.on(devices.reshape(1, 1, 1, 1), "high")
         assert placed.in_group.precision == jax.lax.Precision[expected]

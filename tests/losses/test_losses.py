@@ -62,14 +62,16 @@ def replica(outputs, batch, c):
     b, softmax = len(batch.region_mask), c.contrast == "softmax"
     target = batch.region_boxes_cxcywh.astype(np.float64)
     logit = lambda x, y: float(o.logit_scale * (x @ y) + o.logit_bias)
-    beats = lambda own, others: own > max(others, default=-np.inf) + 1e-5 * o.logit_scale
+    beats = lambda own_logit, others: (
+        own_logit > max(others, default=-np.inf) + 1e-5 * o.logit_scale
+    )
     pairs_of = lambda mask: list(map(tuple, np.argwhere(mask)))
     terms, right = {}, {}
 
-    def loss_of(own, others):
+    def loss_of(own_logit, others):
         if softmax:
-            return np.log(np.exp([own, *others]).sum()) - own
-        return np.log1p(np.exp(-own)) + np.log1p(np.exp(others)).sum()
+            return np.log(np.exp([own_logit, *others]).sum()) - own_logit
+        return np.log1p(np.exp(-own_logit)) + np.log1p(np.exp(others)).sum()
 
     def of_texts(name, texts, ids, real, by_text):
         pairs = pairs_of(real)
@@ -78,12 +80,15 @@ def replica(outputs, batch, c):
         values, nearest = [], []
         for pair in pairs:
             image = o.image_embed[pair[0]]
-            own = logit(image, texts[pair])
+            own_logit = logit(image, texts[pair])
             absent = [j for j in range(b) if id_of(pair) not in has[j]]
             images = [logit(o.image_embed[j], texts[pair]) for j in absent]
             others = [logit(image, texts[p]) for p in pairs if id_of(p) not in has[pair[0]]]
-            values += [loss_of(own, images), *([loss_of(own, others)] if softmax else [])]
-            nearest.append(beats(own, images if by_text else others))
+            values += [
+                loss_of(own_logit, images),
+                *([loss_of(own_logit, others)] if softmax else []),
+            ]
+            nearest.append(beats(own_logit, images if by_text else others))
         terms[name], right[f"{name}_accuracy"] = np.mean(values), nearest
 
     captions = o.text_embed, batch.caption_id, batch.caption_mask
@@ -132,12 +137,12 @@ def replica(outputs, batch, c):
         embedded, of_group = [p for p in described if o.box_embed[p].any()], []
         for pair in embedded:
             different = lambda p, pair=pair: id_of(p) != id_of(pair)
-            own = logit(o.box_embed[pair], text(pair))
+            own_logit = logit(o.box_embed[pair], text(pair))
             texts = [logit(o.box_embed[pair], text(p)) for p in filter(different, described)]
             boxes = [logit(o.box_embed[p], text(pair)) for p in filter(different, embedded)]
             both = (texts, boxes) if softmax else (texts,)
-            of_group.append(np.mean([loss_of(own, others) for others in both]))
-            right["box_description_accuracy"].append(beats(own, texts))
+            of_group.append(np.mean([loss_of(own_logit, others) for others in both]))
+            right["box_description_accuracy"].append(beats(own_logit, texts))
         bd.append(np.mean(of_group) if of_group else 0.0)
     terms |= dict(box=np.mean(box), region_description=np.mean(rd), box_description=np.mean(bd))
 
@@ -151,9 +156,9 @@ def replica(outputs, batch, c):
             logit(embed, x) for x, is_one in zip(negatives, batch.negative_mask[pair]) if is_one
         ]
         if others:
-            own = logit(embed, o.region_text_embed[pair])
-            hard.append(loss_of(own, others))
-            right.setdefault(name, []).append(beats(own, others))
+            own_logit = logit(embed, o.region_text_embed[pair])
+            hard.append(loss_of(own_logit, others))
+            right.setdefault(name, []).append(beats(own_logit, others))
     terms["hard_negative"] = np.mean(hard)
     measures = {name: np.mean(values) for name, values in right.items()}
     iou = np.array([overlaps[m][0] for m in matched])
@@ -282,18 +287,18 @@ def test_hard_negatives_without_queries_or_boxes():
         pred_boxes_cxcywh=outputs.pred_boxes_cxcywh[:, :, :0],
     )
     both, *alone = (_total(x, batch, c.loss) for x in (outputs, no_boxes, no_queries))
-    for found, name in zip(alone, ("hard_negative_accuracy", "hard_negative_box_accuracy")):
-        of_hard = {key: x for key, x in found.measures.items() if key.startswith("hard")}
+    for result, name in zip(alone, ("hard_negative_accuracy", "hard_negative_box_accuracy")):
+        of_hard = {key: x for key, x in result.measures.items() if key.startswith("hard")}
         assert of_hard == {name: both.measures[name]}
     # A mean over all: as many boxes as matched queries, since each region has one.
     mean = sum(x.terms["hard_negative"] for x in alone) / 2
     np.testing.assert_allclose(both.terms["hard_negative"], mean, rtol=1e-6)
     # A tie with the description is not right, and a region without negatives does not count.
     same = np.repeat(outputs.region_text_embed[:, :, None], 2, axis=2)
-    one = batch._replace(negative_mask=batch.region_mask[..., None] & [True, False])
-    found = _total(no_boxes._replace(negative_text_embed=same), one, c.loss)
-    np.testing.assert_allclose(found.terms["hard_negative"], np.log(2), rtol=1e-6)
-    assert found.measures["hard_negative_accuracy"] == 0
+    one_negative = batch._replace(negative_mask=batch.region_mask[..., None] & [True, False])
+    result = _total(no_boxes._replace(negative_text_embed=same), one_negative, c.loss)
+    np.testing.assert_allclose(result.terms["hard_negative"], np.log(2), rtol=1e-6)
+    assert result.measures["hard_negative_accuracy"] == 0
 
 
 def test_nothing_to_learn_from_is_zero_with_zero_gradient():

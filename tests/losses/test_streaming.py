@@ -128,19 +128,19 @@ def test_vectors_of_three_bytes_are_the_nearest_ones():
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(50, 7)) * 10.0 ** rng.integers(-30, 30, (50, 7))).astype(np.float32)
     sent = packed(jnp.asarray(x))
-    found = np.asarray(unpacked(sent))
+    received = np.asarray(unpacked(sent))
     assert sent.shape == (3, 50, 7) and sent.dtype == jnp.uint8
     # numpy's own rounding to 16 bits of a mantissa, ties aside, which no draw has.
     mantissa, exponent = np.frexp(x.astype(np.float64))
-    np.testing.assert_array_equal(found, np.ldexp(np.round(mantissa * 2**16) / 2**16, exponent))
-    assert 2**-18 < np.abs(found / x.astype(np.float64) - 1).max() <= 2**-16
-    np.testing.assert_array_equal(packed(jnp.asarray(found)), sent)
+    np.testing.assert_array_equal(received, np.ldexp(np.round(mantissa * 2**16) / 2**16, exponent))
+    assert 2**-18 < np.abs(received / x.astype(np.float64) - 1).max() <= 2**-16
+    np.testing.assert_array_equal(packed(jnp.asarray(received)), sent)
 
 
 def test_a_row_without_negatives_costs_nothing():
     rows, columns, *_ = _problem(1)
     columns = columns._replace(ids=columns.ids * 0)
-    of = lambda embed: streaming.negatives(
+    negatives_of = lambda embed: streaming.negatives(
         "softmax",
         False,
         9,
@@ -150,7 +150,7 @@ def test_a_row_without_negatives_costs_nothing():
         20.0,
         0.0,
     )[0]
-    (value, highest), pull = jax.vjp(of, rows.embed)
+    (value, highest), pull = jax.vjp(negatives_of, rows.embed)
     assert np.all(value == -np.inf) and np.all(highest == np.float32(streaming.MASKED))
     assert not np.any(pull(streaming.Negatives(jnp.ones(M), jnp.ones(M)))[0])
     assert not np.any(streaming.loss_of_rows("softmax", np.ones(M, np.float32), value))
@@ -189,10 +189,10 @@ def _program_of_gradient(gather, captions):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_outputs(c, width=WIDTH)
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(c))
-    place = sharding.batch_sharding(mesh)
-    cut = jax.tree.map(lambda x: place if x.ndim and x.ndim < 4 else None, outputs)
+    by_batch = sharding.batch_sharding(mesh)
+    cut = jax.tree.map(lambda x: by_batch if x.ndim and x.ndim < 4 else None, outputs)
     cut = cut._replace(
-        pred_boxes_cxcywh=jax.sharding.NamedSharding(mesh, PartitionSpec(None, *place.spec))
+        pred_boxes_cxcywh=jax.sharding.NamedSharding(mesh, PartitionSpec(None, *by_batch.spec))
     )
     step = jax.jit(
         jax.grad(
@@ -200,7 +200,7 @@ def _program_of_gradient(gather, captions):
                 losses.total_loss(o, b, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES).total
             )
         ),
-        in_shardings=(cut, place),
+        in_shardings=(cut, by_batch),
         out_shardings=cut,
     )
     return step.lower(outputs, batch).compile().as_text()

@@ -37,8 +37,8 @@ def test_positions_are_resized_as_by_torch(side, leading, grid):
     expected = _interpolated(theirs, leading, grid)
     cotangent = rng.normal(size=expected.shape).astype(np.float32)
     expected.backward(torch.tensor(cotangent))
-    found, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
-    np.testing.assert_allclose(found, expected.detach(), atol=1e-6)
+    resized, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
+    np.testing.assert_allclose(resized, expected.detach(), atol=1e-6)
     np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], theirs.grad, atol=1e-5)
 
 
@@ -46,13 +46,13 @@ def test_positions_are_resized_as_by_torch(side, leading, grid):
 def test_parameters_are_those_of_the_configured_size(position_init):
     module = vit.ImageTransformer(_tower(image_size=32, position_init=position_init), FLOAT)
     init = jax.jit(module.init)
-    own, other = (init(jax.random.key(0), _images(size)) for size in (32, 24))
-    jax.tree.map(np.testing.assert_array_equal, own, other)
-    assert grain.flat(own["params"])["position_embed"].shape == (17, 48)
+    same, other = (init(jax.random.key(0), _images(size)) for size in (32, 24))
+    jax.tree.map(np.testing.assert_array_equal, same, other)
+    assert grain.flat(same["params"])["position_embed"].shape == (17, 48)
     with pytest.raises(errors.UserError, match="image: got 36 x 36 pixels, expected a square of"):
-        module.apply(own, _images(36))
+        module.apply(same, _images(36))
     with pytest.raises(errors.UserError, match="got 24 x 32 pixels"):
-        module.apply(own, _images(32)[:, :24])
+        module.apply(same, _images(32)[:, :24])
 
 
 def test_a_tower_of_a_user_that_takes_its_own_size_alone_says_so():
@@ -75,10 +75,10 @@ def test_boxes_and_queries_of_an_image_of_another_size():
         return tokens, module.embeddings(tokens), module.box_embeddings(tokens, boxes)
 
     run = jax.jit(lambda params: module.apply({"params": params}, method=all_of))
-    tokens, (image_embed, regions, _), found = run(params)
+    tokens, (image_embed, regions, _), box_embed = run(params)
     assert tokens.shape == (2, 10, 48)
     assert image_embed.shape == (2, 28) and regions.shape == (2, 3, 28)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.ones((2, 2)), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(box_embed, axis=-1), np.ones((2, 2)), atol=1e-5)
     head = model.boxes
     features = torch.tensor(np.asarray(tokens[:, 1:])).reshape(2, 3, 3, 48).permute(0, 3, 1, 2)
     aligned = torchvision.ops.roi_align(
@@ -87,4 +87,4 @@ def test_boxes_and_queries_of_an_image_of_another_size():
     rows = aligned.permute(0, 2, 3, 1).reshape(2, 2, -1).numpy()
     expected = rows @ np.asarray(grain.flat(params)["box_projection/kernel"])
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(box_embed, expected, atol=1e-5)

@@ -89,12 +89,12 @@ def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(
 
     cut = mesh and NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
     program = jax.jit(gradient, in_shardings=(cut, None, None)).lower(table, ids, d)
-    rows, found = program.compile()(table, ids, d)
+    rows, gradient_of_table = program.compile()(table, ids, d)
     expected = np.zeros(table.shape)
     np.add.at(expected, ids, d.astype(np.float64))
     np.testing.assert_array_equal(rows, table[ids])
     tolerance = (tolerance if axes else 1e-6) * np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(gradient_of_table, expected, rtol=0, atol=tolerance)
     summed = {"float32": "tensor<12x8xf32>", "bfloat16": "tensor<12x8xbf16>"}[dtype]
     sums = re.findall(r"all_reduce.*?-> (tensor<\S+>)", program.as_text(), re.DOTALL)
     assert sums == ([summed] if axes else [])

@@ -65,8 +65,8 @@ class Average(Smooth):
         mirrored = seen.batch.image[:, :, ::-1]
         target = seen.apply("image_tokens", mirrored, params=average.model)[:, 0]
         if not self.is_initializing():
-            own = average.term["map"]
-            target = target @ own["kernel"] + own["bias"]
+            linear = average.term["map"]
+            target = target @ linear["kernel"] + linear["bias"]
         else:
             target = self.map(target)
         loss = jnp.square(self.map(seen.tokens[:, 0]) - target).sum(-1)

@@ -28,8 +28,8 @@ def test_the_loss_is_the_mean_over_the_global_batch():
         return model.apply(of_model, *given, method=method)
 
     _, features = apply(batch, None, method="outputs_and_features")
-    own = state.params["terms"]["smooth"]["map"]
-    patches = features.tokens[:, 1:] @ own["kernel"] + own["bias"]
+    linear = state.params["terms"]["smooth"]["map"]
+    patches = features.tokens[:, 1:] @ linear["kernel"] + linear["bias"]
     keys = train_step.dropout_keys(c.seed, 0, jnp.arange(c.batch_size))
     keys = jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(b"smooth")))(keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys)
@@ -44,9 +44,9 @@ def test_the_loss_is_the_mean_over_the_global_batch():
     weights = {"image_caption": 1, "smooth": 0.3, "average": 0.7}
     total = sum(weight * metrics[f"loss_{name}"] for name, weight in weights.items())
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
-    own = state.params["terms"]["average"]["map"]
+    linear = state.params["terms"]["average"]["map"]
     mirrored = apply(batch.image[:, :, ::-1], method="image_tokens")[:, 0]
-    average = jnp.square((features.tokens[:, 0] - mirrored) @ own["kernel"]).sum(-1).mean()
+    average = jnp.square((features.tokens[:, 0] - mirrored) @ linear["kernel"]).sum(-1).mean()
     np.testing.assert_allclose(metrics["loss_average"], average, rtol=1e-5)
     # Each of two steps of the same batch moves the centre half of the way to the mean of that step.
     assert set(after.term_state) == {"smooth", "average"}
@@ -88,23 +88,23 @@ def test_a_term_without_parameters_leaves_the_tree_as_it_is():
     plain, c = tiny.config(), tiny.dictionary()
     c.loss.terms.bare = {"term": f"{terms.__name__}:Bare", "weight": 1.0}
     c = config_lib.from_dict(c)
-    found = [jax.eval_shape(forward.Forward(grain.GRAIN(c.model), x).init) for x in (plain, c)]
-    assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+    trees = [jax.eval_shape(forward.Forward(grain.GRAIN(c.model), x).init) for x in (plain, c)]
+    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
 
 
 def test_an_average_in_the_state_follows_the_parameters_and_is_sharded_as_they_are():
     (_, state), first = two_steps("terms")[1], first_state("terms")
-    one = state.term_state["average"]
-    assert one["steps"] == 2
-    assert set(one["average"].term) == {"map"} and "terms" not in one["average"].model
+    term_state = state.term_state["average"]
+    assert term_state["steps"] == 2
+    assert set(term_state["average"].term) == {"map"} and "terms" not in term_state["average"].model
     # After two steps: 9/16 of the first, 3/16 of those after one step, 1/4 of the last; of a frozen part all are equal.
     last, before = grain.flat(state.params), grain.flat(first.params)
-    for name, x in grain.flat(one["average"].model).items():
+    for name, x in grain.flat(term_state["average"].model).items():
         low, high = np.minimum(last[name], before[name]), np.maximum(last[name], before[name])
         assert (x >= low - 3e-3).all() and (x <= high + 3e-3).all(), name
     program = program_of("terms", True)[1]
-    own, copied = program.shardings.params, program.shardings.term_state["average"]["average"]
-    assert grain.flat(copied.model).items() <= grain.flat(own).items()
-    assert copied.term == own["terms"]["average"]
+    of_params, copied = program.shardings.params, program.shardings.term_state["average"]["average"]
+    assert grain.flat(copied.model).items() <= grain.flat(of_params).items()
+    assert copied.term == of_params["terms"]["average"]
     again = jax.device_get(jax.eval_shape(program.term_state, program.state.params))
     jax.tree.map(lambda a, b: a.shape == b.shape or 1 / 0, again, program.state.term_state)

@@ -296,9 +296,9 @@ def test_a_predictor_refuses_factors():
 )
 def test_what_has_no_factors_is_one_line(changes, line):
     c = tiny.small(**{f"optim__lora__{k}": v for k, v in (dict(rank=2) | changes).items()})
-    with pytest.raises(errors.UserError, match=line) as told:
+    with pytest.raises(errors.UserError, match=line) as error:
         jax.eval_shape(lambda: lora.init(_model(c), c))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_a_map_with_factors():
@@ -327,15 +327,15 @@ def test_towers_of_users_have_no_factors():
     text = dataclasses.replace(c.model.text, tower="examples.tower.mixer:TextMixer")
     model = dataclasses.replace(c.model, text=text)
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/blocks/mlp/in/kernel": (1, 32, 64)}
-    told = "matches text/blocks/mlp/in; expected dense maps of layers of built-in towers"
-    with pytest.raises(errors.UserError, match=told):
+    message = "matches text/blocks/mlp/in; expected dense maps of layers of built-in towers"
+    with pytest.raises(errors.UserError, match=message):
         lora.maps_of(model, c.optim.lora, shapes)
     alone = dataclasses.replace(c.optim.lora, modules=("image/.*",))
     assert lora.maps_of(model, alone, shapes) == ["image/blocks/mlp/in"]
     # One in which the default names nothing would be frozen whole, without a word.
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/stem/kernel": (32, 64)}
-    told = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*frozen whole"
-    with pytest.raises(errors.UserError, match=told):
+    message = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*frozen whole"
+    with pytest.raises(errors.UserError, match=message):
         lora.maps_of(model, c.optim.lora, shapes)
 
 
@@ -355,8 +355,8 @@ def test_configs_that_contradict_themselves(changes, line):
 @pytest.mark.parametrize("pattern,factor", [("image/.*", "lora_a"), (".*/lora_b", "lora_b")])
 def test_a_factor_that_is_frozen_is_one_line(pattern, factor):
     c = tiny.small(**FACTORS, optim__frozen=(pattern,))
-    told = f"'{re.escape(pattern)}' freezes image/blocks/\\S+{factor}, which optim.lora trains"
-    with pytest.raises(errors.UserError, match=told):
+    message = f"'{re.escape(pattern)}' freezes image/blocks/\\S+{factor}, which optim.lora trains"
+    with pytest.raises(errors.UserError, match=message):
         jax.eval_shape(lambda: lora.init(_model(c), c))
 
 

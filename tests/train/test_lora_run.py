@@ -35,8 +35,8 @@ def finished(tmp_path_factory):
 
 
 def test_it_does_not_go_on_with_another_scale(finished):
-    told = "optim.lora.alpha: the run in this workdir has 6, got 8; .* use another --workdir"
-    with pytest.raises(files.CheckpointError, match=told):
+    message = "optim.lora.alpha: the run in this workdir has 6, got 8; .* use another --workdir"
+    with pytest.raises(files.CheckpointError, match=message):
         run.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0), **TWO, **EIGHT), finished)
 
 

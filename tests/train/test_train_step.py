@@ -83,22 +83,24 @@ def test_products_of_the_losses_are_float32_at_highest_precision():
     c = tiny.config(dtype="bfloat16", mesh__data=8)
     program = _build(c)
     jaxpr = jax.make_jaxpr(program.step)(program.state, program.batch)
-    found = []
+    products = []
 
     def visit(jaxpr, inside):
         for equation in jaxpr.eqns:
             name = equation.primitive.name
             if inside and name == "dot_general":
                 types = {v.aval.dtype.name for v in (*equation.invars, *equation.outvars)}
-                found.append((types, equation.params["precision"]))
+                products.append((types, equation.params["precision"]))
             for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 visit(inner, inside or name == "shard_map")
 
     visit(jaxpr.jaxpr, False)
     highest = (jax.lax.Precision.HIGHEST,) * 2
     # Forward and backward of two directions of captions and one of regions.
-    assert len(found) >= 9
-    assert all(types == {"float32"} and precision == highest for types, precision in found), found
+    assert len(products) >= 9
+    assert all(types == {"float32"} and precision == highest for types, precision in products), (
+        products
+    )
 
 
 def test_a_frozen_module_has_no_gradient_norm():
