@@ -136,7 +136,7 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
         logits = _logits(here, there, scale, bias, ring.precision)  # [here, there]
         share = _share(contrast, logits, *of_there.T)
         if both:
-            share = _share(contrast, logits.T, *of_here.T).T + share
+            share = _share(contrast, logits, *of_here.T[..., None]) + share
         share = jnp.where(logits > MASKED, share, 0)
         gradient += _product("nm,md->nd", share, there.embed, ring.precision)
         if both:
@@ -198,7 +198,7 @@ def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Ar
 
 
 def _share(contrast: str, logits, cost, cotangent):
-    """The cotangent of each logit [n, m], where each of the m columns has a cost and its cotangent."""
+    """The cotangent of each logit, from the cost of its row or column and the cotangent of that cost."""
     if contrast == "softmax":
         return cotangent * jnp.exp(logits - cost)
     return cotangent * jax.nn.sigmoid(logits)
