@@ -126,7 +126,7 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
     """The gradients; those that are summed here are without the scale."""
     rows, columns, scale, bias, costs, weight, vectors = residuals
     of_rows, of_columns = (
-        None if cost is None else jnp.stack([cost, cotangent.cost], axis=1)
+        (cost, None if cotangent is None else cotangent.cost)
         for cost, cotangent in zip(costs, cotangents)
     )
     here, there = (rows, columns) if both else (columns, rows)  # `there` travels
@@ -134,9 +134,9 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
     def pair(here, sums, there, of_there, back):
         (here, of_here), (gradient, weight) = here, sums
         logits = _logits(here, there, scale, bias, ring.precision)  # [here, there]
-        share = _share(contrast, logits, *of_there.T)
+        share = _share(contrast, logits, *of_there)
         if both:
-            share = _share(contrast, logits, *of_here.T[..., None]) + share
+            share = _share(contrast, logits, *(x[:, None] for x in of_here)) + share
         share = jnp.where(logits > MASKED, share, 0)
         gradient += _product("nm,md->nd", share, there.embed, ring.precision)
         if both:
@@ -148,7 +148,7 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
     nothing = lambda x: jnp.zeros_like(x.embed) if both else None
     (gradient, of_bias), back = exchange(
         ring,
-        _block(there, of_columns if both else of_rows),
+        _block(there, *(of_columns if both else of_rows)),
         _visit(pair, here_tiles, there, tile, nothing),
         operator.add,
         (
@@ -190,11 +190,10 @@ def _visit(pair, here_tiles, there: Vectors, tile: int, nothing):
 
 def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Array, "m k"]:
     """MASKED where a row and a column are not each other's negatives."""
-    allowed = rows.real[:, None] & columns.real
-    for x, y in itertools.product(rows.ids.T, columns.ids.T):
-        allowed &= x[:, None] != y
+    same = (x[:, None] == y for x, y in itertools.product(rows.ids.T, columns.ids.T))
+    allowed = columns.real & ~functools.reduce(operator.or_, same)
     logits = scale * _product("nd,md->nm", rows.embed, columns.embed, precision) + bias
-    return jnp.where(allowed, logits, MASKED)
+    return jnp.where(allowed & rows.real[:, None], logits, MASKED)
 
 
 def _share(contrast: str, logits, cost, cotangent):
@@ -235,20 +234,19 @@ def _costs(contrast: str, sums) -> Negatives:
     return Negatives(total if contrast == "sigmoid" else highest + jnp.log(total), highest)
 
 
-def _block(vectors: Vectors, *numbers: Float[Array, "k n"]) -> Block:
-    labels = vectors.ids, vectors.real[:, None], *numbers
-    as_ints = (
-        jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x for x in labels
-    )
-    return Block(vectors.embed, jnp.concatenate([x.astype(jnp.int32) for x in as_ints], axis=1))
+def _block(vectors: Vectors, *numbers: Float[Array, "k"]) -> Block:
+    """What travels: the vectors, and float32 numbers beside them."""
+    as_ints = (jax.lax.bitcast_convert_type(x, jnp.int32)[:, None] for x in numbers)
+    labels = vectors.ids, vectors.real[:, None].astype(jnp.int32), *as_ints
+    return Block(vectors.embed, jnp.concatenate(labels, axis=1))
 
 
-def _tiles(block: Block, like: Vectors, tile: int):
-    """Tiles of the vectors of a block with as many ids as others have, and of the numbers beside them."""
+def _tiles(block: Block, like: Vectors, tile: int) -> tuple[Vectors, tuple[Array, ...]]:
+    """Tiles of a block, whose vectors have as many ids as `like`, and of the numbers beside them."""
     embed, labels = cut(tuple(block), tile)
     ids, real, numbers = jnp.split(labels, [n := like.ids.shape[1], n + 1], axis=-1)
-    numbers = jax.lax.bitcast_convert_type(numbers, jnp.float32)
-    return Vectors(embed, ids, real[..., 0] > 0), numbers
+    numbers = jax.lax.bitcast_convert_type(jnp.moveaxis(numbers, -1, 0), jnp.float32)
+    return Vectors(embed, ids, real[..., 0] > 0), tuple(numbers)
 
 
 def cut(tree, tile: int):

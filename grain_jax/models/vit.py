@@ -151,32 +151,34 @@ class ImageTransformer(towers.ImageTower):
     @nn.nowrap
     def _with_leading(self, x: jax.Array, grid: int, kept: jax.Array | None) -> jax.Array:
         """Patches [B, P, E] -> [B, N, E]: with learned positions, the class token and the registers."""
-        t, own_grid, class_tokens = self.config, self.config.image_size // self.config.patch_size, 0
-        leading = []  # rows [n, E]
+        t, own_grid = self.config, self.config.image_size // self.config.patch_size
+        first = int(t.class_token)
+        as_tokens = lambda rows: jnp.broadcast_to(rows, (len(x), *rows.shape))
         if t.class_token:
-            class_tokens, init = 1, layers.normal(1e-6)
+            init = layers.normal(1e-6)
             token = layers.parameter(self, "class_token", init, ("vector",), (t.width,))
-            leading.append(token[None].astype(self.dtype))
+            x = jnp.concatenate([as_tokens(token[None]).astype(self.dtype), x], axis=1)
 
         def init_positions(key, shape, dtype=jnp.float32):
             if t.position_init == "normal":
                 return layers.normal(0.02)(key, shape, dtype)
             waves = jnp.asarray(sincos2d(own_grid, t.width, t.position_period), dtype)
-            return jnp.pad(waves, ((class_tokens, 0), (0, 0)))
+            return jnp.pad(waves, ((first, 0), (0, 0)))
 
         if t.positions:
-            shape, axes = (class_tokens + own_grid**2, t.width), ("positions", "width")
+            shape, axes = (first + own_grid**2, t.width), ("positions", "width")
             positions = layers.parameter(self, "position_embed", init_positions, axes, shape)
             if grid != own_grid:
-                positions = resized_positions(positions, class_tokens, grid)
+                positions = resized_positions(positions, first, grid)
+            positions = positions[None]
             if kept is not None:
-                positions = placement.whole(positions)
-            leading = [row + positions[:class_tokens].astype(self.dtype) for row in leading]
-            positions = positions[class_tokens:]
-            x = x + (positions if kept is None else of_kept(positions, kept)).astype(self.dtype)
+                (positions,) = placement.whole(positions)
+                of_patches = of_kept(positions[first:], kept)
+                positions = jnp.concatenate([as_tokens(positions[:first]), of_patches], axis=1)
+            x = x + positions.astype(self.dtype)
         if t.registers:
             shape, axes = (t.registers, t.width), ("positions", "width")
             registers = layers.parameter(self, "registers", layers.normal(0.02), axes, shape)
-            leading.append(registers.astype(self.dtype))
-        whole = [jnp.broadcast_to(rows, (len(x), *rows.shape)) for rows in leading]
-        return jnp.concatenate([*whole, x], axis=1)
+            registers = as_tokens(registers).astype(self.dtype)
+            x = jnp.concatenate([x[:, :first], registers, x[:, first:]], axis=1)
+        return x
