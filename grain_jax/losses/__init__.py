@@ -4,7 +4,7 @@
 the columns of all devices, and `ring` carries the columns there. `boxes` is box arithmetic.
 """
 
-from grain_jax.losses.layout import Layout, make_layout
+from grain_jax.losses.layout import GroupLayout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, Term, TermOutput
 from grain_jax.losses.total import (
     TERMS,
@@ -18,7 +18,7 @@ from grain_jax.losses.total import (
 __all__ = [
     "TERMS",
     "GroupMean",
-    "Layout",
+    "GroupLayout",
     "LossTerm",
     "Losses",
     "Mean",

@@ -11,7 +11,7 @@ from grain_jax.losses import hops
 from grain_jax.losses.ring import Ring
 
 
-class Layout(NamedTuple):
+class GroupLayout(NamedTuple):
     """Where the images of a batch and of each group are."""
 
     sizes: tuple[int, int, int]  # of the losses' mesh axes "group", "ring" and "gather"
@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     groups_per_shard: int  # 1 or more; above 1 devices hold whole groups
     shards_per_group: int  # 1 or more; above 1 a group spans devices
 
-    def on(self, devices: np.ndarray, precision: str) -> "Layout":
+    def on(self, devices: np.ndarray, precision: str) -> "GroupLayout":
         """The layout with rings that follow the links of these devices, and with the precision of their products.
 
         Args:
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
         return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
 
-def make_layout(images: int, config: config_lib.Loss, shards: int) -> Layout:
+def make_layout(images: int, config: config_lib.Loss, shards: int) -> GroupLayout:
     """The layout of `images` on so many shards. A group spans shards, or a shard holds whole groups.
 
     Raises:
@@ -74,7 +74,7 @@ def make_layout(images: int, config: config_lib.Loss, shards: int) -> Layout:
     gather = "gather" if config.gather > 1 else None
     ring = max(1, per_group // config.gather)
     sizes = shards // (ring * config.gather), ring, config.gather
-    return Layout(
+    return GroupLayout(
         sizes,
         everywhere=Ring(("group", "ring"), sizes[0] * ring, gather) if shards > 1 else Ring(),
         in_group=Ring(("ring",), ring, gather) if per_group > 1 else Ring(),

@@ -33,7 +33,7 @@ from grain_jax.losses.contrastive import (
     image_description,
     region_description,
 )
-from grain_jax.losses.layout import Layout, make_layout
+from grain_jax.losses.layout import GroupLayout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Term, TermOutput, make_shard
 
 
@@ -187,7 +187,7 @@ def total_loss(
     return Losses(total, values, measures, statistics)
 
 
-def _joinable(name: str, output: Mean | GroupMean | TermOutput, layout: Layout) -> TermOutput:
+def _joinable(name: str, output: Mean | GroupMean | TermOutput, layout: GroupLayout) -> TermOutput:
     """What a term returned, as float32 with a leading axis for the devices.
 
     Raises:
@@ -217,7 +217,7 @@ def _joinable(name: str, output: Mean | GroupMean | TermOutput, layout: Layout) 
     return TermOutput(checked("loss", output.loss), measures)
 
 
-def _average(value: Mean | GroupMean, layout: Layout) -> Float[Array, "*n"]:
+def _average(value: Mean | GroupMean, layout: GroupLayout) -> Float[Array, "*n"]:
     """The mean of the sums and counts of all devices."""
     total, count = value
     if isinstance(value, GroupMean):

@@ -229,7 +229,7 @@ def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _AttentionCall:
     """What a call is compiled for."""
 
     heads: int  # of one device
@@ -383,7 +383,7 @@ def attend(
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     local, cut_heads = _local_heads(heads)
     eps = None if norms is None else eps
-    call = _Call(
+    call = _AttentionCall(
         local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads, causal, together
     )
     width = given[0].shape[-1] // (3 if together else 1) // heads
@@ -397,7 +397,7 @@ def attend(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, qkv, norm, masks):
+def _attend(call: _AttentionCall, qkv, norm, masks):
     return _attend_forward(call, qkv, norm, masks)[0]
 
 

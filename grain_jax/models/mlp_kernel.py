@@ -129,7 +129,7 @@ def _backward_kernel(eps, activation, *refs):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _MLPCall:
     """What a call is compiled for."""
 
     eps: float
@@ -254,7 +254,7 @@ def half_layer(
     """
     mesh = placement.mesh()
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    call = _Call(eps, activation, platform != "tpu", mesh, placement.batch_axes())
+    call = _MLPCall(eps, activation, platform != "tpu", mesh, placement.batch_axes())
     # Eight rows: float32 comes in registers of 8 x 128.
     vectors = jnp.stack([scale, bias, b_out.astype(jnp.float32), *[jnp.zeros_like(scale)] * 5])
     of_hidden = jnp.pad(b_in.astype(jnp.float32)[None], ((0, 7), (0, 0)))
@@ -262,7 +262,7 @@ def half_layer(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _half_layer(call: _Call, x, vectors, bias, w_in, w_out):
+def _half_layer(call: _MLPCall, x, vectors, bias, w_in, w_out):
     return _half_layer_forward(call, x, vectors, bias, w_in, w_out)[0]
 
 

@@ -215,7 +215,7 @@ def _case(contrast, **overrides):
     ],
 )
 def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, gather):
-    """Values and measures; on a mesh also the gradients, which are those of one device."""
+    """Values and measures; on a mesh also the gradients, which one device gives, too."""
     c, batch, outputs = _case(
         contrast,
         loss__group_size=group_size,

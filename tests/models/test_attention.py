@@ -92,7 +92,7 @@ BETWEEN = ("B/16", "S/16", "H/14")  # two sizes of heads, and one block of keys,
     [pytest.param(x, marks=pytest.mark.slow) if x in BETWEEN else x for x in SHAPES],
 )
 def test_kernel_equals_the_replica(name):
-    """Values and all gradients: as near to float64 as those of XLA's program, in float32 and, of three, in bfloat16."""
+    """Values and all gradients are as near to float64 as with XLA's program, in float32 and for three shapes in bfloat16."""
     heads, eps, kind = SHAPES[name][2], 1e-6, SHAPES[name][-1]
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
@@ -202,7 +202,7 @@ def test_one_array_is_the_same_as_three(heads, width):
 def test_heads_that_fill_no_tiles_stay_three_arrays():
     assert not attention_kernel.arranges(6, 32) and attention_kernel.arranges(6, 64)
     with placement.on(Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")), ("data",)):
-        assert not attention_kernel.arranges(4, 64)  # a head a device
+        assert not attention_kernel.arranges(4, 64)  # one head per device
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_heads_that_fill_no_tiles_stay_three_arrays():
     [(None, 9, None), (None, 9, CAUSAL), (None, 10, CAUSAL), ((2, 2, 2), 9, WITHIN)],
 )
 def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, kind):
-    """Odd lengths have no backward pass in cuDNN; the layer is that of XLA at every length."""
+    """Odd lengths have no backward pass in cuDNN; the layer equals XLA's at every length."""
     calls, real = [], jax.nn.dot_product_attention
 
     def stand_in(q, k, v, *, implementation, **seen):

@@ -64,7 +64,7 @@ def test_a_tower_of_a_user_that_takes_its_own_size_alone_says_so():
 
 
 def test_boxes_and_queries_of_an_image_of_another_size():
-    """Of its 9 patches, not the 25 of the config."""
+    """They read its 9 patches, not the 25 of the config."""
     model = perturbed.tiny(boxes__kind="roi_align", image__depth=1, decoder__depth=1)
     params, module = perturbed.params(model), grain.GRAIN(model)
     images = _images(24)

@@ -55,7 +55,7 @@ def test_softmax_and_its_gradient_are_jaxs(draw, dtype, tolerance):
 
 
 def test_what_an_image_block_keeps_for_the_backward_pass():
-    """Of bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
+    """In bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
     tower = tiny.config(dtype="bfloat16").model.image
     dtype, x = jnp.dtype("bfloat16"), jnp.ones((4, 17, tower.width), jnp.bfloat16)
     block = tower_layer.TowerLayer(tower, dtype, vit._inits(tower), qk_norm=tower.qk_norm)

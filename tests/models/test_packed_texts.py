@@ -1,4 +1,4 @@
-"""Text towers that are not causal, several texts a row: each text alone with its padding masked, as torch has it."""
+"""Text towers that are not causal, several texts per row: each text alone with its padding masked, as torch has it."""
 
 import functools
 from typing import Any

@@ -37,9 +37,9 @@ def _shapes(tower):
 
 
 def _same_as(module, tokens_of, tower, rows, size=None):
-    """Tokens, and the gradients of their weighted sum by every parameter, equal those of a torch module.
+    """Tokens, and the gradients of their weighted sum by every parameter, are the same as in a torch module.
 
-    Of images of the tower's size, or of `size`.
+    The images have the tower's size, or `size`.
     """
     import torch
 

@@ -215,7 +215,7 @@ def test_parameters_of_terms_are_sharded_averaged_and_counted():
 
 
 def test_a_fresh_state_does_not_depend_on_the_terms():
-    """Parameters of the model are those of a run without terms; those of a term depend on its name alone."""
+    """The model has the parameters of a run without terms; a term's depend on its name alone."""
     c, plain = program_of("terms", False)[0], tiny.config(**terms.TWO_TOWERS)
     with_terms, without = (
         jax.jit(forward.Forward(grain.GRAIN(x.model), x).init)() for x in (c, plain)

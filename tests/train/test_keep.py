@@ -135,7 +135,7 @@ def test_the_gradient_is_that_of_the_kept_patches(case):
     of_images = {k: v for k, v in grain.flat(grads).items() if not k.startswith(("text", "logit"))}
     most = max(abs(theirs[name].grad.numpy()).max() for name in of_images)
     for name, grad in of_images.items():
-        other = theirs[name].grad.numpy()  # that of the biases of keys is 0
+        other = theirs[name].grad.numpy()  # 0 for the biases of keys
         np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-6 * most, err_msg=name)
 
 

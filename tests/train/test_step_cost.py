@@ -1,8 +1,8 @@
 """What the compiled step costs: FLOPs, bytes, temporaries and collectives must not grow unnoticed.
 
-Counts of the compiler's output, no seconds, so they are the same on every machine. They are recorded in
-goldens/step_cost.json for one version of JAX and the flags of `tests.compiling`, without which the compiler fuses
-otherwise; after a change that is meant to cost, UPDATE_GOLDENS=1 rewrites them, and the commit says why.
+Counts of the compiler's output, no seconds, so they are the same on every machine. goldens/step_cost.json records them for
+one version of JAX and the flags of `tests.compiling`. After a change that is meant to cost, UPDATE_GOLDENS=1 rewrites
+them, and the commit says why.
 """
 
 import json
