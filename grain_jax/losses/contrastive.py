@@ -54,8 +54,7 @@ def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutp
     outputs = shard.outputs
     image, one_each = outputs.image_embed, texts.shape[1] == 1
     own_logits = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
-    # -1: an id that no text has.
-    rows = Vectors(image, jnp.where(real, ids, -1), jnp.ones(len(image), bool))
+    rows = Vectors(image, jnp.where(real, ids, streaming.NO_ID), jnp.ones(len(image), bool))
     columns = _flat(texts, ids, real)
     if one_each:
         # An image without a text then has no loss for "softmax", and the loss of its negatives for "sigmoid".

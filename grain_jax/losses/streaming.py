@@ -19,13 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 from grain_jax.losses.ring import Block, Ring, exchange
 
 MASKED = -1e30  # stands for -inf where a difference of two must not be NaN
+NO_ID = -1
 
 
 class Vectors(NamedTuple):
     """Rows or columns of the matrix of similarities."""
 
     embed: Float[Array, "k D"]
-    ids: Int[Array, "k S"]  # a row and a column that share an id are not each other's negatives
+    ids: Int[Array, "k S"]  # NO_ID: none; vectors that share an id are no negatives
     real: Bool[Array, "k"]  # False: padding, a negative of nothing
 
 
@@ -190,7 +191,8 @@ def _visit(pair, here_tiles, there: Vectors, tile: int, nothing):
 
 def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Array, "m k"]:
     """MASKED where a row and a column are not each other's negatives."""
-    same = (x[:, None] == y for x, y in itertools.product(rows.ids.T, columns.ids.T))
+    pairs = itertools.product(rows.ids.T, columns.ids.T)
+    same = ((x[:, None] == y) & (y != NO_ID) for x, y in pairs)
     allowed = columns.real & ~functools.reduce(operator.or_, same)
     logits = scale * _product("nd,md->nm", rows.embed, columns.embed, precision) + bias
     return jnp.where(allowed & rows.real[:, None], logits, MASKED)

@@ -36,7 +36,11 @@ def learnt(outputs, batch):
     boxes = outputs.pred_boxes_cxcywh.copy()
     boxes[-1, ::2, :3] = batch.region_boxes_cxcywh[::2, :3] * 0.95
     return outputs._replace(
-        image_embed=unit(outputs.image_embed + 0.6 * outputs.text_embed[:, 0]),
+        image_embed=unit(
+            outputs.image_embed
+            + 0.6 * outputs.text_embed[:, 0]
+            + 0.4 * outputs.region_text_embed[:, 0]
+        ),
         region_embed=unit(outputs.region_embed + 0.6 * outputs.region_text_embed[:, :Q]),
         box_embed=unit(outputs.box_embed + 0.6 * outputs.region_text_embed),
         pred_boxes_cxcywh=boxes,
