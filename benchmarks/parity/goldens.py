@@ -119,7 +119,8 @@ def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
     inputs = batch(g.arrays["inputs/boxes"], packed=packed)
 
     def forward(module):
-        tokens, hidden = module.image_features(inputs.image)
+        tokens = module.image_tokens(inputs.image)
+        hidden = module.decoder(tokens)
         texts = (inputs.text_tokens, inputs.text_positions, inputs.text_segments)
         captions, descriptions = module.text_features(
             *texts, inputs.caption_at, inputs.description_at

@@ -269,7 +269,7 @@ class Model:
     text: TextTower = key(TextTower)
     decoder: RegionDecoder | None = key(RegionDecoder)  # None: two towers, without regions
     boxes: BoxHead = key(BoxHead)
-    # The program of the towers' self-attention, for the same numbers up to rounding (docs/speed.md). "auto": a Pallas
+    # The program of the towers' self-attention, for the same numbers up to rounding (docs/performance.md). "auto": a Pallas
     # kernel on TPUs, cuDNN on CUDA in bfloat16, else XLA's.
     attention: str = key("auto", choices=ATTENTIONS, role="free")
     # The program of norm, MLP and residual of the layers of the towers, likewise. "auto": a Pallas kernel on TPUs whose

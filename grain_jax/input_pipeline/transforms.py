@@ -264,7 +264,7 @@ def resize_to(
     """uint8 [H, W, 3] -> uint8 [height, width, 3], antialiased; an image of that size is returned as it is.
 
     The bits are those of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time.
-    Here each pass goes over whole lines, in about half of the time (docs/input.md).
+    Here each pass goes over whole lines, in about half of the time (docs/performance.md).
     """
 
     def resize_rows(image, rows):
