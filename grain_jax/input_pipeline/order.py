@@ -29,15 +29,14 @@ class ShardFile(NamedTuple):
 
     path: str
     num_records: int
+    digest: str = ""  # of its records (record_files.digest_of)
 
 
 class ShardBlock(NamedTuple):
     """A block of a lane in one epoch."""
 
     shards: tuple[ShardFile, ...]
-    permutation: (
-        np.ndarray
-    )  # int64 [n]: the record (counted over the shards) at each place of the block
+    permutation: np.ndarray  # int64 [n]: the record (counted over the shards) at each position
     first_position: int  # of the block in the stream of the lane
 
 
@@ -77,16 +76,6 @@ class Lane:
         first = epoch * self.num_records + int(self._lengths[order[:place]].sum())
         key = hash_key(self.seed, epoch, self.index, index)
         return ShardBlock(self.blocks[index], permutation(key, int(self._lengths[index])), first)
-
-    def locate(self, position: int) -> tuple[str, int]:
-        """(path of the shard, number of the record in it) at the position, for messages."""
-        block = self.block(self.ordinal(position))
-        record = int(block.permutation[position - block.first_position])
-        for shard in block.shards:
-            if record < shard.num_records:
-                break
-            record -= shard.num_records
-        return shard.path, record
 
     def _block_order(self, epoch: int) -> np.ndarray:
         return permutation(hash_key(self.seed, epoch, self.index), len(self.blocks))

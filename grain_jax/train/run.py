@@ -185,7 +185,6 @@ def _train(
     on_host = sources.batches_of_run(
         run.source,
         config,
-        notes=workdir / "shards",
         lanes=run.lanes,
         start_step=start_step,
     )

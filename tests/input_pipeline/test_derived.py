@@ -37,13 +37,15 @@ def lengths(captions, descriptions, synthetic=None, records=None):
     """A sample of images with one web caption each."""
     captions = np.asarray(captions, np.int32).reshape(-1, 1)
     count = len(captions)
+    descriptions = np.asarray(descriptions, np.int32).reshape(count, -1)
     return TextLengths(
         name="'birds'",
         tokenizer="clip",
         records=records or count,
         captions=captions,
         synthetic=np.zeros(count, np.int32) if synthetic is None else np.asarray(synthetic),
-        descriptions=np.asarray(descriptions, np.int32).reshape(count, -1),
+        descriptions=descriptions,
+        negatives=np.zeros((*descriptions.shape, 0), np.int32),
     )
 
 
@@ -51,7 +53,9 @@ ANYWHERE = derived.Place()
 
 
 def resolve(config, place=ANYWHERE, of=None, **stored):
-    return derived.resolve(config, place, lambda: of or [synthetic.text_lengths(config)], **stored)
+    return derived.resolve(
+        config, place, lambda: of or synthetic.Synthetic().text_lengths(config), **stored
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,82 +126,75 @@ def drawn(case, images, seed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_hold_other_images_of_the_same_kind(case):
-    group = 16
-    config = open_config(batch_size=2048, input__max_regions=CASES[case][2])
-    rows = derived.rows_of(config, group, [drawn(case, 4096, 0)])
+    group, regions = 16, CASES[case][2]
+    config = open_config(batch_size=2048, input__max_regions=regions)
+    rows, _, _ = derived.rows_of(config, group, [drawn(case, 4096, 0)])
     texts, _ = derived.draw(config, [drawn(case, 16384, 1)], 16384, np.random.default_rng(99))
-    pack = lambda n: packing.pack(**texts, pack_group=group, rows=n, row_length=77)
-    layout, number = pack(rows.rows), 16384 + texts["region_mask"].sum()
-    assert (layout.texts_dropped + layout.captions_cut) / number <= derived.MISFITS
-    assert layout.region_mask.any(axis=1).sum() == texts["region_mask"].any(axis=1).sum()
-    less = pack(rows.rows - max(2, rows.rows // 10))  # and not many more rows than that takes
-    assert (less.texts_dropped + less.captions_cut) / number > derived.MISFITS
+    scores = np.broadcast_to(-np.arange(regions), texts.descriptions.shape)
+
+    def misfits(rows):
+        places = packing.pack(texts, scores, pack_group=group, rows=rows, row_length=77)
+        return places.misfits.slots().sum() / np.count_nonzero(texts.slots())
+
+    assert misfits(rows) <= derived.MISFITS
+    # Not many more rows than that takes.
+    assert misfits(rows - max(2, rows // 10)) > derived.MISFITS
+
+
+def draw(sample, images=64, **keys):
+    """derived.draw of one set, with these keys of `input`."""
+    keys = {f"input__{name}": value for name, value in keys.items()}
+    config = open_config(**dict(input__max_regions=2) | keys)
+    return derived.draw(config, [sample], images, np.random.default_rng(0))
 
 
 def test_texts_are_chosen_as_training_chooses_them():
-    config = open_config(
-        input__max_regions=2, input__descriptions_in_captions=1, input__synthetic_caption_rate=1.0
-    )
-    one = lengths([70, 90], [[9, 8, 7], [6, 0, 0]], synthetic=[20, 0])
-    texts, too_long = derived.draw(config, [one], 64, np.random.default_rng(0))
-    both = np.column_stack([texts["caption_lengths"], texts["description_lengths"]])
+    sample = lengths([70, 90], [[9, 8, 7], [6, 0, 0]], synthetic=[20, 0])
+    texts, too_long = draw(sample, descriptions_in_captions=1, synthetic_caption_rate=1.0)
+    both = np.column_stack([texts.captions, texts.descriptions])
     # 20, a comma and 7 more; 90 and 5 more are cut.
-    assert {tuple(row) for row in both.tolist()} == {(28, 9, 8), (77, 6, 2)}
-    assert texts["region_mask"].sum(axis=1).tolist().count(2) == 32  # the whole set, as often
+    assert {tuple(row) for row in both.tolist()} == {(28, 9, 8), (77, 6, 0)}
+    assert np.count_nonzero(texts.descriptions, axis=1).tolist().count(2) == 32  # as often
     assert too_long == 0.5
-    config = dataclasses.replace(
-        config, input=dataclasses.replace(config.input, synthetic_caption_rate=0.25)
-    )
-    texts, _ = derived.draw(config, [one], 4096, np.random.default_rng(0))
-    assert (texts["caption_lengths"] == 28).mean() == pytest.approx(0.125, abs=0.02)
+    texts, _ = draw(sample, 4096, descriptions_in_captions=1, synthetic_caption_rate=0.25)
+    assert (texts.captions == 28).mean() == pytest.approx(0.125, abs=0.02)
 
 
-def test_several_captions_are_drawn_as_training_has_them():
-    def drawn(of, **keys):
-        keys = {f"input__{name}": value for name, value in keys.items()}
-        config = open_config(input__max_regions=2, **keys)
-        texts, too_long = derived.draw(config, [of], 64, np.random.default_rng(0))
-        return {tuple(row) for row in texts["caption_lengths"].tolist()}, too_long
-
-    of = lengths([70, 90, 0], [[9, 8, 7], [6, 0, 0], [0, 0, 0]], synthetic=[20, 0, 30])
-    assert drawn(of, captions_per_image=2)[0] == {(70, 20), (77, 0), (0, 30)}
-    # All three descriptions, not the best two alone: 9 + 8 + 7 tokens, of which two starts and ends became commas.
-    found, too_long = drawn(of, captions_per_image=3)
-    assert found == {(70, 20, 22), (77, 0, 6), (0, 30, 0)}
-    assert too_long == pytest.approx(1 / 6, abs=0.01)
-    found, _ = drawn(of, captions_per_image=3, descriptions_in_captions=2)
-    assert found == {(70, 20, 16), (77, 0, 6), (0, 30, 0)}
-    one, three = (
-        derived.rows_of(open_config(input__captions_per_image=n), 8, [of]).rows for n in (1, 3)
-    )
-    assert one < three <= 3 * one
-    padded = resolve(open_config(text__packing=False, input__captions_per_image=3))[0]
-    assert padded.text_layout == (1, 8)
+@pytest.mark.parametrize(
+    "number, best, expected",
+    [
+        (2, 0, {(70, 20), (77, 0), (0, 30)}),
+        # All three descriptions, not the best two alone: 9 + 8 + 7 tokens, of which two starts and ends became commas.
+        (3, 0, {(70, 20, 22), (77, 0, 6), (0, 30, 0)}),
+        (3, 2, {(70, 20, 16), (77, 0, 6), (0, 30, 0)}),
+    ],
+)
+def test_several_captions_are_drawn_as_training_has_them(number, best, expected):
+    sample = lengths([70, 90, 0], [[9, 8, 7], [6, 0, 0], [0, 0, 0]], synthetic=[20, 0, 30])
+    texts, too_long = draw(sample, captions_per_image=number, descriptions_in_captions=best)
+    assert {tuple(row) for row in texts.captions.tolist()} == expected
+    assert number == 2 or too_long == pytest.approx(1 / 6, abs=0.01)
+    rows = lambda n: derived.rows_of(open_config(input__captions_per_image=n), 8, [sample])[0]
+    assert rows(1) < rows(number) <= number * rows(1)
 
 
 def test_negatives_are_drawn_as_training_has_them():
-    def drawn(number, regions=2):
-        config = open_config(input__max_regions=regions, input__negatives_per_region=number)
-        return config, derived.draw(config, [of], 64, np.random.default_rng(0))[0]
-
-    of = lengths([10, 10], [[9, 8, 7], [6, 0, 0]])
+    sample = lengths([10, 10], [[9, 8, 7], [6, 0, 0]])
     negatives = np.array([[[5, 6, 7], [4, 0, 0], [77, 77, 77]], [[90, 0, 0], [0] * 3, [0] * 3]])
-    of = of._replace(negatives=negatives.astype(np.int32))
-    config, texts = drawn(2)
-    rows = {tuple(map(tuple, row)) for row in texts["negative_lengths"].tolist()}
+    sample = sample._replace(negatives=negatives.astype(np.int32))
+    texts, _ = draw(sample, negatives_per_region=2)
+    rows = {tuple(map(tuple, row)) for row in texts.negatives.tolist()}
     # Two of three that follow each other, from any of them on; the third region is not kept.
     assert rows == {((77, 0), (0, 0)), *(((a, b), (4, 0)) for a, b in ((5, 6), (6, 7), (7, 5)))}
-    assert "negative_lengths" not in drawn(0)[1]
-    few, many = (derived.rows_of(drawn(n)[0], 8, [of]).rows for n in (0, 2))
+    assert draw(sample)[0].negatives.shape == (64, 2, 0)
+    config = lambda n: open_config(input__max_regions=2, input__negatives_per_region=n)
+    few, many = (derived.rows_of(config(n), 8, [sample])[0] for n in (0, 2))
     assert few < many
-    layout = packing.pack(**texts, pack_group=8, rows=many, row_length=77)
-    assert layout.texts_dropped == 0
-    without = of._replace(negatives=None)
-    assert derived.rows_of(config, 8, [without]).rows == few
-    padded = resolve(
-        open_config(text__packing=False, input__captions_per_image=3, input__negatives_per_region=2)
-    )[0]
-    assert padded.text_layout == (1, 3 + 5 * 3)
+    assert derived.rows_of(config(2), 8, [sample._replace(negatives=negatives[..., :0])])[0] == few
+    padded = open_config(
+        text__packing=False, input__captions_per_image=3, input__negatives_per_region=2
+    )
+    assert resolve(padded)[0].text_layout == (1, 3 + 5 * 3)
 
 
 def test_a_mixture_is_drawn_by_weight():
@@ -210,7 +207,7 @@ def test_a_mixture_is_drawn_by_weight():
     config = config_lib.from_dict(values)
     of = [lengths([5], [[4]]), lengths([50], [[40]])]
     texts, _ = derived.draw(config, of, 64, np.random.default_rng(0))
-    assert sorted(texts["caption_lengths"].ravel().tolist()) == [5] * 48 + [50] * 16
+    assert sorted(texts.captions.ravel().tolist()) == [5] * 48 + [50] * 16
 
 
 def test_a_resumed_run_has_its_own_numbers():
@@ -284,7 +281,7 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     checkpoints.close()
     path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
     longer = json.loads(path.read_text())
-    longer["images"] = [[[60], 60, [30, 30, 30]]] * 24
+    longer["images"] = [[[60], 60, [30, 30, 30], []]] * 24
     path.write_text(json.dumps(longer))
     again, line = derive(tmp_path / "run")
     assert again == found and "text.pack_rows=1: as in checkpoint 1" in line

@@ -209,7 +209,10 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
         records.batches(mixture(folder, {"birds": 1.0, "fish": 1.0}))
     values = entries(folder)
     values[1]["split"] = "validation"
-    with pytest.raises(record_files.DataError, match="stones/1.0.0 has no split 'validation'"):
+    with pytest.raises(
+        record_files.DataError,
+        match="stones/1.0.0 has no split 'validation', expected one of train",
+    ):
         records.batches(record_sets.config("", name="", datasets=values))
 
 
@@ -220,16 +223,7 @@ BESIDE = " beside input.datasets, which names all sets; expected one of the two:
     "change,message",
     [
         (dict(input__name="birds"), f"input.name: got 'birds'{BESIDE}input.name"),
-        (
-            dict(input__prepare="data.aviary"),
-            f"input.prepare: got 'data.aviary'{BESIDE}input.prepare",
-        ),
-        (dict(weight=float("nan")), "input.datasets[1].weight: got nan, expected a finite number"),
         (dict(name="birds"), "input.datasets: has 'birds' more than once, expected each name once"),
-        (
-            dict(splt="train"),
-            "input.datasets[1].splt: no such key; did you mean input.datasets[1].split?",
-        ),
     ],
 )
 def test_faults_of_the_config_are_a_line(change, message):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -34,6 +35,10 @@ def number_of(batch, row, flip_rate):
 def tokens_of(texts):
     """Their ids, a tuple a text."""
     return [tuple(CLIP.encode([text], 77).ids.tolist()) for text in texts]
+
+
+def text_ids(texts):
+    return CLIP.encode(texts, 77).text_ids
 
 
 def text_at(batch, group, at):
@@ -72,10 +77,10 @@ def test_batches_hold_what_was_built(output):
         webs = [line["caption"], *line["captions"]]
         ids = tokens_of(webs)
         assert caption in ids
-        assert batch.caption_id[row, 0] in CLIP.text_id(webs)
+        assert batch.caption_id[row, 0] in text_ids(webs)
         wanted = [r["description"] for r in regions]
         assert descriptions == tokens_of(wanted)
-        np.testing.assert_array_equal(batch.description_id[row][mask], CLIP.text_id(wanted))
+        np.testing.assert_array_equal(batch.description_id[row][mask], text_ids(wanted))
 
 
 def test_captions_are_drawn_anew(output):
@@ -84,7 +89,7 @@ def test_captions_are_drawn_anew(output):
     for number in range(COUNT):
         line = record_sets.annotation(number)
         texts = [line["caption"], *line["captions"], line["synthetic_caption"]]
-        kinds |= dict(zip(CLIP.text_id(texts).tolist(), ["web1", "web2", "synthetic"]))
+        kinds |= dict(zip(text_ids(texts).tolist(), ["web1", "web2", "synthetic"]))
     drawn = {number: set() for number in range(COUNT)}
     counts = dict.fromkeys(["web1", "web2", "synthetic"], 0)
     for batch in take(config, 60):
@@ -113,7 +118,7 @@ def test_descriptions_are_added_to_captions(output, flip_rate):
         best = [r["description"] for r in line["regions"]][::-1][:2]
         text = ", ".join([line["synthetic_caption"], *best])
         assert row_texts(batch, 2)[row] == (tokens_of([text]), [])
-        assert batch.caption_id[row, 0] == CLIP.text_id([text])[0]
+        assert batch.caption_id[row, 0] == text_ids([text])[0]
 
 
 def _built_again(folder, lines):
@@ -158,14 +163,14 @@ def test_several_captions_of_an_image(output_with_gaps, captions, best, flip_rat
             synthetic = "" if number % 5 == 2 else line["synthetic_caption"]
             webs = [] if number % 5 == 1 else [line["caption"], *line["captions"]]
             # Of the web captions the one that a run with one caption draws.
-            ids = CLIP.text_id(webs).tolist() if webs else []
+            ids = text_ids(webs).tolist() if webs else []
             web = webs[ids.index(of_one.caption_id[row, 0])] if webs else ""
             slots = [web, synthetic, joined][:captions]
             assert batch.caption_mask[row].tolist() == [bool(text) for text in slots]
             texts = [text for text in slots if text]
             assert found[0] == tokens_of(texts)
             mask = batch.caption_mask[row]
-            np.testing.assert_array_equal(batch.caption_id[row][mask], CLIP.text_id(texts))
+            np.testing.assert_array_equal(batch.caption_id[row][mask], text_ids(texts))
             assert not batch.caption_id[row][~mask].any()
             assert not batch.caption_at[row][~mask].any()
             gaps += captions - len(texts)
@@ -321,11 +326,18 @@ def small(tmp_path_factory):
 def damaged(small, tmp_path):
     shutil.copytree(small, tmp_path / "tiny_set")
     config = record_sets.config(tmp_path, batch_size=4, lanes=2)
-    (one,) = record_files.find(config)
-    (one.directory / record_files.DIGEST_FILE).unlink()  # which finds out first
-    path = one.shards[1].path
+    (record_set,) = record_files.find(config)
+    path = record_set.shards[1].path
     contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
     return config, path, contents
+
+
+def describe_again(path):
+    """Makes digest.json that of the shards as they are: the set was built with this fault."""
+    folder = epath.Path(path).parent
+    digest = record_files.digest_of_split(sorted(folder.glob("*tfrecord*")), False)
+    content = msgspec.json.encode({"train": digest})
+    (folder / record_files.DIGEST_FILE).write_bytes(content)
 
 
 def test_uneven_lanes_are_warned_of(output, caplog):
@@ -342,13 +354,25 @@ def _flip_a_bit(path, contents):
 def _cut_picture(path, contents):
     contents[4] = record_sets.with_cut_picture(contents[4])
     record_sets.write_shard(path, contents)
+    describe_again(path)
+
+
+def _change_a_text(path, contents):
+    record_sets.write_shard(path, [*contents[:-1], contents[-1].replace(b"text", b"TEXT")])
+
+
+def _digest_file(content):
+    return lambda path, of: (epath.Path(path).parent / "digest.json").write_text(content)
 
 
 DAMAGES = {
-    "a bit": (_flip_a_bit, ", record 3: damaged (checksum); rebuild the set with grain-jax build"),
-    "a picture": (_cut_picture, ", record 4: "),
-    "too few": (lambda path, of: record_sets.write_shard(path, of[:-1]), ": got 5 records, expected 6"),
-    "a shard": (lambda path, of: epath.Path(path).unlink(), ": the shard is gone; rebuild the set"),
+    "a bit": (_flip_a_bit, "{path}, record 3: damaged (checksum); rebuild the set with grain-jax build"),
+    "a picture": (_cut_picture, "{path}, record 4: "),
+    "other content": (_change_a_text, "{path}: not the records that grain-jax build wrote (digest.json)"),
+    "too few": (lambda path, of: record_sets.write_shard(path, of[:-1]), "{path}: got "),
+    "a shard": (lambda path, of: epath.Path(path).unlink(), "{path}: the shard is gone; rebuild the set"),
+    "no digests": (_digest_file('{"train": 3}'), "{folder}/digest.json: Expected `object`, got `int`"),
+    "another split": (_digest_file("{}"), "{folder} has no split 'train'"),
 }  # fmt: skip
 
 
@@ -358,12 +382,12 @@ def test_damage_is_named(damaged, what):
     damage, message = DAMAGES[what]
     damage(path, contents)
     with pytest.raises(record_files.DataError) as error:
-        if what == "a shard":
+        if what not in ("a bit", "a picture", "other content"):
             records.check(config)  # before anything is compiled
         take(config, 3)
     said = str(error.value)
-    assert said.startswith(f"{path}{message}") and "\n" not in said
-    assert what != "a picture" or "PNG" in said
+    assert said.startswith(message.format(path=path, folder=epath.Path(path).parent))
+    assert "\n" not in said and (what != "a picture" or "PNG" in said)
 
 
 def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tmp_path):
@@ -394,7 +418,8 @@ def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tm
 
 def test_a_damaged_record_is_named_when_lengths_are_sampled(damaged):
     config, path, contents = damaged
-    (epath.Path(path).parent / text_lengths.FILE).write_text("{")
+    (epath.Path(path).parent / text_lengths.FILE).unlink()
     record_sets.write_shard(path, [b"nothing that can be parsed"])
+    describe_again(path)
     with pytest.raises(record_files.DataError, match=r"tfrecord-00001-of-00002: .*rebuild the set"):
         records.text_lengths(config)

@@ -64,7 +64,7 @@ def test_negatives_are_of_real_regions_and_change_nothing_else():
             assert batch.text_tokens[image // 2, row, end] == config.model.text.vocab_size - 1
             assert 4 <= batch.text_positions[image // 2, row, end] + 1 <= 12
     assert set(counts) == {0, 1, 2, 3}
-    lengths = synthetic.text_lengths(config)
+    (lengths,) = synthetic.Synthetic().text_lengths(config)
     assert lengths.negatives.shape == (len(lengths.synthetic), 5, 3)
     assert not lengths.negatives[lengths.descriptions == 0].any()
 
