@@ -1,7 +1,7 @@
 """Numbers for the keys that a config leaves open: `input.lanes`, `text.pack_group`, `text.pack_rows` set to None.
 
 Lanes and group follow from batch, micro-batches and devices. The rows follow from the lengths of the texts of
-the data set, so that at most `MISFITS` of them are dropped or cut. config.json and the checkpoints of a run hold the
+the dataset, so that at most `MISFITS` of them are dropped or cut. config.json and the checkpoints of a run hold the
 numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFlow.
 """
 
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     Attributes:
       parts: shards of the batch (data x fsdp).
       lanes: the number of lanes is a multiple of this (`sharding.lanes_needed`).
-      shards: name of each data set -> number of its shards; {}: not known, or any number of lanes will do.
+      shards: name of each dataset -> number of its shards; {}: not known, or any number of lanes will do.
     """
 
     parts: int = 1
@@ -64,7 +64,7 @@ def resolve(
     Args:
       config: of the user.
       place: of the run.
-      lengths: gives the text lengths of each data set; called where rows must be derived.
+      lengths: gives the text lengths of each dataset; called where rows must be derived.
       stored: the config of the checkpoint that the run resumes from; its numbers are taken.
       where: that checkpoint, in words.
 
@@ -77,32 +77,26 @@ def resolve(
     # One of another batch size is another run, which `checkpoint.check_same_run` refuses.
     if stored and stored.batch_size == config.batch_size:
         before = _numbers(stored)
-    numbers, derived, taken = _numbers(config), [], []
+    numbers, said = _numbers(config), []
     if not config.text.packing:
         numbers |= {KEYS[1]: 1, KEYS[2]: config.input.texts_per_image}
     for key, derive in zip(KEYS, (_lanes, _group)):
         if numbers[key] is None:
             numbers[key] = before[key] or derive(config, place, numbers[KEYS[0]])
-            (taken if before[key] else derived).append(f"{key}={numbers[key]}")
+            said.append(f"{key}={numbers[key]}" + (f" as in {where}" if before[key] else ""))
     lanes, group, rows = numbers.values()
-    source = ""
     if rows is None and before[KEYS[1]] == group and (rows := before[KEYS[2]]):
-        taken.append(f"{KEYS[2]}={rows}")
+        said.append(f"{KEYS[2]}={rows} as in {where}")
     if rows is None:
         samples = lengths()
         rows, misfits, too_long = rows_of(config, group, samples)
-        derived = [word for word in derived if not word.startswith(KEYS[1])]
-        derived.append(f"{KEYS[2]}={rows} for groups of {group}")
         names = ", ".join(f"{len(x.synthetic)} images of {x.name}" for x in samples)
-        source = f": from {names}; {_percent(misfits)} of their texts do not fit"
-        if too_long:
-            source += (
-                f", {_percent(too_long)} of their captions are cut to {config.text_length} tokens"
-            )
-    line = ", ".join(derived) + source
-    if taken:
-        line = "; ".join(filter(None, (f"{', '.join(taken)}: as in {where}", line)))
-    return with_numbers(config, lanes, group, rows), line
+        cut = f", {_percent(too_long)} of their captions are cut to {config.text_length} tokens"
+        said.append(
+            f"{KEYS[2]}={rows} from {names}: {_percent(misfits)} of their texts do not fit"
+            + (cut if too_long else "")
+        )
+    return with_numbers(config, lanes, group, rows), ", ".join(said)
 
 
 def _numbers(config: Config) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def with_numbers(config: Config, lanes: int | None, group: int | None, rows: int
 
 
 def planned(config: Config, place: Place) -> tuple[Config, str]:
-    """`resolve` without the data set: by the lengths in the file beside its records, else by a guess.
+    """`resolve` without the dataset: by the lengths in the file beside its records, else by a guess.
 
     The guess is that of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12.
     """
@@ -147,17 +141,15 @@ def _lanes(config: Config, place: Place, _: None) -> int:
         if n % place.lanes == 0 and n <= fewest and batch // n % group == 0
     ]
     if not fits and place.lanes > fewest:
-        name = min(place.shards, key=lambda name: place.shards[name])
         raise DerivedError(
-            f"input.lanes: {name!r} has {fewest} shards, but the processes that batch_size {batch} is"
-            f" spread over need {place.lanes} lanes; rebuild it with grain-jax build --num-shards"
-            f" {place.lanes}, or take fewer processes"
+            f"input.lanes: got {fewest} shards in {min(place.shards, key=place.shards.__getitem__)!r}, but the processes"
+            f" need {place.lanes} lanes; rebuild it with grain-jax build --num-shards {place.lanes}, or take fewer processes"
         )
     if not fits:
+        images = batch // place.lanes
         raise DerivedError(
-            f"text.pack_group: got {group}, but a lane has at most {batch // place.lanes} of the"
-            f" {batch} images; expected a divisor of that:"
-            f" {config_lib.flags_of('text.pack_group', config_lib.divisors(batch // place.lanes), group)}"
+            f"text.pack_group: got {group}, but a lane has at most {images} of the {batch} images; expected a divisor"
+            f" of that: {config_lib.flags_of('text.pack_group', config_lib.divisors(images), group)}"
         )
 
     def unlikeness(n: int) -> tuple:

