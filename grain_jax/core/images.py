@@ -5,7 +5,7 @@ training input (input_pipeline/transforms.py) is measured against this one.
 
 A camera that is held upright stores a photograph on its side, and an EXIF tag says how to turn it. `orientation` says
 which pixels are meant: "exif", those that a viewer shows; or "file", those that PIL gives, as in the reference and in
-records. A TIFF is turned in both, since PIL turns it. Of XMP nothing is read.
+records. A TIFF is turned in both, since PIL turns it. XMP is not read.
 """
 
 import contextlib
@@ -155,10 +155,10 @@ def _orientation(image: PIL.Image.Image) -> int:
     if order is None:
         return 1
     try:
-        (at,) = struct.unpack_from(order + "L", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, at)
-        for place in range(at + 2, at + 2 + 12 * count, 12):
-            tag, kind, values, value = struct.unpack_from(order + "HHLH", exif, place)
+        (start,) = struct.unpack_from(order + "L", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for offset in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, values, value = struct.unpack_from(order + "HHLH", exif, offset)
             if tag == _ORIENTATION:
                 return value if (kind, values) == (3, 1) else 1  # one short number
     except struct.error:  # cut off

@@ -18,8 +18,8 @@ def of(name: str, known: Iterable[str]) -> str | None:
     group, _, last = name.rpartition(".")
 
     def near(other: str) -> tuple[float, bool]:
-        owner, _, own = other.rpartition(".")
-        return likeness(last, own), owner == group
+        owner, _, name = other.rpartition(".")
+        return likeness(last, name), owner == group
 
     best = max(known, key=near, default=None)
     return best if best is not None and near(best)[0] > _NEAR else None

@@ -4,9 +4,9 @@ Axis letters, used in every shape comment of the project:
 
     B  images of the batch          H W  image height and width     P  image patches
     N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
-    C  captions an image            R    target regions an image      Q  region queries
+    C  captions per image           R    target regions per image     Q  region queries
     D  joint embedding              E    tower width                  K  attention heads
-    T  decoder layers               H    hard negatives a region
+    T  decoder layers               H    hard negatives per region
 
 Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their format in the name
 (`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.
@@ -92,9 +92,9 @@ class Features(NamedTuple):
     text: Array  # [G, rows, L, E], every position of the rows, before the last norm; [G, rows, E] of a pooled tower
 
 
-def fields(of: type[Batch] | type[Outputs]) -> dict[str, Field]:
+def fields(kind: type[Batch] | type[Outputs]) -> dict[str, Field]:
     """The declaration of each field, by name."""
-    hints = typing.get_type_hints(of, include_extras=True)
+    hints = typing.get_type_hints(kind, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 

@@ -80,7 +80,7 @@ def _check(number: int, example: Example, captions: Sequence[str], config: Confi
     if example.image.shape != (size, size, 3) or example.image.dtype != np.uint8:
         got = f"{example.image.dtype} {list(example.image.shape)}"
         raise ValueError(f"example {number}: image is {got}, expected uint8 [{size}, {size}, 3]")
-    for what, got, key in (
+    for kind, got, key in (
         ("captions", len(captions), "captions_per_image"),
         ("descriptions", count, "max_regions"),
         ("negatives", max(map(len, example.negatives), default=0), "negatives_per_region"),
@@ -88,7 +88,7 @@ def _check(number: int, example: Example, captions: Sequence[str], config: Confi
         most = getattr(config.input, key)
         if got > most:
             raise ValueError(
-                f"example {number}: got {got} {what}, expected at most input.{key} = {most}"
+                f"example {number}: got {got} {kind}, expected at most input.{key} = {most}"
             )
     if len(example.boxes_cxcywh) != count or len(example.negatives) not in (0, count):
         raise ValueError(
@@ -146,44 +146,44 @@ def assemble(
     lengths = packing.TextArrays(*(_scatter(m, t.lengths) for m, t in zip(masks, texts)))
     if config.text.packing:
         group, rows = config.text_layout
-        places = packing.pack(
+        layout = packing.pack(
             lengths, region_scores, pack_group=group, rows=rows, row_length=config.row_length
         )
     else:
-        places = packing.one_text_per_row(lengths, row_length=config.row_length)
+        layout = packing.one_text_per_row(lengths, row_length=config.row_length)
     tokens, positions, segments = packing.fill(
-        places, np.concatenate([t.ids for t in texts]), lengths
+        layout, np.concatenate([t.ids for t in texts]), lengths
     )
     too_long = packing.TextArrays(*(_scatter(m, t.too_long) for m, t in zip(masks, texts)))
     misfits, texts_there, cut = (
         x.slots().reshape(len(tokens), -1).sum(axis=1, dtype=np.int32)
-        for x in (places.misfits, masks, too_long)
+        for x in (layout.misfits, masks, too_long)
     )
-    kept = places.lengths.descriptions > 0
+    kept = layout.lengths.descriptions > 0
     has_negatives = config.input.negatives_per_region > 0
     return Batch(
         image=image,
         text_tokens=tokens,
         text_positions=positions,
         text_segments=segments,
-        caption_at=places.ends.captions,
+        caption_at=layout.ends.captions,
         caption_id=_scatter(caption_mask, captions.text_ids),
         caption_mask=caption_mask,
-        description_at=places.ends.descriptions,
+        description_at=layout.ends.descriptions,
         description_id=np.where(kept, description_id, 0),
         region_boxes_cxcywh=np.where(kept[..., None], region_boxes_cxcywh, np.float32(0)),
         region_mask=kept,
         texts_dropped=misfits,
         text_counts=np.stack([texts_there, cut], axis=1),
-        negative_at=places.ends.negatives if has_negatives else None,
-        negative_mask=places.lengths.negatives > 0 if has_negatives else None,
+        negative_at=layout.ends.negatives if has_negatives else None,
+        negative_mask=layout.lengths.negatives > 0 if has_negatives else None,
     )
 
 
 def _without_descriptions(
     texts: Texts, mask: np.ndarray, description_id: np.ndarray
 ) -> tuple[Texts, np.ndarray]:
-    """The negatives whose text is not that of their own description, and their mask [B, R, H]."""
+    """The negatives that differ from their own description, and their mask [B, R, H]."""
     kept = (_scatter(mask, texts.text_ids) != description_id[..., None])[mask]
     if kept.all():
         return texts, mask
@@ -192,7 +192,7 @@ def _without_descriptions(
 
 
 def _scatter(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values in the places of the mask, row by row; 0 elsewhere."""
+    """The values in the layout of the mask, row by row; 0 elsewhere."""
     out = np.zeros(mask.shape, values.dtype)
     out[mask] = values
     return out

@@ -1,4 +1,4 @@
-"""CLIP's byte pairs: text -> token ids. The ids equal those of the reference on every text tried.
+"""CLIP's byte pairs: text -> token ids. The ids equal the reference's on every text tried.
 
 The reference's pattern splits a text into words. The package tokenizers merges the bytes of each word once; after that
 the ids of the word come from a cache.
@@ -34,8 +34,8 @@ def token_ids(texts: list[str], most: int) -> list[list[int]]:
     """The ids of each cleaned text: start token, tokens, end token; at most `most` (2 or more), the last the end token."""
     rows = []
     for text in texts:
-        words = map(_ids_of_word, _WORD_OR_SPECIAL.findall(text))
-        rows.append([START_OF_TEXT, *itertools.chain.from_iterable(words)][: most - 1])
+        ids = map(_ids_of_word, _WORD_OR_SPECIAL.findall(text))
+        rows.append([START_OF_TEXT, *itertools.chain.from_iterable(ids)][: most - 1])
         rows[-1].append(END_OF_TEXT)
     return rows
 

@@ -33,7 +33,7 @@ class DerivedError(errors.UserError):
     """No number is possible; a line per fault, with the flags that make one possible."""
 
 
-class Place(NamedTuple):
+class Limits(NamedTuple):
     """The devices, processes and data that the numbers must suit.
 
     Attributes:
@@ -54,7 +54,7 @@ def is_open(config: Config) -> bool:
 
 def resolve(
     config: Config,
-    place: Place,
+    limits: Limits,
     lengths: Callable[[], Sequence[TextLengths]],
     stored: Config | None = None,
     where: str = "",
@@ -63,7 +63,7 @@ def resolve(
 
     Args:
       config: of the user.
-      place: of the run.
+      limits: of the run.
       lengths: gives the text lengths of each dataset; called where rows must be derived.
       stored: the config of the checkpoint that the run resumes from; its numbers are taken.
       where: that checkpoint, in words.
@@ -73,8 +73,8 @@ def resolve(
     """
     if not is_open(config):
         return config, ""
-    before = dict.fromkeys(KEYS)  # those of the checkpoint
-    # One of another batch size is another run, which `checkpoint.check_same_run` refuses.
+    before = dict.fromkeys(KEYS)  # the numbers in the checkpoint
+    # Another batch size makes another run, which `checkpoint.check_same_run` refuses.
     if stored and stored.batch_size == config.batch_size:
         before = _numbers(stored)
     numbers, said = _numbers(config), []
@@ -82,7 +82,7 @@ def resolve(
         numbers |= {KEYS[1]: 1, KEYS[2]: config.input.texts_per_image}
     for key, derive in zip(KEYS, (_lanes, _group)):
         if numbers[key] is None:
-            numbers[key] = before[key] or derive(config, place, numbers[KEYS[0]])
+            numbers[key] = before[key] or derive(config, limits, numbers[KEYS[0]])
             said.append(f"{key}={numbers[key]}" + (f" as in {where}" if before[key] else ""))
     lanes, group, rows = numbers.values()
     if rows is None and before[KEYS[1]] == group and (rows := before[KEYS[2]]):
@@ -112,10 +112,10 @@ def with_numbers(config: Config, lanes: int | None, group: int | None, rows: int
     )
 
 
-def planned(config: Config, place: Place) -> tuple[Config, str]:
+def planned(config: Config, limits: Limits) -> tuple[Config, str]:
     """`resolve` without the dataset: by the lengths in the file beside its records, else by a guess.
 
-    The guess is that of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12.
+    The guess is what the synthetic source makes: captions of 10-20 tokens, 0-5 descriptions of 4-12.
     """
     source, sets = config.input.source, config.input.sets
     samples = [text_lengths.read(x, config.model.text.tokenizer) for x in sets]
@@ -126,27 +126,27 @@ def planned(config: Config, place: Place) -> tuple[Config, str]:
             name = f"a guess ({guess.name}), since the texts of {names} are not known here"
             guess = guess._replace(name=name)
         samples = [guess]
-    return resolve(config, place, lambda: [x for x in samples if x is not None])
+    return resolve(config, limits, lambda: [x for x in samples if x is not None])
 
 
-def _lanes(config: Config, place: Place, _: None) -> int:
+def _lanes(config: Config, limits: Limits, _: None) -> int:
     """A number near `LANES`, with `LANE_IMAGES` images each, that suits 1, 2, 4, ... processes where possible."""
     batch = config.batch_size
-    fewest = min(place.shards.values(), default=batch)
+    fewest = min(limits.shards.values(), default=batch)
     wanted = min(LANES, max(1, batch // LANE_IMAGES), fewest)
     group = config.text.pack_group or 1
     fits = [
         n
         for n in config_lib.divisors(batch)
-        if n % place.lanes == 0 and n <= fewest and batch // n % group == 0
+        if n % limits.lanes == 0 and n <= fewest and batch // n % group == 0
     ]
-    if not fits and place.lanes > fewest:
+    if not fits and limits.lanes > fewest:
         raise DerivedError(
-            f"input.lanes: got {fewest} shards in {min(place.shards, key=place.shards.__getitem__)!r}, but the processes"
-            f" need {place.lanes} lanes; rebuild it with grain-jax build --num-shards {place.lanes}, or take fewer processes"
+            f"input.lanes: got {fewest} shards in {min(limits.shards, key=limits.shards.__getitem__)!r}, but the processes"
+            f" need {limits.lanes} lanes; rebuild it with grain-jax build --num-shards {limits.lanes}, or take fewer processes"
         )
     if not fits:
-        images = batch // place.lanes
+        images = batch // limits.lanes
         raise DerivedError(
             f"text.pack_group: got {group}, but a lane has at most {images} of the {batch} images; expected a divisor"
             f" of that: {config_lib.flags_of('text.pack_group', config_lib.divisors(images), group)}"
@@ -159,9 +159,9 @@ def _lanes(config: Config, place: Place, _: None) -> int:
     return min(fits, key=unlikeness)
 
 
-def _group(config: Config, place: Place, lanes: int) -> int:
+def _group(config: Config, limits: Limits, lanes: int) -> int:
     """The largest group, up to `LARGEST_GROUP`, that lies in one lane, one device and one micro-batch."""
-    part = config.batch_size // (place.parts * config.microbatches)
+    part = config.batch_size // (limits.parts * config.microbatches)
     whole = math.gcd(config.batch_size // lanes, part)
     return max(n for n in config_lib.divisors(whole) if n <= LARGEST_GROUP)
 
@@ -280,7 +280,7 @@ def _smallest_rows(
             packing.pack(x, scores, pack_group=group, rows=rows, row_length=row_length)
             for x in draws
         ]
-        misfits = [sum(int(x.sum()) for x in places.misfits) for places in packed]
+        misfits = [sum(int(x.sum()) for x in layout.misfits) for layout in packed]
         return [n / max(np.count_nonzero(x), 1) for n, x in zip(misfits, slots)]
 
     tokens = np.concatenate([x.sum(axis=1) for x in slots])

@@ -26,7 +26,7 @@ class Prefetch:
     """An iterator over `batches` as global arrays, up to `depth` of them ready on the devices.
 
     Args:
-      batches: those of this process, numpy.
+      batches: of this process, numpy.
       sharding: of the leading axis.
       depth: batches ahead; each holds device memory.
 
@@ -99,5 +99,5 @@ def shard_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
         order of the global batch (`sharding.lanes_of_process`).
       sharding: of the leading axis, e.g. NamedSharding(mesh, P(("data", "fsdp"))).
     """
-    place = functools.partial(jax.make_array_from_process_local_data, sharding)
-    return jax.tree.map(place, batch)  # a field of None stays
+    to_global = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(to_global, batch)  # a field of None stays

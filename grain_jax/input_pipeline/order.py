@@ -1,8 +1,8 @@
 """A deterministic shuffle: the order of the training records is a function of (seed, lanes, step).
 
 The shuffle has `input.lanes` independent streams, the lanes. Lane i has the shards i, i + lanes, i + 2 lanes, ...,
-in blocks of `input.shards_per_block` shards that are read whole. In each epoch the blocks of a lane are permuted by
-(seed, epoch, lane), and the records of a block by (seed, epoch, lane, block); the next epoch follows at once. A
+in blocks of `input.shards_per_block` shards that are read whole. In each epoch (seed, epoch, lane)
+permutes the blocks of a lane, and (seed, epoch, lane, block) the records of a block. The next epoch follows at once. A
 position in the stream gives the block to open, and a step gives the position: a checkpoint needs the step alone.
 
 For a mixture of sets a lane has a stream of each set, and takes records from them by weight (`MixedLane`).
@@ -45,7 +45,7 @@ class Lane:
 
     Args:
       index: of the lane, from 0.
-      shards: those of the lane.
+      shards: the lane's.
       shards_per_block: shards per block; the last block may have fewer.
       seed: of the run.
     """
@@ -70,10 +70,10 @@ class Lane:
 
     def block(self, ordinal: int) -> ShardBlock:
         """The block of the number, counted over all epochs."""
-        epoch, place = divmod(ordinal, len(self.blocks))
+        epoch, number = divmod(ordinal, len(self.blocks))
         order = self._block_order(epoch)
-        index = int(order[place])
-        first = epoch * self.num_records + int(self._lengths[order[:place]].sum())
+        index = int(order[number])
+        first = epoch * self.num_records + int(self._lengths[order[:number]].sum())
         key = hash_key(self.seed, epoch, self.index, index)
         return ShardBlock(self.blocks[index], permutation(key, int(self._lengths[index])), first)
 
@@ -84,10 +84,10 @@ class Lane:
 class MixedLane:
     """The endless stream of a lane over several sets, each in its own order, mixed by weight.
 
-    Of the first p records, floor(share * p + offset) are of the heaviest set. The next heaviest divides the rest in
+    Among the first p records, floor(share * p + offset) are of the heaviest set. The next heaviest divides the rest in
     the same way, and so on, so the position in each set at p takes one division per set. Among n consecutive
-    records a set has share * n, with an error below 1 record for two sets, below 2 for three, below
-    1 + (1 + 1/2 + ... + 1/(k - 2)) for k. The offsets of a set are spread evenly over the lanes, each set starting
+    records a set has share * n. The error is below 1 record for two sets, below 2 for three sets, and below
+    1 + (1 + 1/2 + ... + 1/(k - 2)) for k sets. The offsets of a set are spread evenly over the lanes, each set starting
     at another lane, so that most of these errors cancel in a global batch.
 
     Args:
@@ -116,13 +116,13 @@ class MixedLane:
 
     def positions(self, position: int) -> list[int]:
         """The position in the stream of each set at the position of the lane."""
-        at = [0] * len(self.streams)
+        positions = [0] * len(self.streams)
         left = position
         for i, above, offset, below in self._splits:
-            at[i] = (above * left + offset) // below
-            left -= at[i]
-        at[self._last] = left
-        return at
+            positions[i] = (above * left + offset) // below
+            left -= positions[i]
+        positions[self._last] = left
+        return positions
 
     def choices(self, first: int, last: int) -> np.ndarray:
         """int64 [last - first]: the set of each record from `first` to `last`, `last` not included."""

@@ -1,10 +1,11 @@
 """Packs captions, region descriptions and their hard negatives into rows of text, for each group of images.
 
 A caption has 10-20 tokens and a row 77: with one text per row, most of the work of the text tower is padding.
-`pack` computes the place of every text; `fill` writes the tokens there. `one_text_per_row` gives the places of padded
+`pack` computes where every text goes; `fill` writes the tokens there. `one_text_per_row` gives the layout of padded
 texts, so the model has one form of input.
-Letters: B images, C captions and R regions per image, H hard negatives per region, S = C + R + R H slots per image,
-G = B / pack_group groups, L = row_length.
+
+Letters: B images, C captions per image, R regions per image, H hard negatives per region, G groups (B / pack_group),
+L positions per row (`row_length`), and S slots per image (C + R + R H).
 """
 
 from typing import Any, NamedTuple
@@ -35,13 +36,13 @@ class TextArrays(NamedTuple):
         return TextArrays(*parts)
 
 
-class TextPlaces(NamedTuple):
-    """The places of the texts of a batch.
+class TextLayout(NamedTuple):
+    """Where the texts of a batch stand.
 
     Attributes:
       ends: i32[..., 2], (row within the group of the image, position of the end token); (0, 0) for a text that does
         not exist or was dropped.
-      lengths: i32, after drops and cuts; 0 for a text that does not exist or was dropped.
+      lengths: i32, after drops and cuts; 0 if a text does not exist or was dropped.
       misfits: bool, texts dropped because their group overflowed (a description goes with its region), and captions
         cut because the captions of a group alone overflowed.
       pack_group: images per group.
@@ -64,7 +65,7 @@ def pack(
     pack_group: int,
     rows: int,
     row_length: int,
-) -> TextPlaces:
+) -> TextLayout:
     """Packs the texts of `pack_group` consecutive images into `rows` rows, first-fit decreasing.
 
     The layout of a group depends on that group alone. While a group overflows, a text is dropped and the group is
@@ -74,7 +75,7 @@ def pack(
     second. If the captions alone overflow, the longest are cut to the largest common length that fits.
 
     Args:
-      lengths: i32, tokens with start and end, 2..row_length; 0 for a text that does not exist. A region without a
+      lengths: i32, tokens with start and end, 2..row_length; 0 if a text does not exist. A region without a
         description has no negatives.
       region_scores: f32[B, R], finite.
       pack_group: images per group; divides B.
@@ -119,34 +120,34 @@ def pack(
         left[failing], row[failing], start[failing] = _shrink(
             left[failing], scores[failing], slots, rows, row_length
         )
-    return _places(lengths, row, start, left, pack_group, rows, row_length)
+    return _layout(lengths, row, start, left, pack_group, rows, row_length)
 
 
-def one_text_per_row(lengths: TextArrays, *, row_length: int) -> TextPlaces:
-    """The places of padded texts: groups of one image, and a row per slot. Rows without a text stay padding."""
+def one_text_per_row(lengths: TextArrays, *, row_length: int) -> TextLayout:
+    """The layout of padded texts: groups of one image, and a row per slot. Rows without a text stay padding."""
     by_image = lengths.slots()
     slots = by_image.shape[1]
     row = np.broadcast_to(np.arange(slots), by_image.shape)
-    return _places(lengths, row, np.zeros_like(row), by_image, 1, slots, row_length)
+    return _layout(lengths, row, np.zeros_like(row), by_image, 1, slots, row_length)
 
 
-def _places(lengths: TextArrays, row, start, left, *layout: int) -> TextPlaces:
+def _layout(lengths: TextArrays, row, start, left, *sizes: int) -> TextLayout:
     """The texts at these rows and starts; `left` are their lengths there."""
     by_image = lengths.slots()
     row, start, left = (x.reshape(by_image.shape) for x in (row, start, left))
     ends = np.stack([row, start + left - 1], axis=-1)
     ends = np.where(left[..., None] > 0, ends, 0).astype(np.int32)
-    return TextPlaces(*map(lengths.like_this, (ends, left, left < by_image)), *layout)
+    return TextLayout(*map(lengths.like_this, (ends, left, left < by_image)), *sizes)
 
 
-def fill(places: TextPlaces, ids: np.ndarray, lengths: TextArrays) -> Any:
-    """Writes the tokens of a batch to their places; a cut caption keeps its end token.
+def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
+    """Writes the tokens of a batch into rows; a cut caption keeps its end token.
 
     Args:
-      places: from `pack` or `one_text_per_row`.
+      layout: from `pack` or `one_text_per_row`.
       ids: i32[sum of all lengths], text after text: all captions, all descriptions, all negatives, each image by image,
         dropped ones included.
-      lengths: before drops and cuts, 0 for a text that does not exist.
+      lengths: before drops and cuts, 0 if a text does not exist.
 
     Returns:
       i32[3, G, rows, L]: tokens, 0 in the padding; positions within the text, 0 at its start token and in the
@@ -160,8 +161,8 @@ def fill(places: TextPlaces, ids: np.ndarray, lengths: TextArrays) -> Any:
         np.concatenate(parts)
         for parts in zip(
             *(
-                (np.nonzero(before)[0], left[before > 0], before[before > 0], *at[before > 0].T)
-                for at, left, before in zip(places.ends, places.lengths, lengths)
+                (np.nonzero(before)[0], left[before > 0], before[before > 0], *ends[before > 0].T)
+                for ends, left, before in zip(layout.ends, layout.lengths, lengths)
             )
         )
     )
@@ -172,12 +173,12 @@ def fill(places: TextPlaces, ids: np.ndarray, lengths: TextArrays) -> Any:
     image, length, source_length, source_start, row, end = (
         x[kept] for x in (image, length, source_length, source_start, row, end)
     )
-    row += image // places.pack_group * places.rows  # over all groups
-    end += row * places.row_length  # over all rows
+    row += image // layout.pack_group * layout.rows  # over all groups
+    end += row * layout.row_length  # over all rows
     start = end - length + 1
 
-    groups = len(lengths.captions) // places.pack_group
-    shape = (groups, places.rows, places.row_length)
+    groups = len(lengths.captions) // layout.pack_group
+    shape = (groups, layout.rows, layout.row_length)
     tokens, positions, segments, starts = (np.zeros(np.prod(shape), np.int32) for _ in range(4))
     # An entry per token.
     position = _counts_up(length)
@@ -194,7 +195,7 @@ class _Slots(NamedTuple):
     """The slots of an image, [S]."""
 
     kind: np.ndarray
-    number: np.ndarray  # of a negative among those of its region; else 0
+    number: np.ndarray  # which negative of its region it is; else 0
 
 
 def _first_fit(
@@ -202,7 +203,7 @@ def _first_fit(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First-fit decreasing for all groups at once; equal lengths are placed in the order of the slots.
 
-    Texts of one length fill a row before they take the next, so all texts of a length are placed by counting: the
+    Texts of one length fill a row before they take the next, so counting places all texts of a length at once. The
     loop is over lengths, not over texts or groups.
 
     Returns: row [G, N], start in the row [G, N] (0 where the length is 0, undefined where the group does not

@@ -1,6 +1,6 @@
 """The data source "records": training batches from TFDS-format record sets, in the order of order.py.
 
-The functions are those of sources.DataSource. The rows [i * b / lanes, (i + 1) * b / lanes) of a batch come from
+It has the functions of sources.DataSource. The rows [i * b / lanes, (i + 1) * b / lanes) of a batch come from
 lane i. Only the shards of the lanes that are asked for are opened, and of these only the blocks of the step.
 """
 
@@ -240,10 +240,10 @@ def _lane_stream(lane: order.Lane, position: int, changed: list[str]) -> tf.data
     def plan(ordinal):
         block = lane.block(int(ordinal))
         skipped = position - block.first_position if ordinal == first else 0
-        places = np.arange(skipped, len(block.permutation))
-        draws = order.uniforms(lane.draw_key, block.first_position + places, transforms.NUM_DRAWS)
+        rest = np.arange(skipped, len(block.permutation))
+        draws = order.uniforms(lane.draw_key, block.first_position + rest, transforms.NUM_DRAWS)
         paths = np.array([shard.path for shard in block.shards], object)
-        return paths, np.int64(len(block.permutation)), block.permutation[places], draws
+        return paths, np.int64(len(block.permutation)), block.permutation[rest], draws
 
     def compare(ordinal, hashes):
         shards = lane.block(int(ordinal)).shards

@@ -1,6 +1,6 @@
 """The data source "synthetic": random batches, for benchmarks and for machines without TensorFlow or data.
 
-Text lengths are those of web captions and region descriptions.
+Texts are as long as web captions and region descriptions.
 """
 
 import numpy as np
@@ -102,7 +102,7 @@ def _negative_lengths(
 def _caption_lengths(
     rng: np.random.Generator, region_mask: np.ndarray, config: Config
 ) -> np.ndarray:
-    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 of an image without any."""
+    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 if the image has none."""
     images, number = len(region_mask), config.input.captions_per_image
     lengths = rng.integers(*CAPTION_TOKENS, size=(images, min(number, 2)), endpoint=True)
     if number < 3:

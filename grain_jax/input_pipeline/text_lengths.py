@@ -100,8 +100,8 @@ def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int
     captions, descriptions = _padded(captions), _padded(descriptions)
     most = max((len(texts) for regions in negatives for texts in regions), default=0)
     of_negatives = np.zeros((*descriptions.shape, most), np.int32)
-    for place, regions in zip(of_negatives, negatives, strict=True):
-        for row, texts in zip(place, regions):
+    for rows, regions in zip(of_negatives, negatives, strict=True):
+        for row, texts in zip(rows, regions):
             row[: len(texts)] = texts
     synthetic = np.array(synthetic, np.int32)
     return TextLengths(name, tokenizer, records, captions, synthetic, descriptions, of_negatives)
@@ -109,8 +109,8 @@ def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     out = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
+    for padded, row in zip(out, rows, strict=True):
+        padded[: len(row)] = row
     return out
 
 

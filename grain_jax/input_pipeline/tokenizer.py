@@ -19,7 +19,7 @@ with epy.lazy_imports():
     import sentencepiece
     import tokenizers
 
-# Cleaned texts, the most tokens a text -> the ids of each, special tokens included.
+# Cleaned texts, the most tokens per text -> the ids of each, special tokens included.
 TokenIds = Callable[[list[str], int], list[list[int]]]
 
 
@@ -125,7 +125,7 @@ class FileTokenizer(Tokenizer):
 
 
 @contextlib.contextmanager
-def _one_line(path: epath.Path, what: str) -> Iterator[None]:
+def _one_line(path: epath.Path, fault: str) -> Iterator[None]:
     """Raises what the libraries raise, panics of Rust too, as a TokenizerError."""
     try:
         yield
@@ -139,14 +139,14 @@ def _one_line(path: epath.Path, what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[-200:]
-        raise TokenizerError(f"{path}: {what} ({reason})") from None
+        raise TokenizerError(f"{path}: {fault} ({reason})") from None
 
 
 def _tokenizer_json(path: epath.Path, content: bytes) -> tuple[TokenIds, int]:
     with _one_line(path, "not a tokenizer.json"):
         library = tokenizers.Tokenizer.from_str(content.decode())
         dropout = msgspec.json.decode(content)["model"].get("dropout")
-        # The ids of a file may have gaps, and those of its post-processor need not be in the vocabulary.
+        # The ids of a file may have gaps, and its post-processor may add ids that the vocabulary lacks.
         known = [*library.get_vocab(with_added_tokens=True).values(), *library.encode("").ids]
         library.no_padding()
     if dropout:

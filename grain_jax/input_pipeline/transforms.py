@@ -1,7 +1,7 @@
 """The transform of a record in tf.data: choose its texts and regions, decode, crop, resize, mirror.
 
-Every random choice reads one of the `draws` of the record (uniform in [0, 1), see order.py), so the result
-depends on the record and its position in the stream alone. Images stay uint8: the device normalises them.
+Every random choice reads one of the `draws` of the record (uniform in [0, 1), see order.py). So the result depends
+only on the record and its position in the stream. Images stay uint8: the device normalises them.
 """
 
 from typing import Any
@@ -80,9 +80,9 @@ class Transform:
         )
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
-        """Those of the kept regions, string [R, H], and which of them the record has, bool [R, H].
+        """The hard negatives of the kept regions, string [R, H], and which of them the record has, bool [R, H].
 
-        Of more than H in the record, H that follow each other from a drawn one on, the first after the last.
+        If the record has more than H, they are H in a row from a drawn one on; the first follows the last.
         """
         shape = regions, most = self.input.max_regions, self.input.negatives_per_region
         if 0 in shape:
@@ -97,10 +97,10 @@ class Transform:
         column = tf.range(most)[None]
         mask = column < count
         start = tf.cast(draws[_NEGATIVE] * tf.cast(count, tf.float32), tf.int32)
-        place = first + tf.math.floormod(start + column, tf.maximum(count, 1))
-        none = tf.size(texts)  # the place of a text behind the last
-        found = tf.gather(tf.concat([texts, [""]], 0), tf.where(mask, place, none))
-        return _padded(found, regions), _padded(mask, regions)
+        index = first + tf.math.floormod(start + column, tf.maximum(count, 1))
+        none = tf.size(texts)  # the index of the empty text behind the last one
+        drawn = tf.gather(tf.concat([texts, [""]], 0), tf.where(mask, index, none))
+        return _padded(drawn, regions), _padded(mask, regions)
 
     def _captions(self, fields, draws, kept) -> tf.Tensor:
         """The captions, string [C], "" for one that the record does not have; `kept` [M]: regions in the crop."""
@@ -237,8 +237,8 @@ def crop_boxes(boxes_xyxy: tf.Tensor, window_xyxy: tf.Tensor) -> tuple[tf.Tensor
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size is returned as it is.
 
-    The bits are those of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time.
-    Here each pass goes over whole lines, in about half of the time (docs/input.md).
+    Gives the bits of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time. Here
+    each pass goes over whole lines, in about half of the time.
     """
 
     def resize_rows(image):

@@ -104,7 +104,7 @@ def derive(
 
     def resolve():
         stored, where = states.newest_config(workdir)
-        place = derived.Place(
+        place = derived.Limits(
             sharding.batch_shards(mesh),
             sharding.lanes_needed(sharding.batch_sharding(mesh), config.batch_size),
             source.num_shards(config),
@@ -495,7 +495,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = loading.load(args.config, args.overrides)
     if args.print_shardings:
         mesh = sharding.make_mesh(config.mesh)
-        config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
+        config, _ = derived.planned(config, derived.Limits(sharding.batch_shards(mesh)))
         program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))

@@ -49,7 +49,7 @@ def lengths(captions, descriptions, synthetic=None, records=None):
     )
 
 
-ANYWHERE = derived.Place()
+ANYWHERE = derived.Limits()
 
 
 def resolve(config, place=ANYWHERE, of=None, **stored):
@@ -71,7 +71,7 @@ def resolve(config, place=ANYWHERE, of=None, **stored):
     ],
 )
 def test_lanes_and_group_of_any_batch(batch, place, expected):
-    got, line = resolve(open_config(batch_size=batch, text__pack_rows=64), derived.Place(*place))
+    got, line = resolve(open_config(batch_size=batch, text__pack_rows=64), derived.Limits(*place))
     assert numbers(got)[:2] == expected
     assert line == f"input.lanes={expected[0]}, text.pack_group={expected[1]}"
     assert config_lib.from_dict(dataclasses.asdict(got)) == got  # with numbers it is a config
@@ -80,22 +80,22 @@ def test_lanes_and_group_of_any_batch(batch, place, expected):
 def test_the_numbers_are_the_same_on_1_2_and_4_devices_and_processes():
     for batch in (64, 96, 100, 512, 1000, 2048):
         config = open_config(batch_size=batch, text__pack_rows=64)
-        assert len({numbers(resolve(config, derived.Place(n, n))[0]) for n in (1, 2, 4)}) == 1
+        assert len({numbers(resolve(config, derived.Limits(n, n))[0]) for n in (1, 2, 4)}) == 1
 
 
 def test_microbatches_and_a_set_of_few_shards_are_followed():
     config = open_config(batch_size=64, microbatches=4, text__pack_rows=64)
-    assert numbers(resolve(config, derived.Place(shards={"birds": 3}))[0])[:2] == (2, 16)
+    assert numbers(resolve(config, derived.Limits(shards={"birds": 3}))[0])[:2] == (2, 16)
     config = open_config(batch_size=64, text__pack_group=32, text__pack_rows=64)
     assert numbers(resolve(config)[0])[:2] == (2, 32)
     with pytest.raises(
         derived.DerivedError, match=r"got 3 shards in 'birds', .* need 4 lanes.*shards 4"
     ):
-        resolve(config, derived.Place(4, 4, {"birds": 3}))
+        resolve(config, derived.Limits(4, 4, {"birds": 3}))
     with pytest.raises(
         derived.DerivedError, match="set --config.text.pack_group=16|: --config.text"
     ):
-        resolve(config, derived.Place(4, 4))
+        resolve(config, derived.Limits(4, 4))
 
 
 def test_explicit_numbers_stay_and_padded_texts_need_none():
@@ -133,8 +133,8 @@ def test_rows_hold_other_images_of_the_same_kind(case):
     scores = np.broadcast_to(-np.arange(regions), texts.descriptions.shape)
 
     def misfits(rows):
-        places = packing.pack(texts, scores, pack_group=group, rows=rows, row_length=77)
-        return places.misfits.slots().sum() / np.count_nonzero(texts.slots())
+        layout = packing.pack(texts, scores, pack_group=group, rows=rows, row_length=77)
+        return layout.misfits.slots().sum() / np.count_nonzero(texts.slots())
 
     assert misfits(rows) <= derived.MISFITS
     # Not many more rows than that takes.
@@ -251,7 +251,7 @@ def test_what_does_not_fit_the_mesh_is_told_with_the_flags_that_do():
 
 def test_a_plan_without_the_data_says_that_it_guesses(tmp_path):
     config = open_config(batch_size=64, input__source="records", input__name="cc12m")
-    got, line = derived.planned(config, derived.Place())
+    got, line = derived.planned(config, derived.Limits())
     assert numbers(got) == (4, 16, 10)
     assert line == (
         "input.lanes=4, text.pack_group=16, text.pack_rows=10 from 4096 images of a guess (captions of 10-20"

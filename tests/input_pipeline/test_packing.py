@@ -22,23 +22,23 @@ def tokens_of(number, length):
     return [*(1000 * number + np.arange(length - 1)), END]
 
 
-def assert_sound(places, lengths):
+def assert_sound(layout, lengths):
     """Every kept text stands once, whole, in bounds, apart from the others; the rest is padding."""
     texts = enumerate(np.concatenate([x[x > 0] for x in lengths]), 1)
     ids = np.array([i for number, n in texts for i in tokens_of(number, n)], np.int32)
-    packed = packing.fill(places, ids, lengths)
-    groups = len(lengths.captions) // places.pack_group
-    expected = np.zeros((3, groups, places.rows, places.row_length), np.int32)
+    packed = packing.fill(layout, ids, lengths)
+    groups = len(lengths.captions) // layout.pack_group
+    expected = np.zeros((3, groups, layout.rows, layout.row_length), np.int32)
     taken, starts = np.zeros((2, *expected[0].shape), int)
     number = 0
-    for before, now, ends in zip(lengths, places.lengths, places.ends):
+    for before, now, ends in zip(lengths, layout.lengths, layout.ends):
         assert (now <= before).all() and not ends[now == 0].any()
         for slot in map(tuple, np.argwhere(before)):
             number += 1
             if length := now[slot]:
                 row, end = ends[slot]
-                assert length - 1 <= end < places.row_length
-                where = slot[0] // places.pack_group, row, slice(end - length + 1, end + 1)
+                assert length - 1 <= end < layout.row_length
+                where = slot[0] // layout.pack_group, row, slice(end - length + 1, end + 1)
                 taken[where] += 1
                 starts[where][0] = 1
                 expected[0][where] = tokens_of(number, length)
@@ -47,9 +47,9 @@ def assert_sound(places, lengths):
     expected[2] = np.cumsum(starts, axis=-1) * taken
     assert packed.dtype == np.int32
     np.testing.assert_array_equal(packed, expected)
-    kept = places.lengths.descriptions > 0
-    assert not (places.lengths.negatives > 0)[~kept].any()
-    for misfits, before, now in zip(places.misfits, lengths, places.lengths):
+    kept = layout.lengths.descriptions > 0
+    assert not (layout.lengths.negatives > 0)[~kept].any()
+    for misfits, before, now in zip(layout.misfits, lengths, layout.lengths):
         np.testing.assert_array_equal(misfits, now < before)
     return packed
 
@@ -80,14 +80,14 @@ def batches(draw):
 
 def plain_first_fit(lengths, rows, row_length):
     """First-fit decreasing text by text: (row, start) of each slot, or None."""
-    used, places = [0] * rows, {}
+    used, layout = [0] * rows, {}
     for slot in sorted(np.flatnonzero(lengths), key=lambda s: -lengths[s]):
         row = next((r for r in range(rows) if used[r] + lengths[slot] <= row_length), None)
         if row is None:
             return None
-        places[slot] = (row, used[row])
+        layout[slot] = (row, used[row])
         used[row] += lengths[slot]
-    return places
+    return layout
 
 
 def plain_pack(batch, scores, pack_group, rows, row_length):
@@ -104,7 +104,7 @@ def plain_pack(batch, scores, pack_group, rows, row_length):
             for i, row in enumerate(lengths[:, captions:first])
         ]
         cap = longest.max()
-        while (places := plain_first_fit(lengths.ravel(), rows, row_length)) is None:
+        while (layout := plain_first_fit(lengths.ravel(), rows, row_length)) is None:
             most = max(map(len, images))
             if lengths[:, first:].any():  # the last negative of a region, then the lowest score
                 rank = lambda x: (-(x[1] % negatives), score[x[0], x[1] // negatives], -x[1])
@@ -119,7 +119,7 @@ def plain_pack(batch, scores, pack_group, rows, row_length):
                 cap -= 1
                 lengths[:, :captions] = np.minimum(longest, cap)
         ends = np.zeros((lengths.size, 2), dtype=int)
-        for slot, (row, start) in places.items():
+        for slot, (row, start) in layout.items():
             ends[slot] = row, start + lengths.flat[slot] - 1
         all_lengths.append(lengths)
         all_ends.append(ends.reshape(*lengths.shape, 2))
@@ -130,43 +130,43 @@ def plain_pack(batch, scores, pack_group, rows, row_length):
 @given(drawn=batches())
 def test_any_batch_is_packed_soundly_and_by_the_rule(drawn):
     batch, scores, sizes = drawn
-    places = packing.pack(batch, scores, **sizes)
-    assert_sound(places, batch)
-    for got, slots in zip((places.lengths, places.ends), plain_pack(batch, scores, **sizes)):
+    layout = packing.pack(batch, scores, **sizes)
+    assert_sound(layout, batch)
+    for got, slots in zip((layout.lengths, layout.ends), plain_pack(batch, scores, **sizes)):
         for kind, expected in zip(got, batch.like_this(slots)):
             np.testing.assert_array_equal(kind, expected)
 
 
 def test_a_worked_example():
     batch = arrays([[5], [4]], [[3, 0], [2, 4]])
-    places = packing.pack(batch, np.zeros((2, 2)), pack_group=2, rows=2, row_length=9)
-    assert places.ends.captions.tolist() == [[[0, 4]], [[0, 8]]]
-    assert places.ends.descriptions.tolist() == [[[1, 6], [0, 0]], [[1, 8], [1, 3]]]
-    assert not places.misfits.slots().any()
-    _, positions, segments = assert_sound(places, batch)
+    layout = packing.pack(batch, np.zeros((2, 2)), pack_group=2, rows=2, row_length=9)
+    assert layout.ends.captions.tolist() == [[[0, 4]], [[0, 8]]]
+    assert layout.ends.descriptions.tolist() == [[[1, 6], [0, 0]], [[1, 8], [1, 3]]]
+    assert not layout.misfits.slots().any()
+    _, positions, segments = assert_sound(layout, batch)
     assert segments.tolist() == [[[1] * 5 + [2] * 4, [1] * 4 + [2] * 3 + [3] * 2]]
     assert positions[0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
 
 
 def test_captions_that_an_image_lacks_take_no_room():
     batch = arrays([[5, 0, 3], [0, 2, 0], [0, 0, 0]], [[2], [0], [4]])
-    places = packing.pack(batch, np.zeros((3, 1)), pack_group=3, rows=3, row_length=8)
-    assert places.ends.captions.tolist() == [
+    layout = packing.pack(batch, np.zeros((3, 1)), pack_group=3, rows=3, row_length=8)
+    assert layout.ends.captions.tolist() == [
         [[0, 4], [0, 0], [0, 7]],
         [[0, 0], [1, 7], [0, 0]],
         [[0, 0], [0, 0], [0, 0]],
     ]
-    assert places.ends.descriptions.tolist() == [[[1, 5]], [[0, 0]], [[1, 3]]]
-    assert_sound(places, batch)
+    assert layout.ends.descriptions.tolist() == [[[1, 5]], [[0, 0]], [[1, 3]]]
+    assert_sound(layout, batch)
 
 
 def test_one_text_per_row_is_the_padded_batch():
     batch = arrays([[5], [2]], [[3, 0], [0, 4]])
-    places = packing.one_text_per_row(batch, row_length=6)
-    assert (places.pack_group, places.rows, places.row_length) == (1, 3, 6)
-    assert places.ends.captions.tolist() == [[[0, 4]], [[0, 1]]]
-    assert places.ends.descriptions.tolist() == [[[1, 2], [0, 0]], [[0, 0], [2, 3]]]
-    assert assert_sound(places, batch)[0].tolist() == [
+    layout = packing.one_text_per_row(batch, row_length=6)
+    assert (layout.pack_group, layout.rows, layout.row_length) == (1, 3, 6)
+    assert layout.ends.captions.tolist() == [[[0, 4]], [[0, 1]]]
+    assert layout.ends.descriptions.tolist() == [[[1, 2], [0, 0]], [[0, 0], [2, 3]]]
+    assert assert_sound(layout, batch)[0].tolist() == [
         [[1000, 1001, 1002, 1003, END, 0], [3000, 3001, END, 0, 0, 0], [0] * 6],
         [[2000, END, 0, 0, 0, 0], [0] * 6, [4000, 4001, 4002, END, 0, 0]],
     ]
@@ -185,6 +185,6 @@ def test_wrong_sizes_are_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         packing.pack(batch, scores, **dict(pack_group=1, rows=1, row_length=8) | change)
     assert "\n" not in str(error.value)
-    places = packing.pack(batch, scores, pack_group=2, rows=2, row_length=8)
+    layout = packing.pack(batch, scores, pack_group=2, rows=2, row_length=8)
     with pytest.raises(ValueError, match=r"got 16 ids, expected 13 by the lengths"):
-        packing.fill(places, np.zeros(16, np.int32), batch)
+        packing.fill(layout, np.zeros(16, np.int32), batch)
