@@ -94,10 +94,10 @@ def _config(output, **overrides):
 @pytest.fixture(scope="module")
 def run(built_there, tmp_path_factory):
     """(workdir of 2 steps, its data)."""
-    place = tmp_path_factory.mktemp("run")
-    shutil.copytree(built_there, place / "data")
-    run_training.train(_config(place / "data"), place / "workdir")
-    return place / "workdir", place / "data"
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(built_there, folder / "data")
+    run_training.train(_config(folder / "data"), folder / "workdir")
+    return folder / "workdir", folder / "data"
 
 
 def _restore(workdir, config):
@@ -139,7 +139,7 @@ def _change_texts(output):
     for path in sorted(output.rglob("*.tfrecord-*")):
         first, *others = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
         with tf.io.TFRecordWriter(str(path)) as writer:
-            for record in [first, *(one.replace(b"text", b"TEXT") for one in others)]:
+            for record in [first, *(record.replace(b"text", b"TEXT") for record in others)]:
                 writer.write(record)
 
 

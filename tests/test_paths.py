@@ -34,7 +34,7 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
+def working_directory(tmp_path_factory):
     """The working directory, with images, records and a run of two steps."""
     folder = tmp_path_factory.mktemp("anderer Ordner ß")
     with pytest.MonkeyPatch.context() as patch:
@@ -43,11 +43,11 @@ def place(tmp_path_factory):
         for name in ("linke Hälfte", "right_half"):
             (folder / "Klassen ä" / name).mkdir(parents=True)
             shutil.copy(f"{PICTURES}/00003.png", folder / "Klassen ä" / name)
-        words = ["--output", DATA, "--name", "tiny_set", "--num-shards", "4"]
-        assert build.main([*ANNOTATED, *words]) == 0
+        flags = ["--output", DATA, "--name", "tiny_set", "--num-shards", "4"]
+        assert build.main([*ANNOTATED, *flags]) == 0
         with pytest.MonkeyPatch.context() as devices:
-            one = jax.devices()[:1]
-            devices.setattr(jax, "devices", lambda: one)
+            device = jax.devices()[:1]
+            devices.setattr(jax, "devices", lambda: device)
             run.train(tiny.config(**KEYS), epath.Path(RUN))
         yield folder
 
@@ -93,8 +93,8 @@ def test_a_sweep_trains_there(monkeypatch):
     text = f"from tests import tiny\n\ndef get_config():\n    return tiny.dictionary(**{KEYS!r})\n"
     epath.Path("Rezept ü.py").write_text(text)
     epath.Path("Punkte ö.py").write_text("def sweep():\n    yield {'seed': 1}\n")
-    words = ["--config", "Rezept ü.py", "--sweep", "Punkte ö.py", "--workdir", "Suche ö"]
-    command = [sys.executable, "-m", "grain_jax.launch.sweep", *words]
+    flags = ["--config", "Rezept ü.py", "--sweep", "Punkte ö.py", "--workdir", "Suche ö"]
+    command = [sys.executable, "-m", "grain_jax.launch.sweep", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder,) = epath.Path("Suche ö").glob("*/checkpoints")

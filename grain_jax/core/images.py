@@ -1,10 +1,10 @@
 """Images read and resized as in the reference: by PIL, to a square, with its antialiased bicubic filter.
 
-Used where records are built and where a model is served; needs neither TensorFlow nor JAX. The resize of the
-training input (input_pipeline/transforms.py) is measured against this one.
+Builds and served models read images with this; it needs neither TensorFlow nor JAX. The resize of the training input
+(input_pipeline/transforms.py) is measured against this one.
 
 A camera that is held upright stores a photograph on its side, and an EXIF tag says how to turn it. `orientation` says
-which pixels are meant: "exif", those that a viewer shows; or "file", those that PIL gives, as in the reference and in
+which pixels are meant: "exif" for what a viewer shows, or "file" for what PIL gives, as in the reference and in
 records. A TIFF is turned in both, since PIL turns it. XMP is not read.
 """
 
@@ -60,7 +60,7 @@ class Header(NamedTuple):
     turned: bool  # whether the file has an orientation other than upright
 
 
-def header(encoded: bytes, name: str = "picture", orientation: str = "exif") -> Header:
+def header(encoded: bytes, name: str = "image", orientation: str = "exif") -> Header:
     """The format and the size of the image in `encoded`; arguments and errors as of `decode_image`."""
     image: Any = open_image(encoded, name)  # PIL's type has no tag_v2
     size = image.size
@@ -78,7 +78,7 @@ def header(encoded: bytes, name: str = "picture", orientation: str = "exif") -> 
     return Header(image.format or "", size, number in _TURNS)
 
 
-def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
+def open_image(encoded: bytes, name: str = "image") -> PIL.Image.Image:
     """The image in `encoded` with its mode and format, and its size in the file; the pixels are not decoded yet.
 
     Args:
@@ -106,9 +106,7 @@ def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
     return image
 
 
-def decode_image(
-    encoded: bytes, name: str = "picture", orientation: str = "exif"
-) -> PIL.Image.Image:
+def decode_image(encoded: bytes, name: str = "image", orientation: str = "exif") -> PIL.Image.Image:
     """The image in `encoded` (one of FORMATS), decoded, in its own mode; without EXIF and XMP.
 
     Args:
@@ -134,7 +132,7 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image as a viewer shows it: turned as its EXIF says, which the result does not have then.
 
     PIL keeps the EXIF of an image that is cropped, resized or converted; one made of an array has none. Raises what PIL
-    raises where the pixels cannot be read.
+    raises if the pixels cannot be read.
     """
     image.load()  # may turn it, or find EXIF behind the pixels
     turn = _TURNS.get(_orientation(image))
@@ -146,7 +144,7 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation, from 1 (upright) to 8; 1 where there is none, or its block is damaged."""
+    """The EXIF orientation, from 1 (upright) to 8; 1 if there is none, or its block is damaged."""
     exif = image.info.get("exif")
     if not isinstance(exif, bytes):
         return 1

@@ -83,7 +83,7 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
         return table[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        near = nearest.of(name, table)
+        near = nearest.find(name, table)
         meant = f"did you mean {near}? " if near else ""
         known = ", ".join(sorted(table))
         raise errors.UserError(
@@ -111,7 +111,7 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The error in a line; where it is not of the import itself, with its type and place."""
+    """The error in a line; with its type and its line of code if it is not an error of the import itself."""
     text = " ".join(str(error).split())
     if isinstance(error, (ImportError, ValueError, SyntaxError)):
         return text

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-PLAIN_SECONDS = 15.0  # between two lines where there is no terminal
+PLAIN_SECONDS = 15.0  # between two lines without a terminal
 _TERMINAL_SECONDS = 0.2  # between two of a terminal
 COMPILING_SECONDS = 2.0  # that compiling takes before a line says so
 _ERASE = "\r\x1b[2K"
@@ -31,7 +31,7 @@ class Line:
 
     Args:
       prefix: of every line.
-      every: seconds between two lines where there is no terminal.
+      every: seconds between two lines without a terminal.
       silent: nothing is printed: of several processes, the first one speaks.
     """
 
@@ -42,7 +42,7 @@ class Line:
         self._shown_at, self._shown = time.monotonic(), ""
 
     def show(self, text: str, *, now: bool = False) -> None:
-        """Shows the progress where it has changed; without `now` not so soon after the last time."""
+        """Shows the progress if it has changed; without `now` not so soon after the last time."""
         waited = time.monotonic() - self._shown_at
         if self._silent or text == self._shown or not (now or waited >= self._every):
             return

@@ -50,10 +50,10 @@ class Batch(NamedTuple):
     text_tokens: ModelInput  # int32 [G, rows, L], 0 = padding
     text_positions: ModelInput  # int32 [G, rows, L], restart at 0 for each text
     text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
-    caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros where masked
+    caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros if masked
     caption_id: Images  # int32 [B, C], same text same id
     caption_mask: Images  # bool [B, C]; False of an image without a caption
-    description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros where masked
+    description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros if masked
     description_id: Images  # int32 [B, R], same text same id
     region_boxes_cxcywh: Images  # float32 [B, R, 4]
     region_mask: Images  # bool [B, R]
@@ -62,8 +62,8 @@ class Batch(NamedTuple):
     # int32 [G, 2], captions, descriptions and negatives; those that the tokenizer cut to L. None: not counted.
     text_counts: ModelInput = None
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
-    negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
-    negative_mask: Images = None  # bool [B, R, H]; False where the region is not real
+    negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros if masked
+    negative_mask: Images = None  # bool [B, R, H]; False if the region is not real
 
 
 class Outputs(NamedTuple):
@@ -79,7 +79,7 @@ class Outputs(NamedTuple):
     logit_bias: Shared  # float32 [], of contrastive loss type sigmoid; 0 in a model without
     # float32 [B, R, D], the annotated boxes by the box head; None in a model without.
     box_embed: Images = None
-    # float32 [B, R, H, D], the negatives of the descriptions; None where the batch has none.
+    # float32 [B, R, H, D], the negatives of the descriptions; None if the batch has none.
     negative_text_embed: Images = None
     # Name -> losses.local.LocalOutput, of the local loss terms; None in a run without.
     local: OfTerms = None

@@ -24,7 +24,7 @@ class Example(NamedTuple):
     caption: str | Sequence[str]  # or several, at most `input.captions_per_image`; () for none
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
-    # Of each description, at most `input.negatives_per_region`; () where no description has any.
+    # For each description, at most `input.negatives_per_region`; () if no description has any.
     negatives: Sequence[Sequence[str]] = ()
 
 
@@ -131,12 +131,12 @@ def assemble(
       captions: a text for each real caption, in the order of `caption_mask`, row by row.
       caption_mask: bool [B, C], C = `input.captions_per_image`.
       descriptions: a text for each real region, in the order of `region_mask`, row by row.
-      region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
+      region_boxes_cxcywh: float32 [B, R, 4]; ignored if masked.
       region_mask: bool [B, R].
-      region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first.
+      region_scores: float32 [B, R]; if a packing group overflows, low scores are dropped first.
       negatives: a text for each real negative, in the order of `negative_mask`, row by row. One that the tokenizer
         takes for the description itself is left out.
-      negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
+      negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False if the region is not real.
       config: `text` and `row_length` are used.
     """
     description_id = _scatter(region_mask, descriptions.text_ids)

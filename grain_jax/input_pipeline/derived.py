@@ -64,7 +64,7 @@ def resolve(
     Args:
       config: of the user.
       limits: of the run.
-      lengths: gives the text lengths of each dataset; called where rows must be derived.
+      lengths: gives the text lengths of each dataset; called if rows must be derived.
       stored: the config of the checkpoint that the run resumes from; its numbers are taken.
       where: that checkpoint, in words.
 

@@ -16,7 +16,7 @@ from grain_jax.core.schema import Batch
 
 # Batches ahead: with 2 the demo's steps wait for 2% of their time, with 4 for 0.1%; reading comes in bursts.
 DEPTH = 4
-# A step counts as waiting for input where it waits longer than both; a batch that is ready takes microseconds.
+# A step counts as waiting for input if it waits longer than both; a batch that is ready takes microseconds.
 WAIT_SECONDS = 1e-3
 WAIT_SHARE = 0.01  # of the time since the previous batch
 CLOSE_SECONDS = 5.0  # for the read under way

@@ -206,7 +206,7 @@ def _first_fit(
     Texts of one length fill a row before they take the next, so counting places all texts of a length at once. The
     loop is over lengths, not over texts or groups.
 
-    Returns: row [G, N], start in the row [G, N] (0 where the length is 0, undefined where the group does not
+    Returns: row [G, N], start in the row [G, N] (0 if the length is 0, undefined if the group does not
       fit) and fits bool[G].
     """
     groups, slots = lengths.shape
@@ -262,7 +262,7 @@ def _shrink(
     """Drops negatives, then regions, then cuts captions, of groups that do not fit, until each fits.
 
     Args: lengths and scores [F, N] of the failing groups.
-    Returns: lengths (0 where dropped), row, start, each [F, N].
+    Returns: lengths (0 if dropped), row, start, each [F, N].
     """
     is_caption = np.tile(slots.kind == _CAPTION, lengths.shape[1] // len(slots.kind))
     can_go = ~is_caption & (lengths > 0)

@@ -155,7 +155,7 @@ class Sample:
 
 
 def newest_version(source: Dataset) -> epath.Path | None:
-    """The folder of the newest version of the set, or None where there is none."""
+    """The folder of the newest version of the set, or None if there is none."""
     folder = epath.Path(source.data_dir) / source.name
     if not source.name or not folder.is_dir():
         return None

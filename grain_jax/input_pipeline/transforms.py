@@ -133,7 +133,7 @@ def mentions_side(fields: dict[str, tf.Tensor]) -> tf.Tensor:
 
 
 def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:
-    """One of the web captions, or with probability `rate` the synthetic one; the other kind where one is missing."""
+    """One of the web captions, or with probability `rate` the synthetic one; the other kind if one is missing."""
     synthetic = fields["synthetic_caption"]
     web = tf.boolean_mask(fields["captions"], tf.strings.length(fields["captions"]) > 0)
     has_synthetic = tf.strings.length(synthetic) > 0

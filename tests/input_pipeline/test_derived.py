@@ -52,35 +52,33 @@ def lengths(captions, descriptions, synthetic=None, records=None):
 ANYWHERE = derived.Limits()
 
 
-def resolve(config, place=ANYWHERE, of=None, **stored):
+def resolve(config, limits=ANYWHERE, samples=None, **stored):
     return derived.resolve(
-        config, place, lambda: of or synthetic.Synthetic().text_lengths(config), **stored
+        config, limits, lambda: samples or synthetic.Synthetic().text_lengths(config), **stored
     )
 
 
 @pytest.mark.parametrize(
-    "batch,place,expected",
+    "batch,limits,expected",
     [
         (2048, (1, 1), (16, 64)),
         (2048, (256, 64), (64, 8)),  # 64 hosts of 4 chips
         (64, (8, 1), (4, 8)),
         (24, (2, 2), (2, 12)),
+        (96, (1, 1), (8, 12)),
         (7, (1, 1), (1, 7)),
         (1000, (8, 1), (8, 25)),
         (1, (1, 1), (1, 1)),
     ],
 )
-def test_lanes_and_group_of_any_batch(batch, place, expected):
-    got, line = resolve(open_config(batch_size=batch, text__pack_rows=64), derived.Limits(*place))
+def test_lanes_and_group_of_any_batch(batch, limits, expected):
+    config = open_config(batch_size=batch, text__pack_rows=64)
+    got, line = resolve(config, derived.Limits(*limits))
     assert numbers(got)[:2] == expected
     assert line == f"input.lanes={expected[0]}, text.pack_group={expected[1]}"
-    assert config_lib.from_dict(dataclasses.asdict(got)) == got  # with numbers it is a config
-
-
-def test_the_numbers_are_the_same_on_1_2_and_4_devices_and_processes():
-    for batch in (64, 96, 100, 512, 1000, 2048):
-        config = open_config(batch_size=batch, text__pack_rows=64)
+    if batch % 4 == 0 and limits == (1, 1):  # the same on 2 and 4 devices and processes
         assert len({numbers(resolve(config, derived.Limits(n, n))[0]) for n in (1, 2, 4)}) == 1
+    assert config_lib.from_dict(dataclasses.asdict(got)) == got  # with numbers it is a config
 
 
 def test_microbatches_and_a_set_of_few_shards_are_followed():
@@ -205,22 +203,22 @@ def test_a_mixture_is_drawn_by_weight():
         dict(name="long", data_dir="", weight=1.0),
     )
     config = config_lib.from_dict(values)
-    of = [lengths([5], [[4]]), lengths([50], [[40]])]
-    texts, _ = derived.draw(config, of, 64, np.random.default_rng(0))
+    samples = [lengths([5], [[4]]), lengths([50], [[40]])]
+    texts, _ = derived.draw(config, samples, 64, np.random.default_rng(0))
     assert sorted(texts.captions.ravel().tolist()) == [5] * 48 + [50] * 16
 
 
 def test_a_resumed_run_has_its_own_numbers():
-    first, _ = resolve(open_config(batch_size=64), of=[lengths([20], [[9]])])
+    first, _ = resolve(open_config(batch_size=64), samples=[lengths([20], [[9]])])
     stored = dict(stored=first, where="checkpoint 7")
     longer = [lengths([60], [[30]])]
-    again, line = resolve(open_config(batch_size=64), of=longer, **stored)
+    again, line = resolve(open_config(batch_size=64), samples=longer, **stored)
     assert again == first
     assert line.count("as in checkpoint 7") == 3
     with_other_batch, _ = resolve(open_config(batch_size=6), **stored)  # refused later, in a line
     assert with_other_batch.input.lanes == 1
     # Another group is asked for: its rows are those that the texts need.
-    other, line = resolve(open_config(batch_size=64, text__pack_group=8), of=longer, **stored)
+    other, line = resolve(open_config(batch_size=64, text__pack_group=8), samples=longer, **stored)
     assert numbers(other) == (4, 8, 12)
     assert line.startswith("input.lanes=4 as in checkpoint 7, text.pack_rows=12 from 1 images of")
 
@@ -268,17 +266,17 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     mesh = sharding.make_mesh(config.mesh)  # 8 devices, one image each
     derive = lambda workdir: run.derive(config, mesh, records, workdir)
 
-    found, line = derive(tmp_path / "run")
-    assert numbers(found) == (1, 1, 1)
+    derived_config, line = derive(tmp_path / "run")
+    assert numbers(derived_config) == (1, 1, 1)
     assert "text.pack_rows=1 from 24 images of 'tiny_set': 0.00% of" in line
-    checkpoints = states.manager(tmp_path / "run", found)
+    checkpoints = states.manager(tmp_path / "run", derived_config)
     state = train_step.TrainState(jnp.int32(1), *[{"x": jnp.zeros(2)}] * 6)
-    states.save(checkpoints, state, found, {})
+    states.save(checkpoints, state, derived_config, {})
     checkpoints.close()
     path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
     longer = json.loads(path.read_text())
     longer["images"] = [[[60], 60, [30, 30, 30], []]] * 24
     path.write_text(json.dumps(longer))
     again, line = derive(tmp_path / "run")
-    assert again == found and "text.pack_rows=1 as in checkpoint 1" in line
+    assert again == derived_config and "text.pack_rows=1 as in checkpoint 1" in line
     assert numbers(derive(tmp_path / "another run")[0]) == (1, 1, 3)

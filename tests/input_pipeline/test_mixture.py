@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
         chosen = range(FIRST[name], FIRST[name] + count)
         text = (folder / "in" / "A.jsonl").read_text().splitlines(keepends=True)
         (folder / "in" / f"{name}.jsonl").write_text("".join(text[i] for i in chosen))
-        words = dict(name=name, lines=f"{name}.jsonl")
-        assert record_sets.build_set(folder / "in", folder, "--num-shards=8", **words) == 0
+        options = dict(name=name, lines=f"{name}.jsonl")
+        assert record_sets.build_set(folder / "in", folder, "--num-shards=8", **options) == 0
     assert len(lines) == 48
     return folder
 
@@ -84,7 +84,7 @@ def test_shares_are_exact_in_every_window(weights, bound):
             assert np.diff(stands, axis=0).min() == 0
             assert (lane.choices(start, start + 1000) == np.diff(stands, axis=0).argmax(1)).all()
             error = stands - stands[0] - np.arange(1001)[:, None] * share
-            # The largest error of any window is that of its ends against each other.
+            # The largest error of any window is at its ends, against each other.
             assert (error.max(axis=0) - error.min(axis=0)).max() < bound
     assert lane.positions(0) == [0] * len(weights)
 
@@ -112,10 +112,10 @@ def test_each_set_is_walked_once_an_epoch_of_its_own(folder):
     for name, count in COUNTS.items():
         seen = []
         for stream in streams:
-            own = stream[(stream >= FIRST[name]) & (stream < FIRST[name] + count)]
-            assert abs(len(own) - 200 * WEIGHTS[name]) < 2
+            part = stream[(stream >= FIRST[name]) & (stream < FIRST[name] + count)]
+            assert abs(len(part) - 200 * WEIGHTS[name]) < 2
             length = count // LANES
-            epochs = own[: len(own) // length * length].reshape(-1, length)
+            epochs = part[: len(part) // length * length].reshape(-1, length)
             assert (np.sort(epochs) == np.sort(epochs[0])).all() and len(epochs) >= 10
             assert len({tuple(epoch) for epoch in epochs}) > 1
             seen += epochs[0].tolist()
@@ -123,16 +123,16 @@ def test_each_set_is_walked_once_an_epoch_of_its_own(folder):
 
 
 def test_a_set_is_walked_as_it_is_alone(folder):
-    """The first set's order is that of a run on it alone, and a mixture of one is that run."""
+    """The first set has the order of a run on it alone, and a mixture of one set is that run."""
     flipped = record_sets.config(folder, name="birds", flip_rate=0.5)
-    one = mixture(folder, {"birds": 3.0}, flip_rate=0.5)
-    for got, expected in zip(take(one, 10), take(flipped, 10), strict=True):
+    single = mixture(folder, {"birds": 3.0}, flip_rate=0.5)
+    for got, expected in zip(take(single, 10), take(flipped, 10), strict=True):
         record_sets.assert_batches_equal(got, expected)
     alone = record_sets.config(folder, name="birds")
     mixed = lane_streams(take(mixture(folder), 20))
     for got, expected in zip(mixed, lane_streams(take(alone, 20)), strict=True):
-        own = got[got < COUNTS["birds"]]
-        assert len(own) >= 19 and own.tolist() == expected[: len(own)].tolist()
+        part = got[got < COUNTS["birds"]]
+        assert len(part) >= 19 and part.tolist() == expected[: len(part)].tolist()
 
 
 def one_or_many(folder, mixed, **values):
@@ -170,9 +170,11 @@ def test_resuming_opens_only_its_blocks(folder, mixed, monkeypatch):
     ]
     weights = list(WEIGHTS.values())[: len(sets)]
     (mixed_lane,) = order.mix(lanes, weights, seed=config.seed)
-    for one, stream, at in zip(sets, mixed_lane.streams, mixed_lane.positions(160), strict=True):
-        mine = [path for path in opened if f"/{one.source.name}/" in path]
-        first = stream.ordinal(at)
+    for record_set, stream, position in zip(
+        sets, mixed_lane.streams, mixed_lane.positions(160), strict=True
+    ):
+        mine = [path for path in opened if f"/{record_set.source.name}/" in path]
+        first = stream.ordinal(position)
         # From the block of the step on, without a gap: nothing before it is touched.
         assert mine and mine == [stream.block(first + i).shards[0].path for i in range(len(mine))]
 

@@ -28,7 +28,7 @@ def output(tmp_path_factory):
 
 
 def tokens_of(texts):
-    """Their ids, a tuple a text."""
+    """Their ids, a tuple per text."""
     return [tuple(CLIP.encode([text], 77).ids.tolist()) for text in texts]
 
 
@@ -36,9 +36,9 @@ def text_ids(texts):
     return CLIP.encode(texts, 77).text_ids
 
 
-def text_at(batch, group, at):
-    """The token ids of the text of that row and end, a tuple."""
-    row, end = at
+def text_at(batch, group, row_and_end):
+    """The token ids of a text, a tuple."""
+    row, end = row_and_end
     inside = batch.text_segments[group, row] == batch.text_segments[group, row, end]
     return tuple(batch.text_tokens[group, row][inside].tolist())
 
@@ -53,7 +53,9 @@ def row_texts(batch, group_size):
     """(captions, descriptions) of each image, as tuples of token ids, read back from the layout."""
     kinds = (batch.caption_at, batch.caption_mask), (batch.description_at, batch.region_mask)
     return [
-        tuple([text_at(batch, i // group_size, at) for at in of[i][mask[i]]] for of, mask in kinds)
+        tuple(
+            [text_at(batch, i // group_size, x) for x in ends[i][mask[i]]] for ends, mask in kinds
+        )
         for i in range(len(batch.image))
     ]
 
@@ -127,18 +129,18 @@ def test_several_captions_of_an_image(output_with_gaps, captions, best):
     keys = dict(captions_per_image=captions, descriptions_in_captions=best, max_regions=2)
     keys |= dict(pack_rows=6, synthetic_caption_rate=1.0)
     config = record_sets.config(output_with_gaps, **keys)
-    one = record_sets.config(output_with_gaps, synthetic_caption_rate=0.0)
+    single = record_sets.config(output_with_gaps, synthetic_caption_rate=0.0)
     gaps = 0
-    for batch, of_one in zip(take(config, 2), take(one, 2)):
+    for batch, of_single in zip(take(config, 2), take(single, 2)):
         assert batch.caption_at.shape == (8, captions, 2)
         for row, (number, texts) in enumerate(zip(numbers(batch), row_texts(batch, 2))):
             line = record_sets.annotation(number, (16, 16))
             regions = [r["description"] for r in line["regions"]][::-1]
             synthetic = "" if number % 5 == 2 else line["synthetic_caption"]
             webs = [] if number % 5 == 1 else [line["caption"], *line["captions"]]
-            # Of the web captions the one that a run with one caption draws.
+            # The web caption that a run with one caption draws.
             ids = text_ids(webs).tolist()
-            web = webs[ids.index(of_one.caption_id[row, 0])] if webs else ""
+            web = webs[ids.index(of_single.caption_id[row, 0])] if webs else ""
             slots = [web, synthetic, ", ".join(regions[: best or None])][:captions]
             if captions == 1:
                 slots = [", ".join([synthetic or web, *regions[:best]])]
@@ -177,15 +179,14 @@ def test_negatives_stay_with_their_regions(output_with_negatives):
             regions = lines[number]["regions"][::-1][:2]  # the highest score first
             for r, region in enumerate(regions):
                 mask = batch.negative_mask[row, r]
-                of = region["negatives"]
-                assert mask.tolist() == [h < min(len(of), 3) for h in range(3)]
-                ids = tokens_of(of)
-                places = batch.negative_at[row, r][mask]
-                found = [ids.index(text_at(batch, row // 2, at)) for at in places]
-                if found:  # they follow each other, the first after the last
-                    follow = (found[0] + np.arange(len(found))) % len(of)
-                    assert found == follow.tolist()
-                    seen.setdefault((number, r), set()).add(found[0])
+                ids = tokens_of(region["negatives"])
+                assert mask.tolist() == [h < min(len(ids), 3) for h in range(3)]
+                ends = batch.negative_at[row, r][mask]
+                drawn = [ids.index(text_at(batch, row // 2, end)) for end in ends]
+                if drawn:  # they follow each other, the first after the last
+                    follow = (drawn[0] + np.arange(len(drawn))) % len(ids)
+                    assert drawn == follow.tolist()
+                    seen.setdefault((number, r), set()).add(drawn[0])
             assert not batch.negative_mask[row, len(regions) :].any()
         assert plain.negative_at is None and plain.negative_mask is None
         assert_same(batch, plain)
@@ -197,17 +198,6 @@ def test_negatives_stay_with_their_regions(output_with_negatives):
         assert not batch.negative_mask[~batch.region_mask].any()
         lost += int((batch.region_mask.sum(axis=1) < numbers(batch) % 4).sum())
     assert lost
-
-
-def test_a_sample_has_the_lengths_of_negatives_that_the_file_has(output_with_negatives, tmp_path):
-    output, _ = output_with_negatives
-    (found,) = records.text_lengths(record_sets.config(output))
-    assert found.negatives.shape == (16, 3, 4) and set(np.unique(found.negatives)) == {0, 10}
-    shutil.copytree(output / "tiny_set", tmp_path / "tiny_set")
-    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
-    (sampled,) = records.text_lengths(record_sets.config(tmp_path))
-    as_set = lambda of: sorted(zip(of.descriptions.tolist(), of.negatives.tolist()))
-    assert as_set(sampled) == as_set(found)
 
 
 def test_a_set_without_negatives_is_said(output, caplog):
@@ -297,7 +287,7 @@ def damaged(small, tmp_path):
 
 
 def describe_again(path):
-    """Makes digest.json that of the shards as they are: the set was built with this fault."""
+    """Writes digest.json anew: the set was built with this fault."""
     folder = epath.Path(path).parent
     digest = record_files.digest_of_split(sorted(folder.glob("*tfrecord*")), False)
     content = msgspec.json.encode({"train": digest})
@@ -311,8 +301,8 @@ def test_uneven_lanes_are_warned_of(output, caplog):
 
 def _flip_a_bit(path, contents):
     whole = epath.Path(path).read_bytes()
-    at = whole.index(contents[3]) + 40
-    epath.Path(path).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    byte = whole.index(contents[3]) + 40
+    epath.Path(path).write_bytes(whole[:byte] + bytes([whole[byte] ^ 1]) + whole[byte + 1 :])
 
 
 def _cut_picture(path, contents):
@@ -340,44 +330,48 @@ DAMAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", DAMAGES)
-def test_damage_is_named(damaged, what):
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_named(damaged, kind):
     config, path, contents = damaged
-    damage, message = DAMAGES[what]
+    damage, message = DAMAGES[kind]
     damage(path, contents)
     with pytest.raises(record_files.DataError) as error:
-        if what not in ("a bit", "a picture", "other content"):
+        if kind not in ("a bit", "a picture", "other content"):
             records.check(config)  # before anything is compiled
         take(config, 3)
     said = str(error.value)
     assert said.startswith(message.format(path=path, folder=epath.Path(path).parent))
-    assert "\n" not in said and (what != "a picture" or "PNG" in said)
+    assert "\n" not in said and (kind != "a picture" or "PNG" in said)
 
 
-def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tmp_path):
+def test_lengths_of_texts_beside_the_records_match_the_records(output_with_negatives, tmp_path):
+    output, lines = output_with_negatives
     shutil.copytree(output / "tiny_set", tmp_path / "tiny_set")
     config = record_sets.config(tmp_path)
 
     def images():
-        (found,) = records.text_lengths(config)
-        assert (found.name, found.records, found.tokenizer) == ("'tiny_set'", COUNT, "clip")
-        rows = zip(found.captions.tolist(), found.synthetic, found.descriptions.tolist())
-        return sorted((tuple(web), int(synthetic), tuple(of)) for web, synthetic, of in rows)
+        (sample,) = records.text_lengths(config)
+        assert (sample.name, sample.records, sample.tokenizer) == ("'tiny_set'", 16, "clip")
+        columns = sample.captions, sample.synthetic, sample.descriptions, sample.negatives
+        return sorted(zip(*(column.tolist() for column in columns)))
 
-    stored, expected = images(), []
-    for number in range(COUNT):
-        line = record_sets.annotation(number, (16, 16))
+    count = lambda texts, most: [len(ids) for ids in tokens_of(texts)] + [0] * (most - len(texts))
+    expected = []
+    for line in lines:
         best = sorted(line["regions"], key=lambda region: -region["score"])
-        texts = [line["caption"], *line["captions"], line["synthetic_caption"]]
-        web1, web2, synthetic, *of = (
-            len(CLIP.encode([text], 77).ids)
-            for text in [*texts, *(region["description"] for region in best)]
+        negatives = [count(region["negatives"], 4) for region in best]
+        web1, web2, synthetic, *of_regions = count(
+            [line["caption"], *line["captions"], line["synthetic_caption"]]
+            + [region["description"] for region in best],
+            6,
         )
-        expected.append(((web1, web2), synthetic, tuple(of + [0] * (3 - len(of)))))
-    assert stored == sorted(expected)
+        expected.append(
+            ([web1, web2], synthetic, of_regions, negatives + [[0] * 4] * (3 - len(best)))
+        )
+    assert images() == sorted(expected)
     (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
-    assert images() == stored
-    assert records.num_shards(config) == {"tiny_set": 9}
+    assert images() == sorted(expected)
+    assert records.num_shards(config) == {"tiny_set": 4}
 
 
 def test_a_damaged_record_is_named_when_lengths_are_sampled(damaged):

@@ -219,10 +219,10 @@ def test_each_tower_has_its_own(json_file, tmp_path):
 
 
 def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
-    found = lambda folder, name: tokenizer.own_file(tower(tokenizer=str(name)), folder)
-    assert found(json_file.parent, "tokenizer.json") == found(json_file.parent, json_file)
-    assert found(json_file.parent, "tokenizer.json").read_bytes() == json_file.read_bytes()
-    assert found(None, json_file) is None and found(json_file.parent, "other.json") is None
+    own_file = lambda folder, name: tokenizer.own_file(tower(tokenizer=str(name)), folder)
+    assert own_file(json_file.parent, "tokenizer.json") == own_file(json_file.parent, json_file)
+    assert own_file(json_file.parent, "tokenizer.json").read_bytes() == json_file.read_bytes()
+    assert own_file(None, json_file) is None and own_file(json_file.parent, "other.json") is None
     # huggingface_hub's cache links to its blobs; a folder of another kind, or a link elsewhere, is a stranger's.
     for repository, inside in (("models--a--b", True), ("unpacked", False)):
         folder = tmp_path / repository / "snapshots" / "1"
@@ -231,16 +231,16 @@ def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
             each.mkdir(parents=True)
         shutil.copy(json_file, blob)
         (folder / "t.json").symlink_to("../../blobs/2")
-        assert (found(folder, "t.json") == folder / "t.json") == inside
+        assert (own_file(folder, "t.json") == folder / "t.json") == inside
         (folder / "link.json").symlink_to(json_file)
-        assert found(folder, "link.json") is None
+        assert own_file(folder, "link.json") is None
     workdir = tmp_path / "run"
     (workdir / "checkpoints" / "3").mkdir(parents=True)
     names = "gs://no-bucket/t.json", "/gs/no-bucket/t.json", "/elsewhere/t.json"
-    assert not any(found(workdir / "checkpoints" / "3", name) for name in names)
+    assert not any(own_file(workdir / "checkpoints" / "3", name) for name in names)
     shutil.copy(json_file, workdir / "t.json")
     for name in names:  # the trainer's copy
-        assert found(workdir / "checkpoints" / "3", name) == workdir / "t.json"
+        assert own_file(workdir / "checkpoints" / "3", name) == workdir / "t.json"
 
 
 @pytest.mark.parametrize(
