@@ -204,7 +204,7 @@ def _write(
         if (passes := outputs.annotated_by(path))
     ]
     stored_anew: list[str] = []
-    lengths = text_lengths.Sample(negatives=found.negatives > 0)
+    lengths = text_lengths.Sample()
     tfds_writer.write(
         target,
         splits={

@@ -111,7 +111,6 @@ def _train(
     on_host = sources.batches_of_run(
         run.source,
         config,
-        notes=workdir / "shards",
         lanes=run.lanes,
         start_step=start_step,
     )
@@ -203,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = loading.load(args.config, args.overrides)
     if args.print_shardings:
         mesh = sharding.make_mesh(config.mesh)
-        config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
+        config, _ = derived.planned(config, derived.Limits(sharding.batch_shards(mesh)))
         program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))

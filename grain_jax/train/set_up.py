@@ -115,7 +115,7 @@ def derive(
 
     def resolve():
         stored, where = states.newest_config(workdir)
-        place = derived.Place(
+        place = derived.Limits(
             sharding.batch_shards(mesh),
             sharding.lanes_needed(sharding.batch_sharding(mesh), config.batch_size),
             source.num_shards(config),

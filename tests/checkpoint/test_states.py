@@ -23,7 +23,6 @@ DATA = [
         "split": "train",
         "shard_lengths": [4, 4, 3],
         "digest": "0f" * 16,
-        "digest_of": "records",
     }
 ]
 

@@ -82,11 +82,11 @@ class Small(shapes.Shapes):
         return batch._replace(image=batch.image[:, ::2, ::2])
 
 
-def test_a_source_of_other_shapes_is_one_line(tmp_path):
+def test_a_source_of_other_shapes_is_one_line():
     name = f"{__name__}:Small"
     c = dataclasses.replace(config(), input=dataclasses.replace(config().input, source=name))
     with pytest.raises(errors.UserError) as error:
-        next(sources.batches_of_run(Small(), c, notes=tmp_path))
+        next(sources.batches_of_run(Small(), c))
     (line,) = str(error.value).splitlines()
     assert line.startswith(
         f"input.source: {name}: got images [B, 8, 8, 3] in step 0, expected [B, 16"

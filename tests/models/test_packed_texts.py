@@ -34,16 +34,13 @@ def texts():
 
 def rows(length, packed):
     """(tokens, positions, segments, at) of the texts, captions [2, 4]."""
-    options: dict = dict(caption_lengths=LENGTHS, row_length=length)
     none = np.zeros((2, 0), np.int32)
-    options |= dict(description_lengths=none, region_mask=none.astype(bool))
+    lengths = packing.TextArrays(LENGTHS, none, none[..., None])
     if packed:
-        scores = np.zeros((2, 0), np.float32)
-        layout = packing.pack(**options, region_scores=scores, pack_group=2, rows=3)
+        places = packing.pack(lengths, none, pack_group=2, rows=3, row_length=length)
     else:
-        layout = packing.one_text_per_row(**options)
-    lengths = [LENGTHS, none, np.zeros((2, 0, 0), np.int32)]
-    return *packing.fill(layout, texts(), lengths), layout.caption_at
+        places = packing.one_text_per_row(lengths, row_length=length)
+    return *packing.fill(places, texts(), lengths), places.ends.captions
 
 
 def embeddings(module, params, layout):

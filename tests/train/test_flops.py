@@ -26,7 +26,7 @@ def unplanned(size: str = "B/16", **overrides) -> config_lib.Config:
 @functools.cache
 def recipe(size: str = "B/16", **overrides) -> config_lib.Config:
     """The same, with rows for its texts."""
-    return derived.planned(unplanned(size, **overrides), derived.Place())[0]
+    return derived.planned(unplanned(size, **overrides), derived.Limits())[0]
 
 
 def one_group(**overrides) -> config_lib.Config:
