@@ -5,7 +5,8 @@ COMMAND   grain-jax train --config demo --workdir runs/demo
 HARDWARE  two CPU cores
 """
 
-from grain_jax.config.recipe import base, evaluator
+from grain_jax.config.recipe import base
+from grain_jax.evaluate.kinds import evaluator
 
 
 def get_config():

@@ -14,7 +14,8 @@ HARDWARE  one GPU; docs/own_images.md lists what fits where.
 import json
 
 from grain_jax.config import shares_rows
-from grain_jax.config.recipe import own_images, towers_of
+from grain_jax.config.recipe import towers_of
+from grain_jax.configs.own import own_images
 
 _LARGE = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
 # Family -> size -> (width of the joint space, image tower, text tower), beyond the keys that `towers_of` sets.

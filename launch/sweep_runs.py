@@ -12,6 +12,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.config import loading
 from grain_jax.core import errors
+from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import metrics_file
 
@@ -107,6 +108,7 @@ def make_runs(
                         f"{key}: got {value!r}, expected a number, a string, a bool, a tuple or a list"
                     )
             config = loading.load(file, words)
+            kinds.from_entries(config.evals, config.model)
         except errors.UserError as error:
             for line in str(error).splitlines():
                 faults.setdefault(line, name)

@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors
-from grain_jax.evaluate import tables
+from grain_jax.core import errors, named
+from grain_jax.evaluate import kinds, tables
 from grain_jax.launch.sweep_runs import SweepRun, short
 from grain_jax.runtime import metrics_file
 
@@ -66,7 +66,10 @@ def lower_is_better(metric: str, config: config_lib.Config) -> bool:
     """Whether a metric ranks by its least value: of evaluators those that they declare, and losses and LOWER."""
     if metric.startswith("eval/"):
         name, last = metric.split("/")[1], metric.rpartition("/")[2]
-        return name in config.evals and last in config.evals[name].lower_is_better
+        if name not in config.evals:
+            return False
+        with named.importing():
+            return last in kinds.find(config.evals[name]["kind"]).lower_is_better
     return metric.startswith("loss") or metric.partition("/")[0] in LOWER
 
 

@@ -10,6 +10,7 @@ import tokenize
 
 import pytest
 
+from grain_jax.__main__ import COMMANDS
 from grain_jax.cli import commands
 from grain_jax.config import loading
 from grain_jax.core import errors
@@ -61,7 +62,7 @@ QUIRKS = re.compile(r"\b[Qq]uirks? ((?:\d+(?:, | and |-)?)+)")
 MODULE = re.compile(r"python3? -m ((?:grain_jax|data|launch|benchmarks|tests)(?:\.\w+)*)")
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
-PARSERS = commands.parsers()
+PARSERS = commands.parsers(COMMANDS)
 
 
 @functools.cache
@@ -231,9 +232,7 @@ def test_an_index_has_every_document_and_the_readme_is_a_front_page():
 
 # Blocks of shell, where each line is a command; `grain-jax ...` in backticks is one too.
 SHELL = re.compile(r"^```(?:bash|console|sh)\n(.*?)^```", re.M | re.S)
-OF_THE_COMMAND = re.compile(
-    rf"-m (?:grain_jax|data|launch)\.({'|'.join(commands.COMMANDS)})\b(?!\.)"
-)
+OF_THE_COMMAND = re.compile(rf"-m (?:grain_jax|data|launch)\.({'|'.join(COMMANDS)})\b(?!\.)")
 
 
 def written_commands(name: str) -> list[tuple[str, list[str]]]:
@@ -275,7 +274,7 @@ def flags_of(words: list[str]) -> list[str]:
 def fault_of(words: list[str]) -> str:
     """What the parser of the command says to the words, and to the keys of a config of the package; "" for nothing."""
     name, *rest = words
-    if name not in commands.COMMANDS:
+    if name not in COMMANDS:
         return "" if name in ("SUB", "--version") else f"no such command: {name}"
     if {"...", "--help", "--help-config"} & set(rest):
         return ""

@@ -17,6 +17,7 @@ from grain_jax.configs import (
     own,
 )
 from grain_jax.convert import tables
+from grain_jax.evaluate import kinds
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
 from grain_jax.train import initialise, sharding, train_step
@@ -40,19 +41,19 @@ def test_the_own_recipe_takes_these_batch_sizes_without_other_flags(size, batch_
     c.batch_size = batch_size
     config = config_lib.from_dict(c)
     assert config.model.decoder.queries == config.input.max_regions and config.loss.box == 0.2
-    assert {entry.missing for entry in config.evals.values()} == {"skip"}
+    assert {entry["missing"] for entry in config.evals.values()} == {"skip"}
 
 
 def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
     c = own.get_config()
     config = config_lib.from_dict(c)
-    assert evaluate.present(config.evals) == {}
+    assert evaluate.present(kinds.from_entries(config.evals)) == {}
     assert "evals.zeroshot: skipped: no images are named; --config.evals" in capsys.readouterr().err
     region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1}
     (tmp_path / "A.jsonl").write_text(json.dumps({"image": "0.png", "regions": [region]}))
     write_picture(tmp_path / "0.png", 0)
     c.evals.grounding.update(images=str(tmp_path), annotations=str(tmp_path / "A.jsonl"))
-    evals = config_lib.from_dict(c).evals
+    evals = kinds.from_entries(config_lib.from_dict(c).evals)
     assert evaluate.present(evals) == {"grounding": evals["grounding"]}
 
 

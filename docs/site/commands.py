@@ -1,5 +1,6 @@
 """A page of every command, made from its parser: what it does, an example, its flags."""
 
+from grain_jax.__main__ import COMMANDS
 from grain_jax.cli import commands
 from grain_jax.cli.help_text import Flag
 from grain_jax.cli.parser import Parser
@@ -9,7 +10,7 @@ def index() -> str:
     """The table of all commands."""
     rows = [
         f"| [`grain-jax {name}`]({name}.md) | {parser.about} |"
-        for name, parser in commands.parsers().items()
+        for name, parser in commands.parsers(COMMANDS).items()
         if " " not in name
     ]
     return "\n".join(["| command | does |", "|---|---|", *rows])
@@ -17,7 +18,7 @@ def index() -> str:
 
 def pages() -> dict[str, str]:
     """Path on the site -> the text of the page."""
-    parsers = commands.parsers()
+    parsers = commands.parsers(COMMANDS)
     found = {}
     for name, parser in parsers.items():
         text = f"# grain-jax {name}\n\n{_about(parser)}"

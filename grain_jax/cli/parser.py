@@ -145,12 +145,11 @@ class Parser:
 
     @functools.cached_property
     def kinds(self) -> dict[str, "Parser"]:
-        """Of a command that has kinds (`evaluate zeroshot`), the parser of each."""
-        return {name: self._kind(name) for name in self._declared.kinds}
-
-    def _kind(self, name: str) -> "Parser":
-        kind = self._declared.kinds[name]
-        return Parser(kind if isinstance(kind, type) else kind())
+        """The parser of each kind of a command (`evaluate zeroshot`)."""
+        return {
+            name: Parser(kind if isinstance(kind, type) else kind())
+            for name, kind in self._declared.kinds.items()
+        }
 
     def _add(self, field: dataclasses.Field, entry: str, about: str) -> Flag:
         """Takes in a field with its line of the docstring."""
@@ -199,7 +198,7 @@ class Parser:
         loose: list[str] = []
         while rest:
             word = rest.pop(0)
-            key = re.sub(r"^--noconfig(\..*)", r"--config\1=false", f"--{word.lstrip('-')}")
+            key = f"--{word.lstrip('-')}"
             if self._command and (word == "--" or not word.startswith("-")):
                 given[self._command] = rest[:] if word == "--" else [word, *rest]
                 break
@@ -215,10 +214,12 @@ class Parser:
             else:
                 self._take(word, rest, given)
         if "help_config" in given:
-            from grain_jax.config import key_help  # reads source code: not for every command
+            from grain_jax.config import key_help  # ml_collections
 
-            keys = given["help_config"], given.get("config"), given[self._overrides]
-            print(key_help.show(*keys), end="")
+            print(
+                key_help.show(given["help_config"], given.get("config"), given[self._overrides]),
+                end="",
+            )
             sys.exit(0)
         self._take_loose(loose, given)
         self._check_needed(given)
@@ -237,7 +238,7 @@ class Parser:
         name = words.pop(place)
         if name not in kinds:
             self._error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
-        return self._kind(name).parse_args(words)
+        return self.kinds[name].parse_args(words)
 
     def _place_of_kind(self, words: Sequence[str]) -> int | None:
         """The index of the first word that is neither a flag nor a value of one."""
@@ -338,9 +339,7 @@ class Parser:
     def _declared_as(self, given: str) -> str:
         """The flag as it is declared; one that is not, with hyphens."""
         flag = "--" + given.lstrip("-").replace("_", "-")
-        flag = self._also.get(flag, flag)
-        without = "--no-" + flag.removeprefix("--no")
-        return without if flag not in self._flags and without in self._flags else flag
+        return self._also.get(flag, flag)
 
     def _is_flag(self, word: str) -> bool:
         """Whether a word is a flag, or the end of them."""

@@ -5,14 +5,12 @@ import io
 import logging
 import os
 import re
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from grain_jax.core import errors, printable
 
-LEAST_MEMORY = 4 << 30  # bytes of address space; with less, JAX and TensorFlow abort without a word
 USAGE_ERROR = errors.UserError.status
 _NO_READER = 141  # as a shell says it: 128 + SIGPIPE
 # What lines of progress begin and end with; everything else that moves the terminal becomes an escape.
@@ -49,15 +47,6 @@ def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
     if len(lines) > 1:
         print(f"{len(lines)} lines of faults; nothing was run", file=sys.stderr)
     sys.exit(status)
-
-
-def check_limits() -> None:
-    """Raises UserError where the shell's limit of memory is too small to import JAX and TensorFlow."""
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY and most < LEAST_MEMORY:
-        raise errors.UserError(
-            f"ulimit -v: got {most >> 10} KiB, expected unlimited, or at least {LEAST_MEMORY >> 10}"
-        )
 
 
 def run(

@@ -8,7 +8,6 @@ saving. One trainer at a time has a workdir (lock.py). A run that does no step f
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import json
 import math
@@ -28,9 +27,9 @@ from grain_jax import inference, losses
 from grain_jax.checkpoint import files, states
 from grain_jax.cli import process
 from grain_jax.config import loading
-from grain_jax.config.evals import Context
 from grain_jax.core import atomic, errors, low_rank, progress
-from grain_jax.evaluate import encode, suite, tables
+from grain_jax.evaluate import encode, kinds, suite, tables
+from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.evaluate.report import page
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, grain, lora, placement
@@ -231,7 +230,7 @@ def _train(
         results = evaluate_all(config, run.evals, state, workdir)
     predictor = make_predictor(config, state)
     if jax.process_index() == 0:
-        report(dataclasses.replace(config, evals=run.evals), workdir, predictor, results)
+        report(config, workdir, predictor, results)
 
 
 class SetUp(NamedTuple):
@@ -245,7 +244,7 @@ class SetUp(NamedTuple):
     total_steps: int
     steps_per_epoch: float
     data: list[sources.Identity]
-    evals: dict[str, config_lib.Evaluator]  # whose data is there
+    evals: dict[str, Evaluator]  # whose data is there
 
     @property
     def terms(self) -> list[losses.LossTerm]:
@@ -261,6 +260,7 @@ def set_up(
     What needs no data set comes first, since making one takes long.
     """
     losses.terms_of(config.loss)
+    evaluators = kinds.from_entries(config.evals, config.model)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     metrics_writer.check_wandb(config.wandb)
@@ -281,7 +281,7 @@ def set_up(
     )
     steps = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(lambda: source.identities(config))
-    evals = suite.present(config.evals)  # here, not after the last step
+    evals = suite.present(evaluators)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(config, derived_from, mesh, source, lanes, *steps, data, evals)
 
@@ -463,7 +463,7 @@ def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> i
 
 def evaluate_all(
     config: config_lib.Config,
-    evals: Mapping[str, config_lib.Evaluator],
+    evals: Mapping[str, Evaluator],
     state: train_step.TrainState,
     workdir: epath.Path,
 ) -> dict[str, float]:
@@ -483,7 +483,7 @@ def report(config, workdir, predictor, results) -> None:
     """Prints the final table and writes report.html."""
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-        kinds = {name: entry.kind for name, entry in config.evals.items()}
+        kinds = {name: entry["kind"] for name, entry in config.evals.items()}
         numbers = tables.by_evaluation(results).items()
         print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
     page.write(workdir, predictor, model=bool(config.pictures))

@@ -49,7 +49,6 @@ class Passing(X, name="x"):
         ("-output y -batch_size=4 -again", {"batch_size": 4, "again": True}),
         ("--out y", {"output": "y"}),
         ("--output y --no-model --again", {"again": True, "model": False}),
-        ("--output y --nomodel --noagain", {"again": False, "model": False}),
         ("--output y --again=true --model=false", {"again": True, "model": False}),
         ("--output y --no-again=false", {"again": True}),
         ("--output y --rate -0.5", {"rate": -0.5}),
@@ -158,7 +157,7 @@ class Run(Configured, name="run"):
     [
         ("--config.a.b=1 --config demo", ["--config.a.b=1"]),
         ("--config=demo --config.a.b 1 -config.c_d=x", ["--config.a.b=1", "--config.c_d=x"]),
-        ("--config demo --config.a --noconfig.b", ["--config.a", "--config.b=false"]),
+        ("--config demo --config.a", ["--config.a"]),
     ],
 )
 def test_the_keys_of_a_config_are_taken_out(words, overrides):

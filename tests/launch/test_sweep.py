@@ -91,8 +91,8 @@ def make(tmp_path, points, overrides=(), evaluator="", name="birds", **base):
     """Runs of the tiny config with changes and perhaps an evaluator, of arguments in code, which a config file has."""
     tmp_path.mkdir(exist_ok=True)
     file = tmp_path / f"config{len(list(tmp_path.glob('config*.py')))}.py"
-    evals = f", evals={{{name!r}: recipe.evaluator({evaluator})}}" if evaluator else ""
-    head = "from grain_jax.config import recipe\nfrom tests import tiny\n\ndef get_config():\n"
+    evals = f", evals={{{name!r}: kinds.evaluator({evaluator})}}" if evaluator else ""
+    head = "from grain_jax.evaluate import kinds\nfrom tests import tiny\n\ndef get_config():\n"
     file.write_text(f"{head}    return tiny.dictionary(**{base!r}{evals})\n")
     return sweep_runs.make_runs(str(file), overrides, points, epath.Path(tmp_path))
 

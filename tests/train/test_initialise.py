@@ -13,6 +13,7 @@ from grain_jax.config import recipe
 from grain_jax.convert import tables
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
+from grain_jax.evaluate import kinds
 from grain_jax.models import grain
 from grain_jax.train import initialise, optim, sharding, train_step
 from tests import tiny
@@ -267,20 +268,20 @@ def _two_towers(**changes):
 
 
 def test_evaluations_that_need_regions_are_refused_before_the_run():
-    described = functools.partial(recipe.evaluator, "zeroshot", "seen", descriptions="D.json")
+    described = functools.partial(kinds.evaluator, "zeroshot", "seen", descriptions="D.json")
     for entry, fine in (
-        (recipe.evaluator("grounding", "test", annotations="A.jsonl"), False),
+        (kinds.evaluator("grounding", "test", annotations="A.jsonl"), False),
         (described(), False),
         (described(alphas=(1.0,)), True),
-        (recipe.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
-        (recipe.evaluator("retrieval", "test", annotations="A.jsonl"), True),
+        (kinds.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
+        (kinds.evaluator("retrieval", "test", annotations="A.jsonl"), True),
     ):
         c = _two_towers()
         c.evals.x = entry
         if fine:
-            assert config_lib.from_dict(c).evals["x"].kind == entry["kind"]
+            assert kinds.from_entries(c.evals.to_dict(), config_lib.from_dict(c).model)
             continue
-        said = "evals.x: got kind=[^\n]* has no regions[^\n]*$"
+        said = "evals.x.kind: got [^\n]*, which needs regions[^\n]*$"
         with pytest.raises(config_lib.ConfigError, match=said):
             config_lib.from_dict(c)
 
