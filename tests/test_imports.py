@@ -17,7 +17,7 @@ CHAINS = (
     (
         ("grain_jax, grain_jax.core.schema, grain_jax.config, grain_jax.cli.commands", HEAVY),
         (
-            "grain_jax.config.points, grain_jax.configs.eval",
+            "grain_jax.config.points, grain_jax.configs.eval, grain_jax.launch.sweep",
             HEAVY.replace("ml_collections", ""),
         ),
         ("grain_jax.input_pipeline.synthetic", "jax tensorflow torch flax"),

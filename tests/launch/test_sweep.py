@@ -3,7 +3,6 @@
 import csv
 import json
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -67,7 +66,7 @@ def test_every_point_is_checked_as_the_trainer_reads_it(tmp_path):
         "optim.learning_rte": (1.0, "no such key; did you mean optim.learning_rate?"),
         "optim": (3, "--config.optim=3: Failed to parse '3'"),
         "batch_size": (16.5, "--config.batch_size"),
-        "input.lanes": (3, "input.lanes: got 3, must divide batch_size 16"),
+        "input.lanes": (3, "input.lanes: got 3, expected a divisor of batch_size = 16"),
         "total_steps": (None, "total_steps: got None, expected a number"),
         "log_every": (2, "log_every: the sweep and the command line both set it"),
     }
@@ -78,13 +77,6 @@ def test_every_point_is_checked_as_the_trainer_reads_it(tmp_path):
     assert len(lines) == len(faults)
     for _, message in faults.values():
         assert sum(message in line for line in lines) == 1
-
-
-def test_a_point_unsets_the_other_length(tmp_path):
-    point = {"total_epochs": 0.5, "optim.warmup_epochs": 0.1, "input.name": "two words"}
-    (run,) = make(tmp_path, [point])  # the file has total_steps
-    assert run.config.total_steps is None and run.config.total_epochs == 0.5
-    assert run.config.input.name == "two words"
 
 
 def make(tmp_path, points, overrides=(), evaluator="", name="birds", **base):
@@ -228,14 +220,6 @@ def test_the_progress_has_no_eta_before_a_run_has_finished(tmp_path):
     assert any(line.startswith("1 of 2 runs finished, ETA ") for line in after)
 
 
-def test_the_time_left_is_that_of_the_runs_that_finished():
-    assert jobs.time_left([10.0, 20.0], [], 4, 1) == 60.0
-    assert jobs.time_left([10.0, 20.0], [5.0], 2, 1) == 40.0
-    assert jobs.time_left([10.0], [5.0, 10.0], 3, 2) == 17.5
-    assert jobs.time_left([10.0], [99.0], 1, 4) == 10.0  # one that is late adds nothing
-    assert jobs.time_left([10.0], [25.0], 0, 1) == 0.0
-
-
 def test_runs_that_share_a_data_set_wait_for_the_first_to_make_it(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(jobs.Runner, "run", lambda self: seen.update(ready=self.ready))
@@ -333,6 +317,9 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
     assert cells[10] == ["learning_rate=0.001", "0.6000", "0.5000", "0.7000", "2"]
     by_loss = sweep_table.ranked(rows, "loss", True)  # the mean of the last five; smaller is better
     assert [row.values["loss"] for row in by_loss] == [1.0, 1.0, 1.0, 6.5]
+    table = list(csv.DictReader(sweep_table.csv_text(rows, metric, False).splitlines()))
+    assert table[0]["run"] == "learning_rate=0.002,seed=0" and float(table[0][metric]) == 0.8
+    assert [row["step"] for row in table] == ["10", "10", "10", "4"]
     with pytest.raises(errors.UserError, match="did you mean eval/seen/chance"):
         sweep_table.check(rows, "eval/seen/chanse")
 
@@ -360,27 +347,6 @@ def test_the_best_run_comes_first(tmp_path, capsys, metric, best):
     assert printed[3].startswith(f"seed={best} ")
     with (tmp_path / "sweep.csv").open() as file:
         assert next(csv.DictReader(file))["run"] == f"seed={best}"
-
-
-def test_the_values_of_a_run(tmp_path):
-    """The mean of the last lines; a metric that these lack keeps its last value."""
-    (run,) = make(tmp_path, [{"seed": 0}])
-    pretend(run, 10)
-    path = run.folder / "metrics.jsonl"
-    first = json.dumps({"step": 1, "loss": 8.0, "images_per_second": 70.0})
-    path.write_text("\n".join([first, *path.read_text().splitlines()[1:]]) + "\n")
-    (row,) = sweep_table.read([run], [True])
-    assert row.values == {"loss": 1.0, "images_per_second": 70.0}
-
-
-def test_the_csv_has_every_metric(tmp_path):
-    _, rows = table_of(tmp_path)
-    metric = sweep_table.default_metric(rows)
-    table = list(csv.DictReader(sweep_table.csv_text(rows, metric, False).splitlines()))
-    assert table[0]["run"] == "learning_rate=0.002,seed=0"
-    assert float(table[0]["optim.learning_rate"]) == 2e-3 and float(table[0][metric]) == 0.8
-    assert [row["step"] for row in table] == ["10", "10", "10", "4"]
-    assert float(table[1]["eval/seen/chance"]) == 0.1
 
 
 @pytest.mark.slow
@@ -412,9 +378,3 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
     assert "1 of 1 runs finished before" in said and "started" not in said
     with pytest.raises(errors.UserError, match="did you mean loss"):
         launch("--metric", "los")
-
-
-def test_the_command_loads_no_jax():
-    code = "import sys, grain_jax.launch.sweep; print(sorted({'jax', 'tensorflow'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
