@@ -48,7 +48,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flag, text, name, argument",
     [
-        ("config", "finetune:open_clip:B/32", "finetune", ":open_clip:B/32"),
+        ("config", "finetune:hf://a/b", "finetune", ":hf://a/b"),
         ("config", "configs/own.py:S/16", "own", ":S/16"),
         ("sweep", "learning_rate", "sweeps/learning_rate", ""),
         ("sweep", "configs/sweeps/learning_rate.py", "sweeps/learning_rate", ""),

@@ -9,14 +9,13 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import digests, saved_model, states
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.config import recipe
 from grain_jax.convert import tables
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 from grain_jax.evaluate import kinds
 from grain_jax.models import grain
 from grain_jax.train import initialise, optim, sharding, train_step
-from tests import tiny
+from tests import siglip, tiny
 from tests.paths import GOLDENS
 
 
@@ -72,7 +71,9 @@ def _golden(which, folder):
 def _siglip(path, **overrides):
     """A tiny run whose towers are those of the golden, with images and texts larger than there."""
     c = tiny.dictionary()
-    recipe.towers_of(c, "siglip")
+    c.model.image.update(siglip.IMAGE)
+    c.model.text.update(siglip.TEXT)
+    c.text.packing = False
     c.model.image.update(image_size=48, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.text.update(vocab_size=300, context_length=24, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.text.projection = "affine"
