@@ -80,7 +80,7 @@ class Local(Command, name="local"):
     processes: int
     devices_per_process: int = 1
     grace: float = flag(30.0, low=0)
-    words: list[str] = flag(name="command")
+    command_line: list[str] = flag(name="command")
 
 
 class LaunchFiles(Command, name="launch-files"):

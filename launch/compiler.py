@@ -221,6 +221,6 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
     for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
         name = re.search(r'op_name="([^"]*)"', entry)
-        words = (part[1] if part else "?" for part in (shape, name))
-        largest.append((_bytes(entry.split()[0]), *words))
+        facts = (part[1] if part else "?" for part in (shape, name))
+        largest.append((_bytes(entry.split()[0]), *facts))
     return _bytes(sizes[1]), _bytes(sizes[2]), largest

@@ -161,10 +161,10 @@ class Module:
 def _balanced(text: str, start: int) -> int:
     """The index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
         if not depth:
-            return at + 1
+            return index + 1
     raise ValueError(f"HLO: no closing parenthesis in {text[:120]!r}")
 
 
@@ -198,9 +198,9 @@ def parse(text: str) -> Module:
     entry = ""
     for is_entry, name, body in _COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", text)):
         lines = [line.strip() for line in body.splitlines() if " = " in line]
-        found = [_parse_instruction(line) for line in lines]
-        root = next((i for i, x in zip(found, lines) if x.startswith("ROOT ")), found[-1])
-        computations[name] = Computation(name, {i.name: i for i in found}, root)
+        parsed = [_parse_instruction(line) for line in lines]
+        root = next((i for i, x in zip(parsed, lines) if x.startswith("ROOT ")), parsed[-1])
+        computations[name] = Computation(name, {i.name: i for i in parsed}, root)
         entry = name if is_entry else entry
     if not entry:
         raise ValueError("HLO: no ENTRY computation; expected the text of compiled.as_text()")
@@ -270,9 +270,9 @@ def _value(computations, computation, name, arguments=None) -> _Value | None:
     if opcode in ("copy", "bitcast", "convert", "reshape"):
         return inputs[0]
     if opcode == "add" and None not in inputs:
-        for one, other in (inputs, inputs[::-1]):
+        for value, other in (inputs, inputs[::-1]):
             if other.slot is None:
-                return _Value(one.slot, one.offset + other.offset)
+                return _Value(value.slot, value.offset + other.offset)
     return None
 
 

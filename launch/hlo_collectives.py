@@ -81,10 +81,10 @@ def _iota(text: str) -> np.ndarray:
 
 def _ring(pairs: list[list[int]]) -> int:
     """Chips of the ring, or of the chain, that begins with the first pair."""
-    targets, at, seen = dict(pairs), pairs[0][0], set()
-    while at is not None and at not in seen:
-        seen.add(at)
-        at = targets.get(at)
+    targets, chip, seen = dict(pairs), pairs[0][0], set()
+    while chip is not None and chip not in seen:
+        seen.add(chip)
+        chip = targets.get(chip)
     return len(seen)
 
 
@@ -182,10 +182,10 @@ def collectives(
         transfers = []
         for instruction in computation.instructions.values():
             if instruction.opcode == "send" and "_xla_megascale_transfer_type=" in instruction.rest:
-                found = _across(module, computation, instruction, in_loop, slices)
+                transfer = _across(module, computation, instruction, in_loop, slices)
             else:
-                found = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
-            transfers += [found] if found else []
+                transfer = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
+            transfers += [transfer] if transfer else []
         for (sort, payload, _), work in zip(transfers, _shares(module, computation, transfers)):
             sums[sort] += times * np.array([1.0, payload, *work])
     rows = [
@@ -237,12 +237,12 @@ def _shares(module, computation, transfers) -> list[hlo_work.Work]:
     for _, payload, between in transfers:
         for instruction in between:
             under_way[instruction.name] += payload
-    of = {
+    work_by_name = {
         n: hlo_work.work_of(module, computation, [computation.instructions[n]]) for n in under_way
     }
     shares = []
     for _, payload, between in transfers:
-        parts = [(of[i.name], payload / max(under_way[i.name], 1)) for i in between]
+        parts = [(work_by_name[i.name], payload / max(under_way[i.name], 1)) for i in between]
         shares.append(hlo_work.Work(*(sum(part * w[n] for w, part in parts) for n in range(2))))
     return shares
 
@@ -261,5 +261,5 @@ def _ways(module: Module, computation: Computation) -> int:
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The axes along which chips of one group differ."""
-    places = np.asarray(np.unravel_index(groups, tuple(mesh.values())))  # [axis, group, member]
-    return tuple(name for name, at in zip(mesh, places) if (at != at[:, :1]).any())
+    positions = np.asarray(np.unravel_index(groups, tuple(mesh.values())))  # [axis, group, member]
+    return tuple(name for name, index in zip(mesh, positions) if (index != index[:, :1]).any())

@@ -127,9 +127,9 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
         dilate = setting("lhs_dilate", 1)
         result = np.arange(out[labels[3].index(label)])[:, None] * setting("stride", 1)
         steps = np.arange(kernel[labels[2].index(label)]) * setting("rhs_dilate", 1)
-        at = result + steps - setting("pad", 0)
-        inside = (at >= 0) & (at <= (left[labels[1].index(label)] - 1) * dilate)
-        count *= int((inside & (at % dilate == 0)).sum())
+        positions = result + steps - setting("pad", 0)
+        inside = (positions >= 0) & (positions <= (left[labels[1].index(label)] - 1) * dilate)
+        count *= int((inside & (positions % dilate == 0)).sum())
     return 2.0 * count
 
 
@@ -191,8 +191,8 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
 
 def _read_of_parameter(module: Module, computation: Computation, number: int) -> float:
     """Bytes that a fused computation reads of the operand of that number."""
-    found = computation.parameters.get(number)
-    return _read(module, computation, found.name) if found else 0.0
+    parameter = computation.parameters.get(number)
+    return _read(module, computation, parameter.name) if parameter else 0.0
 
 
 def _read(module: Module, computation: Computation, name: str) -> float:

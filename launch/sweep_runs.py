@@ -92,13 +92,13 @@ def make_runs(
     Raises:
       UserError: a line for every fault of the points.
     """
-    given = {word.partition("=")[0].removeprefix("--config.") for word in overrides}
+    set_here = {word.partition("=")[0].removeprefix("--config.") for word in overrides}
     differ, runs = _differing(points), []
     faults: dict[str, str] = {}  # fault -> the first point that has it
     for name, point in zip(name_points(points), points):
-        words = (*overrides, *(f"--config.{key}={value}" for key, value in point.items()))
+        flags = (*overrides, *(f"--config.{key}={value}" for key, value in point.items()))
         try:
-            for key in given & {*point}:
+            for key in set_here & {*point}:
                 raise errors.UserError(
                     f"{key}: the sweep and the command line both set it; leave one out"
                 )
@@ -107,7 +107,7 @@ def make_runs(
                     raise errors.UserError(
                         f"{key}: got {value!r}, expected a number, a string, a bool, a tuple or a list"
                     )
-            config = loading.load(file, words)
+            config = loading.load(file, flags)
             kinds.from_entries(config.evals, config.model)
         except errors.UserError as error:
             for line in str(error).splitlines():
@@ -115,7 +115,7 @@ def make_runs(
             continue
         values = config_lib.flatten(dataclasses.asdict(config))
         swept = {key: values[key] for key in differ if key in values}
-        arguments = (f"--config={file}", *words, f"--workdir={workdir / name}")
+        arguments = (f"--config={file}", *flags, f"--workdir={workdir / name}")
         runs.append(SweepRun(name, swept, config, arguments, workdir / name))
     if faults:
         raise errors.UserError("\n".join(f"{line} (in {name})" for line, name in faults.items()))

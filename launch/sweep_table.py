@@ -111,7 +111,7 @@ def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
             groups.setdefault(", ".join(others), []).append(row.values[metric])
     if SEED in axes and len(axes) > 1 and groups:
         means = [
-            [title, *(f"{of(x):.4f}" for of in (fmean, min, max)), str(len(x))]
+            [title, *(f"{statistic(x):.4f}" for statistic in (fmean, min, max)), str(len(x))]
             for title, x in sorted(groups.items(), key=lambda g: fmean(g[1]), reverse=not lower)
         ]
         header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]

@@ -49,15 +49,15 @@ def test_the_loss_term_keeps_queries_apart(module):
     c = tiny.config(loss__terms__apart={"term": "my_loss:apart", "weight": 0.25, "margin": 0.1})
     ((term, weight),) = [x for x in losses.terms_of(c.loss) if x[0].name == "apart"]
     outputs = _outputs(c)
-    found = term.function(types.SimpleNamespace(outputs=outputs))
+    output = term.function(types.SimpleNamespace(outputs=outputs))
     x = np.asarray(outputs.region_embed, np.float64)
     apart = ~np.eye(x.shape[1], dtype=bool)
     expected = [
         (np.maximum(cosine[apart] - 0.1, 0) ** 2).mean()
         for cosine in np.einsum("bqd,brd->bqr", x, x)
     ]
-    assert (weight, found.count) == (0.25, len(x))
-    np.testing.assert_allclose(found.sum, np.sum(expected), rtol=1e-5)
+    assert (weight, output.count) == (0.25, len(x))
+    np.testing.assert_allclose(output.sum, np.sum(expected), rtol=1e-5)
 
 
 def test_the_evaluator_measures_the_lead_of_the_right_class(module, tmp_path):

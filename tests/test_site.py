@@ -141,20 +141,20 @@ class _Silent(http.server.SimpleHTTPRequestHandler):
     ["index", "commands/train", "config_keys", "api/losses", "howto/evaluator", "diagnostics"],
 )
 def test_a_page_in_a_browser(address, page, width, dark):
-    with browser.opened(f"{address}/{page}.html", width=width, dark=dark) as found:
-        assert found.complaints() == [] and found.broken_pictures() == []
+    with browser.opened(f"{address}/{page}.html", width=width, dark=dark) as opened:
+        assert opened.complaints() == [] and opened.broken_pictures() == []
         wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert found.page.evaluate(wide) == 0
+        assert opened.page.evaluate(wide) == 0
         background = "getComputedStyle(document.body).backgroundColor"
-        assert (found.page.evaluate(background) == "rgb(255, 255, 255)") is not dark
+        assert (opened.page.evaluate(background) == "rgb(255, 255, 255)") is not dark
 
 
 @pytest.mark.slow
 def test_the_search_finds_a_key(address):
-    with browser.opened(f"{address}/index.html") as found:
-        found.page.click("input.md-search__input")
-        found.page.keyboard.type("layer_decay", delay=60)
-        first = found.page.locator(".md-search-result__item a").first
+    with browser.opened(f"{address}/index.html") as opened:
+        opened.page.click("input.md-search__input")
+        opened.page.keyboard.type("layer_decay", delay=60)
+        first = opened.page.locator(".md-search-result__item a").first
         first.wait_for()
         assert "config_keys.html" in first.get_attribute("href")
-        assert found.complaints() == []
+        assert opened.complaints() == []

@@ -19,7 +19,7 @@ def index() -> str:
 def pages() -> dict[str, str]:
     """Path on the site -> the text of the page."""
     parsers = commands.parsers(COMMANDS)
-    found = {}
+    by_path = {}
     for name, parser in parsers.items():
         text = f"# grain-jax {name}\n\n{_about(parser)}"
         if parser.kinds:
@@ -29,8 +29,8 @@ def pages() -> dict[str, str]:
         else:
             text += _flags(parser, "##", "")
         if " " not in name:
-            found[f"commands/{name}.md"] = text + "\n"
-    return found
+            by_path[f"commands/{name}.md"] = text + "\n"
+    return by_path
 
 
 def _about(parser: Parser) -> str:
@@ -54,8 +54,8 @@ def _flag(flag: Flag, prefix: str) -> str:
     if flag.default is not None and "(default" not in flag.help and flag.metavar:
         facts.append(f"default `{flag.default}`")
     name = f"{flag.name} {flag.metavar}".strip()
-    words = flag.help[:1].upper() + flag.help[1:]
-    text = f"#### `{name}` {{ #{prefix}{_slug(flag.name)} }}\n\n{_plain(words)}"
+    help = flag.help[:1].upper() + flag.help[1:]
+    text = f"#### `{name}` {{ #{prefix}{_slug(flag.name)} }}\n\n{_plain(help)}"
     return text + (f"\n\n{' · '.join(facts)}\n{{ .facts }}" if facts else "")
 
 
@@ -67,5 +67,5 @@ def _plain(text: str) -> str:
 
 
 def _slug(text: str) -> str:
-    words = "".join(letter if letter.isalnum() else " " for letter in text).split()
-    return "-".join(words).lower()
+    parts = "".join(letter if letter.isalnum() else " " for letter in text).split()
+    return "-".join(parts).lower()

@@ -20,8 +20,8 @@ def markdown() -> str:
     parts += _section("Every evaluator", listed(base.Evaluator, "evals.NAME"), "every")
     for kind in kinds.KINDS:
         items = listed(kinds.find(kind), "evals.NAME")
-        own = [item for item in items if item.key.name not in COMMON]
-        parts += _section(f"Evaluator of kind `{kind}`", own, kind)
+        options = [item for item in items if item.key.name not in COMMON]
+        parts += _section(f"Evaluator of kind `{kind}`", options, kind)
     parts += _section("A suite", listed(kinds.Suite), "suite")
     return "\n\n".join(parts)
 

@@ -35,20 +35,20 @@ def parsers(table: Table) -> dict[str, Parser]:
 
 def run(table: Table, arguments: Sequence[str] | None = None) -> None:
     """Runs `grain-jax COMMAND ...`; exits with the status of the command."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    line = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:  # the folder that the command is started in
         sys.path.append("")  # last: `module:Name` of a user is found, and hides nothing
-    process.run(lambda words: _run(table, words or []), words)
+    process.run(lambda line: _run(table, line or []), line)
 
 
-def _run(table: Table, words: Sequence[str]) -> int | None:
-    if not words or words[0] in ("-h", "--help", "help"):
+def _run(table: Table, line: Sequence[str]) -> int | None:
+    if not line or line[0] in ("-h", "--help", "help"):
         print(help_text(table))
-        return 0 if words else process.USAGE_ERROR
-    if words[0] in ("--version", "-V", "version"):
+        return 0 if line else process.USAGE_ERROR
+    if line[0] in ("--version", "-V", "version"):
         print(version())
         return 0
-    name, *rest = words
+    name, *rest = line
     if name not in table:
         known = [*table, "--help", "--version"]
         process.fail(f"grain-jax {name}: no such command; {nearest.did_you_mean(name, known)}")
@@ -83,6 +83,6 @@ def version() -> str:
     return "\n".join(lines)
 
 
-def _import(place: str) -> Any:
-    module, _, name = place.partition(":")
+def _import(reference: str) -> Any:
+    module, _, name = reference.partition(":")
     return getattr(importlib.import_module(f"grain_jax.{module}"), name)

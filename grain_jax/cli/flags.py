@@ -48,9 +48,9 @@ def number(
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
+            expected = "a whole number" if kind is int else "a number"
             bounds = f"in {low}..{high}" if high < math.inf else f"of at least {low:g}"
-            raise ValueError(f"got {text[:40]!r}, expected {what} {bounds}")
+            raise ValueError(f"got {text[:40]!r}, expected {expected} {bounds}")
         return value
 
     return parse

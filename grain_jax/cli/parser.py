@@ -69,9 +69,9 @@ class Command(argparse.Namespace):
         return inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].rstrip(".")
 
     @classmethod
-    def parse(cls, words: Sequence[str] | None = None) -> Self:
+    def parse(cls, arguments: Sequence[str] | None = None) -> Self:
         """The arguments (by default those of the process). Raises UserError: a line, status 2."""
-        return Parser(cls).parse_args(words)
+        return Parser(cls).parse_args(arguments)
 
 
 class Configured(Command):
@@ -185,83 +185,83 @@ class Parser:
     def format_help(self) -> str:
         """Everything about the command."""
         kinds = {name: kind.about for name, kind in self.kinds.items()}
-        return help_text.of(self.prog, self.about, self.more, kinds, self.groups, self.example)
+        return help_text.render(self.prog, self.about, self.more, kinds, self.groups, self.example)
 
     # Parsing.
 
-    def parse_args(self, words: Sequence[str] | None = None) -> Any:
+    def parse_args(self, arguments: Sequence[str] | None = None) -> Any:
         """The arguments, as the declared dataclass; of a command with kinds that of the kind. Raises UserError."""
-        rest = list(sys.argv[1:] if words is None else map(str, words))
+        rest = list(sys.argv[1:] if arguments is None else map(str, arguments))
         if self._declared.kinds:
             return self._parse_kind(rest)
-        given: dict[str, Any] = {self._overrides: [], self._unknown: []}
+        parsed: dict[str, Any] = {self._overrides: [], self._unknown: []}
         loose: list[str] = []
         while rest:
             word = rest.pop(0)
             key = f"--{word.lstrip('-')}"
             if self._command and (word == "--" or not word.startswith("-")):
-                given[self._command] = rest[:] if word == "--" else [word, *rest]
+                parsed[self._command] = rest[:] if word == "--" else [word, *rest]
                 break
             if word == "--":
-                (given[self._unknown] if self._unknown else loose).extend(rest)
+                (parsed[self._unknown] if self._unknown else loose).extend(rest)
                 break
             if not re.match(r"--?[A-Za-z]", word):
-                (given[self._unknown] if self._unknown else loose).append(word)
+                (parsed[self._unknown] if self._unknown else loose).append(word)
             elif self._overrides and key.startswith("--config."):
                 if "=" not in key and rest and not rest[0].startswith("--"):
                     key += f"={rest.pop(0)}"
-                given[self._overrides].append(key)
+                parsed[self._overrides].append(key)
             else:
-                self._take(word, rest, given)
-        if "help_config" in given:
+                self._take(word, rest, parsed)
+        if "help_config" in parsed:
             from grain_jax.config import key_help  # ml_collections
 
             print(
-                key_help.show(given["help_config"], given.get("config"), given[self._overrides]),
+                key_help.show(parsed["help_config"], parsed.get("config"), parsed[self._overrides]),
                 end="",
             )
             sys.exit(0)
-        self._take_loose(loose, given)
-        self._check_needed(given)
+        self._take_loose(loose, parsed)
+        self._check_needed(parsed)
         try:
-            return _filled(self._declared, given)
+            return _filled(self._declared, parsed)
         except ValueError as error:
             self._error(str(error))
 
-    def _parse_kind(self, words: list[str]) -> Any:
+    def _parse_kind(self, arguments: list[str]) -> Any:
         kinds = self._declared.kinds
-        place = self._place_of_kind(words)
+        place = self._place_of_kind(arguments)
         if place is None:
-            if {"-h", "--help"} & set(words):
+            if {"-h", "--help"} & set(arguments):
                 self._help()
             self._error(f"expected a kind first: {', '.join(kinds)}")
-        name = words.pop(place)
+        name = arguments.pop(place)
         if name not in kinds:
             self._error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
-        return self.kinds[name].parse_args(words)
+        return self.kinds[name].parse_args(arguments)
 
-    def _place_of_kind(self, words: Sequence[str]) -> int | None:
+    def _place_of_kind(self, arguments: Sequence[str]) -> int | None:
         """The index of the first word that is neither a flag nor a value of one."""
         index = 0
-        while index < len(words) and words[index].startswith("-"):
-            word, index = words[index], index + 1
+        while index < len(arguments) and arguments[index].startswith("-"):
+            word, index = arguments[index], index + 1
             flags = [
                 parser._flags[name]
                 for parser in self.kinds.values()
                 if (name := parser._declared_as(word)) in parser._flags
             ]
             if any(flag and flag.many for flag in flags):
-                while index < len(words) and not words[index].startswith("-"):
+                while index < len(arguments) and not arguments[index].startswith("-"):
                     index += 1
             elif "=" not in word and not (flags and all(map(_is_switch, flags))):
                 index += 1
-        return index if index < len(words) else None
+        return index if index < len(arguments) else None
 
     def _help(self) -> NoReturn:
         print(self.format_help(), end="")
         sys.exit(0)
 
-    def _take(self, word: str, rest: list[str], given: dict[str, Any]) -> None:
+    def _take(self, word: str, rest: list[str], parsed: dict[str, Any]) -> None:
         """Takes a flag with its values, which stand in the word or in `rest`, into the fields that are `given`."""
         spelled, equals, value = word.partition("=")
         flag = self._declared_as(spelled)
@@ -270,7 +270,7 @@ class Parser:
         if flag not in self._flags:
             near = self._near(flag)
             if self._unknown and (near is None or nearest.likeness(flag, near) < 0.8):
-                given[self._unknown].append(word)
+                parsed[self._unknown].append(word)
                 return
             hint = f"did you mean {near}?" if near else f"{self.prog} --help lists them"
             self._error(f"{spelled}: no such flag; {hint}")
@@ -279,66 +279,66 @@ class Parser:
             truth = _TRUTH.get(value.lower()) if equals else True
             if truth is None:
                 self._error(f"{flag}: got {value!r}, expected true or false, or {flag} alone")
-            given[shown.field.name] = truth != flag.startswith("--no-")
+            parsed[shown.field.name] = truth != flag.startswith("--no-")
             return
         values = [value] if equals else []
         several = shown is not None and shown.many
         while rest and not equals and (several or not values) and not self._is_flag(rest[0]):
             values.append(rest.pop(0))
         if shown is None:
-            given["help_config"] = "".join(values)
+            parsed["help_config"] = "".join(values)
             return
         if not values:
             after = f", but the flag --{rest[0].lstrip('-')} after it" if rest else ""
             expected = f"{flag} {shown.metavar}, or {flag}=VALUE where that begins with --"
             self._error(f"{flag}: has no value{after}; expected {expected}")
-        self._set(shown, values, given)
+        self._set(shown, values, parsed)
 
-    def _set(self, shown: Flag, texts: Sequence[str], given: dict[str, Any]) -> None:
+    def _set(self, shown: Flag, texts: Sequence[str], parsed: dict[str, Any]) -> None:
         field = shown.field
         try:
             values = [_value(shown, text) for text in texts]
         except ValueError as error:
             self._error(f"{shown.name}: {error}")
-        before = given.get(field.name, ())
+        before = parsed.get(field.name, ())
         if typing.get_origin(field.type) is list:
-            given[field.name] = [*before, *values]
+            parsed[field.name] = [*before, *values]
         elif field.metadata.get("union"):
-            given[field.name] = tuple(dict.fromkeys((*before, *values[0])))
+            parsed[field.name] = tuple(dict.fromkeys((*before, *values[0])))
         else:
-            (given[field.name],) = values
+            (parsed[field.name],) = values
 
-    def _take_loose(self, words: list[str], given: dict[str, Any]) -> None:
+    def _take_loose(self, arguments: list[str], parsed: dict[str, Any]) -> None:
         """Takes the words of positional arguments."""
         for shown in self._listed():
-            if not shown.name.startswith("--") and words:
-                taken = len(words) if shown.many else 1
-                self._set(shown, words[:taken], given)
-                words = words[taken:]
-        if words:
-            self._error(f"{words[0]}: expected a flag; {self.prog} --help lists them")
+            if not shown.name.startswith("--") and arguments:
+                taken = len(arguments) if shown.many else 1
+                self._set(shown, arguments[:taken], parsed)
+                arguments = arguments[taken:]
+        if arguments:
+            self._error(f"{arguments[0]}: expected a flag; {self.prog} --help lists them")
 
     def _listed(self) -> list[Flag]:
         return [flag for flags in self.groups.values() for flag in flags if flag.field]
 
-    def _check_needed(self, given: Mapping[str, Any]) -> None:
+    def _check_needed(self, parsed: Mapping[str, Any]) -> None:
         missing = []
         for shown in self._listed():
             unless = self._flags.get(shown.field.metadata.get("unless", ""))
-            if not shown.required or (unless and given.get(unless.field.name)):
+            if not shown.required or (unless and parsed.get(unless.field.name)):
                 continue
-            if given.get(shown.field.name, []) == []:
+            if parsed.get(shown.field.name, []) == []:
                 missing.append(shown)
-            elif given[shown.field.name] == "" and shown.metavar:
+            elif parsed[shown.field.name] == "" and shown.metavar:
                 self._error(f"{shown.name}: got an empty text, expected {shown.metavar}")
         if missing:
-            names = ", ".join(f"{one.name} {one.metavar}".strip() for one in missing)
+            names = ", ".join(f"{flag.name} {flag.metavar}".strip() for flag in missing)
             all_of = f"{self.prog} --help says what they are"
             self._error(f"{names}: missing; {missing[0].help if len(missing) == 1 else all_of}")
 
-    def _declared_as(self, given: str) -> str:
+    def _declared_as(self, parsed: str) -> str:
         """The flag as it is declared; one that is not, with hyphens."""
-        flag = "--" + given.lstrip("-").replace("_", "-")
+        flag = "--" + parsed.lstrip("-").replace("_", "-")
         return self._also.get(flag, flag)
 
     def _is_flag(self, word: str) -> bool:
@@ -360,7 +360,7 @@ class Parser:
 
 def _sections(declared: type) -> tuple[str, dict[str, str]]:
     """The text of a docstring, and title -> lines of its sections, those of bases and groups of fields included."""
-    text, found = "", {}
+    text, sections = "", {}
     bases = [base for base in declared.__mro__ if dataclasses.is_dataclass(base)]
     for base in sorted(reversed(bases), key=lambda base: bool(vars(base).get("last"))):
         parts = inspect.cleandoc(base.__doc__ or "").split("\n\n")
@@ -370,11 +370,11 @@ def _sections(declared: type) -> tuple[str, dict[str, str]]:
         for part in parts:
             if part not in paragraphs:
                 title, _, lines = part.partition(":\n")
-                found[title] = "\n".join(filter(None, [found.get(title), lines]))
+                sections[title] = "\n".join(filter(None, [sections.get(title), lines]))
         for field in dataclasses.fields(base) if base is declared else ():
             if _is_group(field):
-                found |= _sections(_kind_of(field))[1]
-    return text, found
+                sections |= _sections(_kind_of(field))[1]
+    return text, sections
 
 
 def _fields(declared: type) -> Iterator[dataclasses.Field]:
@@ -420,10 +420,10 @@ def _value(shown: Flag, text: str) -> Any:
 
 def _filled(declared: type, values: Mapping[str, Any]) -> Any:
     """The dataclass with those of the values that its flags gave."""
-    given = {}
+    parsed = {}
     for field in dataclasses.fields(declared):
         if _is_group(field):
-            given[field.name] = _filled(_kind_of(field), values)
+            parsed[field.name] = _filled(_kind_of(field), values)
         elif field.name in values:
-            given[field.name] = values[field.name]
-    return declared(**given)
+            parsed[field.name] = values[field.name]
+    return declared(**parsed)

@@ -41,12 +41,10 @@ def _line(part: Config | Model, names: str, expected: str) -> str:
     """The line of a fault, with the values of the keys."""
     if not names:
         return expected
-    values = []
-    for name in names.split(", "):
-        path = name.removeprefix("model.") if isinstance(part, Model) else name
-        get = lambda group, key: group.get(key) if isinstance(group, dict) else getattr(group, key)
-        values.append(str(functools.reduce(get, path.split("."), part)))
-    return f"{names}: got {', '.join(values)}, expected {expected}"
+    get = lambda group, key: group.get(key) if isinstance(group, dict) else getattr(group, key)
+    paths = names.replace("model.", "") if isinstance(part, Model) else names
+    values = [functools.reduce(get, path.split("."), part) for path in paths.split(", ")]
+    return f"{names}: got {', '.join(map(str, values))}, expected {expected}"
 
 
 def _model(model: Model) -> Iterator[Fault]:
@@ -216,7 +214,10 @@ def _terms(config: Config) -> Iterator[Fault]:
         weight = entry.get("weight")
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if name in names or not re.fullmatch(r"[a-z]\w*", name):
-            yield f"loss.terms.{name}", "a name of letters, digits and _ that is no key of loss"
+            yield (
+                "",
+                f"loss.terms.{name}: expected a name of letters, digits and _ that is no key of loss",
+            )
         if not isinstance(entry.get("term"), str):
             yield f"loss.terms.{name}.term", "module:function"
         if not is_number or not abs(weight) < math.inf:

@@ -59,6 +59,6 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
         name for name in values if name.startswith(f"{prefix or 'evals'}.") and "evals." in name
     ]
     lines += [f"{name} = {values[name]!r}" for name in evals]
-    what = f"of {config}" if config else "with their defaults"
-    head = f"{len(shown) + len(evals)} config keys {what}; --config.KEY=VALUE sets one."
+    source = f"of {config}" if config else "with their defaults"
+    head = f"{len(shown) + len(evals)} config keys {source}; --config.KEY=VALUE sets one."
     return "\n".join([head, "", *lines, ""])

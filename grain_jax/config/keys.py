@@ -204,33 +204,33 @@ def listed(cls: type, path: str = "", role: Role | None = None) -> Iterator[Item
       role: the role of that group.
     """
     for name, key in keys_of(cls).items():
-        own = key.declared.get("role") or role
+        own_role = key.declared.get("role") or role
         name = f"{path}.{name}" if path else name
         inner, is_list = key.group
         if inner is None or is_list or inner is not key.kind:
-            yield Item(name, key, own, key.default)
+            yield Item(name, key, own_role, key.default)
         if inner is not None:
-            yield from listed(inner, name + "[]" * is_list, own)
+            yield from listed(inner, name + "[]" * is_list, own_role)
 
 
 def walk(part: Any, path: str = "", role: Role | None = None) -> Iterator[Item]:
     """Every key with its value, of an instance of a class as in `listed`."""
 
-    def inside(name: str, key: Key, own: Role | None, value: Any) -> Iterator[Item]:
+    def inside(name: str, key: Key, own_role: Role | None, value: Any) -> Iterator[Item]:
         if dataclasses.is_dataclass(value):
-            yield from walk(value, name, own)
+            yield from walk(value, name, own_role)
         elif isinstance(value, Mapping):
             for inner_name, inner in value.items():
-                yield from inside(f"{name}.{inner_name}", key, own, inner)
+                yield from inside(f"{name}.{inner_name}", key, own_role, inner)
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for i, inner in enumerate(value):
-                yield from walk(inner, f"{name}[{i}]", own)
+                yield from walk(inner, f"{name}[{i}]", own_role)
         else:
-            yield Item(name, key, own, value)
+            yield Item(name, key, own_role, value)
 
     for name, key in keys_of(type(part)).items():
-        own = key.declared.get("role") or role
-        yield from inside(f"{path}.{name}" if path else name, key, own, getattr(part, name))
+        own_role = key.declared.get("role") or role
+        yield from inside(f"{path}.{name}" if path else name, key, own_role, getattr(part, name))
 
 
 def select(config: Any, roles: Collection[Role]) -> dict[str, Any]:

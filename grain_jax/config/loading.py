@@ -49,12 +49,12 @@ def load(
     if not file:
         raise errors.UserError("--config: missing; e.g. --config demo, or a file of your own")
     path, argument = find(file, "config")
-    words = ["grain-jax", f"--config={path}{argument}"]
+    arguments = ["grain-jax", f"--config={path}{argument}"]
     texts: dict[str, str] = {}
     plain = []  # overrides that ml_collections parses
     try:
         with running_file(path, "config"):
-            read = _parse(words)  # the file alone, to know its keys
+            read = _parse(arguments)  # the file alone, to know its keys
             if not isinstance(read, ConfigDict):
                 raise TypeError(f"get_config() returned {read!r}, expected a ConfigDict")
             known = _keys(read)
@@ -67,7 +67,7 @@ def load(
                 _check_removal(key, text)
             elif key in known and not (key in _PAIRS and text == "None"):
                 plain.append(word)
-        config = _parse([*words, *plain]).copy_and_resolve_references().unlock()
+        config = _parse([*arguments, *plain]).copy_and_resolve_references().unlock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, errors.UserError):
             raise
@@ -93,11 +93,11 @@ def load(
         return resolve(config)
 
 
-def _parse(words: list[str]) -> Any:
+def _parse(arguments: list[str]) -> Any:
     """The value of ml_collections' flag for these words; the first one is the program's name."""
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=words)
-    values(words)
+    holder = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=arguments)
+    values(arguments)
     return holder.value
 
 

@@ -81,8 +81,8 @@ def _group(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
     full = {name: f"{path}.{name}" if path else str(name) for name in [*known, *value]}
     for name in value:
         if name not in known:
-            words = unknown_key(full[name], [full[key] for key in known])
-            faults.append(f"{full[name]}: {words}")
+            hint = unknown_key(full[name], [full[key] for key in known])
+            faults.append(f"{full[name]}: {hint}")
     for name, key in known.items():
         if key.declared.get("options_of"):
             values[name] = _options(key, value, path, faults)
@@ -121,7 +121,8 @@ def _convert(key: Key, value: Any, path: str, faults: list[str]) -> Any:
 
 
 def _expected(key: Key) -> str:
-    return ", ".join(filter(None, [key.type_words, key.values_words]))
+    is_named = key.declared.get("choices") or key.declared.get("built_in")
+    return ", ".join(filter(None, ["" if is_named else key.type_words, key.values_words]))
 
 
 def _entries(value: Any, path: str, faults: list[str]) -> dict[str, Entry]:

@@ -68,9 +68,9 @@ def test_a_command_is_listed_and_has_its_function(name):
 def test_the_example_of_each_help_parses():
     for name, parser in PARSERS.items():
         for line in parser.example.replace("\\\n", " ").splitlines():
-            words = shlex.split(line)
-            assert words[:2] == ["grain-jax", name.split()[0]]
-            commands.declared(COMMANDS, words[1]).parse(words[2:])
+            line = shlex.split(line)
+            assert line[:2] == ["grain-jax", name.split()[0]]
+            commands.declared(COMMANDS, line[1]).parse(line[2:])
 
 
 # What is typed -> what is suggested: in commands, flags and config keys (of `train`).
@@ -95,24 +95,24 @@ def test_typing_errors_each_get_one_line(typed, right, capsys, monkeypatch):
     assert f"did you mean {right}?" in line
 
 
-def _load(words):
+def _load(line):
     from grain_jax.config import loading
     from grain_jax.train import arguments as train
 
-    args = train.Train.parse(words)
+    args = train.Train.parse(line)
     loading.load(args.config, args.overrides)
 
 
 @pytest.mark.parametrize(
-    "name, words, expected",
+    "name, line, expected",
     [
         ("train", "--config demo --workdir x --process_id=1 --stall_seconds 9", {"process_id": 1}),
         ("convert", "from-hf --checkpoint a --output b", {"input": "a"}),
         ("plan", "--config demo --topology v5e:2x2 --json a", {"output": "a"}),
     ],
 )
-def test_other_spellings(name, words, expected):
-    args = commands.declared(COMMANDS, name).parse(words.split())
+def test_other_spellings(name, line, expected):
+    args = commands.declared(COMMANDS, name).parse(line.split())
     assert {key: getattr(args, key) for key in expected} == expected
 
 

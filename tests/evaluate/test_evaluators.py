@@ -68,14 +68,14 @@ FAULTS = [
     ),
     (
         {"kind": "zeroshot", "names": "yes", "alphas": 1.0, "missing": None},
-        "missing: got None, expected str, one of error, skip",
+        "missing: got None, expected one of error, skip",
         "alphas: got 1.0, expected tuple of float",
         "names: got 'yes', expected bool",
     ),
     (
         {"kind": "zeroshot", "region_order": "x", "missing": "y"},
-        "missing: got 'y', expected str, one of error, skip",
-        "region_order: got 'x', expected str, one of queries, descriptions",
+        "missing: got 'y', expected one of error, skip",
+        "region_order: got 'x', expected one of queries, descriptions",
     ),
     (
         {"kind": "linear_probe", "tfds": "a", "images": "b"},

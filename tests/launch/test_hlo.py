@@ -254,13 +254,15 @@ def test_a_pair_counts_once_and_work_between_hides_it(kind, start, done, payload
 
 def test_permutations_of_a_loop_go_over_different_links():
     there, back = "{{0,1},{1,2},{2,0}}", "{{1,0},{2,1},{0,2}}"
-    one = "(f32[1024]{0}, f32[1024]{0}, u32[], u32[]) collective-permute-start(%p)"
+    start = "(f32[1024]{0}, f32[1024]{0}, u32[], u32[]) collective-permute-start(%p)"
     ends = "".join(f"  %e{n} = f32[1024]{{0}} collective-permute-done(%s{n})\n" for n in (0, 1))
     product = """  %x = f32[32,32]{1,0} bitcast(%p)
   %y = f32[32,32]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={high,high}
 """
     for pairs, ways in (((there, back), 2), ((there, there), 1)):
-        starts = "".join(f"  %s{n} = {one}, source_target_pairs={p}\n" for n, p in enumerate(pairs))
+        starts = "".join(
+            f"  %s{n} = {start}, source_target_pairs={p}\n" for n, p in enumerate(pairs)
+        )
         module = entry(f"  %p = f32[1024]{{0}} parameter(0)\n{starts}{product}{ends}")
         module = dataclasses.replace(module, in_loop=frozenset({module.entry}))
         (row,) = hlo_collectives.collectives(module)

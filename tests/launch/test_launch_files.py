@@ -174,8 +174,8 @@ def test_tpu_vm_runs_on_all_workers_with_the_words_intact(stand_in, worker):
     deadline = time.monotonic() + 30
     while not (home / "done").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    words = (home / "done").read_text().splitlines()
-    assert words == ["-m", "grain_jax.train", "--config", "a b.py", "--config.x='y'"]
+    received = (home / "done").read_text().splitlines()
+    assert received == ["-m", "grain_jax.train", "--config", "a b.py", "--config.x='y'"]
     assert "tpu-vm ssh pod --zone=us-central1-a --worker=all --command=" in stand_in.called()[0]
 
 

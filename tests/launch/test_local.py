@@ -134,13 +134,13 @@ with distributed.ending_together(60), handler.training():
 
 
 @pytest.mark.parametrize(
-    "flags,told",
+    "flags, message",
     [
         (["--processes=0", "--", "true"], ""),
         (["--processes=2", "--", "no_such"], "cannot start no_such: No such file or directory"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(flags, told):
+def test_wrong_usage_is_one_line_and_status_2(flags, message):
     done = subprocess.run([*LOCAL, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and told in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert done.stderr.startswith("grain-jax local: ") and done.stderr.count("\n") == 1

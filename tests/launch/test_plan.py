@@ -29,10 +29,10 @@ AS_ON_CPUS = {"model__attention": "xla", "loss__precision": "highest"}
 def planned(tmp_path_factory):
     """The plan of the command, compiled by libtpu: (what it printed, the JSON)."""
     out, page = tmp_path_factory.mktemp("plan") / "plan.json", io.StringIO()
-    words = ["--config=tests/run_config.py", "--topology=v5e:2x4", f"--output={out}"]
-    words += [f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()]
+    arguments = ["--config=tests/run_config.py", "--topology=v5e:2x4", f"--output={out}"]
+    arguments += [f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()]
     with contextlib.redirect_stdout(page):
-        assert plan.main(words) == 0
+        assert plan.main(arguments) == 0
     return page.getvalue(), json.loads(out.read_text())
 
 
@@ -60,10 +60,10 @@ def test_plan_and_train_lower_the_same_program(planned, monkeypatch, tmp_path):
 
 @needs_libtpu
 def test_plan_of_a_compiled_step(planned):
-    printed, found = planned
+    printed, stored = planned
     config = tiny.config()
-    memory = found["memory"]
-    assert found["fits"] and "FITS" in printed
+    memory = stored["memory"]
+    assert stored["fits"] and "FITS" in printed
 
     # By hand: the parameters are replicated, the batch is cut in 8, Adam has two moments and a count.
     params = jax.tree.leaves(_params(config))
@@ -79,19 +79,19 @@ def test_plan_of_a_compiled_step(planned):
     assert memory["total_bytes"] == written - memory["aliased_bytes"]
     assert memory["aliased_bytes"] >= 3 * size  # the state is given up
 
-    assert found["model_flops"] == round(flops.per_image(config).train * 16)
-    assert found["flops"] == pytest.approx(found["model_flops"], rel=0.05)
-    sums = found["collectives"]["all-reduce"]
+    assert stored["model_flops"] == round(flops.per_image(config).train * 16)
+    assert stored["flops"] == pytest.approx(stored["model_flops"], rel=0.05)
+    sums = stored["collectives"]["all-reduce"]
     assert sums["bytes"] >= size  # the gradients, at least
     assert sums["count"] == sums["sync"]["count"] + sums["overlapped"]["count"]
-    assert found["images_per_second_at_most"] == 16 / found["roofline"]["step_s"]
-    assert 0 < found["mfu_at_most"] < 1 and found["hbm_bytes"] > size
-    assert found["unknown_loops"] == 0 and "unknown length" not in printed
-    assert "2 loop(s) of unknown length" in plan_text.page({**found, "unknown_loops": 2})
-    assert found["versions"]["jax"] == jax.__version__
-    sums = [entry["count"] * entry["bytes"] for entry in found["largest"]]
+    assert stored["images_per_second_at_most"] == 16 / stored["roofline"]["step_s"]
+    assert 0 < stored["mfu_at_most"] < 1 and stored["hbm_bytes"] > size
+    assert stored["unknown_loops"] == 0 and "unknown length" not in printed
+    assert "2 loop(s) of unknown length" in plan_text.page({**stored, "unknown_loops": 2})
+    assert stored["versions"]["jax"] == jax.__version__
+    sums = [entry["count"] * entry["bytes"] for entry in stored["largest"]]
     assert len(sums) == plan.LARGEST and sums == sorted(sums, reverse=True) and sums[-1] > 0
-    assert found["largest"][0]["shape"] in printed
+    assert stored["largest"][0]["shape"] in printed
 
 
 def _params(config):

@@ -361,10 +361,10 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
         status = sweep.main([*usual, *more])
         return status, *capsys.readouterr()
 
-    status, told, _ = launch("--dry-run")
+    status, printed, _ = launch("--dry-run")
     assert status == 0 and not (tmp_path / "w").exists()
-    assert "1 points, all valid; nothing was started" in told
-    assert f"--config.seed=0 --workdir={tmp_path}/w/seed=0" in told
+    assert "1 points, all valid; nothing was started" in printed
+    assert f"--config.seed=0 --workdir={tmp_path}/w/seed=0" in printed
     status, first, said = launch()
     assert status == 0, said
     assert "seed=0: finished after" in said

@@ -73,9 +73,9 @@ def golden():
 
 def _products(module, instruction):
     """The matrix products that an instruction is, or that it calls."""
-    own = int(instruction.opcode in ("dot", "convolution"))
+    products = int(instruction.opcode in ("dot", "convolution"))
     inner = [i for c, _ in module.callees(instruction) for i in c.instructions.values()]
-    return own + sum(_products(module, i) for i in inner)
+    return products + sum(_products(module, i) for i in inner)
 
 
 def _check_ring(module):
@@ -83,12 +83,12 @@ def _check_ring(module):
     hops = 0
     for computation in module.computations.values():
         order = list(computation.instructions.values())
-        for at, instruction in enumerate(order):
+        for index, instruction in enumerate(order):
             assert instruction.opcode != "collective-permute"  # which nothing runs beside
             if instruction.opcode != "collective-permute-start":
                 continue
             (done,) = (u for u in computation.users[instruction.name] if "done" in u.opcode)
-            between = order[at + 1 : order.index(done)]
+            between = order[index + 1 : order.index(done)]
             assert sum(_products(module, i) for i in between) > 0, instruction.name
             assert computation.name in module.in_loop
             hops += module.times[computation.name]
