@@ -44,7 +44,7 @@ def _line(part: Config | Model, names: str, expected: str) -> str:
     get = lambda group, key: group.get(key) if isinstance(group, dict) else getattr(group, key)
     paths = names.replace("model.", "") if isinstance(part, Model) else names
     values = [functools.reduce(get, path.split("."), part) for path in paths.split(", ")]
-    return f"{names}: got {', '.join(map(str, values))}, expected {expected}"
+    return f"{names}: got {', '.join(map(repr, values))}, expected {expected}"
 
 
 def _model(model: Model) -> Iterator[Fault]:

@@ -219,10 +219,10 @@ BESIDE = ", expected nothing beside input.datasets, which names all datasets"
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(input__name="birds"), f"input.name: got birds{BESIDE}"),
+        (dict(input__name="birds"), f"input.name: got 'birds'{BESIDE}"),
         (
             dict(input__prepare="data.aviary"),
-            f"input.prepare: got data.aviary{BESIDE}",
+            f"input.prepare: got 'data.aviary'{BESIDE}",
         ),
         (dict(weight=float("nan")), "input.datasets[1].weight: got nan, expected a finite number"),
         (dict(name="birds"), "input.datasets: has 'birds' more than once, expected each name once"),

@@ -128,7 +128,7 @@ def test_what_a_term_returns_is_checked(name, fault):
     "entries,fault",
     [
         ({"box": {"term": "a:b", "weight": 1.0}}, "loss.terms.box: expected a name of letters"),
-        ({"x": {"term": "a:b", "weight": "1"}}, "loss.terms.x.weight: got 1, expected a finite"),
+        ({"x": {"term": "a:b", "weight": "1"}}, "loss.terms.x.weight: got '1', expected a finite"),
         ({"x": 1.0}, "loss.terms.x: got 1.0, expected a group of keys"),
     ],
 )

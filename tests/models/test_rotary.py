@@ -162,7 +162,7 @@ def test_registers_follow_the_class_token_and_have_no_position():
     [
         (
             {"rope": "centres", "heads": 16},
-            "model.image.rope: got centres, expected none unless",
+            "model.image.rope: got 'centres', expected none unless",
         ),
         ({"positions": False}, "model.image.positions: got False, expected True"),
         ({"rope": "axial"}, "model.image.rope: got 'axial', expected one of none, centres"),

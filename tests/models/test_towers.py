@@ -91,8 +91,8 @@ def test_towers_that_pool_are_projected_alone():
     "change, message",
     [
         (dict(text__packing=True), "text.packing: got True, expected False"),
-        (dict(model__image__pool="mean"), "model.image.pool: got mean, expected none"),
-        (dict(model__text__pool="map"), "model.text.pool: got map, expected end"),
+        (dict(model__image__pool="mean"), "model.image.pool: got 'mean', expected none"),
+        (dict(model__text__pool="map"), "model.text.pool: got 'map', expected end"),
         (dict(model__text__tower="bert"), "got 'bert', expected one of transformer, or module:Cl"),
     ],
 )
