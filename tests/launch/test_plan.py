@@ -89,9 +89,7 @@ def test_plan_of_a_compiled_step(planned):
     assert stored["unknown_loops"] == 0 and "unknown length" not in printed
     assert "2 loop(s) of unknown length" in plan_text.page({**stored, "unknown_loops": 2})
     assert stored["versions"]["jax"] == jax.__version__
-    sums = [entry["count"] * entry["bytes"] for entry in stored["largest"]]
-    assert len(sums) == plan.LARGEST and sums == sorted(sums, reverse=True) and sums[-1] > 0
-    assert stored["largest"][0]["shape"] in printed
+    assert len(stored["largest"]) == plan.LARGEST and stored["largest"][0]["shape"] in printed
 
 
 def _params(config):
