@@ -20,8 +20,7 @@ from grain_jax.launch import chips
 from grain_jax.train import sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Of the cuBLAS and Triton versions of a product, the one that is faster is found on a GPU: without one, cuBLAS is
-# what compiles. The scheduler is the one that slurm.sbatch and the Dockerfile ask for.
+# A GPU finds out whether cuBLAS or Triton multiplies faster. Without a GPU, only cuBLAS compiles. The scheduler is the one that slurm.sbatch and the Dockerfile ask for.
 _GPU_FLAGS = (
     "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
     " --xla_gpu_enable_latency_hiding_scheduler=true"
@@ -198,7 +197,7 @@ def _state_bytes(program: train_step.Program) -> dict[str, int]:
 
 
 def _bytes(text: str) -> int:
-    """Of a size as the compiler prints it, such as 18.29G."""
+    """The bytes of a size as the compiler prints it, such as 18.29G."""
     number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)i?B?", text.strip()).groups()
     return round(float(number) * _UNITS[unit])
 

@@ -200,7 +200,7 @@ _Transfer = tuple[Collective, float, list[Instruction]]
 
 
 def _across(module, computation, send, in_loop, slices) -> _Transfer:
-    """Of a `send` through the host to other slices."""
+    """The transfer of a `send` through the host to other slices."""
     kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
     kind = kind.replace("one-to-one", "collective-permute")
     listed = send.find(r'_xla_megascale_target="\{([\d,]+)\}x')
@@ -212,7 +212,7 @@ def _across(module, computation, send, in_loop, slices) -> _Transfer:
 
 
 def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) -> _Transfer | None:
-    """Of an instruction that issues a collective of more than one chip; `ways` is that of permutations."""
+    """The transfer of an instruction that issues a collective of several chips; `ways` counts for permutations."""
     issued = _issued(module, computation, instruction)
     if issued is None:
         return None

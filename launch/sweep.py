@@ -28,7 +28,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
         print(f"sweep: {done} of {len(runs)} runs finished before", file=sys.stderr)
 
     def ready(job: jobs.Job, running: frozenset[str]) -> bool:
-        """Of runs that make the same data set, the first runs alone until the data set is complete."""
+        """Whether a run may start: the first run that makes a dataset runs alone until the dataset is complete."""
         makes = lambda run: (run.config.input.data_dir, run.config.input.name)
         mine = by_name[job.name]
         same = [run for run in runs if makes(run) == makes(mine)]

@@ -53,8 +53,8 @@ class Command(argparse.Namespace):
 
     prog: ClassVar[str] = ""
     command: ClassVar[str] = ""  # the last word of `prog`
-    last: ClassVar[bool] = False  # a base whose flags stand behind those of what derives from it
-    # Of `grain-jax evaluate KIND`: the declaration of a kind, or a function that makes it when it is asked for.
+    last: ClassVar[bool] = False  # whether the flags of this base follow those of its subclass
+    # For `grain-jax evaluate KIND`: the declaration of each kind, or a function that makes it on demand.
     kinds: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, name: str = "", kinds: Mapping[str, Any] | None = None):
@@ -70,7 +70,7 @@ class Command(argparse.Namespace):
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> Self:
-        """The arguments (by default those of the process). Raises UserError: a line, status 2."""
+        """Parses the arguments, by default the process's. Raises UserError: a line, status 2."""
         return Parser(cls).parse_args(arguments)
 
 
@@ -78,9 +78,9 @@ class Configured(Command):
     """Base of the commands that take a config.
 
     the config:
-      --config FILE|NAME[:ARG]  a Python file with get_config, or a config of the package, such as demo; ARG goes to
-        get_config
-      --config.KEY VALUE        changes a key; --help-config lists the keys
+      --config FILE|NAME[:ARG]  Python file with get_config, or a config of the package, such as demo; get_config
+        receives ARG
+      --config.KEY VALUE        change a key; --help-config lists the keys
     """
 
     config: str
@@ -91,10 +91,10 @@ class Processes(Command):
     """Base of the commands that may run as several processes.
 
     several processes (TPU slices, SLURM and grain-jax local set these):
-      --coordinator HOST:PORT   address of the first of several processes
-      --processes P             how many processes there are
-      --process-id N            which of them this is, from 0
-      --heartbeat-seconds S     seconds of silence after which a process counts as dead and the run ends
+      --coordinator HOST:PORT   address of the first process
+      --processes P             number of processes
+      --process-id N            number of this process, from 0
+      --heartbeat-seconds S     seconds without an answer after which a process counts as dead and the run ends
     """
 
     last = True
@@ -190,7 +190,7 @@ class Parser:
     # Parsing.
 
     def parse_args(self, arguments: Sequence[str] | None = None) -> Any:
-        """The arguments, as the declared dataclass; of a command with kinds that of the kind. Raises UserError."""
+        """The arguments as the dataclass of the command, or of its kind. Raises UserError."""
         rest = list(sys.argv[1:] if arguments is None else map(str, arguments))
         if self._declared.kinds:
             return self._parse_kind(rest)
@@ -359,7 +359,7 @@ class Parser:
 
 
 def _sections(declared: type) -> tuple[str, dict[str, str]]:
-    """The text of a docstring, and title -> lines of its sections, those of bases and groups of fields included."""
+    """The text of a docstring, and title -> lines of its sections, with the sections of bases and groups of fields."""
     text, sections = "", {}
     bases = [base for base in declared.__mro__ if dataclasses.is_dataclass(base)]
     for base in sorted(reversed(bases), key=lambda base: bool(vars(base).get("last"))):
@@ -378,7 +378,7 @@ def _sections(declared: type) -> tuple[str, dict[str, str]]:
 
 
 def _fields(declared: type) -> Iterator[dataclasses.Field]:
-    """The fields that declare flags, those of groups included."""
+    """The fields that declare flags, with the fields of groups."""
     for field in dataclasses.fields(declared):
         yield from _fields(_kind_of(field)) if _is_group(field) else [field]
 
@@ -397,7 +397,7 @@ def _name_of(field: dataclasses.Field) -> str:
 
 
 def _kind_of(field: dataclasses.Field) -> Any:
-    """The type of a value of the field: of optional ones and of lists that of what is in them."""
+    """The type of a value of the field: T of `T | None` and of a list of T."""
     kind: Any = field.type
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
@@ -419,7 +419,7 @@ def _value(shown: Flag, text: str) -> Any:
 
 
 def _filled(declared: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass with those of the values that its flags gave."""
+    """The dataclass with the values of its flags."""
     parsed = {}
     for field in dataclasses.fields(declared):
         if _is_group(field):

@@ -56,7 +56,7 @@ def run(
 
     Args:
       main: takes the arguments and returns the status, None for 0.
-      arguments: without the program's name; those of this process by default.
+      arguments: without the program's name; by default the arguments of this process.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # what an encoding has not got becomes an escape

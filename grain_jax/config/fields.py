@@ -1,4 +1,6 @@
-"""Every key of a run (those of `model` are in model_fields), in one declaration each: type, default, bounds or choices, role and help.
+"""Every key of a run, in one declaration each: type, default, bounds or choices, role and help.
+
+model_fields has the keys of `model`.
 
 `grain_jax.config.recipe` makes the ConfigDict of the defaults from these classes, `parse` makes the classes from a
 dict, and `checks` finds keys that contradict each other.
@@ -240,7 +242,9 @@ class Mesh:
 class Wandb:
     """Weights & Biases, beside TensorBoard."""
 
-    mode: str = key("off", "offline writes to the workdir.", choices=("off", "online", "offline"))
+    mode: str = key(
+        "off", "Logging to W&B; offline: into the workdir.", choices=("off", "online", "offline")
+    )
     project: str = key("grain_jax", "Project in Weights & Biases.")
     name: str = key("", "Name of the run in Weights & Biases; empty: the name of the workdir.")
 
@@ -328,8 +332,9 @@ class Config:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Regular expressions of all parameters that are never updated: `optim.frozen`, and all but the factors in a tower
-        that has those of `optim.lora`.
+        """Regular expressions of all parameters that are never updated.
+
+        These are `optim.frozen`, and everything but the factors in a tower with factors of `optim.lora`.
         """
         image = "image" if self.model.decoder is not None else "image(_pool|_projection)?"
         towers = {"image": image, "text": "text(_norm|_pool|_projection)?"}

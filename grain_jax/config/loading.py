@@ -19,7 +19,7 @@ from grain_jax import config as config_lib
 from grain_jax.core import errors, named, nearest
 
 _ROOT = epath.Path(__file__).parent.parent  # of the package; a checkout has configs/ beside it
-# Keys that the config file need not have: those of loss terms, and options of a tower or data source of the user.
+# Keys that the config file need not have: options of loss terms, towers and data sources of the user.
 _OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
 _EVALUATORS = re.compile(r"evals(\.[^.]*)?")  # one of them, or all
 _PAIRS = {key: other for pair in config_lib.EITHER_OR for key, other in (pair, pair[::-1])}

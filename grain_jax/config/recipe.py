@@ -15,7 +15,7 @@ from grain_jax.config.keys import keys_of
 
 Keys = Any  # a ConfigDict, whose keys are attributes that type checkers do not know
 
-# Where a size differs from B/16. S/16, B/16 and L/14 are those of the reference (clip/custom_models.py): S/16 has
+# What differs from B/16. S/16, B/16 and L/14 are the reference's sizes (clip/custom_models.py): S/16 has
 # 12 heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512. H/14 and g/14 have the towers and the
 # joint space of OpenCLIP's ViT-H-14 and ViT-g-14 (open_clip/model_configs), with heads of 80 and 88.
 _LARGE_TEXT = dict(width=1024, depth=24, heads=16, mlp_dim=4096)

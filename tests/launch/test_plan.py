@@ -181,7 +181,7 @@ def test_the_compiler_is_asked_for_gpus(monkeypatch):
     assert os.environ.get("XLA_FLAGS") == before
 
 
-# Recorded: B/16 with 64 images a chip on v5e:2x2, remat=none, libtpu 0.0.42.1.
+# Recorded: B/16 with 64 images per chip on v5e:2x2, remat=none, libtpu 0.0.42.1.
 EARLY = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries"
     " (18.29G) exceeds available HBM (15.75G)."
