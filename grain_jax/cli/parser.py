@@ -107,9 +107,8 @@ class Processes(Command):
 class Parser:
     """The parser of a declared command.
 
-    Flags are spelled with hyphens; underscores are accepted, and one hyphen before a word. `--flag VALUE` and
-    `--flag=VALUE` are the same. Nothing is abbreviated. Wrong usage raises UserError, in one line, with the nearest
-    flag or value where one is near.
+    Flags are spelled with hyphens; underscores are accepted. `--flag VALUE` and `--flag=VALUE` are the same. Nothing is
+    abbreviated. Wrong usage raises UserError, in one line, with the nearest flag or value if one is near.
 
     Attributes:
       about: one line about the command.
@@ -126,7 +125,7 @@ class Parser:
         self._declared = declared
         # By each spelling that the help shows; None for those that ask for help.
         self._flags: dict[str, Flag | None] = {"--help": None}
-        self._also = {"--h": "--help"}
+        self._also: dict[str, str] = {}
         # The fields for keys of a config, for flags of none of the others, and for the command behind "--".
         self._overrides = self._unknown = self._command = ""
         fields = {_name_of(field): field for field in _fields(declared)}
@@ -198,19 +197,20 @@ class Parser:
         loose: list[str] = []
         while rest:
             word = rest.pop(0)
-            key = f"--{word.lstrip('-')}"
             if self._command and (word == "--" or not word.startswith("-")):
                 parsed[self._command] = rest[:] if word == "--" else [word, *rest]
                 break
             if word == "--":
                 (parsed[self._unknown] if self._unknown else loose).extend(rest)
                 break
-            if not re.match(r"--?[A-Za-z]", word):
+            if word in ("-h", "--help"):
+                self._help()
+            if not word.startswith("--"):
                 (parsed[self._unknown] if self._unknown else loose).append(word)
-            elif self._overrides and key.startswith("--config."):
-                if "=" not in key and rest and not rest[0].startswith("--"):
-                    key += f"={rest.pop(0)}"
-                parsed[self._overrides].append(key)
+            elif self._overrides and word.startswith("--config."):
+                if "=" not in word and rest and not rest[0].startswith("--"):
+                    word += f"={rest.pop(0)}"
+                parsed[self._overrides].append(word)
             else:
                 self._take(word, rest, parsed)
         if "help_config" in parsed:
@@ -265,8 +265,6 @@ class Parser:
         """Takes a flag with its values, which stand in the word or in `rest`, into the fields that are `given`."""
         spelled, equals, value = word.partition("=")
         flag = self._declared_as(spelled)
-        if flag == "--help":
-            self._help()
         if flag not in self._flags:
             near = self._near(flag)
             if self._unknown and (near is None or nearest.likeness(flag, near) < 0.8):
@@ -283,13 +281,13 @@ class Parser:
             return
         values = [value] if equals else []
         several = shown is not None and shown.many
-        while rest and not equals and (several or not values) and not self._is_flag(rest[0]):
+        while rest and not equals and (several or not values) and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         if shown is None:
             parsed["help_config"] = "".join(values)
             return
         if not values:
-            after = f", but the flag --{rest[0].lstrip('-')} after it" if rest else ""
+            after = f", but the flag {rest[0]} after it" if rest else ""
             expected = f"{flag} {shown.metavar}, or {flag}=VALUE where that begins with --"
             self._error(f"{flag}: has no value{after}; expected {expected}")
         self._set(shown, values, parsed)
@@ -336,17 +334,10 @@ class Parser:
             all_of = f"{self.prog} --help says what they are"
             self._error(f"{names}: missing; {missing[0].help if len(missing) == 1 else all_of}")
 
-    def _declared_as(self, parsed: str) -> str:
+    def _declared_as(self, spelled: str) -> str:
         """The flag as it is declared; one that is not, with hyphens."""
-        flag = "--" + parsed.lstrip("-").replace("_", "-")
+        flag = spelled.replace("_", "-")
         return self._also.get(flag, flag)
-
-    def _is_flag(self, word: str) -> bool:
-        """Whether a word is a flag, or the end of them."""
-        if word.startswith("--") or (self._overrides and word.startswith("-config.")):
-            return True
-        declared = self._declared_as(word.split("=")[0])
-        return word.startswith("-") and len(word) > 2 and declared in self._flags
 
     def _near(self, flag: str) -> str | None:
         head, dot, key = flag.partition(".")

@@ -46,7 +46,6 @@ class Passing(X, name="x"):
         ("--output y", {"output": "y", "batch_size": 8, "again": False, "model": True}),
         ("--output=y --batch-size=4", {"output": "y", "batch_size": 4}),
         ("--output y --batch_size 4", {"batch_size": 4}),
-        ("-output y -batch_size=4 -again", {"batch_size": 4, "again": True}),
         ("--out y", {"output": "y"}),
         ("--output y --no-model --again", {"again": True, "model": False}),
         ("--output y --again=true --model=false", {"again": True, "model": False}),
@@ -156,7 +155,7 @@ class Run(Configured, name="run"):
     "line, overrides",
     [
         ("--config.a.b=1 --config demo", ["--config.a.b=1"]),
-        ("--config=demo --config.a.b 1 -config.c_d=x", ["--config.a.b=1", "--config.c_d=x"]),
+        ("--config=demo --config.a.b 1 --config.c_d=x", ["--config.a.b=1", "--config.c_d=x"]),
         ("--config demo --config.a", ["--config.a"]),
     ],
 )
