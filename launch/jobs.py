@@ -20,7 +20,7 @@ POLL = 0.5  # seconds between two looks at the processes
 SHOW = 5.0  # between two lines of progress
 
 
-class Job(NamedTuple):
+class LocalJob(NamedTuple):
     """One command; the same command again goes on where it stopped."""
 
     name: str
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
 class _Try(NamedTuple):
     """A job that runs."""
 
-    job: Job
+    job: LocalJob
     slot: Slot
     process: subprocess.Popen
     began: float
@@ -91,10 +91,10 @@ class Runner:
       stopped_by: the signal that ended them all, or None.
     """
 
-    waiting: list[Job]
+    waiting: list[LocalJob]
     free: list[Slot]
     screen: progress.Line
-    ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
+    ready: Callable[[LocalJob, frozenset[str]], bool] = lambda job, running: True
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
     done: list[str] = dataclasses.field(default_factory=list)
     failed: list[str] = dataclasses.field(default_factory=list)
@@ -132,7 +132,7 @@ class Runner:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: LocalJob) -> None:
         slot = self.free.pop(0)
         self.waiting.remove(job)
         job.log.parent.mkdir(parents=True, exist_ok=True)

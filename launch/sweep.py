@@ -27,7 +27,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
     if done := len(runs) - len(left):
         print(f"sweep: {done} of {len(runs)} runs finished before", file=sys.stderr)
 
-    def ready(job: jobs.Job, running: frozenset[str]) -> bool:
+    def ready(job: jobs.LocalJob, running: frozenset[str]) -> bool:
         """Whether a run may start: the first run that makes a dataset runs alone until the dataset is complete."""
         makes = lambda run: (run.config.input.data_dir, run.config.input.name)
         mine = by_name[job.name]
@@ -39,7 +39,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
 
     here, start = local_folder(workdir), (sys.executable, "-m", "grain_jax.train")
     runner = jobs.Runner(
-        [jobs.Job(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
+        [jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
         jobs.slots(parallel),
         progress.Line("sweep: "),
         ready=ready,

@@ -22,7 +22,7 @@ def markdown() -> str:
         items = listed(kinds.find(kind), "evals.NAME")
         options = [item for item in items if item.key.name not in COMMON]
         parts += _section(f"Evaluator of kind `{kind}`", options, kind)
-    parts += _section("A suite", listed(kinds.Suite), "suite")
+    parts += _section("A suite", listed(kinds.SuiteConfig), "suite")
     return "\n\n".join(parts)
 
 

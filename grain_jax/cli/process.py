@@ -17,7 +17,7 @@ _NO_READER = 141  # as a shell says it: 128 + SIGPIPE
 _PROGRESS = re.compile(r"(\r?(?:\x1b\[2?K)?)(.*?)((?:\x1b\[K)?\r?)", re.DOTALL)
 
 
-class _Plain:
+class _PlainStream:
     """A stream of text to which file names, URLs and texts of users are printed as `printable.plain`."""
 
     def __init__(self, stream: Any):
@@ -63,8 +63,8 @@ def run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with (
-        contextlib.redirect_stdout(_Plain(sys.stdout)),
-        contextlib.redirect_stderr(_Plain(sys.stderr)),
+        contextlib.redirect_stdout(_PlainStream(sys.stdout)),
+        contextlib.redirect_stderr(_PlainStream(sys.stderr)),
     ):
         try:
             with errors.out_of_memory_in_a_line("this command"):

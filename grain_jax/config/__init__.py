@@ -21,7 +21,7 @@ from grain_jax.config.fields import (
     Text,
     Wandb,
 )
-from grain_jax.config.keys import Entry, NoOptions, flatten, select, without_defaults
+from grain_jax.config.keys import NoOptions, OpenGroup, flatten, select, without_defaults
 from grain_jax.config.model_fields import (
     ACTIVATIONS,
     BoxHead,

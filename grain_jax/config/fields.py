@@ -10,7 +10,7 @@ import dataclasses
 import re
 from typing import Any
 
-from grain_jax.config.keys import WIDEST, Entry, NoOptions, count, key, share
+from grain_jax.config.keys import WIDEST, NoOptions, OpenGroup, count, key, share
 from grain_jax.config.model_fields import Model
 
 REMAT_POLICIES = ("none", "dots", "qkv", "full")  # from most memory to most recomputation
@@ -164,7 +164,7 @@ class Loss:
         choices=("high", "highest"),
         role="free",
     )
-    terms: dict[str, Entry] = key(
+    terms: dict[str, OpenGroup] = key(
         dict, "Loss terms of your own by name: dict(term='module:Name', weight=0.1, OPTION=...)."
     )
 
@@ -323,7 +323,7 @@ class Config:
         "Mesh axis of each logical axis of parameters; an axis without a row is an error.",
         role="free",
     )
-    evals: dict[str, Entry] = key(
+    evals: dict[str, OpenGroup] = key(
         dict,
         "Evaluations by name: dict(kind=..., OPTION=...), see docs/evaluate.md.",
         role="result",

@@ -83,7 +83,7 @@ class NoOptions:
     """The options of a class without options, and of the built-in classes, which have keys of their own."""
 
 
-class Entry(dict[str, Any]):
+class OpenGroup(dict[str, Any]):
     """A group of keys that its name alone does not define: an entry of `evals` or of `loss.terms`."""
 
 
@@ -117,7 +117,7 @@ class Key:
     @property
     def is_entries(self) -> bool:
         """Whether the key holds entries by name."""
-        return typing.get_args(self.kind)[1:] == (Entry,)
+        return typing.get_args(self.kind)[1:] == (OpenGroup,)
 
     @functools.cached_property
     def checked_kind(self) -> Any:

@@ -16,7 +16,7 @@ import msgspec
 
 from grain_jax.config import checks, keys
 from grain_jax.config.fields import Config, Model
-from grain_jax.config.keys import Entry, Key, NoOptions
+from grain_jax.config.keys import Key, NoOptions, OpenGroup
 from grain_jax.core import errors, named, nearest
 
 T = typing.TypeVar("T")
@@ -125,7 +125,7 @@ def _expected(key: Key) -> str:
     return ", ".join(filter(None, ["" if is_named else key.type_words, key.values_words]))
 
 
-def _entries(value: Any, path: str, faults: list[str]) -> dict[str, Entry]:
+def _entries(value: Any, path: str, faults: list[str]) -> dict[str, OpenGroup]:
     entries = value if isinstance(value, Mapping) else {}
     for name, entry in {
         "": value,
@@ -134,7 +134,7 @@ def _entries(value: Any, path: str, faults: list[str]) -> dict[str, Entry]:
         if not isinstance(entry, Mapping):
             faults.append(f"{path}{name}: got {entry!r}, expected a group of keys")
     return {
-        name: Entry({k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+        name: OpenGroup({k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
         for name, entry in entries.items()
         if isinstance(entry, Mapping)
     }

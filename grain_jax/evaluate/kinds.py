@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grain_jax import config as config_lib
-from grain_jax.config.keys import Entry, key
+from grain_jax.config.keys import OpenGroup, key
 from grain_jax.core import errors, named
 from grain_jax.evaluate.base import Evaluator
 
@@ -30,10 +30,10 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class SuiteConfig:
     """A suite of evaluations (configs/eval.py); the entries use the other keys."""
 
-    evals: dict[str, Entry] = key(help="Evaluators by name.")
+    evals: dict[str, OpenGroup] = key(help="Evaluators by name.")
     data_dir: str = key("", "Folder of TFDS.")
     folders: str = key("", "Folder of the datasets that TFDS does not have.")
     descriptions: str | None = key(None, "Folder of NAME.json.")
@@ -114,7 +114,7 @@ def _misses(evaluator: Evaluator, model: config_lib.Model) -> list[str]:
 
 def suite_from_dict(value: Any) -> dict[str, Evaluator]:
     """The evaluators of a suite, a plain dict or a ConfigDict, by name. Raises ConfigError."""
-    return from_entries(config_lib.build(Suite, value).evals)
+    return from_entries(config_lib.build(SuiteConfig, value).evals)
 
 
 def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:

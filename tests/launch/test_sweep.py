@@ -148,7 +148,7 @@ class Scripts:
     def job(self, name, program):
         head = f"import pathlib, sys, time\nme = pathlib.Path({str(self.folder / name)!r})\n"
         command = (sys.executable, "-c", head + program)
-        return jobs.Job(name, command, self.folder / name / "log.txt")
+        return jobs.LocalJob(name, command, self.folder / name / "log.txt")
 
     def run(self, parallel=1):
         runner = jobs.Runner(list(self.all), [jobs.Slot()] * parallel, self.screen)

@@ -279,12 +279,12 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
     ):
         c = _two_towers()
         c.evals.x = entry
+        run = config_lib.from_dict(c)
         if fine:
-            assert kinds.from_entries(c.evals.to_dict(), config_lib.from_dict(c).model)
+            assert kinds.from_entries(run.evals, run.model)
             continue
-        said = "evals.x.kind: got [^\n]*, which needs regions[^\n]*$"
-        with pytest.raises(config_lib.ConfigError, match=said):
-            config_lib.from_dict(c)
+        with pytest.raises(config_lib.ConfigError, match="^evals.x.kind: got [^\n]*regions[^\n]*$"):
+            kinds.from_entries(run.evals, run.model)
 
 
 @pytest.mark.parametrize(
