@@ -23,8 +23,8 @@ def get_config():
     c.input.prepare = (
         f"grain_jax.data.aviary --output {data} --records {{data_dir}} --name {{name}}"
     )
-    # A model this small needs these to leave the plateau within minutes: weights that scale with the width (0.02 is for
-    # wide towers), position waves for a grid of 8 x 8, and sharper initial attention in the decoder.
+    # A model this small needs these to leave the plateau within minutes. Weights scale with the width (0.02 is for wide
+    # towers), position waves fit a grid of 8 x 8, and the decoder's attention starts sharper.
     c.model.image.block_init = "torch"
     c.model.image.position_init = "sincos2d"
     c.model.image.position_period = 16.0

@@ -54,7 +54,7 @@ class Command(argparse.Namespace):
     prog: ClassVar[str] = ""
     command: ClassVar[str] = ""  # the last word of `prog`
     last: ClassVar[bool] = False  # whether the flags of this base follow those of its subclass
-    # For `grain-jax evaluate KIND`: the declaration of each kind, or a function that makes it on demand.
+    # Kind of `grain-jax evaluate KIND` -> its declaration, or a function that makes it on demand.
     kinds: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, name: str = "", kinds: Mapping[str, Any] | None = None):
@@ -230,12 +230,12 @@ class Parser:
 
     def _parse_kind(self, arguments: list[str]) -> Any:
         kinds = self._declared.kinds
-        place = self._place_of_kind(arguments)
-        if place is None:
+        index = self._place_of_kind(arguments)
+        if index is None:
             if {"-h", "--help"} & set(arguments):
                 self._help()
             self._error(f"expected a kind first: {', '.join(kinds)}")
-        name = arguments.pop(place)
+        name = arguments.pop(index)
         if name not in kinds:
             self._error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
         return self.kinds[name].parse_args(arguments)

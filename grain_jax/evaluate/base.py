@@ -41,8 +41,8 @@ def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
       default: the value without the flag.
       help: what the option does; also the help of the flag.
       metavar: what the value of the flag is called; "" for a bool.
-      **declared: `low`, `high` and `choices` as in `keys.key`; `name` of the flag if it is not the name of the field;
-        `required`, if the flag must be given; and `parse`, which makes the value from a text or raises ValueError.
+      **declared: `low`, `high` and `choices` as in `keys.key`. `name` is the name of the flag, by default the field's.
+        `required` says that the flag must be set. `parse` makes the value from a text, or raises ValueError.
     """
     return key(default, help, metavar=metavar, **declared)
 
@@ -73,7 +73,7 @@ class Evaluator(abc.ABC):
     def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         """The rows of the table for the numbers of a result; those whose key is not in `numbers` are left out.
 
-        Of an evaluator of the package; the table of another one has a row for each number.
+        Only evaluators of the package need this; the table of another one has a row for each number.
         """
         return cls.table
 

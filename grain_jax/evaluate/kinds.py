@@ -43,8 +43,8 @@ class SuiteConfig:
 
 def find(kind: str) -> type[Evaluator]:
     """The class of that kind: one of KINDS, or `module:Class`. Raises errors.UserError."""
-    place = named.find("evaluator", kind, KINDS)
-    cls = named.find("evaluator", place, {}) if isinstance(place, str) else place
+    target = named.find("evaluator", kind, KINDS)
+    cls = named.find("evaluator", target, {}) if isinstance(target, str) else target
     if not (isinstance(cls, type) and issubclass(cls, Evaluator)):
         raise errors.UserError(
             f"evaluator {kind!r}: expected a subclass of {Evaluator.__module__}.Evaluator"

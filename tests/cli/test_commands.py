@@ -85,7 +85,7 @@ TYPOS = {
 
 @pytest.mark.parametrize("typed, right", TYPOS.items())
 def test_typing_errors_each_get_one_line(typed, right, capsys, monkeypatch):
-    # The trainer itself would import JAX: its line is that of the loader of the config.
+    # The trainer itself would import JAX; the loader of the config writes its line.
     original, train = commands._import, COMMANDS["train"][1]
     monkeypatch.setattr(commands, "_import", lambda x: _load if x == train else original(x))
     with pytest.raises(SystemExit) as end:

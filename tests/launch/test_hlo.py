@@ -68,7 +68,7 @@ def program(devices, dtype=jnp.bfloat16):
 
 
 def expected_flops(chips):
-    """Of one chip: two products a layer forward, four backward; one a turn of the ring forward, one backward."""
+    """FLOPs of one chip: 2 products per layer forward, 4 backward; 1 per turn of the ring forward, 1 backward."""
     layers = LAYERS * 6 * (2 * ROWS * WIDTH * 4 * WIDTH)
     return layers + chips * 2 * (2 * ROWS * ROWS * WIDTH)
 
@@ -301,8 +301,8 @@ def test_compiled_programs(name, chips, slices, itemsize, gathers, scatters):
     mesh = {"data": chips // 2, "fsdp": 2, "tensor": 1}
     rows = hlo_collectives.collectives(module, mesh=mesh, slices=slices)
     kernel = itemsize * WIDTH * 4 * WIDTH  # bytes of one, whole
-    # Both kernels of a layer are gathered forward and backward; their gradients are scattered, then summed over
-    # data; the ring turns as often as there are chips, and its permutations are hidden behind the products.
+    # Both kernels of a layer are gathered forward and backward. Their gradients are scattered, then summed over data.
+    # The ring turns as often as there are chips, and its permutations hide behind the products.
     gathered = total(rows, kind="all-gather", axes=("fsdp",), slices=1)
     assert gathered == (gathers, 4 * LAYERS * kernel)
     ring = dict(kind="collective-permute", axes=("data", "fsdp"), group_size=chips)

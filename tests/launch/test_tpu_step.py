@@ -9,7 +9,7 @@ from grain_jax.launch import chips, compiler, hlo, hlo_collectives
 from tests import tiny
 
 CHIPS = 64
-# Of L_ic and L_rd, forward and backward, both ways round, of vectors and their labels: to each other chip.
+# L_ic and L_rd, forward and backward, both ways round, vectors and labels: to each other chip.
 HOPS = 2 * 2 * 2 * 2 * (CHIPS - 1)
 TOKENS, LENGTH = 197, 77  # of an image of B/16, of a row of texts
 IMAGES = 8  # of a chip
