@@ -126,7 +126,7 @@ def compile_step(
 
 
 def check_installed(chip: chips.Chip) -> None:
-    """Raises UserError, with what to install, if no compiler for that chip is there."""
+    """Raises UserError, with what to install, if the compiler for that chip is missing."""
     needed = ("libtpu",) if chip.is_tpu else _CUDA_PLUGINS
     if any(importlib.util.find_spec(package) for package in needed):
         return
@@ -143,7 +143,7 @@ def check_installed(chip: chips.Chip) -> None:
 
 @contextlib.contextmanager
 def _environment(topology: chips.Topology) -> Iterator[None]:
-    """Inside, the variables are set that the compiler reads."""
+    """Sets the environment variables that the compiler reads."""
     # The flags of the user come last, so that they win.
     variables = {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}
     if topology.chip.is_tpu:

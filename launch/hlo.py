@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it lies in the chip's main memory (space 0), not in a scratch memory inside of the core."""
+        """Whether it is in the chip's main memory (space 0), not in the core's scratch memory."""
         return re.search(r"S\([1-9]", self.layout) is None
 
 
@@ -96,7 +96,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """The parameters by number."""
         return {int(i.literal): i for i in self.instructions.values() if i.opcode == "parameter"}
 
     @functools.cached_property
@@ -136,11 +136,11 @@ class Module:
 
     @property
     def unknown_loops(self) -> tuple[str, ...]:
-        """Loops whose trips were not found."""
+        """Loops whose number of trips is unknown."""
         return tuple(name for name, trips in self.trips.items() if trips is None)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """(where it stands, the instruction, runs a step) of all that a step runs."""
+        """(computation, instruction, runs per step) of everything that a step runs."""
         for computation in self.computations.values():
             if times := self.times.get(computation.name):
                 for instruction in computation.instructions.values():
@@ -153,7 +153,7 @@ class Module:
         return [(self.computations[name], times) for name in _callees(instruction)]
 
     def called(self, instruction: Instruction) -> Computation | None:
-        """What a fusion or an asynchronous wrapper runs."""
+        """The computation that a fusion or an asynchronous wrapper runs."""
         name = instruction.find(r"\bcalls=%([^\s,]+)")
         return self.computations[name] if name else None
 
@@ -277,7 +277,7 @@ def _value(computations, computation, name, arguments=None) -> _Value | None:
 
 
 def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
-    """Trips of a loop: as XLA noted them, or from a counter's start, step and limit; None where not known."""
+    """Trips of a loop: as XLA noted them, or from a counter's start, step and limit; None if unknown."""
     known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
         return int(known)
@@ -307,7 +307,7 @@ def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
 
 
 def is_continued(computation: Computation, instruction: Instruction) -> bool:
-    """Whether it is a collective that a fusion before this one has started."""
+    """Whether it is a collective that an earlier fusion started."""
     return (
         instruction.opcode in KINDS
         and instruction.find(r'(chain_id)="') is not None

@@ -45,7 +45,7 @@ class Collective(NamedTuple):
 
 
 def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
-    """The chips of each group, as positions in the mesh; of a permutation the (source, target) pairs."""
+    """The chips of each group, as positions in the mesh; for a permutation its (source, target) pairs."""
     rest = instruction.rest
     pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", rest)
     if pairs:
@@ -138,7 +138,7 @@ def _channel(module: Module, fusion: Instruction) -> str | None:
 
 
 def _issued(module: Module, computation: Computation, instruction: Instruction):
-    """(kind, the collective itself, where it stands, asynchronous) if `instruction` issues one, else None."""
+    """(kind, the collective, its computation, whether it is asynchronous) if `instruction` issues one, else None."""
     opcode = instruction.opcode
     if opcode.removesuffix("-start") in hlo.KINDS:
         return opcode.removesuffix("-start"), instruction, computation, opcode.endswith("-start")
@@ -232,7 +232,7 @@ def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) ->
 
 
 def _shares(module, computation, transfers) -> list[hlo_work.Work]:
-    """The work beside each transfer; what runs beside several is shared out by their payloads."""
+    """The work beside each transfer; transfers share work in proportion to their payloads."""
     under_way = Counter()
     for _, payload, between in transfers:
         for instruction in between:
@@ -248,7 +248,7 @@ def _shares(module, computation, transfers) -> list[hlo_work.Work]:
 
 
 def _ways(module: Module, computation: Computation) -> int:
-    """Different permutations of a computation, where no two have a pair of chips in common; else 1."""
+    """How many permutations a computation has, if no two share a pair of chips; else 1."""
     permutations = {
         frozenset(map(tuple, _groups(instruction, module.partitions)))
         for instruction in computation.instructions.values()

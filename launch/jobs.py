@@ -21,7 +21,7 @@ SHOW = 5.0  # between two lines of progress
 
 
 class LocalJob(NamedTuple):
-    """One command; the same command again goes on where it stopped."""
+    """One command; the same command resumes it."""
 
     name: str
     command: Sequence[str]

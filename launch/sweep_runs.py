@@ -44,14 +44,14 @@ def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def short(value: Any) -> str:
-    """A value in the name of a run: as few digits as identify it, no characters that a path cannot have."""
+    """A value for the name of a run: the fewest digits that identify it, only characters that a path may have."""
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
 
 
 def _differing(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that differ between points; all where none does."""
+    """The keys that differ between points; all keys if none differs."""
     keys = list(dict.fromkeys(key for point in points for key in point))
     return [k for k in keys if any(p.get(k) != points[0].get(k) for p in points)] or keys
 
@@ -123,7 +123,7 @@ def make_runs(
 
 
 def check_folders(runs: Sequence[SweepRun]) -> None:
-    """Raises UserError where the folder of a run has the results of another config."""
+    """Raises UserError if the folder of a run has results of another config."""
     faults = []
     for run in runs:
         file = run.folder / "config.json"
@@ -165,7 +165,7 @@ def finished(run: SweepRun) -> bool:
     from grain_jax.checkpoint import files
 
     step = last_step(run.folder)
-    # Only the data set can turn a length in epochs into steps.
+    # Only the dataset can turn a length in epochs into steps.
     return step in files.finished_steps(run.folder) and run.config.total_steps in (
         None,
         step,
@@ -173,7 +173,7 @@ def finished(run: SweepRun) -> bool:
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:
-    """The folder of the logs and job files of a sweep: its workdir, or a local folder where that is remote."""
+    """The folder of the logs and job files of a sweep: its workdir, or a local folder if the workdir is remote."""
     if "://" not in str(workdir):
         return workdir
     return epath.Path("runs/sweeps") / re.sub(r"\W+", "_", str(workdir).partition("://")[2])

@@ -34,7 +34,7 @@ class SweepRow:
 
 
 def _values(lines: Sequence[metrics_file.Line]) -> dict[str, float]:
-    """A run's metrics: of its evaluations the last, of the others the mean over the last logged steps."""
+    """A run's metrics: the last value of evaluations, the mean over the last logged steps of all others."""
     values = {key: of_steps[-1] for key, (_, of_steps) in metrics_file.series(lines).items()}
     for key, (_, of_steps) in metrics_file.series(lines[-_LAST:]).items():
         if not key.startswith("eval/"):
@@ -63,7 +63,7 @@ def default_metric(rows: Sequence[SweepRow]) -> str:
 
 
 def lower_is_better(metric: str, config: config_lib.Config) -> bool:
-    """Whether a metric ranks by its least value: of evaluators those that they declare, and losses and LOWER."""
+    """Whether a metric ranks by its least value: losses, LOWER, and what an evaluator declares."""
     if metric.startswith("eval/"):
         name, last = metric.split("/")[1], metric.rpartition("/")[2]
         if name not in config.evals:
@@ -81,14 +81,14 @@ def check(rows: Sequence[SweepRow], metric: str) -> None:
 
 
 def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]:
-    """Best first, which is the lowest or the highest; runs that are not finished after those that are."""
+    """The finished runs, best first, then the others."""
     sign = 1 if lower else -1
     value = lambda row: sign * row.values.get(metric, sign * math.inf)
     return sorted(rows, key=lambda row: (row.state != "finished", value(row)))
 
 
 def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
-    """The table, best first, and below it the means over seeds where there are several."""
+    """The table, best first, and below it the means over several seeds."""
     axes = list(dict.fromkeys(key for row in rows for key in row.swept))
     leaves = [axis.rpartition(".")[2] for axis in axes]
     label = {a: a if leaves.count(leaf) > 1 else leaf for a, leaf in zip(axes, leaves)}

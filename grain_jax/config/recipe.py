@@ -77,7 +77,7 @@ def on_hardware(c: Keys, table: dict[str, dict], name: str | None) -> Keys:
 
 
 def base(size: str = "B/16") -> Keys:
-    """The recipe of the paper (docs/method.md, Training recipe), without a data set and a length."""
+    """The recipe of the paper (docs/method.md, Training recipe), without a dataset and a length."""
     c = defaults(fields.Config)
     c.model = model(size)
     return c
