@@ -110,9 +110,8 @@ class Key:
         inner = self.required_kind
         is_list = typing.get_origin(inner) is tuple
         inner = typing.get_args(inner)[0] if is_list else inner
-        return (
-            inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
-        ), is_list
+        is_group = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        return (inner if is_group else None), is_list
 
     @property
     def is_entries(self) -> bool:
@@ -146,15 +145,11 @@ class Key:
             return f"one of {', '.join(declared['choices'])}"
         if declared.get("options_of"):
             return f"the options of the class that {declared['options_of']} names"
-        low, high = (
-            None if bound is None or abs(bound) >= MOST else f"{bound:,}"
-            for bound in (declared.get("low"), declared.get("high"))
-        )
-        if low is not None and high is not None:
-            return f"{low} to {high}"
-        return (
-            f"at least {low}" if low is not None else f"at most {high}" if high is not None else ""
-        )
+        bounds = {"at least": declared.get("low"), "at most": declared.get("high")}
+        bounds = {word: x for word, x in bounds.items() if x is not None and abs(x) < MOST}
+        if len(bounds) == 2:
+            return " to ".join(f"{bound:,}" for bound in bounds.values())
+        return "".join(f"{word} {bound:,}" for word, bound in bounds.items())
 
     @property
     def default_words(self) -> str:
@@ -180,19 +175,12 @@ class Item(NamedTuple):
 @functools.cache
 def keys_of(cls: type) -> dict[str, Key]:
     """The keys of a group by name."""
-    hints = typing.get_type_hints(cls)
-    return {
-        field.name: Key(
-            field.name,
-            hints[field.name],
-            field.default
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory(),
-            field.metadata,
-            cls,
-        )
-        for field in dataclasses.fields(cls)
-    }
+    hints, keys = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        made = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if made else field.default
+        keys[field.name] = Key(field.name, hints[field.name], default, field.metadata, cls)
+    return keys
 
 
 def listed(cls: type, path: str = "", role: Role | None = None) -> Iterator[Item]:
