@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from grain_jax.config import fields
 from grain_jax.config.fields import Config
@@ -211,16 +212,13 @@ def _loss(config: Config) -> Iterator[Fault]:
 def _terms(config: Config) -> Iterator[Fault]:
     names = {field.name for field in dataclasses.fields(config.loss)}
     for name, entry in config.loss.terms.items():
-        weight = entry.get("weight")
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        weight: Any = entry.get("weight")
+        fault = f"loss.terms.{name}: expected a name of letters, digits and _"
         if name in names or not re.fullmatch(r"[a-z]\w*", name):
-            yield (
-                "",
-                f"loss.terms.{name}: expected a name of letters, digits and _ that is no key of loss",
-            )
+            yield "", f"{fault} that is no key of loss"
         if not isinstance(entry.get("term"), str):
             yield f"loss.terms.{name}.term", "module:function"
-        if not is_number or not abs(weight) < math.inf:
+        if type(weight) not in (int, float) or not -math.inf < weight < math.inf:
             yield f"loss.terms.{name}.weight", "a finite number"
 
 

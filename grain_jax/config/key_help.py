@@ -3,6 +3,7 @@
 import shutil
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from grain_jax.config import loading
 from grain_jax.config.fields import Config
@@ -10,7 +11,7 @@ from grain_jax.config.keys import flatten, listed
 from grain_jax.core import errors, nearest
 
 _WIDEST = 110  # columns
-_BELOW = dict(initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+_BELOW: Any = dict(initial_indent="    ", subsequent_indent="    ", break_long_words=False)
 
 
 def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:

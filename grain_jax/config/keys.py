@@ -177,8 +177,8 @@ def keys_of(cls: type) -> dict[str, Key]:
     """The keys of a group by name."""
     hints, keys = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default
+        factory: Any = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         keys[field.name] = Key(field.name, hints[field.name], default, field.metadata, cls)
     return keys
 
@@ -248,10 +248,9 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _bounded(kind: type, low: float | None, high: float | None) -> Any:
-    bounds = {"ge": low, "le": high}
     if kind is float:  # NaN is below every bound
-        bounds = {"ge": -_FINITE if low is None else low, "le": _FINITE if high is None else high}
-    return typing.Annotated[kind, msgspec.Meta(**bounds)]
+        low, high = -_FINITE if low is None else low, _FINITE if high is None else high
+    return typing.Annotated[kind, msgspec.Meta(ge=low, le=high)]
 
 
 def _with_finite_floats(kind: Any) -> Any:

@@ -119,7 +119,7 @@ def _check_removal(key: str, text: str) -> None:
         )
 
 
-def _put(config: ConfigDict, key: str, value: Any) -> None:
+def _put(config: Any, key: str, value: Any) -> None:
     """Sets a key to a value of any type; makes the groups that it is in."""
     *groups, name = key.split(".")
     for group in groups:
