@@ -151,11 +151,10 @@ def find(text: str, flag: str) -> tuple[str, str]:
     Raises:
       UserError: neither exists; the line has the nearest name of the package, or all.
     """
-    scheme, separator, rest = text.partition("://")  # a remote file has a colon in its name
-    name, colon, argument = (rest if separator else text).partition(":")
-    name = f"{scheme}://{name}" if separator else name
+    scheme, name, argument = re.findall(r"^(\w+://)?([^:]*)(.*)$", text, re.DOTALL)[0]
+    name = scheme + name
     if epath.Path(name).is_file():
-        return name, colon + argument
+        return name, argument
     shipped = packaged(flag)
     stem = re.sub(r"^(configs/)?(sweeps/)?" if flag == "sweep" else "^configs/", "", name)
     stem = stem.removesuffix(".py")
@@ -170,7 +169,7 @@ def find(text: str, flag: str) -> tuple[str, str]:
     if beside or (len(written.parts) > 1 and written.parent.is_dir()):
         rather = f"; the file {beside[0]} is named by its whole path" if beside else ""
         print(f"--{flag} {text}: taken from the package, {shipped[stem]}{rather}", file=sys.stderr)
-    return str(shipped[stem]), colon + argument
+    return str(shipped[stem]), argument
 
 
 def packaged(flag: str = "config") -> dict[str, epath.Path]:
