@@ -108,7 +108,7 @@ def _convert(key: Key, value: Any, path: str, faults: list[str]) -> Any:
     if key.is_entries:
         return _entries(value, path, faults)
     try:
-        converted = msgspec.convert(value, key.checked_kind)
+        converted = msgspec.convert(_plain(value), key.checked_kind)
     except msgspec.ValidationError:
         converted = None
         finite = not isinstance(value, float) or math.isfinite(value)
@@ -118,6 +118,13 @@ def _convert(key: Key, value: Any, path: str, faults: list[str]) -> Any:
     if built_in and converted and converted not in built_in and not named.is_external(converted):
         faults.append(f"{path}: got {value!r}, expected {_expected(key)}")
     return converted
+
+
+def _plain(value: Any) -> Any:
+    """The value with Python's own numbers for numpy's, as configs that compute have."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return float(value) if isinstance(value, float) else value
 
 
 def _expected(key: Key) -> str:

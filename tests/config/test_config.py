@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
@@ -87,6 +88,13 @@ def test_faults_are_named(changes, message):
     with pytest.raises(config_lib.ConfigError) as caught:
         config_lib.from_dict(_changed(changes))
     assert any(line.startswith(message) for line in str(caught.value).splitlines())
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    rate, mean = np.float64(0.5), (np.float64(0.25),) * 3
+    config = config_lib.from_dict(_changed({"optim.b1": rate, "model.image.pixel_mean": mean}))
+    numbers = (config.optim.b1, *config.model.image.pixel_mean)
+    assert numbers == (0.5, 0.25, 0.25, 0.25) and {type(x) for x in numbers} == {float}
 
 
 def test_all_faults_of_a_config_are_reported_at_once():
