@@ -102,7 +102,8 @@ class Key:
         """T of a key of the type `T | None`."""
         if typing.get_origin(self.kind) not in (typing.Union, types.UnionType):
             return self.kind
-        return next(arg for arg in typing.get_args(self.kind) if arg is not type(None))
+        kinds = [arg for arg in typing.get_args(self.kind) if arg is not type(None)]
+        return typing.Union[*kinds]
 
     @property
     def group(self) -> tuple[type | None, bool]:
@@ -128,7 +129,7 @@ class Key:
             inner = _bounded(self.required_kind, low, high)
         else:
             inner = _with_finite_floats(self.required_kind)
-        return inner | None if self.required_kind is not self.kind else inner
+        return inner | None if type(None) in typing.get_args(self.kind) else inner
 
     @property
     def type_words(self) -> str:
@@ -266,9 +267,11 @@ def _words(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("None" if arg is type(None) else _words(arg) for arg in args)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
     if origin is tuple:
-        inner = list(dict.fromkeys(_words(arg) for arg in args if arg is not ...))
-        return f"tuple of {inner[0]}" if len(inner) == 1 else f"({', '.join(inner)})"
+        inner = [_words(arg) for arg in args if arg is not ...]
+        return f"tuple of {inner[0]}" if ... in args else f"({', '.join(inner)})"
     if origin is dict:
         return "entries by name"
     return "group" if dataclasses.is_dataclass(kind) or kind is Any else kind.__name__
