@@ -530,6 +530,7 @@ def test_an_entry_of_a_run():
     with pytest.raises(config.ConfigError, match="evals.parts.by: got 'both', which asks patches"):
         parsed("both")
     two = dict(model__decoder=None, input__max_regions=0, loss__region_description=0.0)
+    two |= dict(model__image__pool="class")
     with pytest.raises(config.ConfigError, match="kind: got segmentation, which needs regions"):
         parsed("regions", **two, loss__box=0.0)
     size = tiny.dictionary().model.image.image_size
