@@ -52,7 +52,7 @@ ANNOTATED = {
     "fg_ovd_pattern": ("hard_negatives", "coco", "fg_ovd", "pattern.json", ""),
     "fg_ovd_transparency": ("hard_negatives", "coco", "fg_ovd", "transparency.json", ""),
 }
-# Negatives of a box in FG-OVD's files, where they are fewer than 10.
+# Negatives per box in FG-OVD's files, if they are fewer than 10.
 _FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}
 # Entry -> format of the set in the folder of that name below `folders`, and how to get it.
 SEGMENTED = {
@@ -86,8 +86,8 @@ def entries(
       data_dir: folder of TFDS.
       folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, products2023/, and NAME/ of the sets
         with masks, each in its own layout.
-      descriptions: folder of NAME.json; where a set has none, it is evaluated by names alone.
-      alphas: shares of the global score, where there are descriptions.
+      descriptions: folder of NAME.json; without its file, a dataset is evaluated by names alone.
+      alphas: shares of the global score, if there are descriptions.
       templates: file of prompts; None for the general ones.
       missing: "skip" or "error".
     """

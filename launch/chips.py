@@ -163,7 +163,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs a node, 2 nodes).
+    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs per node, 2 nodes).
 
     Args:
       text: chip, colon, shape. "*n" means n TPU slices that the data-centre network joins. For GPUs the numbers are
@@ -176,7 +176,7 @@ def parse_topology(text: str) -> Topology:
     if not match or match[1] not in CHIPS:
         raise errors.UserError(
             f"topology: got {text!r}, expected CHIP:SHAPE such as v5e:16x16, v5e:16x16*2 (two slices),"
-            f" v4:4x4x8 or h100:8x2 (GPUs a node x nodes), where CHIP is one of {', '.join(CHIPS)}"
+            f" v4:4x4x8 or h100:8x2 (GPUs per node x nodes); CHIP is one of {', '.join(CHIPS)}"
         )
     chip = CHIPS[match[1]]
     shape = tuple(int(n) for n in match[2].split("x"))
@@ -188,7 +188,7 @@ def parse_topology(text: str) -> Topology:
         node = chip.gpu.node
         good = match[3] is None and len(shape) <= 2 and 0 < shape[0] <= node
         good = good and min(shape) > 0
-        expected = f"at most {node} GPUs a node x nodes, such as {chip.name}:{node}x2"
+        expected = f"at most {node} GPUs per node x nodes, such as {chip.name}:{node}x2"
         shape, slices = shape[:1], math.prod(shape[1:])
     if not good:
         raise errors.UserError(f"topology: got {text!r}, expected {expected}")

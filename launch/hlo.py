@@ -122,7 +122,7 @@ class Module:
       partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the chips
         of one slice.
       across_slices: whether it is such a program, in which sends through the host leave the slice.
-      trips: of each loop, by the name of its instruction; None where they were not found: its body counts once.
+      trips: of each loop, by the name of its instruction; None if unknown: its body counts once.
     """
 
     computations: dict[str, Computation]

@@ -23,13 +23,13 @@ class Collective(NamedTuple):
       in_loop: whether a loop repeats it.
       group_size: chips that take part together (of a permutation: length of the ring).
       slices: slices that a group spans; above 1 it goes over the data-centre network.
-      axes: mesh axes that it runs along, where the mesh was given.
+      axes: mesh axes that it runs along, if the mesh is known.
       count: runs a step.
       bytes: payload of one chip, all runs together: the array that all chips of a group hold together at its
         largest (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
       ways: different permutations of one loop, which go over different links or the two directions of one.
-      work: what the schedule runs between their starts and ends, shared out where others are under way at once;
-        None where it is not known, and assumed to hide them.
+      work: what the schedule runs between their starts and ends; transfers that overlap share it. None: unknown, and
+        assumed to hide them.
     """
 
     kind: str

@@ -196,7 +196,7 @@ def _read_of_parameter(module: Module, computation: Computation, number: int) ->
 
 
 def _read(module: Module, computation: Computation, name: str) -> float:
-    """Bytes that a fused computation reads of one of its values that lies in memory."""
+    """Bytes that a fused computation reads of a value in memory."""
     whole = computation.instructions[name].shapes[0].stored_bytes
     total = 0.0
     for user in computation.users[name]:

@@ -2,7 +2,7 @@
 
     grain-jax local --processes P --devices-per-process D -- grain-jax train ...
 
-Lines are prefixed with the process's number; `grain-jax local --help` says what signals and deaths lead to.
+Lines are prefixed with the process's number; `grain-jax local --help` explains signals and deaths.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.status
     command = args.command_line
-    if command[0] == "grain-jax":  # of this environment, be it that its scripts are not on the path
+    if command[0] == "grain-jax":  # of this environment, also if its scripts are not on the path
         command = [sys.executable, "-m", "grain_jax", *command[1:]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

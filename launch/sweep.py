@@ -51,7 +51,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
 
 
 def check_metric(metric: str | None, config: config_lib.Config) -> None:
-    """Raises UserError where the config has no such evaluator."""
+    """Raises UserError if the config has no such evaluator."""
     if metric and metric.startswith("eval/"):
         name = metric.split("/")[1]
         if name not in config.evals:

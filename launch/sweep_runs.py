@@ -139,8 +139,8 @@ def check_folders(runs: Sequence[SweepRun]) -> None:
             continue
         old = {} if stored is None else config_lib.select(stored, DEFINING)
         for key, value in config_lib.select(run.config, DEFINING).items():
-            # What is said and done where data is missing makes no other run; what is not set, the trainer
-            # derives, and config.json has the numbers.
+            # What happens without data makes no other run. The trainer derives numbers that are not set, and
+            # config.json has them.
             same = key.startswith("evals.") and key.endswith((".get", ".missing"))
             same |= key in derived.KEYS and value is None
             if not same and key in old and old[key] != value:

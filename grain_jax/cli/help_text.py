@@ -76,7 +76,7 @@ def _invocation(flag: Flag) -> str:
 
 
 def _note(flag: Flag) -> str:
-    """The default, where the explanation does not have it."""
+    """The default, if the explanation does not have it."""
     default: Any = flag.default
     if flag.required and flag.name.startswith("--"):
         return " (required)"

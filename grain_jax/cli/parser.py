@@ -288,7 +288,7 @@ class Parser:
             return
         if not values:
             after = f", but the flag {rest[0]} after it" if rest else ""
-            expected = f"{flag} {shown.metavar}, or {flag}=VALUE where that begins with --"
+            expected = f"{flag} {shown.metavar}, or {flag}=VALUE if it begins with --"
             self._error(f"{flag}: has no value{after}; expected {expected}")
         self._set(shown, values, parsed)
 

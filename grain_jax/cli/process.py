@@ -59,7 +59,7 @@ def run(
       arguments: without the program's name; by default the arguments of this process.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):  # what an encoding has not got becomes an escape
+    for stream in (sys.stdout, sys.stderr):  # characters that the encoding lacks become escapes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with (
@@ -87,7 +87,7 @@ def run(
 
 
 def _flush() -> None:
-    """Ends the process without a word where the reader of stdout is gone, as `| head` is."""
+    """Ends the process silently if the reader of stdout is gone, as with `| head`."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -65,7 +65,7 @@ FAULTS = [
     ("--outptu y", "--outptu: no such flag; did you mean --output?"),
     ("--output y --agian", "--agian: no such flag; did you mean --again?"),
     ("--output y --zzz", "--zzz: no such flag; grain-jax x --help lists them"),
-    ("--output", "--output: has no value; expected --output DIR, or --output=VALUE where"),
+    ("--output", "--output: has no value; expected --output DIR, or --output=VALUE if"),
     ("--output --again", "--output: has no value, but the flag --again after it; expected"),
     ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number in 1.."),
     ("--output y --share nan", "--share: got 'nan', expected a number in 0.0..1.0"),

@@ -100,8 +100,8 @@ def test_topology(text, name, count, shape, slices, hosts):
         ("v5e:256", "2 numbers, such as v5e:4x4"),
         ("v4:16x16", "3 numbers, such as v4:4x4x8"),
         ("v5e:4x4*0", "2 numbers"),
-        ("h100:16", "at most 8 GPUs a node x nodes, such as h100:8x2"),
-        ("gb200:80", "at most 72 GPUs a node x nodes, such as gb200:72x2"),
+        ("h100:16", "at most 8 GPUs per node x nodes, such as h100:8x2"),
+        ("gb200:80", "at most 72 GPUs per node x nodes, such as gb200:72x2"),
     ],
 )
 def test_unknown_topologies_are_told_in_one_line(text, advice):
