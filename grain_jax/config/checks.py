@@ -45,7 +45,8 @@ def _line(part: Config | Model, names: str, expected: str) -> str:
     get = lambda group, key: group.get(key) if isinstance(group, dict) else getattr(group, key)
     paths = names.replace("model.", "") if isinstance(part, Model) else names
     values = [functools.reduce(get, path.split("."), part) for path in paths.split(", ")]
-    return f"{names}: got {', '.join(map(repr, values))}, expected {expected}"
+    shown = ("a group" if dataclasses.is_dataclass(value) else repr(value) for value in values)
+    return f"{names}: got {', '.join(shown)}, expected {expected}"
 
 
 def _model(model: Model) -> Iterator[Fault]:
@@ -58,15 +59,9 @@ def _model(model: Model) -> Iterator[Fault]:
         if tower and tower.width % tower.heads:
             yield f"model.{name}.heads", f"a divisor of model.{name}.width = {tower.width}"
     if is_vit and image.rope != "none" and (image.width // image.heads) % 4:
-        yield (
-            "model.image.rope",
-            "none unless model.image.width / model.image.heads is a multiple of 4",
-        )
+        yield "model.image.rope", "none unless model.image.width / heads is a multiple of 4"
     if is_vit and image.rope == "none" and not image.positions:
-        yield (
-            "model.image.positions",
-            "True, or model.image.rope=centres: else patches have no position",
-        )
+        yield "model.image.positions", "True, or model.image.rope=centres"
     for name, tower in (("image", image), ("text", text)):
         to_joint_space = name == "text" or decoder is None
         if to_joint_space and tower.projection == "none" and model.embed_dim != tower.width:
@@ -80,10 +75,7 @@ def _model(model: Model) -> Iterator[Fault]:
     clips_end = TextTower.vocab_size - 1
     is_clips = text.tokenizer == "clip" and text.vocab_size > max(clips_end, text.end_id or 0)
     if is_clips and text.end_id not in (None, clips_end):
-        yield (
-            "model.text.end_id",
-            f"None or {clips_end}, the end token of model.text.tokenizer=clip",
-        )
+        yield "model.text.end_id", f"None or {clips_end}, the end token of the tokenizer clip"
     for name, value in (("pad_id", text.pad_id), ("end_id", text.end_id)):
         if value is not None and value >= text.vocab_size:
             yield f"model.text.{name}", f"less than model.text.vocab_size = {text.vocab_size}"
@@ -127,15 +119,13 @@ def _run(config: Config) -> Iterator[Fault]:
     if group == "eval" and best.partition("/")[0] not in config.evals:
         metrics = ", ".join(f"eval/{name}" for name in config.evals) or "a loss: evals is empty"
         yield "checkpoint_best_metric", f"one of {metrics}"
-    patterns = {
-        "optim.frozen": config.optim.frozen,
-        "optim.lora.modules": config.optim.lora.modules,
-    }
-    for key, pattern in ((key, pattern) for key, values in patterns.items() for pattern in values):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield key, f"regular expressions ({pattern!r}: {error})"
+    optim = config.optim
+    for key, patterns in ("frozen", optim.frozen), ("lora.modules", optim.lora.modules):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"optim.{key}", f"regular expressions ({pattern!r}: {error})"
     if config.mesh.data == 0:
         yield "mesh.data", "at least 1, or -1 for all devices that the other axes leave"
     for axis in _repeated(axis for axis, _ in config.sharding):
@@ -165,10 +155,7 @@ def _data(config: Config) -> Iterator[Fault]:
         if not 0 < dataset.weight < math.inf:
             yield "", f"input.datasets[{i}].weight: got {dataset.weight}, expected more than 0"
     if data.captions_per_image == 2 and data.descriptions_in_captions:
-        yield (
-            "input.descriptions_in_captions",
-            "0 with input.captions_per_image=2; 3 adds descriptions",
-        )
+        yield "input.descriptions_in_captions", "0 with input.captions_per_image=2"
     for name in ("name", "data_dir", "prepare"):
         if data.datasets and getattr(data, name):
             yield f"input.{name}", "nothing beside input.datasets, which names all datasets"
@@ -234,10 +221,7 @@ def _text_rows(config: Config) -> Iterator[Fault]:
     if config.text.packing and not text.packable:
         yield "text.packing", f"False, since the text tower sees its padding{mask}"
     if text.mask_padding and shares_rows(dataclasses.replace(text, mask_padding=False)):
-        yield (
-            "model.text.mask_padding",
-            "False: with causal=True and pool=end nothing sees the padding",
-        )
+        yield "model.text.mask_padding", "False: nothing sees the padding of a causal tower"
 
 
 def _divisions(config: Config) -> Iterator[Fault]:
@@ -250,7 +234,4 @@ def _divisions(config: Config) -> Iterator[Fault]:
     lane_batch, rest = divmod(batch, lanes)
     if config.text.packing and not rest and lane_batch % group:
         flags = flags_of("text.pack_group", divisors(lane_batch), group)
-        yield (
-            "text.pack_group",
-            f"a divisor of batch_size / input.lanes = {lane_batch}; set {flags}",
-        )
+        yield "text.pack_group", f"a divisor of {lane_batch} images per lane; set {flags}"
