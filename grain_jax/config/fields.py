@@ -29,17 +29,13 @@ EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warm
 class Init:
     """Checkpoints that the towers start from; None: random weights."""
 
-    image: str | None = key(
-        None,
-        "Weights of the image tower: our folder, big_vision's .npz (path:sub-tree), CLIP or SigLIP.",
-    )
+    image: str | None = key(None, "Folder with the weights of the image tower.")
     text: str | None = key(None, "Weights of the text tower and its projection.")
     resize: str = key(
         "bilinear", "How positions fit another grid.", choices=("bilinear", "bicubic")
     )
     decoder: str | None = key(
-        None,
-        "Our folder for all other parts: decoder, projections, logit scale and bias, box head.",
+        None, "Folder with the weights of decoder, projections, logit scale and box head."
     )
 
 
@@ -65,10 +61,7 @@ class Input:
     name: str = key("", "Name of the dataset: records are in data_dir/name/VERSION.", role="order")
     prepare: str | None = key(None, "Command that makes a missing dataset.", role="free")
     lanes: int | None = count(
-        None,
-        "Parts of the batch that read shards of their own. None: derived.",
-        low=1,
-        role="order",
+        None, "Parts of the batch with their own shards. None: derived.", low=1, role="order"
     )
     shards_per_block: int = count(
         1, "Shards that are read as a whole and shuffled together.", low=1, role="order"
@@ -182,7 +175,7 @@ class Lora:
     )
     modules: tuple[str, ...] = key(
         ("(image|text)/blocks/(attention|mlp)/(query|key|value|out|in|gate)",),
-        "Regular expressions for whole names of dense layers, such as image/blocks/attention/query.",
+        "Regular expressions for whole names of dense layers.",
     )
 
     @property
@@ -253,13 +246,7 @@ class Wandb:
 class Config:
     """A whole run. The defaults are the recipe of the paper for GRAIN B/16 (docs/method.md, Training recipe)."""
 
-    seed: int = key(
-        0,
-        "Seed of parameters, data order and all draws.",
-        low=-(2**63),
-        high=2**63 - 1,
-        role="order",
-    )
+    seed: int = key(0, "Seed of all draws.", low=-(2**63), high=2**63 - 1, role="order")
     total_steps: int | None = count(
         None, "Length of the run; set this or total_epochs.", low=1, role="result"
     )
@@ -285,9 +272,7 @@ class Config:
         0, "Checkpoints of steps that this divides are kept too; 0: none.", role="free"
     )
     checkpoint_best_metric: str = key(
-        "",
-        "The best checkpoint by this key of metrics.jsonl is kept too; empty: none.",
-        role="free",
+        "", "The best checkpoint by this metric is kept too; empty: none.", role="free"
     )
     checkpoint_best_mode: str = key(
         "max", "Whether the largest or smallest value is best.", choices=("max", "min"), role="free"
@@ -324,9 +309,7 @@ class Config:
         role="free",
     )
     evals: dict[str, OpenGroup] = key(
-        dict,
-        "Evaluations by name: dict(kind=..., OPTION=...), see docs/evaluate.md.",
-        role="result",
+        dict, "Evaluators by name: dict(kind=..., OPTION=...).", role="result"
     )
     init: Init = key(Init, role="result")
 

@@ -34,7 +34,7 @@ class ImageTower:
     position_period: float = key(1e4, "Longest wave / shortest wave of sincos2d.", low=1)
     block_init: str = key(
         "trunc_normal",
-        "How layers start; torch suits narrow towers.",
+        "Initial weights; torch suits narrow towers.",
         choices=("trunc_normal", "torch"),
     )
     unroll: int = count(
@@ -46,9 +46,7 @@ class ImageTower:
     activation: str = key("gelu", "Activation of the MLP; gelu is exact.", choices=ACTIVATIONS)
     positions: bool = key(True, "Whether the tower learns positions of class token and patches.")
     rope: str = key(
-        "none",
-        "Rotary positions: the centres of patches as in DINOv3.",
-        choices=("none", "centres"),
+        "none", "Rotary positions of patch centres, as in DINOv3.", choices=("none", "centres")
     )
     rope_theta: float = key(100.0, "Longest wave / shortest wave of the rotary positions.", low=1)
     registers: int = count(0, "Learned tokens without a position after the class token.", high=1000)
@@ -80,11 +78,7 @@ class TextTower:
     projection, tokenizer, cleaning and pad_id.
     """
 
-    tower: str = key(
-        "transformer",
-        "The tower, or a class of your own (models/towers.py).",
-        built_in=("transformer",),
-    )
+    tower: str = key("transformer", "The tower, or a class of your own.", built_in=("transformer",))
     options: Any = key(NoOptions, "Options of a tower class of your own.", options_of="tower")
     vocab_size: int = count(49408, "Size of the vocabulary.", low=3, high=10_000_000)
     context_length: int = count(
@@ -100,7 +94,7 @@ class TextTower:
     activation: str = key("quick_gelu", "Activation of the MLP.", choices=ACTIVATIONS)
     pool: str = key(
         "end",
-        "What the embedding reads: end token, last position, all.",
+        "What the embedding reads; map and mean: all.",
         choices=("end", "last", "map", "mean"),
     )
     mask_padding: bool = key(
@@ -110,16 +104,13 @@ class TextTower:
     tokenizer: str = key("clip", "clip, or the path of a tokenizer.json or SentencePiece .model.")
     cleaning: str = key(
         "lower",
-        "Cleaning of texts; canonical drops punctuation.",
+        "Cleaning of texts; canonical: no punctuation.",
         choices=("lower", "canonical", "none"),
     )
     pad_id: int = count(
         0, "Token id of the padding. It matters only if the tower sees its padding."
     )
-    end_id: int | None = count(
-        None,
-        "Token id that ends a text, for pool=end and mask_padding. None: the highest id of a text.",
-    )
+    end_id: int | None = count(None, "Token id that ends a text. None: the highest id of the text.")
 
     @property
     def packable(self) -> bool:
@@ -186,10 +177,7 @@ class Model:
 
     embed_dim: int = size(512, "D, the width of the joint space.")
     logit_scale_init: float = key(
-        1 / 0.07,
-        "Initial logit scale itself, not its logarithm; SigLIP starts at 10.",
-        low=1,
-        high=100,
+        1 / 0.07, "Initial logit scale, not its logarithm; SigLIP: 10.", low=1, high=100
     )
     logit_bias_init: float | None = key(
         None, "Initial logit bias for loss.contrast=sigmoid, -10 in SigLIP; None: no bias."
