@@ -30,9 +30,9 @@ class Init:
     """Checkpoints that the towers start from; None: random weights."""
 
     image: str | None = key(None, "Folder with the weights of the image tower.")
-    text: str | None = key(None, "Weights of the text tower and its projection.")
+    text: str | None = key(None, "Folder with the weights of the text tower.")
     resize: str = key(
-        "bilinear", "How positions fit another grid.", choices=("bilinear", "bicubic")
+        "bilinear", "How positions are resized to another grid.", choices=("bilinear", "bicubic")
     )
     decoder: str | None = key(
         None, "Folder with the weights of decoder, projections, logit scale and box head."
@@ -45,7 +45,7 @@ class Dataset:
 
     name: str = key(help="Name of the dataset: records are in data_dir/name/VERSION.")
     data_dir: str = key(help="Folder of datasets.", role="free")
-    weight: float = key(help="Above 0; the share is weight / sum of all weights.")
+    weight: float = key(help="Weight above 0; the share of examples is weight / sum of weights.")
     split: str = key("train", "Split of the dataset.")
 
 
@@ -54,19 +54,24 @@ class Input:
     """Which examples are read, in which order, and how they are varied."""
 
     source: str = key(
-        "records", "Where examples come from.", built_in=("records", "synthetic"), role="order"
+        "records",
+        "Where examples come from; or a class of your own.",
+        built_in=("records", "synthetic"),
+        role="order",
     )
-    options: Any = key(NoOptions, "Options of your own class.", options_of="source", role="order")
+    options: Any = key(
+        NoOptions, "Options of your own source class.", options_of="source", role="order"
+    )
     data_dir: str = key("", "Folder of datasets.", role="free")
     name: str = key("", "Name of the dataset: records are in data_dir/name/VERSION.", role="order")
     prepare: str | None = key(None, "Command that makes a missing dataset.", role="free")
     lanes: int | None = count(
-        None, "Parts of the batch with their own shards. None: derived.", low=1, role="order"
+        None, "Parts of the batch that read their own shards. None: derived.", low=1, role="order"
     )
     shards_per_block: int = count(
         1, "Shards that are read as a whole and shuffled together.", low=1, role="order"
     )
-    max_regions: int = count(5, "R, the regions per image; those with the highest scores stay.")
+    max_regions: int = count(5, "R, the most regions per image; the highest scores stay.")
     synthetic_caption_rate: float = share(
         0.5, "Probability that the synthetic caption replaces the web caption."
     )
@@ -74,16 +79,16 @@ class Input:
         0, "Number of regions whose descriptions are added to the caption, highest scores first."
     )
     captions_per_image: int = count(
-        1, "Captions per image. 1: web or synthetic; 2: both; 3: descriptions too.", low=1, high=3
+        1, "Captions per image. 1: web or synthetic; 2: both; 3: also descriptions.", low=1, high=3
     )
     text_length: int = count(
         0, "Tokens of the longest text in training; 0: the context length.", high=1_000_000
     )
     negatives_per_region: int = count(
-        0, "H, hard negatives per region, for loss.hard_negative; drawn per visit.", high=1000
+        0, "H, the hard negatives per region, drawn at each visit of the image.", high=1000
     )
     flip_rate: float = share(
-        0.0, "Probability of a mirrored image. Images whose texts say left or right never are."
+        0.0, "Probability of mirroring; images whose texts say left or right are never mirrored."
     )
     crop_min_area: float = key(
         1.0, "Smallest share of the image that a random crop keeps; 1: no crop.", low=0.01, high=1
@@ -133,12 +138,12 @@ class Loss:
         0.0, "Weight of L_hard, regions and input.negatives_per_region hard negatives."
     )
     contrast: str = key(
-        "softmax", "Contrastive loss; sigmoid is SigLIP's.", choices=("softmax", "sigmoid")
+        "softmax", "Contrastive loss; sigmoid as in SigLIP.", choices=("softmax", "sigmoid")
     )
     group_size: int = count(
         0, "Images whose descriptions are negatives of each other; 0: the whole batch."
     )
-    mask_duplicates: bool = key(True, "Whether equal texts are not negatives of each other.")
+    mask_duplicates: bool = key(True, "Whether equal texts are left out as negatives.")
     match_l1: float = key(5.0, "Weight of L1 in the matching cost.")
     match_giou: float = key(2.0, "Weight of -GIoU in the matching cost.")
     match_description: float = key(
@@ -146,10 +151,10 @@ class Loss:
     )
     deep_supervision: bool = key(False, "Whether each earlier decoder layer adds its box loss.")
     tile: int = count(
-        1024, "Side of a tile of similarities; no effect on the result.", low=1, role="free"
+        1024, "Side of a tile of the similarity matrix; no effect on results.", low=1, role="free"
     )
     gather: int = count(
-        1, "Neighbouring devices that first gather columns; affects rounding.", low=1, role="free"
+        1, "Neighbouring devices that gather before the ring; affects rounding.", low=1, role="free"
     )
     precision: str = key(
         "high",
@@ -171,7 +176,7 @@ class Lora:
 
     rank: int = count(0, "Rank of the factors; 0: no LoRA.", high=WIDEST)
     alpha: float = key(
-        8.0, "The product of the factors is scaled by alpha / rank.", low=1e-3, high=1e6
+        8.0, "The product of the factors is scaled by alpha / rank.", low=1e-3, high=1_000_000
     )
     modules: tuple[str, ...] = key(
         ("(image|text)/blocks/(attention|mlp)/(query|key|value|out|in|gate)",),
@@ -212,7 +217,7 @@ class Optim:
         (), "Regular expressions of parameters that are never updated (LiT)."
     )
     layer_decay: float = key(
-        1.0, "Factor per layer on learning rates of the towers; 1: off.", low=0.01, high=1
+        1.0, "Factor on the learning rate per tower layer, from the top; 1: off.", low=0.01, high=1
     )
     lora: Lora = key(Lora)
 
@@ -251,11 +256,14 @@ class Config:
         None, "Length of the run; set this or total_epochs.", low=1, role="result"
     )
     total_epochs: float | None = key(
-        None, "Length of the run; set this or total_steps.", low=0, high=1e6, role="result"
+        None, "Length of the run; set this or total_steps.", low=0, high=1_000_000, role="result"
     )
     batch_size: int = count(2048, "Images per step, over all devices.", low=1, role="order")
     microbatches: int = count(
-        1, "Parts in which the towers see the batch; the loss sees all of it.", low=1, role="free"
+        1,
+        "Parts of the batch for the towers, to save memory; the loss sees all.",
+        low=1,
+        role="free",
     )
     dtype: str = key("bfloat16", "Type of the activations.", choices=DTYPES, role="numbers")
     remat: str = key(
@@ -288,7 +296,7 @@ class Config:
     loss: Loss = key(Loss, role="numbers")
     optim: Optim = key(Optim, role="numbers")
     reference: bool = key(
-        False, "Whether losses, weight decay and learning rate are the reference's.", role="numbers"
+        False, "Whether losses, decay and schedule follow the PyTorch reference.", role="numbers"
     )
     mesh: Mesh = key(Mesh, role="free")
     sharding: tuple[tuple[str, str | None], ...] = key(

@@ -18,8 +18,8 @@ class ImageTower:
     pixel_std.
     """
 
-    tower: str = key("vit", "The tower, or a class of your own.", built_in=("vit",))
-    options: Any = key(NoOptions, "Options of a tower class of your own.", options_of="tower")
+    tower: str = key("vit", "The image tower, or a class of your own.", built_in=("vit",))
+    options: Any = key(NoOptions, "Options of your own tower class.", options_of="tower")
     image_size: int = size(224, "Height and width of the images in pixels.")
     patch_size: int = size(16, "Height and width of a patch in pixels; must divide image_size.")
     width: int = size(768, "E, the width of a token.")
@@ -29,17 +29,15 @@ class ImageTower:
     qk_norm: bool = key(True, "Whether a LayerNorm normalises the queries and keys.")
     norm_eps: float = key(1e-6, "Epsilon of the LayerNorms.")
     position_init: str = key(
-        "normal", "How the learned positions start.", choices=("normal", "sincos2d")
+        "normal", "Initial values of the positions.", choices=("normal", "sincos2d")
     )
-    position_period: float = key(1e4, "Longest wave / shortest wave of sincos2d.", low=1)
+    position_period: float = key(1e4, "Longest / shortest wave of position_init=sincos2d.", low=1)
     block_init: str = key(
         "trunc_normal",
-        "Initial weights; torch suits narrow towers.",
+        "Initial weights of the layers; torch suits narrow towers.",
         choices=("trunc_normal", "torch"),
     )
-    unroll: int = count(
-        0, "Layers per turn of the loop over layers; depth: no loop, 0: derived.", high=DEEPEST
-    )
+    unroll: int = count(0, "Layers per turn of the loop over layers; 0: derived.", high=DEEPEST)
     class_token: bool = key(True, "Whether a learned class token precedes the patches.")
     patch_bias: bool = key(True, "Whether the projection of the patches has a bias.")
     pre_norm: bool = key(False, "Whether a LayerNorm precedes the first layer, as in CLIP.")
@@ -51,17 +49,19 @@ class ImageTower:
     rope_theta: float = key(100.0, "Longest wave / shortest wave of the rotary positions.", low=1)
     registers: int = count(0, "Learned tokens without a position after the class token.", high=1000)
     layer_scale: bool = key(False, "Whether outputs of attention and MLP have learned factors.")
-    mlp: str = key("plain", "gated adds a second linear layer.", choices=("plain", "gated"))
+    mlp: str = key("plain", "MLP; gated has a second linear layer.", choices=("plain", "gated"))
     key_bias: bool = key(True, "Whether the projection to the keys has a bias.")
     pool: str = key(
         "none",
-        "How tokens are pooled; none with a decoder.",
+        "How tokens become the image embedding; none with a region decoder.",
         choices=("none", "class", "map", "mean"),
     )
     keep: float = key(
         1.0, "Fraction of the patches that training keeps, drawn per image.", low=0.01, high=1
     )
-    projection: str = key("matrix", "To the joint space; affine has a bias.", choices=PROJECTIONS)
+    projection: str = key(
+        "matrix", "Projection to the joint space; affine has a bias.", choices=PROJECTIONS
+    )
     pixel_mean: tuple[float, ...] = key(
         (0.485, 0.456, 0.406), "Mean per channel of pixels in [0, 1]; the default is ImageNet's."
     )
@@ -78,8 +78,10 @@ class TextTower:
     projection, tokenizer, cleaning and pad_id.
     """
 
-    tower: str = key("transformer", "The tower, or a class of your own.", built_in=("transformer",))
-    options: Any = key(NoOptions, "Options of a tower class of your own.", options_of="tower")
+    tower: str = key(
+        "transformer", "The text tower, or a class of your own.", built_in=("transformer",)
+    )
+    options: Any = key(NoOptions, "Options of your own tower class.", options_of="tower")
     vocab_size: int = count(49408, "Size of the vocabulary.", low=3, high=10_000_000)
     context_length: int = count(
         77, "L, tokens of the longest text and of a packed row.", low=3, high=1_000_000
@@ -89,18 +91,20 @@ class TextTower:
     heads: int = size(8, "Number of attention heads; must divide width.")
     mlp_dim: int = count(2048, "Hidden width of the MLP in each layer.", low=1, high=4 * WIDEST)
     norm_eps: float = key(1e-5, "Epsilon of the LayerNorms.")
-    unroll: int = count(0, "The same as model.image.unroll.", high=DEEPEST)
-    causal: bool = key(True, "Whether a position attends only to positions before it.")
+    unroll: int = count(0, "Layers per turn of the loop over layers; 0: derived.", high=DEEPEST)
+    causal: bool = key(True, "Whether a token sees only the tokens before it.")
     activation: str = key("quick_gelu", "Activation of the MLP.", choices=ACTIVATIONS)
     pool: str = key(
         "end",
-        "What the embedding reads; map and mean: all.",
+        "Tokens that the text embedding reads; map and mean read all.",
         choices=("end", "last", "map", "mean"),
     )
     mask_padding: bool = key(
         False, "Whether attention and pooling ignore the padding, so that texts may share rows."
     )
-    projection: str = key("matrix", "To the joint space; affine has a bias.", choices=PROJECTIONS)
+    projection: str = key(
+        "matrix", "Projection to the joint space; affine has a bias.", choices=PROJECTIONS
+    )
     tokenizer: str = key("clip", "clip, or the path of a tokenizer.json or SentencePiece .model.")
     cleaning: str = key(
         "lower",
@@ -152,9 +156,9 @@ class RegionDecoder:
     qkv_init_gain: float = key(
         1.0, "Factor on the initial query, key and value weights; 1 means Xavier.", low=0
     )
-    unroll: int = layers(1, "Layers that the compiler unrolls at a time; depth means no loop.")
+    unroll: int = layers(1, "Layers per turn of the loop over layers.")
     image_pool: str = key(
-        "query", "Queries that form the image embedding, as a sum.", choices=("query", "all")
+        "query", "Queries whose sum is the image embedding.", choices=("query", "all")
     )
 
 
@@ -163,12 +167,12 @@ class BoxHead:
     """Embeddings of given boxes, beside the decoder or instead of it (models/box_head.py)."""
 
     kind: str = key(
-        "none", "roi_align averages the tokens in a box.", choices=("none", "roi_align")
+        "none",
+        "Head for boxes of the user; roi_align averages tokens.",
+        choices=("none", "roi_align"),
     )
-    bins: int = count(
-        1, "roi_align: parts per side of a box; each has its weights.", low=1, high=64
-    )
-    samples: int = count(4, "roi_align: sampled points per side of a part.", low=1, high=64)
+    bins: int = count(1, "Parts per side of a box, each with its own weights.", low=1, high=64)
+    samples: int = count(4, "Sampled points per side of such a part.", low=1, high=64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Model:
 
     embed_dim: int = size(512, "D, the width of the joint space.")
     logit_scale_init: float = key(
-        1 / 0.07, "Initial logit scale, not its logarithm; SigLIP: 10.", low=1, high=100
+        1 / 0.07, "Initial logit scale itself, not its logarithm.", low=1, high=100
     )
     logit_bias_init: float | None = key(
         None, "Initial logit bias for loss.contrast=sigmoid, -10 in SigLIP; None: no bias."
