@@ -182,22 +182,13 @@ class Runner:
 
     def _show(self) -> None:
         eta, now = "", time.monotonic()
-        if self._took:
-            ran = [now - x.began for x in self._running]
-            left = time_left(self._took, ran, len(self.waiting), self._slots)
-            eta = f", ETA {progress.duration(left)}"
+        if (
+            self._took
+        ):  # of whole runs: steps do not show starting, compiling, evaluating and the report
+            left = fmean(self._took) * (len(self._running) + len(self.waiting))
+            left -= sum(now - job.began for job in self._running)
+            eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"
         names = ", ".join(x.job.name for x in self._running)
         every = len(self.done) + len(self.failed) + len(self._running) + len(self.waiting)
         counts = f"{len(self.done)} of {every} runs finished"
         self.screen.show(f"{counts}{eta}; running: {names}")
-
-
-def time_left(took: Sequence[float], ran: Sequence[float], waiting: int, slots: int) -> float:
-    """Seconds until all jobs are done, if each takes as long as those that have finished (`took`, not empty).
-
-    Steps predict no time: starting, compiling, evaluating and the report take a share that no step shows. `ran` has the
-    seconds of each job that runs.
-    """
-    mean = fmean(took)
-    left = [max(mean - seconds, 0.0) for seconds in ran] + [mean] * waiting
-    return max(sum(left) / slots, max(left, default=0.0))

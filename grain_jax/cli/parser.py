@@ -53,7 +53,7 @@ class Command(argparse.Namespace):
 
     prog: ClassVar[str] = ""
     command: ClassVar[str] = ""  # the last word of `prog`
-    last: ClassVar[bool] = False  # whether the flags of this base follow those of its subclass
+    last: ClassVar[bool] = False  # whether the flags of this base come after its subclass's flags
     # Kind of `grain-jax evaluate KIND` -> its declaration, or a function that makes it on demand.
     kinds: ClassVar[Mapping[str, Any]] = {}
 
