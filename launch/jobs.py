@@ -184,7 +184,7 @@ class Runner:
         eta, now = "", time.monotonic()
         if (
             self._took
-        ):  # of whole runs: steps do not show starting, compiling, evaluating and the report
+        ):  # seconds of whole runs; steps do not show compiling, evaluating and the report
             left = fmean(self._took) * (len(self._running) + len(self.waiting))
             left -= sum(now - job.began for job in self._running)
             eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"
