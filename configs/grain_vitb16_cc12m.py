@@ -10,9 +10,9 @@ from grain_jax.config.recipe import base, on_hardware
 
 # The overrides for 2048 images per step.
 HARDWARE = {
-    "v5e-64": {"mesh.fsdp": 4, "loss.gather": 4},  # 32 images a chip
-    "v5e-256": {"mesh.fsdp": 4, "loss.gather": 16},  # 8 images a chip: many hops
-    "v5p-64": {"loss.gather": 4},  # 32 images a chip
+    "v5e-64": {"mesh.fsdp": 4, "loss.gather": 4},  # 32 images per chip
+    "v5e-256": {"mesh.fsdp": 4, "loss.gather": 16},  # 8 images per chip: many hops
+    "v5p-64": {"loss.gather": 4},  # 32 images per chip
     "v6e-64": {"loss.gather": 4},
     "tpu7x-64": {"loss.gather": 4},  # 64 chips, 128 devices of 16 images
     "h100-8": {},  # 256 images a GPU; no rematerialisation

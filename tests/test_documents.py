@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+from grain_jax.__main__ import COMMANDS
 from grain_jax.cli import commands
 from grain_jax.config import loading
 from grain_jax.core import errors
@@ -57,7 +58,7 @@ FUNCTION = re.compile(r"`((?!configs)\w+/[\w/]+\.py):([A-Za-z_][\w.]*)`")
 MODULE = re.compile(r"python3? -m ((?:grain_jax|data|launch|benchmarks|tests)(?:\.\w+)*)")
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
-PARSERS = commands.parsers()
+PARSERS = commands.parsers(COMMANDS)
 
 
 @functools.cache
@@ -228,7 +229,7 @@ def flags_of(words: list[str]) -> list[str]:
 def fault_of(words: list[str]) -> str:
     """What the parser of the command says to the words, and to the keys of a config of the package; "" for nothing."""
     name, *rest = words
-    if name not in commands.COMMANDS:
+    if name not in COMMANDS:
         return "" if name in ("SUB", "--version") else f"no such command: {name}"
     if {"...", "--help", "--help-config"} & set(rest):
         return ""

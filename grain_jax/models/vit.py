@@ -1,7 +1,6 @@
 """The image tower "vit": a vision transformer whose tokens all go to the region decoder (docs/method.md, Model).
 
-Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, and of DINOv3
-(`recipe.FAMILIES`).
+Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, and of DINOv3.
 """
 
 import flax.linen as nn

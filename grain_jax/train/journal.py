@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.config.evals import Context
 from grain_jax.core import atomic, errors, low_rank
 from grain_jax.evaluate import encode, tables
+from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.input_pipeline import derived, sources, tokenizer
 from grain_jax.models import grain, lora
 from grain_jax.runtime import processes
@@ -168,7 +168,7 @@ def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> i
 
 def evaluate_all(
     config: config_lib.Config,
-    evals: Mapping[str, config_lib.Evaluator],
+    evals: Mapping[str, Evaluator],
     state: train_step.TrainState,
     workdir: epath.Path,
 ) -> dict[str, float]:

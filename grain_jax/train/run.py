@@ -8,7 +8,6 @@ saving. One trainer at a time has a workdir (lock.py). A run that does no step f
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import json
 import sys
@@ -156,7 +155,7 @@ def _train(
         results = journal.evaluate_all(config, run.evals, state, workdir)
     predictor = journal.make_predictor(config, state)
     if jax.process_index() == 0:
-        report(dataclasses.replace(config, evals=run.evals), workdir, predictor, results)
+        report(config, workdir, predictor, results)
 
 
 def restore_or_initialise(checkpoints, run: set_up.SetUp, program: train_step.Program):
@@ -189,7 +188,7 @@ def report(config, workdir, predictor, results) -> None:
     """Prints the final table and writes report.html."""
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-        kinds = {name: entry.kind for name, entry in config.evals.items()}
+        kinds = {name: entry["kind"] for name, entry in config.evals.items()}
         numbers = tables.by_evaluation(results).items()
         print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
     page.write(workdir, predictor, model=bool(config.pictures))

@@ -12,7 +12,8 @@ from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.checkpoint import files, states
 from grain_jax.core import errors
-from grain_jax.evaluate import suite
+from grain_jax.evaluate import kinds, suite
+from grain_jax.evaluate.base import Evaluator
 from grain_jax.input_pipeline import derived, sources, tokenizer
 from grain_jax.runtime import ending, processes
 from grain_jax.train import initialise, metrics_writer, schedule, sharding
@@ -29,7 +30,7 @@ class SetUp(NamedTuple):
     total_steps: int
     steps_per_epoch: float
     data: list[sources.Identity]
-    evals: dict[str, config_lib.Evaluator]  # whose data is there
+    evals: dict[str, Evaluator]  # whose data is there
 
     @property
     def terms(self) -> list[losses.LossTerm]:
@@ -45,6 +46,7 @@ def set_up(
     What needs no data set comes first, since making one takes long.
     """
     losses.terms_of(config.loss)
+    evaluators = kinds.from_entries(config.evals, config.model)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     metrics_writer.check_wandb(config.wandb)
@@ -65,7 +67,7 @@ def set_up(
     )
     steps = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(lambda: source.identities(config))
-    evals = suite.present(config.evals)  # here, not after the last step
+    evals = suite.present(evaluators)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     return SetUp(config, derived_from, mesh, source, lanes, *steps, data, evals)
 

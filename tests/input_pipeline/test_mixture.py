@@ -196,13 +196,18 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
         records.batches(record_sets.config("", name="", datasets=values))
 
 
-BESIDE = " beside input.datasets, which names all sets; expected one of the two: take out input.datasets or "
+BESIDE = ", expected nothing beside input.datasets, which names all datasets"
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(input__name="birds"), f"input.name: got 'birds'{BESIDE}input.name"),
+        (dict(input__name="birds"), f"input.name: got 'birds'{BESIDE}"),
+        (
+            dict(input__prepare="data.aviary"),
+            f"input.prepare: got 'data.aviary'{BESIDE}",
+        ),
+        (dict(weight=float("nan")), "input.datasets[1].weight: got nan, expected a finite number"),
         (dict(name="birds"), "input.datasets: has 'birds' more than once, expected each name once"),
     ],
 )

@@ -164,9 +164,9 @@ def test_registers_follow_the_class_token_and_have_no_position():
     [
         (
             {"rope": "centres", "heads": 16},
-            "model.image.rope: got centres with heads of 2, expected",
+            "model.image.rope: got 'centres', expected none unless",
         ),
-        ({"positions": False}, "model.image.positions: got False with model.image.rope=none"),
+        ({"positions": False}, "model.image.positions: got False, expected True"),
         ({"rope": "axial"}, "model.image.rope: got 'axial', expected one of none, centres"),
     ],
 )
