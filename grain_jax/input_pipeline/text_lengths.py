@@ -100,9 +100,9 @@ def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int
     captions, descriptions = _padded(captions), _padded(descriptions)
     most = max((len(texts) for regions in negatives for texts in regions), default=0)
     of_negatives = np.zeros((*descriptions.shape, most), np.int32)
-    for rows, regions in zip(of_negatives, negatives, strict=True):
-        for row, texts in zip(rows, regions):
-            row[: len(texts)] = texts
+    for i, regions in enumerate(negatives):
+        for j, texts in enumerate(regions):
+            of_negatives[i, j, : len(texts)] = texts
     synthetic = np.array(synthetic, np.int32)
     return TextLengths(name, tokenizer, records, captions, synthetic, descriptions, of_negatives)
 
