@@ -204,7 +204,7 @@ def _write(
         if (passes := outputs.annotated_by(path))
     ]
     stored_anew: list[str] = []
-    lengths = text_lengths.Sample()
+    lengths = text_lengths.TextSample()
     tfds_writer.write(
         target,
         splits={

@@ -54,7 +54,7 @@ def read_items(folder: epath.PathLike) -> Items:
       ValueError: an item is damaged. A reader may raise any other error.
     """
     with this_process():
-        content = ocp.metadata(absolute(folder)).custom_metadata
+        content: Any = ocp.metadata(absolute(folder)).custom_metadata
     items = Items(*(content[name] for name in Items._fields))
     if digests.of_json(items[1:]) != items.digests["items"]:
         raise ValueError("it was read, but is not what was saved: its config, data or best value")

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -65,7 +65,7 @@ class Checkpoints:
             kept.append(self._best)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=cast(Any, policies.AnyPreservationPolicy(kept)),
             cleanup_tmp_directories=True,
         )
 
@@ -84,7 +84,7 @@ class Checkpoints:
         """
         step, best = int(state.step), (metrics or {}).get(self._config.checkpoint_best_metric)
         self._best.values[step] = best
-        items = Items({}, dataclasses.asdict(self._config), list(data), best)
+        items = Items({}, dataclasses.asdict(self._config), list(map(dict, data)), best)
         items.digests.update(items=digests.of_json(items[1:]), state=digests.of_state(state))
         self._checkpointer.save_async(
             step, state._asdict(), force=True, custom_metadata=items._asdict()

@@ -1,4 +1,4 @@
-"""The nearest of some names, or keys with dots, to one that does not exist."""
+"""Suggests a name for one that does not exist."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ def likeness(a: str, b: str) -> float:
 
 
 def find(name: str, known: Iterable[str]) -> str | None:
-    """The nearest name of `known` by what follows the last dot, of the same group first; None if none is near."""
+    """The name in `known` whose last part is nearest, in the same group first; None if none is near."""
     group, _, last = name.rpartition(".")
 
     def near(other: str) -> tuple[float, bool]:
@@ -26,7 +26,7 @@ def find(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The words "did you mean X?", or what there is, of keys in the same group."""
+    """ "did you mean X?", or a list of the keys in the same group."""
     known = list(known)
     if near := find(name, known):
         return f"did you mean {near}?"
@@ -35,7 +35,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def choice(value: str, known: Iterable[str]) -> str:
-    """The words for a value that is none of `known`."""
+    """What an error says about a value that is not in `known`."""
     known = list(known)
     near = find(value, known)
     hint = f"; did you mean {near}?" if near else ""

@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-class Line:
+class ProgressLine:
     """A line of progress, which changes, below lines that stay.
 
     Args:
@@ -80,7 +80,7 @@ class Counter:
         self, label: str, total: float | None, unit: str = "", *, silent=False, times: float = 1
     ):
         self._label, self._total, self._unit, self._times = label, total, unit, times
-        self._line, self._start, self.done = Line(silent=silent), time.monotonic(), 0.0
+        self._line, self._start, self.done = ProgressLine(silent=silent), time.monotonic(), 0.0
 
     def add(self, count: int = 1, share: float | None = None) -> None:
         """Counts, and shows it; `share` of the work is done, by default as many as were counted of the total."""
@@ -123,7 +123,7 @@ def while_compiling(program: str, usually: str, *, silent: bool = False) -> Iter
       usually: how long that takes, "usually up to 2 minutes".
       silent: nothing is printed: of several processes, the first one speaks.
     """
-    line, finished, start = Line(silent=silent), threading.Event(), time.monotonic()
+    line, finished, start = ProgressLine(silent=silent), threading.Event(), time.monotonic()
 
     def report() -> None:
         if finished.wait(COMPILING_SECONDS):

@@ -23,8 +23,8 @@ Array = Any  # a numpy or a jax array
 class Field(NamedTuple):
     """How a field of `Batch` or `Outputs` lies over images, and who reads it."""
 
-    image_axis: int | None = 0  # that the batch is cut along; None: the same for all images
-    for_losses: bool = True  # False: the model or the trainer alone reads it
+    image_axis: int | None = 0  # the axis of the images; None: the same for all images
+    for_losses: bool = True  # False: only the model or the trainer reads it
 
 
 Images = Annotated[Array, Field()]
@@ -40,10 +40,11 @@ IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class Batch(NamedTuple):
-    """One batch, of a process (numpy) or the global one (jax, leading axis sharded over the data axes).
+    """A process's part of a batch (numpy), or the global batch (jax, leading axis sharded over the data axes).
 
-    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. A text is found by its row
-    within the group and the position of its end token. Without packing a group is one image and a row one text.
+    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. The row
+    within the group and the position of the end token locate a text. Without packing a group is one image, and a row
+    is one text.
     """
 
     image: ModelInput  # uint8 [B, H, W, 3]
@@ -52,7 +53,7 @@ class Batch(NamedTuple):
     text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
     caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros if masked
     caption_id: Images  # int32 [B, C], same text same id
-    caption_mask: Images  # bool [B, C]; False of an image without a caption
+    caption_mask: Images  # bool [B, C]; False if the image has no such caption
     description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros if masked
     description_id: Images  # int32 [B, R], same text same id
     region_boxes_cxcywh: Images  # float32 [B, R, 4]

@@ -11,7 +11,7 @@ import numpy as np
 from grain_jax.config import Config
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import packing, tokenizer
-from grain_jax.input_pipeline.tokenizer import Texts
+from grain_jax.input_pipeline.tokenizer import TokenizedTexts
 
 # The kinds of texts, and the mask of each that says which texts exist.
 MASKS = {"captions": "caption_mask", "descriptions": "region_mask", "negatives": "negative_mask"}
@@ -114,13 +114,13 @@ def of_columns(
 def assemble(
     *,
     image: np.ndarray,
-    captions: Texts,
+    captions: TokenizedTexts,
     caption_mask: np.ndarray,
-    descriptions: Texts,
+    descriptions: TokenizedTexts,
     region_boxes_cxcywh: np.ndarray,
     region_mask: np.ndarray,
     region_scores: np.ndarray,
-    negatives: Texts,
+    negatives: TokenizedTexts,
     negative_mask: np.ndarray,
     config: Config,
 ) -> Batch:
@@ -181,14 +181,14 @@ def assemble(
 
 
 def _without_descriptions(
-    texts: Texts, mask: np.ndarray, description_id: np.ndarray
-) -> tuple[Texts, np.ndarray]:
+    texts: TokenizedTexts, mask: np.ndarray, description_id: np.ndarray
+) -> tuple[TokenizedTexts, np.ndarray]:
     """The negatives that differ from their own description, and their mask [B, R, H]."""
     kept = (_scatter(mask, texts.text_ids) != description_id[..., None])[mask]
     if kept.all():
         return texts, mask
     ids = texts.ids[np.repeat(kept, texts.lengths)]
-    return Texts(ids, *(x[kept] for x in texts[1:])), _scatter(mask, kept)
+    return TokenizedTexts(ids, *(x[kept] for x in texts[1:])), _scatter(mask, kept)
 
 
 def _scatter(mask: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """A deterministic shuffle: the order of the training records is a function of (seed, lanes, step).
 
 The shuffle has `input.lanes` independent streams, the lanes. Lane i has the shards i, i + lanes, i + 2 lanes, ...,
-in blocks of `input.shards_per_block` shards that are read whole. In each epoch (seed, epoch, lane)
-permutes the blocks of a lane, and (seed, epoch, lane, block) the records of a block. The next epoch follows at once. A
-position in the stream gives the block to open, and a step gives the position: a checkpoint needs the step alone.
+in blocks of `input.shards_per_block` shards that are read whole. In each epoch (seed, epoch, lane) permutes the blocks
+of a lane, and (seed, epoch, lane, block) permutes the records of a block. The next epoch follows at once. A step gives
+the position in the stream, and the position gives the block to open. So a checkpoint needs the step alone.
 
-For a mixture of sets a lane has a stream of each set, and takes records from them by weight (`MixedLane`).
+`Lane.block` is this rule for one dataset; `_lane_stream` in records.py reads the blocks. In a mixture a lane has a
+stream for each dataset and takes records from them by weight (`MixedLane`).
 
 Random numbers come from the integer hash below, so the order does not change with the versions of numpy and
 TensorFlow.
@@ -21,7 +22,7 @@ from grain_jax.core import errors
 
 
 class OrderError(errors.UserError):
-    """The shards cannot be divided into the lanes of the config; the message is one line."""
+    """A dataset has fewer shards than the config has lanes; the message is one line."""
 
 
 class ShardFile(NamedTuple):

@@ -137,7 +137,8 @@ def _layout(lengths: TextArrays, row, start, left, *sizes: int) -> TextLayout:
     row, start, left = (x.reshape(by_image.shape) for x in (row, start, left))
     ends = np.stack([row, start + left - 1], axis=-1)
     ends = np.where(left[..., None] > 0, ends, 0).astype(np.int32)
-    return TextLayout(*map(lengths.like_this, (ends, left, left < by_image)), *sizes)
+    ends, left, misfits = map(lengths.like_this, (ends, left, left < by_image))
+    return TextLayout(ends, left, misfits, *sizes)
 
 
 def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:

@@ -90,7 +90,7 @@ def _find(source: Dataset) -> RecordSet:
     split = splits[source.split]
     shards = []
     for shard in split.shards:
-        path = os.fspath(directory / epath.Path(shard.name).name)
+        path = str(directory / epath.Path(shard.name).name)
         try:  # remote shards are looked at when they are read
             size = shard.bytes if "://" in path else os.stat(path).st_size
         except OSError:

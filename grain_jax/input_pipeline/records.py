@@ -117,7 +117,7 @@ def _texts(fields: dict[str, Any]) -> text_lengths_lib.ImageTexts:
     descriptions, negatives = fields["regions/description"], []
     if fields.keys() >= transforms.NEGATIVES.keys():
         flat, counts = (fields[name] for name in transforms.NEGATIVES)
-        negatives = np.split(flat, np.cumsum(counts)[:-1])
+        negatives = [x.tolist() for x in np.split(flat, np.cumsum(counts)[:-1])]
     return text_lengths_lib.ImageTexts(
         [text for text in fields["captions"] if text],
         fields["synthetic_caption"],

@@ -11,6 +11,7 @@ examples/data_source has a complete source of its own. A run uses it like this:
 """
 
 import abc
+import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypedDict, cast
@@ -22,6 +23,11 @@ from grain_jax.core import errors, named
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
+# Name -> its module, or a class in one. Imported when chosen: records need TensorFlow, which is slow to import.
+_BUILT_IN = {
+    "records": "grain_jax.input_pipeline.records",
+    "synthetic": "grain_jax.input_pipeline.synthetic:Synthetic",
+}
 _METHODS = ("check", "num_examples", "identities", "num_shards", "text_lengths", "batches")
 
 
@@ -151,30 +157,28 @@ def open_source(config: Config) -> DataSource:
       UserError: there is no such source, or it cannot be used.
     """
     name = config.input.source
-    source = named.find("input.source", name, {"records": _records, "synthetic": _synthetic})
-    missing = [method for method in _METHODS if not callable(getattr(source, method, None))]
-    if name not in ("records", "synthetic") and (not isinstance(source, type) or missing):
-        raise errors.UserError(
-            f"input.source: got {name!r}, expected a class with the methods of DataSource"
-            f" (grain_jax/input_pipeline/sources.py); it lacks {', '.join(missing) or 'a class'}"
-        )
-    source = source()
+    source = named.find("input.source", name, _BUILT_IN)
+    if name in _BUILT_IN:
+        source = _built_in(source)
+    else:
+        missing = [method for method in _METHODS if not callable(getattr(source, method, None))]
+        if not isinstance(source, type) or missing:
+            raise errors.UserError(
+                f"input.source: got {name!r}, expected a class with the methods of DataSource"
+                f" (grain_jax/input_pipeline/sources.py); it lacks {', '.join(missing) or 'a class'}"
+            )
+        source = source()
     source.check(config)
     return source
 
 
-def _records() -> DataSource:
-    try:  # TensorFlow: not on every machine, and slow to import
-        from grain_jax.input_pipeline import records
+def _built_in(name: str) -> DataSource:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise errors.UserError(
             f"input.source=records needs {error.name}: pip install 'grain_jax[data]', or take"
             " --config.input.source=synthetic"
         ) from None
-    return cast(DataSource, records)
-
-
-def _synthetic() -> DataSource:
-    from grain_jax.input_pipeline import synthetic
-
-    return synthetic.Synthetic()
+    return getattr(module, attribute)() if attribute else cast(DataSource, module)

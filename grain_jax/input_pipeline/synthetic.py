@@ -9,7 +9,7 @@ from grain_jax.config import Config
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
-from grain_jax.input_pipeline.tokenizer import Texts
+from grain_jax.input_pipeline.tokenizer import TokenizedTexts
 
 NUM_EXAMPLES = 1 << 20  # per epoch
 CAPTION_TOKENS = (10, 20)  # lowest and highest number, start and end tokens included
@@ -114,7 +114,7 @@ def _caption_lengths(
     return np.column_stack([lengths, np.where(joined, 1 + joined, 0)])
 
 
-def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> Texts:
+def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> TokenizedTexts:
     """Random texts of so many tokens; the last two ids of the vocabulary are start and end."""
     text = config.model.text
     lengths = lengths.clip(max=config.text_length)
@@ -123,4 +123,4 @@ def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> Tex
     ids[ends] = text.vocab_size - 1
     ids[ends - lengths + 1] = text.vocab_size - 2
     text_ids = rng.integers(1, 2**31 - 1, size=len(lengths), dtype=np.int32)
-    return Texts(ids, lengths.astype(np.int32), np.zeros(len(lengths), bool), text_ids)
+    return TokenizedTexts(ids, lengths.astype(np.int32), np.zeros(len(lengths), bool), text_ids)

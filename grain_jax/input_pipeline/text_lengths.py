@@ -56,7 +56,7 @@ class TextLengths(NamedTuple):
     negatives: np.ndarray
 
 
-class _File(msgspec.Struct):
+class _LengthsFile(msgspec.Struct):
     """The content of FILE."""
 
     tokenizer: str
@@ -100,9 +100,9 @@ def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int
     captions, descriptions = _padded(captions), _padded(descriptions)
     most = max((len(texts) for regions in negatives for texts in regions), default=0)
     of_negatives = np.zeros((*descriptions.shape, most), np.int32)
-    for rows, regions in zip(of_negatives, negatives, strict=True):
-        for row, texts in zip(rows, regions):
-            row[: len(texts)] = texts
+    for i, regions in enumerate(negatives):
+        for j, texts in enumerate(regions):
+            of_negatives[i, j, : len(texts)] = texts
     synthetic = np.array(synthetic, np.int32)
     return TextLengths(name, tokenizer, records, captions, synthetic, descriptions, of_negatives)
 
@@ -119,7 +119,7 @@ def best_first(values: Sequence[Value], scores: Sequence[float]) -> list[Value]:
     return [values[int(i)] for i in np.argsort(-np.asarray(scores), kind="stable")]
 
 
-class Sample:
+class TextSample:
     """Chooses the images of a sample while a set is written: those whose ids have the lowest hashes.
 
     So the sample does not depend on the order or the number of the workers.
@@ -150,7 +150,7 @@ class Sample:
     def encode(self, text_tokenizer: Any) -> bytes:
         """The content of `FILE`, in CLIP's tokens."""
         texts = [texts for _, _, texts in sorted(self._heap, reverse=True)]
-        content = _File("clip", self.records, _count(texts, text_tokenizer))
+        content = _LengthsFile("clip", self.records, _count(texts, text_tokenizer))
         return msgspec.json.encode(content) + b"\n"
 
 
@@ -176,7 +176,7 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
     folder = newest_version(source)
     if folder is None or source.split != "train" or not (folder / FILE).exists():
         return None
-    content = regular_file.read_json(folder / FILE, _File, "lengths of texts", 4 << 30)
+    content = regular_file.read_json(folder / FILE, _LengthsFile, "lengths of texts", 4 << 30)
     if content.tokenizer != tokenizer:
         return None
     return _table(content.images, repr(source.name), tokenizer, content.records)

@@ -23,7 +23,7 @@ with epy.lazy_imports():
 TokenIds = Callable[[list[str], int], list[list[int]]]
 
 
-class Texts(NamedTuple):
+class TokenizedTexts(NamedTuple):
     """N texts as tokens, without padding."""
 
     ids: np.ndarray  # int32 [sum(lengths)], text after text
@@ -47,7 +47,7 @@ class Tokenizer:
         self._token_ids, self._name = token_ids, name
         self.vocab_size, self.cleaning, self.pad_id = vocab_size, cleaning, pad_id
 
-    def encode(self, texts: Sequence[str | bytes], context_length: int) -> Texts:
+    def encode(self, texts: Sequence[str | bytes], context_length: int) -> TokenizedTexts:
         """The tokens of N strings (or UTF-8 bytes), cleaned here.
 
         A text of more than `context_length` tokens is cut and keeps its special tokens; one of fewer than two is
@@ -77,7 +77,9 @@ class Tokenizer:
                 f"{self._name}: got a text of {longest} tokens with ids up to {largest}, expected at most"
                 f" {context_length} tokens and ids below {self.vocab_size}; the file's special tokens do not fit"
             )
-        return Texts(ids.astype(np.int32), lengths.clip(min=2), too_long, text_ids(cleaned))
+        return TokenizedTexts(
+            ids.astype(np.int32), lengths.clip(min=2), too_long, text_ids(cleaned)
+        )
 
     def __call__(self, texts: Sequence[str | bytes], context_length: int = 77) -> np.ndarray:
         """Returns i32[N, context_length], padded with `pad_id`. As `encode`; 2-D even for one text."""

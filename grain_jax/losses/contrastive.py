@@ -6,6 +6,8 @@ Rows and columns that lie on other devices are met in `streaming`.
 import functools
 from collections.abc import Callable
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -85,9 +87,10 @@ def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_lo
         shard.outputs.logit_bias,
     )
     both = contrast == "softmax"
-    of_rows, of_columns = streaming.negatives(
+    costs: Any = streaming.negatives(
         contrast, both, shard.config.tile, ring, rows, columns, scale, bias
     )
+    of_rows, of_columns = costs
     loss = streaming.loss_of_rows(contrast, own_logits, of_rows.cost.reshape(own_logits.shape))
     if both:
         back = streaming.loss_of_rows(
@@ -148,9 +151,10 @@ def _region_description_of_group(
     label_id = jnp.take_along_axis(id_, label_slot, axis=1)
     rows = _flat(pred, label_id, jnp.ones_like(mask))
     columns = _flat(region_text_embed, id_, mask)
-    negative, _ = streaming.negatives(
+    costs: Any = streaming.negatives(
         config.contrast, False, config.tile, shard.layout.in_group, rows, columns, scale, bias
     )
+    negative = costs[0]
     cost, highest = (x.reshape(id_.shape) for x in negative)
     loss = streaming.loss_of_rows(config.contrast, own_logits, cost)
     return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own_logits, highest, scale)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ def negatives(
       scale: factor of the similarities.
       bias: added to the scaled similarities.
     """
-    return _forward(contrast, both, tile, ring, rows, columns, scale, bias)[0]
+    results: Any = _forward(contrast, both, tile, ring, rows, columns, scale, bias)[0]
+    return results
 
 
 def loss_of_rows(
@@ -145,11 +146,12 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
             weight += share.sum(1)
         return back, (gradient, weight)
 
+    numbers: Any = of_columns if both else of_rows
     here_tiles = cut((here, of_rows if both else None), tile)
     nothing = lambda x: jnp.zeros_like(x.embed) if both else None
     (gradient, of_bias), back = exchange(
         ring,
-        _block(there, *(of_columns if both else of_rows)),
+        _block(there, *numbers),
         _visit(pair, here_tiles, there, tile, nothing),
         operator.add,
         (

@@ -175,8 +175,8 @@ class Attention(nn.Module):
         width, split = ((self.width,), ("width",)), ((heads, head_dim), ("heads", "head_dim"))
 
         def affine(name, ins, outs, init, use_bias=True):
-            options = dict(bias_init=self.bias_init, use_bias=use_bias, name=name)
-            return Affine(ins[0], outs[0], ins[1], outs[1], self.dtype, init, **options)
+            shape, axes = (ins[0], outs[0]), (ins[1], outs[1])
+            return Affine(*shape, *axes, self.dtype, init, self.bias_init, use_bias, name=name)
 
         maps = [
             affine(name, width, split, self.kernel_init, use_bias)

@@ -289,11 +289,17 @@ class FusedMLP(nn.Module):
         to = Affine(e, h, width, mlp, float32, self.in_init, self.in_bias_init, name="in")
         back = Affine(h, e, mlp, width, float32, self.out_init, self.out_bias_init, name="out")
         (w_in, b_in), (w_out, b_out) = to.parameters(), back.parameters()
-        weights = dict(w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
-        norm_and_activation = dict(
-            scale=norm[0], bias=norm[1], eps=eps, activation=ACTIVATIONS[self.activation]
+        return mlp_kernel.half_layer(
+            x,
+            scale=norm[0],
+            bias=norm[1],
+            eps=eps,
+            w_in=w_in,
+            b_in=b_in,
+            w_out=w_out,
+            b_out=b_out,
+            activation=ACTIVATIONS[self.activation],
         )
-        return mlp_kernel.half_layer(x, **weights, **norm_and_activation)
 
 
 REMAT = {

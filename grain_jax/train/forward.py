@@ -183,14 +183,13 @@ class Forward:
         # A method asks for these whatever it computes.
         scalars = {name: x for name, x in of_model.items() if name.startswith("logit_")}
 
-        def apply(method: str, *args: Any, params: Any = None, **kwargs: Any):
+        def apply(method: str, *args: Any, params: Any = None, **kwargs: Any) -> Any:
             chosen = of_model if params is None else {**scalars, **params}
             return self.model.apply({"params": chosen}, *args, method=method, **kwargs)
 
         tower, images = self.config.model.image, batch.caption_mask.shape[0]
-        for_draws = keys
-        if keys is None:
-            for_draws = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
+        no_keys = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
+        for_draws = no_keys if keys is None else keys
         kept = None
         if tower.keep != 1:
             with jax.named_scope(KEEP):

@@ -152,7 +152,7 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
 def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
     """What to set where too many texts do not fit: rows by the lengths of the data set's texts."""
     group, rows = config.text_layout
-    enough = derived.rows_of(config, group, source.text_lengths(config)).rows
+    enough = derived.rows_of(config, group, source.text_lengths(config))[0]
     return (
         f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
     )

@@ -240,7 +240,7 @@ class MetricsWriter:
         config: config_lib.Config | None = None,
         terms: Mapping[str, str] | None = None,
     ):
-        self.workdir, self._line = epath.Path(workdir), progress.Line()
+        self.workdir, self._line = epath.Path(workdir), progress.ProgressLine()
         self._terms = terms or {}
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
