@@ -5,7 +5,6 @@ Rows and columns that lie on other devices are met in `streaming`.
 
 import functools
 from collections.abc import Callable
-
 from typing import Any
 
 import jax
