@@ -22,8 +22,16 @@ from etils import epath
 
 from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
-from grain_jax.data import duplicates, example, parallel, source_lines, sources, staging, survey
-from grain_jax.data.annotate import outputs
+from grain_jax.data import (
+    annotate,
+    duplicates,
+    example,
+    parallel,
+    source_lines,
+    sources,
+    staging,
+    survey,
+)
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
@@ -201,7 +209,7 @@ def _write(
     annotated_by = [
         {"annotations": str(path), "passes": passes}
         for path in args.annotations
-        if (passes := outputs.annotated_by(path))
+        if (passes := annotate.annotated_by(path))
     ]
     stored_anew: list[str] = []
     lengths = text_lengths.Sample(negatives=found.negatives > 0)

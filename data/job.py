@@ -164,15 +164,15 @@ def check_faults(
 
 
 @contextlib.contextmanager
-def watched(what: str, total: int, count: Callable[[], int]) -> Iterator[None]:
+def watched(label: str, total: int, count: Callable[[], int]) -> Iterator[None]:
     """Shows the progress of workers in other processes while the block runs.
 
     Args:
-      what: begins the line.
+      label: begins the line.
       total: the shards that are to be done.
       count: counts, by the files of the output, how many of them are done.
     """
-    ended, counter = threading.Event(), progress.Counter(what, total)
+    ended, counter = threading.Event(), progress.Counter(label, total)
 
     def show() -> None:
         while not ended.wait(_SECONDS_BETWEEN_LOOKS):

@@ -1,9 +1,9 @@
 """The flags of `grain-jax annotate`; further ones go to Beam."""
 
 from grain_jax.cli.flags import flag, many, share
+from grain_jax.data.annotate import PASSES
 from grain_jax.data.arguments import Stored, label_text, option, set_name
 
-PASSES = ("caption", "describe", "ground", "negatives")  # in their order
 ALL = ("caption", "describe", "ground")  # of --passes all
 _MOST = 1_000_000
 
@@ -54,7 +54,6 @@ class Annotate(Stored, name="annotate"):
         the endpoint
       --endpoint URL           an OpenAI-compatible server's, as http://HOST:8000/v1
       --concurrency N          requests at a time, of a worker
-      --requests-per-second R  at most, of a worker (default: no limit)
       --request-seconds S      seconds that a request may take in all
       --tries N                of a request, the first included
       --prompts DIR            folder with caption.txt and describe.txt (default: those of the package)
@@ -84,7 +83,6 @@ class Annotate(Stored, name="annotate"):
     chat: str | None = None
     endpoint: str | None = None
     concurrency: int = 16
-    requests_per_second: float = flag(0.0, low=0.001, high=_MOST)
     request_seconds: float = flag(120.0, low=0.001, high=_MOST)
     tries: int = 6
     prompts: str | None = None

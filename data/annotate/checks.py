@@ -7,17 +7,26 @@ from grain_jax.data import sources
 from grain_jax.data.annotate.arguments import Annotate
 
 
-def check(item: sources.Image, given: Annotate) -> PIL.Image.Image | sources.Fault:
+def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Fault:
     """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault.
 
-    Causes: "empty file"; "unreadable", none of images.FORMATS; "damaged", truncated or broken inside; "animated",
-    several frames; "too small" and "too large", sides beyond those of the command.
+    Causes: "empty file"; "unreadable" (none of images.FORMATS); "damaged" (truncated or broken inside); "animated"
+    (several frames); "too small" and "too large" (sides beyond those of the command).
     """
     if not item.encoded:
         return sources.Fault(item.image, "empty file", "got 0 bytes, expected an image")
     try:
-        cause, detail = _header_fault(images.open_image(item.encoded), given)
-        if not cause:  # pixels are decoded now
+        header = images.open_image(item.encoded)
+        width, height = header.size
+        sides = f"got {width} x {height} pixels, expected at"
+        if max(width, height) > args.max_side:
+            cause, detail = "too large", f"{sides} most {args.max_side} a side"
+        elif min(width, height) < args.min_side:
+            cause, detail = "too small", f"{sides} least {args.min_side} a side"
+        # Phones put a second image behind a JPEG (MPO): the first is the photograph.
+        elif header.format != "MPO" and getattr(header, "is_animated", False):
+            cause, detail = "animated", f"got several frames of {header.format}, expected one"
+        else:
             return images.to_rgb(images.decode_image(item.encoded))
     except images.TooLargeError as error:
         cause, detail = "too large", str(error)
@@ -26,17 +35,3 @@ def check(item: sources.Image, given: Annotate) -> PIL.Image.Image | sources.Fau
     except images.ImageError as error:
         cause, detail = "damaged", str(error)
     return sources.Fault(item.image, cause, detail)
-
-
-def _header_fault(header: PIL.Image.Image, given: Annotate) -> tuple[str, str]:
-    """The cause and detail of what the header shows; empty texts for nothing."""
-    width, height = header.size
-    got = f"got {width} x {height} pixels, expected at"
-    if max(width, height) > given.max_side:
-        return "too large", f"{got} most {given.max_side} a side"
-    if min(width, height) < given.min_side:
-        return "too small", f"{got} least {given.min_side} a side"
-    # Phones put a second image behind a JPEG (MPO): the first is the photograph.
-    if header.format != "MPO" and getattr(header, "is_animated", False):
-        return "animated", f"got several frames of {header.format}, expected one still image"
-    return "", ""

@@ -19,7 +19,8 @@ import jax
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.checkpoint.pretrained import NAMES
-from grain_jax.core import atomic, errors, printable
+from grain_jax.core import errors
+from grain_jax.data import job
 from grain_jax.data.embed import arguments, output, parts, pipeline
 from grain_jax.data.sources import arrow_files
 from grain_jax.runtime import compiled, distributed, processes
@@ -27,42 +28,45 @@ from grain_jax.runtime import compiled, distributed, processes
 
 def embed(args: arguments.Embed) -> str:
     """Embeds the source; returns a line about what was done. Every process calls it. Raises UserError."""
-    began = time.monotonic()
-    arrow_files.pyarrow()  # where it is missing, before the model is read
-    folder = parts.absolute(args.output)
+    arrow_files.pyarrow()  # before the model is read: it may be missing
+    folder = job.Output(str(parts.absolute(args.output)))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
-    source = processes.of_first(lambda: _list(args, folder))
+    with contextlib.ExitStack() as stack:
+        processes.of_first(lambda: stack.enter_context(folder.locked(output.CARD)))
+        return _embed(args, folder)
+
+
+def _embed(args: arguments.Embed, folder: job.Output) -> str:
+    """Embeds the source by a run that has the folder for itself."""
+    began = time.monotonic()
+    source = processes.of_first(
+        lambda: parts.find(
+            args.source,
+            folder,
+            images=args.images,
+            split=args.split,
+            shard_size=args.shard_size,
+            boxes=args.boxes == "given",
+        )
+    )
     predictor = processes.run_together(lambda: _load(args))
     settings = _settings(args, source, predictor)
-    processes.of_first(lambda: output.agree(folder, settings))
-    job = output.Output(folder, settings, source["parts"], source["images"])
-    done = processes.of_first(lambda: list(job.finished()))
-    todo = [index for index in range(len(job.parts)) if index not in done]
+    # A model may lie elsewhere: its digests count.
+    processes.of_first(lambda: folder.agree(settings, unless=["checkpoint"]))
+    result = output.Output(folder, settings, source["parts"], source["images"])
+    done = processes.of_first(lambda: list(result.done()))
+    todo = [index for index in range(len(result.parts)) if index not in done]
     smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
     with errors.out_of_memory_in_a_line("grain-jax embed", lambda: smaller):
         count = pipeline.run(
-            job,
+            result,
             [todo[i] for i in processes.share(len(todo))],
             pipeline.encoder(predictor, args.boxes),
             size=predictor.model.image.image_size,
             threads=args.threads or max(2, os.cpu_count() or 1),
-            label=args.source,
-            known=source["total"] is not None,
         )
     count = sum(processes.agree(None, count))
-    return processes.of_first(lambda: _end(args, job, count, time.monotonic() - began))
-
-
-def _list(args: arguments.Embed, folder: Any) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return parts.find(
-        args.source,
-        images=args.images,
-        split=args.split,
-        shard_size=args.shard_size,
-        scratch=folder,
-        boxes=args.boxes == "given",
-    )
+    return processes.of_first(lambda: _finish(args, result, count, time.monotonic() - began))
 
 
 def _load(args: arguments.Embed) -> inference.Predictor:
@@ -78,7 +82,7 @@ def _settings(
     """What the embeddings depend on."""
     named = args.checkpoint in NAMES or "://" in args.checkpoint
     return {
-        # Of a workdir, the checkpoint that was its newest.
+        # For a workdir, the checkpoint that was its newest.
         "checkpoint": args.checkpoint if named else str(parts.absolute(predictor.folder)),
         "model": predictor.digests,
         "embed_dim": predictor.model.embed_dim,
@@ -90,29 +94,26 @@ def _settings(
     }
 
 
-def _end(args: arguments.Embed, job: output.Output, count: int, seconds: float) -> str:
-    """Writes the faults and the card, when all parts are there; returns the line. Raises EmbedError."""
-    finished = job.finished()
-    missing = [index for index in range(len(job.parts)) if index not in finished]
+def _finish(args: arguments.Embed, result: output.Output, count: int, seconds: float) -> str:
+    """Writes the faults and the card if all parts are there; returns the line. Raises JobError."""
+    done = result.done()
+    missing = [index for index in range(len(result.parts)) if index not in done]
     if missing:
-        raise output.EmbedError(
-            f"--output {args.output}: {job.path('metadata', missing[0])} is missing, of {len(missing)} files; give"
-            " the same command again"
+        raise job.JobError(
+            f"--output {args.output}: {result.path('metadata', missing[0])} is missing, one of"
+            f" {len(missing)} files; give the same command again"
         )
-    done = [finished[index] for index in sorted(finished)]
-    job.write_faults(done)
-    atomic.write_text(job.folder / output.CARD, output.card(job.settings, done))
-    causes = collections.Counter(fault["cause"] for part in done for fault in part.faults)
-    for cause, times in sorted(causes.items()):
-        line = f"{job.folder / output.FAULTS}: {times} {printable.plain(cause, 80)}"
-        print(line, file=sys.stderr)
-    rows, faults = sum(part.rows for part in done), sum(len(part.faults) for part in done)
-    if not rows or faults > args.max_faults * (rows + faults):
-        raise output.EmbedError(
-            f"--output {args.output}: {faults} of {rows + faults} images have a fault, more than --max-faults"
-            f" {args.max_faults:g} allows; {output.FAULTS} names them; put them right and delete the files"
-            " that it names, or take them out of the source"
-        )
+    found = [done[index] for index in sorted(done)]
+    result.finish(found)
+    rows, faults = sum(part.rows for part in found), sum(len(part.faults) for part in found)
+    job.check_faults(
+        result.folder.path(output.FAULTS),
+        collections.Counter(fault["cause"] for part in found for fault in part.faults),
+        images=rows + faults,
+        faulty=faults,
+        left=rows,
+        most=args.max_faults,
+    )
     left_out = f" ({faults} left out: {output.FAULTS})" if faults else ""
     return (
         f"{args.output}: {rows:,} images{left_out} in {len(done):,} files; {count:,} of them now, in"

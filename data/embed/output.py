@@ -7,7 +7,7 @@ DIR/settings.json                 what the embeddings are made of
 DIR/faults.jsonl                  a line for each image that was left out
 DIR/README.md                     the data card
 
-A part has one of each of the first three. Its metadata are written last, so that their presence marks it as done.
+A part has one of each of the first three. Its metadata are written last: they mark it as done.
 """
 
 import concurrent.futures
@@ -17,34 +17,31 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
 from grain_jax import __version__
-from grain_jax.core import atomic, errors, printable, regular_file
+from grain_jax.core import printable, regular_file
+from grain_jax.data import job
 from grain_jax.data.sources import arrow_files
 
-SETTINGS, FAULTS, CARD = "settings.json", "faults.jsonl", "README.md"
+FAULTS, CARD = "faults.jsonl", "README.md"
 _READ_AT_ONCE = 16  # parts
 _NOTE = b"grain_jax"  # key of a Parquet file's own metadata
 
 
-class EmbedError(errors.UserError):
-    """The embeddings cannot be made or written; the message is one line."""
-
-
-class EmbeddedImage(NamedTuple):
-    """An image as it is written."""
+class Row(NamedTuple):
+    """An image with its embeddings; without them and with its pixels before the model has run."""
 
     path: str
     caption: str  # the first that the source has
     id: str
     width: int
     height: int
-    image_embed: np.ndarray  # [D]
-    region_embed: np.ndarray | None  # [R, D]; None: there are no regions
-    boxes_xyxy: np.ndarray | None  # [R, 4] in [0, 1]
+    boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], of its regions
+    pixels: np.ndarray | None = None  # uint8 [S, S, 3], as the model takes them
+    image_embed: np.ndarray | None = None  # [D]
+    region_embed: np.ndarray | None = None  # [R, D]; None: the model has no regions
 
 
 class Part(NamedTuple):
@@ -58,12 +55,13 @@ class Output(NamedTuple):
     """The folder of a job.
 
     Attributes:
+      folder: where the files lie.
       settings: what the embeddings are made of.
       parts: the parts of the source, as `parts.find` gives them.
       images: folder that the paths of images start from, or "".
     """
 
-    folder: epath.Path
+    folder: job.Output
     settings: dict[str, Any]
     parts: list[dict[str, Any]]
     images: str = ""
@@ -72,22 +70,20 @@ class Output(NamedTuple):
         """A file of a part: of "img_emb", "region_emb" or "metadata"."""
         digits = len(str(len(self.parts)))  # all names have as many, so that they sort
         ending = "parquet" if kind == "metadata" else "npy"
-        return self.folder / kind / f"{kind}_{index:0{digits}d}.{ending}"
+        return self.folder.path(kind, f"{kind}_{index:0{digits}d}.{ending}")
 
     @property
     def arrays(self) -> list[str]:
         """The kinds of arrays that a part has."""
         return ["img_emb", "region_emb"] if self.settings["regions"] else ["img_emb"]
 
-    def finished(self) -> dict[int, Part]:
+    def done(self) -> dict[int, Part]:
         """The parts that are done. A damaged one is named on stderr, to be made again."""
 
         def read(index: int) -> Part | None:
             path = self.path("metadata", index)
-            if not path.exists():
-                return None
             try:
-                return self._read(index)
+                return self._read(index) if path.exists() else None
             except (OSError, ValueError, LookupError, TypeError) as error:  # of pyarrow, too
                 reason = printable.plain(" ".join(str(error).split()), 200)
                 print(f"{path}: damaged ({reason}); its part is made again", file=sys.stderr)
@@ -99,7 +95,7 @@ class Output(NamedTuple):
             return {index: part for index, part in enumerate(parts) if part}
 
     def _read(self, index: int) -> Part:
-        """What a part's files hold, by their headers. Raises OSError, ValueError, ...: one is damaged, or missing."""
+        """What a part's files hold, by their headers. Raises OSError, ValueError, ... if one is damaged or missing."""
         pa = arrow_files.pyarrow()
         with self.path("metadata", index).open("rb") as file:
             metadata = pa.parquet.read_metadata(pa.BufferReader(file.read()))
@@ -113,50 +109,46 @@ class Output(NamedTuple):
                     raise ValueError(f"{path.name} is no whole array of {rows} rows")
         return Part(metadata.num_rows, note["faults"])
 
-    def write(
-        self, index: int, rows: Sequence[EmbeddedImage], faults: list[dict[str, str]]
-    ) -> Part:
+    def write(self, index: int, rows: Sequence[Row], faults: list[dict[str, str]]) -> None:
         """Writes the files of a part, the metadata last."""
         pa = arrow_files.pyarrow()
+        empty = np.zeros((0, self.settings["embed_dim"]), np.float16)
+        vectors = {"img_emb": [row.image_embed[None] for row in rows]}
+        columns = {name: [getattr(row, name) for row in rows] for name in Row._fields[1:5]}
         below = f"{self.images}/" if self.images else ""
-        columns: dict[str, list] = {"image_path": [below + row.path for row in rows]}
-        for name in ("caption", "id", "width", "height"):
-            columns[name] = [getattr(row, name) for row in rows]
+        columns = {"image_path": [below + row.path for row in rows]} | columns
         kinds = [pa.string()] * 3 + [pa.int32()] * 2
-        fields = [pa.field(name, kind, nullable=False) for name, kind in zip(columns, kinds)]
-        regions = 0
         if self.settings["regions"]:
+            vectors["region_emb"] = [row.region_embed for row in rows]
             columns["boxes_xyxy"] = [row.boxes_xyxy.tolist() for row in rows]
-            regions = sum(map(len, columns["boxes_xyxy"]))
-            box = pa.list_(pa.float32(), 4)
-            fields.append(pa.field("boxes_xyxy", pa.list_(box), nullable=False))
-        note = json.dumps({"faults": faults, "regions": regions})
-        schema = pa.schema(fields, {_NOTE: note.encode()})
-        for kind in self.arrays:
-            vectors = [row.image_embed[None] for row in rows]
-            if kind == "region_emb":
-                vectors = [row.region_embed for row in rows]
-            empty = np.zeros((0, self.settings["embed_dim"]), np.float16)
-            values = np.concatenate([empty, *vectors], dtype=np.float16, casting="same_kind")
-            self._put(self.path(kind, index), _header(values.shape) + values.tobytes())
+            kinds.append(pa.list_(pa.list_(pa.float32(), 4)))
+        for kind, embeds in vectors.items():
+            values = np.concatenate([empty, *embeds], dtype=np.float16, casting="same_kind")
+            self.folder.put(
+                _header(values.shape) + values.tobytes(), *self.path(kind, index).parts[-2:]
+            )
+        regions = sum(map(len, columns.get("boxes_xyxy", ())))
+        note = json.dumps({"faults": faults, "regions": regions}).encode()
+        fields = [pa.field(name, kind, nullable=False) for name, kind in zip(columns, kinds)]
         file = io.BytesIO()
-        table = pa.table({field.name: columns[field.name] for field in schema}, schema=schema)
-        pa.parquet.write_table(table, file)
-        self._put(self.path("metadata", index), file.getvalue())
-        return Part(len(rows), faults)
+        pa.parquet.write_table(pa.table(columns, schema=pa.schema(fields, {_NOTE: note})), file)
+        self.folder.put(file.getvalue(), *self.path("metadata", index).parts[-2:])
 
-    def _put(self, path: epath.Path, content: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(path, content)
-
-    def write_faults(self, parts: Sequence[Part]) -> None:
-        """Replaces the file of faults; it lists the faults of all parts."""
-        lines = [
-            json.dumps({**fault, "file": self.path("metadata", index).name}) + "\n"
+    def finish(self, parts: Sequence[Part]) -> None:
+        """Writes the list of faults and the data card of all parts."""
+        faults = (
+            {**fault, "file": self.path("metadata", index).name}
             for index, part in enumerate(parts)
             for fault in part.faults
-        ]
-        atomic.write_text(self.folder / FAULTS, "".join(lines))
+        )
+        self.folder.put_lines(faults, FAULTS)
+        settings = self.settings | self.settings["source"]
+        plain = {key: printable.plain(str(value), 300) for key, value in settings.items()}
+        plain["params"] = self.settings["model"]["params"]
+        plain["images"] = f"{sum(part.rows for part in parts):,}"
+        plain["left_out"] = f"{sum(len(part.faults) for part in parts):,}"
+        regions = _CARD_REGIONS.format(**plain) if self.settings["regions"] else ""
+        self.folder.put(_CARD.format(**plain, version=__version__) + regions, CARD)
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
@@ -167,69 +159,20 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-def agree(folder: epath.Path, settings: dict[str, Any]) -> None:
-    """Notes what the embeddings are made of. Raises UserError where the folder was begun with something else."""
-    path = folder / SETTINGS
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, json.dumps(settings, indent=1))
-        return
-    known = regular_file.read_json(path, dict[str, Any], "the settings of grain-jax embed")
-    for key in settings:  # a model may lie elsewhere: its digests count
-        if key != "checkpoint" and known.get(key) != settings[key]:
-            got, expected = (json.dumps(x.get(key)) for x in (settings, known))
-            raise EmbedError(
-                f"--output {folder}: was begun with {key} {expected}, got {got}; give another --output, or delete"
-                " this one"
-            )
-
-
 _CARD = """\
-# Embeddings of {rows:,} images
+# Embeddings of {images} images
 
-Written by `grain-jax embed` (grain_jax {version}, jax {jax}) in the layout of clip-retrieval; {faults:,} images were left
-out, and `faults.jsonl` names each with its cause.
+Written by `grain-jax embed` (grain_jax {version}) in the layout of clip-retrieval. {left_out} images were left out;
+`faults.jsonl` names each with its cause. Vectors have unit length, so a dot product with the embedding of a text by the
+same model is their cosine.
 
-| | |
-|---|---|
-| source | `{path}` ({kind}), digest {digest} |
-| model | `{checkpoint}`, digest of its parameters {params} |
-| image size | {image_size} pixels a side, resized without keeping the aspect ratio |
-| activations | {dtype} |
-
-| file | what |
-|---|---|
-| `img_emb/img_emb_*.npy` | float16 [images, {embed_dim}], embeddings of the whole images, unit length |
-| `metadata/metadata_*.parquet` | a row per image: `image_path`, `caption`, `id`, `width`, `height` |
-{regions}
-```python
-import pathlib
-
-import numpy as np
-
-image_embed = np.concatenate([np.load(x) for x in sorted(pathlib.Path("img_emb").glob("*.npy"))])
-```
-
-A dot product with the embedding of a text by the same model is their cosine.
+* source: `{path}` ({kind}), image list {image_list}
+* model: `{checkpoint}`, digest of its parameters {params}, activations {dtype}
+* images: resized to {image_size} x {image_size} pixels without keeping their aspect ratio
+* `img_emb/img_emb_*.npy`: float16 [images, {embed_dim}]
+* `metadata/metadata_*.parquet`: a row per image with `image_path`, `caption`, `id`, `width`, `height`
 """
 _CARD_REGIONS = """\
-| `region_emb/region_emb_*.npy` | float16 [regions, {embed_dim}], of all images, image after image |
-| column `boxes_xyxy` of the metadata | their boxes x1, y1, x2, y2, as shares of width and height, 0 to 1 |
+* `region_emb/region_emb_*.npy`: float16 [regions, {embed_dim}] of all images, image after image
+* column `boxes_xyxy` of the metadata: their boxes x1, y1, x2, y2 as shares of width and height, 0 to 1
 """
-
-
-def card(settings: dict[str, Any], parts: Sequence[Part]) -> str:
-    """The data card, in Markdown, of all parts."""
-    plain = {
-        key: printable.plain(str(value), 300)
-        for key, value in {**settings, **settings["source"]}.items()
-    }
-    plain["regions"] = _CARD_REGIONS.format(**plain) if settings["regions"] else ""
-    return _CARD.format(
-        rows=sum(part.rows for part in parts),
-        faults=sum(len(part.faults) for part in parts),
-        version=__version__,
-        jax=jax.__version__,
-        params=settings["model"]["params"],
-        **plain,
-    )

@@ -7,7 +7,7 @@ images of several parts, so that small tars leave the device no batch that is no
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,19 +23,7 @@ _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the n
 _BATCHES_READ = 2  # beside those, in threads
 
 
-class Ready(NamedTuple):
-    """An image as the model takes it."""
-
-    path: str
-    caption: str
-    id: str
-    width: int
-    height: int
-    boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
-    pixels: np.ndarray  # uint8 [S, S, 3]
-
-
-Encode = Callable[[list[Ready]], list[output.EmbeddedImage]]
+Encode = Callable[[list[output.Row]], list[output.Row]]
 
 
 def encoder(predictor: Any, boxes: str = "queries") -> Encode:
@@ -43,30 +31,31 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
 
     Args:
       predictor: the model.
-      boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
+      boxes: whose regions: "queries" of the model, if it has them, or the boxes "given" by the source.
     """
 
-    def encode(batch: list[Ready]) -> list[output.EmbeddedImage]:
-        pixels = np.stack([ready.pixels for ready in batch])
-        embeds: Sequence[Any] = [None] * len(batch)  # of the regions of each image
-        corners: Sequence[Any] = embeds
+    def encode(batch: list[output.Row]) -> list[output.Row]:
+        pixels = np.stack([row.pixels for row in batch])
+        region_embeds: Sequence[Any] = [None] * len(batch)
+        boxes_xyxy = [row.boxes_xyxy for row in batch]
         if boxes == "given":
-            corners = [ready.boxes_xyxy for ready in batch]
-            image, embeds = predictor.encode_image_and_boxes(pixels, corners)
+            embeds, region_embeds = predictor.encode_image_and_boxes(pixels, boxes_xyxy)
         elif predictor.has_regions:
-            image, (corners, embeds) = predictor.encode_image_and_regions(pixels)
+            embeds, (boxes_xyxy, region_embeds) = predictor.encode_image_and_regions(pixels)
         else:
-            image = predictor.encode_image(pixels)
-        stream.check_finite(image, *(each for each in embeds if each is not None))
+            embeds = predictor.encode_image(pixels)
+        stream.check_finite(embeds, *(each for each in region_embeds if each is not None))
         return [
-            output.EmbeddedImage(*ready[:5], *rest)
-            for ready, *rest in zip(batch, image, embeds, corners)
+            row._replace(pixels=None, boxes_xyxy=corners, image_embed=embed, region_embed=regions)
+            for row, embed, regions, corners in zip(batch, embeds, region_embeds, boxes_xyxy)
         ]
 
     return encode
 
 
-def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:
+def prepare(
+    read: Callable[[], sources.Image | sources.Fault], size: int
+) -> output.Row | sources.Fault:
     """Reads an image, decodes it and resizes it to a square."""
     item = read()
     if isinstance(item, sources.Fault):
@@ -80,19 +69,10 @@ def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Rea
     boxes = np.array([region.box_xyxy for region in item.regions], np.float32).reshape(-1, 4)
     boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
     caption = next(iter(item.captions), "")
-    return Ready(item.image, caption, item.id or item.image, *image.size, boxes, pixels)
+    return output.Row(item.image, caption, item.id or item.image, *image.size, boxes, pixels)
 
 
-def run(
-    job: output.Output,
-    mine: Sequence[int],
-    encode: Encode,
-    *,
-    size: int,
-    threads: int,
-    label: str,
-    known: bool,
-) -> int:
+def run(job: output.Output, mine: Sequence[int], encode: Encode, *, size: int, threads: int) -> int:
     """Embeds parts and writes their files, in order.
 
     Args:
@@ -101,8 +81,6 @@ def run(
       encode: the model.
       size: pixels of a side that the model gets.
       threads: that read and decode.
-      label: of the line of progress.
-      known: whether the parts say how many images they have.
 
     Returns: number of images, without those that were left out.
 
@@ -111,24 +89,23 @@ def run(
     """
     batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
     count, rows, faults = 0, [], []
-    total, (first, times) = sum(job.parts[i]["size"] for i in mine), processes.process_info()
-    of_all = times * total if known else None
-    counter = progress.Counter(label, of_all, "images", silent=first > 0, times=times)
+    first, times = processes.process_info()
+    total = times * sum(job.parts[i]["size"] for i in mine) or None  # not known of tars
+    counter = progress.Counter("embed", total, "images", silent=first > 0, times=times)
     readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(_AT_DEVICE)
+
+    def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
+        index, read = task
+        return index, read and prepare(read, size)
+
+    def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        ready = [entry for _, entry in batch if isinstance(entry, output.Row)]
+        embedded = iter(encode(ready) if ready else ())
+        return [(i, next(embedded) if isinstance(x, output.Row) else x) for i, x in batch]
+
     try:
-
-        def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
-            index, read = task
-            return index, read and prepare(read, size)
-
-        def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-            ready = [entry for _, entry in batch if isinstance(entry, Ready)]
-            embedded = iter(encode(ready) if ready else ())
-            is_ready = lambda entry: isinstance(entry, Ready)
-            return [(i, next(embedded) if is_ready(entry) else entry) for i, entry in batch]
-
         entries = stream.ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
-        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], Ready))
+        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
         # The first one alone: it compiles the program that the others use.
         alone = map(encoded, itertools.islice(batches, 1))
         others = stream.ahead(encoded, batches, device, _AT_DEVICE)
@@ -138,7 +115,7 @@ def run(
                 count, rows, faults = count + len(rows), [], []
                 continue
             counter.add()
-            if isinstance(entry, output.EmbeddedImage):
+            if isinstance(entry, output.Row):
                 rows.append(entry)
             else:
                 fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}

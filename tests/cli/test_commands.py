@@ -84,7 +84,7 @@ def test_names_that_the_declarations_repeat():
     from grain_jax import config
     from grain_jax.convert import __main__ as convert
     from grain_jax.data import sources
-    from grain_jax.data.annotate import arguments, local_chat, passes
+    from grain_jax.data.annotate import PASSES, arguments, local_models, passes
 
     said = {
         flag.name: flag.help
@@ -94,14 +94,14 @@ def test_names_that_the_declarations_repeat():
     }
     assert said["--source"].startswith(", ".join(sources.SOURCES) + ", or")
     assert said["--passes"].startswith(
-        f"some of {','.join(arguments.PASSES)}; all (default) is {','.join(arguments.ALL)};"
+        f"some of {','.join(PASSES)}; all (default) is {','.join(arguments.ALL)};"
     )
-    assert local_chat.MODEL in said["--chat"]
+    assert local_models.CHAT_MODEL in said["--chat"]
     assert said["--image-activation"].endswith(
         " or ".join([", ".join(config.ACTIVATIONS[:-1]), config.ACTIVATIONS[-1]])
     )
     assert sources.Options("").shard_size == arguments.Annotate(images="", output="").shard_size
-    assert all(hasattr(passes.Passes, f"_{name}") for name in arguments.PASSES)
+    assert all(hasattr(passes.Passes, f"_{name}") for name in PASSES)
     assert set(convert.COMMANDS) == set(commands.parsers()["convert"].kinds)
 
 

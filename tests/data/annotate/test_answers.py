@@ -3,7 +3,7 @@
 import pytest
 
 from grain_jax.core import regular_file
-from grain_jax.data.annotate import answers, prompt
+from grain_jax.data.annotate import answers, chat
 
 LONG = "a very " + "very " * 14 + "long beak"
 
@@ -112,8 +112,7 @@ def test_what_the_limit_of_tokens_cut_is_not_taken_for_whole():
 
 
 def test_the_prompts_say_the_form_that_is_parsed():
-    caption = prompt.read_prompt(prompt.CAPTION, with_subject=False)
-    describe = prompt.read_prompt(prompt.DESCRIBE, with_subject=True)
+    caption, describe = (chat.read_prompt(chat.PROMPTS, name) for name in ("caption", "describe"))
     assert (caption.version, describe.version) == (1, 1)
     assert "version" not in caption.text + describe.text
     assert "Subject:" in caption.text and "Caption:" in caption.text
@@ -122,18 +121,17 @@ def test_the_prompts_say_the_form_that_is_parsed():
 
 
 @pytest.mark.parametrize(
-    "content,with_subject,message",
+    "content,name,message",
     [
-        (None, False, "no such file"),
-        ("Describe it.", False, "got 'Describe it.' and .*, expected `version: N`"),
-        ("version: 2\n\n", False, "got 'version: 2' and 1 characters"),
-        ("version: 2\nDescribe it.", True, r"12 characters without \{subject\}, expected .* with"),
-        ("version: 2\nDescribe {subject}.", False, r" with \{subject\}, expected .* without"),
+        (None, "caption", "no such file"),
+        ("Describe it.", "caption", "got 'Describe it.', expected `version: N`"),
+        ("version: 2\n\n", "caption", "got 'version: 2"),
+        ("version: 2\nDescribe it.", "describe", r"expected .* with \{subject\}"),
+        ("version: 2\nDescribe {subject}.", "caption", r"expected .* without \{subject\}"),
     ],
 )
-def test_a_prompt_that_cannot_be_used(tmp_path, content, with_subject, message):
-    path = tmp_path / "prompt.txt"
+def test_a_prompt_that_cannot_be_used(tmp_path, content, name, message):
     if content is not None:
-        path.write_text(content)
+        (tmp_path / f"{name}.txt").write_text(content)
     with pytest.raises(regular_file.FileError, match=message):
-        prompt.read_prompt(path, with_subject=with_subject)
+        chat.read_prompt(tmp_path, name)

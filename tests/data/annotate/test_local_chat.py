@@ -7,9 +7,8 @@ import PIL.Image
 import pytest
 import torch
 
-from grain_jax.data.annotate import answers, chat, checkpoint
+from grain_jax.data.annotate import answers, chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
-from grain_jax.data.annotate.local_chat import LocalChat
 from tests.data.annotate import models
 
 CAPTION = models.SUBJECT + models.CAPTION
@@ -28,7 +27,7 @@ def noise_folder(tmp_path_factory):
 
 
 def load(folder, **given):
-    return LocalChat(Annotate(images="", output="", chat=str(folder), **given))
+    return local_models.LocalChat(Annotate(images="", output="", chat=str(folder), **given))
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +95,8 @@ def test_a_batch_is_halved_when_memory_runs_out():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [2 * item for item in batch]
 
-    batches = checkpoint.Batches(8)
-    assert batches.run(limited, [0, 1, 2, 3, 4, 5]) == [0, 2, 4, 6, 8, 10]
-    assert sizes == [6, 3, 1, 2, 3, 1, 2]
-    sizes.clear()
-    assert batches.run(limited, [1, 2]) == [2, 4]
-    assert sizes == [1, 1]  # what did not fit is not tried again
+    assert local_models.in_batches(limited, range(7), 6) == [0, 2, 4, 6, 8, 10, 12]
+    assert sizes == [6, 3, 2, 1, 3, 2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +115,7 @@ def test_an_item_that_the_model_cannot_take_fails_alone(error, failure):
             raise error
         return list(batch)
 
-    assert checkpoint.Batches(3).run(touchy, [0, 1, 2]) == [0, chat.Failure(*failure), 2]
+    assert local_models.in_batches(touchy, [0, 1, 2], 3) == [0, chat.Failure(*failure), 2]
 
 
 def test_models_that_cannot_be_used(tmp_path, folder):
@@ -131,5 +126,5 @@ def test_models_that_cannot_be_used(tmp_path, folder):
         (models.owlv2(tmp_path / "owlv2"), "AutoModelForImageTextToText"),
         (plain, "no chat template"),
     ):
-        with pytest.raises(checkpoint.CheckpointError, match=line):
+        with pytest.raises(local_models.ModelError, match=line):
             load(name)

@@ -1,11 +1,13 @@
 """The passes and their files: what is done again and what is not, workers in processes, models that break down."""
 
+import io
+
 import PIL.Image
 import pytest
 
 from grain_jax.core import errors
 from grain_jax.data import sources
-from grain_jax.data.annotate import outputs, passes, pipeline, prompt
+from grain_jax.data.annotate import chat, checks, passes, pipeline
 from grain_jax.data.annotate.arguments import Annotate
 from tests import record_sets
 from tests.data.annotate import endpoint, models
@@ -23,11 +25,8 @@ def shards(tmp_path):
 def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"), **given):
     given = {"endpoint": url, "chat": "tiny", "tries": 1, "batch_size": 2} | given
     given |= {"passes": tuple(names), "keep_images": False}
-    prompts = {
-        "caption": prompt.read_prompt(prompt.CAPTION, with_subject=False),
-        "describe": prompt.read_prompt(prompt.DESCRIBE, with_subject=True),
-    }
-    return passes.Job(Annotate(images="", output=str(tmp_path / "out"), **given), prompts)
+    prompts = {name: chat.read_prompt(chat.PROMPTS, name) for name in ("caption", "describe")}
+    return passes.Task(Annotate(images="", output=str(tmp_path / "out"), **given), prompts)
 
 
 def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
@@ -35,24 +34,23 @@ def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
         job = make_job(tmp_path, server.url)
         pipeline.run(job, shards)
         assert len(server.asked) == 18
-        found = job.output.summary(shard.name for shard in shards)
-        assert found["pictures"] == 9 and found["shards"] == 3
-        caption, describe = (found["passes"][name] for name in ("caption", "describe"))
-        assert caption["pictures"] == describe["pictures"] == 9
-        assert caption["prompt tokens"] == 900
-        assert describe["descriptions"] == 9 * len(models.DESCRIPTIONS)
+        found = passes.counts(job.output, [shard.name for shard in shards])
+        assert found["images"] == 9 and found["shards"] == 3
+        assert found["caption: images"] == found["describe: images"] == 9
+        assert found["caption: prompt tokens"] == 900
+        assert found["describe: descriptions"] == 9 * len(models.DESCRIPTIONS)
         pipeline.run(job, shards)  # the runner may give a shard again
         assert len(server.asked) == 18
     name = shards[1].name
-    (line, *_) = job.output.read("passes/describe", name)
+    (line, *_) = job.output.read_lines("passes/describe", f"{name}.jsonl")
     assert line["image"] == "00003.png"
     assert line["descriptions"] == [text.strip() for text in models.DESCRIPTIONS]
-    (line, *_) = job.output.read("annotations", name)
+    (line, *_) = job.output.read_lines("annotations", f"{name}.jsonl")
     assert line["synthetic_caption"] == models.CAPTION.removeprefix("Caption: ")
     assert [r["description"] for r in line["regions"]] == [
         f"the upper part {i} of 3" for i in range(3)
     ]
-    assert job.output.read("failed", name) == []
+    assert job.output.read_lines("failed", f"{name}.jsonl") == []
 
 
 def test_passes_apart_give_the_same_as_together(tmp_path, shards):
@@ -65,7 +63,9 @@ def test_passes_apart_give_the_same_as_together(tmp_path, shards):
                 annotator.annotate(shard)
     for shard in shards:
         for kind in ("annotations", "failed", "passes/caption", "passes/describe"):
-            assert job.output.read(kind, shard.name) == together.output.read(kind, shard.name)
+            assert job.output.read_lines(kind, f"{shard.name}.jsonl") == together.output.read_lines(
+                kind, f"{shard.name}.jsonl"
+            )
 
 
 def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
@@ -73,12 +73,12 @@ def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
     annotator, lines = passes.Passes(job), []
     for shard in shards:
         annotator.annotate(shard)
-        tally = job.output.tally(shard.name)["passes"]["negatives"]
-        lines += job.output.read("annotations", shard.name)
+        tally = passes.counts(job.output, [shard.name])
+        lines += job.output.read_lines("annotations", f"{shard.name}.jsonl")
         number = sum(
             len(region.get("negatives", ())) for line in lines[-3:] for region in line["regions"]
         )
-        assert tally["negatives"] == number
+        assert tally["negatives: texts"] == number
     assert annotator.chat is None and annotator.detector is None
     described = [region for line in lines for region in line["regions"]]
     assert len(described) == 12
@@ -88,7 +88,7 @@ def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
     # A later job keeps them, and those of the source stay.
     again = make_job(tmp_path, names=())
     passes.Passes(again).annotate(shards[1])
-    assert again.output.read("annotations", shards[1].name) == lines[3:6]
+    assert again.output.read_lines("annotations", f"{shards[1].name}.jsonl") == lines[3:6]
 
 
 def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
@@ -100,10 +100,10 @@ def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
             server.reply, job = reply, make_job(tmp_path, server.url, [name])
             passes.Passes(job).annotate(shards[0])
         assert len(server.asked) == 3  # without a subject there is nothing to ask
-    letters = job.output.read("failed", shards[0].name)
+    letters = job.output.read_lines("failed", f"{shards[0].name}.jsonl")
     assert [letter["stage"] for letter in letters] == ["caption"] * 3
     assert all(letter["kept"] and letter["cause"] == "refusal" for letter in letters)
-    lines = job.output.read("annotations", shards[0].name)
+    lines = job.output.read_lines("annotations", f"{shards[0].name}.jsonl")
     assert [line["synthetic_caption"] for line in lines] == [
         f"synthetic text of {i}" for i in range(3)
     ]
@@ -115,15 +115,7 @@ def test_workers_in_processes(tmp_path, shards):
         job = make_job(tmp_path, server.url, beam=options)
         pipeline.run(job, shards)
         assert len(server.asked) == 18
-    assert job.output.finished(job.given.passes) == {shard.name for shard in shards}
-
-
-def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path):
-    for name in ("out1", "out[1]"):
-        outputs.Output(str(tmp_path / name)).path("annotations").mkdir(parents=True)
-    (tmp_path / "out1" / "annotations" / "neighbour.jsonl").touch()
-    (tmp_path / "out[1]" / "annotations" / ".own.jsonl").touch()
-    assert outputs.Output(str(tmp_path / "out[1]")).finished([]) == {".own"}
+    assert job.output.done(*job.kinds) == {shard.name for shard in shards}
 
 
 def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, shards, monkeypatch):
@@ -131,29 +123,31 @@ def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, s
     job = make_job(tmp_path, names=["caption"])
     with pytest.raises(errors.UserError, match="4 images in a row failed, the last by no conn"):
         pipeline.run(job, shards)
-    done = job.output.finished(["caption"])
+    done = job.output.done(*job.kinds)
     assert done == {shards[0].name} or done == set()
     with endpoint.serve() as server:
         up = make_job(tmp_path, server.url, ["caption"])
         pipeline.run(up, [shard for shard in shards if shard.name not in done])
-    assert up.output.finished(["caption"]) == {shard.name for shard in shards}
+    assert up.output.done(*up.kinds) == {shard.name for shard in shards}
 
 
-def test_files_are_replaced_whole_and_any_text_comes_back_as_it_was(tmp_path):
-    output = outputs.Output(str(tmp_path))
-    lines = [{"image": "a\u2028b\x85c\x0bd"}, {"image": "\udcff.jpg", "detail": "\u00e9"}]
-    for written in (lines, [{"image": "b"}, {"image": "c"}]):
-        output.write("failed", "s", written)
-        assert output.read("failed", "s") == written
-    assert (tmp_path / "failed" / "s.jsonl").read_text() == '{"image": "b"}\n{"image": "c"}\n'
-    assert list((tmp_path / "incomplete").iterdir()) == []
-    assert output.read("failed", "another") == [] and output.tally("s") == {}
+def test_limits_of_sides_are_inclusive_and_a_preview_is_no_second_frame():
+    def checked(side, kind="PNG", **options):
+        file, picture = io.BytesIO(), PIL.Image.new("RGB", (30, side), "red")
+        picture.save(file, kind, **options)
+        args = Annotate(images="", output="", min_side=20, max_side=30)
+        return checks.check(sources.Image("x", file.getvalue()), args)
+
+    preview = PIL.Image.new("RGB", (24, 20))
+    assert checked(20).size == checked(20, "MPO", save_all=True, append_images=[preview]).size
+    assert checked(31).cause == "too large"
+    assert checked(19)[1:3] == ("too small", "got 30 x 19 pixels, expected at least 20 a side")
 
 
 def test_batches_of_large_pictures_are_smaller(monkeypatch):
     monkeypatch.setattr(passes, "BATCH_PIXELS", 1000)
     sides = [10, 10, 10, 10, 40, 20, 20, 20, None, 10]
-    works = [passes._Work(None, side and PIL.Image.new("RGB", (side, side))) for side in sides]
-    found = list(passes._batches(works, 4))
+    works = [passes.Work(None, side and PIL.Image.new("RGB", (side, side))) for side in sides]
+    found = list(passes.batches(works, 4))
     assert [len(batch) for batch in found] == [4, 1, 3, 2]
     assert [work for batch in found for work in batch] == works

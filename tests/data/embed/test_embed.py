@@ -20,6 +20,7 @@ import pytest
 
 from grain_jax import inference
 from grain_jax.core import errors
+from grain_jax.data import job as jobs
 from grain_jax.data.embed import __main__ as command
 from grain_jax.data.embed import output, parts, pipeline
 from grain_jax.runtime import processes
@@ -27,6 +28,7 @@ from tests import record_sets
 from tests.paths import ROOT
 
 COUNT = 11
+BRACKETS = str.maketrans("()", "[]")
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,10 @@ def test_every_source_has_the_vectors_of_predictor(
     assert "; 0 of them now" in capsys.readouterr().out
 
 
-def test_the_layout_of_clip_retrieval_and_the_card(images, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def test_the_layout_of_clip_retrieval_and_the_snippet_of_faiss(
+    images, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "embeddings"
     assert embed(images / "A.jsonl", out, "--shard-size=1") == 0
     # As many digits as the number of files has, so that names sort.
     for kind, ending in (("img_emb", "npy"), ("region_emb", "npy"), ("metadata", "parquet")):
@@ -151,18 +155,10 @@ def test_the_layout_of_clip_retrieval_and_the_card(images, tmp_path, monkeypatch
         assert names == [f"{kind}_{number:02d}.{ending}" for number in range(COUNT)]
     stored = array(out, "img_emb")
     assert stored.dtype == np.float16 and stored.shape == (COUNT, 64)
-    assert list(read(out)[0])[:2] == ["image_path", "caption"]
+    rows = read(out)
+    assert list(rows[0])[:2] == ["image_path", "caption"]
     card = (out / "README.md").read_text()
-    assert "# Embeddings of 11 images" in card and "`boxes_xyxy`" in card
-    monkeypatch.chdir(out)
-    values = {}
-    exec(card.split("```python\n")[1].split("```")[0], values)
-    np.testing.assert_array_equal(values["image_embed"], stored)
-
-
-def test_the_snippet_of_faiss_finds_regions(images, tmp_path, monkeypatch, capsys):
-    assert embed(images / "A.jsonl", tmp_path / "embeddings", "--shard-size=2") == 0
-    rows = read(tmp_path / "embeddings")
+    assert str(images / "A.jsonl") in card and "[images, 64]" in card and "`boxes_xyxy`" in card
     query = rows[7]["region_embed"][2].astype(np.float32)
     text = (ROOT / "docs/howto/find_regions.md").read_text()
     (code,) = (x for x in re.findall(r"```python\n(.*?)```", text, re.S) if "faiss" in x)
@@ -177,10 +173,10 @@ def test_the_snippet_of_faiss_finds_regions(images, tmp_path, monkeypatch, capsy
     best = sorted(scored, key=lambda hit: -hit[0])[:10]
     printed = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert [path for _, path, _ in printed] == [path for _, path, _ in best]
-    np.testing.assert_allclose(
-        [float(score) for score, *_ in printed], [x[0] for x in best], atol=6e-3
+    scores, boxes = zip(
+        *((float(score), json.loads(box.translate(BRACKETS))) for score, _, box in printed)
     )
-    boxes = [json.loads(box.replace("(", "[").replace(")", "]")) for *_, box in printed]
+    np.testing.assert_allclose(scores, [x[0] for x in best], atol=6e-3)
     np.testing.assert_allclose(boxes, [box for *_, box in best], atol=6e-3)
 
 
@@ -216,15 +212,17 @@ def test_another_begin_is_refused(images, tmp_path, capsys):
         assert embed(*words) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
-    said = json.loads((out / "settings.json").read_text())
-    said["model"]["params"] = "0"
-    (out / "settings.json").write_text(json.dumps(said))
+    settings = json.loads((out / "settings.json").read_text())
+    settings["model"]["params"] = "0"
+    (out / "settings.json").write_text(json.dumps(settings))
     assert embed(source, out) == 2
-    assert 'begun with model {"model": ' in capsys.readouterr().err
+    assert 'begun with model params "0", got "' in capsys.readouterr().err
     record_sets.picture(77).save(source / "new.png")
+    assert embed(source, tmp_path / "new") == 0
     assert embed(source, out) == 2
-    assert "its images are not those that" in capsys.readouterr().err
-    assert len(lines_of(out / "images.jsonl")) == COUNT
+    with jobs.Output(str(tmp_path / "new")).locked("README.md"):
+        assert embed(source, tmp_path / "new") == 2
+    assert f"in use by process {os.getpid()} on " in capsys.readouterr().err
 
 
 def test_faults_are_counted_named_and_at_most_one_in_a_hundred(images, tmp_path, capsys):
@@ -278,27 +276,26 @@ def many(tmp_path, monkeypatch):
 def stand_in(batch):
     """A model whose vector is an image's first pixel; images have 2 or 3 regions."""
     out = []
-    for ready in batch:
-        vector = ready.pixels[0, 0].astype(np.float32)
+    for row in batch:
+        vector = row.pixels[0, 0].astype(np.float32)
         count = 2 + int(vector[0]) % 2
         regions = np.tile(vector, (count, 1)), np.full((count, 4), 0.5, np.float32)
-        out.append(output.EmbeddedImage(*ready[:5], vector, *regions))
+        out.append(row._replace(image_embed=vector, region_embed=regions[0], boxes_xyxy=regions[1]))
     return out
 
 
 def job_of(source, folder, regions="queries"):
-    folder.mkdir(exist_ok=True)
-    found = parts.find(str(source), images=None, split="", shard_size=4, scratch=folder)
-    settings = {"embed_dim": 3, "regions": regions, "source": found["source"]}
-    output.agree(folder, settings)
+    folder = jobs.Output(str(folder))
+    found = parts.find(str(source), folder, images=None, split="", shard_size=4, boxes=False)
+    settings = {"embed_dim": 3, "regions": regions}
     return output.Output(folder, settings, found["parts"], found["images"])
 
 
 def go(job, mine=None, encode=stand_in):
-    done = job.finished()
+    done = job.done()
     if mine is None:
         mine = [index for index in range(len(job.parts)) if index not in done]
-    return pipeline.run(job, mine, encode, size=8, threads=2, label="test", known=True)
+    return pipeline.run(job, mine, encode, size=8, threads=2)
 
 
 def assert_whole(folder):
@@ -317,7 +314,7 @@ def test_processes_divide_the_parts(many, tmp_path, monkeypatch):
         assert go(job, mine) == sum(job.parts[i]["size"] for i in mine) > 0
         seen += mine
     assert seen == list(range(8))
-    assert_whole(job.folder)
+    assert_whole(tmp_path / "out")
 
 
 @pytest.mark.parametrize("stop", [0, 2, 9])
@@ -332,18 +329,18 @@ def test_a_stop_at_any_batch_and_a_resume(stop, many, tmp_path):
     job = job_of(many, tmp_path / "out")
     with pytest.raises(RuntimeError, match="stopped"):
         go(job, encode=failing)
-    done = job.finished()
+    done = job.done()
     assert len(done) <= stop  # a part has at least as many images as a batch
     times = {i: os.stat(job.path("metadata", i)).st_mtime_ns for i in done}
     # Other numbers of processes go on: the second half first, then the rest.
-    assert go(job_of(many, job.folder), list(range(4, 8))) == 14
-    go(job_of(many, job.folder))
+    assert go(job_of(many, tmp_path / "out"), list(range(4, 8))) == 14
+    go(job_of(many, tmp_path / "out"))
     assert all(os.stat(job.path("metadata", i)).st_mtime_ns == times[i] for i in done if i < 4)
-    assert_whole(job.folder)
+    assert_whole(tmp_path / "out")
 
 
 def test_a_stop_between_the_files_of_a_part_and_a_resume(many, tmp_path, monkeypatch):
-    write, written = output.atomic.write_bytes, []
+    write, written = jobs.atomic.write_bytes, []
 
     def stopped(path, content):
         if len(written) == 4:  # of a part the images and the regions are there, the rows are not
@@ -353,17 +350,27 @@ def test_a_stop_between_the_files_of_a_part_and_a_resume(many, tmp_path, monkeyp
 
     job = job_of(many, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(output.atomic, "write_bytes", stopped)
+        patch.setattr(jobs.atomic, "write_bytes", stopped)
         go(job)
     folders = [path.parent.name for path in written]
     assert folders == ["img_emb", "region_emb", "metadata", "img_emb"]
-    assert sorted(job.finished()) == [0]
+    assert sorted(job.done()) == [0]
     assert go(job) == 26
-    assert_whole(job.folder)
+    assert_whole(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["img_emb", "region_emb", "metadata"])
-@pytest.mark.parametrize("damage", ["gone", "empty", "short", "long", "header"])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("img_emb", "gone"),
+        ("img_emb", "header"),
+        ("region_emb", "short"),
+        ("region_emb", "long"),
+        ("metadata", "gone"),
+        ("metadata", "empty"),
+        ("metadata", "header"),
+    ],
+)
 def test_a_damaged_file_is_made_again(kind, damage, many, tmp_path, capsys):
     job = job_of(many, tmp_path / "out")
     go(job)
@@ -374,11 +381,11 @@ def test_a_damaged_file_is_made_again(kind, damage, many, tmp_path, capsys):
     path.unlink()
     if damage != "gone":
         path.write_bytes(changed[damage])
-    assert sorted(job.finished()) == [0, 1, 3, 4, 5, 6, 7]
+    assert sorted(job.done()) == [0, 1, 3, 4, 5, 6, 7]
     err = capsys.readouterr().err
     assert err.count("damaged (") == err.count("\n") == (damage != "gone" or kind != "metadata")
     assert go(job) == 4
-    assert_whole(job.folder)
+    assert_whole(tmp_path / "out")
 
 
 def test_a_damaged_tar_is_a_fault(many, tmp_path):
@@ -388,9 +395,9 @@ def test_a_damaged_tar_is_a_fault(many, tmp_path):
     tar.write_bytes(tar.read_bytes()[:9000])
     job = job_of(tar.parent, tmp_path / "out")
     go(job)
-    (fault,) = job.finished()[0].faults
+    (fault,) = job.done()[0].faults
     assert (fault["path"], fault["cause"]) == ("b.tar", "damaged shard")
-    assert [number_of(row) for row in read(job.folder)][:3] == [0, 1, 2]
+    assert [number_of(row) for row in read(tmp_path / "out")][:3] == [0, 1, 2]
 
 
 class TwoTowers:
@@ -406,8 +413,8 @@ class TwoTowers:
 def test_a_model_without_regions_has_no_files_of_them(many, tmp_path):
     job = job_of(many, tmp_path / "out", regions="")
     go(job, encode=pipeline.encoder(TwoTowers(0.5)))
-    assert array(job.folder, "img_emb").tolist() == [[0.5] * 3] * 30
-    assert not (job.folder / "region_emb").exists() and len(job.finished()) == 8
+    assert array(tmp_path / "out", "img_emb").tolist() == [[0.5] * 3] * 30
+    assert not (tmp_path / "out/region_emb").exists() and len(job.done()) == 8
     names = pyarrow.parquet.read_table(job.path("metadata", 0)).column_names
     assert names == ["image_path", "caption", "id", "width", "height"]
 
@@ -416,7 +423,7 @@ def test_numbers_that_are_not_finite_end_it(many, tmp_path):
     job = job_of(many, tmp_path / "out", regions="")
     with pytest.raises(errors.UserError, match="not finite"):
         go(job, encode=pipeline.encoder(TwoTowers(np.nan)))
-    assert job.finished() == {}
+    assert job.done() == {}
 
 
 @pytest.mark.slow
