@@ -102,7 +102,7 @@ class Output(NamedTuple):
           JobError: an earlier run noted another value.
         """
         known = self.read_json(SETTINGS)
-        for key in known.keys() & settings.keys() - {*unless}:
+        for key in [key for key in settings if key in known and key not in unless]:
             for names, old, new in _differences(known[key], settings[key], key):
                 raise JobError(
                     f"--output {self.folder}: was begun with {names} {json.dumps(old)}, got"

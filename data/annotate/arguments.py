@@ -5,7 +5,6 @@ from grain_jax.data.annotate import PASSES
 from grain_jax.data.arguments import Stored, label_text, option, set_name
 
 ALL = ("caption", "describe", "ground")  # of --passes all
-_MOST = 1_000_000
 
 
 def _passes(text: str) -> tuple[str, ...]:
@@ -18,9 +17,10 @@ def _passes(text: str) -> tuple[str, ...]:
 
 
 class Annotate(Stored, name="annotate"):
-    """Writes captions, descriptions and boxes of images, by models, on Apache Beam.
+    """Lets models write captions, descriptions and boxes for your images, on Apache Beam.
 
-    The same command again resumes an interrupted job. Further flags, such as --runner, go to Beam.
+    The same command again goes on with an interrupted job. Flags that are not listed here, such as --runner, go to
+    Beam.
 
     Example:
       grain-jax annotate --images images --output annotated --passes caption,describe \\
@@ -29,37 +29,37 @@ class Annotate(Stored, name="annotate"):
           --annotations instances.json captions.json
 
     images:
-      --images DIR             folder of images, or of tar shards; not needed where --source has their bytes
-      --output DIR             all results; the same again to go on
+      --images DIR             folder of images, or of tar shards; not needed if the source itself holds the images
+      --output DIR             folder for all results; the same folder again to go on
       --source NAME|module:Class  annotations, coco, csv, fg_ovd, finehard, flickr30k_entities, folder, grit, hf-dataset,
-        karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own (data/sources/base.py) (default: webdataset if
-        DIR has .tar files, else folder)
-      --option KEY=VALUE [KEY=VALUE ...]  options of the source's own, such as the names of columns
-      --annotations FILE [FILE ...]  of sources that have such files
-      --split NAME             of sources that have splits
-      --label-text TEXT        description that a label becomes, {} in its place: "a photo of a {}"
-      --shard-size N           images that are lost by a kill at most; tars are shards
-      --min-side PIXELS        shortest side of an image, at least, in pixels
-      --max-side PIXELS        longest side, at most, in pixels
-      --max-faults SHARE       of the images that may have a fault, 0 to 1
-      --[no-]keep-images       write the images of tars and TFDS sets to OUTPUT/images; not with --name, whose set has
-        them
-      --[no-]retry-failed      run what failed in shards that are done again
+        karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own
+        (data/sources/base.py) (default: webdataset if DIR has .tar files, else folder)
+      --option KEY=VALUE [KEY=VALUE ...]  options of the source, such as the names of columns
+      --annotations FILE [FILE ...]  annotation files, for a source that has them
+      --split NAME             split, for a source that has splits
+      --label-text TEXT        text that turns a label into a description, with {} for the label: "a photo of a {}"
+      --shard-size N           images per shard; a kill loses at most the shards in work. A tar is a shard
+      --min-side PIXELS        leave out images with a shorter side
+      --max-side PIXELS        leave out images with a longer side
+      --max-faults SHARE       share of the images that may have a fault, 0 to 1; beyond it the status is 2
+      --[no-]keep-images       write the images of tars and TFDS datasets to OUTPUT/images; --name stores them in the
+        record set instead
+      --[no-]retry-failed      also run failed passes again, in shards that are done
 
     models:
       --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is caption,describe,ground; none
-        takes over what the source has
-      --negatives N            texts that the pass negatives makes of a description, at most
-      --chat MODEL             folder or name of the MLLM (default: llava-hf/llava-v1.6-mistral-7b-hf), or its name at
-        the endpoint
-      --endpoint URL           an OpenAI-compatible server's, as http://HOST:8000/v1
-      --concurrency N          requests at a time, of a worker
-      --request-seconds S      seconds that a request may take in all
-      --tries N                of a request, the first included
+        only converts what the source has
+      --negatives N            most hard negatives that the pass negatives makes per description
+      --chat MODEL             folder or Hugging Face name of the chat model (default:
+        llava-hf/llava-v1.6-mistral-7b-hf), or its name at the endpoint
+      --endpoint URL           address of an OpenAI-compatible server, such as http://HOST:8000/v1
+      --concurrency N          requests at a time, per worker
+      --request-seconds S      seconds until a request ends as a time-out
+      --tries N                tries per request, with the first one
       --prompts DIR            folder with caption.txt and describe.txt (default: those of the package)
-      --detector MODEL         folder or name of the detector
-      --threshold SCORE        least score of a box, 0 to 1
-      --batch-size N           images that a local model sees at once
+      --detector MODEL         folder or Hugging Face name of the detector
+      --threshold SCORE        leave out boxes with a lower score, 0 to 1
+      --batch-size N           images per batch of a local model
 
     TFRecords:
       --name NAME              also build OUTPUT/records/NAME/1.0.0, as grain-jax build does
@@ -83,7 +83,7 @@ class Annotate(Stored, name="annotate"):
     chat: str | None = None
     endpoint: str | None = None
     concurrency: int = 16
-    request_seconds: float = flag(120.0, low=0.001, high=_MOST)
+    request_seconds: float = flag(120.0, low=0.001, high=1_000_000)
     tries: int = 6
     prompts: str | None = None
     detector: str = "google/owlv2-base-patch16-ensemble"

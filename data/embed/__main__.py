@@ -14,8 +14,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.checkpoint.pretrained import NAMES
@@ -131,10 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )
-        together = contextlib.nullcontext()
-        if jax.distributed.is_initialized():
-            together = distributed.ending_together(args.heartbeat_seconds)
-        with together:
+        with distributed.ending_together(args.heartbeat_seconds):
             try:
                 said = embed(args)
             except OSError as error:

@@ -89,15 +89,6 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
         assert written == (pictures / name.split("/")[1]).read_bytes()
 
 
-def test_an_output_takes_no_other_settings(pictures, tmp_path, capsys):
-    given = arguments(pictures, tmp_path / "out", "--passes=none")
-    assert command.main(given) == 0
-    assert command.main(given) == 0  # nothing left to do
-    assert "0 of 1 shards in this run" in capsys.readouterr().out
-    assert command.main([*given, "--min-side=20"]) == 2
-    assert "was begun with source limits [16, 10000], got [20, 10000]" in capsys.readouterr().err
-
-
 def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(
     pictures, tmp_path, capsys
 ):
@@ -125,14 +116,19 @@ def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(
     assert regions and all(region["negatives"] for region in regions)
 
 
-def test_too_many_faults_end_with_status_2_and_are_listed(pictures, tmp_path, capsys):
+def test_too_many_faults_and_other_settings_end_with_status_2(pictures, tmp_path, capsys):
     (pictures / "00002.png").write_bytes(b"")
     output = tmp_path / "out"
-    assert command.main(arguments(pictures, output, "--passes=none")) == 2
+    words = arguments(pictures, output, "--passes=none")
+    assert command.main(words) == 2
     assert "1 of 6 images have a fault, more than --max-faults 0.01" in capsys.readouterr().err
     letter = json.loads((output / "failed.jsonl").read_text())
     assert (letter["image"], letter["cause"], letter["kept"]) == ("00002.png", "empty file", False)
     assert len((output / "A.jsonl").read_text().splitlines()) == 5
+    assert command.main([*words, "--max-faults=0.2"]) == 0  # nothing left to do
+    assert "0 of 1 shards in this run" in capsys.readouterr().out
+    assert command.main([*words, "--min-side=20"]) == 2
+    assert "was begun with source limits [16, 10000], got [20, 10000]" in capsys.readouterr().err
 
 
 def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, capsys, monkeypatch):
