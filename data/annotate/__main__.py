@@ -140,22 +140,15 @@ def _finish(
     output.join("annotations", names, LINES)
     output.join("failed", names, FAILED)
     total = passes.counts(output, names)
-    images = passes.counts(output, [shard.name for shard in todo])["images"]
     faults = {
         x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)
     }
     summary = {
         "total": total,
-        "regions per image": round(total["regions"] / max(1, total["annotated"]), 3),
         "model rates": {  # of one worker: while its model ran
             name: {"images/s": round(total[f"{name}: images"] / spent, 3)}
             for name in passes.PASSES
             if (spent := total[f"{name}: seconds"])
-        },
-        "this run": {
-            "images": images,
-            "seconds": round(seconds, 3),
-            "images/s": round(images / seconds, 3),
         },
         "settings": settings,
     }
@@ -168,6 +161,7 @@ def _finish(
         left=total["annotated"],
         most=task.args.max_faults,
     )
+    images = passes.counts(output, [shard.name for shard in todo])["images"]
     return (
         f"{output.path(LINES)}: {total['annotated']} of {total['images']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
