@@ -18,7 +18,7 @@ from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.checkpoint.pretrained import NAMES
 from grain_jax.core import errors
-from grain_jax.data import job
+from grain_jax.data import job, sources
 from grain_jax.data.embed import arguments, output, parts, pipeline
 from grain_jax.data.sources import arrow_files
 from grain_jax.runtime import compiled, distributed, processes
@@ -51,7 +51,8 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
     settings = _settings(args, source, predictor)
     # A model may lie elsewhere: its digests count.
     processes.of_first(lambda: folder.agree(settings, unless=["checkpoint"]))
-    result = output.Output(folder, settings, source["parts"], source["images"])
+    shards = [sources.SourceShard(*values) for values in source["parts"]]
+    result = output.Output(folder, settings, shards, source["images"])
     done = processes.of_first(lambda: list(result.done()))
     todo = [index for index in range(len(result.parts)) if index not in done]
     smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"

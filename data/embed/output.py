@@ -22,7 +22,7 @@ from etils import epath
 
 from grain_jax import __version__
 from grain_jax.core import printable, regular_file
-from grain_jax.data import job
+from grain_jax.data import job, sources
 from grain_jax.data.sources import arrow_files
 
 FAULTS, CARD = "faults.jsonl", "README.md"
@@ -63,7 +63,7 @@ class Output(NamedTuple):
 
     folder: job.Output
     settings: dict[str, Any]
-    parts: list[dict[str, Any]]
+    parts: list[sources.SourceShard]
     images: str = ""
 
     def path(self, kind: str, index: int) -> epath.Path:

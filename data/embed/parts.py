@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -39,8 +39,7 @@ def find(
 
     Returns:
       Values of JSON. `source`: its kind, path and image list (a digest). `images`: the folder that paths start from, or
-      "". `total`: the number of images; None for tars. `parts`: each with `name`, `size` (images; 0 for a tar) and the
-      arguments of its reader.
+      "". `parts`: the values of each SourceShard.
 
     Raises:
       sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
@@ -71,22 +70,20 @@ def find(
         if kind in ("tars", "folder"):
             raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}") from None
         raise
-    parts = [{"name": x.name, "reader": x.source, "size": _size(x), **x.arguments} for x in shards]
-    names: Any = [[part["name"], part["size"]] for part in parts]
+    names: Any = [[shard.name, size(shard)] for shard in shards]
     if kind == "tars":
-        names = [[part["name"], regular_file.length(part["tar"])] for part in parts]
+        names = [[shard.name, regular_file.length(shard.arguments["tar"])] for shard in shards]
     elif kind == "records":
         names.append(regular_file.read_text(tfds.directory(path) / "dataset_info.json", _KINDS))
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     return {
         "source": {"kind": kind, "path": str(path), "image_list": digest},
         "images": folder if _READERS[kind] == "annotations" else "",
-        "total": None if kind == "tars" else sum(part["size"] for part in parts),
-        "parts": parts,
+        "parts": shards,
     }
 
 
-def _size(shard: sources.SourceShard) -> int:
+def size(shard: sources.SourceShard) -> int:
     """The number of images of a shard; 0 of a tar."""
     numbers = shard.arguments
     return numbers.get("lines", numbers.get("stop", 0) - numbers.get("start", 0))
@@ -125,12 +122,12 @@ def _walk(folder: epath.Path, below: str) -> Iterator[str]:
             yield from _walk(folder / name, f"{below}{name}/")
 
 
-def images(part: Mapping[str, Any]) -> Iterator[Callable[[], sources.Image | sources.Fault]]:
+def images(shard: sources.SourceShard) -> Iterator[Callable[[], sources.Image | sources.Fault]]:
     """A function per image of a part, in order, that reads it; the thread that calls it reads the file."""
-    shard = sources.SourceShard(part["name"], part, part["reader"])
-    if part["reader"] == "annotations":
+    if shard.source == "annotations":
+        folder = shard.arguments["images"]
         for line, where in annotations_source.lines(shard):
-            yield functools.partial(annotations_source.image, line, where, part["images"])
+            yield functools.partial(annotations_source.image, line, where, folder)
     else:
         for image in sources.read(shard):
             yield lambda image=image: image

@@ -90,7 +90,7 @@ def run(job: output.Output, mine: Sequence[int], encode: Encode, *, size: int, t
     batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
     count, rows, faults = 0, [], []
     first, times = processes.process_info()
-    total = times * sum(job.parts[i]["size"] for i in mine) or None  # not known of tars
+    total = times * sum(parts.size(job.parts[i]) for i in mine) or None  # not known of tars
     counter = progress.Counter("embed", total, "images", silent=first > 0, times=times)
     readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(_AT_DEVICE)
 

@@ -298,7 +298,7 @@ def test_processes_divide_the_parts(many, tmp_path, monkeypatch):
     for index in range(3):
         monkeypatch.setattr(processes, "process_info", lambda index=index: (index, 3))
         mine = list(processes.share(len(job.parts)))
-        assert go(job, mine) == sum(job.parts[i]["size"] for i in mine) > 0
+        assert go(job, mine) == sum(parts.size(job.parts[i]) for i in mine) > 0
         seen += mine
     assert seen == list(range(8))
     assert_whole(tmp_path / "out")
