@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -72,7 +71,7 @@ class _Usage(msgspec.Struct):
 
 
 class EndpointChat:
-    """A client. Several threads may use it; they take turns.
+    """A client. One thread at a time may use it.
 
     Raises:
       EndpointError: the address, the key or a proxy is not valid; nothing is asked yet.
@@ -101,8 +100,8 @@ class EndpointChat:
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a package
             raise EndpointError(f"the environment's proxy: {chat.one_line(error)}") from None
-        self._loop, self._turn = asyncio.Runner(), threading.Lock()
-        weakref.finalize(self, _close, self._loop, self._client, self._turn)
+        self._loop = asyncio.Runner()
+        weakref.finalize(self, _close, self._loop, self._client)
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(
@@ -116,8 +115,7 @@ class EndpointChat:
         Raises:
           EndpointError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
-        with self._turn:
-            return self._loop.run(self._answer(images, prompts))
+        return self._loop.run(self._answer(images, prompts))
 
     async def _answer(self, images: Any, prompts: Any) -> list[chat.Answer | chat.Failure]:
         free = asyncio.Semaphore(self._args.concurrency)
@@ -231,8 +229,8 @@ class EndpointChat:
         return chat.one_line(self._without_key(text), limit)
 
 
-def _close(loop: asyncio.Runner, client: Any, turn: threading.Lock) -> None:
+def _close(loop: asyncio.Runner, client: Any) -> None:
     """Closes the connections and the loop, unless a thread still asks while the process ends."""
-    if turn.acquire(blocking=False):
+    if not loop.get_loop().is_running():
         loop.run(client.aclose())
         loop.close()

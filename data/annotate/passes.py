@@ -11,7 +11,6 @@ OUTPUT/passes/PASS/SHARD.jsonl  per image the result of the pass, or the cause o
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import errno
 import threading
@@ -119,9 +118,7 @@ class Passes:
                 self.chat = local_models.LocalChat(args)
         if "ground" in args.passes:
             self.detector = detector.Detector(args)
-        # A worker may have several threads, and a GPU one memory.
-        local = isinstance(self.chat, local_models.LocalChat) or self.detector
-        self._turn = threading.Lock() if local else contextlib.nullcontext()
+        self._turn = threading.Lock()  # a worker may have several threads, and a GPU one memory
 
     def annotate(self, shard: sources.SourceShard) -> None:
         """Runs the passes over a shard and writes its files; results of earlier runs are kept."""
@@ -222,7 +219,6 @@ class Passes:
         for result in self._ask("describe", works, texts, count):
             if not isinstance(result, chat.Failure | answers.Refused):
                 descriptions, dropped = result
-                count["describe: descriptions"] += len(descriptions)
                 count.update(f"describe: line left out: {line.cause}" for line in dropped)
                 result = {"descriptions": descriptions}
             yield result
@@ -230,22 +226,16 @@ class Passes:
     def _ground(self, works: list[Work], count: collections.Counter) -> Iterator:
         texts = [work.results["describe"]["descriptions"] for work in works]
         for result in self.detector.detect([work.image for work in works], texts):
-            if not isinstance(result, chat.Failure):
-                count["ground: regions"] += len(result)
+            if isinstance(result, list):
                 result = {"regions": list(map(source_lines.region, result))}
             yield result
 
     def _negatives(self, works: list[Work], count: collections.Counter) -> Iterator:
         for work in works:
             descriptions = dict.fromkeys(region["description"] for region in work.regions())
-            made = {
-                text: negatives.make(text, self.task.args.negatives, others=descriptions)
-                for text in descriptions
-            }
+            most = self.task.args.negatives
+            made = {x: negatives.make(x, most, others=descriptions) for x in descriptions}
             count["negatives: texts"] += sum(map(len, made.values()))
-            count["negatives: descriptions without a word of the rules"] += sum(
-                not x for x in made.values()
-            )
             yield {"negatives": made}
 
     def _line(self, work: Work) -> dict[str, Any] | None:

@@ -38,7 +38,6 @@ def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
         assert found["images"] == 9 and found["shards"] == 3
         assert found["caption: images"] == found["describe: images"] == 9
         assert found["caption: prompt tokens"] == 900
-        assert found["describe: descriptions"] == 9 * len(models.DESCRIPTIONS)
         pipeline.run(job, shards)  # the runner may give a shard again
         assert len(server.asked) == 18
     name = shards[1].name
