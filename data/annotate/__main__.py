@@ -77,7 +77,7 @@ def _source_of(images: epath.Path) -> str:
 
 
 def _settings(task: passes.Task) -> dict[str, dict[str, Any]]:
-    """The settings that results depend on: those of the source, and of each pass."""
+    """The settings of the source and of each pass, which results depend on."""
     args = task.args
     settings: dict[str, dict[str, Any]] = {
         "source": {

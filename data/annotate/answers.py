@@ -1,7 +1,7 @@
 """Parses the answers of the chat model strictly: text in another form than the prompt asks for is refused with a cause.
 
-Models wrap a good answer in bullets, numbers, quotes and headings, which are taken off; they also refuse,
-ramble and repeat themselves, which would become training text and is therefore kept out and counted.
+Models wrap a good answer in bullets, numbers, quotes and headings: these are taken off. Models also refuse, ramble and
+repeat themselves: this is kept out of the training texts, and counted.
 """
 
 import re
@@ -130,8 +130,8 @@ def _refused(text: str, cut_off: bool) -> Refused | None:
     return None
 
 
-def _too_long(text: str, words: int) -> bool:
-    return len(text.split()) > words or len(text) > words * MAX_WORD_LENGTH
+def _too_long(text: str, limit: int) -> bool:
+    return len(text.split()) > limit or len(text) > limit * MAX_WORD_LENGTH
 
 
 def _clean(line: str, *, tail: bool = True) -> str:

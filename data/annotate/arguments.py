@@ -10,10 +10,10 @@ ALL = ("caption", "describe", "ground")  # of --passes all
 def _passes(text: str) -> tuple[str, ...]:
     if text == "none":
         return ()
-    given = text.split(",")
-    if not set(given) <= {"all", *PASSES}:
+    passes = text.split(",")
+    if not set(passes) <= {"all", *PASSES}:
         raise ValueError(f"got {text!r}, expected all, none, or some of {','.join(PASSES)}")
-    return tuple(given)
+    return tuple(passes)
 
 
 class Annotate(Stored, name="annotate"):
@@ -56,7 +56,7 @@ class Annotate(Stored, name="annotate"):
       --concurrency N          requests at a time, per worker
       --request-seconds S      seconds until a request ends as a time-out
       --tries N                tries per request, with the first one
-      --prompts DIR            folder with caption.txt and describe.txt (default: those of the package)
+      --prompts DIR            folder with caption.txt and describe.txt (default: the package has both)
       --detector MODEL         folder or Hugging Face name of the detector
       --threshold SCORE        leave out boxes with a lower score, 0 to 1
       --batch-size N           images per batch of a local model

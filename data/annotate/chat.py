@@ -36,7 +36,7 @@ class Answer(NamedTuple):
     """The answer of a model about an image."""
 
     text: str  # as the model gave it; may be empty
-    prompt_tokens: int  # with those of the image; 0 if a server does not count
+    prompt_tokens: int  # the image counts too; 0 if a server does not count
     answer_tokens: int  # 0 if a server does not count
     cut_off: bool  # the limit of tokens was reached, so the last line may be unfinished
 

@@ -11,7 +11,7 @@ def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Faul
     """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault.
 
     Causes: "empty file"; "unreadable" (none of images.FORMATS); "damaged" (truncated or broken inside); "animated"
-    (several frames); "too small" and "too large" (sides beyond those of the command).
+    (several frames); "too small" and "too large" (beyond the limits of the command).
     """
     if not item.encoded:
         return sources.Fault(item.image, "empty file", "got 0 bytes, expected an image")

@@ -52,9 +52,9 @@ class Detector:
           descriptions: at least one per image.
 
         Returns:
-          Per image its boxes above the threshold, each with the one description that it fits
-          best, in pixels of the image as it is passed (its EXIF orientation is applied before), clipped
-          to it, duplicates merged; or why there are none: "out of memory", "model error".
+          Per image its boxes above the threshold, each with the one description that it fits best. Boxes are in
+          pixels of the image as it is passed, clipped to it, duplicates merged. Or why there are none: "out of
+          memory", "model error".
         """
         pairs = list(zip(images, descriptions, strict=True))
         return local_models.in_batches(self._ground, pairs, self._batch_size)
@@ -104,7 +104,7 @@ def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
 def merged(
     scored: Iterable[tuple[float, Sequence[float], str]], width: int, height: int
 ) -> list[annotations.Region]:
-    """Clips boxes to their image and merges those of a description that overlap.
+    """Clips boxes to their image; of the boxes of a description that overlap, the best stays.
 
     Args:
       scored: score, box_xyxy in pixels, description.

@@ -33,8 +33,7 @@ from grain_jax.data.annotate import (
 )
 from grain_jax.data.annotate.arguments import Annotate
 
-# Of a batch: 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB.
-BATCH_PIXELS = 1 << 27
+BATCH_PIXELS = 1 << 27  # 400 MB as RGB; 64 photographs of 24 MP would be 4.6 GB
 # Images per request that an endpoint answers at a time, so that none waits long for a slow one.
 IMAGES_PER_REQUEST = 4
 # The name of an image can be the reason of these: a part of it is too long, or is another image's file.
@@ -84,7 +83,7 @@ class Work:
         return [{"image": self.item.image} | value for value in values]
 
     def regions(self) -> list[dict[str, Any]]:
-        """The regions of the source and those of the pass ground, with negatives."""
+        """The regions of the source and of the pass ground, with negatives."""
         texts = self.results.get("negatives", {}).get("negatives", {})
         regions = [*map(source_lines.region, self.item.regions)]
         regions += self.results.get("ground", {}).get("regions", [])

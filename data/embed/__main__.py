@@ -102,12 +102,12 @@ def _finish(args: arguments.Embed, result: output.Output, count: int, seconds: f
             f"--output {args.output}: {result.path('metadata', missing[0])} is missing, one of"
             f" {len(missing)} files; give the same command again"
         )
-    found = [done[index] for index in sorted(done)]
-    result.finish(found)
-    rows, faults = sum(part.rows for part in found), sum(len(part.faults) for part in found)
+    ended = [done[index] for index in sorted(done)]
+    result.finish(ended)
+    rows, faults = sum(part.rows for part in ended), sum(len(part.faults) for part in ended)
     job.check_faults(
         result.folder.path(output.FAULTS),
-        collections.Counter(fault["cause"] for part in found for fault in part.faults),
+        collections.Counter(fault["cause"] for part in ended for fault in part.faults),
         images=rows + faults,
         faulty=faults,
         left=rows,

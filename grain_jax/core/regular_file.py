@@ -38,10 +38,10 @@ def length(path: epath.PathLike) -> int | None:
     """
     path = epath.Path(path)
     if "://" in str(path):
-        found = path.stat()
-        return None if found.is_directory else found.length
-    found = os.stat(path)  # epath's asks for the name of the owner, which a container may not know
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+        status = path.stat()
+        return None if status.is_directory else status.length
+    status = os.stat(path)  # epath's asks for the name of the owner, which a container may not know
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def is_one(path: epath.PathLike) -> bool:
@@ -175,8 +175,8 @@ def named(folder: epath.PathLike, name: str) -> epath.Path:
     folder = epath.Path(folder)
     if not name.isascii() and not (folder / name).exists():
         for form in ("NFC", "NFD"):
-            if (found := folder / unicodedata.normalize(form, name)).exists():
-                return found
+            if (path := folder / unicodedata.normalize(form, name)).exists():
+                return path
     return folder / name
 
 
@@ -191,11 +191,11 @@ def below(folder: epath.PathLike, name: str, where: str) -> epath.Path:
     Raises:
       FileError: the path would be outside the folder, or is the folder.
     """
-    path = inside(name)
-    found, fault = epath.Path(folder) / path, path in ("", ".")
+    relative = inside(name)
+    path, fault = epath.Path(folder) / relative, relative in ("", ".")
     if not fault and "://" not in str(folder):
         real = os.path.realpath(folder)
-        fault = not os.path.realpath(found).startswith(real.rstrip(os.sep) + os.sep)
+        fault = not os.path.realpath(path).startswith(real.rstrip(os.sep) + os.sep)
     if fault:
         raise FileError(f"{where}: got the name {name[:200]!r}, expected a path below {folder}")
-    return found
+    return path

@@ -20,10 +20,10 @@ def plant(folder: pathlib.Path, pictures: int) -> tuple[list[str], dict[str, str
     drawn = ["--images", str(pictures), "--output", str(folder), "--processes", "1"]
     nothing = ("--seen-per-species", "--unseen-per-species", "--test-images")
     assert aviary.main([*drawn, *(part for name in nothing for part in (name, "0"))]) == 0
-    found = faults.plant_files(folder / "images")
+    planted = faults.plant_files(folder / "images")
     faults.plant_pictures_for_server(folder / "images")
     names = [path.name for path in (folder / "images").iterdir() if path.suffix != ".txt"]
-    return names, {name: cause for name, cause in found.items() if cause}
+    return names, {name: cause for name, cause in planted.items() if cause}
 
 
 def kill_in_the_middle(arguments: list[str], output: pathlib.Path) -> dict:

@@ -1,4 +1,4 @@
-"""Plants what goes wrong in a crawl and at a server, each with the cause that it must be found by."""
+"""Plants what goes wrong in a crawl and at a server, each with the cause that it must be stages by."""
 
 import io
 import json
@@ -109,9 +109,9 @@ def check(
     annotated = [line["image"] for line in lines]
     assert len(annotated) == len(set(annotated)), "an image is there twice"
     assert set(annotated) == set(images) - set(expected) | kept
-    found = {letter["image"]: f"{letter['stage']}: {letter['cause']}" for letter in letters}
-    assert len(found) == len(letters), "an image has two dead letters"
-    assert found == expected
+    stages = {letter["image"]: f"{letter['stage']}: {letter['cause']}" for letter in letters}
+    assert len(stages) == len(letters), "an image has two dead letters"
+    assert stages == expected
     assert {letter["image"] for letter in letters if letter["kept"]} == kept
     total = json.loads((output / "summary.json").read_text())["total"]
     assert total["images"] == len(images)

@@ -1,7 +1,7 @@
 """Tiny checkpoints of the annotation models: the real classes and processors, random weights, saved locally.
 
-A detector's random weights already give boxes. A chat model's would give noise only, so `llava_next` can
-fix its output layer to answer in the form that the prompts ask for; the way to the answer stays the real one.
+A detector's random weights already give boxes. A chat model's would give noise only. So `llava_next` can
+fix its output layer to answer in the form that the prompts ask for; the rest of the model is the real one.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ TURNS = ("<caption>", "<describe>")
 
 
 def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
-    """An OWLv2 with 36 boxes an image; its processor pads to a square and resizes to `size` pixels."""
+    """An OWLv2 with 36 boxes per image; its processor pads to a square and resizes to `size` pixels."""
     torch.manual_seed(0)
     tokenizer = _clip_tokenizer()
     layers = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}

@@ -105,8 +105,8 @@ def test_descriptions_that_are_refused(text, cause):
 
 
 def test_what_the_limit_of_tokens_cut_is_not_taken_for_whole():
-    found = answers.parse_descriptions("a long beak\na red", cut_off=True)
-    assert found == (["a long beak"], [answers.Refused("cut off", "'a red'")])
+    result = answers.parse_descriptions("a long beak\na red", cut_off=True)
+    assert result == (["a long beak"], [answers.Refused("cut off", "'a red'")])
     assert answers.parse_descriptions("a long be", cut_off=True).cause == "cut off"
     assert answers.parse_caption("Subject: a wren\nCaption: A wr", cut_off=True).cause == "cut off"
 

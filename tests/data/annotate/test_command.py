@@ -46,11 +46,11 @@ def test_what_a_source_has_is_taken_over_and_built_into_records(pictures, tmp_pa
     lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [f"{i:05d}.png" for i in range(6)]
     source = [json.loads(line) for line in (pictures / "A.jsonl").read_text().splitlines()]
-    for line, given in zip(lines, source, strict=True):
-        assert line["captions"] == [given["caption"], *given["captions"]]
-        assert line["synthetic_caption"] == given["synthetic_caption"]
+    for line, original in zip(lines, source, strict=True):
+        assert line["captions"] == [original["caption"], *original["captions"]]
+        assert line["synthetic_caption"] == original["synthetic_caption"]
         assert [r["description"] for r in line["regions"]] == [
-            r["description"] for r in given["regions"]
+            r["description"] for r in original["regions"]
         ]
     assert len(list((output / "annotations").iterdir())) == 2
     builder = tfds.builder("birds", data_dir=output / "records")
@@ -66,8 +66,8 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
         members = [(path.name, path.read_bytes()) for path in paths] + texts
         test_sources.write_tar(tars / f"0000{number}.tar", sorted(members))
     first = (tars / "00000.tar").read_bytes()
-    given = [f"--images={tars}", "--passes=none"]
-    assert command.main([*given, f"--output={tmp_path / 'a'}", "--name=tars"]) == 0
+    flags = [f"--images={tars}", "--passes=none"]
+    assert command.main([*flags, f"--output={tmp_path / 'a'}", "--name=tars"]) == 0
     assert not (tmp_path / "a" / "images").exists()
     builder = tfds.builder("tars", data_dir=tmp_path / "a" / "records")
     examples = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
@@ -76,14 +76,14 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
     expected = np.asarray(PIL.Image.open(pictures / "00001.png").convert("RGB"))
     np.testing.assert_array_equal(examples["00001/00001.png"]["image"], expected)
     assert examples["00001/00001.png"]["captions"].tolist() == [b"text of 1"]
-    assert command.main([*given, f"--output={tmp_path / 'c'}", "--no-keep-images"]) == 0
+    assert command.main([*flags, f"--output={tmp_path / 'c'}", "--no-keep-images"]) == 0
     assert not (tmp_path / "c" / "images").exists()
     (tars / "00000.tar").write_bytes(first[:1024])
-    assert command.main([*given, f"--output={tmp_path / 'c'}", "--name=tars"]) == 2
+    assert command.main([*flags, f"--output={tmp_path / 'c'}", "--name=tars"]) == 2
     assert "got no image 00000/0000" in capsys.readouterr().err
     (tars / "00000.tar").write_bytes(first)
 
-    assert command.main([*given, f"--output={tmp_path / 'b'}"]) == 0
+    assert command.main([*flags, f"--output={tmp_path / 'b'}"]) == 0
     for name in names:
         written = (tmp_path / "b" / "images" / name).read_bytes()
         assert written == (pictures / name.split("/")[1]).read_bytes()
@@ -93,8 +93,8 @@ def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(
     pictures, tmp_path, capsys
 ):
     output = tmp_path / "out"
-    given = arguments(pictures, output)
-    jobs = [[*given, "--passes=caption", "--chat=tiny"], [*given, "--passes=negatives"]]
+    flags = arguments(pictures, output)
+    jobs = [[*flags, "--passes=caption", "--chat=tiny"], [*flags, "--passes=negatives"]]
     seconds = []
 
     def reply(asked):
@@ -119,15 +119,15 @@ def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(
 def test_too_many_faults_and_other_settings_end_with_status_2(pictures, tmp_path, capsys):
     (pictures / "00002.png").write_bytes(b"")
     output = tmp_path / "out"
-    words = arguments(pictures, output, "--passes=none")
-    assert command.main(words) == 2
+    flags = arguments(pictures, output, "--passes=none")
+    assert command.main(flags) == 2
     assert "1 of 6 images have a fault, more than --max-faults 0.01" in capsys.readouterr().err
     letter = json.loads((output / "failed.jsonl").read_text())
     assert (letter["image"], letter["cause"], letter["kept"]) == ("00002.png", "empty file", False)
     assert len((output / "A.jsonl").read_text().splitlines()) == 5
-    assert command.main([*words, "--max-faults=0.2"]) == 0  # nothing left to do
+    assert command.main([*flags, "--max-faults=0.2"]) == 0  # nothing left to do
     assert "0 of 1 shards in this run" in capsys.readouterr().out
-    assert command.main([*words, "--min-side=20"]) == 2
+    assert command.main([*flags, "--min-side=20"]) == 2
     assert "was begun with source limits [16, 10000], got [20, 10000]" in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("flags", "expected"),
     [
         ("--passes=captoin", "expected all, none, or some of caption,describe,ground"),
         ("--runnner=DirectRunner", "got --runnner, expected an argument of this command"),
@@ -151,7 +151,7 @@ def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, caps
         ("--images=/nowhere  --source=folder", "no such folder, expected images"),
     ],
 )  # fmt: skip
-def test_wrong_usage_is_one_line_and_status_2(pictures, tmp_path, capsys, given, expected):
-    assert command.main([*arguments(pictures, tmp_path / "out"), *given.split("  ")]) == 2
+def test_wrong_usage_is_one_line_and_status_2(pictures, tmp_path, capsys, flags, expected):
+    assert command.main([*arguments(pictures, tmp_path / "out"), *flags.split("  ")]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and expected in error[0]

@@ -49,9 +49,9 @@ def _noise(width, height, seed=0):
 
 def _extent(covered):
     """Centre and length of the covered stretch of a line, in shares of it: a blurred edge counts as it covers."""
-    places = torch.arange(len(covered)) + 0.5
+    positions = torch.arange(len(covered)) + 0.5
     length = covered.sum()
-    return (covered * places).sum() / length / len(covered), length / len(covered)
+    return (covered * positions).sum() / length / len(covered), length / len(covered)
 
 
 def _share(pixels):
@@ -87,10 +87,10 @@ def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(tmp_path, cap
     seeing._model = _seeing(seeing._model.config)
     pictures, boxes = zip(*(_picture(*size) for size in SIZES))
     texts = [["a blue sky", "a red block. why?", *["more"] * (i % 3)] for i in range(len(SIZES))]
-    found = seeing.detect(pictures, texts)
+    results = seeing.detect(pictures, texts)
     assert not caplog.records  # no batch failed
     errors = {}
-    for size, box, regions in zip(SIZES, boxes, found, strict=True):
+    for size, box, regions in zip(SIZES, boxes, results, strict=True):
         (region,) = regions
         assert region.description == "a red block. why?"
         assert region.score == pytest.approx(1 / (1 + np.exp(-2.0)))
@@ -99,10 +99,10 @@ def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(tmp_path, cap
 
 
 def test_pictures_in_a_batch_do_not_disturb_each_other(folder, caplog):
-    one, many = (load(folder, threshold=0.1, batch_size=size) for size in (1, 8))
+    single, many = (load(folder, threshold=0.1, batch_size=size) for size in (1, 8))
     pictures = [_noise(90, 64, seed=i) for i in range(3)]
     texts = [["a beak", "two red wings"], ["a"], ["a tail", "a beak", "thin grey legs", "an eye"]]
-    alone, together = one.detect(pictures, texts), many.detect(pictures, texts)
+    alone, together = single.detect(pictures, texts), many.detect(pictures, texts)
     assert not caplog.records  # the batch did not fall apart
     for a, b, wanted in zip(alone, together, texts):
         assert [x.description for x in a] == [x.description for x in b]
@@ -157,9 +157,9 @@ def test_texts_that_the_text_towers_could_not_take(small):
         "喙",
         "a beak",
     ]
-    (found,) = small.detect([_noise(64, 64)], [texts])
-    assert {region.description for region in found} <= set(texts)
-    assert found
+    (regions,) = small.detect([_noise(64, 64)], [texts])
+    assert {region.description for region in regions} <= set(texts)
+    assert regions
 
 
 def test_models_that_cannot_be_used(tmp_path):

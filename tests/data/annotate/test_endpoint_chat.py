@@ -19,9 +19,9 @@ def quick(monkeypatch):
     monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 0.02)
 
 
-def _client(url, **given):
-    given = Annotate(images="", output="", endpoint=url, chat="tiny", **given)
-    return endpoint_chat.EndpointChat(given)
+def _client(url, **args):
+    args = Annotate(images="", output="", endpoint=url, chat="tiny", **args)
+    return endpoint_chat.EndpointChat(args)
 
 
 def _sequence(*replies):
@@ -34,8 +34,8 @@ def test_answers_come_in_order_with_their_tokens():
     with endpoint.serve() as server:
         client = _client(server.url, concurrency=4)
         prompts = ["Subject:", "List.", "Subject:"] * 4
-        found = client.answer([PICTURE] * 12, prompts)
-    for prompt, answer in zip(prompts, found, strict=True):
+        result = client.answer([PICTURE] * 12, prompts)
+    for prompt, answer in zip(prompts, result, strict=True):
         parse = answers.parse_caption if prompt == "Subject:" else answers.parse_descriptions
         assert not isinstance(parse(answer.text), answers.Refused)
         assert (answer.prompt_tokens, answer.cut_off) == (100, False)
@@ -53,12 +53,12 @@ def test_what_is_sent(monkeypatch):
         monkeypatch.delenv("OPENAI_API_KEY")
         _client(server.url).answer([PICTURE], ["List."])
     first, second, third = server.asked
-    told = {"model": "tiny", "max_tokens": 256, "temperature": 0}
-    assert first.body | {"messages": None} == told | {"messages": None}
+    expected = {"model": "tiny", "max_tokens": 256, "temperature": 0}
+    assert first.body | {"messages": None} == expected | {"messages": None}
     assert first.headers["Authorization"] == "Bearer secret"
     assert "Authorization" not in third.headers
-    found = first.picture
-    assert (found.format, found.mode, found.size) == ("JPEG", "RGB", (60, 40))
+    result = first.picture
+    assert (result.format, result.mode, result.size) == ("JPEG", "RGB", (60, 40))
     assert max(abs(a - b) for a, b in zip(first.picture.getpixel((30, 20)), (200, 30, 30))) < 4
     assert second.picture.size == (1344, 672)
     assert large.size == (3000, 1500) and PICTURE.size == (60, 40)  # the caller's stay as they are
@@ -84,8 +84,8 @@ def test_no_more_requests_at_a_time_than_allowed():
 def test_what_passes_is_tried_again(reply):
     good = endpoint.Reply("a beak")
     with endpoint.serve(_sequence(reply, reply, good)) as server:
-        (found,) = _client(server.url, request_seconds=0.4).answer([PICTURE], ["List."])
-    assert found.text == "a beak" and len(server.asked) == 3
+        (result,) = _client(server.url, request_seconds=0.4).answer([PICTURE], ["List."])
+    assert result.text == "a beak" and len(server.asked) == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
@@ -126,8 +126,8 @@ def test_waits_grow_between_tries(monkeypatch):
     monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 1.0)
     monkeypatch.setattr(asyncio, "sleep", lambda s: waits.append(s) or sleep(0))
     address = _closed_port()
-    (found,) = _client(address, tries=9).answer([PICTURE], ["List."])
-    assert found.cause == "no connection" and "ConnectionRefusedError" in found.detail
+    (result,) = _client(address, tries=9).answer([PICTURE], ["List."])
+    assert result.cause == "no connection" and "ConnectionRefusedError" in result.detail
     waits = [wait for wait in waits if wait]
     bounds = [1, 2, 4, 8, 16, 32, 60, 60]
     assert len(waits) == 8
@@ -137,8 +137,8 @@ def test_waits_grow_between_tries(monkeypatch):
 def test_the_limit_of_tokens_is_told_and_a_server_need_not_count_them():
     body = b'{"choices": [{"message": {"content": "a beak"}, "finish_reason": "length"}]}'
     with endpoint.serve(lambda asked: endpoint.Reply(body=body)) as server:
-        (found,) = _client(server.url).answer([PICTURE], ["List."])
-    assert found == chat.Answer("a beak", 0, 0, cut_off=True)
+        (result,) = _client(server.url).answer([PICTURE], ["List."])
+    assert result == chat.Answer("a beak", 0, 0, cut_off=True)
 
 
 def _closed_port():

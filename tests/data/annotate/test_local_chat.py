@@ -45,14 +45,14 @@ def _pictures(*sizes):
 
 def test_answers_come_in_order_with_their_tokens(llava):
     pictures = _pictures((60, 30), (30, 60), (28, 28))
-    found = llava.answer(
+    results = llava.answer(
         pictures, ["What? Subject:", "List what you see.", "Subject: and Caption:"]
     )
-    assert [answer.text for answer in found] == [CAPTION, DESCRIPTIONS, CAPTION]
-    assert [answer.answer_tokens for answer in found] == [2, 4, 2]  # one a line, without the end
-    assert not any(answer.cut_off for answer in found)
-    assert answers.parse_caption(found[0].text)["subject"] == "a small bird"
-    assert len(answers.parse_descriptions(found[1].text)[0]) == 4
+    assert [answer.text for answer in results] == [CAPTION, DESCRIPTIONS, CAPTION]
+    assert [answer.answer_tokens for answer in results] == [2, 4, 2]  # one a line, without the end
+    assert not any(answer.cut_off for answer in results)
+    assert answers.parse_caption(results[0].text)["subject"] == "a small bird"
+    assert len(answers.parse_descriptions(results[1].text)[0]) == 4
     assert llava.answer([], []) == []
 
 
@@ -82,8 +82,8 @@ def test_the_limit_of_tokens_is_told(llava, monkeypatch):
 
 
 def test_the_mark_of_a_pictures_place_in_a_prompt_is_no_picture(llava):
-    (found,) = llava.answer(_pictures((30, 30)), ["About <image> and <image>: Subject:"])
-    assert found.text == CAPTION
+    (results,) = llava.answer(_pictures((30, 30)), ["About <image> and <image>: Subject:"])
+    assert results.text == CAPTION
 
 
 def test_a_batch_is_halved_when_memory_runs_out():

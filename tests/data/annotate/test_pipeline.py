@@ -22,11 +22,11 @@ def shards(tmp_path):
     return sources.shards("annotations", options)
 
 
-def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"), **given):
-    given = {"endpoint": url, "chat": "tiny", "tries": 1, "batch_size": 2} | given
-    given |= {"passes": tuple(names), "keep_images": False}
+def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"), **flags):
+    flags = {"endpoint": url, "chat": "tiny", "tries": 1, "batch_size": 2} | flags
+    flags |= {"passes": tuple(names), "keep_images": False}
     prompts = {name: chat.read_prompt(chat.PROMPTS, name) for name in ("caption", "describe")}
-    return passes.Task(Annotate(images="", output=str(tmp_path / "out"), **given), prompts)
+    return passes.Task(Annotate(images="", output=str(tmp_path / "out"), **flags), prompts)
 
 
 def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
@@ -34,10 +34,10 @@ def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
         job = make_job(tmp_path, server.url)
         pipeline.run(job, shards)
         assert len(server.asked) == 18
-        found = passes.counts(job.output, [shard.name for shard in shards])
-        assert found["images"] == 9 and found["shards"] == 3
-        assert found["caption: images"] == found["describe: images"] == 9
-        assert found["caption: prompt tokens"] == 900
+        result = passes.counts(job.output, [shard.name for shard in shards])
+        assert result["images"] == 9 and result["shards"] == 3
+        assert result["caption: images"] == result["describe: images"] == 9
+        assert result["caption: prompt tokens"] == 900
         pipeline.run(job, shards)  # the runner may give a shard again
         assert len(server.asked) == 18
     name = shards[1].name
@@ -84,7 +84,7 @@ def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
     for region in described:  # "the upper part 0 of 1"
         side = region["description"].replace("upper", "lower")
         assert region["negatives"] == [side]
-    # A later job keeps them, and those of the source stay.
+    # A later job keeps them.
     again = make_job(tmp_path, names=())
     passes.Passes(again).annotate(shards[1])
     assert again.output.read_lines("annotations", f"{shards[1].name}.jsonl") == lines[3:6]
@@ -147,6 +147,6 @@ def test_batches_of_large_pictures_are_smaller(monkeypatch):
     monkeypatch.setattr(passes, "BATCH_PIXELS", 1000)
     sides = [10, 10, 10, 10, 40, 20, 20, 20, None, 10]
     works = [passes.Work(None, side and PIL.Image.new("RGB", (side, side))) for side in sides]
-    found = list(passes.batches(works, 4))
-    assert [len(batch) for batch in found] == [4, 1, 3, 2]
-    assert [work for batch in found for work in batch] == works
+    result = list(passes.batches(works, 4))
+    assert [len(batch) for batch in result] == [4, 1, 3, 2]
+    assert [work for batch in result for work in batch] == works

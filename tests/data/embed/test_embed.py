@@ -63,9 +63,9 @@ def expected(model, images):
     return list(zip(embed, regions.embed, regions.boxes_xyxy))
 
 
-def embed(source, folder, *words):
-    words = (source, "--checkpoint=aviary-tiny", f"--output={folder}", *words)
-    return command.main(list(map(str, words)))
+def embed(source, folder, *flags):
+    flags = (source, "--checkpoint=aviary-tiny", f"--output={folder}", *flags)
+    return command.main(list(map(str, flags)))
 
 
 def array(folder, kind):
@@ -102,18 +102,18 @@ def test_every_source_has_the_vectors_of_predictor(
     kind, images, expected, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    words, source = ["--shard-size=4"], os.path.relpath(images)  # relative paths
+    flags, source = ["--shard-size=4"], os.path.relpath(images)  # relative paths
     if kind == "tars":
         write_tars(images, tmp_path / "tars")
         source = "tars"
     elif kind == "annotations":
-        words.append(f"--images={source}")
+        flags.append(f"--images={source}")
         (tmp_path / "A.jsonl").write_bytes((images / "A.jsonl").read_bytes())
         source = "A.jsonl"
     elif kind == "records":
         assert record_sets.build_set(images, "records", "--num-shards=1") == 0
-        source, words = "records/tiny_set", [*words, "--split=train"]
-    assert embed(source, "out", *words) == 0
+        source, flags = "records/tiny_set", [*flags, "--split=train"]
+    assert embed(source, "out", *flags) == 0
     rows = read(tmp_path / "out")
     files = 2 if kind == "tars" else 3
     assert f"out: {COUNT} images in {files} files; {COUNT} of them now" in capsys.readouterr().out
@@ -138,9 +138,9 @@ def test_every_source_has_the_vectors_of_predictor(
             assert path.startswith("train/0000") and row["id"].startswith("id")
     # Relative paths were noted from the root: the same source from elsewhere is the same.
     monkeypatch.chdir("/")
-    words = [f"--images={images}" if word.startswith("--images") else word for word in words]
+    flags = [f"--images={images}" if word.startswith("--images") else word for word in flags]
     source = images if kind == "folder" else tmp_path / source
-    assert embed(source, tmp_path / "out", *words) == 0
+    assert embed(source, tmp_path / "out", *flags) == 0
     assert "; 0 of them now" in capsys.readouterr().out
 
 
@@ -229,7 +229,7 @@ def test_faults_are_counted_and_another_begin_is_refused(images, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "make, words, said",
+    "make, flags, said",
     [
         (lambda p: p.mkdir(), [], "got no images there, expected a folder of images"),
         (lambda p: None, [], "no such file or folder, expected a folder of images"),
@@ -238,9 +238,9 @@ def test_faults_are_counted_and_another_begin_is_refused(images, tmp_path, capsy
         (lambda p: p.mkdir(), ["--split=train"], "--split train: got"),
     ],
 )
-def test_a_source_without_images_is_one_line(make, words, said, tmp_path, capsys):
+def test_a_source_without_images_is_one_line(make, flags, said, tmp_path, capsys):
     make(tmp_path / "source")
-    assert embed(tmp_path / "source", tmp_path / "out", *words) == 2
+    assert embed(tmp_path / "source", tmp_path / "out", *flags) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
 
@@ -273,9 +273,9 @@ def stand_in(batch):
 
 def job_of(source, folder, regions="queries"):
     folder = jobs.Output(str(folder))
-    found = parts.find(str(source), folder, images=None, split="", shard_size=4, boxes=False)
+    source_parts = parts.find(str(source), folder, images=None, split="", shard_size=4, boxes=False)
     settings = {"embed_dim": 3, "regions": regions}
-    return output.Output(folder, settings, found["parts"], found["images"])
+    return output.Output(folder, settings, source_parts["parts"], source_parts["images"])
 
 
 def go(job, mine=None, encode=stand_in):
@@ -422,11 +422,11 @@ def test_killed_three_times_by_two_processes_then_one(tmp_path):
     for number in range(600):
         picture = PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
         picture.save(source / f"{number:05d}.png")
-    words = f"embed {source} --checkpoint aviary-tiny --output {out} --shard-size 16".split()
+    flags = f"embed {source} --checkpoint aviary-tiny --output {out} --shard-size 16".split()
     alone = [sys.executable, "-m", "grain_jax"]
-    two = [*alone, "local", "--processes=2", "--devices-per-process=1", "--", "grain-jax", *words]
+    two = [*alone, "local", "--processes=2", "--devices-per-process=1", "--", "grain-jax", *flags]
     number_done, counts = lambda: len(list(out.glob("metadata/*.parquet"))), []
-    for command_line in (two, [*alone, *words], two):
+    for command_line in (two, [*alone, *flags], two):
         process = subprocess.Popen(command_line, cwd=ROOT, start_new_session=True)
         before = number_done()
         while process.poll() is None and number_done() < before + 5:
