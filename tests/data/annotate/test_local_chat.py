@@ -123,7 +123,6 @@ def test_models_that_cannot_be_used(tmp_path, folder):
     (plain / "chat_template.jinja").unlink()
     for name, line in (
         (tmp_path / "nothing-here", "nothing-here: cannot be loaded"),
-        (models.owlv2(tmp_path / "owlv2"), "AutoModelForImageTextToText"),
         (plain, "no chat template"),
     ):
         with pytest.raises(local_models.ModelError, match=line):
