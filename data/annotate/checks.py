@@ -10,8 +10,8 @@ from grain_jax.data.annotate.arguments import Annotate
 def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Fault:
     """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault.
 
-    Causes: "empty file"; "unreadable" (none of images.FORMATS); "damaged" (truncated or broken inside); "animated"
-    (several frames); "too small" and "too large" (beyond the limits of the command).
+    Causes: "empty file", "unreadable" (none of images.FORMATS), "damaged" (truncated or broken inside), "animated".
+    Beyond the limits of the command: "too small", "too large".
     """
     if not item.encoded:
         return sources.Fault(item.image, "empty file", "got 0 bytes, expected an image")

@@ -1,6 +1,6 @@
 """Models of `transformers` on this machine: loading, batches, and chat models such as LLaVA-NeXT 1.6."""
 
-import tempfile
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -46,22 +46,19 @@ def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
     device = torch.accelerator.current_accelerator().type if accelerated else "cpu"
     dtype = torch.bfloat16 if half and accelerated else torch.float32
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = name
-        if "://" in name:  # transformers opens local folders
-            folder = scratch
-            if not epath.Path(name).is_dir():
-                raise ModelError(f"{name}: no such folder, expected one of save_pretrained")
-            for path in epath.Path(name).iterdir():
-                if not path.is_dir():
-                    path.copy(epath.Path(scratch) / path.name)
-        try:
-            processor = transformers.AutoProcessor.from_pretrained(folder)
-            model = getattr(transformers, auto_class).from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{name}: cannot be loaded by transformers' {auto_class}: {chat.one_line(error)}"
-            ) from error
+    folder = contextlib.nullcontext(name)
+    if "://" in name:  # transformers opens local folders
+        from grain_jax.convert import output
+
+        folder = output.on_disk(epath.Path(name))
+    try:
+        with folder as path:
+            processor = transformers.AutoProcessor.from_pretrained(path)
+            model = getattr(transformers, auto_class).from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: cannot be loaded by transformers' {auto_class}: {chat.one_line(error)}"
+        ) from error
     return model.to(device).eval(), processor, device
 
 

@@ -1,7 +1,7 @@
 """The passes over the images of a shard: caption, describe, ground, negatives. No Beam in here.
 
-An image whose pass fails keeps its other results: it stays in the annotations while these have a text or a region, and
-failed.jsonl names what is missing and why. Files of a shard, the last of which marks it as done:
+If a pass fails for an image, the image keeps its other results. It stays in the annotations if these have a text or a
+region, and failed.jsonl names what is missing and why. Files of a shard, the last of which marks it as done:
 
 OUTPUT/failed/SHARD.jsonl       faults with their causes
 OUTPUT/shards/SHARD.json        counters

@@ -64,12 +64,7 @@ def find(
     elif not epath.Path(folder).exists():
         raise sources.SourceError(f"--images {images}: no such folder, expected images")
     options = sources.Options(folder, (str(file),), split=split, shard_size=shard_size)
-    try:
-        shards = sources.shards(_READERS[kind], options)
-    except sources.SourceError:
-        if kind in ("tars", "folder"):
-            raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}") from None
-        raise
+    shards = sources.shards(_READERS[kind], options)
     names: Any = [[shard.name, size(shard)] for shard in shards]
     if kind == "tars":
         names = [[shard.name, regular_file.length(shard.arguments["tar"])] for shard in shards]

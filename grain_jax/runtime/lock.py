@@ -5,10 +5,10 @@ looked up. Elsewhere (another host, an object store) a trainer lives as long as 
 RENEW_SECONDS. A lock that does not change for DEAD_SECONDS belongs to a dead trainer. The second trainer measures
 these by its own clock, so the clocks of two machines may differ.
 
-A lock is made by an exclusive link in a folder and replaced by conditional writes of TensorStore; in an object store
-both are conditional writes. If two hosts mount a folder without file locks and replace the same dead lock within
-SETTLE_SECONDS, the later one wins, and the other ends at its next renewal. So does a trainer that was suspended for
-longer than DEAD_SECONDS and replaced meanwhile.
+An exclusive link makes the lock of a folder, and conditional writes of TensorStore replace it. In an object store both
+are conditional writes. Two hosts that mount a folder without file locks may replace the same dead lock. The later one
+wins, and the other ends after SETTLE_SECONDS or at its next renewal. So does a trainer that was suspended for longer
+than DEAD_SECONDS and replaced meanwhile.
 """
 
 import contextlib
