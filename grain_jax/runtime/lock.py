@@ -45,24 +45,15 @@ class Lost(errors.UserError):
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """The process that holds a lock.
-
-    Attributes:
-      host, pid: of the process.
-      began: time and date, for people.
-      boot: boot and container, in which `pid` is unique; "" if unknown.
-      started: start of the process in ticks since the boot, because a pid may be used again.
-      token: of this lock.
-      renewed: number of renewals.
-    """
+    """The process that holds a lock."""
 
     host: str
     pid: int
-    began: str
-    boot: str
-    started: int
-    token: str
-    renewed: int = 0
+    began: str  # time and date, for people
+    boot: str  # boot and container, in which `pid` is unique; "" if unknown
+    started: int  # ticks since the boot, because a pid may be used again
+    token: str  # of this lock
+    renewed: int = 0  # number of renewals
 
     def lives(self) -> bool | None:
         """Whether its process exists; None if it cannot be looked up."""
