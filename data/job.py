@@ -17,7 +17,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -91,24 +91,20 @@ class Output(NamedTuple):
             names.append({path.stem for path in paths if path.suffix != ".new"})
         return set.intersection(*names)
 
-    def agree(self, settings: Mapping[str, Any], unless: Collection[str] = ()) -> None:
-        """Notes the settings that results depend on.
-
-        Args:
-          settings: values of JSON. A key that no earlier run noted is added.
-          unless: keys that may change.
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Notes the settings that results depend on; a key that no earlier run noted is added.
 
         Raises:
           JobError: an earlier run noted another value.
         """
-        known = self.read_json(SETTINGS)
-        for key in [key for key in settings if key in known and key not in unless]:
+        known, settings = self.read_json(SETTINGS), json.loads(json.dumps(settings))
+        for key in [key for key in settings if key in known]:
             for names, old, new in _differences(known[key], settings[key], key):
                 raise JobError(
                     f"--output {self.folder}: was begun with {names} {json.dumps(old)}, got"
                     f" {json.dumps(new)}; give another --output, or delete this one"
                 )
-        self.put_json(known | dict(settings), SETTINGS)
+        self.put_json(known | settings, SETTINGS)
 
     def join(self, kind: str, shards: Iterable[str], name: str) -> None:
         """Writes the file `name`, in which the files of the shards follow one another."""

@@ -5,12 +5,11 @@
 The same command again resumes an interrupted job. Further arguments, from --runner on, go to Beam.
 """
 
-import hashlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -22,6 +21,10 @@ from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.arguments import Build
 
 FAILED = "failed.jsonl"
+SOURCE_SETTINGS = (
+    *("source", "option", "images", "annotations", "split", "label_text"),
+    *("shard_size", "min_side", "max_side"),
+)
 
 
 def annotate(args: Annotate) -> str:
@@ -40,12 +43,11 @@ def annotate(args: Annotate) -> str:
     args.source = args.source or _source_of(epath.Path(args.images))
     source = sources.make(args.source, dict(args.option))
     args.keep_images &= not (source.images_are_files or args.name)
-    folder = args.prompts or chat.PROMPTS
-    task = passes.Task(args, {x: chat.read_prompt(folder, x) for x in ("caption", "describe")})
+    task = passes.Task(args, chat.read_prompts(args.prompts or chat.PROMPTS))
     # A shard's lines are composed of the results of all passes, so two runs would overwrite each other's.
     with task.output.locked(LINES):
-        start, settings = time.monotonic(), _settings(task)
-        task.output.agree(settings)
+        start = time.monotonic()
+        task.output.agree(_settings(task))
         options = sources.Options(
             images=args.images,
             annotations=tuple(args.annotations),
@@ -58,13 +60,13 @@ def annotate(args: Annotate) -> str:
         todo = _todo(task, shards)
         if todo:
             pipeline.run(task, todo)
-            missing = {shard.name for shard in todo} - task.output.done(*task.kinds)
+            missing = {shard.name for shard in todo} - task.output.done(*task.marks)
             if missing:  # runners return from a job that somebody cancelled
                 raise job.JobError(
                     f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards"
                     " not done; give the same command again"
                 )
-        line = _finish(task, shards, todo, settings, time.monotonic() - start)
+        line = _finish(task, shards, todo, time.monotonic() - start)
         if args.name:
             print(_build(task, shards, source.images_are_files))
     return line
@@ -78,34 +80,20 @@ def _source_of(images: epath.Path) -> str:
 
 def _settings(task: passes.Task) -> dict[str, dict[str, Any]]:
     """The settings of the source and of each pass, which results depend on."""
-    args = task.args
+    args, model = task.args, task.args.chat or local_models.CHAT_MODEL
     settings: dict[str, dict[str, Any]] = {
-        "source": {
-            "name": args.source,
-            "options": dict(args.option),
-            "images": args.images,
-            "annotations": args.annotations,
-            "split": args.split,
-            "shard size": args.shard_size,
-            "limits": [args.min_side, args.max_side],
-            "label text": args.label_text,
-        },
-        "ground": {"model": args.detector, "threshold": args.threshold},
+        "source": {name: getattr(args, name) for name in SOURCE_SETTINGS},
+        "ground": {"detector": args.detector, "threshold": args.threshold},
         "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},
     }
-    for name, prompt in task.prompts.items():
-        settings[name] = {
-            "model": args.chat or local_models.CHAT_MODEL,
-            "prompt version": prompt.version,
-            "prompt sha256": hashlib.sha256(prompt.text.encode()).hexdigest()[:16],
-        }
+    settings |= {name: {"model": model, "prompt": text} for name, text in task.prompts.items()}
     return {name: settings[name] for name in ("source", *args.passes)}
 
 
 def _todo(task: passes.Task, shards: Sequence[sources.SourceShard]) -> list[sources.SourceShard]:
     """The shards that the passes have not done. Raises JobError if an earlier pass is missing."""
     output, names = task.output, task.args.passes
-    done = output.done(*task.kinds)
+    done = output.done(*task.marks)
     todo = [
         shard
         for shard in shards
@@ -122,17 +110,15 @@ def _todo(task: passes.Task, shards: Sequence[sources.SourceShard]) -> list[sour
 
 
 def _has_gaps(output: job.Output, shard: str) -> bool:
-    """Whether a shard has faults, or a pass has not yet run for new results of an earlier one."""
-    counts = passes.counts(output, [shard])
-    results = {count for name, count in counts.items() if name.endswith(": results")}
-    return len(results) > 1 or any(name.startswith(passes.FAULT) for name in counts)
+    """Whether a pass has no results for some images: it failed, or has not yet run after a retry of an earlier one."""
+    count = passes.counts(output, [shard])
+    return any(count[name] < count["images"] for name in passes.PASSES if name in count)
 
 
 def _finish(
     task: passes.Task,
     shards: Sequence[sources.SourceShard],
     todo: Sequence[sources.SourceShard],
-    settings: Mapping[str, Any],
     seconds: float,
 ) -> str:
     """Joins the files of the shards; returns a line about them. Raises JobError for too many faults."""
@@ -143,16 +129,7 @@ def _finish(
     faults = {
         x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)
     }
-    summary = {
-        "total": total,
-        "model rates": {  # of one worker: while its model ran
-            name: {"images/s": round(total[f"{name}: images"] / spent, 3)}
-            for name in passes.PASSES
-            if (spent := total[f"{name}: seconds"])
-        },
-        "settings": settings,
-    }
-    output.put_json(summary, "summary.json")
+    output.put_json({"total": total, "settings": _settings(task)}, "summary.json")
     job.check_faults(
         output.path(FAILED),
         faults,

@@ -76,18 +76,16 @@ def parse_caption(text: str, *, cut_off: bool = False) -> dict[str, str] | Refus
     return texts
 
 
-def parse_descriptions(
-    text: str, *, cut_off: bool = False
-) -> tuple[list[str], list[Refused]] | Refused:
-    """Parses an answer with one description per line.
+def parse_descriptions(text: str, *, cut_off: bool = False) -> list[str] | Refused:
+    """The descriptions of an answer with one per line, no two the same but for case.
 
     Args:
       text: the model's answer. The first MAX_DESCRIPTIONS are kept, since the prompt asks for the most striking first.
       cut_off: whether the limit of tokens ended it; the last line is then left out.
 
     Returns:
-      The descriptions, no two the same but for case, and the lines that were dropped. The whole answer is refused if
-      the model declined, or if no line is left (with the cause of the first dropped one).
+      The descriptions. The answer is refused if the model declined, or if no line is left (with the cause of the first
+      dropped one).
     """
     lines = text.splitlines()
     if refused := _refused(text, cut_off and len(lines) < 2):
@@ -107,7 +105,7 @@ def parse_descriptions(
         elif len(kept) < MAX_DESCRIPTIONS:
             kept[description.lower()] = description
     if kept:
-        return list(kept.values()), dropped
+        return list(kept.values())
     return dropped[0] if dropped else Refused(EMPTY, _show(text))
 
 

@@ -1,6 +1,5 @@
 """What is asked of a multimodal chat model, and what it answers; `local_models` and `endpoint_chat` are the two kinds."""
 
-import re
 from typing import NamedTuple
 
 from etils import epath
@@ -9,20 +8,7 @@ from grain_jax.core import printable, regular_file
 
 MAX_TOKENS = 256  # of an answer
 PROMPTS = epath.Path(__file__).parent / "prompts"
-_SUBJECT = "{subject}"  # in the second prompt: the subject that the first answer names
-
-
-class Prompt(NamedTuple):
-    """A prompt and the version that its file names, which is recorded and not sent to the model."""
-
-    version: int
-    text: str
-
-    def about(self, subject: str) -> str:
-        """The text of the second prompt for a subject."""
-        return self.text.replace(
-            _SUBJECT, subject
-        )  # not str.format: the text may have other braces
+SUBJECT = "{subject}"  # in the second prompt: the subject that the first answer names
 
 
 class Failure(NamedTuple):
@@ -36,25 +22,19 @@ class Answer(NamedTuple):
     """The answer of a model about an image."""
 
     text: str  # as the model gave it; may be empty
-    prompt_tokens: int  # the image counts too; 0 if a server does not count
-    answer_tokens: int  # 0 if a server does not count
     cut_off: bool  # the limit of tokens was reached, so the last line may be unfinished
 
 
-def read_prompt(folder: epath.PathLike, name: str) -> Prompt:
-    """Reads `caption.txt` or `describe.txt`: a line `version: N`, then the text, which has {subject} in the second.
-
-    Raises:
-      FileError: no such file, no version or text, or {subject} is missing or not expected.
-    """
-    path, with_subject = epath.Path(folder) / f"{name}.txt", name == "describe"
-    content = regular_file.read_text(path, f"a prompt; make one like {PROMPTS / path.name}")
-    first, _, text = content.partition("\n")
-    version = re.fullmatch(r"version: *(\d+)\s*", first)
-    if version is None or not text.strip() or (_SUBJECT in text) != with_subject:
-        expected = f"`version: N`, then a text {'with' if with_subject else 'without'} {_SUBJECT}"
-        raise regular_file.FileError(f"{path}: got {content[:80]!r}, expected {expected}")
-    return Prompt(int(version[1]), text.strip())
+def read_prompts(folder: epath.PathLike) -> dict[str, str]:
+    """The prompts in `caption.txt` and `describe.txt`. Raises FileError: {subject} is missing in the second, ..."""
+    prompts = {}
+    for name in ("caption", "describe"):
+        path = epath.Path(folder) / f"{name}.txt"
+        prompts[name] = regular_file.read_text(path, "a prompt").strip()
+        if not prompts[name] or (SUBJECT in prompts[name]) != (name == "describe"):
+            expected = f"a text {'with' if name == 'describe' else 'without'} {SUBJECT}"
+            raise regular_file.FileError(f"{path}: got {prompts[name][:80]!r}, expected {expected}")
+    return prompts
 
 
 def one_line(value: object, limit: int = 200) -> str:

@@ -35,7 +35,7 @@ REJECTED, NO_ANSWER = "request rejected", "no answer in the response"
 KEY = "OPENAI_API_KEY"  # the environment variable that holds the key
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
 IDLE = 2.0  # seconds that a connection stays open; servers close theirs after 5 or more
-LONGEST_RETRY_AFTER = 3600.0  # seconds; if a server asks for more, the request fails
+LONGEST_RETRY_AFTER = 3600.0  # seconds
 MAX_SIDE = 1344  # pixels of the image that is sent; LLaVA-NeXT looks at no more than 1008
 JPEG_QUALITY = 92
 MAX_BYTES = 1 << 20  # of a response; an answer of 256 tokens has a few thousand
@@ -43,7 +43,6 @@ MAX_BYTES = 1 << 20  # of a response; an answer of 256 tokens has a few thousand
 _FATAL = {401: "the key is wrong or missing", 403: "not allowed", 404: "no such address or model"}
 _RETRIED = {408: TIME_OUT, 425: SERVER_ERROR, 429: RATE_LIMIT}  # and all from 500 on
 
-_ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!-?A-~]*)?", re.ASCII)
 _Result = tuple[chat.Answer | chat.Failure, float | None]
 
 
@@ -62,28 +61,18 @@ class _Choice(msgspec.Struct):
 
 class _Response(msgspec.Struct):
     choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
-    usage: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
-    completion_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
 
 
 class EndpointChat:
     """A client. One thread at a time may use it.
 
     Raises:
-      EndpointError: the address, the key or a proxy is not valid; nothing is asked yet.
+      EndpointError: the key is not valid; nothing is asked yet.
     """
 
     def __init__(self, args: Annotate):
         self._args = args
-        if not _ADDRESS.fullmatch(args.endpoint or ""):
-            got = chat.one_line((args.endpoint or "").rpartition("@")[2])  # without a password
-            expected = f"one like http://host:8000/v1, and the key in {KEY}"
-            raise EndpointError(f"{got}: no address, expected {expected}")
-        self._url = f"{args.endpoint.rstrip('/')}/chat/completions"
+        self._url = f"{(args.endpoint or '').rstrip('/')}/chat/completions"
         key = os.environ.get(KEY, "").strip()  # key files end with a new line
         if key and not re.fullmatch("[!-~]+", key):
             raise EndpointError(f"{KEY}: holds white space or other than ASCII, expected a key")
@@ -91,15 +80,12 @@ class EndpointChat:
         forms = (rf"(?:\\?{re.escape(x)}|\\u{ord(x):04x}|%{ord(x):02x})" for x in key)
         self._key = re.compile("".join(forms) or "(?!)", re.IGNORECASE)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        try:
-            self._client = httpx.AsyncClient(
-                headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
-                # httpcore leaves a socket open if a handshake is cancelled, so connecting must end earlier.
-                timeout=httpx.Timeout(None, connect=0.9 * args.request_seconds),
-                limits=httpx.Limits(keepalive_expiry=IDLE),
-            )
-        except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a package
-            raise EndpointError(f"the environment's proxy: {chat.one_line(error)}") from None
+        self._client = httpx.AsyncClient(
+            headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
+            # httpcore leaves a socket open if a handshake is cancelled, so connecting must end earlier.
+            timeout=httpx.Timeout(None, connect=0.9 * args.request_seconds),
+            limits=httpx.Limits(keepalive_expiry=IDLE),
+        )
         self._loop = asyncio.Runner()
         weakref.finalize(self, _close, self._loop, self._client)
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
@@ -150,9 +136,7 @@ class EndpointChat:
         for count in range(self._args.tries):
             await asyncio.sleep(max(0.0, self._next_start - time.monotonic()))
             result, retry_after = await self._try(body)
-            if retry_after is None or retry_after > LONGEST_RETRY_AFTER:
-                break
-            if count + 1 == self._args.tries:
+            if retry_after is None or count + 1 == self._args.tries:
                 break
             if retry_after:  # all requests wait: the server says when it has room
                 self._next_start = max(self._next_start, time.monotonic() + retry_after)
@@ -189,19 +173,13 @@ class EndpointChat:
 
     def _parsed(self, content: bytes | bytearray) -> _Result:
         try:
-            response = msgspec.json.decode(content, type=_Response)
+            choice = msgspec.json.decode(content, type=_Response).choices[0]
         except (msgspec.MsgspecError, ValueError, RecursionError):
             # Perhaps the page of a proxy: another try may reach the server.
             got = self._line(content.decode(errors="replace"), 100)
             return chat.Failure(NO_ANSWER, f"expected choices[0].message.content, got {got}"), 0.0
-        try:
-            usage = msgspec.json.decode(response.usage, type=_Usage | None) or _Usage()
-        except (msgspec.MsgspecError, ValueError, RecursionError):  # only a statistic
-            usage = _Usage()
-        choice = response.choices[0]
         text = self._without_key(choice.message.content)
-        cut_off = choice.finish_reason == "length"
-        return chat.Answer(text, usage.prompt_tokens, usage.completion_tokens, cut_off), None
+        return chat.Answer(text, cut_off=choice.finish_reason == "length"), None
 
     def _refused(self, status: int, headers: Mapping[str, str], content: bytearray) -> _Result:
         detail = self._line(f"status {status}: {content.decode(errors='replace')}")
@@ -218,7 +196,8 @@ class EndpointChat:
         if cause is None:
             return chat.Failure(REJECTED, detail), None
         seconds = headers.get("Retry-After", "")  # a date is not read: vLLM and SGLang send none
-        return chat.Failure(cause, detail), float(seconds) if seconds.isdecimal() else 0.0
+        wait = float(seconds) if seconds.isdecimal() else 0.0
+        return chat.Failure(cause, detail), min(wait, LONGEST_RETRY_AFTER)
 
     def _without_key(self, text: str) -> str:
         """What a server sent, without the key: servers repeat headers of requests, and users publish the files."""

@@ -138,17 +138,8 @@ class LocalChat:
             )
         tokens = tokens[:, inputs["input_ids"].shape[1] :].cpu().numpy()
         is_end = np.isin(tokens, self._model.generation_config.eos_token_id)
-        lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1), tokens.shape[1]).tolist()
-        prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
-        return [
-            chat.Answer(
-                tokenizer.decode(row[:length], skip_special_tokens=True),
-                prompt_length,
-                length,
-                cut_off=length == len(row),
-            )
-            for row, length, prompt_length in zip(tokens, lengths, prompt_tokens)
-        ]
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [chat.Answer(text, cut_off=not end) for text, end in zip(texts, is_end.any(axis=1))]
 
     def _conversation(self, prompt: str) -> str:
         # A prompt can quote an answer; the mark of an image in it would count as an image.

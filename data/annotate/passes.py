@@ -1,12 +1,13 @@
 """The passes over the images of a shard: caption, describe, ground, negatives. No Beam in here.
 
 If a pass fails for an image, the image keeps its other results. It stays in the annotations if these have a text or a
-region, and failed.jsonl names what is missing and why. Files of a shard, the last of which marks it as done:
+region, and failed.jsonl names what is missing and why. Files of a shard:
 
-OUTPUT/failed/SHARD.jsonl       faults with their causes
-OUTPUT/shards/SHARD.json        counters
 OUTPUT/annotations/SHARD.jsonl  lines of A.jsonl
-OUTPUT/passes/PASS/SHARD.jsonl  per image the result of the pass, or the cause of its failure
+OUTPUT/failed/SHARD.jsonl       faults with their causes
+OUTPUT/counts/SHARD.json        numbers of images, results and faults
+OUTPUT/results/SHARD.jsonl      per image the results and the faults of the passes, for later passes
+OUTPUT/passes/PASS/SHARD.done   empty; marks the shard as done
 """
 
 import collections
@@ -14,8 +15,7 @@ import concurrent.futures
 import dataclasses
 import errno
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import PIL.Image
@@ -52,7 +52,7 @@ class Task(NamedTuple):
     """What a worker needs to know; plain values that can be pickled."""
 
     args: Annotate  # of the command
-    prompts: dict[str, chat.Prompt]  # by pass
+    prompts: dict[str, str]  # by pass
 
     @property
     def output(self) -> job.Output:
@@ -60,9 +60,9 @@ class Task(NamedTuple):
         return job.Output(self.args.output)
 
     @property
-    def kinds(self) -> list[str]:
+    def marks(self) -> list[str]:
         """The folders whose files mark a shard as done."""
-        return [f"passes/{name}" for name in self.args.passes] or ["annotations"]
+        return [f"passes/{name}" for name in self.args.passes or ("none",)]
 
 
 @dataclasses.dataclass
@@ -71,22 +71,13 @@ class Work:
 
     item: sources.Image | sources.Fault
     image: PIL.Image.Image | None = None
-    results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by pass
-    faults: dict[str, list[tuple[str, str]]] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(list)
-    )  # stage -> (cause, detail)
-
-    def stored(self, name: str) -> list[dict[str, Any]]:
-        """The lines of the image in the file of a pass: one, or none if the pass did not run."""
-        values = [self.results[name]] if name in self.results else []
-        values = values or [dict(cause=c, detail=d) for c, d in self.faults.get(name, ())]
-        return [{"image": self.item.image} | value for value in values]
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)  # by pass
+    faults: dict[str, list] = dataclasses.field(default_factory=dict)  # stage -> [cause, detail]
 
     def regions(self) -> list[dict[str, Any]]:
         """The regions of the source and of the pass ground, with negatives."""
-        texts = self.results.get("negatives", {}).get("negatives", {})
-        regions = [*map(source_lines.region, self.item.regions)]
-        regions += self.results.get("ground", {}).get("regions", [])
+        texts = self.results.get("negatives", {})
+        regions = [*map(source_lines.region, self.item.regions), *self.results.get("ground", [])]
         return [
             region | {"negatives": texts[region["description"]]}
             if "negatives" not in region and texts.get(region["description"])
@@ -121,51 +112,39 @@ class Passes:
 
     def annotate(self, shard: sources.SourceShard) -> None:
         """Runs the passes over a shard and writes its files; results of earlier runs are kept."""
-        output, names, file = self.task.output, self.task.args.passes, f"{shard.name}.jsonl"
-        known = {
-            name: {line.pop("image"): line for line in output.read_lines("passes", name, file)}
-            for name in PASSES
-        }
-        earlier = output.read_json("shards", f"{shard.name}.json")  # with what models have spent
-        count = collections.Counter({x: n for x, n in earlier.items() if x.startswith(PASSES)})
-        count["shards"] = 1
-        for name in names:
-            count[f"{name}: results"] = 0
-        files: dict[str, list[dict]] = collections.defaultdict(list)
-        works = (_work(item, known, self.task.args) for item in sources.read(shard))
+        output, args, file = self.task.output, self.task.args, f"{shard.name}.jsonl"
+        known = {line["image"]: line for line in output.read_lines("results", file)}
+        lines, failed, results, count = (
+            [],
+            [],
+            [],
+            collections.Counter(dict.fromkeys(args.passes, 0)),
+        )
+        works = (_work(item, known.get(item.image, {}), args) for item in sources.read(shard))
         for batch in batches(works, self._batch_size):
-            for name in names:
-                self._run(name, batch, count)
+            for name in args.passes:
+                self._run(name, batch)
             for work in batch:
-                self._finish(work, files, count)
-        # The order matters: the passes' files say that the shard is done.
-        output.put_lines(files["failed"], "failed", file)
-        output.put_json(count, "shards", f"{shard.name}.json")
-        for kind in ("annotations", *(f"passes/{name}" for name in names)):
-            output.put_lines(files[kind], kind, file)
+                name, line = {"image": work.item.image}, self._line(work)
+                lines += [] if line is None else [line]
+                for stage, cause, detail in _faults(work):
+                    fault = {"stage": stage, "cause": cause, "detail": detail}
+                    failed.append(name | fault | {"kept": line is not None})
+                results.append(name | {"results": work.results, "faults": work.faults})
+                count.update(work.results.keys())
+                count["faulty"] += bool(work.faults)
+        count.update(f"{FAULT}{fault['stage']}: {fault['cause']}" for fault in failed)
+        regions = sum(len(line["regions"]) for line in lines)
+        count.update(images=len(results), annotated=len(lines), regions=regions)
+        output.put_lines(results, "results", file)
+        output.put_lines(failed, "failed", file)
+        output.put_json(count, "counts", f"{shard.name}.json")
+        output.put_lines(lines, "annotations", file)
+        for mark in self.task.marks:
+            output.put("", mark, f"{shard.name}.done")
 
-    def _finish(self, work: Work, files: dict[str, list[dict]], count: collections.Counter) -> None:
-        """Adds an image to the lines of the shard's files and to its counters."""
-        line = self._line(work)
-        files["annotations"] += [] if line is None else [line]
-        for stage in ("region", "image", *PASSES):
-            for cause, detail in work.faults.get(stage, ()):
-                letter = dict(image=work.item.image, stage=stage, cause=cause, detail=detail)
-                files["failed"].append(letter | {"kept": line is not None})
-                count[f"{FAULT}{stage}: {cause}"] += 1
-        for name in self.task.args.passes:
-            count[f"{name}: results"] += name in work.results
-            files[f"passes/{name}"] += work.stored(name)
-        count["images"] += 1
-        count["faulty"] += bool(work.faults.keys() - {"region"})
-        count["annotated"] += line is not None
-        count["regions"] += len(line["regions"]) if line else 0
-
-    def _run(self, name: str, batch: list[Work], count: collections.Counter) -> None:
-        """Runs a pass over the images of a batch that have its inputs and lack its results.
-
-        The method of its name yields a dict, or a Failure or Refused, for each of them.
-        """
+    def _run(self, name: str, batch: list[Work]) -> None:
+        """Runs a pass over the images of a batch that have its inputs and lack its results."""
         needed = NEEDS.get(name)
         todo = [
             work
@@ -177,117 +156,93 @@ class Passes:
         if not todo:
             return
         with self._turn:
-            start = time.monotonic()
-            for work, result in zip(todo, getattr(self, f"_{name}")(todo, count), strict=True):
+            for work, result in zip(todo, getattr(self, f"_{name}")(todo), strict=True):
                 work.faults.pop(name, None)  # of an earlier run
-                if isinstance(result, dict):
-                    work.results[name] = result
+                failed = isinstance(result, chat.Failure)
+                if failed or isinstance(result, answers.Refused):
+                    work.faults[name] = list(result)
                 else:
-                    work.faults[name].append(tuple(result))
-                self._failures = self._failures + 1 if isinstance(result, chat.Failure) else 0
+                    work.results[name] = result
+                self._failures = self._failures + 1 if failed else 0
                 if self._failures >= FAILURES_IN_A_ROW:
                     raise ModelDown(
                         f"pass {name}: {self._failures} images in a row failed, the last by"
                         f" {result.cause} ({result.detail}); fix it, then give the same command again"
                     )
-            count[f"{name}: seconds"] += time.monotonic() - start
-        count[f"{name}: images"] += len(todo)
 
-    def _ask(
-        self, name: str, works: list[Work], texts: list[str], count: collections.Counter
-    ) -> Iterator:
+    def _ask(self, works: list[Work], texts: list[str], parse: Callable[..., Any]) -> Iterator:
         """The parsed answers about the images; a Failure or Refused if there is none."""
-        parse = {"caption": answers.parse_caption, "describe": answers.parse_descriptions}[name]
         for answer in self.chat.answer([work.image for work in works], texts):
-            if isinstance(answer, chat.Answer):
-                count[f"{name}: prompt tokens"] += answer.prompt_tokens
-                count[f"{name}: answer tokens"] += answer.answer_tokens
-                answer = parse(answer.text, cut_off=answer.cut_off)
-            yield answer
+            is_answer = isinstance(answer, chat.Answer)
+            yield parse(answer.text, cut_off=answer.cut_off) if is_answer else answer
 
-    def _caption(self, works: list[Work], count: collections.Counter) -> Iterator:
-        texts = [self.task.prompts["caption"].text] * len(works)
-        for result in self._ask("caption", works, texts, count):
-            if isinstance(result, dict):
-                result["synthetic_caption"] = result.pop("caption")
-            yield result
+    def _caption(self, works: list[Work]) -> Iterator:
+        return self._ask(works, [self.task.prompts["caption"]] * len(works), answers.parse_caption)
 
-    def _describe(self, works: list[Work], count: collections.Counter) -> Iterator:
+    def _describe(self, works: list[Work]) -> Iterator:
         prompt = self.task.prompts["describe"]
-        texts = [prompt.about(work.results["caption"]["subject"]) for work in works]
-        for result in self._ask("describe", works, texts, count):
-            if not isinstance(result, chat.Failure | answers.Refused):
-                descriptions, dropped = result
-                count.update(f"describe: line left out: {line.cause}" for line in dropped)
-                result = {"descriptions": descriptions}
-            yield result
+        # Not str.format: the prompt may have other braces.
+        texts = [prompt.replace(chat.SUBJECT, work.results["caption"]["subject"]) for work in works]
+        return self._ask(works, texts, answers.parse_descriptions)
 
-    def _ground(self, works: list[Work], count: collections.Counter) -> Iterator:
-        texts = [work.results["describe"]["descriptions"] for work in works]
+    def _ground(self, works: list[Work]) -> Iterator:
+        texts = [work.results["describe"] for work in works]
         for result in self.detector.detect([work.image for work in works], texts):
-            if isinstance(result, list):
-                result = {"regions": list(map(source_lines.region, result))}
-            yield result
+            is_list = isinstance(result, list)
+            yield list(map(source_lines.region, result)) if is_list else result
 
-    def _negatives(self, works: list[Work], count: collections.Counter) -> Iterator:
+    def _negatives(self, works: list[Work]) -> Iterator:
         for work in works:
             descriptions = dict.fromkeys(region["description"] for region in work.regions())
             most = self.task.args.negatives
-            made = {x: negatives.make(x, most, others=descriptions) for x in descriptions}
-            count["negatives: texts"] += sum(map(len, made.values()))
-            yield {"negatives": made}
+            yield {x: negatives.make(x, most, others=descriptions) for x in descriptions}
 
     def _line(self, work: Work) -> dict[str, Any] | None:
         """The image's line of A.jsonl; None if it has neither a text nor a region, or cannot be read or stored."""
         if "image" in work.faults:
             return None
         item = work.item
-        synthetic = work.results.get("caption", {}).get("synthetic_caption", item.synthetic_caption)
+        synthetic = work.results.get("caption", {}).get("caption", item.synthetic_caption)
         line = source_lines.line(item._replace(synthetic_caption=synthetic))
         line |= {"regions": work.regions()}
         if not (item.captions or synthetic or line["regions"]):
-            if not work.faults:
+            if not work.faults and not item.left_out:
                 detail = "got neither caption nor regions, expected one of them"
-                work.faults["image"].append(("no caption", detail))
+                work.faults["image"] = ["no caption", detail]
             return None
-        if self.task.args.keep_images and not self._has_stored(work):
-            return None
-        return line
-
-    def _has_stored(self, work: Work) -> bool:
-        """Writes the file of an image that has none, such as one of a tar; False if no file can have its name."""
-        output, names = self.task.output, ("images", work.item.image)
+        names = ("images", item.image)
         try:
-            if output.path(*names).is_dir() or not output.path(*names).exists():
-                output.put(work.item.encoded, *names)
+            path = self.task.output.path(*names)
+            if self.task.args.keep_images and (path.is_dir() or not path.exists()):
+                self.task.output.put(item.encoded, *names)
         except OSError as error:
             if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
                 raise
-            detail = f"{error.strerror}: cannot be written as a file below {output.path('images')}"
-            work.faults["image"].append(("bad annotation", detail))
-            return False
-        return True
+            detail = f"{error.strerror}: cannot be written as a file below {path.parent}"
+            work.faults["image"] = ["bad annotation", detail]
+            return None
+        return line
 
 
-def _work(item: sources.Image | sources.Fault, known: dict[str, dict], args: Annotate) -> Work:
+def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
     """An image, decoded and with what earlier runs noted of it."""
-    work = Work(item)
-    for name, lines in known.items():
-        if line := lines.get(item.image):
-            if "cause" in line:
-                work.faults[name].append((line["cause"], line["detail"]))
-            else:
-                work.results[name] = line
-    checked = item
-    if isinstance(item, sources.Image):
-        for fault in item.left_out:
-            work.faults["region"].append((fault.cause, fault.detail))
-        checked = checks.check(item, args)
+    faults = {name: fault for name, fault in known.get("faults", {}).items() if name in PASSES}
+    work = Work(item, None, known.get("results", {}), faults)
+    checked = checks.check(item, args) if isinstance(item, sources.Image) else item
     if isinstance(checked, sources.Fault):
-        work.faults["image"].append((checked.cause, checked.detail))
+        work.faults["image"] = [checked.cause, checked.detail]
     else:
         work.image = checked
     return work
+
+
+def _faults(work: Work) -> Iterator[tuple[str, str, str]]:
+    """(stage, cause, detail) of each fault of an image and its regions."""
+    for fault in getattr(work.item, "left_out", ()):
+        yield "region", fault.cause, fault.detail
+    for stage in ("image", *PASSES):
+        if stage in work.faults:
+            yield stage, *work.faults[stage]
 
 
 def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
@@ -312,8 +267,8 @@ def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
 
 
 def counts(output: job.Output, shards: Iterable[str]) -> collections.Counter[str]:
-    """The counters of shards, added."""
+    """The numbers of shards, added."""
     total = collections.Counter()
     for shard in shards:
-        total.update(output.read_json("shards", f"{shard}.json"))
+        total.update(output.read_json("counts", f"{shard}.json"))
     return total

@@ -39,8 +39,8 @@ class AnnotateShards(beam.DoFn):
     def process(self, shard: tuple):
         shard = sources.SourceShard(*shard)
         # A runner gives a bundle again if one of its shards failed: the others are done.
-        files = [self._task.output.path(x, f"{shard.name}.jsonl") for x in self._task.kinds]
-        if self._task.args.retry_failed or not all(file.exists() for file in files):
+        marks = [self._task.output.path(mark, f"{shard.name}.done") for mark in self._task.marks]
+        if self._task.args.retry_failed or not all(mark.exists() for mark in marks):
             with _marking_user_errors():
                 self._passes.annotate(shard)
 
@@ -62,7 +62,7 @@ def run(task: passes.Task, shards: Sequence[sources.SourceShard]) -> None:
     # As plain tuples: Beam would make a table's row of a NamedTuple.
     created = pipeline | "Shards" >> beam.Create([tuple(shard) for shard in shards])
     created | "Annotate" >> beam.ParDo(AnnotateShards(task))
-    names, done = {shard.name for shard in shards}, lambda: task.output.done(*task.kinds)
+    names, done = {shard.name for shard in shards}, lambda: task.output.done(*task.marks)
     before = done()  # with --retry-failed
     with job.watched("shards", len(names), lambda: len(done() & names - before)):
         try:

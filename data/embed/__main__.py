@@ -16,12 +16,13 @@ from typing import Any
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.checkpoint.pretrained import NAMES
 from grain_jax.core import errors
 from grain_jax.data import job, sources
 from grain_jax.data.embed import arguments, output, parts, pipeline
 from grain_jax.data.sources import arrow_files
 from grain_jax.runtime import compiled, distributed, processes
+
+FAULTS = "faults.jsonl"
 
 
 def embed(args: arguments.Embed) -> str:
@@ -30,27 +31,17 @@ def embed(args: arguments.Embed) -> str:
     folder = job.Output(str(parts.absolute(args.output)))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
     with contextlib.ExitStack() as stack:
-        processes.of_first(lambda: stack.enter_context(folder.locked(output.CARD)))
+        processes.of_first(lambda: stack.enter_context(folder.locked(FAULTS)))
         return _embed(args, folder)
 
 
 def _embed(args: arguments.Embed, folder: job.Output) -> str:
     """Embeds the source by a run that has the folder for itself."""
     began = time.monotonic()
-    source = processes.of_first(
-        lambda: parts.find(
-            args.source,
-            folder,
-            images=args.images,
-            split=args.split,
-            shard_size=args.shard_size,
-            boxes=args.boxes == "given",
-        )
-    )
+    source = processes.of_first(lambda: parts.find(args, folder))
     predictor = processes.run_together(lambda: _load(args))
     settings = _settings(args, source, predictor)
-    # A model may lie elsewhere: its digests count.
-    processes.of_first(lambda: folder.agree(settings, unless=["checkpoint"]))
+    processes.of_first(lambda: folder.agree(settings))
     shards = [sources.SourceShard(*values) for values in source["parts"]]
     result = output.Output(folder, settings, shards, source["images"])
     done = processes.of_first(lambda: list(result.done()))
@@ -79,10 +70,7 @@ def _settings(
     args: arguments.Embed, source: dict[str, Any], predictor: inference.Predictor
 ) -> dict[str, Any]:
     """What the embeddings depend on."""
-    named = args.checkpoint in NAMES or "://" in args.checkpoint
     return {
-        # For a workdir, the checkpoint that was its newest.
-        "checkpoint": args.checkpoint if named else str(parts.absolute(predictor.folder)),
         "model": predictor.digests,
         "embed_dim": predictor.model.embed_dim,
         "regions": args.boxes if args.boxes == "given" or predictor.has_regions else "",
@@ -94,7 +82,7 @@ def _settings(
 
 
 def _finish(args: arguments.Embed, result: output.Output, count: int, seconds: float) -> str:
-    """Writes the faults and the card if all parts are there; returns the line. Raises JobError."""
+    """Writes the faults if all parts are there; returns a line. Raises JobError."""
     done = result.done()
     missing = [index for index in range(len(result.parts)) if index not in done]
     if missing:
@@ -102,18 +90,22 @@ def _finish(args: arguments.Embed, result: output.Output, count: int, seconds: f
             f"--output {args.output}: {result.path('metadata', missing[0])} is missing, one of"
             f" {len(missing)} files; give the same command again"
         )
-    ended = [done[index] for index in sorted(done)]
-    result.finish(ended)
-    rows, faults = sum(part.rows for part in ended), sum(len(part.faults) for part in ended)
+    faults = [
+        fault | {"file": result.path("metadata", index).name}
+        for index, part in sorted(done.items())
+        for fault in part.faults
+    ]
+    result.folder.put_lines(faults, FAULTS)
+    rows = sum(part.rows for part in done.values())
     job.check_faults(
-        result.folder.path(output.FAULTS),
-        collections.Counter(fault["cause"] for part in ended for fault in part.faults),
-        images=rows + faults,
-        faulty=faults,
+        result.folder.path(FAULTS),
+        collections.Counter(fault["cause"] for fault in faults),
+        images=rows + len(faults),
+        faulty=len(faults),
         left=rows,
         most=args.max_faults,
     )
-    left_out = f" ({faults} left out: {output.FAULTS})" if faults else ""
+    left_out = f" ({len(faults)} left out: {FAULTS})" if faults else ""
     return (
         f"{args.output}: {rows:,} images{left_out} in {len(done):,} files; {count:,} of them now, in"
         f" {seconds:.1f} s, {count / seconds:.3g} images/s"

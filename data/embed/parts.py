@@ -15,6 +15,7 @@ from etils import epath
 
 from grain_jax.core import regular_file
 from grain_jax.data import job, sources
+from grain_jax.data.embed.arguments import Embed
 from grain_jax.data.sources import annotations as annotations_source
 from grain_jax.data.sources import base, tfds
 
@@ -24,52 +25,30 @@ _KINDS = "a folder of images, a .tar or a folder of them, a record set, or an A.
 _READERS = dict(folder="annotations", annotations="annotations", tars="webdataset", records="tfds")
 
 
-def find(
-    source: str, output: job.Output, *, images: str | None, split: str, shard_size: int, boxes: bool
-) -> dict[str, Any]:
-    """Lists a source.
-
-    Args:
-      source: a folder of images, sub-folders included; a tar, or a folder of tars; a record set; or an A.jsonl.
-      output: gets the list of a folder's images, which all processes read.
-      images: the folder that the paths of an A.jsonl start from; None: the folder it lies in.
-      split: of a record set; "" is train.
-      shard_size: images per part; a tar is a part.
-      boxes: whether boxes of the source are wanted, which an A.jsonl and a record set have.
+def find(args: Embed, output: job.Output) -> dict[str, Any]:
+    """Lists the source of a command; `output` gets the list of a folder's images, which all processes read.
 
     Returns:
       Values of JSON. `source`: its kind, path and image list (a digest). `images`: the folder that paths start from, or
       "". `parts`: the values of each SourceShard.
 
     Raises:
-      sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
+      sources.SourceError: there is no such source, it holds no image, or no boxes that are wanted.
     """
-    path = absolute(source)
+    path = absolute(args.source)
     kind = _kind(path)
-    for flag, is_set, kinds in (
-        (f"--images {images}", images, ("annotations",)),
-        (f"--split {split}", split, ("records",)),
-        ("--boxes given", boxes, ("annotations", "records")),
-    ):
-        if is_set and kind not in kinds:
-            expected = " or ".join(
-                "an A.jsonl" if x == "annotations" else "a record set" for x in kinds
-            )
-            raise sources.SourceError(f"{flag}: got {source}, expected it with {expected}")
-    folder = str(absolute(images or path.parent) if kind == "annotations" else path)
+    if args.boxes == "given" and kind not in ("annotations", "records"):
+        expected = "it with an A.jsonl or a record set"
+        raise sources.SourceError(f"--boxes given: got {args.source}, expected {expected}")
+    folder = str(absolute(args.images or path.parent) if kind == "annotations" else path)
     file = path
     if kind == "folder":
         file = output.path(LIST)
         output.put("".join(json.dumps({"image": image}) + "\n" for image in _walk(path, "")), LIST)
-    elif not epath.Path(folder).exists():
-        raise sources.SourceError(f"--images {images}: no such folder, expected images")
-    options = sources.Options(folder, (str(file),), split=split, shard_size=shard_size)
+    options = sources.Options(folder, (str(file),), split=args.split, shard_size=args.shard_size)
     shards = sources.shards(_READERS[kind], options)
-    names: Any = [[shard.name, size(shard)] for shard in shards]
-    if kind == "tars":
-        names = [[shard.name, regular_file.length(shard.arguments["tar"])] for shard in shards]
-    elif kind == "records":
-        names.append(regular_file.read_text(tfds.directory(path) / "dataset_info.json", _KINDS))
+    length = lambda shard: regular_file.length(shard.arguments["tar"])
+    names = [[shard.name, (length if kind == "tars" else size)(shard)] for shard in shards]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     return {
         "source": {"kind": kind, "path": str(path), "image_list": digest},
@@ -80,8 +59,8 @@ def find(
 
 def size(shard: sources.SourceShard) -> int:
     """The number of images of a shard; 0 of a tar."""
-    numbers = shard.arguments
-    return numbers.get("lines", numbers.get("stop", 0) - numbers.get("start", 0))
+    values = shard.arguments
+    return values.get("lines", values.get("stop", 0) - values.get("start", 0))
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

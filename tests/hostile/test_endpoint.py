@@ -58,7 +58,6 @@ def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(behave, cau
             result = _ask(server.url, seconds=40 * SECONDS)
     if isinstance(result, chat.Answer):
         assert result.text == cause
-        assert 0 <= result.prompt_tokens < 1 << 31 and 0 <= result.answer_tokens < 1 << 31
     else:
         assert result.cause == cause and detail in result.detail
         assert result.detail.isprintable() and len(result.detail) < 400

@@ -40,13 +40,13 @@ def kill_in_the_middle(arguments: list[str], output: pathlib.Path) -> dict:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         shards = len(list((output / "lists").glob("*.jsonl")))
-        if shards and len(list(done.glob("*.jsonl"))) >= max(2, shards // 3):
+        if shards and len(list(done.glob("*.done"))) >= max(2, shards // 3):
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert not (output / "A.jsonl").exists()
-    return {path: path.stat().st_mtime_ns for path in done.glob("*.jsonl")}
+    return {path: path.stat().st_mtime_ns for path in done.glob("*.done")}
 
 
 def resume(arguments: list[str], output: pathlib.Path, killed: dict) -> None:
@@ -54,7 +54,7 @@ def resume(arguments: list[str], output: pathlib.Path, killed: dict) -> None:
     assert command.main(arguments) == 0
     times = {path: path.stat().st_mtime_ns for path in killed}
     assert times == killed, "a shard was done again"
-    shards = len(list((output / "passes/describe").glob("*.jsonl")))
+    shards = len(list((output / "passes/describe").glob("*.done")))
     assert 0 < len(killed) < shards
 
 

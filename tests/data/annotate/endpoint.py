@@ -40,8 +40,7 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """The response."""
         choice = {"message": {"content": self.text}, "finish_reason": self.finish_reason}
-        usage = {"prompt_tokens": 100, "completion_tokens": len(self.text.split())}
-        value = {"choices": [choice], "usage": usage}
+        value = {"choices": [choice]}
         if self.status != 200:
             value = {"error": {"message": self.text}}
         data = json.dumps(value).encode() if self.body is None else self.body

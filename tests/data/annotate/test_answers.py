@@ -74,16 +74,14 @@ def test_a_sign_in_the_picture_that_says_sorry_is_no_refusal():
     ],
 )
 def test_what_stands_around_a_description_is_taken_off(line, description):
-    assert answers.parse_descriptions(line) == ([description], [])
+    assert answers.parse_descriptions(line) == [description]
 
 
 def test_lines_that_are_no_descriptions_are_dropped_by_cause():
     text = f"Here are the features:\n\na long beak\nA LONG BEAK.\n{LONG}\n---\n12345\nred wings"
-    kept, dropped = answers.parse_descriptions(text)
-    assert kept == ["a long beak", "red wings"]
-    assert [x.cause for x in dropped] == ["repeated line", "run-on", "no words", "no words"]
+    assert answers.parse_descriptions(text) == ["a long beak", "red wings"]
     lines = [f"feature {letter}" for letter in "abcdefghijklm"]  # more than are asked for
-    assert answers.parse_descriptions("\n".join(lines)) == (lines[:10], [])
+    assert answers.parse_descriptions("\n".join(lines)) == lines[:10]
 
 
 @pytest.mark.parametrize(
@@ -105,33 +103,19 @@ def test_descriptions_that_are_refused(text, cause):
 
 
 def test_what_the_limit_of_tokens_cut_is_not_taken_for_whole():
-    result = answers.parse_descriptions("a long beak\na red", cut_off=True)
-    assert result == (["a long beak"], [answers.Refused("cut off", "'a red'")])
+    assert answers.parse_descriptions("a long beak\na red", cut_off=True) == ["a long beak"]
     assert answers.parse_descriptions("a long be", cut_off=True).cause == "cut off"
     assert answers.parse_caption("Subject: a wren\nCaption: A wr", cut_off=True).cause == "cut off"
 
 
-def test_the_prompts_say_the_form_that_is_parsed():
-    caption, describe = (chat.read_prompt(chat.PROMPTS, name) for name in ("caption", "describe"))
-    assert (caption.version, describe.version) == (1, 1)
-    assert "version" not in caption.text + describe.text
-    assert "Subject:" in caption.text and "Caption:" in caption.text
-    assert "up to 10" in describe.text
-    assert "is: a {wren}." in describe.about("a {wren}")
-
-
-@pytest.mark.parametrize(
-    "content,name,message",
-    [
-        (None, "caption", "no such file"),
-        ("Describe it.", "caption", "got 'Describe it.', expected `version: N`"),
-        ("version: 2\n\n", "caption", "got 'version: 2"),
-        ("version: 2\nDescribe it.", "describe", r"expected .* with \{subject\}"),
-        ("version: 2\nDescribe {subject}.", "caption", r"expected .* without \{subject\}"),
-    ],
-)
-def test_a_prompt_that_cannot_be_used(tmp_path, content, name, message):
-    if content is not None:
-        (tmp_path / f"{name}.txt").write_text(content)
-    with pytest.raises(regular_file.FileError, match=message):
-        chat.read_prompt(tmp_path, name)
+def test_the_prompts_say_the_form_that_is_parsed(tmp_path):
+    prompts = chat.read_prompts(chat.PROMPTS)
+    assert "Subject:" in prompts["caption"] and "Caption:" in prompts["caption"]
+    assert "up to 10" in prompts["describe"]
+    with pytest.raises(regular_file.FileError, match="caption.txt: no such file"):
+        chat.read_prompts(tmp_path)
+    for text, line in (("", "caption.txt: got ''"), ("List.", r"describe.txt: .* with \{subject")):
+        for name in prompts:
+            (tmp_path / f"{name}.txt").write_text(text)
+        with pytest.raises(regular_file.FileError, match=line):
+            chat.read_prompts(tmp_path)
