@@ -2,13 +2,11 @@
 
 A second trainer is refused while the first lives. On the same boot of the same machine and container the process is
 looked up. Elsewhere (another host, an object store) a trainer lives as long as it renews its lock, every
-RENEW_SECONDS. A lock that does not change for DEAD_SECONDS belongs to a dead trainer. The second trainer measures
-these by its own clock, so the clocks of two machines may differ.
+RENEW_SECONDS. A lock that does not change for DEAD_SECONDS, by the clock of the second trainer, belongs to a dead one.
 
-An exclusive link makes the lock of a folder, and conditional writes of TensorStore replace it. In an object store both
-are conditional writes. Two hosts that mount a folder without file locks may replace the same dead lock. The later one
-wins, and the other ends after SETTLE_SECONDS or at its next renewal. So does a trainer that was suspended for longer
-than DEAD_SECONDS and replaced meanwhile.
+Locks are replaced by conditional writes of TensorStore. Where hosts mount a folder without file locks, two may take a
+lock at once: the later one has it, and the other ends at its next renewal. So does a trainer that was suspended for
+longer than DEAD_SECONDS and replaced meanwhile.
 """
 
 import contextlib
@@ -31,7 +29,6 @@ from grain_jax.runtime import ending
 FILE = "trainer.lock"
 RENEW_SECONDS = 10
 DEAD_SECONDS = 90  # NFS shows the file of another host up to 60 s late
-SETTLE_SECONDS = 2.0
 
 
 class Held(errors.UserError):
@@ -99,9 +96,8 @@ class Storage:
     def __init__(self, workdir: epath.Path):
         import tensorstore  # Orbax's; a second to import
 
-        self._path = None if "://" in str(workdir) else Path(workdir).resolve() / FILE
-        url = str(workdir).rstrip("/") if self._path is None else self._path.parent.as_uri()
-        self._store = tensorstore.KvStore.open(f"{url}/").result()
+        url = str(workdir) if "://" in str(workdir) else Path(workdir).resolve().as_uri()
+        self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
 
     def read(self) -> tuple[bytes | None, bytes]:
         """(content of the lock or None, its version)."""
@@ -111,20 +107,6 @@ class Storage:
     def swap(self, version: bytes, holder: Holder | None) -> bool:
         """Replaces that version (None removes it); False if another process was faster."""
         content = None if holder is None else msgspec.json.encode(holder) + b"\n"
-        if content and self._path and not self._path.exists():
-            new = self._path.with_name(f"{FILE}.{secrets.token_hex(4)}")
-            try:
-                new.write_bytes(content)
-                self._path.hardlink_to(
-                    new
-                )  # exclusive on every host; TensorStore's file locks may not be
-                return True
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without links
-                pass
-            finally:
-                new.unlink(missing_ok=True)
         return self._store.write(FILE, content, if_equal=version).result().generation != b""
 
 
@@ -246,12 +228,5 @@ def take(workdir: epath.Path, storage: Storage) -> Holder:
             )
         if lives is None:
             time.sleep(1)
-        elif not storage.swap(version, me):
-            time.sleep(0.01)
-        elif seen is None:
+        elif storage.swap(version, me):
             return me
-        else:  # another host may have taken it over too
-            time.sleep(SETTLE_SECONDS)
-            if parse(storage.read()[0]) == me:
-                return me
-            seen = None

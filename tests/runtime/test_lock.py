@@ -20,7 +20,6 @@ ELSEWHERE = lock.Holder("node7", 4242, "2026-01-01 00:00:00+00:00", "another boo
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(lock, "DEAD_SECONDS", 1.5)
-    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
 
 
 def _write(workdir, holder):
@@ -168,7 +167,7 @@ _HOSTS = """
 import msgspec, threading
 from etils import epath
 from grain_jax.runtime import lock
-lock.RENEW_SECONDS, lock.DEAD_SECONDS, lock.SETTLE_SECONDS = 0.3, 1.5, 0.1
+lock.RENEW_SECONDS, lock.DEAD_SECONDS = 0.3, 1.5
 url = epath.Path("gs://bucket/run")
 def start(found):
     storage = lock.Storage(url)
