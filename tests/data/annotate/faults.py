@@ -19,17 +19,12 @@ TIME_OUT = 3.0  # seconds that a request must not take
 _TWO_LINES = models.SUBJECT + models.CAPTION
 _SERVER = {
     "500": (endpoint.Reply("boom", status=500), "caption: server error", False),
-    "503": (endpoint.Reply("full", status=503), "caption: server error", False),
     "time_out": (endpoint.Reply(_TWO_LINES, seconds=2 * TIME_OUT), "caption: time-out", False),
     "hang_up": (endpoint.Reply(hang_up=True), "caption: no connection", False),
     "429": (endpoint.Reply("slowly", status=429), "caption: rate limit", False),
     "400": (endpoint.Reply("too long", status=400), "caption: request rejected", False),
     "page": (endpoint.Reply(body=b"<html>"), "caption: no answer in the response", False),
     "garbage": (endpoint.Reply("\x00\ufffd%% 01 ]]"), "caption: run-on", False),
-    "refusal": (endpoint.Reply("I'm sorry, I cannot help."), "caption: refusal", False),
-    "empty": (endpoint.Reply(""), "caption: empty answer", False),
-    "cut_off": (endpoint.Reply(_TWO_LINES, finish_reason="length"), "caption: cut off", False),
-    "no_subject": (endpoint.Reply(models.CAPTION), "caption: no subject", False),
     "later_refusal": (endpoint.Reply("As an AI, I do not see."), "describe: refusal", True),
     "later_500": (endpoint.Reply("boom", status=500), "describe: server error", True),
 }

@@ -28,12 +28,6 @@ def load(name, **given):
     return detector.Detector(Annotate(images="", output="", detector=str(name), **given))
 
 
-@pytest.fixture
-def small(folder):
-    """A detector whose threshold lets much of its random scores through."""
-    return load(folder, threshold=0.1)
-
-
 def _picture(width, height):
     """An image, and the box of the one thing in it."""
     box = (width // 7, height // 3, width - width // 5, height - height // 4)
@@ -118,37 +112,31 @@ def test_pictures_in_a_batch_do_not_disturb_each_other(folder, caplog):
             np.testing.assert_allclose(scores, [x.score for x in b], atol=1e-4)
 
 
-def test_overlapping_boxes_of_a_description_merge_into_the_best():
-    box, near, far = [10, 10, 50, 50], [12, 10, 52, 50], [60, 60, 90, 90]
+def test_boxes_are_clipped_and_overlapping_ones_of_a_description_merge():
     entries = [
-        (0.5, near, "a beak"),  # IoU 0.905 with the better one
-        (0.9, box, "a beak"),
-        (0.4, near, "a tail"),  # another description's
-        (0.3, far, "a beak"),
+        (0.5, [12, 10, 52, 50], "a beak"),  # IoU 0.905 with the better one
+        (0.9, [10, 10, 50, 50], "a beak"),
+        (0.4, [12, 10, 52, 50], "a tail"),  # another description's
+        (0.3, [60, 60, 90, 90], "a beak"),
         (0.2, [10, 10, 90, 30], "a beak"),  # IoU 0.333
-    ]
-    kept = detector.merged(entries, 100, 100)
-    assert [(x.score, x.description) for x in kept] == [
-        (0.9, "a beak"),
-        (0.4, "a tail"),
-        (0.3, "a beak"),
-        (0.2, "a beak"),
-    ]
-
-
-def test_boxes_are_clipped_and_those_that_lie_elsewhere_go():
-    entries = [
-        (0.9, [-10, 20, 50, 110], "over the edge"),
+        (0.8, [-10, 20, 50, 110], "over the edge"),
         (0.8, [80, 80, 140, 90], "most of it outside"),
         (0.7, [120, 120, 150, 150], "outside"),
         (0.6, [30, 30, 30.5, 60], "a line"),
         (0.5, [40, 40, 30, 60], "inverted"),
     ]
     kept = detector.merged(entries, 100, 100)
-    assert [(x.description, x.box_xyxy) for x in kept] == [("over the edge", (0, 20, 50, 100))]
+    assert [(x.score, x.description) for x in kept] == [
+        (0.9, "a beak"),
+        (0.8, "over the edge"),
+        (0.4, "a tail"),
+        (0.3, "a beak"),
+        (0.2, "a beak"),
+    ]
+    assert kept[1].box_xyxy == (0, 20, 50, 100)
 
 
-def test_texts_that_the_text_towers_could_not_take(small):
+def test_texts_that_the_text_towers_could_not_take(folder):
     texts = [
         "a beak " * 200,
         "what? a 3.5 cm beak. red.",
@@ -157,7 +145,7 @@ def test_texts_that_the_text_towers_could_not_take(small):
         "喙",
         "a beak",
     ]
-    (regions,) = small.detect([_noise(64, 64)], [texts])
+    (regions,) = load(folder, threshold=0.1).detect([_noise(64, 64)], [texts])
     assert {region.description for region in regions} <= set(texts)
     assert regions
 
