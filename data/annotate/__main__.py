@@ -37,7 +37,6 @@ def annotate(args: Annotate) -> str:
         raise errors.UserError(
             f"{error}; install what annotation needs: pip install 'grain_jax[annotate]'"
         ) from None
-    pipeline.check(args.beam)
     if not args.images and not args.source:
         raise errors.UserError("--images DIR: missing; folder of images, or of tar shards")
     args.source = args.source or _source_of(epath.Path(args.images))

@@ -56,8 +56,9 @@ def run(task: passes.Task, shards: Sequence[sources.SourceShard]) -> None:
     logging.getLogger(beam.runners.common.__name__).addFilter(
         lambda record: _MARK not in record.getMessage()
     )
+    name = options.view_as(pipeline_options.StandardOptions).runner or _LOCAL[0]
     # Beam's DirectRunner would first fetch another runner (Prism) from the internet.
-    runner = fn_api_runner.FnApiRunner() if _is_local(options) else None  # None: as options say
+    runner = fn_api_runner.FnApiRunner() if name.lower() in _LOCAL else name
     pipeline = beam.Pipeline(runner=runner, options=options)
     # As plain tuples: Beam would make a table's row of a NamedTuple.
     created = pipeline | "Shards" >> beam.Create([tuple(shard) for shard in shards])
@@ -72,25 +73,6 @@ def run(task: passes.Task, shards: Sequence[sources.SourceShard]) -> None:
             if marked:
                 raise PipelineError(marked.group(1)) from None
             raise
-
-
-def check(arguments: Sequence[str]) -> None:
-    """Raises PipelineError for an option that Beam does not have."""
-    options = pipeline_options.PipelineOptions(list(arguments))
-    known = pipeline_options.PipelineOptions([]).get_all_options()
-    unknown = sorted(options.get_all_options(retain_unknown_options=True).keys() - known.keys())
-    wrong = [x for x in arguments[:1] if not x.startswith("--")]
-    if _is_local(options):  # what a job server elsewhere takes is known only there
-        wrong += [f"--{name}" for name in unknown]
-    if wrong:
-        raise PipelineError(
-            f"got {wrong[0]}, expected an argument of this command (--help) or of Beam's"
-        )
-
-
-def _is_local(options: pipeline_options.PipelineOptions) -> bool:
-    runner = options.view_as(pipeline_options.StandardOptions).runner
-    return not runner or runner.lower() in _LOCAL
 
 
 @contextlib.contextmanager

@@ -137,7 +137,6 @@ def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, caps
     ("flags", "expected"),
     [
         ("--passes=captoin", "expected all, none, or some of caption,describe,ground"),
-        ("--runnner=DirectRunner", "got --runnner, expected an argument of this command"),
         ("--source=tdfs", "data source 'tdfs': did you mean tfds? expected one of: annotations, coco"),
         ("--option=delimiter", "got 'delimiter', expected KEY=VALUE"),
         ("--passes=describe", "1 of 1 shards have no results of the pass caption yet"),
