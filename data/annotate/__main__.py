@@ -93,10 +93,15 @@ def _todo(task: passes.Task, shards: Sequence[sources.SourceShard]) -> list[sour
     """The shards that the passes have not done. Raises JobError if an earlier pass is missing."""
     output, names = task.output, task.args.passes
     done = output.done(*task.marks)
+
+    def lacks_results(shard: str) -> bool:
+        count = passes.counts(output, [shard])
+        return any(count[name] < count["images"] for name in names)
+
     todo = [
         shard
         for shard in shards
-        if shard.name not in done or (task.args.retry_failed and _has_gaps(output, shard.name))
+        if shard.name not in done or (task.args.retry_failed and lacks_results(shard.name))
     ]
     if needed := passes.NEEDS.get(names[0]) if names else None:
         missing = {shard.name for shard in todo} - output.done(f"passes/{needed}")
@@ -106,12 +111,6 @@ def _todo(task: passes.Task, shards: Sequence[sources.SourceShard]) -> list[sour
                 f" results of the pass {needed} yet; run --passes {needed} first"
             )
     return todo
-
-
-def _has_gaps(output: job.Output, shard: str) -> bool:
-    """Whether a pass has no results for some images: it failed, or has not yet run after a retry of an earlier one."""
-    count = passes.counts(output, [shard])
-    return any(count[name] < count["images"] for name in passes.PASSES if name in count)
 
 
 def _finish(
