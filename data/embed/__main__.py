@@ -39,7 +39,7 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
     """Embeds the source by a run that has the folder for itself."""
     began = time.monotonic()
     source = processes.of_first(lambda: parts.find(args, folder))
-    predictor = processes.run_together(lambda: _load(args))
+    predictor = processes.run_together(lambda: inference.load(args.checkpoint, args.dtype))
     settings = _settings(args, source, predictor)
     processes.of_first(lambda: folder.agree(settings))
     shards = [sources.SourceShard(*values) for values in source["parts"]]
@@ -51,19 +51,12 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
         count = pipeline.run(
             result,
             [todo[i] for i in processes.share(len(todo))],
-            pipeline.encoder(predictor, args.boxes),
+            pipeline.encoder(predictor),
             size=predictor.model.image.image_size,
             threads=args.threads or max(2, os.cpu_count() or 1),
         )
     count = sum(processes.agree(None, count))
     return processes.of_first(lambda: _finish(args, result, count, time.monotonic() - began))
-
-
-def _load(args: arguments.Embed) -> inference.Predictor:
-    predictor = inference.load(args.checkpoint, args.dtype)
-    if args.boxes == "given":
-        predictor.encode_boxes([], [])  # refuses a model without a box head
-    return predictor
 
 
 def _settings(
@@ -73,7 +66,7 @@ def _settings(
     return {
         "model": predictor.digests,
         "embed_dim": predictor.model.embed_dim,
-        "regions": args.boxes if args.boxes == "given" or predictor.has_regions else "",
+        "regions": predictor.has_regions,
         "image_size": predictor.model.image.image_size,
         "dtype": args.dtype,
         "shard_size": args.shard_size,

@@ -1,7 +1,5 @@
 """The flags of `grain-jax embed`."""
 
-from typing import Literal
-
 from grain_jax.cli.flags import flag, share
 from grain_jax.cli.parser import Processes
 from grain_jax.config import DTYPES
@@ -21,8 +19,6 @@ class Embed(Processes, name="embed"):
       SOURCE                   folder of images (with sub-folders), .tar or folder of them, record set, or A.jsonl
       --images DIR             folder that the paths in A.jsonl start from (default: the folder of the file)
       --split NAME             split of a record set (default: train)
-      --boxes queries|given    regions to embed: those that the model finds, or the boxes of the A.jsonl or record set,
-        which need a model with a box head
       --checkpoint DIR         workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
       --output DIR             folder for all files; the same folder again to go on
 
@@ -38,7 +34,6 @@ class Embed(Processes, name="embed"):
     source: str
     images: str | None = None
     split: str = ""
-    boxes: Literal["queries", "given"] = "queries"
     checkpoint: str
     output: str
     shard_size: int = 4096

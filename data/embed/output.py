@@ -35,10 +35,10 @@ class Row(NamedTuple):
     id: str
     width: int
     height: int
-    boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], of its regions
-    pixels: np.ndarray | None = None  # uint8 [S, S, 3], as the model takes them
+    pixels: np.ndarray | None  # uint8 [S, S, 3], as the model takes them
     image_embed: np.ndarray | None = None  # [D]
-    region_embed: np.ndarray | None = None  # [R, D]; None: the model has no regions
+    boxes_xyxy: np.ndarray | None = None  # [R, 4] in [0, 1]; None: the model has no regions
+    region_embed: np.ndarray | None = None  # [R, D]
 
 
 class Part(NamedTuple):

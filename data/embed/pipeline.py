@@ -5,7 +5,7 @@ images of several parts, so that small tars leave the device no batch that is no
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from grain_jax.core import images, progress
 from grain_jax.data import sources
-from grain_jax.data.embed import output, parts
+from grain_jax.data.embed import output
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.inference import stream
 from grain_jax.runtime import processes
@@ -22,42 +22,32 @@ from grain_jax.runtime import processes
 _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the next is sent
 _BATCHES_READ = 2  # beside those, in threads
 
-
 Encode = Callable[[list[output.Row]], list[output.Row]]
 
 
-def encoder(predictor: Any, boxes: str = "queries") -> Encode:
-    """The function that embeds the images of a batch and their regions.
-
-    Args:
-      predictor: the model.
-      boxes: whose regions: "queries" of the model, if it has them, or the boxes "given" by the source.
-    """
+def encoder(predictor: Any) -> Encode:
+    """The function that embeds the images of a batch and the regions that the model finds, if it has regions."""
 
     def encode(batch: list[output.Row]) -> list[output.Row]:
         pixels = np.stack([row.pixels for row in batch])
-        region_embeds: Sequence[Any] = [None] * len(batch)
-        boxes_xyxy = [row.boxes_xyxy for row in batch]
-        if boxes == "given":
-            embeds, region_embeds = predictor.encode_image_and_boxes(pixels, boxes_xyxy)
-        elif predictor.has_regions:
+        regions = [(None, None)] * len(batch)
+        if predictor.has_regions:
             embeds, (boxes_xyxy, region_embeds) = predictor.encode_image_and_regions(pixels)
+            stream.check_finite(region_embeds)
+            regions = zip(boxes_xyxy, region_embeds)
         else:
             embeds = predictor.encode_image(pixels)
-        stream.check_finite(embeds, *(each for each in region_embeds if each is not None))
+        stream.check_finite(embeds)
         return [
-            row._replace(pixels=None, boxes_xyxy=corners, image_embed=embed, region_embed=regions)
-            for row, embed, regions, corners in zip(batch, embeds, region_embeds, boxes_xyxy)
+            row._replace(pixels=None, image_embed=embed, boxes_xyxy=boxes, region_embed=region)
+            for row, embed, (boxes, region) in zip(batch, embeds, regions)
         ]
 
     return encode
 
 
-def prepare(
-    read: Callable[[], sources.Image | sources.Fault], size: int
-) -> output.Row | sources.Fault:
-    """Reads an image, decodes it and resizes it to a square."""
-    item = read()
+def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sources.Fault:
+    """Decodes an image and resizes it to a square."""
     if isinstance(item, sources.Fault):
         return item
     try:
@@ -66,10 +56,8 @@ def prepare(
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)
         return sources.Fault(item.image, "too large" if too_large else "unreadable", str(error))
-    boxes = np.array([region.box_xyxy for region in item.regions], np.float32).reshape(-1, 4)
-    boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
     caption = next(iter(item.captions), "")
-    return output.Row(item.image, caption, item.id or item.image, *image.size, boxes, pixels)
+    return output.Row(item.image, caption, item.id or item.image, *image.size, pixels)
 
 
 def run(job: output.Output, mine: Sequence[int], encode: Encode, *, size: int, threads: int) -> int:
@@ -80,7 +68,7 @@ def run(job: output.Output, mine: Sequence[int], encode: Encode, *, size: int, t
       mine: numbers of the parts.
       encode: the model.
       size: pixels of a side that the model gets.
-      threads: that read and decode.
+      threads: that decode.
 
     Returns: number of images, without those that were left out.
 
@@ -90,21 +78,23 @@ def run(job: output.Output, mine: Sequence[int], encode: Encode, *, size: int, t
     batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
     count, rows, faults = 0, [], []
     first, times = processes.process_info()
-    total = times * sum(parts.size(job.parts[i]) for i in mine) or None  # not known of tars
-    counter = progress.Counter("embed", total, "images", silent=first > 0, times=times)
+    counter = progress.Counter("embed", None, "images", silent=first > 0, times=times)
     readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(_AT_DEVICE)
-
-    def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
-        index, read = task
-        return index, read and prepare(read, size)
+    # Each image with the number of its part, and a None at the end of each part.
+    items = (
+        (i, item) for i in mine for item in itertools.chain(sources.read(job.parts[i]), [None])
+    )
 
     def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
         ready = [entry for _, entry in batch if isinstance(entry, output.Row)]
         embedded = iter(encode(ready) if ready else ())
         return [(i, next(embedded) if isinstance(x, output.Row) else x) for i, x in batch]
 
+    def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
+        return task[0], task[1] and prepare(task[1], size)
+
     try:
-        entries = stream.ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
+        entries = stream.ahead(prepared, items, readers, _BATCHES_READ * batch_size)
         batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
         # The first one alone: it compiles the program that the others use.
         alone = map(encoded, itertools.islice(batches, 1))
@@ -114,7 +104,7 @@ def run(job: output.Output, mine: Sequence[int], encode: Encode, *, size: int, t
                 job.write(index, rows, faults)
                 count, rows, faults = count + len(rows), [], []
                 continue
-            counter.add()
+            counter.add(share=mine.index(index) / len(mine))
             if isinstance(entry, output.Row):
                 rows.append(entry)
             else:
@@ -125,11 +115,3 @@ def run(job: output.Output, mine: Sequence[int], encode: Encode, *, size: int, t
             pool.shutdown(wait=True, cancel_futures=True)
         counter.close()
     return count
-
-
-def _tasks(job: output.Output, mine: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """(number of the part, function that reads an image), and a None at the end of each part."""
-    for index in mine:
-        for read in parts.images(job.parts[index]):
-            yield index, read
-        yield index, None
