@@ -5,20 +5,18 @@
 The same command again resumes an interrupted job. Further arguments, from --runner on, go to Beam.
 """
 
-import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from grain_jax.core import errors
-from grain_jax.data import build, example, job, negatives, sources
+from grain_jax.data import build, job, negatives, sources
 from grain_jax.data.annotate import LINES, chat, local_models, passes
 from grain_jax.data.annotate.arguments import Annotate
-from grain_jax.data.arguments import Build
 
 FAILED = "failed.jsonl"
 SOURCE_SETTINGS = (
@@ -41,7 +39,7 @@ def annotate(args: Annotate) -> str:
         raise errors.UserError("--images DIR: missing; folder of images, or of tar shards")
     args.source = args.source or _source_of(epath.Path(args.images))
     source = sources.make(args.source, dict(args.option))
-    args.keep_images &= not (source.images_are_files or args.name)
+    args.keep_images &= not source.images_are_files
     task = passes.Task(args, chat.read_prompts(args.prompts or chat.PROMPTS))
     # A shard's lines are composed of the results of all passes, so two runs would overwrite each other's.
     with task.output.locked(LINES):
@@ -65,10 +63,7 @@ def annotate(args: Annotate) -> str:
                     f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards"
                     " not done; give the same command again"
                 )
-        line = _finish(task, shards, todo, time.monotonic() - start)
-        if args.name:
-            print(_build(task, shards, source.images_are_files))
-    return line
+        return _finish(task, shards, todo, time.monotonic() - start)
 
 
 def _source_of(images: epath.Path) -> str:
@@ -142,45 +137,6 @@ def _finish(
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
         f" {images} images in {seconds:.1f} s"
     )
-
-
-def _build(task: passes.Task, shards: Sequence[sources.SourceShard], images_are_files: bool) -> str:
-    """Builds the record set of --name; returns a line about it. Raises UserError."""
-    args = task.args
-    build_args = Build(
-        annotations=[str(task.output.path(LINES))],
-        images=args.images if images_are_files else args.output,
-        output=str(task.output.path("records")),
-        name=args.name,
-        overwrite=True,
-        max_faults=args.max_faults,
-        store_size=args.store_size,
-        encoding=args.encoding,
-        num_shards=args.num_shards,
-    )
-    if images_are_files:
-        return build.build(build_args)
-    return build.build(build_args, lambda _: _lines_with_images(task.output, shards))
-
-
-def _lines_with_images(
-    output: job.Output, shards: Sequence[sources.SourceShard]
-) -> Iterator[example.Line]:
-    """The lines of A.jsonl with the images that the source has. Raises SourceError if it has others."""
-    number = 0
-    for shard in shards:
-        lines = iter(output.read_lines("annotations", f"{shard.name}.jsonl"))
-        line = next(lines, None)
-        for item in sources.read(shard):
-            if line and isinstance(item, sources.Image) and item.image == line["image"]:
-                number += 1
-                yield example.Line(number, json.dumps(line).encode(), item.encoded)
-                line = next(lines, None)
-        if line:
-            raise sources.SourceError(
-                f"source {shard.source}: got no image {line['image']}, which was there when it was"
-                " annotated, expected the same source; give another --output"
-            )
 
 
 def main(argv: list[str] | None = None) -> int:

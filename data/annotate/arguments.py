@@ -1,8 +1,9 @@
 """The flags of `grain-jax annotate`; further ones go to Beam."""
 
 from grain_jax.cli.flags import flag, many, share
+from grain_jax.cli.parser import Command
 from grain_jax.data.annotate import PASSES
-from grain_jax.data.arguments import Stored, label_text, option, set_name
+from grain_jax.data.arguments import label_text, option
 
 ALL = ("caption", "describe", "ground")  # of --passes all
 
@@ -16,7 +17,7 @@ def _passes(text: str) -> tuple[str, ...]:
     return tuple(passes)
 
 
-class Annotate(Stored, name="annotate"):
+class Annotate(Command, name="annotate"):
     """Lets models write captions, descriptions and boxes for your images, on Apache Beam.
 
     The same command again goes on with an interrupted job. Flags that are not listed here, such as --runner, go to
@@ -42,8 +43,7 @@ class Annotate(Stored, name="annotate"):
       --min-side PIXELS        leave out images with a shorter side
       --max-side PIXELS        leave out images with a longer side
       --max-faults SHARE       share of the images that may have a fault, 0 to 1; beyond it the status is 2
-      --[no-]keep-images       write the images of tars and TFDS datasets to OUTPUT/images; --name stores them in the
-        record set instead
+      --[no-]keep-images       write the images of tars and TFDS datasets to OUTPUT/images
       --[no-]retry-failed      also run failed passes again, in shards that are done
 
     models:
@@ -60,9 +60,6 @@ class Annotate(Stored, name="annotate"):
       --detector MODEL         folder or Hugging Face name of the detector
       --threshold SCORE        leave out boxes with a lower score, 0 to 1
       --batch-size N           images per batch of a local model
-
-    TFRecords:
-      --name NAME              also build OUTPUT/records/NAME/1.0.0, as grain-jax build does
     """
 
     images: str = ""
@@ -89,7 +86,6 @@ class Annotate(Stored, name="annotate"):
     detector: str = "google/owlv2-base-patch16-ensemble"
     threshold: float = share(0.3)  # the paper's
     batch_size: int = 8
-    name: str | None = flag(None, parse=set_name)
     beam: list[str] = many()  # flags of none of the above
 
     def __post_init__(self):
