@@ -11,8 +11,7 @@ MAX_DESCRIPTIONS = 10  # per image, as in the paper
 MAX_SUBJECT_WORDS = 12
 MAX_CAPTION_WORDS = 60
 MAX_DESCRIPTION_WORDS = 15
-MAX_WORD_LENGTH = 10  # characters, on average: a text of W words has 10 W characters at most
-MAX_CHARACTERS = 10_000  # in an answer; 256 tokens have some 1,000
+MAX_WORD_LENGTH = 10  # characters on average
 
 EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeated line"
 CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
@@ -116,15 +115,12 @@ def is_refusal(line: str) -> bool:
 
 def _refused(text: str, cut_off: bool) -> Refused | None:
     """The reason to refuse a whole answer, if there is one."""
-    shown = _show(text[:MAX_CHARACTERS])
-    if len(text) > MAX_CHARACTERS:
-        return Refused(RUN_ON, f"got {len(text)} characters, at most {MAX_CHARACTERS}: {shown}")
     if not text.strip():
-        return Refused(EMPTY, shown)
+        return Refused(EMPTY, _show(text))
     if cut_off:
-        return Refused(CUT_OFF, shown)
+        return Refused(CUT_OFF, _show(text))
     if any(is_refusal(_KEY.sub("", _clean(line))) for line in text.splitlines()):
-        return Refused(REFUSAL, shown)
+        return Refused(REFUSAL, _show(text))
     return None
 
 

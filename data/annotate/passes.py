@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 
-from grain_jax.core import errors
+from grain_jax.core import errors, images
 from grain_jax.data import job, negatives, source_lines, sources
 from grain_jax.data.annotate import (
     PASSES,
     answers,
     chat,
-    checks,
     detector,
     endpoint_chat,
     local_models,
@@ -224,11 +223,30 @@ class Passes:
         return line
 
 
+def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Fault:
+    """The image as RGB, or its fault: "empty file", "unreadable", "damaged", "too small", "too large"."""
+    cause = "unreadable" if item.encoded else "empty file"
+    try:
+        width, height = images.open_image(item.encoded).size
+        if args.min_side <= min(width, height) and max(width, height) <= args.max_side:
+            cause = "damaged"
+            return images.to_rgb(images.decode_image(item.encoded))
+        cause = "too small" if min(width, height) < args.min_side else "too large"
+        bounds = f"sides from {args.min_side} to {args.max_side}"
+        detail = f"got {width} x {height} pixels, expected {bounds}"
+    except images.ImageError as error:
+        cause, detail = (
+            "too large" if isinstance(error, images.TooLargeError) else cause,
+            str(error),
+        )
+    return sources.Fault(item.image, cause, detail)
+
+
 def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
     """An image, decoded and with what earlier runs noted of it."""
     faults = {name: fault for name, fault in known.get("faults", {}).items() if name in PASSES}
     work = Work(item, None, known.get("results", {}), faults)
-    checked = checks.check(item, args) if isinstance(item, sources.Image) else item
+    checked = check(item, args) if isinstance(item, sources.Image) else item
     if isinstance(checked, sources.Fault):
         work.faults["image"] = [checked.cause, checked.detail]
     else:

@@ -123,7 +123,7 @@ class Lock:
     def check(self) -> None:
         """Raises Lost if another trainer has the lock; reads the storage only if a renewal is overdue."""
         if time.monotonic() - self._renewed_at > 2 * RENEW_SECONDS:
-            self._try_to_renew()
+            self.renew()
 
     def release(self) -> None:
         """Removes the lock if this process still has it."""
@@ -141,33 +141,30 @@ class Lock:
     def _renew_always(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
             try:
-                self._try_to_renew()
+                self.renew()
             except Lost as error:
                 ending.leave(error.status, str(error))
 
-    def _try_to_renew(self) -> None:
-        try:
-            self.renew()
-        except Lost:
-            raise
-        except Exception:  # a network that is down, a full disk: the next save says so
-            self._renewed_at = time.monotonic()
-
     def renew(self) -> None:
-        """Writes the lock anew. Raises Lost; or what the storage raises."""
+        """Writes the lock anew. Raises Lost."""
         with self._lock:
             if self._released.is_set():
                 return
-            content, version = self._storage.read()
+            self._renewed_at = time.monotonic()
+            try:
+                content, version = self._storage.read()
+                removed = content is None and not self._workdir.exists()
+            except Exception:  # a network that is down: the next save says so
+                return
+            if removed:
+                raise Lost(f"ending: {self._workdir}: the folder was removed during the run")
             holder = parse(content)
             if content is not None and (holder is None or holder.token != self._holder.token):
                 who = _who(self._workdir, holder)
                 raise Lost(f"ending: {who}, which took this one for dead")
-            if content is None and not self._workdir.exists():
-                raise Lost(f"ending: {self._workdir}: the folder was removed during the run")
             self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
-            if self._storage.swap(version, self._holder):
-                self._renewed_at = time.monotonic()
+            with contextlib.suppress(Exception):  # a full disk
+                self._storage.swap(version, self._holder)
 
 
 def _who(workdir: epath.Path, holder: Holder | None) -> str:
