@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from grain_jax.core import progress
-from grain_jax.data import job, staging
+from grain_jax.data import job
 
 
 @pytest.fixture
@@ -47,15 +47,6 @@ def test_settings_agree_with_those_of_earlier_runs(output):
     ):
         with pytest.raises(job.JobError, match=line):
             output.agree(changed)
-
-
-def test_one_run_at_a_time_has_the_folder(output):
-    with output.locked("A.jsonl"):
-        with pytest.raises(staging.BusyError, match="A.jsonl: in use by process"):
-            with output.locked("A.jsonl"):
-                pass
-    with output.locked("A.jsonl"):
-        pass
 
 
 def test_faults_are_counted_and_limited(capsys):
