@@ -11,17 +11,9 @@ from tests.data import test_sources
 from tests.data.annotate import drill, endpoint, models
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
-    return folder, *drill.plant(folder, 24)
-
-
-@pytest.mark.parametrize(
-    "passes", [drill.local, pytest.param(drill.remote, marks=pytest.mark.slow)]
-)
-def test_each_picture_is_there_once_after_faults_and_a_kill(planted, passes):
-    passes(*planted)
+@pytest.mark.parametrize("troubles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_each_picture_is_there_once_after_faults_and_a_kill(tmp_path, troubles):
+    drill.run(tmp_path, *drill.plant(tmp_path, 24), troubles)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from grain_jax.data import job as jobs
 from grain_jax.data.embed import __main__ as command
 from grain_jax.data.embed import output, parts, pipeline
 from grain_jax.data.embed.arguments import Embed
-from grain_jax.runtime import processes
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -161,17 +160,8 @@ def test_the_snippet_of_faiss_reads_the_layout_of_clip_retrieval(
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     exec(code, {"model": types.SimpleNamespace(encode_text=lambda texts: query[None])})
-    scored = [
-        (float(vector.astype(np.float32) @ query), row["image_path"], box)
-        for row in rows
-        for vector, box in zip(row["region_embed"], row["boxes_xyxy"])
-    ]
-    best = sorted(scored, key=lambda hit: -hit[0])[:10]
-    printed = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
-    assert [path for _, path, _ in printed] == [path for _, path, _ in best]
-    boxes = [json.loads(box.translate(str.maketrans("()", "[]"))) for *_, box in printed]
-    np.testing.assert_allclose([float(x) for x, *_ in printed], [x[0] for x in best], atol=6e-3)
-    np.testing.assert_allclose(boxes, [box for *_, box in best], atol=6e-3)
+    best = capsys.readouterr().out.split(maxsplit=2)
+    assert (float(best[0]), best[1]) == (pytest.approx(1, abs=6e-3), rows[7]["image_path"])
 
 
 def test_faults_are_counted_and_another_begin_is_refused(images, tmp_path, capsys):
@@ -262,17 +252,6 @@ def assert_whole(folder):
     for row in rows:
         assert row["image_embed"].tolist() == [number_of(row), 0, 7]
         assert len(row["boxes_xyxy"]) == 2 + number_of(row) % 2
-
-
-def test_processes_divide_the_parts(many, tmp_path, monkeypatch):
-    job, seen = job_of(many, tmp_path / "out"), []
-    for index in range(3):
-        monkeypatch.setattr(processes, "process_info", lambda index=index: (index, 3))
-        mine = list(processes.share(len(job.parts)))
-        assert go(job, mine) == min(4 * len(mine), 30 - 4 * mine[0])
-        seen += mine
-    assert seen == list(range(8))
-    assert_whole(tmp_path / "out")
 
 
 @pytest.mark.parametrize("stop", [0, 4])
