@@ -2,15 +2,6 @@
 
 A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A worker writes
 the files of a shard whole, the one that marks the shard as done last. One run at a time has the folder.
-
-  output = job.Output(folder)
-  with output.locked("A.jsonl"):
-      output.agree(settings)
-      for shard in shards:
-          if shard.name not in output.done("annotations"):
-              output.put_lines(annotate(shard), "annotations", f"{shard.name}.jsonl")
-      output.join("annotations", names, "A.jsonl")
-  job.check_faults(file, causes, ...)
 """
 
 import contextlib
@@ -135,18 +126,10 @@ def check_faults(
     left: int,
     most: float,
 ) -> None:
-    """Prints how many images have each fault.
-
-    Args:
-      file: names each fault.
-      causes: number of images by cause.
-      images: all of them.
-      faulty: those that have a fault.
-      left: those that the result has.
-      most: share of the images that may have a fault.
+    """Prints how many images have each fault, by cause; `file` names them.
 
     Raises:
-      JobError: more have one, or no image is left.
+      JobError: no image is left, or `faulty` of all `images` are more than the share `most`.
     """
     for cause, count in sorted(causes.items()):
         print(f"{file}: {count} {printable.plain(cause, 80)}", file=sys.stderr)
@@ -161,13 +144,7 @@ def check_faults(
 
 @contextlib.contextmanager
 def watched(label: str, total: int, count: Callable[[], int]) -> Iterator[None]:
-    """Shows the progress of workers in other processes while the block runs.
-
-    Args:
-      label: begins the line.
-      total: the shards that are to be done.
-      count: counts, by the files of the output, how many of them are done.
-    """
+    """Shows the progress of workers in other processes while the block runs; `count` counts the shards that are done."""
     ended, counter = threading.Event(), progress.Counter(label, total)
 
     def show() -> None:

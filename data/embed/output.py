@@ -9,7 +9,6 @@ DIR/faults.jsonl                  a line for each image that was left out
 A part has one of each of the first three. Its metadata are written last: they mark it as done.
 """
 
-import concurrent.futures
 import io
 import json
 import sys
@@ -23,7 +22,6 @@ from grain_jax.core import printable, regular_file
 from grain_jax.data import job, sources
 from grain_jax.data.sources import arrow_files
 
-_READ_AT_ONCE = 16  # parts
 _NOTE = b"grain_jax"  # key of a Parquet file's own metadata
 
 
@@ -72,20 +70,17 @@ class Output(NamedTuple):
 
     def done(self) -> dict[int, Part]:
         """The parts that are done. A damaged one is named on stderr, to be made again."""
-
-        def read(index: int) -> Part | None:
+        parts = {}
+        for index in range(len(self.parts)):
             path = self.path("metadata", index)
             try:
-                return self._read(index) if path.exists() else None
+                if path.exists():
+                    parts[index] = self._read(index)
             except (OSError, ValueError, LookupError, TypeError) as error:  # of pyarrow, too
                 reason = printable.plain(" ".join(str(error).split()), 200)
                 print(f"{path}: damaged ({reason}); its part is made again", file=sys.stderr)
                 path.unlink()
-                return None
-
-        with concurrent.futures.ThreadPoolExecutor(_READ_AT_ONCE) as pool:  # for object stores
-            parts = pool.map(read, range(len(self.parts)))
-            return {index: part for index, part in enumerate(parts) if part}
+        return parts
 
     def _read(self, index: int) -> Part:
         """What a part's files hold. Raises OSError, ValueError, ... if one is damaged or missing."""
