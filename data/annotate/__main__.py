@@ -40,30 +40,30 @@ def annotate(args: Annotate) -> str:
     args.source = args.source or _source_of(epath.Path(args.images))
     source = sources.make(args.source, dict(args.option))
     args.keep_images &= not source.images_are_files
-    task = passes.Task(args, chat.read_prompts(args.prompts or chat.PROMPTS))
+    output, marks = job.Output(args.output), passes.marks(args)
     # A shard's lines are composed of the results of all passes, so two runs would overwrite each other's.
-    with task.output.locked(LINES):
+    with output.locked(LINES):
         start = time.monotonic()
-        task.output.agree(_settings(task))
+        output.agree(_settings(args))
         options = sources.Options(
             images=args.images,
             annotations=tuple(args.annotations),
             split=args.split,
-            scratch=str(task.output.path("lists")),
+            scratch=str(output.path("lists")),
             shard_size=args.shard_size,
             label_text=args.label_text,
         )
         shards = sources.shards(args.source, options, dict(args.option))
-        todo = _todo(task, shards)
+        todo = _todo(args, output, shards)
         if todo:
-            pipeline.run(task, todo)
-            missing = {shard.name for shard in todo} - task.output.done(*task.marks)
+            pipeline.run(args, todo)
+            missing = {shard.name for shard in todo} - output.done(*marks)
             if missing:  # runners return from a job that somebody cancelled
                 raise job.JobError(
                     f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards"
                     " not done; give the same command again"
                 )
-        return _finish(task, shards, todo, time.monotonic() - start)
+        return _finish(args, output, shards, todo, time.monotonic() - start)
 
 
 def _source_of(images: epath.Path) -> str:
@@ -72,22 +72,24 @@ def _source_of(images: epath.Path) -> str:
     return "webdataset" if tars else "folder"
 
 
-def _settings(task: passes.Task) -> dict[str, dict[str, Any]]:
+def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
     """The settings of the source and of each pass, which results depend on."""
-    args, model = task.args, task.args.chat or local_models.CHAT_MODEL
+    model = args.chat or local_models.CHAT_MODEL
     settings: dict[str, dict[str, Any]] = {
         "source": {name: getattr(args, name) for name in SOURCE_SETTINGS},
         "ground": {"detector": args.detector, "threshold": args.threshold},
         "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},
     }
-    settings |= {name: {"model": model, "prompt": text} for name, text in task.prompts.items()}
+    for name in ("caption", "describe"):
+        settings[name] = {"model": model, "prompt": chat.prompt(name)}
     return {name: settings[name] for name in ("source", *args.passes)}
 
 
-def _todo(task: passes.Task, shards: Sequence[sources.SourceShard]) -> list[sources.SourceShard]:
+def _todo(
+    args: Annotate, output: job.Output, shards: Sequence[sources.SourceShard]
+) -> list[sources.SourceShard]:
     """The shards that the passes have not done. Raises JobError if an earlier pass is missing."""
-    output, names = task.output, task.args.passes
-    done = output.done(*task.marks)
+    names, done = args.passes, output.done(*passes.marks(args))
 
     def lacks_results(shard: str) -> bool:
         count = passes.counts(output, [shard])
@@ -96,7 +98,7 @@ def _todo(task: passes.Task, shards: Sequence[sources.SourceShard]) -> list[sour
     todo = [
         shard
         for shard in shards
-        if shard.name not in done or (task.args.retry_failed and lacks_results(shard.name))
+        if shard.name not in done or (args.retry_failed and lacks_results(shard.name))
     ]
     if needed := passes.NEEDS.get(names[0]) if names else None:
         missing = {shard.name for shard in todo} - output.done(f"passes/{needed}")
@@ -109,27 +111,28 @@ def _todo(task: passes.Task, shards: Sequence[sources.SourceShard]) -> list[sour
 
 
 def _finish(
-    task: passes.Task,
+    args: Annotate,
+    output: job.Output,
     shards: Sequence[sources.SourceShard],
     todo: Sequence[sources.SourceShard],
     seconds: float,
 ) -> str:
     """Joins the files of the shards; returns a line about them. Raises JobError for too many faults."""
-    output, names = task.output, [shard.name for shard in shards]
+    names = [shard.name for shard in shards]
     output.join("annotations", names, LINES)
     output.join("failed", names, FAILED)
     total = passes.counts(output, names)
     faults = {
         x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)
     }
-    output.put_json({"total": total, "settings": _settings(task)}, "summary.json")
+    output.put_json({"total": total, "settings": _settings(args)}, "summary.json")
     job.check_faults(
         output.path(FAILED),
         faults,
         images=total["images"],
         faulty=total["faulty"],
         left=total["annotated"],
-        most=task.args.max_faults,
+        most=args.max_faults,
     )
     images = passes.counts(output, [shard.name for shard in todo])["images"]
     return (

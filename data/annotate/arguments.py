@@ -56,7 +56,6 @@ class Annotate(Command, name="annotate"):
       --concurrency N          requests at a time, per worker
       --request-seconds S      seconds until a request ends as a time-out
       --tries N                tries per request, with the first one
-      --prompts DIR            folder with caption.txt and describe.txt (default: the package has both)
       --detector MODEL         folder or Hugging Face name of the detector
       --threshold SCORE        leave out boxes with a lower score, 0 to 1
       --batch-size N           images per batch of a local model
@@ -82,7 +81,6 @@ class Annotate(Command, name="annotate"):
     concurrency: int = 16
     request_seconds: float = flag(120.0, low=0.001, high=1_000_000)
     tries: int = 6
-    prompts: str | None = None
     detector: str = "google/owlv2-base-patch16-ensemble"
     threshold: float = share(0.3)  # the paper's
     batch_size: int = 8

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax.core import printable, regular_file
+from grain_jax.core import printable
 
 MAX_TOKENS = 256  # of an answer
-PROMPTS = epath.Path(__file__).parent / "prompts"
 SUBJECT = "{subject}"  # in the second prompt: the subject that the first answer names
 
 
@@ -25,16 +24,9 @@ class Answer(NamedTuple):
     cut_off: bool  # the limit of tokens was reached, so the last line may be unfinished
 
 
-def read_prompts(folder: epath.PathLike) -> dict[str, str]:
-    """The prompts in `caption.txt` and `describe.txt`. Raises FileError: {subject} is missing in the second, ..."""
-    prompts = {}
-    for name in ("caption", "describe"):
-        path = epath.Path(folder) / f"{name}.txt"
-        prompts[name] = regular_file.read_text(path, "a prompt").strip()
-        if not prompts[name] or (SUBJECT in prompts[name]) != (name == "describe"):
-            expected = f"a text {'with' if name == 'describe' else 'without'} {SUBJECT}"
-            raise regular_file.FileError(f"{path}: got {prompts[name][:80]!r}, expected {expected}")
-    return prompts
+def prompt(name: str) -> str:
+    """The prompt of the pass "caption" or "describe"."""
+    return (epath.Path(__file__).parent / "prompts" / f"{name}.txt").read_text().strip()
 
 
 def one_line(value: object, limit: int = 200) -> str:

@@ -16,7 +16,7 @@ import dataclasses
 import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL.Image
 
@@ -47,21 +47,9 @@ class ModelDown(errors.UserError):
     """A model or its server failed for many images in a row; the message is one line."""
 
 
-class Task(NamedTuple):
-    """What a worker needs to know; plain values that can be pickled."""
-
-    args: Annotate  # of the command
-    prompts: dict[str, str]  # by pass
-
-    @property
-    def output(self) -> job.Output:
-        """The folder of the results."""
-        return job.Output(self.args.output)
-
-    @property
-    def marks(self) -> list[str]:
-        """The folders whose files mark a shard as done."""
-        return [f"passes/{name}" for name in self.args.passes or ("none",)]
+def marks(args: Annotate) -> list[str]:
+    """The folders whose files mark a shard as done."""
+    return [f"passes/{name}" for name in args.passes or ("none",)]
 
 
 @dataclasses.dataclass
@@ -89,17 +77,18 @@ class Passes:
     """The passes of a job with their models, which a worker process loads once.
 
     Attributes:
-      task: names the passes, and how many negatives are made (by rules, without a model).
+      args: of the command.
       chat, detector: None if no pass needs it.
 
     Raises:
       UserError: a model cannot be loaded, or an endpoint not be used.
     """
 
-    def __init__(self, task: Task):
-        args, self.task, self.chat, self.detector = task.args, task, None, None
+    def __init__(self, args: Annotate):
+        self.args, self.chat, self.detector = args, None, None
+        self.output = job.Output(args.output)
         self._batch_size, self._failures = args.batch_size, 0  # failures in a row, up to now
-        if task.prompts.keys() & set(args.passes):
+        if {"caption", "describe"} & set(args.passes):
             if args.endpoint:
                 self.chat = endpoint_chat.EndpointChat(args)
                 self._batch_size = max(args.batch_size, IMAGES_PER_REQUEST * args.concurrency)
@@ -111,7 +100,7 @@ class Passes:
 
     def annotate(self, shard: sources.SourceShard) -> None:
         """Runs the passes over a shard and writes its files; results of earlier runs are kept."""
-        output, args, file = self.task.output, self.task.args, f"{shard.name}.jsonl"
+        output, args, file = self.output, self.args, f"{shard.name}.jsonl"
         known = {line["image"]: line for line in output.read_lines("results", file)}
         lines, failed, results, count = (
             [],
@@ -139,7 +128,7 @@ class Passes:
         output.put_lines(failed, "failed", file)
         output.put_json(count, "counts", f"{shard.name}.json")
         output.put_lines(lines, "annotations", file)
-        for mark in self.task.marks:
+        for mark in marks(args):
             output.put("", mark, f"{shard.name}.done")
 
     def _run(self, name: str, batch: list[Work]) -> None:
@@ -176,10 +165,10 @@ class Passes:
             yield parse(answer.text, cut_off=answer.cut_off) if is_answer else answer
 
     def _caption(self, works: list[Work]) -> Iterator:
-        return self._ask(works, [self.task.prompts["caption"]] * len(works), answers.parse_caption)
+        return self._ask(works, [chat.prompt("caption")] * len(works), answers.parse_caption)
 
     def _describe(self, works: list[Work]) -> Iterator:
-        prompt = self.task.prompts["describe"]
+        prompt = chat.prompt("describe")
         # Not str.format: the prompt may have other braces.
         texts = [prompt.replace(chat.SUBJECT, work.results["caption"]["subject"]) for work in works]
         return self._ask(works, texts, answers.parse_descriptions)
@@ -193,7 +182,7 @@ class Passes:
     def _negatives(self, works: list[Work]) -> Iterator:
         for work in works:
             descriptions = dict.fromkeys(region["description"] for region in work.regions())
-            most = self.task.args.negatives
+            most = self.args.negatives
             yield {x: negatives.make(x, most, others=descriptions) for x in descriptions}
 
     def _line(self, work: Work) -> dict[str, Any] | None:
@@ -211,9 +200,9 @@ class Passes:
             return None
         names = ("images", item.image)
         try:
-            path = self.task.output.path(*names)
-            if self.task.args.keep_images and (path.is_dir() or not path.exists()):
-                self.task.output.put(item.encoded, *names)
+            path = self.output.path(*names)
+            if self.args.keep_images and (path.is_dir() or not path.exists()):
+                self.output.put(item.encoded, *names)
         except OSError as error:
             if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
                 raise

@@ -17,6 +17,7 @@ from apache_beam.utils import shared
 from grain_jax.core import errors
 from grain_jax.data import job, sources
 from grain_jax.data.annotate import passes
+from grain_jax.data.annotate.arguments import Annotate
 
 _MARK = "#user-error#"
 _LOCAL = ("directrunner", "direct", "switchingdirectrunner", "fnapirunner")
@@ -29,29 +30,30 @@ class PipelineError(errors.UserError):
 class AnnotateShards(beam.DoFn):
     """Annotates shards with models that are loaded once per worker process, however many threads it has."""
 
-    def __init__(self, task: passes.Task):
-        self._task, self._shared = task, shared.Shared()
+    def __init__(self, args: Annotate):
+        self._args, self._shared = args, shared.Shared()
 
     def setup(self):
         with _marking_user_errors():
-            self._passes = self._shared.acquire(lambda: passes.Passes(self._task))
+            self._passes = self._shared.acquire(lambda: passes.Passes(self._args))
 
     def process(self, shard: tuple):
         shard = sources.SourceShard(*shard)
         # A runner gives a bundle again if one of its shards failed: the others are done.
-        marks = [self._task.output.path(mark, f"{shard.name}.done") for mark in self._task.marks]
-        if self._task.args.retry_failed or not all(mark.exists() for mark in marks):
+        output, marks = self._passes.output, passes.marks(self._args)
+        done = all(output.path(mark, f"{shard.name}.done").exists() for mark in marks)
+        if self._args.retry_failed or not done:
             with _marking_user_errors():
                 self._passes.annotate(shard)
 
 
-def run(task: passes.Task, shards: Sequence[sources.SourceShard]) -> None:
+def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
     """Runs the passes over the shards that are to be done.
 
     Raises:
       PipelineError: a worker met wrong usage or wrong input.
     """
-    options = pipeline_options.PipelineOptions(task.args.beam)
+    options = pipeline_options.PipelineOptions(args.beam)
     # Beam logs the traceback of every error; user errors are printed as one line.
     logging.getLogger(beam.runners.common.__name__).addFilter(
         lambda record: _MARK not in record.getMessage()
@@ -62,8 +64,9 @@ def run(task: passes.Task, shards: Sequence[sources.SourceShard]) -> None:
     pipeline = beam.Pipeline(runner=runner, options=options)
     # As plain tuples: Beam would make a table's row of a NamedTuple.
     created = pipeline | "Shards" >> beam.Create([tuple(shard) for shard in shards])
-    created | "Annotate" >> beam.ParDo(AnnotateShards(task))
-    names, done = {shard.name for shard in shards}, lambda: task.output.done(*task.marks)
+    created | "Annotate" >> beam.ParDo(AnnotateShards(args))
+    output = job.Output(args.output)
+    names, done = {shard.name for shard in shards}, lambda: output.done(*passes.marks(args))
     before = done()  # with --retry-failed
     with job.watched("shards", len(names), lambda: len(done() & names - before)):
         try:

@@ -2,7 +2,6 @@
 
 import pytest
 
-from grain_jax.core import regular_file
 from grain_jax.data.annotate import answers, chat
 
 LONG = "a very " + "very " * 14 + "long beak"
@@ -95,14 +94,7 @@ def test_what_the_limit_of_tokens_cut_is_not_taken_for_whole():
     assert answers.parse_caption("Subject: a wren\nCaption: A wr", cut_off=True).cause == "cut off"
 
 
-def test_the_prompts_say_the_form_that_is_parsed(tmp_path):
-    prompts = chat.read_prompts(chat.PROMPTS)
-    assert "Subject:" in prompts["caption"] and "Caption:" in prompts["caption"]
-    assert "up to 10" in prompts["describe"]
-    with pytest.raises(regular_file.FileError, match="caption.txt: no such file"):
-        chat.read_prompts(tmp_path)
-    for text, line in (("", "caption.txt: got ''"), ("List.", r"describe.txt: .* with \{subject")):
-        for name in prompts:
-            (tmp_path / f"{name}.txt").write_text(text)
-        with pytest.raises(regular_file.FileError, match=line):
-            chat.read_prompts(tmp_path)
+def test_the_prompts_say_the_form_that_is_parsed():
+    caption, describe = map(chat.prompt, ("caption", "describe"))
+    assert "Subject:" in caption and "Caption:" in caption and chat.SUBJECT not in caption
+    assert "up to 10" in describe and chat.SUBJECT in describe

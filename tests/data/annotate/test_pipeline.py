@@ -5,8 +5,9 @@ import pytest
 
 from grain_jax.core import errors
 from grain_jax.data import sources
-from grain_jax.data.annotate import chat, passes, pipeline
+from grain_jax.data.annotate import passes, pipeline
 from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.job import Output
 from tests import record_sets
 from tests.data.annotate import endpoint, models
 
@@ -23,12 +24,11 @@ def shards(tmp_path):
 def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"), **flags):
     flags = {"endpoint": url, "chat": "tiny", "tries": 1, "batch_size": 2} | flags
     flags |= {"passes": tuple(names), "keep_images": False}
-    prompts = chat.read_prompts(chat.PROMPTS)
-    return passes.Task(Annotate(images="", output=str(tmp_path / "out"), **flags), prompts)
+    return Annotate(images="", output=str(tmp_path / "out"), **flags)
 
 
 def lines_of(job, kind, shard):
-    return job.output.read_lines(kind, f"{shard.name}.jsonl")
+    return Output(job.output).read_lines(kind, f"{shard.name}.jsonl")
 
 
 def test_workers_in_processes_and_a_shard_that_is_done(tmp_path, shards):
@@ -38,8 +38,8 @@ def test_workers_in_processes_and_a_shard_that_is_done(tmp_path, shards):
         job = make_job(tmp_path, server.url)
         pipeline.run(job, shards)  # the runner may give a shard again
         assert len(server.asked) == 18
-    assert job.output.done(*job.marks) == {shard.name for shard in shards}
-    count = passes.counts(job.output, [shard.name for shard in shards])
+    assert Output(job.output).done(*passes.marks(job)) == {shard.name for shard in shards}
+    count = passes.counts(Output(job.output), [shard.name for shard in shards])
     assert count["images"] == count["caption"] == count["describe"] == 9
     (line, *_) = lines_of(job, "results", shards[1])
     assert line["image"] == "00003.png"
@@ -103,7 +103,7 @@ def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, s
     job = make_job(tmp_path, names=["caption"])
     with pytest.raises(errors.UserError, match="4 images in a row failed, the last by no conn"):
         pipeline.run(job, shards)
-    assert job.output.done(*job.marks) <= {shards[0].name}
+    assert Output(job.output).done(*passes.marks(job)) <= {shards[0].name}
 
 
 def test_batches_of_large_pictures_are_smaller(monkeypatch):
