@@ -3,7 +3,6 @@
 Its boxes are shares of a square that the image was padded to, and are mapped back to the image.
 """
 
-import types
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -62,10 +61,9 @@ class Detector:
     def _ground(
         self, batch: Sequence[tuple[PIL.Image.Image, Sequence[str]]]
     ) -> list[list[annotations.Region]]:
-        shown = [_plain(image) for image, _ in batch]
         # The text tower has 16 positions and fails on a longer text. Shorter lists are filled up with " ".
         inputs = self._processor(
-            images=shown,
+            images=[_plain(image) for image, _ in batch],
             text=[list(descriptions) for _, descriptions in batch],
             padding="max_length",
             truncation=True,
@@ -76,21 +74,16 @@ class Detector:
         with torch.inference_mode():
             outputs = self._model(**inputs)
         regions = []
-        for index, (image, descriptions) in enumerate(batch):
+        for (image, descriptions), logits, boxes in zip(batch, outputs.logits, outputs.pred_boxes):
             # Without the fill: the model takes it for a description, which could win a box.
-            output = types.SimpleNamespace(
-                logits=outputs.logits[index : index + 1, :, : len(descriptions)],
-                pred_boxes=outputs.pred_boxes[index : index + 1],
-            )
-            (boxes,) = self._processor.image_processor.post_process_object_detection(
-                output,
-                threshold=self._threshold,
-                target_sizes=[(shown[index].height, shown[index].width)],
-            )
-            scale = np.array([p / s for p, s in zip(image.size, shown[index].size)] * 2)
-            boxes_xyxy = (boxes["boxes"].cpu().numpy() * scale).tolist()
-            labels = [descriptions[label] for label in boxes["labels"].tolist()]
-            regions.append(merged(zip(boxes["scores"].tolist(), boxes_xyxy, labels), *image.size))
+            scores, labels = logits[:, : len(descriptions)].sigmoid().max(dim=-1)
+            shown = scores > self._threshold
+            # Centre, then width and height, as shares of the padded square.
+            centre, sides = boxes[shown].split(2, dim=-1)
+            corners = torch.cat([centre - 0.5 * sides, centre + 0.5 * sides], dim=-1)
+            boxes_xyxy = (corners * max(image.size)).tolist()
+            names = [descriptions[label] for label in labels[shown].tolist()]
+            regions.append(merged(zip(scores[shown].tolist(), boxes_xyxy, names), *image.size))
         return regions
 
 
