@@ -43,7 +43,7 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
     settings = _settings(args, source, predictor)
     processes.of_first(lambda: folder.agree(settings))
     shards = [sources.SourceShard(*values) for values in source["parts"]]
-    result = output.Output(folder, settings, shards, source["images"])
+    result = output.Embeddings(folder, settings, shards, source["images"])
     done = processes.of_first(lambda: list(result.done()))
     todo = [index for index in range(len(result.parts)) if index not in done]
     smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
@@ -74,7 +74,7 @@ def _settings(
     }
 
 
-def _finish(args: arguments.Embed, result: output.Output, count: int, seconds: float) -> str:
+def _finish(args: arguments.Embed, result: output.Embeddings, count: int, seconds: float) -> str:
     """Writes the faults if all parts are there; returns a line. Raises JobError."""
     done = result.done()
     missing = [index for index in range(len(result.parts)) if index not in done]

@@ -47,7 +47,7 @@ class Part(NamedTuple):
     bytes: dict[str, int]  # of each array
 
 
-class Output(NamedTuple):
+class Embeddings(NamedTuple):
     """The folder of a job.
 
     Attributes:

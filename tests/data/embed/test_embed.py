@@ -236,7 +236,7 @@ def job_of(source, folder, regions=True):
     args = Embed(source=str(source), checkpoint="", output="", shard_size=4)
     source_parts = parts.find(args, folder)
     settings = {"embed_dim": 3, "regions": regions}
-    return output.Output(folder, settings, source_parts["parts"], source_parts["images"])
+    return output.Embeddings(folder, settings, source_parts["parts"], source_parts["images"])
 
 
 def go(job, mine=None, encode=stand_in):
