@@ -206,7 +206,7 @@ def _write(
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
     stored_anew: list[str] = []
-    lengths = text_lengths.Sample(negatives=found.negatives > 0)
+    lengths = text_lengths.Sample()
     tfds_writer.write(
         target,
         splits={

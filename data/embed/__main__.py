@@ -20,7 +20,7 @@ from grain_jax.core import errors
 from grain_jax.data import job, sources
 from grain_jax.data.embed import arguments, output, parts, pipeline
 from grain_jax.data.sources import arrow_files
-from grain_jax.runtime import compiled, distributed, processes
+from grain_jax.runtime import distributed, processes
 
 FAULTS = "faults.jsonl"
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.Embed.parse(argv)
-        compiled.use()
+        distributed.keep_compiled_programs()
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )

@@ -60,7 +60,9 @@ def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sour
     return output.Row(item.image, caption, item.id or item.image, *image.size, pixels)
 
 
-def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int) -> int:
+def run(
+    job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int
+) -> int:
     """Embeds parts and writes their files, in order.
 
     Args:

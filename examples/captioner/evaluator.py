@@ -1,7 +1,7 @@
 """An evaluator of the decoder: the boxes of phrases, and whether captions name what is there.
 
     c = ConfigDict()
-    c.evals = dict(words=recipe.evaluator("examples.captioner.evaluator:Written", "IMAGES", annotations="A.jsonl"))
+    c.evals = dict(words=kinds.evaluator("examples.captioner.evaluator:Written", "IMAGES", annotations="A.jsonl"))
 
 is a suite for `grain-jax evaluate suite --checkpoint RUN --config FILE --output OUT.json`; RUN is the run's folder.
 """
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from examples.captioner.writer import Writer
-from grain_jax.config.evals import STANDALONE
 from grain_jax.core import images
 from grain_jax.evaluate import evaluators
+from grain_jax.evaluate.base import STANDALONE
 from grain_jax.losses import boxes as boxes_lib
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from examples.captioner.decoder import BOX, TextDecoder, Vocabulary
 from grain_jax import config as config_lib
-from grain_jax.config import fields
+from grain_jax.config import keys
 from grain_jax.losses import boxes as boxes_lib
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
 
@@ -23,15 +23,15 @@ from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
 class Options:
     """The keys of the term."""
 
-    width: int = fields.size(96)  # of a token
-    depth: int = fields.layers(2)  # number of layers
-    heads: int = fields.size(4)  # of attention; must divide width
-    bins: int = fields.count(64, low=2, high=1000)  # parts of a side of the image
-    phrases: int = fields.count(3, low=1, high=100)  # regions of an image that are drawn each step
-    caption_length: int = fields.count(
+    width: int = keys.size(96)  # of a token
+    depth: int = keys.layers(2)  # number of layers
+    heads: int = keys.size(4)  # of attention; must divide width
+    bins: int = keys.count(64, low=2, high=1000)  # parts of a side of the image
+    phrases: int = keys.count(3, low=1, high=100)  # regions of an image that are drawn each step
+    caption_length: int = keys.count(
         64, low=2, high=1000
     )  # most tokens of a caption; longer ones are left out
-    phrase_length: int = fields.count(16, low=BOX, high=1000)  # most tokens of a phrase
+    phrase_length: int = keys.count(16, low=BOX, high=1000)  # most tokens of a phrase
 
 
 def make_decoder(options: Options, model: config_lib.Model, dtype: str = "float32") -> TextDecoder:

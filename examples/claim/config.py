@@ -6,7 +6,8 @@ keeps its own.
 
 import importlib
 
-from grain_jax.config.recipe import ConfigDict, evaluator
+from grain_jax.config.recipe import ConfigDict
+from grain_jax.evaluate.kinds import evaluator
 
 STEPS = 500
 ALPHAS = (1.0, 0.5)

@@ -3,11 +3,11 @@
 Each test image gets the class of most of its k nearest training images, by the cosine of the image embeddings. The
 entry of a training config, whose numbers are eval/neighbours/top1 and so on:
 
-  c.evals.neighbours = recipe.evaluator(
+  c.evals.neighbours = kinds.evaluator(
       "examples.evaluator.neighbours:Neighbours", "TEST_FOLDERS", train="TRAIN_FOLDERS", k=5
   )
 
-In a suite, a config file with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=recipe.evaluator(...))`.
+In a suite, a config file with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
 From the folder that holds `examples`:
 
   grain-jax evaluate suite --checkpoint DIR --config FILE --config.evals.neighbours.k=3 --output OUT.json
@@ -17,9 +17,9 @@ import dataclasses
 
 import numpy as np
 
-from grain_jax.config.evals import STANDALONE
 from grain_jax.core import errors
 from grain_jax.evaluate import encode, evaluators, rates, test_sets
+from grain_jax.evaluate.base import STANDALONE
 from grain_jax.inference import scores
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grain_jax.config import fields
+from grain_jax.config import keys
 from grain_jax.losses.local import LocalOutput, LocalTerm, Parameters, PerImage, Seen
 from grain_jax.models import grain, layers, placement
 
@@ -29,21 +29,17 @@ TOWER = "image"  # the image tower among the parameters of the model
 class Options:
     """The keys of the term."""
 
-    crops: int = fields.count(4, low=1, high=64)  # of an image
-    crop_size: int = fields.size(
-        32
-    )  # pixels of a side, after resizing; a multiple of the patch size
-    least_area: float = fields.key(0.1, low=0.001, high=1)  # of a crop, as a share of the image
-    most_area: float = fields.key(0.4, low=0.001, high=1)  # of a crop, as a share of the image
-    hidden: int = fields.size(256)  # units in the head
-    bottleneck: int = fields.size(64)  # numbers that the prototypes are compared with
-    prototypes: int = fields.count(256, low=2, high=2**20)  # classes of the distributions
-    temperature: float = fields.key(0.1, low=0.01)  # of the crops
-    teacher_temperature: float = fields.key(0.04, low=0.01)  # of the teacher
-    decay: float = fields.key(0.99, low=0, high=1)  # of the averages that are the teacher
-    centre_decay: float = fields.key(
-        0.9, low=0, high=1
-    )  # of the centre and of the mean distribution
+    crops: int = keys.count(4, low=1, high=64)  # of an image
+    crop_size: int = keys.size(32)  # pixels of a side, after resizing; a multiple of the patch size
+    least_area: float = keys.key(0.1, low=0.001, high=1)  # of a crop, as a share of the image
+    most_area: float = keys.key(0.4, low=0.001, high=1)  # of a crop, as a share of the image
+    hidden: int = keys.size(256)  # units in the head
+    bottleneck: int = keys.size(64)  # numbers that the prototypes are compared with
+    prototypes: int = keys.count(256, low=2, high=2**20)  # classes of the distributions
+    temperature: float = keys.key(0.1, low=0.01)  # of the crops
+    teacher_temperature: float = keys.key(0.04, low=0.01)  # of the teacher
+    decay: float = keys.key(0.99, low=0, high=1)  # of the averages that are the teacher
+    centre_decay: float = keys.key(0.9, low=0, high=1)  # of the centre and of the mean distribution
 
 
 class Head(nn.Module):

@@ -14,15 +14,14 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax import config, inference
+from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.config import evals
-from grain_jax.config.evals import Context
 from grain_jax.core import annotations, atomic, errors
-from grain_jax.evaluate import encode, suite, tables
+from grain_jax.evaluate import encode, kinds, suite, tables
 from grain_jax.evaluate.arguments import Evaluate
+from grain_jax.evaluate.base import Context
 from grain_jax.inference.inputs import InputError
-from grain_jax.runtime import compiled, distributed, processes
+from grain_jax.runtime import distributed, processes
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:
@@ -47,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "suite":  # ml_collections, which the other kinds do without
             from grain_jax.config import loading
 
-            args.suite = loading.load(args.config, args.overrides, config.suite_from_dict)
-        compiled.use()
+            args.suite = loading.load(args.config, args.overrides, kinds.suite_from_dict)
+        distributed.keep_compiled_programs()
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )
@@ -89,7 +88,7 @@ def _load(args: argparse.Namespace):
 
 
 def _one(args: argparse.Namespace) -> int:
-    cls = evals.find(args.command.replace("-", "_"))
+    cls = kinds.find(args.command.replace("-", "_"))
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
     entry_of = lambda: cls.of_flags(**{key: x for key, x in given.items() if x is not None})
     wanted, predictions = getattr(args, "predictions", None), None

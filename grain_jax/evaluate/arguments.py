@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import typing
 from typing import Any
 
 from grain_jax.cli.flags import flag, many
 from grain_jax.cli.parser import Command, Processes
-from grain_jax.config import evals, listing
+from grain_jax.config.keys import keys_of
+from grain_jax.evaluate import base, kinds
 
 
 class _Kind(Processes):
@@ -23,7 +23,7 @@ class _Kind(Processes):
 
     checkpoint: str
     output: str
-    batch_size: int = evals.STANDALONE.batch_size
+    batch_size: int = base.STANDALONE.batch_size
 
 
 class Suite(_Kind, name="evaluate suite"):
@@ -49,23 +49,24 @@ class Suite(_Kind, name="evaluate suite"):
 
 def _of_evaluator(name: str) -> type[Command]:
     """The declaration of a kind, of the options of its evaluator and their comments."""
-    cls, command = evals.find(name), name.replace("_", "-")
-    said, kinds = listing.comments(cls), typing.get_type_hints(cls)
+    cls, command = kinds.find(name), name.replace("_", "-")
     lines, declared = [], {}
     annotations: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        options = dict(field.metadata)
-        if "metavar" not in options:
+    for key in keys_of(cls).values():
+        options = {
+            name: value for name, value in key.declared.items() if value not in (None, (), "")
+        }
+        if "metavar" not in key.declared:
             continue
-        metavar = options["metavar"] or "|".join(options.get("choices", ()))
-        shown = options.pop("name", field.name).replace("_", "-")
-        is_switch = kinds[field.name] is bool
+        metavar = options.get("metavar") or "|".join(options.get("choices", ()))
+        shown = options.pop("name", key.name).replace("_", "-")
+        is_switch = key.kind is bool
         lines.append(f"--[no-]{shown}" if is_switch else f"--{shown} {metavar}")
-        lines[-1] += f"  {said[field.name]}"
-        annotations[field.name] = kinds[field.name]
+        lines[-1] += f"  {options['help']}"
+        annotations[key.name] = key.kind
         options |= {"name": shown} | ({"union": True} if "parse" in options else {})
-        default = None if "parse" in options else field.default
-        declared[field.name] = flag(
+        default = None if "parse" in options else key.default
+        declared[key.name] = flag(
             dataclasses.MISSING if options.get("required") else default, **options
         )
     if cls.writes_predictions:
@@ -81,7 +82,7 @@ def _of_evaluator(name: str) -> type[Command]:
     return type(cls.__name__, (_Kind,), declared, name=f"evaluate {command}")
 
 
-_KINDS = {n.replace("_", "-"): functools.partial(_of_evaluator, n) for n in evals.NAMED}
+_KINDS = {n.replace("_", "-"): functools.partial(_of_evaluator, n) for n in kinds.KINDS}
 
 
 class Evaluate(Command, name="evaluate", kinds={**_KINDS, "suite": Suite}):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, option
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
 from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, Faults
 
 with epy.lazy_imports():
@@ -42,11 +42,16 @@ class Boxes(AnnotatedRegions):
         TableRow("image/top5", "class of a box by its image, top-5", "chance_top5", *_BOXES),
     )
     kind: str = "boxes"
-    # file of class names, or the name of one of the package (grain_jax/evaluate/classes); default: the distinct
-    # descriptions
-    classes: str | None = option(None, "FILE")
-    # prompts, one a line, with {} for the name; default: inference/templates.txt
-    templates: str | None = option(None, "FILE")
+    classes: str | None = option(
+        None,
+        "File of class names, or a name in grain_jax/evaluate/classes; default: all descriptions.",
+        "FILE",
+    )
+    templates: str | None = option(
+        None,
+        "File of prompts, one per line, with {} for the name; default: inference/templates.txt.",
+        "FILE",
+    )
 
     @property
     def files(self) -> tuple[str | None, ...]:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from etils import epy
 
-from grain_jax import config
-from grain_jax.config.evals import Context, expanduser, option
+from grain_jax.config.keys import key
 from grain_jax.core import errors
+from grain_jax.evaluate.base import Context, Evaluator, expanduser, option
 
 with epy.lazy_imports():
     from etils import epath
@@ -30,20 +30,23 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledImages(config.Evaluator):
+class LabelledImages(Evaluator):
     """Base of the evaluators on images with classes.
 
     Options: `images`, a folder with one sub-folder per class, or `tfds`, a set of TensorFlow Datasets, with `split`
     and `data_dir`; `classes`, the class names.
     """
 
-    # folder with one sub-folder of images a class
-    images: str = option("", "DIR", required=True)
-    tfds: str | None = None  # or a TFDS set: "name" or "name/config:version"
-    split: str = "test"  # of the TFDS set
-    data_dir: str | None = None  # of TFDS; None: the default of TFDS
-    # File of class names, or the name of one in grain_jax/evaluate/classes; None: those of the data set.
-    classes: str | None = None
+    images: str = option(
+        "", "Folder with one sub-folder of images per class.", "DIR", required=True
+    )
+    tfds: str | None = key(None, "A TFDS dataset instead of images: name or name/config:version.")
+    split: str = key("test", "Split of the TFDS dataset.")
+    data_dir: str | None = key(None, "Folder of TFDS; None: its default.")
+    classes: str | None = key(
+        None,
+        "File of class names, or a name in grain_jax/evaluate/classes; None: the dataset's classes.",
+    )
 
     def faults(self) -> list[str]:
         if self.tfds is None or not self.images:
@@ -96,7 +99,7 @@ class Gathered(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnnotatedImages(config.Evaluator):
+class AnnotatedImages(Evaluator):
     """Base of the evaluators on images with annotations.
 
     Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md).
@@ -108,10 +111,12 @@ class AnnotatedImages(config.Evaluator):
     left_out: ClassVar[str] = "without_regions"  # key of the number of annotations of no use
     # The end of the message where no annotation is usable; {option} stands for its value.
     none_usable: ClassVar[str] = "no line has a region; expected described boxes"
-    # folder that the annotations' paths start from
-    images: str = option("", "DIR", required=True)
-    # one JSON object a line (A.jsonl)
-    annotations: str | None = option(None, "A.jsonl", required=True)
+    images: str = option(
+        "", "Folder that the paths of the annotations start from.", "DIR", required=True
+    )
+    annotations: str | None = option(
+        None, "A.jsonl, with one JSON object per line.", "A.jsonl", required=True
+    )
 
     @property
     def data(self) -> tuple[str | None, ...]:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, option
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -53,10 +53,12 @@ class HardNegatives(AnnotatedImages):
         ),
     )
     kind: str = "hard_negatives"
-    # negatives of a box, 10 as in FG-OVD; boxes with fewer are left out
-    negatives: int = option(10, "N", low=1)
-    # captions are compared, too, in which each negative stands for the description
-    captions: bool = option(False)
+    negatives: int = option(
+        10, "Negatives per box, 10 as in FG-OVD; boxes with fewer are left out.", "N", low=1
+    )
+    captions: bool = option(
+        False, "Whether captions with a negative in place of the description are compared too."
+    )
 
     def usable(self, record: annotations_lib.Annotation) -> bool:
         return any(len(region.negatives) >= self.negatives for region in record.regions)

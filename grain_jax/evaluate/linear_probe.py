@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, option, same_place
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option, same_place
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -52,8 +52,11 @@ class LinearProbe(LabelledImages):
         TableRow("mean_per_class", "mean per class", "chance", "pictures", "pictures"),
     )
     kind: str = "linear_probe"
-    # class folders to train on, or a split of the TFDS set; default: a share of each class of the images, or "train"
-    train: str | None = option(None, "DIR")
+    train: str | None = option(
+        None,
+        "Class folders, or a TFDS split, for training; default: part of the images, or train.",
+        "DIR",
+    )
 
     @property
     def data(self) -> tuple[str | None, ...]:

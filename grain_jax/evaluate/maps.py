@@ -18,8 +18,8 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():

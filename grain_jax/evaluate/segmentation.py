@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax import config
-from grain_jax.config.evals import (
+from grain_jax.core import errors, named
+from grain_jax.evaluate.base import (
     STANDALONE,
     Context,
+    Evaluator,
     TableRow,
     exists,
     expanduser,
     option,
 )
-from grain_jax.core import errors, named
 from grain_jax.evaluate.evaluators import Faults
 
 with epy.lazy_imports():
@@ -52,7 +52,7 @@ def _parse_sides(text: str) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Segmentation(config.Evaluator):
+class Segmentation(Evaluator):
     """Classes of pixels by the classes' names: mIoU and pixel accuracy."""
 
     example = "--format ade20k \\\n    --images ADEChallengeData2016"
@@ -62,38 +62,73 @@ class Segmentation(config.Evaluator):
         TableRow("mean_class_accuracy", "mean class accuracy", "chance_pixel_accuracy", *_PIXELS),
     )
     kind: str = "segmentation"
-    # root of the set; with --masks the folder of the images
-    images: str = option("", "DIR", required=True)
-    # folder of the masks, PNGs of one channel; default: where the format has them, of folder DIR/masks
-    masks: str | None = option(None, "DIR")
-    # layout of the set; folder: images/ and masks/ of the same names, and classes.txt
-    format: str = option(FORMATS[0], choices=FORMATS)
-    # of the set; default: its validation split
-    split: str | None = option(None, "NAME")
-    # file of class names in the order of the ids, commas between names of one class; default: those of the format
-    classes: str | None = option(None, "FILE")
-    # id of the pixels that do not count, of the format folder; default: 255, where it is no class
-    ignore: int | None = option(None, "ID", low=0, high=65535)
-    # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
-    descriptions: str | None = option(None, "D.json")
-    # prompts, one a line, with {} for the name; default: inference/templates.txt
-    templates: str | None = option(None, "FILE")
-    # class features have unit length; without, they are the mean of their prompts
-    unit_features: bool = option(True)
-    # maps of patches, of the queries' regions, or both; auto: what the model has
-    by: str = option(WAYS[0], choices=WAYS)
-    # values: the last layer attends to the patch alone (MaskCLIP); tokens; auto: tokens with a box head, else values
-    patch_features: str = option(PATCHES[0], choices=PATCHES)
-    # of a model with a box head: a patch is the mean of the boxes around it that are so many patches wide
-    patch_sides: tuple[int, ...] = option((1, 2, 3), "N,N", parse=_parse_sides)
-    # share of the patches in both
-    patch_weight: float = option(0.5, "W", low=0, high=1)
-    # pixels of the shorter side after resizing; 0: the model's image size
-    short_side: int = option(0, "PIXELS", low=0)
-    # pixels between windows of the model's size; 0: half of it
-    stride: int = option(0, "PIXELS", low=0)
-    # background is where the best other class has a smaller share of the softmax; default: it is a name as others
-    background_threshold: float | None = option(None, "P", low=0, high=1)
+    images: str = option(
+        "", "Root of the dataset; with masks, the folder of the images.", "DIR", required=True
+    )
+    masks: str | None = option(
+        None, "Folder of masks, PNGs of one channel; default: the format's, or DIR/masks.", "DIR"
+    )
+    format: str = option(
+        FORMATS[0],
+        "Layout of the dataset; folder: images/, masks/ and classes.txt.",
+        choices=FORMATS,
+    )
+    split: str | None = option(None, "Split of the dataset; default: its validation split.", "NAME")
+    classes: str | None = option(
+        None,
+        "File of class names by id, with commas between names of a class; default: the format's.",
+        "FILE",
+    )
+    ignore: int | None = option(
+        None,
+        "Id of pixels that do not count, for format=folder; default: 255 if it is no class.",
+        "ID",
+        low=0,
+        high=65535,
+    )
+    descriptions: str | None = option(
+        None,
+        "File of {class name: [description, ...]} to classify by; default: by names alone.",
+        "D.json",
+    )
+    templates: str | None = option(
+        None,
+        "File of prompts, one per line, with {} for the name; default: inference/templates.txt.",
+        "FILE",
+    )
+    unit_features: bool = option(
+        True, "Whether class features have unit length; else they are means of their prompts."
+    )
+    by: str = option(
+        WAYS[0],
+        "Maps of patches, of query regions, or both; auto: what the model has.",
+        choices=WAYS,
+    )
+    patch_features: str = option(
+        PATCHES[0],
+        "values (MaskCLIP) or tokens of the last layer; auto: tokens with a box head.",
+        choices=PATCHES,
+    )
+    patch_sides: tuple[int, ...] = option(
+        (1, 2, 3),
+        "With a box head: a patch is the mean of boxes of these widths around it.",
+        "N,N",
+        parse=_parse_sides,
+    )
+    patch_weight: float = option(0.5, "Share of the patches in both.", "W", low=0, high=1)
+    short_side: int = option(
+        0, "Pixels of the shorter side after resizing; 0: the model's image size.", "PIXELS", low=0
+    )
+    stride: int = option(
+        0, "Pixels between windows of the model's size; 0: half a window.", "PIXELS", low=0
+    )
+    background_threshold: float | None = option(
+        None,
+        "Background is where no other class reaches this share; default: it is a name as others.",
+        "P",
+        low=0,
+        high=1,
+    )
 
     def faults(self) -> list[str]:
         if self.format == FORMATS[0] and self.split is not None:

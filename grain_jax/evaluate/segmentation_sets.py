@@ -14,10 +14,10 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax.config.evals import how_to_get
 from grain_jax.core import errors, regular_file
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import class_names, test_sets
+from grain_jax.evaluate.base import how_to_get
 from grain_jax.inference import segmentation
 from grain_jax.inference.inputs import InputError
 

@@ -21,9 +21,9 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.config.evals import Context
 from grain_jax.core import atomic, errors, regular_file
-from grain_jax.evaluate import encode, tables
+from grain_jax.evaluate import encode, kinds, tables
+from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
@@ -32,7 +32,7 @@ FAILED, NOTHING = 1, 2  # exit statuses
 
 
 def run(
-    suite: config_lib.Suite,
+    entries: Mapping[str, Evaluator],
     output: epath.Path,
     *,
     checkpoint: str,
@@ -52,10 +52,11 @@ def run(
       InputError: `only` has an unknown name, or `output` holds something else or the results of another checkpoint.
     """
     for name in only or ():
-        if name not in suite.evals:
-            words = config_lib.unknown_key(name, list(suite.evals))
+        if name not in entries:
+            words = config_lib.unknown_key(name, list(entries))
             raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
-    entries = {n: entry for n, entry in suite.evals.items() if only is None or n in only}
+    order = list(entries)
+    entries = {n: entry for n, entry in entries.items() if only is None or n in only}
     before = processes.run_together(lambda: _read(output, again))
     results: dict[str, Any] = {"ran": {}, "skipped": {}, "failed": {}, "notes": {}}
     tasks = _tasks(entries, results)
@@ -95,14 +96,14 @@ def run(
             about |= {"seconds": seconds}
             results["ran"][name] = about | result | {"kind": entry.kind}
             _say(f"{of}: {inputs['pictures']} images in {seconds:.0f} s")
-        _write(output, results, suite)
-    saved = _write(output, results, suite)
+        _write(output, results, order)
+    saved = _write(output, results, order)
     if processes.process_info()[0] == 0:
         _show(results)
     return FAILED if results["failed"] or not saved else 0
 
 
-def present(entries: Mapping[str, config_lib.Evaluator]) -> dict[str, config_lib.Evaluator]:
+def present(entries: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
     """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
 
     Raises:
@@ -122,19 +123,19 @@ def present(entries: Mapping[str, config_lib.Evaluator]) -> dict[str, config_lib
     return out
 
 
-def _ready(entry: config_lib.Evaluator) -> tuple[config_lib.Evaluator, str, int]:
+def _ready(entry: Evaluator) -> tuple[Evaluator, str, int]:
     """The entry as far as its data is there, checked; what it does without; and its number of images."""
     found, note = processes.run_together(entry.available)
     return found, note, processes.run_together(found.check)
 
 
-def _may_miss(entry: config_lib.Evaluator, error: Exception) -> bool:
+def _may_miss(entry: Evaluator, error: Exception) -> bool:
     return isinstance(error, errors.MissingData) and entry.missing == "skip"
 
 
 def _tasks(
-    entries: Mapping[str, config_lib.Evaluator], results: dict[str, Any]
-) -> dict[str, tuple[config_lib.Evaluator, dict[str, Any]]]:
+    entries: Mapping[str, Evaluator], results: dict[str, Any]
+) -> dict[str, tuple[Evaluator, dict[str, Any]]]:
     """The entries that can be run, as far as their data is there, and the inputs that their results depend on.
 
     `results` gets a line for each of the others.
@@ -219,24 +220,22 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
     )
 
 
-def _same(
-    result: Mapping[str, Any], entry: config_lib.Evaluator, inputs: dict[str, Any], again: bool
-) -> bool:
+def _same(result: Mapping[str, Any], entry: Evaluator, inputs: dict[str, Any], again: bool) -> bool:
     """Whether an earlier result has the options and the inputs."""
     if again or result.get("inputs") != json.loads(json.dumps(inputs)):
         return False
     try:  # an option that the stored entry lacks has its default
-        return config_lib.evaluator_from_dict(result.get("entry")) == entry
-    except config_lib.ConfigError:
+        return kinds.from_entry(result.get("entry")) == entry
+    except errors.UserError:
         return False
 
 
-def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> bool:
+def _write(output: epath.Path, results: dict[str, Any], order: Sequence[str]) -> bool:
     """Whether the file could be written; the first process writes it."""
     if processes.process_info()[0]:
         return True
     # In the order of the suite, in whatever order they were measured.
-    order = [name for name in suite.evals if name in results["ran"]]
+    order = [name for name in order if name in results["ran"]]
     results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
     seconds = sum(result["seconds"] for result in results["ran"].values())
     results |= {"seconds": round(seconds, 1), "averages": tables.averages(results["ran"])}

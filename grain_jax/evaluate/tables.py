@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grain_jax.config import evals
-from grain_jax.config.evals import TableRow
 from grain_jax.core import printable
+from grain_jax.evaluate import kinds
+from grain_jax.evaluate.base import TableRow
 
 _OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
 _INTERVAL = "95% interval"
@@ -48,7 +48,7 @@ def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
 
 def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
     """The rows that an evaluator of the package declares for its numbers; of any other kind one row per number."""
-    known = evals.find(kind).rows(numbers) if kind in evals.NAMED else ()
+    known = kinds.find(kind).rows(numbers) if kind in kinds.KINDS else ()
     rows = [row for row in known if row.key in numbers]
     return rows or [TableRow(key, key, None, "", "", False) for key in numbers]
 

@@ -15,10 +15,10 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax.config.evals import how_to_get
 from grain_jax.core import errors
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import class_names
+from grain_jax.evaluate.base import how_to_get
 from grain_jax.inference.inputs import InputError
 
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())

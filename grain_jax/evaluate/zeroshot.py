@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, exists, expanduser, option
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, exists, expanduser, option
 from grain_jax.evaluate.evaluators import Faults, LabelledImages
 
 with epy.lazy_imports():
@@ -55,18 +55,35 @@ class ZeroShot(LabelledImages):
     example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
     writes_predictions = True
     kind: str = "zeroshot"
-    # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
-    descriptions: str | None = option(None, "D.json")
-    # share of the global score, 0 to 1, also several (0.5,1); default 1, with descriptions 1,0.5
-    alphas: tuple[float, ...] = option((1.0, 0.5), "A", name="alpha", parse=_parse_alphas)
-    # use the classes' names; without, a class is its descriptions alone (for names that mean nothing)
-    names: bool = option(True)
-    # what the region score is averaged over; queries is the paper's
-    region_order: str = option(REGION_ORDERS[0], choices=REGION_ORDERS)
-    # class features have unit length, as in CLIP; without, they are the mean, as in the paper's code
-    unit_features: bool = option(False)
-    # prompts, one a line, with {} for the name; default: inference/templates.txt
-    templates: str | None = option(None, "FILE")
+    descriptions: str | None = option(
+        None,
+        "File of {class name: [description, ...]} to classify by; default: by names alone.",
+        "D.json",
+    )
+    alphas: tuple[float, ...] = option(
+        (1.0, 0.5),
+        "Shares of the global score, such as 0.5,1; default: 1, with descriptions 1,0.5.",
+        "A",
+        name="alpha",
+        parse=_parse_alphas,
+    )
+    names: bool = option(
+        True, "Whether class names are used; else a class is its descriptions alone."
+    )
+    region_order: str = option(
+        REGION_ORDERS[0],
+        "What the region score is averaged over; queries is the paper's way.",
+        choices=REGION_ORDERS,
+    )
+    unit_features: bool = option(
+        False,
+        "Whether class features have unit length, as in CLIP; else they are means, as in the paper.",
+    )
+    templates: str | None = option(
+        None,
+        "File of prompts, one per line, with {} for the name; default: inference/templates.txt.",
+        "FILE",
+    )
 
     @classmethod
     def of_flags(cls, **given: Any) -> typing.Self:

@@ -219,7 +219,7 @@ class MetricsWriter:
       start_step: metrics beyond it, of a run that was cut off, are removed.
       total_steps: for the ETA.
       batch_size: for images/s.
-      flops_per_image: FLOPs that training needs an image (`flops.PerImage.train`).
+      flops_per_image: FLOPs that training needs an image (`flops.FlopsPerImage.train`).
       peak_flops: FLOPs a second that all devices can do together; None where it is not known.
       config: of the run; its `wandb` says whether Weights & Biases gets the metrics too. None: it does not.
       terms: metric of each loss term -> its name in the progress line.

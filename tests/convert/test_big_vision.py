@@ -7,14 +7,13 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
-from grain_jax.config import recipe
 from grain_jax.convert import towers
 from grain_jax.convert.big_vision import checkpoint as files
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.big_vision.towers import import_tower
 from grain_jax.convert.faults import ConvertError
 from grain_jax.train import initialise
-from tests import foreign, tiny
+from tests import foreign, siglip, tiny
 from tests.paths import GOLDENS
 
 NONE = towers.Settings()
@@ -89,7 +88,7 @@ def test_other_layouts_are_the_same_model(change, tmp_path):
 def _image(path):
     """The arrays of the image tower in a file, by our names."""
     c = tiny.dictionary(init__image=str(path))
-    recipe.towers_of(c, "siglip", ("image",))
+    c.model.image.update(siglip.IMAGE)
     c.model.image.update(image_size=32, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.image.class_token = "tok" in str(path)
     return initialise.load(config_lib.from_dict(c)).params

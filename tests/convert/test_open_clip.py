@@ -17,7 +17,6 @@ import safetensors.torch  # noqa: E402
 import grain_jax  # noqa: E402
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.checkpoint import saved_model  # noqa: E402
-from grain_jax.config import recipe  # noqa: E402
 from grain_jax.configs import finetune  # noqa: E402
 from grain_jax.convert import parity, towers  # noqa: E402
 from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
@@ -27,9 +26,9 @@ from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.core import errors  # noqa: E402
-from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
+from grain_jax.input_pipeline import tokenizer as tokenizer_lib  # noqa: E402
 from grain_jax.train import initialise  # noqa: E402
-from tests import foreign, tiny  # noqa: E402
+from tests import foreign, siglip, tiny  # noqa: E402
 
 VOCAB, LENGTH, SIZE, PATCH = 300, 16, 32, 8
 NONE, TOLD = towers.Settings(), towers.Settings(heads={"image": 2, "text": 3})
@@ -185,7 +184,7 @@ def test_one_tower_of_hugging_face_alone(tmp_path):
         import_tower("text", stored, NONE)
 
     c = tiny.dictionary(init__image=str(tmp_path))
-    recipe.towers_of(c, "siglip", ("image",))
+    c.model.image.update(siglip.IMAGE)
     c.model.image.update(width=24, depth=3, heads=2, image_size=SIZE, activation="gelu")
     loaded = initialise.load(config_lib.from_dict(c))
     assert {x.split("/")[0] for x in loaded.params} == {"image"} and not [
@@ -377,7 +376,7 @@ def test_the_tokenizer_of_metaclip_2_gives_the_same_ids(tmp_path):
     texts = ["a photo of a wren", "A Photo of  A café &amp; wren, 1998! ", "x", "long " * 100]
     options = dict(padding="max_length", truncation=True, max_length=16, return_tensors="np")
     theirs = tokenizer(texts, **options)["input_ids"]
-    ours = file_tokenizer.FileTokenizer(tmp_path / "tokenizer.json", "none", 1)
+    ours = tokenizer_lib.FileTokenizer(tmp_path / "tokenizer.json", "none", 1)
     np.testing.assert_array_equal(ours(texts, 16), theirs)
     text = config_lib.TextTower(pool="end", end_id=2)
     np.testing.assert_array_equal(text.ends(theirs), ours.encode(texts, 16).lengths - 1)

@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 import PIL.Image
 
-from grain_jax.config import evals
 from grain_jax.core import schema
+from grain_jax.evaluate import base, kinds
 
 
 class StubPredictor:
@@ -71,5 +71,5 @@ def measure(
 ):
     """The result of an evaluator of the package with those options, of which paths may be paths."""
     texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
-    context = evals.Context(batch_size, state_path, step, predictions)
-    return evals.find(kind)(**texts).evaluate(predictor, context)
+    context = base.Context(batch_size, state_path, step, predictions)
+    return kinds.find(kind)(**texts).evaluate(predictor, context)

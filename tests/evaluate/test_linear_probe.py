@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.config.recipe import evaluator
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import linear_probe, rates
+from grain_jax.evaluate import kinds, linear_probe, rates
+from grain_jax.evaluate.kinds import evaluator
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, measure, write_picture
 
@@ -103,7 +102,7 @@ def test_a_tfds_set_is_probed_by_its_splits(tmp_path):
     pictures = tfds_sets.numbered(range(8))
     tfds_sets.write(tmp_path, "dtd", "3.0.1", "test", pictures, labels, names=["a", "b"])
     given = dict(tfds="dtd", data_dir=str(tmp_path), train="test[:5]", split="test[5:]")
-    entry = config_lib.evaluator_from_dict(ConfigDict(evaluator("linear_probe", **given)))
+    entry = kinds.from_entry(ConfigDict(evaluator("linear_probe", **given)))
     assert entry.check() == 8
     result = entry.evaluate(StubPredictor(dict(enumerate(np.eye(2)[labels]))))
     assert (result["train_pictures"], result["pictures"]) == (5, 3)

@@ -11,10 +11,17 @@ import pytest
 from etils import epath
 
 from grain_jax import config, inference
-from grain_jax.config import evals
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import class_names, confusion, segmentation, segmentation_sets, tables
+from grain_jax.evaluate import (
+    base,
+    class_names,
+    confusion,
+    kinds,
+    segmentation,
+    segmentation_sets,
+    tables,
+)
 from grain_jax.runtime import processes
 from tests import tiny
 from tests.evaluate.report import workdirs
@@ -72,7 +79,7 @@ def measure(predictor=None, batch_size=3, **options):
     options = {k: str(v) if hasattr(v, "parts") else v for k, v in options.items()}
     entry = segmentation.Segmentation(**options)
     assert entry.check() > 0
-    return entry.evaluate(predictor or Coloured(), evals.Context(batch_size))
+    return entry.evaluate(predictor or Coloured(), base.Context(batch_size))
 
 
 def folder(root, count=4, size=(20, 17), names="wall\nfloor\nsky\n"):
@@ -473,7 +480,7 @@ def test_data_that_cannot_be_used(tmp_path):
     found = fault(images=tmp_path / "voc/JPEGImages", masks=tmp_path / "voc", format="voc")
     assert found.startswith("masks: got ") and "expected none" in found
     with pytest.raises(config.ConfigError, match="patch_weight: got 2"):
-        config.evaluator_from_dict({"kind": "segmentation", "images": "x", "patch_weight": 2.0})
+        kinds.from_entry({"kind": "segmentation", "images": "x", "patch_weight": 2.0})
 
 
 def test_masks_are_listed_once(tmp_path, monkeypatch):
@@ -515,14 +522,16 @@ def test_an_entry_of_a_run():
     def parsed(by, options=None, **changes):
         c = tiny.dictionary(**changes)
         c.evals = {"parts": dict(kind="segmentation", images="x", by=by, **(options or {}))}
-        return config.from_dict(c).evals["parts"]
+        run = config.from_dict(c)
+        return kinds.from_entries(run.evals, run.model)["parts"]
 
     assert parsed("auto").patch_weight == 0.5 and parsed("regions").by == "regions"
     assert parsed("both", **HEAD).by == "both"
     with pytest.raises(config.ConfigError, match="evals.parts.by: got 'both', which asks patches"):
         parsed("both")
     two = dict(model__decoder=None, input__max_regions=0, loss__region_description=0.0)
-    with pytest.raises(config.ConfigError, match="kind=segmentation, which needs regions"):
+    two |= dict(model__image__pool="class")
+    with pytest.raises(config.ConfigError, match="kind: got segmentation, which needs regions"):
         parsed("regions", **two, loss__box=0.0)
     size = tiny.dictionary().model.image.image_size
     for options, line in (

@@ -11,11 +11,11 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.config import suite as benchmarks
+from grain_jax.configs import eval as benchmarks
 from grain_jax.configs import eval as eval_config
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import class_names, test_sets
+from grain_jax.evaluate import class_names, kinds, test_sets
 from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, write_picture
@@ -216,7 +216,7 @@ def test_usage_and_inputs_that_cannot_be_used_are_status_2(suite, capsys):
 def test_entries_serve_a_training_config():
     c = tiny.dictionary(checkpoint_best_metric="eval/cifar10/alpha_1.0/top1")
     c.evals = benchmarks.entries(("cifar10", "lvis"), data_dir="D", folders="F", alphas=(1.0,))
-    evals = config_lib.from_dict(c).evals
+    evals = kinds.from_entries(config_lib.from_dict(c).evals)
     assert list(evals) == ["cifar10", "lvis"]
     one = evals["cifar10"]
     assert (one.tfds, one.data_dir, one.alphas) == ("cifar10", "D", (1.0,))
@@ -227,7 +227,7 @@ def test_entries_serve_a_training_config():
     with pytest.raises(
         config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"
     ):
-        config_lib.from_dict(c)
+        kinds.from_entries(config_lib.from_dict(c).evals)
 
 
 def _read(test_set, positions):
@@ -273,7 +273,7 @@ def test_faults_of_tfds_sets(data, tmp_path):
 def test_probes_stand_beside_the_suite_where_they_are_asked_for():
     c = eval_config.get_config("probes")
     c.data_dir = "D"
-    entries = config_lib.suite_from_dict(c.copy_and_resolve_references()).evals
+    entries = kinds.suite_from_dict(c.copy_and_resolve_references())
     assert entries["dtd_probe"].kind == "linear_probe" and entries["dtd_probe"].data_dir == "D"
     assert not any(name.endswith("_probe") for name in eval_config.get_config().evals)
     with pytest.raises(ValueError, match="got :probe, expected :probes"):

@@ -14,10 +14,10 @@ import pytest
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.config.evals import Context
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import encode, tables, test_sets, zeroshot
+from grain_jax.evaluate.base import Context
 from grain_jax.models import grain
 from grain_jax.runtime import processes
 from tests import tiny

@@ -9,13 +9,13 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import digests, saved_model, states
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.config import recipe
 from grain_jax.convert import tables
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
+from grain_jax.evaluate import kinds
 from grain_jax.models import grain
 from grain_jax.train import initialise, optim, sharding, train_step
-from tests import tiny
+from tests import siglip, tiny
 from tests.paths import GOLDENS
 
 
@@ -71,7 +71,9 @@ def _golden(which, folder):
 def _siglip(path, **overrides):
     """A tiny run whose towers are those of the golden, with images and texts larger than there."""
     c = tiny.dictionary()
-    recipe.towers_of(c, "siglip")
+    c.model.image.update(siglip.IMAGE)
+    c.model.text.update(siglip.TEXT)
+    c.text.packing = False
     c.model.image.update(image_size=48, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.text.update(vocab_size=300, context_length=24, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.text.projection = "affine"
@@ -87,9 +89,9 @@ def _build(config, devices=1):
 
 def _saved_and_restored(state, config, elsewhere, workdir):
     """`state` as a run on other devices finds it."""
-    checkpoints = states.manager(workdir, config)
-    states.save(checkpoints, state, config, {})
-    checkpoints.wait_until_finished()
+    checkpoints = states.Checkpoints(workdir, config)
+    checkpoints.save(state)
+    checkpoints.wait()
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     placed = jax.tree.map(shape, elsewhere.state, elsewhere.shardings)
     restored = states.restore(checkpoints.directory / str(int(state.step)), placed)
@@ -267,22 +269,22 @@ def _two_towers(**changes):
 
 
 def test_evaluations_that_need_regions_are_refused_before_the_run():
-    described = functools.partial(recipe.evaluator, "zeroshot", "seen", descriptions="D.json")
+    described = functools.partial(kinds.evaluator, "zeroshot", "seen", descriptions="D.json")
     for entry, fine in (
-        (recipe.evaluator("grounding", "test", annotations="A.jsonl"), False),
+        (kinds.evaluator("grounding", "test", annotations="A.jsonl"), False),
         (described(), False),
         (described(alphas=(1.0,)), True),
-        (recipe.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
-        (recipe.evaluator("retrieval", "test", annotations="A.jsonl"), True),
+        (kinds.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
+        (kinds.evaluator("retrieval", "test", annotations="A.jsonl"), True),
     ):
         c = _two_towers()
         c.evals.x = entry
+        run = config_lib.from_dict(c)
         if fine:
-            assert config_lib.from_dict(c).evals["x"].kind == entry["kind"]
+            assert kinds.from_entries(run.evals, run.model)
             continue
-        said = "evals.x: got kind=[^\n]* has no regions[^\n]*$"
-        with pytest.raises(config_lib.ConfigError, match=said):
-            config_lib.from_dict(c)
+        with pytest.raises(config_lib.ConfigError, match="^evals.x.kind: got [^\n]*regions[^\n]*$"):
+            kinds.from_entries(run.evals, run.model)
 
 
 @pytest.mark.parametrize(
@@ -290,22 +292,25 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
     [
         (
             {"model.text.causal": False},
-            "text.packing: got True, but a text tower with causal=False and pool=end",
+            "text.packing: got True, expected False",
         ),
-        ({"model.text.pool": "last"}, "text.packing: got True, but a text tower with causal=True"),
+        ({"model.text.pool": "last"}, "text.packing: got True, expected False"),
         (
             {"model.text.pool": "map"},
-            "set text.packing=False, or model.text.mask_padding=True too, which changes the function",
+            "or model.text.mask_padding=True",
         ),
         (
             {"model.text.mask_padding": True},
-            "model.text.mask_padding: got True with causal=True and pool=end, of which nothing depends",
+            "model.text.mask_padding: got True, expected False",
         ),
         ({"input.text_length": 33}, "input.text_length: got 33, expected 3 to model.text.context"),
-        ({"model.image.pool": "map"}, "model.image.pool, model.image.projection: got map, matrix"),
+        (
+            {"model.image.pool": "map"},
+            "model.image.pool, model.image.projection: got 'map', 'matrix'",
+        ),
         (
             {"model.text.cleaning": "none"},
-            "model.text.cleaning: got none, expected lower, which is",
+            "model.text.cleaning: got 'none', expected lower, which is",
         ),
         ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
         ({"model.text.end_id": 3}, "model.text.end_id: got 3, expected None or 49407, the end"),

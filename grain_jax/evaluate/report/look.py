@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.core import errors, html, images
-from grain_jax.evaluate import encode, evaluators, grounding, rates, test_sets, zeroshot
+from grain_jax.core import errors, html, images, named
+from grain_jax.evaluate import encode, evaluators, grounding, kinds, rates, test_sets, zeroshot
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
@@ -67,7 +66,9 @@ def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int
         return looked
     for name, entry in evals.items():
         with part(name):
-            parsed = config_lib.evaluator_from_dict(entry)
+            if not named.may_import(str(entry.get("kind"))):  # of a class that is not here
+                continue
+            parsed = kinds.from_entry(entry)
             if isinstance(parsed, zeroshot.ZeroShot):
                 looked.classes.update(_classes(predictor, name, parsed.available()[0], num_images))
             elif isinstance(parsed, evaluators.AnnotatedRegions) and not looked.cards:
