@@ -90,14 +90,20 @@ def parse(content: bytes | None) -> Holder | None:
     return None
 
 
-class Storage:
-    """The lock of a folder or of an object store, by conditional writes of TensorStore."""
+class Lock:
+    """The lock of this process, which a thread renews until `release`. Raises Held: another process has it."""
 
     def __init__(self, workdir: epath.Path):
         import tensorstore  # Orbax's; a second to import
 
         url = str(workdir) if "://" in str(workdir) else Path(workdir).resolve().as_uri()
         self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
+        self._workdir, self._holder = workdir, this_process()
+        self._take()
+        self._released, self._lock = threading.Event(), threading.Lock()
+        self._renewed_at = time.monotonic()
+        ending.at_end(self.release)
+        threading.Thread(target=self._renew_always, name=FILE, daemon=True).start()
 
     def read(self) -> tuple[bytes | None, bytes]:
         """(content of the lock or None, its version)."""
@@ -109,41 +115,23 @@ class Storage:
         content = None if holder is None else msgspec.json.encode(holder) + b"\n"
         return self._store.write(FILE, content, if_equal=version).result().generation != b""
 
-
-class Lock:
-    """The lock of this process, which a thread renews until `release`."""
-
-    def __init__(self, workdir: epath.Path, storage: Storage, holder: Holder):
-        self._workdir, self._storage, self._holder = workdir, storage, holder
-        self._released, self._lock = threading.Event(), threading.Lock()
-        self._renewed_at = time.monotonic()
-        ending.at_end(self.release)
-        threading.Thread(target=self._renew_always, name=FILE, daemon=True).start()
-
     def check(self) -> None:
         """Raises Lost if another trainer has the lock; reads the storage only if a renewal is overdue."""
         if time.monotonic() - self._renewed_at > 2 * RENEW_SECONDS:
             self.renew()
 
     def release(self) -> None:
-        """Removes the lock if this process still has it."""
+        """Removes the lock if it is still that of this process."""
         if self._released.is_set() or not self._lock.acquire(timeout=5):  # a renewal may hang
             return
         self._released.set()
         ending.forget(self.release)
         # A lock that stays delays the next trainer by DEAD_SECONDS.
         with contextlib.suppress(Exception):
-            content, version = self._storage.read()
+            content, version = self.read()
             if (holder := parse(content)) and holder.token == self._holder.token:
-                self._storage.swap(version, None)
+                self.swap(version, None)
         self._lock.release()
-
-    def _renew_always(self) -> None:
-        while not self._released.wait(RENEW_SECONDS):
-            try:
-                self.renew()
-            except Lost as error:
-                ending.leave(error.status, str(error))
 
     def renew(self) -> None:
         """Writes the lock anew. Raises Lost."""
@@ -152,7 +140,7 @@ class Lock:
                 return
             self._renewed_at = time.monotonic()
             try:
-                content, version = self._storage.read()
+                content, version = self.read()
                 removed = content is None and not self._workdir.exists()
             except Exception:  # a network that is down: the next save says so
                 return
@@ -160,17 +148,46 @@ class Lock:
                 raise Lost(f"ending: {self._workdir}: the folder was removed during the run")
             holder = parse(content)
             if content is not None and (holder is None or holder.token != self._holder.token):
-                who = _who(self._workdir, holder)
-                raise Lost(f"ending: {who}, which took this one for dead")
+                raise Lost(f"ending: {self._who(holder)}, which took this one for dead")
             self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
             with contextlib.suppress(Exception):  # a full disk
-                self._storage.swap(version, self._holder)
+                self.swap(version, self._holder)
 
+    def _renew_always(self) -> None:
+        while not self._released.wait(RENEW_SECONDS):
+            try:
+                self.renew()
+            except Lost as error:
+                ending.leave(error.status, str(error))
 
-def _who(workdir: epath.Path, holder: Holder | None) -> str:
-    if holder is None:
-        return f"{workdir}: another process trains there"
-    return f"{workdir}: process {holder.pid} on {holder.host} trains there, since {holder.began}"
+    def _who(self, holder: Holder | None) -> str:
+        if holder is None:
+            return f"{self._workdir}: another process trains there"
+        who = f"process {holder.pid} on {holder.host}"
+        return f"{self._workdir}: {who} trains there, since {holder.began}"
+
+    def _take(self) -> None:
+        seen, since = None, 0.0  # the lock of a process that cannot be looked up
+        while True:
+            content, version = self.read()
+            holder = parse(content)
+            lives = content is not None and (holder.lives() if holder else None)
+            if lives is None and seen is None:
+                seen, since = content, time.monotonic()
+                waits = f"waiting up to {DEAD_SECONDS} s for a sign of life"
+                print(f"{self._who(holder)}, or is dead: {waits}", file=sys.stderr, flush=True)
+            elif lives is None:
+                waited = time.monotonic() - since
+                lives = True if content != seen else False if waited > DEAD_SECONDS else None
+            if lives:
+                raise Held(
+                    f"{self._who(holder)}; expected no other: end it, or take another --workdir"
+                    f" (its lock: {self._workdir / FILE})"
+                )
+            if lives is None:
+                time.sleep(1)
+            elif self.swap(version, self._holder):
+                return
 
 
 @contextlib.contextmanager
@@ -184,16 +201,14 @@ def held(workdir: epath.Path) -> Iterator[Lock]:
     new = "://" not in str(workdir) and not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        storage = Storage(workdir)
-        lock = Lock(workdir, storage, take(workdir, storage))
+        lock = Lock(workdir)
     except errors.UserError:
         raise
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
         got = "a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None)
-        raise errors.UserError(
-            f"--workdir: {workdir}: got {got or ' '.join(str(error).split())}, expected a folder"
-            " that can be written"
-        ) from None
+        got = got or " ".join(str(error).split())
+        expected = "expected a folder that can be written"
+        raise errors.UserError(f"--workdir: {workdir}: got {got}, {expected}") from None
     try:
         yield lock
     finally:
@@ -201,29 +216,3 @@ def held(workdir: epath.Path) -> Iterator[Lock]:
         if new:
             with contextlib.suppress(OSError):  # it holds something
                 Path(workdir).rmdir()
-
-
-def take(workdir: epath.Path, storage: Storage) -> Holder:
-    """Makes this process the holder of the lock. Raises Held if another one lives."""
-    me = this_process()
-    seen, since = None, 0.0  # the lock of a process that cannot be looked up
-    while True:
-        content, version = storage.read()
-        holder = parse(content)
-        lives = content is not None and (holder.lives() if holder else None)
-        if lives is None and seen is None:
-            seen, since = content, time.monotonic()
-            waits = f"waiting up to {DEAD_SECONDS} s for a sign of life"
-            print(f"{_who(workdir, holder)}, or is dead: {waits}", file=sys.stderr, flush=True)
-        elif lives is None:
-            waited = time.monotonic() - since
-            lives = True if content != seen else False if waited > DEAD_SECONDS else None
-        if lives:
-            raise Held(
-                f"{_who(workdir, holder)}; expected no other: end it, or take another --workdir"
-                f" (its lock: {workdir / FILE})"
-            )
-        if lives is None:
-            time.sleep(1)
-        elif storage.swap(version, me):
-            return me

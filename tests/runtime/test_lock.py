@@ -31,11 +31,6 @@ def _holder(workdir):
     return lock.parse((workdir / lock.FILE).read_bytes())
 
 
-def take(workdir):
-    storage = lock.Storage(workdir)
-    return lock.Lock(workdir, storage, lock.take(workdir, storage))
-
-
 def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -45,7 +40,7 @@ def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
         refusal = f"process {me.pid} on {me.host} trains there, since {me.began[:10]}"
         for same in (workdir, tmp_path / "real" / "new" / "run"):
             with pytest.raises(lock.Held, match=refusal) as refused:
-                take(same)
+                lock.Lock(same)
             assert len(str(refused.value).splitlines()) == 1
     assert not workdir.exists()  # the lock goes with its holder, and the folder if it holds no more
 
@@ -65,7 +60,7 @@ def test_a_dead_process_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, 
         time.sleep(0.01)
     for left, end in ((holder, process.wait), (holder, int), (_pid_used_again(), int)):
         _write(tmp_path, left)
-        take(tmp_path).release()
+        lock.Lock(tmp_path).release()
         end()
     assert capsys.readouterr().err == ""  # nobody waited
 
@@ -75,7 +70,7 @@ def test_a_dead_process_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, 
 )
 def test_a_lock_that_nobody_renews_is_taken_over_after_a_time(tmp_path, capsys, content):
     (tmp_path / lock.FILE).write_bytes(content)
-    take(tmp_path).release()
+    lock.Lock(tmp_path).release()
     assert "waiting up to 0.5 s for a sign of life" in capsys.readouterr().err
 
 
@@ -86,7 +81,7 @@ def test_a_lock_that_another_host_renews_refuses(tmp_path, monkeypatch):
     again = threading.Timer(0.3, _write, [tmp_path, renewed])
     again.start()
     with pytest.raises(lock.Held, match="process 4242 on node7 trains there"):
-        take(tmp_path)
+        lock.Lock(tmp_path)
     again.join()
     assert _holder(tmp_path).renewed == 1
 
@@ -103,7 +98,7 @@ def test_of_many_at_once_one_gets_it(tmp_path, left):
         def start(_, workdir=workdir, gate=gate):
             gate.wait()
             try:
-                return take(workdir)
+                return lock.Lock(workdir)
             except lock.Held:
                 return None
 
@@ -114,7 +109,7 @@ def test_of_many_at_once_one_gets_it(tmp_path, left):
 
 
 def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_lock_of_the_other(tmp_path):
-    mine = take(tmp_path)
+    mine = lock.Lock(tmp_path)
     mine.check()
     _write(tmp_path, ELSEWHERE)
     mine._renewed_at -= 60  # it was suspended
@@ -125,7 +120,7 @@ def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_lock_of_the_other
 
 
 def test_a_lock_that_was_removed_comes_again_but_not_the_folder(tmp_path):
-    mine = take(tmp_path)
+    mine = lock.Lock(tmp_path)
     (tmp_path / lock.FILE).unlink()
     mine.renew()
     assert _holder(tmp_path).renewed == 1
@@ -140,32 +135,28 @@ import msgspec, threading
 from etils import epath
 from grain_jax.runtime import lock
 lock.RENEW_SECONDS, lock.DEAD_SECONDS = 0.3, 1.5
-url = epath.Path("gs://bucket/run")
-def start(found):
-    storage = lock.Storage(url)
+url, got = epath.Path("gs://bucket/run"), []
+def start():
     try:
-        found.append(lock.Lock(url, storage, lock.take(url, storage)))
+        got.append(lock.Lock(url))
     except lock.Held as error:
-        found.append(str(error))
-first, second = [], []
-start(first)
-start(second)
-me = first[0]._holder
-assert second[0].startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), second
-first[0].release()
-storage = lock.Storage(url)
-dead = msgspec.structs.replace(me, boot="another boot")
-assert storage.swap(storage.read()[1], dead)
-found = []
-threads = [threading.Thread(target=start, args=[found]) for _ in range(5)]
-lives = lock.Holder.lives
+        got.append(str(error))
+start()
+start()
+first, refusal = got
+me = first._holder
+assert refusal.startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), refusal
+first.release()
+assert first.swap(first.read()[1], msgspec.structs.replace(me, boot="another boot"))
+got.clear()
 lock.Holder.lives = lambda holder: None  # as if each were on a host of its own
+threads = [threading.Thread(target=start) for _ in range(5)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-marks = [mark for mark in found if isinstance(mark, lock.Lock)]
-assert (len(found), len(marks)) == (5, 1), found
-marks[0].release()
-assert storage.read()[0] is None
+(winner,) = [each for each in got if isinstance(each, lock.Lock)]
+assert len(got) == 5
+winner.release()
+assert winner.read()[0] is None
 """
 
 
