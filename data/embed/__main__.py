@@ -8,18 +8,21 @@ DIR is a folder that all of them see.
 
 import collections
 import contextlib
+import hashlib
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+
+from etils import epath
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.core import errors
+from grain_jax.core import errors, regular_file
 from grain_jax.data import job, sources
-from grain_jax.data.embed import arguments, output, parts, pipeline
-from grain_jax.data.sources import arrow_files
+from grain_jax.data.embed import arguments, output, pipeline
+from grain_jax.data.sources import arrow_files, tfds
 from grain_jax.runtime import distributed, processes
 
 FAULTS = "faults.jsonl"
@@ -28,7 +31,7 @@ FAULTS = "faults.jsonl"
 def embed(args: arguments.Embed) -> str:
     """Embeds the source; returns a line about what was done. Every process calls it. Raises UserError."""
     arrow_files.pyarrow()  # before the model is read: it may be missing
-    folder = job.Output(str(parts.absolute(args.output)))
+    folder = job.Output(str(absolute(args.output)))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
     with contextlib.ExitStack() as stack:
         processes.of_first(lambda: stack.enter_context(folder.locked(FAULTS)))
@@ -38,14 +41,22 @@ def embed(args: arguments.Embed) -> str:
 def _embed(args: arguments.Embed, folder: job.Output) -> str:
     """Embeds the source by a run that has the folder for itself."""
     began = time.monotonic()
-    source = processes.of_first(lambda: parts.find(args, folder))
+    source, images, values = processes.of_first(lambda: find(args, folder))
+    shards = [sources.SourceShard(*each) for each in values]
     predictor = processes.run_together(lambda: inference.load(args.checkpoint, args.dtype))
-    settings = _settings(args, source, predictor)
+    settings = {
+        "model": predictor.digests,
+        "embed_dim": predictor.model.embed_dim,
+        "regions": predictor.has_regions,
+        "image_size": predictor.model.image.image_size,
+        "dtype": args.dtype,
+        "shard_size": args.shard_size,
+        "source": source,
+    }
     processes.of_first(lambda: folder.agree(settings))
-    shards = [sources.SourceShard(*values) for values in source["parts"]]
-    result = output.Embeddings(folder, settings, shards, source["images"])
+    result = output.Embeddings(folder, settings, shards, images)
     done = processes.of_first(lambda: list(result.done()))
-    todo = [index for index in range(len(result.parts)) if index not in done]
+    todo = [index for index in range(len(shards)) if index not in done]
     smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
     with errors.out_of_memory_in_a_line("grain-jax embed", lambda: smaller):
         count = pipeline.run(
@@ -59,19 +70,48 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
     return processes.of_first(lambda: _finish(args, result, count, time.monotonic() - began))
 
 
-def _settings(
-    args: arguments.Embed, source: dict[str, Any], predictor: inference.Predictor
-) -> dict[str, Any]:
-    """What the embeddings depend on."""
-    return {
-        "model": predictor.digests,
-        "embed_dim": predictor.model.embed_dim,
-        "regions": predictor.has_regions,
-        "image_size": predictor.model.image.image_size,
-        "dtype": args.dtype,
-        "shard_size": args.shard_size,
-        "source": source["source"] | {"images": source["images"], "split": args.split},
-    }
+def find(
+    args: arguments.Embed, folder: job.Output
+) -> tuple[dict[str, str], str, list[sources.SourceShard]]:
+    """Lists the source; `folder` gets the lists of a folder's images, which all processes read.
+
+    Returns: settings of the source, the folder that paths of images start from or "", the shards.
+
+    Raises:
+      sources.SourceError: there is no such source, or it holds no image.
+    """
+    path = absolute(args.source)
+    kind = _kind(path)
+    images = absolute(args.images or path.parent) if kind == "annotations" else path
+    scratch = str(folder.path("lists"))
+    options = sources.Options(str(images), (str(path),), args.split, scratch, args.shard_size)
+    shards = sources.shards(kind, options)
+    names = hashlib.sha256(json.dumps([shard.name for shard in shards]).encode()).hexdigest()[:16]
+    settings = {"kind": kind, "path": str(path), "images": str(images), "split": args.split}
+    in_files = kind in ("folder", "annotations")
+    return settings | {"image_list": names}, str(images) if in_files else "", shards
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root, ~ expanded and links followed; a URL stays."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
+
+
+def _kind(path: epath.Path) -> str:
+    """The data source of what lies at a path. Raises SourceError if nothing does."""
+    if regular_file.is_one(path):
+        return "webdataset" if path.suffix == ".tar" else "annotations"
+    if not path.is_dir():
+        expected = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
+        raise sources.SourceError(f"{path}: no such file or folder, expected {expected}")
+    if any(path.glob("*.tar")):
+        return "webdataset"
+    try:
+        tfds.directory(path)
+    except sources.SourceError:
+        return "folder"
+    return "tfds"
 
 
 def _finish(args: arguments.Embed, result: output.Embeddings, count: int, seconds: float) -> str:

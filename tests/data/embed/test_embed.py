@@ -22,7 +22,7 @@ from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.data import job as jobs
 from grain_jax.data.embed import __main__ as command
-from grain_jax.data.embed import output, parts, pipeline
+from grain_jax.data.embed import output, pipeline
 from grain_jax.data.embed.arguments import Embed
 from tests import record_sets
 from tests.paths import ROOT
@@ -234,9 +234,9 @@ def stand_in(batch):
 def job_of(source, folder, regions=True):
     folder = jobs.Output(str(folder))
     args = Embed(source=str(source), checkpoint="", output="", shard_size=4)
-    source_parts = parts.find(args, folder)
+    _, images, shards = command.find(args, folder)
     settings = {"embed_dim": 3, "regions": regions}
-    return output.Embeddings(folder, settings, source_parts["parts"], source_parts["images"])
+    return output.Embeddings(folder, settings, shards, images)
 
 
 def go(job, mine=None, encode=stand_in):
