@@ -90,16 +90,7 @@ def _todo(
 ) -> list[sources.SourceShard]:
     """The shards that the passes have not done. Raises JobError if an earlier pass is missing."""
     names, done = args.passes, output.done(*passes.marks(args))
-
-    def lacks_results(shard: str) -> bool:
-        count = passes.counts(output, [shard])
-        return any(count[name] < count["images"] for name in names)
-
-    todo = [
-        shard
-        for shard in shards
-        if shard.name not in done or (args.retry_failed and lacks_results(shard.name))
-    ]
+    todo = [shard for shard in shards if shard.name not in done]
     if needed := passes.NEEDS.get(names[0]) if names else None:
         missing = {shard.name for shard in todo} - output.done(f"passes/{needed}")
         if missing:

@@ -44,7 +44,6 @@ class Annotate(Command, name="annotate"):
       --max-side PIXELS        leave out images with a longer side
       --max-faults SHARE       share of the images that may have a fault, 0 to 1; beyond it the status is 2
       --[no-]keep-images       write the images of tars and TFDS datasets to OUTPUT/images
-      --[no-]retry-failed      also run failed passes again, in shards that are done
 
     models:
       --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is caption,describe,ground; none
@@ -73,7 +72,6 @@ class Annotate(Command, name="annotate"):
     max_side: int = 10_000  # also keeps decompression bombs from being decoded
     max_faults: float = share(0.01)
     keep_images: bool = True
-    retry_failed: bool = False
     passes: tuple[str, ...] = flag(("all",), parse=_passes)
     negatives: int = 10
     chat: str | None = None

@@ -36,8 +36,6 @@ def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
       auto_class: the class of `transformers` that chooses the model's.
       half: bfloat16 on an accelerator; on the CPU it is always float32.
 
-    Returns: the model, its processor, its device.
-
     Raises:
       ModelError: there is no such model, or the class does not know it.
     """

@@ -41,8 +41,7 @@ class AnnotateShards(beam.DoFn):
         shard = sources.SourceShard(*shard)
         # A runner gives a bundle again if one of its shards failed: the others are done.
         output, marks = self._passes.output, passes.marks(self._args)
-        done = all(output.path(mark, f"{shard.name}.done").exists() for mark in marks)
-        if self._args.retry_failed or not done:
+        if not all(output.path(mark, f"{shard.name}.done").exists() for mark in marks):
             with _marking_user_errors():
                 self._passes.annotate(shard)
 
@@ -67,8 +66,7 @@ def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
     created | "Annotate" >> beam.ParDo(AnnotateShards(args))
     output = job.Output(args.output)
     names, done = {shard.name for shard in shards}, lambda: output.done(*passes.marks(args))
-    before = done()  # with --retry-failed
-    with job.watched("shards", len(names), lambda: len(done() & names - before)):
+    with job.watched("shards", len(names), lambda: len(done() & names)):
         try:
             pipeline.run().wait_until_finish()
         except Exception as error:
