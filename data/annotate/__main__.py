@@ -54,8 +54,10 @@ def annotate(args: Annotate) -> str:
             label_text=args.label_text,
         )
         shards = sources.shards(args.source, options, dict(args.option))
-        todo = _todo(args, output, shards)
+        done = output.done(*marks)
+        todo = [shard for shard in shards if shard.name not in done]
         if todo:
+            _check_earlier_pass(args, output, todo)
             pipeline.run(args, todo)
             missing = {shard.name for shard in todo} - output.done(*marks)
             if missing:  # runners return from a job that somebody cancelled
@@ -85,20 +87,15 @@ def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
     return {name: settings[name] for name in ("source", *args.passes)}
 
 
-def _todo(
-    args: Annotate, output: job.Output, shards: Sequence[sources.SourceShard]
-) -> list[sources.SourceShard]:
-    """The shards that the passes have not done. Raises JobError if an earlier pass is missing."""
-    names, done = args.passes, output.done(*passes.marks(args))
-    todo = [shard for shard in shards if shard.name not in done]
-    if needed := passes.NEEDS.get(names[0]) if names else None:
-        missing = {shard.name for shard in todo} - output.done(f"passes/{needed}")
-        if missing:
-            raise job.JobError(
-                f"--passes {','.join(names)}: {len(missing)} of {len(shards)} shards have no"
-                f" results of the pass {needed} yet; run --passes {needed} first"
-            )
-    return todo
+def _check_earlier_pass(
+    args: Annotate, output: job.Output, todo: Sequence[sources.SourceShard]
+) -> None:
+    needed = passes.NEEDS.get(args.passes[0]) if args.passes else None
+    if needed and (missing := {shard.name for shard in todo} - output.done(f"passes/{needed}")):
+        raise job.JobError(
+            f"--passes {','.join(args.passes)}: {len(missing)} shards have no results of the pass"
+            f" {needed} yet; run --passes {needed} first"
+        )
 
 
 def _finish(

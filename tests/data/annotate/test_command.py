@@ -118,7 +118,7 @@ def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, caps
         ("--passes=captoin", "expected all, none, or some of caption,describe,ground"),
         ("--source=tdfs", "data source 'tdfs': did you mean tfds? expected one of: annotations, coco"),
         ("--option=delimiter", "got 'delimiter', expected KEY=VALUE"),
-        ("--passes=describe", "1 of 1 shards have no results of the pass caption yet"),
+        ("--passes=describe", "1 shards have no results of the pass caption yet"),
         ("--endpoint=http://127.0.0.1:1/v1", "got no --chat"),
         ("--images=/nowhere  --source=folder", "no such folder, expected images"),
     ],

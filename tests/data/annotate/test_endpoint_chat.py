@@ -92,12 +92,13 @@ def test_a_request_that_is_refused_is_not_repeated(status):
 def test_waits_between_tries_grow_and_retry_after_holds_for_all_requests(monkeypatch):
     waits, sleep = [], asyncio.sleep
     monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 1.0)
-    monkeypatch.setattr(asyncio, "sleep", lambda seconds: waits.append(seconds) or sleep(0))
+    waiting = lambda seconds: (waits.append(seconds) if seconds else None) or sleep(0)
+    monkeypatch.setattr(asyncio, "sleep", waiting)
     replies = [endpoint.Reply("slow down", status=429, retry_after="20")]
     with endpoint.serve(lambda _: replies.pop() if replies else endpoint.Reply("a")) as server:
         client = _client(server.url, concurrency=1)
         assert [x.text for x in client.answer([PICTURE] * 3, ["List."] * 3)] == ["a"] * 3
-    assert waits[0] == 0 and all(19 < wait <= 20 for wait in waits[1:4])
+    assert len(waits) == 3 and all(19 < wait <= 20 for wait in waits)
     waits.clear()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,6 +106,5 @@ def test_waits_between_tries_grow_and_retry_after_holds_for_all_requests(monkeyp
     (result,) = _client(url, tries=9).answer([PICTURE], ["List."])
     assert result.cause == "no connection" and "ConnectionRefusedError" in result.detail
     bounds = [1, 2, 4, 8, 16, 32, 60, 60]
-    waits = [wait for wait in waits if wait]
     assert len(waits) == 8
     assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds))
