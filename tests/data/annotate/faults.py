@@ -6,7 +6,7 @@ import pathlib
 
 import PIL.Image
 
-from tests.data.annotate import endpoint, models
+from tests.data.annotate import endpoint
 
 # Images of these widths are what a server has trouble with; all others have 64 pixels.
 FIRST_WIDTH = 80
@@ -14,7 +14,7 @@ HEIGHT = 72
 TIME_OUT = 3.0  # seconds that a request must not take
 
 # A server's trouble: name -> (what it does, stage and cause of the dead letter, whether a line is left).
-_TWO_LINES = models.SUBJECT + models.CAPTION
+_TWO_LINES = endpoint.SUBJECT + endpoint.CAPTION
 _SERVER = {
     "500": (endpoint.Reply("boom", status=500), "caption: server error", False),
     "time_out": (endpoint.Reply(_TWO_LINES, seconds=2 * TIME_OUT), "caption: time-out", False),

@@ -8,10 +8,6 @@ import transformers
 # Threads of a model this small only wait for each other, and for the other processes of a machine.
 torch.set_num_threads(1)
 
-SUBJECT = "Subject: a small bird\n"
-CAPTION = "Caption: a small bird with a red wing sits on a branch."
-DESCRIPTIONS = ("a short orange beak\n", "red wing feathers\n", "a white belly\n", "thin grey legs")
-
 
 def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
     """An OWLv2 with 36 boxes per image; its processor pads to a square and resizes to `size` pixels."""

@@ -8,7 +8,7 @@ import pytest
 from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
 from tests.data import test_sources
-from tests.data.annotate import drill, endpoint, models
+from tests.data.annotate import drill, endpoint
 
 
 @pytest.mark.parametrize("troubles", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -84,7 +84,7 @@ def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(
         assert all(f"in use by process {os.getpid()} on " in line for line in error)
     assert command.main(jobs[1]) == 0
     lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
-    assert {line["synthetic_caption"] for line in lines} == {models.CAPTION.partition(": ")[2]}
+    assert {line["synthetic_caption"] for line in lines} == {endpoint.CAPTION.partition(": ")[2]}
     regions = [region for line in lines for region in line["regions"]]
     assert regions and all(region["negatives"] for region in regions)
 

@@ -9,7 +9,7 @@ from grain_jax.data.annotate import passes, pipeline
 from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.job import Output
 from tests import record_sets
-from tests.data.annotate import endpoint, models
+from tests.data.annotate import endpoint
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ def test_workers_in_processes_and_a_shard_that_is_done(tmp_path, shards):
     assert count["images"] == count["caption"] == count["describe"] == 9
     (line, *_) = lines_of(job, "results", shards[1])
     assert line["image"] == "00003.png"
-    assert line["results"]["describe"] == [text.strip() for text in models.DESCRIPTIONS]
+    assert line["results"]["describe"] == [text.strip() for text in endpoint.DESCRIPTIONS]
     (line, *_) = lines_of(job, "annotations", shards[1])
-    assert line["synthetic_caption"] == models.CAPTION.removeprefix("Caption: ")
+    assert line["synthetic_caption"] == endpoint.CAPTION.removeprefix("Caption: ")
     assert [r["description"] for r in line["regions"]] == [
         f"the upper part {i} of 3" for i in range(3)
     ]
