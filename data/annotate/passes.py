@@ -102,23 +102,18 @@ class Passes:
         """Runs the passes over a shard and writes its files; results of earlier runs are kept."""
         output, args, file = self.output, self.args, f"{shard.name}.jsonl"
         known = {line["image"]: line for line in output.read_lines("results", file)}
-        lines, failed, results, count = (
-            [],
-            [],
-            [],
-            collections.Counter(dict.fromkeys(args.passes, 0)),
-        )
+        lines, failed, results, count = [], [], [], collections.Counter()
         works = (_work(item, known.get(item.image, {}), args) for item in sources.read(shard))
         for batch in batches(works, self._batch_size):
             for name in args.passes:
                 self._run(name, batch)
             for work in batch:
-                name, line = {"image": work.item.image}, self._line(work)
+                image, line = {"image": work.item.image}, self._line(work)
                 lines += [] if line is None else [line]
                 for stage, cause, detail in _faults(work):
                     fault = {"stage": stage, "cause": cause, "detail": detail}
-                    failed.append(name | fault | {"kept": line is not None})
-                results.append(name | {"results": work.results, "faults": work.faults})
+                    failed.append(image | fault | {"kept": line is not None})
+                results.append(image | {"results": work.results, "faults": work.faults})
                 count.update(work.results.keys())
                 count["faulty"] += bool(work.faults)
         count.update(f"{FAULT}{fault['stage']}: {fault['cause']}" for fault in failed)
