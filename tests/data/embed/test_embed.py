@@ -30,9 +30,13 @@ from tests.paths import ROOT
 COUNT = 11
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def model():
-    return inference.load("aviary-tiny", "float32")
+    """The commands of these tests load it once."""
+    model = inference.load("aviary-tiny", "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "load", lambda *_: model)
+        yield model
 
 
 @pytest.fixture(scope="module")
