@@ -51,36 +51,23 @@ def test_a_batch_gives_what_each_picture_gives_alone(folder, caplog, monkeypatch
     assert alone.answer(pictures[:1], prompts[:1]) == [chat.Answer(before + letter, cut_off=False)]
 
 
-def test_a_batch_is_halved_when_memory_runs_out():
+def test_a_batch_that_fails_is_halved_down_to_the_item_that_the_model_cannot_take():
     sizes = []
 
-    def limited(batch):
+    def model(batch):
         sizes.append(len(batch))
-        if sizes[-1] > 2:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if 6 in batch:
+            raise ValueError("cannot\ntake this")
+        if 5 in batch:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [2 * item for item in batch]
 
-    assert local_models.in_batches(limited, range(7), 6) == [0, 2, 4, 6, 8, 10, 12]
-    assert sizes == [6, 3, 2, 1, 3, 2, 1, 1]
-
-
-@pytest.mark.parametrize(
-    "error, failure",
-    [
-        (ValueError("cannot\ntake this"), ("model error", "ValueError: cannot take this")),
-        (
-            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB."),
-            ("out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."),
-        ),
-    ],
-)
-def test_an_item_that_the_model_cannot_take_fails_alone(error, failure):
-    def touchy(batch):
-        if 1 in batch:
-            raise error
-        return list(batch)
-
-    assert local_models.in_batches(touchy, [0, 1, 2], 3) == [0, chat.Failure(*failure), 2]
+    memory = chat.Failure("out of memory", "OutOfMemoryError: CUDA out of memory.")
+    failure = chat.Failure("model error", "ValueError: cannot take this")
+    results = local_models.in_batches(model, range(7), 6)
+    assert results == [0, 2, 4, 6, 8, memory, failure] and sizes == [6, 3, 2, 1, 3, 2, 1, 1]
 
 
 def test_models_that_cannot_be_used(tmp_path, folder):
