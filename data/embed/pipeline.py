@@ -1,4 +1,4 @@
-"""Images to embeddings: threads read and decode while the device works.
+"""Images to embeddings: threads decode while the device works.
 
 Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may hold
 images of several parts, so that small tars leave the device no batch that is not full.
@@ -63,16 +63,14 @@ def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sour
 def run(
     job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int
 ) -> int:
-    """Embeds parts and writes their files, in order.
+    """Embeds the parts with the numbers `mine` and writes their files, in order; returns the number of images.
 
     Args:
       job: the output.
       mine: numbers of the parts.
-      encode: the model.
-      size: pixels of a side that the model gets.
+      encode: the model, which gets images of `size` x `size` pixels.
+      size: see `encode`.
       threads: that decode.
-
-    Returns: number of images, without those that were left out.
 
     Raises:
       inference.InputError: the model gives numbers that are not finite.
