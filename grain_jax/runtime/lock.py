@@ -121,7 +121,7 @@ class Lock:
             self.renew()
 
     def release(self) -> None:
-        """Removes the lock if it is still that of this process."""
+        """Removes the lock if this process still has it."""
         if self._released.is_set() or not self._lock.acquire(timeout=5):  # a renewal may hang
             return
         self._released.set()
