@@ -9,12 +9,11 @@ ALL = ("caption", "describe", "ground")  # of --passes all
 
 
 def _passes(text: str) -> tuple[str, ...]:
-    if text == "none":
-        return ()
-    passes = text.split(",")
-    if not set(passes) <= {"all", *PASSES}:
+    names = set(text.split(",")) - {"none"}
+    if not names <= {"all", *PASSES}:
         raise ValueError(f"got {text!r}, expected all, none, or some of {','.join(PASSES)}")
-    return tuple(passes)
+    names |= {*ALL} if "all" in names else set()
+    return tuple(name for name in PASSES if name in names)
 
 
 class Annotate(Command, name="annotate"):
@@ -72,7 +71,7 @@ class Annotate(Command, name="annotate"):
     max_side: int = 10_000  # also keeps decompression bombs from being decoded
     max_faults: float = share(0.01)
     keep_images: bool = True
-    passes: tuple[str, ...] = flag(("all",), parse=_passes)
+    passes: tuple[str, ...] = flag(ALL, parse=_passes)
     negatives: int = 10
     chat: str | None = None
     endpoint: str | None = None
@@ -85,9 +84,5 @@ class Annotate(Command, name="annotate"):
     beam: list[str] = many()  # flags of none of the above
 
     def __post_init__(self):
-        named = set(self.passes)
-        if "all" in named:
-            named |= set(ALL)
-        self.passes = tuple(name for name in PASSES if name in named)
         if self.endpoint and not self.chat:
             raise ValueError("--endpoint: got no --chat, expected the model's name at the endpoint")
