@@ -127,7 +127,7 @@ def test_records_hold_upright_pixels(folder):
 def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path):
     flags = ["--passes=none", f"--images={folder / 'turned'}", "--min-side=1"]
     flags += ["--source=annotations", f"--annotations={folder / 'turned' / 'A.jsonl'}"]
-    made = [f"--output={tmp_path / 'made'}", "--name=made", "--store-size=16"]
+    made = [f"--output={tmp_path / 'made'}"]
     assert annotate.main([*flags, *made]) == 0
     assert [line["regions"] for line in lines_of(tmp_path / "made" / "A.jsonl")] == [
         line["regions"] for line in lines_of(folder / "upright" / "A.jsonl")
