@@ -15,7 +15,7 @@ import numpy as np
 from grain_jax.core import images, progress
 from grain_jax.data import sources
 from grain_jax.data.embed import output, parts
-from grain_jax.inference import predictor as predictor_lib
+from grain_jax.inference import encoder as predictor_lib
 from grain_jax.inference import stream
 from grain_jax.runtime import processes
 

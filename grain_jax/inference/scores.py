@@ -136,13 +136,14 @@ def similarity_map(
     return np.asarray(np.mean(maps, axis=0), np.float32)
 
 
+def bilinear(size: int, cells: int) -> np.ndarray:
+    """The bilinear weights of `cells` at `size` pixels, [size, cells], centres on centres, the edge held."""
+    positions = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
+    return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(cells)))
+
+
 def resize_map(maps: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Maps [N, h, w] -> float32 [N, height, width], bilinear, cell centres on cell centres, the edge held."""
-
-    def weights(size, cells):
-        places = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
-        return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells)))
-
+    """Maps [N, h, w] -> float32 [N, height, width], `bilinear`."""
     maps = np.asarray(maps, np.float32)
-    rows, columns = weights(height, maps.shape[1]), weights(width, maps.shape[2])
+    rows, columns = bilinear(height, maps.shape[1]), bilinear(width, maps.shape[2])
     return np.einsum("yh,nhw,xw->nyx", rows, maps, columns).astype(np.float32)

@@ -87,7 +87,7 @@ def test_one_image_and_the_classes_of_its_boxes(predictor):
 
 FAULTS = {  # of the boxes of three images
     "boxes_xyxy: got boxes of 2 images, expected of 3, as many as images": [BOXES[0]] * 2,
-    r"boxes_xyxy\[1\]: got \[4\], expected finite numbers": [BOXES[0], BOXES[0, 0], BOXES[0]],
+    r"boxes_xyxy\[1\]: got array.*, expected finite numbers": [BOXES[0], BOXES[0, 0], BOXES[0]],
     r"boxes_xyxy\[0\]: got \[0.0, 0.0, 20.0, 40.0\], .* divide": [[[0, 0, 20, 40]], [], []],
     r"boxes_xyxy\[1\]: .* expected x1 <= x2": [[], [[0.5, 0, 0.2, 1]], []],
     r"boxes_xyxy\[2\]: .* expected finite numbers": [[], [], [[0.5, 0, np.nan, 1]]],

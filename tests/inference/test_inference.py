@@ -14,7 +14,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.checkpoint import files, saved_model
 from grain_jax.core import images, progress, schema
-from grain_jax.inference import prompts, scores
+from grain_jax.inference import jitted, prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from tests import perturbed, tiny
@@ -157,7 +157,12 @@ def test_a_large_call_is_shared_out_among_the_devices(predictor):
     params, sharding = predictor._on_all_devices
     rows = jax.device_put(np.zeros((128, 16), np.int32), sharding)
     ends = jax.device_put(np.zeros(128, np.int32), sharding)
-    program = predictor._encode_texts.lower(params, rows, ends).compile().as_text()
+    program = (
+        jitted.text_program(predictor.model, "float32")
+        .lower(params, rows, ends)
+        .compile()
+        .as_text()
+    )
     assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", program)
     # Where a caller has spread the parameters, they stay.
     mesh = jax.sharding.Mesh(jax.devices(), "x")
@@ -176,7 +181,7 @@ def test_pictures_and_texts_from_a_generator(predictor, monkeypatch):
             yield PIL.Image.fromarray(picture) if i % 2 else picture
 
     with monkeypatch.context() as patch:
-        patch.setattr("grain_jax.inference.predictor.MAX_BATCH", 4)
+        patch.setattr("grain_jax.inference.encoder.MAX_BATCH", 4)
         first_pixel = lambda program, rows: seen.append(len(taken)) or (rows[:, 0, 0],) * 3
         patch.setattr(predictor, "_run", first_pixel)
         np.testing.assert_array_equal(predictor.encode_image(one_by_one()), PICTURES[:, 0, 0])
@@ -247,18 +252,19 @@ def test_parameters_stay_where_they_are_and_programs_are_shared(predictor):
     for mine, given in zip(jax.tree.leaves(other.params), jax.tree.leaves(predictor.params)):
         assert mine is given
     expected = predictor.encode_image(FEW)
-    programs = predictor._encode_images._cache_size()
+    program = jitted.image_program(predictor.model, "float32")
+    programs = program._cache_size()
     doubled = inference.Predictor(predictor.model, jax.tree.map(lambda x: 2 * x, predictor.params))
     close(other.encode_image(FEW), expected)
     assert np.abs(doubled.encode_image(PICTURES[:4])[:3] - expected).max() > 1e-3
-    assert predictor._encode_images._cache_size() == programs
+    assert program._cache_size() == programs
 
 
 def test_programs_of_the_training_are_not_taken(predictor):
     """A run on GPUs may have asked for cuDNN; its model is read on a machine that has none."""
     told = dataclasses.replace(predictor.model, attention="cudnn", mlp="pallas")
     other = inference.Predictor(told, predictor.params)
-    assert other.model == predictor.model and other._encode_images is predictor._encode_images
+    assert other.model == predictor.model
 
 
 def test_the_first_call_says_what_it_compiles(predictor, monkeypatch):
@@ -331,14 +337,14 @@ def test_texts_of_a_tokenizer_file_end_at_their_last_token(tmp_path, two_towers,
     given = np.array([[[9, 3, 2]]]), np.array([[[0, 1, 2]]]), np.ones((1, 1, 3), int)
     (expected,) = applied(other, grain.GRAIN.encode_text, *given, np.array([[0, 2]]))
     close(other.encode_text(["beak photo a"]), expected)
-    with pytest.raises(inference.InputError, match="the end of a text has not the highest id"):
+    with pytest.raises(inference.InputError, match="do not end with the highest id"):
         other.tokenizer("beak photo a")
 
 
 def test_models_without_regions_say_so(two_towers):
     c = tiny.config(model__embed_dim=D, model__decoder__queries=0, input__max_regions=0)
     none = inference.Predictor(c.model, perturbed.params(c.model))
-    shapes = jax.eval_shape(none._encode_images, none.params, FEW)
+    shapes = jax.eval_shape(jitted.image_program(c.model, "float32"), none.params, FEW)
     assert [x.shape for x in shapes] == [(3, D), (3, 0, D), (3, 0, 4)]
     loaded, one = grain_jax.load(str(two_towers)), PICTURES[:1]
     queries = r"no region queries \(model.decoder.queries is 0\), expected"
@@ -364,10 +370,12 @@ def cut_off():
 zeros = lambda *shape, dtype=np.uint8: np.zeros(shape, dtype)
 classify = lambda *given: lambda p: p.classify(jnp.zeros((1, S, S, 3)), *given)
 ERRORS = {
-    r"float32 of 8 x 8 pixels, expected 16 x 16": zeros(2, 8, 8, 3, dtype=np.float32),
-    r"got shape \[8, 8\], expected": zeros(8, 8),
+    r"float32 \[2, 8, 8, 3\], expected uint8 .* float32 \[B, 16, 16, 3\]": zeros(
+        2, 8, 8, 3, dtype=np.float32
+    ),
+    r"got uint8 \[8, 8\], expected": zeros(8, 8),
     r"images\[0\]: got float32": [zeros(8, 8, 3, dtype=np.float32)],
-    r"got int64, expected uint8": zeros(1, 8, 8, 3, dtype=np.int64),
+    r"got int64 \[1, 8, 8, 3\], expected uint8": zeros(1, 8, 8, 3, dtype=np.int64),
     r"images\[0\]: got str": ["x.jpg"],
     r"got str, expected images": "x.jpg",
     r"images\[1\]: mode F has no fixed range": [PIL.Image.new(m, (4, 4)) for m in "LF"],

@@ -238,9 +238,9 @@ def test_segment():
     [
         (dict(by="patch"), "by: got 'patch', expected one of auto, patches, regions, both"),
         (dict(patch_features="value"), "patch_features: got 'value', expected one of auto"),
-        (dict(by="regions"), "by 'regions': the model has two towers and no region decoder"),
-        (dict(short_side=39), "short_side: got 39 pixels, expected 0 or at least 40"),
-        (dict(stride=41), "stride: got 41 pixels, expected 1 to 40"),
+        (dict(by="regions"), "by: got 'regions' and a model without region queries"),
+        (dict(short_side=39), "short_side: got 39, expected 0 or at least 40"),
+        (dict(stride=41), "stride: got 41, expected 1 to 40"),
     ],
 )
 def test_options_that_a_model_cannot_use(options, line):
@@ -265,8 +265,7 @@ def test_images_that_cannot_be_used():
         only_regions.class_maps(PICTURES, _classes(only_regions), by="patches")
     own: Any = types.SimpleNamespace(tower="module:Class")
     boxes = types.SimpleNamespace(kind="none")
-    model = types.SimpleNamespace(image=own, decoder=None, boxes=boxes)
-    stub: Any = types.SimpleNamespace(model=model, has_regions=False)
-    with pytest.raises(InputError, match="got the tower module:Class, expected a built-in one"):
-        inference.Predictor.maps_by(stub, "auto", "values")
-    assert inference.Predictor.maps_by(stub, "auto", "auto") == ("patches", "tokens")
+    model: Any = types.SimpleNamespace(image=own, decoder=None, boxes=boxes)
+    with pytest.raises(InputError, match="'values' with the tower module:Class, expected"):
+        segmentation.maps_by(model, "auto", "values")
+    assert segmentation.maps_by(model, "auto", "auto") == ("patches", "tokens")
