@@ -110,8 +110,8 @@ def read(classes: str) -> list[Line]:
             " label<TAB>name<TAB>group"
         )
     lines = [Line(None, *row) if len(row) == 1 else Line(*row) for row in rows]
-    if twice := _twice([line.label for line in lines if line.label]):
-        raise ClassNameError(f"classes {path}: got the label {twice!r} twice, expected it once")
+    if repeated := twice([line.label for line in lines if line.label]):
+        raise ClassNameError(f"classes {path}: got the label {repeated!r} twice, expected it once")
     return lines
 
 
@@ -177,14 +177,14 @@ def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
             f"classes: got {got}, expected a file of class names: a path, or one of {shipped()}"
         )
     names = [readable(label) for label in labels]
-    if twice := _twice(names):
+    if repeated := twice(names):
         raise ClassNameError(
-            f"classes: got two labels that read {twice!r}, expected a file of label<TAB>name"
+            f"classes: got two labels that read {repeated!r}, expected a file of label<TAB>name"
         )
     return names
 
 
-def _twice(names: Sequence[str]) -> str:
+def twice(names: Sequence[str]) -> str:
     """The first name that is there twice; "": none."""
     return next((name for name in names if names.count(name) > 1), "")
 

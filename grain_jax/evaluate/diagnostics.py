@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
@@ -66,10 +66,9 @@ class Diagnostics(AnnotatedRegions):
             box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
             of its regions in nats, and `descriptions`: its most frequent ones with their counts.
         """
-        kept, seen, counts = self.gather(predictor, context)
-        described = grounding.described_boxes(kept, seen.sizes)
-        grounding.check_some_box(self.annotations, described)
-        pred_boxes_xyxy, region_embed = seen.with_regions
+        records, seen, counts = self.gather(predictor, context, regions=True)
+        described = grounding.some_described_boxes(self.annotations, records, seen.sizes)
+        pred_boxes_xyxy, region_embed = seen.regions
         text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
         matched, text = grounding.match(pred_boxes_xyxy, described)
@@ -94,8 +93,8 @@ class Diagnostics(AnnotatedRegions):
         path, step = context.state_path and epath.Path(context.state_path), context.step or 0
         # All that decides which regions are matched, and in which order.
         lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described[:-1]]
-        said = json.dumps([[record.image for record in kept], lists, queries])
-        regions = hashlib.sha256(said.encode()).hexdigest()
+        content = json.dumps([[record.image for record in records], lists, queries])
+        regions = hashlib.sha256(content.encode()).hexdigest()
         before = _evaluations(path, regions, step) if path else []
         if before:
             then = np.array(before[-1]["query"])
@@ -110,8 +109,8 @@ class Diagnostics(AnnotatedRegions):
         if path and processes.process_info()[0] == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             evaluations = [*before, {"step": step, "query": matched.query.tolist()}][-KEPT:]
-            content = {"result": result, "regions": regions, "evaluations": evaluations}
-            atomic.write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+            state = {"result": result, "regions": regions, "evaluations": evaluations}
+            atomic.write_text(path, json.dumps(state, ensure_ascii=False) + "\n")
         return result
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, option, same_place
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option, same_place
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -52,8 +52,11 @@ class LinearProbe(LabelledImages):
         TableRow("mean_per_class", "mean per class", "chance", "pictures", "pictures"),
     )
     kind: str = "linear_probe"
-    # class folders to train on, or a split of the TFDS set; default: a share of each class of the images, or "train"
-    train: str | None = option(None, "DIR")
+    train: str | None = option(
+        None,
+        "Class folders to train on, or a TFDS split; default: a share of each class, or train.",
+        "DIR",
+    )
 
     @property
     def data(self) -> tuple[str | None, ...]:
@@ -61,25 +64,20 @@ class LinearProbe(LabelledImages):
 
     def open_train(self) -> test_sets.TestSet | None:
         """The training images; None if `images` is to be split."""
-        if self.tfds is not None:
-            split = self.train or "train"
-            if split == self.split:
-                raise errors.UserError(
-                    f"train: got the split {split!r}, which is the test's, expected another"
-                )
-            return self.open_other("", split)
-        if self.train is None:
+        if self.tfds is None and self.train is None:
             return None
-        if same_place(self.train, self.images):
+        train, test = self.train or "train", self.images if self.tfds is None else self.split
+        if (train == test) if self.tfds is not None else same_place(train, test):
             raise errors.UserError(
-                f"train: got {self.train}, which are the test's images, expected others, or none to split them"
+                f"train: got {train}, which are the test's images, expected others, or none to split them"
             )
-        return self.open_other(self.train, self.split)
+        return self.open_other(train, train)
 
     def check(self) -> int:
         if importlib.util.find_spec("sklearn") is None:
-            words = "needs scikit-learn: pip install 'grain_jax[probe]'"
-            raise errors.UserError(f"linear_probe: {words}")
+            raise errors.UserError(
+                "linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'"
+            )
         test, train = self.open(), self.open_train()
         if train is not None and list(train.classes) != list(test.classes):
             a, b = set(train.classes), set(test.classes)
@@ -88,7 +86,7 @@ class LinearProbe(LabelledImages):
                 "train: got other classes than the test's, expected the same; only in train:"
                 f" {only}; only in the test: {others}"
             )
-        # A TFDS set knows the sizes of its classes only once it is read.
+        # The sizes of the classes of a TFDS dataset are known only once it is read.
         if (labels := getattr(train or test, "labels", None)) is not None:
             counts = np.bincount(labels, minlength=len(test.classes))
             _check_counts(counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts]))
@@ -102,28 +100,25 @@ class LinearProbe(LabelledImages):
 
         Returns: counts, `chance` (of top-1), `chance_top5`; `top1`, `top5`, `mean_per_class` (of top-1), each with a 95%
           interval `_low`, `_high` as of `rates.of_classes`; `per_class`; `C` and its `validation_top1`; and
-          `converged`, False where the final fit stopped at MAX_ITERATIONS.
+          `converged`, False if the final fit stopped at MAX_ITERATIONS.
         """
         unreadable: dict[str, str] = {}
-        test, train = self.open(), self.open_train()
 
         def encoded(images: test_sets.TestSet) -> Data:
             seen = encode.gather_images(
-                predictor,
-                images,
-                label="linear probe",
-                unreadable=unreadable,
-                regions=False,
-                batch_size=context.batch_size,
+                predictor, images, label="linear probe", batch_size=context.batch_size
             )
+            unreadable.update(seen.unreadable)
             if seen.labels.min() < 0:
                 raise errors.UserError("the set has images without a label, expected another split")
             return Data(seen.image_embed.astype(np.float64), seen.labels)
 
+        test, train = self.open(), self.open_train()
         classes, tested = list(test.classes), encoded(test)
-        learnt = None if train is None else encoded(train)
-        if learnt is None:
+        if train is None:
             learnt, tested = _split(tested, classes)
+        else:
+            learnt = encoded(train)
         _check_counts(np.bincount(learnt.label, minlength=len(classes)))
         result = {
             "kind": "linear_probe",
@@ -212,19 +207,14 @@ def _probe(learnt: Data, tested: Data, classes: list[str]) -> dict[str, Any]:
     """The part of the result about the regression."""
     held = hold_out(learnt.label, VALIDATION_SHARE)
     model, validation_top1 = fit(learnt.of(~held), learnt.of(held), learnt)
+    scores = _scores(model, tested.embed, len(classes))
+    top1, top5 = (_hits(scores, tested.label, k) for k in (1, 5))
     return {
-        **_rates(model, tested, classes),
+        **rates.of_classes(top1, top5, tested.label, classes),
         "C": model.C,
         "validation_top1": validation_top1,
         "converged": bool(model.n_iter_.max() < MAX_ITERATIONS),
     }
-
-
-def _rates(model: Any, tested: Data, classes: list[str]) -> dict[str, Any]:
-    """The rates of a regression on the test images, over all and for each class that has some."""
-    scores = _scores(model, tested.embed, len(classes))
-    top1, top5 = (_hits(scores, tested.label, k) for k in (1, 5))
-    return rates.of_classes(top1, top5, tested.label, classes)
 
 
 def _hits(scores: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:

@@ -5,22 +5,27 @@ An image is known by its number, which is the red value of its first pixel; a te
 
 import json
 import pathlib
+import types
 
 import numpy as np
 import PIL.Image
 
-from grain_jax.config import evals
 from grain_jax.core import schema
+from grain_jax.evaluate import base, kinds
 
 
 class StubPredictor:
-    """Has the methods of `evaluate.encode.Predictor`, from tables.
+    """Has the methods of a Predictor that evaluators call, from tables.
 
     Args:
       images: image number -> embedding [D].
       texts: text -> embedding [D]; other texts are a KeyError, and `asked` lists those that were asked for.
       regions: image number -> (boxes_xyxy [Q, 4], embed [Q, D]).
     """
+
+    model = types.SimpleNamespace(image=types.SimpleNamespace(image_size=4))
+    has_regions, has_box_head = True, False
+    folder, digests = None, {}
 
     def __init__(self, images=None, texts=None, regions=None):
         self.images, self.texts, self.regions = images or {}, texts or {}, regions or {}
@@ -71,5 +76,5 @@ def measure(
 ):
     """The result of an evaluator of the package with those options, of which paths may be paths."""
     texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
-    context = evals.Context(batch_size, state_path, step, predictions)
-    return evals.find(kind)(**texts).evaluate(predictor, context)
+    context = base.Context(batch_size, state_path, step, predictions)
+    return kinds.find(kind)(**texts).evaluate(predictor, context)

@@ -362,7 +362,7 @@ def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch,
 def test_class_files(name, count):
     lines = class_names.read(name)
     assert len(lines) == count == len({line.label for line in lines})
-    _, labels = segmentation_sets._classes(name)
+    _, labels = segmentation_sets._classes(name, False)
     assert len(set(labels)) == count
 
 
@@ -519,7 +519,9 @@ def test_an_entry_of_a_run():
 
     assert parsed("auto").patch_weight == 0.5 and parsed("regions").by == "regions"
     assert parsed("both", **HEAD).by == "both"
-    with pytest.raises(config.ConfigError, match="evals.parts.by: got 'both', which asks patches"):
+    with pytest.raises(
+        config.ConfigError, match="evals.parts.by: got 'both' and a model with a decoder and no box"
+    ):
         parsed("both")
     two = dict(model__decoder=None, input__max_regions=0, loss__region_description=0.0)
     with pytest.raises(config.ConfigError, match="kind=segmentation, which needs regions"):
@@ -527,7 +529,7 @@ def test_an_entry_of_a_run():
     size = tiny.dictionary().model.image.image_size
     for options, line in (
         (dict(short_side=3), f"evals.parts.short_side: got 3, expected 0 or at least {size}, "),
-        (dict(stride=999), f"evals.parts.stride: got 999, expected at most {size}, model.image"),
+        (dict(stride=999), f"evals.parts.stride: got 999, expected 1 to {size}, the model's image"),
     ):
         with pytest.raises(config.ConfigError, match=line):
             parsed("auto", options)
@@ -539,7 +541,7 @@ def test_an_entry_of_a_run():
     assert not entry().misses(model)
     model.decoder = types.SimpleNamespace(queries=0)
     (line,) = entry().misses(model)
-    assert line.startswith("by: got 'auto', which asks patches, with model.decoder alone")
+    assert line.startswith("by: got 'patches' and a model with a decoder and no box head")
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path):

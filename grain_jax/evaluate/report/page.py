@@ -7,9 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax.config.evals import TableRow
 from grain_jax.core import atomic, html
 from grain_jax.evaluate import tables
+from grain_jax.evaluate.base import TableRow
 from grain_jax.evaluate.report import charts, look, run_files
 from grain_jax.evaluate.report.arguments import NUM_IMAGES
 
