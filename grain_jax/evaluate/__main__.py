@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "suite":  # ml_collections, which the other kinds do without
             from grain_jax.config import loading
 
-            _, entries = loading.load(args.config, args.overrides, kinds.suite_from_dict)
+            entries = loading.load(args.config, args.overrides, kinds.suite_from_dict)
         compiled.use()
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds

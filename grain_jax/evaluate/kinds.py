@@ -10,7 +10,19 @@ find = evals.find
 from_entry = config_lib.evaluator_from_dict
 
 
-def suite_from_dict(value: Any) -> tuple[config_lib.Suite, dict[str, evals.Evaluator]]:
-    """A suite, and its evaluators by name."""
-    suite = config_lib.suite_from_dict(value)
-    return suite, dict(suite.evals)
+def from_entries(entries: Any, model: Any = None) -> dict[str, evals.Evaluator]:
+    """The evaluators of a parsed config, which are evaluators already."""
+    del model
+    return dict(entries)
+
+
+def suite_from_dict(value: Any) -> dict[str, evals.Evaluator]:
+    """The evaluators of a suite, by name."""
+    return dict(config_lib.suite_from_dict(value).evals)
+
+
+def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
+    """An entry for `evals` of a config file."""
+    from grain_jax.config import recipe
+
+    return recipe.evaluator(kind, images, **options)

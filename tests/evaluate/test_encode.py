@@ -3,6 +3,7 @@ import pytest
 
 from grain_jax.core import errors
 from grain_jax.evaluate import encode
+from grain_jax.runtime import processes
 from tests.evaluate.stub import StubPredictor, write_picture
 
 
@@ -30,11 +31,14 @@ def test_pictures_come_in_order_and_the_unreadable_are_named(tmp_path):
         encode.gather_images(predictor, paths[2:3], label="")
 
 
-def test_not_finite_embeddings_are_an_error(tmp_path):
+def test_not_finite_embeddings_are_an_error_of_which_other_processes_learn(tmp_path, monkeypatch):
     write_picture(tmp_path / "0.png", 0)
-    predictor = StubPredictor(images={0: [np.nan, 1.0]})
-    with pytest.raises(errors.UserError, match="not finite"):
+    predictor, told, agree = StubPredictor(images={0: [np.nan, 1.0]}), [], processes.agree
+    record = lambda *result: told.append(result[0]) or agree(*result)
+    monkeypatch.setattr(processes, "agree", record)
+    with pytest.raises(errors.UserError, match="not finite") as error:
         encode.gather_images(predictor, [tmp_path / "0.png"], label="")
+    assert told[-1] is error.value
 
 
 def test_each_text_is_encoded_once():
