@@ -131,16 +131,11 @@ class AnnotatedImages(Evaluator):
                 f"annotations: got nothing, expected a file (A.jsonl) for {self.kind}"
             )
         folder, path = epath.Path(expanduser(self.images)), expanduser(self.annotations)
-        attempt = Faults()
         if not folder.is_dir():
-            attempt.faults.append(
-                errors.UserError(
-                    f"{folder}: no such folder; expected the one that the annotations' paths start from"
-                )
+            raise errors.UserError(
+                f"{folder}: no such folder; expected the one that the annotations' paths start from"
             )
-        read = attempt(annotations_lib.read, path)
-        attempt.done()
-        assert read is not None
+        read = annotations_lib.read(path)
         records = [record for record in read.records if self.usable(record)]
         if not records:
             raise errors.UserError(f"{path}: {self.none_usable.format_map(vars(self))}")

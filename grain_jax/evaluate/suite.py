@@ -107,28 +107,31 @@ def present(entries: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
     Raises:
       errors.UserError: an entry cannot be used, or its data is not there and may not be missing; each line names it.
     """
-    out = {}
+    ready = {}
     for name, entry in entries.items():
-        try:
-            out[name], line, _ = _ready(entry)
-        except errors.UserError as error:
-            if not _may_miss(entry, error):
-                lines = str(error).split("\n")
-                raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
-            line = f"skipped: {error}"
+        ready[name], line, _, error = _ready(entry)
+        if isinstance(error, errors.UserError):
+            lines = str(error).split("\n")
+            raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
+        if error is not None:
+            raise error
         if line:
             _say(f"evals.{name}: {line}")
-    return out
+    return {name: entry for name, entry in ready.items() if entry is not None}
 
 
-def _ready(entry: Evaluator) -> tuple[Evaluator, str, int]:
-    """The entry as far as its data is there, checked; a line if it lacks something; and its number of images."""
-    entry, line = processes.run_together(entry.available)
-    return entry, line, processes.run_together(entry.check)
+def _ready(entry: Evaluator) -> tuple[Evaluator | None, str, int, Exception | None]:
+    """The entry as far as its data is there, checked; a line if it lacks something; its number of images; or an error.
 
-
-def _may_miss(entry: Evaluator, error: Exception) -> bool:
-    return isinstance(error, errors.MissingData) and entry.missing == "skip"
+    Without an entry and an error it is skipped.
+    """
+    try:
+        found, line = processes.run_together(entry.available)
+        return found, line, processes.run_together(found.check), None
+    except Exception as error:
+        if isinstance(error, errors.MissingData) and entry.missing == "skip":
+            return None, f"skipped: {_words(error)}", 0, None
+        return None, "", 0, error
 
 
 def _tasks(
@@ -140,20 +143,17 @@ def _tasks(
     """
     tasks = {}
     for name, entry in entries.items():
-        try:
-            entry, line, images = _ready(entry)
-        except Exception as error:
-            if _may_miss(entry, error):
-                results["skipped"][name] = _words(error)
-                _say(f"{name}: skipped: {_words(error)}")
-            else:
-                _failed(name, error, results)
+        found, line, images, error = _ready(entry)
+        if error is not None:
+            _failed(name, error, results)
             continue
         if line:
-            results["notes"][name] = line
+            which = "notes" if found is not None else "skipped"
+            results[which][name] = line.removeprefix("skipped: ")
             _say(f"{name}: {line}")
-        inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
-        tasks[name] = entry, {"pictures": images, **inputs}
+        if found is not None:
+            inputs = {path: _digest_of_file(path) for path in found.files if path is not None}
+            tasks[name] = found, {"pictures": images, **inputs}
     return tasks
 
 

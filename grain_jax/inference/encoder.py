@@ -116,7 +116,7 @@ class Encoder:
         if not self.has_box_head:
             raise InputError(
                 "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained with"
-                " loss.box_description; encode_regions finds boxes itself"
+                " loss.box_description"
             )
 
     @functools.cached_property

@@ -56,13 +56,8 @@ def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndar
 
     Returns:
       float32 [B, C].
-
-    Raises:
-      ValueError: a class has no description.
     """
     counts = [len(embeds) for embeds in description_embeds]
-    if 0 in counts:
-        raise ValueError(f"class {counts.index(0)}: has no description to compare regions with")
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     descriptions = unit(np.concatenate(list(description_embeds)))  # [sum of n_c, D]
 
@@ -74,11 +69,10 @@ def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndar
 
 
 def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.ndarray:
-    """alpha * global + (1 - alpha) * region, float32 [B, C]. ValueError if `region` is None and alpha is not 1."""
+    """alpha * global + (1 - alpha) * region, float32 [B, C]; `region` may be None if alpha is 1."""
     if alpha == 1.0:
         return global_
-    if region is None:
-        raise ValueError(f"region: got None with alpha {alpha}, expected float32 [B, C]")
+    assert region is not None
     return np.float32(alpha) * global_ + np.float32(1.0 - alpha) * region
 
 

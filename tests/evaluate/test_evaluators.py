@@ -167,7 +167,7 @@ def test_check_of_annotations(tmp_path, capsys, kind):
     no_folder = "no: no such folder; expected the one that the annotations' paths start from"
     no_file = "no.jsonl: no such file, expected one JSON object a line"
     assert _check(good, images="no") == [no_folder]
-    assert _check(good, images="no", annotations="no.jsonl") == [no_folder, no_file]
+    assert _check(good, annotations="no.jsonl") == [no_file]
     (tmp_path / "empty").mkdir()
     assert "none of the 200 images of" in _check(good, images=str(tmp_path / "empty"))[0]
     path.write_text('{"image": "0.png"}\n[]\n')

@@ -21,14 +21,8 @@ TEXTS = np.array([[298, 5, 6, 299], [298, 7, 299, 0]], np.int32)
 
 @functools.cache
 def _predictor(**changes):
-    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, **changes)
-    return inference.Predictor(model, perturbed.params(model))
-
-
-@functools.cache
-def _two_towers(pool, **changes):
-    changes |= dict(image__depth=1, text__depth=1, decoder=None, image__pool=pool)
-    model = perturbed.tiny(**changes)
+    decoder = {} if "decoder" in changes else dict(decoder__depth=1)
+    model = perturbed.tiny(image__depth=1, text__depth=1, **decoder, **changes)
     return inference.Predictor(model, perturbed.params(model))
 
 
@@ -101,13 +95,6 @@ def test_faults_of_boxes(predictor, message):
         predictor.encode_boxes(PICTURES, FAULTS[message])
 
 
-def test_a_model_without_a_box_head_says_so():
-    with pytest.raises(inference.InputError, match="has no box head .* expected one that was"):
-        _predictor().encode_boxes(PICTURES, BOXES)
-    with pytest.raises(inference.InputError, match="has no box head"):
-        _predictor().encode_tokens(PICTURES)
-
-
 def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
     got = predictor.similarity_map(PICTURES[0], TEXTS)
     assert got.shape == (2, 5, 5)
@@ -133,13 +120,6 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
     np.testing.assert_allclose(got[:, 1, 3], expected, atol=3e-6)
 
 
-def test_a_map_of_a_box_head_beside_two_towers_is_that_of_the_patches():
-    predictor = _two_towers("mean", boxes__kind="roi_align")
-    patches = predictor.encode_patches(PICTURES[:1])[0]
-    expected = np.einsum("nd,hwd->nhw", predictor.encode_text(TEXTS), patches)
-    np.testing.assert_allclose(predictor.similarity_map(PICTURES[0], TEXTS), expected, atol=3e-6)
-
-
 def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
     boxes = np.array([[0, 0, 0.5, 0.5], [0.25, 0, 1, 0.25], [0.9, 0.9, 1, 1]])
     got = scores.region_map(np.array([[0.5, 0.9, -0.1]]), boxes, 2)
@@ -152,16 +132,14 @@ def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
     np.testing.assert_allclose(predictor.similarity_map(PICTURES[0], TEXTS), expected, atol=3e-6)
 
 
-@pytest.mark.parametrize("pool", ["class", "mean", "map"])
+@pytest.mark.parametrize("pool", ["class", "map"])
 def test_a_map_of_two_towers_pools_each_patch_alone(pool):
-    predictor = _two_towers(pool)
+    predictor = _predictor(decoder=None, image__pool=pool)
     got = predictor.similarity_map(PICTURES[0], TEXTS)
     tokens = applied(predictor, "image_tokens", PICTURES[:1])
     patch = tokens[:, 1 + 7 : 1 + 8]  # row 1, column 2, after the class token
-    if pool == "class":
-        alone = patch
-    else:  # an image of this patch alone, after a class token that "mean" leaves out
-        alone = np.concatenate([patch, patch], axis=1)
+    # An image of this patch alone; a pooling over patches leaves out the first token.
+    alone = patch if pool == "class" else np.concatenate([patch, patch], axis=1)
     (embed, *_) = applied(predictor, "embeddings", alone)
     expected = predictor.encode_text(TEXTS) @ np.asarray(embed[0])
     np.testing.assert_allclose(got[:, 1, 2], expected, atol=3e-6)

@@ -112,16 +112,13 @@ def test_one_text_gives_what_belongs_to_it(predictor):
     assert predictor.similarity_map(PICTURES[0], "a wren").ndim == 2
 
 
-def test_a_model_says_what_it_is(predictor, two_towers):
+def test_a_model_says_what_it_is(predictor):
     assert predictor.logit_scale == pytest.approx(np.exp(predictor.params["logit_scale"]))
     assert predictor.logit_bias is None
     biased = inference.Predictor(predictor.model, {**predictor.params, "logit_bias": -2.5})
     assert biased.logit_bias == -2.5
     count = sum(x.size for x in jax.tree.leaves(predictor.params))
-    for part in ("given parameters", f"image {S} x {S} (vit", f"{Q} regions", f"{count:,} param"):
-        assert part in repr(predictor)
-    loaded = repr(grain_jax.load(str(two_towers)))
-    assert str(two_towers) in loaded and "; 0 regions;" in loaded
+    assert f"image {S} x {S} (vit" in repr(predictor) and f"{count:,} param" in repr(predictor)
 
 
 def test_the_size_of_a_call_does_not_matter(predictor, capsys):
@@ -241,14 +238,16 @@ def test_ground_finds_the_best_region(predictor):
     texts = ["a long orange beak", "a short tail", "wing"]
     regions = predictor.encode_regions(PICTURES[:1])
     similarity = predictor.encode_text(texts) @ regions.embed[0].T
-    for image in (ONE, PICTURES[0], schema.rescale_pixels(PICTURES[0])):
-        for answer, row in zip(predictor.ground(image, texts), similarity, strict=True):
-            close(answer.box_xyxy, regions.boxes_xyxy[0, row.argmax()])
-            close(answer.score, row.max())
+    for answer, row in zip(predictor.ground(ONE, texts), similarity, strict=True):
+        close(answer.box_xyxy, regions.boxes_xyxy[0, row.argmax()])
+        close(answer.score, row.max())
 
 
 def test_parameters_stay_where_they_are_and_programs_are_shared(predictor):
-    other = inference.Predictor(predictor.model, predictor.params)
+    # A run on GPUs may have asked for cuDNN; its model is read on a machine that has none.
+    trained = dataclasses.replace(predictor.model, attention="cudnn", mlp="pallas")
+    other = inference.Predictor(trained, predictor.params)
+    assert other.model == predictor.model
     for mine, given in zip(jax.tree.leaves(other.params), jax.tree.leaves(predictor.params)):
         assert mine is given
     expected = predictor.encode_image(FEW)
@@ -258,13 +257,6 @@ def test_parameters_stay_where_they_are_and_programs_are_shared(predictor):
     close(other.encode_image(FEW), expected)
     assert np.abs(doubled.encode_image(PICTURES[:4])[:3] - expected).max() > 1e-3
     assert program._cache_size() == programs
-
-
-def test_programs_of_the_training_are_not_taken(predictor):
-    """A run on GPUs may have asked for cuDNN; its model is read on a machine that has none."""
-    told = dataclasses.replace(predictor.model, attention="cudnn", mlp="pallas")
-    other = inference.Predictor(told, predictor.params)
-    assert other.model == predictor.model
 
 
 def test_the_first_call_says_what_it_compiles(predictor, monkeypatch):
@@ -343,19 +335,16 @@ def test_texts_of_a_tokenizer_file_end_at_their_last_token(tmp_path, two_towers,
 
 def test_models_without_regions_say_so(two_towers):
     c = tiny.config(model__embed_dim=D, model__decoder__queries=0, input__max_regions=0)
-    none = inference.Predictor(c.model, perturbed.params(c.model))
-    shapes = jax.eval_shape(jitted.image_program(c.model, "float32"), none.params, FEW)
-    assert [x.shape for x in shapes] == [(3, D), (3, 0, D), (3, 0, 4)]
-    loaded, one = grain_jax.load(str(two_towers)), PICTURES[:1]
-    queries = r"no region queries \(model.decoder.queries is 0\), expected"
-    for said, call in {
-        f"ground: the model has {queries}": lambda: none.ground(ONE, ["wren"]),
-        f"alpha 0.5: the model has {queries}": lambda: none.classify(one, {"a": ["b"]}, 0.5),
-        "regions: the model has two towers": lambda: loaded.encode_image_and_regions(one),
-        "ground: the model has two towers": lambda: loaded.ground(ONE, ["wren"]),
-        "alpha 0.25: the model has two towers": lambda: loaded.classify(one, ["a"], 0.25),
+    none, loaded = (
+        inference.Predictor(c.model, perturbed.params(c.model)),
+        grain_jax.load(str(two_towers)),
+    )
+    for begin, call in {
+        "ground: .*model.decoder.queries is 0": lambda: none.ground(ONE, ["wren"]),
+        "alpha 0.5: .*model.decoder.queries": lambda: none.classify(ONE, {"a": ["b"]}, 0.5),
+        "regions: .*model.decoder is null": lambda: loaded.encode_image_and_regions(ONE),
     }.items():
-        with pytest.raises(inference.InputError, match=rf"^{said}[^\n]*\Z"):
+        with pytest.raises(inference.InputError, match=rf"^{begin}[^\n]*\Z"):
             call()
 
 

@@ -40,9 +40,8 @@ class Card(NamedTuple):
 class Looked(NamedTuple):
     """What the model gave."""
 
-    classes: dict[
-        str, dict[str, float]
-    ]  # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
+    # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
+    classes: dict[str, dict[str, float]]
     cards: list[Card]
     unmeasured: list[str]  # a line for each part that could not be made
 
@@ -117,19 +116,17 @@ def _cards(predictor: Any, entry: Any) -> list[Card]:
     cards = []
     for i, record in enumerate(records):
         mine = np.flatnonzero(matched.image == i)
-        query_of_rank = dict(
-            enumerate(matched.query[mine].tolist())
-        )  # matches are in order of rank
-        right_text = dict(zip(matched.query[mine].tolist(), text_of[mine].tolist()))
+        queries = matched.query[mine].tolist()  # in order of rank
+        right_text = dict(zip(queries, text_of[mine].tolist()))
         boxes = []
         for query, (box, row) in enumerate(zip(seen.regions.boxes_xyxy[i], cosines[i])):
             best = int(row.argmax())
             right = right_text[query] == best if query in right_text else None
             boxes.append(Box(box.tolist(), texts[best], float(row[best]), query, right))
         for j in np.flatnonzero(described.image == i):
-            colour = query_of_rank.get(int(described.rank[j]), -1)
-            said = described.texts[described.text[j]]
-            boxes.append(Box(described.boxes_xyxy[j].tolist(), said, None, colour))
+            rank, text = int(described.rank[j]), described.texts[described.text[j]]
+            colour = queries[rank] if rank < len(queries) else -1
+            boxes.append(Box(described.boxes_xyxy[j].tolist(), text, None, colour))
         small = images.to_rgb(files[seen.index[i]].load())
         small.thumbnail((_EDGE, _EDGE), PIL.Image.Resampling.LANCZOS)
         cards.append(Card(record.image, html.data_uri(small), small.size, boxes))
