@@ -1,6 +1,6 @@
 """`grain-jax evaluate KIND --checkpoint DIR ... --output OUT.json`: an evaluator, or a suite of them.
 
-Prints the result as a table and writes it as JSON. Wrong usage or input: a line for each fault, status 2. Several
+Prints the result as a table and writes it as JSON. Wrong usage or input: one line per fault, status 2. Several
 processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
 """
 
@@ -36,7 +36,7 @@ def _output(path: str, name: str = "--output") -> epath.Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one evaluation, or a suite; returns the exit status: 0, or 2 with a line for each fault on stderr.
+    """Runs one evaluation, or a suite; returns the exit status: 0, or 2 with one line per fault on stderr.
 
     For a suite it is 1 if an entry failed, and 2 if there was nothing that could be run.
     """

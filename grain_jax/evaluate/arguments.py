@@ -1,4 +1,4 @@
-"""The flags of `grain-jax evaluate KIND`; those of an evaluator are the options that its class declares."""
+"""The flags of `grain-jax evaluate KIND`: the options that the class of the evaluator declares."""
 
 import dataclasses
 import functools
@@ -11,14 +11,14 @@ from grain_jax.evaluate import base, kinds
 
 
 class _Kind(Processes):
-    """What all kinds have.
+    """The flags of all kinds.
 
     what is measured:
       --checkpoint DIR   workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
 
     how:
-      --output OUT.json  file to write; the result is printed as a table, too
-      --batch-size N     images at a time
+      --output OUT.json  file for the result, which is also printed as a table
+      --batch-size N     images per batch
     """
 
     checkpoint: str
@@ -34,11 +34,10 @@ class Suite(_Kind, name="evaluate suite"):
           --output suite.json
 
     the suite:
-      --config FILE|NAME[:ARG]  a Python file with get_config, or a config of the package, such as eval; ARG goes to
-        get_config
-      --config.KEY VALUE        changes a key; the file has the keys
-      --only NAMES              names of entries, with commas between
-      --[no-]again              measure what OUT.json has already, too
+      --config FILE|NAME[:ARG]  a Python file with get_config(ARG), or a config of the package, such as eval
+      --config.KEY VALUE        changes a key of the config
+      --only NAMES              names of entries, with commas between them
+      --[no-]again              also measure entries that OUT.json has already
     """
 
     config: str

@@ -68,12 +68,11 @@ class Boxes(AnnotatedRegions):
         A description stands for the class with that label or name; boxes with other descriptions are left out and
         counted.
 
-        Returns: counts; `chance` (of top-1), `chance_top5`; under `box_head` (by the embedding of the box), `region` (by
-          the query that overlaps the box most) and `image` (by the image embedding): `top1`, `top5`,
-          `mean_per_class` (of top-1, over classes with a box) and `per_class`; the same under `groups` for each group of
-          the class file. With region queries also `best_iou`, the mean IoU of the box and the box of that query;
-          `found`, the share of boxes whose IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes`
-          for these boxes alone. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
+        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings: `box_head`
+          (of the box), `region` (of the query that overlaps the box most) and `image`. `groups` has the same for each
+          group of the class file. With region queries also `best_iou`, the mean IoU of the box and that query's box;
+          `found`, the share of boxes whose IoU is at least boxes.FOUND_IOU; and `found_boxes`, the same numbers for
+          these boxes.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)

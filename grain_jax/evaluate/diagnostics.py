@@ -2,7 +2,7 @@
 
 DETR-like decoders learn slowly while the matching of queries to regions flips between evaluations
 (DN-DETR, Li et al. 2022, section 3.1); `matching_stability` is the share of regions that keep their query. Boxes,
-texts and the matching are those of `grounding`.
+texts and the matching come from `grounding`.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class Diagnostics(AnnotatedRegions):
 
         Returns: counts, and (95% intervals of shares: `_low`, `_high`)
           `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
-          `region_to_description_r1`, `_r5`: share of matched regions whose own text is among the 1 or 5 nearest of
-            all distinct descriptions; `chance_region_to_description_r1`, `_r5`;
+          `region_to_description_r1`, `_r5`: share of matched regions whose text is among the 1 or 5 nearest of all
+            distinct descriptions; `chance_region_to_description_r1`, `_r5`;
           `query_usage_entropy`: entropy of the shares of matched regions per query, divided by ln Q; 1: equal shares;
           `description_entropy`: entropy of the descriptions of the matched regions, in nats;
-          `matching_stability`: share of regions matched to the same query as at the previous evaluation, at step
-            `stability_since_step`; left out without a file, or if it has no earlier evaluation of the same regions.
-            `chance_matching_stability`: the share if both evaluations assigned their queries in a random order;
-          `query`: number of the query -> `share` of the matched regions and, where that is not 0, mean predicted
-            box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
-            of its regions in nats, and `descriptions`: its most frequent ones with their counts.
+          `matching_stability`: share of regions matched to the same query as at step `stability_since_step`, the
+            previous evaluation of the same regions; left out without one. `chance_matching_stability`: the share if
+            both evaluations assigned their queries in a random order;
+          `query`: number of the query -> `share` of the matched regions, and for a share above 0 the mean box `cx`,
+            `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy` and `descriptions`,
+            the most frequent ones with their counts.
         """
         records, seen, counts = self.gather(predictor, context, regions=True)
         described = grounding.some_described_boxes(self.annotations, records, seen.sizes)

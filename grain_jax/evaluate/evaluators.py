@@ -76,7 +76,7 @@ class LabelledImages(Evaluator):
 
 
 class Annotated(NamedTuple):
-    """The annotations of a file, and those of them that an evaluation can use."""
+    """The annotations of a file, and the ones that an evaluation can use."""
 
     read: Any  # core.annotations.Annotations
     records: list[Any]  # core.annotations.Annotation

@@ -1,15 +1,15 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
 Queries are matched to the described boxes of an image by the matching cost of training (`matching`). Its weights are
-always those of the paper, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an image has more
+always the paper's, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an image has more
 boxes than the model has queries, the boxes with the highest scores are used, as in training.
 
-Every entry of `phrases` in A.jsonl is one phrase with its own boxes (without that key, each described box is one
-phrase), so equal phrases of one image are not merged. A phrase is found if the IoU of the best-scoring query and the
-box of the phrase is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, where every sentence has the
-box of its object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the
-two protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any box" takes the largest IoU with
-one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
+Every entry of `phrases` in A.jsonl is one phrase with its own boxes; equal phrases of one image are not merged. Without
+that key, each described box is one phrase. A phrase is found if the IoU of the best-scoring query and the box of the
+phrase is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, whose sentences have the box of
+one object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the two
+protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py). "Any box" takes the largest IoU with one of
+the boxes, "merged boxes" the IoU with the smallest box around all of them.
 """
 
 from __future__ import annotations
@@ -71,12 +71,11 @@ class Grounding(AnnotatedRegions):
           `region_to_description_r1`: share of matched regions whose own description is the nearest of all distinct
             descriptions of the file; `chance_region_to_description_r1`;
           `phrases`: number of phrases; if it is 0, the keys below are left out;
-          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase (of
-            several boxes, the one with the largest IoU), and the share with IoU >= 0.5;
+          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase, and the
+            share with IoU >= 0.5; with several boxes, the largest IoU;
           `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
-          if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
-            equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
-            around all boxes of the phrase; and the `chance_` of these three rates.
+          if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
+            `phrase_acc50_any_box`, `phrase_iou_merged_box` and `phrase_acc50_merged_box` with their `chance_`.
         """
         records, seen, counts = self.gather(predictor, context, regions=True)
         pred_boxes_xyxy, region_embed = seen.regions
@@ -161,7 +160,7 @@ class Described(NamedTuple):
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
     outside: int  # number of boxes left out: less than half of the box lies in the image
-    # Of each phrase, but those whose boxes are all left out, its boxes: positions among the M.
+    # The boxes of each phrase, as positions among the M; a phrase without a box left is left out.
     phrases: Sequence[Sequence[int]] = ()
 
 

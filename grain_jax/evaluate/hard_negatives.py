@@ -1,9 +1,9 @@
 """Is the right description of a box nearer to it than its hard negatives?
 
-The protocol of FG-OVD (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details") for boxes that are given:
-each box is compared with its description and its first N negatives; boxes with fewer are left out. The rank of the
+The protocol is FG-OVD's (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details"), with given boxes. Each
+box is compared with its description and its first N negatives; boxes with fewer are left out. The rank of the
 description is 1 + the number of negatives whose score is at least its own (but for `rates.TIE`), as in
-lorebianchi98/FG-OVD, evaluation/ranks.py. There detectors find the boxes, and one that was not found has the last rank.
+lorebianchi98/FG-OVD, evaluation/ranks.py. There detectors find the boxes, and a missed box has the last rank.
 
 Captions are compared with the image as a whole: in a wrong one a negative stands for the description.
 """
@@ -66,11 +66,10 @@ class HardNegatives(AnnotatedImages):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares every annotated box with its description and its negatives.
 
-        Returns: counts; `chance` (of top-1), `chance_mean_rank`; under `box_head` (by the embedding of the box), `region`
-          (by the query that overlaps the box most) and `image` (by the image embedding), as the model has them: `top1`,
-          the share of boxes whose description is the best of the N + 1 texts, with a 95% interval (`_low`, `_high`; ties
-          count as if broken at random), `mean_rank` and `median_rank` (1 is best; ties count as lost). With `captions`,
-          under `captions` the same for captions that hold the description: `boxes`, how many, and `image`.
+        Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`, as in
+          `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts, with a 95% interval,
+          `mean_rank` and `median_rank` (1 is best; ties count as lost). `captions` has the same for captions that hold
+          the description, by the image, and their number `boxes`.
         """
         seen = box_classes.encode_boxes(self, predictor, context)
         described = seen.described

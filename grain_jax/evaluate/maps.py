@@ -1,11 +1,11 @@
 """Evaluation of similarity maps: does the map of a phrase lie where its boxes are?
 
-Two measures, for any kind of map (`Predictor.similarity_maps`):
+There are two measures for any kind of map (`Predictor.similarity_maps`):
 
-- the pointing game (Zhang et al. 2016, "Top-down Neural Attention by Excitation Backprop"): the highest cell of the map
-  lies in a box of the phrase, without a margin around the box;
-- the IoU of the boxes and the part of the image where the map, scaled to [0, 1] and resized, is above a threshold. All
-  phrases share the threshold, the one that is best for their mean.
+- The pointing game (Zhang et al. 2016, "Top-down Neural Attention by Excitation Backprop"): the highest cell of the map
+  lies in a box of the phrase, without a margin around the box.
+- The IoU of the boxes and the part of the image where the map, scaled to [0, 1] and resized, is above a threshold. All
+  phrases share the threshold that is best for their mean.
 
 As in `grounding`, every entry of `phrases` in A.jsonl is one phrase with its boxes.
 """
@@ -47,10 +47,9 @@ class Maps(AnnotatedImages):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares the similarity map of each phrase with its boxes.
 
-        Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in a box of theirs, with a 95%
-          interval (`_low`, `_high`), of several equally high cells the share of these; `chance_pointing`, the same of any
-          cell; `map_iou` and `map_iou_threshold`, the mean IoU with the boxes at the best threshold; `chance_map_iou`,
-          that of the whole image.
+        Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in one of their boxes, with a
+          95% interval (`_low`, `_high`); `chance_pointing`, the same for any cell; `map_iou` and `map_iou_threshold`,
+          the mean IoU with the boxes at the best threshold; `chance_map_iou`, the IoU of the whole image.
         """
         annotated = self.read()
         regions = [region for record in annotated.records for region in record.regions]

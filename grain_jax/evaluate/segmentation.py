@@ -199,10 +199,10 @@ class Segmentation(Evaluator):
 
         An image whose mask is missing, damaged, of another size or has an id that is no class is left out.
 
-        Returns: counts; `miou`, the mean IoU over the `classes_seen`, those with a true or a predicted pixel;
-          `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel; each with a 95% interval (`_low`,
-          `_high`) over the images if there are five or more; `chance_miou` and `chance_pixel_accuracy`, of a class drawn
-          for each pixel; and `per_class`, name -> `iou`, `accuracy`, `pixels`. Pixels of the ignored id count nowhere.
+        Returns: counts; `miou`, the mean IoU over the `classes_seen`, which have a true or a predicted pixel;
+          `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel. Each has a 95% interval (`_low`,
+          `_high`) if there are five or more images. `chance_miou` and `chance_pixel_accuracy` are the values if a class
+          is drawn for each pixel; `per_class` is name -> `iou`, `accuracy`, `pixels`. Ignored pixels count nowhere.
         """
         opened = self.open()
         classes = self.embed_classes(predictor, opened)

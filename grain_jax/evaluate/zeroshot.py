@@ -1,8 +1,8 @@
 """Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
 One pass over the images gives both protocols of the paper: class names in prompts, and class names with
-descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or prompt:
-for class names that mean nothing to the model, or descriptions that are whole sentences.
+descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or prompt.
+That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
 """
 
 from __future__ import annotations
@@ -150,10 +150,9 @@ class ZeroShot(LabelledImages):
         With `context.predictions`, the first process writes there one JSON object per image: its name, its right class,
         the five best classes.
 
-        Returns: counts, `chance` (of top-1), `chance_top5`, and for each alpha, under `alpha_A`: `top1`, `top5`,
-          `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. If there are names and
-          descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
-          score, at alpha 1 and at each other alpha. Ties count as if broken at random.
+        Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of `rates.of_classes`.
+          With names and descriptions the global score uses both together, and `by_name` has the same keys for names
+          alone in the global score, at alpha 1 and at each other alpha.
         """
         test_set = self.open()
         scorer = self.scorer(predictor, test_set)
@@ -279,10 +278,10 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    In names `_` stands for a space. If a file does not have a name as it is spelt, letters and digits are compared
-    without case ("Black-footed albatross" matches "black_footed Albatross"), first those of the name, then those of
-    the stem; of two classes with the same name, first those of the stem. Published files have empty lists for a few
-    classes, which are then described by their name alone.
+    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name without
+    case ("Black-footed albatross" matches "black_footed Albatross"), then by the letters and digits of its stem. If two
+    classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
+    described by their name alone.
 
     `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
 

@@ -22,10 +22,10 @@ class Box(NamedTuple):
     """A box of a card."""
 
     xyxy: list[float]  # in [0, 1]
-    text: str  # the nearest description of a region; that of an annotated box
-    cosine: float | None  # of a region and its text; None: an annotated box
-    colour: int  # that of the region which an annotated box is matched to; -1: none
-    right: bool | None = None  # of a matched region, whether its text is that of its box
+    text: str  # the nearest description of a region; the description of an annotated box
+    cosine: float | None  # between a region and its text; None: an annotated box
+    colour: int  # number of the query; for an annotated box, of the matched query, or -1
+    right: bool | None = None  # whether the text of a matched region describes its box
 
 
 class Card(NamedTuple):
@@ -38,7 +38,7 @@ class Card(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What the model gave."""
+    """The results of the model for the page."""
 
     # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
     classes: dict[str, dict[str, float]]

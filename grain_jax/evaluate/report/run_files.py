@@ -99,7 +99,7 @@ def _of_training(
 
 
 def _of_evaluations(file: epath.Path, measured: list[Result], unmeasured: list[str]) -> None:
-    """Adds to `measured` the results in a file of `grain_jax.evaluate`: those of a suite or of one evaluation."""
+    """Adds to `measured` the results in a file of `grain_jax.evaluate`, for a suite or for one evaluation."""
     value = _json(file)
     if value is None:
         unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")
