@@ -72,9 +72,9 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
         raise ClassNameError(
             f"classes {classes}: got {len(lines)} classes, expected the dataset's {count}"
         )
-    place = {readable(label).lower(): i for i, label in enumerate(labels or ())}
+    position = {readable(label).lower(): i for i, label in enumerate(labels or ())}
     for i, line in enumerate(lines):
-        if labels is not None and place.get(readable(line.name).lower(), i) != i:
+        if labels is not None and position.get(readable(line.name).lower(), i) != i:
             raise ClassNameError(
                 f"classes {classes}: got {line.name!r} as class {i}, where the dataset has {labels[i]!r};"
                 " expected the dataset's order, or label<TAB>name"
@@ -134,17 +134,17 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 
     Arguments as of `for_labels`, which has accepted them. Returns None where neither dataset nor file has labels.
     """
-    found = _texts(labels)
-    if found is None and classes is not None:
-        found = [line.label for line in read(classes) if line.label is not None]
-    if not found:
+    known = _texts(labels)
+    if known is None and classes is not None:
+        known = [line.label for line in read(classes) if line.label is not None]
+    if not known:
         return None
-    if not _WNID.fullmatch(found[0]):
-        return [_stem(label) for label in found]
+    if not _WNID.fullmatch(known[0]):
+        return [_stem(label) for label in known]
     second = {str(line.label): line.name for line in read(_IMAGENET)}
     if classes == _IMAGENET:
         second |= OPEN_CLIP_NAMES
-    return [second.get(label, _stem(label)) for label in found]
+    return [second.get(label, _stem(label)) for label in known]
 
 
 def readable(label: str) -> str:

@@ -72,8 +72,8 @@ class Diagnostics(AnnotatedRegions):
         text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
         matched, text = grounding.match(pred_boxes_xyxy, described)
-        at = matched.image, matched.query
-        embed = scores.unit(region_embed[at])
+        pairs = matched.image, matched.query
+        embed = scores.unit(region_embed[pairs])
         queries = pred_boxes_xyxy.shape[1]
         uses = np.bincount(matched.query, minlength=queries)
         result = {
@@ -89,7 +89,7 @@ class Diagnostics(AnnotatedRegions):
         for k, right in zip((1, 5), rates.nearest_hits(embed, text_embed, text)):
             result |= rates.rate(f"region_to_description_r{k}", right)
             result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
-        pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
+        pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[pairs]))
         path, step = context.state_path and epath.Path(context.state_path), context.step or 0
         # All that decides which regions are matched, and in which order.
         lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described[:-1]]

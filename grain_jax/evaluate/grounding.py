@@ -133,12 +133,12 @@ def _of_phrases(
 
 def _of_protocol(name: str, overlap: np.ndarray, share: np.ndarray) -> dict[str, float]:
     """Rates of `overlap` [P, Q], the IoU of query and right box; `share` [P, Q] is the chance of each query."""
-    found = overlap >= boxes.FOUND_IOU
+    hits = overlap >= boxes.FOUND_IOU
     return {
         f"phrase_iou{name}": float((share * overlap).sum(axis=1).mean()),
         f"chance_phrase_iou{name}": float(overlap.mean()),
-        **rates.rate(f"phrase_acc50{name}", (share * found).sum(axis=1)),
-        f"chance_phrase_acc50{name}": float(found.mean()),
+        **rates.rate(f"phrase_acc50{name}", (share * hits).sum(axis=1)),
+        f"chance_phrase_acc50{name}": float(hits.mean()),
     }
 
 
@@ -159,8 +159,8 @@ class Described(NamedTuple):
     region: np.ndarray  # int [M], position in the regions of its record
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
-    outside: int  # number of boxes left out: less than half of the box lies in the image
-    # The boxes of each phrase, as positions among the M; a phrase without a box left is left out.
+    outside: int  # boxes left out, since less than half of them lies in the image
+    # Per phrase the positions of its boxes among the M.
     phrases: Sequence[Sequence[int]] = ()
 
 
@@ -171,8 +171,12 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
     text = np.zeros((count, queries), int)
     mask = np.zeros((count, queries), bool)
     use = described.rank < queries
-    at = described.image[use], described.rank[use]
-    true_boxes_xyxy[at], text[at], mask[at] = described.boxes_xyxy[use], described.text[use], True
+    cell = described.image[use], described.rank[use]
+    true_boxes_xyxy[cell], text[cell], mask[cell] = (
+        described.boxes_xyxy[use],
+        described.text[use],
+        True,
+    )
 
     def matches(predicted: np.ndarray, true: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
         two = (boxes.xyxy_to_cxcywh(jnp.asarray(x)) for x in (predicted, true))
@@ -231,11 +235,11 @@ def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray
     first = np.searchsorted(described.image, np.arange(count + 1))
     out = np.empty(shape, np.float32)
     for i in range(count):
-        own = first[i + 1] - first[i]
-        others = len(described.image) - own
+        count_here = first[i + 1] - first[i]
+        others = len(described.image) - count_here
         if others:
             drawn = random.integers(others, size=queries)
-            out[i] = described.boxes_xyxy[drawn + own * (drawn >= first[i])]
+            out[i] = described.boxes_xyxy[drawn + count_here * (drawn >= first[i])]
         else:  # no other image has boxes: random corners
             corners = np.sort(random.random((queries, 2, 2), np.float32), axis=1)
             out[i] = corners.reshape(queries, 4)

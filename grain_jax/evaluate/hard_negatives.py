@@ -124,8 +124,8 @@ class HardNegatives(AnnotatedImages):
         self, record: annotations_lib.Annotation, region: annotations_lib.Region
     ) -> tuple[str, ...]:
         """A caption that holds the description of a box, and the same with each negative in its place; or nothing."""
-        words = r"\s+".join(map(re.escape, region.description.split()))
-        pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+        phrase = r"\s+".join(map(re.escape, region.description.split()))
+        pattern = re.compile(rf"(?<!\w){phrase}(?!\w)", re.IGNORECASE)
         matches = map(pattern.search, (*record.captions, record.synthetic_caption))
         match, texts = next(filter(None, matches), None), self._descriptions(region)
         if match is None or not texts:

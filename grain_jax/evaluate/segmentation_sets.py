@@ -156,23 +156,23 @@ def open_set(
         names that do not fit.
       class_names.ClassNameError: the class file cannot be used.
     """
-    root, found = epath.Path(images), LAYOUTS[layout]
-    split = split or found.split
+    root, spec = epath.Path(images), LAYOUTS[layout]
+    split = split or spec.split
     if not re.fullmatch(_FILE_NAME, split):
-        raise InputError(f"split: got {split[:60]!r}, expected one such as {found.split}")
+        raise InputError(f"split: got {split[:60]!r}, expected one such as {spec.split}")
     fill = lambda text: text.replace("SPLIT", split)
-    of_images = root if masks else root / fill(found.images)
-    of_masks = epath.Path(masks).expanduser() if masks else root / fill(found.masks)
+    of_images = root if masks else root / fill(spec.images)
+    of_masks = epath.Path(masks).expanduser() if masks else root / fill(spec.masks)
     for folder in (of_images, of_masks):
         if not folder.is_dir():
             raise errors.MissingData(
                 f"{folder}: no such folder, expected images or masks of the format {layout}{how_to_get(get)}"
             )
-    file = classes or found.classes or classes_beside(root, masks)
-    names, labels = _classes(file, found.background)
-    if found.ids:
-        tables = [_table(ids, found.ignored) for ids in found.ids]
-        if len(names) != (expected := len({*found.ids[0].values()})):
+    file = classes or spec.classes or classes_beside(root, masks)
+    names, labels = _classes(file, spec.background)
+    if spec.ids:
+        tables = [_table(ids, spec.ignored) for ids in spec.ids]
+        if len(names) != (expected := len({*spec.ids[0].values()})):
             raise InputError(
                 f"classes {file}: got {len(names)} classes, expected the {expected} of {layout}"
             )
@@ -181,19 +181,19 @@ def open_set(
         if ignore is not None or len(names) <= _IGNORED_ID:
             # The user's id does not count, even if it is the id of a class.
             tables[0][_IGNORED_ID if ignore is None else ignore] = IGNORED
-    if found.listed:
-        paths = _listed(root / fill(found.listed), of_images, get)
+    if spec.listed:
+        paths = _listed(root / fill(spec.listed), of_images, get)
     else:
-        paths = _below(of_images, found.image_end)
+        paths = _below(of_images, spec.image_end)
 
     @functools.cache
     def names_in(folder: epath.Path) -> set[str]:  # one question, not one for each image
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
     def pair(path: epath.Path) -> Masked:
-        name = path.name.removesuffix(path.suffix).removesuffix(found.image_end)
+        name = path.name.removesuffix(path.suffix).removesuffix(spec.image_end)
         folder = of_masks / path.parent.relative_to(of_images)
-        masks = [mask.replace("NAME", name) for mask in found.mask_names]
+        masks = [mask.replace("NAME", name) for mask in spec.mask_names]
         last = len(masks) - 1
         number = next((i for i in range(last) if masks[i] in names_in(folder)), last)
         return Masked(path, folder / masks[number], tables[number])

@@ -53,8 +53,8 @@ def run(
     """
     for name in only or ():
         if name not in suite:
-            words = config_lib.unknown_key(name, list(suite))
-            raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
+            message = config_lib.unknown_key(name, list(suite))
+            raise InputError(f"--only: {name}: {message.replace('key', 'entry')}")
     entries = {n: entry for n, entry in suite.items() if only is None or n in only}
     before = processes.run_together(lambda: _read(output, again))
     results: dict[str, Any] = {"ran": {}, "skipped": {}, "failed": {}, "notes": {}}
@@ -126,8 +126,8 @@ def _ready(entry: Evaluator) -> tuple[Evaluator | None, str, int, Exception | No
     Without an entry and an error it is skipped.
     """
     try:
-        found, line = processes.run_together(entry.available)
-        return found, line, processes.run_together(found.check), None
+        ready, line = processes.run_together(entry.available)
+        return ready, line, processes.run_together(ready.check), None
     except Exception as error:
         if isinstance(error, errors.MissingData) and entry.missing == "skip":
             return None, f"skipped: {_words(error)}", 0, None
@@ -143,17 +143,17 @@ def _tasks(
     """
     tasks = {}
     for name, entry in entries.items():
-        found, line, images, error = _ready(entry)
+        ready, line, images, error = _ready(entry)
         if error is not None:
             _failed(name, error, results)
             continue
         if line:
-            which = "notes" if found is not None else "skipped"
+            which = "notes" if ready is not None else "skipped"
             results[which][name] = line.removeprefix("skipped: ")
             _say(f"{name}: {line}")
-        if found is not None:
-            inputs = {path: _digest_of_file(path) for path in found.files if path is not None}
-            tasks[name] = found, {"pictures": images, **inputs}
+        if ready is not None:
+            inputs = {path: _digest_of_file(path) for path in ready.files if path is not None}
+            tasks[name] = ready, {"pictures": images, **inputs}
     return tasks
 
 

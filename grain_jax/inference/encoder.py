@@ -205,7 +205,7 @@ class Encoder:
     def _with_boxes(
         self, method: str, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(embeddings of the images, [0, D] if the method returns none; for each image those of its boxes [n, D])."""
+        """(embeddings of the images, [0, D] if the method returns none; per image the embeddings of its boxes [n, D])."""
         self._need_box_head()
         program = jitted.program(self.model, self.dtype, method)
         boxes = inputs.checked_boxes(boxes_xyxy)
@@ -334,8 +334,7 @@ class Encoder:
             shape, dtype = (size, size, 3), np.dtype(np.uint8)
             if isinstance(images, Tokens):
                 shape, dtype = images.values.shape[1:], images.values.dtype
-            one = jax.ShapeDtypeStruct((1, *shape), dtype)
-            shapes = jax.eval_shape(program, self.params, one)
+            shapes = jax.eval_shape(program, self.params, jax.ShapeDtypeStruct((1, *shape), dtype))
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

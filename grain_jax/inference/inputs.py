@@ -144,8 +144,8 @@ def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
 def checked_images(images: Any, size: int) -> Images:
     """A batch of images for a model of `size` pixels, if its type is right; floats as float32. Raises InputError."""
     if not hasattr(images, "dtype"):
-        one = isinstance(images, PIL.Image.Image)
-        if one or not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
+        no_batch = isinstance(images, (PIL.Image.Image, str, bytes))
+        if no_batch or not isinstance(images, Iterable):
             raise InputError(f"images: got {kind_of(images)}, expected images to iterate over")
         return images
     images = np.asarray(images)

@@ -44,9 +44,9 @@ def load(
     """Loads the model of a training workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
 
     Args:
-      path: the folder, local or remote; or a model that comes with the package ("aviary-tiny"), if no folder has that
-        name; or one of the Hugging Face Hub ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"): a folder of `convert to-hf`, or
-        any other conversion. No code of the Hub is downloaded.
+      path: the folder, local or remote. If no folder has that name: a model that comes with the package
+        ("aviary-tiny"), or one of the Hugging Face Hub ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"). No code of the Hub
+        is downloaded.
       dtype, templates, progress: as in `Predictor`.
 
     Raises:
@@ -61,21 +61,20 @@ def load(
 class Predictor(Encoder):
     """Encodes and compares images and texts; every result is float32 numpy.
 
-    Images are PIL images of any mode, uint8 [H, W, 3] of any size or normalised float32 [S, S, 3] (`preprocess`), as a
-    list, a generator or anything else to iterate over; uint8 [B, H, W, 3] or float32 [B, S, S, 3]; or one image. What
-    is not normalised is resized to the model's size. PIL images are turned by their EXIF orientation, as a viewer
-    shows them; `np.asarray(image)` takes the pixels as they are. Classes are names, {name: [description, ...]}, or
-    the result of `class_features`.
+    Images are PIL images of any mode, uint8 [H, W, 3] of any size or normalised float32 [S, S, 3] (`preprocess`). They
+    come as one image, as anything to iterate over, or as an array uint8 [B, H, W, 3] or float32 [B, S, S, 3]. Images
+    that are not normalised are resized to the model's size. PIL images are turned by their EXIF orientation, as a
+    viewer shows them; `np.asarray(image)` takes the pixels as they are. Classes are names, {name: [description, ...]},
+    or the result of `class_features`.
 
-    Every method raises InputError for images, boxes, texts, classes or options that it cannot take, and if the model
-    lacks what it asks: region queries, a box head, or a grid of patches. A tokenizer that cannot be read is a
-    TokenizerError.
+    Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a box head
+    or a grid of patches that the method needs. A tokenizer that cannot be read is a TokenizerError.
 
     Args:
       model: configuration of the model.
       params: nested dict of arrays. Arrays on a device stay there.
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
-      templates: prompts with `{}` for the class name; None: those of `inference/templates.txt`.
+      templates: prompts with `{}` for the class name; None: the ones in `inference/templates.txt`.
       folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
 
@@ -156,8 +155,8 @@ class Predictor(Encoder):
     def similarity_map(self, image: PIL.Image.Image | np.ndarray, texts: Texts) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
 
-        For one text it returns [h, w]. The cosines are those of the patches (`encode_patches`), of a model with regions
-        the best of the regions at each patch (`scores.region_map`), and with both the mean of the two.
+        For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the regions
+        there (`scores.region_map`), or the mean of the two, depending on what the model has.
         `scores.resize_map` makes the map as large as the image.
         """
         if inputs.is_one_text(texts):

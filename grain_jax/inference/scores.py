@@ -1,6 +1,6 @@
 """Zero-shot scores from embeddings, in numpy (docs/method.md, Zero-shot evaluation).
 
-Letters in shapes are those of `schema`, with C classes and n_c texts of class c. Embeddings may have any length: every
+Shapes use the letters of `schema`, C for classes, and n_c for the texts of class c. Embeddings may have any length: every
 function normalises them, and scores are cosines.
 """
 

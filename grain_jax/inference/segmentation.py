@@ -1,9 +1,9 @@
 """Open-vocabulary segmentation: the class of every pixel, from the cosines of patches or regions and class names.
 
-    image -> short side to `short_side` pixels -> windows of the model's size, every `stride` pixels
-          -> of each window a map of every class -> mean where windows overlap -> the size of the image -> argmax
+The image is resized and cut into windows of the model's size. Each window gets a map per class; where windows overlap
+the maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
 
-Maps of patches are those of MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
+Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
 centres, the edge held.
 """
 
@@ -140,7 +140,7 @@ def windows_of(index: int, image: Any, *options: int) -> Windows:
 
 def _starts(length: int, size: int, step: int) -> list[int]:
     """Where windows begin along a side."""
-    return sorted({min(at, length - size) for at in range(0, length - size + step, step)})
+    return sorted({min(x, length - size) for x in range(0, length - size + step, step)})
 
 
 def labels(
