@@ -73,8 +73,8 @@ def test_pictures_and_texts_as_the_predictor_has_them(clip):
     for padding in (0, 49407):
         close(text_of(np.where(ids < 0, padding, ids)), ztxt)
     for outside in (49408, 10**6, -2):  # ids that the table has not got
-        found = np.asarray(text_of(np.where(np.arange(4)[:, None] == 1, outside, ids)))
-        assert np.isnan(found).all(axis=1).tolist() == [False, True, False, False]
+        measured = np.asarray(text_of(np.where(np.arange(4)[:, None] == 1, outside, ids)))
+        assert np.isnan(measured).all(axis=1).tolist() == [False, True, False, False]
     # Either alone, and init as its trainers call it.
     zimg, ztxt, out = jax.eval_shape(predict, state, {"image": pictures})
     assert (zimg.shape, ztxt, set(out)) == ((4, 28), None, {"img/normalized", "t", "t/parameter"})
@@ -105,8 +105,8 @@ def test_pictures_are_resized_as_ours(clip):
     op = big_vision.grain_image(clip)
     picture = np.random.default_rng(1).integers(0, 256, (50, 70, 3)).astype(np.uint8)
     png = tf.io.encode_png(picture).numpy()
-    for given in (picture, png):
-        dataset = tf.data.Dataset.from_tensors({"image": given, "label": 3}).map(op)
+    for options in (picture, png):
+        dataset = tf.data.Dataset.from_tensors({"image": options, "label": 3}).map(op)
         assert dataset.element_spec["image"].shape == (40, 40, 3)
         (got,) = dataset.as_numpy_iterator()
         np.testing.assert_array_equal(got["image"], images.resize(picture, 40))

@@ -119,8 +119,8 @@ def test_names_are_found_by_label_or_have_the_order_of_the_labels(tmp_path):
 def open_clip(monkeypatch):
     """The package without torch, which its __init__ imports."""
     package = types.ModuleType("open_clip")
-    found = importlib.util.find_spec("open_clip")
-    package.__path__ = found.submodule_search_locations
+    measured = importlib.util.find_spec("open_clip")
+    package.__path__ = measured.submodule_search_locations
     monkeypatch.setitem(sys.modules, "open_clip", package)
 
 

@@ -17,8 +17,8 @@ TEXTS = {"beak": [1, 0, 0], "tail": [0, 1, 0], "crest": [0, 0, 1]}
 def annotated(tmp_path):
     """Three images of a left half (beak, beak, crest); the first two have a right half (tail) too."""
     half = lambda j, word: region([10 * j, 0, 10 * j + 10, 10], word, 0.9 - 0.1 * j)
-    words = ("beak", "tail"), ("Beak", "tail"), ("crest",)
-    annotate(tmp_path, [{"regions": [half(*x) for x in enumerate(own)]} for own in words])
+    phrase = ("beak", "tail"), ("Beak", "tail"), ("crest",)
+    annotate(tmp_path, [{"regions": [half(*x) for x in enumerate(mine)]} for mine in phrase])
     return tmp_path
 
 

@@ -86,8 +86,8 @@ def folder(root, count=4, size=(20, 17), names="wall\nfloor\nsky\n"):
 def by_counting(truth, predicted, classes):
     """(mIoU, pixel accuracy, mean class accuracy) by loops over the pixels of all images."""
     right, true, said = ([0] * classes for _ in range(3))
-    for one, other in zip(truth, predicted):
-        for t, p in zip(one.ravel().tolist(), other.ravel().tolist()):
+    for single, other in zip(truth, predicted):
+        for t, p in zip(single.ravel().tolist(), other.ravel().tolist()):
             if t >= 0:
                 true[t] += 1
                 said[p] += 1
@@ -149,14 +149,14 @@ def test_processes_add_up(monkeypatch):
     random = np.random.default_rng(0)
     matrices = [random.integers(0, 9, (4, 4)) for _ in range(5)]
     whole, parts = confusion.Confusion(4), [confusion.Confusion(4) for _ in range(2)]
-    for i, one in enumerate(matrices):
-        whole.add(i, one)
-        parts[i // 3].add(i, one)
-    given = [
+    for i, single in enumerate(matrices):
+        whole.add(i, single)
+        parts[i // 3].add(i, single)
+    inputs = [
         {"matrix": p.matrix[None], "drawn": p._drawn[None], "images": np.array([p.images])}
         for p in parts
     ]
-    joined = {key: np.concatenate([one[key] for one in given]) for key in given[0]}
+    joined = {key: np.concatenate([single[key] for single in inputs]) for key in inputs[0]}
     monkeypatch.setattr(processes, "allgather", lambda _: joined)
     assert parts[0].gathered().measures() == whole.measures()
 
@@ -167,10 +167,10 @@ def test_a_folder(tmp_path):
     assert got["pixels"] == 4 * 17 * 19 and got["pixel_accuracy"] == pytest.approx(18 / 19)
     truth, predicted = [], []
     for i in range(4):
-        one = np.full((17, 20), i % 3)
-        predicted.append(one.copy())
-        one[:, 0], one[:, 1] = (i + 1) % 3, -1
-        truth.append(one)
+        single = np.full((17, 20), i % 3)
+        predicted.append(single.copy())
+        single[:, 0], single[:, 1] = (i + 1) % 3, -1
+        truth.append(single)
     miou, _, mean = by_counting(truth, predicted, 3)
     assert got["miou"] == pytest.approx(miou) and got["mean_class_accuracy"] == pytest.approx(mean)
     assert "miou_low" not in got  # of four images
@@ -211,8 +211,8 @@ def test_a_model_in_the_evaluation(tmp_path):
     names = ["wall, stone wall", "floor", "sky"]
     predicted = predictor.segment(pictures, names, stride=8)
     expected = by_counting(truth, predicted, 3)
-    found = [got[key] for key in ("miou", "pixel_accuracy", "mean_class_accuracy")]
-    assert found == pytest.approx(expected, abs=3e-3)  # a pixel may lie between two classes
+    measured = [got[key] for key in ("miou", "pixel_accuracy", "mean_class_accuracy")]
+    assert measured == pytest.approx(expected, abs=3e-3)  # a pixel may lie between two classes
     assert got["pixels"] == sum((each >= 0).sum() for each in truth)
 
 
@@ -318,8 +318,8 @@ def test_formats_of_public_sets(tmp_path, monkeypatch, layout, write):
     names, pixels = write(tmp_path)
     got = measure(images=tmp_path, format=layout)
     assert got["pixel_accuracy"] == got["miou"] == 1 and got["unreadable"] == 0
-    found = {name: x["pixels"] for name, x in got["per_class"].items() if x["pixels"]}
-    assert found == dict.fromkeys(names, pixels)
+    measured = {name: x["pixels"] for name, x in got["per_class"].items() if x["pixels"]}
+    assert measured == dict.fromkeys(names, pixels)
 
 
 @pytest.mark.parametrize("tag", [3, 6])  # upside down, and to the right

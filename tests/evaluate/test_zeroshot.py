@@ -22,8 +22,8 @@ def folder(tmp_path):
 
 
 def _evaluate(folder, predictor, **options):
-    given = dict(images=folder / "classes", templates=folder / "templates.txt")
-    return measure("zeroshot", predictor, **given, **options)
+    inputs = dict(images=folder / "classes", templates=folder / "templates.txt")
+    return measure("zeroshot", predictor, **inputs, **options)
 
 
 NAMES = {
@@ -152,9 +152,9 @@ def test_a_class_with_an_empty_list_is_described_by_its_name(folder):
 
 def test_faults(folder):
     def fault(**options):
-        with pytest.raises(errors.UserError) as found:
+        with pytest.raises(errors.UserError) as error:
             _evaluate(folder, StubPredictor(), **options)
-        return str(found.value)
+        return str(error.value)
 
     path = _write_descriptions(folder, {"cat": ["whiskers"], "dog": []})
     assert fault(descriptions=path).endswith("no description of the classes red fox")
@@ -173,9 +173,10 @@ def test_faults(folder):
 def test_hidden_files_are_no_pictures(folder):
     for name in ("._0.png", ".DS_Store"):
         (folder / "classes" / "cat" / name).write_bytes(b"oops")
-    found = test_sets.ClassFolders(folder / "classes")
-    assert [path.name for path in found.paths] == ["0.png", "1.png", "2.png", "3.png"]
-    assert found.classes == ["cat", "dog", "red fox"] and found.labels.tolist() == [0, 0, 1, 2]
+    test_set = test_sets.ClassFolders(folder / "classes")
+    assert [path.name for path in test_set.paths] == ["0.png", "1.png", "2.png", "3.png"]
+    assert test_set.classes == ["cat", "dog", "red fox"]
+    assert test_set.labels.tolist() == [0, 0, 1, 2]
 
 
 def test_names_of_folders_and_files_are_compared_composed(tmp_path):
@@ -194,8 +195,8 @@ def test_names_of_folders_and_files_are_compared_composed(tmp_path):
     for form in sets:
         text = {unicodedata.normalize(form, name).upper(): [name] for name in names}
         path = _write_descriptions(tmp_path, text)
-        for found in sets.values():
-            described = zeroshot.read_descriptions(path, found.classes, found.stems)
+        for test_set in sets.values():
+            described = zeroshot.read_descriptions(path, test_set.classes, test_set.stems)
             assert described == [[names[0]], [names[2]], [names[1]]]
         for folder in sets:
             labelled = test_sets.ClassFolders(tmp_path / folder, str(tmp_path / f"{form}.txt"))

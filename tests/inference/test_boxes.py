@@ -31,10 +31,10 @@ def predictor():
     return _predictor(boxes__kind="roi_align")
 
 
-def applied(predictor, method, *given):
+def applied(predictor, method, *arguments):
     """What the module itself returns."""
     apply = jax.jit(grain.GRAIN(predictor.model).apply, static_argnames="method")
-    return apply({"params": predictor.params}, *given, method=method)
+    return apply({"params": predictor.params}, *arguments, method=method)
 
 
 def close(got, expected):
@@ -67,16 +67,16 @@ def test_boxes_from_a_generator_and_of_no_image(predictor):
 
 
 def test_one_image_and_the_classes_of_its_boxes(predictor):
-    one, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
+    single, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
     (expected,) = predictor.encode_boxes(PICTURES[:1], [boxes])
-    image, embeds = predictor.encode_image_and_boxes(one, boxes)
+    image, embeds = predictor.encode_image_and_boxes(single, boxes)
     assert image.shape == (28,)
-    close([predictor.encode_boxes(one, boxes), embeds], [expected] * 2)
+    close([predictor.encode_boxes(single, boxes), embeds], [expected] * 2)
     features = predictor.encode_text(TEXTS)
     classes = inference.ClassFeatures(("a", "b"), features, None)
-    close([predictor.classify_boxes(one, boxes, classes)], [expected @ features.T])
+    close([predictor.classify_boxes(single, boxes, classes)], [expected @ features.T])
     close(predictor.classify_boxes(PICTURES[:1], [boxes], classes), [expected @ features.T])
-    assert predictor.encode_patches(one).shape == (predictor.grid, predictor.grid, 28)
+    assert predictor.encode_patches(single).shape == (predictor.grid, predictor.grid, 28)
 
 
 FAULTS = {  # of the boxes of three images

@@ -54,10 +54,10 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
 
-def applied(predictor, method, *given):
+def applied(predictor, method, *arguments):
     """What the module itself returns."""
     apply = jax.jit(grain.GRAIN(predictor.model).apply, static_argnames="method")
-    return apply({"params": predictor.params}, *given, method=method)
+    return apply({"params": predictor.params}, *arguments, method=method)
 
 
 def test_all_kinds_of_pictures_agree(predictor):
@@ -91,8 +91,8 @@ def test_all_kinds_of_pictures_agree(predictor):
 )
 def test_one_image_gives_what_belongs_to_it(predictor, call, shapes):
     expected = [leaf[0] for leaf in jax.tree.leaves(call(predictor, PICTURES[:1]))]
-    for one in (ONE, PICTURES[0], predictor.preprocess(ONE)):
-        got = jax.tree.leaves(call(predictor, one))
+    for single in (ONE, PICTURES[0], predictor.preprocess(ONE)):
+        got = jax.tree.leaves(call(predictor, single))
         assert [x.shape for x in got] == shapes
         for a, b in zip(got, expected):
             close(a, b)
@@ -102,13 +102,13 @@ def test_one_text_gives_what_belongs_to_it(predictor):
     embed = predictor.encode_text(["a wren"])
     ids = predictor.tokenizer("a wren")
     assert ids.dtype == np.int32 and ids.shape == (32,)
-    for one in ("a wren", ids):
-        close(predictor.encode_text(one), embed[0])
+    for single in ("a wren", ids):
+        close(predictor.encode_text(single), embed[0])
     texts = ["a wren", "wren " * 40]
     expected = tokenizer.ClipTokenizer()(texts, 32)
     np.testing.assert_array_equal(predictor.tokenizer(t for t in texts), expected)
-    one, (same,) = (predictor.ground(PICTURES[0], x) for x in ("a wren", ["a wren"]))
-    assert one.score == same.score and one.box_xyxy.shape == (4,)
+    single, (same,) = (predictor.ground(PICTURES[0], x) for x in ("a wren", ["a wren"]))
+    assert single.score == same.score and single.box_xyxy.shape == (4,)
     assert predictor.similarity_map(PICTURES[0], "a wren").ndim == 2
 
 
@@ -125,11 +125,11 @@ def test_the_size_of_a_call_does_not_matter(predictor, capsys):
     image, regions = predictor.encode_image_and_regions(PICTURES)
     assert image.shape == (70, D)
     assert regions.embed.shape == (70, Q, D) and regions.boxes_xyxy.shape == (70, Q, 4)
-    for some in (slice(0, 1), slice(67, 70)):
-        close(predictor.encode_image(PICTURES[some]), image[some])
-        part = predictor.encode_regions(PICTURES[some])
-        close(part.embed, regions.embed[some])
-        close(part.boxes_xyxy, regions.boxes_xyxy[some])
+    for part_of in (slice(0, 1), slice(67, 70)):
+        close(predictor.encode_image(PICTURES[part_of]), image[part_of])
+        part = predictor.encode_regions(PICTURES[part_of])
+        close(part.embed, regions.embed[part_of])
+        close(part.boxes_xyxy, regions.boxes_xyxy[part_of])
     assert predictor.encode_image([]).shape == predictor.encode_text([]).shape == (0, D)
     assert capsys.readouterr().err == ""  # progress is shown where it is asked for
     shown = inference.Predictor(predictor.model, predictor.params, progress=True)
@@ -206,11 +206,11 @@ def test_texts_keep_their_order_whatever_their_length(predictor):
     tokens = tokenizer.ClipTokenizer()(texts, 32)
     close(predictor.encode_text(tokens), embed)
     positions = np.arange(32)[None, None]
-    for row, found in zip(tokens, embed):
-        at = np.array([[0, row.argmax()]])
-        given = row[None, None], positions, np.ones_like(positions), at
-        (alone,) = applied(predictor, grain.GRAIN.encode_text, *given)
-        close(found, alone[0])
+    for row, measured in zip(tokens, embed):
+        index = np.array([[0, row.argmax()]])
+        arguments = row[None, None], positions, np.ones_like(positions), index
+        (alone,) = applied(predictor, grain.GRAIN.encode_text, *arguments)
+        close(measured, alone[0])
     assert np.abs(embed[1] - embed[3]).max() > 0.01
 
 
@@ -218,8 +218,8 @@ def test_classify_names_and_descriptions(predictor):
     image, regions = predictor.encode_image_and_regions(FEW)
     for described in (False, True):
         means = []
-        for name, own in CLASSES.items():
-            texts = prompts.class_texts(name, predictor.templates, own if described else None)
+        for name, its_own in CLASSES.items():
+            texts = prompts.class_texts(name, predictor.templates, its_own if described else None)
             means.append(predictor.encode_text(texts).mean(axis=0))
         expected = image @ np.stack(means).T
         got = predictor.classify(FEW, CLASSES if described else list(CLASSES))
@@ -248,8 +248,8 @@ def test_parameters_stay_where_they_are_and_programs_are_shared(predictor):
     trained = dataclasses.replace(predictor.model, attention="cudnn", mlp="pallas")
     other = inference.Predictor(trained, predictor.params)
     assert other.model == predictor.model
-    for mine, given in zip(jax.tree.leaves(other.params), jax.tree.leaves(predictor.params)):
-        assert mine is given
+    for mine, theirs in zip(jax.tree.leaves(other.params), jax.tree.leaves(predictor.params)):
+        assert mine is theirs
     expected = predictor.encode_image(FEW)
     program = jitted.image_program(predictor.model, "float32")
     programs = program._cache_size()
@@ -263,8 +263,8 @@ def test_the_first_call_says_what_it_compiles(predictor, monkeypatch):
     """Where that takes long: tests/core/test_progress.py."""
     lines = []
 
-    def while_compiling(what, usually, *, silent):
-        lines.append((what, silent))
+    def while_compiling(label, usually, *, silent):
+        lines.append((label, silent))
         return contextlib.nullcontext()
 
     monkeypatch.setattr(progress, "while_compiling", while_compiling)
@@ -308,9 +308,9 @@ def test_two_towers_that_see_their_padding(two_towers):
     ids = np.full((3, 32), 1, np.int32)  # padded with model.text.pad_id to the whole context
     ids[0, :4], ids[1, 0], ids[2] = (2, 7, 8, 9), 5, 3
     positions = np.broadcast_to(np.arange(32), (1, 3, 32))
-    at = np.stack([np.arange(3), np.zeros(3, np.int64)], axis=1)
-    given = ids[None], positions, np.ones_like(positions), at
-    expected = np.asarray(applied(loaded, grain.GRAIN.encode_text, *given)[0])
+    index = np.stack([np.arange(3), np.zeros(3, np.int64)], axis=1)
+    arguments = ids[None], positions, np.ones_like(positions), index
+    expected = np.asarray(applied(loaded, grain.GRAIN.encode_text, *arguments)[0])
     assert np.abs(expected[0] - expected[1]).max() > 0.01
     for same in (texts, ids, loaded.tokenizer(texts)):
         close(loaded.encode_text(same), expected)
@@ -326,8 +326,8 @@ def test_texts_of_a_tokenizer_file_end_at_their_last_token(tmp_path, two_towers,
     text = dataclasses.replace(predictor.model.text, tokenizer="tokenizer.json", pad_id=1)
     model = dataclasses.replace(predictor.model, text=text)
     other = inference.Predictor(model, predictor.params, folder=tmp_path)
-    given = np.array([[[9, 3, 2]]]), np.array([[[0, 1, 2]]]), np.ones((1, 1, 3), int)
-    (expected,) = applied(other, grain.GRAIN.encode_text, *given, np.array([[0, 2]]))
+    arguments = np.array([[[9, 3, 2]]]), np.array([[[0, 1, 2]]]), np.ones((1, 1, 3), int)
+    (expected,) = applied(other, grain.GRAIN.encode_text, *arguments, np.array([[0, 2]]))
     close(other.encode_text(["beak photo a"]), expected)
     with pytest.raises(inference.InputError, match="do not end with the highest id"):
         other.tokenizer("beak photo a")
@@ -357,7 +357,7 @@ def cut_off():
 
 
 zeros = lambda *shape, dtype=np.uint8: np.zeros(shape, dtype)
-classify = lambda *given: lambda p: p.classify(jnp.zeros((1, S, S, 3)), *given)
+classify = lambda *arguments: lambda p: p.classify(jnp.zeros((1, S, S, 3)), *arguments)
 ERRORS = {
     r"float32 \[2, 8, 8, 3\], expected uint8 .* float32 \[B, 16, 16, 3\]": zeros(
         2, 8, 8, 3, dtype=np.float32
@@ -387,7 +387,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("said", ERRORS)
 def test_errors_are_one_line(predictor, said):
-    given = ERRORS[said]
+    arguments = ERRORS[said]
     with pytest.raises(ValueError, match=said) as error:
-        given(predictor) if callable(given) else predictor.encode_image(given)
+        arguments(predictor) if callable(arguments) else predictor.encode_image(arguments)
     assert "\n" not in str(error.value)

@@ -64,35 +64,35 @@ def test_values_are_those_of_transformers(kind, tmp_path):
     """MaskCLIP's maps of CLIP and of SigLIP, whose pooling attends to one patch alone."""
     module: Any
     if kind == "clip":
-        words = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299)
+        phrase = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299)
         vision = transformers.CLIPVisionConfig(**VISION, projection_dim=24)
         config = transformers.CLIPConfig(
-            text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=24
+            text_config=phrase.to_dict(), vision_config=vision.to_dict(), projection_dim=24
         )
         module = transformers.CLIPModel(config).eval()
     else:
-        words = transformers.SiglipTextConfig(**WORDS, projection_size=32)
+        phrase = transformers.SiglipTextConfig(**WORDS, projection_size=32)
         vision = transformers.SiglipVisionConfig(**VISION)
         config = transformers.SiglipConfig(
-            text_config=words.to_dict(), vision_config=vision.to_dict()
+            text_config=phrase.to_dict(), vision_config=vision.to_dict()
         )
         module = transformers.SiglipModel(config).eval()
     ours = _ours(module, tmp_path)
-    given = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
+    pixels = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
     with torch.no_grad():
         vision = module.vision_model
-        x = _values_by_torch(vision, foreign.torch_images(given))
+        x = _values_by_torch(vision, foreign.torch_images(pixels))
         if kind == "clip":
             patches = module.visual_projection(x[:, 1:])
         else:
             patches = vision.head(x.reshape(-1, 1, 32)).reshape(2, 25, 32)
     classes = _classes(ours)
     expected = classes.cosines(patches.numpy()).transpose(0, 2, 1).reshape(2, 5, 5, 5)
-    got = ours.class_maps(given, classes, by="patches", patch_features="values")
+    got = ours.class_maps(pixels, classes, by="patches", patch_features="values")
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    tokens = ours.class_maps(given, classes, patch_features="tokens")
+    tokens = ours.class_maps(pixels, classes, patch_features="tokens")
     np.testing.assert_allclose(
-        tokens, classes.cosines(ours.encode_patches(given)).transpose(0, 3, 1, 2), atol=1e-6
+        tokens, classes.cosines(ours.encode_patches(pixels)).transpose(0, 3, 1, 2), atol=1e-6
     )
     assert np.abs(got - tokens).max() > 1e-3
 
@@ -148,8 +148,8 @@ def _by_loops(image, size, short, stride, maps_of, count):
         x = 0
         while True:
             x = min(x, columns - size)
-            one = torch.tensor(maps_of(pixels[y : y + size, x : x + size]))
-            large = torch.nn.functional.interpolate(one[None], (size, size), mode="bilinear")
+            single = torch.tensor(maps_of(pixels[y : y + size, x : x + size]))
+            large = torch.nn.functional.interpolate(single[None], (size, size), mode="bilinear")
             total[:, y : y + size, x : x + size] += large[0].numpy()
             times[y : y + size, x : x + size] += 1
             if x == columns - size:

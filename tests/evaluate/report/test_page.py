@@ -48,7 +48,7 @@ def _evals(folder):
 
 def test_it_holds_the_numbers(run):
     shown = _text(run[0] / "report.html")
-    for words in (
+    for phrase in (
         "birds: top-1, alpha 1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
         "boxes: matched box IoU 0.464 chance 0.200",
         "cifar10: top-1, alpha 1 60.0% chance 10.0%; of 40 pictures",
@@ -58,7 +58,7 @@ def test_it_holds_the_numbers(run):
         "total 0.225",
         "dtd (suite.json): skipped: no data: tfds build dtd",
     ):
-        assert words in shown, words
+        assert phrase in shown, phrase
 
 
 def test_what_the_model_does_is_what_the_evaluations_measure(run):
