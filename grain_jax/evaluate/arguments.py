@@ -34,7 +34,7 @@ class Suite(_Kind, name="evaluate suite"):
           --output suite.json
 
     the suite:
-      --config FILE|NAME[:ARG]  a Python file with get_config(ARG), or a config of the package, such as eval
+      --config FILE|NAME[:ARG]  a file with get_config(ARG), or a config of the package
       --config.KEY VALUE        changes a key of the config
       --only NAMES              names of entries, with commas between them
       --[no-]again              also measure entries that OUT.json has already

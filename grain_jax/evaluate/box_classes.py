@@ -70,9 +70,9 @@ class Boxes(AnnotatedRegions):
 
         Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings: `box_head`
           (of the box), `region` (of the query that overlaps the box most) and `image`. `groups` has the same for each
-          group of the class file. With region queries also `best_iou`, the mean IoU of the box and that query's box;
-          `found`, the share of boxes whose IoU is at least boxes.FOUND_IOU; and `found_boxes`, the same numbers for
-          these boxes.
+          group of the class file. Region queries add three results. `best_iou` is the mean IoU of the box and that
+          query's box, `found` the share of boxes with an IoU of at least boxes.FOUND_IOU. `found_boxes` has the rates
+          for these boxes.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)

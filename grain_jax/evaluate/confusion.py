@@ -2,8 +2,8 @@
 
 The counts are integers and sums over images, so they depend neither on the order of the images nor on the number of
 processes. They take the same memory for any number of images, and so does the interval. It is a Poisson bootstrap
-(Chamandy et al. 2012, "Estimating uncertainty for massive data streams"): in each of DRAWS replicates an image counts as
-often as a Poisson number of mean 1 says, which depends on the position of the image.
+(Chamandy et al. 2012, "Estimating uncertainty for massive data streams"). In each of DRAWS replicates an image counts as
+often as a Poisson number of mean 1 says. That number depends on the position of the image.
 """
 
 from __future__ import annotations

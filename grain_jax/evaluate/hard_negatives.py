@@ -67,8 +67,8 @@ class HardNegatives(AnnotatedImages):
         """Compares every annotated box with its description and its negatives.
 
         Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`, as in
-          `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts, with a 95% interval,
-          `mean_rank` and `median_rank` (1 is best; ties count as lost). `captions` has the same for captions that hold
+          `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts, with a 95% interval;
+          `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost. `captions` has the same for captions that hold
           the description, by the image, and their number `boxes`.
         """
         seen = box_classes.encode_boxes(self, predictor, context)

@@ -48,8 +48,8 @@ class Maps(AnnotatedImages):
         """Compares the similarity map of each phrase with its boxes.
 
         Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in one of their boxes, with a
-          95% interval (`_low`, `_high`); `chance_pointing`, the same for any cell; `map_iou` and `map_iou_threshold`,
-          the mean IoU with the boxes at the best threshold; `chance_map_iou`, the IoU of the whole image.
+          95% interval (`_low`, `_high`). `chance_pointing` is the same for any cell. `map_iou` is the mean IoU with the
+          boxes at the best threshold, `map_iou_threshold`. `chance_map_iou` is the IoU of the whole image.
         """
         annotated = self.read()
         regions = [region for record in annotated.records for region in record.regions]

@@ -151,8 +151,8 @@ class ZeroShot(LabelledImages):
         the five best classes.
 
         Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of `rates.of_classes`.
-          With names and descriptions the global score uses both together, and `by_name` has the same keys for names
-          alone in the global score, at alpha 1 and at each other alpha.
+          With names and descriptions the global score uses both together. `by_name` has the same keys with names alone
+          in the global score, at alpha 1 and at each other alpha.
         """
         test_set = self.open()
         scorer = self.scorer(predictor, test_set)
@@ -278,8 +278,8 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name without
-    case ("Black-footed albatross" matches "black_footed Albatross"), then by the letters and digits of its stem. If two
+    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name, then by the
+    letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If two
     classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
     described by their name alone.
 

@@ -14,8 +14,7 @@ from grain_jax.input_pipeline import tokenizer
 
 _FAR = 4.0  # a corner in [0, 1] may lie this far outside; one farther away is in pixels
 
-# PIL images, uint8 [H, W, 3] or float32 [S, S, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, S, S, 3]. PIL
-# images are turned by their EXIF orientation, as a viewer shows them; arrays are taken as they are.
+# Images to iterate over (PIL, uint8 [H, W, 3] or float32 [S, S, 3]), or an array [B, H, W, 3]; see `Predictor`.
 Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
 OneOrMany: TypeAlias = Images | PIL.Image.Image  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]

@@ -59,7 +59,7 @@ def region(box, description, score: float = 1, **more):
 
 
 def annotate(folder, lines, size=(20, 10)):
-    """Writes A.jsonl, a dict a line, and image number i for line i; returns the options of an evaluator."""
+    """Writes A.jsonl with one dict per line, and image number i for line i; returns the options of an evaluator."""
     for i, _ in enumerate(lines):
         write_picture(folder / f"{i}.png", i, size)
     write_lines(folder / "A.jsonl", [{"image": f"{i}.png", **line} for i, line in enumerate(lines)])
@@ -67,7 +67,7 @@ def annotate(folder, lines, size=(20, 10)):
 
 
 def write_lines(path, lines):
-    """Writes a line of JSON each."""
+    """Writes one line of JSON for each dict."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

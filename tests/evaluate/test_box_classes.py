@@ -51,7 +51,7 @@ def test_hand_computed(data):
     assert got["region"]["mean_per_class"] == pytest.approx(2 / 3)
     low, high = rates.interval(2, 3)
     assert (got["region"]["top1_low"], got["region"]["top1_high"]) == (low, high)
-    # Of the two found ones cat is right. The image embedding knows cat and cow, too.
+    # Cat is right among the two found ones. The image embedding knows cat and cow, too.
     assert got["found_boxes"]["boxes"] == 2
     assert got["found_boxes"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}
     assert got["image"]["per_class"] == {"cat": 1.0, "Dog": 0.0, "cow": 1.0}

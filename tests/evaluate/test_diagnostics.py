@@ -49,7 +49,7 @@ def test_hand_computed(annotated):
     assert result["matched_iou50"] == 1.0
     # Query 0 says beak: right twice, wrong of the crest. Query 1 says beak, crest, tail: its tails come third.
     assert result["region_to_description_r1"] == pytest.approx(2 / 5)
-    # Of three texts all are among five.
+    # All three texts are among the first five.
     assert result["region_to_description_r5"] == 1 == result["chance_region_to_description_r5"]
     assert result["chance_region_to_description_r1"] == pytest.approx(1 / 3)
     entropy = lambda *p: -sum(x * math.log(x) for x in p)

@@ -42,12 +42,15 @@ def test_hand_computed(tmp_path):
     assert result["region_to_description_r1"] == pytest.approx(2 / 3)
     assert result["chance_region_to_description_r1"] == 0.5
     # Phrases: tail -> query 0 (IoU 1); beak -> both queries score 0: a tie of IoU 0 and .5;
-    # image 1's beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
+    # image
+    # 1: beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
     assert result["phrase_iou"] == pytest.approx((1 + 0.25 + 0) / 3)
     assert result["phrase_acc50"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert result["chance_phrase_iou"] == pytest.approx((1 + 0.5 + 1) / 6)  # the other queries: 0
+    assert result["chance_phrase_iou"] == pytest.approx(
+        (1 + 0.5 + 1) / 6
+    )  # the other queries have 0
     # Boxes of the other image in place of the predicted ones: image 0 gets the upper half twice
-    # (IoU 1/3 with either half), image 1 two of the halves (IoU 1/3 each).
+    # (IoU 1/3 with either half). Image 1 gets two of the halves (IoU 1/3 each).
     assert result["chance_box_iou"] == pytest.approx(1 / 3)
     again = measure("grounding", predictor, **options, batch_size=1)
     assert again == result
@@ -124,7 +127,7 @@ def test_phrases_with_several_boxes(tmp_path):
     first["regions"][1]["description"] = "beak"
     options["annotations"].write_text(json.dumps(first) + "\n" + second + "\n")
     result = measure("grounding", predictor, **options)
-    # Of the tail one box is left, and of the last phrase none. Merged, the two beaks are the whole image.
+    # The tail keeps one box, the last phrase none. Merged, the two beaks are the whole image.
     assert (result["phrases"], result["phrases_of_several_boxes"]) == (4, 2)
     assert result["phrase_iou"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
     assert result["phrase_acc50"] == 3 / 4 == result["phrase_acc50_any_box"]

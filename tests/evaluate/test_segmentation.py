@@ -448,7 +448,7 @@ def test_masks_are_listed_once(tmp_path, monkeypatch):
 
 
 def test_ids_of_many_classes(tmp_path):
-    """255 is a class where there are more classes; an id that is given never counts."""
+    """255 is a class if there are more classes; the id of `ignore` never counts."""
     names = "".join(f"class {i}\n" for i in range(300))
     folder(tmp_path, names=names)
     mask(tmp_path / "masks" / "3.png", np.full((17, 20), 299), "I;16")

@@ -166,7 +166,7 @@ def test_a_failure_does_not_stop_the_others(suite, capsys):
     assert "no description of the classes airplane, automobile" in results["failed"]["cifar10"]
     assert results["failed"]["oxford_flowers102"] == "KeyError: 41"
     assert "failed: oxford_flowers102: KeyError: 41" in capsys.readouterr().out
-    # The results are those of what ran; a second run does what failed, and only that.
+    # A second run measures only what failed.
     suite.predictor.images[41] = suite.predictor.images[40]
     (suite.folder / "descriptions" / "cifar10.json").unlink()
     status, results = suite()

@@ -35,7 +35,7 @@ def test_boxes_and_diagnostics_have_rows_of_their_own():
 
 
 def test_an_evaluator_from_outside_keeps_all_its_rows(tmp_path, monkeypatch, capsys):
-    """Its keys may be those of an evaluator of the package, `kind` among them."""
+    """An evaluator of the package may have the same keys, also `kind`."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(config_lib.Evaluator):

@@ -91,7 +91,7 @@ EXPECTED = {
         for group, value in {"top1": 1 / 9, "mean_rank": 9, "median_rank": 9}.items()
     },
     "boxes": {"region/top1": 1 / (2 * COUNT), "image/top1": 1 / (2 * COUNT)},
-    # Of two queries alike, one has the box.
+    # One of two equal queries has the box.
     "grounding": {"region_to_description_r1": 1 / (2 * COUNT), "phrase_acc50": 0.5},
     "maps": {"pointing": 0.5, "chance_pointing": 0.5, "map_iou": 0},
 }

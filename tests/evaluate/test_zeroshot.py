@@ -49,7 +49,7 @@ def test_names(folder):
     assert alpha["top1"] == 0.75 and alpha["top5"] == 1.0
     assert alpha["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
     assert alpha["mean_per_class"] == pytest.approx(2.5 / 3)
-    # Of 2, 1 and 1 images: as a share among 9 / (1/2 + 1 + 1).
+    # With 2, 1 and 1 images: as a share among 9 / (1/2 + 1 + 1).
     interval = alpha["mean_per_class_low"], alpha["mean_per_class_high"]
     assert interval == pytest.approx(rates.interval(2.5 / 3 * 3.6, 3.6))
     assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
