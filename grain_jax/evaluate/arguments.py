@@ -59,7 +59,9 @@ def _of_evaluator(name: str) -> type[Command]:
         metavar = options.get("metavar") or "|".join(options.get("choices", ()))
         flag_name = options.pop("name", field.name).replace("_", "-")
         shown = f"[no-]{flag_name}" if types[field.name] is bool else f"{flag_name} {metavar}"
-        lines.append(f"--{shown}  {options['help']}")
+        about = options["help"].removesuffix(".")
+        about = about[0].lower() + about[1:] if about[1].islower() or about[1] == " " else about
+        lines.append(f"--{shown}  {about}")
         annotations[field.name] = types[field.name]
         options |= {"name": flag_name} | ({"union": True} if "parse" in options else {})
         default = None if "parse" in options else field.default

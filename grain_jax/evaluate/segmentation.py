@@ -64,9 +64,9 @@ class Segmentation(Evaluator):
         None, "Folder of masks, PNGs of one channel; default: the format's, or DIR/masks.", "DIR"
     )
     format: str = option(
-        FORMATS[0], "Layout; folder: images/, masks/ and classes.txt.", choices=FORMATS
+        FORMATS[0], "Layout of the dataset; folder: images/, masks/, classes.txt.", choices=FORMATS
     )
-    split: str | None = option(None, "Split; default: the validation split.", "NAME")
+    split: str | None = option(None, "Split of the dataset; default: the validation split.", "NAME")
     classes: str | None = option(
         None, "File of class names by id, commas between names of a class.", "FILE"
     )
@@ -90,12 +90,12 @@ class Segmentation(Evaluator):
         WAYS[0], "Maps of patches, regions, or both; auto: what the model has.", choices=WAYS
     )
     patch_features: str = option(
-        PATCHES[0], "Last layer's values (MaskCLIP) or tokens; auto: the better.", choices=PATCHES
+        PATCHES[0], "Values (MaskCLIP) or tokens; auto: tokens with a box head.", choices=PATCHES
     )
     patch_sides: tuple[int, ...] = option(
-        (1, 2, 3), "Widths of the boxes of a patch, for a box head.", "N,N", parse=_parse_sides
+        (1, 2, 3), "Widths of the boxes whose mean is a patch.", "N,N", parse=_parse_sides
     )
-    patch_weight: float = option(0.5, "Share of the patches in both.", "W", low=0, high=1)
+    patch_weight: float = option(0.5, "Share of the patches with --by both.", "W", low=0, high=1)
     short_side: int = option(
         0, "Pixels of the shorter side after resizing; 0: the model's size.", "PIXELS", low=0
     )
