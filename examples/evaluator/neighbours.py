@@ -62,13 +62,7 @@ class Neighbours(evaluators.LabelledImages):
 
     def evaluate(self, predictor, context=STANDALONE):
         """With the model: the processes share the images, and all return the same result."""
-        unreadable = {}
-        read = dict(
-            label="neighbours",
-            unreadable=unreadable,
-            regions=False,
-            batch_size=context.batch_size,
-        )
+        read = dict(label="neighbours", batch_size=context.batch_size)
         test_set = self.open()
         test = encode.gather_images(predictor, test_set, **read)
         train = encode.gather_images(predictor, self.open_train(), **read)
@@ -81,7 +75,7 @@ class Neighbours(evaluators.LabelledImages):
         return {
             "pictures": len(test.labels),
             "train_pictures": len(train.labels),
-            **encode.report_unreadable(unreadable),
+            **encode.report_unreadable(test.unreadable | train.unreadable),
             "chance": 1 / votes.shape[1],
             **rates.of_classes(top1, top5, test.labels, test_set.classes),
         }

@@ -73,9 +73,9 @@ FAULTS = [
         "names: got 'yes', expected bool",
     ),
     (
-        {"kind": "zeroshot", "region_order": "x", "missing": "y"},
+        {"kind": "segmentation", "by": "x", "missing": "y"},
         "missing: got 'y', expected one of error, skip",
-        "region_order: got 'x', expected one of queries, descriptions",
+        "by: got 'x', expected one of auto, patches, regions, both",
     ),
     (
         {"kind": "linear_probe", "tfds": "a", "images": "b"},
@@ -136,7 +136,7 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
     good.check()  # alpha 0.5 does not count without descriptions
 
     faults = functools.partial(_check, good)
-    no_folder = "no/such: no such folder; expected one with a sub-folder a class"
+    no_folder = "no/such: no such folder; expected one with a sub-folder per class"
     assert faults(images="no/such") == [no_folder]
     described = dict(descriptions=str(tmp_path / "D.json"))
     assert faults(**described, alphas=(0.5, 2.0)) == [
@@ -167,7 +167,7 @@ def test_check_of_annotations(tmp_path, capsys, kind):
     no_folder = "no: no such folder; expected the one that the annotations' paths start from"
     no_file = "no.jsonl: no such file, expected one JSON object a line"
     assert _check(good, images="no") == [no_folder]
-    assert _check(good, images="no", annotations="no.jsonl") == [no_folder, no_file]
+    assert _check(good, annotations="no.jsonl") == [no_file]
     (tmp_path / "empty").mkdir()
     assert "none of the 200 images of" in _check(good, images=str(tmp_path / "empty"))[0]
     path.write_text('{"image": "0.png"}\n[]\n')

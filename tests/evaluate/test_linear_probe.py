@@ -26,7 +26,7 @@ def _folders(folder, counts, first=0):
 
 
 def _embeddings(labels, noise, seed):
-    """Unit embeddings around a direction a class, [N, 8]."""
+    """Unit embeddings around one direction per class, [N, 8]."""
     rng = np.random.default_rng(seed)
     embed = np.eye(3, 8)[labels] + noise * rng.normal(size=(len(labels), 8))
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_separable_classes_are_told_apart_and_equal_ones_are_at_chance(tmp_path)
     result = _evaluate(tmp_path, told)
     assert result["top1"] == 1.0 == result["mean_per_class"]
     alike = StubPredictor(dict.fromkeys(range(len(every)), [1, 0, 0]))
-    # Of one embedding the most frequent class of the training set is the answer.
+    # If all embeddings are equal, the answer is the most frequent class of the training set.
     assert _evaluate(tmp_path, alike)["per_class"] == {"bee": 0, "cow": 0, "doe": 1}
 
 

@@ -33,7 +33,7 @@ def test_boxes_and_diagnostics_have_rows_of_their_own():
 
 
 def test_an_evaluator_from_outside_keeps_all_its_rows(tmp_path, monkeypatch, capsys):
-    """Its keys may be those of an evaluator of the package, `kind` among them."""
+    """An evaluator of the package may have the same keys, also `kind`."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(base.Evaluator):
@@ -47,8 +47,7 @@ def test_an_evaluator_from_outside_keeps_all_its_rows(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("grain_jax.evaluate.suite._identity", lambda *_: {"digest": "0"})
     output = epath.Path(tmp_path / "o.json")
-    mine = {"mine": Mine()}
-    assert suite.run(mine, output, checkpoint="RUN", load=lambda: None) == 0
+    assert suite.run({"mine": Mine()}, output, checkpoint="RUN", load=lambda: None) == 0
     assert json.loads(output.read_text())["ran"]["mine"]["kind"] == "my.module:Mine"
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for row in ("mine: miou 0.500", "mine: sharpness 2.000", "mine: found 0.250"):

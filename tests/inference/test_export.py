@@ -153,22 +153,6 @@ def test_two_towers_that_see_their_padding(tmp_path):
     assert said["text"]["tokenizer"] == "tokenizer.json" and said["activations"] == "bfloat16"
 
 
-def test_towers_with_every_option(tmp_path):
-    image = dict(registers=2, layer_scale=True, mlp="gated", key_bias=False, depth=1)
-    image |= dict(rope="centres", positions=False, pool="map")
-    text = dict(causal=False, pool="mean", depth=1)
-    changes = {f"image__{key}": value for key, value in image.items()}
-    changes |= {f"text__{key}": value for key, value in text.items()}
-    model = perturbed.tiny(decoder=None, **changes)
-    predictor = inference.Predictor(model, perturbed.params(model))
-    compared = export.export_model(predictor, tmp_path, platforms=["cpu"])
-    assert [c.name for c in compared if c.ok] == [
-        "image: image_embed",
-        "text: text_embed",
-        "maps: similarity_map",
-    ]
-
-
 @pytest.mark.parametrize(
     "changes, said",
     [

@@ -175,4 +175,4 @@ def test_processes_that_see_other_files_are_an_error(monkeypatch, tmp_path):
 
     _peer(monkeypatch, json.dumps([None, [3, {}, 5]]).encode())
     with pytest.raises(test_sets.InputError, match="found 6, 5 images, expected the same files"):
-        list(encode.encode_images(Any(), paths, label="x", unreadable={}, regions=False))
+        encode.gather_images(Any(), paths, label="x")
