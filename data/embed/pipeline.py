@@ -15,7 +15,8 @@ import numpy as np
 from grain_jax.core import images, progress
 from grain_jax.data import sources
 from grain_jax.data.embed import output
-from grain_jax.inference import encoder, stream
+from grain_jax.inference import encoder as encoder_lib
+from grain_jax.inference import stream
 from grain_jax.runtime import processes
 
 _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the next is sent
@@ -74,7 +75,7 @@ def run(
     Raises:
       inference.InputError: the model gives numbers that are not finite.
     """
-    batch_size = encoder.MAX_BATCH * jax.local_device_count()
+    batch_size = encoder_lib.MAX_BATCH * jax.local_device_count()
     count, rows, faults = 0, [], []
     first, times = processes.process_info()
     counter = progress.Counter("embed", None, "images", silent=first > 0, times=times)
