@@ -3,8 +3,8 @@
 COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
 FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, or
-          weights of transformers, e.g. hf://openai/clip-vit-base-patch32: the towers are loaded, the decoder is new. Or a family of
-          towers, with --config.init.image=FILE --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip,
+          e.g. hf://openai/clip-vit-base-patch32: the towers are loaded, the decoder is new. Or a family of towers, with
+          --config.init.image=FOLDER --config.init.text=FOLDER: openai, open_clip (:B/16, :B/32, :L/14), siglip,
           siglip2 (:B/16, :L/16), dinov3 (:S/16, :B/16, :L/16; texts of open_clip), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
@@ -81,21 +81,18 @@ def take_towers(c, family, size):
 
 
 def take_folder(c, folder):
-    """The model of a run or of a converted folder, and its weights as the start."""
+    """The model of a run or of a folder of grain_jax.convert, and its weights as the start."""
     from grain_jax.checkpoint import pretrained  # slow to import, and needed for a folder only
 
     place = pretrained.folder_of(folder)
     file = place / "config.json"
     content = json.loads(file.read_text()) if file.exists() else {}
-    model, has_texts = content.get("model") or content.get("towers"), content.get("has_texts", True)
-    if model is None and place.exists():
-        from grain_jax.checkpoint import saved_model  # imports JAX: for weights of others only
-
-        model, has_texts = saved_model.describe_others(folder)
+    model, has_texts = content.get("model"), content.get("has_texts", True)
     if model is None:
+        command = pretrained.conversion(place)
         raise ValueError(
-            f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote, weights of transformers or"
-            f" open_clip, or one of {', '.join((*pretrained.NAMES, *FAMILIES))}"
+            f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote, hf://ORG/NAME, or one of"
+            f" {', '.join((*pretrained.NAMES, *FAMILIES))}{f'; {command}' if command else ''}"
         )
     decoder = model.pop("decoder")
     model["image"].pop("keep", None)  # of that training
@@ -103,7 +100,7 @@ def take_folder(c, folder):
     if has_texts:
         c.model.update(model)
         c.init.text = folder
-    else:  # DINOv3: --config.init.text=FILE takes texts of open_clip
+    else:  # DINOv3: --config.init.text=FOLDER takes texts of open_clip
         c.model.image.update(model["image"])
         towers_of(c, "clip", ("text",))
         c.model.text.activation = "gelu"

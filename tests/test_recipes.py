@@ -20,7 +20,7 @@ from grain_jax.convert import tables
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
 from grain_jax.train import initialise, sharding, train_step
-from tests import foreign, tiny
+from tests import tiny
 from tests.evaluate.stub import write_picture
 
 SIZE, PATCH, LENGTH, VOCAB = 32, 8, 32, 500
@@ -103,22 +103,6 @@ def _begins(c):
     for name, array in loaded.params.items():
         np.testing.assert_array_equal(params[name], array)
     return config, program, state, loaded
-
-
-def test_it_begins_with_a_random_open_clip(tmp_path):
-    torch = pytest.importorskip("torch")
-    library = pytest.importorskip("open_clip.model")
-    vision = dict(
-        layers=2, width=64, head_width=32, mlp_ratio=2.0, patch_size=PATCH, image_size=SIZE
-    )
-    text = dict(context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=2)
-    module = foreign.perturb(library.CLIP(20, vision, text, quick_gelu=False))
-    torch.save(module.state_dict(), tmp_path / "m.pt")
-    c = _small("open_clip")
-    c.model.embed_dim = 20
-    c.init.image = c.init.text = str(tmp_path / "m.pt")
-    loaded = _begins(c)[-1].params["text/token_embed/embedding"]
-    np.testing.assert_array_equal(loaded, module.token_embedding.weight.detach())
 
 
 def _saved(folder, model):

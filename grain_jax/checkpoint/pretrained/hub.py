@@ -67,7 +67,7 @@ def download(reference: str) -> epath.Path:
 
 
 def local(path: str) -> epath.Path:
-    """A path; of a name on the Hub that of its copy, as `download` gives it."""
+    """A path as it is, or the downloaded folder of a name on the Hub."""
     return download(path) if is_reference(path) else epath.Path(path)
 
 
