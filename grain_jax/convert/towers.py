@@ -245,7 +245,9 @@ def _projection(entries: Entries, name: str) -> str:
 
 def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]] = {}) -> list[str]:
     """The lines of a report about a model: the keys of its parts, and what was assumed of them."""
-    lines = [f"embedding {model.embed_dim}"]
+    # Reports and cards are published: no path of this machine stands in them.
+    text = dataclasses.replace(model.text, tokenizer=epath.Path(model.text.tokenizer).name)
+    model, lines = dataclasses.replace(model, text=text), [f"embedding {model.embed_dim}"]
     for part in ("image", "text", "decoder", "boxes"):
         config = getattr(model, part)
         keys = {} if config is None else dataclasses.asdict(config)

@@ -146,7 +146,7 @@ def test_what_transformers_saves_comes_back(small, tmp_path, capsys, dtype):
     if len(files) > 1:
         files[0].unlink()
         said = refused(capsys, "from-hf", folder, tmp_path / "out")
-        assert files[0].name in said and "not what GrainModel takes" in said
+        assert files[0].name in said and str(folder) in said
 
 
 def refused(capsys, command, source, out):
