@@ -34,8 +34,7 @@ def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **n
     params = jax.tree.map(np.asarray, params)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params, force=True)
-    found = model_digests(model, params)
-    content = {"model": dataclasses.asdict(model), **notes, "digests": found}
+    content = {"model": dataclasses.asdict(model), **notes, "digests": model_digests(model, params)}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -118,15 +117,15 @@ def load_stored(path: epath.PathLike) -> Stored:
     distributed.answer_libtpu()
     path = find(path)
     if (path / "config.json").exists() and (path / "params").is_dir():
-        found, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
+        stored, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
         if fault:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
-        if factors := next(low_rank.maps_in(found.params), None):
+        if factors := next(low_rank.maps_in(stored.params), None):
             raise CheckpointError(
                 f"{path}: {factors} has factors of LoRA, whose scale a converted folder does not hold; expected the run, or"
                 " what `grain-jax convert merge` makes of it"
             )
-        return found
+        return stored
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)
@@ -141,9 +140,9 @@ def load_stored(path: epath.PathLike) -> Stored:
             " config.json)"
         )
     for folder in folders:
-        found, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
+        stored, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
         if not fault:
-            return found
+            return stored
         if folder != folders[-1]:
             logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
     others = "" if len(folders) == 1 else ", and those before it are damaged too"
@@ -156,9 +155,9 @@ def _read_converted(folder: epath.Path) -> Stored:
     model = config_lib.model_from_dict(content["model"])
     params = files.read_arrays(folder / "params")
     if "digests" in content:
-        found = model_digests(model, params)
-        for part in {**found, **content["digests"]}:  # a part may be missing
-            if content["digests"].get(part) != found.get(part):
+        actual = model_digests(model, params)
+        for part in {**actual, **content["digests"]}:  # a part may be missing
+            if content["digests"].get(part) != actual.get(part):
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     return Stored(model, params, str(folder))

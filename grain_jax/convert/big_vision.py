@@ -26,7 +26,7 @@ _OLD_HEAD = re.compile(
 _FIRST_VOCABULARY = 32000  # SigLIP's; its padding has the id 1
 
 
-class Checkpoint(NamedTuple):
+class BigVisionCheckpoint(NamedTuple):
     """A path and its arrays, each layer apart: "img/Transformer/encoderblock_0/LayerNorm_0/scale" and so on."""
 
     path: str
@@ -53,7 +53,7 @@ def from_big_vision(source: epath.PathLike, folder: epath.PathLike) -> parity.Re
     )
 
 
-def read(path: epath.PathLike) -> Checkpoint:
+def read(path: epath.PathLike) -> BigVisionCheckpoint:
     """`FILE.npz` or `FILE.npz:sub-tree` as float32 arrays.
 
     Raises:
@@ -75,7 +75,7 @@ def read(path: epath.PathLike) -> Checkpoint:
         if not arrays:
             raise ConvertError(f"{path}: no sub-tree {subtree!r}; there are: {', '.join(there)}")
     with prefixed(f"{file}: "):
-        return Checkpoint(str(path), _current(arrays))
+        return BigVisionCheckpoint(str(path), _current(arrays))
 
 
 def _current(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -148,7 +148,7 @@ def sizes_of(model: config_lib.Model) -> dict[str, Any]:
     )
 
 
-def prove(checkpoint: Checkpoint, model: config_lib.Model, params: Any) -> parity.Report:
+def prove(checkpoint: BigVisionCheckpoint, model: config_lib.Model, params: Any) -> parity.Report:
     """Our model against big_vision's two_towers, loaded by its own code, if big_vision is on the path."""
     try:  # not a package of an index: it is on the path where its repository is
         from big_vision.models import vit  # pyright: ignore[reportMissingImports]

@@ -38,7 +38,7 @@ _IMAGENET = config_lib.ImageTower.pixel_mean, config_lib.ImageTower.pixel_std
 _DINOV3_GRID = 14  # patches a side; no array depends on it
 
 
-class _Pixels(msgspec.Struct):
+class _HuggingFacePixels(msgspec.Struct):
     """How a processor of transformers normalises an image."""
 
     image_mean: tuple[float, float, float] | None = None
@@ -46,10 +46,10 @@ class _Pixels(msgspec.Struct):
     do_normalize: bool | None = None
 
 
-class _Processor(msgspec.Struct):
+class _HuggingFaceProcessor(msgspec.Struct):
     """processor_config.json of transformers 5."""
 
-    image_processor: _Pixels | None = None
+    image_processor: _HuggingFacePixels | None = None
 
 
 def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
@@ -212,13 +212,15 @@ def _dinov3(path: epath.Path, family: str, config: Any) -> towers.Towers:
 
 def _pixels(path: epath.Path, default: Any) -> Any:
     """Mean and standard deviation of the pixels, by the processor beside the weights."""
-    pixels = _Pixels()
+    pixels = _HuggingFacePixels()
     old, new = path / "preprocessor_config.json", path / "processor_config.json"
     expected = "a processor of transformers"
     if regular_file.is_one(old):
-        pixels = regular_file.read_json(old, _Pixels, expected)
+        pixels = regular_file.read_json(old, _HuggingFacePixels, expected)
     elif regular_file.is_one(new):
-        pixels = regular_file.read_json(new, _Processor, expected).image_processor or pixels
+        pixels = (
+            regular_file.read_json(new, _HuggingFaceProcessor, expected).image_processor or pixels
+        )
     if pixels.do_normalize is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if pixels.image_mean is None or pixels.image_std is None:

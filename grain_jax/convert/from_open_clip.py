@@ -30,24 +30,24 @@ _POOLS = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 _TIMM_POOLS = {"map": "map", "token": "class", "avg": "mean"}
 
 
-class _Pixels(msgspec.Struct):
+class _OpenClipPixels(msgspec.Struct):
     mean: tuple[float, float, float] = towers.CLIP_PIXELS[0]
     std: tuple[float, float, float] = towers.CLIP_PIXELS[1]
 
 
-class _Config(msgspec.Struct):
+class _OpenClipConfig(msgspec.Struct):
     """open_clip_config.json."""
 
     model_cfg: dict[str, Any]
-    preprocess_cfg: _Pixels = msgspec.field(default_factory=_Pixels)
+    preprocess_cfg: _OpenClipPixels = msgspec.field(default_factory=_OpenClipPixels)
 
 
-class Checkpoint(NamedTuple):
+class OpenClipCheckpoint(NamedTuple):
     """A checkpoint of open_clip."""
 
     path: epath.Path  # the folder or the file of weights
     state: dict[str, np.ndarray]
-    config: _Config
+    config: _OpenClipConfig
 
     @property
     def is_custom(self) -> bool:
@@ -76,7 +76,7 @@ def from_open_clip(
     return towers.write("from-open-clip", checkpoint.path, target, imported, proof)
 
 
-def _read(path: epath.Path, name: str | None) -> Checkpoint:
+def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
     state = archives.read_weights(path, WEIGHTS)
     if any(x.startswith(("vision_model.", "text_model.")) for x in state):
         raise ConvertError(
@@ -93,17 +93,19 @@ def _read(path: epath.Path, name: str | None) -> Checkpoint:
         if named_config is None:
             raise ConvertError(f"--model: got {name!r}, expected a name of open_clip.list_models()")
         siglip = "SigLIP" in name
-        config = _Config(named_config, _Pixels(*towers.SIGLIP_PIXELS) if siglip else _Pixels())
+        config = _OpenClipConfig(
+            named_config, _OpenClipPixels(*towers.SIGLIP_PIXELS) if siglip else _OpenClipPixels()
+        )
     elif is_openai:
         with archives.reading(path, "a CLIP of OpenAI with a vision transformer"):
-            config = _Config(_openai_config(state))
+            config = _OpenClipConfig(_openai_config(state))
     elif regular_file.is_one(file):
-        config = regular_file.read_json(file, _Config, "open_clip's config")
+        config = regular_file.read_json(file, _OpenClipConfig, "open_clip's config")
     else:
         raise ConvertError(
             f"{path}: has no {_CONFIG} beside it; --model NAME says which model of open_clip it is, such as ViT-B-32"
         )
-    return Checkpoint(path, state, config)
+    return OpenClipCheckpoint(path, state, config)
 
 
 def _openai_config(state: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _openai_config(state: dict[str, np.ndarray]) -> dict[str, Any]:
     return dict(embed_dim=embed_dim, quick_gelu=True, vision_cfg=vision, text_cfg=text)
 
 
-def _module(checkpoint: Checkpoint) -> Any:
+def _module(checkpoint: OpenClipCheckpoint) -> Any:
     """The model of open_clip with random weights; nothing is downloaded."""
     from open_clip import model as library
 
@@ -141,7 +143,7 @@ def _module(checkpoint: Checkpoint) -> Any:
     )
 
 
-def _towers(checkpoint: Checkpoint) -> towers.Towers:
+def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     """What config and modules of open_clip say of the towers."""
     import torch
     from open_clip import model as library
@@ -240,7 +242,7 @@ def _timm_fields(visual: Any) -> dict[str, Any]:
     )
 
 
-def _prove(checkpoint: Checkpoint, imported: towers.Imported) -> parity.Report:
+def _prove(checkpoint: OpenClipCheckpoint, imported: towers.Imported) -> parity.Report:
     """Our model against open_clip's, with the same weights."""
     import open_clip
     import torch

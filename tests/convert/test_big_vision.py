@@ -75,11 +75,11 @@ def test_other_layouts_are_the_same_model(tmp_path):
 
 def test_a_position_of_the_class_token(tmp_path):
     params, name = _params("tok"), "params/img/pos_embedding"
-    own = np.full((1, 1, 32), 0.5, np.float32)
+    token = np.full((1, 1, 32), 0.5, np.float32)
     assert not _converted(tmp_path, params)[1]["image"]["position_embed"][0].any()
-    changed = params | {name: np.concatenate([own, params[name]], axis=1)}
+    changed = params | {name: np.concatenate([token, params[name]], axis=1)}
     positions = _converted(tmp_path, changed)[1]["image"]["position_embed"]
-    np.testing.assert_array_equal(positions[0], own[0, 0])
+    np.testing.assert_array_equal(positions[0], token[0, 0])
     np.testing.assert_array_equal(positions[1:], params[name][0])
 
 

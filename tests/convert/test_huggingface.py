@@ -171,12 +171,12 @@ def test_images_of_every_mode_are_resized_as_ours(converted):
     processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
     rng = np.random.default_rng(7)
     rgba = PIL.Image.fromarray(rng.integers(0, 256, (61, 33, 4), np.uint8), "RGBA")
-    given = [rgba, *(rgba.convert("RGB").convert(mode) for mode in ("L", "P", "1", "CMYK"))]
-    given += [np.asarray(raw_images()[0])]
-    found = processor(images=given)["pixel_values"].permute(0, 2, 3, 1).numpy()
+    raw = [rgba, *(rgba.convert("RGB").convert(mode) for mode in ("L", "P", "1", "CMYK"))]
+    raw += [np.asarray(raw_images()[0])]
+    pixels = processor(images=raw)["pixel_values"].permute(0, 2, 3, 1).numpy()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    levels = np.rint((found * std + mean) * 255)
-    np.testing.assert_array_equal(levels, [images.resize(image, 40) for image in given])
+    levels = np.rint((pixels * std + mean) * 255)
+    np.testing.assert_array_equal(levels, [images.resize(image, 40) for image in raw])
     for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
         with pytest.raises(ValueError, match="expected PIL images or uint8"):
             processor(images=[wrong])
@@ -198,14 +198,18 @@ def test_the_golden_strings_have_our_ids(converted):
 def test_compiled_it_gives_the_same_and_only_training_has_dropout(small):
     ours, hf = small
     module = transformers.AutoModel.from_pretrained(hf, **REMOTE).eval()
-    given = parity.inputs(40, 300, 32)
-    pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
-    ids = torch.tensor(given.token_ids).long()
+    inputs = parity.inputs(40, 300, 32)
+    pixels = torch.tensor(inputs.images).permute(0, 3, 1, 2).contiguous()
+    ids = torch.tensor(inputs.token_ids).long()
     with torch.no_grad():  # captured whole, without a break
         out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
-    found = {k.replace("embeds", "embed"): v.numpy() for k, v in out.items() if "logits" not in k}
+    compiled = {
+        k.replace("embeds", "embed"): v.numpy() for k, v in out.items() if "logits" not in k
+    }
     model, params, _ = saved_model.load_model(ours)
-    report = parity.report(parity.compare(parity.outputs(model, params, given), found), "compiled")
+    report = parity.report(
+        parity.compare(parity.outputs(model, params, inputs), compiled), "compiled"
+    )
     assert report.ok, report.text
     with torch.no_grad():
         still = [module.eval().get_image_features(pixels) for _ in range(2)]
@@ -222,7 +226,7 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
     )
-    (found,) = pipeline(
+    (entries,) = pipeline(
         raw_images()[:1], candidate_labels=["wren", "owl"], hypothesis_template="{}"
     )
     model = grain_jax.load(ours)
@@ -230,7 +234,7 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
     scale = np.exp(2.5)
     logits = scale * model.classify(raw_images()[:1], ["wren", "owl"])[0]
     share = np.exp(logits) / np.exp(logits).sum()
-    by_label = {entry["label"]: entry["score"] for entry in found}
+    by_label = {entry["label"]: entry["score"] for entry in entries}
     np.testing.assert_allclose([by_label["wren"], by_label["owl"]], share, rtol=1e-5)
 
 
@@ -332,7 +336,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
         "\ntraining in torch lacks of the run's losses: image_description, group_size\n" in printed
     )
     card = (out / "README.md").read_text()
-    for words in (
+    for line in (
         "| data set | cc12m |",
         "| length | 10 steps; these weights are of step 9 |",
         "| moving average | these weights, with decay 0.99 |",
@@ -344,7 +348,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
         "The model predicts 3 regions for every image",
         "The weights: not stated by the run",
     ):
-        assert words in card
+        assert line in card
     module = transformers.AutoModel.from_pretrained(out, **REMOTE)
     assert module.config.losses["box"] == 1.5
     kernel = average["image_projection"]["kernel"]

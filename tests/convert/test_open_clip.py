@@ -135,9 +135,9 @@ def test_the_librarys_files_tell_siglip_from_siglip_2(name, vocab, is_first, tmp
     for file in ("spiece.model", "tokenizer.json"):
         (tmp_path / file).write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
-    found = towers.text_fields(tmp_path, vocab, siglip=True)
+    fields = towers.text_fields(tmp_path, vocab, siglip=True)
     expected = ("spiece.model", "canonical", 1) if is_first else ("tokenizer.json", "lower", 0)
-    assert (found["tokenizer"], found["cleaning"], found["pad_id"]) == expected
+    assert (fields["tokenizer"], fields["cleaning"], fields["pad_id"]) == expected
 
 
 @pytest.mark.parametrize("gated, registers", [(False, 4), (True, 0)])
@@ -214,11 +214,11 @@ def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
     report, module = _open_clip(tmp_path / "a", vision, text, kind, pixels)
     assert report.verdict == "PROVEN", report.text
     model, _ = _check_open_clip(tmp_path / "a" / "ours", module)
-    image, words = model.image, model.text
+    image, text_tower = model.image, model.text
     assert (image.pool, image.class_token, image.heads) == ("mean", True, 4)
     assert (image.norm_eps, image.activation, image.mlp_dim) == (1e-2, "gelu_tanh", 128)
     assert (image.pixel_mean, image.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (words.causal, words.pool, words.projection) == (True, "end", "affine")
+    assert (text_tower.causal, text_tower.pool, text_tower.projection) == (True, "end", "affine")
     with pytest.raises(ConvertError, match="final_ln_after_pool"):
         _open_clip(tmp_path / "b", vision | dict(final_ln_after_pool=True), text, kind)
 

@@ -124,9 +124,11 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_damage(tmp_path):
 def test_a_program_that_asks_for_one_storage_many_times(tmp_path):
     """100,000 times the same 1 MB, in a pickle of 3 MB."""
     storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuJ\0\0\4\0t"
-    one = b"h\0h\1K\0J\0\0\4\0\x85K\1\x85tR0"  # _rebuild_tensor_v2(storage, 0, (n,), (1,)), dropped
+    dropped = (
+        b"h\0h\1K\0J\0\0\4\0\x85K\1\x85tR0"  # _rebuild_tensor_v2(storage, 0, (n,), (1,)), dropped
+    )
     data = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\0(" + storage + b"Qq\x010"
-    data += b"".join(b"h\0(" + one[2:] for _ in range(1000)) + b"N."
+    data += b"".join(b"h\0(" + dropped[2:] for _ in range(1000)) + b"N."
     (tmp_path / "m.pt").write_bytes(program(data, bytes(1 << 20)))
     with pytest.raises(ConvertError, match="its arrays take more than"):
         archives.read_weights(epath.Path(tmp_path / "m.pt"), ())
@@ -139,10 +141,10 @@ BEYOND = [  # offset, size, stride; the last would ask for more memory than ther
 ]
 
 
-@pytest.mark.parametrize("place", BEYOND)
-def test_a_tensor_beyond_its_numbers_is_refused(place):
+@pytest.mark.parametrize("position", BEYOND)
+def test_a_tensor_beyond_its_numbers_is_refused(position):
     with pytest.raises(pickle.UnpicklingError, match="reaches beyond its numbers"):
-        torchscript._tensor(np.zeros(12, np.float32), *place)
+        torchscript._tensor(np.zeros(12, np.float32), *position)
 
 
 def test_modules_that_hold_themselves_take_the_memory_of_one_level():

@@ -51,9 +51,9 @@ def test_text_positions_are_stretched_after_the_first_twenty():
     np.testing.assert_array_equal(new[:21], old[:21])
     np.testing.assert_array_equal(new[-1], old[-1])
     step = (76 - 20) / (248 - 20 - 1)  # places of the old table a place of the new one
-    at = 20 + 100 * step
-    low = int(at)
-    expected = old[low] + (at - low) * (old[low + 1] - old[low])
+    position = 20 + 100 * step
+    low = int(position)
+    expected = old[low] + (position - low) * (old[low + 1] - old[low])
     np.testing.assert_allclose(new[120], expected, rtol=1e-4)
     np.testing.assert_array_equal(initialise.resize_text_positions(old, 30), old[:30])
     np.testing.assert_array_equal(
