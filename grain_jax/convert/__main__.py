@@ -15,7 +15,7 @@ from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.convert.exits.big_vision import to_big_vision
 from grain_jax.convert.exits.onnx_files import to_onnx
 from grain_jax.convert.exits.open_clip import to_open_clip
-from grain_jax.convert.from_huggingface import from_hf
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.from_open_clip import from_open_clip
 from grain_jax.convert.merge import merge
 from grain_jax.convert.pack import pack

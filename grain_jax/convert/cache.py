@@ -9,7 +9,7 @@ from etils import epath
 
 from grain_jax import __version__
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import from_huggingface, from_open_clip
+from grain_jax.convert import from_hugging_face, from_open_clip
 from grain_jax.convert.faults import ConvertError
 
 
@@ -31,7 +31,7 @@ def import_weights(reference: str, source: epath.Path) -> epath.Path:
         fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait until it is there
         if not (folder / "params").is_dir():
             is_hf = (source / "config.json").exists()
-            convert = from_huggingface.from_hf if is_hf else from_open_clip.from_open_clip
+            convert = from_hugging_face.from_hf if is_hf else from_open_clip.from_open_clip
             report = convert(source, folder)
             if not report.ok:
                 folder.rmtree()

@@ -20,7 +20,7 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.checkpoint import states as checkpoint
 from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
-from grain_jax.convert.from_huggingface import from_hf
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import names
 from grain_jax.core import images, named
 from grain_jax.input_pipeline import clip_tokenizer

@@ -15,7 +15,7 @@ from grain_jax import losses
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main
-from grain_jax.convert.from_huggingface import from_hf
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import names
 from grain_jax.core import schema
 from grain_jax.models import grain

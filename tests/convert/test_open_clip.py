@@ -20,7 +20,7 @@ from grain_jax.configs import finetune  # noqa: E402
 from grain_jax.convert import archives, parity, towers  # noqa: E402
 from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
-from grain_jax.convert.from_huggingface import from_hf  # noqa: E402
+from grain_jax.convert.from_hugging_face import from_hf  # noqa: E402
 from grain_jax.convert.from_open_clip import from_open_clip  # noqa: E402
 from grain_jax.core import errors  # noqa: E402
 from grain_jax.input_pipeline import file_tokenizer  # noqa: E402

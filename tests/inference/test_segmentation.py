@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from grain_jax import inference
-from grain_jax.convert.from_huggingface import from_hf
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.core import images as image_files
 from grain_jax.inference import scores, segmentation
 from grain_jax.inference.inputs import InputError
