@@ -51,8 +51,8 @@ def _reason(error: Exception) -> str:
     asked = re.search(r"unsupported global:?(?: global)? (\S+)", text, re.IGNORECASE)
     if asked:
         return f"it asks for {asked[1]}; what might run code is not loaded"
-    reason = text.partition(". ")[0].partition("\n")[0]
-    return f"{type(error).__name__}: {reason[:120]}" if reason else type(error).__name__
+    reason = " ".join(text.split()).partition(". ")[0]
+    return f"{type(error).__name__}: {reason[:200]}" if reason else type(error).__name__
 
 
 class Budget:
