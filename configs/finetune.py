@@ -36,15 +36,12 @@ def take_folder(c, source):
     folder = pretrained.folder_of(source)
     file = folder / "config.json"
     content = json.loads(file.read_text()) if file.exists() else {}
-    model, has_texts = content.get("model") or content.get("towers"), content.get("has_texts", True)
-    if model is None and folder.exists():
-        from grain_jax.checkpoint import saved_model  # imports JAX: only for weights of others
-
-        model, has_texts = saved_model.describe_others(source)
+    model, has_texts = content.get("model"), content.get("has_texts", True)
     if model is None:
+        command = pretrained.conversion(folder)
         raise ValueError(
             f"got {source!r}, expected a run of yours, a folder that grain-jax convert wrote, hf://ORG/NAME, or one of"
-            f" {', '.join(pretrained.NAMES)}"
+            f" {', '.join(pretrained.NAMES)}{f'; {command}' if command else ''}"
         )
     decoder = model.pop("decoder")
     model["image"].pop("keep", None)  # of the training before

@@ -22,7 +22,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import towers
 from grain_jax.convert.__main__ import main
-from grain_jax.convert.big_vision.command import from_big_vision
+from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.convert.exits import needs, timm_trunk
 from grain_jax.convert.exits import tokenizers as exit_tokenizers
 from grain_jax.convert.huggingface import from_hf
@@ -400,8 +400,7 @@ def test_no_key_of_a_tower_is_lost_in_silence(exit_name, trunk, tmp_path, capsys
             continue
         arguments = ["--input", str(source), "--output", str(tmp_path / "out.npz")]
         assert main(["to-big-vision", *arguments]) == 0
-        settings = towers.Settings(heads=dict(image=4, text=5))
-        from_big_vision(tmp_path / "out.npz", tmp_path / f"back{i}", settings)
+        from_big_vision(tmp_path / "out.npz", tmp_path / f"back{i}")
         ours, back = grain_jax.load(source), grain_jax.load(tmp_path / f"back{i}")
         given, ids = pixels(40), IDS.astype(np.int32)
         for one, other in zip(logits(ours, given, ids), logits(back, given, ids)):
@@ -414,7 +413,7 @@ def test_big_visions_arrays_come_out_as_they_went_in(which, tmp_path, capsys):
     with np.load(GOLDENS / f"big_vision_{which}.npz") as stored:
         theirs = {k: v for k, v in stored.items() if k.startswith("params/")}
     np.savez(tmp_path / "theirs.npz", **theirs)
-    from_big_vision(tmp_path / "theirs.npz", tmp_path / "ours", towers.Settings())
+    from_big_vision(tmp_path / "theirs.npz", tmp_path / "ours")
     arguments = ["--input", str(tmp_path / "ours"), "--output", str(tmp_path / "out.npz")]
     assert main(["to-big-vision", *arguments]) == 0
     assert "for its config: {'image': {'width': 32," in capsys.readouterr().out

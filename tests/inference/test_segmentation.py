@@ -11,9 +11,7 @@ import torch
 import transformers
 
 from grain_jax import inference
-from grain_jax.convert import towers
-from grain_jax.convert.open_clip import checkpoint
-from grain_jax.convert.open_clip.towers import import_tower
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.core import images as image_files
 from grain_jax.inference import scores, segmentation
 from grain_jax.inference.inputs import InputError
@@ -44,10 +42,8 @@ def _classes(predictor, count=5, names=2):
 def _ours(module, folder):
     """The same weights as a Predictor."""
     foreign.perturb(module).save_pretrained(folder)
-    read = checkpoint.read(folder)
-    both = (import_tower(which, read, towers.Settings()) for which in towers.TOWERS)
-    model, params = towers.two_tower_model(read.state, *both, checkpoint.SCALARS)
-    return inference.Predictor(model, params)
+    from_hf(folder, folder / "ours")
+    return inference.load(folder / "ours")
 
 
 def _values_by_torch(vision, images):

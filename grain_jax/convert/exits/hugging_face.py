@@ -8,7 +8,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, needs, tokenizers
-from grain_jax.convert.open_clip.comparison import hf_config
+from grain_jax.convert.library_configs import hf_config
 from grain_jax.convert.tables import Arrays, NamePair
 
 WEIGHTS = "model.safetensors"

@@ -12,7 +12,7 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, output, parity
 from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
 from grain_jax.convert.faults import raise_any
-from grain_jax.convert.open_clip.comparison import open_clip_config
+from grain_jax.convert.library_configs import open_clip_config
 from grain_jax.convert.tables import Arrays, NamePair
 
 WEIGHTS = "open_clip_model.safetensors"
