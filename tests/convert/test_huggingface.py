@@ -352,7 +352,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     )
     card = (out / "README.md").read_text()
     for words in (
-        "| data set | cc12m |",
+        "| dataset | cc12m |",
         "| length | 10 steps; these weights are of step 9 |",
         "| moving average | these weights, with decay 0.99 |",
         "| loss: box | 1.5 |",

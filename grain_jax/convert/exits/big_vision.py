@@ -32,7 +32,7 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
         raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
     found = folder.read(source)
     model = found.model
-    raise_any(needs.of_big_vision(model))
+    raise_any(needs.BIG_VISION.faults(model))
     state = _state(folder.flat(found))
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
