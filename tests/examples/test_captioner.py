@@ -51,27 +51,6 @@ def test_sequences():
     assert (count == 7).all() and (term.texts_of(batch, batch.description_at, 6)[1] == 0).all()
 
 
-def test_what_follows_is_the_most_probable_token():
-    words = decoder_lib.Vocabulary(words=20, bins=6)
-    decoder = decoder_lib.TextDecoder(words, 16, 1, 2, 12, np.dtype("float32"))
-    rng = np.random.default_rng(0)
-    image = rng.normal(size=(2, 5, 24)).astype(np.float32)
-    start = np.array([[20, 3, 4], [21, 5, 0]], np.int32)
-    boxed = decoder.init(jax.random.key(0), start[:, None], image)["params"]
-    params = jax.tree.map(
-        lambda x: rng.normal(size=x.value.shape), boxed, is_leaf=lambda x: hasattr(x, "value")
-    )
-    lengths = np.array([3, 2], np.int32)
-    generate = functools.partial(writer.generate, decoder, count=4, low=2, high=20)
-    output = jax.jit(generate)(params, start, lengths, image)
-    whole = np.full((2, 1, 8), 9, np.int32)  # what comes behind the sequences does not count
-    for row, length, ids, tokens in zip(whole[:, 0], lengths, start, output):
-        row[: length + 4] = [*ids[:length], *tokens]
-    logits = jax.jit(lambda *x: decoder.apply({"params": x[0]}, *x[1:]))(params, whole, image)
-    for row, length, tokens in zip(logits[:, 0, :, 2:20], lengths, output):
-        np.testing.assert_array_equal(tokens, 2 + row.argmax(-1)[length - 1 : length + 3])
-
-
 def test_the_term_learns_captions_and_boxes_by_heart():
     c = tiny.config(batch_size=8, model__text__vocab_size=400)
     options = term.Options(

@@ -526,17 +526,12 @@ class GrainPreTrainedModel(PreTrainedModel):
         constants = {
             "logit_scale": math.log(towers["logit_scale_init"]),
             "logit_bias": towers["logit_bias_init"],
-            "in_proj_bias": 0.0,
-            "q_bias": 0.0,
-            "v_bias": 0.0,
             "gamma": LAYER_SCALE,
-            "text_projection_bias": 0.0,
-            "img_proj_bias": 0.0,
         }
         is_own = type(module).__module__ == __name__  # with parameters in no layer
         for name, parameter in module.named_parameters(recurse=False) if is_own else ():
-            if name in constants:
-                nn.init.constant_(parameter, constants[name])
+            if name in constants or name.endswith("bias"):
+                nn.init.constant_(parameter, constants.get(name, 0.0))
             else:
                 nn.init.normal_(parameter, std=0.02)
 
@@ -609,14 +604,12 @@ class GrainModel(GrainPreTrainedModel):
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
-        if alpha < 1 and descriptions is None:
-            raise ValueError(f"alpha {alpha} needs the descriptions' features of every class")
         image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
-            if regions is None:
+            if descriptions is None or regions is None:
                 raise ValueError(
-                    f"alpha {alpha} needs regions, and the model has no region decoder"
+                    f"alpha: got {alpha}, expected 1 without descriptions, or if the model has no region decoder"
                 )
             best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
