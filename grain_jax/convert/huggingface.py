@@ -71,7 +71,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     found, unknown = tokenizers.with_end(exits.read(source))
     lines = []
     if found.model.decoder is None:
-        kind, faults = needs.nearest(found.model, needs.CLIP, needs.SIGLIP)
+        kind, faults = needs.of_hugging_face(found.model)
         if not faults:
             return hugging_face.write_towers(found, folder, kind, repo, unknown)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]

@@ -258,8 +258,8 @@ def faults_in_open_clip(model):
 
 # Export -> a model that it writes, and the lines of what it cannot hold of one.
 EXITS: dict[str, tuple[dict[str, Any], Any]] = {
-    "to-hf, CLIPModel": (CLIP, lambda m: needs.nearest(m, needs.CLIP, needs.SIGLIP)[1]),
-    "to-hf, SiglipModel": (SIGLIP, lambda m: needs.nearest(m, needs.CLIP, needs.SIGLIP)[1]),
+    "to-hf, CLIPModel": (CLIP, lambda m: needs.of_hugging_face(m)[1]),
+    "to-hf, SiglipModel": (SIGLIP, lambda m: needs.of_hugging_face(m)[1]),
     "to-open-clip, own": (QUICK, faults_in_open_clip),
     "to-open-clip, timm": (SIGLIP, faults_in_open_clip),
     "to-big-vision": (SIGLIP | dict(image__norm_eps=1e-6), needs.BIG_VISION.faults),

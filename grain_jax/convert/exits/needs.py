@@ -122,3 +122,8 @@ BIG_VISION = _format(
     text__activation="gelu_tanh",
     text__norm_eps=1e-6,
 )
+
+
+def of_hugging_face(model: config_lib.Model) -> tuple[Format, list[str]]:
+    """The class of transformers that lacks the fewest keys of a model, and its faults."""
+    return nearest(model, CLIP, SIGLIP)
