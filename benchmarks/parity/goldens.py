@@ -66,13 +66,13 @@ def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
     by_region = np.zeros(mask.shape, np.int64)
     by_region[mask] = in_descriptions
     texts = dict(caption_lengths=in_captions[:, None], region_mask=mask)
-    given = dict(description_lengths=by_region, row_length=captions.shape[1])
+    lengths = dict(description_lengths=by_region, row_length=captions.shape[1])
     if packed:
         ranks = -np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
-        given |= dict(region_scores=ranks, pack_group=len(mask), rows=5)
-        layout = packing.pack(**texts, **given)
+        lengths |= dict(region_scores=ranks, pack_group=len(mask), rows=5)
+        layout = packing.pack(**texts, **lengths)
     else:
-        layout = packing.one_text_per_row(**texts, **given)
+        layout = packing.one_text_per_row(**texts, **lengths)
     joined = lambda texts, lengths: np.concatenate([t[:n] for t, n in zip(texts, lengths)])
     ids = [joined(captions, in_captions), joined(descriptions, in_descriptions)]
     negatives = np.zeros((*mask.shape, 0), np.int64)

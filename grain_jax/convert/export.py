@@ -125,7 +125,7 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
         return None
 
     def maps(params, image, text_embed):
-        found, params = [], tables.nested(params)
+        all_maps, params = [], tables.nested(params)
         with jax.default_matmul_precision("highest"):  # of cosines
             if has_patches:
                 method, boxes = "encode_patches", ()
@@ -135,13 +135,13 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
                     boxes = (jnp.broadcast_to(cells, (image.shape[0], *cells.shape)),)
                 patches = jitted.program(model, dtype, method)(params, image, *boxes)
                 cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches.astype(np.float32))
-                found.append(cosines.reshape(*cosines.shape[:2], grid, grid))
+                all_maps.append(cosines.reshape(*cosines.shape[:2], grid, grid))
             if predictor.has_regions:
                 _, embed, corners = jitted.image_program(model, dtype)(params, image)
                 cosines = jnp.einsum("nd,bqd->bnq", text_embed, embed.astype(np.float32))
                 region_map = lambda values, boxes: scores.region_map(values, boxes, grid, jnp)
-                found.append(jax.vmap(region_map)(cosines, corners))
-        return {"similarity_map": sum(found) / len(found)}
+                all_maps.append(jax.vmap(region_map)(cosines, corners))
+        return {"similarity_map": sum(all_maps) / len(all_maps)}
 
     return maps
 
@@ -227,24 +227,23 @@ def _compare(
     sizes = image.image_size, text.vocab_size, text.context_length
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
-    given = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
-    pixels = np.random.default_rng(0).integers(0, 256, given.images.shape, np.uint8)
-    given = given._replace(images=pixels)
-    expected = parity.outputs_of(predictor, given)
-    inputs = {"image": pixels, "tokens": given.token_ids, "text_embed": expected["text_embed"]}
-    inputs["end"] = text.ends(given.token_ids).astype(np.int32)
+    batch = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
+    pixels = np.random.default_rng(0).integers(0, 256, batch.images.shape, np.uint8)
+    expected = parity.outputs_of(predictor, batch._replace(images=pixels))
+    inputs = {"image": pixels, "tokens": batch.token_ids, "text_embed": expected["text_embed"]}
+    inputs["end"] = text.ends(batch.token_ids).astype(np.int32)
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     if "maps" in exported:
         texts = [expected["text_embed"]] * _IMAGES
         expected["similarity_map"] = np.stack(predictor.similarity_maps(pixels, texts))
-    found = []
+    comparisons = []
     for name, (_, names) in exported.items():
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
         got: Any = function.call(params, *(inputs[each] for each in names))
         wanted = {key: expected[key] for key in got}
         compared = parity.compare(got, wanted, tolerance=TOLERANCE[predictor.dtype])
-        found += [c._replace(name=f"{name}: {c.name}") for c in compared]
-    return found
+        comparisons += [c._replace(name=f"{name}: {c.name}") for c in compared]
+    return comparisons
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       folder: new, or an older conversion.
 
     Returns:
-      The comparison of the outputs with those of the factors beside their matrices.
+      The comparison of the outputs with the outputs of the factors beside their matrices.
 
     Raises:
       ConvertError: there are no factors; the folder holds something else, or cannot be written.
@@ -32,8 +32,10 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     merged, inputs = stored.merged(), parity.inputs_of(stored.model)
     with lora.beside(stored.lora):
         apart = parity.outputs(stored.model, stored.params, inputs)
-    found = parity.compare(parity.outputs(stored.model, merged, inputs), apart)
-    proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", inputs)
+    comparisons = parity.compare(parity.outputs(stored.model, merged, inputs), apart)
+    proof = parity.report(
+        comparisons, f"{stored.folder} with its factors beside the matrices", inputs
+    )
     output.save(folder, stored.model, merged, source, proof, stored.folder)
     count = len(list(low_rank.maps_in(stored.params)))
     return proof.after(

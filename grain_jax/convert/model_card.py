@@ -61,7 +61,7 @@ def write(
       use: code that loads FOLDER.
       missing: why the folder has no tokenizer, or "".
       library: that loads the folder, as the Hub names it.
-      losses: those of the modeling file.
+      losses: weights and options of the losses in the modeling file.
       repo: ORG/NAME on the Hub, in place of FOLDER.
     """
     notes = [f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else []

@@ -80,30 +80,30 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
             for path in sorted(epath.Path(scratch).iterdir(), key=lambda path: path.name != mark):
                 _copy(path, folder / path.name)
         return
-    place = epath.Path(os.path.realpath(folder))
-    work = place.with_name(f"{place.name}.incomplete")
-    # transformers caches the code of a folder under the folder's name, so that the new one needs its final name.
-    old, new = work / "old" / place.name, work / "new" / place.name
+    target = epath.Path(os.path.realpath(folder))
+    work = target.with_name(f"{target.name}.incomplete")
+    # transformers caches the code of a folder under the folder's name, so the new one needs the same name.
+    old, new = work / "old" / target.name, work / "new" / target.name
     with writing(folder), _locked(work):
         try:
-            _clear(old, new, place)
+            _clear(old, new, target)
             old.parent.mkdir()
             new.mkdir(parents=True)
             yield new
-            for path in place.iterdir() if place.exists() else ():
+            for path in target.iterdir() if target.exists() else ():
                 if not _WRITTEN.fullmatch(path.name) and not (new / path.name).exists():
                     _copy(path, new / path.name)
-            if place.exists():
-                place.rename(old)
-            new.rename(place)
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
         finally:
-            _clear(old, new, place)
+            _clear(old, new, target)
 
 
-def _clear(old: epath.Path, new: epath.Path, place: epath.Path) -> None:
+def _clear(old: epath.Path, new: epath.Path, target: epath.Path) -> None:
     """Undoes an exchange that was interrupted between its two renames, and removes what it left."""
-    if old.exists() and not place.exists():
-        old.rename(place)
+    if old.exists() and not target.exists():
+        old.rename(target)
     for folder in (old.parent, new.parent):
         folder.rmtree(missing_ok=True)
 
@@ -121,8 +121,8 @@ def _locked(work: epath.Path) -> Iterator[None]:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    place = work.with_suffix("")
-                    raise ConvertError(f"{place}: another process writes it; wait for it") from None
+                    busy = work.with_suffix("")
+                    raise ConvertError(f"{busy}: another process writes it; wait for it") from None
                 is_ours = os.stat(work / "lock").st_ino == os.stat(file.fileno()).st_ino
         try:
             yield

@@ -26,7 +26,7 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       folder: new, or an older conversion.
 
     Returns:
-      The comparison of the outputs with those of the float32 model, on texts of trained tokens.
+      The comparison with the outputs of the float32 model, on texts of trained tokens.
 
     Raises:
       ConvertError: the folder holds something else, or cannot be written.
@@ -36,13 +36,15 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     model, params, read_from = saved_model.load_model(source)
     trained = _trained_tokens(epath.Path(read_from), model)
     packed = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
-    embedding = packed["text"][_TOKENS]["embedding"]  # may have rows after those of the tokenizer
+    embedding = packed["text"][_TOKENS]["embedding"]  # may have more rows than the tokenizer
     embedding[: len(trained)][~trained] = 0
     inputs = _inputs(model, trained)
     rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
     expected = parity.outputs(model, params, inputs)
-    found = parity.compare(parity.outputs(model, rounded, inputs), expected, tolerance=TOLERANCE)
-    proof = parity.report(found, f"{read_from} in float32", inputs)
+    comparisons = parity.compare(
+        parity.outputs(model, rounded, inputs), expected, tolerance=TOLERANCE
+    )
+    proof = parity.report(comparisons, f"{read_from} in float32", inputs)
     output.save(folder, model, packed, source, proof, read_from)
     return proof.after(
         f"pack: {read_from} -> {folder}",
@@ -72,9 +74,9 @@ def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
     """The inputs of a parity report, with words of trained tokens alone; with ends if no word was trained."""
     inputs = parity.inputs_of(model)
     end = model.text.vocab_size - 1 if model.text.end_id is None else model.text.end_id
-    words = np.setdiff1d(np.flatnonzero(trained), [0, end])
-    words = words if words.size else np.array([end])
+    trained_words = np.setdiff1d(np.flatnonzero(trained), [0, end])
+    trained_words = trained_words if trained_words.size else np.array([end])
     ids = inputs.token_ids
     is_kept = trained[ids] | (ids == 0) | (ids == end)
-    ids = np.where(is_kept, ids, words[ids % len(words)]).astype(np.int32)
+    ids = np.where(is_kept, ids, trained_words[ids % len(trained_words)]).astype(np.int32)
     return inputs._replace(token_ids=ids)

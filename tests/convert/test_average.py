@@ -60,8 +60,8 @@ def _flat(path):
     return grain.flat(saved_model.load_model(path)[1])
 
 
-def _average(path, *words):
-    return main(["average", *words, "--output", str(path)])
+def _average(path, *arguments):
+    return main(["average", *arguments, "--output", str(path)])
 
 
 def test_a_soup_is_the_sum(models, tmp_path, capsys):
@@ -72,10 +72,10 @@ def test_a_soup_is_the_sum(models, tmp_path, capsys):
         assert f"{weight:10.6g}  {model}, logit scale " in said
     got, inputs = _flat(tmp_path / "soup"), [_flat(model) for model in models]
     for name, x in got.items():
-        expected = sum(w * one[name].astype(np.float64) for w, one in zip(weights, inputs))
+        expected = sum(w * arrays[name].astype(np.float64) for w, arrays in zip(weights, inputs))
         assert x.dtype == np.float32
         np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-7, err_msg=name)
-    scale = np.exp(sum(w * float(one["logit_scale"]) for w, one in zip(weights, inputs)))
+    scale = np.exp(sum(w * float(arrays["logit_scale"]) for w, arrays in zip(weights, inputs)))
     assert grain_jax.load(tmp_path / "soup").logit_scale == pytest.approx(scale, rel=1e-6)
     assert _average(tmp_path / "end", *models[:2], "--weights=0,1") == 0
     assert _average(tmp_path / "mean", *models[:2]) == 0
@@ -115,21 +115,21 @@ def test_models_that_differ_are_refused_with_a_line_a_difference(models, tmp_pat
 
 def test_another_tokenizer_is_another_model(tmp_path, capsys):
     folders = []
-    for name, words in (("a", "[UNK] a b"), ("b", "[UNK] a b"), ("c", "[UNK] b a")):
+    for name, vocabulary in (("a", "[UNK] a b"), ("b", "[UNK] a b"), ("c", "[UNK] b a")):
         folders.append(_save(tmp_path / name, text__tokenizer="tokenizer.json"))
-        perturbed.write_words(tmp_path / name, words)
+        perturbed.write_words(tmp_path / name, vocabulary)
     assert _average(tmp_path / "out", *folders[:2]) == 0
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (
         tmp_path / "a/tokenizer.json"
     ).read_bytes()
     capsys.readouterr()
     assert _average(tmp_path / "no", *folders[1:]) == 2
-    told = capsys.readouterr().err
-    assert "model.text.tokenizer: got 'tokenizer.json, sha256 " in told and "2 faults" not in told
+    said = capsys.readouterr().err
+    assert "model.text.tokenizer: got 'tokenizer.json, sha256 " in said and "2 faults" not in said
 
 
 @pytest.mark.parametrize(
-    "words,line",
+    "arguments,line",
     [
         (["{0}"], "models: got 1, expected two or more to average"),
         (["{0}", "{1}", "--weights", "1"], "--weights: got 1 for 2 models"),
@@ -138,10 +138,10 @@ def test_another_tokenizer_is_another_model(tmp_path, capsys):
         (["{0}", "nowhere", "--weights", "-1,2"], "nowhere"),
     ],
 )
-def test_wrong_usage_is_one_line(models, words, line, tmp_path, capsys):
-    assert _average(tmp_path / "out", *(word.format(*models) for word in words)) == 2
-    told = capsys.readouterr().err
-    assert line in told and len(told.splitlines()) <= 2
+def test_wrong_usage_is_one_line(models, arguments, line, tmp_path, capsys):
+    assert _average(tmp_path / "out", *(word.format(*models) for word in arguments)) == 2
+    said = capsys.readouterr().err
+    assert line in said and len(said.splitlines()) <= 2
     assert not (tmp_path / "out").exists()
 
 

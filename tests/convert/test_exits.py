@@ -193,8 +193,8 @@ def test_pipelines_without_jax_give_our_scores(tmp_path, capsys):
 
 
 def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys, monkeypatch):
-    words = dict(text__tokenizer="siglip.model", text__cleaning="canonical", text__pad_id=1)
-    source, _ = made(tmp_path / "ours", **SIGLIP | words)
+    keys = dict(text__tokenizer="siglip.model", text__cleaning="canonical", text__pad_id=1)
+    source, _ = made(tmp_path / "ours", **SIGLIP | keys)
     perturbed.write_sentencepiece(source)
     assert "\ntoken_ids " in run(capsys, "to-hf", source, tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -381,9 +381,9 @@ def test_a_tokenizer_that_theirs_reads_otherwise_is_left_out(tmp_path, capsys):
 
 def write_words_with_end(folder, end):
     """A tokenizer.json whose texts end with the id `end`, which is not the highest."""
-    words = "unknown pad a photo of wren two dogs and cat s".split()
-    words.insert(end, "</s>")
-    vocabulary = {word: i for i, word in enumerate(words)}
+    tokens = "unknown pad a photo of wren two dogs and cat s".split()
+    tokens.insert(end, "</s>")
+    vocabulary = {word: i for i, word in enumerate(tokens)}
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="unknown"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     library.post_processor = tokenizers.processors.TemplateProcessing(
@@ -410,9 +410,9 @@ def test_a_text_is_read_where_its_tokenizer_ends_it(changes, kind, end, tmp_path
     assert "\ntoken_ids " in report and "\nencode_text " in report
     load: Any = dict(trust_remote_code=True, local_files_only=True)
     module = getattr(transformers, kind).from_pretrained(tmp_path / "hf", **load).eval()
-    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", **load)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", **load)
     texts = ["two dogs and a cat", "wren", "s"]
-    ids = words(texts, return_tensors="pt", padding="max_length")["input_ids"]
+    ids = tokenizer(texts, return_tensors="pt", padding="max_length")["input_ids"]
     assert (ids.argmax(1) != (ids == end).int().argmax(1)).any() == (end == 7)
     with torch.no_grad():
         theirs = module.get_text_features(ids)

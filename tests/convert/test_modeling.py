@@ -59,12 +59,12 @@ KINDS = {
 }  # fmt: skip
 
 
-def made(folder, changes, words=WORDS):
+def made(folder, changes):
     """(our folder, folder of to-hf, what the command printed)."""
     model = perturbed.tiny(**changes)
     saved_model.save_model(folder / "ours", model, perturbed.params(model), source="test")
     if model.text.tokenizer == "tokenizer.json":
-        perturbed.write_words(folder / "ours", words)
+        perturbed.write_words(folder / "ours", WORDS)
     report = huggingface.to_hf(folder / "ours", folder / "hf")
     assert report.verdict == "PROVEN", report.text
     return folder / "ours", folder / "hf", report.text
@@ -73,22 +73,22 @@ def made(folder, changes, words=WORDS):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """kind -> `made`, once for the file."""
-    found: dict[str, Any] = {}
+    folders: dict[str, Any] = {}
 
-    def of(kind):
-        if kind not in found:
-            found[kind] = made(tmp_path_factory.mktemp(kind), KINDS[kind])
-        return found[kind]
+    def make(kind):
+        if kind not in folders:
+            folders[kind] = made(tmp_path_factory.mktemp(kind), KINDS[kind])
+        return folders[kind]
 
-    return of
+    return make
 
 
 def loaded(folder) -> Any:
     return transformers.AutoModel.from_pretrained(folder, **REMOTE).eval()
 
 
-def tensors(given):
-    return foreign.torch_images(given.images), torch.tensor(given.token_ids).long()
+def tensors(inputs):
+    return foreign.torch_images(inputs.images), torch.tensor(inputs.token_ids).long()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,11 +103,11 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
     module, predictor = loaded(hf), grain_jax.load(hf)
-    given = parity.inputs_of(model)
+    inputs = parity.inputs_of(model)
     with torch.no_grad():
-        maps = module.similarity_maps(*tensors(given)).numpy()
-    texts = predictor.encode_text(given.token_ids)
-    foreign.close(np.stack(predictor.similarity_maps(given.images, [texts] * len(maps))), maps)
+        maps = module.similarity_maps(*tensors(inputs)).numpy()
+    texts = predictor.encode_text(inputs.token_ids)
+    foreign.close(np.stack(predictor.similarity_maps(inputs.images, [texts] * len(maps))), maps)
     state = module.state_dict()
     loaded_again = type(module)(module.config)  # as of a config alone
     assert loaded_again.state_dict().keys() == state.keys()
@@ -119,39 +119,39 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
 
 
 def a_batch(model, regions=2):
-    """(batch of ours with a text a row, inputs of the module)."""
-    given = parity.inputs_of(model)
-    count, length = len(given.images), model.text.context_length
+    """(batch of ours with one text per row, inputs of the module)."""
+    inputs = parity.inputs_of(model)
+    count, length = len(inputs.images), model.text.context_length
     rng = np.random.default_rng(2)
     described = rng.integers(2, model.text.vocab_size - 2, (count * regions, length))
     described[:, -1] = model.text.vocab_size - 1
     described[3, 5:], described[3, 4] = model.text.pad_id, model.text.vocab_size - 1
-    captions = given.token_ids.copy()
+    captions = inputs.token_ids.copy()
     after = np.arange(length) > captions.argmax(1)[:, None]
     captions[after] = model.text.pad_id
     texts = np.concatenate([captions, described]).astype(np.int32)
     ends = texts.argmax(1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), texts.shape)
-    at = np.stack([np.arange(len(texts)), ends], axis=1).astype(np.int32)
+    where = np.stack([np.arange(len(texts)), ends], axis=1).astype(np.int32)
     mask = np.ones((count, regions), bool)
     mask[1, 1] = mask[2] = False
     boxes = rng.uniform(0.2, 0.6, (count, regions, 4)).astype(np.float32)
     batch = schema.Batch(
-        image=given.images,
+        image=inputs.images,
         text_tokens=texts[None],
         text_positions=positions[None],
         text_segments=(positions <= ends[:, None])[None].astype(np.int32),
-        caption_at=at[:count, None],
+        caption_at=where[:count, None],
         caption_id=np.arange(count, dtype=np.int32)[:, None],
         caption_mask=np.ones((count, 1), bool),
-        description_at=at[count:].reshape(count, regions, 2),
+        description_at=where[count:].reshape(count, regions, 2),
         description_id=np.arange(count * regions, dtype=np.int32).reshape(mask.shape),
         region_boxes_cxcywh=boxes,
         region_mask=mask,
         texts_dropped=np.zeros(1, np.int32),
     )
     return batch, dict(
-        pixel_values=foreign.torch_images(given.images),
+        pixel_values=foreign.torch_images(inputs.images),
         input_ids=torch.tensor(captions).long(),
         description_ids=torch.tensor(described).long().unflatten(0, mask.shape),
         region_boxes_cxcywh=torch.tensor(boxes),
@@ -220,9 +220,9 @@ def test_the_processor_has_siglips_tokens(kind, written, tmp_path):
     again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", **REMOTE)
     for each in (processor, again):
         with torch.no_grad():  # padded to the longest; the model fills the rest
-            found = loaded(hf).get_text_features(each(text=TEXTS[:4])["input_ids"]).numpy()
+            features = loaded(hf).get_text_features(each(text=TEXTS[:4])["input_ids"]).numpy()
             empty = loaded(hf).get_text_features(each(text=["", ""])["input_ids"]).numpy()
-        foreign.close(expected[:4], found / np.linalg.norm(found, axis=1, keepdims=True))
+        foreign.close(expected[:4], features / np.linalg.norm(features, axis=1, keepdims=True))
         foreign.close(expected[2], empty[1] / np.linalg.norm(empty[1]))
     huggingface.from_hf(hf, tmp_path / "back")
     np.testing.assert_array_equal(grain_jax.load(tmp_path / "back").encode_text(TEXTS), expected)

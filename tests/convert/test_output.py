@@ -70,14 +70,16 @@ def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one(tmp_path):
     (tmp_path / "root").mkdir()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "root")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = json.loads(printed.splitlines()[-1])
+    killed_runs = json.loads(printed.splitlines()[-1])
     old, new = [["old"], 2], [["new"], 2]
-    assert [status for status, *_ in found[:-1]] == [-9] * (len(found) - 1) and len(found) > 20
-    assert all(killed in (old, new, [[], 0]) for _, killed, *_ in found)
-    assert sum(killed == [[], 0] for _, killed, *_ in found) <= 2  # between the two renames
-    assert all(after in (old, new) for _, _, after, _ in found)
-    assert [after for _, _, after, _ in found].count(old) > 10
-    assert all(names == ["model"] for *_, names in found)
+    assert [status for status, *_ in killed_runs[:-1]] == [-9] * (len(killed_runs) - 1) and len(
+        killed_runs
+    ) > 20
+    assert all(killed in (old, new, [[], 0]) for _, killed, *_ in killed_runs)
+    assert sum(killed == [[], 0] for _, killed, *_ in killed_runs) <= 2  # between the two renames
+    assert all(after in (old, new) for _, _, after, _ in killed_runs)
+    assert [after for _, _, after, _ in killed_runs].count(old) > 10
+    assert all(names == ["model"] for *_, names in killed_runs)
 
 
 def write(folder, *names):

@@ -186,9 +186,9 @@ def test_every_parameter_counts():
     model = perturbed.tiny()
     module = torch_module.make_module(model)
     torch_module.load_states(module, names.state_dicts(perturbed.params(model)))
-    given = parity.inputs(40, 300, 32)
-    pixels = torch.tensor(given.images).permute(0, 3, 1, 2)
-    out = module(pixels, torch.tensor(given.token_ids).long())
+    arrays = parity.inputs(40, 300, 32)
+    pixels = torch.tensor(arrays.images).permute(0, 3, 1, 2)
+    out = module(pixels, torch.tensor(arrays.token_ids).long())
     generator = torch.Generator().manual_seed(0)
     draw = lambda x: torch.randn(x.shape, generator=generator)
     embeds = (out.image_embeds, out.text_embeds, out.region_embeds, out.boxes_xyxy)
@@ -206,7 +206,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
     model = perturbed.tiny(decoder__image_pool="all", **other)
     saved_model.save_model(tmp_path / "model", model, perturbed.params(model))
     out = tmp_path / "x.pth.tar"
-    for source, target, words in (
+    for source, target, expected_words in (
         ("model", out, ["logit_bias_init: got -10.0", "image.pre_norm: got True",
                         "text.activation: got gelu", "decoder.image_pool: got all"]),
         ("model", tmp_path, [f"{tmp_path}: is a folder"]),
@@ -215,8 +215,8 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
         arguments = ["--input", str(tmp_path / source), "--output", str(target)]
         assert main(["to-torch", *arguments]) == 2 and not out.exists()
         said = capsys.readouterr().err.splitlines()
-        assert len(said) == len(words) + 1
-        assert all(word in line for word, line in zip(words, said))
+        assert len(said) == len(expected_words) + 1
+        assert all(word in line for word, line in zip(expected_words, said))
 
 
 def test_a_failed_parity_is_exit_status_1_and_other_heads_are_told(tmp_path, capsys, monkeypatch):

@@ -93,17 +93,17 @@ def test_a_folder_of_a_user_is_divided(tmp_path, monkeypatch, capsys):
     assert data.main() == 2
     assert "mine has no A.jsonl, seen, unseen, unseen.json, test/A.jsonl" in capsys.readouterr().err
     images = ("seen/cat/0.png", "seen/cat/1.png", "unseen/elk/0.png", "unseen/yak/0.png")
-    for place in (*images, "test/A.jsonl"):
-        (source / place).parent.mkdir(parents=True, exist_ok=True)
-        (source / place).write_text(place)
+    for name in (*images, "test/A.jsonl"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
     described = {"yak": ["long hair"], "elk": ["antlers", "long legs"]}
     (source / "unseen.json").write_text(json.dumps(described))
     data.divide(source, output)
     data.divide(source, output)  # again, as after a stop
-    held = {
+    divided = {
         split: [x.name for x in (output / f"unseen_{split}").iterdir()] for split in config.SPLITS
     }
-    assert held == {"validation": ["yak"], "test": ["elk"]}
+    assert divided == {"validation": ["yak"], "test": ["elk"]}
     assert (output / "seen_validation/cat/0.png").read_text() == "seen/cat/0.png"
     assert (output / "seen_test/cat/1.png").read_text() == "seen/cat/1.png"
     assert (output / "test/A.jsonl").read_text() == "test/A.jsonl"

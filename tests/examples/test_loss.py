@@ -34,15 +34,15 @@ def test_the_term_equals_a_float64_replica():
     batch, outputs = tiny.batch(c), _outputs(c)
     mesh = sharding.make_mesh(c.mesh)
 
-    found = jax.jit(
+    result = jax.jit(
         lambda *x: losses.total_loss(*x, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
     )(outputs, batch)
     loss, cosine = replica(outputs.region_embed, t=3.0)
-    np.testing.assert_allclose(found.terms["uniformity"], loss, rtol=1e-5)
-    np.testing.assert_allclose(found.measures["uniformity/cosine"], cosine, atol=1e-6)
+    np.testing.assert_allclose(result.terms["uniformity"], loss, rtol=1e-5)
+    np.testing.assert_allclose(result.measures["uniformity/cosine"], cosine, atol=1e-6)
     weights = {"image_caption": 1, "region_description": 1, "box": 1.5, "uniformity": 0.25}
-    expected = sum(weight * found.terms[name] for name, weight in weights.items())
-    np.testing.assert_allclose(found.total, expected, rtol=1e-6)
+    expected = sum(weight * result.terms[name] for name, weight in weights.items())
+    np.testing.assert_allclose(result.total, expected, rtol=1e-6)
 
 
 def smoothness_replica(patches, image, edge):
@@ -73,8 +73,8 @@ def test_the_local_term_equals_a_float64_replica():
     seen, term = fake.seen(c, leading=1), Smoothness(Options(edge=4.0), c.model)
 
     def run(tokens):
-        found = term.apply({}, seen._replace(tokens=tokens))
-        return found.loss.sum.sum() / found.loss.count.sum(), found.measures["cosine"]
+        result = term.apply({}, seen._replace(tokens=tokens))
+        return result.loss.sum.sum() / result.loss.count.sum(), result.measures["cosine"]
 
     (loss, measured), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(seen.tokens)
     expected, cosine, expected_gradient = smoothness_replica(

@@ -35,11 +35,11 @@ def write_towers(
       ConvertError: the folder holds something else.
     """
     target, model, is_clip = output.check_free(path, folder.MARK), source.model, kind is needs.CLIP
-    words, missing, told = tokenizers.of_transformers(model.text, source.folder)
+    token_files, missing, notes = tokenizers.of_transformers(model.text, source.folder)
     files = {
         "config.json": _config(model, kind.name),
         "preprocessor_config.json": _preprocessor(model.image, kind.name),
-        **words,
+        **token_files,
     }
     lines = [
         f"to-hf: {source.folder} -> {target}, {kind.name}",
@@ -56,8 +56,8 @@ def write_towers(
         source,
         (WEIGHTS, _clip(source) if is_clip else _siglip(source)),
         files,
-        lambda new: _prove(new, source, kind.name, has_tokenizer=bool(words)).but(unknown),
-        [*lines, *told],
+        lambda new: _prove(new, source, kind.name, has_tokenizer=bool(token_files)).but(unknown),
+        [*lines, *notes],
         use=_USE.format(kind=kind.name),
         missing=missing,
         repo=repo,

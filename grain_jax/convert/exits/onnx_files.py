@@ -37,27 +37,27 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, DESCRIPTION)
-    found, unknown = tokenizers.with_end(folder.read(source))
-    names.refuse(found.model, "to-onnx")
+    stored, unknown = tokenizers.with_end(folder.read(source))
+    names.refuse(stored.model, "to-onnx")
     with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
 
-        module = torch_module.make_module(found.model)
-    torch_module.load_states(module, names.state_dicts(found.params))
-    words, missing = tokenizers.files(found.model.text, found.folder)
+        module = torch_module.make_module(stored.model)
+    torch_module.load_states(module, names.state_dicts(stored.params))
+    token_files, missing = tokenizers.files(stored.model.text, stored.folder)
     if (
-        found.model.text.tokenizer == "clip"
+        stored.model.text.tokenizer == "clip"
     ):  # transformers would pad with another id than onnx.json
-        words.pop("tokenizer_config.json", None)
+        token_files.pop("tokenizer_config.json", None)
     with output.replacing(target, DESCRIPTION) as new:
         with _quiet():
             module.export_onnx(str(new))
-        described = _description(found, new)
-        for name, content in {DESCRIPTION: described, **words}.items():
+        described = _description(stored, new)
+        for name, content in {DESCRIPTION: described, **token_files}.items():
             folder.write_file(new / name, content)
-        proof = _prove(new, found).but(unknown)
-    lines = [f"to-onnx: {found.folder} -> {target}, opset {described['opset']}"]
+        proof = _prove(new, stored).but(unknown)
+    lines = [f"to-onnx: {stored.folder} -> {target}, opset {described['opset']}"]
     for name, sides in described["files"].items():
         shown = (", ".join(f"{n} {kind}" for n, kind in side.items()) for side in sides.values())
         lines.append(f"{name}: {' -> '.join(shown)}")

@@ -30,19 +30,19 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, folder.MARK)
-    found, unknown = tokenizers.with_end(folder.read(source))
-    model, image = found.model, found.model.image
+    stored, unknown = tokenizers.with_end(folder.read(source))
+    model, image = stored.model, stored.model.image
     kind, faults = needs.nearest(model, needs.OPEN_CLIP, needs.OPEN_CLIP_TIMM)
     raise_any(faults)
     trunk = "" if kind is needs.OPEN_CLIP else timm_trunk.name_of(image)
-    words, missing = tokenizers.files(model.text, found.folder)
-    if words and model.text.cleaning == "none":
-        words, missing = (
+    token_files, missing = tokenizers.files(model.text, stored.folder)
+    if token_files and model.text.cleaning == "none":
+        token_files, missing = (
             {},
             "no tokenizer files: model.text.cleaning: got none, open_clip joins white space; give the model token ids",
         )
     if model.text.tokenizer == "clip":
-        words = {}  # open_clip has CLIP's tokenizer
+        token_files = {}  # open_clip has CLIP's tokenizer
     preprocess_cfg = {
         "size": image.image_size,
         "mode": "RGB",
@@ -53,13 +53,13 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     }
     model_cfg = _config(model, trunk, has_tokenizer=not missing)
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-    to = f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}"
+    to = f"to-open-clip: {stored.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}"
     return folder.write(
         target,
-        found,
-        (WEIGHTS, _arrays(folder.flat(found), model, bool(trunk))),
-        {"open_clip_config.json": config, **words},
-        lambda new: _prove(new, found, has_tokenizer=not missing).but(unknown),
+        stored,
+        (WEIGHTS, _arrays(folder.flat(stored), model, bool(trunk))),
+        {"open_clip_config.json": config, **token_files},
+        lambda new: _prove(new, stored, has_tokenizer=not missing).but(unknown),
         [to, missing] if missing else [to],
         use=_USE,
         missing=missing,

@@ -47,9 +47,11 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         why = f"model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has canonical"
     else:
         tokenizer.of_tower(tower, folder)  # raises if it does not fit the tower
-        words = _of_json(path, tower) if path.suffix == ".json" else _of_sentencepiece(path, tower)
-        if words:
-            return words, ""
+        token_files = (
+            _of_json(path, tower) if path.suffix == ".json" else _of_sentencepiece(path, tower)
+        )
+        if token_files:
+            return token_files, ""
         why = f"model.text.pad_id: got {tower.pad_id}, {path.name} has no such token"
     return {}, f"no tokenizer files: {why}"
 
@@ -91,15 +93,19 @@ def of_transformers(
     tower: config_lib.TextTower, folder: epath.PathLike
 ) -> tuple[dict[str, Any], str, list[str]]:
     """As `files`, but no CLIP tokenizer for a tower that sees its padding; and lines for the report."""
-    words, missing = files(tower, folder)
-    if words and _knows_padding(tower):
-        words, missing = (
+    token_files, missing = files(tower, folder)
+    if token_files and _knows_padding(tower):
+        token_files, missing = (
             {},
             "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
             f" padding, the id {tower.pad_id}; give the model token ids",
         )
     packages = "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
-    return words, missing, [missing] if missing else [packages] * ("spiece.model" in words)
+    return (
+        token_files,
+        missing,
+        [missing] if missing else [packages] * ("spiece.model" in token_files),
+    )
 
 
 def _knows_padding(tower: config_lib.TextTower) -> bool:
