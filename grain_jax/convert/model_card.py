@@ -64,31 +64,30 @@ def write(
       losses: weights and options of the losses in the modeling file.
       repo: ORG/NAME on the Hub, in place of FOLDER.
     """
-    notes = [f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else []
+    notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
     if missing:
         notes.append(f"The folder has {missing}. Another tokenizer would give other token ids.")
     training = "Not recorded: the model came without the config of its run."
     if "optim" in run.config:
-        training = _table(("", ""), _training(run, losses or {}))
+        training = _table(_training(run, losses or {}))
     elif run.source:
         training = f"Converted from {run.source}, which does not record the training."
     evaluation = "The run evaluated nothing. Evaluate the model before you rely on it."
     if run.metrics:
-        measured = [(name, f"{value:.4g}") for name, value in sorted(run.metrics.items())]
-        evaluation = f"During training, at step {run.measured_at}:\n\n"
-        evaluation += _table(("metric", "value"), measured)
-    report = proof.text
+        measured = _table((name, f"{value:.4g}") for name, value in sorted(run.metrics.items()))
+        evaluation = f"During training, at step {run.measured_at}:\n\n{measured}"
     regions = ""
     if model.decoder is not None:
         regions = f"- The model predicts {model.decoder.queries} regions for every image, even if it shows no object.\n"
+    is_proven = proof.verdict != parity.NOT_PROVEN
     return _CARD.format(
         library=library,
         title="Image and text towers" if model.decoder is None else "GRAIN",
-        use="\n".join([use.strip().replace("FOLDER", repo or "FOLDER") + "\n```", *notes]),
+        use="\n".join([use.strip().replace("FOLDER", repo or "FOLDER"), *notes]),
         model="\n".join(towers.describe(model, {})),
         training=training,
         evaluation=evaluation,
-        parity=report if proof.verdict != parity.NOT_PROVEN else report.splitlines()[-1],
+        parity=proof.text if is_proven else proof.text.splitlines()[-1],
         regions=regions,
         context=model.text.context_length,
     )
@@ -144,9 +143,8 @@ author apply. State a licence before you publish the weights.
 """
 
 
-def _table(header: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
-    rule = ("---", "---")
-    return "\n".join(f"| {key} | {value} |" for key, value in (header, rule, *rows))
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
 def _training(run: TrainedRun, losses: Mapping[str, Any]) -> list[tuple[str, Any]]:
