@@ -608,9 +608,10 @@ class GrainModel(GrainPreTrainedModel):
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
             if descriptions is None or regions is None:
-                raise ValueError(
-                    f"alpha: got {alpha}, expected 1 without descriptions, or if the model has no region decoder"
-                )
+                lacking = "regions, and the model has no region decoder"
+                if descriptions is None:
+                    lacking = "the descriptions' features of every class"
+                raise ValueError(f"alpha {alpha} needs {lacking}")
             best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
         return scores
