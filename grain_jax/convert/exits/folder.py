@@ -21,7 +21,7 @@ MARK = "converted_from.json"  # in every folder of an export: where the model co
 SCALARS = [NamePair(name, name) for name in ("logit_scale", "logit_bias")]
 
 
-class Source(NamedTuple):
+class SourceModel(NamedTuple):
     """A model to write."""
 
     model: config_lib.Model
@@ -29,17 +29,19 @@ class Source(NamedTuple):
     folder: epath.Path  # that it was read from
 
 
-def read(path: epath.PathLike) -> Source:
+def read(path: epath.PathLike) -> SourceModel:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
     model, params, folder = saved_model.load_model(path)
-    return Source(model, params, epath.Path(folder))
+    return SourceModel(model, params, epath.Path(folder))
 
 
 def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:
     """`prove(target, source, ...)`, whose report is NOT PROVEN if an import inside fails."""
 
     @functools.wraps(prove)
-    def proved(target: epath.Path, source: Source, *args: Any, **options: Any) -> parity.Report:
+    def proved(
+        target: epath.Path, source: SourceModel, *args: Any, **options: Any
+    ) -> parity.Report:
         try:
             return prove(target, source, *args, **options)
         except ImportError as error:
@@ -49,7 +51,7 @@ def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parit
     return proved
 
 
-def flat(source: Source) -> Arrays:
+def flat(source: SourceModel) -> Arrays:
     """The parameters by flat name, float32."""
     return {name: np.asarray(x, np.float32) for name, x in grain.flat(source.params).items()}
 
@@ -64,7 +66,7 @@ def entries(rows: list[NamePair], params: Arrays) -> Arrays:
 
 def write(
     target: epath.Path,
-    source: Source,
+    source: SourceModel,
     arrays: tuple[str, Arrays],
     files: Mapping[str, Any],
     prove: Callable[[epath.Path], parity.Report],
@@ -130,7 +132,7 @@ def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
     return (resized / 255 - mean) / std
 
 
-def our_outputs(source: Source, inputs: parity.Inputs) -> dict[str, np.ndarray]:
+def our_outputs(source: SourceModel, inputs: parity.Inputs) -> dict[str, np.ndarray]:
     """The outputs of a two-tower model, its logits [images, texts], and its pixels of `raw_images`."""
     predictor = inference.Predictor(source.model, source.params)
     ours = parity.outputs_of(predictor, inputs)

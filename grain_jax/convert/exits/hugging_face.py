@@ -16,7 +16,7 @@ _SIGLIP_CONTEXT = 64  # tokens to which the pipeline of transformers pads SigLIP
 
 
 def write_towers(
-    source: folder.Source,
+    source: folder.SourceModel,
     path: epath.PathLike,
     kind: needs.Format,
     repo: str | None = None,
@@ -102,7 +102,7 @@ def _preprocessor(tower: config_lib.ImageTower, kind: str) -> dict[str, Any]:
     }
 
 
-def _clip(source: folder.Source) -> Arrays:
+def _clip(source: folder.SourceModel) -> Arrays:
     """The arrays of CLIPModel, whose patches have no bias."""
     flat = arrays.without_patch_bias(folder.flat(source))
     for tower in towers.TOWERS:
@@ -112,7 +112,7 @@ def _clip(source: folder.Source) -> Arrays:
     return folder.entries(rows, flat)
 
 
-def _siglip(source: folder.Source) -> Arrays:
+def _siglip(source: folder.SourceModel) -> Arrays:
     """The arrays of SiglipModel, whose patches have one."""
     flat = arrays.with_patch_bias(folder.flat(source))
     flat = {"logit_bias": np.zeros((), np.float32), **flat}
@@ -124,7 +124,7 @@ def _siglip(source: folder.Source) -> Arrays:
 
 @folder.needing_packages
 def _prove(
-    target: epath.Path, source: folder.Source, kind: str, has_tokenizer: bool
+    target: epath.Path, source: folder.SourceModel, kind: str, has_tokenizer: bool
 ) -> parity.Report:
     """Our model against the class of transformers on the folder, from raw images and texts."""
     import torch

@@ -76,7 +76,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _description(source: folder.Source, path: epath.Path) -> dict[str, Any]:
+def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]:
     """What `onnx.json` says of the files in `path`."""
     import onnx
     import torch
@@ -109,7 +109,7 @@ def _description(source: folder.Source, path: epath.Path) -> dict[str, Any]:
 
 
 @folder.needing_packages
-def _prove(target: epath.Path, source: folder.Source) -> parity.Report:
+def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
     """Our model against ONNX Runtime on the files, with other numbers of images, texts and boxes than were traced."""
     import onnxruntime
 

@@ -124,7 +124,7 @@ def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
 
 
 @folder.needing_packages
-def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> parity.Report:
+def _prove(target: epath.Path, source: folder.SourceModel, has_tokenizer: bool) -> parity.Report:
     """Our model against what open_clip makes of the folder, from raw images and texts."""
     import open_clip
     import torch

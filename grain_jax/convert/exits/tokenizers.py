@@ -11,7 +11,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.convert import hf_tokenizer
-from grain_jax.convert.exits.folder import Source
+from grain_jax.convert.exits.folder import SourceModel
 from grain_jax.convert.faults import ConvertError
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 
@@ -47,16 +47,13 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         why = f"model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has canonical"
     else:
         tokenizer.of_tower(tower, folder)  # raises if it does not fit the tower
-        token_files = (
-            _of_json(path, tower) if path.suffix == ".json" else _of_sentencepiece(path, tower)
-        )
-        if token_files:
-            return token_files, ""
+        if made := (_of_json if path.suffix == ".json" else _of_sentencepiece)(path, tower):
+            return made, ""
         why = f"model.text.pad_id: got {tower.pad_id}, {path.name} has no such token"
     return {}, f"no tokenizer files: {why}"
 
 
-def with_end(source: Source) -> tuple[Source, str]:
+def with_end(source: SourceModel) -> tuple[SourceModel, str]:
     """The model with the id that ends its texts, if its tower seeks it; and why the id is not known, or "".
 
     Ours reads a text where its tokenizer ends it; exported files read it at the first `end_id`, or at the highest id.
@@ -100,12 +97,12 @@ def of_transformers(
             "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
             f" padding, the id {tower.pad_id}; give the model token ids",
         )
-    packages = "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
-    return (
-        token_files,
-        missing,
-        [missing] if missing else [packages] * ("spiece.model" in token_files),
-    )
+    notes = [missing] if missing else []
+    if "spiece.model" in token_files:
+        notes.append(
+            "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
+        )
+    return token_files, missing, notes
 
 
 def _knows_padding(tower: config_lib.TextTower) -> bool:
@@ -177,7 +174,7 @@ def own_ids(
     return tokenizer.of_tower(tower, folder)(texts, tower.context_length)
 
 
-def our_embeddings(source: Source) -> np.ndarray:
+def our_embeddings(source: SourceModel) -> np.ndarray:
     """Our embeddings of TEXTS, each read where our tokenizer ends it, float32 [N, D] of unit length."""
     return inference.Predictor(source.model, source.params, folder=source.folder).encode_text(TEXTS)
 
