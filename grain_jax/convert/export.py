@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     written = sorted(epath.Path(args.output).iterdir(), key=lambda path: path.name)
     print(*(f"{path.stat().length:12,} bytes  {path}" for path in written), sep="\n")
-    report = parity.report(compared, "grain_jax.load")
+    report = parity.report(compared, "the predictor")
     print(report.text)
     return 0 if report.ok else 1
 

@@ -113,6 +113,13 @@ def test_models_that_differ_are_refused_with_a_line_a_difference(models, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_factors_in_a_converted_folder_are_refused(with_factors, tmp_path, capsys):
+    stored = saved_model.load_stored(with_factors)
+    saved_model.save_model(tmp_path / "apart", stored.model, stored.params)
+    assert _average(tmp_path / "out", *[str(tmp_path / "apart")] * 2) == 2
+    assert "image/blocks/attention/key has factors of LoRA" in capsys.readouterr().err
+
+
 def test_another_tokenizer_is_another_model(tmp_path, capsys):
     folders = []
     for name, vocabulary in (("a", "[UNK] a b"), ("b", "[UNK] a b"), ("c", "[UNK] b a")):

@@ -12,7 +12,7 @@ from examples.tower import mixer
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import errors
-from grain_jax.train import flops, run, sharding, train_step
+from grain_jax.train import flops, optim, run, sharding, train_step
 from tests import tiny
 
 TOWER = "examples.tower.mixer:Mixer"
@@ -91,3 +91,8 @@ def test_its_options_are_checked_and_stored():
         config_lib.ConfigError, match="got token_dim, but model.image.tower=vit has no"
     ):
         config_lib.from_dict(wrong)
+
+
+def test_layer_decay_without_stacked_layers_is_a_line():
+    with pytest.raises(errors.UserError, match="no layers stacked below image/blocks"):
+        optim.layer_scales({"image": {"norm": np.zeros(2)}}, 0.5)
