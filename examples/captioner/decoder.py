@@ -23,7 +23,7 @@ BOX = 4  # tokens of a box
 
 
 class Vocabulary(NamedTuple):
-    """The ids of the decoder: those of the tokenizer, two tasks, the parts of a side."""
+    """The ids of the decoder: token ids, two tasks, the parts of a side."""
 
     words: int
     bins: int

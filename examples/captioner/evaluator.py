@@ -28,8 +28,8 @@ class Written(evaluators.AnnotatedImages):
         """Writes for each image.
 
         Returns:
-          `phrase_iou`, `phrase_acc50`: of the box of a description against that of its region. `chance_*`: against the
-          box of the same description asked of the next image. `parts_named`: descriptions of the file that a caption
+          `phrase_iou`, `phrase_acc50`: how the box of a description fits its region. `chance_*`: the same with the box
+          of that description in the next image. `parts_named`: descriptions of the file that a caption
           has, for each image; `parts_right`: the share of them that the image has.
         """
         writer = Writer(predictor)

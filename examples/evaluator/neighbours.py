@@ -25,21 +25,21 @@ from grain_jax.inference import scores
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neighbours(evaluators.LabelledImages):
-    """Its options: those of LabelledImages (`images`, `tfds`, `split`, ...), and these."""
+    """Its options: the fields of LabelledImages (`images`, `tfds`, `split`, ...), and these."""
 
     train: str = ""  # class folders of the training images, with the same classes
     k: int = 5
 
     def faults(self):
         """Checked when a config is parsed, without a look at files."""
-        found = super().faults()
+        faults = super().faults()
         if self.k < 1:
-            found.append(f"k: got {self.k}, expected at least 1")
-        return found
+            faults.append(f"k: got {self.k}, expected at least 1")
+        return faults
 
     @property
     def data(self):
-        """What has to be there: with `missing="skip"` the entry is skipped where it is not."""
+        """What has to be there: with `missing="skip"` the entry is skipped if it is not."""
         return self.images, self.train
 
     def open_train(self):

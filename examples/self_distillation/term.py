@@ -1,8 +1,8 @@
 """A loss term with a teacher: crops of an image learn what an averaged teacher says of the whole image.
 
-The loss is that of DINO (Caron et al. 2021, arXiv 2104.14294) and SILC (Naeem et al. 2023, arXiv 2310.13355). The
-teacher is the state of the term: averages over steps of the image tower and of the term's own head, a running centre
-against a collapse, and the mean distribution.
+The loss comes from DINO (Caron et al. 2021, arXiv 2104.14294) and SILC (Naeem et al. 2023, arXiv 2310.13355). The
+teacher is the state of the term. It has averages over steps of the image tower and of the term's own head, a running
+centre against a collapse, and the mean distribution.
 
     c.loss.terms.distillation = {"term": "examples.self_distillation.term:SelfDistillation", "weight": 1.0}
 
@@ -65,7 +65,7 @@ class Head(nn.Module):
 
 
 class SelfDistillation(LocalTerm):
-    """The cross-entropy of each crop's distribution over the prototypes with that of the teacher."""
+    """The cross-entropy of each crop's distribution over the prototypes with the teacher's."""
 
     Options: ClassVar[type] = Options
 
@@ -84,7 +84,7 @@ class SelfDistillation(LocalTerm):
         return faults
 
     def setup(self):
-        """The trained head; that of the teacher lies in the state."""
+        """The trained head; the state has the teacher's."""
         self.head = Head(self.options, np.dtype(self.dtype))
 
     def __call__(self, seen: Seen) -> LocalOutput:
@@ -149,7 +149,7 @@ def random_crops(options: Options, image: jax.Array, key: jax.Array) -> jax.Arra
     size, n = image.shape[0], options.crops
     keys = jax.random.split(key)
     area = jax.random.uniform(keys[0], (n,), minval=options.least_area, maxval=options.most_area)
-    side = jnp.sqrt(area)  # as a share of that of the image
+    side = jnp.sqrt(area)  # as a share of the image's side
     corner = jax.random.uniform(keys[1], (n, 2)) * (1 - side[:, None]) * size
 
     def crop(corner, side):

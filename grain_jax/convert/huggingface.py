@@ -75,7 +75,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
 
 
 def _write(
-    source: exits.Source, folder: epath.Path, repo: str | None, lines: list[str], unknown: str
+    source: exits.SourceModel, folder: epath.Path, repo: str | None, lines: list[str], unknown: str
 ) -> parity.Report:
     """A model with our modeling file; `lines` stand in the report, and what the parity cannot tell is `unknown`."""
     model = source.model
@@ -181,7 +181,9 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
 
 
 @exits.needing_packages
-def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool) -> parity.Report:
+def _prove_folder(
+    folder: epath.Path, source: exits.SourceModel, has_tokenizer: bool
+) -> parity.Report:
     """Our model against transformers on a folder of to-hf, starting from raw images and texts."""
     import torch
     import transformers

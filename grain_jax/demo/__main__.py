@@ -19,9 +19,9 @@ from grain_jax.demo.arguments import Demo
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Serves the page until it is stopped."""
-    arguments = Demo.parse(words)
+    arguments = Demo.parse(argv)
     if importlib.util.find_spec("gradio") is None:
         raise errors.UserError('demo: needs gradio: pip install "grain_jax[demo]"')
     check_address(arguments.host, arguments.port)

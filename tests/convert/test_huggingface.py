@@ -334,8 +334,8 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
         "\ntraining in torch lacks of the run's losses: image_description, group_size\n" in printed
     )
     card = (out / "README.md").read_text()
-    for line in (
-        "| data set | cc12m |",
+    for words in (
+        "| dataset | cc12m |",
         "| length | 10 steps; these weights are of step 9 |",
         "| moving average | these weights, with decay 0.99 |",
         "| loss: box | 1.5 |",
@@ -346,7 +346,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
         "The model predicts 3 regions for every image",
         "The weights: not stated by the run",
     ):
-        assert line in card
+        assert words in card
     module = transformers.AutoModel.from_pretrained(out, **REMOTE)
     assert module.config.losses["box"] == 1.5
     kernel = average["image_projection"]["kernel"]

@@ -76,9 +76,11 @@ def test_phrases_and_pixels_are_those_of_the_model(predictor, picture):
     views, image = page.Views(predictor), PIL.Image.open(picture)
     (_, boxes), maps = views.find(picture, "a beak; a tail")
     answers = predictor.ground(image, ["a beak", "a tail"])
-    words = ("a beak", "a tail")
-    assert [label for _, label in boxes] == [f"{w} ({x.score:.2f})" for w, x in zip(words, answers)]
-    assert [(one.size, label) for one, label in maps] == [((40, 30), word) for word in words]
+    phrases = ("a beak", "a tail")
+    assert [label for _, label in boxes] == [
+        f"{w} ({x.score:.2f})" for w, x in zip(phrases, answers)
+    ]
+    assert [(mask.size, label) for mask, label in maps] == [((40, 30), word) for word in phrases]
     _, masks = views.segment(picture, "wren\nkite")
     labels = predictor.segment(image, ["wren", "kite"])
     for mask, name in masks:
@@ -106,12 +108,12 @@ def test_wrong_input_is_one_line(predictor, tmp_path, picture):
         "got 5001 texts": lambda: views.segment(picture, "\n".join(map(str, range(5001)))),
         "'kite' has no description": lambda: views.scores(picture, "wren: a tail\nkite", 1.0),
     }.items():
-        with pytest.raises(errors.UserError, match=said) as found:
+        with pytest.raises(errors.UserError, match=said) as fault:
             call()
-        assert "\n" not in str(found.value)
-    with pytest.raises(page.gr.Error) as found:  # toasts may hold HTML
+        assert "\n" not in str(fault.value)
+    with pytest.raises(page.gr.Error) as fault:  # toasts may hold HTML
         page._shown(views.scores)(picture, "<b>\n<b>", 1.0)
-    assert "&lt;b&gt;" in found.value.message and "<b>" not in found.value.message
+    assert "&lt;b&gt;" in fault.value.message and "<b>" not in fault.value.message
 
 
 def test_classes_of_a_file_and_of_a_run(tmp_path, monkeypatch):
@@ -180,8 +182,8 @@ def in_browser(predictor, folder):
     from tests import browser
 
     saved_model.save_model(folder / "model", predictor.model, predictor.params, source="test")
-    words = ["--checkpoint", str(folder / "model"), "--examples", str(folder)]
-    arguments = [sys.executable, "-m", "grain_jax.demo", *words]
+    flags = ["--checkpoint", str(folder / "model"), "--examples", str(folder)]
+    arguments = [sys.executable, "-m", "grain_jax.demo", *flags]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as server:
         try:
             assert server.stdout is not None

@@ -52,9 +52,9 @@ def test_the_boxes_are_those_of_the_rectangles():
 def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch):
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: device)
-    given = config(text__pack_group=None, text__pack_rows=None)
-    mesh = sharding.make_mesh(given.mesh)
-    derived, _ = set_up.derive(given, mesh, sources.open_source(given), tmp_path)
+    plain = config(text__pack_group=None, text__pack_rows=None)
+    mesh = sharding.make_mesh(plain.mesh)
+    derived, _ = set_up.derive(plain, mesh, sources.open_source(plain), tmp_path)
     assert derived.text.pack_group == 4 and 1 <= derived.text.pack_rows <= 16
 
     run.train(config(), tmp_path / "whole")

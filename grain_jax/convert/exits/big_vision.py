@@ -27,16 +27,16 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     path = epath.Path(path)
     if path.suffix != ".npz" or path.is_dir():
         raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
-    found = folder.read(source)
-    model = found.model
-    raise_any(needs.of_big_vision(model))
-    state = _state(folder.flat(found))
+    source_model = folder.read(source)
+    model = source_model.model
+    raise_any(needs.BIG_VISION.faults(model))
+    state = _state(folder.flat(source_model))
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
     np.savez(content, **named)
     with output.writing(path):
         atomic.write_bytes(path, content.getvalue())
-    proof = big_vision.prove(big_vision.read(path), model, found.params)
+    proof = big_vision.prove(big_vision.read(path), model, source_model.params)
     size = sum(array.size for array in state.values())
     mean, std = model.image.pixel_mean, model.image.pixel_std
     pixels = f"pixels not in a .npz: ([0, 1] - {list(mean)}) / {list(std)}"
@@ -44,7 +44,7 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
         pixels = f"ATTENTION: {pixels}; value_range(-1, 1) and from-big-vision give others"
     tokenizer = f"tokenizer not in a .npz: {model.text.tokenizer}, texts {model.text.cleaning}"
     return proof.after(
-        f"to-big-vision: {found.folder} -> {path}, its sub-trees img and txt",
+        f"to-big-vision: {source_model.folder} -> {path}, its sub-trees img and txt",
         f"{len(state)} arrays, {size:,} values, float32",
         f"{tokenizer}, padded with the id {model.text.pad_id}",
         pixels,
