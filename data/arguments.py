@@ -126,12 +126,12 @@ class Build(Stored, name="build"):
 
     def __post_init__(self):
         """Raises ValueError for flags that contradict each other."""
-        for flag_name, of in (
+        for flag_name, value in (
             ("--option", self.option),
             ("--split", self.split),
             ("--label-text", self.label_text),
         ):
-            if of and not self.source:
+            if value and not self.source:
                 raise ValueError(f"{flag_name}: got no --source, expected the one that it is of")
         if not self.source and len(self.annotations) != 1:
             raise ValueError(

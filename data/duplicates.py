@@ -5,6 +5,7 @@ also of a copy that was resized, resized or compressed anew, of which up to NEAR
 So it works whatever size either set is stored at.
 """
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterator
@@ -69,18 +70,20 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
         except Exception as error:  # numpy's reader raises nearly anything
             reason = f"{error}, expected fingerprints that grain-jax build wrote"
             raise sources.SourceError(f"{file}: {reason}; remove it, and images are read") from None
-    items = tfds.all_images(directory)
-    encoded = (item.encoded for item in items if isinstance(item, sources.Image))
-    found = parallel.ordered_map(_of_encoded, encoded, workers=workers)
-    return table([value for one in found for value in one])
+    of_shards = parallel.ordered_map(
+        _of_shard, tfds.all_shards(directory), workers=workers, chunk=1
+    )
+    return table([value for values in of_shards for value in values])
 
 
-def _of_encoded(encoded: bytes) -> Fingerprint | tuple[()]:
-    """Empty for an image that cannot be read."""
-    try:
-        return fingerprint(encoded, images.decode_image(encoded))
-    except images.ImageError:
-        return ()
+def _of_shard(shard: sources.SourceShard) -> list[int]:
+    """Without the images that cannot be read."""
+    values = []
+    for item in sources.read(shard):
+        with contextlib.suppress(images.ImageError):
+            if isinstance(item, sources.Image):
+                values += fingerprint(item.encoded, images.decode_image(item.encoded))
+    return values
 
 
 def earlier_twins(fingerprints: np.ndarray) -> np.ndarray:
@@ -94,17 +97,17 @@ def matches(fingerprints: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np
     """Which images are among the known ones: bool [N] exactly, bool [N] nearly (or exactly)."""
     exact = np.isin(fingerprints[:, 0], known[:, 0])
     near = exact.copy()
-    of, among = fingerprints[:, 1], known[:, 1]
-    telling = (_count_bits(among) >= _TELLING) & (_count_bits(among) <= 64 - _TELLING)
-    among = among[telling]
+    bits, known_bits = fingerprints[:, 1], known[:, 1]
+    telling = (_count_bits(known_bits) >= _TELLING) & (_count_bits(known_bits) <= 64 - _TELLING)
+    known_bits = known_bits[telling]
     for band in range(_BANDS):
         shift = np.uint64(16 * band)
-        ordered = among[np.argsort((among >> shift) & np.uint64(0xFFFF), kind="stable")]
+        ordered = known_bits[np.argsort((known_bits >> shift) & np.uint64(0xFFFF), kind="stable")]
         values = (ordered >> shift) & np.uint64(0xFFFF)
-        wanted = (of >> shift) & np.uint64(0xFFFF)
+        wanted = (bits >> shift) & np.uint64(0xFFFF)
         low, high = (np.searchsorted(values, wanted, side) for side in ("left", "right"))
-        for rows, places in _pairs(low, np.where(near, low, high)):
-            close = _count_bits(of[rows] ^ ordered[places]) <= NEAR_BITS
+        for rows, others in _pairs(low, np.where(near, low, high)):
+            close = _count_bits(bits[rows] ^ ordered[others]) <= NEAR_BITS
             near[rows[close]] = True
     return exact, near
 

@@ -42,30 +42,30 @@ _IRREGULAR = {"leaf": "leaves", "branch": "branches"}
 
 def _lists() -> dict[str, dict[str, tuple[str, ...]]]:
     """Kind -> word -> the words that may replace it."""
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    lists: dict[str, dict[str, tuple[str, ...]]] = {}
     for kind, text in _EXCLUSIVE.items():
         lines = [line.split() for line in text.split(";")]
-        found[kind] = {
+        lists[kind] = {
             word: tuple(other[0] for other in lines if other is not line)
             for line in lines
             for word in line
         }
     for kind, text in _OPPOSITES.items():
         pairs = (pair.split(":") for pair in text.split(";"))
-        found[kind] = {word.strip(): tuple(others.split()) for word, others in pairs}
+        lists[kind] = {word.strip(): tuple(others.split()) for word, others in pairs}
     parts: dict[str, tuple[str, ...]] = {}
     for line in map(str.split, _PARTS):
-        for words in (line, [_IRREGULAR.get(word, f"{word}s") for word in line]):
-            for word in words:  # a hood is a part of cars and of clothes
-                others = tuple(other for other in words if other != word)
+        for line_words in (line, [_IRREGULAR.get(word, f"{word}s") for word in line]):
+            for word in line_words:  # a hood is a part of cars and of clothes
+                others = tuple(other for other in line_words if other != word)
                 parts[word] = tuple(dict.fromkeys(parts.get(word, ()) + others))
-    return found | {"part": parts}
+    return lists | {"part": parts}
 
 
 _REPLACEMENTS = _lists()
 KINDS = tuple(_REPLACEMENTS)
 _WORD = re.compile(
-    rf"\b({'|'.join(sorted({w for words in _REPLACEMENTS.values() for w in words}))})\b",
+    rf"\b({'|'.join(sorted({w for line_words in _REPLACEMENTS.values() for w in line_words}))})\b",
     re.IGNORECASE,
 )
 _ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word

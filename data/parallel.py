@@ -37,22 +37,22 @@ def _apply(function: Callable[[Item], Result], chunk: tuple[Item, ...]) -> list[
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, chunk: int = CHUNK
 ) -> Iterator[Result]:
-    """`map(function, items)` by `workers` processes (0: here). `function` and items are pickled."""
+    """`map(function, items)` by `workers` processes (0: here), `chunk` items per task; both are pickled."""
     if workers < 1:
         yield from map(function, items)
         return
     rest = iter(items)
-    chunks = iter(lambda: tuple(itertools.islice(rest, CHUNK)), ())
+    chunks = iter(lambda: tuple(itertools.islice(rest, chunk)), ())
     # Spawned, not forked: TensorFlow's threads do not survive a fork.
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_leave_with_parent
     ) as pool:
         waiting = collections.deque()
         try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_apply, function, chunk))
+            for task in chunks:
+                waiting.append(pool.submit(_apply, function, task))
                 if len(waiting) > workers * CHUNKS_AHEAD:
                     yield from waiting.popleft().result()
             while waiting:

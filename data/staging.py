@@ -80,7 +80,8 @@ def replacing(target: epath.Path) -> Iterator[epath.Path]:
     recover(target)
     if target.parent.exists():
         for left_over in target.parent.glob(f"incomplete.*_{version}"):
-            left_over.rmtree()
+            if left_over.is_dir():  # the lock is a file
+                left_over.rmtree()
     new = target.parent / f"incomplete.new_{version}"
     new.mkdir(parents=True)
     try:

@@ -10,14 +10,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from grain_jax.core import errors
-from grain_jax.data import build, example, negatives, sources, staging
-from grain_jax.data.annotate import local_chat, outputs, prompt
+from grain_jax.data import build, negatives, sources, staging
+from grain_jax.data.annotate import annotated, local_chat, outputs, prompt
 from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.annotate.passes import NEEDS, Job
 from grain_jax.data.arguments import Build
@@ -97,9 +97,7 @@ def _annotate(job: Job, source: Any) -> str:
     output.clear()
     _check_faults(total, output, args.max_faults)
     if args.name:
-        read_lines = example.read_lines
-        if not source.images_are_files:
-            read_lines = lambda annotations: _lines_with_images(output, shards)
+        of_job = None if source.images_are_files else annotated.shards_of(args.output, shards)
         given = Build(
             annotations=[str(output.path("A.jsonl"))],
             images=args.images if source.images_are_files else args.output,
@@ -111,7 +109,7 @@ def _annotate(job: Job, source: Any) -> str:
             encoding=args.encoding,
             num_shards=args.num_shards,
         )
-        print(build.build(given, read_lines))
+        print(build.build(given, of_job))
     return (
         f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
@@ -171,26 +169,6 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
             "prompt sha256": hashlib.sha256(asked.text.encode()).hexdigest()[:16],
         }
     return {name: out[name] for name in ("source", *args.passes)}
-
-
-def _lines_with_images(
-    output: outputs.Output, shards: Sequence[sources.SourceShard]
-) -> Iterator[example.Line]:
-    """The lines of A.jsonl with the images that the source has. Raises SourceError where it has others."""
-    number = 0
-    for shard in shards:
-        lines = iter(output.read("annotations", shard.name))
-        line = next(lines, None)
-        for item in sources.read(shard):
-            if line and isinstance(item, sources.Image) and item.image == line["image"]:
-                number += 1
-                yield example.Line(number, json.dumps(line).encode(), item.encoded)
-                line = next(lines, None)
-        if line:
-            raise sources.SourceError(
-                f"source {shard.source}: got no image {line['image']}, which was there when it was"
-                " annotated, expected the same source; give another --output"
-            )
 
 
 def _todo(

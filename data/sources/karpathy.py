@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from grain_jax.core import regular_file
-from grain_jax.data.sources import base, json_files, staged
+from grain_jax.data.sources import base, staged
 
 
 class _Sentence(msgspec.Struct):
@@ -32,13 +31,14 @@ class Karpathy(staged.ListedSource):
 
     needs = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry]:
+    def entries(self, options: base.Options) -> Iterator[base.Annotation]:
         if len(options.annotations) != 1:
             raise base.SourceError(f"expected one file as --annotations, {self.needs}")
         path = options.annotations[0]
-        images = regular_file.read_json(path, _File, self.needs, json_files.MAX_FILE).images
+        images = base.read_json(path, _File, self.needs).images
         base.check_split(path, options.split, {image.split for image in images})
         for image in images:
             if options.split in ("", image.split):
                 folder = f"{image.filepath}/" if image.filepath else ""
-                yield base.Entry(folder + image.filename, [one.raw for one in image.sentences])
+                captions = [sentence.raw for sentence in image.sentences]
+                yield base.Annotation(folder + image.filename, captions)

@@ -4,11 +4,12 @@ The images' folder holds VG_100K and VG_100K_2, or all images at once; names are
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 from etils import epath
 
-from grain_jax.data.sources import base, json_files, staged
+from grain_jax.data.sources import base, staged
 
 
 class _Region(msgspec.Struct):
@@ -18,9 +19,14 @@ class _Region(msgspec.Struct):
     height: base.Scalar = None
     phrase: base.Scalar = None
 
+    def region(self) -> base.Region:
+        phrase: Any = self.phrase
+        box = base.xywh([self.x, self.y, self.width, self.height])
+        return base.Region(box, phrase, base.WHOLE)
+
 
 class _Item(msgspec.Struct):
-    """Of region_descriptions.json: `id` or `image_id`, `regions`; of image_data.json the rest."""
+    """In region_descriptions.json: `id` or `image_id`, `regions`; in image_data.json the rest."""
 
     id: base.Id | None = None
     image_id: base.Id | None = None
@@ -34,19 +40,24 @@ class VisualGenome(staged.ListedSource):
 
     needs = "Visual Genome's region_descriptions.json or image_data.json"
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        sizes: dict[base.Id | None, tuple[float, float] | None] = {}
-        described = False
+    def entries(self, options: base.Options) -> Iterator[base.Annotation | base.Fault]:
+        described, sizes = [], {}
         for path in options.annotations:
-            for found in json_files.read_list(path, _Item, self.needs):
-                if not isinstance(found, base.Fault):
-                    if found.regions is not None:
-                        described = True
-                        break
-                    sizes[found.image_id] = base.size(found.width, found.height)
+            listed = base.read_json(path, list[msgspec.Raw], self.needs)
+            for (where, item), raw in zip(base.items(listed, _Item, str(path)), listed):
+                if isinstance(item, base.Fault):
+                    yield item
+                elif item.regions is not None:
+                    described.append(raw)  # ten times smaller than the item
+                elif None not in (item.image_id, item.width, item.height):
+                    sizes[item.image_id] = base.size(item.width, item.height)
+                else:
+                    got = "has neither regions nor an image_id with width and height"
+                    detail = f"{got}, expected {self.needs}"
+                    yield base.Fault(where, "bad annotation", detail, where)
         if not described:
-            given = ", ".join(options.annotations)
-            raise base.SourceError(f"{given}: expected region_descriptions.json among them")
+            files_given = ", ".join(options.annotations)
+            raise base.SourceError(f"{files_given}: expected region_descriptions.json among them")
         root = epath.Path(options.images)
         files = {
             path.stem: path.relative_to(root).as_posix()
@@ -55,20 +66,9 @@ class VisualGenome(staged.ListedSource):
             for path in folder.iterdir()
             if path.suffix.lower() in base.IMAGE_ENDINGS
         }
-        for path in options.annotations:
-            for number, found in enumerate(json_files.read_list(path, _Item, self.needs)):
-                if isinstance(found, base.Fault):
-                    yield found
-                    continue
-                identity = found.image_id if found.id is None else found.id
-                if identity is not None and found.regions is not None:
-                    regions = [([x.x, x.y, x.width, x.height], x.phrase) for x in found.regions]
-                    yield base.Entry(
-                        files.get(str(identity), f"{identity}.jpg"),
-                        regions=[(base.xywh(box), said, base.WHOLE) for box, said in regions],
-                        size=sizes.get(identity),
-                    )
-                elif None in (found.image_id, found.width, found.height):
-                    got = "has neither regions nor an image_id with width and height"
-                    fault = f"{got}, expected {self.needs}"
-                    yield base.Fault(f"{path}[{number}]", "bad annotation", fault)
+        for raw in described:
+            item = msgspec.json.decode(raw, type=_Item)
+            identity = item.image_id if item.id is None else item.id
+            image = files.get(str(identity), f"{identity}.jpg")
+            regions = [region.region() for region in item.regions]
+            yield base.Annotation(image, regions=regions, drawn_on=sizes.get(identity))

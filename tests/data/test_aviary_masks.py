@@ -1,6 +1,5 @@
 """Label images of the aviary against its boxes and shares, a count of one's own and the files that it had before."""
 
-import dataclasses
 import random
 
 import numpy as np
@@ -81,10 +80,3 @@ def test_the_files_are_a_set_of_each_group_and_kind(small):
             shown = [task.species[PARTS[n - 1]].phrase if n else "background" for n in parts.flat]
             expected = parts if kind == "masks" else [names.index(phrase) for phrase in shown]
             np.testing.assert_array_equal(mask.ravel(), np.ravel(expected))
-
-
-def test_a_group_without_species_has_no_folder(tmp_path):
-    seen = dataclasses.replace(SMALL, held_out_genera=0, test_images=1, images=1)
-    assert generate.write(tmp_path, seen)
-    found = [path.name for path in (tmp_path / masks.FOLDER).iterdir() if path.is_dir()]
-    assert found == ["seen"]

@@ -13,7 +13,6 @@ import pyarrow.parquet
 import pytest
 from etils import epath
 
-from grain_jax.core import errors
 from grain_jax.data import build, sources
 from grain_jax.data.sources import staged
 from tests import record_sets
@@ -379,13 +378,6 @@ def test_reads_its_public_format(source, tmp_path):
             assert region.negatives == (negatives if source in NEGATIVES else ())
 
 
-def test_a_source_that_is_not_there_lists_the_others(tmp_path):
-    with pytest.raises(
-        errors.UserError, match="source 'imagenet': expected one of: annotations, coco"
-    ):
-        sources.shards("imagenet", options(tmp_path))
-
-
 def causes(items):
     return {item.image: item.cause for item in items if isinstance(item, sources.Fault)}
 
@@ -440,18 +432,15 @@ def test_bad_regions_are_left_out_by_name_and_their_picture_stays(tmp_path):
     picture = next(item for item in items if item.image == "000000000000.jpg")
     expected = ["crowd", "bad box", "bad box", "bad box", "no description"]
     assert [fault.cause for fault in picture.left_out] == expected
-    line = "got box [-20.0, 3.0, 10.0, 8.0], expected at least"
+    line = "got box [-20.0, 3.0, 10.0, 8.0], expected at least 50%"
     assert picture.left_out[2].detail.startswith(line)
     assert picture.regions[-1].box_xyxy == (-4, 3, 16, 8) and picture.regions[-1].score == 0.5
 
 
 def test_boxes_drawn_on_another_size_are_not_used(tmp_path):
     found = visual_genome_sample(tmp_path)
-    sizes = [{"image_id": 3, "width": 800, "height": 600}]
-    write_json(tmp_path / "image_data.json", sizes)
-    faults = [item for item in read_all("visual_genome", found) if isinstance(item, sources.Fault)]
-    detail = "got 32 x 24, expected 800 x 600, which its boxes were drawn on"
-    assert faults == [sources.Fault("VG_100K_2/3.jpg", "another size", detail)]
+    write_json(tmp_path / "image_data.json", [{"image_id": 3, "width": 800, "height": 600}])
+    assert causes(read_all("visual_genome", found)) == {"VG_100K_2/3.jpg": "another size"}
 
 
 def test_tars_that_are_damaged_or_incomplete(tmp_path):
@@ -496,18 +485,6 @@ def test_refcoco_splits_and_other_files(tmp_path):
     path = write_json(tmp_path / "captions_train2014.json", content)
     items = read_all("refcoco", found._replace(annotations=(*found.annotations, path)))
     assert [item.captions for item in items[:3]] == [(), ("caption 0", "caption 2"), ()]
-    # MDETR's form: an image entry for each expression.
-    instances = json.loads((tmp_path / "instances.json").read_text())
-    images = {image["id"]: image for image in instances["images"]}
-    of = {item["id"]: item for item in instances["annotations"]}
-    expressions, objects = [], []
-    for number, ref in enumerate(x for x in refs for _ in x["sentences"]):
-        text = ref["sentences"][0]["sent"]
-        expressions.append(images[ref["image_id"]] | {"id": number, "caption": text})
-        objects.append(of[ref["ann_id"]] | {"image_id": number})
-    content = {"images": expressions, "annotations": objects}
-    path = write_json(tmp_path / "finetune_refcoco_train.json", content)
-    assert read_all("refcoco", found._replace(annotations=(path,))) == expected
 
 
 def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
@@ -527,35 +504,6 @@ def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
         (right, "a table"),
         (left, "An old man"),
     ]
-
-
-def test_lines_with_a_fault_are_named(tmp_path):
-    found = annotations_sample(tmp_path)
-    with (tmp_path / "A.jsonl").open("a") as file:
-        file.write('\n{"image": "00001.jpg", "regions": [{"box": [1, 2, 3]}]}\n{broken\n')
-    items = read_all("annotations", found)
-    assert len(items) == COUNT + 2
-    assert causes(items) == {
-        "00001.jpg": "bad annotation",
-        f"A.jsonl:{2 * COUNT + 2}": "bad annotation",
-    }
-    assert "regions[0].box: got [1, 2, 3], expected four finite numbers" in items[-2].detail
-
-
-def test_lines_that_changed_are_another_shard(tmp_path):
-    found = annotations_sample(tmp_path)._replace(shard_size=4)
-    before = [shard.name for shard in sources.shards("annotations", found)]
-    content = (tmp_path / "A.jsonl").read_text()
-    (tmp_path / "A.jsonl").write_text(content.replace("0.75", "0.74", 1))
-    after = [shard.name for shard in sources.shards("annotations", found)]
-    assert len(before) > 1 and after[0] != before[0] and after[1:] == before[1:]
-
-
-@pytest.mark.parametrize("source", sorted(set(SAMPLES) - {"folder", "webdataset", "tfds"}))
-def test_what_is_missing_is_said_in_one_line(source, tmp_path):
-    with pytest.raises(sources.SourceError) as error:
-        read_all(source, options(tmp_path))
-    assert "expected" in str(error.value) and "\n" not in str(error.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -595,24 +543,12 @@ def test_own_options_that_are_wrong_are_one_line(cls, given, line):
     assert line.format(f"{__name__}:{cls}") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_karpathy_split(tmp_path):
-    found = karpathy_sample(tmp_path)
-    path = pathlib.Path(found.annotations[0])
-    content = json.loads(path.read_text())
-    content["images"][1]["split"] = "restval"
-    del content["images"][2]["filepath"]  # Flickr30k's have no folder
-    write_json(path, content)
-    items = read_all("karpathy", found._replace(split="test"))
-    assert len(items) == COUNT - 1 and items[0].captions == (caption(0),) * 2
-    assert causes(items) == {"2.jpg": "no such file"}
-
-
 @pytest.mark.parametrize(
     "source, split, content, line",
     [
         ("karpathy", "dev", None, "got --split dev, expected one of: test"),
         ("karpathy", "", {"images": [{"filename": "1.jpg"}]}, "field `split` .*expected dataset_flickr30k"),
-        ("lvis", "", {"images": [{"id": 1}], "annotations": []}, "field `coco_url` .*expected lvis_v1"),
+        ("lvis", "", {"images": [{"id": 1}], "annotations": []}, "neither `file_name` nor `coco_url`.*expected lvis_v1"),
         ("fg_ovd", "", {"images": [], "annotations": []}, "field `categories`.*expected a benchmark of"),
     ],
 )  # fmt: skip

@@ -7,13 +7,9 @@ import unicodedata
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import tensorflow_datasets as tfds
 
 from grain_jax.data import build, sources
-from grain_jax.data.annotate import __main__ as annotate_command
 from grain_jax.data.inspect import __main__ as inspect_command
-from grain_jax.input_pipeline import records
-from tests import record_sets
 from tests.data import test_sources
 from tests.data.test_sources import COUNT, boxes, encoded, xywh
 
@@ -32,11 +28,11 @@ def labels(number):
     return [NAMES[k] for k in classes(number)]
 
 
-def write_all(folder, *, captions):
-    """One set in each form: name -> the flags of build. Its texts are names of classes; without captions as it says."""
+def write_all(folder):
+    """One set in each form: file -> (source, its own options). Its texts are names of classes; every other image has a caption."""
     test_sources.write_pictures(folder / "images", "{:05d}.jpg")
     files = [f"{n:05d}.jpg" for n in range(COUNT)]
-    texts = [f"a photo of {{}}: {n}" for n in range(COUNT)] if captions else [None] * COUNT
+    texts = [f"a photo of {{}}: {n}" if n % 2 else None for n in range(COUNT)]
     with (folder / "A.jsonl").open("w") as out:
         for n, text in enumerate(texts):
             regions = [
@@ -101,88 +97,35 @@ def write_all(folder, *, captions):
         quoted = [json.dumps(x).replace('"', '""') for x in (boxes(n), labels(n))]
         cells.append(f'{files[n]},{text or ""},"{quoted[0]}","{quoted[1]}"')
     (folder / "images.csv").write_text("\n".join(cells) + "\n")
-    images, label = f"--images={folder / 'images'}", ["--label-text", "a photo of a {}"]
-    of_hub = ["boxes=objects.bbox", "labels=objects.category", "box_format=xywh", "caption=text"]
-    of_rows = ["image=file", "caption=text", "boxes=x1,y1,x2,y2", "labels=label", "delimiter=;"]
-
-    def flags(source, name, *options):
-        given = ["--source", source, "--annotations", folder / name, *label]
-        return [*given, *(["--option", *options] if options else [])]
-
+    of_hub = dict(
+        boxes="objects.bbox", labels="objects.category", box_format="xywh", caption="text"
+    )
+    of_rows = dict(image="file", caption="text", boxes="x1,y1,x2,y2", labels="label", delimiter=";")
+    of_paths = dict(image="file", boxes="parts.box", labels="parts.label")
     return {
-        "lines": ["--annotations", folder / "A.jsonl", images],
-        "coco": [*flags("coco", "coco.json"), images],
-        "hub": flags("parquet", "hub.parquet", *of_hub),
-        "saved": flags("hf-dataset", "saved", *of_hub),
-        "paths": [
-            *flags(
-                "parquet", "paths.parquet", "image=file", "boxes=parts.box", "labels=parts.label"
-            ),
-            images,
-        ],
-        "rows": [*flags("csv", "boxes.csv", *of_rows), images],
-        "cells": [*flags("csv", "images.csv"), images],
+        "coco.json": ("coco", {}),
+        "hub.parquet": ("parquet", of_hub),
+        "saved": ("hf-dataset", of_hub),
+        "paths.parquet": ("parquet", of_paths),
+        "boxes.csv": ("csv", of_rows),
+        "images.csv": ("csv", {}),
     }
 
 
-def content(folder):
-    """The parsed records of a set, by id, and the digest of its content."""
-    builder = tfds.builder_from_directory(folder / "1.0.0")
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    found = tfds.as_numpy(builder.as_dataset(split="train", decoders=decoders))
-    parsed = {item["id"]: repr(sorted(item.items(), key=lambda pair: pair[0])) for item in found}
-    return parsed, json.loads((folder / "1.0.0/digest.json").read_text())["train"]["digest"]
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["captions", "none"])
-def built(request, tmp_path_factory):
-    """(whether the set has captions, its folder, name -> flags), each built to FOLDER/NAME."""
-    folder = tmp_path_factory.mktemp("tables")
-    flags = write_all(folder, captions=request.param)
-    for name, of_set in flags.items():
-        words = [
-            *map(str, of_set),
-            f"--output={folder / 'out'}",
-            f"--name={name}",
-            "--num-shards=4",
-        ]
-        assert build.main(words) == 0, name
-    return request.param, folder, flags
-
-
-def test_the_same_records_of_each_form(built):
-    captions, folder, flags = built
-    expected = content(folder / "out" / "lines")
-    assert len(expected[0]) == COUNT
-    for name in flags:
-        assert content(folder / "out" / name) == expected, name
-    first = next(iter(expected[0].values()))
-    assert ("a photo of {}" in first) == captions and "a photo of a left wing" in first
-
-
-def test_annotate_takes_them_too(built, tmp_path):
-    _, folder, flags = built
-    words = [*map(str, flags["hub"]), f"--output={tmp_path}", "--passes=none", "--name=hub"]
-    assert annotate_command.main([*words, "--num-shards=4"]) == 0
-    assert content(tmp_path / "records" / "hub") == content(folder / "out" / "lines")
-
-
-def test_images_without_a_caption_are_masked_and_counted(built, capsys):
-    captions, folder, _ = built
-    config = record_sets.config(folder / "out", name="hub", lanes=4)
-    batch = next(records.batches(config))
-    assert batch.caption_mask.all() if captions else not batch.caption_mask.any()
-    assert batch.region_mask.sum(axis=1).tolist() == [2] * 8
-    assert (batch.caption_id[~batch.caption_mask] == 0).all()
-    inspect_command.main([str(folder / "out" / "hub"), f"--output={folder / 'inspected'}"])
-    said = f"{COUNT} images without any caption (100.0%)"
-    assert (said in capsys.readouterr().out) == (not captions)
-
-
-def test_descriptions_are_the_caption_where_there_is_no_other(built):
-    captions, folder, _ = built
-    config = record_sets.config(folder / "out", name="hub", lanes=4, descriptions_in_captions=1)
-    assert next(records.batches(config)).caption_mask.all()
+def test_the_same_images_of_each_form(tmp_path):
+    forms, expected = (
+        write_all(tmp_path),
+        test_sources.read_all("annotations", options(tmp_path, tmp_path / "A.jsonl")),
+    )
+    assert len(expected) == COUNT and expected[0].regions[1].description == "a photo of a left wing"
+    assert [len(image.captions) for image in expected] == [0, 1] * (COUNT // 2)
+    for name, (source, own) in forms.items():
+        given = options(tmp_path, tmp_path / name, label_text="a photo of a {}")
+        shards = sources.shards(source, given, own)
+        images = [image for shard in shards for image in sources.read(shard)]
+        assert [image._replace(where="") for image in images] == [
+            image._replace(where="") for image in expected
+        ], name
 
 
 def options(folder, path, **fields):
@@ -218,18 +161,6 @@ def test_what_columns_may_be(tmp_path):
     assert (second.captions, second.regions) == ((), ())
 
 
-def test_shards_of_a_file_have_names_of_their_own(tmp_path):
-    rows = {
-        "image": [{"bytes": encoded(n), "path": "a.jpg"} for n in range(4)],
-        "caption": list("abcd"),
-    }
-    pyarrow.parquet.write_table(pa.table(rows), tmp_path / "a.parquet", row_group_size=1)
-    given = options(tmp_path, tmp_path / "a.parquet")._replace(shard_size=2)
-    shards = sources.shards("parquet", given)
-    names = [[found.image for found in sources.read(shard)] for shard in shards]
-    assert names == [["a.jpg", "000000001/a.jpg"], ["000000002/a.jpg", "000000003/a.jpg"]]
-
-
 def test_splits_and_rows_of_an_image_that_are_apart(tmp_path):
     for split, image in (("train", "a.jpg"), ("test", "b.jpg")):
         table = pa.table({"image": [image], "caption": ["a"]})
@@ -245,15 +176,6 @@ def test_splits_and_rows_of_an_image_that_are_apart(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(lines))
     with pytest.raises(sources.SourceError, match="t.csv:4: got rows of an image apart"):
         sources.shards("csv", options(tmp_path, tmp_path / "t.csv"), {"boxes": "a,b,c,d"})
-
-
-def test_several_files_have_names_of_their_own(tmp_path):
-    for name in "ab":
-        table = pa.table({"image": [{"bytes": encoded(0), "path": "x.jpg"}], "caption": ["a"]})
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    found = test_sources.read_all("parquet", options(tmp_path, tmp_path))
-    assert [image.image for image in found] == ["a/x.jpg", "b/x.jpg"]
-    assert {image.captions for image in found} == {("a",)}
 
 
 def test_rows_of_boxes_and_captions(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 
 from grain_jax.core import errors
 from grain_jax.data import build, sources
-from grain_jax.data.sources import columns, json_files
 from tests.data import test_sources
 from tests.data.test_sources import boxes, descriptions, encoded
 from tests.hostile import cases
@@ -60,31 +59,6 @@ def test_pickles_of_a_stranger(tmp_path, content, line):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_long_list_is_read_an_item_at_a_time(tmp_path, monkeypatch):
-    """Of numbers, of long items and of items that chunks cut: what is no item is a fault, what is no list ends it."""
-    monkeypatch.setattr(json_files, "_CHUNK", 7)
-    monkeypatch.setattr(json_files, "_MAX_ITEM", 200)
-    path = tmp_path / "list.json"
-
-    def read(text):
-        path.write_text(text)
-        return list(json_files.read_list(path, dict[str, int], "objects"))
-
-    found = read('[{"a": 1},\n 7, {"b": [1]}, {"c": "x"}, {"ddddddddd": 4}]')
-    assert [item for item in found if isinstance(item, dict)] == [{"a": 1}, {"ddddddddd": 4}]
-    assert [item.image for item in found if not isinstance(item, dict)] == [
-        f"{path}[{number}]" for number in (1, 2, 3)
-    ]
-    for text, line in (
-        ("{}", "got '{}', expected a list: objects"),
-        ('[{"a": 1}, {"a"', r"\[1\]: not a JSON list"),
-        (f'["{"x" * 900}"]', r"\[0\]: not a JSON list"),
-        ("[" * 100, r"\[0\]: not a JSON list"),
-    ):
-        with pytest.raises(errors.UserError, match=line):
-            read(text)
-
-
 GOOD = {
     "image": [{"bytes": encoded(n), "path": f"{n}.jpg"} for n in range(4)],
     "caption": ["a"] * 4,
@@ -107,25 +81,6 @@ def run(folder, source, path):
     return cases.run(build.main, [*words, "--name=x"])
 
 
-# name -> (what the first row of a column becomes, the line)
-OF_ROWS = {
-    "a path out of the folder": ("image", {"bytes": None, "path": "../x.jpg"}, "expected a path below the images' folder"),
-    "a list too long": ("boxes", [(1, 1, 9, 9)] * (columns.MAX_REGIONS + 1), "bad annotation: .*length <= 10000.*boxes"),
-    "a text too long": ("caption", "x" * (1 << 21), "bad annotation: .*length <= 1048576.*caption"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", OF_ROWS)
-def test_a_row_that_cannot_be_used(tmp_path, what):
-    name, value, line = OF_ROWS[what]
-    kinds = {"boxes": pa.list_(pa.list_(pa.float64()))}
-    values = GOOD | {name: [value, *GOOD[name][1:]]}
-    table = pa.table({key: pa.array(x, kinds.get(key)) for key, x in values.items()})
-    outcome = run(tmp_path, "parquet", write(tmp_path, "parquet", table))
-    cases.check(outcome, f"t.parquet:row 0: .*{line}")
-    assert "1 of 4 lines are faulty, more than --max-faults" in outcome.err
-
-
 def test_a_saved_folder_names_no_file_elsewhere(tmp_path):
     given = write(tmp_path, "hf-dataset", pa.table(GOOD))
     (given / "state.json").write_text('{"_data_files": [{"filename": "../x"}]}')
@@ -135,26 +90,3 @@ def test_a_saved_folder_names_no_file_elsewhere(tmp_path):
     options = sources.Options("x", (str(given),), split="../..")
     with pytest.raises(errors.UserError, match="expected a path below"):
         sources.shards("hf-dataset", options)
-
-
-def test_a_list_of_nothing_a_billion_times(tmp_path):
-    """A list of nulls takes no byte in Arrow, and a pointer each in Python."""
-    nothing = pa.ListArray.from_arrays(pa.array([0, 10**9], pa.int32()), pa.nulls(10**9))
-    image = pa.StructArray.from_arrays([pa.array([b"x"]), nothing], ["bytes", "other"])
-    table = pa.table({"image": image, "caption": ["a"]})
-    outcome = run(tmp_path, "hf-dataset", write(tmp_path, "hf-dataset", table))
-    cases.check(outcome, "row 0: got 64,000,000,0.. bytes, expected at most")
-
-
-OF_CSV = {
-    "a quote without an end": (b'image,caption\na.jpg,"b\n' + b"x\n" * 90_000, "t.csv:.*(field larger|unexpected end)"),
-    "out of the folder": (b"image,caption\n../a.jpg,b\n", "../a.jpg: bad annotation: expected a path below"),
-    "a line too long": (b"image,caption\n" + b"x" * (columns.MAX_LINE + 1), "got a line of over"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", OF_CSV)
-def test_csv(tmp_path, what):
-    content, line = OF_CSV[what]
-    (tmp_path / "t.csv").write_bytes(content)
-    cases.check(run(tmp_path, "csv", tmp_path / "t.csv"), line)
