@@ -2,7 +2,7 @@
 
   grain-jax build --annotations A.jsonl --images DIR --output DIR --name NAME
 
-With --source the images and their annotations are those of a data source.
+With --source, a data source gives the images and their annotations.
 
 Worker processes read each image once: they check it and write it as an example to a part (`data.survey`). All faults
 are named before the set is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts.

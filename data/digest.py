@@ -36,7 +36,7 @@ def _of_example(example: Mapping[str, Any]) -> bytes:
     parts = [example["image"], *(text.encode() for text in texts)]
     parts.append(np.asarray(numbers, "<f4").tobytes())
     negatives = [region.get("negatives", ()) for region in regions]
-    if any(negatives):  # the digest of other records is that of a set without this feature
+    if any(negatives):  # without any, as in a set that lacks this feature
         for of_region in negatives:
             parts.append(len(of_region).to_bytes(8, "big"))
             parts += [text.encode() for text in of_region]

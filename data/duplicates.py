@@ -1,8 +1,7 @@
 """Finds duplicate images, within a set and across sets, by two fingerprints.
 
-`exact` is a hash of the file: it does not depend on the name. `near` is a difference hash of the pixels:
-also of a copy that was resized, resized or compressed anew, of which up to NEAR_BITS of 64 bits differ.
-So it works whatever size either set is stored at.
+`exact` is a hash of the file and does not depend on its name. `near` is a difference hash of the pixels: in a copy that
+was resized or compressed anew, at most NEAR_BITS of 64 bits differ. So both sets may be stored at any size.
 """
 
 import contextlib
@@ -18,10 +17,10 @@ from grain_jax.core import images
 from grain_jax.data import parallel, sources
 from grain_jax.data.sources import tfds
 
-FILE = "fingerprints.npy"  # beside a set's records: a row an image
+FILE = "fingerprints.npy"  # beside a set's records: a row per image
 NEAR_BITS = 3
 _BANDS = 4  # of 16 bits: with 3 bits changed, one of four is as it was
-_TELLING = 8  # bits of either kind; with fewer, a hash is that of any flat image
+_TELLING = 8  # bits of either kind; flat images have fewer, and their hashes are all alike
 _PAIRS = 1 << 18  # compared at once
 
 Fingerprint = tuple[int, int]  # exact, near: 64 bits each

@@ -217,8 +217,8 @@ def divide(
 ) -> Splits:
     """Leaves out images that other sets have, and holds out a share of the rest; prints how many.
 
-    The split of an image depends on its file only, so it is the same in each run and in each set; but a near copy of
-    a held-out image is held out too.
+    The split of an image depends on its file only, so it is the same in each run and in each set. A near copy of a
+    held-out image is held out too.
 
     Args:
       surveyed: the images.

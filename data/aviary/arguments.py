@@ -32,10 +32,10 @@ class Aviary(Command, name="aviary"):
 
     def __post_init__(self):
         """Raises ValueError for settings that contradict each other."""
-        given, noise = self.settings, self.settings.noise
+        settings, noise = self.settings, self.settings.noise
         for low, high, least, most in (
-            ("--least-parts", "--most-parts", given.least_parts, given.most_parts),
-            ("--scale-from", "--scale-to", given.pose.scale_from, given.pose.scale_to),
+            ("--least-parts", "--most-parts", settings.least_parts, settings.most_parts),
+            ("--scale-from", "--scale-to", settings.pose.scale_from, settings.pose.scale_to),
         ):
             if least > most:
                 raise ValueError(f"{low}: got {least}, expected at most {high} {most}")

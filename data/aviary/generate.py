@@ -45,13 +45,15 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
     if task.split not in ("training", "test"):
         return None
     exact = task.split == "test"
-    noise, told = (EXACT, 4) if exact else (settings.noise, settings.caption_parts)
-    synthetic = annotations.synthetic_caption(task.species, drawn, key, noise, parts=told)
-    words = {"caption": synthetic}
+    noise, num_parts = (EXACT, 4) if exact else (settings.noise, settings.caption_parts)
+    synthetic = annotations.synthetic_caption(task.species, drawn, key, noise, parts=num_parts)
+    texts = {"caption": synthetic}
     if not exact:
-        others = tuple(one for one in species_of(settings).training if one != task.species)
+        others = tuple(
+            species for species in species_of(settings).training if species != task.species
+        )
         web = annotations.web_caption(task.species, others, drawn, key, noise)
-        words = {"caption": web, "synthetic_caption": synthetic}
+        texts = {"caption": web, "synthetic_caption": synthetic}
     parts = {"least": settings.least_parts, "most": settings.most_parts}
     regions = annotations.regions(task.species, drawn, key, noise, **parts)
     number = TEST_NEGATIVES if exact else settings.negatives
@@ -61,7 +63,7 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
         if number:
             said = region["description"]
             region["negatives"] = annotations.negatives(task.species, said, key, number)
-    return {"image": task.image, **words, "regions": regions, "id": f"{task.split}-{task.index}"}
+    return {"image": task.image, **texts, "regions": regions, "id": f"{task.split}-{task.index}"}
 
 
 def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: int = 1) -> bool:
@@ -97,7 +99,9 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     write_lines(output / "test" / "A.jsonl", both)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
         write_lines(output / "test" / f"{name}.jsonl", lines[name])
-        write_json(output / f"{name}.json", {one.name: one.descriptions for one in group})
+        write_json(
+            output / f"{name}.json", {species.name: species.descriptions for species in group}
+        )
     (output / "README.md").write_text(_readme(settings, aviary))
     write_lines(output / "A.jsonl", lines["training"])
     if settings.test_images:
@@ -125,16 +129,16 @@ def tasks_of(settings: Settings) -> Iterator[Task]:
             turn, which = divmod(index, len(groups))
             group = groups[which]
             order = _order(f"{settings.seed}/{split}/{which}/{turn // len(group)}", len(group))
-            one = group[order[turn % len(group)]]
-            yield Task(split, index, one, folder, f"images/{index:06d}.{suffix}")
+            species = group[order[turn % len(group)]]
+            yield Task(split, index, species, folder, f"images/{index:06d}.{suffix}")
     for split, group, each in (
         ("seen", aviary.training, settings.seen_per_species),
         ("unseen", aviary.held_out, settings.unseen_per_species),
     ):
-        for number, one in enumerate(group):
+        for number, species in enumerate(group):
             for turn in range(each):
-                image = f"{one.name}/{turn:04d}.{suffix}"
-                yield Task(split, turn * len(group) + number, one, split, image)
+                image = f"{species.name}/{turn:04d}.{suffix}"
+                yield Task(split, turn * len(group) + number, species, split, image)
 
 
 @functools.lru_cache(maxsize=4)
@@ -182,7 +186,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a record a line, and the folders above them."""
+    """Writes one record per line, and the folders above the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 

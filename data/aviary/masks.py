@@ -1,10 +1,9 @@
 """Label images of the test images, for `evaluate segmentation`: the part, or its look, that each pixel shows.
 
-Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt, of 8
-parts; looks/NAME.png and looks.txt, of the 101 phrases that describe them. A place in the image tells the part; its look
-takes the words. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
-part. A list of classes has a class a line, the first with number 0. No text of the data set says the name of a part
-alone, so its line has all phrases of its looks, too, with commas between.
+Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt for 8
+parts; looks/NAME.png and looks.txt for the 101 phrases that describe them. A label image has 8 bits: the number of the
+class that covers most of a pixel, 0 if it shows no part. A list has one class per line, the first with number 0. No text
+of the dataset says the name of a part alone, so its line also has all phrases of its looks, with commas between.
 """
 
 import io

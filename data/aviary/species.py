@@ -74,7 +74,7 @@ def species_of(settings: Settings) -> Aviary:
     made: list[Species] = []
     _add(made, names[:count], TRAITS, settings.genera, settings.parts_changed, rng)
     if others:
-        seen = {trait for one in made for trait in one.traits}
+        seen = {trait for species in made for trait in species.traits}
         known = {part: [trait for trait in TRAITS[part] if trait in seen] for part in PARTS}
         _add(made, names[count:], known, settings.held_out_genera, settings.parts_changed, rng)
     return Aviary(training=tuple(made[:count]), held_out=tuple(made[count:]))
@@ -92,11 +92,11 @@ def _add(made, names, traits, genera, parts_changed, rng):
                 changed = rng.sample(PARTS, parts_changed)
                 new = dict(prototype)
                 for part in changed:
-                    others = [one for one in traits[part] if one != prototype[part]]
+                    others = [trait for trait in traits[part] if trait != prototype[part]]
                     new[part] = rng.choice(others or [prototype[part]])
-                one = Species(name, first_genus + number, tuple(new[part] for part in PARTS))
-                if all(distance(one, other) >= least for other in made):
-                    made.append(one)
+                species = Species(name, first_genus + number, tuple(new[part] for part in PARTS))
+                if all(distance(species, other) >= least for other in made):
+                    made.append(species)
                     break
             else:
                 raise ValueError(
@@ -115,7 +115,9 @@ def invent_names(count: int, rng: random.Random) -> list[str]:
     chosen, alike, taken = [], [], set(_WORDS)
     for name in possible:
         # "?umbel", "w?mbel", ...: two names that share one differ in a single letter.
-        masked = {name[:at] + "?" + name[at + 1 :] for at in range(len(name))} | {name}
+        masked = {name[:position] + "?" + name[position + 1 :] for position in range(len(name))} | {
+            name
+        }
         (alike if masked & taken else chosen).append(name)
         if not masked & taken:
             taken |= masked

@@ -106,7 +106,7 @@ class Columns:
             raise ValueError(f"boxes: got {self.boxes!r}, {expected}")
 
     def named(self, where: object, known: Sequence[str], options: base.Options) -> Named:
-        """The columns among those of the table `where`. Raises SourceError: one is missing."""
+        """Finds the columns in the table `where`. Raises SourceError: one is missing."""
         paths = {name: self._paths(name, where, known) for name in NAMES}
         paths = {name: path_list for name, path_list in paths.items() if path_list}
         fault = ""
@@ -213,7 +213,7 @@ def _expected(known: Sequence[str]) -> str:
 
 
 def _pick(value: Any, path: Sequence[str]) -> Any:
-    """The value at the end of a path; for a list, that of each item."""
+    """The value at the end of a path; in a list, the value of each item."""
     for depth, part in enumerate(path):
         if isinstance(value, list):
             return [_pick(item, path[depth:]) for item in value]

@@ -56,7 +56,7 @@ class Csv(columns.Columns, staged.ListedSource):
             yield from short
 
     def _row(self, cells: Mapping[str, str], named: columns.Named) -> dict[str, Any]:
-        """The cells; those of lists and numbers as what they say in JSON, others and what is no JSON as they are."""
+        """The cells; JSON is read in cells of lists and numbers. What is no JSON stays as it is."""
         row: dict[str, Any] = {column: text or None for column, text in cells.items()}
         texts = ["image", "caption", "id"]
         if named.row_is_box:

@@ -1,9 +1,8 @@
 """RefCOCO, RefCOCO+, RefCOCOg: refs(unc).p (a pickle, or the same as JSON) with instances.json.
 
-A region is an object with one of its expressions, and each sentence of the refs is a phrase to be grounded, also
-if two people gave the same one: the protocol of lichengunc/MAttNet (eval_dets_utils.py), which counts every
-sentence with its own box. `split` is that of the refs (train, val, testA, ...). The sets have no captions; their images
-are COCO's, so captions_train2014.json may be given as well.
+A region is an object with one of its expressions. Each sentence is a phrase to be grounded, also if two people gave the
+same one: lichengunc/MAttNet (eval_dets_utils.py) counts every sentence with its own box. `split` is a split of the refs
+(train, val, testA, ...). The sets have no captions. Their images are COCO's, so captions_train2014.json may be given too.
 """
 
 import collections

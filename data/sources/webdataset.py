@@ -121,8 +121,8 @@ class Grit(WebDataset):
     """GRIT (zzliang/GRIT): tars of img2dataset with the columns `noun_chunks` and `ref_exps` in the JSON.
 
     Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. Each entry of these columns is
-    [start, end, x1, y1, x2, y2, score]: the caption's characters, which are the description, and the box as shares of
-    the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
+    [start, end, x1, y1, x2, y2, score]. The characters from start to end of the caption are the description. The box is
+    in shares of the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
     """
 
     def entry(self, image: str, files: dict[str, bytes]) -> base.Annotation:

@@ -102,17 +102,17 @@ def write_malformed(folder):
     (folder / "short.png").write_bytes(whole[: len(whole) * 2 // 3])
     (folder / "text.png").write_text("no picture")
     lines = (folder / "A.jsonl").read_bytes().splitlines()
-    places = {}
+    line_numbers = {}
     for number, (name, (line, _)) in enumerate(MALFORMED.items()):
-        places[name] = 10 + 2 * number
-        lines.insert(places[name] - 1, line.replace(b'"id3"', b'"bad%d"' % number))
+        line_numbers[name] = 10 + 2 * number
+        lines.insert(line_numbers[name] - 1, line.replace(b'"id3"', b'"bad%d"' % number))
     (folder / "A.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
-    return places, len(lines)
+    return line_numbers, len(lines)
 
 
 def test_every_fault_is_named_with_its_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(survey, "MOST_PRINTED", 5)
-    places, total = write_malformed(tmp_path / "in")
+    line_numbers, total = write_malformed(tmp_path / "in")
     status = record_sets.build_set(tmp_path / "in", tmp_path / "out", "--max-faults=0.3")
     assert status == 0
     out = capsys.readouterr().err.splitlines()
@@ -121,9 +121,9 @@ def test_every_fault_is_named_with_its_line(tmp_path, capsys, monkeypatch):
         json.loads(x) for x in (tmp_path / "out/tiny_set/faults.jsonl").read_text().splitlines()
     ]
     faults = {item["where"]: item["fault"] for item in listed}
-    assert list(faults) == [f"{file}:{line}" for line in places.values()]
+    assert list(faults) == [f"{file}:{line}" for line in line_numbers.values()]
     for name, (_, expected) in MALFORMED.items():
-        assert expected in faults[f"{file}:{places[name]}"], name
+        assert expected in faults[f"{file}:{line_numbers[name]}"], name
     assert out[:5] == [f"{where}: {fault}" for where, fault in faults.items()][:5]
     count = f"{bad} faults, {bad - 5} of them not shown"
     assert out[5:] == [f"{file}: {bad} of {total} lines faulty ({count})"]
@@ -165,16 +165,16 @@ def test_negatives_are_stored_where_a_set_has_some(tmp_path):
     folders = [tmp_path / name / "1.0.0" for name in ("without", "with")]
     digests = [json.loads((folder / "digest.json").read_text()) for folder in folders]
     assert digests[0]["train"]["digest"] != digests[1]["train"]["digest"]
-    without, found = (
+    without, with_negatives = (
         tfds.builder_from_directory(folder).as_dataset(split="train") for folder in folders
     )
     assert "negatives" not in without.element_spec["regions"]
     lengths = [json.loads((folder / "text_lengths.json").read_text()) for folder in folders]
     assert {len(image) for image in lengths[0]["images"]} == {3}
     read = {}
-    for item in found:
+    for item in with_negatives:
         texts = item["regions"]["negatives"].to_list()
-        read[item["id"].numpy().decode()] = [[t.decode() for t in of] for of in texts]
+        read[item["id"].numpy().decode()] = [[t.decode() for t in row] for row in texts]
     assert read == expected
     # Start, three words or one of CLIP's tokens each, end; the best score, the last region, first.
     of_images = [image[3] for image in lengths[1]["images"]]
@@ -347,14 +347,14 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     assert [info.splits[name].num_shards for name in ("train", "validation")] == [16, 16]
     # In another set, in another order, each is on the side that it was on.
     write_noise(tmp_path / "in2", range(79, 39, -1))
-    found = survey.Survey("in2")
+    surveyed = survey.Survey("in2")
     (shard,) = annotations.of_file(tmp_path / "in2/A.jsonl", tmp_path / "in2", 40)
     for image in survey.prepare((0, shard), parts=str(tmp_path), encoding=example.Encoding()):
-        found.add(image)
-    divide = functools.partial(survey.divide, found, exclude_duplicates_of=[], workers=0)
-    held = [{found.ids[i] for i in divide(holdout=share).validation} for share in (0.3, 0.5)]
-    assert held[0] == held_out & {str(number) for number in range(40, 80)}
-    assert held[0] < held[1]  # a larger share keeps what was held out
+        surveyed.add(image)
+    divide = functools.partial(survey.divide, surveyed, exclude_duplicates_of=[], workers=0)
+    held_ids = [{surveyed.ids[i] for i in divide(holdout=share).validation} for share in (0.3, 0.5)]
+    assert held_ids[0] == held_out & {str(number) for number in range(40, 80)}
+    assert held_ids[0] < held_ids[1]  # a larger share keeps what was held out
 
 
 def test_pictures_of_another_set_are_left_out(tmp_path, capsys):
@@ -369,9 +369,9 @@ def test_pictures_of_another_set_are_left_out(tmp_path, capsys):
     for name in ("copy.jpg", "flat.png"):
         lines.append({"image": name, "caption": "a", "id": name})
     write_lines(tmp_path / "in", lines)
-    found = f"--exclude-duplicates-of={other}"
+    flag = f"--exclude-duplicates-of={other}"
     for kind in ("exact", "near"):
-        assert record_sets.build_set(tmp_path / "in", tmp_path / kind, found) == 0
+        assert record_sets.build_set(tmp_path / "in", tmp_path / kind, flag) == 0
         error = capsys.readouterr().err
         assert "A.jsonl: 6 of 27 images are of other sets and left out" in error
         expected = sorted([*map(str, range(20, 40)), "flat.png"])
@@ -427,8 +427,8 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
     noise(0).save(folder / "a.png")
     lines = (f'{{"image": "a.png", "caption": "a", "id": "{i}"}}\n' for i in range(60_000))
     (folder / "A.jsonl").write_text("".join(lines))
-    words = [f"--annotations={folder}/A.jsonl", f"--images={folder}", f"--output={output}"]
-    command = [sys.executable, "-m", "data.build", *words, "--name=x", "--workers=1"]
+    arguments = [f"--annotations={folder}/A.jsonl", f"--images={folder}", f"--output={output}"]
+    command = [sys.executable, "-m", "data.build", *arguments, "--name=x", "--workers=1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(output.glob("x/incomplete.*/parts/*")) and time.monotonic() < deadline:

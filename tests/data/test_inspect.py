@@ -106,16 +106,16 @@ def plant(folder):
 def test_planted_problems_are_found(tmp_path):
     expected = plant(tmp_path / "in")
     result = inspect(tmp_path / "in" / "A.jsonl", tmp_path / "out")
-    found = problems_of(result)
-    for what, line in expected.items():
-        assert found[what]["count"] == 1 and found[what]["advice"], what
-        assert re.match(rf"A.jsonl:{line}\b", found[what]["example"]), what
-    assert found["images that cannot be read"]["total"] == 57
-    common = found["images that share one description (over 10% of all)"]
+    problems_found = problems_of(result)
+    for name, line in expected.items():
+        assert problems_found[name]["count"] == 1 and problems_found[name]["advice"], name
+        assert re.match(rf"A.jsonl:{line}\b", problems_found[name]["example"]), name
+    assert problems_found["images that cannot be read"]["total"] == 57
+    common = problems_found["images that share one description (over 10% of all)"]
     assert (common["count"], common["total"], common["example"]) == (10, 57, "'the main subject'")
-    copies = found["images that are copies, byte by byte, of earlier ones"]
+    copies = problems_found["images that are copies, byte by byte, of earlier ones"]
     assert (copies["count"], copies["example"]) == (1, "id14 is id13")
-    assert len(found) == len(expected) + 2
+    assert len(problems_found) == len(expected) + 2
     assert result["images"]["left_out"] == 3
 
 

@@ -119,9 +119,9 @@ def test_the_same_images_of_each_form(tmp_path):
     )
     assert len(expected) == COUNT and expected[0].regions[1].description == "a photo of a left wing"
     assert [len(image.captions) for image in expected] == [0, 1] * (COUNT // 2)
-    for name, (source, own) in forms.items():
-        given = options(tmp_path, tmp_path / name, label_text="a photo of a {}")
-        shards = sources.shards(source, given, own)
+    for name, (source, own_options) in forms.items():
+        base_options = options(tmp_path, tmp_path / name, label_text="a photo of a {}")
+        shards = sources.shards(source, base_options, own_options)
         images = [image for shard in shards for image in sources.read(shard)]
         assert [image._replace(where="") for image in images] == [
             image._replace(where="") for image in expected
@@ -148,9 +148,9 @@ def test_what_columns_may_be(tmp_path):
         "more": [None, None],
     }
     pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
-    own = {"names": str(tmp_path / "names.txt"), "box_format": "cxcywh", "unit": "share"}
-    given = options(tmp_path, tmp_path / "a.parquet", label_text="the {}")
-    (shard,) = sources.shards("parquet", given, own)
+    own_options = {"names": str(tmp_path / "names.txt"), "box_format": "cxcywh", "unit": "share"}
+    base_options = options(tmp_path, tmp_path / "a.parquet", label_text="the {}")
+    (shard,) = sources.shards("parquet", base_options, own_options)
     first, second = sources.read(shard)
     assert first.captions == ("one", "two") and (first.id, second.id) == ("7", "8")
     width, height = test_sources.SIZE
@@ -165,9 +165,9 @@ def test_splits_and_rows_of_an_image_that_are_apart(tmp_path):
     for split, image in (("train", "a.jpg"), ("test", "b.jpg")):
         table = pa.table({"image": [image], "caption": ["a"]})
         pyarrow.parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
-    given = options(tmp_path, tmp_path)
+    base_options = options(tmp_path, tmp_path)
     names = lambda split: [
-        s.arguments["file"] for s in sources.shards("parquet", given._replace(split=split))
+        s.arguments["file"] for s in sources.shards("parquet", base_options._replace(split=split))
     ]
     assert [len(names(split)) for split in ("", "train", "test")] == [2, 1, 1]
     with pytest.raises(sources.SourceError, match="no .parquet file of --split dev there"):
@@ -184,8 +184,8 @@ def test_rows_of_boxes_and_captions(tmp_path):
     test_sources.write_pictures(tmp_path / "images", "{:05d}.jpg")
     for name in "ab":
         (tmp_path / f"images/{name}.jpg").write_bytes(encoded(0))
-    own = {"boxes": "x1,y1,x2,y2", "descriptions": "phrase"}
-    (shard,) = sources.shards("csv", options(tmp_path, tmp_path / "b.csv"), own)
+    own_options = {"boxes": "x1,y1,x2,y2", "descriptions": "phrase"}
+    (shard,) = sources.shards("csv", options(tmp_path, tmp_path / "b.csv"), own_options)
     first, second = sources.read(shard)
     assert first.captions == ("one", "two") and second.captions == ()
     assert [region.box_xyxy for region in first.regions] == [(1, 2, 9, 9)]
@@ -194,8 +194,8 @@ def test_rows_of_boxes_and_captions(tmp_path):
 
 def run_build(folder, capsys, *flags):
     """(status, lines on stderr) of a build of the flags, with images in FOLDER/images."""
-    words = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--name=x"]
-    status = build.main([*map(str, flags), *words, "--overwrite"])
+    arguments = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--name=x"]
+    status = build.main([*map(str, flags), *arguments, "--overwrite"])
     return status, capsys.readouterr().err.splitlines()
 
 
@@ -260,8 +260,8 @@ def test_columns_that_look_like_boxes_are_named_where_none_is_read(tmp_path, cap
             sources.shards(kind, options(tmp_path, file), {"image": "file"})
             said = capsys.readouterr().err
             assert said.startswith(f"{file}: the columns {expected}") if expected else not said
-    own = {"image": "file", "boxes": "xmin,ymin,xmax,ymax", "labels": "caption"}
-    sources.shards("csv", options(tmp_path, tmp_path / "four.csv"), own)
+    own_options = {"image": "file", "boxes": "xmin,ymin,xmax,ymax", "labels": "caption"}
+    sources.shards("csv", options(tmp_path, tmp_path / "four.csv"), own_options)
     assert not capsys.readouterr().err
 
 

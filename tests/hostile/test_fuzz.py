@@ -46,11 +46,11 @@ def put_somewhere(value, rng):
             return {**value, rng.choice(("", "x", key + "s", key.upper())): value[key]}
         return {**value, key: put_somewhere(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.8:
-        at = rng.randrange(len(value))
+        index = rng.randrange(len(value))
         how = rng.randrange(5)
         if how < 2:
-            return value * 2 if how else value[:at]
-        return [*value[:at], put_somewhere(value[at], rng), *value[at + 1 :]]
+            return value * 2 if how else value[:index]
+        return [*value[:index], put_somewhere(value[index], rng), *value[index + 1 :]]
     return rng.choice(NASTY)
 
 
@@ -81,8 +81,8 @@ def write_tokenizers(folder):
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers, processors
 
-    words = {word: i for i, word in enumerate(["[U]", "[E]", "a", "red", "bird", "(", ")"])}
-    library = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[U]"))
+    vocabulary = {word: i for i, word in enumerate(["[U]", "[E]", "a", "red", "bird", "(", ")"])}
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[U]"))
     replaced = normalizers.Replace(tokenizers.Regex(" {2,}"), "\u2581")
     library.normalizer = normalizers.Sequence([normalizers.NFKC(), replaced, normalizers.Strip()])
     library.pre_tokenizer = pre_tokenizers.Sequence(
@@ -124,11 +124,11 @@ class Good:
 
     def lines(self, rng):
         lines = [json.dumps(record_sets.annotation(i)).encode() for i in range(4)]
-        at = rng.randrange(len(lines))
+        index = rng.randrange(len(lines))
         if rng.random() < 0.5:
-            lines[at] = json.dumps(put_somewhere(json.loads(lines[at]), rng)).encode()
+            lines[index] = json.dumps(put_somewhere(json.loads(lines[index]), rng)).encode()
         else:
-            lines[at] = image_files.mutate(lines[at], rng.randrange(1 << 30))
+            lines[index] = image_files.mutate(lines[index], rng.randrange(1 << 30))
         (self.folder / "images" / "A.jsonl").write_bytes(b"\n".join(lines) + b"\n")
         flags = ("--num-shards=1", "--max-faults=1", "--overwrite")
         assert record_sets.build_set(self.folder / "images", self.folder / "out", *flags) in (0, 2)
@@ -179,11 +179,13 @@ class Good:
             content = json.dumps(put_somewhere(json.loads(before), rng)).encode()
         try:
             path.write_bytes(content)
-            found = file_tokenizer.FileTokenizer(path, rng.choice(("lower", "canonical", "none")))
-            ids = found(["a red bird", "", "x " * 99, "\u00e9\ufb01 (\U0001f426)"], 16)
+            tokenizer = file_tokenizer.FileTokenizer(
+                path, rng.choice(("lower", "canonical", "none"))
+            )
+            ids = tokenizer(["a red bird", "", "x " * 99, "\u00e9\ufb01 (\U0001f426)"], 16)
         finally:
             path.write_bytes(before)
-        assert ids.shape == (4, 16) and 0 <= ids.min() <= ids.max() < max(1, found.vocab_size)
+        assert ids.shape == (4, 16) and 0 <= ids.min() <= ids.max() < max(1, tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="module")
