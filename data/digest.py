@@ -18,7 +18,7 @@ class Digest:
         self._sum = 0
 
     def counting(self, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """`examples`, dicts as `data.example.encode` returns them with an id, each added to the sum."""
+        """Passes the examples on (`data.example.encode`, with an id) and adds each to the sum."""
         for example in examples:
             self._sum += int.from_bytes(_of_example(example), "big")
             yield example
@@ -36,12 +36,12 @@ def _of_example(example: Mapping[str, Any]) -> bytes:
     parts = [example["image"], *(text.encode() for text in texts)]
     parts.append(np.asarray(numbers, "<f4").tobytes())
     negatives = [region.get("negatives", ()) for region in regions]
-    if any(negatives):  # without any, as in a set that lacks this feature
+    if any(negatives):  # a dataset without this feature has the same digest as one with empty lists
         for of_region in negatives:
             parts.append(len(of_region).to_bytes(8, "big"))
             parts += [text.encode() for text in of_region]
     digest = hashlib.sha256()
-    for part in parts:  # with lengths, so that no byte can move from one to the next
+    for part in parts:  # with lengths, so that no byte can move to the next part
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.digest()

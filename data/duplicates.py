@@ -19,8 +19,8 @@ from grain_jax.data.sources import tfds
 
 FILE = "fingerprints.npy"  # beside a set's records: a row per image
 NEAR_BITS = 3
-_BANDS = 4  # of 16 bits: with 3 bits changed, one of four is as it was
-_TELLING = 8  # bits of either kind; flat images have fewer, and their hashes are all alike
+_BANDS = 4  # of 16 bits each; if 3 bits differ, at least one band is equal
+_TELLING = 8  # bits of either kind; flat images have fewer, and all look alike
 _PAIRS = 1 << 18  # compared at once
 
 Fingerprint = tuple[int, int]  # exact, near: 64 bits each
@@ -76,7 +76,7 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
 
 
 def _of_shard(shard: sources.SourceShard) -> list[int]:
-    """Without the images that cannot be read."""
+    """The fingerprints of a shard, without images that cannot be read."""
     values = []
     for item in sources.read(shard):
         with contextlib.suppress(images.ImageError):
@@ -86,14 +86,14 @@ def _of_shard(shard: sources.SourceShard) -> list[int]:
 
 
 def earlier_twins(fingerprints: np.ndarray) -> np.ndarray:
-    """For each image the first one that is the same file; -1 if it is the first itself. int64 [N]."""
+    """Per image the index of the first image with the same file; -1 for that one itself. int64 [N]."""
     _, first, which = np.unique(fingerprints[:, 0], return_index=True, return_inverse=True)
     out = first[which]
     return np.where(out < np.arange(len(out)), out, -1)
 
 
 def matches(fingerprints: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which images are among the known ones: bool [N] exactly, bool [N] nearly (or exactly)."""
+    """Which images are known: bool [N] exactly, bool [N] nearly or exactly."""
     exact = np.isin(fingerprints[:, 0], known[:, 0])
     near = exact.copy()
     bits, known_bits = fingerprints[:, 1], known[:, 1]
@@ -112,7 +112,7 @@ def matches(fingerprints: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _pairs(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(row, place) for every place from low[row] to high[row], some at a time."""
+    """Pairs of a row and each index from low[row] to high[row], some at a time."""
     ends = np.cumsum(high - low)
     total = int(ends[-1]) if len(ends) else 0
     for start in range(0, total, _PAIRS):

@@ -1,6 +1,6 @@
 """An annotation, checked together with its image, and as an example of the record set.
 
-An annotation is checked or has faults, never an exception; `data/build.py` decides how many faults end a build.
+Bad annotations give faults and raise no exception; `data/build.py` decides how many faults end a build.
 `grain_jax/core/annotations.py` checks lines without their image.
 """
 
@@ -86,7 +86,7 @@ def _clipped(
         clipped = box_xyxy and annotations.clip_box(box_xyxy, *image.size)  # None has its own fault
         if clipped and clipped.box_xyxy is None:
             typed = [int(x) if x.is_integer() else x for x in box_xyxy]
-            kept = math.floor(100 * clipped.kept)  # 49.9% is not said to be 50%
+            kept = math.floor(100 * clipped.kept)  # so that 49.9% is not shown as 50%
             faults.append(
                 f"regions[{index}].box: got {annotations.show(typed)}, {kept}% of it"
                 f" in the image of {image.width} x {image.height},"
@@ -120,14 +120,14 @@ def encode(checked: Checked, encoding: Encoding) -> tuple[dict[str, Any], bool]:
 
 
 def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> tuple[bytes, bool]:
-    """The bytes to store. "original" keeps the file's own wherever its pixels need no change.
+    """The bytes to store. "original" keeps the file if its pixels need no change.
 
     Args:
-      image: as `images.decode_image` gives it. It has no format if it was turned: the file's bytes do not do then.
+      image: as `images.decode_image` gives it; without a format if it was turned, so the file cannot be kept.
       encoded: the file.
       encoding: how to store it.
 
-    Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
+    Returns: the bytes, and whether "original" could not keep the file because training cannot read it.
     """
     stored_anew = False
     fits = not encoding.size or image.size == (encoding.size, encoding.size)
@@ -148,7 +148,7 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
 
 def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
     """Whether tf.io decodes the file to an image of that width and height: it refuses damage that PIL tolerates."""
-    import tensorflow as tf  # slow to start, and of no use to those who only check
+    import tensorflow as tf  # slow to start
 
     from grain_jax.input_pipeline import transforms
 

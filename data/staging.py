@@ -47,7 +47,7 @@ def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
                 raise BusyError(
                     f"{target}: in use by {holder or 'another process'}; wait for it, or give another {flag}"
                 ) from None
-            # Whoever had it before may have deleted the file meanwhile.
+            # The process that had the lock before may have deleted the file meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(mark).st_ino == os.stat(file.fileno()).st_ino:
                     break
@@ -71,7 +71,7 @@ def recover(target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(target: epath.Path) -> Iterator[epath.Path]:
-    """Gives a folder to write NAME/VERSION in; that then takes the place of `target`, OUTPUT/NAME/VERSION.
+    """Gives a folder to write NAME/VERSION in, which replaces `target`, OUTPUT/NAME/VERSION, when the block ends.
 
     Left-overs of killed builds of the same set are deleted first. If the block raises, `target` stays as
     it was.

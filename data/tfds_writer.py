@@ -45,7 +45,7 @@ def features(encoding_format: str | None, negatives: bool) -> tfds.features.Feat
 
 
 class _SortedFields(writer.ExampleWriter):
-    """Writes the fields of each record in the order of their names: protobuf's own differs between processes."""
+    """Sorts the fields of each record by name: protobuf's order differs between processes."""
 
     def write(self, path: epath.PathLike, examples: Iterable[tuple[Any, bytes]]) -> Any:
         """Writes a shard: (key, serialized example) of each record."""
@@ -56,7 +56,7 @@ class _SortedFields(writer.ExampleWriter):
 
 @dataclasses.dataclass(frozen=True)
 class _Shards(shard_utils.ShardConfig):
-    """TFDS has one number of shards for all splits; here each has its own, in the order of writing."""
+    """The number of shards of each split, in the order of writing; TFDS has one number for all splits."""
 
     numbers: Iterator[int] = iter(())
 
@@ -95,7 +95,7 @@ def write(
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
                 builder=self,
-                description="Pictures with captions and described regions, written by data.build.",
+                description="Images with captions and described regions, written by grain-jax build.",
                 features=features(encoding_format, negatives),
                 metadata=tfds.core.MetadataDict(metadata),
             )
@@ -118,12 +118,12 @@ def write(
     config = tfds.download.DownloadConfig()
     shards = _Shards(numbers=iter([count for _, count in splits.values()]))
     config.get_shard_config = lambda: shards
-    tfds.disable_progress_bar()  # ours has the time left
-    # TFDS announces on stdout, and wants a folder for downloads that are not.
+    tfds.disable_progress_bar()  # our own shows the time left
+    # TFDS prints to stdout, and wants a folder for downloads although there are none.
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
         try:
             builder.download_and_prepare(download_dir=downloads, download_config=config)
-        except RuntimeError as error:  # TFDS makes one of TensorFlow's errors
+        except RuntimeError as error:  # TFDS turns TensorFlow's errors into it
             if "No space left on device" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None

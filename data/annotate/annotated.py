@@ -9,7 +9,7 @@ from grain_jax.core import annotations
 from grain_jax.data import sources
 
 
-class Annotated:
+class AnnotatedSource:
     """A `data.sources.Source` of the images that have a line."""
 
     images_are_files: ClassVar[bool] = False
@@ -39,8 +39,8 @@ class Annotated:
 
 
 def shards_of(output: str, shards: list[sources.SourceShard]) -> list[sources.SourceShard]:
-    """The annotated shards of a source, as shards of `Annotated`; `output` is the folder of the job."""
-    name = f"{__name__}:Annotated"
+    """The annotated shards of a source, as shards of `AnnotatedSource`; `output` is the folder of the job."""
+    name = f"{__name__}:AnnotatedSource"
     return [
         sources.SourceShard(shard.name, {"output": output, "shard": list(shard)}, name)
         for shard in shards

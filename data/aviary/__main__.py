@@ -1,4 +1,4 @@
-"""Generates the aviary data set: drawn birds of invented species, with annotations.
+"""Generates the aviary dataset: drawn birds of invented species, with annotations.
 
   grain-jax aviary --output DIR [--images N --seed S --size 64 --processes P ...]
 

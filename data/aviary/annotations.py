@@ -18,7 +18,7 @@ from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, hard_negatives
 
 
 def templates(file: epath.Path) -> dict[str, list[str]]:
-    """The captions of each kind in a table, with the names of what is filled in in braces."""
+    """The captions in a table, by kind; names in braces are filled in later."""
     kinds: dict[str, list[str]] = {}
     for kind, caption in (line.split("\t") for line in file.read_text().splitlines()[1:]):
         kinds.setdefault(kind, []).append(caption)
@@ -111,7 +111,7 @@ def regions(
 
 
 def negatives(species: Species, description: str, key: str, number: int) -> list[str]:
-    """`number` texts (10 at most) that differ from a region's description in colour or shape; none is true of the bird."""
+    """Up to 10 texts that differ from a region's description in colour or shape, and are not true of the bird."""
     wrong = [text for text, trait in hard_negatives(description) if trait not in species.traits]
     random.Random(f"{key}/negatives/{description}").shuffle(wrong)
     return wrong[:number]

@@ -10,7 +10,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 
 
 class Aviary(Command, name="aviary"):
-    """Draws the embedded data set: birds of invented species, with annotations.
+    """Draws the embedded dataset: birds of invented species, with annotations.
 
     With --records DIR, A.jsonl is also built into TFRecords there, as grain-jax build does.
 

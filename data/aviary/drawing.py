@@ -33,7 +33,7 @@ class Drawing:
     )  # uint8 [side, side] of the supersampled canvas: 0, or i for the i-th of PARTS
 
     def part_mask(self) -> np.ndarray:
-        """The label that covers most of each pixel of the image, of equal ones the lower: uint8 [size, size]."""
+        """The label that covers most of each pixel, the lower one of two equal ones: uint8 [size, size]."""
         factor = len(self.labels) // self.image.height
         share = np.uint8(factor**2)  # so that the mean over a pixel is a count
         shown = [(self.labels == label) * share for label in range(len(PARTS) + 1)]
@@ -73,7 +73,7 @@ class _Canvas:
         return ImageChops.multiply(colours, light), coverage.reduce(self.supersampling)
 
     def visible(self):
-        """part -> (x1, y1, x2, y2) in pixels, part -> its area (see Drawing), of visible parts; and the labels."""
+        """`boxes_xyxy`, `areas` and `labels` of a Drawing."""
         numbers = np.array(
             [PARTS.index(owner) + 1 if owner else 0 for owner in self._owners], np.uint8
         )
@@ -140,6 +140,6 @@ def draw(
 
 @functools.lru_cache(maxsize=4)
 def _light(size):
-    """The factor of the brightness of the foreground: light from above."""
+    """The brightness of the foreground, which is lit from above."""
     column = np.linspace(255, 222, size).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(column[:, None, None], (size, size, 3)).copy())

@@ -1,4 +1,4 @@
-"""Writes the data set: images by several processes, annotations in the order of the images."""
+"""Writes the dataset: images by several processes, annotations in the order of the images."""
 
 import dataclasses
 import functools
@@ -17,14 +17,13 @@ from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
-STAMP = "settings.json"  # written last: where it stands, the data set is complete
+STAMP = "settings.json"  # written last: if it exists, the dataset is complete
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One image to draw: number `index` of `split`. Its file is `image` in `folder` of the data set,
-    and the annotation names it `image`."""
+    """One image to draw, number `index` of `split`: the file `image`, a path below `folder` of the dataset."""
 
     split: str
     index: int
@@ -67,12 +66,12 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
 
 
 def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: int = 1) -> bool:
-    """Writes the data set to the folder `output` (local or remote); its README.md describes the files.
+    """Writes the dataset to the folder `output` (local or remote); its README.md describes the files.
 
     With more than one process the main module of the caller must be importable (they are spawned).
 
     Returns:
-        False if `output` already holds the complete data set of these settings.
+        False if `output` already holds the complete dataset of these settings.
 
     Raises:
         ValueError: settings out of range, or `output` holds something else.
@@ -111,12 +110,12 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
 
 
 def group_of(settings: Settings, species: Species) -> str:
-    """The group of a species: `unseen` of a held-out one, `seen` of others."""
+    """The group of a species: `unseen` if it is held out, else `seen`."""
     return "unseen" if species.genus >= settings.genera else "seen"
 
 
 def tasks_of(settings: Settings) -> Iterator[Task]:
-    """All images of the data set. In "training" and "test" the species take turns, in an order
+    """All images of the dataset. In "training" and "test" the species take turns, in an order
     drawn anew for each round; every second test image is of an unseen species."""
     aviary = species_of(settings)
     suffix = "png" if settings.size <= 128 else "jpg"
@@ -147,7 +146,7 @@ def _order(key, count):
 
 
 def _make(output, settings, task):
-    """Draws and writes one image, and its label images if it is one of the test; returns its annotation."""
+    """Draws and writes one image, with label images if it is a test image; returns its annotation."""
     drawn = drawing_of(settings, task.split, task.index, task.species)
     encoded = io.BytesIO()
     if task.image.endswith(".png"):
@@ -163,7 +162,7 @@ def _make(output, settings, task):
 
 
 def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the whole data set of these settings, which are written last.
+    """Whether a folder holds the whole dataset of these settings, which are written last.
 
     Raises:
       errors.UserError: it holds something else.
@@ -174,7 +173,7 @@ def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
         return True
     if stamp.exists() or (output / "A.jsonl").exists():
         raise errors.UserError(
-            f"{output}: holds another data set, expected an empty folder or one made with the same settings;"
+            f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
             " remove it or choose another --output"
         )
     return False

@@ -17,10 +17,10 @@ from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
-FOLDER = "segmentation"  # below the data set
+FOLDER = "segmentation"  # below the dataset
 GROUPS = ("seen", "unseen")  # of species
 _LOOKS = [trait for part in PARTS for trait in TRAITS[part]]
-# Folder of label images -> the classes, with commas between names of one; folder -> their file.
+# Folder of label images -> its classes, with commas between the names of a class.
 CLASSES = {
     "masks": (
         "background",
@@ -29,7 +29,7 @@ CLASSES = {
     "looks": ("background", *(trait.phrase for trait in _LOOKS)),
 }
 FILES = {"masks": "classes.txt", "looks": "looks.txt"}
-TEMPLATES = "templates.txt"  # the prompt for all of them: the phrase alone, as the texts of the data set have it
+TEMPLATES = "templates.txt"  # the prompt for all classes: the phrase alone
 _README = """# Label images of the test images
 
 `seen/` and `unseen/` hold the test images of these species, each with
@@ -56,7 +56,7 @@ def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
 
 
 def begin(output: epath.Path, groups: Iterable[str] = GROUPS) -> None:
-    """Makes the folders, the lists of classes and the prompt, below the data set `output`."""
+    """Makes the folders, the lists of classes and the prompt, below the dataset `output`."""
     for group in groups:
         folder = output / FOLDER / group
         for part in ("images", *CLASSES):

@@ -22,7 +22,7 @@ _TRIES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Species:
-    """A species: an invented `name`, its `genus` (a number), one trait a part (in the order of PARTS)."""
+    """A species: an invented `name`, its `genus` (a number), one trait per part (in the order of PARTS)."""
 
     name: str
     genus: int
@@ -45,8 +45,8 @@ class Species:
 
 
 @dataclasses.dataclass(frozen=True)
-class Aviary:
-    """All species of a data set."""
+class AllSpecies:
+    """All species of a dataset."""
 
     training: tuple[Species, ...]
     held_out: tuple[Species, ...]
@@ -58,8 +58,8 @@ def distance(first: Species, second: Species) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def species_of(settings: Settings) -> Aviary:
-    """Draws the species of a data set.
+def species_of(settings: Settings) -> AllSpecies:
+    """Draws the species of a dataset.
 
     Any two differ in at least min(3, parts_changed) parts; `parts_changed` = 8 makes the parts of a species
     independent of its genus.
@@ -77,11 +77,11 @@ def species_of(settings: Settings) -> Aviary:
         seen = {trait for species in made for trait in species.traits}
         known = {part: [trait for trait in TRAITS[part] if trait in seen] for part in PARTS}
         _add(made, names[count:], known, settings.held_out_genera, settings.parts_changed, rng)
-    return Aviary(training=tuple(made[:count]), held_out=tuple(made[count:]))
+    return AllSpecies(training=tuple(made[:count]), held_out=tuple(made[count:]))
 
 
 def _add(made, names, traits, genera, parts_changed, rng):
-    """Appends to `made` one species a name, in `genera` new genera, of `traits` (by part)."""
+    """Appends one species per name to `made`, in `genera` new genera, with these traits by part."""
     per_genus = len(names) // genera
     first_genus = made[-1].genus + 1 if made else 0
     least = min(3, parts_changed)
@@ -101,7 +101,7 @@ def _add(made, names, traits, genera, parts_changed, rng):
             else:
                 raise ValueError(
                     f"species: found no further one after {len(made)} that differs from each in {least} parts;"
-                    " use more training species, fewer a genus, or more parts_changed"
+                    " use more training species, fewer per genus, or more parts_changed"
                 )
 
 

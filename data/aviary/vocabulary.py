@@ -71,7 +71,7 @@ class _Wording:
 
 @functools.cache
 def _wordings() -> dict[str, _Wording]:
-    """Description -> what it says, of each part, shape and colour, also of those that no bird has."""
+    """Description -> its trait, for every part, shape and colour, also if no bird has that look."""
     others = (
         _Wording(Trait(part, shape, colour), template, reworded)
         for (part, shape), (_, *templates) in _LOOKS.items()
@@ -83,7 +83,7 @@ def _wordings() -> dict[str, _Wording]:
 
 
 def hard_negatives(description: str) -> list[tuple[str, Trait]]:
-    """The description with another colour, or with another shape (or pattern) of the part, and what that says.
+    """The description with another colour, or another shape (or pattern) of the part; each with its trait.
 
     Args:
       description: a phrase or paraphrase of a trait.

@@ -1,4 +1,4 @@
-"""Inspects a data set: a summary, problems, JSON and a sheet of images (`grain-jax inspect`)."""
+"""Inspects a dataset: a summary, problems, JSON and a sheet of images (`grain-jax inspect`)."""
 
 import argparse
 import itertools
@@ -21,7 +21,7 @@ def inspect(args: argparse.Namespace) -> str:
     source = reading.open_set(args.set, args.images)
     output = epath.Path(args.output) if args.output else source.path.parent / "inspect"
     output.mkdir(parents=True, exist_ok=True)  # first: without permission it fails early
-    stats, sample = statistics.Statistics(), statistics.Sample(args.num_images)
+    stats, sample = statistics.Statistics(), statistics.ImageSample(args.num_images)
     coming = progress.over(source.items, total=source.total, what="inspecting")
     for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):
         for image in stats.add(batch):

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 from grain_jax.data.inspect import statistics
 
-LARGE_SHARE = 0.1  # of the images; a text that more share is a problem
-MANY = 20  # least images for which shares are checked
-_FEW_REGIONS = 0.2  # share of images without regions above which it is a problem
+LARGE_SHARE = 0.1  # a text is a problem if more of the images share it
+MANY = 20  # shares are checked from this number of images on
+_FEW_REGIONS = 0.2  # a larger share of images without regions is a problem
 
 
 class Problem(NamedTuple):
@@ -14,14 +14,14 @@ class Problem(NamedTuple):
 
     what: str
     count: int
-    total: int  # that the count is a part of; 0: none
+    total: int  # of which `count` is a part; 0: unknown
     example: str
     advice: str
 
 
 _LOST = "fix them: grain-jax build leaves such lines out"
 _AGAIN = "run the model's pass again for these, or take the text out"
-# Issue -> (its name in the list, the total that it is a part of (see `find`), advice).
+# Issue -> (its name in the list, the key of its total in `find`, advice).
 _ISSUES = {
     "fault: image": ("images that cannot be read", "images", "take them out or fetch them again"),
     "fault: no caption": ("lines without any caption or region", "", _LOST),

@@ -15,7 +15,7 @@ Item = base.Annotation | base.Fault
 _LINES_PER_TASK = 32  # their images are held in memory
 
 
-class Source(NamedTuple):
+class ImageSet(NamedTuple):
     """A set, not read yet."""
 
     path: epath.Path
@@ -24,7 +24,7 @@ class Source(NamedTuple):
     total: int  # images that the set claims to hold
 
 
-def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
+def open_set(path: epath.PathLike, images: epath.PathLike | None) -> ImageSet:
     """The set at `path`.
 
     Args:
@@ -49,7 +49,7 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
         shards = source.shards(base.Options(str(directory)))
         items = itertools.chain.from_iterable(map(source.read, shards))
         total = sum(shard.arguments["stop"] - shard.arguments["start"] for shard in shards)
-        return Source(directory, "TFDS records", items, total)
+        return ImageSet(directory, "TFDS records", items, total)
     folder = epath.Path(path.parent if images is None else images)
     if not folder.is_dir():
         raise errors.UserError(f"--images {folder}: no such folder, expected the images of {path}")
@@ -57,7 +57,7 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
     total = sum(shard.arguments["lines"] for shard in shards)
     workers = parallel.default_workers(total)
     read = parallel.ordered_map(_read, shards, workers=workers, chunk=1)
-    return Source(path, "annotations", itertools.chain.from_iterable(read), total)
+    return ImageSet(path, "annotations", itertools.chain.from_iterable(read), total)
 
 
 def _read(shard: base.SourceShard) -> list[Item]:

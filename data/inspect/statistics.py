@@ -23,7 +23,7 @@ TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patc
 WHOLE = 0.95  # share of the image
 LONG_SHAPE = 3.0  # longer side / shorter side
 TOP = 20  # most frequent texts and sizes
-MOST_HELD = 250_000  # different texts, or images, among which copies are sought
+MOST_HELD = 250_000  # copies are sought among this number of different texts or images
 _LEFTOVER = re.compile(
     r"[-*\u2022\u00b7#>]\s|\(?\d{1,2}[.):]\s|\*\*|(?:sure|certainly|of course)[,!]|here (?:are|is) "
     r"|(?:caption|description|subject|answer)s?\s*:"
@@ -31,10 +31,10 @@ _LEFTOVER = re.compile(
 
 
 class Numbers(collections.Counter[int]):
-    """Exact statistics of integers, which have few values: a count for each one."""
+    """Exact statistics of integers with few different values."""
 
     def result(self) -> dict[str, Any]:
-        """count; where there are some: mean, min, median, p95, p99, max."""
+        """count; if there are some: mean, min, median, p95, p99, max."""
         if not self:
             return {"count": 0}
         values, counts = np.array(sorted(self.items())).T
@@ -45,15 +45,15 @@ class Numbers(collections.Counter[int]):
 
 
 class Copies:
-    """Counts items that are there several times, among the first `most` different ones."""
+    """Counts items that occur several times, among the first `most` different ones."""
 
     def __init__(self, most: int = MOST_HELD):
         self.most, self.total, self.copies, self.untracked = most, 0, 0, 0
         self.example = ""  # a copy, and what it is a copy of
-        self.held: dict[Hashable, list] = {}  # item -> [count, its first place]
+        self.held: dict[Hashable, list] = {}  # item -> [count, where it is first]
 
     def add(self, item: Hashable, where: str) -> None:
-        """Counts an item; `where` is its place or name."""
+        """Counts an item; `where` names it."""
         self.total += 1
         if item in self.held:
             self.copies += 1
@@ -65,7 +65,7 @@ class Copies:
             self.untracked += 1
 
     def result(self) -> dict[str, Any]:
-        """total, different, copies, example; `untracked` items are neither different nor copies for sure."""
+        """total, different, copies, example; `untracked`: items that may be either."""
         numbers = {"total": self.total, "different": len(self.held), "copies": self.copies}
         return {**numbers, "untracked": self.untracked, "example": self.example}
 
@@ -75,15 +75,15 @@ class Copies:
         return list(map(list, collections.Counter(counts).most_common(number)))
 
 
-class Sample(list):
-    """A sample of `size` items of a stream: the same one each time."""
+class ImageSample(list):
+    """A random sample of `size` items of a stream, the same in each run."""
 
     def __init__(self, size: int):
         super().__init__()
         self._size, self._offered, self._random = size, 0, random.Random(0)
 
     def offer(self, item: Any) -> None:
-        """Takes the item, perhaps for another one, or not."""
+        """Offers an item, which may replace another one."""
         self._offered += 1
         position = self._random.randrange(self._offered)
         if len(self) < self._size:
@@ -92,7 +92,7 @@ class Sample(list):
             self[position] = item
 
 
-class Texts:
+class TextStatistics:
     """What is counted about the texts of a kind."""
 
     def __init__(self):
@@ -122,7 +122,7 @@ class Statistics:
         self.images = self.image_bytes = self.turned = 0
         self.sizes, self.copies = Copies(), Copies()
         self.area, self.score, self.regions, self.negatives = (Numbers() for _ in range(4))
-        self.texts = {kind: Texts() for kind in ("web", "synthetic", "description")}
+        self.texts = {kind: TextStatistics() for kind in ("web", "synthetic", "description")}
         self._tokenizer = tokenizer.ClipTokenizer()
 
     def _note(self, issue: str, example: str) -> None:
@@ -198,7 +198,7 @@ class Statistics:
             self.score[round(1000 * region.score)] += 1
             self.negatives[len(region.negatives)] += 1
 
-    def result(self, source: reading.Source) -> dict[str, Any]:
+    def result(self, source: reading.ImageSet) -> dict[str, Any]:
         """All numbers of the set, as a dict that can be written as JSON."""
         return {
             "set": {"path": str(source.path), "kind": source.kind},

@@ -23,7 +23,7 @@ __all__ = ["CAUSES", "Fault", "Image", "Options", "Source", "SourceError", "Sour
 
 # The name of a source -> its module here and its class.
 SOURCES = {
-    "annotations": "annotations:Annotations",
+    "annotations": "annotations:AnnotationLines",
     "coco": "coco:Coco",
     "csv": "csv:Csv",
     "fg_ovd": "coco:FgOvd",

@@ -13,7 +13,7 @@ from grain_jax.data.sources import base, join
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-class Annotations:
+class AnnotationLines:
     """A `base.Source` of annotation lines."""
 
     images_are_files: ClassVar[bool] = True
@@ -58,7 +58,7 @@ def of_file(
         advice = f"grain-jax build --source {source} makes records of it"
         raise errors.UserError(f"{path}: got a table, {expected}; {advice}")
     options = base.Options(str(images), (str(path),), shard_size=shard_size)
-    shards = Annotations().shards(options)
+    shards = AnnotationLines().shards(options)
     if not any(shard.arguments["lines"] for shard in shards):
         raise errors.UserError(f"{path}: the file is empty, {expected}")
     return shards

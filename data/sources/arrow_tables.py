@@ -37,7 +37,7 @@ class _Splits(msgspec.Struct):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tables(columns.Columns):
+class _Tables(columns.TableOptions):
     """A `base.Source` of tables of Arrow's types; a shard is a part of a file."""
 
     images_are_files: ClassVar[bool] = False
@@ -250,7 +250,7 @@ def _with_image(
     if encoded is None:
         if not path:
             got = "got neither bytes nor a path, expected an image"
-            return base.Fault(where, "no picture", got, where)
+            return base.Fault(where, "no image", got, where)
         if not arguments["images"]:
             got = f"got the path {path[:200]!r} and no --images, expected the folder of the images"
             return base.Fault(where, "no such file", got, where)

@@ -25,7 +25,7 @@ CAUSES = (
     "unreadable",  # as a file, or no image in it
     "too large",  # beyond a bound of grain_jax/core/image_bounds.py
     "another size",  # than the one that the boxes were drawn on
-    "no picture",  # a sample of a tar without an image
+    "no image",  # a sample of a tar without an image
     "damaged shard",  # a tar that ends early; what came before is kept
     "bad annotation",
     "bad box",  # of one region, which is left out

@@ -66,7 +66,7 @@ class Named(NamedTuple):
         return list(dict.fromkeys(path[0] for paths in self.paths.values() for path in paths))
 
     def values(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a row, by option; lists of one where a row is a box."""
+        """The values of a row, by option; lists of one if a row is a box."""
         values = {name: [_pick(row, path) for path in paths] for name, paths in self.paths.items()}
         of_box = OF_REGIONS if self.row_is_box else ()
         out = {name: values if name in of_box else values[0] for name, values in values.items()}
@@ -74,7 +74,7 @@ class Named(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class TableOptions:
     """The options of a table: the names of its columns, the form of its boxes, the names of its labels.
 
     Raises:

@@ -16,7 +16,7 @@ from grain_jax.data.sources import base, columns, staged
 
 
 @dataclasses.dataclass(frozen=True)
-class Csv(columns.Columns, staged.ListedSource):
+class Csv(columns.TableOptions, staged.ListedSource):
     """Images of CSV files in UTF-8, with a row of names first."""
 
     delimiter: str = ","

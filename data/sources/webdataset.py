@@ -76,7 +76,7 @@ class WebDataset:
             return base.Fault(image, "bad annotation", "expected a name without ..")
         if ending is None:
             got = ", ".join(files)
-            return base.Fault(image, "no picture", f"got {got:.200}, expected an image beside it")
+            return base.Fault(image, "no image", f"got {got:.200}, expected an image beside it")
         image = f"{image}.{ending}"
         if fault := _name_fault(image, seen):
             return base.Fault(image, "bad annotation", fault)

@@ -1,4 +1,4 @@
-"""The embedded data set: exact boxes, honest noise rates, a fair split, reproducible files."""
+"""The embedded dataset: exact boxes, honest noise rates, a fair split, reproducible files."""
 
 import dataclasses
 import hashlib
@@ -230,7 +230,7 @@ def test_files_are_what_users_bring(small):
 
 
 def test_nothing_held_out_is_in_training_and_all_its_words_are():
-    """The annotations of the default data set (without drawing it: all parts are visible)."""
+    """The annotations of the default dataset (without drawing it: all parts are visible)."""
     settings = Settings(images=600)
     aviary = generate.species_of(settings)
     picture = _draw(aviary.training[0])
@@ -257,7 +257,7 @@ def test_pictures_depend_on_seed_and_number_only(small, tmp_path):
 
 def test_complete_folder_is_left_alone_and_another_is_refused(small, capsys):
     assert not generate.write(small, SMALL)
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="holds another dataset"):
         generate.write(small, dataclasses.replace(SMALL, seed=1))
     assert main(["--output", str(small)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -404,23 +404,6 @@ def test_near_fingerprints_are_those_that_differ_by_few_bits(monkeypatch):
     assert duplicates.earlier_twins(known[[3, 1, 3, 2, 1, 3]]).tolist() == [-1, -1, 0, -1, 1, 0]
 
 
-def test_a_copy_has_a_near_fingerprint_whatever_its_size():
-    for number in range(20):
-        picture = noise(number).convert("RGB")
-        _, near = duplicates.fingerprint(b"", picture)
-        copies = [
-            PIL.Image.fromarray(images.resize(picture, 224)),
-            PIL.Image.fromarray(images.resize(picture, 32)),
-            picture.resize((36, 32)),
-        ]
-        for copy in copies:
-            file = example.io.BytesIO()
-            copy.save(file, "JPEG", quality=80)
-            other = images.decode_image(file.getvalue())
-            bits = duplicates.fingerprint(b"", other)[1] ^ near
-            assert bits.bit_count() <= duplicates.NEAR_BITS
-
-
 def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()

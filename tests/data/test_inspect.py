@@ -144,7 +144,7 @@ def test_counts_beyond_their_limits():
     assert numbers.result() == {
         **{"count": 100, "mean": 4.4, "min": 3, "median": 3, "p95": 4, "p99": 5, "max": 90}
     }
-    sample = statistics.Sample(10)
+    sample = statistics.ImageSample(10)
     for number in range(300):
         sample.offer(number)
     assert len(set(sample)) == 10 and max(sample) > 100

@@ -393,7 +393,7 @@ def test_faults_of_files_have_their_cause(tmp_path):
     (images / "00002.jpg").unlink()
     (images / "00002.jpg").mkdir()
     (images / "00003.txt").write_bytes(b"\xff\xfe no text")
-    (images / "notes.md").write_text("no picture")
+    (images / "notes.md").write_text("no image")
     (images / "more").mkdir()
     (images / "more/last.PNG").write_bytes(encoded(0))
     shards = sources.shards("folder", sample)
@@ -463,7 +463,7 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
     items = read_all("webdataset", sample)
     assert causes(items) == {
         "00000.tar": "damaged shard",
-        "00001/a/1": "no picture",
+        "00001/a/1": "no image",
         "00001/a/2.jpg": "bad annotation",
     }
     assert items[0].captions == (caption(0),) and items[0].image == "00000/000000000.jpg"

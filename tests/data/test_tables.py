@@ -170,7 +170,7 @@ def test_splits_and_rows_of_an_image_that_are_apart(tmp_path):
         s.arguments["file"] for s in sources.shards("parquet", base_options._replace(split=split))
     ]
     assert [len(names(split)) for split in ("", "train", "test")] == [2, 1, 1]
-    with pytest.raises(sources.SourceError, match="no .parquet file of --split dev there"):
+    with pytest.raises(sources.SourceError, match="--split dev"):
         names("dev")
     lines = ["image,a,b,c,d,labels", *(f"{name}.jpg,1,1,9,9,bird" for name in "aba")]
     (tmp_path / "t.csv").write_text("\n".join(lines))
