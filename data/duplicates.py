@@ -29,8 +29,8 @@ Fingerprint = tuple[int, int]  # exact, near: 64 bits each
 def fingerprint(encoded: bytes, image: PIL.Image.Image) -> Fingerprint:
     """The fingerprints of a file and of the image in it.
 
-    `near` has a bit for each of 8 x 8 places of the resized grey image: whether it is darker than the place to its
-    right.
+    `near` has a bit for each of 8 x 8 points of the resized grey image. It says whether the point is darker than its
+    right neighbour.
     """
     exact = hashlib.sha256(encoded).digest()[:8]
     grey = image.convert("RGB").convert("L")

@@ -1,7 +1,7 @@
 """Replaces a record set atomically: the new set is written beside the old one, then exchanged by renaming.
 
-A build that is killed leaves the old set or the new one; between the two renames neither stands in its
-place, and `recover` puts the old one back. One build at a time writes a set: `locked`.
+A build that is killed leaves the old set or the new one. Between the two renames neither is in its place; then
+`recover` puts the old one back. One build at a time writes a set: `locked`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What a build does with each image, and what it knows about all of them before it writes the set.
 
-A worker takes a shard: it reads each image once, checks and encodes it, and writes the examples one after another to a
-file, a part. It returns what the build needs to know about each image: `Prepared`. The build adds these up in a
+A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a part. It
+returns what the build needs to know about each image: `Prepared`. The build adds these up in a
 `Survey`, divides the images into train and validation, and leaves out duplicates of other sets.
 """
 
@@ -233,8 +233,8 @@ def divide(
     ids, prints = surveyed.ids, duplicates.table(surveyed.fingerprints)
     kept, listed = np.ones(len(ids), bool), []
 
-    def note(index: int, kind: str, of: str, left_out: bool) -> None:
-        listed.append({"id": ids[index], "kind": kind, "of": of, "left_out": left_out})
+    def note(index: int, kind: str, original: str, left_out: bool) -> None:
+        listed.append({"id": ids[index], "kind": kind, "of": original, "left_out": left_out})
 
     for other in exclude_duplicates_of:
         exact, near = duplicates.matches(prints, duplicates.of_set(other, workers=workers))

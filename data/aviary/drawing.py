@@ -1,8 +1,8 @@
 """Draws a bird of a species in a scene: an image, the exact box of each part and the part of each pixel.
 
 The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then
-averaged down.  Every index belongs to one part (or none), so that the canvas tells which pixels
-show which part: boxes enclose the visible pixels of a part, not its whole shape.
+averaged down.  Every index belongs to one part (or none), so the canvas tells which pixels show which part.
+Boxes enclose the visible pixels of a part, not its whole shape.
 """
 
 import dataclasses

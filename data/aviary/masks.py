@@ -1,7 +1,7 @@
 """Label images of the test images, for `evaluate segmentation`: the part, or its look, that each pixel shows.
 
-Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt for 8
-parts; looks/NAME.png and looks.txt for the 101 phrases that describe them. A label image has 8 bits: the number of the
+Each group of species has a folder. images/ has NAME.png (or .jpg above 128 pixels). masks/ has label images of 8 parts,
+named in classes.txt. looks/ has label images of the 101 phrases that describe them, listed in looks.txt. A label image has 8 bits: the number of the
 class that covers most of a pixel, 0 if it shows no part. A list has one class per line, the first with number 0. No text
 of the dataset says the name of a part alone, so its line also has all phrases of its looks, with commas between.
 """

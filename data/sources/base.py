@@ -156,8 +156,8 @@ def xywh(box: Any) -> Any:
 def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
     """The first of each group, then the second of each, ...
 
-    If a box has several descriptions, regions stand in this order: training keeps the first few of those that score
-    the same, which then are of different boxes.
+    It is the order of regions if a box has several descriptions: training keeps the first few regions of equal score,
+    and these should have different boxes.
     """
     turns = ((turn, item) for group in groups for turn, item in enumerate(group))
     return (item for _, item in sorted(turns, key=operator.itemgetter(0)))

@@ -1,6 +1,6 @@
 """Joins the annotation of a reader with its image: the one place where texts and boxes of readers are checked.
 
-Most public sets have a few boxes that are empty or lie outside: such a region is left out with its cause, and its image
+Most public sets have a few boxes that are empty or lie outside. Such a region is left out with its cause; its image
 stays.
 """
 

@@ -71,18 +71,20 @@ def drawn(aviary):
 def test_held_out_names_and_combinations_are_new(seed):
     aviary = species_of(Settings(seed=seed))
     everyone = aviary.training + aviary.held_out
-    assert len({one.name for one in everyone}) == 160
-    assert len({one.traits for one in everyone}) == 160
-    known = {trait for one in aviary.training for trait in one.traits}
-    assert {trait for one in aviary.held_out for trait in one.traits} <= known
+    assert len({species.name for species in everyone}) == 160
+    assert len({species.traits for species in everyone}) == 160
+    known = {trait for species in aviary.training for trait in species.traits}
+    assert {trait for species in aviary.held_out for trait in species.traits} <= known
     assert min(distance(a, b) for a, b in itertools.combinations(everyone, 2)) == 3
 
 
 def test_names_mean_nothing(aviary):
     traits = itertools.product(itertools.chain(*TRAITS.values()), range(9))
-    said = [f"{one.phrase} {one.paraphrase(random.Random(turn))}" for one, turn in traits]
+    said = [
+        f"{species.phrase} {species.paraphrase(random.Random(turn))}" for species, turn in traits
+    ]
     known = _words(" ".join(said))
-    names = [one.name for one in aviary.training + aviary.held_out]
+    names = [species.name for species in aviary.training + aviary.held_out]
     assert not known & set(names)
     for a, b in itertools.combinations(names, 2):
         assert len(a) != len(b) or sum(x != y for x, y in zip(a, b, strict=True)) > 1
@@ -118,10 +120,10 @@ def test_boxes_are_large_enough_and_inside_and_no_word_tells_left_from_right(dra
         for part, (x1, y1, x2, y2) in picture.boxes_xyxy.items():
             assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
             sides[part].append(max(x2 - x1, y2 - y1))
-        found = annotations.regions(species, picture, key, Noise())
+        annotated = annotations.regions(species, picture, key, Noise())
         web = annotations.web_caption(species, (), picture, key, Noise())
         synthetic = annotations.synthetic_caption(species, picture, key, Noise())
-        text = " ".join([web, synthetic, *(one["description"] for one in found)])
+        text = " ".join([web, synthetic, *(species["description"] for species in annotated)])
         assert not _words(text) & {"left", "right"}
     for part, values in sides.items():
         assert 8 < statistics.mean(values) < 30, part
@@ -142,7 +144,7 @@ def _regions(drawn, repeats=10, **noise):
 
 
 def _part_of(species, description):
-    return next((one for one in species.traits if one.phrase == description), None)
+    return next((species for species in species.traits if species.phrase == description), None)
 
 
 def test_exact_annotations_and_the_rate_of_misses(drawn):
@@ -165,15 +167,15 @@ def test_wrong_description_rate(drawn):
 
 def test_web_captions_name_the_species_at_the_asked_rates(drawn, aviary):
     noise = Noise(wrong_names=0.2, missing_names=0.1)
-    names = {one.name for one in aviary.training}
-    found = []
+    names = {species.name for species in aviary.training}
+    annotated = []
     for species, picture, key in drawn:
         for turn in range(20):
-            given = species, aviary.training[:5], picture, f"{key}/{turn}", noise
-            named = names & _words(annotations.web_caption(*given))
-            found.append(named == {species.name} if named else "missing")
-    assert found.count("missing") / len(found) == pytest.approx(0.1, abs=0.02)
-    assert found.count(False) / len(found) == pytest.approx(0.2, abs=0.03)
+            arguments = species, aviary.training[:5], picture, f"{key}/{turn}", noise
+            named = names & _words(annotations.web_caption(*arguments))
+            annotated.append(named == {species.name} if named else "missing")
+    assert annotated.count("missing") / len(annotated) == pytest.approx(0.1, abs=0.02)
+    assert annotated.count(False) / len(annotated) == pytest.approx(0.2, abs=0.03)
 
 
 # Negatives
@@ -220,7 +222,7 @@ def test_files_are_what_users_bring(small):
     aviary = generate.species_of(SMALL)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
         descriptions = json.loads((small / f"{name}.json").read_text())
-        assert descriptions == {one.name: one.descriptions for one in group}
+        assert descriptions == {species.name: species.descriptions for species in group}
         assert {path.name for path in (small / name).iterdir()} == set(descriptions)
         halves = (small / "test" / f"{name}.jsonl").read_text().splitlines()
         assert len(halves) == 5
@@ -238,11 +240,11 @@ def test_nothing_held_out_is_in_training_and_all_its_words_are():
         json.dumps(generate.record_of(settings, task, picture))
         for task in itertools.islice(generate.tasks_of(settings), settings.images)
     ]
-    words = _words(" ".join(lines))
-    assert not words & {one.name for one in aviary.held_out}
-    for one in aviary.held_out:
-        assert _words(" ".join(one.descriptions)) <= words
-    assert {one.name for one in aviary.training} <= words
+    words_seen = _words(" ".join(lines))
+    assert not words_seen & {species.name for species in aviary.held_out}
+    for species in aviary.held_out:
+        assert _words(" ".join(species.descriptions)) <= words_seen
+    assert {species.name for species in aviary.training} <= words_seen
 
 
 def test_pictures_depend_on_seed_and_number_only(small, tmp_path):

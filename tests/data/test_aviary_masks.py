@@ -34,10 +34,10 @@ def test_labels_of_the_canvas_have_the_boxes_and_shares_of_the_annotations(size)
     for number, species in enumerate(generate.species_of(SMALL).training[:6]):
         drawn = drawing.draw(species, rng=random.Random(number), size=size)
         factor = len(drawn.labels) / size
-        found = {part: drawn.labels == n for n, part in enumerate(PARTS, 1)}
-        found = {part: shown for part, shown in found.items() if shown.any()}
-        assert found.keys() == drawn.boxes_xyxy.keys()
-        for part, shown in found.items():
+        shown_parts = {part: drawn.labels == n for n, part in enumerate(PARTS, 1)}
+        shown_parts = {part: shown for part, shown in shown_parts.items() if shown.any()}
+        assert shown_parts.keys() == drawn.boxes_xyxy.keys()
+        for part, shown in shown_parts.items():
             y, x = np.nonzero(shown)
             box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / factor
             np.testing.assert_array_equal(box, drawn.boxes_xyxy[part])
@@ -55,7 +55,7 @@ def test_a_pixel_has_the_label_that_covers_most_of_it(size):
 
 
 def test_the_files_are_a_set_of_each_group_and_kind(small):
-    held_out = {one.name for one in generate.species_of(SMALL).held_out}
+    held_out = {species.name for species in generate.species_of(SMALL).held_out}
     for group in masks.GROUPS:
         images = small / masks.FOLDER / group / "images"
         assert len(list(images.iterdir())) == 5

@@ -277,8 +277,8 @@ def test_wrong_usage_is_one_line_and_status_2(tmp_path, capsys, argument, expect
 
 def noise(number):
     """An image of 9 x 8 grey places, told from others by its difference hash."""
-    places = np.random.default_rng(number).integers(0, 256, (8, 9), np.uint8)
-    return PIL.Image.fromarray(places).resize((72, 64), PIL.Image.Resampling.NEAREST)
+    greys = np.random.default_rng(number).integers(0, 256, (8, 9), np.uint8)
+    return PIL.Image.fromarray(greys).resize((72, 64), PIL.Image.Resampling.NEAREST)
 
 
 def write_noise(folder, numbers):

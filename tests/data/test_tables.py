@@ -20,7 +20,7 @@ NAMES = ["bird", "left wing"]
 
 
 def classes(number):
-    """Of each box: the number of its class."""
+    """The number of the class of each box."""
     return [number % 2, 1]
 
 
