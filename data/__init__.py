@@ -1,1 +1,1 @@
-"""Offline production of training records: build, annotate, inspect and the embedded data set."""
+"""Offline production of training records: build, annotate, inspect and the embedded dataset."""

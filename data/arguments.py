@@ -9,7 +9,7 @@ from grain_jax.cli.parser import Command
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How an image is stored: `kind` "original", "png" or "jpeg" with `quality`; `size` x `size`, 0 = as it is."""
+    """How an image is stored: `kind` "original", "png" or "jpeg" with `quality`; side in pixels, 0 to keep it."""
 
     kind: str = "original"
     quality: int = 0
@@ -17,7 +17,7 @@ class Encoding:
 
     @property
     def tfds_format(self) -> str | None:
-        """What TFDS's Image feature is told; None where files of both kinds may stand together."""
+        """The format of TFDS's Image feature; None if the set may hold both formats."""
         return None if self.kind == "original" else self.kind
 
     def __str__(self) -> str:
@@ -62,9 +62,9 @@ class Stored(Command):
     """Base of the commands that build a set.
 
     how images are stored:
-      --store-size S           resize images to S x S pixels once, here (default: as they are)
+      --store-size S           resize images to S x S pixels (default: keep their size)
       --encoding original|png|jpeg:Q  original keeps files that need no change; Q is JPEG's quality, 1 to 100
-      --num-shards N           files of the set (default: 64 MB each, a multiple of 16)
+      --num-shards N           number of shards (default: 64 MB each, a multiple of 16)
     """
 
     last = True
@@ -79,10 +79,9 @@ class Stored(Command):
 
 
 class Build(Stored, name="build"):
-    """Makes TFRecords to train on, of images and annotations.
+    """Makes TFRecords to train on from images and annotations.
 
-    First every line is checked and every image decoded: all faults are named, by file and line, before anything
-    is written. Then TFDS's writer makes DIR/NAME/1.0.0.
+    It names all faults, by file and line, before it writes the dataset.
 
     Example:
       grain-jax build --annotations A.jsonl --images images --output records --name mine
@@ -90,24 +89,24 @@ class Build(Stored, name="build"):
           --label-text "a photo of a {}"
 
     what is built:
-      --annotations FILE [FILE ...]  A.jsonl, one JSON object a line; or what --source reads
-      --images DIR             folder that the paths in it start from
-      --source NAME|module:Class  a source of grain-jax annotate, such as coco, csv, hf-dataset, parquet, webdataset
-      --option KEY=VALUE [KEY=VALUE ...]  options of the source's own, such as the names of columns
-      --split NAME             of sources that have splits
-      --label-text TEXT        description that a label becomes, {} in its place: "a photo of a {}"
-      --output DIR             the set goes to DIR/NAME/1.0.0
-      --name NAME              name of the set, for input.name and TFDS
-      --[no-]overwrite         replace an existing set of that name
+      --annotations FILE [FILE ...]  A.jsonl, one JSON object per line; or the files of --source
+      --images DIR             folder of the images; the paths in the annotations start from it
+      --source NAME|module:Class  format of the annotations: coco, csv, hf-dataset, parquet, webdataset, ...
+      --option KEY=VALUE [KEY=VALUE ...]  options of the source, such as the names of columns
+      --split NAME             split of the source, if it has splits
+      --label-text TEXT        description of a labelled box, {} for the label: "a photo of a {}"
+      --output DIR             write to DIR/NAME/1.0.0
+      --name NAME              name of the dataset, for input.name and TFDS
+      --[no-]overwrite         replace an existing dataset of that name
 
     what is left out:
-      --max-faults SHARE       of the lines that may be faulty, 0 to 1; they are left out
-      --holdout SHARE          of the images, 0 to 1, chosen by their hash: split validation beside train
-      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images that these TFDS sets have, in whatever size or
+      --max-faults SHARE       leave faulty lines out, up to this share of all lines, 0 to 1
+      --holdout SHARE          hold out this share of the images, 0 to 1, as the split validation
+      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images that these TFDS datasets have, in any size or
         compression
 
     speed:
-      --workers N              processes (default: one a core; none for small sets)
+      --workers N              processes (default: one per core; none for small datasets)
     """
 
     annotations: list[str] = many()
@@ -126,13 +125,10 @@ class Build(Stored, name="build"):
 
     def __post_init__(self):
         """Raises ValueError for flags that contradict each other."""
-        for flag_name, of in (
-            ("--option", self.option),
-            ("--split", self.split),
-            ("--label-text", self.label_text),
-        ):
-            if of and not self.source:
-                raise ValueError(f"{flag_name}: got no --source, expected the one that it is of")
+        for name in ("option", "split", "label_text"):
+            if getattr(self, name) and not self.source:
+                flag_name = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag_name}: got no --source, expected the one that has it")
         if not self.source and len(self.annotations) != 1:
             raise ValueError(
                 f"--annotations: got {len(self.annotations)} files, expected A.jsonl; or name a --source"

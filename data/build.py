@@ -2,86 +2,59 @@
 
   grain-jax build --annotations A.jsonl --images DIR --output DIR --name NAME
 
-With --source the images and their annotations are those of a data source.
+With --source, a data source gives the images and their annotations.
 
-First every line is checked and every image decoded: all faults are named, by file and line, before
-anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
+Worker processes read each image once: they check it and write it as an example to a part (`data.survey`). All faults
+are named before the set is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts.
 """
 
-import contextlib
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
-from grain_jax.data import (
-    duplicates,
-    example,
-    parallel,
-    source_lines,
-    sources,
-    staging,
-    survey,
-)
+from grain_jax.data import duplicates, example, parallel, sources, staging, survey
 from grain_jax.data.arguments import Build, Encoding
+from grain_jax.data.sources import annotations
 from grain_jax.data.survey import BuildError
 
-SHARD_BYTES = (
-    64 << 20
-)  # aimed at: the deterministic shuffle holds a block of shards, one by default, in memory
+SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
-
-
-def examples(
-    lines: survey.Lines, ids: dict[int, str], encoding: Encoding, stored_anew: list[str]
-) -> Iterator[dict]:
-    """The lines of `ids` as examples. Raises BuildError where the input has changed after the check.
-
-    Args:
-      lines: all lines.
-      ids: number -> id.
-      encoding: of the images.
-      stored_anew: gets the ids of the images that are stored as PNG, since training cannot read their files.
-    """
-    encoded = lines.map(example.encode, ids, encoding=encoding)
-    good = progress.over(encoded, total=len(ids), what="writing")
-    for identity, item in zip(ids.values(), good, strict=True):
-        if isinstance(item, list):
-            raise BuildError(f"{item[0]} (it was right when checked)")
-        features, anew = item
-        stored_anew += [identity] * anew
-        yield features | {"id": identity}
+IMAGES_PER_PART = 250
 
 
 def default_num_shards(num_examples: int, num_bytes: int) -> int:
-    """64 MB a shard, in multiples of 16; few examples make at most one shard each."""
+    """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
     wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
     return min(wanted, num_examples)
 
 
-def _default_shards(found: survey.Survey, ids: dict[int, str], encoding: Encoding) -> int:
+def _default_shards(surveyed: survey.Survey, images: np.ndarray, encoding: Encoding) -> int:
     """By the size of the files, or by what photographs of the stored size take."""
     bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
-    bytes_each = found.image_bytes / len(found.ids)
+    bytes_each = surveyed.counts["image_bytes"] / len(surveyed.ids)
     if encoding.size:
         bytes_each = encoding.size**2 * bytes_per_pixel
-    return default_num_shards(len(ids), int(len(ids) * bytes_each))
+    return default_num_shards(len(images), int(len(images) * bytes_each))
 
 
-def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str:
+def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
     """Builds the set; returns a line about it.
 
     Args:
       args: as `Build.parse` gives them.
-      read_lines: gives the lines of `args.annotations`, with their images where these are no files.
+      shards: of the images, if the caller has them already.
 
     Raises:
       errors.UserError: wrong usage or wrong input.
@@ -93,141 +66,143 @@ def build(args: Build, read_lines: survey.ReadLines = example.read_lines) -> str
     # Said before a check that may take hours.
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise BuildError("grain-jax build needs tensorflow_datasets: pip install 'grain_jax[data]'")
-    _check_places(args)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(staging.locked(target))
+    _check_paths(args)
+    with staging.locked(target), tempfile.TemporaryDirectory() as scratch:
         staging.recover(target)
         if target.exists() and not args.overwrite:
             raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
-        if args.source:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            lines, total = _lines_of_source(args, args.source, scratch), None
-        else:
-            lines, total = _lines_of_file(args, read_lines)
-        workers = lines.workers
-        found = survey.take(lines, total)
-        _check_faults(found, args, target)
-        divided = survey.divide(
-            found,
-            holdout=args.holdout,
-            exclude_duplicates_of=args.exclude_duplicates_of,
-            workers=workers,
-        )
-        num_shards = _write(args, lines, found, divided, target)
-        found.write_faults(_faults_file(target))  # after the records: the list is of the set there
+        shards = shards or _shards(args, scratch)
+        with staging.replacing(target) as folder:
+            surveyed, divided, num_shards = _build(args, shards, target, folder)
+        surveyed.write_faults(
+            _faults_file(target)
+        )  # after the records: the list is of the set there
     sizes = f"{len(divided.train)} images"
-    if divided.validation:
+    if len(divided.validation):
         sizes += f" and {len(divided.validation)} held out"
     return (
-        f"{target}: {sizes}, {divided.regions} regions, {num_shards} shards,"
+        f"{target}: {sizes}, {surveyed.regions_written} regions, {num_shards} shards,"
         f" {time.monotonic() - start:.1f} s"
     )
 
 
-def _check_places(args: Build) -> None:
-    """Raises BuildError where the lines or the images are not there; a source says so of its own files."""
-    if not args.source and not regular_file.is_one(args.annotations[0]):
+def _check_paths(args: Build) -> None:
+    """Raises BuildError if the lines or the images are not there; a source says so of its own files."""
+    in_folder = True
+    if args.source:
+        made = sources.make(args.source, dict(args.option))
+        needs_images = getattr(made, "needs_images", True)
+        in_folder = args.images and (made.images_are_files or not needs_images)
+    elif not regular_file.is_one(args.annotations[0]):
         raise BuildError(
             f"--annotations {args.annotations[0]}: no such file, expected one JSON object a line"
         )
-    if not args.source and not epath.Path(args.images).is_dir():
+    if in_folder and not epath.Path(args.images).is_dir():
         raise BuildError(f"--images {args.images}: no such folder, expected the images")
 
 
-def _lines_of_file(args: Build, read_lines: survey.ReadLines) -> tuple[survey.Lines, int]:
-    """The lines of A.jsonl, and their number. Raises errors.UserError: there are none."""
-    path = epath.Path(args.annotations[0])
-    total = example.count_lines(path)
-    workers = args.workers or parallel.default_workers(total)
-    return survey.Lines(path, epath.Path(args.images), workers, read_lines), total
-
-
-def _lines_of_source(args: Build, name: str, scratch: str) -> survey.Lines:
-    """A line for each image of the source. Raises SourceError."""
-    own = dict(args.option)
-    made = sources.make(name, own)
-    in_folder = made.images_are_files or not getattr(made, "needs_images", True)
-    if args.images and in_folder and not epath.Path(args.images).is_dir():
-        raise BuildError(f"--images {args.images}: no such folder, expected the images")
+def _shards(args: Build, scratch: str) -> list[sources.SourceShard]:
+    """The images in pieces. Raises errors.UserError: there are none."""
+    if not args.source:
+        return annotations.of_file(args.annotations[0], args.images, IMAGES_PER_PART)
     options = sources.Options(
         images=args.images,
         annotations=tuple(args.annotations),
         split=args.split,
         scratch=scratch,
+        shard_size=IMAGES_PER_PART,
         label_text=args.label_text,
     )
-    shards = sources.shards(name, options, own)
-    rows = sum(one.arguments.get("rows", options.shard_size) for one in shards)
-    workers = args.workers or parallel.default_workers(rows if len(shards) > 1 else 0)
-    read = lambda path: source_lines.lines(shards)
-    return survey.Lines(epath.Path(name), epath.Path(args.images), workers, read)
+    return sources.shards(args.source, options, dict(args.option))
 
 
 def _faults_file(target: epath.Path) -> epath.Path:
     return target.parent / "faults.jsonl"
 
 
-def _check_faults(found: survey.Survey, args: Build, target: epath.Path) -> None:
-    """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
-    if found.turned:
-        turned = f"{found.turned} of {found.lines} images {example.TURNED}"
-        print(printable.plain(f"{found.file_name}: {turned}"), file=sys.stderr)
-    print(printable.plain(found.summary()), file=sys.stderr)
-    if not found.lines:
-        raise BuildError(f"{found.file_name}: got no images, expected some")
-    if found.faulty_lines <= args.max_faults * found.lines and found.ids:
+def _build(
+    args: Build, shards: list[sources.SourceShard], target: epath.Path, folder: epath.Path
+) -> tuple[survey.Survey, survey.Splits, int]:
+    """Writes the set in `folder`; returns its images, their splits, and the number of shards of train."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
+    sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
+    known = all("lines" in x.arguments for x in shards)
+    workers = args.workers or parallel.default_workers(sum(sizes) if len(shards) > 1 else 0)
+    (folder / "parts").mkdir()
+    prepare = functools.partial(survey.prepare, parts=str(folder / "parts"), encoding=args.stored)
+    prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers, chunk=1)
+    images = itertools.chain.from_iterable(prepared)
+    surveyed = survey.Survey(args.source or args.annotations[0])
+    for image in progress.over(images, total=sum(sizes) if known else None, what="reading"):
+        surveyed.add(image)
+    _check_faults(surveyed, args, target)
+    excluded = args.exclude_duplicates_of
+    divided = survey.divide(
+        surveyed, holdout=args.holdout, exclude_duplicates_of=excluded, workers=workers
+    )
+    return surveyed, divided, _write(args, surveyed, divided, target, folder)
+
+
+def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
+    """Prints what is known about the images. Raises BuildError: more faults than --max-faults allows."""
+    if surveyed.turned:
+        turned = f"{surveyed.turned} of {surveyed.lines} images {example.TURNED}"
+        print(printable.plain(f"{surveyed.name}: {turned}"), file=sys.stderr)
+    print(printable.plain(surveyed.summary()), file=sys.stderr)
+    if not surveyed.lines:
+        raise BuildError(f"{surveyed.name}: got no images, expected some")
+    if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults
-        found.write_faults(_faults_file(target))
+        surveyed.write_faults(_faults_file(target))
     raise BuildError(
-        f"{found.file_name}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
+        f"{surveyed.name}: {surveyed.faulty_lines} of {surveyed.lines} lines are faulty, more than"
         f" --max-faults {args.max_faults:g} allows; no records were written"
     )
 
 
 def _write(
     args: Build,
-    lines: survey.Lines,
-    found: survey.Survey,
+    surveyed: survey.Survey,
     divided: survey.Splits,
     target: epath.Path,
+    folder: epath.Path,
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises BuildError."""
-    encoding = args.stored
-    num_shards = args.num_shards or _default_shards(found, divided.train, encoding)
+    encoding, counts = args.stored, surveyed.counts
+    num_shards = args.num_shards or _default_shards(surveyed, divided.train, encoding)
     if num_shards > len(divided.train):
         raise BuildError(
             f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
             " one shard each"
         )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
-    stored_anew: list[str] = []
+    has_negatives = counts["negatives"] > 0
     lengths = text_lengths.TextSample()
+    parts = str(folder / "parts")
+    train = progress.over(
+        surveyed.examples(divided.train, parts), total=len(divided.train), what="writing"
+    )
+    validation = surveyed.examples(divided.validation, parts)
     tfds_writer.write(
-        target,
+        folder,
+        target.parent.name,
         splits={
-            "train": (
-                lengths.watch(examples(lines, divided.train, encoding, stored_anew)),
-                num_shards,
-            ),
-            "validation": (
-                examples(lines, divided.validation, encoding, stored_anew),
-                _default_shards(found, divided.validation, encoding),
-            ),
+            "train": (lengths.watch(train), num_shards),
+            "validation": (validation, _default_shards(surveyed, divided.validation, encoding)),
         },
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
             "encoding": str(encoding),
-            "faulty_lines": found.faulty_lines,
-            "boxes_clipped": found.boxes_clipped,
+            "faulty_lines": surveyed.faulty_lines,
+            "boxes_clipped": counts["boxes_clipped"],
             "duplicates_left_out": divided.left_out,
         },
-        negatives=found.negatives > 0,
+        negatives=has_negatives,
         files=lambda: {
             duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(
@@ -236,10 +211,10 @@ def _write(
             text_lengths.FILE: lengths.encode(tokenizer.ClipTokenizer()),
         },
     )
-    if stored_anew:
+    if counts["stored_anew"]:
         print(
-            f"{found.file_name}: {len(stored_anew)} of {len(found.ids)} images stored as PNG, since training"
-            f" cannot read their files; the first is {printable.plain(stored_anew[0], 200)}",
+            f"{surveyed.name}: {counts['stored_anew']} of {len(surveyed.ids)} images stored as PNG, since"
+            " training cannot read their files",
             file=sys.stderr,
         )
     return num_shards

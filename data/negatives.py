@@ -1,8 +1,8 @@
 """Hard negatives by rules: texts that differ from a description in one word, which makes them wrong.
 
-A word of a list (colour, material, pattern, number, size, side, part) is exchanged for another word of its list. Such
-negatives are those of NegCLIP (Yuksekgonul et al., ICLR 2023) and, by attribute, of FG-OVD (Bianchi et al., CVPR 2024),
-whose texts a language model writes. Rules see no image: they hold where a description says one thing of one object.
+A word of a list (colour, material, pattern, number, size, side, part) is exchanged for another word of its list, as in
+NegCLIP (Yuksekgonul et al., ICLR 2023). FG-OVD (Bianchi et al., CVPR 2024) does so by attribute with a language model.
+Rules see no image: they are right if a description says one thing about one object.
 """
 
 import random
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 
 from grain_jax.core import annotations
 
-VERSION = 1  # of the rules: other negatives of the same description are another version
+VERSION = 1  # raise it if a description gets other negatives
 
-# Between ; stands what cannot be told apart, the usual word first: it is what replaces the words of the others.
+# The words between two ; mean the same. The first is the usual one and replaces the words of the other groups.
 _EXCLUSIVE = {
     "colour": "red scarlet crimson maroon; orange amber; yellow golden gold; green emerald olive; blue azure navy;"
     " purple violet lilac; pink rosy; white snowy ivory cream; black; brown chestnut tan beige; grey gray silver",
@@ -22,7 +22,7 @@ _EXCLUSIVE = {
     "pattern": "striped; spotted dotted; plain; checkered chequered plaid; floral flowery",
     "number": "two; three; four; five; six",
 }
-# Each word and what may replace it: opposites alone.
+# Each word and its opposites, which may replace it.
 _OPPOSITES = {
     "size": "big: small tiny; large: small tiny; huge: tiny small; small: large huge; little: large huge;"
     " tiny: huge large; long: short; short: long; tall: short; wide: narrow; broad: narrow; narrow: wide;"
@@ -42,43 +42,43 @@ _IRREGULAR = {"leaf": "leaves", "branch": "branches"}
 
 def _lists() -> dict[str, dict[str, tuple[str, ...]]]:
     """Kind -> word -> the words that may replace it."""
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    lists: dict[str, dict[str, tuple[str, ...]]] = {}
     for kind, text in _EXCLUSIVE.items():
         lines = [line.split() for line in text.split(";")]
-        found[kind] = {
+        lists[kind] = {
             word: tuple(other[0] for other in lines if other is not line)
             for line in lines
             for word in line
         }
     for kind, text in _OPPOSITES.items():
         pairs = (pair.split(":") for pair in text.split(";"))
-        found[kind] = {word.strip(): tuple(others.split()) for word, others in pairs}
+        lists[kind] = {word.strip(): tuple(others.split()) for word, others in pairs}
     parts: dict[str, tuple[str, ...]] = {}
     for line in map(str.split, _PARTS):
-        for words in (line, [_IRREGULAR.get(word, f"{word}s") for word in line]):
-            for word in words:  # a hood is a part of cars and of clothes
-                others = tuple(other for other in words if other != word)
+        for line_words in (line, [_IRREGULAR.get(word, f"{word}s") for word in line]):
+            for word in line_words:  # a hood is a part of cars and of clothes
+                others = tuple(other for other in line_words if other != word)
                 parts[word] = tuple(dict.fromkeys(parts.get(word, ()) + others))
-    return found | {"part": parts}
+    return lists | {"part": parts}
 
 
 _REPLACEMENTS = _lists()
 KINDS = tuple(_REPLACEMENTS)
 _WORD = re.compile(
-    rf"\b({'|'.join(sorted({w for words in _REPLACEMENTS.values() for w in words}))})\b",
+    rf"\b({'|'.join(sorted({w for line_words in _REPLACEMENTS.values() for w in line_words}))})\b",
     re.IGNORECASE,
 )
 _ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
 
 
 def make(description: str, number: int, *, others: Iterable[str] = (), seed: int = 0) -> list[str]:
-    """Up to `number` different texts that differ from the description in one word, which makes them wrong.
+    """Up to `number` texts that differ from the description in one word, which makes them wrong.
 
-    The kinds of words take turns. The result is a function of the arguments; fewer negatives are the first of more.
+    The kinds of words take turns. The result depends on the arguments alone; fewer negatives are the first of more.
 
     Args:
       description: of a region.
-      number: of texts, at most; fewer where the description has fewer words that are in a list, [] where it has none.
+      number: of texts, at most. A description without a word of the lists has none.
       others: the other descriptions of the image; no negative equals one, in lower case.
       seed: which texts, and in which order.
     """

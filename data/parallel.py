@@ -11,9 +11,9 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-CHUNK = 32  # items a task: large enough to hide the cost of a task
-CHUNKS_AHEAD = 4  # a worker: the backlog that is held in memory
-_INLINE = 1000  # items below which starting processes takes longer than the work
+CHUNK = 32  # items per task; enough to hide its cost
+CHUNKS_AHEAD = 4  # per worker; they are held in memory
+_INLINE = 1000  # with fewer items, starting processes takes longer than the work
 
 
 def _leave_with_parent() -> None:
@@ -28,7 +28,7 @@ def _leave_with_parent() -> None:
 
 
 def default_workers(items: int) -> int:
-    """Processes for so many items: one a core, and none (0: this process) for a few."""
+    """The number of processes for so many items: one per core, or 0 (this process) for a few."""
     return 0 if items < _INLINE else os.cpu_count() or 1
 
 
@@ -37,22 +37,22 @@ def _apply(function: Callable[[Item], Result], chunk: tuple[Item, ...]) -> list[
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, chunk: int = CHUNK
 ) -> Iterator[Result]:
-    """`map(function, items)` by `workers` processes (0: here). `function` and items are pickled."""
+    """`map(function, items)` in `workers` processes (0: this one), with `chunk` items per task."""
     if workers < 1:
         yield from map(function, items)
         return
     rest = iter(items)
-    chunks = iter(lambda: tuple(itertools.islice(rest, CHUNK)), ())
+    chunks = iter(lambda: tuple(itertools.islice(rest, chunk)), ())
     # Spawned, not forked: TensorFlow's threads do not survive a fork.
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_leave_with_parent
     ) as pool:
         waiting = collections.deque()
         try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_apply, function, chunk))
+            for task in chunks:
+                waiting.append(pool.submit(_apply, function, task))
                 if len(waiting) > workers * CHUNKS_AHEAD:
                     yield from waiting.popleft().result()
             while waiting:

@@ -1,7 +1,7 @@
 """Replaces a record set atomically: the new set is written beside the old one, then exchanged by renaming.
 
-A build that is killed leaves the old set or the new one; between the two renames neither stands in its
-place, and `recover` puts the old one back. One build at a time writes a set: `locked`.
+A build that is killed leaves the old set or the new one. Between the two renames neither is in its place; then
+`recover` puts the old one back. One build at a time writes a set: `locked`.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
                 raise BusyError(
                     f"{target}: in use by {holder or 'another process'}; wait for it, or give another {flag}"
                 ) from None
-            # Whoever had it before may have deleted the file meanwhile.
+            # The process that had the lock before may have deleted the file meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(mark).st_ino == os.stat(file.fileno()).st_ino:
                     break
@@ -71,7 +71,7 @@ def recover(target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(target: epath.Path) -> Iterator[epath.Path]:
-    """Gives a folder to write NAME/VERSION in; that then takes the place of `target`, OUTPUT/NAME/VERSION.
+    """Gives a folder to write NAME/VERSION in, which replaces `target`, OUTPUT/NAME/VERSION, when the block ends.
 
     Left-overs of killed builds of the same set are deleted first. If the block raises, `target` stays as
     it was.
@@ -80,7 +80,8 @@ def replacing(target: epath.Path) -> Iterator[epath.Path]:
     recover(target)
     if target.parent.exists():
         for left_over in target.parent.glob(f"incomplete.*_{version}"):
-            left_over.rmtree()
+            if left_over.is_dir():  # the lock is a file
+                left_over.rmtree()
     new = target.parent / f"incomplete.new_{version}"
     new.mkdir(parents=True)
     try:

@@ -1,161 +1,227 @@
-"""The first pass of grain-jax build: every line is checked and every image decoded, before anything is written.
+"""What a build does with each image, and what it knows about all of them before it writes the set.
 
-Then the images are divided into train and validation, and duplicates of other sets are left out.
+A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a part. It
+returns what the build needs to know about each image: `Prepared`. The build adds these up in a
+`Survey`, divides the images into train and validation, and leaves out duplicates of other sets.
 """
 
 import array
 import collections
-import functools
+import itertools
 import json
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax.core import atomic, errors, printable, progress
-from grain_jax.data import duplicates, example, parallel
+from grain_jax.core import atomic, errors, printable
+from grain_jax.core.annotations import Fault
+from grain_jax.data import duplicates, example, sources
+from grain_jax.data.arguments import Encoding
+from grain_jax.data.sources import annotations as annotations_source
 
 MOST_PRINTED = 20  # faults
-ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
 
 class BuildError(errors.UserError):
     """The set cannot be built from this input; the message is one line."""
 
 
-class Lines(NamedTuple):
-    """The lines of a build and their images; see `grain-jax build`."""
+class Prepared(NamedTuple):
+    """An image that a worker has checked, without the image itself: one is sent between processes for every image."""
 
-    path: epath.Path
-    folder: epath.Path  # of the images
-    workers: int  # processes
-    read: ReadLines  # gives the lines, with their images where these are no files
+    number: int  # of its line in A.jsonl; 0 in other sources
+    where: str  # "": the source does not say
+    faults: tuple[str, ...] = ()
+    turned: bool = False
+    unknown_keys: tuple[str, ...] = ()
+    # Only if there is no fault:
+    image: str = ""
+    id: str | None = None
+    left_out: tuple[str, ...] = ()  # faults of regions
+    counts: dict[str, int] = {}
+    fingerprint: duplicates.Fingerprint = (0, 0)
+    part: tuple[int, int, int] = (0, 0, 0)  # number of the part, first byte, end
 
-    def map(self, function: Callable, among: Container[int] | None = None, **named) -> Iterator:
-        """`function` of `example` of each line, or of those with the numbers `among`, in order."""
-        lines = (
-            line if line.where else line._replace(where=f"{self.path}:{line.number}")
-            for line in self.read(self.path)
-            if among is None or line.number in among
-        )
-        of_line = functools.partial(function, folder=str(self.folder), **named)
-        return parallel.ordered_map(of_line, lines, workers=self.workers)
+
+def prepare(
+    job: tuple[int, sources.SourceShard], *, parts: str, encoding: Encoding
+) -> list[Prepared]:
+    """Checks the images of a shard and writes their examples to its part.
+
+    Args:
+      job: the number of the part, and the shard; without a source it is a part of an A.jsonl.
+      parts: the folder of the parts.
+      encoding: of the images.
+    """
+    number, shard = job
+    out, position = [], 0
+    with part_file(parts, number).open("wb") as file:
+        for line, where, checked, left_out in _checked(shard):
+            annotation = checked.annotation
+            if annotation is None:
+                faults = tuple(checked.faults)
+                out.append(Prepared(line, where, faults, checked.turned, checked.unknown_keys))
+                continue
+            features, stored_anew = example.encode(checked, encoding)
+            content = msgspec.msgpack.encode(features)
+            file.write(content)
+            counts = {
+                "image_bytes": len(annotation.encoded),
+                "without_caption": not (annotation.captions or annotation.synthetic_caption),
+                "boxes_clipped": checked.boxes_clipped,
+                "regions": len(annotation.regions),
+                "negatives": sum(len(region.negatives) for region in annotation.regions),
+                "left_out": len(left_out),
+                "stored_anew": stored_anew,
+            }
+            end = position + len(content)
+            out.append(
+                Prepared(
+                    *(line, where, (), checked.turned, checked.unknown_keys),
+                    *(annotation.image, annotation.id, left_out, counts),
+                    duplicates.fingerprint(annotation.encoded, checked.image),
+                    (number, position, end),
+                )
+            )
+            position = end
+    return out
+
+
+def part_file(parts: str, number: int) -> epath.Path:
+    """The file of a part."""
+    return epath.Path(parts) / f"{number:06d}"
+
+
+def _checked(
+    shard: sources.SourceShard,
+) -> Iterator[tuple[int, str, example.Checked, tuple[str, ...]]]:
+    """(number of the line, where it stands, the image, faults of regions) for each image."""
+    if not shard.source:
+        folder = epath.Path(shard.arguments["file"]).parent
+        for line, name in annotations_source.lines(shard):
+            number, where = int(name.rpartition(":")[2]), str(folder / name)
+            yield number, where, example.check_line(line, shard.arguments["images"]), ()
+        return
+    for item in sources.read(shard):
+        if isinstance(item, Fault):
+            yield 0, item.where, example.Checked(None, None, [_in_words(item)]), ()
+        else:
+            yield 0, item.where, example.check(item), tuple(map(_in_words, item.left_out))
+
+
+def _in_words(fault: Fault) -> str:
+    image = "" if fault.image == fault.where else f"{fault.image}: "
+    return f"{image}{fault.cause}: {fault.detail}"
 
 
 class Survey:
-    """The result of the first pass: the good lines, and the faults of the others."""
+    """All images without a fault, in order, and the faults of the others."""
 
-    def __init__(self, file_name: str):
-        self.file_name = file_name
-        self.ids: dict[int, str] = {}  # line -> id, of the good lines
+    def __init__(self, name: str):
+        self.name = name  # of the source, or its file
+        self.ids: list[str] = []
         self.faults: list[tuple[str, str]] = []  # (where, what)
-        self.left_out = self.without_caption = 0  # regions of good lines; good lines
-        self.lines = self.image_bytes = self.boxes_clipped = self.negatives = self.turned = 0
-        self.regions = array.array("I")  # of each good line
+        self.lines = self.turned = 0  # of all images
+        self.regions_written = 0
+        self.counts: collections.Counter[str] = collections.Counter()  # as Prepared.counts
         self.unknown_keys: collections.Counter[str] = collections.Counter()
-        self.fingerprints = array.array("Q")  # exact and near, of the good lines in order
-        self._line_of_id: dict[str, int] = {}
+        self.fingerprints = array.array("Q")  # exact and near
+        self.parts = array.array("Q")  # as Prepared.part
+        self._number_of_id: dict[str, int] = {}
 
     @property
     def faulty_lines(self) -> int:
-        """Lines with at least one fault."""
+        """Images with at least one fault."""
         return self.lines - len(self.ids)
 
-    def add(self, verdict: example.Verdict) -> None:
-        """Counts a line; the first MOST_PRINTED faults go to stderr at once."""
+    def add(self, image: Prepared) -> None:
+        """Counts an image; the first MOST_PRINTED faults go to stderr at once."""
         self.lines += 1
-        self.turned += verdict.turned
-        self.unknown_keys.update(verdict.unknown_keys)
-        faults, found = list(verdict.faults), verdict.annotation
-        if found is not None:
-            identity = found.id
+        self.turned += image.turned
+        self.unknown_keys.update(image.unknown_keys)
+        number = image.number or self.lines
+        where = image.where or f"source {self.name}, image {number}"
+        faults, identity = list(image.faults), image.id
+        if not faults:
             if identity is None:  # its image's path, unless another line has that image too
-                identity = found.image
-                if identity in self._line_of_id:
-                    identity = f"{found.image}#{verdict.number}"
-            if identity in self._line_of_id:
-                other = (
-                    f"which line {self._line_of_id[identity]} has already, expected one of its own"
-                )
-                faults = [f"id: got {json.dumps(identity)}, {other}"]
-        self._list(verdict.where, [*faults, *verdict.left_out])
-        if faults:
-            return
-        self.left_out += len(verdict.left_out)
-        self.without_caption += not (found.captions or found.synthetic_caption)
-        self.ids[verdict.number] = identity
-        self.fingerprints.extend(verdict.fingerprint)
-        self._line_of_id[identity] = verdict.number
-        self.image_bytes += verdict.image_bytes
-        self.regions.append(len(found.regions))
-        self.negatives += sum(len(region.negatives) for region in found.regions)
-        self.boxes_clipped += verdict.boxes_clipped
-
-    def _list(self, where: str, faults: Iterable[str]) -> None:
-        for fault in faults:
+                identity = image.image
+                if identity in self._number_of_id:
+                    identity = f"{image.image}#{number}"
+            if identity in self._number_of_id:
+                other = f"which line {self._number_of_id[identity]} has already"
+                faults = [f"id: got {json.dumps(identity)}, {other}, expected one of its own"]
+        for fault in (*faults, *image.left_out):
             self.faults.append((where, fault))
             if len(self.faults) <= MOST_PRINTED:
                 print(printable.plain(f"{where}: {fault}"), file=sys.stderr)
+        if faults:
+            return
+        self._number_of_id[identity] = number
+        self.ids.append(identity)
+        self.counts.update(image.counts)
+        self.fingerprints.extend(image.fingerprint)
+        self.parts.extend(image.part)
+
+    def examples(self, indices: Iterable[int], parts: str) -> Iterator[dict[str, Any]]:
+        """The examples of these images from their parts."""
+        entries = ((self.parts[3 * i : 3 * i + 3], self.ids[i]) for i in indices)
+        for number, of_part in itertools.groupby(entries, key=lambda pair: pair[0][0]):
+            with part_file(parts, number).open("rb") as file:
+                for (_, start, stop), identity in of_part:
+                    file.seek(start)
+                    content = msgspec.msgpack.decode(file.read(stop - start))
+                    self.regions_written += len(content["regions"])
+                    yield content | {"id": identity}
 
     def summary(self) -> str:
         """One line about all that was left out or changed."""
         more = len(self.faults) - MOST_PRINTED
         shown = f", {more} of them not shown" if more > 0 else ""
         count = f"{len(self.faults)} faults{shown}"
+        keys = ", ".join(
+            f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
+        )
         parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({count})"]
-        if self.left_out:
-            parts.append(f"{self.left_out} regions left out")
-        if self.without_caption:
-            parts.append(f"{self.without_caption} images without a caption, with regions alone")
-        if self.boxes_clipped:
-            parts.append(
-                f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their image"
-            )
-        if self.unknown_keys:
-            named = ", ".join(
-                f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
-            )
-            parts.append(f"unknown keys kept out: {named}")
-        return f"{self.file_name}: " + "; ".join(parts)
+        for name, message in (
+            ("left_out", "{left_out} regions left out"),
+            ("without_caption", "{without_caption} images without a caption, with regions alone"),
+            ("boxes_clipped", "{boxes_clipped} of {regions} boxes clipped to their image"),
+        ):
+            parts += [message.format(**self.counts)] if self.counts[name] else []
+        parts += [f"unknown keys kept out: {keys}"] if keys else []
+        return f"{self.name}: " + "; ".join(parts)
 
     def write_faults(self, path: epath.Path) -> None:
-        """One JSON object a fault: where, fault."""
+        """One JSON object per fault: where, fault."""
         path.parent.mkdir(parents=True, exist_ok=True)
         faults = ({"where": where, "fault": fault} for where, fault in self.faults)
         atomic.write_text(path, "".join(json.dumps(fault) + "\n" for fault in faults))
 
 
-def take(lines: Lines, total: int | None) -> Survey:
-    """Checks all lines, `total` in number where it is known, and decodes all images."""
-    found = Survey(str(lines.path))
-    for verdict in progress.over(lines.map(example.check), total=total, what="checking"):
-        found.add(verdict)
-    return found
-
-
 class Splits(NamedTuple):
-    """The good lines of each split."""
+    """The images of each split, as indices."""
 
-    train: dict[int, str]  # line -> id
-    validation: dict[int, str]
+    train: np.ndarray
+    validation: np.ndarray
     fingerprints: np.ndarray  # uint64 [N, 2] of both
-    regions: int  # of both
-    duplicates: list[dict]  # a line of duplicates.jsonl each
+    duplicates: list[dict[str, Any]]  # a line of duplicates.jsonl each
     left_out: int
 
 
 def divide(
-    found: Survey, *, holdout: float, exclude_duplicates_of: Sequence[str], workers: int
+    surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[str], workers: int
 ) -> Splits:
     """Leaves out images that other sets have, and holds out a share of the rest; prints how many.
 
-    The split of an image depends on its file only, so it is the same in each run and in each set; but a near copy of
-    a held-out image is held out too.
+    The split of an image depends on its file only, so it is the same in each run and in each set. A near copy of a
+    held-out image is held out too.
 
     Args:
-      found: the first pass.
+      surveyed: the images.
       holdout: share of the images for validation.
       exclude_duplicates_of: folders of TFDS sets.
       workers: processes.
@@ -164,16 +230,14 @@ def divide(
       BuildError: nothing is left for one of the splits.
       data.sources.SourceError: one of the other sets is not there.
     """
-    lines, ids = list(found.ids), list(found.ids.values())
-    prints = duplicates.table(found.fingerprints)
-    kept, listed = np.ones(len(lines), bool), []
+    ids, prints = surveyed.ids, duplicates.table(surveyed.fingerprints)
+    kept, listed = np.ones(len(ids), bool), []
 
-    def note(index: int, kind: str, of: str, left_out: bool) -> None:
-        listed.append({"id": ids[index], "kind": kind, "of": of, "left_out": left_out})
+    def note(index: int, kind: str, original: str, left_out: bool) -> None:
+        listed.append({"id": ids[index], "kind": kind, "of": original, "left_out": left_out})
 
     for other in exclude_duplicates_of:
-        known = duplicates.of_set(other, workers=workers)
-        exact, near = duplicates.matches(prints, known)
+        exact, near = duplicates.matches(prints, duplicates.of_set(other, workers=workers))
         for index in np.nonzero(near & kept)[0]:
             note(index, "exact" if exact[index] else "near", str(other), True)
         kept &= ~near
@@ -185,25 +249,20 @@ def divide(
     drawn = int(aside.sum())
     while (more := duplicates.matches(prints, prints[aside])[1] & kept & ~aside).any():
         aside |= more
-    splits = [
-        {lines[index]: ids[index] for index in np.nonzero(chosen)[0]}
-        for chosen in (kept & ~aside, aside)
-    ]
-    if not splits[0] or (holdout and not splits[1]):
+    train, validation = (np.nonzero(chosen)[0] for chosen in (kept & ~aside, aside))
+    if not len(train) or (holdout and not len(validation)):
         raise BuildError(
             f"--holdout {holdout:g}, {len(exclude_duplicates_of)} sets excluded: of"
-            f" {len(lines)} images {len(splits[0])} are left for train and {len(splits[1])} for"
+            f" {len(ids)} images {len(train)} are left for train and {len(validation)} for"
             " validation, expected at least one; no records were written"
         )
-    left_out = int((~kept).sum())
-    held_out = len(splits[1])
+    left_out, held_out = int((~kept).sum()), len(validation)
     why = f"{drawn} by the hash of their file, {held_out - drawn} as near copies of one of these"
-    for what, count in (
+    for message, count in (
         ("are of other sets and left out", left_out),
         ("are the file of an earlier line", len(listed) - left_out),
         (f"go to validation: {why}", held_out),
     ):
         if count:
-            print(f"{found.file_name}: {count} of {len(lines)} images {what}", file=sys.stderr)
-    regions = int(np.asarray(found.regions)[kept].sum())
-    return Splits(*splits, prints[kept], regions, listed, left_out)
+            print(f"{surveyed.name}: {count} of {len(ids)} images {message}", file=sys.stderr)
+    return Splits(train, validation, prints[kept], listed, left_out)

@@ -1,13 +1,13 @@
 """Writes examples with TFDS's own writer, so that TFDS (and whatever builds on it) reads the set.
 
-The set is written in a folder beside the final one and takes its place at the end (`data.staging`): a
-build that is killed leaves nothing that looks complete, and loses no older set.
+Each split has its own number of shards, and the records of two builds have the same bytes.
 """
 
 import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.core.utils import shard_utils
 
-from grain_jax.data import example, staging
+from grain_jax.data import example
 from grain_jax.input_pipeline import record_files
 
 
@@ -45,7 +45,7 @@ def features(encoding_format: str | None, negatives: bool) -> tfds.features.Feat
 
 
 class _SortedFields(writer.ExampleWriter):
-    """Writes the fields of each record in the order of their names: protobuf's own differs between processes."""
+    """Sorts the fields of each record by name: protobuf's order differs between processes."""
 
     def write(self, path: epath.PathLike, examples: Iterable[tuple[Any, bytes]]) -> Any:
         """Writes a shard: (key, serialized example) of each record."""
@@ -54,25 +54,47 @@ class _SortedFields(writer.ExampleWriter):
         return super().write(path, written)
 
 
-def _builder(
-    target: epath.Path,
-    folder: epath.PathLike,
-    splits: Mapping[str, Iterable[dict[str, Any]]],
+@dataclasses.dataclass(frozen=True)
+class _Shards(shard_utils.ShardConfig):
+    """The number of shards of each split, in the order of writing; TFDS has one number for all splits."""
+
+    numbers: Iterator[int] = iter(())
+
+    def get_number_shards(self, *arguments: Any, **named_arguments: Any) -> int:
+        return next(self.numbers)
+
+
+def write(
+    folder: epath.Path,
+    name: str,
     *,
+    splits: Mapping[str, tuple[Iterable[dict[str, Any]], int]],
     encoding_format: str | None,
-    negatives: bool,
     metadata: dict[str, Any],
-) -> tfds.core.DatasetBuilder:
-    """TFDS's builder of the examples of each split, which writes in `folder`."""
+    negatives: bool,
+    files: Callable[[], Mapping[str, bytes]],
+) -> None:
+    """Writes the set FOLDER/NAME/VERSION.
+
+    Args:
+      folder: where the set goes.
+      name: of the set.
+      splits: the examples of each (see `data.example.encode`) with unique ids, and its number of files. A split with 0
+        files is left out.
+      encoding_format: of the images, as TFDS's feature takes it.
+      metadata: what the set says about itself.
+      negatives: whether a region has negatives.
+      files: gives name -> content of what is to stand beside the records; called when these are written.
+    """
+    splits = {split: pair for split, pair in splits.items() if pair[1]}
 
     class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = target.parent.name
         VERSION = tfds.core.Version(example.VERSION)
 
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
                 builder=self,
-                description="Pictures with captions and described regions, written by data.build.",
+                description="Images with captions and described regions, written by grain-jax build.",
                 features=features(encoding_format, negatives),
                 metadata=tfds.core.MetadataDict(metadata),
             )
@@ -82,77 +104,42 @@ def _builder(
 
         def _split_generators(self, dl_manager):
             del dl_manager  # nothing is downloaded
-            return {split: self._generate_examples(items) for split, items in splits.items()}
+            return {
+                split: map(_with_key, items, itertools.repeat(negatives))
+                for split, (items, _) in splits.items()
+            }
 
-        def _generate_examples(self, items: Iterable[dict[str, Any]]):
-            for item in items:
-                regions = []
-                for region in item["regions"]:
-                    region = region | {"bbox": tfds.features.BBox(*region["bbox"])}
-                    texts = region.pop("negatives", [])
-                    regions.append(region | {"negatives": texts} if negatives else region)
-                image = io.BytesIO(item["image"])
-                yield item["id"], item | {"image": image, "regions": regions}
+        def _generate_examples(self):  # `_split_generators` has them
+            raise NotImplementedError
 
-    return AnnotatedImages(data_dir=folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shards(shard_utils.ShardConfig):
-    """TFDS has one number of shards for all splits; here each has its own, in the order of writing."""
-
-    of_splits: Iterator[int] = iter(())
-
-    def get_number_shards(self, *arguments: Any, **named_arguments: Any) -> int:
-        return next(self.of_splits)
-
-
-def write(
-    target: epath.Path,
-    *,
-    splits: Mapping[str, tuple[Iterable[dict[str, Any]], int]],
-    encoding_format: str | None,
-    metadata: dict[str, Any],
-    negatives: bool,
-    files: Callable[[], Mapping[str, bytes]],
-) -> None:
-    """Writes the set OUTPUT/NAME/VERSION (`target`); one that is there already is replaced at the end.
-
-    Args:
-      target: the set's folder; its last part is `data.example.VERSION`.
-      splits: the examples of each, dicts as `data.build.examples` yields them, ids unique, and how many files they are
-        spread over; one with 0 files is left out.
-      encoding_format: of the images, as TFDS's feature takes it.
-      metadata: what the set says of itself.
-      negatives: whether a region has negatives.
-      files: gives name -> content of what is to stand beside the records; called when these are written.
-    """
-    splits = {split: given for split, given in splits.items() if given[1]}
+    AnnotatedImages.name = name
+    builder = AnnotatedImages(data_dir=folder)
     config = tfds.download.DownloadConfig()
-    of_splits = _Shards(of_splits=iter([count for _, count in splits.values()]))
-    config.get_shard_config = lambda: of_splits
-    with staging.replacing(target) as folder:
-        builder = _builder(
-            target,
-            folder,
-            {split: items for split, (items, _) in splits.items()},
-            encoding_format=encoding_format,
-            negatives=negatives,
-            metadata=metadata,
-        )
-        tfds.disable_progress_bar()  # ours has the time left
-        # TFDS announces on stdout, and wants a folder for downloads that are not.
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-            try:
-                builder.download_and_prepare(download_dir=downloads, download_config=config)
-            except RuntimeError as error:  # TFDS makes one of TensorFlow's errors
-                if "No space left on device" not in str(error):
-                    raise
-                raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None
-        digests = {
-            split: record_files.digest_of_split(builder.info.splits[split].filepaths, negatives)
-            for split in splits
-        }
-        beside = {**files(), record_files.DIGEST_FILE: msgspec.json.encode(digests)}
-        for file_name, content in beside.items():
-            (epath.Path(builder.data_dir) / file_name).write_bytes(content)
+    shards = _Shards(numbers=iter([count for _, count in splits.values()]))
+    config.get_shard_config = lambda: shards
+    tfds.disable_progress_bar()  # our own shows the time left
+    # TFDS prints to stdout, and wants a folder for downloads although there are none.
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
+        try:
+            builder.download_and_prepare(download_dir=downloads, download_config=config)
+        except RuntimeError as error:  # TFDS turns TensorFlow's errors into it
+            if "No space left on device" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None
+    digests = {
+        split: record_files.digest_of_split(builder.info.splits[split].filepaths, negatives)
+        for split in splits
+    }
+    beside = {**files(), record_files.DIGEST_FILE: msgspec.json.encode(digests)}
+    for file_name, content in beside.items():
+        (epath.Path(builder.data_dir) / file_name).write_bytes(content)
+
+
+def _with_key(item: dict[str, Any], negatives: bool) -> tuple[str, dict[str, Any]]:
+    """(key, example) as TFDS encodes it."""
+    regions = []
+    for region in item["regions"]:
+        region = region | {"bbox": tfds.features.BBox(*region["bbox"])}
+        texts = region.pop("negatives", [])
+        regions.append(region | {"negatives": texts} if negatives else region)
+    return item["id"], item | {"image": io.BytesIO(item["image"]), "regions": regions}

@@ -50,8 +50,8 @@ def write_annotations(folder, count, size=(16, 12)):
 
 def build_set(folder, output, *arguments, name="tiny_set", lines="A.jsonl"):
     """Runs data.build of a file of lines in the folder; returns its exit status."""
-    given = [f"--annotations={folder / lines}", f"--images={folder}"]
-    return build.main([*given, f"--output={output}", f"--name={name}", *arguments])
+    inputs = [f"--annotations={folder / lines}", f"--images={folder}"]
+    return build.main([*inputs, f"--output={output}", f"--name={name}", *arguments])
 
 
 def config(

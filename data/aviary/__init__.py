@@ -1,8 +1,8 @@
-"""The aviary: a data set of drawn birds, made to test the claim of the GRAIN paper.
+"""The aviary: a dataset of drawn birds, made to test the claim of the GRAIN paper.
 
 A species has one look for each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs;
 101 looks, each with a phrase).  There are 120 training species in 24 genera and 40 held-out
-species in 10 other genera.  Every look of a held-out species occurs in training; only its name and
+species in 10 other genera.  Every look of a held-out species occurs in training. Only its name and
 its combination of looks are new.  Web captions hold only the invented names; synthetic captions
 and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
 
@@ -17,7 +17,7 @@ and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
   DIR/README.md                   describes the files
   DIR/settings.json               all settings; written last
 
-Modules, in the order of the data flow: `vocabulary` (looks and phrases), `species`, `outlines`,
-`bird`, `palette`, `scenery`, `props`, `drawing` (image and exact boxes), `annotations` (words,
-boxes and their noise), `masks` (label images), `generate` (files).
+The data flow: `vocabulary` and `species` say what there is. `outlines`, `bird`, `palette`, `scenery` and `props` give
+shapes and colours to `drawing` (image and exact boxes). `annotations` adds words and noise, `masks` label images;
+`generate` writes the files.
 """

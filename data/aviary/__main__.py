@@ -1,4 +1,4 @@
-"""Generates the aviary data set: drawn birds of invented species, with annotations.
+"""Generates the aviary dataset: drawn birds of invented species, with annotations.
 
   grain-jax aviary --output DIR [--images N --seed S --size 64 --processes P ...]
 
@@ -19,14 +19,14 @@ from grain_jax.data.aviary.arguments import Aviary
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
-        given = Aviary.parse(argv)
+        args = Aviary.parse(argv)
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
     try:
-        made = generate.write(given.output, given.settings, processes=given.processes)
-        print(f"{given.output}: " + ("written" if made else "already complete"), file=sys.stderr)
-        if not given.records or (not made and _is_built(given)):
+        made = generate.write(args.output, args.settings, processes=args.processes)
+        print(f"{args.output}: " + ("written" if made else "already complete"), file=sys.stderr)
+        if not args.records or (not made and _is_built(args)):
             return 0
     except (ValueError, OSError) as error:
         print(f"grain-jax aviary: {error}", file=sys.stderr)
@@ -35,18 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     return build.main(
         [
-            f"--annotations={epath.Path(given.output) / 'A.jsonl'}",
-            f"--images={given.output}",
-            f"--output={given.records}",
-            f"--name={given.name}",
-            f"--workers={given.processes}",
+            f"--annotations={epath.Path(args.output) / 'A.jsonl'}",
+            f"--images={args.output}",
+            f"--output={args.records}",
+            f"--name={args.name}",
+            f"--workers={args.processes}",
         ]
     )
 
 
-def _is_built(given: Aviary) -> bool:
+def _is_built(args: Aviary) -> bool:
     """Whether the records are there: the folder of a set exists only after a complete build."""
-    target = epath.Path(given.records) / given.name / example.VERSION
+    target = epath.Path(args.records) / args.name / example.VERSION
     if not target.exists():
         with staging.locked(target):
             staging.recover(target)

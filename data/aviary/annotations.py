@@ -18,11 +18,11 @@ from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, hard_negatives
 
 
 def templates(file: epath.Path) -> dict[str, list[str]]:
-    """The captions of each kind in a table, with the names of what is filled in in braces."""
-    found: dict[str, list[str]] = {}
+    """The captions in a table, by kind; names in braces are filled in later."""
+    kinds: dict[str, list[str]] = {}
     for kind, caption in (line.split("\t") for line in file.read_text().splitlines()[1:]):
-        found.setdefault(kind, []).append(caption)
-    return found
+        kinds.setdefault(kind, []).append(caption)
+    return kinds
 
 
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
@@ -44,7 +44,7 @@ def web_caption(
     rng = random.Random(key + "/web")
     named, nameless = rng.choice(_CAPTIONS["web"]), rng.choice(_CAPTIONS["nameless"])
     wrong = rng.choice(others).name if others else species.name
-    words = {
+    values = {
         "place": drawing.scene.place,
         "perch": drawing.scene.perch_phrase,
         "number": rng.randrange(1000, 10000),
@@ -52,9 +52,9 @@ def web_caption(
     }
     fate = rng.random()
     if fate < noise.missing_names:
-        return nameless.format(**words)
+        return nameless.format(**values)
     name = wrong if fate > 1 - noise.wrong_names else species.name
-    return named.format(name=name, **words)
+    return named.format(name=name, **values)
 
 
 def synthetic_caption(
@@ -94,7 +94,7 @@ def regions(
     chosen = chosen[: rng.randint(least, most)]
     made = []
     for part in chosen:
-        miss, box_rng, words, error = (
+        miss, box_rng, word_rng, error = (
             random.Random(f"{key}/{part}/{kind}") for kind in ("miss", "box", "words", "score")
         )
         if miss.random() < noise.misses:
@@ -102,7 +102,7 @@ def regions(
         true_box = drawing.boxes_xyxy[part]
         box = _jittered(true_box, drawing.image.size, box_rng, noise.jitter)
         description, wrong = _describe(
-            species, part, words, noise.wrong_descriptions, noise.paraphrased
+            species, part, word_rng, noise.wrong_descriptions, noise.paraphrased
         )
         score = 0.88 - 0.6 * (1 - box_iou(box, true_box)) - 0.22 * wrong
         score = round(min(0.99, max(0.3, score + noise.score_noise * error.gauss(0, 1))), 3)
@@ -111,7 +111,7 @@ def regions(
 
 
 def negatives(species: Species, description: str, key: str, number: int) -> list[str]:
-    """`number` texts (10 at most) that differ from a region's description in colour or shape; none is true of the bird."""
+    """Up to 10 texts that differ from a region's description in colour or shape, and are not true of the bird."""
     wrong = [text for text, trait in hard_negatives(description) if trait not in species.traits]
     random.Random(f"{key}/negatives/{description}").shuffle(wrong)
     return wrong[:number]

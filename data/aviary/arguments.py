@@ -10,7 +10,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 
 
 class Aviary(Command, name="aviary"):
-    """Draws the embedded data set: birds of invented species, with annotations.
+    """Draws the embedded dataset: birds of invented species, with annotations.
 
     With --records DIR, A.jsonl is also built into TFRecords there, as grain-jax build does.
 
@@ -32,10 +32,10 @@ class Aviary(Command, name="aviary"):
 
     def __post_init__(self):
         """Raises ValueError for settings that contradict each other."""
-        given, noise = self.settings, self.settings.noise
+        settings, noise = self.settings, self.settings.noise
         for low, high, least, most in (
-            ("--least-parts", "--most-parts", given.least_parts, given.most_parts),
-            ("--scale-from", "--scale-to", given.pose.scale_from, given.pose.scale_to),
+            ("--least-parts", "--most-parts", settings.least_parts, settings.most_parts),
+            ("--scale-from", "--scale-to", settings.pose.scale_from, settings.pose.scale_to),
         ):
             if least > most:
                 raise ValueError(f"{low}: got {least}, expected at most {high} {most}")

@@ -48,13 +48,13 @@ def _crest():
     curl = stroke([(15, -27), (13, -38), (6, -45.5), (-3, -46.5), (-9, -42), (-8, -36.5),
                    (-3, -35.6), (-1.5, -39)], 7.8, 3)
     return {
-        "spiky": [(grow(one, INK), "ink") for one in spikes] + [(one, "base") for one in spikes]
+        "spiky": [(grow(shape, INK), "ink") for shape in spikes] + [(shape, "base") for shape in spikes]
         + [(polygon((x, -30), (t, y + 4), (x + 2.2, -30)), "light")
            for x, t, y in ((3, -6.5, -40), (8, 2.5, -46), (13, 13.2, -46), (17, 21.5, -41))],
         "tall": _shaded(tall, (stroke([(11, -31), (5, -40), (-8, -47)], 1.4, 0.7), "dark"),
                         (stroke([(14, -31), (9, -40), (0, -45.5)], 1.2, 0.6), "light")),
-        "round": [(grow(one, INK), "ink") for one in puff] + [(one, "dark") for one in puff]
-        + [(grow(one, -0.8) + (0, -0.8), "base") for one in puff]
+        "round": [(grow(shape, INK), "ink") for shape in puff] + [(shape, "dark") for shape in puff]
+        + [(grow(shape, -0.8) + (0, -0.8), "base") for shape in puff]
         + [(ellipse(10, -43, 3.2, 2, -20), "light")],
         "curled": [(grow(curl, INK), "ink"), (curl, "base"),
                    (stroke([(14, -31), (11.6, -38.6), (5, -44.6), (-2.5, -45.4)], 1.7, 0.8), "light")],
@@ -105,9 +105,9 @@ def _breast():
     inner = grow(_BREAST, -0.6)
     return {
         "plain": _shaded(_BREAST, (ellipse(15, 2, 3.4, 6, 28), "light"), depth=1.6),
-        "spotted": _shaded(_BREAST, *((one, "accent") for one in
+        "spotted": _shaded(_BREAST, *((shape, "accent") for shape in
                                       spots(_BREAST, 6.6, 1.75, -40)), depth=1.6),
-        "striped": _shaded(_BREAST, *((one, "accent") for one in
+        "striped": _shaded(_BREAST, *((shape, "accent") for shape in
                                       bands(inner, 5, 0.42, -40)), depth=1.6),
     }
 
@@ -121,8 +121,8 @@ def _wing():
     bars = [inner_band for inner_band in bands(inner, 5, 0.45, 62)[1:4]]
     return {
         "plain": _shaded(_WING, light, *feathers, depth=1.8),
-        "barred": _shaded(_WING, *((one, "accent") for one in bars), depth=1.8),
-        "spotted": _shaded(_WING, *((one, "accent") for one in spots(_WING, 7, 1.9, 30)),
+        "barred": _shaded(_WING, *((shape, "accent") for shape in bars), depth=1.8),
+        "spotted": _shaded(_WING, *((shape, "accent") for shape in spots(_WING, 7, 1.9, 30)),
                            depth=1.8),
         "tipped": _shaded(_WING, (tip, "accent"), light, depth=1.8),
     }
@@ -139,7 +139,7 @@ def _tail():
     broad = curve((0, -5), (12, -6.4), (24, -7.6), (27, -6), (27, 6), (24, 7.6), (12, 6.4),
                   (0, 5))
     rays = [(out(stroke([(4, y / 4), (22, y)], 0.5, 0.9)), "dark") for y in (-8, -2.7, 2.7, 8)]
-    stripes = [(out(one), "accent") for one in bands(grow(broad, -0.5), 5, 0.5, 90)]
+    stripes = [(out(shape), "accent") for shape in bands(grow(broad, -0.5), 5, 0.5, 90)]
     return {
         "long": _shaded(out(long), (out(stroke([(4, 0.4), (27, 0.4)], 0.7, 0.7)), "dark")),
         "forked": _shaded(out(fork)),
@@ -155,12 +155,12 @@ def _legs():
         return [stroke([(x - 1.5, top), (x, foot - 1)], width), *toes]
     def both(top, foot, width):
         shapes = leg(-2.5, top, foot, width) + leg(9, top, foot, width)
-        return [(grow(one, 0.55), "ink") for one in shapes] + [(one, "base") for one in shapes]
+        return [(grow(shape, 0.55), "ink") for shape in shapes] + [(shape, "base") for shape in shapes]
     def trouser(x):
         fluff = curve((x - 6, 19), (x - 6.3, 28), (x - 4, 34), (x - 1.5, 32.4), (x, 35),
                       (x + 1.8, 32.4), (x + 4, 34), (x + 5.6, 28), (x + 5.5, 18), steps=4)
         return _shaded(fluff)
-    toes = [(one, "dark") for x in (-2.5, 9) for one in leg(x, 28, 36.5, 2.2)]
+    toes = [(shape, "dark") for x in (-2.5, 9) for shape in leg(x, 28, 36.5, 2.2)]
     return {
         "long": both(17, 41.5, 2.6),
         "short": both(19, 33.5, 5.0),
@@ -185,14 +185,14 @@ EYE = [(ellipse(*EYE_AT, 4.0, count=20), "ink"), (ellipse(*EYE_AT, 3.3, count=20
 
 def bird_layers(species):
     """Yields (part, outline, tone) from back to front; part is None for the body and the eye."""
-    def of(part):
+    def layers_of(part):
         return ((part, *layer) for layer in PART_LAYERS[part, species[part].shape])
-    yield from of("tail")
-    yield from of("legs")
-    yield from of("crest")
+    yield from layers_of("tail")
+    yield from layers_of("legs")
+    yield from layers_of("crest")
     yield from ((None, *layer) for layer in BODY_BACK)
     for part in ("breast", "throat", "eye"):
-        yield from of(part)
+        yield from layers_of(part)
     yield from ((None, *layer) for layer in EYE)
-    yield from of("beak")
-    yield from of("wing")
+    yield from layers_of("beak")
+    yield from layers_of("wing")

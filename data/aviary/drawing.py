@@ -1,8 +1,8 @@
 """Draws a bird of a species in a scene: an image, the exact box of each part and the part of each pixel.
 
 The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then
-averaged down.  Every index belongs to one part (or none), so that the canvas tells which pixels
-show which part: boxes enclose the visible pixels of a part, not its whole shape.
+averaged down.  Every index belongs to one part (or none), so the canvas tells which pixels show which part.
+Boxes enclose the visible pixels of a part, not its whole shape.
 """
 
 import dataclasses
@@ -21,23 +21,23 @@ from grain_jax.data.aviary.vocabulary import PARTS
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A drawn image: RGB `image`; part -> (x1, y1, x2, y2) in pixels of what can be seen of the
-    part (a part out of sight is missing); part -> the area that it covers, as a share of the image; the `scene` in
-    words; `labels`, which part each pixel of the supersampled canvas shows, uint8 [side, side]: 0 for none, i for
-    the i-th of PARTS."""
+    """A drawn image."""
 
-    image: Image.Image
+    image: Image.Image  # RGB
+    # Part -> the box of what can be seen of it, in pixels; a part out of sight is missing.
     boxes_xyxy: dict[str, tuple[float, float, float, float]]
-    areas: dict[str, float]
-    scene: scenery.Scene
-    labels: np.ndarray
+    areas: dict[str, float]  # part -> the share of the image that it covers
+    scene: scenery.Scene  # in words
+    labels: (
+        np.ndarray
+    )  # uint8 [side, side] of the supersampled canvas: 0, or i for the i-th of PARTS
 
     def part_mask(self) -> np.ndarray:
-        """The label that covers most of each pixel of the image, of equal ones the lower: uint8 [size, size]."""
+        """The label that covers most of each pixel, the lower one of two equal ones: uint8 [size, size]."""
         factor = len(self.labels) // self.image.height
         share = np.uint8(factor**2)  # so that the mean over a pixel is a count
         shown = [(self.labels == label) * share for label in range(len(PARTS) + 1)]
-        covered = [np.asarray(Image.fromarray(one).reduce(factor)) for one in shown]
+        covered = [np.asarray(Image.fromarray(label_map).reduce(factor)) for label_map in shown]
         return np.argmax(covered, 0).astype(np.uint8)
 
 
@@ -73,7 +73,7 @@ class _Canvas:
         return ImageChops.multiply(colours, light), coverage.reduce(self.supersampling)
 
     def visible(self):
-        """part -> (x1, y1, x2, y2) in pixels, part -> its area (see Drawing), of visible parts; and the labels."""
+        """`boxes_xyxy`, `areas` and `labels` of a Drawing."""
         numbers = np.array(
             [PARTS.index(owner) + 1 if owner else 0 for owner in self._owners], np.uint8
         )
@@ -140,6 +140,6 @@ def draw(
 
 @functools.lru_cache(maxsize=4)
 def _light(size):
-    """The factor of the brightness of the foreground: light from above."""
+    """The brightness of the foreground, which is lit from above."""
     column = np.linspace(255, 222, size).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(column[:, None, None], (size, size, 3)).copy())

@@ -1,4 +1,4 @@
-"""Writes the data set: images by several processes, annotations in the order of the images."""
+"""Writes the dataset: images by several processes, annotations in the order of the images."""
 
 import dataclasses
 import functools
@@ -17,14 +17,13 @@ from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
-STAMP = "settings.json"  # written last: where it stands, the data set is complete
+STAMP = "settings.json"  # written last: if it exists, the dataset is complete
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One image to draw: number `index` of `split`. Its file is `image` in `folder` of the data set,
-    and the annotation names it `image`."""
+    """One image to draw, number `index` of `split`: the file `image`, a path below `folder` of the dataset."""
 
     split: str
     index: int
@@ -45,13 +44,15 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
     if task.split not in ("training", "test"):
         return None
     exact = task.split == "test"
-    noise, told = (EXACT, 4) if exact else (settings.noise, settings.caption_parts)
-    synthetic = annotations.synthetic_caption(task.species, drawn, key, noise, parts=told)
-    words = {"caption": synthetic}
+    noise, num_parts = (EXACT, 4) if exact else (settings.noise, settings.caption_parts)
+    synthetic = annotations.synthetic_caption(task.species, drawn, key, noise, parts=num_parts)
+    texts = {"caption": synthetic}
     if not exact:
-        others = tuple(one for one in species_of(settings).training if one != task.species)
+        others = tuple(
+            species for species in species_of(settings).training if species != task.species
+        )
         web = annotations.web_caption(task.species, others, drawn, key, noise)
-        words = {"caption": web, "synthetic_caption": synthetic}
+        texts = {"caption": web, "synthetic_caption": synthetic}
     parts = {"least": settings.least_parts, "most": settings.most_parts}
     regions = annotations.regions(task.species, drawn, key, noise, **parts)
     number = TEST_NEGATIVES if exact else settings.negatives
@@ -61,16 +62,16 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
         if number:
             said = region["description"]
             region["negatives"] = annotations.negatives(task.species, said, key, number)
-    return {"image": task.image, **words, "regions": regions, "id": f"{task.split}-{task.index}"}
+    return {"image": task.image, **texts, "regions": regions, "id": f"{task.split}-{task.index}"}
 
 
 def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: int = 1) -> bool:
-    """Writes the data set to the folder `output` (local or remote); its README.md describes the files.
+    """Writes the dataset to the folder `output` (local or remote); its README.md describes the files.
 
     With more than one process the main module of the caller must be importable (they are spawned).
 
     Returns:
-        False if `output` already holds the complete data set of these settings.
+        False if `output` already holds the complete dataset of these settings.
 
     Raises:
         ValueError: settings out of range, or `output` holds something else.
@@ -97,7 +98,9 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     write_lines(output / "test" / "A.jsonl", both)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
         write_lines(output / "test" / f"{name}.jsonl", lines[name])
-        write_json(output / f"{name}.json", {one.name: one.descriptions for one in group})
+        write_json(
+            output / f"{name}.json", {species.name: species.descriptions for species in group}
+        )
     (output / "README.md").write_text(_readme(settings, aviary))
     write_lines(output / "A.jsonl", lines["training"])
     if settings.test_images:
@@ -107,12 +110,12 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
 
 
 def group_of(settings: Settings, species: Species) -> str:
-    """The group of a species: `unseen` of a held-out one, `seen` of others."""
+    """The group of a species: `unseen` if it is held out, else `seen`."""
     return "unseen" if species.genus >= settings.genera else "seen"
 
 
 def tasks_of(settings: Settings) -> Iterator[Task]:
-    """All images of the data set. In "training" and "test" the species take turns, in an order
+    """All images of the dataset. In "training" and "test" the species take turns, in an order
     drawn anew for each round; every second test image is of an unseen species."""
     aviary = species_of(settings)
     suffix = "png" if settings.size <= 128 else "jpg"
@@ -125,16 +128,16 @@ def tasks_of(settings: Settings) -> Iterator[Task]:
             turn, which = divmod(index, len(groups))
             group = groups[which]
             order = _order(f"{settings.seed}/{split}/{which}/{turn // len(group)}", len(group))
-            one = group[order[turn % len(group)]]
-            yield Task(split, index, one, folder, f"images/{index:06d}.{suffix}")
+            species = group[order[turn % len(group)]]
+            yield Task(split, index, species, folder, f"images/{index:06d}.{suffix}")
     for split, group, each in (
         ("seen", aviary.training, settings.seen_per_species),
         ("unseen", aviary.held_out, settings.unseen_per_species),
     ):
-        for number, one in enumerate(group):
+        for number, species in enumerate(group):
             for turn in range(each):
-                image = f"{one.name}/{turn:04d}.{suffix}"
-                yield Task(split, turn * len(group) + number, one, split, image)
+                image = f"{species.name}/{turn:04d}.{suffix}"
+                yield Task(split, turn * len(group) + number, species, split, image)
 
 
 @functools.lru_cache(maxsize=4)
@@ -143,7 +146,7 @@ def _order(key, count):
 
 
 def _make(output, settings, task):
-    """Draws and writes one image, and its label images if it is one of the test; returns its annotation."""
+    """Draws and writes one image, with label images if it is a test image; returns its annotation."""
     drawn = drawing_of(settings, task.split, task.index, task.species)
     encoded = io.BytesIO()
     if task.image.endswith(".png"):
@@ -159,7 +162,7 @@ def _make(output, settings, task):
 
 
 def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the whole data set of these settings, which are written last.
+    """Whether a folder holds the whole dataset of these settings, which are written last.
 
     Raises:
       errors.UserError: it holds something else.
@@ -170,7 +173,7 @@ def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
         return True
     if stamp.exists() or (output / "A.jsonl").exists():
         raise errors.UserError(
-            f"{output}: holds another data set, expected an empty folder or one made with the same settings;"
+            f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
             " remove it or choose another --output"
         )
     return False
@@ -182,7 +185,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a record a line, and the folders above them."""
+    """Writes one record per line, and the folders above the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 

@@ -1,10 +1,9 @@
 """Label images of the test images, for `evaluate segmentation`: the part, or its look, that each pixel shows.
 
-Each group of species has a folder with images/NAME.png (or .jpg above 128 pixels); masks/NAME.png and classes.txt, of 8
-parts; looks/NAME.png and looks.txt, of the 101 phrases that describe them. A place in the image tells the part; its look
-takes the words. A label image has 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no
-part. A list of classes has a class a line, the first with number 0. No text of the data set says the name of a part
-alone, so its line has all phrases of its looks, too, with commas between.
+Each group of species has a folder. images/ has NAME.png (or .jpg above 128 pixels). masks/ has label images of 8 parts,
+named in classes.txt. looks/ has label images of the 101 phrases that describe them, listed in looks.txt. A label image has 8 bits: the number of the
+class that covers most of a pixel, 0 if it shows no part. A list has one class per line, the first with number 0. No text
+of the dataset says the name of a part alone, so its line also has all phrases of its looks, with commas between.
 """
 
 import io
@@ -18,10 +17,10 @@ from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
-FOLDER = "segmentation"  # below the data set
+FOLDER = "segmentation"  # below the dataset
 GROUPS = ("seen", "unseen")  # of species
 _LOOKS = [trait for part in PARTS for trait in TRAITS[part]]
-# Folder of label images -> the classes, with commas between names of one; folder -> their file.
+# Folder of label images -> its classes, with commas between the names of a class.
 CLASSES = {
     "masks": (
         "background",
@@ -30,7 +29,7 @@ CLASSES = {
     "looks": ("background", *(trait.phrase for trait in _LOOKS)),
 }
 FILES = {"masks": "classes.txt", "looks": "looks.txt"}
-TEMPLATES = "templates.txt"  # the prompt for all of them: the phrase alone, as the texts of the data set have it
+TEMPLATES = "templates.txt"  # the prompt for all classes: the phrase alone
 _README = """# Label images of the test images
 
 `seen/` and `unseen/` hold the test images of these species, each with
@@ -57,7 +56,7 @@ def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
 
 
 def begin(output: epath.Path, groups: Iterable[str] = GROUPS) -> None:
-    """Makes the folders, the lists of classes and the prompt, below the data set `output`."""
+    """Makes the folders, the lists of classes and the prompt, below the dataset `output`."""
     for group in groups:
         folder = output / FOLDER / group
         for part in ("images", *CLASSES):

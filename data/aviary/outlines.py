@@ -90,9 +90,9 @@ def _unit(vectors):
 def _spline(values, t):
     """The open Catmull-Rom curve through `values` at the times `t` in [0, len(values) - 1]."""
     padded = np.concatenate([[2 * values[0] - values[1]], values, [2 * values[-1] - values[-2]]])
-    at = np.minimum(t.astype(int), len(values) - 2)
-    f = t - at
-    return _between(*(padded[at + k] for k in range(4)), f)
+    index = np.minimum(t.astype(int), len(values) - 2)
+    f = t - index
+    return _between(*(padded[index + k] for k in range(4)), f)
 
 
 def _between(p0, p1, p2, p3, t):

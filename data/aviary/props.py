@@ -20,7 +20,7 @@ def _flower():
               for a in np.linspace(0, 2 * np.pi, 6)[:-1] - np.pi / 2]
     return [(stroke([(0, -2), (0.8, 8), (-0.5, 22)], 1.5), "green"),
             (curve((0, 14), (4, 8.5), (8, 8), (5.5, 13), steps=4), "green"),
-            *((grow(one, 0.6), "ink") for one in petals), *((one, "base") for one in petals),
+            *((grow(shape, 0.6), "ink") for shape in petals), *((shape, "base") for shape in petals),
             (ellipse(0, -4, 2.9, count=14), "yolk")]
 
 
@@ -28,7 +28,7 @@ def _butterfly():
     wings = [ellipse(x, y, rx, ry, angle) for x, y, rx, ry, angle in
              ((-4.6, -3, 5.4, 4, 40), (4.6, -3, 5.4, 4, -40), (-3.6, 3.6, 3.9, 3, -35),
               (3.6, 3.6, 3.9, 3, 35))]
-    return [*((grow(one, 0.6), "ink") for one in wings), *((one, "base") for one in wings),
+    return [*((grow(shape, 0.6), "ink") for shape in wings), *((shape, "base") for shape in wings),
             *((ellipse(x, -3.4, 1.4, count=10), "light") for x in (-5.4, 5.4)),
             (ellipse(0, 0, 1.1, 5.4), "ink"),
             *((stroke([(0, -4.5), (s * 1.4, -7.5), (s * 3.2, -8.8)], 0.7), "ink") for s in (-1, 1))]
@@ -65,8 +65,8 @@ def _berries():
     return [*((stroke([(0, -7), (x / 2, -2), (x, y)], 0.9), "wood") for x, y in
               ((-3.6, 1), (3.4, 0), (0, 5))),
             (curve((0, -7), (5, -9.4), (10, -7), (5, -4.6), steps=4), "green"),
-            *((grow(one, 0.6), "ink") for one in fruit), *((one, "base") for one in fruit),
-            *((one * 0.35 + (x * 0.65 - 0.8, y * 0.65 - 0.9), "light") for one, (x, y) in
+            *((grow(shape, 0.6), "ink") for shape in fruit), *((shape, "base") for shape in fruit),
+            *((shape * 0.35 + (x * 0.65 - 0.8, y * 0.65 - 0.9), "light") for shape, (x, y) in
               zip(fruit, ((-3.6, 2), (3.4, 1), (0, 6.4)), strict=True))]
 
 
@@ -93,14 +93,14 @@ def draw_things(canvas, rng, scene, *, side) -> None:
     for kind, colour in scene.things:
         layers, on_ground = THINGS[kind]
         x, y = spots[on_ground].pop(rng.randrange(len(spots[on_ground])))
-        at = (50 + side * (x + rng.uniform(-3, 3)), 50 + y + rng.uniform(-3, 3))
+        position = (50 + side * (x + rng.uniform(-3, 3)), 50 + y + rng.uniform(-3, 3))
         angle, scale = rng.uniform(-12, 12), rng.uniform(0.75, 1.05)
         shades = {**tones(vary(COLOURS[colour], rng, 0.04)), "green": vary(_LEAF, rng, 0.04),
                   "wood": _WOOD[0], "yolk": (250, 214, 92), "cream": (244, 234, 214)}
         if colour == "yellow":
             shades["yolk"] = (190, 120, 60)
         for points, tone in layers:
-            canvas.polygon(place(points, *at, angle, scale), shades[tone])
+            canvas.polygon(place(points, *position, angle, scale), shades[tone])
 
 
 def draw_perch(canvas, rng, scene, *, feet, side) -> None:
@@ -135,8 +135,8 @@ def _branch(canvas, rng, x, y, side):
     canvas.polygon(stroke([base, tip], 2, 0.8), shades["dark"])
     _solid(canvas, stroke(line, thick, thick * 0.55), shades)
     for _ in range(3):
-        at = rng.uniform(-45, 45)
-        knot = (x + at, y + 2.9 + at * side * slope)
+        position = rng.uniform(-45, 45)
+        knot = (x + position, y + 2.9 + position * side * slope)
         canvas.polygon(stroke([knot, (knot[0] + 5, knot[1] + 5 * side * slope)], 0.8),
                        shades["dark"])
 
@@ -161,10 +161,10 @@ def _post(canvas, rng, x, y, side):
     _solid(canvas, polygon((x - half, y), (x + half, y), (x + half, 108), (x - half, 108)), shades)
     canvas.polygon(curve((x - half, y + 0.6), (x, y - 2.4), (x + half, y + 0.6), (x, y + 3.4)),
                    shades["light"])
-    for at in (-0.5, 0.1, 0.6):
+    for position in (-0.5, 0.1, 0.6):
         bend = rng.uniform(-1, 1)
-        canvas.polygon(stroke([(x + at * half, y + 5), (x + at * half + bend, y + 14),
-                               (x + at * half, 106)], 0.8), shades["dark"])
+        canvas.polygon(stroke([(x + position * half, y + 5), (x + position * half + bend, y + 14),
+                               (x + position * half, 106)], 0.8), shades["dark"])
 
 
 def _mound(canvas, rng, x, y, side):
@@ -172,11 +172,11 @@ def _mound(canvas, rng, x, y, side):
     hill = curve((x - 75, y + 12), (x - 35, y + 4), (x, y), (x + 35, y + 4), (x + 75, y + 12),
                  (x + 75, 125), (x - 75, 125))
     for _ in range(16):
-        at = rng.uniform(-42, 42)
-        root = y + 1.6 + (at / 33) ** 2 * 3.4
-        blade = polygon((x + at - 1.3, root + 2), (x + at + rng.uniform(-3, 3),
+        position = rng.uniform(-42, 42)
+        root = y + 1.6 + (position / 33) ** 2 * 3.4
+        blade = polygon((x + position - 1.3, root + 2), (x + position + rng.uniform(-3, 3),
                                                   root - rng.uniform(3, 7)),
-                        (x + at + 1.3, root + 2))
+                        (x + position + 1.3, root + 2))
         canvas.polygon(blade, shades[rng.choice(("base", "dark", "light"))])
     canvas.polygon(hill, shades["dark"])
     canvas.polygon(hill + (0, 1.6), shades["base"])

@@ -37,12 +37,12 @@ def birds(count: int = 4, *, seen: bool = False, seed: int = 0, size: int = 64) 
     random.Random(f"aviary sample {seed}").shuffle(species)
     made = []
     for i in range(count):
-        one = species[i % len(species)]
-        drawn = generate.drawing_of(settings, f"sample {seed}", i, one)
+        species_drawn = species[i % len(species)]
+        drawn = generate.drawing_of(settings, f"sample {seed}", i, species_drawn)
         boxes = {
             trait.phrase: tuple(edge / size for edge in drawn.boxes_xyxy[trait.part])
-            for trait in one.traits
+            for trait in species_drawn.traits
             if trait.part in drawn.boxes_xyxy
         }
-        made.append(Bird(drawn.image, one.name, one.descriptions, boxes))
+        made.append(Bird(drawn.image, species_drawn.name, species_drawn.descriptions, boxes))
     return made

@@ -62,10 +62,10 @@ class Scene:
 def make_scene(rng: random.Random, size: int) -> tuple[Scene, Image.Image]:
     """A scene, and its background as an RGB image of that size."""
     kind = rng.choice(tuple(_KINDS))
-    above, below, places, backgrounds = _KINDS[kind]
+    above, below, places_named, backgrounds = _KINDS[kind]
     image = _background(kind, vary(above, rng, 0.05), vary(below, rng, 0.03), rng)
     scene = Scene(
-        place=rng.choice(places),
+        place=rng.choice(places_named),
         background=rng.choice(backgrounds),
         perch=rng.choice(("branch", "branch", "branch", "stone", "post", "mound")),
         things=tuple(

@@ -1,4 +1,4 @@
-"""What the data set is made of: the settings that its files depend on, each with its flag."""
+"""What the dataset is made of: the settings that its files depend on, each with its flag."""
 
 import dataclasses
 

@@ -1,8 +1,8 @@
 """Species of the aviary: genera that share parts, and invented names.
 
 A genus is one trait for each of the 8 parts; each of its species changes `parts_changed` of them.
-Held-out species are made in the same way from other genera, but only of traits that some training
-species has: their names and combinations are new, their parts and words are not.
+Held-out species are made in the same way from other genera, with traits that some training species
+has. So their names and combinations are new, and their parts and words are not.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _TRIES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Species:
-    """A species: an invented `name`, its `genus` (a number), one trait a part (in the order of PARTS)."""
+    """A species: an invented `name`, its `genus` (a number), one trait per part (in the order of PARTS)."""
 
     name: str
     genus: int
@@ -45,8 +45,8 @@ class Species:
 
 
 @dataclasses.dataclass(frozen=True)
-class Aviary:
-    """All species of a data set."""
+class AllSpecies:
+    """All species of a dataset."""
 
     training: tuple[Species, ...]
     held_out: tuple[Species, ...]
@@ -58,8 +58,8 @@ def distance(first: Species, second: Species) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def species_of(settings: Settings) -> Aviary:
-    """Draws the species of a data set.
+def species_of(settings: Settings) -> AllSpecies:
+    """Draws the species of a dataset.
 
     Any two differ in at least min(3, parts_changed) parts; `parts_changed` = 8 makes the parts of a species
     independent of its genus.
@@ -74,14 +74,14 @@ def species_of(settings: Settings) -> Aviary:
     made: list[Species] = []
     _add(made, names[:count], TRAITS, settings.genera, settings.parts_changed, rng)
     if others:
-        seen = {trait for one in made for trait in one.traits}
+        seen = {trait for species in made for trait in species.traits}
         known = {part: [trait for trait in TRAITS[part] if trait in seen] for part in PARTS}
         _add(made, names[count:], known, settings.held_out_genera, settings.parts_changed, rng)
-    return Aviary(training=tuple(made[:count]), held_out=tuple(made[count:]))
+    return AllSpecies(training=tuple(made[:count]), held_out=tuple(made[count:]))
 
 
 def _add(made, names, traits, genera, parts_changed, rng):
-    """Appends to `made` one species a name, in `genera` new genera, of `traits` (by part)."""
+    """Appends one species per name to `made`, in `genera` new genera, with these traits by part."""
     per_genus = len(names) // genera
     first_genus = made[-1].genus + 1 if made else 0
     least = min(3, parts_changed)
@@ -92,16 +92,16 @@ def _add(made, names, traits, genera, parts_changed, rng):
                 changed = rng.sample(PARTS, parts_changed)
                 new = dict(prototype)
                 for part in changed:
-                    others = [one for one in traits[part] if one != prototype[part]]
+                    others = [trait for trait in traits[part] if trait != prototype[part]]
                     new[part] = rng.choice(others or [prototype[part]])
-                one = Species(name, first_genus + number, tuple(new[part] for part in PARTS))
-                if all(distance(one, other) >= least for other in made):
-                    made.append(one)
+                species = Species(name, first_genus + number, tuple(new[part] for part in PARTS))
+                if all(distance(species, other) >= least for other in made):
+                    made.append(species)
                     break
             else:
                 raise ValueError(
                     f"species: found no further one after {len(made)} that differs from each in {least} parts;"
-                    " use more training species, fewer a genus, or more parts_changed"
+                    " use more training species, fewer per genus, or more parts_changed"
                 )
 
 
@@ -115,7 +115,9 @@ def invent_names(count: int, rng: random.Random) -> list[str]:
     chosen, alike, taken = [], [], set(_WORDS)
     for name in possible:
         # "?umbel", "w?mbel", ...: two names that share one differ in a single letter.
-        masked = {name[:at] + "?" + name[at + 1 :] for at in range(len(name))} | {name}
+        masked = {name[:position] + "?" + name[position + 1 :] for position in range(len(name))} | {
+            name
+        }
         (alike if masked & taken else chosen).append(name)
         if not masked & taken:
             taken |= masked

@@ -62,28 +62,28 @@ class _Wording:
     def text(self) -> str:
         colour = self.trait.colour
         template = _LOOKS[self.trait.part, self.trait.shape][1 + self.template]
-        words = template.format(COLOUR_SYNONYMS[colour] if self.reworded else colour).split()
+        known_words = template.format(COLOUR_SYNONYMS[colour] if self.reworded else colour).split()
         return " ".join(  # "a orange beak" -> "an orange beak", wherever the article stands
             "an" if word == "a" and after[:1] in "aeiou" else word
-            for word, after in zip(words, words[1:] + ["."], strict=True)
+            for word, after in zip(known_words, known_words[1:] + ["."], strict=True)
         )
 
 
 @functools.cache
 def _wordings() -> dict[str, _Wording]:
-    """Description -> what it says, of each part, shape and colour, also of those that no bird has."""
-    found = (
+    """Description -> its trait, for every part, shape and colour, also if no bird has that look."""
+    others = (
         _Wording(Trait(part, shape, colour), template, reworded)
         for (part, shape), (_, *templates) in _LOOKS.items()
         for template in range(len(templates))
         for colour in COLOUR_SYNONYMS
         for reworded in (False, True)
     )
-    return {wording.text: wording for wording in found}
+    return {wording.text: wording for wording in others}
 
 
 def hard_negatives(description: str) -> list[tuple[str, Trait]]:
-    """The description with another colour, or with another shape (or pattern) of the part, and what that says.
+    """The description with another colour, or another shape (or pattern) of the part; each with its trait.
 
     Args:
       description: a phrase or paraphrase of a trait.

@@ -1,1 +1,1 @@
-"""Inspects a data set: numbers, problems and a sheet of images (docs/inspect.md)."""
+"""Inspects a dataset: numbers, problems and a sheet of images (docs/inspect.md)."""

@@ -5,22 +5,17 @@ from grain_jax.cli.parser import Command
 
 
 class Inspect(Command, name="inspect"):
-    """Shows numbers, problems and a sheet of images of a data set.
-
-    The set is read once. Memory does not grow with it: copies are sought among the first 250,000 different texts of
-    a kind, and among as many images.
+    """Shows numbers, problems and a sheet of images of a dataset.
 
     Example:
       grain-jax inspect records/mine
       grain-jax inspect A.jsonl --images images
 
     what is inspected:
-      SET                      record set, DIR/NAME or DIR/NAME/1.0.0 of grain-jax build, or an A.jsonl
-      --images DIR             folder that the paths of an A.jsonl start from (default: the folder of the file)
+      SET                      record set of grain-jax build, DIR/NAME or DIR/NAME/1.0.0; or an A.jsonl
+      --images DIR             folder of the images of an A.jsonl (default: the folder of the file)
       --output DIR             folder to write (default: inspect beside the set)
-
-    how:
-      --num-images N           images on the sheet, at most 200
+      --num-images N           number of images on the sheet, at most 200
     """
 
     set: str

@@ -9,7 +9,6 @@ import PIL.ImageDraw
 
 from grain_jax.core import annotations, html, images, printable
 from grain_jax.data.inspect import problems, statistics
-from grain_jax.data.sources import base
 
 SIDE = 300  # pixels of the longer side of an image on the sheet
 SHOWN_REGIONS, SHOWN_NEGATIVES, SHOWN_TEXTS = 10, 3, 12
@@ -25,13 +24,15 @@ b.number { color: white; padding: 0 .35rem; border-radius: .2rem; }
 
 
 def render(
-    result: dict[str, Any], found: Sequence[problems.Problem], sample: Sequence[base.Image]
+    result: dict[str, Any],
+    problem_list: Sequence[problems.Problem],
+    sample: Sequence[annotations.Annotation],
 ) -> str:
     """The HTML of the page: what `statistics.Statistics.result` returns, the problems, some images."""
     heading = f"{result['set']['path']}: {result['set']['kind']}"
     rows = [
-        (p.what, f"{p.count:,}", f"{p.count / p.of:.2%}" if p.of else "", p.example, p.advice)
-        for p in found
+        (p.what, f"{p.count:,}", f"{p.count / p.total:.2%}" if p.total else "", p.example, p.advice)
+        for p in problem_list
     ]
     parts = [
         f"<h1>{_text(heading)}</h1><h2>Problems</h2>",
@@ -83,7 +84,7 @@ def _numbers(result: dict[str, Any]) -> str:
     return _table(("", "count", *names), rows)
 
 
-def _figure(item: base.Image) -> str:
+def _figure(item: annotations.Annotation) -> str:
     """An image with its boxes, numbered by score, and its texts."""
     regions = sorted(item.regions, key=lambda region: -region.score)
     best = regions[:SHOWN_REGIONS]
@@ -113,7 +114,7 @@ def _colour(number: int) -> str:
     return html.REGION_COLOURS[(number - 1) % len(html.REGION_COLOURS)]
 
 
-def draw(item: base.Image, regions: Sequence[annotations.Region]) -> PIL.Image.Image:
+def draw(item: annotations.Annotation, regions: Sequence[annotations.Region]) -> PIL.Image.Image:
     """The image, SIDE pixels long, with the boxes of these regions, numbered from 1. Raises ImageError."""
     image = images.to_rgb(images.decode_image(item.encoded, item.image))
     scale = SIDE / max(image.size)

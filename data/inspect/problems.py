@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 from grain_jax.data.inspect import statistics
 
-LARGE_SHARE = 0.1  # of the images; a text that more share is a problem
-MANY = 20  # least images for which shares are checked
-_FEW_REGIONS = 0.2  # share of images without regions above which it is a problem
+LARGE_SHARE = 0.1  # a text is a problem if more of the images share it
+MANY = 20  # shares are checked from this number of images on
+_FEW_REGIONS = 0.2  # a larger share of images without regions is a problem
 
 
 class Problem(NamedTuple):
@@ -14,14 +14,14 @@ class Problem(NamedTuple):
 
     what: str
     count: int
-    of: int  # total that the count is a part of; 0: none
+    total: int  # of which `count` is a part; 0: unknown
     example: str
     advice: str
 
 
 _LOST = "fix them: grain-jax build leaves such lines out"
 _AGAIN = "run the model's pass again for these, or take the text out"
-# Issue -> (its name in the list, the total that it is a part of (see `find`), advice).
+# Issue -> (its name in the list, the key of its total in `find`, advice).
 _ISSUES = {
     "fault: image": ("images that cannot be read", "images", "take them out or fetch them again"),
     "fault: no caption": ("lines without any caption or region", "", _LOST),
@@ -53,25 +53,24 @@ def find(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
         "web": result["texts"]["web"]["words"]["count"],
         "synthetic": result["texts"]["synthetic"]["words"]["count"],
     }
-    found = []
+    out = []
     faults = sorted(name for name in stats.issues if name.startswith("fault: "))
     for name in [*faults, *(name for name in _ISSUES if name not in faults)]:
-        issue = stats.issues.get(name)
-        if issue is None:
-            continue
-        unnamed = f"faulty: {name.removeprefix('fault: ')}", "", _LOST
-        what, part, advice = _ISSUES.get(name, unnamed)
-        of = max(parts[part], issue.count) if part else 0
-        found.append(Problem(what, issue.count, of, issue.example, advice))
-    return [*found, *_of_whole(stats, result)]
+        if name in stats.issues:
+            count, example = stats.issues[name]
+            unnamed = f"faulty: {name.removeprefix('fault: ')}", "", _LOST
+            what, part, advice = _ISSUES.get(name, unnamed)
+            total = max(parts[part], count) if part else 0
+            out.append(Problem(what, count, total, example, advice))
+    return [*out, *_of_whole(stats, result)]
 
 
 def _of_whole(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
-    found, images = [], stats.images
-    bare = stats.issues["no region"]
-    if bare.count > _FEW_REGIONS * images:
+    out, images = [], stats.images
+    bare, example = stats.issues.get("no region", (0, ""))
+    if bare > _FEW_REGIONS * images:
         advice = "nothing, if you know it: these images train the caption loss alone"
-        found.append(Problem("images without regions", bare.count, images, bare.example, advice))
+        out.append(Problem("images without regions", bare, images, example, advice))
     for kind, name, advice in (
         ("description", "description", "see whether the model copies its prompt"),
         ("synthetic", "synthetic caption", "see whether the model fails"),
@@ -83,12 +82,12 @@ def _of_whole(stats: statistics.Statistics, result: dict[str, Any]) -> list[Prob
             (text, count), others = common[0], len(common) - 1
             example = f"{text!r}" + (f", and {others} more such" if others else "")
             what = f"images that share one {name} (over {LARGE_SHARE:.0%} of all)"
-            found.append(Problem(what, count, images, example, advice))
+            out.append(Problem(what, count, images, example, advice))
     scores = result["regions"]["score_per_mille"]
     if scores["count"] > 1 and scores["min"] == scores["max"]:
         advice = "nothing, if exact: training then keeps the first input.max_regions regions"
         example = f"{scores['min'] / 1000:g}"
-        found.append(Problem("scores that are all equal", scores["count"], 0, example, advice))
+        out.append(Problem("scores that are all equal", scores["count"], 0, example, advice))
     nothing = "nothing for a few: loss.mask_duplicates keeps them from being negatives"
     for what, copies, advice in (
         ("images that are copies, byte by byte, of earlier ones", result["images"], "drop them, or merge their texts into one line"),
@@ -97,5 +96,5 @@ def _of_whole(stats: statistics.Statistics, result: dict[str, Any]) -> list[Prob
     ):  # fmt: skip
         if (copies := copies["copies"])["copies"]:
             numbers = copies["copies"], copies["total"], copies["example"]
-            found.append(Problem(what, *numbers, advice))
-    return found
+            out.append(Problem(what, *numbers, advice))
+    return out

@@ -1,6 +1,5 @@
 """Reads a record set or an A.jsonl as a stream of images and faults, as data sources give them."""
 
-import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -10,12 +9,13 @@ from etils import epath
 
 from grain_jax.core import errors
 from grain_jax.data import example, parallel
-from grain_jax.data.sources import base, tfds
+from grain_jax.data.sources import annotations, base, tfds
 
-Item = base.Image | base.Fault
+Item = base.Annotation | base.Fault
+_LINES_PER_TASK = 32  # their images are held in memory
 
 
-class Source(NamedTuple):
+class ImageSet(NamedTuple):
     """A set, not read yet."""
 
     path: epath.Path
@@ -24,7 +24,7 @@ class Source(NamedTuple):
     total: int  # images that the set claims to hold
 
 
-def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
+def open_set(path: epath.PathLike, images: epath.PathLike | None) -> ImageSet:
     """The set at `path`.
 
     Args:
@@ -49,35 +49,25 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
         shards = source.shards(base.Options(str(directory)))
         items = itertools.chain.from_iterable(map(source.read, shards))
         total = sum(shard.arguments["stop"] - shard.arguments["start"] for shard in shards)
-        return Source(directory, "TFDS records", items, total)
+        return ImageSet(directory, "TFDS records", items, total)
     folder = epath.Path(path.parent if images is None else images)
     if not folder.is_dir():
         raise errors.UserError(f"--images {folder}: no such folder, expected the images of {path}")
-    total = example.count_lines(path)
-    read = functools.partial(_read_line, file=path.name, folder=str(folder))
+    shards = annotations.of_file(path, folder, _LINES_PER_TASK)
+    total = sum(shard.arguments["lines"] for shard in shards)
     workers = parallel.default_workers(total)
-    found = parallel.ordered_map(read, example.read_lines(path), workers=workers)
-    return Source(path, "annotations", itertools.chain.from_iterable(found), total)
+    read = parallel.ordered_map(_read, shards, workers=workers, chunk=1)
+    return ImageSet(path, "annotations", itertools.chain.from_iterable(read), total)
 
 
-def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item]:
-    """The image of a line, or its faults, named as in data.build."""
-    where = f"{file}:{line.number}"
-    checked = example.check_line(line.text, folder)
-    annotation = checked.annotation
-    if annotation is None:
-        return [base.Fault(where, _cause(fault), fault, where) for fault in checked.faults]
-    return [
-        base.Image(
-            annotation.image,
-            checked.encoded,
-            annotation.captions,
-            annotation.synthetic_caption,
-            annotation.regions,
-            annotation.id,
-            where=where,
-        )
-    ]
+def _read(shard: base.SourceShard) -> list[Item]:
+    """The images of the lines, and the faults of the others, named as in data.build."""
+    items: list[Item] = []
+    for line, where in annotations.lines(shard):
+        checked = example.check_line(line, shard.arguments["images"])
+        items += [base.Fault(where, _cause(fault), fault, where) for fault in checked.faults]
+        items += [checked.annotation._replace(where=where)] if checked.annotation else []
+    return items
 
 
 def _cause(fault: str) -> str:

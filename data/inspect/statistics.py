@@ -1,7 +1,6 @@
 """Collects the numbers of a set in one pass, in bounded memory; `result` returns the content of statistics.json."""
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import random
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from grain_jax.core import images
+from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.annotate import answers
 from grain_jax.data.inspect import reading
-from grain_jax.data.sources import base
 from grain_jax.input_pipeline import tokenizer
 
 ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
@@ -24,7 +23,7 @@ TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patc
 WHOLE = 0.95  # share of the image
 LONG_SHAPE = 3.0  # longer side / shorter side
 TOP = 20  # most frequent texts and sizes
-MOST_HELD = 250_000  # different texts, or images, among which copies are sought
+MOST_HELD = 250_000  # copies are sought among this number of different texts or images
 _LEFTOVER = re.compile(
     r"[-*\u2022\u00b7#>]\s|\(?\d{1,2}[.):]\s|\*\*|(?:sure|certainly|of course)[,!]|here (?:are|is) "
     r"|(?:caption|description|subject|answer)s?\s*:"
@@ -32,10 +31,10 @@ _LEFTOVER = re.compile(
 
 
 class Numbers(collections.Counter[int]):
-    """Exact statistics of integers, which have few values: a count for each one."""
+    """Exact statistics of integers with few different values."""
 
     def result(self) -> dict[str, Any]:
-        """count; where there are some: mean, min, median, p95, p99, max."""
+        """count; if there are some: mean, min, median, p95, p99, max."""
         if not self:
             return {"count": 0}
         values, counts = np.array(sorted(self.items())).T
@@ -46,15 +45,15 @@ class Numbers(collections.Counter[int]):
 
 
 class Copies:
-    """Counts items that are there several times, among the first `most` different ones."""
+    """Counts items that occur several times, among the first `most` different ones."""
 
     def __init__(self, most: int = MOST_HELD):
         self.most, self.total, self.copies, self.untracked = most, 0, 0, 0
         self.example = ""  # a copy, and what it is a copy of
-        self.held: dict[Hashable, list] = {}  # item -> [count, its first place]
+        self.held: dict[Hashable, list] = {}  # item -> [count, where it is first]
 
     def add(self, item: Hashable, where: str) -> None:
-        """Counts an item; `where` is its place or name."""
+        """Counts an item; `where` names it."""
         self.total += 1
         if item in self.held:
             self.copies += 1
@@ -66,7 +65,7 @@ class Copies:
             self.untracked += 1
 
     def result(self) -> dict[str, Any]:
-        """total, different, copies, example; `untracked` items are neither different nor copies for sure."""
+        """total, different, copies, example; `untracked`: items that may be either."""
         numbers = {"total": self.total, "different": len(self.held), "copies": self.copies}
         return {**numbers, "untracked": self.untracked, "example": self.example}
 
@@ -76,44 +75,29 @@ class Copies:
         return list(map(list, collections.Counter(counts).most_common(number)))
 
 
-class Sample(list):
-    """A sample of `size` items of a stream: the same one each time."""
+class ImageSample(list):
+    """A random sample of `size` items of a stream, the same in each run."""
 
     def __init__(self, size: int):
         super().__init__()
         self._size, self._offered, self._random = size, 0, random.Random(0)
 
     def offer(self, item: Any) -> None:
-        """Takes the item, perhaps for another one, or not."""
+        """Offers an item, which may replace another one."""
         self._offered += 1
-        place = self._random.randrange(self._offered)
+        position = self._random.randrange(self._offered)
         if len(self) < self._size:
             self.append(item)
-        elif place < self._size:
-            self[place] = item
+        elif position < self._size:
+            self[position] = item
 
 
-@dataclasses.dataclass
-class Issue:
-    """A count with the place of the first occurrence."""
+class TextStatistics:
+    """What is counted about the texts of a kind."""
 
-    count: int = 0
-    example: str = ""
-
-    def see(self, example: str) -> None:
-        """Counts one occurrence."""
-        self.count += 1
-        self.example = self.example or example
-
-
-@dataclasses.dataclass
-class Texts:
-    """What is counted of the texts of a kind."""
-
-    words: Numbers = dataclasses.field(default_factory=Numbers)
-    tokens: Numbers = dataclasses.field(default_factory=Numbers)
-    copies: Copies = dataclasses.field(default_factory=Copies)
-    images: int = 0  # that have some
+    def __init__(self):
+        self.words, self.tokens, self.copies = Numbers(), Numbers(), Copies()
+        self.images = 0  # that have some
 
     def result(self) -> dict[str, Any]:
         """The results, for statistics.json."""
@@ -129,33 +113,35 @@ class Texts:
 class Statistics:
     """Call `add` with batches of items, then `result`.
 
-    `issues` counts possible problems by name (see `problems`); the names of faults are `fault: CAUSE`.
+    `issues` has possible problems by name (see `problems`), each with its count and its first example; the names of
+    faults are `fault: CAUSE`.
     """
 
     def __init__(self):
-        self.issues: collections.defaultdict[str, Issue] = collections.defaultdict(Issue)
+        self.issues: dict[str, tuple[int, str]] = {}
         self.images = self.image_bytes = self.turned = 0
         self.sizes, self.copies = Copies(), Copies()
         self.area, self.score, self.regions, self.negatives = (Numbers() for _ in range(4))
-        self.texts = {kind: Texts() for kind in ("web", "synthetic", "description")}
+        self.texts = {kind: TextStatistics() for kind in ("web", "synthetic", "description")}
         self._tokenizer = tokenizer.ClipTokenizer()
 
-    def add(self, items: Sequence[reading.Item]) -> list[base.Image]:
+    def _note(self, issue: str, example: str) -> None:
+        count, first = self.issues.get(issue, (0, example))
+        self.issues[issue] = count + 1, first
+
+    def add(self, items: Sequence[reading.Item]) -> list[Annotation]:
         """Counts items, fastest with a few hundred at a time; returns the images that can be read."""
-        faults = [item for item in items if isinstance(item, base.Fault)]
-        faults += [
-            fault for item in items if isinstance(item, base.Image) for fault in item.left_out
-        ]
         headers = []  # of the images that can be read
         for item in items:
-            if isinstance(item, base.Image):
+            faults = [item]
+            if isinstance(item, Annotation):
+                faults = [*item.left_out]
                 try:
                     headers.append((item, images.header(item.encoded)))
                 except images.ImageError as error:
-                    faults.append(base.Fault(item.image, "image", str(error)))
-        for fault in faults:
-            where = fault.where or fault.image
-            self.issues[f"fault: {fault.cause}"].see(f"{where}: {fault.detail}")
+                    faults.append(Fault(item.image, "image", str(error)))
+            for fault in faults:
+                self._note(f"fault: {fault.cause}", f"{fault.where or fault.image}: {fault.detail}")
         texts = [texts_of(item) for item, _ in headers]
         flat = [text for of_image in texts for _, text in of_image]
         lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist() if flat else ())
@@ -166,7 +152,7 @@ class Statistics:
             self._add_regions(item, header.size, where)
         return [item for item, _ in headers]
 
-    def _add_image(self, item: base.Image, header: images.Header, where: str) -> None:
+    def _add_image(self, item: Annotation, header: images.Header, where: str) -> None:
         self.images += 1
         self.image_bytes += len(item.encoded)
         self.turned += header.turned
@@ -175,7 +161,7 @@ class Statistics:
         digest = hashlib.blake2b(item.encoded, digest_size=8).digest()
         self.copies.add(digest, item.id or item.image)
         if max(header.size) > LONG_SHAPE * min(header.size):
-            self.issues["long image"].see(f"{where}: {size} pixels")
+            self._note("long image", f"{where}: {size} pixels")
 
     def _add_texts(self, where: str, texts: list[tuple[str, str]], lengths: list[int]) -> None:
         seen: dict[str, dict[str, None]] = {kind: {} for kind in self.texts}
@@ -183,35 +169,36 @@ class Statistics:
             plain = tokenizer.clean(text).lower()
             name = "description" if kind == "description" else f"{kind} caption"
             if kind == "description" and plain in seen[kind]:
-                self.issues["repeated description"].see(f"{where}: {text!r}")
+                self._note("repeated description", f"{where}: {text!r}")
             seen[kind][plain] = None
-            self.texts[kind].words.update([len(plain.split())])
-            self.texts[kind].tokens.update([tokens])
+            self.texts[kind].words[len(plain.split())] += 1
+            self.texts[kind].tokens[tokens] += 1
             for issue in flaws(kind, plain, tokens):
-                self.issues[f"{issue} {name}"].see(f"{where}: {text[:90]!r}")
+                self._note(f"{issue} {name}", f"{where}: {text[:90]!r}")
         for kind, different in seen.items():
             self.texts[kind].images += bool(different)
             for text in different:
                 self.texts[kind].copies.add(text, where)
         if not seen["web"] and not seen["synthetic"]:
-            self.issues["no caption"].see(where)
+            self._note("no caption", where)
 
-    def _add_regions(self, item: base.Image, size: tuple[int, int], where: str) -> None:
-        self.regions.update([len(item.regions)])
+    def _add_regions(self, item: Annotation, size: tuple[int, int], where: str) -> None:
+        self.regions[len(item.regions)] += 1
         if not item.regions:
-            self.issues["no region"].see(where)
+            self._note("no region", where)
         for region in item.regions:
             x1, y1, x2, y2 = region.box_xyxy
             area = (x2 - x1) * (y2 - y1) / (size[0] * size[1])
-            for issue, found in (("tiny box", area < TINY), ("whole-image box", area >= WHOLE)):
-                if found:
-                    box = ", ".join(f"{x:g}" for x in region.box_xyxy)
-                    self.issues[issue].see(f"{where}: {region.description[:90]!r}, [{box}]")
-            self.area.update([round(1000 * area)])
-            self.score.update([round(1000 * region.score)])
-            self.negatives.update([len(region.negatives)])
+            box = f"{where}: {region.description[:90]!r}, [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+            if area < TINY:
+                self._note("tiny box", box)
+            elif area >= WHOLE:
+                self._note("whole-image box", box)
+            self.area[round(1000 * area)] += 1
+            self.score[round(1000 * region.score)] += 1
+            self.negatives[len(region.negatives)] += 1
 
-    def result(self, source: reading.Source) -> dict[str, Any]:
+    def result(self, source: reading.ImageSet) -> dict[str, Any]:
         """All numbers of the set, as a dict that can be written as JSON."""
         return {
             "set": {"path": str(source.path), "kind": source.kind},
@@ -239,20 +226,20 @@ def flaws(kind: str, plain: str, tokens: int) -> list[str]:
 
     No model wrote web texts, so these are not checked for its refusals and markup.
     """
-    found = []
+    names = []
     if kind != "web":
         if answers.is_refusal(plain):
-            found.append("refusal in")
+            names.append("refusal in")
         elif _LEFTOVER.match(plain):
-            found.append("markup in")
+            names.append("markup in")
     if tokens > ROW_LENGTH:
-        found.append("cut")
+        names.append("cut")
     elif kind == "description" and tokens > LONG_DESCRIPTION:
-        found.append("long")
-    return found
+        names.append("long")
+    return names
 
 
-def texts_of(item: base.Image) -> list[tuple[str, str]]:
+def texts_of(item: Annotation) -> list[tuple[str, str]]:
     """(kind, text) of all texts; an empty synthetic caption means that there is none."""
     synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
     return [

@@ -3,7 +3,7 @@
   shards(source, options)   the source in pieces that are worked on apart
   read(shard)               the images of a piece, and the faults of the others
 
-What a source is: `data/sources/base.py`.
+`data/sources/base.py` says what a source is.
 """
 
 import dataclasses
@@ -15,57 +15,39 @@ import msgspec
 
 from grain_jax import config
 from grain_jax.core import named, regular_file
-from grain_jax.data.sources.base import (
-    CAUSES,
-    Fault,
-    Image,
-    Options,
-    Source,
-    SourceError,
-    SourceShard,
-)
+from grain_jax.core.annotations import Annotation, Fault
+from grain_jax.data.sources.base import CAUSES, Options, Source, SourceError, SourceShard
 
-__all__ = [
-    "CAUSES",
-    "SOURCES",
-    "Fault",
-    "Image",
-    "Options",
-    "SourceShard",
-    "Source",
-    "SourceError",
-    "make",
-    "read",
-    "shards",
-]
+Image = Annotation
+__all__ = ["CAUSES", "Fault", "Image", "Options", "Source", "SourceError", "SourceShard"]
 
-# The name of a module here -> its class.
+# The name of a source -> its module here and its class.
 SOURCES = {
-    "annotations": "Annotations",
-    "coco": "Coco",
-    "csv": "Csv",
-    "fg_ovd": "FgOvd",
-    "finehard": "FineHard",
-    "flickr30k_entities": "Flickr30kEntities",
-    "folder": "Folder",
-    "grit": "Grit",
-    "hf-dataset": "HfDataset",
-    "karpathy": "Karpathy",
-    "lvis": "Lvis",
-    "parquet": "Parquet",
-    "refcoco": "RefCoco",
-    "tfds": "Tfds",
-    "visual_genome": "VisualGenome",
-    "webdataset": "WebDataset",
+    "annotations": "annotations:AnnotationLines",
+    "coco": "coco:Coco",
+    "csv": "csv:Csv",
+    "fg_ovd": "coco:FgOvd",
+    "finehard": "json_sets:FineHard",
+    "flickr30k_entities": "flickr30k_entities:Flickr30kEntities",
+    "folder": "folder:Folder",
+    "grit": "webdataset:Grit",
+    "hf-dataset": "arrow_tables:HfDataset",
+    "karpathy": "json_sets:Karpathy",
+    "lvis": "coco:Lvis",
+    "parquet": "arrow_tables:Parquet",
+    "refcoco": "refcoco:RefCoco",
+    "tfds": "tfds:Tfds",
+    "visual_genome": "json_sets:VisualGenome",
+    "webdataset": "webdataset:WebDataset",
 }
 
 
-def make(source: str, own: Mapping[str, str] | None = None) -> Source:
+def make(source: str, options: Mapping[str, str] | None = None) -> Source:
     """The source of that name, or `module:Class`.
 
     Args:
       source: the name.
-      own: texts of its own options: fields of the class, a dataclass, that are str, int, float or bool.
+      options: texts of its own options: fields of the class, a dataclass, that are str, int, float or bool.
 
     Raises:
       errors.UserError: there is no such source; the line lists what there is.
@@ -75,30 +57,26 @@ def make(source: str, own: Mapping[str, str] | None = None) -> Source:
     with named.importing():  # the name is the user's, from the command line
         cls = named.find("data source", source, SOURCES)
     if source in SOURCES:
-        cls = getattr(importlib.import_module(f"{__name__}.{source.replace('-', '_')}"), cls)
+        module, _, name = SOURCES[source].partition(":")
+        cls = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     missing = [x for x in ("images_are_files", "shards", "read") if not hasattr(cls, x)]
     if missing or not isinstance(cls, type):
-        got, expected = (
-            ", ".join(missing) or "no class",
-            "a class as data/sources/base.py: Source describes",
-        )
+        got = ", ".join(missing) or "no class"
+        expected = "a class as data/sources/base.py: Source describes"
         raise SourceError(f"data source {source!r}: has no {got}, expected {expected}")
     kinds = typing.get_type_hints(cls)
-    known = (
-        [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-    )
+    known = [x.name for x in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
     values = {}
-    for key, text in (own or {}).items():
+    for key, text in (options or {}).items():
         if key not in known:
-            said = config.unknown_key(key, known) if known else "the source has no options"
-            raise SourceError(f"--option {key} of data source {source!r}: {said}")
+            reason = config.unknown_key(key, known) if known else "the source has no options"
+            raise SourceError(f"--option {key} of data source {source!r}: {reason}")
         try:
-            values[key] = msgspec.convert(
-                text, kinds[key], strict=False, dec_hook=lambda kind, given: kind(given)
-            )
+            values[key] = msgspec.convert(text, kinds[key], strict=False)
         except msgspec.ValidationError:
-            expected = getattr(kinds[key], "__name__", kinds[key])
-            raise SourceError(f"--option {key}: got {text!r}, expected {expected}") from None
+            raise SourceError(
+                f"--option {key}: got {text!r}, expected {kinds[key].__name__}"
+            ) from None
     try:
         return cls(**values)
     except ValueError as error:
@@ -106,33 +84,32 @@ def make(source: str, own: Mapping[str, str] | None = None) -> Source:
 
 
 def shards(
-    source: str, options: Options, own: Mapping[str, str] | None = None
+    source: str, options: Options, own_options: Mapping[str, str] | None = None
 ) -> list[SourceShard]:
     """The source's shards, in order; the same again as long as the source is the same.
 
-    Reads whole annotation files where the source has such, and writes lists of their images to
-    `options.scratch`, which workers must be able to read.
+    Reads whole annotation files if the source has such, and writes lists of their images to `options.scratch`, which
+    workers must be able to read. `own` are the source's own options.
 
     Raises:
       errors.UserError: as `make`; SourceError: the source's files are not as expected.
     """
-    made = make(source, own)
+    made = make(source, own_options)
     if not options.images and getattr(made, "needs_images", True):
         raise SourceError(f"source {source}: got no --images, expected the folder of the images")
     if options.label_text and not getattr(made, "has_labels", False):
         got = f"--label-text: the regions of source {source} have descriptions, no labels"
         raise SourceError(f"{got}, expected none")
     try:
-        found = made.shards(options)
+        pieces = made.shards(options)
     except regular_file.FileError as error:
         raise SourceError(str(error)) from None
-    if not found:
-        raise SourceError(
-            f"source {source}: got no images from {options.images or ', '.join(options.annotations)}, expected some"
-        )
-    return [shard._replace(source=source, options=dict(own or {})) for shard in found]
+    if not pieces:
+        named_files = options.images or ", ".join(options.annotations)
+        raise SourceError(f"source {source}: got no images from {named_files}, expected some")
+    return [shard._replace(source=source, options=dict(own_options or {})) for shard in pieces]
 
 
-def read(shard: SourceShard) -> Iterator[Image | Fault]:
-    """The shard's images in order, each one as Image or as Fault; needs no other shard."""
+def read(shard: SourceShard) -> Iterator[Annotation | Fault]:
+    """The shard's images in order, and a Fault for each one that cannot be used; needs no other shard."""
     return make(shard.source, shard.options).read(shard)

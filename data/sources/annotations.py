@@ -6,12 +6,15 @@ from typing import ClassVar
 
 from etils import epath
 
-from grain_jax.core import annotations, regular_file
+from grain_jax.core import annotations, errors, regular_file
 from grain_jax.data.sources import base, join
 
+# How the name of a table ends -> the data source that reads it.
+_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
-class Annotations:
-    """A `base.Source` of annotation lines; a shard is a part of a file, by bytes."""
+
+class AnnotationLines:
+    """A `base.Source` of annotation lines."""
 
     images_are_files: ClassVar[bool] = True
 
@@ -37,30 +40,48 @@ class Annotations:
                 first, start = first + len(lines), stop
         return out
 
-    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
+    def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         for line, where in lines(shard):
-            found = image(line, where, shard.arguments["images"])
-            yield found._replace(where=where)
+            yield image(line, where, shard.arguments["images"])
+
+
+def of_file(
+    path: epath.PathLike, images: epath.PathLike, shard_size: int
+) -> list[base.SourceShard]:
+    """The parts of an A.jsonl, without the name of a source: its lines are checked as `lines` gives them.
+
+    Raises errors.UserError: there are no lines, or the file is a table by its name; regular_file.FileError.
+    """
+    path, expected = epath.Path(path), f"expected {annotations.EXPECTED}"
+    if source := _TABLES.get(path.suffix.lower()):
+        advice = f"grain-jax build --source {source} makes records of it"
+        raise errors.UserError(f"{path}: got a table, {expected}; {advice}")
+    options = base.Options(str(images), (str(path),), shard_size=shard_size)
+    shards = AnnotationLines().shards(options)
+    if not any(shard.arguments["lines"] for shard in shards):
+        raise errors.UserError(f"{path}: the file is empty, {expected}")
+    return shards
 
 
 def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
     """The lines of a part that are not blank, and where each stands, FILE:LINE."""
     path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
     with path.open("rb") as file:
-        at = shard.arguments["start"]
-        file.seek(at)  # TensorFlow's files return None
+        position = shard.arguments["start"]
+        file.seek(position)  # TensorFlow's files return None
         for number, line in enumerate(file, shard.arguments["first_line"]):
-            at += len(line)
+            position += len(line)
             if line.strip():
                 yield line, f"{path.name}:{number}"
-            if at >= stop:
+            if position >= stop:
                 return
 
 
-def image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
+def image(line: bytes, where: str, folder: str) -> base.Annotation | base.Fault:
     """The image of a line, which stands at `where`, with its file below `folder`."""
     parsed = annotations.parse_line(line, text_required=False)
     if parsed.annotation is None:
-        return base.Fault(parsed.image or where, "bad annotation", "; ".join(parsed.faults))
-    return join.load(base.Entry(**parsed.annotation._asdict()), folder)
+        detail = "; ".join(parsed.faults)
+        return base.Fault(parsed.image or where, "bad annotation", detail, where)
+    return join.load(parsed.annotation._replace(where=where), folder)

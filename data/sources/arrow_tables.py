@@ -1,205 +1,269 @@
-"""What Parquet files and folders of `datasets` share: the types of their columns, their labels' names, their images."""
+"""Parquet files, also of a dataset on the Hub, and folders that `datasets` saved (`save_to_disk`).
 
+The options name the columns (`data/sources/columns.py`). The column of the image holds paths below --images, or bytes,
+or the Hub's struct of both. Numbers as labels have their names in the file, as `datasets` writes them, or in
+`names=FILE`.
+"""
+
+import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import msgspec
 from etils import epath
 
 from grain_jax.core import image_bounds, printable, regular_file
-from grain_jax.data.sources import base, columns, join, webdataset
+from grain_jax.data.sources import arrow_files, base, columns, join
 
-ROWS = 16  # that are Python's values at a time
-_MANY_BYTES = 64 << 20  # of so many rows; larger ones are read one by one
-_OBJECT = 64  # bytes of a value of Python
-_MAX_ROW = image_bounds.MAX_BYTES + _MANY_BYTES
+_ROWS = 16  # that become Python's values at a time
 _PNG = b"\x89PNG"
 _NOTE = b"huggingface"  # the metadata in which `datasets` keeps the types of columns
-_TEXT = ("string", "large_string", "string_view")
-_WHOLE = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-_NUMBER = (*_WHOLE, "halffloat", "float", "double")
-_BYTES = ("binary", "large_binary", "binary_view")
-# Option -> the types that its column may have (of lists, of their items), and how they are called.
-_KINDS = {
-    "image": ((*_TEXT, *_BYTES), "texts (paths), bytes, or a struct of bytes and path"),
-    "caption": (_TEXT, "texts"),
-    "captions": (_TEXT, "lists of texts"),
-    "boxes": (_NUMBER, "lists of four numbers a box"),
-    "labels": ((*_TEXT, *_WHOLE), "lists of texts or whole numbers"),
-    "descriptions": (_TEXT, "lists of texts"),
-    "scores": (_NUMBER, "lists of numbers"),
-    "id": ((*_TEXT, *_WHOLE), "texts or whole numbers"),
-}
-_DEPTHS = {"image": (0,), "caption": (0, 1), "captions": (1,), "boxes": (2,), "id": (0,)}
+_MAX_TEXT = 8 << 20  # bytes of a text of Parquet's footer; read, it takes thirty times as much
+_MAX_GROUPS = 1 << 12  # of rows; and columns, which pyarrow nests as deep as they say
+
+
+class _DataFile(msgspec.Struct):
+    filename: str
+
+
+class _State(msgspec.Struct):
+    data_files: list[_DataFile] = msgspec.field(name="_data_files")
+
+
+class _Splits(msgspec.Struct):
+    splits: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrowTables(columns.Columns):
-    """A `base.Source` of tables of Arrow's types; a shard is a part of a file. A subclass reads its tables."""
+class _Tables(columns.TableOptions):
+    """A `base.Source` of tables of Arrow's types; a shard is a part of a file."""
 
     images_are_files: ClassVar[bool] = False
-    needs_images: ClassVar[bool] = False  # where the bytes of all stand in the table
+    needs_images: ClassVar[bool] = False  # if the bytes of all stand in the table
+    form: ClassVar[str] = ""  # of the files
 
-    def tables(self, arguments: Mapping[str, Any], read: Sequence[str]) -> Iterator[Any]:
-        """The record batches of a shard, of at most ROWS rows, with the columns `read`. Raises SourceError."""
+    def _files(self, options: base.Options) -> list[epath.Path]:
         raise NotImplementedError
 
-    def schema(self, arguments: Mapping[str, Any]) -> Any:
-        """The pyarrow schema of the file of a shard. Raises SourceError."""
+    def _reader(self, file: Any) -> Any:
+        """Reads an open file."""
         raise NotImplementedError
 
-    def checked(self, where: str, schema: Any) -> columns.Named:
-        """The columns of a schema, of the types that they need. Raises SourceError."""
-        named = self.named(where, schema.names)
-        for name, paths in named.paths.items():
-            for path in paths:
-                depth, kind = _kind(schema, path)
-                fits, expected = _fits(name, depth, kind, named.row_is_box)
-                if not fits:
-                    got = f"column {'.'.join(path)} (--option {name}) is {'list of ' * depth}{kind}"
-                    got = printable.plain(got, 300)
-                    raise base.SourceError(f"{where}: {got}, expected {expected}")
-                if name == "labels" and kind in _WHOLE and not named.names:
-                    named = named._replace(names=_names(schema, path, where))
-        return named
+    def _schema(self, reader: Any) -> Any:
+        return reader.schema
 
-    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
+    def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
+        """Parts of a file: the arguments of its shards, with the number of the first row."""
+        return [{"first_row": 0}]
+
+    def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
+        """The record batches of a part."""
+        raise NotImplementedError
+
+    def shards(self, options: base.Options) -> list[base.SourceShard]:
+        files, out = self._files(options), []
+        stems = [path.stem for path in files]
+        for index, path in enumerate(files):
+            with self._opened(path) as reader:
+                schema = self._schema(reader)
+                named = self.named(path, schema.names, options)
+                if not index:
+                    columns.warn_of_boxes(path, schema.names, named)
+                if named.row_is_box and len(files) > 1:
+                    got = f"{path}: got a box per row in several files"
+                    raise base.SourceError(f"{got}, expected one file")
+                # Rows of an image may lie in two groups.
+                size = 1 << 62 if named.row_is_box else options.shard_size
+                parts = self._groups(reader, size)
+            # If there are several files, names of images begin with the file's.
+            name = f"{index:05d}-{path.stem}" if stems.count(path.stem) > 1 else path.stem
+            shared = {
+                "file": str(path),
+                "size": regular_file.length(path),  # another file, another name of the shard
+                "prefix": f"{name}/" if len(files) > 1 else "",
+                "images": str(options.images),
+                "label_text": options.label_text,
+            }
+            for part in parts:
+                content = json.dumps(shared | part, sort_keys=True).encode()
+                out.append(base.SourceShard(base.shard_name(len(out), content), shared | part))
+        return out
+
+    @contextlib.contextmanager
+    def _opened(self, path: epath.PathLike) -> Iterator[Any]:
+        """What reads a file, local or in an object store. Raises SourceError: anything fails inside."""
+        pa = arrow_files.pyarrow()
+        try:
+            with contextlib.ExitStack() as stack:
+                if "://" in str(path):
+                    filesystem, name = pa.fs.FileSystem.from_uri(str(path))
+                    file = filesystem.open_input_file(name)
+                else:  # a map of a file gives no more bytes than there are, whatever a message claims
+                    file = pa.memory_map(str(path))
+                yield stack.enter_context(self._reader(stack.enter_context(file)))
+        except (OSError, pa.ArrowException, UnicodeError, MemoryError) as error:
+            reason = f"damaged ({printable.plain(' '.join(str(error).split()), 200)})"
+            if isinstance(error, OSError) and error.errno is not None:
+                reason = error.strerror
+            raise base.SourceError(f"{path}: {reason}, expected {self.form}") from None
+
+    def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
         """The images of the shard, from bytes in the table or from files below --images."""
-        given = shard.arguments
-        named = self.checked(given["file"], self.schema(given))
-        self.check_labels(given["file"], named, given["label_text"])
-        options = base.Options(given["images"], label_text=given["label_text"])
-        seen: set[str] = set()
-        for where, value, found in self.items(self._rows(given, named), named, options.described):
-            yield _image(where, value, found, given, seen)._replace(where=where)
+        arguments, seen = shard.arguments, set()
+        options = base.Options(arguments["images"], label_text=arguments["label_text"])
+        with self._opened(arguments["file"]) as reader:
+            schema = self._schema(reader)
+            named = self.named(arguments["file"], schema.names, options)
+            if not named.names and "labels" in named.paths:
+                names = _label_names(schema, named.paths["labels"][0], arguments["file"])
+                named = named._replace(names=names)
+            rows = self._rows(self._batches(reader, named.columns, arguments), arguments)
+            for image, annotation in self.annotations(rows, named):
+                fault = isinstance(annotation, base.Fault)
+                yield annotation if fault else _with_image(image, annotation, arguments, seen)
 
-    def _rows(
-        self, given: Mapping[str, Any], named: columns.Named
-    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        number = given["first_row"]
-        for table in self.tables(given, named.columns):
-            step = ROWS if _size(table) < _MANY_BYTES else 1
-            for first in range(0, table.num_rows, step):
-                part = table.slice(first, step)
-                if step == 1 and (size := _size(part)) > _MAX_ROW:
-                    got = f"got {size:,} bytes, expected at most {_MAX_ROW:,}"
-                    raise base.SourceError(f"{given['file']}:row {number}: {got} of a row")
-                for row in part.to_pylist():
-                    yield f"{given['file']}:row {number}", row
-                    number += 1
+    def _rows(self, batches: Iterator, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        number = arguments["first_row"]
+        for batch in batches:
+            batch.validate(full=True)  # texts that are no UTF-8; offsets that lead anywhere
+            for row in batch.to_pylist():
+                yield f"{arguments['file']}:row {number}", row
+                number += 1
 
 
-def shard(number: int, options: base.Options, **arguments: Any) -> base.SourceShard:
-    """A shard with these arguments: `file`, `first_row`, and those of the source; another size, another name."""
-    arguments |= {
-        "images": str(options.images),
-        "label_text": options.label_text,
-    }
-    content = json.dumps(arguments, sort_keys=True).encode()
-    return base.SourceShard(base.shard_name(number, content), arguments)
+class HfDataset(_Tables):
+    """Images of the rows of a saved Dataset; a shard is a file of its folder.
+
+    --annotations is the folder, of a Dataset, or of a DatasetDict, whose split is --split (default: train).
+    """
+
+    form = "a folder that datasets saved with save_to_disk"
+
+    def _files(self, options: base.Options) -> list[epath.Path]:
+        if len(options.annotations) != 1:
+            raise base.SourceError(f"got no --annotations, or several, expected {self.form}")
+        folder = epath.Path(options.annotations[0])
+        splits = folder / "dataset_dict.json"
+        if splits.exists():
+            split = options.split or "train"
+            known = regular_file.read_json(splits, _Splits, self.form).splits
+            base.check_split(splits, split, known)
+            folder = regular_file.below(folder, split, str(splits))
+        else:
+            base.check_split(folder, options.split, ())
+        where = str(folder / "state.json")
+        state = regular_file.read_json(where, _State, self.form)
+        return [regular_file.below(folder, x.filename, where) for x in state.data_files]
+
+    def _reader(self, file: Any) -> Any:
+        return arrow_files.pyarrow().ipc.open_stream(file)
+
+    def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
+        for batch in reader:
+            batch = batch.select(names)
+            for first in range(0, batch.num_rows, _ROWS):
+                yield batch.slice(first, _ROWS)
 
 
-def of_file(path: epath.Path, files: Sequence[epath.Path]) -> dict[str, Any]:
-    """The arguments of a shard that its file has: where there are several, names of images begin with the file's."""
-    same_name = [one.stem for one in files].count(path.stem) > 1
-    name = f"{files.index(path):05d}-{path.stem}" if same_name else path.stem
-    prefix = f"{name}/" if len(files) > 1 else ""
-    return {"file": str(path), "prefix": prefix, "size": regular_file.length(path)}
+class Parquet(_Tables):
+    """Images of the rows of Parquet files; a shard is some groups of rows of a file.
 
+    --annotations are the files, or a folder of them.
+    """
 
-def _size(table: Any) -> int:
-    """Bytes of a record batch as Python's values, about: one without a byte in Arrow, in a list, is an object, too."""
-    return table.nbytes + _OBJECT * sum(map(_values, table.columns))
+    form = "a Parquet file; fetch it again, or write it again in fewer groups of rows"
 
+    def _files(self, options: base.Options) -> list[epath.Path]:
+        if not options.annotations:
+            raise base.SourceError("got no --annotations, expected Parquet files, or a folder")
+        files = []
+        for path in map(epath.Path, options.annotations):
+            inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+            if options.split:  # the Hub's files are called train-00000-of-00008.parquet
+                begins = (f"{options.split}-", f"{options.split}.")
+                inside = [x for x in inside if path.is_dir() and x.name.startswith(begins)]
+            if not inside:
+                of_split = f" of --split {options.split}" if options.split else ""
+                raise base.SourceError(f"{path}: got no .parquet file{of_split}, expected some")
+            files += inside
+        return files
 
-def _values(array: Any) -> int:
-    """How many values the lists of an array have, at all depths."""
-    if hasattr(array.type, "value_field"):
-        return len(array.flatten()) + _values(array.flatten())
-    is_struct = str(array.type).startswith("struct<")
-    return sum(map(_values, array.flatten())) if is_struct else 0
-
-
-def _kind(schema: Any, path: Sequence[str]) -> tuple[int, str]:
-    """(how deep in lists, the type in there) of the value at a path; of a dictionary, that of its values."""
-    kind, depth = schema.field(path[0]).type, 0
-    for part in (*path[1:], None):
-        while hasattr(kind, "value_type"):  # a list or a dictionary
-            depth, kind = depth + hasattr(kind, "value_field"), kind.value_type
-        if part is not None:
-            names = [field.name for field in kind] if str(kind).startswith("struct<") else []
-            if part not in names:
-                return depth, f"without the field {part}: {kind}"[:200]
-            kind = kind.field(part).type
-    return depth, str(kind)
-
-
-def _fits(name: str, depth: int, kind: str, row_is_box: bool) -> tuple[bool, str]:
-    kinds, expected = _KINDS[name]
-    depths = _DEPTHS.get(name, (1,))
-    if row_is_box and name in ("boxes", *columns.OF_REGIONS):
-        depths, expected = (0,), f"{expected.removeprefix('lists of ')}, as boxes are four columns"
-    is_image = name == "image" and re.match(
-        r"struct<(.*, )?bytes: (large_)?binary(_view)?[,>]", kind
-    )
-    # A column without a value, or with empty lists alone.
-    is_empty = name != "image" and kind == "null" and depth <= max(depths)
-    return is_empty or (depth in depths and (kind in kinds or bool(is_image))), expected
-
-
-def _names(schema: Any, path: Sequence[str], where: str) -> list[str]:
-    """The names of labels that `datasets` wrote beside the table (`ClassLabel`). Raises SourceError: none."""
-    content = (schema.metadata or {}).get(_NOTE, b"{}")
-    found: Any = regular_file.from_json(content, dict[str, Any], where, "the note of datasets")
-    for part in ("info", "features", *path, None):
-        while isinstance(found, list) or (isinstance(found, dict) and "feature" in found):
-            found = found["feature"] if isinstance(found, dict) else found[0] if found else None
-        if part is not None:
-            found = found.get(part) if isinstance(found, dict) else None
-    names = found.get("names") if isinstance(found, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        got = f"column {'.'.join(path)} has numbers, and the file no names for them"
-        raise base.SourceError(f"{where}: {got}; --option names=FILE, the name of a label a line")
-    return names
-
-
-def _image(
-    where: str,
-    value: Any,
-    found: base.Entry | base.Fault,
-    given: Mapping[str, Any],
-    seen: set[str],
-) -> base.Image | base.Fault:
-    """The image of the row at `where`: `value` is its path, its bytes, or a dict of both; `seen` are the names."""
-    if isinstance(found, base.Fault):
-        return found
-    path, encoded = value, None
-    if isinstance(value, Mapping):
-        path, encoded = value.get("path"), value.get("bytes")
-    elif isinstance(value, bytes):
-        path, encoded = None, value
-    if encoded is None and not path:
-        return base.Fault(where, "no picture", "got neither bytes nor a path, expected an image")
-    if encoded is None:
-        if not given["images"]:
-            got = f"got the path {path[:200]!r} and no --images, expected the folder of the images"
-            return base.Fault(where, "no such file", got)
-        return join.load(found._replace(image=path), given["images"])
-    if not isinstance(encoded, bytes) or not isinstance(path, str | None):
-        return base.Fault(
-            where, "bad annotation", "got an image of other types, expected bytes and a path"
+    def _reader(self, file: Any) -> Any:
+        return arrow_files.pyarrow().parquet.ParquetFile(
+            file,
+            page_checksum_verification=True,
+            thrift_string_size_limit=_MAX_TEXT,
+            thrift_container_size_limit=_MAX_GROUPS,
         )
+
+    def _schema(self, reader: Any) -> Any:
+        return reader.schema_arrow
+
+    def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
+        """Groups of rows that follow each other, with at least `shard_size` rows."""
+        parts = []
+        for group in range(reader.num_row_groups):
+            rows = reader.metadata.row_group(group).num_rows
+            if parts and parts[-1]["rows"] < shard_size:
+                parts[-1]["groups"].append(group)
+                parts[-1]["rows"] += rows
+            else:
+                first = parts[-1]["first_row"] + parts[-1]["rows"] if parts else 0
+                parts.append({"groups": [group], "first_row": first, "rows": rows})
+        return parts
+
+    def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
+        metadata, groups = reader.metadata, arguments["groups"]
+        if max(groups) >= metadata.num_row_groups or any(
+            metadata.row_group(group).num_columns != metadata.num_columns for group in groups
+        ):  # pyarrow would end the process
+            raise arrow_files.pyarrow().ArrowInvalid("other groups of rows")
+        return reader.iter_batches(_ROWS, groups, names)
+
+
+def _label_names(schema: Any, path: Sequence[str], where: str) -> list[str]:
+    """The names of labels that `datasets` wrote beside the table (`ClassLabel`); none if it did not."""
+    content = (schema.metadata or {}).get(_NOTE, b"{}")
+    value: Any = regular_file.from_json(content, dict[str, Any], where, "the note of datasets")
+    for part in ("info", "features", *path, None):
+        while isinstance(value, list) or (isinstance(value, dict) and "feature" in value):
+            value = value["feature"] if isinstance(value, dict) else value[0] if value else None
+        if part is not None:
+            value = value.get(part) if isinstance(value, dict) else None
+    names = value.get("names") if isinstance(value, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _with_image(
+    image: Any, annotation: base.Annotation, arguments: Mapping[str, Any], seen: set[str]
+) -> base.Annotation | base.Fault:
+    """A row with its image: `image` is its path, its bytes, or a dict of both; `seen` are the names."""
+    where = annotation.where
+    is_bytes = isinstance(image, bytes)
+    both = image if isinstance(image, Mapping) else {"bytes" if is_bytes else "path": image}
+    path, encoded = both.get("path"), both.get("bytes")
+    if not isinstance(encoded, bytes | None) or not isinstance(path, str | None):
+        expected = "got an image of other types, expected bytes and a path"
+        return base.Fault(where, "bad annotation", expected, where)
+    if encoded is None:
+        if not path:
+            got = "got neither bytes nor a path, expected an image"
+            return base.Fault(where, "no image", got, where)
+        if not arguments["images"]:
+            got = f"got the path {path[:200]!r} and no --images, expected the folder of the images"
+            return base.Fault(where, "no such file", got, where)
+        return join.load(annotation._replace(image=path), arguments["images"])
     row = int(where.rpartition(" ")[2])
     name = regular_file.inside(path) if path else ""
-    if not name or name == "." or len(name) > webdataset.MAX_PATH:
+    if not name or name == "." or len(name) > base.MAX_NAME:
         name = f"{row:09d}.{'png' if encoded.startswith(_PNG) else 'jpg'}"
-    if name in seen or given["first_row"]:  # other shards of the file may have that name
+    if name in seen or arguments["first_row"]:  # other shards of the file may have that name
         name = f"{row:09d}/{name}"
     seen.add(name)
-    name = given["prefix"] + name
+    name = arguments["prefix"] + name
     if len(encoded) > image_bounds.MAX_BYTES:
         got = f"got {len(encoded):,} bytes, expected at most {image_bounds.MAX_BYTES:,}"
-        return base.Fault(name, "too large", got)
-    return join.join(found._replace(image=name), encoded)
+        return base.Fault(name, "too large", got, where)
+    return join.join(annotation._replace(image=name, encoded=encoded))

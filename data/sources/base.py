@@ -1,20 +1,23 @@
-"""The protocol of a data source, `Source`, and the types that it takes and yields.
+"""The protocol of a data source, `Source`, and what readers of public formats share.
 
-A source reads one format. `grain-jax annotate` finds it by its name in `data/sources/__init__.py`, or as `module:Class`:
-a class of your own, in any module that Python finds (examples/source/csv_boxes.py). Its options are the fields of
-the class, a dataclass; `--option KEY=VALUE` sets one.
+A source reads one format. `grain-jax annotate` and `grain-jax build` find it by its name in `data/sources/__init__.py`,
+or as `module:Class`: your own class, in any module that Python finds (examples/source/csv_boxes.py). The fields of the
+class, a dataclass, are its options; `--option KEY=VALUE` sets one.
 
-Where the images are files and the annotations one file or a few, subclass `data.sources.staged.ListedSource` and
-write `entries` alone. Where images come out of larger files, `read` gives each one's Entry and bytes to
-`data.sources.join.join`.
+If the images are files and the annotations are one file or a few, subclass `data.sources.staged.ListedSource` and write
+only `entries`. If images come out of larger files, `read` gives each annotation with its image to `data.sources.join.join`.
 """
 
 import hashlib
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from grain_jax.core import annotations, errors
+import msgspec
+from etils import epath
+
+from grain_jax.core import errors, regular_file
+from grain_jax.core.annotations import Annotation, Fault, Region
 
 CAUSES = (
     "no such file",
@@ -22,20 +25,27 @@ CAUSES = (
     "unreadable",  # as a file, or no image in it
     "too large",  # beyond a bound of grain_jax/core/image_bounds.py
     "another size",  # than the one that the boxes were drawn on
-    "no picture",  # a sample of a tar without an image
+    "no image",  # a sample of a tar without an image
     "damaged shard",  # a tar that ends early; what came before is kept
     "bad annotation",
     "bad box",  # of one region, which is left out
     "no description",  # of one region, which is left out
     "crowd",  # COCO's box around many; left out
 )
-"""Every cause that a source gives; the pipeline adds those of its checks and of its models."""
+"""Every cause that a source gives; annotation adds those of its checks and models."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_MAX_FILE = 4 << 30  # bytes of a JSON file; LVIS has 1.1 GB
+MAX_NAME = 1024  # bytes of an image's name
+MAX_TEXT = 1 << 20  # bytes of a text or a JSON
+T = TypeVar("T")
 Id = int | str  # of public formats
 Scalar = bool | int | float | str | None
 Box = list[Scalar] | None  # in a file: `join` leaves a wrong one out, and its image stays
 WHOLE = 1.0  # the score of regions that people drew: the formats have none
+SHARES = (1, 1)  # Annotation.drawn_on, if boxes are shares of width and height
+
+__all__ = ["Annotation", "Fault", "Options", "Region", "Source", "SourceError", "SourceShard"]
 
 
 class SourceError(errors.UserError):
@@ -43,43 +53,19 @@ class SourceError(errors.UserError):
 
 
 class Options(NamedTuple):
-    """The options that every source gets: flags of `grain-jax annotate`. Plain values, so that they can be sent to workers."""
+    """The options that every source gets; plain values, so that they can be sent to workers."""
 
     images: str  # folder of the images, of tar files, or of a TFDS set
     annotations: tuple[str, ...] = ()  # the files (or folders) that the source's reader names
     split: str = ""  # of sources that have splits; "" is all of them (TFDS: train)
     scratch: str = ""  # folder for the lists of images that workers read
-    shard_size: int = 1000  # images a shard, where the source has no shards of its own
-    label_text: str = ""  # of a label, in the place of {}; "": the label alone
+    shard_size: int = 1000  # images per shard, if the source has no shards of its own
+    label_text: str = ""  # with {} for the label; "": the label alone
 
     def described(self, label: str) -> str:
         """The description that stands for a label: a name of a class."""
         named = label.strip() and self.label_text
         return self.label_text.replace("{}", label) if named else label
-
-
-class Fault(NamedTuple):
-    """Why an image, or one region of an image, is left out."""
-
-    image: str  # as Image.image; where there is none, what stands in its place (FILE:LINE, a tar)
-    cause: str  # one of CAUSES: counters have these names
-    detail: str  # what was got, what expected
-    where: str = ""  # FILE:LINE that says so, in formats that have lines
-
-
-class Image(NamedTuple):
-    """An image with what its source says about it."""
-
-    image: str  # path below the images' folder, with /; unique in the source and stable over runs
-    encoded: bytes  # the file as it is
-    captions: tuple[str, ...] = ()
-    synthetic_caption: str = ""
-    # Pixels of the upright image; a box may hang over its edge a little.
-    regions: tuple[annotations.Region, ...] = ()
-    id: str | None = None
-    left_out: tuple[Fault, ...] = ()  # regions that the source has and that cannot be used
-    phrases: tuple[tuple[int, ...], ...] | None = None  # as annotations.Annotation.phrases
-    where: str = ""  # as Fault.where
 
 
 class SourceShard(NamedTuple):
@@ -99,8 +85,8 @@ class Source(Protocol):
     """
 
     images_are_files: ClassVar[bool]  # below `Options.images`; False: they come out of larger files
-    # A class may say `has_labels = True`: its regions have labels, of which it takes `Options.described`. One that can
-    # do without `Options.images` says `needs_images = False`.
+    # `has_labels = True`: the regions have labels, which become `Options.described`. `needs_images = False`: the
+    # source can do without `Options.images`.
 
     def shards(self, options: Options) -> list[SourceShard]:
         """The source in pieces, in order; the same again as long as its files are the same.
@@ -110,46 +96,51 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, shard: SourceShard) -> Iterator[Image | Fault]:
+    def read(self, shard: SourceShard) -> Iterator[Annotation | Fault]:
         """The images of a piece in order, and a fault for each one that cannot be used; needs no other piece."""
         ...
 
 
-class Entry(NamedTuple):
-    """What an annotation file says of an image, before the image is seen."""
-
-    image: str
-    captions: Sequence[str] = ()
-    synthetic_caption: str = ""
-    # (xyxy box, description, score) and, where the source has them, the negatives; unchecked.
-    regions: Sequence[tuple[Any, ...]] = ()
-    shares: bool = False  # boxes are shares of width and height, not pixels
-    size: Sequence[float] | None = None  # width, height that the boxes were drawn on, where known
-    id: str | None = None
-    left_out: Sequence[tuple[str, str]] = ()  # (cause, detail) of regions
-    phrases: Sequence[Sequence[int]] | None = None  # as annotations.Annotation.phrases
-    where: str = ""  # as Fault.where
-
-
 def shard_name(number: int, content: bytes) -> str:
-    """The name of a shard that lists `content`: another content is not taken for a shard that is finished."""
+    """The name of a shard that lists `content`: other content is not taken for a shard that is done."""
     return f"{number:06d}-{hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def check_split(path: object, split: str, known: Iterable[str]) -> None:
-    """Raises SourceError where the file at `path` has no such split; "" is all of them."""
+    """Raises SourceError if the file at `path` has no such split; "" is all of them."""
     if split and split not in known:
-        options = ", ".join(sorted(known))
+        options = ", ".join(sorted(known)) or "none"
         raise SourceError(f"{path}: got --split {split}, expected one of: {options}")
 
 
-def text(value: Any) -> str:
-    """`value` without white space at its ends; "" where it is no text. Half surrogates are taken out."""
-    return value.encode("utf-8", "ignore").decode().strip() if isinstance(value, str) else ""
+def read_json(path: epath.PathLike, kind: type[T], expected: str) -> T:
+    """A JSON file in the declared form. Raises regular_file.FileError."""
+    return regular_file.read_json(path, kind, expected, _MAX_FILE)
+
+
+def items(
+    values: Iterable[msgspec.Raw], kind: type[T], where: str
+) -> Iterator[tuple[str, T | Fault]]:
+    """(WHERE[NUMBER], the item in the declared form) of a list in a JSON file; else the fault of the item."""
+    for number, value in enumerate(values):
+        position = f"{where}[{number}]"
+        try:
+            yield position, msgspec.json.decode(value, type=kind)
+        except (ValueError, RecursionError) as error:
+            yield position, Fault(position, "bad annotation", str(error), position)
+
+
+def read_list(
+    path: epath.PathLike, kind: type[T], expected: str
+) -> Iterator[tuple[msgspec.Raw, T | Fault]]:
+    """(its text, the item in the declared form or its fault) of each item of a file that holds one list."""
+    values = read_json(path, list[msgspec.Raw], expected)
+    for value, (_, item) in zip(values, items(values, kind, str(path))):
+        yield value, item
 
 
 def size(width: float | None, height: float | None) -> tuple[float, float] | None:
-    """(width, height); None where one of them is not known."""
+    """(width, height); None if one of them is not known."""
     return None if width is None or height is None else (width, height)
 
 
@@ -165,8 +156,8 @@ def xywh(box: Any) -> Any:
 def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
     """The first of each group, then the second of each, ...
 
-    Where a box has several descriptions, regions stand in this order: training keeps the first few
-    of those that score the same, which then are of different boxes.
+    It is the order of regions if a box has several descriptions: training keeps the first few regions of equal score,
+    and these should have different boxes.
     """
     turns = ((turn, item) for group in groups for turn, item in enumerate(group))
     return (item for _, item in sorted(turns, key=operator.itemgetter(0)))

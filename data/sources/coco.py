@@ -1,24 +1,31 @@
-"""COCO: captions_*.json and instances_*.json, one or both, of one split or several.
+"""COCO and the sets of its form: captions_*.json and instances_*.json, LVIS, FG-OVD; one file or several.
 
 A region is an object: its description is the category's name. Boxes around crowds are left out.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from grain_jax.core import annotations, regular_file
-from grain_jax.data.sources import base, json_files, staged
+from grain_jax.core import annotations
+from grain_jax.data.sources import base, staged
+from grain_jax.data.sources.base import Annotation, Fault, Region
 
 
 class ImageItem(msgspec.Struct):
-    """An item of `images`; `width` and `height` in pixels, where known."""
+    """An item of `images`; `width` and `height` in pixels, if known."""
 
     id: base.Id
-    file_name: str
+    file_name: str = ""
+    coco_url: str = ""  # LVIS: it ends in the split and the file, .../val2017/000000397133.jpg
     width: int | float | None = None
     height: int | float | None = None
+
+    def __post_init__(self):
+        self.file_name = self.file_name or "/".join(self.coco_url.split("/")[-2:])
+        if not self.file_name:
+            raise ValueError("an image has neither `file_name` nor `coco_url`")
 
 
 class Category(msgspec.Struct):
@@ -32,81 +39,96 @@ class Object(msgspec.Struct):
     """An item of `annotations`: a caption or a box."""
 
     image_id: base.Id
+    id: base.Id | None = None
     caption: str | None = None
     bbox: base.Box = None
     category_id: base.Id | None = None
     iscrowd: bool | int = 0
     score: base.Scalar = base.WHOLE
+    neg_category_ids: list[base.Id] = []  # FG-OVD
 
 
-ImageItems = TypeVar("ImageItems")
-
-
-class File(msgspec.Struct, Generic[ImageItems]):
+class File(msgspec.Struct):
     """A file of COCO's form; each item of `annotations` is checked on its own."""
 
-    images: list[ImageItems]
+    images: list[ImageItem]
     annotations: list[msgspec.Raw]
     categories: list[Category] = []
 
 
-class ObjectFile(msgspec.Struct, Generic[ImageItems]):
-    """A file of COCO's form whose objects all have a category."""
+class ObjectFile(File):
+    """A file whose objects all have a category."""
 
-    images: list[ImageItems]
-    annotations: list[msgspec.Raw]
     categories: Annotated[list[Category], msgspec.Meta(min_length=1)]
 
 
 class Coco(staged.ListedSource):
-    """Images of one or several files, which are joined by the images' file names.
-
-    A subclass says what another set's files have.
-
-    Attributes:
-      file: the form of a file; an item of its `images` has what ImageItem has.
-      item: the form of an item of `annotations`.
-    """
+    """Images of one or several files, which are joined by the images' file names."""
 
     needs = "COCO's captions or instances"
     has_labels: ClassVar[bool] = True
-    file: ClassVar[Any] = File[ImageItem]
-    item: ClassVar[Any] = Object
+    file: ClassVar[type[File]] = File
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        of_name: dict[str, base.Entry] = {}
+    def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
+        by_name: dict[str, Annotation] = {}
         for path in options.annotations:
-            content = regular_file.read_json(path, self.file, self.needs, json_files.MAX_FILE)
+            content = base.read_json(path, self.file, self.needs)
             names = {x.id: options.described(self.label(x.name)) for x in content.categories}
-            of_id = {}
+            by_id = {}
             for image in content.images:
                 size = base.size(image.width, image.height)
-                new = base.Entry(image.file_name, [], regions=[], size=size, left_out=[])
-                of_id[image.id] = of_name.setdefault(image.file_name, new)
-            for number, raw in enumerate(content.annotations):
-                where = f"{path}:annotations[{number}]"
-                found = json_files.item(raw, self.item, where, self.needs)
-                if isinstance(found, base.Fault):
-                    yield found
-                elif found.image_id in of_id:
-                    self.add(of_id[found.image_id], found, names)
+                new = Annotation(image.file_name, [], regions=[], left_out=[], drawn_on=size)
+                by_id[image.id] = by_name.setdefault(image.file_name, new)
+            for where, item in base.items(content.annotations, Object, f"{path}:annotations"):
+                if isinstance(item, Fault):
+                    yield item
+                elif item.image_id in by_id:
+                    _add(by_id[item.image_id], item, names)
                 else:
-                    got = f"got image_id {annotations.show(found.image_id)}"
-                    yield base.Fault(
-                        where, "bad annotation", f"{got}, expected an image of the file"
-                    )
-        yield from of_name.values()
+                    got = f"got image_id {annotations.show(item.image_id)}"
+                    expected = f"{got}, expected an image of the file"
+                    yield Fault(where, "bad annotation", expected, where)
+        yield from by_name.values()
 
     def label(self, name: str) -> str:
         """The name of a category as people write it."""
         return name
 
-    def add(self, entry: base.Entry, found: Any, names: dict[base.Id, str]) -> None:
-        """Adds what an item of `annotations` says to the entry of its image; `names` are the categories'."""
-        if found.caption is not None:
-            entry.captions.append(found.caption)
-        elif found.iscrowd:
-            entry.left_out.append(("crowd", f"box {annotations.show(found.bbox)}"))
-        else:
-            name = names.get(found.category_id)
-            entry.regions.append((base.xywh(found.bbox), name, found.score))
+
+def _add(image: Any, item: Object, names: dict[base.Id, str]) -> None:
+    """Adds an item of `annotations` to its image, whose fields are lists; `names` are the categories'."""
+    if item.caption is not None:
+        image.captions.append(item.caption)
+    elif item.iscrowd:
+        image.left_out.append(Fault(image.image, "crowd", f"box {annotations.show(item.bbox)}"))
+    else:
+        name: Any = names.get(item.category_id)
+        negatives = tuple(names[i] for i in item.neg_category_ids if i in names)
+        image.regions.append(Region(base.xywh(item.bbox), name, item.score, negatives))
+
+
+class Lvis(Coco):
+    """LVIS: lvis_v1_train.json, lvis_v1_val.json. The images are COCO's, below train2017/ and val2017/.
+
+    A description is the category's name, `bow_(weapon)` as "bow (weapon)". If an image has several objects of a
+    category, not all of them need have a box.
+    """
+
+    needs = "lvis_v1_train.json or lvis_v1_val.json"
+    file = ObjectFile
+
+    def label(self, name: str) -> str:
+        return name.replace("_", " ")
+
+
+class FgOvd(Coco):
+    """FG-OVD (Bianchi et al., CVPR 2024): a file of its benchmarks, 1_attributes.json ... transparency.json.
+
+    A description is the name of its category, a sentence, and its negatives are the names of `neg_category_ids`. The
+    images are COCO's, below train2017/ and val2017/. Source of these names: lorebianchi98/FG-OVD, gt/transparency.json
+    and evaluation/ranks.py.
+    """
+
+    needs = "a benchmark of FG-OVD"
+    has_labels = False
+    file = ObjectFile

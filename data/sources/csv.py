@@ -1,4 +1,4 @@
-"""CSV files, one row an image, or one row a box; the options that name the columns: `data/sources/columns.py`.
+"""CSV files, one row per image, or one row per box; the options that name the columns: `data/sources/columns.py`.
 
 The image is a path below --images. A cell that holds a list (captions; boxes, labels, descriptions, scores of an image)
 is JSON: `[[12, 30, 80, 64]]`.
@@ -16,7 +16,7 @@ from grain_jax.data.sources import base, columns, staged
 
 
 @dataclasses.dataclass(frozen=True)
-class Csv(columns.Columns, staged.ListedSource):
+class Csv(columns.TableOptions, staged.ListedSource):
     """Images of CSV files in UTF-8, with a row of names first."""
 
     delimiter: str = ","
@@ -28,59 +28,52 @@ class Csv(columns.Columns, staged.ListedSource):
         if len(self.delimiter) != 1 or not self.delimiter.isprintable() and self.delimiter != "\t":
             raise ValueError(f"delimiter: got {self.delimiter!r}, expected one character")
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        if options.split:
-            raise base.SourceError(
-                f"got --split {options.split}, CSV files have no splits, expected none"
-            )
+    def entries(self, options: base.Options) -> Iterator[base.Annotation | base.Fault]:
+        base.check_split("a CSV file", options.split, ())
         for path in options.annotations:
-            yield from self._of_file(path, options)
+            rows = _rows(path, self.delimiter)
+            _, header = next(rows, ("", []))
+            named = self.named(path, header, options)
+            columns.warn_of_boxes(path, header, named)
+            short = []  # faults of rows
 
-    def _of_file(self, path: str, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        rows = _rows(path, self.delimiter)
-        _, header = next(rows, ("", []))
-        named, faults = self.named(path, header), []
-        self.check_labels(path, named, options.label_text)
-        columns.warn_of_boxes(path, header, named)
+            def whole(rows=rows, header=header, named=named, short=short):
+                for where, cells in rows:
+                    if len(cells) == len(header):
+                        yield where, self._row(dict(zip(header, cells)), named)
+                    else:
+                        got = f"got {len(cells)} cells, expected {len(header)} as in the first row"
+                        short.append(base.Fault(where, "bad annotation", got, where))
 
-        def whole() -> Iterator[tuple[str, Mapping[str, Any]]]:
-            for where, cells in rows:
-                if len(cells) == len(header):
-                    yield where, self._row(dict(zip(header, cells)), named)
+            for image, annotation in self.annotations(whole(), named):
+                if isinstance(annotation, base.Fault):
+                    yield annotation
+                elif image:
+                    yield annotation._replace(image=image)
                 else:
-                    got = f"got {len(cells)} cells, expected {len(header)} as in the first row"
-                    faults.append(base.Fault(where, "bad annotation", got, where))
+                    got = "got no image, expected a path"
+                    yield base.Fault(annotation.where, "bad annotation", got, annotation.where)
+            yield from short
 
-        for where, image, found in self.items(whole(), named, options.described):
-            if isinstance(found, base.Entry) and not image:
-                found = base.Fault(where, "bad annotation", "got no image, expected a path")
-            if isinstance(found, base.Entry):
-                found = found._replace(image=image)
-            yield found._replace(where=where)
-            yield from faults
-            faults.clear()
-        yield from faults
-
-    def _row(self, cells: dict[str, str], named: columns.Named) -> dict[str, Any]:
-        """The cells; those of lists and numbers as what they say in JSON, others and what is no JSON as they are."""
-        found: dict[str, Any] = {column: text or None for column, text in cells.items()}
-        plain = ["image", "caption", "id"]
+    def _row(self, cells: Mapping[str, str], named: columns.Named) -> dict[str, Any]:
+        """The cells; JSON is read in cells of lists and numbers. What is no JSON stays as it is."""
+        row: dict[str, Any] = {column: text or None for column, text in cells.items()}
+        texts = ["image", "caption", "id"]
         if named.row_is_box:
-            plain += ["labels", "descriptions"]
-        for name, paths in named.paths.items():
-            numbers = name == "labels" and bool(self.names)
-            for column, *_ in paths if numbers or name not in plain else ():
+            texts += ["descriptions"] if self.names else ["labels", "descriptions"]
+        for name in named.paths.keys() - texts:
+            for column, *_ in named.paths[name]:
                 try:
-                    found[column] = msgspec.json.decode(cells[column]) if cells[column] else None
+                    row[column] = msgspec.json.decode(cells[column]) if cells[column] else None
                 except msgspec.DecodeError:
                     pass  # the row's form says what is wrong with it
-        return found
+        return row
 
 
 def _rows(path: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """The rows that are not empty, each with the place of its end, FILE:LINE. Raises SourceError."""
+    """The rows that are not empty, each with the line of its end, FILE:LINE. Raises SourceError."""
     lines = regular_file.lines(path, "a CSV file", columns.MAX_LINE)
-    texts = (line.decode("utf-8" if at else "utf-8-sig") for at, line in enumerate(lines))
+    texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(lines))
     csv.field_size_limit(columns.MAX_LINE)
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     try:

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from etils import epath
 
 from grain_jax.core import regular_file
-from grain_jax.data.sources import base, staged, webdataset
+from grain_jax.data.sources import base, staged
+from grain_jax.data.sources.base import Annotation, Fault
 
 
 class Folder(staged.ListedSource):
     """The folder's images, in the order of their names."""
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+    def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
         return _entries(epath.Path(options.images), "", set())
 
 
-def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[base.Entry | base.Fault]:
+def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[Annotation | Fault]:
     seen.add(os.path.realpath(folder))
     if not folder.is_dir():
         raise base.SourceError(f"--images {folder}: no such folder, expected images")
@@ -33,15 +34,14 @@ def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[base.En
             if f"{path.stem}.txt" in texts:
                 try:
                     text = path.with_suffix(".txt")
-                    encoded = regular_file.read(text, webdataset.MAX_TEXT, "a caption")
-                    caption = encoded.decode()
-                except ValueError as error:
-                    yield base.Fault(image, "bad annotation", f"{path.stem}.txt: {error}")
+                    caption = regular_file.read_text(text, "a caption", base.MAX_TEXT)
+                except regular_file.FileError as error:
+                    yield Fault(image, "bad annotation", str(error))
                     continue
-            yield base.Entry(image, (caption,))
+            yield Annotation(image, (caption,))
         elif path.is_dir():
-            if os.path.realpath(path) in seen or len(image) > webdataset.MAX_PATH:
+            if os.path.realpath(path) in seen or len(image) > base.MAX_NAME:
                 got = "a folder that was read already, or too deep a one"
-                yield base.Fault(image, "unreadable", f"got {got}, expected folders without links")
+                yield Fault(image, "unreadable", f"got {got}, expected folders without links")
             else:
                 yield from _entries(path, image + "/", seen)

@@ -1,82 +1,89 @@
-"""Joins the entry of an annotation file with its image.
+"""Joins the annotation of a reader with its image: the one place where texts and boxes of readers are checked.
 
-Boxes are checked against the image here, since most public sets have a few that are empty or lie outside: such a
-region is left out with its cause, and its image stays.
+Most public sets have a few boxes that are empty or lie outside. Such a region is left out with its cause; its image
+stays.
 """
 
-import math
 from typing import Any
 
 from etils import epath
 
 from grain_jax.core import annotations, images, regular_file
-from grain_jax.data.sources.base import Entry, Fault, Image, text
+from grain_jax.core.annotations import Annotation, Fault, Region
 
 
-def load(entry: Entry, folder: epath.PathLike) -> Image | Fault:
-    """The entry with its image, which is a file below `folder`; its boxes are of the upright pixels."""
-    path = regular_file.inside(entry.image)
+def load(annotation: Annotation, folder: epath.PathLike) -> Annotation | Fault:
+    """The annotation with its image, which is a file below `folder`; its boxes are of the upright pixels."""
+    path = regular_file.inside(annotation.image)
     if not path:
-        return Fault(entry.image, "bad annotation", "expected a path below the images' folder")
+        expected = "expected a path below the images' folder"
+        return Fault(annotation.image, "bad annotation", expected, annotation.where)
     file = epath.Path(folder) / path
     try:
         file = regular_file.named(folder, path)
         encoded = images.read_file(file)
     except FileNotFoundError:
-        return Fault(path, "no such file", f"there is no {file}")
+        return Fault(path, "no such file", f"there is no {file}", annotation.where)
     except (OSError, ValueError) as error:  # also a name of half surrogates
-        return _unreadable(path, error)
-    return join(entry._replace(image=path), encoded)
+        return _unreadable(path, error, annotation.where)
+    return join(annotation._replace(image=path, encoded=encoded))
 
 
-def join(entry: Entry, encoded: bytes) -> Image | Fault:
-    """The entry with its image; boxes that the image cannot have are left out with their cause.
+def join(annotation: Annotation) -> Annotation | Fault:
+    """The annotation, checked with its image; regions that the image cannot have are left out with their cause.
 
     An image without regions is not decoded here: later steps find its faults.
     """
-    if not encoded:
-        return Fault(entry.image, "empty file", "0 bytes, expected an image")
-    if text(entry.image) != entry.image.strip():
-        return Fault(entry.image, "bad annotation", "expected a name in UTF-8")
-    regions, left_out = [], [Fault(entry.image, *fault) for fault in entry.left_out]
-    place: dict[int, int] = {}  # position of a region in the entry -> in the image
-    if entry.regions:
+    image, where = annotation.image, annotation.where
+    if not annotation.encoded:
+        return Fault(image, "empty file", "0 bytes, expected an image", where)
+    if text(image) != image.strip():
+        return Fault(image, "bad annotation", "expected a name in UTF-8", where)
+    regions, left_out = [], [Fault(*fault) for fault in annotation.left_out]
+    kept: dict[int, int] = {}  # position of a region in `found` -> in the result
+    if annotation.regions:
         try:
-            size = images.header(encoded).size
+            size = images.header(annotation.encoded).size
         except images.ImageError as error:
-            return _unreadable(entry.image, error)
-        drawn_on = tuple(entry.size or size)
-        if drawn_on != size:
+            return _unreadable(image, error, where)
+        drawn_on = tuple(annotation.drawn_on or size)
+        if drawn_on not in (size, (1, 1)):
             expected = f"expected {drawn_on[0]} x {drawn_on[1]}, which its boxes were drawn on"
-            return Fault(entry.image, "another size", f"got {size[0]} x {size[1]}, {expected}")
-        for position, found in enumerate(entry.regions):
-            region = _region(*found, size=size, shares=entry.shares)
-            if isinstance(region, annotations.Region):
-                place[position] = len(regions)
+            got = f"got {size[0]} x {size[1]}, {expected}"
+            return Fault(image, "another size", got, where)
+        scale = size if drawn_on == (1, 1) else (1, 1)
+        for position, values in enumerate(annotation.regions):
+            region = _region(*values, size=size, scale=scale)
+            if isinstance(region, Region):
+                kept[position] = len(regions)
                 regions.append(region)
             else:
-                left_out.append(Fault(entry.image, *region))
-    phrases = entry.phrases
+                left_out.append(Fault(image, *region))
+    phrases = annotation.phrases
     if phrases is not None:  # with their boxes that are kept, without those that have none
-        kept = (tuple(place[x] for x in phrase if x in place) for phrase in phrases)
-        phrases = tuple(filter(None, kept))
-    return Image(
-        image=entry.image,
-        encoded=encoded,
-        captions=tuple(filter(None, map(text, entry.captions))),
-        synthetic_caption=text(entry.synthetic_caption),
+        phrases = (tuple(kept[x] for x in phrase if x in kept) for phrase in phrases)
+        phrases = tuple(filter(None, phrases))
+    return annotation._replace(
+        captions=tuple(filter(None, map(text, annotation.captions))),
+        synthetic_caption=text(annotation.synthetic_caption),
         regions=tuple(regions),
-        id=entry.id,
         left_out=tuple(left_out),
         phrases=phrases,
+        drawn_on=None,
     )
 
 
-def _unreadable(image: str, error: Exception) -> Fault:
+def text(value: Any) -> str:
+    """`value` without white space at its ends; "" if it is no text. Half surrogates are taken out."""
+    return value.encode("utf-8", "ignore").decode().strip() if isinstance(value, str) else ""
+
+
+def _unreadable(image: str, error: Exception, where: str) -> Fault:
     cause = "too large" if isinstance(error, images.TooLargeError) else "unreadable"
-    if isinstance(error, images.ImageError):
-        return Fault(image, cause, str(error))
-    return Fault(image, cause, f"{getattr(error, 'strerror', None) or error}, expected an image")
+    reason = f"{getattr(error, 'strerror', None) or error}, expected an image"
+    return Fault(
+        image, cause, str(error) if isinstance(error, images.ImageError) else reason, where
+    )
 
 
 def _region(
@@ -86,29 +93,26 @@ def _region(
     negatives: Any = (),
     *,
     size: tuple[int, int],
-    shares: bool,
-) -> annotations.Region | tuple[str, str]:
+    scale: tuple[int, int],
+) -> Region | tuple[str, str]:
     """The region, or (cause, detail)."""
-    got = f"box {annotations.show(box)}"
-    try:
-        x1, y1, x2, y2 = map(float, box)
-    except (TypeError, ValueError, OverflowError):
-        x1 = math.nan
-    if not (math.isfinite(x1) and all(map(math.isfinite, (y1, x2, y2))) and x1 < x2 and y1 < y2):
-        return "bad box", f"got {got}, expected four finite numbers, x1 < x2 and y1 < y2"
-    width, height = size
-    if shares:
-        x1, y1, x2, y2 = x1 * width, y1 * height, x2 * width, y2 * height
-    if annotations.clip_box((x1, y1, x2, y2), width, height).box_xyxy is None:
+    got = f"got box {annotations.show(box)}"
+    if fault := annotations.box_fault(box):
+        return "bad box", f"{got}, {fault}"
+    x1, y1, x2, y2 = (float(x) * by for x, by in zip(box, scale * 2))
+    if annotations.clip_box((x1, y1, x2, y2), *size).box_xyxy is None:
         inside = f"at least {annotations.MIN_INSIDE:.0%} of it in the image"
-        return "bad box", f"got {got}, expected {inside} of {width} x {height}"
+        return "bad box", f"{got}, expected {inside} of {size[0]} x {size[1]}"
     if not text(description):
-        return "no description", f"got {annotations.show(description)} at {got}, expected a text"
+        return "no description", f"{got} with {annotations.show(description)}, expected a text"
     if not isinstance(score, int | float) or not 0 <= score <= 1:
-        return "bad box", f"got score {annotations.show(score)} at {got}, expected 0 to 1"
+        return "bad box", f"{got} with score {annotations.show(score)}, expected 0 to 1"
     # Neither the description nor each other, as A.jsonl wants them.
     kept = {annotations.plain(text(description)): ""}
-    for one in filter(None, map(text, negatives if isinstance(negatives, list | tuple) else ())):
-        kept.setdefault(annotations.plain(one), one)
-    negatives = tuple(filter(None, kept.values()))
-    return annotations.Region((x1, y1, x2, y2), text(description), float(score), negatives)
+    for negative in filter(
+        None, map(text, negatives if isinstance(negatives, list | tuple) else ())
+    ):
+        kept.setdefault(annotations.plain(negative), negative)
+    return Region(
+        (x1, y1, x2, y2), text(description), float(score), tuple(filter(None, kept.values()))
+    )

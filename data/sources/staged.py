@@ -1,7 +1,7 @@
 """Sources whose images are files and whose annotations are a few large files, or none: cut into lists.
 
-The annotations are read once, where the pipeline starts; a worker reads a list of some images. So a worker needs
-neither COCO's 500 MB nor the time to find its part of them.
+The annotations are read once, in the process that starts the job; a worker reads a list of some images. So a worker
+needs neither COCO's 500 MB nor the time to find its part of them.
 """
 
 import abc
@@ -27,8 +27,8 @@ class ListedSource(abc.ABC):
     needs: ClassVar[str] = ""
 
     @abc.abstractmethod
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        """What the annotations say of each image, in an order that depends on the files alone.
+    def entries(self, options: base.Options) -> Iterator[base.Annotation | base.Fault]:
+        """What the annotations say about each image, in an order that depends on the files alone.
 
         Boxes and descriptions need no check here: `read` leaves out those that the image cannot have.
 
@@ -38,8 +38,6 @@ class ListedSource(abc.ABC):
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
         """Writes the lists to `options.scratch`; one shard each, `options.shard_size` images long."""
-        if not options.scratch:
-            raise base.SourceError("got no scratch folder, expected one for the lists of images")
         if self.needs and not options.annotations:
             raise base.SourceError(f"got no --annotations, expected {self.needs}")
         folder = epath.Path(options.scratch)
@@ -47,21 +45,19 @@ class ListedSource(abc.ABC):
         shards = []
         rest = iter(self.entries(options))
         while batch := list(itertools.islice(rest, options.shard_size)):
-            lines = "".join(json.dumps([type(item).__name__, item]) + "\n" for item in batch)
+            pairs = ([type(item).__name__, item] for item in batch)  # JSON has no bytes
+            lines = "".join(json.dumps(pair, default=bytes.decode) + "\n" for pair in pairs)
             name = base.shard_name(len(shards), lines.encode())
-            path = folder / f"{name}.jsonl"
-            atomic.write_text(path, lines)
-            arguments = {"list": str(path), "images": str(options.images)}
+            atomic.write_text(folder / f"{name}.jsonl", lines)
+            arguments = {"list": str(folder / f"{name}.jsonl"), "images": str(options.images)}
             shards.append(base.SourceShard(name, arguments))
         return shards
 
-    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
+    def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
         """The images of one list."""
         with epath.Path(shard.arguments["list"]).open("r") as file:
             for kind, values in map(json.loads, file):
                 if kind == "Fault":
                     yield base.Fault(*values)
-                    continue
-                entry = base.Entry(*values)
-                found = join.load(entry, shard.arguments["images"])
-                yield found._replace(where=entry.where)
+                else:
+                    yield join.load(base.Annotation(*values), shard.arguments["images"])

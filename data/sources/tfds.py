@@ -1,4 +1,4 @@
-"""A TFDS set that lies in a folder, those of grain-jax build included; a shard is a range of its examples.
+"""A TFDS set in a folder, also one of grain-jax build; a shard is a range of its examples.
 
 Captions are the features `caption`, `captions` and `text` (`captions/text` as in COCO's set); regions are
 read from sets with the features of data/SCHEMA.md.
@@ -36,53 +36,49 @@ class Tfds:
         for path in map(epath.Path, builder.info.splits[split].filepaths):
             if not path.exists():
                 raise base.SourceError(f"{path}: the shard is gone; expected all shards of the set")
-        total = builder.info.splits[split].num_examples
-        out = []
-        for start in range(0, total, options.shard_size):
-            stop = min(start + options.shard_size, total)
-            part = {
-                "directory": str(builder.data_dir),
-                "split": split,
-                "start": start,
-                "stop": stop,
-            }
-            out.append(base.SourceShard(f"{split}-{start:09d}-{stop:09d}", part))
-        return out
+        total, size = builder.info.splits[split].num_examples, options.shard_size
+        shared = {"directory": str(builder.data_dir), "split": split}
+        return [
+            base.SourceShard(
+                f"{split}-{start:09d}-{stop:09d}", shared | {"start": start, "stop": stop}
+            )
+            for start in range(0, total, size)
+            for stop in [min(start + size, total)]
+        ]
 
-    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
-        """The range's images, as they are stored. Raises SourceError where its features cannot be read."""
+    def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
+        """The range's images, as they are stored. Raises SourceError if its features cannot be read."""
         split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
+        folder = shard.arguments["directory"]
         try:
-            examples = _builder(shard.arguments["directory"]).as_dataset(
+            examples = _builder(folder).as_dataset(
                 split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
                 decoders={"image": tfds.decode.SkipDecoding()},
-                # One file after another, so that a place has the same example whatever the range.
+                # One file after another, so that an index has the same example whatever the range.
                 read_config=tfds.ReadConfig(interleave_cycle_length=1),
             )
-        except Exception as error:  # TFDS raises all kinds where its features do not fit each other
+        except Exception as error:  # TFDS raises all kinds if its features do not fit each other
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise base.SourceError(
-                f"{shard.arguments['directory']}/features.json: {reason}, expected the features of its records"
-            ) from None
+            expected = "expected the features of its records"
+            raise base.SourceError(f"{folder}/features.json: {reason}, {expected}") from None
         index = start
         try:
             for index, example in enumerate(tfds.as_numpy(examples), start):
-                encoded = example["image"]
-                ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
+                ending = "png" if example["image"].startswith(b"\x89PNG") else "jpg"
                 image = f"{split}/{index:09d}.{ending}"
                 try:
-                    entry = _entry(image, example)
+                    annotation = _annotation(image, example)
                 except (TypeError, ValueError, AttributeError) as error:  # features of other types
                     yield base.Fault(image, "bad annotation", f"{type(error).__name__}: {error}")
                 else:
-                    yield join.join(entry, encoded)
+                    yield join.join(annotation)
         except (
             tf.errors.DataLossError,
             tf.errors.InvalidArgumentError,
             tf.errors.NotFoundError,
         ) as error:
-            said = error.message.splitlines()[0][:200]
-            detail = f"{said}; what follows it in this part is lost"
+            reason = error.message.splitlines()[0][:200]
+            detail = f"{reason}; what follows it in this part is lost"
             yield base.Fault(f"{split}/{index:09d}", "damaged shard", detail)
 
 
@@ -99,12 +95,14 @@ def directory(folder: epath.PathLike) -> epath.Path:
     raise base.SourceError(f"{folder}: got no dataset_info.json there, {expected}")
 
 
-def all_images(folder: epath.PathLike) -> Iterator[base.Image | base.Fault]:
-    """The images of all splits."""
-    source = Tfds()
-    for split in _builder(folder).info.splits:
-        for shard in source.shards(base.Options(str(folder), split=split)):
-            yield from source.read(shard)
+def all_shards(folder: epath.PathLike) -> list[base.SourceShard]:
+    """The shards of all splits."""
+    made = Tfds()
+    return [
+        shard._replace(source="tfds")
+        for split in _builder(folder).info.splits
+        for shard in made.shards(base.Options(str(folder), split=split))
+    ]
 
 
 def _builder(folder: epath.PathLike) -> Any:
@@ -136,28 +134,29 @@ def _values(content: Any, key: str) -> Iterator[Any]:
             yield from _values(value, key)
 
 
-def _entry(image: str, example: dict[str, Any]) -> base.Entry:
+def _annotation(image: str, example: dict[str, Any]) -> base.Annotation:
     captions = []
     for name in ("caption", "captions", "text"):
         value = example.get(name, ())
         value = value.get("text", ()) if isinstance(value, dict) else value
         captions += [value] if isinstance(value, bytes) else list(value)
-    regions = example.get("regions", {})
-    found = []
-    if isinstance(regions, dict) and regions.keys() >= {"bbox", "description", "score"}:
-        columns = regions["bbox"].tolist(), regions["description"], regions["score"].tolist()
-        negatives = regions.get("negatives")  # ragged: a row a region
-        rows = negatives.to_list() if negatives is not None else [()] * len(columns[0])
-        for (y1, x1, y2, x2), description, score, texts in zip(*columns, rows, strict=True):
+    columns, regions = example.get("regions", {}), []
+    if isinstance(columns, dict) and columns.keys() >= {"bbox", "description", "score"}:
+        boxes, scores = columns["bbox"].tolist(), columns["score"].tolist()
+        negatives = columns.get("negatives")  # ragged: a row for each region
+        rows = negatives.to_list() if negatives is not None else [()] * len(boxes)
+        for values in zip(boxes, columns["description"], scores, rows, strict=True):
+            (y1, x1, y2, x2), description, score, texts = values
             texts = tuple(map(_decoded, texts))
-            found.append(((x1, y1, x2, y2), _decoded(description), score, texts))
-    return base.Entry(
+            regions.append(base.Region((x1, y1, x2, y2), _decoded(description), score, texts))
+    return base.Annotation(
         image,
-        captions=[_decoded(caption) for caption in captions],
-        synthetic_caption=_decoded(example.get("synthetic_caption", b"")),
-        regions=found,
-        shares=True,
+        [_decoded(caption) for caption in captions],
+        _decoded(example.get("synthetic_caption", b"")),
+        regions,
         id=_decoded(example["id"]) if isinstance(example.get("id"), bytes) else None,
+        encoded=example["image"],
+        drawn_on=base.SHARES,
     )
 
 

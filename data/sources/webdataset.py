@@ -7,25 +7,23 @@ tar; its images are called TAR/MEMBER, since keys may be repeated in another tar
 import hashlib
 import itertools
 import json
+import math
 import re
 import tarfile
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import msgspec
 from etils import epath
 
 from grain_jax.core import image_bounds, regular_file
 from grain_jax.data.sources import base, join
 
-MAX_NAME = 255  # bytes of a part of a name: no file system takes more
-MAX_PATH = 1024  # bytes of a name
-MAX_FILES = 64  # of a sample
-MAX_TEXT = 1 << 20  # bytes of a text or a JSON
-_TEXTS = ("txt", "json")
+_MAX_PART = 255  # bytes of a part of a name: no file system takes more
+_MAX_FILES = 64  # per sample
 _MAX_SHARD_NAME = 200  # characters of a shard's name, which becomes a file's
-# In a name: control characters, half surrogates.
-_UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, half surrogates
 _HEADERS = (  # members that are part of the next one's header, read whole
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -60,44 +58,41 @@ class WebDataset:
             if len(name) > _MAX_SHARD_NAME:
                 digest = hashlib.sha256(name.encode()).hexdigest()[:16]
                 name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
-            arguments = {"tar": str(path), "prefix": prefix}
-            out.append(base.SourceShard(name, arguments))
+            out.append(base.SourceShard(name, {"tar": str(path), "prefix": prefix}))
         return sorted(out, key=lambda shard: shard.name)
 
-    def read(self, shard: base.SourceShard) -> Iterator[base.Image | base.Fault]:
+    def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
         """The tar's images as `entry` makes them of their name and the files beside them."""
         prefix, seen = shard.arguments["prefix"], set()
-        for found in _samples(epath.Path(shard.arguments["tar"]), prefix):
-            if isinstance(found, base.Fault):
-                yield found
-            else:
-                yield self._sample(*found, seen)
+        for sample in _samples(epath.Path(shard.arguments["tar"]), prefix):
+            yield sample if isinstance(sample, base.Fault) else self._image(*sample, seen)
 
-    def _sample(
-        self, image: str, files: dict[str, bytes | None], seen: set[str]
-    ) -> base.Image | base.Fault:
+    def _image(
+        self, image: str, files: dict[str, Any], seen: set[str]
+    ) -> base.Annotation | base.Fault:
         """A sample's image; `seen` are the names of those before it, and then its own too."""
         ending = next(filter(_is_image, files), None)
         if ".." in image.split("/"):
             return base.Fault(image, "bad annotation", "expected a name without ..")
         if ending is None:
             got = ", ".join(files)
-            return base.Fault(image, "no picture", f"got {got:.200}, expected an image beside it")
+            return base.Fault(image, "no image", f"got {got:.200}, expected an image beside it")
         image = f"{image}.{ending}"
         if fault := _name_fault(image, seen):
             return base.Fault(image, "bad annotation", fault)
         seen.add(image)
         if None in files.values():
-            most = f"{image_bounds.MAX_BYTES:,} bytes, {MAX_TEXT:,} of a text, {MAX_FILES} files"
-            return base.Fault(image, "too large", f"expected a sample of at most {most}")
+            bounds = image_bounds.MAX_BYTES, base.MAX_TEXT, _MAX_FILES
+            expected = "expected a sample of at most {:,} bytes, {:,} of a text, {} files"
+            return base.Fault(image, "too large", expected.format(*bounds))
         try:
-            found = self.entry(image, files)
+            annotation = self.entry(image, files)
         except ValueError as error:
             return base.Fault(image, "bad annotation", str(error))
-        return join.join(found, files[ending])
+        return join.join(annotation._replace(encoded=files[ending]))
 
-    def entry(self, image: str, files: dict[str, bytes]) -> base.Entry:
-        """What the files of a sample say of its image.
+    def entry(self, image: str, files: dict[str, bytes]) -> base.Annotation:
+        """What the files of a sample say about its image.
 
         Args:
           image: its name.
@@ -110,7 +105,43 @@ class WebDataset:
             caption = files["txt"].decode("utf-8", "replace")
         else:
             caption = metadata(files).get("caption")
-        return base.Entry(image, (caption,))
+        return base.Annotation(image, (caption or "",))
+
+
+_Span = tuple[float, float, float, float, float, float, float]
+
+
+class _Item(msgspec.Struct):
+    caption: str
+    ref_exps: list[_Span] | None = None
+    noun_chunks: list[_Span] | None = None
+
+
+class Grit(WebDataset):
+    """GRIT (zzliang/GRIT): tars of img2dataset with the columns `noun_chunks` and `ref_exps` in the JSON.
+
+    Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. Each entry of these columns is
+    [start, end, x1, y1, x2, y2, score]. The characters from start to end of the caption are the description. The box is
+    in shares of the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
+    """
+
+    def entry(self, image: str, files: dict[str, bytes]) -> base.Annotation:
+        expected = "a caption and spans of seven numbers"
+        item = regular_file.checked(metadata(files), _Item, "json", expected)
+        # Referring expressions hold every noun chunk, with the words that belong to it.
+        spans = item.noun_chunks if item.ref_exps is None else item.ref_exps
+        if spans is None:
+            raise ValueError(
+                "got neither ref_exps nor noun_chunks, expected a list; img2dataset keeps them with"
+                " --save_additional_columns"
+            )
+        regions = []
+        for start, end, x1, y1, x2, y2, score in spans:
+            if not (math.isfinite(start) and math.isfinite(end)):
+                raise ValueError(f"got characters {start} to {end}, expected finite numbers")
+            text = item.caption[int(start) : int(end)]
+            regions.append(base.Region((x1, y1, x2, y2), text, score))
+        return base.Annotation(image, (item.caption,), regions=regions, drawn_on=base.SHARES)
 
 
 def _name_fault(image: str, seen: set[str]) -> str:
@@ -119,20 +150,20 @@ def _name_fault(image: str, seen: set[str]) -> str:
         return "the name is there twice, expected it once"
     if _UNWANTED.search(image):
         return "expected a name in UTF-8 without control characters"
-    longest = max(len(part.encode()) for part in image.split("/"))
-    size = len(image.encode())
-    if size > MAX_PATH or longest > MAX_NAME:
-        return f"got a name of {size} bytes, expected at most {MAX_PATH}, and {MAX_NAME} a part"
+    longest, size = max(len(part.encode()) for part in image.split("/")), len(image.encode())
+    if size > base.MAX_NAME or longest > _MAX_PART:
+        most = f"{base.MAX_NAME}, and {_MAX_PART} for each part"
+        return f"got a name of {size} bytes, expected at most {most}"
     return ""
 
 
 def metadata(files: dict[str, bytes]) -> dict[str, Any]:
     """The sample's JSON, in which img2dataset has NaN, too; empty if there is none. Raises ValueError."""
     try:
-        found = json.loads(files.get("json", b"{}"))
+        value = json.loads(files.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"json: not JSON ({error}), expected an object") from None
-    return regular_file.checked(found, dict[str, Any], "json", "an object")
+    return regular_file.checked(value, dict[str, Any], "json", "an object")
 
 
 class _Member(tarfile.TarInfo):
@@ -141,38 +172,32 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
         try:
-            found = super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error}, expected a member or the tar's end") from None
-        if found.size < 0 or (found.type in _HEADERS and found.size > MAX_TEXT):
-            raise tarfile.ReadError(f"a header says {found.size} bytes")
-        return found
+        if member.size < 0 or (member.type in _HEADERS and member.size > base.MAX_TEXT):
+            raise tarfile.ReadError(f"a header says {member.size} bytes")
+        return member
 
 
-def _samples(
-    path: epath.Path, prefix: str
-) -> Iterator[tuple[str, dict[str, bytes | None]] | base.Fault]:
+def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any]] | base.Fault]:
     """(PREFIX/KEY, ending -> bytes) of each sample, the tar read once from front to end; at last what is wrong with it.
 
-    Only a sample's texts and its first image are read; the bytes are None where they are too many, or the
+    Only a sample's texts and its first image are read; the bytes are None if they are too many, or the
     files. Links, devices and sparse files are no part of a sample.
     """
     try:
         length = regular_file.length(path)
-        if length is None:
-            raise tarfile.ReadError("not a regular file")
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
-            members = filter(_is_content, _within(tar, length))
-            for key, group in itertools.groupby(members, key=lambda member: _key(member.name)[0]):
+            for key, members in itertools.groupby(_members(tar, length or 0), lambda x: x[0]):
                 files: dict[str, bytes | None] = {}
-                for member in group:
-                    ending = _key(member.name)[1]
-                    most = MAX_TEXT if ending in _TEXTS else 0
+                for _, ending, member in members:
+                    most = base.MAX_TEXT if ending in ("txt", "json") else 0
                     if _is_image(ending) and not any(map(_is_image, files)):
                         most = image_bounds.MAX_BYTES
-                    if len(files) == MAX_FILES:
+                    if len(files) == _MAX_FILES:
                         ending, most = max(files), -1  # one of them says that there are too many
                     files[ending] = b""
                     if most:
@@ -187,24 +212,19 @@ def _samples(
         yield base.Fault(f"{prefix}.tar", "damaged shard", detail)
 
 
-def _is_content(member: tarfile.TarInfo) -> bool:
-    return member.isfile() and not member.issparse()
+def _members(tar: tarfile.TarFile, length: int) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, ending, member) of each file: a/b.seg.png is ("a/b", "seg.png").
 
-
-def _within(tar: tarfile.TarFile, length: int) -> Iterator[tarfile.TarInfo]:
-    """The members, up to the end of the file: tarfile would seek through the terabytes that a false header claims."""
+    Raises tarfile.ReadError at the end of the file: tarfile would seek through the terabytes that a false header claims.
+    """
     for member in tar:
         if tar.offset > length:
             raise tarfile.ReadError("unexpected end of data")
-        yield member
+        if member.isfile() and not member.issparse():
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            stem, _, ending = name.partition(".")
+            yield f"{folder}/{stem}" if folder else stem, ending, member
 
 
 def _is_image(ending: str) -> bool:
     return f".{ending}".lower() in base.IMAGE_ENDINGS
-
-
-def _key(name: str) -> tuple[str, str]:
-    """(key, ending) of a member: a/b.seg.png is ("a/b", "seg.png")."""
-    folder, _, base_name = name.removeprefix("./").rpartition("/")
-    stem, _, ending = base_name.partition(".")
-    return f"{folder}/{stem}" if folder else stem, ending

@@ -33,8 +33,8 @@ class CsvBoxes(staged.ListedSource):
         if self.unit not in UNITS:
             raise ValueError(f"unit: got {self.unit!r}, expected one of {', '.join(UNITS)}")
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        """An entry an image; whether a box lies in its image is checked when the image is read."""
+    def entries(self, options: base.Options) -> Iterator[base.Annotation | base.Fault]:
+        """An annotation per image; whether a box lies in its image is checked when the image is read."""
         for path in options.annotations:
             with open(path, newline="", encoding="utf-8") as file:
                 rows = csv.DictReader(file, delimiter=self.delimiter)
@@ -45,14 +45,15 @@ class CsvBoxes(staged.ListedSource):
                 for image, of_image in itertools.groupby(rows, key=lambda row: row["image"]):
                     yield self._entry(image, list(of_image))
 
-    def _entry(self, image: str, rows: list[dict[str, str]]) -> base.Entry | base.Fault:
+    def _entry(self, image: str, rows: list[dict[str, str]]) -> base.Annotation | base.Fault:
         try:
             regions = [
-                ([float(row[side]) for side in ("x1", "y1", "x2", "y2")], row["phrase"], base.WHOLE)
+                base.Region([float(row[x]) for x in COLUMNS[2:6]], row["phrase"], base.WHOLE)
                 for row in rows
                 if row["phrase"]
             ]
         except (TypeError, ValueError) as error:  # a short row; no number
             return base.Fault(image, "bad annotation", f"a box: {error}")
         captions = list(dict.fromkeys(row["caption"] for row in rows))
-        return base.Entry(image, captions, regions=regions, shares=self.unit == "share")
+        drawn_on = base.SHARES if self.unit == "share" else None
+        return base.Annotation(image, captions, regions=regions, drawn_on=drawn_on)

@@ -6,6 +6,7 @@ TensorFlow nor JAX. Checks that need the image itself are in data/example.py.
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from etils import epath
@@ -15,6 +16,9 @@ from grain_jax.core import errors, regular_file
 EXPECTED = "one JSON object a line"
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
 REGION_KEYS = ("box", "description", "score", "negatives")
+NO_TEXT = (
+    "no caption: got neither caption, captions, synthetic_caption nor regions, expected one of them"
+)
 MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are skipped and counted
 MIN_INSIDE = 0.5  # of the area of a box; boxes of detectors overhang a little, wrong boxes a lot
 
@@ -34,17 +38,36 @@ class Region(NamedTuple):
     negatives: tuple[str, ...] = ()  # texts that are nearly the description, and wrong
 
 
-class Annotation(NamedTuple):
-    """A line without a fault."""
+class Fault(NamedTuple):
+    """Why an image, or one region of it, is left out."""
 
-    image: str  # path below the images' folder
-    captions: tuple[str, ...]  # of the web or of annotators; may be empty
-    synthetic_caption: str  # "" where there is none
-    regions: tuple[Region, ...]
-    id: str | None
+    image: (
+        str  # as Annotation.image; where there is none, what stands in its place (FILE:LINE, a tar)
+    )
+    cause: str  # one of data.sources.CAUSES: counters have these names
+    detail: str  # what was got, what was expected
+    where: str = ""  # FILE:LINE, in formats that have lines
+
+
+class Annotation(NamedTuple):
+    """An image with its texts and its described boxes.
+
+    A reader of a public format yields it unchecked, `data.sources.join` and `parse_line` check it.
+    """
+
+    image: str  # path below the images' folder, with /; unique in its source and stable over runs
+    captions: Sequence[str] = ()  # from the web or from annotators
+    synthetic_caption: str = ""  # "" if there is none
+    regions: Sequence[Region] = ()
+    id: str | None = None
     # For evaluation: each phrase (referring expression), as the indices in `regions` of all boxes that are right
     # for it; its text is their description. A phrase may stand several times. None: each region is a phrase.
-    phrases: tuple[tuple[int, ...], ...] | None = None
+    phrases: Sequence[Sequence[int]] | None = None
+    encoded: bytes = b""  # the image file; empty until it is read
+    left_out: Sequence[Fault] = ()  # regions of the source that cannot be used
+    where: str = ""  # as Fault.where
+    # Width and height of the image that the boxes were drawn on, if known. (1, 1): boxes are shares of both.
+    drawn_on: Sequence[float] | None = None
 
 
 class Parsed(NamedTuple):
@@ -133,8 +156,7 @@ def parse_line(line: bytes, *, text_required: bool) -> Parsed:
     synthetic = _text(item, "synthetic_caption", faults)
     some = captions or synthetic or item.get("regions") or len(faults) > faults_before
     if text_required and not some:
-        got = "got neither caption, captions, synthetic_caption nor regions"
-        faults.append(f"no caption: {got}, expected one of them")
+        faults.append(NO_TEXT)
     identity = item.get("id")
     if identity is not None and not (_is_text(identity) and identity):
         faults.append(_wrong("id", identity, "a text"))
@@ -279,16 +301,28 @@ def _phrases(
 
 
 def _box(entry: dict[str, Any], at: str, faults: list[str]) -> Box | None:
-    box = entry.get("box", _NOTHING)
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        faults.append(_wrong(f"{at}.box", box, "four finite numbers [x1, y1, x2, y2]"))
+    box: Any = entry.get("box", _NOTHING)
+    numbers = isinstance(box, list) and not any(isinstance(x, bool | str) for x in box)
+    if fault := box_fault(box if numbers else None):
+        shown = "none" if box is _NOTHING else show(box)
+        faults.append(f"{at}.box: got {shown}, {fault}")
         return None
     x1, y1, x2, y2 = map(float, box)
+    return x1, y1, x2, y2
+
+
+def box_fault(box: Any) -> str:
+    """What is wrong with (x1, y1, x2, y2); "" if its edges are finite and it has an area."""
+    try:
+        x1, y1, x2, y2 = map(float, box)
+    except (TypeError, ValueError, OverflowError):
+        x1 = y1 = x2 = y2 = math.nan
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        return "expected four finite numbers [x1, y1, x2, y2]"
     if x1 < x2 and y1 < y2 and (x2 - x1) * (y2 - y1) > 0:
-        return x1, y1, x2, y2
+        return ""
     reason = "inverted" if x2 < x1 or y2 < y1 else "no area"
-    faults.append(f"{at}.box: got {show(box)}, {reason}, expected x1 < x2 and y1 < y2")
-    return None
+    return f"{reason}, expected x1 < x2 and y1 < y2"
 
 
 def _is_text(value: Any) -> TypeGuard[str]:

@@ -1,6 +1,5 @@
 """Label images of the aviary against its boxes and shares, a count of one's own and the files that it had before."""
 
-import dataclasses
 import random
 
 import numpy as np
@@ -35,10 +34,10 @@ def test_labels_of_the_canvas_have_the_boxes_and_shares_of_the_annotations(size)
     for number, species in enumerate(generate.species_of(SMALL).training[:6]):
         drawn = drawing.draw(species, rng=random.Random(number), size=size)
         factor = len(drawn.labels) / size
-        found = {part: drawn.labels == n for n, part in enumerate(PARTS, 1)}
-        found = {part: shown for part, shown in found.items() if shown.any()}
-        assert found.keys() == drawn.boxes_xyxy.keys()
-        for part, shown in found.items():
+        shown_parts = {part: drawn.labels == n for n, part in enumerate(PARTS, 1)}
+        shown_parts = {part: shown for part, shown in shown_parts.items() if shown.any()}
+        assert shown_parts.keys() == drawn.boxes_xyxy.keys()
+        for part, shown in shown_parts.items():
             y, x = np.nonzero(shown)
             box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / factor
             np.testing.assert_array_equal(box, drawn.boxes_xyxy[part])
@@ -56,7 +55,7 @@ def test_a_pixel_has_the_label_that_covers_most_of_it(size):
 
 
 def test_the_files_are_a_set_of_each_group_and_kind(small):
-    held_out = {one.name for one in generate.species_of(SMALL).held_out}
+    held_out = {species.name for species in generate.species_of(SMALL).held_out}
     for group in masks.GROUPS:
         images = small / masks.FOLDER / group / "images"
         assert len(list(images.iterdir())) == 5
@@ -81,10 +80,3 @@ def test_the_files_are_a_set_of_each_group_and_kind(small):
             shown = [task.species[PARTS[n - 1]].phrase if n else "background" for n in parts.flat]
             expected = parts if kind == "masks" else [names.index(phrase) for phrase in shown]
             np.testing.assert_array_equal(mask.ravel(), np.ravel(expected))
-
-
-def test_a_group_without_species_has_no_folder(tmp_path):
-    seen = dataclasses.replace(SMALL, held_out_genera=0, test_images=1, images=1)
-    assert generate.write(tmp_path, seen)
-    found = [path.name for path in (tmp_path / masks.FOLDER).iterdir() if path.is_dir()]
-    assert found == ["seen"]

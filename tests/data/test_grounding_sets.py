@@ -15,15 +15,15 @@ LEFT, RIGHT, WHOLE = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 1, 1]
 
 def grounding(folder, source, files, regions, monkeypatch, texts):
     """The result of both commands on images of 40 x 20 pixels; `regions` as StubPredictor's."""
-    given = [f"--source={source}", "--annotations", *map(str, files), "--passes=none"]
-    given += [f"--images={folder / 'images'}", f"--output={folder / 'out'}"]
-    assert annotate.main(given) == 0
+    arguments = [f"--source={source}", "--annotations", *map(str, files), "--passes=none"]
+    arguments += [f"--images={folder / 'images'}", f"--output={folder / 'out'}"]
+    assert annotate.main(arguments) == 0
     predictor = StubPredictor(dict.fromkeys(regions, [1, 0, 0]), texts, regions)
     monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
-    given = ["grounding", "--checkpoint=RUN", f"--images={folder / 'images'}"]
-    given += [f"--annotations={folder / 'out/A.jsonl'}", f"--output={folder / 'g.json'}"]
-    assert evaluate.main(given) == 0
+    arguments = ["grounding", "--checkpoint=RUN", f"--images={folder / 'images'}"]
+    arguments += [f"--annotations={folder / 'out/A.jsonl'}", f"--output={folder / 'g.json'}"]
+    assert evaluate.main(arguments) == 0
     return json.loads((folder / "g.json").read_text())
 
 
@@ -47,9 +47,9 @@ def test_each_expression_of_refcoco_counts_with_its_own_box(tmp_path, monkeypatc
     (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": objects}))
     files = [tmp_path / "refs(unc).p", tmp_path / "instances.json"]
     # The right half says guy, as one of the two guys is; the lower part says man on left (IoU 4 / 14 with him).
-    found = {0: ([RIGHT, [0, 0.6, 1, 1]], [[1, 0, 0], [0, 1, 0]])}
+    answers = {0: ([RIGHT, [0, 0.6, 1, 1]], [[1, 0, 0], [0, 1, 0]])}
     texts = {"guy": [1, 0, 0], "man on left": [0, 1, 0]}
-    result = grounding(tmp_path, "refcoco", files, found, monkeypatch, texts)
+    result = grounding(tmp_path, "refcoco", files, answers, monkeypatch, texts)
     assert (result["regions"], result["phrases"]) == (3, 4)
     assert result["phrase_acc50"] == 0.25
     assert result["phrase_iou"] == pytest.approx((0 + 1 + 2 * 4 / 14) / 4)
@@ -81,9 +81,9 @@ def test_the_protocols_of_flickr30k_entities(tmp_path, monkeypatch, dogs, any_bo
     size = "<size><width>40</width><height>20</height><depth>3</depth></size>"
     (tmp_path / "Annotations/0.xml").write_text(f"<annotation>{size}{objects}</annotation>")
     # The left half says man, right for chain 1, which two sentences name, and wrong for chain 2.
-    found = {0: ([LEFT, dogs], [[1, 0, 0], [0, 1, 0]])}
+    answers = {0: ([LEFT, dogs], [[1, 0, 0], [0, 1, 0]])}
     texts = {"A man": [1, 0, 0], "two dogs": [0, 1, 0]}
-    result = grounding(tmp_path, "flickr30k_entities", [tmp_path], found, monkeypatch, texts)
+    result = grounding(tmp_path, "flickr30k_entities", [tmp_path], answers, monkeypatch, texts)
     assert (result["regions"], result["phrases"], result["phrases_of_several_boxes"]) == (4, 4, 1)
     assert result["phrase_acc50"] == any_box == result["phrase_acc50_any_box"]
     assert result["phrase_acc50_any_box_low"] == result["phrase_acc50_low"]

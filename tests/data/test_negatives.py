@@ -4,7 +4,7 @@ from grain_jax.data import negatives
 
 
 @pytest.mark.parametrize(
-    "description, some",
+    "description, expected",
     [
         ("a long orange beak", ["a short orange beak", "a long red beak", "a long orange wing"]),
         ("An orange beak", ["A red beak", "An orange tail"]),
@@ -15,9 +15,9 @@ from grain_jax.data import negatives
         ("upper leaves", ["lower leaves", "upper branches"]),
     ],
 )
-def test_one_word_is_exchanged(description, some):
+def test_one_word_is_exchanged(description, expected):
     made = negatives.make(description, 100)
-    assert set(some) <= set(made) and len(set(made)) == len(made)
+    assert set(expected) <= set(made) and len(set(made)) == len(made)
     for text in made:
         changed = [
             (a, b)
@@ -47,8 +47,10 @@ def test_the_result_is_a_function_of_the_arguments():
     assert made[:3] == negatives.make(said, 3)
     assert made != negatives.make(said, 6, seed=1)
     # Size, colour and part take turns.
-    words = [next(b for a, b in zip(said.split(), text.split()) if a != b) for text in made[:3]]
-    assert "short" in words and len({word in "short leg wing tail eye" for word in words}) == 2
+    exchanged = [next(b for a, b in zip(said.split(), text.split()) if a != b) for text in made[:3]]
+    assert (
+        "short" in exchanged and len({word in "short leg wing tail eye" for word in exchanged}) == 2
+    )
     other = made[0].upper()
     assert made[0] not in negatives.make(said, 100, others=[other])
     assert negatives.make("something", 5) == []

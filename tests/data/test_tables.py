@@ -7,12 +7,9 @@ import unicodedata
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import tensorflow_datasets as tfds
 
 from grain_jax.data import build, sources
 from grain_jax.data.inspect import __main__ as inspect_command
-from grain_jax.input_pipeline import records
-from tests import record_sets
 from tests.data import test_sources
 from tests.data.test_sources import COUNT, boxes, encoded, xywh
 
@@ -23,7 +20,7 @@ NAMES = ["bird", "left wing"]
 
 
 def classes(number):
-    """Of each box: the number of its class."""
+    """The number of the class of each box."""
     return [number % 2, 1]
 
 
@@ -31,11 +28,11 @@ def labels(number):
     return [NAMES[k] for k in classes(number)]
 
 
-def write_all(folder, *, captions):
-    """One set in each form: name -> the flags of build. Its texts are names of classes; without captions as it says."""
+def write_all(folder):
+    """One set in each form: file -> (source, its own options). Its texts are names of classes; every other image has a caption."""
     test_sources.write_pictures(folder / "images", "{:05d}.jpg")
     files = [f"{n:05d}.jpg" for n in range(COUNT)]
-    texts = [f"a photo of {{}}: {n}" for n in range(COUNT)] if captions else [None] * COUNT
+    texts = [f"a photo of {{}}: {n}" if n % 2 else None for n in range(COUNT)]
     with (folder / "A.jsonl").open("w") as out:
         for n, text in enumerate(texts):
             regions = [
@@ -100,81 +97,35 @@ def write_all(folder, *, captions):
         quoted = [json.dumps(x).replace('"', '""') for x in (boxes(n), labels(n))]
         cells.append(f'{files[n]},{text or ""},"{quoted[0]}","{quoted[1]}"')
     (folder / "images.csv").write_text("\n".join(cells) + "\n")
-    images, label = f"--images={folder / 'images'}", ["--label-text", "a photo of a {}"]
-    of_hub = ["boxes=objects.bbox", "labels=objects.category", "box_format=xywh", "caption=text"]
-    of_rows = ["image=file", "caption=text", "boxes=x1,y1,x2,y2", "labels=label", "delimiter=;"]
-
-    def flags(source, name, *options):
-        given = ["--source", source, "--annotations", folder / name, *label]
-        return [*given, *(["--option", *options] if options else [])]
-
+    of_hub = dict(
+        boxes="objects.bbox", labels="objects.category", box_format="xywh", caption="text"
+    )
+    of_rows = dict(image="file", caption="text", boxes="x1,y1,x2,y2", labels="label", delimiter=";")
+    of_paths = dict(image="file", boxes="parts.box", labels="parts.label")
     return {
-        "lines": ["--annotations", folder / "A.jsonl", images],
-        "coco": [*flags("coco", "coco.json"), images],
-        "hub": flags("parquet", "hub.parquet", *of_hub),
-        "saved": flags("hf-dataset", "saved", *of_hub),
-        "paths": [
-            *flags(
-                "parquet", "paths.parquet", "image=file", "boxes=parts.box", "labels=parts.label"
-            ),
-            images,
-        ],
-        "rows": [*flags("csv", "boxes.csv", *of_rows), images],
-        "cells": [*flags("csv", "images.csv"), images],
+        "coco.json": ("coco", {}),
+        "hub.parquet": ("parquet", of_hub),
+        "saved": ("hf-dataset", of_hub),
+        "paths.parquet": ("parquet", of_paths),
+        "boxes.csv": ("csv", of_rows),
+        "images.csv": ("csv", {}),
     }
 
 
-def content(folder):
-    """The parsed records of a set, by id, and the digest of its content."""
-    builder = tfds.builder_from_directory(folder / "1.0.0")
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    found = tfds.as_numpy(builder.as_dataset(split="train", decoders=decoders))
-    parsed = {item["id"]: repr(sorted(item.items(), key=lambda pair: pair[0])) for item in found}
-    return parsed, json.loads((folder / "1.0.0/digest.json").read_text())["train"]["digest"]
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["captions", "none"])
-def built(request, tmp_path_factory):
-    """(whether the set has captions, its folder, name -> flags), each built to FOLDER/NAME."""
-    folder = tmp_path_factory.mktemp("tables")
-    flags = write_all(folder, captions=request.param)
-    for name, of_set in flags.items():
-        words = [
-            *map(str, of_set),
-            f"--output={folder / 'out'}",
-            f"--name={name}",
-            "--num-shards=4",
-        ]
-        assert build.main(words) == 0, name
-    return request.param, folder, flags
-
-
-def test_the_same_records_of_each_form(built):
-    captions, folder, flags = built
-    expected = content(folder / "out" / "lines")
-    assert len(expected[0]) == COUNT
-    for name in flags:
-        assert content(folder / "out" / name) == expected, name
-    first = next(iter(expected[0].values()))
-    assert ("a photo of {}" in first) == captions and "a photo of a left wing" in first
-
-
-def test_images_without_a_caption_are_masked_and_counted(built, capsys):
-    captions, folder, _ = built
-    config = record_sets.config(folder / "out", name="hub", lanes=4)
-    batch = next(records.batches(config))
-    assert batch.caption_mask.all() if captions else not batch.caption_mask.any()
-    assert batch.region_mask.sum(axis=1).tolist() == [2] * 8
-    assert (batch.caption_id[~batch.caption_mask] == 0).all()
-    inspect_command.main([str(folder / "out" / "hub"), f"--output={folder / 'inspected'}"])
-    said = f"{COUNT} images without any caption (100.0%)"
-    assert (said in capsys.readouterr().out) == (not captions)
-
-
-def test_descriptions_are_the_caption_where_there_is_no_other(built):
-    captions, folder, _ = built
-    config = record_sets.config(folder / "out", name="hub", lanes=4, descriptions_in_captions=1)
-    assert next(records.batches(config)).caption_mask.all()
+def test_the_same_images_of_each_form(tmp_path):
+    forms, expected = (
+        write_all(tmp_path),
+        test_sources.read_all("annotations", options(tmp_path, tmp_path / "A.jsonl")),
+    )
+    assert len(expected) == COUNT and expected[0].regions[1].description == "a photo of a left wing"
+    assert [len(image.captions) for image in expected] == [0, 1] * (COUNT // 2)
+    for name, (source, own_options) in forms.items():
+        base_options = options(tmp_path, tmp_path / name, label_text="a photo of a {}")
+        shards = sources.shards(source, base_options, own_options)
+        images = [image for shard in shards for image in sources.read(shard)]
+        assert [image._replace(where="") for image in images] == [
+            image._replace(where="") for image in expected
+        ], name
 
 
 def options(folder, path, **fields):
@@ -197,9 +148,9 @@ def test_what_columns_may_be(tmp_path):
         "more": [None, None],
     }
     pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
-    own = {"names": str(tmp_path / "names.txt"), "box_format": "cxcywh", "unit": "share"}
-    given = options(tmp_path, tmp_path / "a.parquet", label_text="the {}")
-    (shard,) = sources.shards("parquet", given, own)
+    own_options = {"names": str(tmp_path / "names.txt"), "box_format": "cxcywh", "unit": "share"}
+    base_options = options(tmp_path, tmp_path / "a.parquet", label_text="the {}")
+    (shard,) = sources.shards("parquet", base_options, own_options)
     first, second = sources.read(shard)
     assert first.captions == ("one", "two") and (first.id, second.id) == ("7", "8")
     width, height = test_sources.SIZE
@@ -210,42 +161,21 @@ def test_what_columns_may_be(tmp_path):
     assert (second.captions, second.regions) == ((), ())
 
 
-def test_shards_of_a_file_have_names_of_their_own(tmp_path):
-    rows = {
-        "image": [{"bytes": encoded(n), "path": "a.jpg"} for n in range(4)],
-        "caption": list("abcd"),
-    }
-    pyarrow.parquet.write_table(pa.table(rows), tmp_path / "a.parquet", row_group_size=1)
-    given = options(tmp_path, tmp_path / "a.parquet")._replace(shard_size=2)
-    shards = sources.shards("parquet", given)
-    names = [[found.image for found in sources.read(shard)] for shard in shards]
-    assert names == [["a.jpg", "000000001/a.jpg"], ["000000002/a.jpg", "000000003/a.jpg"]]
-
-
 def test_splits_and_rows_of_an_image_that_are_apart(tmp_path):
     for split, image in (("train", "a.jpg"), ("test", "b.jpg")):
         table = pa.table({"image": [image], "caption": ["a"]})
         pyarrow.parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
-    given = options(tmp_path, tmp_path)
+    base_options = options(tmp_path, tmp_path)
     names = lambda split: [
-        s.arguments["file"] for s in sources.shards("parquet", given._replace(split=split))
+        s.arguments["file"] for s in sources.shards("parquet", base_options._replace(split=split))
     ]
     assert [len(names(split)) for split in ("", "train", "test")] == [2, 1, 1]
-    with pytest.raises(sources.SourceError, match="no .parquet file of --split dev there"):
+    with pytest.raises(sources.SourceError, match="--split dev"):
         names("dev")
     lines = ["image,a,b,c,d,labels", *(f"{name}.jpg,1,1,9,9,bird" for name in "aba")]
     (tmp_path / "t.csv").write_text("\n".join(lines))
     with pytest.raises(sources.SourceError, match="t.csv:4: got rows of an image apart"):
         sources.shards("csv", options(tmp_path, tmp_path / "t.csv"), {"boxes": "a,b,c,d"})
-
-
-def test_several_files_have_names_of_their_own(tmp_path):
-    for name in "ab":
-        table = pa.table({"image": [{"bytes": encoded(0), "path": "x.jpg"}], "caption": ["a"]})
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    found = test_sources.read_all("parquet", options(tmp_path, tmp_path))
-    assert [image.image for image in found] == ["a/x.jpg", "b/x.jpg"]
-    assert {image.captions for image in found} == {("a",)}
 
 
 def test_rows_of_boxes_and_captions(tmp_path):
@@ -254,8 +184,8 @@ def test_rows_of_boxes_and_captions(tmp_path):
     test_sources.write_pictures(tmp_path / "images", "{:05d}.jpg")
     for name in "ab":
         (tmp_path / f"images/{name}.jpg").write_bytes(encoded(0))
-    own = {"boxes": "x1,y1,x2,y2", "descriptions": "phrase"}
-    (shard,) = sources.shards("csv", options(tmp_path, tmp_path / "b.csv"), own)
+    own_options = {"boxes": "x1,y1,x2,y2", "descriptions": "phrase"}
+    (shard,) = sources.shards("csv", options(tmp_path, tmp_path / "b.csv"), own_options)
     first, second = sources.read(shard)
     assert first.captions == ("one", "two") and second.captions == ()
     assert [region.box_xyxy for region in first.regions] == [(1, 2, 9, 9)]
@@ -264,8 +194,8 @@ def test_rows_of_boxes_and_captions(tmp_path):
 
 def run_build(folder, capsys, *flags):
     """(status, lines on stderr) of a build of the flags, with images in FOLDER/images."""
-    words = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--name=x"]
-    status = build.main([*map(str, flags), *words, "--overwrite"])
+    arguments = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--name=x"]
+    status = build.main([*map(str, flags), *arguments, "--overwrite"])
     return status, capsys.readouterr().err.splitlines()
 
 
@@ -330,8 +260,8 @@ def test_columns_that_look_like_boxes_are_named_where_none_is_read(tmp_path, cap
             sources.shards(kind, options(tmp_path, file), {"image": "file"})
             said = capsys.readouterr().err
             assert said.startswith(f"{file}: the columns {expected}") if expected else not said
-    own = {"image": "file", "boxes": "xmin,ymin,xmax,ymax", "labels": "caption"}
-    sources.shards("csv", options(tmp_path, tmp_path / "four.csv"), own)
+    own_options = {"image": "file", "boxes": "xmin,ymin,xmax,ymax", "labels": "caption"}
+    sources.shards("csv", options(tmp_path, tmp_path / "four.csv"), own_options)
     assert not capsys.readouterr().err
 
 

@@ -57,7 +57,7 @@ def test_links_and_files_that_are_no_images_of_a_length(tmp_path):
         file.truncate(1 << 40)  # no bytes are behind it
     with pytest.raises(images.TooLargeError, match="1,099,511,627,776 bytes, expected at most 268"):
         images.load_image(tmp_path / "long.png")
-    assert join.load(base.Entry("long.png"), tmp_path).cause == "too large"
+    assert join.load(base.Annotation("long.png"), tmp_path).cause == "too large"
     # A file without a length, as the kernel has some, which go on for ever.
     if os.path.exists("/proc/self/pagemap"):
         with pytest.raises(images.ImageError, match="0 bytes"):

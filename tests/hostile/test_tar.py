@@ -25,7 +25,7 @@ def member(name: str, content: bytes = b"", **fields) -> bytes:
 
 
 END = bytes(1024)
-AFTER = b"".join(member(*one) for one in GOOD)
+AFTER = b"".join(member(*file) for file in GOOD)
 KEPT = ("00000/good.png", None)
 # name, bytes before two good members, what the images come to: (image, cause or None).
 ROWS = [
@@ -46,11 +46,11 @@ ROWS = [
 def test_a_tar(tmp_path, name, content, expected):
     (tmp_path / "00000.tar").write_bytes(content + AFTER + END)
     (shard,) = sources.shards("webdataset", sources.Options(str(tmp_path)))
-    found = [
+    images = [
         (item.image, item.cause if isinstance(item, sources.Fault) else None)
         for item in sources.read(shard)
     ]
-    assert found == expected
+    assert images == expected
 
 
 def test_a_picture_beyond_the_bound_is_not_read(tmp_path, monkeypatch):
@@ -72,8 +72,13 @@ def test_a_job_writes_below_its_output_alone(tmp_path, capfd):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "00000.tar").write_bytes(content + AFTER + END)
     output = tmp_path / "in" / "out"
-    given = [f"--images={tmp_path / 'in'}", f"--output={output}", "--passes=none", "--max-faults=1"]
-    assert command.main(given) == 0
+    arguments = [
+        f"--images={tmp_path / 'in'}",
+        f"--output={output}",
+        "--passes=none",
+        "--max-faults=1",
+    ]
+    assert command.main(arguments) == 0
     lines = (output / "A.jsonl").read_text()
     images = [json.loads(line)["image"] for line in lines.splitlines()]
     letters = [json.loads(x) for x in (output / "failed.jsonl").read_text().splitlines()]
@@ -87,5 +92,5 @@ def test_a_job_writes_below_its_output_alone(tmp_path, capfd):
     assert "cannot be written as a file" in causes["00000/g.png"][1]
     assert "Traceback" not in capfd.readouterr().err
     assert {x.name for x in (tmp_path / "in").iterdir()} == {"00000.tar", "out"}
-    assert command.main(given) == 0
+    assert command.main(arguments) == 0
     assert (output / "A.jsonl").read_text() == lines
