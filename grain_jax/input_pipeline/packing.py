@@ -4,8 +4,7 @@ A caption has 10-20 tokens and a row 77: with one text per row, most of the work
 `pack` computes where every text goes; `fill` writes the tokens there. `one_text_per_row` gives the layout of padded
 texts, so the model has one form of input.
 
-Letters: B images, C captions per image, R regions per image, H hard negatives per region, G groups (B / pack_group),
-L positions per row (`row_length`), and S slots per image (C + R + R H).
+The letters B, C, R, H, G and L stand in core/schema.py. S is the number of slots per image: C + R + R H.
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ class TextLayout(NamedTuple):
     Attributes:
       ends: i32[..., 2], (row within the group of the image, position of the end token); (0, 0) for a text that does
         not exist or was dropped.
-      lengths: i32, after drops and cuts; 0 if a text does not exist or was dropped.
+      lengths: i32, after drops and cuts; zero if a text does not exist or was dropped.
       misfits: bool, texts dropped because their group overflowed (a description goes with its region), and captions
         cut because the captions of a group alone overflowed.
       pack_group: images per group.
@@ -75,7 +74,7 @@ def pack(
     second. If the captions alone overflow, the longest are cut to the largest common length that fits.
 
     Args:
-      lengths: i32, tokens with start and end, 2..row_length; 0 if a text does not exist. A region without a
+      lengths: i32, tokens with start and end, 2..row_length; zero if a text does not exist. A region without a
         description has no negatives.
       region_scores: f32[B, R], finite.
       pack_group: images per group; divides B.
@@ -148,7 +147,7 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
       layout: from `pack` or `one_text_per_row`.
       ids: i32[sum of all lengths], text after text: all captions, all descriptions, all negatives, each image by image,
         dropped ones included.
-      lengths: before drops and cuts, 0 if a text does not exist.
+      lengths: before drops and cuts, zero if a text does not exist.
 
     Returns:
       i32[3, G, rows, L]: tokens, 0 in the padding; positions within the text, 0 at its start token and in the

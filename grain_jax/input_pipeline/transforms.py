@@ -39,11 +39,13 @@ NEGATIVES = {
 
 
 class Transform:
-    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes.
+    """A serialized record and its draws -> the columns of a batch, by name. Texts are UTF-8 bytes.
 
-    image uint8 [S, S, 3]; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
-    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; negatives string [R, H] and
-    negative_mask bool [R, H].
+    image: uint8 [S, S, 3].
+    captions: string [C]; caption_mask: bool [C].
+    descriptions: string [R], the highest score first; region_mask: bool [R].
+    region_boxes_cxcywh: float32 [R, 4]; region_scores: float32 [R].
+    negatives: string [R, H]; negative_mask: bool [R, H].
     """
 
     def __init__(self, config: Config):

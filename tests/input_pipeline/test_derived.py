@@ -106,7 +106,6 @@ def test_explicit_numbers_stay_and_padded_texts_need_none():
 
 
 CASES = {  # captions, descriptions, regions
-    "five regions": ((10, 20), (4, 12), 5),
     "long captions and descriptions": ((12, 30), (5, 12), 5),
     "captions only": ((10, 77), (4, 12), 0),
 }
