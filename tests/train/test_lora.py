@@ -205,7 +205,7 @@ def test_no_gradient_of_a_matrix_is_computed_and_no_product_of_the_factors(more)
         plain = tiny.config(**TWO, **UNLIKE)
         assert made(plain) & matrices >= {(48, 80), (4, 12, 48), (40, 72)}
         ours, full = flops.per_image(c), flops.per_image(plain)
-        assert full.forward < ours.forward and ours.train < 0.8 * full.train
+        assert full.forward < ours.forward and ours.train < 0.9 * full.train
     shapes = made(c)
     assert not shapes & matrices
     assert {(RANK, 80), (4, RANK, 12), (RANK, 48), (RANK, 72)} <= shapes  # of the factors
