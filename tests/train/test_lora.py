@@ -278,7 +278,9 @@ def test_towers_of_users_have_no_factors():
     assert lora.maps_of(model, alone, shapes) == ["image/blocks/mlp/in"]
     # One in which the default names nothing would be frozen whole, without a word.
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/stem/kernel": (32, 64)}
-    message = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*frozen whole"
+    message = (
+        "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*would be frozen"
+    )
     with pytest.raises(errors.UserError, match=message):
         lora.maps_of(model, c.optim.lora, shapes)
 
