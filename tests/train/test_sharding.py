@@ -43,7 +43,7 @@ def test_moments_follow_their_parameters():
 
 
 @pytest.mark.parametrize(
-    "mesh,to,overrides,told",
+    "mesh,to,overrides,message",
     [
         ((8, 1, 1), "no rule", {}, r"mlp/in/kernel: `sharding` has no rule for its axis 'mlp'"),
         ((4, 2, 1), "model", {}, r"'mlp' to 'model', expected one of data, fsdp, tensor"),
