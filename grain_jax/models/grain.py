@@ -89,7 +89,7 @@ class GRAIN(nn.Module):
             return self.image(image)
         if not self.image.takes_kept:
             raise errors.UserError(
-                f"model.image.keep: got a share with the tower {self.config.image.tower}, which sees all patches; expected"
+                f"model.image.keep: got a fraction with the tower {self.config.image.tower}, which sees all patches; expected"
                 " 1, or a tower with takes_kept = True"
             )
         return self.image(image, kept=kept)  # type: ignore[call-arg]

@@ -26,7 +26,7 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
 
 
 def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Array:
-    """Learned positions [N, E] for `grid` x `grid` patches, bilinear, antialiased where it shrinks.
+    """Learned positions [N, E] for `grid` x `grid` patches, bilinear, antialiased if the grid shrinks.
 
     Torch has it as `interpolate` with `mode="bilinear"` and `antialias=True`. The first `leading` positions stay.
     """
