@@ -7,7 +7,7 @@ fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482).
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,11 +68,11 @@ def average(
         for name, x in arrays.items():
             sums[name] = sums.get(name, np.float32(0)) + np.float32(weight) * x
         merged = f", LoRA of rank {stored.lora.rank} folded in" if stored.lora.rank else ""
-        lines.append(f"{weight:10.6g}  {stored.folder}, {_logit_scale(arrays)}{merged}")
+        lines.append(f"{weight:10.6g}  {stored.folder}{merged}")
         del arrays  # before the next model is read
     assert first is not None
     raise_any([f"{n}: the sum is not finite" for n, x in sums.items() if not np.isfinite(x).all()])
-    lines = [f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}", *lines]
+    lines = [f"average: {len(sources)} models -> {folder}", *lines]
     lines += [f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32"]
     report = parity.Report("\n".join(lines), True, "a sum: no other side")
     made_of = ", ".join(map(str, sources))
@@ -88,11 +88,6 @@ def _differences(first: saved_model.Stored, other: saved_model.Stored) -> list[s
         for key in expected | actual
         if actual.get(key) != expected.get(key)
     ]
-
-
-def _logit_scale(arrays: Mapping[str, np.ndarray]) -> str:
-    with np.errstate(over="ignore"):
-        return f"logit scale {np.exp(arrays['logit_scale']):.4g}"
 
 
 def _keys(stored: saved_model.Stored) -> dict[str, Any]:

@@ -16,13 +16,11 @@ from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import model_card, output, parity
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, needs, tokenizers
-from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.faults import raise_any
 from grain_jax.convert.reference import names
 
-WEIGHTS = "model.safetensors"
-_MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
-_FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
+_FILES = ("*.json", hugging_face.WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
 # Tokenizer files; `grain_jax.load` reads the first two.
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
@@ -42,7 +40,6 @@ LOSSES = dict(
 # What the modeling file lacks of a run's losses.
 _NO_LOSSES = ("image_description", "box_description", "hard_negative", "group_size")
 _REFERENCE_EPSILON = 1e-4  # of the IoU in a run with `reference`
-_TEXTS = ["a photo of a wren", "Two DOGS  &amp; a cat's   bowl, 1998!", "", "long " * 100]
 
 
 def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = None) -> parity.Report:
@@ -70,8 +67,8 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
             return hugging_face.write_towers(stored_model, folder, kind, repo, unknown)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
         lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {', '.join(keys)}"]
-    names.refuse(stored_model.model, "to-hf")
-    return _write(stored_model, output.check_free(folder, _MODELING), repo, lines, unknown)
+    raise_any(needs.MODELING.faults(stored_model.model))
+    return _write(stored_model, output.check_free(folder, exits.MARK), repo, lines, unknown)
 
 
 def _write(
@@ -94,23 +91,22 @@ def _write(
         name = next((x for x in _TOKENIZER if x in token_files), name)
     text = dataclasses.replace(model.text, tokenizer=name)
     code = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
-    files = code | _files(dataclasses.replace(model, text=text), losses) | token_files
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
         for module, state in names.state_dicts(source.params).items()
         for name, array in state.items()
     }
-    with output.replacing(folder, _MODELING) as new:
-        exits.write_files(new, WEIGHTS, weights, files)
-        proof = _prove_folder(new, source, has_tokenizer=bool(token_files)).but(unknown)
-        card = model_card.write(model, run, proof, _use(model), missing, losses=losses, repo=repo)
-        (new / "README.md").write_text(card)
-    size = sum(array.size for array in weights.values())
-    return proof.after(
-        f"to-hf: {source.folder} -> {folder}",
-        f"{WEIGHTS}: {size:,} values, float32",
-        *lines,
-        *notes,
+    return exits.write(
+        folder,
+        source,
+        (hugging_face.WEIGHTS, weights),
+        code | _files(dataclasses.replace(model, text=text), losses) | token_files,
+        lambda new: hugging_face.prove(new, source, "AutoModel", bool(token_files)).but(unknown),
+        [f"to-hf: {source.folder} -> {folder}", *lines, *notes],
+        use=_use(model),
+        missing=missing,
+        losses=losses,
+        repo=repo,
     )
 
 
@@ -178,32 +174,3 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
             "cleaning": model.text.cleaning,
         },
     }
-
-
-@exits.needing_packages
-def _prove_folder(
-    folder: epath.Path, source: exits.SourceModel, has_tokenizer: bool
-) -> parity.Report:
-    """Our model against transformers on a folder of to-hf, starting from raw images and texts."""
-    import torch
-    import transformers
-
-    model = source.model
-    batch = parity.inputs_of(model)
-    ours = torch_module.outputs(model, source.params, batch)
-    ours["pixels"] = exits.our_pixels(model.image)
-    load = lambda auto: auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-    module = load(transformers.AutoModel).eval()
-    theirs = torch_module.run_module(module, batch)
-    prepared = load(transformers.AutoImageProcessor)(exits.raw_images())
-    theirs["pixels"] = prepared["pixel_values"].permute(0, 2, 3, 1).numpy()
-    if has_tokenizer:
-        processor = load(transformers.AutoProcessor)
-        ids = lambda texts: processor(text=texts, padding="max_length")["input_ids"]
-        theirs["token_ids"] = ids(_TEXTS).numpy()
-        ours["token_ids"] = tokenizers.our_ids(model.text, source.folder, _TEXTS)
-        ours["encode_text"] = tokenizers.our_embeddings(source)
-        with torch.no_grad():
-            embeds = module.get_text_features(ids(tokenizers.TEXTS))
-        theirs["encode_text"] = torch.nn.functional.normalize(embeds, dim=-1).numpy()
-    return parity.report(parity.compare(ours, theirs), torch_module.torch_versions(), batch)

@@ -147,16 +147,17 @@ def _table(rows: Iterable[tuple[str, Any]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
+_KEYS = (
+    *("input.name", "input.source", "total_steps", "total_epochs", "batch_size"),
+    *("optim.learning_rate", "optim.weight_decay", "ema_decay", "dtype"),
+)
+
+
 def _training(run: TrainedRun, losses: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    config, decay, optim = run.config, run.config["ema_decay"], run.config["optim"]
-    steps = config.get("total_steps")
-    length = f"{config['total_epochs']:g} epochs" if steps is None else f"{steps} steps"
+    stored = config_lib.flatten(run.config)
+    rows = [(key, stored[key]) for key in _KEYS if stored.get(key) is not None]
     return [
-        ("dataset", config["input"]["name"] or config["input"]["source"]),
-        ("length", f"{length}; these weights are of step {run.step}"),
-        ("batch size", config["batch_size"]),
-        ("learning rate, weight decay", f"{optim['learning_rate']:g}, {optim['weight_decay']:g}"),
-        ("moving average", f"these weights, with decay {decay:g}" if decay else "none"),
-        ("activation dtype", config["dtype"]),
-        *((f"loss: {key}", value) for key, value in losses.items()),
+        ("step of these weights", run.step),
+        *rows,
+        *((f"loss.{k}", x) for k, x in losses.items()),
     ]

@@ -46,7 +46,7 @@ def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parit
             return prove(target, source, *args, **options)
         except ImportError as error:
             reason = str(error).strip().partition("\n")[0]
-            return parity.not_proven(source.params, f"{reason}; pip install 'grain_jax[interop]'")
+            return parity.not_proven(f"{reason}; pip install 'grain_jax[interop]'")
 
     return proved
 
@@ -87,7 +87,7 @@ def write(
     Raises:
       ConvertError: safetensors is missing, or the folder cannot be written.
     """
-    with output.replacing(target, MARK) as new:
+    with output.replacing(target) as new:
         write_files(new, *arrays, files)
         proof = prove(new)
         text = model_card.write(source.model, model_card.read_run(source.folder), proof, **card)

@@ -9,9 +9,11 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, needs, tokenizers
 from grain_jax.convert.library_configs import hf_config
+from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.tables import Arrays
 
 WEIGHTS = "model.safetensors"
+_UNCLEAN = ["Two DOGS  &amp; a cat's   bowl, 1998!", ""]
 _SIGLIP_CONTEXT = 64  # tokens to which the pipeline of transformers pads SigLIP's texts
 
 
@@ -56,7 +58,7 @@ def write_towers(
         source,
         (WEIGHTS, _clip(source) if is_clip else _siglip(source)),
         files,
-        lambda new: _prove(new, source, kind.name, has_tokenizer=bool(token_files)).but(unknown),
+        lambda new: prove(new, source, kind.name, has_tokenizer=bool(token_files)).but(unknown),
         [*lines, *notes],
         use=_USE.format(kind=kind.name),
         missing=missing,
@@ -123,35 +125,44 @@ def _siglip(source: folder.SourceModel) -> Arrays:
 
 
 @folder.needing_packages
-def _prove(
+def prove(
     target: epath.Path, source: folder.SourceModel, kind: str, has_tokenizer: bool
 ) -> parity.Report:
-    """Our model against the class of transformers on the folder, from raw images and texts."""
+    """Our model against a class of transformers on the folder, from raw images and texts.
+
+    `AutoModel` is our modeling file, which has regions and boxes, too, and whose processor cleans texts.
+    """
     import torch
     import transformers
 
-    inputs, path = parity.inputs_of(source.model), str(target)
-    ours = folder.our_outputs(source, inputs)
-    load = lambda auto, **options: auto.from_pretrained(path, local_files_only=True, **options)
+    inputs, path, is_own = parity.inputs_of(source.model), str(target), kind == "AutoModel"
+    options = dict(trust_remote_code=True) if is_own else dict(backend="pil")
+    load = lambda auto, **more: auto.from_pretrained(path, local_files_only=True, **more)
+    module = load(getattr(transformers, kind), **(options if is_own else {})).eval()
+    images, ids = parity.for_torch(inputs)
+    run = lambda ids: module(input_ids=torch.as_tensor(ids).long(), pixel_values=images)
     with torch.no_grad():
-        module = load(getattr(transformers, kind)).eval()
-        images = {"pixel_values": torch.tensor(inputs.images).permute(0, 3, 1, 2)}
-        out = module(input_ids=torch.from_numpy(inputs.token_ids).long(), **images)
-        processor = load(transformers.AutoImageProcessor, backend="pil")
+        if is_own:
+            ours = torch_module.outputs(source.model, source.params, inputs)
+            ours["pixels"] = folder.our_pixels(source.model.image)
+            theirs = torch_module.run_module(module, inputs)
+        else:
+            ours, out = folder.our_outputs(source, inputs), run(ids)
+            theirs = dict(image_embed=out.image_embeds.numpy(), text_embed=out.text_embeds.numpy())
+            theirs["logits"] = out.logits_per_image.numpy()
+        processor = load(transformers.AutoImageProcessor, **options)
         pixels = processor(folder.raw_images(), return_tensors="pt")["pixel_values"]
-        theirs = {
-            "image_embed": out.image_embeds.numpy(),
-            "text_embed": out.text_embeds.numpy(),
-            "logits": out.logits_per_image.numpy(),
-            "pixels": pixels.permute(0, 2, 3, 1).numpy(),
-        }
+        theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
         if has_tokenizer:
-            options: Any = dict(padding="max_length", truncation=True, return_tensors="np")
-            processor = load(transformers.AutoProcessor, backend="pil")
-            ids = processor(text=tokenizers.TEXTS, **options)["input_ids"]
-            ours["token_ids"] = tokenizers.our_ids(source.model.text, source.folder)
+            texts = [*tokenizers.TEXTS, *(_UNCLEAN if is_own else ())]
+            processor, padded = (
+                load(transformers.AutoProcessor, **options),
+                dict(padding="max_length"),
+            )
+            ids = processor(text=texts, truncation=True, return_tensors="np", **padded)["input_ids"]
+            ours["token_ids"] = tokenizers.our_ids(source.model.text, source.folder, texts)
             ours["encode_text"] = tokenizers.our_embeddings(source)
-            out = module(input_ids=torch.from_numpy(ids).long(), **images)
-            theirs |= {"token_ids": ids, "encode_text": out.text_embeds.numpy()}
-    other = f"{kind}, transformers {transformers.__version__}, torch {torch.__version__}"
+            embeds = run(ids[: len(tokenizers.TEXTS)]).text_embeds
+            theirs |= {"token_ids": ids, "encode_text": embeds.numpy()}
+    other = f"{kind}, {torch_module.torch_versions()}"
     return parity.report(parity.compare(ours, theirs), other, inputs)

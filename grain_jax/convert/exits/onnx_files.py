@@ -12,8 +12,8 @@ from etils import epath
 from grain_jax import __version__, inference
 from grain_jax import config as config_lib
 from grain_jax.convert import export, output, parity
-from grain_jax.convert.exits import folder, tokenizers
-from grain_jax.convert.faults import needing
+from grain_jax.convert.exits import folder, needs, tokenizers
+from grain_jax.convert.faults import needing, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 
@@ -38,7 +38,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """
     target = output.check_free(path, DESCRIPTION)
     stored, unknown = tokenizers.with_end(folder.read(source))
-    names.refuse(stored.model, "to-onnx")
+    raise_any(needs.MODELING.faults(stored.model))
     with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -50,7 +50,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         stored.model.text.tokenizer == "clip"
     ):  # transformers would pad with another id than onnx.json
         token_files.pop("tokenizer_config.json", None)
-    with output.replacing(target, DESCRIPTION) as new:
+    with output.replacing(target) as new:
         with _quiet():
             module.export_onnx(str(new))
         described = _description(stored, new)

@@ -74,7 +74,7 @@ def prove(model: config_lib.Model, params: Any, states: StateDicts) -> parity.Re
     try:
         module = make_module(model)
     except ImportError as error:
-        return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
+        return parity.not_proven(f"{error}; pip install 'grain_jax[interop]'")
     load_states(module, states)
     return prove_module(model, params, module)
 
