@@ -1,7 +1,7 @@
 """The command average: a weighted sum of the parameters of equal models.
 
 The sum of a fine-tuned model and its start is WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), the sum of several
-fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482).
+fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482). One run with LoRA gives the model without factors.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def average(
     logit scale is summed as it is stored, as a logarithm. The host holds two models at a time.
 
     Args:
-      sources: two or more workdirs, checkpoints or converted folders.
+      sources: workdirs, checkpoints or converted folders.
       weights: one per model, with the sum 1; (): equal ones.
       folder: new, or an older conversion.
 
@@ -48,8 +48,6 @@ def average(
         something else, or cannot be written.
       checkpoint.CheckpointError: a source cannot be read.
     """
-    if len(sources) < 2:
-        raise ConvertError(f"models: got {len(sources)}, expected two or more to average")
     weights = weights or [1 / len(sources)] * len(sources)
     if len(weights) != len(sources) or not abs(math.fsum(weights) - 1) <= 1e-6:
         raise ConvertError(

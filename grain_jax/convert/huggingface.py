@@ -13,7 +13,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import model_card, output, parity
+from grain_jax.convert import output, parity
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, needs, tokenizers
 from grain_jax.convert.faults import raise_any
@@ -24,22 +24,6 @@ _FILES = ("*.json", hugging_face.WEIGHTS, "*_grain.py", "spiece.model", "README.
 CODE = epath.Path(__file__).parent / "hf_files"
 # Tokenizer files; `grain_jax.load` reads the first two.
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
-# The recipe of the paper (docs/method.md, Losses), for models without a run's config.
-LOSSES = dict(
-    image_caption=1.0,
-    region_description=1.0,
-    box=1.0,
-    contrast="softmax",
-    mask_duplicates=True,
-    match_l1=5.0,
-    match_giou=2.0,
-    match_description=0.0,
-    iou_epsilon=0.0,
-    deep_supervision=False,
-)
-# What the modeling file lacks of a run's losses.
-_NO_LOSSES = ("image_description", "box_description", "hard_negative", "group_size")
-_REFERENCE_EPSILON = 1e-4  # of the IoU in a run with `reference`
 
 
 def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = None) -> parity.Report:
@@ -59,32 +43,23 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     """
     if repo is not None:
         hub.check_push(repo)
-    stored_model, unknown = tokenizers.with_end(exits.read(source))
+    stored_model = tokenizers.with_end(exits.read(source))
     lines = []
     if stored_model.model.decoder is None:
         kind, faults = needs.of_hugging_face(stored_model.model)
         if not faults:
-            return hugging_face.write_towers(stored_model, folder, kind, repo, unknown)
+            return hugging_face.write_towers(stored_model, folder, kind, repo)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
         lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {', '.join(keys)}"]
     raise_any(needs.MODELING.faults(stored_model.model))
-    return _write(stored_model, output.check_free(folder, exits.MARK), repo, lines, unknown)
+    return _write(stored_model, output.check_free(folder, exits.MARK), repo, lines)
 
 
 def _write(
-    source: exits.SourceModel, folder: epath.Path, repo: str | None, lines: list[str], unknown: str
+    source: exits.SourceModel, folder: epath.Path, repo: str | None, lines: list[str]
 ) -> parity.Report:
-    """A model with our modeling file; `lines` stand in the report, and what the parity cannot tell is `unknown`."""
+    """A model with our modeling file; `lines` stand in the report."""
     model = source.model
-    run = model_card.read_run(source.folder)
-    contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
-    stored = {"contrast": contrast} | run.config.get("loss", {})
-    losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
-    if run.config.get("reference"):
-        losses["iou_epsilon"] = _REFERENCE_EPSILON
-    lacking = [name for name in _NO_LOSSES if stored.get(name)] + [*stored.get("terms", ())]
-    if lacking:
-        lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
     token_files, missing, notes = tokenizers.of_transformers(model.text, source.folder)
     name = epath.Path(model.text.tokenizer).name
     if name != "clip":
@@ -100,12 +75,11 @@ def _write(
         folder,
         source,
         (hugging_face.WEIGHTS, weights),
-        code | _files(dataclasses.replace(model, text=text), losses) | token_files,
-        lambda new: hugging_face.prove(new, source, "AutoModel", bool(token_files)).but(unknown),
+        code | _files(dataclasses.replace(model, text=text)) | token_files,
+        lambda new: hugging_face.prove(new, source, "AutoModel", bool(token_files)),
         [f"to-hf: {source.folder} -> {folder}", *lines, *notes],
         use=_use(model),
         missing=missing,
-        losses=losses,
         repo=repo,
     )
 
@@ -128,9 +102,9 @@ _USE_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1]
 
 def _use(model: config_lib.Model) -> str:
     """The code of the card."""
-    needs = "" if model.decoder is None else "; SciPy for the loss"
+    needs = ""
     if model.text.tokenizer.endswith(".model"):
-        needs += "; sentencepiece and protobuf for the tokenizer"
+        needs = "; sentencepiece and protobuf for the tokenizer"
     return _USE.replace("NEEDS", needs) + ("" if model.decoder is None else _USE_REGIONS)
 
 
@@ -140,7 +114,7 @@ def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
         return hub.push(path, repo, _FILES, private)
 
 
-def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
+def _files(model: config_lib.Model) -> dict[str, Any]:
     """The JSON files that tell transformers what is in the folder."""
     image = model.image
     auto = ("AutoModel", "AutoModelForZeroShotImageClassification")
@@ -158,7 +132,6 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
             },
             "dtype": "float32",
             "towers": dataclasses.asdict(model),
-            "losses": losses,
         },
         "preprocessor_config.json": {
             "image_processor_type": "GrainImageProcessor",

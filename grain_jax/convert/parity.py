@@ -58,13 +58,6 @@ class Report(NamedTuple):
         """The report with these lines before it."""
         return self._replace(text="\n".join([*lines, "", self.text]))
 
-    def but(self, why: str) -> "Report":
-        """The report where something could not be compared, for a reason; "": nothing."""
-        if not why or self.verdict != PROVEN:
-            return self
-        text = f"{self.text.removesuffix(PROVEN)}{NOT_PROVEN}. {why}"
-        return self._replace(text=text, verdict=NOT_PROVEN)
-
 
 def inputs(
     image_size: int,

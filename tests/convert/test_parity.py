@@ -64,7 +64,6 @@ def test_the_verdict_is_the_last_line():
     assert report.text.split("\n")[0] == "parity: our outputs against open_clip 3.3.0"
     assert report.text.split("\n")[-1] == "parity: FAILED: y"
     assert parity.report(good, "x").text.endswith("parity: PROVEN")
-    report = parity.not_proven({"a": {"b": np.array([3.0, 4.0])}}, "open_clip is not installed")
+    report = parity.not_proven("open_clip is not installed")
     assert (report.ok, report.verdict) == (True, "NOT PROVEN")
-    assert report.text.split("\n")[1].split() == ["a/b", "(2,)", "5"]
     assert report.text.endswith("parity: NOT PROVEN. open_clip is not installed")

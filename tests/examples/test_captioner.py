@@ -45,17 +45,6 @@ def test_sequences():
     np.testing.assert_allclose(
         vocabulary.boxes_of(np.array([52, 54, 57, 61])), [0.05, 0.25, 0.55, 0.95]
     )
-    # Texts of a packed batch, each with as many tokens as its last position says.
-    c = tiny.config()
-    batch = tiny.batch(c)
-    output, count = term.texts_of(batch, batch.description_at, 9)
-    group = np.arange(len(batch.image)) // (len(batch.image) // len(batch.text_tokens))
-    row, end = np.moveaxis(batch.description_at, -1, 0)
-    expected = batch.text_tokens[
-        group[:, None, None], row[..., None], end[..., None] - 6 + np.arange(7)
-    ]
-    np.testing.assert_array_equal(output[..., :7], expected)
-    assert (count == 7).all() and (term.texts_of(batch, batch.description_at, 6)[1] == 0).all()
 
 
 def test_the_term_learns_captions_and_boxes_by_heart():

@@ -8,7 +8,6 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, needs, tokenizers
-from grain_jax.convert.library_configs import hf_config
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.tables import Arrays
 
@@ -22,7 +21,6 @@ def write_towers(
     path: epath.PathLike,
     kind: needs.Format,
     repo: str | None = None,
-    unknown: str = "",
 ) -> parity.Report:
     """A two-tower model as a folder for CLIPModel or SiglipModel.
 
@@ -31,7 +29,6 @@ def write_towers(
       path: the folder; new, or an older one of an export.
       kind: which of the two; it can hold the model.
       repo: ORG/NAME, for the card.
-      unknown: what the parity cannot tell (`tokenizers.with_end`).
 
     Raises:
       ConvertError: the folder holds something else.
@@ -58,7 +55,7 @@ def write_towers(
         source,
         (WEIGHTS, _clip(source) if is_clip else _siglip(source)),
         files,
-        lambda new: prove(new, source, kind.name, has_tokenizer=bool(token_files)).but(unknown),
+        lambda new: prove(new, source, kind.name, has_tokenizer=bool(token_files)),
         [*lines, *notes],
         use=_USE.format(kind=kind.name),
         missing=missing,
@@ -82,11 +79,39 @@ with torch.no_grad():
 
 
 def _config(model: config_lib.Model, kind: str) -> dict[str, Any]:
-    """config.json of a class of transformers."""
-    stated, family = hf_config(model), kind.removesuffix("Model").lower()
-    for part in ("vision", "text"):
-        stated[f"{part}_config"]["model_type"] = f"{family}_{part}_model"
-    return {"model_type": family, "architectures": [kind], "dtype": "float32", **stated}
+    """config.json of CLIPModel or SiglipModel."""
+    family = kind.removesuffix("Model").lower()
+    image, text = model.image, model.text
+    shared = lambda tower: dict(
+        hidden_size=tower.width,
+        intermediate_size=tower.mlp_dim,
+        num_hidden_layers=tower.depth,
+        num_attention_heads=tower.heads,
+        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(tower.activation, tower.activation),
+        layer_norm_eps=tower.norm_eps,
+        projection_dim=model.embed_dim,
+    )
+    vision = dict(
+        image_size=image.image_size,
+        patch_size=image.patch_size,
+        num_channels=3,
+    )
+    text_keys = dict(
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.context_length,
+        projection_size=model.embed_dim,
+        bos_token_id=text.vocab_size - 2,
+        eos_token_id=2 if text.end_id is None else text.end_id,  # 2: CLIPModel takes the highest id
+        pad_token_id=text.pad_id,
+    )
+    return dict(
+        model_type=family,
+        architectures=[kind],
+        dtype="float32",
+        projection_dim=model.embed_dim,
+        vision_config=shared(image) | vision | dict(model_type=f"{family}_vision_model"),
+        text_config=shared(text) | text_keys | dict(model_type=f"{family}_text_model"),
+    )
 
 
 def _preprocessor(tower: config_lib.ImageTower, kind: str) -> dict[str, Any]:
