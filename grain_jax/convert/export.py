@@ -242,8 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return 2
-    written = sorted(epath.Path(args.output).iterdir(), key=lambda path: path.name)
-    print(*(f"{path.stat().length:12,} bytes  {path}" for path in written), sep="\n")
     report = parity.report(compared, "the predictor")
     print(report.text)
     return 0 if report.ok else 1

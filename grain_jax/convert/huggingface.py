@@ -46,7 +46,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     stored_model = tokenizers.with_end(exits.read(source))
     lines = []
     if stored_model.model.decoder is None:
-        kind, faults = needs.of_hugging_face(stored_model.model)
+        kind, faults = needs.nearest(stored_model.model, needs.CLIP, needs.SIGLIP)
         if not faults:
             return hugging_face.write_towers(stored_model, folder, kind, repo)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
@@ -110,8 +110,7 @@ def _use(model: config_lib.Model) -> str:
 
 def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
     """Publishes a folder of to-hf, its model card included, as ORG/NAME; returns the address. Raises hub.HubError."""
-    with output.on_disk(epath.Path(folder)) as path:
-        return hub.push(path, repo, _FILES, private)
+    return hub.push(str(folder), repo, _FILES, private)
 
 
 def _files(model: config_lib.Model) -> dict[str, Any]:

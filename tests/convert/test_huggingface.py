@@ -163,9 +163,6 @@ def test_images_of_every_mode_are_resized_as_ours(converted):
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     levels = np.rint((pixels * std + mean) * 255)
     np.testing.assert_array_equal(levels, [images.resize(image, 40) for image in raw])
-    for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
-        with pytest.raises(ValueError, match="expected PIL images or uint8"):
-            processor(images=[wrong])
 
 
 def test_the_golden_strings_have_our_ids(converted):

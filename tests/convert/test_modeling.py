@@ -103,9 +103,6 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
         maps = module.similarity_maps(*tensors(inputs)).numpy()
     texts = predictor.encode_text(inputs.token_ids)
     foreign.close(np.stack(predictor.similarity_maps(inputs.images, [texts] * len(maps))), maps)
-    state = module.state_dict()
-    loaded_again = type(module)(module.config)  # as of a config alone
-    assert loaded_again.state_dict().keys() == state.keys()
     module.save_pretrained(tmp_path / "tuned")
     arguments = ["--input", str(tmp_path / "tuned"), "--output", str(tmp_path / "back")]
     assert main(["from-hf", *arguments]) == 0

@@ -6,18 +6,6 @@ import pytest
 from grain_jax.convert import parity
 
 
-def test_inputs_start_and_end_as_texts_do():
-    inputs = parity.inputs(13, 50, 9, count=5)
-    assert inputs.images.shape == (5, 13, 13, 3) and inputs.images.dtype == np.float32
-    assert inputs.token_ids.shape == (5, 9) and inputs.token_ids.dtype == np.int32
-    assert (inputs.token_ids[:, 0] == 48).all() and (inputs.token_ids == 49).sum(1).tolist() == [
-        1
-    ] * 5
-    assert inputs.token_ids[0].tolist() == [48, 49, *[0] * 7] and inputs.token_ids[1, -1] == 49
-    for a, b in zip(inputs, parity.inputs(13, 50, 9, count=5)):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_the_error_is_relative_to_the_other_sides_largest():
     b = np.array([[3.0, 4.0], [0.0, -10.0]])
     a = b + np.array([[0.0, 0.0], [0.5, 0.0]])

@@ -135,7 +135,7 @@ def _clip(source: folder.SourceModel) -> Arrays:
     for tower in towers.TOWERS:
         width = getattr(source.model, tower).width
         flat = arrays.with_projection(flat, tower, width, bias=False)
-    rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *folder.SCALARS]
+    rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS]
     return folder.entries(rows, flat)
 
 
@@ -144,9 +144,9 @@ def _siglip(source: folder.SourceModel) -> Arrays:
     flat = arrays.with_patch_bias(folder.flat(source))
     flat = {"logit_bias": np.zeros((), np.float32), **flat}
     flat = arrays.with_projection(flat, "text", source.model.text.width, bias=True)
-    rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *folder.SCALARS]
+    rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS]
     state = folder.entries(rows, flat)
-    return state | {row.theirs: state[row.theirs].reshape(1) for row in folder.SCALARS}
+    return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 
 @folder.needing_packages

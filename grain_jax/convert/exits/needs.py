@@ -177,8 +177,3 @@ TORCH = Format(
     ),
     _queries,
 )
-
-
-def of_hugging_face(model: config_lib.Model) -> tuple[Format, list[str]]:
-    """The class of transformers that lacks the fewest keys of a model, and its faults."""
-    return nearest(model, CLIP, SIGLIP)

@@ -9,7 +9,7 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, output, parity
+from grain_jax.convert import formats, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Arrays
@@ -151,7 +151,7 @@ def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
         flat, image = arrays.without_patch_bias(flat), formats.openai_image()
         flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
     text = formats.openai_text("text." * has_trunk, has_matrix)
-    return folder.entries([*image, *text, *folder.SCALARS], flat)
+    return folder.entries([*image, *text, *towers.SCALARS], flat)
 
 
 @folder.needing_packages
