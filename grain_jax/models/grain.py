@@ -197,7 +197,7 @@ class GRAIN(nn.Module):
                 if config.pool == "map"
                 else text.masked_mean(rows, real)
             )
-            x = pooled.reshape(*end_at.shape[:-1], -1)
+            x = pooled.reshape(*end_at.shape[:-1], pooled.shape[-1])
         else:
             if config.pool == "last" and not config.mask_padding:
                 end_at = jnp.asarray(end_at).at[..., 1].set(features.shape[2] - 1)
