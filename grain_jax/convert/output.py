@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,9 +38,7 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     if path.exists() and not (path.is_dir() and (path / mark).exists()):
         if not path.is_dir() or any(path.iterdir()):
             raise ConvertError(f"{path}: is in use by something else; expected a new folder")
-    if "://" in str(path):
-        raise ConvertError(f"{path}: expected a folder of this machine, which you copy to a store")
-    if os.path.realpath(path) == os.path.realpath("."):
+    if "://" not in str(path) and os.path.realpath(path) == os.path.realpath("."):
         raise ConvertError(f"{path}: is the current folder, expected another one to write")
     return path
 
@@ -61,18 +58,28 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(folder: epath.Path) -> Iterator[epath.Path]:
-    """Gives an empty folder, which takes the place of `folder` after the block.
+def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
+    """Gives an empty local folder, which takes the place of `folder` after the block.
 
     An error, a kill or a full disk leaves the old folder whole. Between the two renames neither folder is in place; the
-    next call then puts the old one back.
+    next call then puts the old one back. Object stores cannot rename: there a kill leaves part of the new folder.
 
     Args:
       folder: as `check_free` returned it.
+      mark: the mark given to `check_free`; an object store gets it first, so that the command can run again.
 
     Raises:
       ConvertError: it cannot be written, or another process writes it.
     """
+    if "://" in str(folder):
+        with writing(folder), tempfile.TemporaryDirectory() as scratch:
+            yield epath.Path(scratch)
+            if folder.exists():
+                folder.rmtree()
+            folder.mkdir(parents=True)
+            for path in sorted(epath.Path(scratch).iterdir(), key=lambda path: path.name != mark):
+                _copy(path, folder / path.name)
+        return
     target = epath.Path(os.path.realpath(folder))
     work = target.with_name(f"{target.name}.incomplete")
     # transformers caches the code of a folder under the folder's name, so the new one needs the same name.
@@ -85,7 +92,7 @@ def replacing(folder: epath.Path) -> Iterator[epath.Path]:
             yield new
             for path in target.iterdir() if target.exists() else ():
                 if not _WRITTEN.fullmatch(path.name) and not (new / path.name).exists():
-                    (shutil.copytree if path.is_dir() else shutil.copy)(path, new / path.name)
+                    _copy(path, new / path.name)
             if target.exists():
                 target.rename(old)
             new.rename(target)
@@ -123,6 +130,16 @@ def _locked(work: epath.Path) -> Iterator[None]:
             (work / "lock").unlink()
             with contextlib.suppress(OSError):  # an old folder that could not be put back
                 work.rmdir()
+
+
+def _copy(path: epath.Path, target: epath.Path) -> None:
+    """Copies a file, or a folder with all that is below."""
+    if not path.is_dir():
+        path.copy(target)
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for each in path.iterdir():
+        _copy(each, target / each.name)
 
 
 @contextlib.contextmanager
