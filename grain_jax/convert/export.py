@@ -62,7 +62,7 @@ def export_model(
     for name, (function, inputs) in _functions(predictor).items():
         program = jax_export.export(jax.jit(function), platforms=platforms)
         exported[name] = program(shapes, *inputs.values()), tuple(inputs)
-    with files.replacing(target) as new:
+    with files.replacing(target, DESCRIPTION) as new:
         with (new / "params.npz").open("wb") as file:
             np.savez(file, **params)
         for name, (program, _) in exported.items():

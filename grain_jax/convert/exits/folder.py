@@ -86,7 +86,7 @@ def write(
     Raises:
       ConvertError: safetensors is missing, or the folder cannot be written.
     """
-    with output.replacing(target) as new:
+    with output.replacing(target, MARK) as new:
         write_files(new, *arrays, files)
         proof = prove(new)
         text = model_card.write(source.model, model_card.read_run(source.folder), proof, **card)

@@ -49,7 +49,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         stored.model.text.tokenizer == "clip"
     ):  # transformers would pad with another id than onnx.json
         token_files.pop("tokenizer_config.json", None)
-    with output.replacing(target) as new:
+    with output.replacing(target, DESCRIPTION) as new:
         with _quiet():
             module.export_onnx(str(new))
         described = _description(stored, new)
