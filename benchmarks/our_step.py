@@ -13,7 +13,7 @@ from grain_jax.input_pipeline import device, synthetic
 from grain_jax.models.grain import GRAIN
 from grain_jax.train import run, sharding, train_step
 
-# Images a group -> rows that hold 99.9% of the texts (docs/speed.md, Packing).
+# Images a group -> rows that hold 99.9% of the texts (docs/performance.md, Packing).
 PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
 
 

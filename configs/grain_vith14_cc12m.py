@@ -2,7 +2,7 @@
 
 COMMAND   grain-jax train --config grain_vith14_cc12m[:v5p-64] --workdir gs://BUCKET/grain_h14_cc12m \
               --config.input.data_dir=gs://BUCKET/records
-HARDWARE  v5p-64 (planned as v5p:4x4x4, docs/scaling.md). Not yet run by us.
+HARDWARE  v5p-64 (planned as v5p:4x4x4, docs/performance.md). Not yet run by us.
 """
 
 from grain_jax.config.recipe import model, on_hardware

@@ -22,8 +22,15 @@ from etils import epath
 
 from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
-from grain_jax.data import duplicates, example, parallel, source_lines, sources, staging, survey
-from grain_jax.data.annotate import outputs
+from grain_jax.data import (
+    duplicates,
+    example,
+    parallel,
+    source_lines,
+    sources,
+    staging,
+    survey,
+)
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
@@ -198,13 +205,8 @@ def _write(
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
-    annotated_by = [
-        {"annotations": str(path), "passes": passes}
-        for path in args.annotations
-        if (passes := outputs.annotated_by(path))
-    ]
     stored_anew: list[str] = []
-    lengths = text_lengths.Sample(negatives=found.negatives > 0)
+    lengths = text_lengths.TextSample()
     tfds_writer.write(
         target,
         splits={
@@ -224,7 +226,6 @@ def _write(
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
             "duplicates_left_out": divided.left_out,
-            **({"annotated_by": annotated_by} if annotated_by else {}),
         },
         negatives=found.negatives > 0,
         files=lambda: {

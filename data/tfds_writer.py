@@ -8,11 +8,11 @@ import contextlib
 import dataclasses
 import errno
 import io
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -20,7 +20,7 @@ from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.core.utils import shard_utils
 
-from grain_jax.data import digest, example, staging
+from grain_jax.data import example, staging
 from grain_jax.input_pipeline import record_files
 
 
@@ -131,12 +131,11 @@ def write(
     config = tfds.download.DownloadConfig()
     of_splits = _Shards(of_splits=iter([count for _, count in splits.values()]))
     config.get_shard_config = lambda: of_splits
-    digests = {split: digest.Digest() for split in splits}
     with staging.replacing(target) as folder:
         builder = _builder(
             target,
             folder,
-            {split: digests[split].counting(items) for split, (items, _) in splits.items()},
+            {split: items for split, (items, _) in splits.items()},
             encoding_format=encoding_format,
             negatives=negatives,
             metadata=metadata,
@@ -150,16 +149,10 @@ def write(
                 if "No space left on device" not in str(error):
                     raise
                 raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None
-        of_splits = {}
-        for split, of in digests.items():
-            info = builder.info.splits[split]
-            paths = list(map(epath.Path, info.filepaths))
-            of_splits[split] = {
-                "digest": of.hex(),
-                "shard_lengths": info.shard_lengths,
-                "shard_bytes": [path.stat().length for path in paths],
-                "shard_digests": list(map(record_files.digest_of_shard, paths)),
-            }
-        beside = {**files(), record_files.DIGEST_FILE: json.dumps(of_splits).encode()}
+        digests = {
+            split: record_files.digest_of_split(builder.info.splits[split].filepaths, negatives)
+            for split in splits
+        }
+        beside = {**files(), record_files.DIGEST_FILE: msgspec.json.encode(digests)}
         for file_name, content in beside.items():
             (epath.Path(builder.data_dir) / file_name).write_bytes(content)

@@ -93,7 +93,7 @@ class Runner:
 
     waiting: list[LocalJob]
     free: list[Slot]
-    screen: progress.Line
+    screen: progress.ProgressLine
     ready: Callable[[LocalJob, frozenset[str]], bool] = lambda job, running: True
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
     done: list[str] = dataclasses.field(default_factory=list)

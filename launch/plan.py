@@ -36,8 +36,8 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     mesh = mesh_sizes(config.mesh, topology)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
-    hosts_and_shards = derived.Place(mesh["data"] * mesh["fsdp"], lanes)
-    config, derived_from = derived.planned(config, hosts_and_shards)
+    place = derived.Limits(mesh["data"] * mesh["fsdp"], lanes)
+    config, derived_from = derived.planned(config, place)
     compiled = compiler.compile_step(config, topology, **run_lengths(config))
     values = config_lib.flatten(dataclasses.asdict(config))
     plan: dict[str, Any] = {

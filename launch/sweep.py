@@ -41,7 +41,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
     runner = jobs.Runner(
         [jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
         jobs.slots(parallel),
-        progress.Line("sweep: "),
+        progress.ProgressLine("sweep: "),
         ready=ready,
         # Runs that differ in their seed alone share a compiled program.
         environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},

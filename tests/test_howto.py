@@ -13,7 +13,7 @@ from grain_jax import losses
 from grain_jax.evaluate import base, kinds
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
-from tests.losses.test_losses import _outputs
+from tests.losses.test_losses import random_outputs
 from tests.paths import ROOT
 
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
@@ -48,7 +48,7 @@ def test_the_loss_term_keeps_queries_apart(module):
     module("my_loss", blocks("loss.md")[0])
     c = tiny.config(loss__terms__apart={"term": "my_loss:apart", "weight": 0.25, "margin": 0.1})
     ((term, weight),) = [x for x in losses.terms_of(c.loss) if x[0].name == "apart"]
-    outputs = _outputs(c)
+    outputs = random_outputs(c)
     output = term.function(types.SimpleNamespace(outputs=outputs))
     x = np.asarray(outputs.region_embed, np.float64)
     apart = ~np.eye(x.shape[1], dtype=bool)

@@ -59,7 +59,7 @@ class Shapes(sources.LaneSource):
         drawn = [_draw(config, np.random.default_rng(i)) for i in range(256)]
         return [
             text_lengths.of_texts(
-                [((example.caption,), "", example.descriptions) for example in drawn],
+                [text_lengths.ImageTexts([x.caption], "", x.descriptions) for x in drawn],
                 _tokenizer(config.model.text),
                 name="rectangles",
                 tokenizer=config.model.text.tokenizer,

@@ -185,8 +185,8 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
     """The model of a checkpoint, compared with its digests."""
     items = files.read_items(folder)
     config = config_lib.from_dict(items.config)
-    which = "ema_params" if files.metadata_of(folder / "state").get("ema_params") else "params"
-    params = files.read_arrays(folder / "state", only=which)[which]
+    which = "ema_params" if files.metadata_of(folder).get("ema_params") else "params"
+    params = files.read_arrays(folder, only=which)[which]
     if digests.of_arrays(params) != items.digests["state"][which]:
         raise CheckpointError(f"{which}: not what was saved")
     params.pop("terms", None)  # of local loss terms: no part of the model

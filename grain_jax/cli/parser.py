@@ -341,9 +341,9 @@ class Parser:
 
     def _near(self, flag: str) -> str | None:
         head, dot, key = flag.partition(".")
-        if dot and self._overrides and nearest.of(head, ["--config"]):
+        if dot and self._overrides and nearest.find(head, ["--config"]):
             return f"--config.{key}"
-        return nearest.of(flag, self.flags())
+        return nearest.find(flag, self.flags())
 
     def _error(self, message: str) -> NoReturn:
         raise errors.UserError(f"{self.prog}: {message}")

@@ -38,7 +38,7 @@ def read_run(folder: epath.PathLike) -> TrainedRun:
         here = {key: value for key, value in metrics_file.numbers(line) if key.startswith("eval/")}
         if here and step is not None and line.step <= step:
             metrics, measured_at = here, line.step
-    return TrainedRun(files.read_json(folder, "config"), step, metrics, measured_at, "")
+    return TrainedRun(files.read_items(folder).config, step, metrics, measured_at, "")
 
 
 def write(

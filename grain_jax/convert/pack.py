@@ -69,7 +69,7 @@ def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
     """
     trained = np.zeros(model.text.vocab_size, bool)
     if (folder / "state").is_dir() and not _starts_from_text(folder):
-        state = files.read_arrays(folder / "state", only="opt_state")
+        state = files.read_arrays(folder, only="opt_state")
         for path, moments in jax.tree_util.tree_leaves_with_path(state):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if name.endswith(f"nu/text/{_TOKENS}/embedding"):
@@ -79,7 +79,7 @@ def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
 
 def _starts_from_text(folder: epath.Path) -> bool:
     """Whether the embeddings of a checkpoint began as those of another one."""
-    return config_lib.from_dict(files.read_json(folder, "config")).init.text is not None
+    return config_lib.from_dict(files.read_items(folder).config).init.text is not None
 
 
 def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:

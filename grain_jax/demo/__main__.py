@@ -34,9 +34,9 @@ def main(words: Sequence[str] | None = None) -> None:
 def _serve(arguments: Demo, folder: epath.Path) -> None:
     from grain_jax import inference  # with JAX; as Gradio, it takes seconds to import
     from grain_jax.demo import page
-    from grain_jax.runtime import compiled
+    from grain_jax.runtime import distributed
 
-    compiled.use()
+    distributed.keep_compiled_programs()
     folder.mkdir()
     classes = class_lists.read(arguments.classes) if arguments.classes else {}
     examples = copies(arguments.examples, folder) if arguments.examples else []

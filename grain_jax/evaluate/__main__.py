@@ -21,7 +21,7 @@ from grain_jax.evaluate import encode, kinds, suite, tables
 from grain_jax.evaluate.arguments import Evaluate
 from grain_jax.evaluate.base import Context
 from grain_jax.inference.inputs import InputError
-from grain_jax.runtime import compiled, distributed, processes
+from grain_jax.runtime import distributed, processes
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from grain_jax.config import loading
 
             args.suite = loading.load(args.config, args.overrides, kinds.suite_from_dict)
-        compiled.use()
+        distributed.keep_compiled_programs()
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )

@@ -59,9 +59,8 @@ def run_with_factors(root, model):
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     state = State(jnp.int32(1), params, {})
-    with states.manager(root, config) as checkpoints:
-        states.save(checkpoints, state, config)
-        checkpoints.wait_until_finished()
+    with states.Checkpoints(root, config) as checkpoints:
+        checkpoints.save(state)
     return str(root)
 
 

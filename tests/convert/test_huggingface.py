@@ -16,8 +16,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax.checkpoint import saved_model
-from grain_jax.checkpoint import states as checkpoint
+from grain_jax.checkpoint import saved_model, states
 from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
@@ -340,9 +339,8 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99,
                     model__decoder__queries=3, loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
-    with checkpoint.manager(workdir, c) as checkpoints:
-        checkpoint.save(checkpoints, state, c)
-        checkpoints.wait_until_finished()
+    with states.Checkpoints(workdir, c) as checkpoints:
+        checkpoints.save(state)
     (workdir / "metrics.jsonl").write_text(METRICS)
     out = tmp_path / "hf"
     assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0

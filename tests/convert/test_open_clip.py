@@ -26,7 +26,7 @@ from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
 from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.convert.open_clip.towers import import_tower  # noqa: E402
 from grain_jax.core import errors  # noqa: E402
-from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
+from grain_jax.input_pipeline import tokenizer as tokenizer_lib  # noqa: E402
 from grain_jax.train import initialise  # noqa: E402
 from tests import foreign, siglip, tiny  # noqa: E402
 
@@ -376,7 +376,7 @@ def test_the_tokenizer_of_metaclip_2_gives_the_same_ids(tmp_path):
     texts = ["a photo of a wren", "A Photo of  A café &amp; wren, 1998! ", "x", "long " * 100]
     options = dict(padding="max_length", truncation=True, max_length=16, return_tensors="np")
     theirs = tokenizer(texts, **options)["input_ids"]
-    ours = file_tokenizer.FileTokenizer(tmp_path / "tokenizer.json", "none", 1)
+    ours = tokenizer_lib.FileTokenizer(tmp_path / "tokenizer.json", "none", 1)
     np.testing.assert_array_equal(ours(texts, 16), theirs)
     text = config_lib.TextTower(pool="end", end_id=2)
     np.testing.assert_array_equal(text.ends(theirs), ours.encode(texts, 16).lengths - 1)

@@ -10,7 +10,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from grain_jax.data import build, sources
-from grain_jax.data.annotate import __main__ as annotate_command
 from grain_jax.data.inspect import __main__ as inspect_command
 from grain_jax.input_pipeline import records
 from tests import record_sets
@@ -158,13 +157,6 @@ def test_the_same_records_of_each_form(built):
         assert content(folder / "out" / name) == expected, name
     first = next(iter(expected[0].values()))
     assert ("a photo of {}" in first) == captions and "a photo of a left wing" in first
-
-
-def test_annotate_takes_them_too(built, tmp_path):
-    _, folder, flags = built
-    words = [*map(str, flags["hub"]), f"--output={tmp_path}", "--passes=none", "--name=hub"]
-    assert annotate_command.main([*words, "--num-shards=4"]) == 0
-    assert content(tmp_path / "records" / "hub") == content(folder / "out" / "lines")
 
 
 def test_images_without_a_caption_are_masked_and_counted(built, capsys):

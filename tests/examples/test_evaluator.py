@@ -11,7 +11,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import kinds, suite, tables
-from grain_jax.train import run, schedule
+from grain_jax.train import journal, schedule
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
 
@@ -91,7 +91,7 @@ def test_a_run_measures_it_and_keeps_it_in_its_config(
     schedule.check_best_entry(config, evals)
     gone = f"{folder}/gone/test, {folder}/gone/train: not there; to get it: ask"
     assert f"evals.gone: skipped: {gone}" in capsys.readouterr().err
-    monkeypatch.setattr(run, "make_predictor", lambda *_: predictor)
+    monkeypatch.setattr(journal, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
-    results = run.evaluate_all(config, evals, state, tmp_path)
+    results = journal.evaluate_all(config, evals, state, tmp_path)
     assert results["eval/mine/top1"] == 0.75 and results["eval/mine/pictures"] == 4

@@ -12,7 +12,7 @@ from grain_jax.config import loading
 from grain_jax.train import sharding
 from tests import tiny
 from tests.losses import fake
-from tests.losses.test_losses import _outputs
+from tests.losses.test_losses import random_outputs
 from tests.paths import ROOT
 
 TERM = f"{uniformity.__module__}:{uniformity.__name__}"
@@ -34,7 +34,7 @@ def replica(region_embed, t):
 
 def test_the_term_equals_a_float64_replica():
     c = tiny.config(loss__terms__uniformity=ENTRY, loss__box=1.5)
-    batch, outputs = tiny.batch(c), _outputs(c)
+    batch, outputs = tiny.batch(c), random_outputs(c)
     mesh = sharding.make_mesh(c.mesh)
 
     def total(region_embed):

@@ -22,7 +22,7 @@ KEYS = dict(loss__terms__distillation=ENTRY, checkpoint_every=1, checkpoint_keep
 
 def state_at(workdir, step):
     """(parameters, state of the term) of a checkpoint."""
-    folder = workdir / "checkpoints" / str(step) / "state"
+    folder = workdir / "checkpoints" / str(step)
     read = lambda name: files.read_arrays(folder, only=name)[name]
     return read("params"), read("term_state")[NAME]
 

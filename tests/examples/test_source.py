@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from grain_jax.data import build
 from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
 
@@ -40,8 +41,10 @@ def folder(tmp_path):
 
 
 def test_the_command_converts_the_file_and_builds_records(folder, capsys):
-    given = arguments(folder, "--option=delimiter=;", "--option=unit=share", "--name=street")
+    given = arguments(folder, "--option=delimiter=;", "--option=unit=share")
     assert command.main(given) == 0
+    given = [f"--annotations={folder / 'out/A.jsonl'}", f"--output={folder / 'out/records'}"]
+    assert build.main([*given, f"--images={folder}", "--name=street"]) == 0
     assert "2 of 2 images, 2 regions" in capsys.readouterr().out
     builder = tfds.builder("street", data_dir=folder / "out/records")
     found = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}

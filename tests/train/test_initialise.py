@@ -89,9 +89,9 @@ def _build(config, devices=1):
 
 def _saved_and_restored(state, config, elsewhere, workdir):
     """`state` as a run on other devices finds it."""
-    checkpoints = states.manager(workdir, config)
-    states.save(checkpoints, state, config, {})
-    checkpoints.wait_until_finished()
+    checkpoints = states.Checkpoints(workdir, config)
+    checkpoints.save(state)
+    checkpoints.wait()
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     placed = jax.tree.map(shape, elsewhere.state, elsewhere.shardings)
     restored = states.restore(checkpoints.directory / str(int(state.step)), placed)

@@ -115,7 +115,7 @@ def test_commands_that_load_a_model_say_it(main, arguments, monkeypatch, capsys)
 
 
 def test_what_the_allocator_refuses_in_training_names_the_keys(tmp_path, monkeypatch):
-    of_the_process = (run, "keep_freed_memory"), (run.compiled, "use")
+    of_the_process = (run, "keep_freed_memory"), (run.distributed, "keep_compiled_programs")
     of_the_process += (run.ending, "quiet_threads"), (run.ending.PreemptionHandler, "listen")
     for owner, name in of_the_process:
         monkeypatch.setattr(owner, name, lambda *_: None)
