@@ -1,9 +1,4 @@
-"""Starts a run of several processes on the CPU of this machine, to try what a pod does.
-
-    grain-jax local --processes P --devices-per-process D -- grain-jax train ...
-
-Lines are prefixed with the process's number; `grain-jax local --help` explains signals and deaths.
-"""
+"""Starts a run of several processes on the CPU of this machine, to try what a pod does: grain-jax local"""
 
 import ctypes
 import os
@@ -14,6 +9,7 @@ import sys
 import threading
 import time
 
+from grain_jax.cli import process as cli_process
 from grain_jax.core import errors
 from grain_jax.launch.arguments import Local
 
@@ -25,11 +21,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(argv: list[str] | None = None) -> int:
     """Starts the processes, waits for them, and returns the exit status."""
-    try:
-        args = Local.parse(argv)
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
+    args = Local.parse(argv)
     command = args.command_line
     if command[0] == "grain-jax":  # of this environment, also if its scripts are not on the path
         command = [sys.executable, "-m", "grain_jax", *command[1:]]
@@ -67,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
                 arguments, env=environment, preexec_fn=end_with_launcher, **options
             )
         except OSError as error:
-            _say(f"cannot start {command[0]}: {error.strerror}")
-            return errors.UserError.status
+            raise errors.UserError(
+                f"grain-jax local: cannot start {command[0]}: {error.strerror}"
+            ) from None
         processes.append(process)
         for number in signals:  # while we were starting
             process.send_signal(number)
@@ -145,4 +138,4 @@ def _relay(index: int, lines) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli_process.run(main)

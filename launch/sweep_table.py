@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, named
+from grain_jax.core import named
 from grain_jax.evaluate import kinds, tables
 from grain_jax.launch.sweep_runs import SweepRun, short
 from grain_jax.runtime import metrics_file
@@ -71,13 +71,6 @@ def lower_is_better(metric: str, config: config_lib.Config) -> bool:
         with named.importing():
             return last in kinds.find(config.evals[name]["kind"]).lower_is_better
     return metric.startswith("loss") or metric.partition("/")[0] in LOWER
-
-
-def check(rows: Sequence[SweepRow], metric: str) -> None:
-    """Raises UserError, with the nearest name, if there are metrics but not this one."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.values))
-    if keys and metric not in keys:
-        raise errors.UserError(f"--metric: {metric}: {config_lib.unknown_key(metric, keys)}")
 
 
 def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]:

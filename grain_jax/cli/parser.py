@@ -216,10 +216,8 @@ class Parser:
         if "help_config" in parsed:
             from grain_jax.config import key_help  # ml_collections
 
-            print(
-                key_help.show(parsed["help_config"], parsed.get("config"), parsed[self._overrides]),
-                end="",
-            )
+            prefix, overrides = parsed["help_config"], parsed[self._overrides]
+            print(key_help.show(prefix, parsed.get("config"), overrides), end="")
             sys.exit(0)
         self._take_loose(loose, parsed)
         self._check_needed(parsed)
@@ -266,7 +264,7 @@ class Parser:
         spelled, equals, value = word.partition("=")
         flag = self._declared_as(spelled)
         if flag not in self._flags:
-            near = self._near(flag)
+            near = nearest.find(flag, self.flags())
             if self._unknown and (near is None or nearest.likeness(flag, near) < 0.8):
                 parsed[self._unknown].append(word)
                 return
@@ -325,10 +323,8 @@ class Parser:
             unless = self._flags.get(shown.field.metadata.get("unless", ""))
             if not shown.required or (unless and parsed.get(unless.field.name)):
                 continue
-            if parsed.get(shown.field.name, []) == []:
+            if parsed.get(shown.field.name, []) in ([], ""):
                 missing.append(shown)
-            elif parsed[shown.field.name] == "" and shown.metavar:
-                self._error(f"{shown.name}: got an empty text, expected {shown.metavar}")
         if missing:
             names = ", ".join(f"{flag.name} {flag.metavar}".strip() for flag in missing)
             all_of = f"{self.prog} --help says what they are"
@@ -338,12 +334,6 @@ class Parser:
         """The flag as it is declared; one that is not, with hyphens."""
         flag = spelled.replace("_", "-")
         return self._also.get(flag, flag)
-
-    def _near(self, flag: str) -> str | None:
-        head, dot, key = flag.partition(".")
-        if dot and self._overrides and nearest.find(head, ["--config"]):
-            return f"--config.{key}"
-        return nearest.find(flag, self.flags())
 
     def _error(self, message: str) -> NoReturn:
         raise errors.UserError(f"{self.prog}: {message}")

@@ -142,7 +142,7 @@ def _literal(text: str) -> Any:
 def find(text: str, flag: str) -> tuple[str, str]:
     """The file that `--config` or `--sweep` names, and what follows it from a colon on.
 
-    A file wins. Else it is a name of the package; a line on stderr says so if the text looks like a file too.
+    A file wins. Else it is a name of the package.
 
     Args:
       text: FILE[:ARG] or NAME[:ARG].
@@ -163,12 +163,6 @@ def find(text: str, flag: str) -> tuple[str, str]:
             f"--{flag}: no such file {name}, and no {flag} of the package has that name;"
             f" {nearest.did_you_mean(stem, shipped)}"
         )
-    written = epath.Path(f"{name.removesuffix('.py')}.py")
-    beside = [path for path in (written, epath.Path(f"configs/{stem}.py")) if path.is_file()]
-    beside = [path for path in beside if path.resolve() != shipped[stem].resolve()]
-    if beside or (len(written.parts) > 1 and written.parent.is_dir()):
-        rather = f"; the file {beside[0]} is named by its whole path" if beside else ""
-        print(f"--{flag} {text}: taken from the package, {shipped[stem]}{rather}", file=sys.stderr)
     return str(shipped[stem]), argument
 
 
