@@ -62,10 +62,11 @@ SEGMENTED = {
     "cityscapes": ("cityscapes", "leftImg8bit and gtFine of cityscapes-dataset.com"),
     "coco_stuff": (
         "coco_stuff",
-        "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
+        "val2017.zip in images/, stuffthingmaps_trainval2017.zip in annotations/",
     ),
 }
 SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
+PROBES = tuple(f"{name}_probe" for name in TFDS)  # linear probes, trained on `train`
 
 
 def entries(
@@ -82,7 +83,7 @@ def entries(
     All but `sets` and `missing` may be references of a ConfigDict.
 
     Args:
-      sets: names, of SETS.
+      sets: names, of SETS and PROBES.
       data_dir: folder of TFDS.
       folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, products2023/, and NAME/ of the sets
         with masks, each in its own layout.
@@ -93,6 +94,10 @@ def entries(
     """
     out = {}
     for name in sets:
+        if name in PROBES:
+            data = _tfds(name.removesuffix("_probe"), data_dir)
+            out[name] = evaluator("linear_probe", **data, missing=missing)
+            continue
         if name in ANNOTATED:
             out[name] = _annotated(name, folders, templates, missing=missing)
             continue
@@ -110,24 +115,6 @@ def entries(
             continue
         out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
     return out
-
-
-def probes(
-    sets: Iterable[str] = tuple(TFDS),
-    data_dir: Any = "~/tensorflow_datasets",
-    missing: str = "skip",
-) -> dict[str, dict]:
-    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested like zero-shot.
-
-    Args:
-      sets: names, of TFDS.
-      data_dir: folder of TFDS; may be a reference of a ConfigDict.
-      missing: "skip" or "error".
-    """
-    return {
-        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), missing=missing)
-        for name in sets
-    }
 
 
 def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
@@ -167,7 +154,6 @@ def get_config(also=""):
     c.alphas = (1.0, 0.75, 0.5, 0.25, 0.0)
     # References: a value that the command line sets here is set in the entries too.
     shared = ("data_dir", "folders", "descriptions", "templates", "alphas")
-    c.evals = entries(**{key: c.get_ref(key) for key in shared})
-    if also == "probes":
-        c.evals.update(probes(data_dir=c.get_ref("data_dir")))
+    sets = SETS + PROBES if also else SETS
+    c.evals = entries(sets, **{key: c.get_ref(key) for key in shared})
     return c

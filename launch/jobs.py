@@ -54,27 +54,21 @@ def slots(count: int) -> list[Slot]:
     """
     if count == 1:
         return [Slot()]
-    if gpus := _gpus():
-        if count > len(gpus):
-            raise errors.UserError(
-                f"{count} runs at a time: expected at most the {len(gpus)} GPU(s) of this machine"
-            )
-        shares = [",".join(gpus[i::count]) for i in range(count)]
-        return [Slot(environment={"CUDA_VISIBLE_DEVICES": share}) for share in shares]
+    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] in ("cuda", "gpu"):
+        there = [str(i) for i, _ in enumerate(epath.Path("/dev").glob("nvidia[0-9]*"))]
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(there)).split(",")
+        if gpus != [""]:
+            if count > len(gpus):
+                raise errors.UserError(
+                    f"{count} runs at a time: expected at most the {len(gpus)} GPU(s) of this machine"
+                )
+            shares = [",".join(gpus[i::count]) for i in range(count)]
+            return [Slot(environment={"CUDA_VISIBLE_DEVICES": share}) for share in shares]
     if not which("taskset"):  # not Linux
         return [Slot() for _ in range(count)]
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[i % len(cores) :: count] or [cores[i % len(cores)]] for i in range(count)]
     return [Slot(("taskset", "--cpu-list", ",".join(map(str, share)))) for share in shares]
-
-
-def _gpus() -> list[str]:
-    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
-        return []
-    there = [str(i) for i, _ in enumerate(epath.Path("/dev").glob("nvidia[0-9]*"))]
-    return [
-        gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(there)).split(",") if gpu
-    ]
 
 
 @dataclasses.dataclass
@@ -182,9 +176,8 @@ class Runner:
 
     def _show(self) -> None:
         eta, now = "", time.monotonic()
-        if (
-            self._took
-        ):  # seconds of whole runs; steps do not show compiling, evaluating and the report
+        # Seconds of whole runs: steps do not show compiling, evaluating and the report.
+        if self._took:
             left = fmean(self._took) * (len(self._running) + len(self.waiting))
             left -= sum(now - job.began for job in self._running)
             eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from grain_jax.cli import process as cli_process
 from grain_jax.core import errors
@@ -19,7 +21,7 @@ _PASSED_ON = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Starts the processes, waits for them, and returns the exit status."""
     args = Local.parse(argv)
     command = args.command_line
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if sys.platform == "linux":
             libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    options: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rendezvous = [f"--coordinator={coordinator}", f"--processes={args.processes}"]
     for index in range(args.processes):
         arguments = [*command, *rendezvous, f"--process-id={index}"]

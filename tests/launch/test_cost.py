@@ -33,18 +33,6 @@ def test_time_of_a_collective(kind, size, slices, payload, within, across):
     assert got == pytest.approx((within, across))
 
 
-def test_step_adds_what_is_not_overlapped():
-    gathers = collective("all-gather", size=2, payload=200e6, overlapped=True)  # 1 ms
-    reduces = collective("all-reduce", size=2, payload=200e6)  # 2 ms
-    line = cost.roofline(1.97e12, 819e6, [gathers, reduces], V5E)
-    assert line.compute_s == pytest.approx(10e-3)
-    assert line.hbm_s == pytest.approx(1e-3)
-    assert line.interconnect_s == pytest.approx(3e-3)
-    assert line.exposed_s == pytest.approx(2e-3)
-    assert line.step_s == pytest.approx(12e-3)
-    assert line.bound == "compute"
-
-
 def test_a_transfer_hides_behind_what_runs_beside_it():
     hops = collective("collective-permute", size=16, payload=100e6, overlapped=True)  # 2 ms
     half = hops._replace(work=hlo_work.Work(197e9, 1.0))  # 1 ms

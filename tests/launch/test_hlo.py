@@ -83,26 +83,6 @@ def entry(body, before=""):
     )
 
 
-# Shapes
-
-
-@pytest.mark.parametrize(
-    ("text", "values", "stored", "in_hbm"),
-    [
-        ("bf16[3,5]{1,0}", 30, 30, True),
-        ("s4[8]{0}", 4, 4, True),
-        # heads of 12 and 64 fill up to whole tiles of 8 x 128
-        ("bf16[200,12,64]{2,1,0:T(8,128)(2,1)}", 2 * 200 * 12 * 64, 2 * 200 * 16 * 128, True),
-        # the minor axes are 0 and 2
-        ("f32[5,7,130]{2,0,1:T(8,128)}", 4 * 5 * 7 * 130, 4 * 8 * 7 * 256, True),
-        ("bf16[1024]{0:T(1024)(128)(2,1)S(1)}", 2048, 2048, False),
-    ],
-)
-def test_shapes(text, values, stored, in_hbm):
-    (shape,) = entry(f"  ROOT %p = {text} parameter(0)").computations["main"].root.shapes
-    assert (shape.bytes, shape.stored_bytes, shape.in_hbm) == (values, stored, in_hbm)
-
-
 # Loops
 
 LOOP = """
@@ -325,56 +305,3 @@ dim_labels=b01f_01io->b01f
   ROOT %c = bf16[8,12,200,200]{2,3,1,0} convolution(%q, %q), \
 window={size=8x12 stride=7x11 lhs_dilate=8x12}, dim_labels=0b1f_0o1i->01bf""")
     assert hlo_work.dot_flops(module) == 2 * 8 * 12 * 200 * 200 * 64 + 2 * 4 * 14 * 14 * 256 * 768
-
-
-# Memory traffic
-
-FUSED = """
-%slice (a: f32[16,1024], i: s32[]) -> f32[1024] {
-  %a = f32[16,1024]{1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %z = s32[] constant(0)
-  %s = f32[1,1024]{1,0} dynamic-slice(%a, %i, %z), dynamic_slice_sizes={1,1024}
-  ROOT %b = f32[1024]{0} bitcast(%s)
-}
-
-%update (a: f32[16,1024], u: f32[1024], i: s32[]) -> f32[16,1024] {
-  %a = f32[16,1024]{1,0} parameter(0)
-  %u = f32[1024]{0} parameter(1)
-  %b = f32[1,1024]{1,0} bitcast(%u)
-  %i = s32[] parameter(2)
-  %z = s32[] constant(0)
-  ROOT %d = f32[16,1024]{1,0} dynamic-update-slice(%a, %b, %i, %z)
-}
-
-%scale (a: f32[16,1024]) -> f32[16,1024] {
-  %a = f32[16,1024]{1,0} parameter(0)
-  ROOT %n = f32[16,1024]{1,0} negate(%a)
-}
-"""
-ROW, ALL = 4 * 1024, 4 * 16 * 1024
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("f32[16,1024]{1,0} fusion(%p), kind=kLoop, calls=%scale", 2 * ALL),
-        ("f32[16,1024]{1,0:S(1)} fusion(%p), kind=kLoop, calls=%scale", ALL),
-        ("f32[1024]{0} fusion(%p, %i), kind=kLoop, calls=%slice", 2 * ROW + 4),
-        ("f32[16,1024]{1,0} fusion(%p, %r, %i), kind=kLoop, calls=%update", 2 * ROW + 4),
-        ("(f32[16,1024]{1,0:S(1)}, f32[16,1024]{1,0}, u32[]{:S(2)}) copy-start(%p)", ALL),
-        ("((f32[16,1024]{1,0}), f32[1,1024]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p)", ROW),
-        (
-            'f32[1024]{0} custom-call(%p, %p, %p), custom_call_target="tpu_custom_call"',
-            ALL + ROW,  # the kernel reads a part of %p each time
-        ),
-        ("f32[16,1024]{1,0} all-reduce(%p), replica_groups={}, to_apply=%add", 2 * ALL),
-    ],
-)
-def test_traffic_of_an_instruction(line, expected):
-    module = entry(
-        "  %p = f32[16,1024]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
-        f"  %r = f32[1024]{{0}} parameter(2)\n  ROOT %x = {line}",
-        FUSED,
-    )
-    assert hlo_work.bytes_accessed(module) == expected

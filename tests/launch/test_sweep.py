@@ -24,7 +24,6 @@ def test_helpers_make_points():
     zipped = list(points.zipped({"a": (1, 2), "b": (3, 4)}))
     assert zipped == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
     assert list(points.seeds(2, zipped[:1])) == [{"a": 1, "b": 3, "seed": s} for s in (0, 1)]
-    assert list(points.product(zipped, [{"b": 9}])) == [{"a": 1, "b": 9}, {"a": 2, "b": 9}]
     with pytest.raises(ValueError, match="a has 2, b has 1"):
         list(points.zipped({"a": (1, 2), "b": (3,)}))
 
