@@ -110,21 +110,19 @@ def entries(
         if descriptions is not None:
             fields["descriptions"] = descriptions + f"/{name}.json"
         if name == "products2023":
-            how = "a folder per product, named after it, with its images, which the authors of the paper have"
+            how = "a folder per product with its images, which the authors of the paper have"
             out[name] = evaluator("zeroshot", folders + "/products2023", get=how, **fields)
-            continue
-        out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
+        else:
+            out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
     return out
 
 
 def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     fields: dict[str, Any] = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
     if name == "imagenet2012":  # TFDS cannot fetch it
+        archives = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
         fields["get"] = (
-            "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
-            + data_dir
-            + '/downloads/manual, then python -c "import tensorflow_datasets as tfds;'
-            " tfds.builder('imagenet2012', data_dir='" + data_dir + "').download_and_prepare()\""
+            archives + data_dir + "/downloads/manual, then TFDS's download_and_prepare()"
         )
     return fields
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from shlex import join
 from shutil import which
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -20,14 +20,6 @@ POLL = 0.5  # seconds between two looks at the processes
 SHOW = 5.0  # between two lines of progress
 
 
-class LocalJob(NamedTuple):
-    """One command; the same command resumes it."""
-
-    name: str
-    command: Sequence[str]
-    log: epath.Path  # on this machine; what it prints is added to it
-
-
 class Slot(NamedTuple):
     """A share of this machine for one job."""
 
@@ -35,13 +27,16 @@ class Slot(NamedTuple):
     environment: Mapping[str, str] = {}
 
 
-class _Try(NamedTuple):
-    """A job that runs."""
+@dataclasses.dataclass(eq=False)
+class LocalJob:
+    """One command; the same command resumes it. The last three fields are of its newest start."""
 
-    job: LocalJob
-    slot: Slot
-    process: subprocess.Popen
-    began: float
+    name: str
+    command: Sequence[str]
+    log: epath.Path  # on this machine; what it prints is added to it
+    slot: Slot = Slot()
+    process: Any = None
+    began: float = 0.0
 
 
 def slots(count: int) -> list[Slot]:
@@ -95,7 +90,7 @@ class Runner:
     stopped_by: int | None = None
 
     def __post_init__(self):
-        self._running: list[_Try] = []
+        self._running: list[LocalJob] = []
         self._took: list[float] = []  # seconds of each whole run that has finished
         self._slots = len(self.free)
 
@@ -108,7 +103,7 @@ class Runner:
                 for ended in [x for x in self._running if x.process.poll() is not None]:
                     self._end(ended)
                 for job in list(self.waiting):
-                    running = frozenset(x.job.name for x in self._running)
+                    running = frozenset(x.name for x in self._running)
                     if self.free and not self.stopped_by and self.ready(job, running):
                         self._start(job)
                 if not self._running and (self.stopped_by or not self.waiting):
@@ -127,13 +122,13 @@ class Runner:
                 signal.signal(number, handler)
 
     def _start(self, job: LocalJob) -> None:
-        slot = self.free.pop(0)
+        slot = job.slot = self.free.pop(0)
         self.waiting.remove(job)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("a") as log:
             log.write(f"$ {join(job.command)}\n")
             log.flush()
-            process = subprocess.Popen(
+            job.process = subprocess.Popen(
                 [*slot.prefix, *job.command],
                 env={**self.environment, **slot.environment},
                 stdin=subprocess.DEVNULL,
@@ -141,16 +136,17 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it once: by `_stop`
             )
-        self._running.append(_Try(job, slot, process, time.monotonic()))
+        job.began = time.monotonic()
+        self._running.append(job)
         if self.stopped_by:  # the signal came while it was being started
-            process.send_signal(self.stopped_by)
+            job.process.send_signal(self.stopped_by)
         self.screen.say(f"{job.name}: started")
 
-    def _end(self, ended: _Try) -> None:
+    def _end(self, job: LocalJob) -> None:
         """Records a job that has ended."""
-        self._running.remove(ended)
-        self.free.append(ended.slot)
-        job, status, seconds = ended.job, ended.process.returncode, time.monotonic() - ended.began
+        self._running.remove(job)
+        self.free.append(job.slot)
+        status, seconds = job.process.returncode, time.monotonic() - job.began
         took = progress.duration(seconds)
         if status == 0:
             self.done.append(job.name)
@@ -181,7 +177,7 @@ class Runner:
             left = fmean(self._took) * (len(self._running) + len(self.waiting))
             left -= sum(now - job.began for job in self._running)
             eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"
-        names = ", ".join(x.job.name for x in self._running)
+        names = ", ".join(x.name for x in self._running)
         every = len(self.done) + len(self.failed) + len(self._running) + len(self.waiting)
         counts = f"{len(self.done)} of {every} runs finished"
         self.screen.show(f"{counts}{eta}; running: {names}")

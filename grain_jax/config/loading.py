@@ -64,7 +64,9 @@ def load(
             if key not in known and not _OPEN.fullmatch(key):
                 raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, known)}")
             if _EVALUATORS.fullmatch(key):
-                _check_removal(key, text)
+                if text != "None":
+                    fault = f"got {text!r}, expected None, which removes it"
+                    raise errors.UserError(f"--config.{key}: {fault}")
             elif key in known and not (key in _PAIRS and text == "None"):
                 plain.append(word)
         config = _parse([*arguments, *plain]).copy_and_resolve_references().unlock()
@@ -108,15 +110,6 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
         if isinstance(config[key], ConfigDict):
             names += _keys(config[key], f"{prefix}{key}.")
     return names
-
-
-def _check_removal(key: str, text: str) -> None:
-    if text not in ("None", "none", "{}"):
-        option = f"{key}.NAME" if key == "evals" else key
-        raise errors.UserError(
-            f"--config.{key}: got {text!r}, expected None, which removes it, or an option, such as"
-            f" --config.{option}.images=FOLDER"
-        )
 
 
 def _put(config: Any, key: str, value: Any) -> None:

@@ -3,7 +3,6 @@
 The texts of compilers are `program()` for a slice, for two slices and for two nodes of GPUs, without source lines.
 """
 
-import dataclasses
 import functools
 import gzip
 
@@ -152,25 +151,6 @@ def test_replica_groups(text, groups):
     assert (row.group_size, row.bytes) == (len(groups[0]), 16)
 
 
-def test_permutations_of_a_loop_go_over_different_links():
-    there, back = "{{0,1},{1,2},{2,0}}", "{{1,0},{2,1},{0,2}}"
-    start = "(f32[1024]{0}, f32[1024]{0}, u32[], u32[]) collective-permute-start(%p)"
-    ends = "".join(f"  %e{n} = f32[1024]{{0}} collective-permute-done(%s{n})\n" for n in (0, 1))
-    product = """  %x = f32[32,32]{1,0} bitcast(%p)
-  %y = f32[32,32]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={high,high}
-"""
-    for pairs, ways in (((there, back), 2), ((there, there), 1)):
-        starts = "".join(
-            f"  %s{n} = {start}, source_target_pairs={p}\n" for n, p in enumerate(pairs)
-        )
-        module = entry(f"  %p = f32[1024]{{0}} parameter(0)\n{starts}{product}{ends}")
-        module = dataclasses.replace(module, in_loop=frozenset({module.entry}))
-        (row,) = hlo_collectives.collectives(module)
-        assert (row.count, row.bytes, row.ways) == (2, 2 * 4096, ways)
-        # Both transfers have the same product beside them, of three passes: half of it hides each.
-        assert row.work == (3 * 2 * 32**3, 2 * 4096 + 4096)
-
-
 # What compilers wrote
 
 
@@ -272,18 +252,14 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
 """
 
 
-@pytest.mark.parametrize(
-    ("dtype", "precision", "as_bfloat16"),
-    [("bf16", "DEFAULT", 1), ("f32", "DEFAULT", 2), ("f32", "HIGH", 2), ("f32", "HIGHEST", 16)],
-)
-def test_products_of_cublas(dtype, precision, as_bfloat16):
-    text = GEMM.replace("DTYPE", dtype).replace("PRECISION", precision).replace("\\\n", "")
+@pytest.mark.parametrize(("precision", "as_bfloat16"), [("DEFAULT", 2), ("HIGHEST", 16)])
+def test_products_of_cublas(precision, as_bfloat16):
+    text = GEMM.replace("DTYPE", "f32").replace("PRECISION", precision).replace("\\\n", "")
     module = entry(text)
     product = 2 * 6 * 200 * 200 * 64
-    assert hlo_work.dot_flops(module) == product
     assert hlo_work.dot_flops(module, passes=True) == as_bfloat16 * product
-    size = 2 if dtype == "bf16" else 4  # the scratch memory of 4 MiB is not counted
-    assert hlo_work.bytes_accessed(module) == 2 * size * 6 * 200 * 64 + 4 * 6 * 200 * 200
+    # the scratch memory of 4 MiB is not counted
+    assert hlo_work.bytes_accessed(module) == 2 * 4 * 6 * 200 * 64 + 4 * 6 * 200 * 200
 
 
 def test_attention_of_cudnn():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -94,7 +95,10 @@ time.sleep(60)"""
     while ready < 2:
         ready += "training" in process.stderr.readline()
     process.kill()
-    process.communicate()  # until both have closed their output, or their sleep is over
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
