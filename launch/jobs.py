@@ -4,20 +4,30 @@ import dataclasses
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from shlex import join
 from shutil import which
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
 from grain_jax.core import errors, progress
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
-POLL = 0.5  # seconds between two looks at the processes
+POLL = 0.5  # seconds between two looks whether a job may start
 SHOW = 5.0  # between two lines of progress
+
+
+class LocalJob(NamedTuple):
+    """One command; the same command resumes it."""
+
+    name: str
+    command: Sequence[str]
+    log: epath.Path  # on this machine; what it prints is added to it
 
 
 class Slot(NamedTuple):
@@ -25,18 +35,6 @@ class Slot(NamedTuple):
 
     prefix: tuple[str, ...] = ()  # stands before its command
     environment: Mapping[str, str] = {}
-
-
-@dataclasses.dataclass(eq=False)
-class LocalJob:
-    """One command; the same command resumes it. The last three fields are of its newest start."""
-
-    name: str
-    command: Sequence[str]
-    log: epath.Path  # on this machine; what it prints is added to it
-    slot: Slot = Slot()
-    process: Any = None
-    began: float = 0.0
 
 
 def slots(count: int) -> list[Slot]:
@@ -71,7 +69,7 @@ class Runner:
     """Runs jobs until each has finished or failed.
 
     Attributes:
-      waiting: the jobs, in the order in which they should start.
+      jobs: in the order in which they start.
       free: as many jobs run at a time, each on one of these.
       screen: gets a line whenever a job starts or ends, and the progress.
       ready: whether a job may start beside the running ones of these names.
@@ -80,7 +78,7 @@ class Runner:
       stopped_by: the signal that ended them all, or None.
     """
 
-    waiting: list[LocalJob]
+    jobs: list[LocalJob]
     free: list[Slot]
     screen: progress.ProgressLine
     ready: Callable[[LocalJob, frozenset[str]], bool] = lambda job, running: True
@@ -90,45 +88,48 @@ class Runner:
     stopped_by: int | None = None
 
     def __post_init__(self):
-        self._running: list[LocalJob] = []
+        self._lock = threading.Lock()  # while it is decided whether a job may start
+        self._began: dict[str, float] = {}  # when each running job was started
+        self._processes: dict[str, subprocess.Popen] = {}
         self._took: list[float] = []  # seconds of each whole run that has finished
         self._slots = len(self.free)
 
     def run(self) -> None:
         """Runs the jobs. Passes SIGTERM and SIGINT on to them and returns when they have ended."""
         handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
-        shown = time.monotonic()
         try:
-            while True:
-                for ended in [x for x in self._running if x.process.poll() is not None]:
-                    self._end(ended)
-                for job in list(self.waiting):
-                    running = frozenset(x.name for x in self._running)
-                    if self.free and not self.stopped_by and self.ready(job, running):
-                        self._start(job)
-                if not self._running and (self.stopped_by or not self.waiting):
-                    break
-                if time.monotonic() - shown > SHOW:
+            with futures.ThreadPoolExecutor(self._slots) as pool:
+                jobs = [pool.submit(self._run, job) for job in self.jobs]
+                while futures.wait(jobs, timeout=SHOW).not_done:
                     self._show()
-                    shown = time.monotonic()
-                time.sleep(POLL)
+            for job in jobs:
+                job.result()
             self.screen.close(stays=True)
-        finally:  # whatever ended the loop, no job is left without a runner
-            for running in self._running:
-                running.process.terminate()
-            for running in self._running:
-                running.process.wait()
+        finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _start(self, job: LocalJob) -> None:
-        slot = job.slot = self.free.pop(0)
-        self.waiting.remove(job)
+    def _run(self, job: LocalJob) -> None:
+        """Runs a job until it is not preempted any more."""
+        slot, status = self.free.pop(0), PREEMPTED
+        while status == PREEMPTED and not self.stopped_by:
+            with self._lock:
+                if may_start := self.ready(job, frozenset(self._began)):
+                    self._began[job.name] = time.monotonic()
+            if may_start:
+                status = self._try(job, slot)
+            else:
+                time.sleep(POLL)
+        self.free.append(slot)
+
+    def _try(self, job: LocalJob, slot: Slot) -> int:
+        """Runs a job once; returns its status."""
         job.log.parent.mkdir(parents=True, exist_ok=True)
+        self.screen.say(f"{job.name}: started")
         with job.log.open("a") as log:
             log.write(f"$ {join(job.command)}\n")
             log.flush()
-            job.process = subprocess.Popen(
+            process = subprocess.Popen(
                 [*slot.prefix, *job.command],
                 env={**self.environment, **slot.environment},
                 stdin=subprocess.DEVNULL,
@@ -136,24 +137,18 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it once: by `_stop`
             )
-        job.began = time.monotonic()
-        self._running.append(job)
+        self._processes[job.name] = process
         if self.stopped_by:  # the signal came while it was being started
-            job.process.send_signal(self.stopped_by)
-        self.screen.say(f"{job.name}: started")
-
-    def _end(self, job: LocalJob) -> None:
-        """Records a job that has ended."""
-        self._running.remove(job)
-        self.free.append(job.slot)
-        status, seconds = job.process.returncode, time.monotonic() - job.began
+            process.send_signal(self.stopped_by)
+        status = process.wait()
+        del self._processes[job.name]
+        seconds = time.monotonic() - self._began.pop(job.name)
         took = progress.duration(seconds)
         if status == 0:
             self.done.append(job.name)
             self._took.append(seconds)
             how = f"finished after {took}"
         elif status == PREEMPTED:
-            self.waiting.append(job)
             how = f"preempted and saved after {took}"
         elif self.stopped_by and status in (-self.stopped_by, 128 + self.stopped_by):
             how = f"stopped after {took}"
@@ -163,21 +158,21 @@ class Runner:
             last = job.log.read_text().strip().splitlines()[-1]
             how = f"FAILED after {took} ({cause}): {last} [{job.log}]"
         self.screen.say(f"{job.name}: {how}")
+        return status
 
     def _stop(self, number: int, _) -> None:
         """Passes a signal on to the jobs, and starts no more."""
         self.stopped_by = number
-        for running in self._running:
-            running.process.send_signal(number)
+        for process in list(self._processes.values()):
+            process.send_signal(number)
 
     def _show(self) -> None:
-        eta, now = "", time.monotonic()
+        running = dict(self._began)
+        eta, ended = "", len(self.done) + len(self.failed)
         # Seconds of whole runs: steps do not show compiling, evaluating and the report.
         if self._took:
-            left = fmean(self._took) * (len(self._running) + len(self.waiting))
-            left -= sum(now - job.began for job in self._running)
+            left = fmean(self._took) * (len(self.jobs) - ended)
+            left -= sum(time.monotonic() - began for began in running.values())
             eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"
-        names = ", ".join(x.name for x in self._running)
-        every = len(self.done) + len(self.failed) + len(self._running) + len(self.waiting)
-        counts = f"{len(self.done)} of {every} runs finished"
-        self.screen.show(f"{counts}{eta}; running: {names}")
+        counts = f"{len(self.done)} of {len(self.jobs)} runs finished"
+        self.screen.show(f"{counts}{eta}; running: {', '.join(running)}")

@@ -63,7 +63,6 @@ FAULTS = [
     ("--outptu y", "--outptu: no such flag; did you mean --output?"),
     ("--output --again", "--output: has no value, but the flag --again after it; expected"),
     ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number in 1.."),
-    ("--output y --share nan", "--share: got 'nan', expected a number in 0.0..1.0"),
     (
         "--output y --dtype flaot32",
         "--dtype: got 'flaot32', expected one of float32, bfloat16; did you mean float32?",

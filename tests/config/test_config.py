@@ -118,17 +118,6 @@ def test_the_recipe_has_the_declared_keys_with_their_defaults():
     assert names - set(config_lib.flatten(c.to_dict())) <= groups | {"model.decoder"}
 
 
-def test_the_part_of_a_config_by_roles():
-    sets = [{"name": "a", "data_dir": "x", "weight": 2.0}]
-    entry = {"kind": "retrieval", "images": "test"}
-    c = config_lib.from_dict(_changed({"input.datasets": sets, "evals.x": entry}))
-    expected = {"seed": 0, "batch_size": 16, "input.source": "synthetic", "input.name": ""}
-    expected |= {"input.lanes": 4, "input.shards_per_block": 1, "input.datasets[0].name": "a"}
-    expected |= {"input.datasets[0].weight": 2.0, "input.datasets[0].split": "train"}
-    assert config_lib.select(c, {"order"}) == expected
-    assert config_lib.select(c, {"result"})["evals.x.images"] == "test"
-
-
 def test_configs_import_little():
     code = (
         "import sys; before = {*sys.modules}\n"

@@ -27,7 +27,6 @@ def get_config(size="tiny"):
     c.input.lanes, c.text.pack_group = 1, 24
     return c
 """,
-    "old.py": "from configs.common import base\n",
     "fails.py": "def get_config(size=0):\n    return 1 / size\n",
 }
 
@@ -80,7 +79,6 @@ def test_a_config_anywhere_on_the_disk_works(folder, monkeypatch):
 
 # The arguments of `load`, and what its one line says.
 FAULTS = [
-    (("old.py",), "old.py:1: ModuleNotFoundError: No module named 'configs'"),
     (("fails.py",), "fails.py:2: ZeroDivisionError: division by zero"),
     (("mine.py:L/15",), "mine.py:6: ValueError: model size: got 'L/15', expected one of tiny, S/"),
     (("dmeo",), "--config: no such file dmeo.* did you mean demo"),

@@ -189,16 +189,13 @@ def test_a_jobset_as_rendered_not_run(file, values):
     (container,) = pod["containers"]
     assert (container["name"], container["image"]) == ("train", "r/grain:1")
     command = f"exec {TRAINER} {arguments}"
-    gke = "cloud.google.com/gke-"
     if file == "gke.yaml":
         assert replicated["replicas"] == 2
-        chips = {"tpu-accelerator": "tpu-v5-lite-podslice", "tpu-topology": "4x8"}
     else:  # the pods meet at the name of the first
         assert (replicated["name"], replicated["replicas"]) == ("node", 1)
-        chips = {"accelerator": "nvidia-h100-80gb"}
         command += " --coordinator=grain-node-0-0.grain:8476 --processes=8"
         command += " --process-id=$(JOB_COMPLETION_INDEX)"
-    assert pod["nodeSelector"] == {gke + key: value for key, value in chips.items()}
+    assert values["ACCELERATOR"] in pod["nodeSelector"].values()
     (limit,) = container["resources"]["limits"].values()
     assert (limit, container["args"]) == (4, [command])
 

@@ -164,7 +164,7 @@ def test_what_is_preempted_goes_on_and_what_fails_is_named(tmp_path):
         killed="import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     )
     runner = scripts.run()
-    assert runner.done == ["good", "preempted"] and runner.failed == ["bad", "killed"]
+    assert runner.done == ["preempted", "good"] and runner.failed == ["bad", "killed"]
     assert runner.stopped_by is None
     text = "\n".join(scripts.said)
     assert text.count("preempted: started") == 2 and text.count("bad: started") == 1
@@ -318,7 +318,7 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys, monkeypatch):
     started = []
 
     def run_jobs(runner):
-        for job in runner.waiting:
+        for job in runner.jobs:
             started.append(job.name)
             pretend(
                 *sweep_runs.make_runs(config[1], [config[2]], [{"seed": 0}], tmp_path / "w"), 10
