@@ -30,6 +30,9 @@ TFDS = {
     "food101": ("food101", "validation", None),
     "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
 }
+_FG_OVD = dict(hard="1_attributes", medium="2_attributes", easy="3_attributes")
+_FG_OVD |= {"trivial": "shuffle_negatives", "color": "color", "material": "material"}
+_FG_OVD |= {"pattern": "pattern", "transparency": "transparency"}
 _REFCOCO = "'refs(unc).p' instances.json"
 # Entry -> kind, folder of the images below `folders`, and the flags of the grain-jax annotate command that makes
 # A.jsonl: --source, --annotations and --split.
@@ -43,14 +46,10 @@ ANNOTATED = {
     },
     "coco": ("boxes", "coco/val2017", "coco", "instances_val2017.json", ""),
     "lvis": ("boxes", "coco", "lvis", "lvis_v1_val.json", ""),
-    "fg_ovd_hard": ("hard_negatives", "coco", "fg_ovd", "1_attributes.json", ""),
-    "fg_ovd_medium": ("hard_negatives", "coco", "fg_ovd", "2_attributes.json", ""),
-    "fg_ovd_easy": ("hard_negatives", "coco", "fg_ovd", "3_attributes.json", ""),
-    "fg_ovd_trivial": ("hard_negatives", "coco", "fg_ovd", "shuffle_negatives.json", ""),
-    "fg_ovd_color": ("hard_negatives", "coco", "fg_ovd", "color.json", ""),
-    "fg_ovd_material": ("hard_negatives", "coco", "fg_ovd", "material.json", ""),
-    "fg_ovd_pattern": ("hard_negatives", "coco", "fg_ovd", "pattern.json", ""),
-    "fg_ovd_transparency": ("hard_negatives", "coco", "fg_ovd", "transparency.json", ""),
+    **{
+        f"fg_ovd_{name}": ("hard_negatives", "coco", "fg_ovd", f"{file}.json", "")
+        for name, file in _FG_OVD.items()
+    },
 }
 # Negatives per box in FG-OVD's files, if they are fewer than 10.
 _FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}

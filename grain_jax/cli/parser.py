@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -239,21 +240,20 @@ class Parser:
         return self.kinds[name].parse_args(arguments)
 
     def _place_of_kind(self, arguments: Sequence[str]) -> int | None:
-        """The index of the first word that is neither a flag nor a value of one."""
-        index = 0
-        while index < len(arguments) and arguments[index].startswith("-"):
-            word, index = arguments[index], index + 1
-            flags = [
-                parser._flags[name]
-                for parser in self.kinds.values()
-                if (name := parser._declared_as(word)) in parser._flags
-            ]
-            if any(flag and flag.many for flag in flags):
-                while index < len(arguments) and not arguments[index].startswith("-"):
-                    index += 1
-            elif "=" not in word and not (flags and all(map(_is_switch, flags))):
-                index += 1
-        return index if index < len(arguments) else None
+        """The index of the first word, or of the first kind behind flags that is no value of one."""
+        if arguments and not arguments[0].startswith("-"):
+            return 0
+        switches = {
+            spelled
+            for parser in self.kinds.values()
+            for spelled, flag in parser._flags.items()
+            if _is_switch(flag)
+        }
+        for index, (before, word) in enumerate(itertools.pairwise(arguments), 1):
+            has_value = before.startswith("-") and "=" not in before
+            if word in self._declared.kinds and not (has_value and before not in switches):
+                return index
+        return None
 
     def _help(self) -> NoReturn:
         print(self.format_help(), end="")

@@ -49,7 +49,9 @@ class Dataset:
 class Input:
     """Which examples are read, in which order, and how they are varied."""
 
-    source: str = key("records", "Source class.", built_in=("records", "synthetic"), role="order")
+    source: str = key(
+        "records", "Source of examples.", built_in=("records", "synthetic"), role="order"
+    )
     options: Any = key(NoOptions, "Options of your source.", options_of="source", role="order")
     data_dir: str = key("", "Folder of datasets.", role="free")
     name: str = key("", "Name of the dataset: records are in data_dir/name/VERSION.", role="order")
@@ -62,7 +64,7 @@ class Input:
     synthetic_caption_rate: float = share(0.5, "Probability of the synthetic caption.")
     descriptions_in_captions: int = count(0, "Descriptions that are added to the caption.")
     captions_per_image: int = count(
-        1, "1: web or synthetic; 2: both; 3: descriptions.", low=1, high=3
+        1, "1: web or synthetic; 2: both; 3: and descriptions.", low=1, high=3
     )
     text_length: int = count(0, "Tokens of the longest text; 0: context length.", high=1_000_000)
     negatives_per_region: int = count(0, "H, the hard negatives per region and visit.", high=1000)
@@ -198,7 +200,7 @@ class Config:
     batch_size: int = count(2048, "Images per step, over all devices.", low=1, role="order")
     microbatches: int = count(1, "Parts of the batch for the towers.", low=1, role="free")
     dtype: str = key("bfloat16", "Type of the activations.", choices=DTYPES, role="numbers")
-    remat: str = key("none", "Activations made again.", choices=REMAT_POLICIES, role="free")
+    remat: str = key("none", "What is computed again.", choices=REMAT_POLICIES, role="free")
     ema_decay: float = share(0.0, "EMA decay of the parameters; 0 disables it.", role="numbers")
     log_every: int = count(50, "Steps between lines of metrics.jsonl.", low=1, role="free")
     checkpoint_every: int = count(1000, "Steps between checkpoints; 0: only the last.", role="free")

@@ -126,7 +126,7 @@ def test_kinds_have_flags_of_their_own():
     for line, message in (
         (["tow"], "grain-jax k: tow: no such kind; did you mean two?"),
         (["one", "--depth=3"], "grain-jax k one: --depth: no such flag"),
-        (["--files", "a", "two"], "grain-jax k: expected a kind first: one, two"),
+        (["--name", "two"], "grain-jax k: expected a kind first: one, two"),
         (["--nmae", "one", "two"], "grain-jax k two: --nmae: no such flag; did you mean --name?"),
     ):
         with pytest.raises(errors.UserError) as caught:
