@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import json
 import subprocess
 import sys
 import threading
@@ -20,7 +19,6 @@ sys.path.insert(0, str(ROOT / "docs/site"))
 import commands
 import config_keys
 import hook
-import notebooks
 
 
 @pytest.mark.parametrize(
@@ -50,32 +48,6 @@ def test_the_page_of_config_keys_has_every_key():
     assert [i.name for i in listed(Config) if f"#### `{i.name}` {{ #" not in text] == []
     assert "`float` · default `1` · 0.01 to 1 · role *numbers*\n{ .facts }" in text
     assert "#### `evals.NAME.descriptions` { #zeroshot.evals.NAME.descriptions }" in text
-
-
-def test_a_notebook_is_a_page():
-    cells = [
-        dict(cell_type="markdown", source=["# Load\n", "a model"]),
-        dict(
-            cell_type="code",
-            source=["x = 1\n", "x"],
-            outputs=[
-                dict(output_type="stream", name="stdout", text=["read\n", "done\n"]),
-                dict(output_type="execute_result", data={"text/plain": ["1"]}),
-                dict(
-                    output_type="display_data", data={"image/png": "iVBO\nRw0K", "text/plain": "f"}
-                ),
-            ],
-        ),
-        dict(cell_type="code", source="y = 2", outputs=[]),
-    ]
-    assert notebooks.markdown(json.dumps(dict(cells=cells))).split("\n\n") == [
-        "# Load\na model",
-        "````python\nx = 1\nx\n````",
-        "````text\nread\ndone\n````",
-        "````text\n1\n````",
-        "![What the cell above draws](data:image/png;base64,iVBORw0K)",
-        "````python\ny = 2\n````",
-    ]
 
 
 def test_a_page_of_every_command_has_every_flag():
