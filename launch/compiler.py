@@ -28,6 +28,9 @@ _GPU_FLAGS = (
 _CUDA_PLUGINS = {"jax_cuda12_plugin": "jax-cuda12-plugin", "jax_cuda13_plugin": "jax-cuda13-plugin"}
 _PACKAGES = ("jax", "libtpu", *_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
+_MEMORY = dict(arguments="argument_size", output="output_size", aliased="alias_size")
+_MEMORY |= dict(temporaries="temp_size", code="generated_code_size", peak="peak_memory")
+
 
 class CompilerFailed(errors.UserError):
     """The compiler refused the program, for a reason other than memory; one line."""
@@ -102,14 +105,9 @@ def compile_step(
                     ) from None
             else:
                 analysis, hlo = compiled.memory_analysis(), compiled.as_text()
-                memory = dict(
-                    arguments=analysis.argument_size_in_bytes,
-                    output=analysis.output_size_in_bytes,
-                    aliased=analysis.alias_size_in_bytes,
-                    temporaries=analysis.temp_size_in_bytes,
-                    code=analysis.generated_code_size_in_bytes,
-                    peak=analysis.peak_memory_in_bytes,
-                )
+                memory = {
+                    name: getattr(analysis, f"{key}_in_bytes") for name, key in _MEMORY.items()
+                }
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return Compiled(
         state_bytes=_state_bytes(program),

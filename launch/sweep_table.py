@@ -117,10 +117,10 @@ def csv_text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     axes = list(dict.fromkeys(key for row in rows for key in row.swept))
     keys = dict.fromkeys([metric, *(key for row in rows for key in row.values)])
     page = io.StringIO()
-    writer = csv.writer(page, lineterminator="\n")
-    writer.writerow(["run", "state", "step", *axes, *keys])
+    header = ["run", "state", "step", *axes, *keys]
+    writer = csv.DictWriter(page, header, restval="", lineterminator="\n")
+    writer.writeheader()
     for row in ranked(rows, metric, lower):
-        swept = (row.swept.get(axis, "") for axis in axes)
-        values = (row.values.get(key, "") for key in keys)
-        writer.writerow([row.name, row.state, row.step, *swept, *values])
+        cells = {"run": row.name, "state": row.state, "step": row.step}
+        writer.writerow(cells | {**row.swept, **row.values})
     return page.getvalue()
