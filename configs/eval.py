@@ -30,6 +30,9 @@ TFDS = {
     "food101": ("food101", "validation", None),
     "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
 }
+_FG_OVD = dict(hard="1_attributes", medium="2_attributes", easy="3_attributes")
+_FG_OVD |= {"trivial": "shuffle_negatives", "color": "color", "material": "material"}
+_FG_OVD |= {"pattern": "pattern", "transparency": "transparency"}
 _REFCOCO = "'refs(unc).p' instances.json"
 # Entry -> kind, folder of the images below `folders`, and the flags of the grain-jax annotate command that makes
 # A.jsonl: --source, --annotations and --split.
@@ -43,14 +46,10 @@ ANNOTATED = {
     },
     "coco": ("boxes", "coco/val2017", "coco", "instances_val2017.json", ""),
     "lvis": ("boxes", "coco", "lvis", "lvis_v1_val.json", ""),
-    "fg_ovd_hard": ("hard_negatives", "coco", "fg_ovd", "1_attributes.json", ""),
-    "fg_ovd_medium": ("hard_negatives", "coco", "fg_ovd", "2_attributes.json", ""),
-    "fg_ovd_easy": ("hard_negatives", "coco", "fg_ovd", "3_attributes.json", ""),
-    "fg_ovd_trivial": ("hard_negatives", "coco", "fg_ovd", "shuffle_negatives.json", ""),
-    "fg_ovd_color": ("hard_negatives", "coco", "fg_ovd", "color.json", ""),
-    "fg_ovd_material": ("hard_negatives", "coco", "fg_ovd", "material.json", ""),
-    "fg_ovd_pattern": ("hard_negatives", "coco", "fg_ovd", "pattern.json", ""),
-    "fg_ovd_transparency": ("hard_negatives", "coco", "fg_ovd", "transparency.json", ""),
+    **{
+        f"fg_ovd_{name}": ("hard_negatives", "coco", "fg_ovd", f"{file}.json", "")
+        for name, file in _FG_OVD.items()
+    },
 }
 # Negatives per box in FG-OVD's files, if they are fewer than 10.
 _FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}
@@ -62,10 +61,11 @@ SEGMENTED = {
     "cityscapes": ("cityscapes", "leftImg8bit and gtFine of cityscapes-dataset.com"),
     "coco_stuff": (
         "coco_stuff",
-        "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
+        "val2017.zip in images/, stuffthingmaps_trainval2017.zip in annotations/",
     ),
 }
 SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
+PROBES = tuple(f"{name}_probe" for name in TFDS)  # linear probes, trained on `train`
 
 
 def entries(
@@ -82,7 +82,7 @@ def entries(
     All but `sets` and `missing` may be references of a ConfigDict.
 
     Args:
-      sets: names, of SETS.
+      sets: names, of SETS and PROBES.
       data_dir: folder of TFDS.
       folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, products2023/, and NAME/ of the sets
         with masks, each in its own layout.
@@ -93,6 +93,10 @@ def entries(
     """
     out = {}
     for name in sets:
+        if name in PROBES:
+            data = _tfds(name.removesuffix("_probe"), data_dir)
+            out[name] = evaluator("linear_probe", **data, missing=missing)
+            continue
         if name in ANNOTATED:
             out[name] = _annotated(name, folders, templates, missing=missing)
             continue
@@ -105,39 +109,19 @@ def entries(
         if descriptions is not None:
             fields["descriptions"] = descriptions + f"/{name}.json"
         if name == "products2023":
-            how = "a folder per product, named after it, with its images, which the authors of the paper have"
+            how = "a folder per product with its images, which the authors of the paper have"
             out[name] = evaluator("zeroshot", folders + "/products2023", get=how, **fields)
-            continue
-        out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
+        else:
+            out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
     return out
-
-
-def probes(
-    sets: Iterable[str] = tuple(TFDS),
-    data_dir: Any = "~/tensorflow_datasets",
-    missing: str = "skip",
-) -> dict[str, dict]:
-    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested like zero-shot.
-
-    Args:
-      sets: names, of TFDS.
-      data_dir: folder of TFDS; may be a reference of a ConfigDict.
-      missing: "skip" or "error".
-    """
-    return {
-        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), missing=missing)
-        for name in sets
-    }
 
 
 def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     fields: dict[str, Any] = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
     if name == "imagenet2012":  # TFDS cannot fetch it
+        archives = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
         fields["get"] = (
-            "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
-            + data_dir
-            + '/downloads/manual, then python -c "import tensorflow_datasets as tfds;'
-            " tfds.builder('imagenet2012', data_dir='" + data_dir + "').download_and_prepare()\""
+            archives + data_dir + "/downloads/manual, then TFDS's download_and_prepare()"
         )
     return fields
 
@@ -167,7 +151,6 @@ def get_config(also=""):
     c.alphas = (1.0, 0.75, 0.5, 0.25, 0.0)
     # References: a value that the command line sets here is set in the entries too.
     shared = ("data_dir", "folders", "descriptions", "templates", "alphas")
-    c.evals = entries(**{key: c.get_ref(key) for key in shared})
-    if also == "probes":
-        c.evals.update(probes(data_dir=c.get_ref("data_dir")))
+    sets = SETS + PROBES if also else SETS
+    c.evals = entries(sets, **{key: c.get_ref(key) for key in shared})
     return c

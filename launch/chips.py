@@ -1,12 +1,10 @@
 """The chips that a run can be planned for, and the names of their slices and nodes.
 
-Peak rates are the makers', so a time computed from them is a lower bound. Sources: https://cloud.google.com/tpu/docs (v4,
-v5e, v5p, v6e, tpu7x); https://jax-ml.github.io/scaling-book/tpus (DCN of v4);
-https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth; NVIDIA's data sheets, white papers and programming
-guide; gb200.txtpb of https://github.com/openxla/xla. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a
-program; of a GPU, the share that JAX takes by default.
+Peak rates are the makers', so a time computed from them is a lower bound. Sources: https://cloud.google.com/tpu/docs,
+https://jax-ml.github.io/scaling-book/tpus, https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth, NVIDIA's
+data sheets, and gb200.txtpb of https://github.com/openxla/xla. A TPU's memory is what libtpu 0.0.42.1 allows a program.
 
-A *device* is what JAX sees: a chip, but on tpu7x half of a chip. Images, memory, traffic and rates are per device.
+A *device* is what JAX sees: a chip, but on tpu7x half of a chip. All numbers are per device.
 """
 
 import dataclasses
@@ -75,8 +73,7 @@ class Chip:
       dcn_bytes_per_second: its share of the machine's network between slices, or between GPU nodes.
       axes: axes of its torus: 2 or 3; of GPUs 0.
       libtpu: its name in TPU_ACCELERATOR_TYPE, and what that counts of a chip (2 TensorCores, or itself).
-      devices: of a chip. A ring runs through both, one after the other, so that a link of the chip carries one hop of
-        it. The path between the two is faster than a link; a hop takes as long as the slowest.
+      devices: of a chip. A ring runs through both, so that a link of the chip carries one hop of it.
       gpu: what XLA must know of a GPU; None of TPUs.
     """
 

@@ -28,6 +28,9 @@ _GPU_FLAGS = (
 _CUDA_PLUGINS = {"jax_cuda12_plugin": "jax-cuda12-plugin", "jax_cuda13_plugin": "jax-cuda13-plugin"}
 _PACKAGES = ("jax", "libtpu", *_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
+_MEMORY = dict(arguments="argument_size", output="output_size", aliased="alias_size")
+_MEMORY |= dict(temporaries="temp_size", code="generated_code_size", peak="peak_memory")
+
 
 class CompilerFailed(errors.UserError):
     """The compiler refused the program, for a reason other than memory; one line."""
@@ -77,15 +80,12 @@ def compile_step(
       CompilerFailed: the compiler refuses the program.
     """
     check_installed(topology.chip)
-    compiler = "libtpu" if topology.chip.is_tpu else "XLA"
     with _environment(topology):
         try:
             devices = topologies.get_topology_desc(**_options(topology)).devices
         except jax.errors.JaxRuntimeError as error:
             first = str(error).splitlines()[0]
-            raise errors.UserError(
-                f"--topology: {compiler} has no such topology: {first}"
-            ) from None
+            raise errors.UserError(f"--topology: no such topology: {first}") from None
         mesh = sharding.make_mesh(config.mesh, devices)
         program = train_step.build(
             config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
@@ -101,18 +101,13 @@ def compile_step(
                 if "RESOURCE_EXHAUSTED" not in out_of_memory:
                     first = out_of_memory.splitlines()[0]
                     raise CompilerFailed(
-                        f"{compiler} cannot compile this program for {name}: {first}"
+                        f"{name}: this program cannot be compiled: {first}"
                     ) from None
             else:
                 analysis, hlo = compiled.memory_analysis(), compiled.as_text()
-                memory = dict(
-                    arguments=analysis.argument_size_in_bytes,
-                    output=analysis.output_size_in_bytes,
-                    aliased=analysis.alias_size_in_bytes,
-                    temporaries=analysis.temp_size_in_bytes,
-                    code=analysis.generated_code_size_in_bytes,
-                    peak=analysis.peak_memory_in_bytes,
-                )
+                memory = {
+                    name: getattr(analysis, f"{key}_in_bytes") for name, key in _MEMORY.items()
+                }
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return Compiled(
         state_bytes=_state_bytes(program),
@@ -127,24 +122,18 @@ def compile_step(
 
 def check_installed(chip: chips.Chip) -> None:
     """Raises UserError, with what to install, if the compiler for that chip is missing."""
-    needed = ("libtpu",) if chip.is_tpu else _CUDA_PLUGINS
-    if any(importlib.util.find_spec(package) for package in needed):
-        return
-    if chip.is_tpu:
-        fault, extra = (
-            "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU",
-            "tpu",
+    needed, extra = (("libtpu",), "tpu") if chip.is_tpu else (_CUDA_PLUGINS, "cuda12")
+    if not any(importlib.util.find_spec(package) for package in needed):
+        raise errors.UserError(
+            f"grain-jax plan: the compiler for {chip.name} is missing (Linux on x86_64; no such chip is"
+            f' needed); pip install "grain_jax[{extra}]"'
         )
-    else:
-        fault = "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU"
-        extra = "cuda12"
-    raise errors.UserError(f'grain-jax plan: {fault} is needed); pip install "grain_jax[{extra}]"')
 
 
 @contextlib.contextmanager
 def _environment(topology: chips.Topology) -> Iterator[None]:
     """Sets the environment variables that the compiler reads."""
-    # The flags of the user come last, so that they win.
+    # The user's flags come last, so that they win.
     variables = {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}
     if topology.chip.is_tpu:
         prefix, cores = topology.chip.libtpu

@@ -19,9 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise errors.UserError(
             f"{folder}: holds {', '.join(there)}, expected none of these; name another folder, or remove them"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            print(path.copy(folder / path.name))
-    except OSError as error:
-        raise errors.UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        print(path.copy(folder / path.name))

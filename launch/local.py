@@ -1,11 +1,7 @@
-"""Starts a run of several processes on the CPU of this machine, to try what a pod does.
-
-    grain-jax local --processes P --devices-per-process D -- grain-jax train ...
-
-Lines are prefixed with the process's number; `grain-jax local --help` explains signals and deaths.
-"""
+"""Starts a run of several processes on the CPU of this machine, to try what a pod does: grain-jax local"""
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -13,7 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
+from grain_jax.cli import process as cli_process
 from grain_jax.core import errors
 from grain_jax.launch.arguments import Local
 
@@ -23,13 +22,9 @@ _PASSED_ON = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Starts the processes, waits for them, and returns the exit status."""
-    try:
-        args = Local.parse(argv)
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
+    args = Local.parse(argv)
     command = args.command_line
     if command[0] == "grain-jax":  # of this environment, also if its scripts are not on the path
         command = [sys.executable, "-m", "grain_jax", *command[1:]]
@@ -58,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if sys.platform == "linux":
             libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    options: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rendezvous = [f"--coordinator={coordinator}", f"--processes={args.processes}"]
     for index in range(args.processes):
         arguments = [*command, *rendezvous, f"--process-id={index}"]
@@ -67,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
                 arguments, env=environment, preexec_fn=end_with_launcher, **options
             )
         except OSError as error:
-            _say(f"cannot start {command[0]}: {error.strerror}")
-            return errors.UserError.status
+            raise errors.UserError(
+                f"grain-jax local: cannot start {command[0]}: {error.strerror}"
+            ) from None
         processes.append(process)
         for number in signals:  # while we were starting
             process.send_signal(number)
@@ -87,39 +83,34 @@ def main(argv: list[str] | None = None) -> int:
 
 def _wait(processes: list[subprocess.Popen], signals: list[int], grace: float) -> int:
     """Waits for all processes, ends the others once one has failed, and returns the status of the launcher."""
-    failure, deadline = None, 0.0
+    failure, deadline = None, math.inf
     while True:
-        running = any([p.poll() is None for p in processes])
-        codes = [_code(p.returncode, signals) for p in processes]
-        if failure is None:
-            failure = _first_failure(codes, signals)
-            if failure is not None:
-                code = codes[failure]
-                how = f"ended with status {code}"
-                if code < 0:
-                    how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
-                _say(f"process {failure} {how}" + "; ending the others" * running)
-                deadline = time.monotonic() + grace
-                for process in processes:
-                    process.terminate()
-        elif running and time.monotonic() > deadline:
-            deadline = float("inf")
-            for index, process in enumerate(processes):
-                if process.poll() is None:
-                    _say(f"process {index} did not end within {grace:g} s; killing it")
-                    process.kill()
+        running = [index for index, p in enumerate(processes) if p.poll() is None]
+        # A signal that was passed on before the process handled signals has its usual status.
+        codes = [
+            _PASSED_ON[-n] if n and -n in signals else n for n in (p.returncode for p in processes)
+        ]
+        if failure is None and (failure := _first_failure(codes, signals)) is not None:
+            code = codes[failure] or 0
+            how = f"ended with status {code}"
+            if code < 0:
+                how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+            _say(f"process {failure} {how}" + "; ending the others" * bool(running))
+            deadline = time.monotonic() + grace
+            for process in processes:
+                process.terminate()
+        if time.monotonic() > deadline:
+            deadline = math.inf
+            for index in running:
+                _say(f"process {index} did not end within {grace:g} s; killing it")
+                processes[index].kill()
         if not running:
             break
         time.sleep(0.05)
     if failure is not None:
-        code = codes[failure]
+        code = codes[failure] or 0
         return 128 - code if code < 0 else code
     return next((status for status in (PREEMPTED, INTERRUPTED) if status in codes), 0)
-
-
-def _code(code: int | None, signals: list[int]) -> int | None:
-    """The return code of a process; a signal passed on before the process handled signals has its usual code."""
-    return _PASSED_ON[-code] if code is not None and -code in signals else code
 
 
 def _first_failure(codes: list[int | None], signals: list[int]) -> int | None:
@@ -131,8 +122,7 @@ def _first_failure(codes: list[int | None], signals: list[int]) -> int | None:
         fine.append(-signal.SIGABRT)  # JAX aborts the others of a process that was preempted early
     failed = [index for index, code in enumerate(codes) if code not in fine]
     # It also aborts the others of one that dies: between two looks all may have ended.
-    failed.sort(key=lambda index: codes[index] == -signal.SIGABRT)
-    return failed[0] if failed else None
+    return min(failed, key=lambda index: codes[index] == -signal.SIGABRT, default=None)
 
 
 def _say(text: str) -> None:
@@ -145,4 +135,4 @@ def _relay(index: int, lines) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli_process.run(main)

@@ -1,8 +1,4 @@
-"""Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16
-
-The very step that `grain_jax.train` runs is compiled for them on this machine's CPU: by libtpu for TPUs, by the
-CUDA plugin of JAX for GPUs (h100:8x2).
-"""
+"""Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16"""
 
 import dataclasses
 import json
@@ -15,7 +11,7 @@ import jax
 from grain_jax import config as config_lib
 from grain_jax.cli import process
 from grain_jax.config import loading
-from grain_jax.core import atomic, errors
+from grain_jax.core import atomic
 from grain_jax.input_pipeline import derived
 from grain_jax.launch import chips, compiler, cost, hlo, hlo_collectives, hlo_work, plan_text
 from grain_jax.launch.arguments import Plan
@@ -38,7 +34,9 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
     place = derived.Limits(mesh["data"] * mesh["fsdp"], lanes)
     config, derived_from = derived.planned(config, place)
-    compiled = compiler.compile_step(config, topology, **run_lengths(config))
+    steps = config.total_steps or max(round(config.total_epochs * EPOCH), 1)
+    epoch = float(config.total_steps or EPOCH)
+    compiled = compiler.compile_step(config, topology, total_steps=steps, steps_per_epoch=epoch)
     values = config_lib.flatten(dataclasses.asdict(config))
     plan: dict[str, Any] = {
         "chips": topology.chips,
@@ -55,14 +53,6 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
         "model_flops": round(flops.per_image(config).train * config.batch_size),
     }
     return plan | _of_program(compiled, plan, topology)
-
-
-def run_lengths(config: config_lib.Config) -> dict[str, Any]:
-    """`total_steps` and `steps_per_epoch` of a run whose dataset is unknown."""
-    if config.total_steps is not None:
-        return {"total_steps": config.total_steps, "steps_per_epoch": float(config.total_steps)}
-    steps = max(round(config.total_epochs * EPOCH), 1)
-    return {"total_steps": steps, "steps_per_epoch": float(EPOCH)}
 
 
 def mesh_sizes(mesh: config_lib.Mesh, topology: chips.Topology) -> dict[str, int]:
@@ -106,11 +96,9 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
     }
 
 
-def _memory(
-    kinds, limit, arguments, temporaries, output=0, aliased=0, code=0, peak=None
-) -> dict[str, Any]:
+def _memory(kinds, limit, arguments, temporaries, output=0, aliased=0, code=0, **peak):
     """The memory table. Donated arguments and outputs share their bytes (`aliased`)."""
-    table = {
+    return {
         "arguments": dict(kinds, padding=arguments - sum(kinds.values())),
         "arguments_bytes": arguments,
         "temporaries_bytes": temporaries,
@@ -119,8 +107,8 @@ def _memory(
         "code_bytes": code,
         "total_bytes": arguments + output - aliased + temporaries + code,
         "limit_bytes": limit,
+        **{f"{name}_bytes": size for name, size in peak.items()},
     }
-    return table if peak is None else table | {"peak_bytes": peak}
 
 
 def _largest(arrays: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
@@ -153,18 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = Plan.parse(arguments)
     # JAX would look for TPUs here, since libtpu is there.
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # JAX reads no program back without its device
+    # JAX reads no program back without its device.
+    jax.config.update("jax_enable_compilation_cache", False)
     config = loading.load(args.config, args.overrides)
     plan = make(config, chips.parse_topology(args.topology))
     plan = {"topology": args.topology, "overrides": args.overrides, **plan}
     print(plan_text.page(plan))
     if args.output:
-        try:
-            atomic.write_text(args.output, json.dumps(plan, indent=2) + "\n")
-        except OSError as error:
-            raise errors.UserError(f"--output: cannot write {args.output}: {error}") from None
+        atomic.write_text(args.output, json.dumps(plan, indent=2) + "\n")
     return 0
 
 

@@ -50,20 +50,13 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
     return runner
 
 
-def check_metric(metric: str | None, config: config_lib.Config) -> None:
-    """Raises UserError if the config has no such evaluator."""
-    if metric and metric.startswith("eval/"):
-        name = metric.split("/")[1]
-        if name not in config.evals:
-            near = config_lib.unknown_key(name, list(config.evals)) if config.evals else "has none"
-            raise errors.UserError(f"--metric: {metric}: no evaluator {name} in the config: {near}")
-
-
 def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) -> None:
     """Prints the table and writes sweep.csv."""
     rows = sweep_table.read(runs, [finished(run) for run in runs])
     metric = metric or sweep_table.default_metric(rows)
-    sweep_table.check(rows, metric)
+    keys = list(dict.fromkeys(key for row in rows for key in row.values))
+    if keys and metric not in keys:
+        raise errors.UserError(f"--metric: {metric}: {config_lib.unknown_key(metric, keys)}")
     lower = sweep_table.lower_is_better(metric, runs[0].config)
     print(sweep_table.text(rows, metric, lower))
     workdir.mkdir(parents=True, exist_ok=True)
@@ -71,25 +64,18 @@ def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) 
     print(f"{workdir}: sweep.csv", file=sys.stderr)
 
 
-def show_plan(runs: Sequence[SweepRun]) -> None:
-    """Prints name, state and command of each run."""
-    for run in runs:
-        state = "finished" if finished(run) else f"at step {sweep_runs.last_step(run.folder)}"
-        print(f"{run.name}: {state}\n  {shlex.join(('grain-jax', 'train', *run.arguments))}")
-    print(f"{len(runs)} points, all valid; nothing was started")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains what is left, tabulates."""
     args = Sweep.parse(arguments)
-    base = loading.load(args.config, args.overrides)
+    loading.load(args.config, args.overrides)  # its own faults, before those of the points
     workdir = epath.Path(args.workdir)
-    check_metric(args.metric, base)
     points = sweep_runs.load_points(args.sweep)
     runs = sweep_runs.make_runs(args.config, args.overrides, points, workdir)
     sweep_runs.check_folders(runs)
     if args.dry_run:
-        show_plan(runs)
+        for run in runs:
+            print(shlex.join(("grain-jax", "train", *run.arguments)))
+        print(f"{len(runs)} points, all valid; nothing was started")
         return 0
     if args.launcher != "local" and not args.table:
         print(sweep_clusters.write(args.launcher, runs, workdir, args.parallel))

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors, named
+from grain_jax.core import named
 from grain_jax.evaluate import kinds, tables
 from grain_jax.launch.sweep_runs import SweepRun, short
 from grain_jax.runtime import metrics_file
@@ -73,13 +73,6 @@ def lower_is_better(metric: str, config: config_lib.Config) -> bool:
     return metric.startswith("loss") or metric.partition("/")[0] in LOWER
 
 
-def check(rows: Sequence[SweepRow], metric: str) -> None:
-    """Raises UserError, with the nearest name, if there are metrics but not this one."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.values))
-    if keys and metric not in keys:
-        raise errors.UserError(f"--metric: {metric}: {config_lib.unknown_key(metric, keys)}")
-
-
 def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]:
     """The finished runs, best first, then the others."""
     sign = 1 if lower else -1
@@ -124,10 +117,10 @@ def csv_text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     axes = list(dict.fromkeys(key for row in rows for key in row.swept))
     keys = dict.fromkeys([metric, *(key for row in rows for key in row.values)])
     page = io.StringIO()
-    writer = csv.writer(page, lineterminator="\n")
-    writer.writerow(["run", "state", "step", *axes, *keys])
+    header = ["run", "state", "step", *axes, *keys]
+    writer = csv.DictWriter(page, header, restval="", lineterminator="\n")
+    writer.writeheader()
     for row in ranked(rows, metric, lower):
-        swept = (row.swept.get(axis, "") for axis in axes)
-        values = (row.values.get(key, "") for key in keys)
-        writer.writerow([row.name, row.state, row.step, *swept, *values])
+        cells = {"run": row.name, "state": row.state, "step": row.step}
+        writer.writerow(cells | {**row.swept, **row.values})
     return page.getvalue()

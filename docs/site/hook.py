@@ -10,7 +10,6 @@ import tempfile
 
 import commands
 import config_keys
-import notebooks
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
@@ -32,8 +31,6 @@ _PAGES = {
     "examples/data_source/shapes.py": "examples/data_source",
     "examples/source/csv_boxes.py": "examples/source",
 }
-NOTEBOOKS = sorted(path.stem for path in (ROOT / "docs").glob("notebooks/*.ipynb"))
-_PAGES |= {f"docs/{page}.ipynb": page for page in (f"notebooks/{name}" for name in NOTEBOOKS)}
 PAGES = {file: f"{page}.md" for file, page in _PAGES.items()}
 SOURCES = {page: file for file, page in PAGES.items()}
 # Mark in a document -> what makes the text in its place.
@@ -47,14 +44,7 @@ _TREE = tempfile.TemporaryDirectory()  # the package as the wheel has it; goes w
 
 @event_priority(100)  # before mkdocstrings reads its settings
 def on_config(config):
-    """Puts the notebooks into the menu, and lets the reference find grain_jax.data and its kin.
-
-    These lie beside grain_jax/ in a checkout.
-    """
-    if NOTEBOOKS:
-        pages = [f"notebooks/{name}.md" for name in NOTEBOOKS]
-        (how_to,) = [part["How to"] for part in config.nav if "How to" in part]
-        how_to.append({"Notebooks": pages})
+    """Lets the reference find grain_jax.data and its kin, which lie beside grain_jax/ in a checkout."""
     package = pathlib.Path(_TREE.name, "grain_jax")
     package.mkdir(exist_ok=True)
     parts = [*(ROOT / "grain_jax").iterdir(), *(ROOT / name for name in BESIDE)]
@@ -71,8 +61,6 @@ def on_files(files, *, config):
         text = (ROOT / file).read_text()
         if file.endswith(".py"):
             text = f"# {file}\n\n```python\n{text}```\n"
-        elif file.endswith(".ipynb"):
-            text = notebooks.markdown(text)
         files.append(File.generated(config, page, content=text))
     for page, text in commands.pages().items():
         files.append(File.generated(config, page, content=text))

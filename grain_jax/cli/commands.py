@@ -75,11 +75,9 @@ Example:
 def version() -> str:
     """This package, Python, and the installed packages that results depend on; a line each."""
     lines = [f"grain_jax {__version__}", f"Python {sys.version.split()[0]}"]
-    shown = [("JAX", "jax"), ("Flax", "flax"), ("numpy", "numpy")]
-    shown += [("TensorFlow", "tensorflow"), ("TensorFlow", "tensorflow-cpu")]
-    for name, distribution in shown:
+    for name in ("jax", "flax", "numpy", "tensorflow", "tensorflow-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            lines.append(f"{name} {importlib.metadata.version(distribution)}")
+            lines.append(f"{name} {importlib.metadata.version(name)}")
     return "\n".join(lines)
 
 

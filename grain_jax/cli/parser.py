@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -216,10 +217,8 @@ class Parser:
         if "help_config" in parsed:
             from grain_jax.config import key_help  # ml_collections
 
-            print(
-                key_help.show(parsed["help_config"], parsed.get("config"), parsed[self._overrides]),
-                end="",
-            )
+            prefix, overrides = parsed["help_config"], parsed[self._overrides]
+            print(key_help.show(prefix, parsed.get("config"), overrides), end="")
             sys.exit(0)
         self._take_loose(loose, parsed)
         self._check_needed(parsed)
@@ -241,21 +240,20 @@ class Parser:
         return self.kinds[name].parse_args(arguments)
 
     def _place_of_kind(self, arguments: Sequence[str]) -> int | None:
-        """The index of the first word that is neither a flag nor a value of one."""
-        index = 0
-        while index < len(arguments) and arguments[index].startswith("-"):
-            word, index = arguments[index], index + 1
-            flags = [
-                parser._flags[name]
-                for parser in self.kinds.values()
-                if (name := parser._declared_as(word)) in parser._flags
-            ]
-            if any(flag and flag.many for flag in flags):
-                while index < len(arguments) and not arguments[index].startswith("-"):
-                    index += 1
-            elif "=" not in word and not (flags and all(map(_is_switch, flags))):
-                index += 1
-        return index if index < len(arguments) else None
+        """The index of the first word, or of the first kind behind flags that is no value of one."""
+        if arguments and not arguments[0].startswith("-"):
+            return 0
+        switches = {
+            spelled
+            for parser in self.kinds.values()
+            for spelled, flag in parser._flags.items()
+            if _is_switch(flag)
+        }
+        for index, (before, word) in enumerate(itertools.pairwise(arguments), 1):
+            has_value = before.startswith("-") and "=" not in before
+            if word in self._declared.kinds and not (has_value and before not in switches):
+                return index
+        return None
 
     def _help(self) -> NoReturn:
         print(self.format_help(), end="")
@@ -266,7 +264,7 @@ class Parser:
         spelled, equals, value = word.partition("=")
         flag = self._declared_as(spelled)
         if flag not in self._flags:
-            near = self._near(flag)
+            near = nearest.find(flag, self.flags())
             if self._unknown and (near is None or nearest.likeness(flag, near) < 0.8):
                 parsed[self._unknown].append(word)
                 return
@@ -325,10 +323,8 @@ class Parser:
             unless = self._flags.get(shown.field.metadata.get("unless", ""))
             if not shown.required or (unless and parsed.get(unless.field.name)):
                 continue
-            if parsed.get(shown.field.name, []) == []:
+            if parsed.get(shown.field.name, []) in ([], ""):
                 missing.append(shown)
-            elif parsed[shown.field.name] == "" and shown.metavar:
-                self._error(f"{shown.name}: got an empty text, expected {shown.metavar}")
         if missing:
             names = ", ".join(f"{flag.name} {flag.metavar}".strip() for flag in missing)
             all_of = f"{self.prog} --help says what they are"
@@ -338,12 +334,6 @@ class Parser:
         """The flag as it is declared; one that is not, with hyphens."""
         flag = spelled.replace("_", "-")
         return self._also.get(flag, flag)
-
-    def _near(self, flag: str) -> str | None:
-        head, dot, key = flag.partition(".")
-        if dot and self._overrides and nearest.find(head, ["--config"]):
-            return f"--config.{key}"
-        return nearest.find(flag, self.flags())
 
     def _error(self, message: str) -> NoReturn:
         raise errors.UserError(f"{self.prog}: {message}")

@@ -31,12 +31,8 @@ class Init:
 
     image: str | None = key(None, "Folder with the weights of the image tower.")
     text: str | None = key(None, "Folder with the weights of the text tower.")
-    resize: str = key(
-        "bilinear", "How positions are resized to another grid.", choices=("bilinear", "bicubic")
-    )
-    decoder: str | None = key(
-        None, "Folder with the weights of decoder, projections, logit scale and box head."
-    )
+    resize: str = key("bilinear", "Resizing of positions.", choices=("bilinear", "bicubic"))
+    decoder: str | None = key(None, "Folder with the weights of decoder, heads and logit scale.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,49 +50,28 @@ class Input:
     """Which examples are read, in which order, and how they are varied."""
 
     source: str = key(
-        "records",
-        "Where examples come from; or a class of your own.",
-        built_in=("records", "synthetic"),
-        role="order",
+        "records", "Source of examples.", built_in=("records", "synthetic"), role="order"
     )
-    options: Any = key(
-        NoOptions, "Options of your own source class.", options_of="source", role="order"
-    )
+    options: Any = key(NoOptions, "Options of your source.", options_of="source", role="order")
     data_dir: str = key("", "Folder of datasets.", role="free")
     name: str = key("", "Name of the dataset: records are in data_dir/name/VERSION.", role="order")
     prepare: str | None = key(None, "Command that makes a missing dataset.", role="free")
     lanes: int | None = count(
-        None, "Parts of the batch that read their own shards. None: derived.", low=1, role="order"
+        None, "Parts that read own shards; None: derived.", low=1, role="order"
     )
-    shards_per_block: int = count(
-        1, "Shards that are read as a whole and shuffled together.", low=1, role="order"
-    )
+    shards_per_block: int = count(1, "Shards that are shuffled together.", low=1, role="order")
     max_regions: int = count(5, "R, the most regions per image; the highest scores stay.")
-    synthetic_caption_rate: float = share(
-        0.5, "Probability that the synthetic caption replaces the web caption."
-    )
-    descriptions_in_captions: int = count(
-        0, "Number of regions whose descriptions are added to the caption, highest scores first."
-    )
+    synthetic_caption_rate: float = share(0.5, "Probability of the synthetic caption.")
+    descriptions_in_captions: int = count(0, "Descriptions that are added to the caption.")
     captions_per_image: int = count(
-        1, "Captions per image. 1: web or synthetic; 2: both; 3: also descriptions.", low=1, high=3
+        1, "1: web or synthetic; 2: both; 3: and descriptions.", low=1, high=3
     )
-    text_length: int = count(
-        0, "Tokens of the longest text in training; 0: the context length.", high=1_000_000
-    )
-    negatives_per_region: int = count(
-        0, "H, the hard negatives per region, drawn at each visit of the image.", high=1000
-    )
-    flip_rate: float = share(
-        0.0, "Probability of mirroring; images whose texts say left or right are never mirrored."
-    )
-    crop_min_area: float = key(
-        1.0, "Smallest share of the image that a random crop keeps; 1: no crop.", low=0.01, high=1
-    )
+    text_length: int = count(0, "Tokens of the longest text; 0: context length.", high=1_000_000)
+    negatives_per_region: int = count(0, "H, the hard negatives per region and visit.", high=1000)
+    flip_rate: float = share(0.0, "Probability of mirroring, unless a text says left or right.")
+    crop_min_area: float = key(1.0, "Smallest share that a crop keeps; 1: off.", low=0.01, high=1)
     reader_threads: int = count(0, "Threads of tf.data; 0: tf.data decides.", role="free")
-    datasets: tuple[Dataset, ...] = key(
-        (), "A mixture of datasets, instead of data_dir and name.", role="order"
-    )
+    datasets: tuple[Dataset, ...] = key((), "A mixture, instead of a name.", role="order")
 
     @property
     def sets(self) -> tuple[Dataset, ...]:
@@ -114,13 +89,9 @@ class Text:
     """How texts are laid out in rows (docs/method.md, Packing)."""
 
     packing: bool = key(True, "Whether several texts share a row. False: a padded row per text.")
-    pack_group: int | None = count(
-        None, "Consecutive images that share rows. None: derived.", low=1
-    )
+    pack_group: int | None = count(None, "Images that share rows; None: derived.", low=1)
     pack_rows: int | None = count(None, "Rows per group of images. None: derived.", low=1)
-    max_dropped_share: float = share(
-        0.1, "The run ends if a larger share of texts finds no room; 1: never.", role="free"
-    )
+    max_dropped_share: float = share(0.1, "The run ends if more texts are dropped.", role="free")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,31 +102,17 @@ class Loss:
     region_description: float = key(1.0, "Weight of L_rd, regions and descriptions.")
     box: float = key(1.0, "Weight of L_box, predicted and annotated boxes.")
     image_description: float = key(0.0, "Weight of L_id, images and all of their descriptions.")
-    box_description: float = key(
-        0.0, "Weight of L_bd, annotated boxes and their descriptions; needs model.boxes."
-    )
-    hard_negative: float = key(
-        0.0, "Weight of L_hard, regions and input.negatives_per_region hard negatives."
-    )
-    contrast: str = key(
-        "softmax", "Contrastive loss; sigmoid as in SigLIP.", choices=("softmax", "sigmoid")
-    )
-    group_size: int = count(
-        0, "Images whose descriptions are negatives of each other; 0: the whole batch."
-    )
+    box_description: float = key(0.0, "Weight of L_bd, annotated boxes; needs model.boxes.")
+    hard_negative: float = key(0.0, "Weight of L_hard, regions and their hard negatives.")
+    contrast: str = key("softmax", "Contrastive loss.", choices=("softmax", "sigmoid"))
+    group_size: int = count(0, "Images that share negative descriptions; 0: the whole batch.")
     mask_duplicates: bool = key(True, "Whether equal texts are left out as negatives.")
     match_l1: float = key(5.0, "Weight of L1 in the matching cost.")
     match_giou: float = key(2.0, "Weight of -GIoU in the matching cost.")
-    match_description: float = key(
-        0.0, "Weight of -cosine(region, description) in the matching cost."
-    )
+    match_description: float = key(0.0, "Weight of -cosine(region, text) in the matching cost.")
     deep_supervision: bool = key(False, "Whether each earlier decoder layer adds its box loss.")
-    tile: int = count(
-        1024, "Side of a tile of the similarity matrix; no effect on results.", low=1, role="free"
-    )
-    gather: int = count(
-        1, "Neighbouring devices that gather before the ring; affects rounding.", low=1, role="free"
-    )
+    tile: int = count(1024, "Side of a tile of the similarity matrix.", low=1, role="free")
+    gather: int = count(1, "Neighbouring devices that gather before the ring.", low=1, role="free")
     precision: str = key(
         "high",
         "Products of float32 embeddings on TPUs: high (three passes of bfloat16) or highest (six).",
@@ -175,9 +132,7 @@ class Lora:
     """
 
     rank: int = count(0, "Rank of the factors; 0: no LoRA.", high=WIDEST)
-    alpha: float = key(
-        8.0, "The product of the factors is scaled by alpha / rank.", low=1e-3, high=1_000_000
-    )
+    alpha: float = key(8.0, "alpha / rank scales the product.", low=1e-3, high=1_000_000)
     modules: tuple[str, ...] = key(
         ("(image|text)/blocks/(attention|mlp)/(query|key|value|out|in|gate)",),
         "Regular expressions for whole names of dense layers.",
@@ -201,24 +156,16 @@ class Optim:
     learning_rate: float = key(1e-3, "Peak learning rate, after the warm-up.")
     warmup_init: float = key(1e-6, "Learning rate of step 0.")
     end_learning_rate: float = key(1e-5, "Learning rate of the last step.")
-    warmup_steps: int | None = count(None, "Length of the warm-up; set this or warmup_epochs.")
-    warmup_epochs: float | None = key(
-        None, "Length of the warm-up; set this or warmup_steps.", low=0
-    )
+    warmup_steps: int | None = count(None, "Length of the warm-up, or set warmup_epochs.")
+    warmup_epochs: float | None = key(None, "Length of the warm-up, or set warmup_steps.", low=0)
     b1: float = key(0.9, "Decay of AdamW's first moment.")
     b2: float = key(0.98, "Decay of AdamW's second moment.")
     eps: float = key(1e-8, "Epsilon of AdamW.")
-    moment_dtype: str = key(
-        "float32", "Type of the first moment; bfloat16 halves its memory.", choices=DTYPES
-    )
+    moment_dtype: str = key("float32", "Type of the first moment.", choices=DTYPES)
     weight_decay: float = key(0.1, "Weight decay of AdamW; it is multiplied by the learning rate.")
     clip_norm: float = key(0.0, "Largest global norm of the gradients; 0: no clipping.", low=0)
-    frozen: tuple[str, ...] = key(
-        (), "Regular expressions of parameters that are never updated (LiT)."
-    )
-    layer_decay: float = key(
-        1.0, "Factor on the learning rate per tower layer, from the top; 1: off.", low=0.01, high=1
-    )
+    frozen: tuple[str, ...] = key((), "Regular expressions of parameters that stay as they are.")
+    layer_decay: float = key(1.0, "Learning rate factor per layer, top down.", low=0.01, high=1)
     lora: Lora = key(Lora)
 
 
@@ -226,23 +173,17 @@ class Optim:
 class Mesh:
     """The device mesh; data and fsdp split the batch."""
 
-    data: int = count(
-        -1, "Devices that split only the batch; -1: all that the other axes leave.", low=-1
-    )
+    data: int = count(-1, "Devices that split only the batch; -1: all the others.", low=-1)
     fsdp: int = count(1, "Devices that split the batch, the parameters and the moments.", low=1)
     tensor: int = count(1, "Devices that split attention heads and MLPs.", low=1)
-    dcn_data: int = count(
-        1, "Slices or nodes that the slow network joins; only data is split over them.", low=1
-    )
+    dcn_data: int = count(1, "Slices or nodes that only data is split over.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Wandb:
     """Weights & Biases, beside TensorBoard."""
 
-    mode: str = key(
-        "off", "Logging to W&B; offline: into the workdir.", choices=("off", "online", "offline")
-    )
+    mode: str = key("off", "Logging to W&B.", choices=("off", "online", "offline"))
     project: str = key("grain_jax", "Project in Weights & Biases.")
     name: str = key("", "Name of the run in Weights & Biases; empty: the name of the workdir.")
 
@@ -252,38 +193,25 @@ class Config:
     """A whole run. The defaults are the recipe of the paper for GRAIN B/16 (docs/method.md, Training recipe)."""
 
     seed: int = key(0, "Seed of all draws.", low=-(2**63), high=2**63 - 1, role="order")
-    total_steps: int | None = count(
-        None, "Length of the run; set this or total_epochs.", low=1, role="result"
-    )
+    total_steps: int | None = count(None, "Length, or set total_epochs.", low=1, role="result")
     total_epochs: float | None = key(
-        None, "Length of the run; set this or total_steps.", low=0, high=1_000_000, role="result"
+        None, "Length, or set total_steps.", low=0, high=1_000_000, role="result"
     )
     batch_size: int = count(2048, "Images per step, over all devices.", low=1, role="order")
-    microbatches: int = count(
-        1,
-        "Parts of the batch for the towers, to save memory; the loss sees all.",
-        low=1,
-        role="free",
-    )
+    microbatches: int = count(1, "Parts of the batch for the towers.", low=1, role="free")
     dtype: str = key("bfloat16", "Type of the activations.", choices=DTYPES, role="numbers")
-    remat: str = key(
-        "none", "What the backward pass computes again.", choices=REMAT_POLICIES, role="free"
-    )
+    remat: str = key("none", "What is computed again.", choices=REMAT_POLICIES, role="free")
     ema_decay: float = share(0.0, "EMA decay of the parameters; 0 disables it.", role="numbers")
     log_every: int = count(50, "Steps between lines of metrics.jsonl.", low=1, role="free")
     checkpoint_every: int = count(1000, "Steps between checkpoints; 0: only the last.", role="free")
     checkpoint_every_minutes: float = key(
-        0.0, "Minutes between checkpoints; 0: by steps only.", low=0, role="free"
+        0.0, "Minutes between checkpoints; 0: off.", low=0, role="free"
     )
     checkpoint_keep: int = count(2, "Number of newest checkpoints to keep.", low=1, role="free")
-    checkpoint_keep_every: int = count(
-        0, "Checkpoints of steps that this divides are kept too; 0: none.", role="free"
-    )
-    checkpoint_best_metric: str = key(
-        "", "The best checkpoint by this metric is kept too; empty: none.", role="free"
-    )
+    checkpoint_keep_every: int = count(0, "Multiples of this step are kept; 0: none.", role="free")
+    checkpoint_best_metric: str = key("", "Metric whose best checkpoint is kept.", role="free")
     checkpoint_best_mode: str = key(
-        "max", "Whether the largest or smallest value is best.", choices=("max", "min"), role="free"
+        "max", "Which value is best.", choices=("max", "min"), role="free"
     )
     eval_every: int = count(0, "Steps between evaluations; 0: only after the last.", role="result")
     pictures: int = count(0, "Test images that the report draws with their regions.", role="free")
@@ -295,9 +223,7 @@ class Config:
     text: Text = key(Text, role="numbers")
     loss: Loss = key(Loss, role="numbers")
     optim: Optim = key(Optim, role="numbers")
-    reference: bool = key(
-        False, "Whether losses, decay and schedule follow the PyTorch reference.", role="numbers"
-    )
+    reference: bool = key(False, "Whether to train as the PyTorch reference.", role="numbers")
     mesh: Mesh = key(Mesh, role="free")
     sharding: tuple[tuple[str, str | None], ...] = key(
         (
@@ -316,9 +242,7 @@ class Config:
         "Mesh axis of each logical axis of parameters; an axis without a row is an error.",
         role="free",
     )
-    evals: dict[str, OpenGroup] = key(
-        dict, "Evaluators by name: dict(kind=..., OPTION=...).", role="result"
-    )
+    evals: dict[str, OpenGroup] = key(dict, "Evaluators: dict(kind=..., ...).", role="result")
     init: Init = key(Init, role="result")
 
     @property

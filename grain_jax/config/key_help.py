@@ -42,23 +42,14 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
         value, default = key.default_words, key.default_words
         if name in values:
             value = f"{values[name]:.6g}" if isinstance(values[name], float) else repr(values[name])
-        facts = [key.type_words, key.values_words]
-        facts += (
-            [f"default {default}"]
-            if value != default and default not in ("", "the keys below")
-            else []
-        )
+        differs = value != default and default not in ("", "the keys below")
+        facts = [key.type_words, key.values_words, f"default {default}" if differs else ""]
         line = f"{name} = {value}" if value else name
-        facts_line = f"({', '.join(filter(None, facts))})"
-        if len(line) + 2 + len(facts_line) <= width:
-            lines.append(f"{line}  {facts_line}")
-        else:
-            lines += textwrap.wrap(line, width, subsequent_indent="      ", break_long_words=False)
-            lines += textwrap.wrap(facts_line, width, **_BELOW)
+        line += f"  ({', '.join(filter(None, facts))})"
+        lines += textwrap.wrap(line, width, subsequent_indent="      ", break_long_words=False)
         lines += textwrap.wrap(key.declared["help"], width, **_BELOW)
-    evals = [
-        name for name in values if name.startswith(f"{prefix or 'evals'}.") and "evals." in name
-    ]
+    start = f"{prefix or 'evals'}."
+    evals = [x for x in values if x.startswith(start) and "evals." in x]
     lines += [f"{name} = {values[name]!r}" for name in evals]
     source = f"of {config}" if config else "with their defaults"
     head = f"{len(shown) + len(evals)} config keys {source}; --config.KEY=VALUE sets one."

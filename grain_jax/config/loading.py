@@ -64,7 +64,9 @@ def load(
             if key not in known and not _OPEN.fullmatch(key):
                 raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, known)}")
             if _EVALUATORS.fullmatch(key):
-                _check_removal(key, text)
+                if text != "None":
+                    fault = f"got {text!r}, expected None, which removes it"
+                    raise errors.UserError(f"--config.{key}: {fault}")
             elif key in known and not (key in _PAIRS and text == "None"):
                 plain.append(word)
         config = _parse([*arguments, *plain]).copy_and_resolve_references().unlock()
@@ -110,15 +112,6 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _check_removal(key: str, text: str) -> None:
-    if text not in ("None", "none", "{}"):
-        option = f"{key}.NAME" if key == "evals" else key
-        raise errors.UserError(
-            f"--config.{key}: got {text!r}, expected None, which removes it, or an option, such as"
-            f" --config.{option}.images=FOLDER"
-        )
-
-
 def _put(config: Any, key: str, value: Any) -> None:
     """Sets a key to a value of any type; makes the groups that it is in."""
     *groups, name = key.split(".")
@@ -142,7 +135,7 @@ def _literal(text: str) -> Any:
 def find(text: str, flag: str) -> tuple[str, str]:
     """The file that `--config` or `--sweep` names, and what follows it from a colon on.
 
-    A file wins. Else it is a name of the package; a line on stderr says so if the text looks like a file too.
+    A file wins. Else it is a name of the package.
 
     Args:
       text: FILE[:ARG] or NAME[:ARG].
@@ -163,12 +156,6 @@ def find(text: str, flag: str) -> tuple[str, str]:
             f"--{flag}: no such file {name}, and no {flag} of the package has that name;"
             f" {nearest.did_you_mean(stem, shipped)}"
         )
-    written = epath.Path(f"{name.removesuffix('.py')}.py")
-    beside = [path for path in (written, epath.Path(f"configs/{stem}.py")) if path.is_file()]
-    beside = [path for path in beside if path.resolve() != shipped[stem].resolve()]
-    if beside or (len(written.parts) > 1 and written.parent.is_dir()):
-        rather = f"; the file {beside[0]} is named by its whole path" if beside else ""
-        print(f"--{flag} {text}: taken from the package, {shipped[stem]}{rather}", file=sys.stderr)
     return str(shipped[stem]), argument
 
 

@@ -56,13 +56,13 @@ def test_help_shows_the_flags_that_the_parser_takes_and_fits_80_columns():
         assert all(flag.help for flags in parser.groups.values() for flag in flags), name
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_is_listed_and_has_its_function(name):
-    assert re.search(rf"^  {name} +\w", commands.help_text(COMMANDS), re.MULTILINE)
-    module, _, function = COMMANDS[name][1].partition(":")
-    path = module.replace(".", "/") + ".py"
-    source = next(p for p in (ROOT / path, ROOT / "grain_jax" / path) if p.exists())
-    assert f"\ndef {function}(" in source.read_text()
+def test_commands_are_listed_and_have_their_functions():
+    for name, (_, main_function) in COMMANDS.items():
+        assert re.search(rf"^  {name} +\w", commands.help_text(COMMANDS), re.MULTILINE)
+        module, _, function = main_function.partition(":")
+        path = module.replace(".", "/") + ".py"
+        source = next(p for p in (ROOT / path, ROOT / "grain_jax" / path) if p.exists())
+        assert f"\ndef {function}(" in source.read_text()
 
 
 def test_the_example_of_each_help_parses():
@@ -77,7 +77,6 @@ def test_the_example_of_each_help_parses():
 TYPOS = {
     "annoatte": "annotate",
     "evaluate linear-probe --tain": "--train",
-    "export --checkpaoint": "--checkpoint",
     "train --workdir=x --config=demo --config.eqvals=1": "evals",
     "train --workdir=x --config=demo --config.model.text.hedas=1": "model.text.heads",
 }
@@ -103,27 +102,12 @@ def _load(line):
     loading.load(args.config, args.overrides)
 
 
-@pytest.mark.parametrize(
-    "name, line, expected",
-    [
-        ("train", "--config demo --workdir x --process_id=1 --stall_seconds 9", {"process_id": 1}),
-        ("convert", "from-hf --checkpoint a --output b", {"input": "a"}),
-        ("plan", "--config demo --topology v5e:2x2 --json a", {"output": "a"}),
-    ],
-)
-def test_other_spellings(name, line, expected):
-    args = commands.declared(COMMANDS, name).parse(line.split())
-    assert {key: getattr(args, key) for key in expected} == expected
-
-
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
-    lines = dict(line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines())
-    assert end.value.code == 0
-    assert lines["grain_jax"] == grain_jax.__version__
-    assert lines["JAX"] == importlib.metadata.version("jax")
-    assert set(lines) == {"grain_jax", "Python", "JAX", "Flax", "numpy", "TensorFlow"}
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and lines[0] == f"grain_jax {grain_jax.__version__}"
+    assert f"jax {importlib.metadata.version('jax')}" in lines
 
 
 def test_modules_of_the_folder_that_it_is_started_in_are_found_last(tmp_path, monkeypatch, capsys):

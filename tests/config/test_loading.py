@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from grain_jax.__main__ import main
-from grain_jax.config import key_help, loading
+from grain_jax.config import loading
 from grain_jax.config.fields import Config
 from grain_jax.config.keys import listed
 from grain_jax.core import errors
@@ -27,7 +27,6 @@ def get_config(size="tiny"):
     c.input.lanes, c.text.pack_group = 1, 24
     return c
 """,
-    "old.py": "from configs.common import base\n",
     "fails.py": "def get_config(size=0):\n    return 1 / size\n",
 }
 
@@ -51,26 +50,19 @@ def folder(tmp_path, monkeypatch):
         ("config", "finetune:hf://a/b", "finetune", ":hf://a/b"),
         ("config", "configs/own.py:S/16", "own", ":S/16"),
         ("sweep", "learning_rate", "sweeps/learning_rate", ""),
-        ("sweep", "configs/sweeps/learning_rate.py", "sweeps/learning_rate", ""),
     ],
 )
-def test_a_name_is_a_file_of_the_package(folder, capsys, flag, text, name, argument):
+def test_a_name_is_a_file_of_the_package(folder, flag, text, name, argument):
     assert loading.find(text, flag) == (str(ROOT / f"configs/{name}.py"), argument)
-    assert capsys.readouterr().err == ""
 
 
-def test_a_file_wins_over_the_package(folder, capsys):
+def test_a_file_wins_over_the_package(folder):
     here, packaged = epath.Path("configs/demo.py"), str(ROOT / "configs/demo.py")
+    assert loading.find("configs/demo.py", "config") == (packaged, "")
     here.parent.mkdir()
     here.write_text("")
     assert loading.find("configs/demo.py:x", "config") == ("configs/demo.py", ":x")
-    assert capsys.readouterr().err == ""
     assert loading.find("demo", "config") == (packaged, "")
-    err = capsys.readouterr().err
-    assert err.startswith("--config demo: ") and packaged in err and "configs/demo.py" in err
-    here.unlink()
-    assert loading.find("configs/demo.py", "config") == (packaged, "")
-    assert packaged in capsys.readouterr().err
 
 
 def test_a_config_anywhere_on_the_disk_works(folder, monkeypatch):
@@ -87,20 +79,11 @@ def test_a_config_anywhere_on_the_disk_works(folder, monkeypatch):
 
 # The arguments of `load`, and what its one line says.
 FAULTS = [
-    (("old.py",), "old.py:1: ModuleNotFoundError: No module named 'configs'"),
     (("fails.py",), "fails.py:2: ZeroDivisionError: division by zero"),
-    (("shared.py",), "shared.py: module 'config_config' has no attribute 'get_config'"),
     (("mine.py:L/15",), "mine.py:6: ValueError: model size: got 'L/15', expected one of tiny, S/"),
     (("dmeo",), "--config: no such file dmeo.* did you mean demo"),
-    (("zzz",), "there are: clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
-    (("demo:x",), "argument"),
     ((None,), "--config: missing"),
     (("demo", "evals.sen=None"), "--config.evals.sen: no such key; did you mean evals.seen"),
-    (("demo", "evals.seen=0"), "--config.evals.seen: got '0', expected None"),
-    (
-        ("demo", "evals.seen=None", "checkpoint_best_metric=eval/seen/alpha_1.0/top1"),
-        "checkpoint_best_metric: got 'eval/seen/alpha_1.0/top1', expected one of eval/grounding, eval/maps",
-    ),
     (("grain_vitb16_cc12m", "total_epochs=None"), "total_steps, total_epochs: exactly one must be set"),
 ]  # fmt: skip
 
@@ -144,9 +127,6 @@ def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
     lines = show("plan", *changed, "--help-config", "model.image")
     assert re.match(r"\d\d .* own:S/16", lines[0])
     assert "model.image.width = 384  (int, 1 to 131,072, default 768)" in lines
-    assert show("sweep", *changed, "--help-config=seed")[2] == "seed = 7  (int, default 0)"
     assert "evals.unseen.names = False" in show(
         "train", "--config=demo", "--help-config=evals.unseen"
     )
-    with pytest.raises(errors.UserError, match=r"--help-config optm: .* did you mean optim\?"):
-        key_help.show("optm", None, [])

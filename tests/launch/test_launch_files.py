@@ -33,24 +33,18 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
-def test_launch_files_copies_those_of_the_package_and_replaces_none(tmp_path, capsys):
+def test_launch_files_copies_those_of_the_package_and_replaces_none(tmp_path):
     suffixes = (".sh", ".sbatch", ".yaml")
     expected = {p.name for p in LAUNCH.iterdir() if p.name == "Dockerfile" or p.suffix in suffixes}
     folder = tmp_path / "new" / "cluster"
     files.main([str(folder)])
-    printed = capsys.readouterr().out.split()
     assert {path.name for path in folder.iterdir()} == expected and len(expected) == 5
-    assert sorted(printed) == sorted(str(path) for path in folder.iterdir())
     for name in expected:
         assert (folder / name).read_bytes() == (LAUNCH / name).read_bytes()
     (folder / "gke.yaml").write_text("mine")
-    with pytest.raises(
-        errors.UserError, match="holds Dockerfile, gke.yaml, gke_gpu.yaml, slurm.sbatch, t"
-    ):
+    with pytest.raises(errors.UserError, match="holds Dockerfile, gke.yaml"):
         files.main([str(folder)])
     assert (folder / "gke.yaml").read_text() == "mine"
-    with pytest.raises(errors.UserError, match="cannot be written"):
-        files.main([str(folder / "gke.yaml" / "below")])
 
 
 def test_paths_that_the_encoding_of_the_terminal_has_not_got_are_printed(tmp_path):
@@ -108,23 +102,9 @@ def test_a_task_of_a_slurm_array_takes_its_line(stand_in, tmp_path):
     # srun gets those that sbatch was asked for, or is told nothing.
     assert (tmp_path / "cores").read_text() == "64\n\n"
     assert stand_in.called() == [f"srun --label --wait=60 {TRAINER} --config a.py --workdir w2"] * 2
-    outside = _run("launch/slurm.sbatch", **variables)
-    assert outside.returncode and "GRAIN_ARGS_FILE is for sbatch --array" in outside.stderr
-    beyond = _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="3", **variables)
-    assert beyond.returncode and "the arguments of grain_jax.train" in beyond.stderr
+    for wrong in ({}, {"SLURM_ARRAY_TASK_ID": "3"}):  # outside of an array, and beyond the lines
+        assert _run("launch/slurm.sbatch", **wrong, **variables).returncode
     assert len(stand_in.called()) == 2
-
-
-def test_xla_knows_the_flags_of_the_files():
-    flags = set()
-    for path in (LAUNCH / "slurm.sbatch", LAUNCH / "Dockerfile"):
-        flags |= set(re.findall(r"--xla_\w+=\w+", path.read_text()))
-    assert flags == {"--xla_gpu_enable_latency_hiding_scheduler=true"}
-    code = "import jax; print(int(jax.jit(lambda x: x + 1)(1)))"
-    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout == "2\n", done.stderr  # an unknown flag aborts
 
 
 TPU = dict(TPU="pod", ZONE="us-central1-a")
@@ -200,30 +180,22 @@ GPU_JOBSET = ("gke_gpu.yaml", dict(ACCELERATOR="nvidia-h100-80gb"))
 @pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
 def test_a_jobset_as_rendered_not_run(file, values):
     jobset, replicated, job, arguments = _jobset(file, **values)
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"]["name"] == "grain"
     assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 8, 8)
-    assert job["backoffLimit"] == 0
     exits, disrupted = job["podFailurePolicy"]["rules"]
     assert exits["action"] == disrupted["action"] == "FailJob"
-    statuses = {"containerName": "train", "operator": "In", "values": [2, 75, 134]}
-    assert exits["onExitCodes"] == statuses
-    assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert exits["onExitCodes"]["values"] == [2, 75, 134]
     pod = job["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
     (container,) = pod["containers"]
     assert (container["name"], container["image"]) == ("train", "r/grain:1")
     command = f"exec {TRAINER} {arguments}"
-    gke = "cloud.google.com/gke-"
     if file == "gke.yaml":
         assert replicated["replicas"] == 2
-        chips = {"tpu-accelerator": "tpu-v5-lite-podslice", "tpu-topology": "4x8"}
     else:  # the pods meet at the name of the first
         assert (replicated["name"], replicated["replicas"]) == ("node", 1)
-        chips = {"accelerator": "nvidia-h100-80gb"}
         command += " --coordinator=grain-node-0-0.grain:8476 --processes=8"
         command += " --process-id=$(JOB_COMPLETION_INDEX)"
-    assert pod["nodeSelector"] == {gke + key: value for key, value in chips.items()}
+    assert values["ACCELERATOR"] in pod["nodeSelector"].values()
     (limit,) = container["resources"]["limits"].values()
     assert (limit, container["args"]) == (4, [command])
 

@@ -86,10 +86,7 @@ def test_plan_of_a_compiled_step(planned):
     assert sums["count"] == sums["sync"]["count"] + sums["overlapped"]["count"]
     assert stored["images_per_second_at_most"] == 16 / stored["roofline"]["step_s"]
     assert 0 < stored["mfu_at_most"] < 1 and stored["hbm_bytes"] > size
-    assert stored["unknown_loops"] == 0 and "unknown length" not in printed
-    assert "2 loop(s) of unknown length" in plan_text.page({**stored, "unknown_loops": 2})
-    assert stored["versions"]["jax"] == jax.__version__
-    assert len(stored["largest"]) == plan.LARGEST and stored["largest"][0]["shape"] in printed
+    assert stored["unknown_loops"] == 0 and len(stored["largest"]) == plan.LARGEST
 
 
 def _params(config):
@@ -98,61 +95,10 @@ def _params(config):
 
 
 @pytest.mark.parametrize("topology, extra", [("v5e:2x4", "tpu"), ("b200:8", "cuda12")])
-def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, topology, extra):
+def test_a_missing_compiler_is_named(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=rf'pip install "grain_jax\[{extra}\]"'):
         plan.make(tiny.config(), chips.parse_topology(topology))
-
-
-HLO = """HloModule m, is_scheduled=true, num_partitions=8
-
-ENTRY %main (p: f32[1024,1024]) -> f32[1024,1024] {
-  %p = f32[1024,1024]{1,0} parameter(0)
-  %a = f32[1024,1024]{1,0} exponential(%p), metadata={op_name="jit(step)/image/exp"}
-  %b = f32[1024,1024]{1,0} exponential(%a), metadata={op_name="jit(step)/image/exp"}
-  %s = bf16[64]{0:T(128)(2,1)S(1)} custom-call(%b), custom_call_target="x"
-  ROOT %c = f32[1024,1024]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-"""
-
-
-def compiled(**changes):
-    """What the compiler might say, without one."""
-    facts = dict(
-        state_bytes={"parameters": 10**9, "moments": 2 * 10**9, "ema": 0, "batch": 10**6},
-        memory=dict(arguments=3 * 10**9, temporaries=10**9, output=0, aliased=0, code=0, peak=1),
-        out_of_memory=None,
-        program="",
-        hlo=HLO,
-        mesh={"data": 8, "fsdp": 1, "tensor": 1},
-        versions={"jax": "0", "libtpu": "0"},
-    )
-    return compiler.Compiled(**facts | changes)
-
-
-def page(monkeypatch, topology, config=None, **changes):
-    """(the plan of a compiled step, its text)."""
-    monkeypatch.setattr(compiler, "compile_step", lambda *a, **k: compiled(**changes))
-    made = plan.make(config or tiny.config(), chips.parse_topology(topology))
-    return made, plan_text.page({"topology": topology, "overrides": ["--config.a=1"], **made})
-
-
-def test_memory_and_rates_are_those_of_a_device(monkeypatch):
-    made, text = page(monkeypatch, "tpu7x:2x2x1")
-    assert (made["chips"], made["devices"], made["hosts"]) == (4, 8, 1)
-    done = made["model_flops"] / (made["roofline"]["step_s"] * 8 * 2307e12 / 2)
-    assert made["mfu_at_most"] == pytest.approx(done)
-    assert "tpu7x:2x2x1: 4 chips, 8 devices, on 1 host(s)" in text
-    assert "16 images a step, 2 a device" in text and "Memory of one device" in text
-    assert "given: --config.a=1" in text
-    # Two arrays of 4 MiB from one place, and the result; what lies inside of the core is left out.
-    size = 4 * 2**20
-    assert [(x["count"], x["bytes"], x["where"]) for x in made["largest"]] == [
-        (2, size, "jit(step)/image/exp"),
-        (1, size, "c"),
-    ]
-    assert "2 x f32[1024,1024] 0.01 GB jit(step)/image/exp" in " ".join(text.split())
-    assert made["flops"] == 8 * 2 * 1024**3
 
 
 def test_meshes_that_cross_nodes_are_refused():
@@ -171,9 +117,7 @@ def test_the_compiler_is_asked_for_gpus(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(compiler.topologies, "get_topology_desc", describe)
     before = os.environ.get("XLA_FLAGS")
-    with pytest.raises(
-        errors.UserError, match="--topology: XLA has no such .*: INVALID: no such GPU$"
-    ):
+    with pytest.raises(errors.UserError, match="--topology: .*: INVALID: no such GPU$"):
         plan.make(tiny.config(), chips.parse_topology("h100:4x2"))
     assert (asked["platform"], asked["topology"]) == ("cuda", "1x2x4")
     assert "NVIDIA H100 80GB HBM3" in asked["target_config"]
@@ -197,18 +141,21 @@ LATE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.29G
 
 
 def test_out_of_memory_names_the_arrays_and_what_to_change(monkeypatch):
-    total, limit, named = compiler.parse_out_of_memory(EARLY)
-    assert (total, limit, named) == (round(18.29 * 2**30), round(15.75 * 2**30), [])
-    with pytest.raises(compiler.CompilerFailed, match="vmem"):
-        compiler.parse_out_of_memory("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")
-
-    made, text = page(monkeypatch, "v5e:2x4", out_of_memory=EARLY)
-    assert not made["fits"] and made["largest"] == []
-    assert made["memory"]["temporaries_bytes"] == total - 3 * 10**9 - 10**6
-    assert made["flops"] is made["roofline"] is made["images_per_second_at_most"] is None
+    compiled = compiler.Compiled(
+        state_bytes={"parameters": 10**9, "moments": 2 * 10**9, "ema": 0, "batch": 10**6},
+        memory={},
+        out_of_memory=EARLY,
+        program="",
+        hlo="",
+        mesh={"data": 8, "fsdp": 1, "tensor": 1},
+        versions={"jax": "0"},
+    )
+    monkeypatch.setattr(compiler, "compile_step", lambda *a, **k: compiled)
+    made = plan.make(tiny.config(), chips.parse_topology("v5e:2x4"))
+    text = plan_text.page({"topology": "v5e:2x4", "overrides": [], **made})
+    assert not made["fits"] and made["flops"] is None
     assert "DOES NOT FIT: 19.64 GB a chip, 2.73 GB more than the 16.91 GB" in text
     assert "--config.remat" in text and "Time of a step" not in text
-    assert [x["bytes"] for x in page(monkeypatch, "v5e:2x4", out_of_memory=LATE)[0]["largest"]] == [
-        3 * 2**30,
-        2**29,
-    ]
+    total, limit, named = compiler.parse_out_of_memory(LATE)
+    assert (total, limit) == (round(18.29 * 2**30), round(15.75 * 2**30))
+    assert named == [(2**29, "f32[128]", "jit(step)/a"), (3 * 2**30, "bf16[8,4]", "?")]
